@@ -1,3 +1,3 @@
-"""FedSP on MPI: federated tuning of soft prompts, where the large model never leaves its owner and the text never leaves its."""
+"""Federated tuning of soft prompts on MPI: the large model stays with its owner, and so does the text."""
 
 __version__ = "0.1.0"

@@ -1,7 +1,7 @@
 """What travels between server and clients: named fp32 tensors, a weight, a few numbers, or a failure.
 
-Everything here is numpy on the outside, so that a rank that only waits needs no torch. The tensors of one message lie in
-one contiguous fp32 vector: what is sent is that vector as it lies in memory.
+Everything here is numpy on the outside, so that a rank that only waits needs no torch. The tensors of one message lie
+in one contiguous fp32 vector: what is sent is that vector as it lies in memory.
 """
 
 from __future__ import annotations
@@ -62,12 +62,13 @@ class Schema(tuple[TensorSpec, ...]):
         if len(self) != len(expected):
             extra = (self if len(self) > len(expected) else expected)[min(len(self), len(expected))]
             raise ValueError(
-                f"{whose}: found {len(self)} tensors, expected {len(expected)}; the first that differs is {extra.name!r}"
+                f"{whose}: found {len(self)} tensors, expected {len(expected)}; "
+                f"the first that differs is {extra.name!r}"
             )
 
 
 class _Seal:
-    """The memory of the global model, which may not be packed. Holds the tensors, so that their addresses stay theirs."""
+    """The memory of the global model, which may not be packed; it is held here, so that its addresses stay its own."""
 
     def __init__(self) -> None:
         self._owners: list[object] = []
@@ -121,7 +122,7 @@ class NamedTensors(Mapping[str, np.ndarray]):
         SealedTensorError: `flat` is memory of the global model.
     """
 
-    __slots__ = ("schema", "flat", "_views")
+    __slots__ = ("_views", "flat", "schema")
 
     def __init__(self, schema: Schema, flat: np.ndarray) -> None:
         if flat.dtype != np.float32 or flat.ndim != 1 or not flat.flags.c_contiguous:

@@ -1,0 +1,406 @@
+"""YAML to frozen dataclasses: unknown keys are refused with the nearest name, values are checked before anything runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+Dtype = Literal["float32", "bfloat16"]
+EMBEDDED = Path(__file__).parent / "resources" / "embedded.yaml"
+
+
+class ConfigError(ValueError):
+    """A mistake in a configuration: the key, what was found, what was expected."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where a run lives and what seeds it."""
+
+    name: str = "auto"  # "auto": the configuration's name and the time
+    folder: str = "runs"
+    if_exists: Literal["refuse", "replace"] = "refuse"
+    seed: int = 1
+
+
+@dataclass(frozen=True)
+class TopologyConfig:
+    """What is expected of the launcher."""
+
+    ranks: int | None = None  # refuse to start with another number of processes
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The global model: a hub name or a local folder; `embedded` is the tiny GPT-2 of the package."""
+
+    name: str | None = None
+    revision: str | None = None
+    tokenizer: str | None = None  # None: the model's own
+    gradient_checkpointing: bool = False
+
+
+@dataclass(frozen=True)
+class LimitConfig:
+    """At most so many rows of each split, the first ones; None takes all."""
+
+    train: int | None = None
+    validation: int | None = None
+    test: int | None = None
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The task and where its rows come from; `embedded` is the tiny world of the package."""
+
+    task: str = "multiple_choice"
+    source: str | None = None  # None: the task's own hub set; a folder; "hub/name[:configuration]"; "embedded"
+    max_length: int = 1024  # tokens of a training text; longer contexts lose their beginning
+    limit: LimitConfig = LimitConfig()
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with linear warm-up and linear decay to zero over all steps of the run."""
+
+    learning_rate: float = 5e-4
+    weight_decay: float = 0.01
+    beta1: float = 0.9
+    beta2: float = 0.999
+    epsilon: float = 1e-8
+    warmup: float = 0.1  # fraction of all steps
+    clip: float | None = None  # largest gradient norm; None: no clipping
+
+    def check(self, where: str) -> None:
+        _at_least(where, "learning_rate", self.learning_rate, 0)
+        _at_least(where, "weight_decay", self.weight_decay, 0)
+        if not 0 <= self.warmup <= 1:
+            raise ConfigError(f"{where}.warmup: found {self.warmup}, expected a fraction from 0 to 1")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"{where}.{name}: found {getattr(self, name)}, expected 0 <= value < 1")
+        for name in ("epsilon", "clip"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ConfigError(f"{where}.{name}: found {value}, expected a number above 0")
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """One kind of training: so many optimizer steps each round, in batches of so many examples."""
+
+    steps: int = 10
+    batch_size: int = 16
+    micro_batch: int | None = None  # examples a forward pass; None: the whole batch
+    optimizer: OptimizerConfig = OptimizerConfig()
+
+    def check(self, where: str) -> None:
+        _at_least(where, "steps", self.steps, 0)
+        _at_least(where, "batch_size", self.batch_size, 1)
+        if self.micro_batch is not None:
+            _at_least(where, "micro_batch", self.micro_batch, 1)
+        self.optimizer.check(f"{where}.optimizer")
+
+
+@dataclass(frozen=True)
+class AuxiliaryConfig:
+    """The clients' model: a cell of the global model's layers, shared across depth (FedSP, cross-layer sharing)."""
+
+    start_layer: int = 0
+    layers_per_cell: int = 1
+    depth: int | None = None  # None: as deep as the global model
+    dropout: bool = False  # the model's own dropout while its weights are trained
+
+
+@dataclass(frozen=True)
+class DistillationConfig:
+    """Aligns the auxiliary model with the global one before the first round, on the server's shard."""
+
+    stage: StageConfig = StageConfig(steps=200)
+    hidden_weight: float = 1.0
+    logits_weight: float = 0.0
+    temperature: float = 1.0
+    engine: Literal["deepspeed", "torch"] = "deepspeed"
+    zero_stage: int = 0
+    reuse: bool = True  # take an auxiliary model that an earlier run made by the same recipe
+
+    def check(self, where: str) -> None:
+        self.stage.check(f"{where}.stage")
+        _at_least(where, "hidden_weight", self.hidden_weight, 0)
+        _at_least(where, "logits_weight", self.logits_weight, 0)
+        if self.temperature <= 0:
+            raise ConfigError(f"{where}.temperature: found {self.temperature}, expected a number above 0")
+        if self.zero_stage not in (0, 1, 2, 3):
+            raise ConfigError(f"{where}.zero_stage: found {self.zero_stage}, expected 0, 1, 2 or 3")
+        if self.stage.steps and not (self.hidden_weight or self.logits_weight):
+            raise ConfigError(
+                f"{where}: found hidden_weight 0 and logits_weight 0 with {self.stage.steps} steps, "
+                f"expected one of them above 0; set {where}.stage.steps=0 to leave distillation out"
+            )
+
+
+@dataclass(frozen=True)
+class PromptConfig:
+    """The soft prompt: key/value prefixes of every layer, or input embeddings."""
+
+    kind: Literal["prefix", "input"] = "prefix"
+    num_tokens: int = 40
+    init_std: float = 0.02
+    projection: int | None = None  # width of the re-parameterisation's hidden layer; None: no projection
+
+
+@dataclass(frozen=True)
+class FederationConfig:
+    """Rounds, clients, and what happens when one of them fails."""
+
+    clients: int = 7
+    rounds: int = 10
+    client_state: Literal["kept", "restarted"] = "kept"  # auxiliary model, optimizers and schedules between rounds
+    on_failure: Literal["drop", "stop"] = "drop"  # a client whose loss or update is not finite
+    min_clients: int = 1  # fewer updates than this in a round stop the run
+
+
+@dataclass(frozen=True)
+class ComputeConfig:
+    """What one role computes with. Equal thread counts give equal bits, so they belong to the run."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Dtype = "float32"  # of the forward and backward pass; prompts, gradients' owners and optimizers are fp32
+    threads: int = 1
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """The owner of the global model."""
+
+    tuning: StageConfig = StageConfig()
+    compute: ComputeConfig = ComputeConfig()
+
+
+@dataclass(frozen=True)
+class ClientConfig:
+    """An owner of text: tunes its auxiliary model, then the prompts (FedSP, alternative training)."""
+
+    alignment: StageConfig = StageConfig()
+    prompt: StageConfig = StageConfig()
+    compute: ComputeConfig = ComputeConfig()
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """What is scored on the test split at the end, and how."""
+
+    batch_tokens: int = 4096  # tokens a forward pass
+    dtype: Dtype = "float32"  # of the scoring pass; fp32 makes it independent of how options are batched
+    zero_shot: bool = True
+    server_only: bool = True
+
+
+@dataclass(frozen=True)
+class RecordConfig:
+    """What the record keeps beside its tables."""
+
+    prompts: bool = True
+
+
+@dataclass(frozen=True)
+class DeadlineConfig:
+    """Longest wait for other ranks in seconds, by phase; None waits for ever."""
+
+    start: float | None = 600
+    distillation: float | None = None
+    round: float | None = None
+    evaluation: float | None = None
+
+
+@dataclass(frozen=True)
+class Config:
+    """One experiment."""
+
+    run: RunConfig = RunConfig()
+    topology: TopologyConfig = TopologyConfig()
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    auxiliary: AuxiliaryConfig = AuxiliaryConfig()
+    distillation: DistillationConfig = DistillationConfig()
+    prompt: PromptConfig = PromptConfig()
+    federation: FederationConfig = FederationConfig()
+    server: ServerConfig = ServerConfig()
+    client: ClientConfig = ClientConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    record: RecordConfig = RecordConfig()
+    deadlines: DeadlineConfig = field(default_factory=DeadlineConfig)
+
+    def check(self) -> None:
+        """Raise ConfigError on the first value that cannot work, whatever the model and the data."""
+        for where, stage in {
+            "server.tuning": self.server.tuning,
+            "client.alignment": self.client.alignment,
+            "client.prompt": self.client.prompt,
+            "distillation": self.distillation,
+        }.items():
+            stage.check(where)  # type: ignore[attr-defined]
+        if self.model.name is None:
+            raise ConfigError("model.name: found nothing, expected a hub name or the folder of a causal language model")
+        _at_least("federation", "clients", self.federation.clients, 1)
+        _at_least("federation", "rounds", self.federation.rounds, 1)
+        _at_least("federation", "min_clients", self.federation.min_clients, 1)
+        if self.federation.min_clients > self.federation.clients:
+            raise ConfigError(
+                f"federation.min_clients: found {self.federation.min_clients}, expected at most the "
+                f"{self.federation.clients} of federation.clients"
+            )
+        _at_least("prompt", "num_tokens", self.prompt.num_tokens, 1)
+        _at_least("prompt", "init_std", self.prompt.init_std, 0)
+        _at_least("auxiliary", "start_layer", self.auxiliary.start_layer, 0)
+        _at_least("auxiliary", "layers_per_cell", self.auxiliary.layers_per_cell, 1)
+        _at_least("data", "max_length", self.data.max_length, 2)
+        _at_least("evaluation", "batch_tokens", self.evaluation.batch_tokens, 1)
+        for role, compute in {"server": self.server.compute, "client": self.client.compute}.items():
+            _at_least(f"{role}.compute", "threads", compute.threads, 1)
+        for split, limit in dataclasses.asdict(self.data.limit).items():
+            if limit is not None:
+                _at_least("data.limit", split, limit, 1)
+        self._check_prompt()
+
+    def _check_prompt(self) -> None:
+        if self.prompt.projection is not None:
+            _at_least("prompt", "projection", self.prompt.projection, 1)
+            if self.prompt.kind == "input":
+                raise ConfigError("prompt.projection: found with prompt.kind=input, expected prompt.kind=prefix")
+        if self.model.gradient_checkpointing and self.prompt.kind == "prefix":
+            raise ConfigError(
+                "model.gradient_checkpointing: found true with prompt.kind=prefix, which trains silently wrong "
+                "(checkpointed layers drop the prefix); set one to false or prompt.kind=input"
+            )
+
+
+def load(path: str | Path | None, overrides: list[str] | None = None) -> Config:
+    """Read a YAML file (None: the embedded default), apply `key=value` overrides, check, freeze.
+
+    A file may say `extends: other.yaml` (relative to itself); its own keys win.
+    """
+    data = read_yaml(Path(path) if path is not None else EMBEDDED)
+    for item in overrides or []:
+        _override(data, item)
+    config = parse(Config, data, "")
+    config.check()
+    return config
+
+
+def read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The mapping in a YAML file, laid over the one that it extends."""
+    if path.resolve() in seen:
+        raise ConfigError(f"{path}: found a circle of `extends`, expected a chain that ends")
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except OSError as error:
+        raise ConfigError(f"{path}: found no readable file ({error.strerror}), expected a YAML configuration") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: found text that is not YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: found a {type(data).__name__}, expected a mapping of sections")
+    base = data.pop("extends", None)
+    if base is None:
+        return data
+    return _merge(read_yaml(path.parent / str(base), (*seen, path.resolve())), data)
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved configuration as YAML that `load` reads back to the same."""
+    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
+
+
+def parse(kind: Any, data: Any, where: str) -> Any:
+    """Turn plain data into the dataclass or type `kind`; `where` is its dotted key for messages."""
+    if dataclasses.is_dataclass(kind):
+        return _parse_section(kind, data, where)
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (types.UnionType, typing.Union):
+        if data is None and type(None) in arguments:
+            return None
+        return parse(next(a for a in arguments if a is not type(None)), data, where)
+    if origin is Literal:
+        if data in arguments and type(data) is type(arguments[0]):
+            return data
+        near = difflib.get_close_matches(str(data), [str(a) for a in arguments], 1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(f"{where}: found {data!r}, expected one of {', '.join(map(str, arguments))}{hint}")
+    return _parse_scalar(kind, data, where)
+
+
+def _parse_section(kind: Any, data: Any, where: str) -> Any:
+    if data is None:
+        data = {}
+    if not isinstance(data, dict):
+        raise ConfigError(f"{where or 'configuration'}: found {data!r}, expected a section with keys")
+    hints = typing.get_type_hints(kind)
+    names = {f.name: f for f in dataclasses.fields(kind)}
+    values = {}
+    for key, value in data.items():
+        dotted = f"{where}.{key}" if where else str(key)
+        if key not in names:
+            near = difflib.get_close_matches(str(key), names, 1, cutoff=0.5)
+            hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(names)}"
+            raise ConfigError(f"{dotted}: found an unknown key; {hint}")
+        default = _default(names[key])
+        if dataclasses.is_dataclass(default) and isinstance(value, dict):
+            value = _merge(dataclasses.asdict(default), value, known=True)  # type: ignore[arg-type]
+        values[key] = parse(hints[key], value, dotted)
+    return kind(**values)
+
+
+def _default(definition: dataclasses.Field) -> Any:
+    if definition.default_factory is not dataclasses.MISSING:
+        return definition.default_factory()
+    return definition.default
+
+
+def _parse_scalar(kind: Any, data: Any, where: str) -> Any:
+    if kind is float and isinstance(data, (int, str)) and not isinstance(data, bool):
+        try:
+            return float(data)  # YAML 1.1 reads 5e-4 as a string
+        except ValueError:
+            pass
+    if isinstance(data, kind) and not (kind is not bool and isinstance(data, bool)):
+        return data
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+    raise ConfigError(f"{where}: found {data!r} ({type(data).__name__}), expected {names[kind]}")
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any], known: bool = False) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        if isinstance(value, dict) and isinstance(merged.get(key), dict):
+            value = _merge(merged[key], value, known)
+        merged[key] = value
+    return merged
+
+
+def _override(data: dict[str, Any], item: str) -> None:
+    key, equals, text = item.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"--set {item}: found no '=', expected key=value, for instance federation.rounds=10")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        value = text
+    *sections, last = key.split(".")
+    for section in sections:
+        below = data.setdefault(section, {})
+        if not isinstance(below, dict):
+            raise ConfigError(f"--set {item}: found a value at {section!r}, expected a section")
+        data = below
+    data[last] = value
+
+
+def _at_least(where: str, name: str, value: float, low: float) -> None:
+    if not value >= low:
+        raise ConfigError(f"{where}.{name}: found {value}, expected at least {low}")
