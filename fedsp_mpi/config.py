@@ -1,4 +1,4 @@
-"""YAML to frozen dataclasses: unknown keys are refused with the nearest name, values are checked before anything runs."""
+"""YAML to frozen dataclasses: unknown keys are refused with the nearest name, values are checked before a run."""
 
 from __future__ import annotations
 

@@ -194,6 +194,24 @@ class NamedTensors(Mapping[str, np.ndarray]):
         return f"NamedTensors({', '.join(f'{s.name}{list(s.shape)}' for s in self.schema)})"
 
 
+class Batch(NamedTuple):
+    """Texts side by side, padded on the right to the longest of them.
+
+    Attributes:
+        input_ids: int64 [batch, length].
+        attention_mask: int64 [batch, length], 0 on padding.
+        targets: int64 [batch, length]: the token that this position should predict, or -100 where nothing is asked.
+    """
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    targets: torch.Tensor
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on a device; itself where it is there already."""
+        return self if device.type == "cpu" else Batch(*(tensor.to(device, non_blocking=True) for tensor in self))
+
+
 @dataclass(frozen=True)
 class Contract:
     """What may travel after the hand-out: fixed once, checked on every message.

@@ -1,0 +1,1 @@
+"""Language models, soft prompts and their losses; the only importer of transformers and peft."""

@@ -1,0 +1,49 @@
+"""Weighted averaging (FedAvg, McMahan et al., 2017, algorithm 1)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+import numpy as np
+
+from fedsp_mpi.tensors import NamedTensors, Schema
+
+
+class Report(Protocol):
+    """Who sent an update, and its weight."""
+
+    client: int
+    weight: float
+
+
+class Updates(Protocol):
+    """The updates of one round, read a stretch of values at a time."""
+
+    schema: Schema
+
+    @property
+    def reports(self) -> Sequence[Report]: ...
+
+    def columns(self) -> Iterator[tuple[slice, np.ndarray]]: ...
+
+
+def weighted_mean(updates: Updates) -> NamedTensors:
+    """sum_k (n_k / sum n) P_k over the clients k, in the order of their ids.
+
+    Every stretch of values is summed client by client in fp64 and rounded to fp32 once, so the result depends neither
+    on the placement of the clients nor on the length of the stretches.
+
+    Raises ValueError if no weight is above zero.
+    """
+    weights = np.array([report.weight for report in updates.reports], dtype=np.float64)
+    if not weights.sum() > 0:
+        raise ValueError(f"found {len(weights)} updates of total weight {weights.sum()}, expected a weight above 0")
+    shares = weights / weights.sum()
+    flat = np.empty(updates.schema.num_values, dtype=np.float32)
+    for where, rows in updates.columns():
+        total = np.zeros(rows.shape[1], dtype=np.float64)
+        for share, row in zip(shares, rows):
+            total += share * row
+        flat[where] = total
+    return NamedTensors(updates.schema, flat)

@@ -1,0 +1,212 @@
+"""FedSP (Dong et al., 2023, arXiv 2311.06805): soft prompts as messengers between a large model and private text."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedsp_mpi import rng
+from fedsp_mpi.aggregation.average import Updates
+from fedsp_mpi.config import StageConfig
+from fedsp_mpi.models import auxiliary
+from fedsp_mpi.models.backbone import LanguageModel
+from fedsp_mpi.models.losses import answer_loss
+from fedsp_mpi.models.prompts import Prompt, to_depth
+from fedsp_mpi.tensors import Batch, NamedTensors, Update
+from fedsp_mpi.training.engine import TorchEngine
+from fedsp_mpi.training.loop import Batches, Trace, num_answer_tokens, train
+
+METRICS = (
+    "loss_model_first",
+    "loss_model_last",
+    "loss_prompt_first",
+    "loss_prompt_last",
+    "seconds_model",
+    "seconds_prompt",
+    "seconds_other",
+)
+
+
+def tune(model: LanguageModel, prompt: Prompt, engine: TorchEngine, batches: Batches, num_steps: int) -> Trace:
+    """Take steps on the answers' cross entropy; what moves is what the engine owns and requires a gradient."""
+
+    def loss(batch: Batch) -> Tensor:
+        return answer_loss(*model.answer_logits(batch, prompt))
+
+    return train(engine, batches, num_steps, loss, num_answer_tokens, model.device)
+
+
+class Server:
+    """Owns the global model and the prompts: merges what the clients learned, then tunes it on the global model.
+
+    Run without clients it is the server-only control: the same steps, on the same batches, from the same first prompts.
+
+    Args:
+        model: the frozen global model.
+        prompt: the first prompts, of the global model's depth.
+        num_layers: depth of the clients' model; prompts travel at that depth.
+        batches: the server's shard.
+        stage: its tuning in each round.
+        total_rounds: length of the schedule, in rounds.
+        rule: makes one prompt of many updates.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        prompt: Prompt,
+        num_layers: int,
+        batches: Batches,
+        stage: StageConfig,
+        total_rounds: int,
+        rule: Callable[[Updates], NamedTensors],
+    ) -> None:
+        self.model, self.prompt = model, prompt
+        self._client_spec = prompt.spec.at_depth(num_layers)
+        self._batches, self._stage, self._rule = batches, stage, rule
+        self._engine = TorchEngine(prompt.parameters(), stage.optimizer, stage.steps * total_rounds)
+
+    def broadcast(self) -> NamedTensors:
+        """The prompts as they go down: at the depth of the clients' model (mean over its layers)."""
+        return NamedTensors.pack(to_depth(self.prompt.tensors(), self.prompt.spec, self._client_spec.num_layers))
+
+    def merge(self, updates: Updates) -> NamedTensors:
+        """One prompt of many, by the rule given."""
+        return self._rule(updates)
+
+    def take(self, merged: NamedTensors) -> None:
+        """Let the merged prompts be the server's (repeated up to the depth of the global model)."""
+        self.prompt.load(to_depth(merged.torch(), self._client_spec, self.prompt.spec.num_layers))
+
+    def absorb(self) -> Trace:
+        """Tune the prompts against the frozen global model on the server's own shard."""
+        return tune(self.model, self.prompt, self._engine, self._batches, self._stage.steps)
+
+    def prompts(self) -> NamedTensors:
+        """A copy of the prompts at the depth of the global model."""
+        return NamedTensors.pack(self.prompt.tensors())
+
+    def state(self) -> dict[str, Any]:
+        """Everything that the next round depends on."""
+        return {"prompt": self.prompt.state_dict(), "engine": self._engine.state()}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on from `state()`."""
+        self.prompt.load_state_dict(state["prompt"])
+        self._engine.load_state(state["engine"])
+
+
+@dataclass
+class _Bench:
+    """What one client keeps between rounds: its auxiliary weights, off the device, and an optimizer for each stage."""
+
+    weights: Mapping[str, Tensor]
+    alignment: TorchEngine
+    tuning: TorchEngine
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One client's text, once for each stage, in an order of its own."""
+
+    alignment: Batches
+    tuning: Batches
+
+
+class Client:
+    """Any number of owners of text that share one process: each aligns its auxiliary model, then tunes the prompts.
+
+    Args:
+        model: the auxiliary model, one for all: a client's weights are put into it while it works.
+        handed_out: the weights that the server handed out, where every client begins.
+        prompt: the prompts while a client works on them, of the auxiliary model's depth.
+        shards: text by client id.
+        alignment, tuning: the two stages of a round.
+        total_rounds: length of the schedules, in rounds.
+        seed: of dropout.
+        keep: whether auxiliary weights, optimizers and schedules live on from round to round.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        handed_out: NamedTensors,
+        prompt: Prompt,
+        shards: Mapping[int, Shard],
+        alignment: StageConfig,
+        tuning: StageConfig,
+        total_rounds: int,
+        seed: int,
+        keep: bool,
+    ) -> None:
+        self._model, self._prompt, self._shards = model, prompt, shards
+        self._handed_out = handed_out.torch()
+        self._alignment, self._tuning, self._rounds = alignment, tuning, total_rounds
+        self._seed, self._keep = seed, keep
+        self._benches: dict[int, _Bench] = {}
+
+    def local(self, client: int, round: int, down: NamedTensors) -> Update:
+        """The two stages of one client's round, and the prompts that come of it.
+
+        What the client keeps is renewed only when both stages went well; after an error it begins anew from the
+        hand-out.
+        """
+        start = time.perf_counter()
+        bench, shard = self._benches.pop(client, None) or self._new_bench(), self._shards[client]
+        auxiliary.load_weights(self._model, bench.weights)
+        bench.alignment.to(self._model.device)
+        self._prompt.load(down.torch())
+
+        rng.seed_torch(self._seed, "client", round, client)
+        self._prompt.requires_grad_(False)
+        self._model.train_weights(True)
+        model = tune(self._model, self._prompt, bench.alignment, shard.alignment, self._alignment.steps)
+        self._model.train_weights(False)
+        self._prompt.requires_grad_(True)
+        prompt = tune(self._model, self._prompt, bench.tuning, shard.tuning, self._tuning.steps)
+
+        if self._keep:
+            self._benches[client] = self._put_away(bench)
+        tensors = NamedTensors.pack(self._prompt.tensors())
+        seconds = time.perf_counter() - start - model.seconds - prompt.seconds
+        numbers = (model.first, model.last, prompt.first, prompt.last, model.seconds, prompt.seconds, seconds)
+        return Update(client, float(prompt.samples), tensors, dict(zip(METRICS, numbers)))
+
+    def client_state(self, client: int) -> dict[str, Any] | None:
+        """What a client keeps between rounds, or None if it has not begun."""
+        bench = self._benches.get(client)
+        if bench is None:
+            return None
+        return {"weights": dict(bench.weights), "alignment": bench.alignment.state(), "tuning": bench.tuning.state()}
+
+    def load_client_state(self, client: int, state: dict[str, Any]) -> None:
+        """Go on from `client_state()`."""
+        bench = self._new_bench()
+        bench.alignment.load_state(state["alignment"])
+        bench.tuning.load_state(state["tuning"])
+        self._benches[client] = _Bench(state["weights"], bench.alignment, bench.tuning)
+
+    def _new_bench(self) -> _Bench:
+        def engine(parameters: Any, stage: StageConfig) -> TorchEngine:
+            return TorchEngine(parameters, stage.optimizer, stage.steps * self._rounds)
+
+        return _Bench(
+            self._handed_out,
+            engine(self._model.model.parameters(), self._alignment),
+            engine(self._prompt.parameters(), self._tuning),
+        )
+
+    def _put_away(self, bench: _Bench) -> _Bench:
+        """Copy the working weights off the device; the hand-out itself stays as it was."""
+        working = self._model.model.named_parameters()
+        if bench.weights is self._handed_out:
+            weights = {name: parameter.data.to("cpu", copy=True) for name, parameter in working}
+        else:
+            weights = {name: bench.weights[name].copy_(parameter.data) for name, parameter in working}
+        bench.alignment.to(torch.device("cpu"))
+        return _Bench(weights, bench.alignment, bench.tuning)

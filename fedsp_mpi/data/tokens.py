@@ -1,0 +1,134 @@
+"""Texts as token ids: the pair encoding that lm-eval scores, batches padded to their longest, and their order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from fedsp_mpi import rng
+from fedsp_mpi.data.tasks import Example
+from fedsp_mpi.tensors import Batch
+
+
+@dataclass(frozen=True)
+class Text:
+    """One tokenised text.
+
+    Attributes:
+        ids: int32 [length], context and answer.
+        answer: index of the answer's first token.
+    """
+
+    ids: np.ndarray
+    answer: int
+
+
+def encode_pairs(tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> list[Text]:
+    """Tokenise (context, continuation) pairs as lm-eval does for causal models.
+
+    Blanks at the context's end move to the continuation; the whole is tokenised at once and cut where the context alone
+    would end; an empty context becomes the beginning-of-text (or end-of-text) token.
+    """
+    moved = [_move_blanks(context, continuation) for context, continuation in pairs]
+    bare = {i for i, (context, _) in enumerate(moved) if not context}
+    wholes = _ids(tokenizer, [context + continuation for context, continuation in moved])
+    contexts = _ids(tokenizer, [context or " " for context, _ in moved])
+    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    texts = []
+    for i, (whole, context) in enumerate(zip(wholes, contexts)):
+        if i in bare:
+            alone = tokenizer.encode(moved[i][1], add_special_tokens=False)
+            whole, context = [start, *(alone[1:] if alone[:1] == [start] else alone)], [start]
+        texts.append(Text(np.asarray(whole, dtype=np.int32), min(len(context), len(whole))))
+    return texts
+
+
+def encode(tokenizer: Any, examples: Iterable[Example], max_length: int) -> list[Text]:
+    """Tokenise context and target for training, at most `max_length` tokens; a long context loses its beginning."""
+    texts = encode_pairs(tokenizer, [(example.context, example.target) for example in examples])
+    return [truncate(text, max_length) for text in texts]
+
+
+def truncate(text: Text, max_length: int) -> Text:
+    """Keep the last `max_length` tokens, so that an answer is never lost to a long context."""
+    cut = max(0, len(text.ids) - max_length)
+    return Text(text.ids[cut:], max(1, text.answer - cut)) if cut else text
+
+
+def longest_answer(texts: Iterable[Text]) -> int:
+    """Tokens of the longest answer."""
+    return max((len(text.ids) - text.answer for text in texts), default=0)
+
+
+def collate(texts: Sequence[Text]) -> Batch:
+    """Right-padded inputs (all tokens but the last) and targets (the answers' tokens, one position earlier)."""
+    length = max(len(text.ids) for text in texts) - 1
+    ids, mask = np.zeros((2, len(texts), length), dtype=np.int64)
+    targets = np.full((len(texts), length), -100, dtype=np.int64)
+    for row, text in enumerate(texts):
+        size = len(text.ids) - 1
+        ids[row, :size] = text.ids[:-1]
+        mask[row, :size] = 1
+        targets[row, text.answer - 1 : size] = text.ids[text.answer :]
+    return Batch(torch.from_numpy(ids), torch.from_numpy(mask), torch.from_numpy(targets))
+
+
+def by_length(texts: Sequence[Text], batch_tokens: int) -> Iterator[list[int]]:
+    """Indices of all texts in groups of similar length, longest first, at most `batch_tokens` padded tokens each."""
+    order = sorted(range(len(texts)), key=lambda i: (-len(texts[i].ids), i))
+    start = 0
+    while start < len(order):
+        size = max(1, batch_tokens // len(texts[order[start]].ids))
+        yield order[start : start + size]
+        start += size
+
+
+class Batches:
+    """Training batches over one shard, addressed by step: the same step gives the same batch to whoever asks.
+
+    The shard is gone through in a new random order each epoch; a batch that reaches the end of one goes on in the next.
+
+    Args:
+        texts: the shard; not empty.
+        batch_size: examples of one optimizer step.
+        micro_batch: examples of one forward pass; None takes the whole batch.
+        seed, owner: what the order depends on: the run's seed, and whose stage it is, such as ("client prompt", 3).
+    """
+
+    def __init__(
+        self, texts: Sequence[Text], batch_size: int, micro_batch: int | None, seed: int, *owner: str | int
+    ) -> None:
+        assert len(texts) > 0
+        self._texts, self._size, self._micro = texts, batch_size, micro_batch or batch_size
+        self._key = (seed, f"order {owner[0]}", *(int(number) for number in owner[1:]))
+        self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
+
+    @property
+    def batch_size(self) -> int:
+        return self._size
+
+    def step(self, index: int) -> list[Batch]:
+        """The micro-batches of optimizer step `index`, counted from 0."""
+        rows = [self._row(i) for i in range(index * self._size, (index + 1) * self._size)]
+        return [collate([self._texts[i] for i in rows[j : j + self._micro]]) for j in range(0, self._size, self._micro)]
+
+    def _row(self, position: int) -> int:
+        epoch, place = divmod(position, len(self._texts))
+        if epoch != self._epoch:
+            seed, purpose, *numbers = self._key
+            self._order = rng.generator(seed, purpose, *numbers, epoch).permutation(len(self._texts))
+            self._epoch = epoch
+        return int(self._order[place])
+
+
+def _move_blanks(context: str, continuation: str) -> tuple[str, str]:
+    kept = context.rstrip()
+    return kept, context[len(kept) :] + continuation
+
+
+def _ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    return tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"] if texts else []

@@ -1,0 +1,196 @@
+"""Scores of a language model with or without a prompt: `acc`, `acc_norm` and `exact_match` as lm-eval defines them."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fedsp_mpi.data.tasks import Example
+from fedsp_mpi.data.tokens import Text, by_length, collate, encode_pairs, truncate
+from fedsp_mpi.models.backbone import LanguageModel
+from fedsp_mpi.models.losses import answer_loss
+from fedsp_mpi.models.prompts import Prompt
+from fedsp_mpi.tensors import Batch
+
+
+@dataclass(frozen=True)
+class Score:
+    """What a test split says of a model.
+
+    Attributes:
+        n: questions.
+        acc: share whose option of highest summed log-likelihood is right; nan where the task has no options.
+        acc_norm: the same with the log-likelihood divided by the option's length in characters.
+        exact_match: share whose right answer is what greedy decoding would give.
+        stderr: standard error of the task's main number (sample standard deviation over the root of n, as lm-eval).
+        seconds: wall time.
+    """
+
+    n: int
+    acc: float
+    acc_norm: float
+    exact_match: float
+    stderr: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Question:
+    """An example whose options are tokenised: what is independent of the model's prompt is done once."""
+
+    options: tuple[Text, ...]
+    lengths: tuple[int, ...]
+    gold: tuple[int, ...]
+
+
+def questions(tokenizer: Any, examples: Sequence[Example]) -> list[Question]:
+    """Tokenise every option of every example as lm-eval does: context, then " " + option."""
+    pairs = [(example.context, " " + choice) for example in examples for choice in example.choices]
+    texts = iter(encode_pairs(tokenizer, pairs))
+    return [Question(tuple(next(texts) for _ in e.choices), tuple(map(len, e.choices)), e.gold) for e in examples]
+
+
+@torch.no_grad()
+def score(
+    model: LanguageModel,
+    prompt: Prompt | None,
+    asked: Sequence[Question],
+    metric: str,
+    batch_tokens: int,
+    on_done: Callable[[int], None] = lambda count: None,
+) -> Score:
+    """Score all questions.
+
+    A context is run once for all its options; contexts of one length share a batch, so nothing is padded before an
+    option. Texts longer than the model's positions (less the prompt's) lose their beginning, as in lm-eval.
+
+    Args:
+        model: on its device, frozen.
+        prompt: at the model's depth, or None for zero-shot.
+        asked: tokenised questions.
+        metric: "multiple_choice" or "exact_match", which decides whose standard error is given.
+        batch_tokens: tokens a forward pass.
+        on_done: told how many questions were finished.
+    """
+    start = time.perf_counter()
+    room = model.shape.num_positions - (prompt.spec.num_tokens if prompt else 0)
+    found = [_Found(len(question.options)) for question in asked]
+    for group in _groups(asked, room, batch_tokens):
+        _score_group(model, prompt, group, found)
+        on_done(sum(len(stem.options) for stem in group))
+    right = np.array([_judge(question, f) for question, f in zip(asked, found)], dtype=float)
+    acc, norm, exact = right.mean(axis=0)
+    main = right[:, 2 if metric == "exact_match" else 0]
+    stderr = float(main.std(ddof=1) / math.sqrt(len(main))) if len(main) > 1 else math.nan
+    if metric == "exact_match":
+        acc = norm = math.nan
+    else:
+        exact = math.nan
+    return Score(len(asked), float(acc), float(norm), float(exact), stderr, time.perf_counter() - start)
+
+
+@torch.no_grad()
+def answer_loss_mean(model: LanguageModel, prompt: Prompt | None, texts: Sequence[Text], batch_tokens: int) -> float:
+    """Mean cross entropy over all answer tokens of the texts: the validation loss."""
+    total = torch.zeros((), dtype=torch.float64, device=model.device)
+    count = 0
+    for rows in by_length(texts, batch_tokens):
+        batch = collate([texts[i] for i in rows])
+        count += int((batch.targets != -100).sum())
+        total += answer_loss(*model.answer_logits(batch.to(model.device), prompt)).double()
+    return float(total) / max(count, 1)
+
+
+class _Found:
+    """Log-likelihood of each option, and whether greedy decoding gives it."""
+
+    def __init__(self, num_options: int) -> None:
+        self.loglikelihood = np.zeros(num_options)
+        self.greedy = np.zeros(num_options, dtype=bool)
+
+
+@dataclass(frozen=True)
+class _Stem:
+    """Token ids that some options of a question share as their context."""
+
+    question: int
+    ids: tuple[int, ...]
+    options: tuple[int, ...]
+    endings: tuple[np.ndarray, ...]
+
+    @property
+    def cost(self) -> int:
+        return len(self.ids) + sum(len(ending) for ending in self.endings)
+
+
+def _groups(asked: Sequence[Question], room: int, batch_tokens: int) -> list[list[_Stem]]:
+    """Stems of equal length side by side, at most `batch_tokens` tokens together."""
+    by_size: dict[int, list[_Stem]] = defaultdict(list)
+    for index, question in enumerate(asked):
+        for stem in _stems(index, question, room):
+            by_size[len(stem.ids)].append(stem)
+    groups = []
+    for size in sorted(by_size, reverse=True):
+        group: list[_Stem] = []
+        for stem in by_size[size]:
+            if group and sum(s.cost for s in group) + stem.cost > batch_tokens:
+                groups.append(group)
+                group = []
+            group.append(stem)
+        groups.append(group)
+    return groups
+
+
+def _stems(index: int, question: Question, room: int) -> list[_Stem]:
+    shared: dict[tuple[int, ...], list[tuple[int, np.ndarray]]] = defaultdict(list)
+    for option, text in enumerate(question.options):
+        kept = truncate(text, room + 1)  # the last token is predicted, not read
+        shared[tuple(kept.ids[: kept.answer].tolist())].append((option, kept.ids[kept.answer :]))
+    return [_Stem(index, ids, *(tuple(part) for part in zip(*some))) for ids, some in shared.items()]
+
+
+def _score_group(model: LanguageModel, prompt: Prompt | None, group: list[_Stem], found: list[_Found]) -> None:
+    ids = torch.tensor([stem.ids for stem in group], device=model.device)
+    stem_of = [row for row, stem in enumerate(group) for _ in stem.options]
+    endings = [ending for stem in group for ending in stem.endings]
+    first, rest = model.continue_from(ids, prompt, torch.tensor(stem_of, device=model.device), _pad(endings, model))
+    lengths = [len(ending) for ending in endings]
+    logits = torch.cat([first[:, None], rest], dim=1) if rest is not None else first[:, None]
+    targets = torch.full((len(endings), max(lengths)), -100)
+    for row, ending in enumerate(endings):
+        targets[row, : len(ending)] = torch.from_numpy(ending.astype(np.int64))
+    targets = targets.to(model.device)
+    each = -F.cross_entropy(logits.float().transpose(1, 2), targets, reduction="none")
+    greedy = ((logits.argmax(-1) == targets) | (targets == -100)).all(dim=1).tolist()
+    sums = each.double().sum(dim=1).tolist()
+    places = [(stem.question, option) for stem in group for option in stem.options]
+    for (question, option), value, is_greedy in zip(places, sums, greedy):
+        found[question].loglikelihood[option], found[question].greedy[option] = value, is_greedy
+
+
+def _pad(endings: list[np.ndarray], model: LanguageModel) -> Batch | None:
+    """The endings without their last token, right-padded; None where no option is longer than a token."""
+    length = max(len(ending) for ending in endings) - 1
+    if length == 0:
+        return None
+    ids, mask = np.zeros((2, len(endings), length), dtype=np.int64)
+    for row, ending in enumerate(endings):
+        ids[row, : len(ending) - 1] = ending[:-1]
+        mask[row, : len(ending) - 1] = 1
+    both: tuple[Tensor, Tensor] = (torch.from_numpy(ids).to(model.device), torch.from_numpy(mask).to(model.device))
+    return Batch(*both, both[0])
+
+
+def _judge(question: Question, found: _Found) -> tuple[bool, bool, bool]:
+    best = int(np.argmax(found.loglikelihood))
+    best_norm = int(np.argmax(found.loglikelihood / np.array(question.lengths, dtype=float)))
+    return best in question.gold, best_norm in question.gold, bool(found.greedy[list(question.gold)].any())

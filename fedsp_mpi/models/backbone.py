@@ -1,0 +1,235 @@
+"""Causal language models as the rest of the package sees them, and the frozen global model among them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from fedsp_mpi.models.prompts import Prompt
+from fedsp_mpi.tensors import Batch, seal
+
+# Where each family keeps its list of layers, as a path from the model with its head.
+FAMILIES = {
+    "gpt2": "transformer.h",
+    "opt": "model.decoder.layers",
+    "llama": "model.layers",
+    "qwen2": "model.layers",
+}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes of a model that a prompt must fit.
+
+    Attributes:
+        num_layers: depth, shared layers counted as often as they are run.
+        num_kv_heads, head_dim: of the keys and values of one layer.
+        hidden_size: width of an input embedding.
+        num_positions: longest sequence, prompt included.
+    """
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    hidden_size: int
+    num_positions: int
+
+
+def shape_of(config: Any) -> Shape:
+    """Read the sizes from a transformers configuration."""
+    heads = config.num_attention_heads
+    return Shape(
+        num_layers=config.num_hidden_layers,
+        num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        hidden_size=getattr(config, "word_embed_proj_dim", None) or config.hidden_size,
+        num_positions=config.max_position_embeddings,
+    )
+
+
+def read_config(name: str, revision: str | None = None) -> Any:
+    """The configuration of a model, from a folder or the hub, without its weights.
+
+    Raises ValueError if there is no such model, or if its family is not one of `FAMILIES`.
+    """
+    _refuse_missing_folder(name)
+    try:
+        config = transformers.AutoConfig.from_pretrained(name, revision=revision)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"model.name: found {name!r}, which could not be read ({_first_line(error)}); expected a folder with a "
+            "config.json, or a name that the hub or its local cache knows"
+        ) from None
+    if config.model_type not in FAMILIES:
+        raise ValueError(
+            f"model.name: found {name!r} of the family {config.model_type!r}, expected one of {', '.join(FAMILIES)}"
+        )
+    return config
+
+
+def read_tokenizer(name: str, revision: str | None = None) -> Any:
+    """The tokenizer of a model, from a folder or the hub. Raises ValueError if there is none."""
+    _refuse_missing_folder(name)
+    try:
+        return transformers.AutoTokenizer.from_pretrained(name, revision=revision)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"model.tokenizer: found {name!r}, which has no readable tokenizer ({_first_line(error)}); "
+            "expected a folder with a tokenizer.json, or a hub name"
+        ) from None
+
+
+def _refuse_missing_folder(name: str) -> None:
+    looks_local = name.startswith((".", "/", "~")) or name.count("/") != 1
+    if looks_local and "/" in name and not Path(name).expanduser().is_dir():
+        raise ValueError(f"model.name: found no folder {name!r}, expected a Hugging Face model folder or a hub name")
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0][:200]
+
+
+def layers_of(model: nn.Module) -> nn.ModuleList:
+    """The list of layers of a model with a language-model head."""
+    return model.get_submodule(FAMILIES[model.config.model_type])  # type: ignore[union-attr,return-value,index]
+
+
+class LanguageModel:
+    """A causal language model that takes a soft prompt and gives logits where an answer is due.
+
+    Args:
+        model: a transformers model with its language-model head.
+        dtype: type of the forward pass; where the weights have another one, autocast is used.
+        dropout: whether the model's own dropout acts while its weights are trained.
+    """
+
+    def __init__(self, model: Any, dtype: torch.dtype = torch.float32, dropout: bool = False) -> None:
+        self.model, self.dtype, self.dropout = model, dtype, dropout
+        self.shape = shape_of(model.config)
+        self.device = next(model.parameters()).device
+        self._autocast = next(model.parameters()).dtype != dtype
+
+    def train_weights(self, on: bool) -> None:
+        """Make every weight trainable, or none. Dropout acts only in the first case, and only if it was asked for."""
+        self.model.requires_grad_(on)
+        self.model.train(on and self.dropout)
+
+    def hidden(self, batch: Batch, prompt: Prompt | None = None) -> Tensor:
+        """Hidden states after the final norm at the text's positions, [batch, length, hidden].
+
+        The prompt takes the first positions and the text those behind it, as in stock peft.
+        """
+        with self.computing():
+            inputs, before = self._inputs(batch, prompt)
+            return self.model.base_model(**inputs).last_hidden_state[:, before:]
+
+    def _inputs(self, batch: Batch, prompt: Prompt | None) -> tuple[dict[str, Any], int]:
+        """Arguments of the forward pass, and the positions that come back before the text's."""
+        mask = batch.attention_mask
+        if prompt is None:
+            return {"input_ids": batch.input_ids, "attention_mask": mask, "use_cache": False}, 0
+        mask = torch.cat([mask.new_ones(len(mask), prompt.spec.num_tokens), mask], dim=1)
+        if prompt.spec.kind == "prefix":
+            cache = self.cache(prompt, len(mask))
+            return {"input_ids": batch.input_ids, "attention_mask": mask, "past_key_values": cache}, 0
+        embedded = self.model.get_input_embeddings()(batch.input_ids)
+        soft = prompt.matrix().to(embedded.dtype).expand(len(mask), -1, -1)
+        together = torch.cat([soft, embedded], dim=1)
+        return {"inputs_embeds": together, "attention_mask": mask, "use_cache": False}, prompt.spec.num_tokens
+
+    def cache(self, prompt: Prompt, batch_size: int) -> Any:
+        """The prefix as a transformers cache, its keys and values repeated for every row of a batch."""
+        layers = prompt.key_values().to(self.dtype)
+        return transformers.DynamicCache(
+            [(key.expand(batch_size, -1, -1, -1), value.expand(batch_size, -1, -1, -1)) for key, value in layers]
+        )
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits [..., vocabulary] of hidden states [..., hidden]."""
+        with self.computing():
+            return self.model.get_output_embeddings()(hidden)
+
+    def answer_logits(self, batch: Batch, prompt: Prompt | None = None) -> tuple[Tensor, Tensor]:
+        """Logits [answers, vocabulary] and targets [answers] at the positions that have a target, and only there."""
+        where = batch.targets != -100
+        return self.head(self.hidden(batch, prompt)[where]), batch.targets[where]
+
+    def continue_from(
+        self, ids: Tensor, prompt: Prompt | None, rows: Tensor, endings: Batch | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Run contexts once, then several continuations of each.
+
+        Args:
+            ids: contexts of one length, [contexts, length].
+            prompt: at this model's depth, or None.
+            rows: the context of each continuation, [continuations].
+            endings: right-padded continuations but for their last token, or None if all are one token long.
+
+        Returns:
+            Logits of the continuations' first token [continuations, vocabulary], and of the further ones
+            [continuations, longest - 1, vocabulary] or None.
+        """
+        batch = Batch(ids, torch.ones_like(ids), ids)
+        with self.computing():
+            inputs, _ = self._inputs(batch, prompt)
+            output = self.model.base_model(**{**inputs, "use_cache": True})
+            first = self.head(output.last_hidden_state[:, -1])[rows]
+            if endings is None:
+                return first, None
+            cache = output.past_key_values
+            cache.batch_select_indices(rows)
+            seen = inputs["attention_mask"][rows]
+            mask = torch.cat([seen, endings.attention_mask], dim=1)
+            more = self.model.base_model(input_ids=endings.input_ids, attention_mask=mask, past_key_values=cache)
+            return first, self.head(more.last_hidden_state)
+
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        """Inside, matrix products are made in the model's computing type."""
+        with torch.autocast(self.device.type, self.dtype, enabled=self._autocast):
+            yield
+
+    def num_parameters(self) -> int:
+        """Weights held, shared ones counted once."""
+        return sum(p.numel() for p in self.model.parameters())
+
+
+def load_global(
+    name: str, *, revision: str | None = None, dtype: torch.dtype = torch.float32, device: torch.device
+) -> LanguageModel:
+    """Load the global model: frozen, in evaluation mode, and sealed, so that none of its memory can be sent.
+
+    Raises ValueError if the weights cannot be read.
+    """
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(name, revision=revision, dtype=dtype)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ValueError(f"model.name: the weights of {name!r} could not be read: {_first_line(error)}") from None
+    model.to(device)
+    found = LanguageModel(model, dtype)
+    found.train_weights(False)
+    seal.add(model.named_parameters())
+    return found
+
+
+def cast(model: LanguageModel, dtype: torch.dtype) -> None:
+    """Turn a frozen model's weights into another type in place, for scoring; sealed again."""
+    model.model.to(dtype)
+    model.dtype, model._autocast = dtype, False
+    seal.add(model.model.named_parameters())
+
+
+def quiet() -> None:
+    """No progress bars, no advice, no telemetry from the libraries underneath."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()

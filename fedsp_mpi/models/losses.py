@@ -1,0 +1,35 @@
+"""Losses as sums over what counts, with the count: what is averaged, and over what, is decided in one place."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def answer_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Sum of the next-token cross entropy over answer tokens: logits [answers, vocabulary], targets [answers]."""
+    return F.cross_entropy(logits.float(), targets, reduction="sum")
+
+
+def hidden_loss(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
+    """Sum over the positions that are not padding of the mean squared difference across the width.
+
+    Args:
+        student, teacher: [batch, length, hidden].
+        mask: [batch, length], 1 where there is text. (The reference averages over padding too.)
+    """
+    apart = (student.float() - teacher.float()).square().mean(dim=-1)
+    return torch.where(mask.bool(), apart, 0.0).sum()
+
+
+def logits_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """Sum over positions of T^2 KL(teacher || student) of the softened distributions (Hinton et al., 2015).
+
+    Args:
+        student, teacher: logits [positions, vocabulary] of the positions that are not padding.
+        temperature: T.
+    """
+    log_student = F.log_softmax(student.float() / temperature, dim=-1)
+    log_teacher = F.log_softmax(teacher.float() / temperature, dim=-1)
+    return F.kl_div(log_student, log_teacher, reduction="sum", log_target=True) * temperature**2

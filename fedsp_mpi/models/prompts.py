@@ -1,0 +1,187 @@
+"""Soft prompts: per-layer key/value prefixes, with or without a projection, and input prompts; in peft's formats."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from fedsp_mpi import rng
+from fedsp_mpi.tensors import NamedTensors
+
+if TYPE_CHECKING:
+    from fedsp_mpi.models.backbone import Shape
+
+
+@dataclass(frozen=True)
+class PromptSpec:
+    """What a prompt is made of.
+
+    Attributes:
+        kind: "prefix", keys and values for every layer; "input", embeddings before the text.
+        num_tokens: soft tokens.
+        num_layers: layers that a prefix serves; 1 for an input prompt.
+        num_heads, width: key/value heads, and their joint width; an input prompt has one head as wide as an embedding.
+        projection: hidden width of the re-parameterisation (Li and Liang, 2021), or None.
+    """
+
+    kind: Literal["prefix", "input"]
+    num_tokens: int
+    num_layers: int
+    num_heads: int
+    width: int
+    projection: int | None = None
+
+    @classmethod
+    def of(cls, shape: Shape, kind: Literal["prefix", "input"], num_tokens: int, projection: int | None) -> PromptSpec:
+        """The prompt of `num_tokens` soft tokens that fits a model of this shape."""
+        if kind == "input":
+            return cls(kind, num_tokens, 1, 1, shape.hidden_size)
+        return cls(
+            kind, num_tokens, shape.num_layers, shape.num_kv_heads, shape.num_kv_heads * shape.head_dim, projection
+        )
+
+    def at_depth(self, num_layers: int) -> PromptSpec:
+        """The same prompt for a model of another depth; an input prompt has no depth."""
+        return self if self.kind == "input" else replace(self, num_layers=num_layers)
+
+    @property
+    def row_width(self) -> int:
+        """Values of one soft token: layers * 2 * width of a prefix, the embedding's width of an input prompt."""
+        return self.width if self.kind == "input" else self.num_layers * 2 * self.width
+
+
+class Prompt(nn.Module):
+    """A trainable soft prompt, always fp32.
+
+    `matrix()` is what stock peft stores: [num_tokens, row_width], of a prefix layer by layer, each its key, then its
+    value. Without a projection the one parameter is that matrix; with it, they are peft's `embedding` and `transform`
+    (embedding [num_tokens, width], Linear to `projection`, tanh, Linear to row_width).
+    """
+
+    def __init__(self, spec: PromptSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        if spec.projection is None:
+            self.prompt = nn.Parameter(torch.zeros(spec.num_tokens, spec.row_width))
+        else:
+            self.embedding = nn.Parameter(torch.zeros(spec.num_tokens, spec.width))
+            self.transform = nn.Sequential(
+                nn.Linear(spec.width, spec.projection), nn.Tanh(), nn.Linear(spec.projection, spec.row_width)
+            )
+
+    def initialise(self, seed: int, std: float) -> Prompt:
+        """Fill with N(0, std^2), the projection's weights with N(0, 1/inputs) and its offsets with 0.
+
+        The numbers depend on the seed and the names alone.
+        """
+        for name, parameter in self.named_parameters():
+            scale = std if name in ("prompt", "embedding") else parameter.shape[-1] ** -0.5
+            noise = rng.generator(seed, f"prompt {name}").standard_normal(tuple(parameter.shape), dtype="float32")
+            parameter.data = torch.from_numpy(noise).mul_(0.0 if name.endswith("bias") else scale)
+        return self
+
+    def matrix(self) -> Tensor:
+        """The prompt in peft's layout, [num_tokens, row_width]."""
+        return self.prompt if self.spec.projection is None else self.transform(self.embedding)
+
+    def key_values(self) -> Tensor:
+        """Keys and values of a prefix, [num_layers, 2, num_heads, num_tokens, head_dim]."""
+        s = self.spec
+        assert s.kind == "prefix"
+        return self.matrix().view(s.num_tokens, s.num_layers, 2, s.num_heads, -1).permute(1, 2, 3, 0, 4)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The parameters by name: what travels."""
+        return {name: parameter.data for name, parameter in self.named_parameters()}
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copy values in, wherever the prompt lives. Names and shapes must be those of `tensors()`."""
+        assert set(tensors) == {name for name, _ in self.named_parameters()}
+        for name, parameter in self.named_parameters():
+            parameter.data.copy_(tensors[name])
+
+
+def depth_axis(spec: PromptSpec, name: str) -> int | None:
+    """The axis of a parameter along which the layers lie, or None."""
+    if spec.kind == "input" or name == "embedding" or name.startswith("transform.0"):
+        return None
+    return 1 if name == "prompt" else 0
+
+
+def to_depth(tensors: Mapping[str, Tensor], spec: PromptSpec, num_layers: int) -> dict[str, Tensor]:
+    """Map a prompt of `spec` to a model of another depth: repeat up, mean down.
+
+    Source: the reference's `merge_param_dict`. Layer i of L belongs to layer floor(i * l / L) of the l of the shallower
+    model, so every layer keeps its place in the order of depth.
+    """
+    return {name: _axis_to_depth(t, depth_axis(spec, name), spec, num_layers) for name, t in tensors.items()}
+
+
+def _axis_to_depth(tensor: Tensor, axis: int | None, spec: PromptSpec, num_layers: int) -> Tensor:
+    if axis is None or num_layers == spec.num_layers:
+        return tensor
+    deep, shallow = max(num_layers, spec.num_layers), min(num_layers, spec.num_layers)
+    owner = torch.arange(deep, device=tensor.device) * shallow // deep
+    by_layer = tensor.unflatten(axis, (spec.num_layers, -1))
+    if num_layers > spec.num_layers:
+        mapped = by_layer.index_select(axis, owner)
+    else:
+        mapped = torch.stack([by_layer.index_select(axis, i).mean(axis) for i in _members(owner, shallow)], dim=axis)
+    return mapped.flatten(axis, axis + 1).contiguous()
+
+
+def _members(owner: Tensor, num_groups: int) -> list[Tensor]:
+    return [(owner == group).nonzero().flatten() for group in range(num_groups)]
+
+
+def write_adapter(folder: Path, tensors: NamedTensors, spec: PromptSpec, base: str) -> None:
+    """Write a stock peft adapter: `PeftModel.from_pretrained(model, folder)` then answers with this prompt.
+
+    A projection is applied first, as peft itself does when it saves.
+
+    Args:
+        folder: made if it is not there.
+        tensors: the prompt's parameters, of the depth of the global model.
+        spec: what they are.
+        base: name or folder of the global model, for the adapter's own note.
+    """
+    prompt = Prompt(spec)
+    prompt.load(tensors.torch())
+    with torch.no_grad():
+        matrix = prompt.matrix().contiguous()
+    folder.mkdir(parents=True, exist_ok=True)
+    safetensors.torch.save_file({"prompt_embeddings": matrix}, folder / "adapter_model.safetensors")
+    prefix = {"encoder_hidden_size": spec.width, "prefix_projection": False} if spec.kind == "prefix" else {}
+    settings = {
+        "peft_type": "PREFIX_TUNING" if spec.kind == "prefix" else "PROMPT_TUNING",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "inference_mode": True,
+        "num_virtual_tokens": spec.num_tokens,
+        "token_dim": spec.width,
+        "num_transformer_submodules": 1,
+        "num_attention_heads": spec.num_heads,
+        "num_layers": spec.num_layers,
+        **prefix,
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
+def read_adapter(folder: Path) -> Tensor:
+    """The matrix [num_tokens, row_width] of a peft prefix- or prompt-tuning adapter.
+
+    Raises ValueError if the folder holds none.
+    """
+    try:
+        return safetensors.torch.load_file(folder / "adapter_model.safetensors")["prompt_embeddings"]
+    except (OSError, KeyError, safetensors.SafetensorError) as error:
+        raise ValueError(
+            f"{folder}: found no peft prompt ({error}), expected adapter_model.safetensors with 'prompt_embeddings'"
+        ) from None

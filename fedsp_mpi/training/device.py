@@ -1,0 +1,42 @@
+"""Which device a role computes on, in which type, with how many threads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from fedsp_mpi.config import ComputeConfig
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Compute:
+    """What a role computes with.
+
+    Attributes:
+        device: torch device.
+        dtype: type of its forward and backward passes.
+        threads: CPU threads inside one operation; equal numbers give equal bits.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    threads: int
+
+    @classmethod
+    def of(cls, settings: ComputeConfig, local_rank: int) -> Compute:
+        """Resolve the device by the rank's place on its host. Raises ValueError where CUDA is asked for but absent."""
+        num_devices = torch.cuda.device_count() if settings.device != "cpu" else 0
+        if settings.device == "cuda" and not num_devices:
+            raise ValueError("compute.device: found no CUDA device on this host, expected one; set it to auto or cpu")
+        device = torch.device("cuda", local_rank % num_devices) if num_devices else torch.device("cpu")
+        return cls(device, DTYPES[settings.dtype], settings.threads)
+
+    def begin(self) -> None:
+        """Set this process up for the role's work; one process may play both roles in turn."""
+        if torch.get_num_threads() != self.threads:
+            torch.set_num_threads(self.threads)
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)

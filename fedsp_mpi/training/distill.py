@@ -1,0 +1,78 @@
+"""Distillation: the auxiliary model learns to give the global model's hidden states (FedSP, knowledge distillation)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fedsp_mpi.config import DistillationConfig
+from fedsp_mpi.log import Log
+from fedsp_mpi.models.backbone import LanguageModel
+from fedsp_mpi.models.losses import hidden_loss, logits_loss
+from fedsp_mpi.tensors import Batch
+from fedsp_mpi.training.engine import DeepSpeedEngine, TorchEngine
+from fedsp_mpi.training.loop import Batches, Trace, num_text_tokens, train
+
+
+@dataclass(frozen=True)
+class Distilled:
+    """How an auxiliary model was aligned: losses and seconds, and the engine that stepped it."""
+
+    trace: Trace
+    engine: str
+    engine_version: str
+    zero_stage: int
+
+
+def distil(
+    student: LanguageModel, teacher: LanguageModel, batches: Batches, settings: DistillationConfig, log: Log
+) -> Distilled:
+    """Train all weights of `student` in place, without prompts, on the batches' whole texts.
+
+    The loss is hidden_weight * MSE of the last hidden states + logits_weight * T^2 KL of the logits, both averaged over
+    the tokens that are not padding. The teacher is frozen and gives no gradient.
+    """
+    stage = settings.stage
+    student.train_weights(True)
+    weights = student.model.parameters()
+    if settings.engine == "torch":
+        engine: TorchEngine | DeepSpeedEngine = TorchEngine(weights, stage.optimizer, stage.steps)
+        name, version, zero = "torch", torch.__version__, 0
+    else:
+        num_micro = -(-stage.batch_size // (stage.micro_batch or stage.batch_size))
+        engine = DeepSpeedEngine(student.model, stage.optimizer, stage.steps, num_micro, settings.zero_stage)
+        name, version, zero = "deepspeed", engine.version, settings.zero_stage
+    progress = log.progress("distilling", stage.steps)
+    trace = train(
+        engine,
+        batches,
+        stage.steps,
+        lambda batch: distillation_loss(student, teacher, batch, settings),
+        num_text_tokens,
+        student.device,
+        lambda loss: progress.step(note=lambda: f"loss {loss.item():.4f}"),
+    )
+    if isinstance(engine, DeepSpeedEngine):
+        engine.close()
+    student.train_weights(False)
+    return Distilled(trace, name, version, zero)
+
+
+def distillation_loss(
+    student: LanguageModel, teacher: LanguageModel, batch: Batch, settings: DistillationConfig
+) -> Tensor:
+    """The batch's sum over tokens of the weighted losses; see `distil`."""
+    with torch.no_grad():
+        goal = teacher.hidden(batch)
+    found = student.hidden(batch)
+    loss = settings.hidden_weight * hidden_loss(found, goal, batch.attention_mask)
+    if settings.logits_weight:
+        where = batch.attention_mask.bool()
+        with torch.no_grad():
+            goal_logits = teacher.head(goal[where])
+        loss = loss + settings.logits_weight * logits_loss(
+            student.head(found[where]), goal_logits, settings.temperature
+        )
+    return loss

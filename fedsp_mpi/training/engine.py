@@ -1,0 +1,159 @@
+"""Plain torch or DeepSpeed behind the same three calls: backward, step, and the number of steps done."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedsp_mpi.config import OptimizerConfig
+
+
+def learning_rate(settings: OptimizerConfig, step: int, total_steps: int) -> float:
+    """The rate of optimizer step `step` (from 0) of `total_steps`: linear warm-up, then linear decay.
+
+    With W = round(warmup * total): (step + 1) / W of the full rate while step < W, then (total - step) / (total - W).
+    No step has rate 0, so none is wasted; past the end the last rate stays.
+    """
+    warm = round(settings.warmup * total_steps)
+    if step < warm:
+        return settings.learning_rate * (step + 1) / warm
+    return settings.learning_rate * max(total_steps - step, 1) / max(total_steps - warm, 1)
+
+
+def adamw(parameters: Iterable[nn.Parameter], settings: OptimizerConfig) -> torch.optim.AdamW:
+    """AdamW over `parameters` as configured."""
+    return torch.optim.AdamW(
+        parameters,
+        lr=settings.learning_rate,
+        betas=(settings.beta1, settings.beta2),
+        eps=settings.epsilon,
+        weight_decay=settings.weight_decay,
+        fused=True,
+    )
+
+
+class TorchEngine:
+    """AdamW, schedule and clipping over some parameters.
+
+    Args:
+        parameters: what is trained, fp32.
+        settings: optimizer and schedule.
+        total_steps: length of the schedule.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter], settings: OptimizerConfig, total_steps: int) -> None:
+        self._parameters = list(parameters)
+        self._optimizer = adamw(self._parameters, settings)
+        self._settings, self._total = settings, total_steps
+        self.steps_done = 0
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of `loss`."""
+        loss.backward()
+
+    def step(self) -> None:
+        """Clip, update, forget the gradient."""
+        if self._settings.clip is not None:
+            nn.utils.clip_grad_norm_(self._parameters, self._settings.clip)
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate(self._settings, self.steps_done, self._total)
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        self.steps_done += 1
+
+    def forget_gradient(self) -> None:
+        """Drop a gradient that was not used, after an error."""
+        self._optimizer.zero_grad(set_to_none=True)
+
+    def to(self, device: torch.device) -> None:
+        """Move the optimizer's moments; nothing is copied that is there already."""
+        for moments in self._optimizer.state.values():
+            for name, value in moments.items():
+                if name != "step":
+                    moments[name] = value.to(device)
+
+    def state(self) -> dict[str, Any]:
+        """Everything that a later step depends on, beside the parameters."""
+        return {"optimizer": self._optimizer.state_dict(), "steps_done": self.steps_done}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on from `state()`."""
+        self._optimizer.load_state_dict(state["optimizer"])
+        self.steps_done = state["steps_done"]
+
+
+class DeepSpeedEngine:
+    """The same three calls over a DeepSpeed engine. It lives on the server alone.
+
+    Args:
+        model: the module that is trained, on its device.
+        settings: optimizer and schedule.
+        total_steps: length of the schedule.
+        num_micro_batches: calls of `backward` for one of `step`.
+        zero_stage: 0 to 3.
+    """
+
+    def __init__(
+        self, model: nn.Module, settings: OptimizerConfig, total_steps: int, num_micro_batches: int, zero_stage: int
+    ) -> None:
+        deepspeed = _import_deepspeed()
+        self.version, self.zero_stage = deepspeed.__version__, zero_stage
+        self._settings, self._total, self._micro = settings, total_steps, num_micro_batches
+        trained = [p for p in model.parameters() if p.requires_grad]
+        self._engine, self._optimizer, _, _ = deepspeed.initialize(
+            model=model,
+            optimizer=adamw(trained, settings),
+            config={
+                "train_micro_batch_size_per_gpu": 1,
+                "gradient_accumulation_steps": num_micro_batches,
+                "gradient_clipping": settings.clip or 0.0,
+                "zero_optimization": {"stage": zero_stage},
+                "zero_allow_untested_optimizer": True,
+                "steps_per_print": 2**31,
+            },
+        )
+        self.steps_done = 0
+        self._calls = 0
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of `loss`; the engine divides by the number of micro-batches, which is undone here."""
+        self._engine.backward(loss * self._micro if self._micro > 1 else loss)
+        self._calls += 1
+        if self._calls % self._micro:
+            self._engine.step()  # counts the micro-batch; the last one is counted by `step`
+
+    def step(self) -> None:
+        """Clip, update, forget the gradient."""
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate(self._settings, self.steps_done, self._total)
+        self._engine.step()
+        self.steps_done += 1
+
+    def close(self) -> None:
+        """Leave the process group, so that nothing of DeepSpeed outlives the distillation."""
+        self._engine.destroy()
+        torch.distributed.destroy_process_group()
+
+
+def _import_deepspeed() -> Any:
+    """Import DeepSpeed and make a process group of the server alone.
+
+    Left to itself, `init_distributed` looks for MPI and would wait for the clients; and on a CPU it compiles a
+    shared-memory operator that one process has no use for, so that operator is marked as not available.
+    """
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    import deepspeed
+
+    deepspeed.logger.setLevel("ERROR")
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo", auto_mpi_discovery=False, verbose=False)
+    return deepspeed

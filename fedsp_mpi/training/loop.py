@@ -1,0 +1,108 @@
+"""The only gradient loop."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from fedsp_mpi.tensors import Batch
+
+
+class NonFiniteError(ArithmeticError):
+    """A loss is infinite or not a number."""
+
+
+class Engine(Protocol):
+    """What the loop asks of an optimizer."""
+
+    steps_done: int
+
+    def backward(self, loss: Tensor) -> None: ...
+
+    def step(self) -> None: ...
+
+
+class Batches(Protocol):
+    """Micro-batches by optimizer step."""
+
+    batch_size: int
+
+    def step(self, index: int) -> list[Batch]: ...
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What a stretch of training did.
+
+    Attributes:
+        losses: mean loss of each step.
+        samples: examples processed.
+        seconds: wall time.
+    """
+
+    losses: tuple[float, ...] = ()
+    samples: int = 0
+    seconds: float = 0.0
+
+    @property
+    def first(self) -> float:
+        return self.losses[0] if self.losses else math.nan
+
+    @property
+    def last(self) -> float:
+        return self.losses[-1] if self.losses else math.nan
+
+
+def train(
+    engine: Engine,
+    batches: Batches,
+    num_steps: int,
+    loss: Callable[[Batch], Tensor],
+    count: Callable[[Batch], int],
+    device: torch.device,
+    on_step: Callable[[Tensor], None] | None = None,
+) -> Trace:
+    """Take `num_steps` optimizer steps, going on with the batches where the engine stopped.
+
+    A step's loss is the sum of `loss` over its micro-batches divided by the sum of `count`, so it does not depend on
+    how the batch is cut. Losses are fetched from the device once, at the end.
+
+    Raises NonFiniteError naming the first step whose loss is not finite.
+    """
+    start, losses = time.perf_counter(), []
+    for _ in range(num_steps):
+        micro_batches = batches.step(engine.steps_done)
+        total, step_loss = sum(map(count, micro_batches)), None
+        for batch in micro_batches:
+            share = loss(batch.to(device)) / total
+            engine.backward(share)
+            step_loss = share.detach() if step_loss is None else step_loss + share.detach()
+        engine.step()
+        losses.append(step_loss)
+        if on_step is not None:
+            on_step(step_loss)
+    found = torch.stack(losses).tolist() if losses else []
+    _require_finite(found)
+    return Trace(tuple(found), num_steps * batches.batch_size, time.perf_counter() - start)
+
+
+def num_answer_tokens(batch: Batch) -> int:
+    """Tokens that a batch asks for."""
+    return int((batch.targets != -100).sum())
+
+
+def num_text_tokens(batch: Batch) -> int:
+    """Tokens of a batch that are not padding."""
+    return int(batch.attention_mask.sum())
+
+
+def _require_finite(losses: list[float]) -> None:
+    for index, value in enumerate(losses):
+        if not math.isfinite(value):
+            raise NonFiniteError(f"the loss of step {index + 1} of {len(losses)} is {value}, expected a finite number")
