@@ -214,10 +214,11 @@ class RecordConfig:
 class DeadlineConfig:
     """Longest wait for other ranks in seconds, by phase; None waits for ever."""
 
-    start: float | None = 600
-    distillation: float | None = None
-    round: float | None = None
-    evaluation: float | None = None
+    start_up: float | None = 600  # for all ranks to begin, and for the server's checks
+    handout: float | None = None  # clients, for loading and distillation
+    broadcast: float | None = None  # clients, from the end of their work to the next round
+    gather: float | None = None  # the server, for the clients' work
+    finish: float | None = None  # clients, for the evaluation
 
 
 @dataclass(frozen=True)

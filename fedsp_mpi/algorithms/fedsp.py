@@ -19,7 +19,7 @@ from fedsp_mpi.models.losses import answer_loss
 from fedsp_mpi.models.prompts import Prompt, to_depth
 from fedsp_mpi.tensors import Batch, NamedTensors, Update
 from fedsp_mpi.training.engine import TorchEngine
-from fedsp_mpi.training.loop import Batches, Trace, num_answer_tokens, train
+from fedsp_mpi.training.loop import Batches, NonFiniteError, Trace, num_answer_tokens, train
 
 METRICS = (
     "loss_model_first",
@@ -155,6 +155,8 @@ class Client:
 
         What the client keeps is renewed only when both stages went well; after an error it begins anew from the
         hand-out.
+
+        Raises NonFiniteError if a loss or the tuned prompt is not finite.
         """
         start = time.perf_counter()
         bench, shard = self._benches.pop(client, None) or self._new_bench(), self._shards[client]
@@ -170,9 +172,11 @@ class Client:
         self._prompt.requires_grad_(True)
         prompt = tune(self._model, self._prompt, bench.tuning, shard.tuning, self._tuning.steps)
 
+        tensors = NamedTensors.pack(self._prompt.tensors())
+        if not tensors.is_finite():
+            raise NonFiniteError("the tuned prompt holds numbers that are not finite")
         if self._keep:
             self._benches[client] = self._put_away(bench)
-        tensors = NamedTensors.pack(self._prompt.tensors())
         seconds = time.perf_counter() - start - model.seconds - prompt.seconds
         numbers = (model.first, model.last, prompt.first, prompt.last, model.seconds, prompt.seconds, seconds)
         return Update(client, float(prompt.samples), tensors, dict(zip(METRICS, numbers)))

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import transformers
+import transformers.initialization
 from torch import Tensor, nn
 
 from fedsp_mpi.models.backbone import FAMILIES, LanguageModel, layers_of

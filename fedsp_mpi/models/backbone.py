@@ -231,5 +231,6 @@ def cast(model: LanguageModel, dtype: torch.dtype) -> None:
 def quiet() -> None:
     """No progress bars, no advice, no telemetry from the libraries underneath."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")  # or it warns of its choice
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()

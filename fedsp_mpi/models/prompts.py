@@ -101,6 +101,10 @@ class Prompt(nn.Module):
         """The parameters by name: what travels."""
         return {name: parameter.data for name, parameter in self.named_parameters()}
 
+    def num_parameters(self) -> int:
+        """Values that are trained."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Copy values in, wherever the prompt lives. Names and shapes must be those of `tensors()`."""
         assert set(tensors) == {name for name, _ in self.named_parameters()}

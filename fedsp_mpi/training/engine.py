@@ -146,7 +146,6 @@ def _import_deepspeed() -> Any:
     Left to itself, `init_distributed` looks for MPI and would wait for the clients; and on a CPU it compiles a
     shared-memory operator that one process has no use for, so that operator is marked as not available.
     """
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     import deepspeed
 
     deepspeed.logger.setLevel("ERROR")

@@ -1,0 +1,7 @@
+"""`python -m fedsp_mpi`."""
+
+import sys
+
+from fedsp_mpi.cli import main
+
+sys.exit(main())

@@ -1,0 +1,89 @@
+"""Communication: the only room that knows MPI.
+
+Names are loaded when they are asked for, so that the guard can stand before numpy and MPI are imported.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from .guard import Guard, Refused, Scene, guard
+from .topology import Topology, launcher_rank, launcher_size, refuse_singletons, spread
+
+if TYPE_CHECKING:
+    from .messages import Down, Handout, Report, checked
+    from .solo import Solo
+    from .updates import Updates
+    from .waiting import DeadlineError, Deadlines
+    from .wire import Wire
+
+__all__ = [
+    "DeadlineError",
+    "Deadlines",
+    "Down",
+    "Guard",
+    "Handout",
+    "Refused",
+    "Report",
+    "Scene",
+    "Solo",
+    "Topology",
+    "Updates",
+    "Wire",
+    "checked",
+    "connect",
+    "guard",
+    "launcher_rank",
+    "launcher_size",
+    "refuse_singletons",
+    "spread",
+]
+
+_LATER = {
+    "DeadlineError": "waiting",
+    "Deadlines": "waiting",
+    "Down": "messages",
+    "Handout": "messages",
+    "Report": "messages",
+    "checked": "messages",
+    "Solo": "solo",
+    "Updates": "updates",
+    "Wire": "wire",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LATER:
+        return getattr(import_module(f".{_LATER[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def connect(*, chunk_bytes: int | None = None, deadlines: Deadlines | None = None) -> Wire | Solo:
+    """The wire between the processes that the launcher started, or Solo if there is one process.
+
+    Collective. Without a launcher MPI is not even imported.
+
+    Args:
+        chunk_bytes: size of the pieces in which one vector travels, default 4 MiB. The server needs this much memory
+            per update while it merges. The server's choice counts from the hand-out on.
+        deadlines: how long waiting may take, per phase; default: for ever.
+
+    Raises:
+        ValueError: the launcher started several processes that do not see each other.
+        DeadlineError: not everybody arrived.
+    """
+    from .messages import CHUNK_BYTES
+    from .solo import Solo
+
+    chunk_bytes = chunk_bytes or CHUNK_BYTES
+    if launcher_rank() is None or launcher_size() == 1:
+        return Solo(chunk_bytes, deadlines)
+    from mpi4py import MPI
+
+    from .wire import Wire
+
+    refuse_singletons(MPI.COMM_WORLD.size)
+    if MPI.COMM_WORLD.size == 1:
+        return Solo(chunk_bytes, deadlines)
+    return Wire(MPI.COMM_WORLD, chunk_bytes, deadlines)

@@ -1,0 +1,86 @@
+"""The book of everything that travels: every byte has a name."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from ..tensors import Contract, Schema
+from .messages import HEADER_BYTES
+
+Direction = Literal["start-up", "handout", "down", "up"]
+
+
+@dataclass
+class Entry:
+    """One name in one phase, summed over the run.
+
+    Attributes:
+        direction, phase, name: what it is; names in parentheses are not tensors.
+        shape, dtype: of one tensor; bytes without a shape are `uint8` of varying length.
+        messages, bytes: logical: one message per client a round, however the clients are placed; at start-up and at
+            the hand-out one per client rank (one in all where there is a single process).
+        crossed, bytes_crossed: what really went from one process to another, pieces of a message not counted apart.
+    """
+
+    direction: Direction
+    phase: str
+    name: str
+    shape: tuple[int, ...] | None
+    dtype: str
+    messages: int = 0
+    bytes: int = 0
+    crossed: int = 0
+    bytes_crossed: int = 0
+
+
+class Ledger:
+    """Adds up messages by (direction, phase, name), and remembers the last round's bytes per client."""
+
+    def __init__(self) -> None:
+        self._entries: dict[tuple[str, str, str], Entry] = {}
+        self._round: dict[str, dict[int, int]] = {"down": {}, "up": {}}
+
+    def raw(self, direction: Direction, phase: str, name: str, size: int, messages: int, crossed: int) -> None:
+        """Count messages of `size` bytes that are no tensors: headers, JSON."""
+        self._add(Entry(direction, phase, name, None, "uint8"), size, messages, crossed)
+
+    def header(self, direction: Direction, phase: str, messages: int, crossed: int) -> None:
+        """Count headers."""
+        self._add(Entry(direction, phase, "(header)", (HEADER_BYTES,), "uint8"), HEADER_BYTES, messages, crossed)
+
+    def tensors(self, direction: Direction, phase: str, schema: Schema, messages: int, crossed: int) -> None:
+        """Count messages with the tensors of `schema`."""
+        for spec in schema:
+            entry = Entry(direction, phase, spec.name, spec.shape, "float32")
+            self._add(entry, 4 * spec.num_values, messages, crossed)
+
+    def broadcast(self, schema: Schema, messages: int, crossed: int) -> None:
+        """Count broadcasts: logical ones when it is known which clients answer, real ones when they leave."""
+        self.header("down", "broadcast", messages, crossed)
+        self.tensors("down", "broadcast", schema, messages, crossed)
+
+    def answers(self, contract: Contract, updates: list[int], failures: list[int], crossed: bool) -> None:
+        """Count one round: the clients that were handed the broadcast and answered with an update, or a failure."""
+        everyone = sorted(updates + failures)
+        self.broadcast(contract.down, len(everyone), 0)
+        self.header("up", "gather", len(everyone), len(everyone) * crossed)
+        self.tensors("up", "gather", contract.up, len(updates), len(updates) * crossed)
+        down, up = (HEADER_BYTES + 4 * schema.num_values for schema in (contract.down, contract.up))
+        sent = dict.fromkeys(failures, HEADER_BYTES) | dict.fromkeys(updates, up)
+        self._round = {"down": dict.fromkeys(everyone, down), "up": {client: sent[client] for client in everyone}}
+
+    def round_bytes(self) -> dict[str, dict[int, int]]:
+        """Bytes of the last round: {"down": {client: bytes}, "up": {client: bytes}}."""
+        return {direction: dict(clients) for direction, clients in self._round.items()}
+
+    def manifest(self) -> list[dict[str, Any]]:
+        """All entries, as JSON can say them, in the order in which they first came up."""
+        return [asdict(entry) for entry in self._entries.values()]
+
+    def _add(self, new: Entry, size: int, messages: int, crossed: int) -> None:
+        entry = self._entries.setdefault((new.direction, new.phase, new.name), new)
+        entry.messages += messages
+        entry.bytes += messages * size
+        entry.crossed += crossed
+        entry.bytes_crossed += crossed * size

@@ -1,0 +1,219 @@
+"""What the loop hands to the wire and gets from it, and the 256-byte header that goes in front of every message."""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import IntEnum
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ..tensors import Contract, Failure, NamedTensors, Schema, Update, seal
+
+CHUNK_BYTES = 4 << 20  # of one vector that travel at once
+MAGIC, LAYOUT_VERSION = b"FSPW", 1
+HEADER_BYTES, MAX_METRICS, TEXT_BYTES = 256, 12, 110
+# magic, layout version, kind, round, client, number of values (of bytes for JSON), schema digest, weight,
+# which metrics are there (bit mask), metrics, text. Little-endian without padding.
+_LAYOUT = struct.Struct(f"<4sHHiiQ16sdH{MAX_METRICS}d{TEXT_BYTES}s")
+assert _LAYOUT.size == HEADER_BYTES
+
+
+@dataclass(frozen=True)
+class Handout:
+    """What everybody gets once, before the first round; it fixes what may travel afterwards.
+
+    Attributes:
+        meta: anything that JSON can say.
+        tensors: the auxiliary model and the first prompts.
+        contract: names and shapes of all later messages.
+    """
+
+    meta: dict[str, Any]
+    tensors: NamedTensors
+    contract: Contract
+
+
+@dataclass(frozen=True)
+class Down:
+    """The broadcast of one round: the prompts that clients start from, or the word to stop (without tensors)."""
+
+    round: int
+    stop: bool = False
+    tensors: NamedTensors | None = None
+
+
+class Report(NamedTuple):
+    """What an accepted update says besides its tensors."""
+
+    client: int
+    weight: float
+    metrics: dict[str, float]
+
+
+class Kind(IntEnum):
+    """What follows a header: a payload of fp32 values (BROADCAST, UPDATE), JSON bytes (JSON), or nothing."""
+
+    BROADCAST = 1
+    STOP = 2
+    UPDATE = 3
+    FAILURE = 4
+    JSON = 5
+
+
+@dataclass(frozen=True)
+class Header:
+    """The fixed 256 bytes in front of a message."""
+
+    kind: Kind
+    round: int = -1
+    client: int = -1
+    num_values: int = 0
+    digest: bytes = bytes(16)
+    weight: float = 0.0
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    text: str = ""
+
+    def pack(self, names: Sequence[str] = ()) -> bytes:
+        """The 256 bytes; `names` gives the places of the metrics."""
+        values = [self.metrics.get(name, 0.0) for name in names] + [0.0] * (MAX_METRICS - len(names))
+        mask = sum(1 << i for i, name in enumerate(names) if name in self.metrics)
+        text = self.text.encode()[:TEXT_BYTES].decode(errors="ignore").encode()  # never half a character
+        fixed = (MAGIC, LAYOUT_VERSION, self.kind, self.round, self.client, self.num_values, self.digest, self.weight)
+        return _LAYOUT.pack(*fixed, mask, *values, text)
+
+    @classmethod
+    def unpack(cls, raw: bytes, whose: str, names: Sequence[str] = ()) -> Header:
+        """Read 256 bytes. Raises ValueError, naming `whose`, if they are not a header of this layout."""
+        magic, version, kind, round, client, num_values, digest, weight, mask, *rest = _LAYOUT.unpack(raw)
+        if (magic, version) != (MAGIC, LAYOUT_VERSION) or kind not in list(Kind):
+            raise ValueError(
+                f"{whose}: found a message of {magic!r}, layout {version}, kind {kind}; expected {MAGIC!r}, layout "
+                f"{LAYOUT_VERSION}; start all ranks with one version of fedsp_mpi"
+            )
+        metrics = {name: rest[i] for i, name in enumerate(names) if mask >> i & 1}
+        text = rest[MAX_METRICS].rstrip(b"\0").decode(errors="replace")
+        return cls(Kind(kind), round, client, num_values, digest, weight, metrics, text)
+
+    @classmethod
+    def of(cls, item: Update | Failure, round: int) -> Header:
+        """The header of one client's answer."""
+        if isinstance(item, Failure):
+            return cls(Kind.FAILURE, round, item.client, text=f"{item.phase}\n{item.reason}")
+        schema = item.tensors.schema
+        return cls(Kind.UPDATE, round, item.client, schema.num_values, schema.digest, float(item.weight), item.metrics)
+
+    def require(self, kind: Kind, whose: str) -> Header:
+        """Itself; ValueError if it is of another kind, that is, two ranks are at different places of the protocol."""
+        if self.kind is not kind:
+            raise ValueError(f"{whose}: found a message of kind {self.kind.name}, expected {kind.name}")
+        return self
+
+    def failure(self) -> Failure:
+        """The failure that this header carries."""
+        phase, _, reason = self.text.partition("\n")
+        return Failure(self.client, self.round, phase, reason)
+
+
+def checked(item: Update | Failure, contract: Contract, round: int) -> Update | Failure:
+    """What a client may send: `item`, or a Failure in its place if its weight or one of its tensors is not finite.
+
+    Raises:
+        ValueError: tensors, metrics or weight are not what the contract says; names the first tensor that differs.
+        SealedTensorError: the tensors are memory of the global model.
+    """
+    whose = f"update of client {item.client}"
+    if isinstance(item, Failure):
+        assert item.round == round, f"failure of round {item.round} in round {round}"
+        return item
+    item.tensors.schema.require(contract.up, whose)
+    seal.refuse_array(item.tensors.flat)
+    if unknown := set(item.metrics) - set(contract.metrics):
+        raise ValueError(f"{whose}: found metrics {sorted(unknown)}, expected some of {list(contract.metrics)}")
+    if item.weight < 0:
+        raise ValueError(f"{whose}: found weight {item.weight}, expected a number that is not negative")
+    if not math.isfinite(item.weight):
+        return Failure(item.client, round, "check", f"weight is {item.weight}")
+    if not item.tensors.is_finite():
+        name = next(name for name, view in item.tensors.items() if not np.isfinite(view).all())
+        return Failure(item.client, round, "check", f"tensor {name!r} is not finite")
+    return item
+
+
+def require_update(header: Header, contract: Contract, round: int, rank: int) -> Header:
+    """The server's side of `checked`: raise ValueError unless the header is an answer as agreed for this round."""
+    whose = f"update of client {header.client} from rank {rank}"
+    found: list[Any] = [header.round, header.num_values, header.digest.hex()]
+    expected: list[Any] = [round, contract.up.num_values, contract.up.digest.hex()]
+    if header.kind is Kind.FAILURE:
+        found, expected = found[:1], expected[:1]
+    elif header.kind is not Kind.UPDATE or not (math.isfinite(header.weight) and header.weight >= 0):
+        raise ValueError(
+            f"{whose}: found a {header.kind.name} of weight {header.weight}, expected an UPDATE with a finite weight"
+        )
+    if found != expected:
+        raise ValueError(f"{whose}: found [round, values, schema] {found}, expected {expected} as handed out")
+    return header
+
+
+def down_header(down: Down, contract: Contract) -> Header:
+    """The header of a broadcast.
+
+    Raises:
+        ValueError: the tensors are not those of the contract.
+        SealedTensorError: the tensors are memory of the global model.
+    """
+    if down.stop:
+        return Header(Kind.STOP, down.round)
+    assert down.tensors is not None, "a broadcast has tensors unless it says stop"
+    down.tensors.schema.require(contract.down, f"broadcast of round {down.round}")
+    seal.refuse_array(down.tensors.flat)
+    return Header(Kind.BROADCAST, down.round, num_values=contract.down.num_values, digest=contract.down.digest)
+
+
+def require_handout(handout: Handout) -> None:
+    """Raise ValueError if a header has no room for the contract's metrics, SealedTensorError for the global model."""
+    if len(handout.contract.metrics) > MAX_METRICS:
+        raise ValueError(f"found {len(handout.contract.metrics)} metrics, expected at most {MAX_METRICS}")
+    seal.refuse_array(handout.tensors.flat)
+
+
+def sort_answers(headers: Iterable[Header]) -> tuple[list[Report], list[Failure]]:
+    """Accepted updates and failures, each in the order of client ids. Raises ValueError if a client answered twice."""
+    ordered = sorted(headers, key=lambda header: header.client)
+    for one, other in pairwise(ordered):
+        if one.client == other.client:
+            raise ValueError(f"found two answers of client {one.client} in one round, expected one")
+    reports = [Report(h.client, h.weight, dict(h.metrics)) for h in ordered if h.kind is Kind.UPDATE]
+    return reports, [header.failure() for header in ordered if header.kind is Kind.FAILURE]
+
+
+def slices(num_values: int, chunk: int) -> Iterator[slice]:
+    """Cut a vector into pieces of `chunk` values; the last may be shorter."""
+    for start in range(0, num_values, chunk):
+        yield slice(start, min(start + chunk, num_values))
+
+
+def to_json(content: Any) -> bytes:
+    """UTF-8 bytes of anything that JSON can say."""
+    return json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def handout_content(handout: Handout, chunk: int) -> dict[str, Any]:
+    """What clients must know before the tensors of the hand-out can flow; `chunk`: values in a piece."""
+    contract = handout.contract
+    schemas = {"tensors": handout.tensors.schema, "down": contract.down, "up": contract.up}
+    content = {name: [[spec.name, spec.shape] for spec in schema] for name, schema in schemas.items()}
+    return {**content, "metrics": contract.metrics, "meta": handout.meta, "chunk": chunk}
+
+
+def handout_from(content: dict[str, Any]) -> tuple[Handout, int]:
+    """The receiving side of `handout_content`: room for the tensors, which are still to come, and the `chunk`."""
+    tensors, down, up = (Schema.of(content[name]) for name in ("tensors", "down", "up"))
+    room = NamedTensors(tensors, np.empty(tensors.num_values, dtype=np.float32))
+    return Handout(content["meta"], room, Contract(down, up, tuple(content["metrics"]))), int(content["chunk"])

@@ -1,0 +1,327 @@
+"""Server and clients over MPI. Both sides of each step of the protocol stand next to each other.
+
+Every rank calls the same operations in the same order, and inside them the same collectives: how many there are
+follows from the contract alone. What says who sends how much (headers) goes from client to server as letters, so that
+the server knows who has not reported yet. Payload is fp32 straight from and to the vectors' memory, never pickled.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..tensors import Contract, Failure, NamedTensors, Update
+from .guard import Refused, guard
+from .ledger import Direction, Ledger
+from .messages import (
+    CHUNK_BYTES,
+    HEADER_BYTES,
+    Down,
+    Handout,
+    Header,
+    Kind,
+    checked,
+    down_header,
+    handout_content,
+    handout_from,
+    require_handout,
+    require_update,
+    slices,
+    sort_answers,
+    to_json,
+)
+from .topology import Topology
+from .updates import Columns, Updates, reorder
+from .waiting import Deadlines, wait
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+_WINDOW = 4  # pieces of one vector that flow down at the same time
+_SERVER, _LETTER = 0, 1
+
+
+class Wire:
+    """One rank's end of the wire.
+
+    Attributes:
+        topology: where this rank stands.
+        is_server: this rank aggregates.
+        is_client: this rank hosts clients.
+        deadlines: seconds per phase; may be replaced at any time, each rank has its own.
+        contract: what may travel; None before the hand-out.
+    """
+
+    def __init__(self, comm: MPI.Intracomm, chunk_bytes: int = CHUNK_BYTES, deadlines: Deadlines | None = None) -> None:
+        from mpi4py import MPI
+
+        self._mpi = MPI
+        self.deadlines = deadlines or Deadlines()
+        # Ranks arrive at different times; what follows is blocking, and would spin.
+        self._wait(comm.Ibarrier().Test, "start_up")
+        self._comm = comm.Dup()
+        self.topology = Topology.of(self._comm)
+        self.is_server, self.is_client = self.topology.is_server, not self.topology.is_server
+        self.contract: Contract | None = None
+        self._chunk = max(1, chunk_bytes // 4)
+        self._ledger = Ledger()
+        self._open: Updates | None = None
+        self._others = self.topology.size - 1
+
+    # The operations, in the order of a run.
+
+    def introduce(self, info: Mapping[str, Any]) -> list[dict[str, Any]] | None:
+        """Gather one JSON-able dict of every rank at the server: the list by rank there, None elsewhere."""
+        with self._operation("introduce"):
+            body = to_json(info)
+            if not self.is_server:
+                self._write(
+                    Header(Kind.JSON, client=self.topology.rank, num_values=len(body)).pack() + body, "start_up"
+                )
+                self._count_json("start-up", "introduce", "(introduction)", len(body), (1, 1))
+                return None
+            letters = self._read_all("start_up")
+            for letter in letters.values():
+                self._count_json("start-up", "introduce", "(introduction)", len(letter) - HEADER_BYTES, (1, 1))
+            return [json.loads(body)] + [_open_json(letters[rank], rank) for rank in sorted(letters)]
+
+    def agree(self, verdict: str | None) -> None:
+        """The server says whether the run can begin; other ranks pass None.
+
+        Raises:
+            Refused: on every rank, if the server passed a text.
+        """
+        with self._operation("agree"):
+            assert self.is_server or verdict is None, "the server decides"
+            raw = self._bytes_down(to_json({"verdict": verdict}), "start_up")
+            self._count_json("start-up", "agree", "(verdict)", len(raw), self._deliveries)
+            if (text := json.loads(raw)["verdict"]) is not None:
+                raise Refused(text)
+
+    def handout(self, handout: Handout | None) -> Handout:
+        """The server's hand-out for everybody; other ranks pass None. Seals the contract.
+
+        Raises:
+            ValueError: more metrics than a header has room for.
+            SealedTensorError: tensors in the memory of the global model.
+        """
+        with self._operation("handout"):
+            assert (handout is not None) == self.is_server
+            if handout is not None:
+                require_handout(handout)
+            raw = self._bytes_down(
+                b"" if handout is None else to_json(handout_content(handout, self._chunk)), "handout"
+            )
+            self._count_json("handout", "handout", "(meta)", len(raw), self._deliveries)
+            given, self._chunk = (handout, self._chunk) if handout is not None else handout_from(json.loads(raw))
+            self._pour(given.tensors.flat, "handout")
+            self._ledger.tensors("handout", "handout", given.tensors.schema, *self._deliveries)
+            self.contract = given.contract
+            return given
+
+    def broadcast(self, down: Down | None) -> Down:
+        """The server's tensors of a round, or its word to stop, for everybody; other ranks pass None.
+
+        Raises:
+            ValueError: the tensors are not those of the contract.
+            SealedTensorError: tensors in the memory of the global model.
+        """
+        with self._operation("broadcast", None if down is None else down.round):
+            assert (down is not None) == self.is_server
+            contract, crossed = self._sealed(), self._deliveries[1]
+            header = self._announce(None if down is None else down_header(down, contract), "broadcast")
+            if header.kind is Kind.STOP:
+                self._ledger.header("down", "broadcast", 0, crossed)
+                return down or Down(header.round, stop=True)
+            tensors = _room(header, contract) if down is None else down.tensors
+            assert tensors is not None
+            self._pour(tensors.flat, "broadcast")
+            self._ledger.broadcast(contract.down, 0, crossed)
+            return down or Down(header.round, tensors=tensors)
+
+    def gather(self, round: int, outgoing: Iterable[Update | Failure]) -> Updates | None:
+        """The answers of this rank's clients for the server; the server passes nothing and gets the Updates.
+
+        The local work may happen while `outgoing` is read. Updates are kept until they have left: they must not share
+        memory with each other. An update that is not finite goes up as a Failure.
+
+        Raises:
+            ValueError: an answer is not what the contract says; on the sender, and if it comes through, on the server.
+            SealedTensorError: tensors in the memory of the global model.
+        """
+        with self._operation("gather", round):
+            contract = self._sealed()
+            mine = sorted((checked(item, contract, round) for item in outgoing), key=lambda item: item.client)
+            if self.is_server:
+                assert not mine, "the server has no clients"
+                return self._take(round, contract)
+            self._give(round, mine, contract)
+            return None
+
+    def finish(self) -> None:
+        """Wait politely until every rank is done: the end of MPI itself spins."""
+        with self._operation("finish"):
+            self._wait(self._comm.Ibarrier().Test, "finish")
+
+    @property
+    def manifest(self) -> list[dict[str, Any]]:
+        """Everything that travelled so far, as this rank saw it: the entries of `ledger.Entry`, JSON-able."""
+        return self._ledger.manifest()
+
+    def round_bytes(self) -> dict[str, dict[int, int]]:
+        """Logical bytes of the last round by client, {"down": {client: bytes}, "up": {client: bytes}}.
+
+        A client is handed the broadcast once a round even where its rank hosts several: 4 bytes a value and a header.
+        """
+        return self._ledger.round_bytes()
+
+    # Up: letters, then columns.
+
+    def _give(self, round: int, mine: list[Update | Failure], contract: Contract) -> None:
+        self._write(b"".join(Header.of(item, round).pack(contract.metrics) for item in mine), "gather")
+        updates = [item for item in mine if isinstance(item, Update)]
+        failures = [item.client for item in mine if isinstance(item, Failure)]
+        flats = [update.tensors.flat for update in updates]
+        for part in slices(contract.up.num_values, self._chunk):
+            rows = flats[0][part] if len(flats) == 1 else np.concatenate([_NOTHING, *(flat[part] for flat in flats)])
+            request = self._comm.Igatherv([rows, self._mpi.FLOAT], None, root=_SERVER)
+            # The server reads while it merges, or after it learned: the limit is the one for the server's work.
+            self._wait(request.Test, "gather", limit="broadcast", moving=True)
+        self._ledger.answers(contract, [update.client for update in updates], failures, crossed=True)
+
+    def _take(self, round: int, contract: Contract) -> Updates:
+        headers: list[list[Header]] = [[] for _ in range(self.topology.size)]
+        for rank, letter in self._read_all("gather").items():
+            some = (Header.unpack(raw, f"rank {rank}", contract.metrics) for raw in _pieces(letter, rank))
+            headers[rank] = [require_update(header, contract, round, rank) for header in some]
+        reports, failures = sort_answers(header for some in headers for header in some)
+        clients = [[header.client for header in some if header.kind is Kind.UPDATE] for some in headers]
+        self._open = Updates(reports, failures, contract.up, self._columns(clients, contract.up.num_values))
+        self._ledger.answers(contract, [r.client for r in reports], [f.client for f in failures], crossed=True)
+        return self._open
+
+    def _columns(self, clients: list[list[int]], num_values: int) -> Iterator[Columns]:
+        """Receive the columns; `clients` are the ids of the accepted updates by rank, in the order of sending."""
+        counts, displs = np.array([len(some) for some in clients]), np.zeros(len(clients), dtype=int)
+        landed: list[int] = []
+        # Ranks land in the order of their first clients, so that often no row has to move.
+        for rank in sorted(range(len(clients)), key=lambda rank: clients[rank][:1]):
+            displs[rank] = len(landed)
+            landed += clients[rank]
+        order = [int(row) for row in np.argsort(landed)]
+        room = np.empty(len(landed) * min(self._chunk, num_values), dtype=np.float32)
+        for part in slices(num_values, self._chunk):
+            width = part.stop - part.start
+            matrix = room[: len(landed) * width].reshape(len(landed), width)
+            target = [matrix, (counts * width, displs * width), self._mpi.FLOAT]
+            request = self._comm.Igatherv(self._mpi.IN_PLACE, target, root=_SERVER)
+            self._wait(request.Test, "gather", moving=True)
+            reorder(matrix, order)
+            yield part, matrix
+
+    def _write(self, letter: bytes, phase: str) -> None:
+        request = self._comm.Isend([letter, self._mpi.BYTE], dest=_SERVER, tag=_LETTER)
+        self._wait(request.Test, phase, missing=lambda: (_SERVER,))
+
+    def _read_all(self, phase: str) -> dict[int, bytes]:
+        """One letter of every other rank, by rank."""
+        arriving: dict[int, tuple[MPI.Request, bytearray]] = {}
+        letters: dict[int, bytes] = {}
+        status = self._mpi.Status()
+
+        def look() -> bool:
+            message = self._comm.Improbe(self._mpi.ANY_SOURCE, _LETTER, status)
+            if message is not None:
+                letter = bytearray(status.Get_count(self._mpi.BYTE))
+                arriving[status.source] = (message.Irecv([letter, self._mpi.BYTE]), letter)
+            for rank in [rank for rank, (request, _) in arriving.items() if request.Test()]:
+                letters[rank] = bytes(arriving.pop(rank)[1])
+            return len(letters) == self._others
+
+        everyone = set(range(1, self._others + 1))
+        self._wait(look, phase, missing=lambda: everyone - letters.keys())
+        return letters
+
+    # Down: a header, then what it announces.
+
+    def _announce(self, header: Header | None, phase: str) -> Header:
+        raw = bytearray(HEADER_BYTES) if header is None else bytearray(header.pack())
+        request = self._comm.Ibcast([raw, self._mpi.BYTE], root=_SERVER)
+        self._wait(request.Test, phase, missing=lambda: () if self.is_server else (_SERVER,))
+        return header or Header.unpack(bytes(raw), "the server")
+
+    def _bytes_down(self, body: bytes, phase: str) -> bytes:
+        header = self._announce(Header(Kind.JSON, num_values=len(body)) if self.is_server else None, phase)
+        header.require(Kind.JSON, "the server")
+        raw = bytearray(body) if self.is_server else bytearray(header.num_values)
+        self._wait(self._comm.Ibcast([raw, self._mpi.BYTE], root=_SERVER).Test, phase)
+        return bytes(raw)
+
+    def _pour(self, flat: np.ndarray, phase: str) -> None:
+        """A vector flows from the server's memory to everybody's, in pieces."""
+        flowing: deque[MPI.Request] = deque()
+        for part in slices(flat.size, self._chunk):
+            flowing.append(self._comm.Ibcast([flat[part], self._mpi.FLOAT], root=_SERVER))
+            if len(flowing) == _WINDOW:
+                self._wait(flowing.popleft().Test, phase, moving=True)
+        for request in flowing:
+            self._wait(request.Test, phase, moving=True)
+
+    # Small things.
+
+    @contextmanager
+    def _operation(self, name: str, round: int | None = None) -> Iterator[None]:
+        with guard.phase(name, round=round):
+            if self._open is not None:
+                self._open.drain()
+                self._open = None
+            yield
+
+    def _wait(
+        self,
+        done: Callable[[], bool],
+        phase: str,
+        *,
+        limit: str = "",
+        moving: bool = False,
+        missing: Callable[[], Iterable[int]] = tuple,
+    ) -> None:
+        wait(done, phase, getattr(self.deadlines, limit or phase), moving=moving, missing=missing)
+
+    def _sealed(self) -> Contract:
+        assert self.contract is not None, "the hand-out comes first"
+        return self.contract
+
+    @property
+    def _deliveries(self) -> tuple[int, int]:
+        """(logical, real) messages of something that goes from the server to every rank, as this rank sees them."""
+        return (self._others, self._others) if self.is_server else (1, 1)
+
+    def _count_json(self, direction: Direction, phase: str, name: str, size: int, deliveries: tuple[int, int]) -> None:
+        self._ledger.header(direction, phase, *deliveries)
+        self._ledger.raw(direction, phase, name, size, *deliveries)
+
+
+_NOTHING = np.empty(0, dtype=np.float32)
+
+
+def _room(header: Header, contract: Contract) -> NamedTensors:
+    header.require(Kind.BROADCAST, "the server")
+    assert header.digest == contract.down.digest, "the server sent what it had not handed out"
+    return NamedTensors(contract.down, np.empty(header.num_values, dtype=np.float32))
+
+
+def _open_json(letter: bytes, rank: int) -> dict[str, Any]:
+    header = Header.unpack(letter[:HEADER_BYTES], f"rank {rank}").require(Kind.JSON, f"rank {rank}")
+    assert len(letter) == HEADER_BYTES + header.num_values
+    return json.loads(letter[HEADER_BYTES:])
+
+
+def _pieces(letter: bytes, rank: int) -> list[bytes]:
+    assert len(letter) % HEADER_BYTES == 0, f"rank {rank} sent {len(letter)} bytes, expected headers of {HEADER_BYTES}"
+    return [letter[start : start + HEADER_BYTES] for start in range(0, len(letter), HEADER_BYTES)]

@@ -1,0 +1,248 @@
+"""The federation: one round, written once, for the server, for the clients, and for one process that is both."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+from fedsp_mpi.comm import Down, Updates, guard
+from fedsp_mpi.comm.wire import Wire
+from fedsp_mpi.config import FederationConfig
+from fedsp_mpi.data.tokens import Text
+from fedsp_mpi.evaluation.scoring import answer_loss_mean
+from fedsp_mpi.log import Log, duration
+from fedsp_mpi.models.backbone import LanguageModel
+from fedsp_mpi.models.prompts import Prompt
+from fedsp_mpi.record.rows import ClientRow, RoundRow, WireRow
+from fedsp_mpi.record.run_record import RunRecord
+from fedsp_mpi.tensors import Failure, NamedTensors, Update
+from fedsp_mpi.training.device import Compute
+from fedsp_mpi.training.loop import NonFiniteError, Trace
+
+
+class ClientFailedError(RuntimeError):
+    """Clients failed, and the configuration or the quorum does not let the run go on without them."""
+
+
+class Server(Protocol):
+    """What the round asks of the server's side of an algorithm."""
+
+    model: LanguageModel
+    prompt: Prompt
+
+    def broadcast(self) -> NamedTensors: ...
+
+    def merge(self, updates: Updates) -> NamedTensors: ...
+
+    def take(self, merged: NamedTensors) -> None: ...
+
+    def absorb(self) -> Trace: ...
+
+    def prompts(self) -> NamedTensors: ...
+
+
+class Client(Protocol):
+    """What the round asks of the clients' side of an algorithm."""
+
+    def local(self, client: int, round: int, down: NamedTensors) -> Update: ...
+
+
+@dataclass
+class ClientSide:
+    """The clients that this process plays."""
+
+    client: Client
+    ids: Sequence[int]
+    compute: Compute
+
+
+@dataclass
+class Best:
+    """The prompts of lowest validation loss so far, at the depth of the global model."""
+
+    prompts: NamedTensors
+    round: int = 0
+    loss: float = math.inf
+
+    def offer(self, prompts: NamedTensors, round: int, loss: float) -> bool:
+        """Take these if they are better. A loss that is not a number never is."""
+        if not loss < self.loss:
+            return False
+        self.prompts, self.round, self.loss = prompts, round, loss
+        return True
+
+
+@dataclass
+class ServerSide:
+    """The server, the control that trains beside it without clients, and what both are judged by."""
+
+    server: Server
+    control: Server | None
+    compute: Compute
+    validation: Sequence[Text]
+    batch_tokens: int
+    record: RunRecord
+    keep_prompts: bool
+    rank_of: dict[int, int]
+    log: Log
+    best: Best = field(init=False)
+    control_best: Best | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.best = Best(self.server.prompts())
+        self.control_best = Best(self.control.prompts()) if self.control else None
+
+    def loss(self, server: Server) -> float:
+        """Validation loss of a server's prompts on the global model."""
+        return answer_loss_mean(server.model, server.prompt, self.validation, self.batch_tokens)
+
+
+def federate(wire: Wire, plan: FederationConfig, here: ServerSide | None, clients: ClientSide | None) -> None:
+    """All rounds. Every rank calls this; `here` is the server's side, `clients` the side of those who own text."""
+    start = time.perf_counter()
+    for round in range(1, plan.rounds + 1):
+        run_round(round, wire, plan, here, clients)
+        if here:
+            _tell(here, round, plan.rounds, time.perf_counter() - start)
+
+
+def run_round(
+    round: int, wire: Wire, plan: FederationConfig, here: ServerSide | None, clients: ClientSide | None
+) -> None:
+    """One round: prompts go down, are tuned on private text, come up, are merged and tuned on the global model.
+
+    Raises ClientFailedError at the server if too many clients failed.
+    """
+    watch = Stopwatch()
+    with guard.phase("broadcast", round=round):
+        down = wire.broadcast(Down(round, tensors=here.server.broadcast()) if here else None)
+        watch.lap("broadcast")
+    if here and here.control:
+        with guard.phase("server-only control", round=round):
+            here.compute.begin()
+            here.control.absorb()  # while the clients work
+    with guard.phase("local training and gather", round=round):
+        updates = wire.gather(round, local_work(clients, down) if clients else ())
+        watch.lap("clients")
+    if here is None:
+        return
+    here.compute.begin()
+    with guard.phase("merge", round=round):
+        require_quorum(updates, plan)
+        here.server.take(here.server.merge(updates))
+        watch.lap("merge")
+    with guard.phase("validation of the merged prompts", round=round):
+        merged_loss = here.loss(here.server)
+        watch.lap("validation")
+    with guard.phase("server tuning", round=round):
+        trace = here.server.absorb()
+        watch.lap("server")
+    with guard.phase("validation", round=round):
+        loss = here.loss(here.server)
+        is_best = here.best.offer(here.server.prompts(), round, loss)
+        control_loss = here.loss(here.control) if here.control else math.nan
+        if here.control and here.control_best:
+            here.control_best.offer(here.control.prompts(), round, control_loss)
+        watch.lap("validation")
+    with guard.phase("record", round=round):
+        row = RoundRow(
+            round=round,
+            num_clients=len(updates.reports),
+            num_failed=len(updates.failures),
+            server_loss_first=trace.first,
+            server_loss_last=trace.last,
+            validation_merged=merged_loss,
+            validation_loss=loss,
+            control_validation_loss=control_loss,
+            is_best=is_best,
+            **watch.seconds(),
+        )
+        commit(here, wire, row, updates)
+
+
+def local_work(clients: ClientSide, down: Down) -> Iterator[Update | Failure]:
+    """The local work of every client of this process, one after the other. Losses that are not finite are a value."""
+    assert down.tensors is not None
+    clients.compute.begin()
+    for id in clients.ids:
+        with guard.phase("local training", round=down.round, client=id):
+            try:
+                yield clients.client.local(id, down.round, down.tensors)
+            except NonFiniteError as error:
+                yield Failure(id, down.round, "local training", str(error))
+
+
+def require_quorum(updates: Updates, plan: FederationConfig) -> None:
+    """Raise ClientFailedError if the run should not go on with the updates that there are."""
+    if not updates.failures:
+        return
+    who = "; ".join(f"client {f.client} in {f.phase}: {f.reason}" for f in updates.failures)
+    if plan.on_failure == "stop":
+        raise ClientFailedError(f"{who} (federation.on_failure=stop; =drop goes on without them)")
+    if len(updates.reports) < plan.min_clients:
+        raise ClientFailedError(
+            f"found {len(updates.reports)} updates, expected at least federation.min_clients={plan.min_clients}: {who}"
+        )
+
+
+def commit(here: ServerSide, wire: Wire, row: RoundRow, updates: Updates) -> None:
+    """Write one round into the record: when this returns, the round is on disk."""
+    size = wire.round_bytes()
+
+    def client_row(client: int, **rest: Any) -> ClientRow:
+        down, up = size["down"].get(client, 0), size["up"].get(client, 0)
+        return ClientRow(
+            round=row.round, client=client, rank=here.rank_of[client], bytes_down=down, bytes_up=up, **rest
+        )
+
+    clients = [client_row(r.client, samples=int(r.weight), **r.metrics) for r in updates.reports]
+    clients += [client_row(f.client, status="failed", reason=f"{f.phase}: {f.reason}") for f in updates.failures]
+    row = replace(row, bytes_down=sum(size["down"].values()), bytes_up=sum(size["up"].values()))
+    here.record.commit_round(
+        row,
+        sorted(clients, key=lambda client: client.client),
+        dict(here.server.prompts()) if here.keep_prompts else None,
+        manifest(wire),
+    )
+
+
+def manifest(wire: Wire) -> list[WireRow]:
+    """The wire's manifest as rows of the record."""
+    rows = []
+    for entry in wire.manifest:
+        kept = {name: entry[name] for name in ("name", "dtype", "direction", "phase", "bytes", "bytes_crossed")}
+        rows.append(WireRow(**kept, shape=tuple(entry["shape"] or ()), count=entry["messages"]))
+    return rows
+
+
+class Stopwatch:
+    """Seconds by phase of one round; a phase that comes twice is added up."""
+
+    def __init__(self) -> None:
+        self._start = self._last = time.perf_counter()
+        self._laps: dict[str, float] = {}
+
+    def lap(self, phase: str) -> None:
+        now = time.perf_counter()
+        self._laps[phase] = self._laps.get(phase, 0.0) + now - self._last
+        self._last = now
+
+    def seconds(self) -> dict[str, float]:
+        """As the fields of a round's row."""
+        laps = {f"seconds_{phase}": seconds for phase, seconds in self._laps.items()}
+        return {**laps, "seconds_total": time.perf_counter() - self._start}
+
+
+def _tell(here: ServerSide, round: int, rounds: int, elapsed: float) -> None:
+    row = here.record.run.rounds[-1]
+    failed = f", {row['num_failed']} failed" if row["num_failed"] else ""
+    control = f", server-only {row['control_validation_loss']:.4f}" if here.control else ""
+    left = duration(elapsed / round * (rounds - round))
+    here.log.say(
+        f"round {round}/{rounds}  validation loss {row['validation_loss']:.4f}{' *' if row['is_best'] else ''}"
+        f" (merged {row['validation_merged']:.4f}{control})  {row['num_clients']} clients{failed}"
+        f"  {duration(row['seconds_total'])}  {left} left"
+    )

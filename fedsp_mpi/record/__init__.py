@@ -1,0 +1,21 @@
+"""The run folder: what a run did, written so that no kill can spoil it, and read back as plain data."""
+
+from fedsp_mpi.record.compare import difference
+from fedsp_mpi.record.layout import Run, read
+from fedsp_mpi.record.report import markdown, summary
+from fedsp_mpi.record.rows import ClientRow, ResultRow, RoundRow, WireRow
+from fedsp_mpi.record.run_record import RecordError, RunRecord
+
+__all__ = [
+    "ClientRow",
+    "RecordError",
+    "ResultRow",
+    "RoundRow",
+    "Run",
+    "RunRecord",
+    "WireRow",
+    "difference",
+    "markdown",
+    "read",
+    "summary",
+]

@@ -1,0 +1,368 @@
+"""Records as text: the summary of one run, and several runs as a Markdown table.
+
+Everything here takes `Run` views and returns strings; nothing is printed and no file of another kind is opened.
+
+What the summary takes from free-form parts, where they are there and have this form:
+    environment: hosts = [{"host", "device"}, ...], one a rank (or host and num_ranks); machine; commit
+    sections["models"]: {part: number of parameters}, or {part: {"name", "num_parameters"}}
+    sections["data"]: task, train, validation, test, server_shard, client_shards
+    sections["distillation"]: seconds, reused_from; sections["timing"]: seconds
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from fedsp_mpi.record.layout import Run
+
+WIDTH = 100
+ZERO_SHOT, SERVER_ONLY = "zero-shot", "server-only"
+_SAME_EXPERIMENT = ("run", "topology", "deadlines", "record")  # sections that do not change what is computed
+
+
+def summary(run: Run) -> str:
+    """One run as plain text, at most 100 columns wide: header, rounds, results and their verdict, wire, time."""
+    parts = [_header(run), _rounds(run), _results(run), _wire(run), _seconds(run)]
+    lines = [line for part in parts if part for line in [*part, ""]]
+    return "\n".join(_clip(line) for line in [*lines, f"folder    {run.file.parent}"])
+
+
+def markdown(runs: Iterable[Run]) -> str:
+    """Runs as a Markdown table: one row for each experiment, method and split, mean ± standard deviation over seeds.
+
+    Runs that differ only in their seed, name, ranks or deadlines are one experiment. Measures are percent, `gain` is
+    points over the server-only control of the same run. Runs without results are named below the table.
+    """
+    runs = list(runs)
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(json.dumps(_experiment(run), sort_keys=True), []).append(run)
+    labels = _labels([_flat(_experiment(members[0])) for members in groups.values()])
+    head = ["experiment", "method", "split", "seeds", "n", "acc", "acc_norm", "exact match", "val. loss", "gain"]
+    body = [line for label, members in zip(labels, groups.values()) for line in _group_rows(label, members)]
+    lines = [head, ["---"] * 4 + ["---:"] * 6, *body]
+    text = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+    open_runs = [f"{run.name} ({run.status})" for run in runs if run.status != "complete" or not len(run.results)]
+    return text + (f"\n\nNot complete: {', '.join(open_runs)}." if open_runs else "")
+
+
+def main_measure(row: np.void) -> tuple[str, float]:
+    """The measure that a result is compared by: exact match where the task has it, else accuracy; with its value."""
+    name = "acc" if math.isnan(row["exact_match"]) else "exact_match"
+    return name, float(row[name])
+
+
+# --- summary ---
+
+
+def _header(run: Run) -> list[str]:
+    state = run.status + (f" ({' '.join(run.reason.split())})" if run.reason else "")
+    lines = [f"run       {run.name}   {state}, {run.committed_rounds} rounds"]
+    lines += _wrapped("machine   ", [*_machine(run.environment), *_clients(run)])
+    lines.append(f"date      {_date(run.created)} to {_date(run.updated)} UTC")
+    if run.environment.get("commit"):
+        lines.append(f"commit    {run.environment['commit']}")
+    named = {"global": run.config.get("model", {}).get("name", "")}
+    models = [_model(part, value, named.get(part, "")) for part, value in run.sections.get("models", {}).items()]
+    return [*lines, *_wrapped("models    ", list(filter(None, models))), *_wrapped("data      ", _data(run))]
+
+
+def _machine(environment: Mapping[str, Any]) -> list[str]:
+    """Hosts, kind of machine, number of ranks and their devices, as far as they are known."""
+    found = environment.get("hosts")
+    ranks = [rank for rank in found if isinstance(rank, Mapping)] if isinstance(found, list) else []
+    hosts = list(dict.fromkeys(str(rank["host"]) for rank in ranks if "host" in rank))
+    devices = list(dict.fromkeys(str(rank["device"]) for rank in ranks if "device" in rank))
+    num_ranks = len(ranks) or environment.get("num_ranks")
+    facts = hosts or [str(environment.get("host", "unknown machine"))]
+    facts += [str(environment["machine"])] if environment.get("machine") else []
+    return [*facts, *([f"{num_ranks} ranks"] if num_ranks else []), *devices]
+
+
+def _clients(run: Run) -> list[str]:
+    configured = run.config.get("federation", {}).get("clients")
+    num = configured or (int(run.rounds["num_clients"].max()) if len(run.rounds) else 0)
+    return [f"{num} clients"] if num else []
+
+
+def _model(part: str, value: Any, name: str) -> str:
+    if isinstance(value, Mapping):
+        name, value = str(value.get("name", name)), value.get("num_parameters")
+    size = f"({_count(value)} parameters)" if isinstance(value, (int, float)) else ""
+    return " ".join(filter(None, [part.replace("_", " "), name, size])) if name or size else ""
+
+
+def _data(run: Run) -> list[str]:
+    data = run.sections.get("data", {})
+    facts = [str(data["task"])] if "task" in data else []
+    facts += [f"{data[split]} {split}" for split in ("train", "validation", "test") if split in data]
+    facts += [f"server's shard {data['server_shard']}"] if "server_shard" in data else []
+    shards = data.get("client_shards")
+    if isinstance(shards, list) and shards:
+        sizes = dict.fromkeys([min(shards), max(shards)])
+        facts.append(f"clients' shards {' to '.join(map(str, sizes))}")
+    return facts
+
+
+def _rounds(run: Run) -> list[str]:
+    if not len(run.rounds):
+        return ["no round was committed"]
+    means = _client_losses(run)
+    head = ["round", "clients", "client", "server", "merged", "tuned", "control", "wait s", "server s", "round s", ""]
+    body = [
+        [
+            str(row["round"]),
+            f"{row['num_clients'] - row['num_failed']}/{row['num_clients']}",
+            _loss(means.get(int(row["round"]), math.nan)),
+            *(_loss(row[name]) for name in ("server_loss_last", *_VALIDATION)),
+            *(_time(row[name]) for name in ("seconds_clients", "seconds_server", "seconds_total")),
+            "best" if row["is_best"] and row["round"] == _best_round(run) else "",
+        ]
+        for row in run.rounds
+    ]
+    legend = (
+        "losses in nats a token: client = last prompt steps, mean of the clients; server = last tuning step;",
+        "on the validation split: merged = before the server's tuning, tuned = after, control = server only",
+    )
+    return [*_table(head, body, num_left=0), *legend, *_failures(run)]
+
+
+_VALIDATION = ("validation_merged", "validation_loss", "control_validation_loss")
+
+
+def _best_round(run: Run) -> int:
+    best = run.rounds["round"][run.rounds["is_best"]]
+    return int(best[-1]) if len(best) else 0
+
+
+def _client_losses(run: Run) -> dict[int, float]:
+    """Mean last prompt loss of the clients that did not fail, by round."""
+    good = run.clients[run.clients["status"] == "ok"] if len(run.clients) else run.clients
+    return {int(r): float(good["loss_prompt_last"][good["round"] == r].mean()) for r in np.unique(good["round"])}
+
+
+def _failures(run: Run) -> list[str]:
+    failed = run.clients[run.clients["status"] != "ok"] if len(run.clients) else run.clients
+    lines = [f"client {r['client']} failed in round {r['round']}: {' '.join(r['reason'].split())}" for r in failed[:5]]
+    return lines + ([f"... and {len(failed) - 5} more failures"] if len(failed) > 5 else [])
+
+
+def _results(run: Run) -> list[str]:
+    if not len(run.results):
+        return ["no results yet"]
+    head = ["method", "split", "round", "n", "acc %", "acc_norm %", "exact %", "std. error", "val. loss", "seconds"]
+    body = [
+        [
+            str(row["method"]),
+            str(row["split"]),
+            str(row["round"]) if row["round"] else "",
+            str(row["n"]),
+            *(_percent(row[name]) for name in ("acc", "acc_norm", "exact_match", "stderr")),
+            _loss(row["loss"]),
+            _time(row["seconds"]),
+        ]
+        for row in run.results
+    ]
+    return [*_table(head, body, num_left=2), *_verdicts(run)]
+
+
+def _verdicts(run: Run) -> list[str]:
+    """Sentences on what the federated methods gained over their controls, split by split."""
+    lines = []
+    for row in run.results:
+        if row["method"] in (ZERO_SHOT, SERVER_ONLY):
+            continue
+        for control in (SERVER_ONLY, ZERO_SHOT):
+            other = _result(run, control, row["split"])
+            if other is not None:
+                lines += _verdict(row, other)
+    return lines
+
+
+def _verdict(row: np.void, control: np.void) -> list[str]:
+    """The gain over one control, by the main measure or, where no test was scored, by the loss."""
+    method, other, split = row["method"], control["method"], row["split"]
+    name, value = main_measure(row)
+    gain, error = value - float(control[name]), math.hypot(row["stderr"], control["stderr"])
+    text = f"{100 * gain:+.2f} points of {name}"
+    text += "" if math.isnan(error) else f", standard error {100 * error:.2f} (unpaired)"
+    if math.isnan(gain):
+        gain, error = float(control["loss"]) - float(row["loss"]), math.nan
+        text = f"validation loss lower by {gain:.4f}"
+    if math.isnan(gain):
+        return []
+    lines = [f"{method} against {other} ({split}): {text}"]
+    if 0 < gain < 2 * error:
+        lines.append("    that is less than twice its standard error: it may be chance")
+    if gain <= 0 and other == SERVER_ONLY:
+        lines.append(f"{method} does not beat the server-only control ({split}): the federation brought nothing here")
+    return lines
+
+
+def _wire(run: Run) -> list[str]:
+    """Bytes by direction: down and up from the round rows, which a resumed run still has, others from the manifest."""
+    sizes = {"down": int(run.rounds["bytes_down"].sum()), "up": int(run.rounds["bytes_up"].sum())}
+    for row in run.wire:
+        if row["direction"] not in ("down", "up"):
+            sizes[row["direction"]] = sizes.get(row["direction"], 0) + int(row["bytes"])
+    if not sum(sizes.values()):
+        return []
+    listed = [f"{direction} {_bytes(size)}" for direction, size in sizes.items()]
+    lines = _wrapped("wire      ", [*listed, f"in all {_bytes(sum(sizes.values()))}"])
+    num = int(run.rounds["num_clients"].sum())
+    if num:
+        lines.append(
+            f"          a client and round: down {_bytes(sizes['down'] / num)}, up {_bytes(sizes['up'] / num)}"
+        )
+    return lines
+
+
+def _seconds(run: Run) -> list[str]:
+    """Where the time went; a distillation that an earlier run paid for is not counted here."""
+    distillation = run.sections.get("distillation", {})
+    known = {"distillation": distillation.get("seconds")} if "reused_from" not in distillation else {}
+    for phase in ("broadcast", "clients", "merge", "server", "validation"):
+        known[phase] = float(np.nansum(run.rounds[f"seconds_{phase}"]))
+    known["all rounds"] = float(np.nansum(run.rounds["seconds_total"]))
+    known["scoring"] = float(np.nansum(run.results["seconds"]))
+    known["whole run"] = run.sections.get("timing", {}).get("seconds")
+    shown = [
+        f"{label} {_time(value)}" for label, value in known.items() if isinstance(value, (int, float)) and value > 0
+    ]
+    reused = ["distillation reused"] if "reused_from" in distillation else []
+    return _wrapped("seconds   ", [*reused, *shown])
+
+
+def _result(run: Run, method: str, split: str) -> np.void | None:
+    return next((r for r in run.results if r["method"] == method and r["split"] == split), None)
+
+
+# --- several runs ---
+
+
+def _group_rows(label: str, runs: Sequence[Run]) -> Iterator[list[str]]:
+    """The Markdown rows of one experiment, in the order in which its methods were first seen."""
+    keys = dict.fromkeys((str(row["method"]), str(row["split"])) for run in runs for row in run.results)
+    for method, split in keys:
+        found = [(run, row) for run in runs if (row := _result(run, method, split)) is not None]
+        gains = [] if method in (ZERO_SHOT, SERVER_ONLY) else [_gain(run, row) for run, row in found]
+        counts = sorted({int(row["n"]) for _, row in found})
+        yield [
+            label,
+            method,
+            split,
+            ", ".join(str(run.config.get("run", {}).get("seed", "?")) for run, _ in found),
+            "-".join(str(n) for n in dict.fromkeys((counts[0], counts[-1]))),
+            *(_spread([100 * float(row[name]) for _, row in found]) for name in ("acc", "acc_norm", "exact_match")),
+            _spread([float(row["loss"]) for _, row in found], digits=4),
+            _spread([100 * gain for gain in gains], sign=True),
+        ]
+
+
+def _gain(run: Run, row: np.void) -> float:
+    control = _result(run, SERVER_ONLY, row["split"])
+    name, value = main_measure(row)
+    return math.nan if control is None else value - float(control[name])
+
+
+def _spread(values: Sequence[float], digits: int = 2, sign: bool = False) -> str:
+    """Mean ± sample standard deviation of the values that are known; without ± for a single one."""
+    known = [value for value in values if not math.isnan(value)]
+    if not known:
+        return "-"
+    mean = f"{statistics.fmean(known):{'+' if sign else ''}.{digits}f}"
+    return f"{mean} ± {statistics.stdev(known):.{digits}f}" if len(known) > 1 else mean
+
+
+def _experiment(run: Run) -> dict[str, Any]:
+    return {key: value for key, value in run.config.items() if key not in _SAME_EXPERIMENT and key != "seed"}
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested sections as dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) and value else {f"{prefix}{key}": value}
+    return flat
+
+
+def _labels(configs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What sets each experiment apart from the others; for a single one its model and task."""
+    keys = dict.fromkeys(key for config in configs for key in config)
+    apart = [key for key in keys if len({json.dumps(config.get(key), sort_keys=True) for config in configs}) > 1]
+    shown = apart or ["model.name", "data.task"]
+    return [", ".join(f"{key}={config[key]}" for key in shown if key in config) or "all" for config in configs]
+
+
+# --- text ---
+
+
+def _table(head: Sequence[str], body: Sequence[Sequence[str]], num_left: int) -> list[str]:
+    """Aligned columns, the first `num_left` to the left; a column without a single entry is left out."""
+    shown = [i for i in range(len(head)) if any(line[i] for line in body)]
+    lines = [[line[i] for i in shown] for line in (head, *body)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(shown))]
+    aligned = [
+        "  ".join(cell.ljust(w) if i < num_left else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths)))
+        for line in lines
+    ]
+    rule = "  ".join("-" * w for w in widths)
+    return [line.rstrip() for line in (aligned[0], rule, *aligned[1:])]
+
+
+def _wrapped(label: str, items: Sequence[str]) -> list[str]:
+    """Items after a label, separated by commas, on as many lines as they need; none without items."""
+    if not items:
+        return []
+    lines = [label]
+    for i, item in enumerate(items):
+        text = item + ("," if i + 1 < len(items) else "")
+        if len(lines[-1]) + len(text) + 1 > WIDTH and lines[-1].strip() != label.strip():
+            lines.append(" " * len(label))
+        lines[-1] += text if len(lines[-1]) == len(label) else f" {text}"
+    return lines
+
+
+def _clip(line: str) -> str:
+    """At most 100 printable ASCII characters."""
+    line = line.encode("ascii", "replace").decode()
+    return line if len(line) <= WIDTH or line.startswith("folder ") else line[: WIDTH - 3] + "..."
+
+
+def _loss(value: float) -> str:
+    return "" if math.isnan(value) else f"{value:.4f}"
+
+
+def _time(value: float) -> str:
+    return "" if math.isnan(value) else f"{value:.2f}" if value < 99.995 else f"{value:.0f}"
+
+
+def _percent(value: float) -> str:
+    return "" if math.isnan(value) else f"{100 * value:.2f}"
+
+
+def _bytes(num: float) -> str:
+    """Decimal units, as networks count: 24.6 MB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if num < 999.95 or unit == "GB":
+            return f"{num:.0f} B" if unit == "B" else f"{num:.1f} {unit}"
+        num /= 1000
+    raise AssertionError("unreachable")
+
+
+def _count(num: float) -> str:
+    """1557611200 as 1.56 B, 6144000 as 6.14 M."""
+    for limit, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if num >= limit:
+            return f"{num / limit:.2f} {unit}"
+    return f"{num:.0f}"
+
+
+def _date(text: str) -> str:
+    return text[:16].replace("T", " ")

@@ -1,0 +1,304 @@
+"""The record of a run, written by one process (rank 0), that a SIGKILL at any moment leaves whole.
+
+Nothing on disk is ever changed in place. The small tables are kept here as a frozen view; a commit makes the next view,
+builds the whole run.h5 from it in memory, writes that to run.h5.part, syncs, and renames it over run.h5. Each round's
+prompts are a file of their own, written once in the same way before run.h5 links to it. So a reader sees the state
+before a commit or after it, and a failed write changes neither the disk nor the view.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedsp_mpi.record import layout, rows
+from fedsp_mpi.record.layout import Run
+from fedsp_mpi.record.rows import ClientRow, ResultRow, RoundRow, WireRow
+
+FINAL = ("complete", "stopped", "failed")
+
+
+class RecordError(OSError):
+    """The record could not be written: which file, why, and what is still there."""
+
+
+class RunRecord:
+    """One run's folder: `run.h5`, `config.yaml`, and `rounds/` while the run goes on.
+
+    Make one with `create` or `open`. `run` is what is on disk. Every method that writes raises RecordError on a full
+    disk, a folder without permission and the like, and leaves the last committed state as it was.
+    """
+
+    def __init__(self, folder: Path, run: Run) -> None:
+        self.folder, self.run = folder, run
+        self._finished = False
+
+    @classmethod
+    def create(
+        cls,
+        folder: str | Path,
+        *,
+        config: Mapping[str, Any],
+        config_text: str,
+        environment: Mapping[str, Any],
+        if_exists: str = "refuse",
+    ) -> RunRecord:
+        """Make the folder with config.yaml and a run.h5 without rounds.
+
+        Args:
+            config: the resolved configuration as plain data; `config_text` is the same as YAML.
+            environment: host, ranks, versions, commit: anything that JSON can hold.
+            if_exists: "refuse", or "replace": delete what an earlier record of that name holds. Other files are left.
+
+        Raises:
+            ValueError: the folder holds a run already.
+            RecordError: it cannot be written.
+        """
+        assert if_exists in ("refuse", "replace"), if_exists
+        folder = Path(folder)
+        run = Run(
+            file=folder / "run.h5",
+            name=folder.resolve().name,
+            config=layout.plain(dict(config), "config"),
+            config_text=config_text,
+            environment=layout.plain(dict(environment), "environment"),
+            created=_now(),
+        )
+        _claim(folder, config_text, if_exists)
+        record = cls(folder, run)
+        try:
+            record._save(run)
+        except RecordError:  # give the name back, so that the next try is not refused
+            with suppress(OSError):
+                (folder / "config.yaml").unlink()
+            raise
+        return record
+
+    @classmethod
+    def open(cls, folder: str | Path) -> RunRecord:
+        """Open an existing run to go on with it; its status becomes "running".
+
+        Raises ValueError if it cannot be read, RecordError if it cannot be written.
+        """
+        folder = Path(folder)
+        run = layout.read(folder)
+        record = cls(folder, run)
+        if layout.is_folded(run.file):
+            for round in run.prompt_rounds:
+                path = folder / layout.round_file(round)
+                record._write(path, layout.unfolded_image(run.file, round))
+        record._save(replace(run, status="running", reason=""))
+        record._sweep()
+        return record
+
+    def describe(self, **sections: Mapping[str, Any]) -> None:
+        """Add to what the record says about the run: `describe(models={...}, data={...})`.
+
+        A section that is there already keeps its other keys. Raises ValueError if JSON cannot hold a value.
+        """
+        merged = dict(self.run.sections)
+        for name, section in sections.items():
+            merged[name] = {**merged.get(name, {}), **layout.plain(dict(section), name)}
+        self._save(replace(self.run, sections=merged))
+
+    def commit_round(
+        self,
+        row: RoundRow,
+        clients: Iterable[ClientRow] = (),
+        prompts: Mapping[str, np.ndarray] | None = None,
+        wire: Iterable[WireRow] | None = None,
+    ) -> None:
+        """Write one round with all that belongs to it; when this returns, the round is on disk.
+
+        Args:
+            row: its `round` must follow the last committed one.
+            clients: one row a client.
+            prompts: name -> array of any numeric type and shape; None keeps none for this round.
+            wire: the wire's manifest up to now; None leaves the last one.
+        """
+        run, clients = self.run, list(clients)
+        if row.round != run.committed_rounds + 1:
+            raise ValueError(
+                f"{run.file}: found round {row.round}, expected {run.committed_rounds + 1}; "
+                "cut the record to the round that the run goes on from"
+            )
+        assert all(client.round == row.round for client in clients), "client rows of another round"
+        if prompts is not None:
+            self._write(self.folder / layout.round_file(row.round), layout.prompts_image(prompts))
+        self._save(
+            replace(
+                run,
+                rounds=rows.append(run.rounds, rows.table(RoundRow, [row])),
+                clients=rows.append(run.clients, rows.table(ClientRow, clients)),
+                wire=run.wire if wire is None else rows.table(WireRow, wire),
+                prompt_rounds=run.prompt_rounds if prompts is None else (*run.prompt_rounds, row.round),
+                committed_rounds=row.round,
+            )
+        )
+
+    def write_wire(self, manifest: Iterable[WireRow]) -> None:
+        """Replace the wire's manifest."""
+        self._save(replace(self.run, wire=rows.table(WireRow, manifest)))
+
+    def write_results(self, results: Iterable[ResultRow]) -> None:
+        """Add result rows; one of the same method and split takes the place of the earlier one."""
+        table = rows.table(ResultRow, results)
+        new = {(row["method"], row["split"]) for row in table}
+        kept = [(row["method"], row["split"]) not in new for row in self.run.results]
+        self._save(replace(self.run, results=rows.append(self.run.results[kept], table)))
+
+    def cut(self, after_round: int) -> None:
+        """Remove every round above `after_round`, with its clients, its prompts, and the results scored on it.
+
+        The wire's manifest stays as it is: what it counts has travelled.
+        """
+        run = self.run
+        if after_round >= run.committed_rounds:
+            return
+        assert after_round >= 0, after_round
+        self._save(
+            replace(
+                run,
+                rounds=run.rounds[run.rounds["round"] <= after_round],
+                clients=run.clients[run.clients["round"] <= after_round],
+                results=run.results[run.results["round"] <= after_round],
+                prompt_rounds=tuple(round for round in run.prompt_rounds if round <= after_round),
+                committed_rounds=after_round,
+            )
+        )
+        self._sweep()
+
+    def finish(self, status: str = "complete", reason: str = "") -> None:
+        """Write how the run ended; nothing can be written after it.
+
+        A complete run becomes one self-contained run.h5. One that was stopped or failed keeps its `rounds/`, since it
+        is likely to be resumed.
+        """
+        assert status in FINAL, status
+        self._save(replace(self.run, status=status, reason=reason))
+        self._finished = True
+        if status == "complete" and self.run.prompt_rounds:
+            self._fold()
+
+    def _fold(self) -> None:
+        part = _part(self.run.file)
+        with self._writing(self.run.file, part):
+            _write_synced(part, layout.run_image(self.run))
+            layout.fold_into(part, self.folder, self.run.prompt_rounds)
+            _sync(part)
+            _rename(part, self.run.file)
+        with self._writing(self.folder / "rounds"):
+            shutil.rmtree(self.folder / "rounds")
+
+    def _save(self, run: Run) -> None:
+        """Put `run` on disk; only then is it what the record holds."""
+        if self._finished:
+            raise ValueError(f"{run.file}: found a write after finish(), expected none; open the run again")
+        run = replace(run, updated=_now())
+        self._write(run.file, layout.run_image(run))
+        self.run = run
+
+    def _write(self, path: Path, image: bytes) -> None:
+        part = _part(path)
+        with self._writing(path, part):
+            path.parent.mkdir(exist_ok=True)
+            _write_synced(part, image)
+            _rename(part, path)
+
+    def _sweep(self) -> None:
+        """Delete round files that run.h5 does not know, and what a killed write left."""
+        known = {self.folder / layout.round_file(round) for round in self.run.prompt_rounds}
+        folder = self.folder / "rounds"
+        with self._writing(folder):
+            for path in [*folder.glob("*.h5*"), *self.folder.glob("run.h5.part")]:
+                if path not in known:
+                    path.unlink()
+
+    @contextmanager
+    def _writing(self, path: Path, part: Path | None = None) -> Iterator[None]:
+        """Turn a failed write into RecordError, without its half-written file."""
+        try:
+            yield
+        except (OSError, RuntimeError, KeyError) as error:  # HDF5 has all three for a file that it cannot write or copy
+            if part is not None:
+                with suppress(OSError):
+                    part.unlink()
+            raise _failure(path, error, f"the record keeps its {self.run.committed_rounds} rounds") from error
+
+
+def _claim(folder: Path, config_text: str, if_exists: str) -> None:
+    """Take the folder for this run. config.yaml is made exclusively, so that of two processes one is refused."""
+    if if_exists == "replace":
+        with _creating(folder):
+            for name in ("run.h5", "run.h5.part", "config.yaml"):
+                (folder / name).unlink(missing_ok=True)
+            if (folder / "rounds").exists():
+                shutil.rmtree(folder / "rounds")
+    taken = next((name for name in ("run.h5", "config.yaml") if (folder / name).exists()), None)
+    try:
+        with _creating(folder):
+            if taken is None:
+                folder.mkdir(parents=True, exist_ok=True)
+                with (folder / "config.yaml").open("x", encoding="utf-8", errors="backslashreplace") as file:
+                    file.write(config_text)
+                return
+    except RecordError as error:
+        if not isinstance(error.__cause__, FileExistsError):
+            raise
+        taken = "config.yaml" if folder.is_dir() else "a file of that name"
+    raise ValueError(
+        f"{folder}: found a run ({taken}), expected a new folder; set run.name to another name, "
+        "run.if_exists=replace to lose that run, or delete it"
+    )
+
+
+@contextmanager
+def _creating(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise _failure(folder, error, "no run was started") from error
+
+
+def _failure(path: Path, error: BaseException, left: str) -> RecordError:
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else rows.first_line(error)
+    return RecordError(
+        f"{path}: cannot be written ({reason}); {left}; make room or give permission, then go on from there"
+    )
+
+
+def _part(path: Path) -> Path:
+    return path.with_name(path.name + ".part")
+
+
+def _write_synced(path: Path, image: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(image)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _rename(part: Path, path: Path) -> None:
+    part.replace(path)
+    with suppress(OSError):  # some network file systems cannot sync a folder; the rename itself has happened
+        _sync(path.parent)
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
