@@ -165,37 +165,47 @@ class ServerParts:
     Attributes:
         server: FedSP's server.
         control: the same without clients, or None.
-        handout: what goes to everybody, once.
         sizes: parameter counts for the record.
         distillation: how the auxiliary model came to be, for the record.
     """
 
     server: fedsp.Server
     control: fedsp.Server | None
-    handout: Handout
     sizes: dict[str, Any]
     distillation: dict[str, Any]
 
 
+def global_model(materials: Materials, compute: Compute) -> LanguageModel:
+    """Load the global model: frozen and sealed. Raises ValueError if its weights cannot be read."""
+    settings = materials.config.model
+    return backbone.load_global(
+        materials.model_name,
+        device=compute.device,
+        revision=settings.revision,
+        dtype=compute.dtype,
+        checkpointing=settings.gradient_checkpointing,
+    )
+
+
 def server_parts(
-    materials: Materials, compute: Compute, folder: Path, assignment: Sequence[Sequence[int]], log: Log
-) -> ServerParts:
-    """Load the global model, make the auxiliary model, align it, and put together what the clients get.
+    materials: Materials,
+    model: LanguageModel,
+    compute: Compute,
+    folder: Path,
+    assignment: Sequence[Sequence[int]],
+    log: Log,
+) -> tuple[ServerParts, Handout]:
+    """Make the auxiliary model, align it, and put together what everybody gets once.
 
     Args:
         materials: checked.
+        model: the global model.
         compute: the server's.
         folder: of the run; the auxiliary model is written into it, and looked for beside it.
         assignment: clients of each rank, for the hand-out.
         log: told what happens.
     """
     config = materials.config
-    compute.begin()
-    model = backbone.load_global(
-        materials.model_name, revision=config.model.revision, dtype=compute.dtype, device=compute.device
-    )
-    if config.model.gradient_checkpointing:
-        model.model.gradient_checkpointing_enable()
     small, distillation = _auxiliary(materials, model, compute, folder, log)
 
     def server() -> fedsp.Server:
@@ -215,6 +225,7 @@ def server_parts(
         "cell": auxiliary.cell_config(small.model.config, config.auxiliary.layers_per_cell).to_dict(),
         "depth": materials.depth,
         "assignment": [list(ids) for ids in assignment],
+        "folder": str(folder.resolve()),
     }
     tensors = NamedTensors.join({"auxiliary/": auxiliary.pack(small), "prompt/": prompts})
     sizes = {
@@ -225,7 +236,7 @@ def server_parts(
     }
     control = server() if config.evaluation.server_only else None
     contract = Contract(prompts.schema, prompts.schema, fedsp.METRICS)
-    return ServerParts(first, control, Handout(meta, tensors, contract), sizes, distillation)
+    return ServerParts(first, control, sizes, distillation), Handout(meta, tensors, contract)
 
 
 def client_side(materials: Materials, compute: Compute, given: Handout, ids: Sequence[int]) -> fedsp.Client:
@@ -233,7 +244,12 @@ def client_side(materials: Materials, compute: Compute, given: Handout, ids: Seq
     config = materials.config
     compute.begin()
     model = auxiliary.build(
-        given.meta["cell"], given.meta["depth"], compute.device, compute.dtype, config.auxiliary.dropout
+        given.meta["cell"],
+        given.meta["depth"],
+        compute.device,
+        compute.dtype,
+        config.auxiliary.dropout,
+        config.model.gradient_checkpointing,
     )
     stages = config.client
     shards = {

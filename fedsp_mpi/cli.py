@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fedsp_mpi import __version__, config
-from fedsp_mpi.comm import Refused, guard, launcher_rank
+from fedsp_mpi.comm import Refused, guard, launcher_rank, launcher_size
 from fedsp_mpi.log import Log
 
 USAGE_ERROR = 2
@@ -34,7 +34,7 @@ def run(options: argparse.Namespace) -> int:
     settings = config.load(options.config, overrides)
     from fedsp_mpi.run import execute
 
-    log = Log((lambda line: print(line, flush=True)) if _speaks() else None, every=options.every)
+    log = _log(options)
     folder = execute(settings, Path(options.config).stem if options.config else "embedded", log)
     if folder is not None:
         from fedsp_mpi.record import read, summary
@@ -64,12 +64,32 @@ def diff(options: argparse.Namespace) -> int:
 
 def bench(options: argparse.Namespace) -> int:
     """`bench`: ratios against the bare libraries, in one run."""
+    log = _log(options)
+    if options.what == "wire":
+        _bench_wire(log, options.repeats)
+        return 0
     from fedsp_mpi import bench as room
 
-    for line in room.run(options.what):
-        if _speaks():
-            print(line, flush=True)
+    found = room.local(config.load(options.config, options.set), options.repeats, log)
+    log.say("a client's local round {package:.4f} s, bare loop {bare:.4f} s: ratio {ratio:.3f}".format(**found))
     return 0
+
+
+def _bench_wire(log: Log, repeats: int) -> None:
+    from fedsp_mpi.comm import bench as room
+
+    if (launcher_size() or 1) < 2:
+        raise Refused("bench wire: found one process, expected at least two; start it with mpirun -n 4")
+    if found := room.measure(repeats=repeats):
+        log.say(
+            "broadcast + gather of {num_values:,} values among {ranks} ranks: {wire_seconds:.4f} s, bare mpi4py "
+            "{bare_seconds:.4f} s: ratio {ratio:.3f}".format(**found)
+        )
+    if found := room.measure_waiting(repeats=min(repeats, 5)):
+        log.say(
+            "server's work while {ranks} - 1 ranks wait: x {broadcast_slowdown:.3f} in the broadcast, "
+            "x {gather_slowdown:.3f} in the gather; a waiting rank uses {waiting_cores:.4f} cores".format(**found)
+        )
 
 
 def _user(function, argument):
@@ -78,6 +98,10 @@ def _user(function, argument):
         return function(argument)
     except ValueError as error:
         raise Refused(str(error)) from None
+
+
+def _log(options: argparse.Namespace) -> Log:
+    return Log((lambda line: print(line, flush=True)) if _speaks() else None, every=options.every)
 
 
 def _speaks() -> bool:
@@ -111,11 +135,9 @@ def _parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
 
     verb = verbs.add_parser("run", help="run an experiment (the default: the embedded one)")
-    verb.add_argument("config", nargs="?", metavar="CONFIG", help="YAML file; none runs the embedded default")
-    verb.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="e.g. federation.rounds=10")
+    _add_configuration(verb)
     verb.add_argument("--name", help="name of the run's folder below run.folder")
     verb.add_argument("--replace", action="store_true", help="overwrite an existing run of that name")
-    verb.add_argument("--every", type=float, default=5.0, metavar="S", help="seconds between progress lines (5)")
     verb.set_defaults(run=run)
 
     verb = verbs.add_parser("report", help="tables from the records of runs")
@@ -130,5 +152,13 @@ def _parser() -> argparse.ArgumentParser:
 
     verb = verbs.add_parser("bench", help="measure the overhead against bare torch and bare mpi4py")
     verb.add_argument("what", choices=("local", "wire"), help="local: one process; wire: under mpirun")
+    _add_configuration(verb)
+    verb.add_argument("--repeats", type=int, default=15, metavar="N", help="counted repetitions (15)")
     verb.set_defaults(run=bench)
     return parser
+
+
+def _add_configuration(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("config", nargs="?", metavar="CONFIG", help="YAML file; none is the embedded default")
+    verb.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="e.g. federation.rounds=10")
+    verb.add_argument("--every", type=float, default=5.0, metavar="S", help="seconds between progress lines (5)")

@@ -279,7 +279,11 @@ class Config:
         if self.model.gradient_checkpointing and self.prompt.kind == "prefix":
             raise ConfigError(
                 "model.gradient_checkpointing: found true with prompt.kind=prefix, which trains silently wrong "
-                "(checkpointed layers drop the prefix); set one to false or prompt.kind=input"
+                "(checkpointed layers drop the prefix); set it to false, or prompt.kind=input"
+            )
+        if self.model.gradient_checkpointing and self.auxiliary.dropout:
+            raise ConfigError(
+                "auxiliary.dropout: found true with model.gradient_checkpointing=true, expected one of them false"
             )
 
 

@@ -8,7 +8,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
+from fedsp_mpi.aggregation.average import Updates as Answers
 from fedsp_mpi.comm import Down, Updates, guard
+from fedsp_mpi.comm.solo import Solo
 from fedsp_mpi.comm.wire import Wire
 from fedsp_mpi.config import FederationConfig
 from fedsp_mpi.data.tokens import Text
@@ -35,7 +37,7 @@ class Server(Protocol):
 
     def broadcast(self) -> NamedTensors: ...
 
-    def merge(self, updates: Updates) -> NamedTensors: ...
+    def merge(self, updates: Answers) -> NamedTensors: ...
 
     def take(self, merged: NamedTensors) -> None: ...
 
@@ -100,7 +102,7 @@ class ServerSide:
         return answer_loss_mean(server.model, server.prompt, self.validation, self.batch_tokens)
 
 
-def federate(wire: Wire, plan: FederationConfig, here: ServerSide | None, clients: ClientSide | None) -> None:
+def federate(wire: Wire | Solo, plan: FederationConfig, here: ServerSide | None, clients: ClientSide | None) -> None:
     """All rounds. Every rank calls this; `here` is the server's side, `clients` the side of those who own text."""
     start = time.perf_counter()
     for round in range(1, plan.rounds + 1):
@@ -110,7 +112,7 @@ def federate(wire: Wire, plan: FederationConfig, here: ServerSide | None, client
 
 
 def run_round(
-    round: int, wire: Wire, plan: FederationConfig, here: ServerSide | None, clients: ClientSide | None
+    round: int, wire: Wire | Solo, plan: FederationConfig, here: ServerSide | None, clients: ClientSide | None
 ) -> None:
     """One round: prompts go down, are tuned on private text, come up, are merged and tuned on the global model.
 
@@ -127,7 +129,7 @@ def run_round(
     with guard.phase("local training and gather", round=round):
         updates = wire.gather(round, local_work(clients, down) if clients else ())
         watch.lap("clients")
-    if here is None:
+    if here is None or updates is None:
         return
     here.compute.begin()
     with guard.phase("merge", round=round):
@@ -188,7 +190,7 @@ def require_quorum(updates: Updates, plan: FederationConfig) -> None:
         )
 
 
-def commit(here: ServerSide, wire: Wire, row: RoundRow, updates: Updates) -> None:
+def commit(here: ServerSide, wire: Wire | Solo, row: RoundRow, updates: Updates) -> None:
     """Write one round into the record: when this returns, the round is on disk."""
     size = wire.round_bytes()
 
@@ -209,7 +211,7 @@ def commit(here: ServerSide, wire: Wire, row: RoundRow, updates: Updates) -> Non
     )
 
 
-def manifest(wire: Wire) -> list[WireRow]:
+def manifest(wire: Wire | Solo) -> list[WireRow]:
     """The wire's manifest as rows of the record."""
     rows = []
     for entry in wire.manifest:
@@ -230,7 +232,7 @@ class Stopwatch:
         self._laps[phase] = self._laps.get(phase, 0.0) + now - self._last
         self._last = now
 
-    def seconds(self) -> dict[str, float]:
+    def seconds(self) -> dict[str, Any]:
         """As the fields of a round's row."""
         laps = {f"seconds_{phase}": seconds for phase, seconds in self._laps.items()}
         return {**laps, "seconds_total": time.perf_counter() - self._start}

@@ -8,6 +8,7 @@ import platform
 import shutil
 import subprocess
 import time
+from contextlib import suppress
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
@@ -20,8 +21,10 @@ from fedsp_mpi.log import Log, duration
 
 if TYPE_CHECKING:
     from fedsp_mpi.build import Materials, ServerParts
+    from fedsp_mpi.comm.solo import Solo
     from fedsp_mpi.comm.wire import Wire
-    from fedsp_mpi.federate import ServerSide
+    from fedsp_mpi.federate import ClientSide, ServerSide
+    from fedsp_mpi.models.backbone import LanguageModel
     from fedsp_mpi.record.run_record import RunRecord
     from fedsp_mpi.training.device import Compute
 
@@ -39,23 +42,27 @@ def execute(config: Config, name: str, log: Log) -> Path | None:
         name: the configuration's name, for a run that has none.
         log: speaks on the server only.
 
-    Raises comm.Refused on every rank for a mistake that was found before the first weight was loaded.
+    Raises comm.Refused on every rank for a mistake of the user, before anything was trained where that is possible.
     """
     begun = time.perf_counter()
     with guard.phase("start-up"):
         wire = connect(config)
         hosts = wire.introduce(_introduction(config))
-    server = _Preparation(config, name, log, hosts, begun) if wire.is_server else None
+    server = ServerRun(config, name, log, hosts, begun) if wire.is_server else None
     with guard.phase("checks"):
         wire.agree(server.refusal(wire) if server else None)
-    if server:
-        server.prepare()
-    with guard.phase("hand-out"):
-        given = wire.handout(server.parts.handout if server else None)
-    return _federate(config, wire, given, server, log)
+    try:
+        _train(config, wire, server)
+    except Exception as error:
+        if server:
+            server.record.finish("failed", _one_line(error))
+        raise
+    with guard.phase("end"):
+        wire.finish()
+    return server.folder if server else None
 
 
-def connect(config: Config) -> Wire:
+def connect(config: Config) -> Wire | Solo:
     """The wire between all ranks. Raises comm.Refused if the launcher's processes do not see each other."""
     try:
         return comm.connect(deadlines=comm.Deadlines(**asdict(config.deadlines)))
@@ -63,42 +70,62 @@ def connect(config: Config) -> Wire:
         raise comm.Refused(str(error)) from None
 
 
-def _federate(config: Config, wire: Wire, given: comm.Handout, server: _Preparation | None, log: Log) -> Path | None:
-    from fedsp_mpi import build, federate
-    from fedsp_mpi.training.device import Compute
-
-    mine = given.meta["assignment"][wire.topology.rank]
-    clients = None
-    if mine:
-        with guard.phase("client set-up"):
-            compute = Compute.of(config.client.compute, wire.topology.local_rank)
-            materials = server.materials if server else build.Materials(config)
-            clients = federate.ClientSide(build.client_side(materials, compute, given, mine), mine, compute)
+def _train(config: Config, wire: Wire | Solo, server: ServerRun | None) -> None:
+    with guard.phase("distillation"):
+        handout = server.prepare() if server else None
+    with guard.phase("hand-out"):
+        given = wire.handout(handout)
+        del handout
+    guard.report_into(Path(given.meta["folder"]))
+    clients = _client_side(config, wire, given, server)
     here = server.side(given) if server else None
     del given
-    federate.federate(wire, config.federation, here, clients)
+    from fedsp_mpi.federate import federate
+
+    federate(wire, config.federation, here, clients)
     if here and server:
         with guard.phase("evaluation"):
             server.finish(here, wire)
-    with guard.phase("end"):
-        wire.finish()
-    return server.folder if server else None
 
 
-class _Preparation:
+def _client_side(config: Config, wire: Wire | Solo, given: comm.Handout, server: ServerRun | None) -> ClientSide | None:
+    """The clients of this rank, if it has any, once all ranks have theirs. A mistake found on one is told to all."""
+    start, clients, error = time.perf_counter(), None, None
+    mine = given.meta["assignment"][wire.topology.rank]
+    with guard.phase("client set-up"):
+        if mine:
+            from fedsp_mpi import build, federate
+            from fedsp_mpi.training.device import Compute
+
+            try:
+                compute = Compute.of(config.client.compute, wire.topology.local_rank)
+                materials = server.materials if server else build.Materials(config)
+                clients = federate.ClientSide(build.client_side(materials, compute, given, mine), mine, compute)
+            except ValueError as found:
+                error = f"rank {wire.topology.rank} on {platform.node()}: {_one_line(found)}"
+        ready = wire.introduce({"error": error, "seconds": time.perf_counter() - start})
+        wire.agree(server.heard(ready or []) if server else None)
+    return clients
+
+
+class ServerRun:
     """What the server does before the first round and after the last."""
 
     def __init__(self, config: Config, name: str, log: Log, hosts: list[dict[str, Any]] | None, begun: float) -> None:
         self.config, self.log, self.hosts, self._begun = config, log, hosts or [], begun
         self.folder = _folder(config, name)
         self.materials: Materials
-        self.parts: ServerParts
         self.record: RunRecord
+        self._parts: ServerParts
+        self._model: LanguageModel
         self._compute: Compute
         self._assignment: list[tuple[int, ...]]
 
-    def refusal(self, wire: Wire) -> str | None:
-        """Find every mistake that can be found without weights, and open the record. The text of the first, or None."""
+    def refusal(self, wire: Wire | Solo) -> str | None:
+        """Find every mistake that can be found without training, and open the record. The text of the first, or None.
+
+        The weights are read last, when everything else is known to be right.
+        """
         try:
             self._check_ranks(wire)
             from fedsp_mpi import build
@@ -109,23 +136,35 @@ class _Preparation:
             self._compute = Compute.of(self.config.server.compute, wire.topology.local_rank)
             self._assignment = self._place(wire, build.expected_work(self.materials))
             self._open_record()
+            self._summary(wire)
+            self._compute.begin()
+            self._model = build.global_model(self.materials, self._compute)
         except (ValueError, OSError) as error:
-            return " ".join(str(error).split()) or type(error).__name__
+            self._discard_record()
+            return _one_line(error)
         guard.report_into(self.folder)
-        self._summary(wire)
         return None
 
-    def prepare(self) -> None:
-        """Load the global model, distil the auxiliary one, and describe both in the record."""
+    def prepare(self) -> comm.Handout:
+        """Distil the auxiliary model, describe all models in the record, and give what goes to the clients."""
         from fedsp_mpi import build
 
-        with guard.phase("distillation"):
-            self.parts = build.server_parts(self.materials, self._compute, self.folder, self._assignment, self.log)
-        self.record.describe(models=self.parts.sizes, distillation=self.parts.distillation)
+        self._parts, handout = build.server_parts(
+            self.materials, self._model, self._compute, self.folder, self._assignment, self.log
+        )
+        self.record.describe(models=self._parts.sizes, distillation=self._parts.distillation)
         self.log.say(
             "parameters: global model {global:,}, auxiliary model {auxiliary:,}, prompts {prompt:,} "
-            "({prompt_on_the_wire:,} travel)".format(**self.parts.sizes)
+            "({prompt_on_the_wire:,} travel)".format(**self._parts.sizes)
         )
+        return handout
+
+    def heard(self, ready: list[dict[str, Any]]) -> str | None:
+        """Take note that the client ranks are ready. The first mistake that one of them found, or None."""
+        seconds = max(answer["seconds"] for answer in ready)
+        self.record.describe(timing={"seconds_client_setup": seconds})
+        self.log.say(f"clients are ready after {duration(seconds)}")
+        return next((answer["error"] for answer in ready if answer["error"]), None)
 
     def side(self, given: comm.Handout) -> ServerSide:
         """The server's side of the rounds."""
@@ -134,8 +173,8 @@ class _Preparation:
         ranks = {client: rank for rank, ids in enumerate(given.meta["assignment"]) for client in ids}
         settings = self.config.evaluation
         return ServerSide(
-            self.parts.server,
-            self.parts.control,
+            self._parts.server,
+            self._parts.control,
             self._compute,
             self.materials.validation,
             settings.batch_tokens,
@@ -145,7 +184,7 @@ class _Preparation:
             self.log,
         )
 
-    def finish(self, here: ServerSide, wire: Wire) -> None:
+    def finish(self, here: ServerSide, wire: Wire | Solo) -> None:
         """Score, write the adapter and the results, close the record."""
         from fedsp_mpi.federate import manifest
         from fedsp_mpi.models.prompts import write_adapter
@@ -180,7 +219,7 @@ class _Preparation:
         self.log.say(f"scored {method}: {found.n} questions in {duration(found.seconds)}")
         return ResultRow(method=method, split="test", round=best.round if best else 0, loss=loss, **asdict(found))
 
-    def _check_ranks(self, wire: Wire) -> None:
+    def _check_ranks(self, wire: Wire | Solo) -> None:
         wanted = self.config.topology.ranks
         found = wire.topology.size
         if wanted is not None and found != wanted:
@@ -188,7 +227,7 @@ class _Preparation:
         self._place(wire, [1.0] * self.config.federation.clients)
 
     @staticmethod
-    def _place(wire: Wire, work: list[float]) -> list[tuple[int, ...]]:
+    def _place(wire: Wire | Solo, work: list[float]) -> list[tuple[int, ...]]:
         """Clients of every rank; the server has none, unless it is alone."""
         if wire.topology.size == 1:
             return [tuple(range(len(work)))]
@@ -220,7 +259,15 @@ class _Preparation:
             topology={"assignment": [list(ids) for ids in self._assignment]},
         )
 
-    def _summary(self, wire: Wire) -> None:
+    def _discard_record(self) -> None:
+        """Give the run's name back after a refusal, so that the next try is not refused for this one."""
+        if hasattr(self, "record"):
+            for name in ("run.h5", "config.yaml"):
+                (self.folder / name).unlink(missing_ok=True)
+            with suppress(OSError):
+                self.folder.rmdir()
+
+    def _summary(self, wire: Wire | Solo) -> None:
         say, config = self.log.say, self.config
         by_host: dict[str, list[str]] = {}
         for host in self.hosts:
@@ -239,6 +286,10 @@ class _Preparation:
         for note in splits.notes:
             say(f"          {note}")
         say(f"folder    {self.folder}")
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _folder(config: Config, name: str) -> Path:

@@ -13,14 +13,18 @@ from fedsp_mpi.tensors import NamedTensors, Schema
 class Report(Protocol):
     """Who sent an update, and its weight."""
 
-    client: int
-    weight: float
+    @property
+    def client(self) -> int: ...
+
+    @property
+    def weight(self) -> float: ...
 
 
 class Updates(Protocol):
     """The updates of one round, read a stretch of values at a time."""
 
-    schema: Schema
+    @property
+    def schema(self) -> Schema: ...
 
     @property
     def reports(self) -> Sequence[Report]: ...

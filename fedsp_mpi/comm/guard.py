@@ -25,7 +25,7 @@ from .topology import launcher_rank, launcher_size
 
 REPORT = "failure.txt"
 _PATIENCE = 5.0  # seconds that a rank whose report came too late waits for the other's abort
-_CARRY = 0.2  # seconds for a report to leave through the launcher
+_CARRY = 0.15  # seconds for a report to leave through the launcher
 _SCENE = "_fedsp_scene"
 
 
@@ -162,8 +162,8 @@ class Guard:
                 return False
             except OSError:
                 pass  # a full or lost disk must not hide the error: go on as without a folder
-        rank = _rank()
-        time.sleep(2.0 * rank / (rank + 3))  # the lowest failing rank speaks, and ends the others before their turn
+        # The lowest failing rank speaks, and ends the others before their turn: launchers need up to 0.3 s for that.
+        time.sleep(min(0.5 * _rank(), 2.0))
         return True
 
     def _end(self, status: int, hard: bool = False) -> None:

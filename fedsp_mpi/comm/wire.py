@@ -235,8 +235,7 @@ class Wire:
         status = self._mpi.Status()
 
         def look() -> bool:
-            message = self._comm.Improbe(self._mpi.ANY_SOURCE, _LETTER, status)
-            if message is not None:
+            while (message := self._comm.Improbe(self._mpi.ANY_SOURCE, _LETTER, status)) is not None:
                 letter = bytearray(status.Get_count(self._mpi.BYTE))
                 arriving[status.source] = (message.Irecv([letter, self._mpi.BYTE]), letter)
             for rank in [rank for rank, (request, _) in arriving.items() if request.Test()]:

@@ -104,7 +104,7 @@ class Batches:
     ) -> None:
         assert len(texts) > 0
         self._texts, self._size, self._micro = texts, batch_size, micro_batch or batch_size
-        self._key = (seed, f"order {owner[0]}", *(int(number) for number in owner[1:]))
+        self._seed, self._purpose, self._owner = seed, f"order {owner[0]}", tuple(int(number) for number in owner[1:])
         self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
 
     @property
@@ -119,8 +119,8 @@ class Batches:
     def _row(self, position: int) -> int:
         epoch, place = divmod(position, len(self._texts))
         if epoch != self._epoch:
-            seed, purpose, *numbers = self._key
-            self._order = rng.generator(seed, purpose, *numbers, epoch).permutation(len(self._texts))
+            random = rng.generator(self._seed, self._purpose, *self._owner, epoch)
+            self._order = random.permutation(len(self._texts))
             self._epoch = epoch
         return int(self._order[place])
 

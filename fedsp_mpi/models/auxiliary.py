@@ -63,13 +63,18 @@ def pack(model: LanguageModel) -> NamedTensors:
 
 
 def build(
-    config: Mapping[str, Any], depth: int, device: torch.device, dtype: torch.dtype, dropout: bool
+    config: Mapping[str, Any],
+    depth: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    dropout: bool = False,
+    checkpointing: bool = False,
 ) -> LanguageModel:
     """An auxiliary model without its weights, from the configuration of its cell; fp32, computing in `dtype`."""
     settings = dict(config)
     kind = settings.pop("model_type")
     model = _from_config(transformers.AutoConfig.for_model(kind, **settings))
-    return LanguageModel(unroll(model, depth).to(device), dtype, dropout)
+    return LanguageModel(unroll(model, depth).to(device), dtype, dropout, checkpointing)
 
 
 def load_weights(model: LanguageModel, tensors: Mapping[str, Tensor]) -> None:
@@ -152,5 +157,5 @@ def _alias(layer: nn.Module, index: int) -> nn.Module:
     alias = copy.deepcopy(layer, {id(tensor): tensor for tensor in shared})
     for module in alias.modules():
         if hasattr(module, "layer_idx"):
-            module.layer_idx = index
+            setattr(module, "layer_idx", index)  # noqa: B010
     return alias

@@ -23,7 +23,15 @@ FAMILIES = {
     "llama": "model.layers",
     "qwen2": "model.layers",
 }
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DROPOUTS = (
+    "resid_pdrop",
+    "embd_pdrop",
+    "attn_pdrop",
+    "dropout",
+    "attention_dropout",
+    "activation_dropout",
+    "layerdrop",
+)
 
 
 @dataclass(frozen=True)
@@ -110,18 +118,25 @@ class LanguageModel:
         model: a transformers model with its language-model head.
         dtype: type of the forward pass; where the weights have another one, autocast is used.
         dropout: whether the model's own dropout acts while its weights are trained.
+        checkpointing: recompute activations in the backward pass. transformers does so in training mode only, where
+            dropout acts too, so the model must have been made `without_dropout`.
     """
 
-    def __init__(self, model: Any, dtype: torch.dtype = torch.float32, dropout: bool = False) -> None:
+    def __init__(
+        self, model: Any, dtype: torch.dtype = torch.float32, dropout: bool = False, checkpointing: bool = False
+    ) -> None:
         self.model, self.dtype, self.dropout = model, dtype, dropout
         self.shape = shape_of(model.config)
         self.device = next(model.parameters()).device
         self._autocast = next(model.parameters()).dtype != dtype
+        self._checkpointing = checkpointing
+        if checkpointing:
+            model.gradient_checkpointing_enable()
 
     def train_weights(self, on: bool) -> None:
         """Make every weight trainable, or none. Dropout acts only in the first case, and only if it was asked for."""
         self.model.requires_grad_(on)
-        self.model.train(on and self.dropout)
+        self.model.train((on and self.dropout) or self._checkpointing)
 
     def hidden(self, batch: Batch, prompt: Prompt | None = None) -> Tensor:
         """Hidden states after the final norm at the text's positions, [batch, length, hidden].
@@ -203,19 +218,35 @@ class LanguageModel:
         return sum(p.numel() for p in self.model.parameters())
 
 
+def without_dropout(config: Any) -> Any:
+    """Set every dropout rate of a configuration to 0, in place."""
+    for name in DROPOUTS:
+        if hasattr(config, name):
+            setattr(config, name, 0.0)
+    return config
+
+
 def load_global(
-    name: str, *, revision: str | None = None, dtype: torch.dtype = torch.float32, device: torch.device
+    name: str,
+    *,
+    device: torch.device,
+    revision: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    checkpointing: bool = False,
 ) -> LanguageModel:
     """Load the global model: frozen, in evaluation mode, and sealed, so that none of its memory can be sent.
 
     Raises ValueError if the weights cannot be read.
     """
+    config = read_config(name, revision)
     try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(name, revision=revision, dtype=dtype)
+        model: Any = transformers.AutoModelForCausalLM.from_pretrained(
+            name, revision=revision, dtype=dtype, config=without_dropout(config) if checkpointing else config
+        )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ValueError(f"model.name: the weights of {name!r} could not be read: {_first_line(error)}") from None
     model.to(device)
-    found = LanguageModel(model, dtype)
+    found = LanguageModel(model, dtype, checkpointing=checkpointing)
     found.train_weights(False)
     seal.add(model.named_parameters())
     return found

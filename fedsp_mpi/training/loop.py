@@ -31,7 +31,8 @@ class Engine(Protocol):
 class Batches(Protocol):
     """Micro-batches by optimizer step."""
 
-    batch_size: int
+    @property
+    def batch_size(self) -> int: ...
 
     def step(self, index: int) -> list[Batch]: ...
 
@@ -75,18 +76,16 @@ def train(
 
     Raises NonFiniteError naming the first step whose loss is not finite.
     """
-    start, losses = time.perf_counter(), []
+    start = time.perf_counter()
+    losses: list[Tensor] = []
     for _ in range(num_steps):
         micro_batches = batches.step(engine.steps_done)
-        total, step_loss = sum(map(count, micro_batches)), None
-        for batch in micro_batches:
-            share = loss(batch.to(device)) / total
-            engine.backward(share)
-            step_loss = share.detach() if step_loss is None else step_loss + share.detach()
+        total = sum(map(count, micro_batches))
+        shares = [_share(engine, loss(batch.to(device)) / total) for batch in micro_batches]
         engine.step()
-        losses.append(step_loss)
+        losses.append(sum(shares[1:], shares[0]))
         if on_step is not None:
-            on_step(step_loss)
+            on_step(losses[-1])
     found = torch.stack(losses).tolist() if losses else []
     _require_finite(found)
     return Trace(tuple(found), num_steps * batches.batch_size, time.perf_counter() - start)
@@ -100,6 +99,11 @@ def num_answer_tokens(batch: Batch) -> int:
 def num_text_tokens(batch: Batch) -> int:
     """Tokens of a batch that are not padding."""
     return int(batch.attention_mask.sum())
+
+
+def _share(engine: Engine, loss: Tensor) -> Tensor:
+    engine.backward(loss)
+    return loss.detach()
 
 
 def _require_finite(losses: list[float]) -> None:
