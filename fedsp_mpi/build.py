@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -321,6 +322,8 @@ def _distilled(
         "steps": stage.steps,
         "samples": done.trace.samples,
         "seconds": done.trace.seconds,
+        "seconds_median_step": median(done.step_seconds),
+        "seconds_to_first_step": done.first_step_at,
         "loss_first": done.trace.first,
         "loss_last": done.trace.last,
     }

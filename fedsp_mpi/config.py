@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import types
-import typing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
+from fedsp_mpi.plain import ConfigError, merge, parse
+
 Dtype = Literal["float32", "bfloat16"]
 EMBEDDED = Path(__file__).parent / "resources" / "embedded.yaml"
-
-
-class ConfigError(ValueError):
-    """A mistake in a configuration: the key, what was found, what was expected."""
 
 
 @dataclass(frozen=True)
@@ -237,45 +232,33 @@ class Config:
     client: ClientConfig = ClientConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     record: RecordConfig = RecordConfig()
-    deadlines: DeadlineConfig = field(default_factory=DeadlineConfig)
+    deadlines: DeadlineConfig = DeadlineConfig()
 
     def check(self) -> None:
         """Raise ConfigError on the first value that cannot work, whatever the model and the data."""
-        for where, stage in {
-            "server.tuning": self.server.tuning,
-            "client.alignment": self.client.alignment,
-            "client.prompt": self.client.prompt,
-            "distillation": self.distillation,
-        }.items():
-            stage.check(where)  # type: ignore[attr-defined]
+        self.server.tuning.check("server.tuning")
+        self.client.alignment.check("client.alignment")
+        self.client.prompt.check("client.prompt")
+        self.distillation.check("distillation")
         if self.model.name is None:
             raise ConfigError("model.name: found nothing, expected a hub name or the folder of a causal language model")
-        _at_least("federation", "clients", self.federation.clients, 1)
-        _at_least("federation", "rounds", self.federation.rounds, 1)
-        _at_least("federation", "min_clients", self.federation.min_clients, 1)
+        for key, low in LEAST.items():
+            section, _, name = key.rpartition(".")
+            value: Any = self
+            for part in key.split("."):
+                value = getattr(value, part)
+            if value is not None:
+                _at_least(section, name, value, low)
         if self.federation.min_clients > self.federation.clients:
             raise ConfigError(
                 f"federation.min_clients: found {self.federation.min_clients}, expected at most the "
                 f"{self.federation.clients} of federation.clients"
             )
-        _at_least("prompt", "num_tokens", self.prompt.num_tokens, 1)
-        _at_least("prompt", "init_std", self.prompt.init_std, 0)
-        _at_least("auxiliary", "start_layer", self.auxiliary.start_layer, 0)
-        _at_least("auxiliary", "layers_per_cell", self.auxiliary.layers_per_cell, 1)
-        _at_least("data", "max_length", self.data.max_length, 2)
-        _at_least("evaluation", "batch_tokens", self.evaluation.batch_tokens, 1)
-        for role, compute in {"server": self.server.compute, "client": self.client.compute}.items():
-            _at_least(f"{role}.compute", "threads", compute.threads, 1)
-        for split, limit in dataclasses.asdict(self.data.limit).items():
-            if limit is not None:
-                _at_least("data.limit", split, limit, 1)
         self._check_prompt()
 
     def _check_prompt(self) -> None:
-        if self.prompt.projection is not None:
-            _at_least("prompt", "projection", self.prompt.projection, 1)
-            if self.prompt.kind == "input":
-                raise ConfigError("prompt.projection: found with prompt.kind=input, expected prompt.kind=prefix")
+        if self.prompt.projection is not None and self.prompt.kind == "input":
+            raise ConfigError("prompt.projection: found with prompt.kind=input, expected prompt.kind=prefix")
         if self.model.gradient_checkpointing and self.prompt.kind == "prefix":
             raise ConfigError(
                 "model.gradient_checkpointing: found true with prompt.kind=prefix, which trains silently wrong "
@@ -285,6 +268,33 @@ class Config:
             raise ConfigError(
                 "auxiliary.dropout: found true with model.gradient_checkpointing=true, expected one of them false"
             )
+
+
+# The least value of what has one; None is always allowed where the type allows it.
+LEAST = {
+    "topology.ranks": 1,
+    "data.max_length": 2,
+    "data.limit.train": 1,
+    "data.limit.validation": 1,
+    "data.limit.test": 1,
+    "auxiliary.start_layer": 0,
+    "auxiliary.layers_per_cell": 1,
+    "auxiliary.depth": 1,
+    "prompt.num_tokens": 1,
+    "prompt.init_std": 0,
+    "prompt.projection": 1,
+    "federation.clients": 1,
+    "federation.rounds": 1,
+    "federation.min_clients": 1,
+    "server.compute.threads": 1,
+    "client.compute.threads": 1,
+    "evaluation.batch_tokens": 1,
+    "deadlines.start_up": 0,
+    "deadlines.handout": 0,
+    "deadlines.broadcast": 0,
+    "deadlines.gather": 0,
+    "deadlines.finish": 0,
+}
 
 
 def load(path: str | Path | None, overrides: list[str] | None = None) -> Config:
@@ -315,78 +325,12 @@ def read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     base = data.pop("extends", None)
     if base is None:
         return data
-    return _merge(read_yaml(path.parent / str(base), (*seen, path.resolve())), data)
+    return merge(read_yaml(path.parent / str(base), (*seen, path.resolve())), data)
 
 
 def to_yaml(config: Config) -> str:
     """The resolved configuration as YAML that `load` reads back to the same."""
     return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
-
-
-def parse(kind: Any, data: Any, where: str) -> Any:
-    """Turn plain data into the dataclass or type `kind`; `where` is its dotted key for messages."""
-    if dataclasses.is_dataclass(kind):
-        return _parse_section(kind, data, where)
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (types.UnionType, typing.Union):
-        if data is None and type(None) in arguments:
-            return None
-        return parse(next(a for a in arguments if a is not type(None)), data, where)
-    if origin is Literal:
-        if data in arguments and type(data) is type(arguments[0]):
-            return data
-        near = difflib.get_close_matches(str(data), [str(a) for a in arguments], 1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ConfigError(f"{where}: found {data!r}, expected one of {', '.join(map(str, arguments))}{hint}")
-    return _parse_scalar(kind, data, where)
-
-
-def _parse_section(kind: Any, data: Any, where: str) -> Any:
-    if data is None:
-        data = {}
-    if not isinstance(data, dict):
-        raise ConfigError(f"{where or 'configuration'}: found {data!r}, expected a section with keys")
-    hints = typing.get_type_hints(kind)
-    names = {f.name: f for f in dataclasses.fields(kind)}
-    values = {}
-    for key, value in data.items():
-        dotted = f"{where}.{key}" if where else str(key)
-        if key not in names:
-            near = difflib.get_close_matches(str(key), names, 1, cutoff=0.5)
-            hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(names)}"
-            raise ConfigError(f"{dotted}: found an unknown key; {hint}")
-        default = _default(names[key])
-        if dataclasses.is_dataclass(default) and isinstance(value, dict):
-            value = _merge(dataclasses.asdict(default), value, known=True)  # type: ignore[arg-type]
-        values[key] = parse(hints[key], value, dotted)
-    return kind(**values)
-
-
-def _default(definition: dataclasses.Field) -> Any:
-    if definition.default_factory is not dataclasses.MISSING:
-        return definition.default_factory()
-    return definition.default
-
-
-def _parse_scalar(kind: Any, data: Any, where: str) -> Any:
-    if kind is float and isinstance(data, (int, str)) and not isinstance(data, bool):
-        try:
-            return float(data)  # YAML 1.1 reads 5e-4 as a string
-        except ValueError:
-            pass
-    if isinstance(data, kind) and not (kind is not bool and isinstance(data, bool)):
-        return data
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
-    raise ConfigError(f"{where}: found {data!r} ({type(data).__name__}), expected {names[kind]}")
-
-
-def _merge(base: dict[str, Any], over: dict[str, Any], known: bool = False) -> dict[str, Any]:
-    merged = dict(base)
-    for key, value in over.items():
-        if isinstance(value, dict) and isinstance(merged.get(key), dict):
-            value = _merge(merged[key], value, known)
-        merged[key] = value
-    return merged
 
 
 def _override(data: dict[str, Any], item: str) -> None:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import time
 from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -18,12 +22,21 @@ from fedsp_mpi.training.loop import Batches, Trace, num_text_tokens, train
 
 @dataclass(frozen=True)
 class Distilled:
-    """How an auxiliary model was aligned: losses and seconds, and the engine that stepped it."""
+    """How an auxiliary model was aligned.
+
+    Attributes:
+        trace: losses and seconds.
+        engine, engine_version, zero_stage: what stepped it.
+        step_seconds: wall time of each step.
+        first_step_at: seconds from the start of this process to the end of the first step.
+    """
 
     trace: Trace
     engine: str
     engine_version: str
     zero_stage: int
+    step_seconds: tuple[float, ...]
+    first_step_at: float
 
 
 def distil(
@@ -45,6 +58,12 @@ def distil(
         engine = DeepSpeedEngine(student.model, stage.optimizer, stage.steps, num_micro, settings.zero_stage)
         name, version, zero = "deepspeed", engine.version, settings.zero_stage
     progress = log.progress("distilling", stage.steps)
+    ends, age = [time.perf_counter()], _process_age() - time.perf_counter()
+
+    def on_step(loss: Tensor) -> None:
+        ends.append(time.perf_counter())
+        progress.step(note=lambda: f"loss {loss.item():.4f}")
+
     trace = train(
         engine,
         batches,
@@ -52,12 +71,22 @@ def distil(
         lambda batch: distillation_loss(student, teacher, batch, settings),
         num_text_tokens,
         student.device,
-        lambda loss: progress.step(note=lambda: f"loss {loss.item():.4f}"),
+        on_step,
     )
     if isinstance(engine, DeepSpeedEngine):
         engine.close()
     student.train_weights(False)
-    return Distilled(trace, name, version, zero)
+    step_seconds = tuple(end - begin for begin, end in pairwise(ends))
+    return Distilled(trace, name, version, zero, step_seconds, age + ends[1])
+
+
+def _process_age() -> float:
+    """Seconds since this process was started, as the kernel knows it; 0 where it does not tell."""
+    try:
+        ticks = float(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+    except OSError:
+        return 0.0
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
 
 
 def distillation_loss(
