@@ -46,7 +46,7 @@ def _parse_section(kind: Any, data: Any, where: str) -> Any:
             hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(names)}"
             raise ConfigError(f"{dotted}: found an unknown key; {hint}")
         default = _default(names[key])
-        if dataclasses.is_dataclass(default) and isinstance(value, dict):
+        if dataclasses.is_dataclass(default) and not isinstance(default, type) and isinstance(value, dict):
             value = merge(dataclasses.asdict(default), value)
         values[key] = parse(hints[key], value, dotted)
     return kind(**values)

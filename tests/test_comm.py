@@ -375,7 +375,8 @@ def test_everybody_is_introduced_to_the_server(tmp_path: Path) -> None:
 def test_the_real_topology() -> None:
     code = (
         "from fedsp_mpi.comm import connect; w = connect(); t = w.topology;"
-        "print(t.rank, t.size, t.local_rank, t.local_size, t.is_server, t.solo, flush=True); w.finish()"
+        "import sys; numbers = (t.rank, t.size, t.local_rank, t.local_size, t.is_server, t.solo);"
+        "sys.stdout.write(' '.join(map(str, numbers)) + '\\n'); w.finish()"
     )
     seen = run_mpi(3, ["-c", code]).stdout
     assert all(line in seen for line in ("0 3 0 3 True False", "1 3 1 3 False False", "2 3 2 3 False False"))

@@ -1,0 +1,91 @@
+"""Tiny random models of every family, a word-level tokenizer, and a task, all made on the spot."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+import torch
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, OPTConfig, PreTrainedTokenizerFast, Qwen2Config
+
+from fedsp_mpi.data.tokens import Text, collate
+from fedsp_mpi.models import backbone
+from fedsp_mpi.models.backbone import LanguageModel
+from fedsp_mpi.tensors import Batch
+
+FAMILIES = ("gpt2", "opt", "llama", "qwen2")
+VOCABULARY, POSITIONS, LAYERS, WIDTH = 100, 64, 4, 32
+CPU = torch.device("cpu")
+
+
+def config(family: str, **changes: Any) -> Any:
+    """A configuration of four layers of four heads (llama and qwen2: two key/value heads), 32 wide, 64 positions."""
+    special = {"bos_token_id": 1, "eos_token_id": 2, "vocab_size": VOCABULARY}
+    if family == "gpt2":
+        sizes = {"n_positions": POSITIONS, "n_embd": WIDTH, "n_layer": LAYERS, "n_head": 4}
+        return GPT2Config(**special | sizes | changes)
+    sizes = {"hidden_size": WIDTH, "num_hidden_layers": LAYERS, "num_attention_heads": 4}
+    sizes |= {"max_position_embeddings": POSITIONS}
+    if family == "opt":
+        return OPTConfig(**special | sizes | {"ffn_dim": 64, "word_embed_proj_dim": WIDTH} | changes)
+    kind = {"llama": LlamaConfig, "qwen2": Qwen2Config}[family]
+    return kind(**special | sizes | {"intermediate_size": 64, "num_key_value_heads": 2} | changes)
+
+
+def model_folder(folder: Path, family: str, seed: int = 0, **changes: Any) -> str:
+    """Save a random model of which no weight, offset or norm is 0 or 1; `folder` as text."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config(family, **changes))
+    for parameter in model.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+def load(folder: str, **options: Any) -> LanguageModel:
+    """The global model in a folder, on the CPU."""
+    return backbone.load_global(folder, device=CPU, **options)
+
+
+def words(count: int = VOCABULARY - 4) -> list[str]:
+    """w0, w1, ...: what the tokenizer knows beside its four special tokens."""
+    return [f"w{number}" for number in range(count)]
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Words between blanks, one token each; 0 <unk>, 1 <s>, 2 </s>, 3 <pad>."""
+    known = {token: number for number, token in enumerate(["<unk>", "<s>", "</s>", "<pad>", *words()])}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(known, unk_token="<unk>"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **special)
+
+
+def data_folder(folder: Path, train: int = 48, validation: int = 8, test: int = 8, seed: int = 0) -> str:
+    """A multiple_choice task of three options; the right one repeats the context's first word."""
+    random = np.random.default_rng(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, size in {"train": train, "validation": validation, "test": test}.items():
+        rows = []
+        for _ in range(size):
+            context, label = random.choice(words(), random.integers(2, 7), replace=False), int(random.integers(3))
+            choices = [" ".join(random.choice(words(), random.integers(1, 3))) for _ in range(3)]
+            choices[label] = str(context[0])
+            rows.append({"context": " ".join(context), "choices": choices, "label": label})
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(folder)
+
+
+def texts(lengths: Sequence[int], seed: int = 0, answer: int = 2) -> list[Text]:
+    """Random texts of these lengths; the answer begins at token `answer`."""
+    random = np.random.default_rng(seed)
+    return [Text(random.integers(4, VOCABULARY, size, dtype=np.int32), answer) for size in lengths]
+
+
+def batch(lengths: Sequence[int] = (11, 7, 4), seed: int = 0) -> Batch:
+    """Random texts side by side."""
+    return collate(texts(lengths, seed))
