@@ -20,21 +20,21 @@ def draw(*meaning):
 def read(c):
     """The training texts: token ids, and where the answer begins."""
     tokenizer, most = AutoTokenizer.from_pretrained(c["model"]["name"]), c["data"]["max_length"]
-    for line in Path(c["data"]["source"], "train.jsonl").read_text().splitlines():
-        row = json.loads(line)
+    for row in map(json.loads, Path(c["data"]["source"], "train.jsonl").read_text().splitlines()):
         ids = tokenizer(row["context"] + " " + row["choices"][row["label"]]).input_ids
         yield ids[-most:], len(tokenizer(row["context"].rstrip()).input_ids) - max(0, len(ids) - most)
 
 
 def first_prompt(c, model):
-    seed, n, std, inner = c["run"]["seed"], *(c["prompt"][key] for key in ("num_tokens", "init_std", "projection"))
-    width = getattr(model, "num_key_value_heads", model.num_attention_heads) * model.hidden_size // model.num_attention_heads
-    out = model.num_hidden_layers * 2 * width
+    n, std, inner = (c["prompt"][key] for key in ("num_tokens", "init_std", "projection"))
+    layers, heads = model.num_hidden_layers, model.num_attention_heads
+    width = getattr(model, "num_key_value_heads", heads) * model.hidden_size // heads
     shapes = {"embedding": (n, width), "transform.0.weight": (inner, width), "transform.0.bias": (inner,)}
-    shapes |= {"transform.2.weight": (out, inner), "transform.2.bias": (out,)}
-    for name, shape in shapes.items() if inner else [("prompt", (n, out))]:
+    shapes |= {"transform.2.weight": (layers * 2 * width, inner), "transform.2.bias": (layers * 2 * width,)}
+    for name, shape in shapes.items() if inner else [("prompt", (n, layers * 2 * width))]:
         scale = 0 if "bias" in name else shape[1] ** -0.5 if "weight" in name else std
-        yield name, (torch.tensor(draw(seed, f"prompt {name}").standard_normal(shape, "f")) * scale).requires_grad_()
+        numbers = draw(c["run"]["seed"], f"prompt {name}").standard_normal(shape, "f")
+        yield name, (torch.tensor(numbers) * scale).requires_grad_()
 
 
 def soft_tokens(p):
@@ -70,6 +70,7 @@ def run(model, weights, prompt, ids):
 def train(c, rounds, moving, losses, texts, *order):
     """Each `next` takes the AdamW steps of a round; moments, schedule and place in the texts go on to the next one."""
     o, moving, total = c["optimizer"], list(dict.fromkeys(moving.values())), c["steps"] * rounds
+    warm = round(o["warmup"] * total)
     adam = torch.optim.AdamW(moving, 0, (o["beta1"], o["beta2"]), o["epsilon"], o["weight_decay"], foreach=False)
     for step in range(total):
         places = [divmod(step * c["batch_size"] + i, len(texts)) for i in range(c["batch_size"])]
@@ -79,7 +80,6 @@ def train(c, rounds, moving, losses, texts, *order):
         norm = sum(g.square().sum() for g in gradients if g is not None) ** 0.5
         for p, g in zip(moving, gradients):
             p.grad = None if g is None else g * min(1, (o["clip"] or norm) / norm)
-        warm = round(o["warmup"] * total)
         slope = (step + 1) / warm if step < warm else (total - step) / (total - warm)
         adam.param_groups[0]["lr"] = o["learning_rate"] * slope
         adam.step()
@@ -94,7 +94,7 @@ def fedsp(c):
     theta, layers, depth = dict(G.named_parameters()), G.config.num_hidden_layers, c["auxiliary"]["depth"]
     A = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(name, num_hidden_layers=depth)).eval()
     own = {n: w.detach().clone().requires_grad_() for n, w in theta.items()}
-    phi = {n: own[re.sub(r"\.(h|layers)\.\d+\.", r".\1.0.", n)] for n, _ in A.named_parameters()}  # one block, shared
+    phi = {n: own[re.sub(r"\.\d+\.", ".0.", n)] for n, _ in A.named_parameters()}  # the first block, shared
     P, texts = dict(first_prompt(c, G.config)), list(read(c))
     parts = np.array_split(draw(seed, "iid partition").permutation(len(texts)), c["federation"]["clients"] + 1)
     shard, *shards = [[texts[i] for i in part] for part in parts]

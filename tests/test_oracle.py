@@ -1,0 +1,121 @@
+"""Two rounds of the package against `oracle.py`, which derives them a second time and shares no code with it."""
+
+import copy
+import json
+import random
+from pathlib import Path
+
+import datasets
+import numpy as np
+import oracle
+import pytest
+import tokenizers
+import torch
+import transformers
+import yaml
+from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.processors import TemplateProcessing
+
+from fedsp_mpi import config, record, run
+from fedsp_mpi.log import Log
+
+WORDS = ["the", "cat", "dog", "sees", "eats", "a", "red", "blue", "fish", "bird", "and", "?", "yes", "no", "maybe"]
+SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64}
+# Tied and untied heads; the untied one has keys and values for half of its heads.
+GPT2 = transformers.GPT2Config(**SIZES, vocab_size=20, initializer_range=0.2, bos_token_id=1, eos_token_id=1)
+LLAMA = transformers.LlamaConfig(
+    **SIZES, num_key_value_heads=2, intermediate_size=48, vocab_size=20, initializer_range=0.2, bos_token_id=1
+)
+
+
+def stage(steps: int, batch_size: int, learning_rate: float, clip: float | None) -> dict:
+    """A stage as the YAML file has it. The epsilon is above the rounding noise of gradients that should be zero."""
+    beta = {"beta1": 0.8, "beta2": 0.99, "epsilon": 1e-4}
+    optimizer = {"learning_rate": learning_rate, "weight_decay": 0.1, **beta, "warmup": 0.4, "clip": clip}
+    return {"steps": steps, "batch_size": batch_size, "optimizer": optimizer}
+
+
+BASE = {
+    "run": {"name": "run", "seed": 7},
+    "data": {"task": "multiple_choice", "max_length": 14},
+    "auxiliary": {"depth": 2},
+    "prompt": {"num_tokens": 3, "init_std": 0.5, "projection": None},
+    "federation": {"clients": 3, "rounds": 2},
+    "distillation": {"stage": stage(4, 5, 1e-2, 0.5)},
+    "client": {"alignment": stage(3, 4, 2e-2, 0.3), "prompt": stage(2, 3, 5e-2, 0.05)},
+    "server": {"tuning": stage(3, 5, 3e-2, None)},
+    "evaluation": {"zero_shot": False},
+}
+MICRO = {
+    "distillation": {"stage": {"micro_batch": 2}},
+    "client": {"alignment": {"micro_batch": 3}, "prompt": {"micro_batch": 1}},
+    "server": {"tuning": {"micro_batch": 2}},
+}
+CASES = {
+    "gpt2": (GPT2, {}),
+    "gpt2 in micro-batches": (GPT2, MICRO),
+    "llama": (LLAMA, {}),
+    "llama with a projection": (LLAMA, {"prompt": {"projection": 6}}),
+    "gpt2 of depth 1 and a projection": (GPT2, {"auxiliary": {"depth": 1}, "prompt": {"projection": 6}}),
+    "llama of depth 1": (LLAMA, {"auxiliary": {"depth": 1}}),
+}
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    """What `datasets` prepares goes to a folder of this test."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def merged(base: dict, over: dict) -> dict:
+    return base | {k: merged(base.get(k, {}), v) if isinstance(v, dict) else v for k, v in over.items()}
+
+
+def write_model(folder: Path, model: transformers.PretrainedConfig) -> None:
+    """A random model with large weights, and a tokenizer of a token a word; Llama's begins each text with a token."""
+    torch.manual_seed(0)
+    transformers.AutoModelForCausalLM.from_config(copy.deepcopy(model)).save_pretrained(folder)
+    words = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({w: i for i, w in enumerate(["<unk>", "<s>", *WORDS])}, unk_token="<unk>")
+    )
+    words.pre_tokenizer = Whitespace()
+    if model.model_type == "llama":
+        words.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    transformers.PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>").save_pretrained(folder)
+
+
+def write_rows(folder: Path) -> None:
+    """22 rows to train on: shards of 6, 6, 5 and 5. Contexts of 3 to 16 words, some with blanks at their end."""
+    folder.mkdir()
+    chance = random.Random(5)
+
+    def some(least: int, most: int) -> str:
+        return " ".join(chance.choices(WORDS, k=chance.randint(least, most)))
+
+    for split, rows in {"train": 22, "validation": 3, "test": 3}.items():
+        with (folder / f"{split}.jsonl").open("w") as file:
+            for i in range(rows):
+                row = {"context": some(3, 16) + " " * (i % 3), "choices": [some(1, 4), some(1, 4)], "label": i % 2}
+                file.write(json.dumps(row) + "\n")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_rounds(case: str, tmp_path: Path):
+    model, changes = CASES[case]
+    write_model(tmp_path / "model", model)
+    write_rows(tmp_path / "data")
+    here = {"run": {"folder": str(tmp_path)}, "model": {"name": str(tmp_path / "model")}}
+    settings = merged(merged(BASE, changes), here | {"data": {"source": str(tmp_path / "data")}})
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
+    folder = run.execute(config.load(tmp_path / "config.yaml"), "oracle", Log())
+    found = record.read(folder)
+    before: dict[str, np.ndarray] = {}
+    for round, expected in enumerate(oracle.fedsp(settings), start=1):
+        prompts = found.prompts(round)
+        assert list(prompts) == list(expected)
+        for name, values in expected.items():
+            assert np.abs(prompts[name] - values).max() <= 1e-6, f"{name} after round {round}"
+            if before:
+                assert np.abs(values - before[name]).max() > 1e-3
+        before = expected
+    assert round == 2
