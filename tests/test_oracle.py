@@ -2,7 +2,11 @@
 
 import copy
 import json
+import os
 import random
+import subprocess
+import sys
+from itertools import pairwise
 from pathlib import Path
 
 import datasets
@@ -16,8 +20,11 @@ import yaml
 from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 
-from fedsp_mpi import config, record, run
+from fedsp_mpi import build, config, record, run
 from fedsp_mpi.log import Log
+
+assert build  # all heavy imports are made before the first model is
+ROOT = Path(__file__).resolve().parent.parent
 
 WORDS = ["the", "cat", "dog", "sees", "eats", "a", "red", "blue", "fish", "bird", "and", "?", "yes", "no", "maybe"]
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64}
@@ -30,7 +37,7 @@ LLAMA = transformers.LlamaConfig(
 
 def stage(steps: int, batch_size: int, learning_rate: float, clip: float | None) -> dict:
     """A stage as the YAML file has it. The epsilon is above the rounding noise of gradients that should be zero."""
-    beta = {"beta1": 0.8, "beta2": 0.99, "epsilon": 1e-4}
+    beta = {"beta1": 0.8, "beta2": 0.99, "epsilon": 5e-3}
     optimizer = {"learning_rate": learning_rate, "weight_decay": 0.1, **beta, "warmup": 0.4, "clip": clip}
     return {"steps": steps, "batch_size": batch_size, "optimizer": optimizer}
 
@@ -41,7 +48,7 @@ BASE = {
     "auxiliary": {"depth": 2},
     "prompt": {"num_tokens": 3, "init_std": 0.5, "projection": None},
     "federation": {"clients": 3, "rounds": 2},
-    "distillation": {"stage": stage(4, 5, 1e-2, 0.5)},
+    "distillation": {"stage": stage(4, 5, 1e-2, 0.5), "engine": "torch"},
     "client": {"alignment": stage(3, 4, 2e-2, 0.3), "prompt": stage(2, 3, 5e-2, 0.05)},
     "server": {"tuning": stage(3, 5, 3e-2, None)},
     "evaluation": {"zero_shot": False},
@@ -51,13 +58,16 @@ MICRO = {
     "client": {"alignment": {"micro_batch": 3}, "prompt": {"micro_batch": 1}},
     "server": {"tuning": {"micro_batch": 2}},
 }
+DEEPSPEED = {"distillation": {"engine": "deepspeed"}}
 CASES = {
     "gpt2": (GPT2, {}),
-    "gpt2 in micro-batches": (GPT2, MICRO),
+    "gpt2, depth 1, projection": (GPT2, {"auxiliary": {"depth": 1}, "prompt": {"projection": 6}}),
+    "gpt2, micro-batches": (GPT2, MICRO),
+    "gpt2, micro-batches, deepspeed": (GPT2, {**MICRO, "distillation": {**MICRO["distillation"], **DEEPSPEED["distillation"]}}),
     "llama": (LLAMA, {}),
-    "llama with a projection": (LLAMA, {"prompt": {"projection": 6}}),
-    "gpt2 of depth 1 and a projection": (GPT2, {"auxiliary": {"depth": 1}, "prompt": {"projection": 6}}),
-    "llama of depth 1": (LLAMA, {"auxiliary": {"depth": 1}}),
+    "llama, deepspeed": (LLAMA, DEEPSPEED),
+    "llama, depth 1": (LLAMA, {"auxiliary": {"depth": 1}}),
+    "llama, projection": (LLAMA, {"prompt": {"projection": 6}}),
 }
 
 
@@ -99,6 +109,17 @@ def write_rows(folder: Path) -> None:
                 file.write(json.dumps(row) + "\n")
 
 
+def execute(file: Path, deepspeed: bool) -> Path:
+    """Run the package; where DeepSpeed takes part in a process of its own, because it starts once in a process."""
+    if not deepspeed:
+        return run.execute(config.load(file), "oracle", Log())
+    command = [sys.executable, "-m", "fedsp_mpi", "run", str(file)]
+    own = {"HF_DATASETS_CACHE": str(file.parent / "cache"), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | own, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return file.parent / "run"
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_two_rounds(case: str, tmp_path: Path):
     model, changes = CASES[case]
@@ -107,15 +128,17 @@ def test_two_rounds(case: str, tmp_path: Path):
     here = {"run": {"folder": str(tmp_path)}, "model": {"name": str(tmp_path / "model")}}
     settings = merged(merged(BASE, changes), here | {"data": {"source": str(tmp_path / "data")}})
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
-    folder = run.execute(config.load(tmp_path / "config.yaml"), "oracle", Log())
-    found = record.read(folder)
-    before: dict[str, np.ndarray] = {}
-    for round, expected in enumerate(oracle.fedsp(settings), start=1):
+    found = record.read(execute(tmp_path / "config.yaml", settings["distillation"]["engine"] == "deepspeed"))
+    first = {name: values.detach().numpy() for name, values in oracle.first_prompt(settings, model)}
+    rounds = [first, *oracle.fedsp(settings)]
+    assert len(rounds) == found.committed_rounds + 1 == 3
+    apart, moved = {}, {}
+    for round, (before, expected) in enumerate(pairwise(rounds), start=1):
         prompts = found.prompts(round)
         assert list(prompts) == list(expected)
         for name, values in expected.items():
-            assert np.abs(prompts[name] - values).max() <= 1e-6, f"{name} after round {round}"
-            if before:
-                assert np.abs(values - before[name]).max() > 1e-3
-        before = expected
-    assert round == 2
+            apart[name, round] = np.abs(prompts[name] - values).max()
+            moved[name, round] = np.abs(values - before[name]).max()
+    if os.environ.get("SHOW"): print(case, "apart", max(apart.values()), "moved", moved)
+    assert max(apart.values()) <= 1e-6, apart
+    assert min(moved.values()) > 1e-2, moved

@@ -67,9 +67,9 @@ def measure_waiting(seconds: float = 1.0, repeats: int = 5) -> dict[str, float]:
     from mpi4py import MPI
 
     wire = Wire(MPI.COMM_WORLD)
-    _hand_out(wire, 1 << 21)
+    _hand_out(wire, 1 << 18)
     work = _work(seconds) if wire.is_server else (lambda: 0.0)
-    vector = np.zeros(1 << 21, dtype=np.float32)
+    vector = np.zeros(1 << 18, dtype=np.float32)
     times: dict[str, list[float]] = {"asleep": [], "broadcast": [], "gather": []}
     cores: list[list[float]] = []
     for round in range(repeats):

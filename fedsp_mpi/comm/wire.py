@@ -190,8 +190,9 @@ class Wire:
         for part in slices(contract.up.num_values, self._chunk):
             rows = flats[0][part] if len(flats) == 1 else np.concatenate([_NOTHING, *(flat[part] for flat in flats)])
             request = self._comm.Igatherv([rows, self._mpi.FLOAT], None, root=_SERVER)
-            # The server reads while it merges, or after it learned: the limit is the one for the server's work.
-            self._wait(request.Test, "gather", limit="broadcast", moving=True)
+            # The server reads while it merges, or after it learned: the limit is the one for the server's work, and
+            # nothing is known to move before the first piece has left.
+            self._wait(request.Test, "gather", limit="broadcast", moving=part.start > 0)
         self._ledger.answers(contract, [update.client for update in updates], failures, crossed=True)
 
     def _take(self, round: int, contract: Contract) -> Updates:

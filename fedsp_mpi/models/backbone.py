@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import torch
 import transformers
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ FAMILIES = {
     "llama": "model.layers",
     "qwen2": "model.layers",
 }
+HUB_SECONDS = 5.0
 DROPOUTS = (
     "resid_pdrop",
     "embd_pdrop",
@@ -69,9 +71,8 @@ def read_config(name: str, revision: str | None = None) -> Any:
 
     Raises ValueError if there is no such model, or if its family is not one of `FAMILIES`.
     """
-    _refuse_missing_folder(name)
     try:
-        config = transformers.AutoConfig.from_pretrained(name, revision=revision)
+        config = _pretrained(transformers.AutoConfig, name, revision)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(
             f"model.name: found {name!r}, which could not be read ({_first_line(error)}); expected a folder with a "
@@ -86,9 +87,8 @@ def read_config(name: str, revision: str | None = None) -> Any:
 
 def read_tokenizer(name: str, revision: str | None = None) -> Any:
     """The tokenizer of a model, from a folder or the hub. Raises ValueError if there is none."""
-    _refuse_missing_folder(name)
     try:
-        return transformers.AutoTokenizer.from_pretrained(name, revision=revision)
+        return _pretrained(transformers.AutoTokenizer, name, revision)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"model.tokenizer: found {name!r}, which has no readable tokenizer ({_first_line(error)}); "
@@ -96,10 +96,25 @@ def read_tokenizer(name: str, revision: str | None = None) -> Any:
         ) from None
 
 
-def _refuse_missing_folder(name: str) -> None:
-    looks_local = name.startswith((".", "/", "~")) or name.count("/") != 1
-    if looks_local and "/" in name and not Path(name).expanduser().is_dir():
-        raise ValueError(f"model.name: found no folder {name!r}, expected a Hugging Face model folder or a hub name")
+def _pretrained(kind: Any, name: str, revision: str | None, **options: Any) -> Any:
+    """`kind.from_pretrained` from a folder, else from the local cache, else from the hub, which is asked once.
+
+    (transformers itself asks an unreachable hub for half a minute.) Raises OSError or ValueError saying why not.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return kind.from_pretrained(folder, **options)
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise ValueError(f"there is no folder {name}")
+    try:
+        return kind.from_pretrained(name, revision=revision, local_files_only=True, **options)
+    except OSError:
+        try:
+            huggingface_hub.HfApi().model_info(name, revision=revision, timeout=HUB_SECONDS)
+        except Exception as error:  # whatever the network throws: it is not reachable
+            why = _first_line(error) or type(error).__name__
+            raise ValueError(f"no folder here, not in the local cache, and the hub did not give it: {why}") from None
+        return kind.from_pretrained(name, revision=revision, **options)
 
 
 def _first_line(error: Exception) -> str:
@@ -240,9 +255,8 @@ def load_global(
     """
     config = read_config(name, revision)
     try:
-        model: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            name, revision=revision, dtype=dtype, config=without_dropout(config) if checkpointing else config
-        )
+        settled = without_dropout(config) if checkpointing else config
+        model = _pretrained(transformers.AutoModelForCausalLM, name, revision, dtype=dtype, config=settled)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ValueError(f"model.name: the weights of {name!r} could not be read: {_first_line(error)}") from None
     model.to(device)

@@ -1,0 +1,307 @@
+"""A configuration reads back to itself, and a mistake in it is one line: key, found, expected."""
+
+import dataclasses
+import re
+import typing
+from pathlib import Path
+
+import pytest
+import yaml
+
+from fedsp_mpi import config
+from fedsp_mpi.config import Config, ConfigError
+from fedsp_mpi.plain import merge
+
+MODEL = {"model": {"name": "some/model"}}
+
+
+def write(folder: Path, content: object, name: str = "c.yaml") -> Path:
+    path = folder / name
+    path.write_text(content if isinstance(content, str) else yaml.safe_dump(content))
+    return path
+
+
+def load(folder: Path, content: object, *overrides: str) -> Config:
+    """The configuration of a file with this content; a mapping gets a model's name if it has none."""
+    whole = merge(MODEL, content) if isinstance(content, dict) else content
+    return config.load(write(folder, whole), list(overrides))
+
+
+def nested(dotted: str, value: object) -> dict:
+    """{"a": {"b": value}} of "a.b"."""
+    for part in reversed(dotted.split(".")):
+        value = {part: value}
+    return value
+
+
+def found(settings: object, dotted: str) -> object:
+    for part in dotted.split("."):
+        settings = getattr(settings, part)
+    return settings
+
+
+def leaves(kind: type, where: str = "") -> list[tuple[str, object]]:
+    """Dotted key and type of every value of a configuration."""
+    hints = typing.get_type_hints(kind)
+    each = [(f"{where}{field.name}", hints[field.name]) for field in dataclasses.fields(kind)]
+    below = [leaves(hint, f"{key}.") if dataclasses.is_dataclass(hint) else [(key, hint)] for key, hint in each]
+    return [leaf for some in below for leaf in some]
+
+
+def refused(call, *words: str) -> str:
+    """The one-line message of a ConfigError that says what was found, what was expected, and `words`."""
+    with pytest.raises(ConfigError) as told:
+        call()
+    message = str(told.value)
+    assert "\n" not in message and "found" in message, message
+    assert re.search("expected|did you mean|known keys", message) or "set it to" in message, message
+    assert all(word in message for word in words), message
+    return message
+
+
+# -- reading -------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_written_reads_back_to_the_same(tmp_path):
+    settings = {
+        "run": {"name": "a: b", "seed": 7, "if_exists": "replace"},
+        "data": {"limit": {"train": 5}},
+        "server": {"tuning": {"optimizer": {"learning_rate": 3e-7, "clip": 1}}},
+        "distillation": {"stage": {"steps": 0}, "engine": "torch"},
+        "deadlines": {"gather": 2.5, "start_up": None},
+    }
+    before = load(tmp_path, settings)
+    after = config.load(write(tmp_path, config.to_yaml(before), "again.yaml"))
+    assert after == before
+    assert (before.run.name, before.data.limit.train, before.server.tuning.optimizer.clip) == ("a: b", 5, 1.0)
+    assert before != load(tmp_path, {})
+
+
+def test_every_key_can_be_written_and_read(tmp_path):
+    """Each value, changed alone to another of its type, comes back from YAML; the others are untouched."""
+    start = load(tmp_path, {})
+    for dotted, hint in leaves(Config):
+        if dotted == "model.gradient_checkpointing":  # not with a prefix; see below
+            continue
+        kinds = [a for a in typing.get_args(hint) if a is not type(None)] or [hint]
+        new = {int: 3, float: 0.75, bool: not found(start, dotted), str: "new"}.get(kinds[0], kinds[-1])
+        changed = load(tmp_path, nested(dotted, new))
+        assert found(start, dotted) != new, dotted
+        assert found(changed, dotted) == new, dotted
+        assert type(found(changed, dotted)) is type(new), dotted
+        assert config.load(write(tmp_path, config.to_yaml(changed), "again.yaml")) == changed, dotted
+        others = [key for key, _ in leaves(Config) if key != dotted and found(changed, key) != found(start, key)]
+        assert others == [], dotted
+
+
+def test_nothing_can_be_changed_afterwards(tmp_path):
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        load(tmp_path, {}).federation.rounds = 3
+    assert all(dataclasses.is_dataclass(kind) for kind in typing.get_type_hints(Config).values())
+
+
+@pytest.mark.parametrize("text", ["5e-4", "'5e-4'", "5.0e-4", "0.0005", "5E-04"])
+def test_numbers_that_yaml_takes_for_text(tmp_path, text):
+    whole = f"model: {{name: x}}\nclient: {{prompt: {{optimizer: {{learning_rate: {text}}}}}}}"
+    value = load(tmp_path, whole).client.prompt.optimizer.learning_rate
+    assert value == 5e-4 and type(value) is float
+
+
+def test_a_whole_number_will_do_for_a_number(tmp_path):
+    value = load(tmp_path, {"distillation": {"temperature": 2}}).distillation.temperature
+    assert value == 2.0 and type(value) is float
+
+
+def test_a_section_keeps_the_defaults_of_what_it_does_not_name(tmp_path):
+    """Distillation's own default of its stage is 200 steps, not the 10 of other stages."""
+    settings = load(tmp_path, {"distillation": {"stage": {"batch_size": 4, "optimizer": {"clip": 1.0}}}})
+    assert settings.distillation.stage.steps == 200 == config.DistillationConfig().stage.steps
+    assert settings.distillation.stage.optimizer.learning_rate == 5e-4
+    assert settings.client.prompt.steps == 10
+
+
+@pytest.mark.parametrize("section", ["distillation", "distillation.stage", "federation", "data.limit"])
+def test_an_empty_section_is_as_good_as_none(tmp_path, section):
+    assert load(tmp_path, nested(section, None)) == load(tmp_path, {}) == load(tmp_path, nested(section, {}))
+
+
+def test_the_embedded_default_is_read_where_no_file_is_given():
+    settings = config.load(None, ["federation.rounds=2"])
+    assert (settings.model.name, settings.data.source, settings.federation.rounds) == ("embedded", "embedded", 2)
+
+
+# -- extends -------------------------------------------------------------------------------------------------------
+
+
+def test_a_file_extends_another_and_its_own_keys_win(tmp_path):
+    (tmp_path / "base").mkdir()
+    write(tmp_path, MODEL | {"federation": {"rounds": 3, "clients": 4}, "run": {"seed": 9}}, "base/root.yaml")
+    write(tmp_path, {"extends": "root.yaml", "federation": {"rounds": 5}}, "base/middle.yaml")
+    path = write(tmp_path, {"extends": "base/middle.yaml", "federation": {"min_clients": 2}})
+    settings = config.load(path, ["run.seed=11"])
+    assert dataclasses.astuple(settings.federation)[:2] == (4, 5)
+    assert (settings.federation.min_clients, settings.run.seed, settings.model.name) == (2, 11, "some/model")
+
+
+def test_a_circle_of_extends_is_refused(tmp_path):
+    write(tmp_path, {"extends": "b.yaml"}, "a.yaml")
+    refused(lambda: config.load(write(tmp_path, {"extends": "a.yaml"}, "b.yaml")), "circle", "b.yaml")
+
+
+def test_a_file_that_is_not_there(tmp_path):
+    refused(lambda: config.load(tmp_path / "none.yaml"), "none.yaml")
+    refused(lambda: config.load(write(tmp_path, {"extends": "gone.yaml"})), "gone.yaml")
+
+
+@pytest.mark.parametrize("text", ["a: [1", "- 1\n- 2", "just words", "run: {seed: 1\n"])
+def test_a_file_that_is_no_mapping(tmp_path, text):
+    refused(lambda: load(tmp_path, text), "c.yaml")
+
+
+def test_a_file_that_is_no_text(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_bytes(b"\xff\xfe\x00run")
+    refused(lambda: config.load(path), "c.yaml")
+
+
+# -- --set ---------------------------------------------------------------------------------------------------------
+
+
+def test_overrides_win_and_are_read_as_yaml(tmp_path):
+    overrides = (
+        "federation.rounds=4",
+        "client.prompt.optimizer.learning_rate=5e-4",
+        "run.name=x=y",
+        "record.prompts=no",
+    )
+    settings = load(tmp_path, {"federation": {"rounds": 3, "clients": 5}}, *overrides, "deadlines.start_up=null")
+    assert (settings.federation.rounds, settings.federation.clients) == (4, 5)
+    assert settings.client.prompt.optimizer.learning_rate == 5e-4
+    assert (settings.run.name, settings.record.prompts, settings.deadlines.start_up) == ("x=y", False, None)
+    assert load(tmp_path, {}, "run.seed=1", "run.seed=2").run.seed == 2
+
+
+def test_an_override_below_a_section_that_is_empty_in_the_file(tmp_path):
+    assert load(tmp_path, {"federation": None}, "federation.rounds=4").federation.rounds == 4
+
+
+@pytest.mark.parametrize("item", ["federation.rounds", "=3", "model.name.x=3", "federation=3", "federation.round=3"])
+def test_overrides_that_do_not_read(tmp_path, item):
+    refused(lambda: load(tmp_path, {}, item), item.partition("=")[0].split(".")[0])
+
+
+# -- mistakes ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("dotted", "nearest"),
+    [
+        ("federation.round", "rounds"),
+        ("federaton.rounds", "federation"),
+        ("client.prompt.optimizer.learningrate", "learning_rate"),
+        ("evaluation.batchtokens", "batch_tokens"),
+        ("data.limit.tests", "test"),
+    ],
+)
+def test_an_unknown_key_is_told_with_the_nearest_name(tmp_path, dotted, nearest):
+    message = refused(lambda: load(tmp_path, nested(dotted, 1)), f"did you mean {nearest!r}?")
+    assert message.startswith(dotted) or message.startswith(dotted.split(".")[0] + ":")
+
+
+def test_an_unknown_key_that_is_like_none_is_told_all_names(tmp_path):
+    refused(
+        lambda: load(tmp_path, {"prompt": {"zzzzzz": 1}}), "prompt.zzzzzz", "kind, num_tokens, init_std, projection"
+    )
+
+
+@pytest.mark.parametrize(
+    ("dotted", "value", "kind"),
+    [
+        ("federation.rounds", "many", "a whole number"),
+        ("federation.rounds", 2.0, "a whole number"),
+        ("federation.rounds", True, "a whole number"),
+        ("federation.rounds", None, "a whole number"),
+        ("federation.rounds", [1], "a whole number"),
+        ("client.prompt.optimizer.learning_rate", "fast", "a number"),
+        ("client.prompt.optimizer.learning_rate", True, "a number"),
+        ("evaluation.zero_shot", 1, "true or false"),
+        ("evaluation.zero_shot", "yes please", "true or false"),
+        ("run.name", 5, "a text"),
+        ("federation", 5, "a section"),
+        ("data.limit", [1, 2], "a section"),
+        ("prompt.kind", "prefxi", "did you mean 'prefix'?"),
+        ("server.compute.dtype", "float16", "float32, bfloat16"),
+        ("federation.on_failure", True, "drop, stop"),
+    ],
+)
+def test_values_of_another_type(tmp_path, dotted, value, kind):
+    refused(lambda: load(tmp_path, nested(dotted, value)), dotted, kind)
+
+
+TOO_SMALL = {**{key: low - 1 for key, low in config.LEAST.items()}, "server.tuning.steps": -1}
+OUT_OF_RANGE = [
+    *TOO_SMALL.items(),
+    ("client.prompt.batch_size", 0),
+    ("client.alignment.micro_batch", 0),
+    ("client.alignment.optimizer.learning_rate", -1e-9),
+    ("client.prompt.optimizer.weight_decay", -0.1),
+    ("client.prompt.optimizer.warmup", 1.01),
+    ("client.prompt.optimizer.warmup", -0.01),
+    ("client.prompt.optimizer.beta1", 1.0),
+    ("client.prompt.optimizer.beta2", -0.1),
+    ("client.prompt.optimizer.epsilon", 0.0),
+    ("client.prompt.optimizer.clip", 0.0),
+    ("distillation.stage.steps", -1),
+    ("distillation.zero_stage", 4),
+    ("distillation.temperature", 0.0),
+    ("distillation.hidden_weight", -1.0),
+    ("distillation.logits_weight", -1.0),
+]
+
+
+@pytest.mark.parametrize(("dotted", "value"), OUT_OF_RANGE)
+def test_values_out_of_range(tmp_path, dotted, value):
+    refused(lambda: load(tmp_path, nested(dotted, value)), f"{dotted}: found {value}")
+
+
+@pytest.mark.parametrize("key", config.LEAST)
+def test_the_least_value_itself_is_taken(tmp_path, key):
+    assert found(load(tmp_path, nested(key, config.LEAST[key])), key) == config.LEAST[key]
+
+
+@pytest.mark.parametrize("value", [".nan", "nan", ".inf"])
+def test_numbers_that_are_not_finite(tmp_path, value):
+    """One rule for all: nothing is steered by such a number, and None says that there is no limit."""
+    numbers = [key for key, hint in leaves(Config) if float in (hint, *typing.get_args(hint))]
+    assert len(numbers) > 20
+    taken = []
+    for dotted in numbers:
+        try:
+            load(tmp_path, {}, f"{dotted}={value}")
+        except ConfigError as error:
+            assert dotted in str(error)
+        else:
+            taken.append(dotted)
+    assert taken == []
+
+
+def test_what_does_not_go_together(tmp_path):
+    both = {"federation": {"clients": 3, "min_clients": 4}}
+    refused(lambda: load(tmp_path, both), "federation.min_clients: found 4", "3 of federation.clients")
+    nothing = {"distillation": {"hidden_weight": 0, "logits_weight": 0}}
+    refused(lambda: load(tmp_path, nothing), "hidden_weight 0", "distillation.stage.steps=0")
+    assert load(tmp_path, {"distillation": nothing["distillation"] | {"stage": {"steps": 0}}})
+    input_prompt = {"prompt": {"kind": "input", "projection": 8}}
+    refused(lambda: load(tmp_path, input_prompt), "prompt.projection", "prompt.kind=prefix")
+
+
+def test_prefix_with_gradient_checkpointing_is_refused(tmp_path):
+    checkpointing = {"model": {"name": "x", "gradient_checkpointing": True}}
+    refused(lambda: load(tmp_path, checkpointing), "model.gradient_checkpointing: found true", "prompt.kind=input")
+    fine = checkpointing | {"prompt": {"kind": "input"}}
+    assert load(tmp_path, fine).model.gradient_checkpointing
+    refused(lambda: load(tmp_path, fine | {"auxiliary": {"dropout": True}}), "auxiliary.dropout", "checkpointing")
+
+
+def test_a_model_must_be_named(tmp_path):
+    refused(lambda: config.load(write(tmp_path, "run: {seed: 1}")), "model.name: found nothing")
