@@ -80,6 +80,13 @@ def both_ends(result: subprocess.CompletedProcess[str], length: int = 3000) -> s
     return "\n".join(shown)
 
 
+def only_report(run: subprocess.CompletedProcess[str]) -> str:
+    """The title of the report, of which there is one."""
+    titles = [line for line in run.stderr.split("\n") if " failed: rank " in line]
+    assert len(titles) == 1 and run.stderr.count("Traceback") == 1, both_ends(run)
+    return titles[0]
+
+
 def kill_tree(process: subprocess.Popen[bytes]) -> None:
     """Kill a process and all its descendants. A launcher gives every rank a group of its own, so groups do not help."""
     family = [process.pid] if process.poll() is None else []

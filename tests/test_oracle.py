@@ -35,9 +35,12 @@ LLAMA = transformers.LlamaConfig(
 )
 
 
+EPSILON = 1e-2
+
+
 def stage(steps: int, batch_size: int, learning_rate: float, clip: float | None) -> dict:
     """A stage as the YAML file has it. The epsilon is above the rounding noise of gradients that should be zero."""
-    beta = {"beta1": 0.8, "beta2": 0.99, "epsilon": 5e-3}
+    beta = {"beta1": 0.8, "beta2": 0.99, "epsilon": EPSILON}
     optimizer = {"learning_rate": learning_rate, "weight_decay": 0.1, **beta, "warmup": 0.4, "clip": clip}
     return {"steps": steps, "batch_size": batch_size, "optimizer": optimizer}
 
@@ -48,8 +51,8 @@ BASE = {
     "auxiliary": {"depth": 2},
     "prompt": {"num_tokens": 3, "init_std": 0.5, "projection": None},
     "federation": {"clients": 3, "rounds": 2},
-    "distillation": {"stage": stage(4, 5, 1e-2, 0.5), "engine": "torch"},
-    "client": {"alignment": stage(3, 4, 2e-2, 0.3), "prompt": stage(2, 3, 5e-2, 0.05)},
+    "distillation": {"stage": stage(4, 5, 5e-3, 1.5), "engine": "torch"},
+    "client": {"alignment": stage(3, 4, 5e-3, 5.0), "prompt": stage(2, 3, 5e-2, 0.07)},
     "server": {"tuning": stage(3, 5, 3e-2, None)},
     "evaluation": {"zero_shot": False},
 }
