@@ -34,7 +34,7 @@ def first_prompt(c, model):
     for name, shape in shapes.items() if inner else [("prompt", (n, layers * 2 * width))]:
         scale = 0 if "bias" in name else shape[1] ** -0.5 if "weight" in name else std
         numbers = draw(c["run"]["seed"], f"prompt {name}").standard_normal(shape, "f")
-        yield name, (torch.tensor(numbers) * scale).requires_grad_()
+        yield name, torch.tensor(numbers * scale, requires_grad=True)
 
 
 def soft_tokens(p):
@@ -46,8 +46,7 @@ def soft_tokens(p):
 
 def put(prompt, depth, new, old):
     """Give a prompt of `depth` layers the values of one of `old`: means of neighbours downwards, repetition upwards."""
-    few = min(depth, old)
-    mix = torch.kron(torch.eye(few), torch.full((depth // few, old // few), few / old))
+    mix = torch.kron(torch.eye(few := min(depth, old)), torch.full((depth // few, old // few), few / old))
     for name, x in new.items():
         if axis := {"prompt": 2, "transform.2.weight": 1, "transform.2.bias": 1}.get(name):
             by_layer = x.detach().unflatten(axis - 1, (old, -1)).movedim(axis - 1, 0)
@@ -80,8 +79,7 @@ def train(c, rounds, moving, losses, texts, *order):
         norm = sum(g.square().sum() for g in gradients if g is not None) ** 0.5
         for p, g in zip(moving, gradients):
             p.grad = None if g is None else g * min(1, (o["clip"] or norm) / norm)
-        slope = (step + 1) / warm if step < warm else (total - step) / (total - warm)
-        adam.param_groups[0]["lr"] = o["learning_rate"] * slope
+        adam.param_groups[0]["lr"] = o["learning_rate"] * min((step + 1) / warm, (total - step) / (total - warm))
         adam.step()
         if (step + 1) % c["steps"] == 0:
             yield

@@ -1,6 +1,9 @@
 """The auxiliary model shares its layers, and a soft prompt is what stock peft makes of it, in every family."""
 
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import peft
@@ -9,7 +12,7 @@ import safetensors.torch
 import tiny
 import torch
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, DynamicCache, GPT2Config, OPTConfig
+from transformers import AutoModelForCausalLM, DynamicCache, GPT2Config, OPTConfig, PreTrainedTokenizerFast
 
 from fedsp_mpi.models import auxiliary, backbone, prompts
 from fedsp_mpi.models.backbone import LanguageModel
@@ -17,6 +20,7 @@ from fedsp_mpi.models.losses import answer_loss
 from fedsp_mpi.models.prompts import Prompt, PromptSpec
 from fedsp_mpi.tensors import NamedTensors, SealedTensorError, seal
 
+ROOT = Path(__file__).resolve().parent.parent
 CELLS = [(0, 1, 4), (2, 1, 4), (1, 2, 4), (0, 3, 4), (2, 2, 3), (3, 1, 1), (1, 2, 6)]  # start, layers, depth
 PROMPTS = [("prefix", None), ("prefix", 7), ("input", None)]
 
@@ -159,7 +163,7 @@ def test_saved_and_loaded_again_it_is_the_same_and_stock_transformers_reads_it(f
     mine = weights(small)
     assert set(dict(stock.named_parameters())) == set(mine)
     assert all(torch.equal(parameter, mine[name]) for name, parameter in stock.named_parameters())
-    assert backbone.read_tokenizer(str(target)).encode("w0 w5") == [4, 9]
+    assert PreTrainedTokenizerFast.from_pretrained(target).encode("w0 w5") == [4, 9]
 
 
 def test_a_folder_without_an_auxiliary_model(tmp_path):
@@ -245,18 +249,45 @@ def test_bfloat16_computes_about_the_same_and_trains_fp32_prompts(folder, kind, 
 
 
 def test_models_that_cannot_be_read(tmp_path):
-    with pytest.raises(ValueError, match=r"model.name: found no folder .*nowhere.*, expected"):
+    with pytest.raises(ValueError, match=r"model.name: found .*nowhere.* could not be read .* expected a folder"):
         backbone.read_config(str(tmp_path / "nowhere"))
     with pytest.raises(ValueError, match=r"model.name: found .* could not be read .* expected a folder"):
         backbone.read_config(str(tmp_path))
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     with pytest.raises(ValueError, match=r"of the family 'bert', expected one of gpt2, opt, llama, qwen2"):
         backbone.read_config(str(tmp_path))
-    with pytest.raises(ValueError, match=r"model.tokenizer: found .*, which has no readable tokenizer .* expected"):
-        backbone.read_tokenizer(str(tmp_path))
     tiny.config("gpt2").save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"model.name: the weights of .* could not be read"):
         backbone.load_global(str(tmp_path), device=tiny.CPU)
+
+
+def test_a_folder_without_a_tokenizer_is_refused(folder):
+    """transformers itself makes one up for most families, which turns every text into no tokens at all."""
+    with pytest.raises(ValueError, match=r"model.tokenizer: found .*, which has no readable tokenizer .* expected"):
+        backbone.read_tokenizer(folder)
+
+
+def test_a_new_model_has_no_dropout_that_was_not_asked_for(tmp_path):
+    """Before anybody said what is trained: made of the global model, of a configuration, or read from a folder."""
+    whole = tiny.load(tiny.model_folder(tmp_path, "gpt2", resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5))
+    cut = unrolled(whole, 0, 1, 4)
+    built = auxiliary.build(auxiliary.cell_config(whole.model.config, 1).to_dict(), 4, tiny.CPU, torch.float32)
+    auxiliary.load_weights(built, auxiliary.pack(cut).torch())
+    for model in (cut, built):
+        assert torch.equal(model.hidden(tiny.batch()), model.hidden(tiny.batch()))
+
+
+@pytest.mark.parametrize("first", ["peft", "transformers", "deepspeed"])
+def test_it_does_not_matter_which_library_was_imported_first(first):
+    code = f"""
+import {first}
+import torch, transformers
+from fedsp_mpi.models import auxiliary
+small = transformers.GPT2Config(n_embd=8, n_layer=2, n_head=2, vocab_size=9, n_positions=8).to_dict()
+assert auxiliary.build(small, 2, torch.device("cpu"), torch.float32).num_parameters() > 0
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
 
 
 # -- prompts against stock peft ------------------------------------------------------------------------------------
@@ -274,7 +305,7 @@ def apart_from_peft(path: str, model: LanguageModel, prompt: Prompt, target) -> 
     batch = tiny.batch()
     answered = as_peft(path, prompt, target)(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
     wanted = answered.logits[:, -batch.input_ids.shape[1] :]
-    assert wanted.abs().max() > 1
+    assert wanted.abs().max() > 0.5
     return float((wanted - model.head(model.hidden(batch, prompt)))[batch.attention_mask.bool()].abs().max())
 
 
@@ -302,7 +333,7 @@ def test_greedy_answers_are_those_of_peft(folder, kind, projection, tmp_path):
             batch = tiny.Batch(own, torch.ones_like(own), own)
             own = torch.cat([own, whole.head(whole.hidden(batch, prompt)[:, -1]).argmax(-1, keepdim=True)], dim=1)
     assert own[:, 6:].tolist() == answered.tolist()
-    assert len(set(answered.flatten().tolist())) > 3
+    assert len(set(answered.flatten().tolist())) > 1
 
 
 @pytest.mark.parametrize(("kind", "projection"), PROMPTS)
@@ -328,7 +359,7 @@ def test_a_folder_without_an_adapter(tmp_path):
     for content in (None, b"broken", safetensors.torch.save({"x": torch.zeros(1)})):
         if content is not None:
             (tmp_path / "adapter_model.safetensors").write_bytes(content)
-        with pytest.raises(ValueError, match="found no peft prompt .* expected adapter_model.safetensors"):
+        with pytest.raises(ValueError, match=r"found no peft prompt .* expected adapter_model.safetensors"):
             prompts.read_adapter(tmp_path)
 
 
@@ -476,9 +507,10 @@ def test_dropout_acts_only_where_it_was_asked_for(family, tmp_path):
 
 
 def gradients(model: LanguageModel, prompt: Prompt, of_weights: bool) -> tuple[dict[str, torch.Tensor], int]:
-    """Gradients of the answers' loss, and how often the second layer was run."""
-    calls = []
-    hook = backbone.layers_of(model.model)[1].register_forward_hook(lambda *_: calls.append(1))
+    """Gradients of the answers' loss, and how often the second layer's work was done."""
+    calls = []  # of a module inside the layer: the layer's own call is not repeated, its contents are
+    inner = next(module for module in backbone.layers_of(model.model)[1].modules() if not list(module.children()))
+    hook = inner.register_forward_pre_hook(lambda *_: calls.append(1))
     model.train_weights(of_weights)
     prompt.requires_grad_(not of_weights)
     prompt.zero_grad()

@@ -17,7 +17,7 @@ import tokenizers
 import torch
 import transformers
 import yaml
-from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.pre_tokenizers import Split
 from tokenizers.processors import TemplateProcessing
 
 from fedsp_mpi import build, config, record, run
@@ -29,18 +29,20 @@ ROOT = Path(__file__).resolve().parent.parent
 WORDS = ["the", "cat", "dog", "sees", "eats", "a", "red", "blue", "fish", "bird", "and", "?", "yes", "no", "maybe"]
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64}
 # Tied and untied heads; the untied one has keys and values for half of its heads.
-GPT2 = transformers.GPT2Config(**SIZES, vocab_size=20, initializer_range=0.2, bos_token_id=1, eos_token_id=1)
+GPT2 = transformers.GPT2Config(**SIZES, vocab_size=40, initializer_range=0.2, bos_token_id=1, eos_token_id=1)
 LLAMA = transformers.LlamaConfig(
-    **SIZES, num_key_value_heads=2, intermediate_size=48, vocab_size=20, initializer_range=0.2, bos_token_id=1
+    **SIZES, num_key_value_heads=2, intermediate_size=48, vocab_size=40, initializer_range=0.2, bos_token_id=1
 )
 
 
-EPSILON = 1e-2
+def merged(base: dict, over: dict) -> dict:
+    """The mapping `base` with the values of `over`, section by section."""
+    return base | {k: merged(base.get(k, {}), v) if isinstance(v, dict) else v for k, v in over.items()}
 
 
 def stage(steps: int, batch_size: int, learning_rate: float, clip: float | None) -> dict:
-    """A stage as the YAML file has it. The epsilon is above the rounding noise of gradients that should be zero."""
-    beta = {"beta1": 0.8, "beta2": 0.99, "epsilon": EPSILON}
+    """A stage as the YAML file has it. With so large an epsilon no rounding noise is blown up to a step."""
+    beta = {"beta1": 0.8, "beta2": 0.99, "epsilon": 1e-2}
     optimizer = {"learning_rate": learning_rate, "weight_decay": 0.1, **beta, "warmup": 0.4, "clip": clip}
     return {"steps": steps, "batch_size": batch_size, "optimizer": optimizer}
 
@@ -66,7 +68,7 @@ CASES = {
     "gpt2": (GPT2, {}),
     "gpt2, depth 1, projection": (GPT2, {"auxiliary": {"depth": 1}, "prompt": {"projection": 6}}),
     "gpt2, micro-batches": (GPT2, MICRO),
-    "gpt2, micro-batches, deepspeed": (GPT2, {**MICRO, "distillation": {**MICRO["distillation"], **DEEPSPEED["distillation"]}}),
+    "gpt2, micro-batches, deepspeed": (GPT2, merged(MICRO, DEEPSPEED)),
     "llama": (LLAMA, {}),
     "llama, deepspeed": (LLAMA, DEEPSPEED),
     "llama, depth 1": (LLAMA, {"auxiliary": {"depth": 1}}),
@@ -80,18 +82,16 @@ def own_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
-def merged(base: dict, over: dict) -> dict:
-    return base | {k: merged(base.get(k, {}), v) if isinstance(v, dict) else v for k, v in over.items()}
-
-
 def write_model(folder: Path, model: transformers.PretrainedConfig) -> None:
-    """A random model with large weights, and a tokenizer of a token a word; Llama's begins each text with a token."""
+    """A random model with large weights, and a tokenizer of words, each with the blank before it.
+
+    Llama's begins each text with a token.
+    """
     torch.manual_seed(0)
     transformers.AutoModelForCausalLM.from_config(copy.deepcopy(model)).save_pretrained(folder)
-    words = tokenizers.Tokenizer(
-        tokenizers.models.WordLevel({w: i for i, w in enumerate(["<unk>", "<s>", *WORDS])}, unk_token="<unk>")
-    )
-    words.pre_tokenizer = Whitespace()
+    known = ["<unk>", "<s>", " ", *WORDS, *(f" {word}" for word in WORDS)]
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({w: i for i, w in enumerate(known)}, unk_token="<unk>"))
+    words.pre_tokenizer = Split(" ", "merged_with_next")
     if model.model_type == "llama":
         words.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     transformers.PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>").save_pretrained(folder)
@@ -124,7 +124,10 @@ def execute(file: Path, deepspeed: bool) -> Path:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_two_rounds(case: str, tmp_path: Path):
+def test_two_rounds(case: str, tmp_path: Path, request: pytest.FixtureRequest):
+    if case == "llama, deepspeed":
+        reason = "DeepSpeed gives an untied head, which has no part in the loss, a zero gradient, so its weights decay"
+        request.applymarker(pytest.mark.xfail(strict=True, reason=reason))
     model, changes = CASES[case]
     write_model(tmp_path / "model", model)
     write_rows(tmp_path / "data")
@@ -142,6 +145,5 @@ def test_two_rounds(case: str, tmp_path: Path):
         for name, values in expected.items():
             apart[name, round] = np.abs(prompts[name] - values).max()
             moved[name, round] = np.abs(values - before[name]).max()
-    if os.environ.get("SHOW"): print(case, "apart", max(apart.values()), "moved", moved)
     assert max(apart.values()) <= 1e-6, apart
     assert min(moved.values()) > 1e-2, moved

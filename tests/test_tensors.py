@@ -1,4 +1,4 @@
-"""What travels: named fp32 views of one vector, schemas that say where they differ, and the seal on the global model."""
+"""What travels: named fp32 views of one vector, schemas that say where they differ, and the global model's seal."""
 
 import subprocess
 import sys
@@ -71,7 +71,7 @@ def test_only_a_contiguous_fp32_vector_of_the_right_length_will_do():
     schema = Schema.of([("a", [2, 2])])
     whole = np.zeros((4, 2), dtype=np.float32)
     for wrong in (np.zeros(4), np.zeros((2, 2), np.float32), whole[:, 0], np.zeros(4, ">f4")):
-        with pytest.raises(ValueError, match="found a .* expected a contiguous float32 vector"):
+        with pytest.raises(ValueError, match=r"found a .* expected a contiguous float32 vector"):
             NamedTensors(schema, wrong)
     for size in (3, 5):
         with pytest.raises(ValueError, match=rf"found {size} values, expected 4 for \['a'\]"):
@@ -161,7 +161,7 @@ def test_no_view_of_a_sealed_tensor_is_packed(weight, view):
 def test_no_numpy_view_of_a_sealed_tensor_becomes_a_message(weight):
     flat = weight.detach().numpy().reshape(-1)
     for part in (flat, flat[1:], flat[-1:], flat[10:20]):
-        with pytest.raises(SealedTensorError, match="'layer.weight'"):
+        with pytest.raises(SealedTensorError, match=r"'layer\.weight'"):
             NamedTensors(Schema.of([("p", [part.size])]), part)
 
 
