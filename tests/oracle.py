@@ -56,7 +56,7 @@ def put(prompt, depth, new, old):
 
 def run(model, weights, prompt, ids):
     """Log-probabilities [tokens, vocabulary] and last hidden states [tokens, width] of one text behind a prompt."""
-    soft, cache = soft_tokens(prompt) if prompt else (), DynamicCache()
+    soft, cache = soft_tokens(prompt) if prompt else torch.empty(0), DynamicCache()
     head = model.config.hidden_size // model.config.num_attention_heads
     for i, layer in enumerate(soft.chunk(model.config.num_hidden_layers, 1) if prompt else ()):
         cache.update(*(x.unflatten(1, (-1, head)).transpose(0, 1)[None] for x in layer.chunk(2, 1)), i)
@@ -100,8 +100,8 @@ def fedsp(c):
     def distance(ids, _):
         return (run(A, phi, None, ids[:-1])[1] - run(G, theta, None, ids[:-1])[1]).square().mean(1)
 
-    def answer(*model):
-        return lambda ids, start: -run(*model, ids)[0][range(start - 1, len(ids) - 1), ids[start:]]
+    def answer(model, weights, prompt):
+        return lambda ids, start: -run(model, weights, prompt, ids)[0][range(start - 1, len(ids) - 1), ids[start:]]
 
     next(train(c["distillation"]["stage"], 1, phi, distance, shard, seed, "order distillation"))
     server = train(c["server"]["tuning"], rounds, P, answer(G, theta, P), shard, seed, "order server", -1)

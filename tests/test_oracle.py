@@ -8,6 +8,7 @@ import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -20,18 +21,22 @@ import yaml
 from tokenizers.pre_tokenizers import Split
 from tokenizers.processors import TemplateProcessing
 
-from fedsp_mpi import build, config, record, run
+from fedsp_mpi import build, config, record, run  # noqa: F401 (build loads the models room before a model is made)
 from fedsp_mpi.log import Log
 
-assert build  # all heavy imports are made before the first model is
 ROOT = Path(__file__).resolve().parent.parent
 
 WORDS = ["the", "cat", "dog", "sees", "eats", "a", "red", "blue", "fish", "bird", "and", "?", "yes", "no", "maybe"]
-SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64}
-# Tied and untied heads; the untied one has keys and values for half of its heads.
-GPT2 = transformers.GPT2Config(**SIZES, vocab_size=40, initializer_range=0.2, bos_token_id=1, eos_token_id=1)
+SIZES: dict[str, Any] = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+}
+# One with a tied head; and one with an untied head, and keys and values for half of its attention heads.
+GPT2 = transformers.GPT2Config(**SIZES, vocab_size=40, initializer_range=0.1, bos_token_id=1, eos_token_id=1)
 LLAMA = transformers.LlamaConfig(
-    **SIZES, num_key_value_heads=2, intermediate_size=48, vocab_size=40, initializer_range=0.2, bos_token_id=1
+    **SIZES, num_key_value_heads=2, intermediate_size=48, vocab_size=40, initializer_range=0.1, bos_token_id=1
 )
 
 
@@ -51,11 +56,11 @@ BASE = {
     "run": {"name": "run", "seed": 7},
     "data": {"task": "multiple_choice", "max_length": 14},
     "auxiliary": {"depth": 2},
-    "prompt": {"num_tokens": 3, "init_std": 0.5, "projection": None},
+    "prompt": {"num_tokens": 3, "init_std": 0.2, "projection": None},
     "federation": {"clients": 3, "rounds": 2},
-    "distillation": {"stage": stage(4, 5, 5e-3, 1.5), "engine": "torch"},
-    "client": {"alignment": stage(3, 4, 5e-3, 5.0), "prompt": stage(2, 3, 5e-2, 0.07)},
-    "server": {"tuning": stage(3, 5, 3e-2, None)},
+    "distillation": {"stage": stage(4, 5, 5e-3, 3.0), "engine": "torch"},
+    "client": {"alignment": stage(3, 4, 5e-3, 4.0), "prompt": stage(2, 3, 5e-2, 0.05), "compute": {"device": "cpu"}},
+    "server": {"tuning": stage(3, 5, 3e-2, None), "compute": {"device": "cpu"}},
     "evaluation": {"zero_shot": False},
 }
 MICRO = {
@@ -64,7 +69,7 @@ MICRO = {
     "server": {"tuning": {"micro_batch": 2}},
 }
 DEEPSPEED = {"distillation": {"engine": "deepspeed"}}
-CASES = {
+CASES: dict[str, tuple[Any, dict]] = {
     "gpt2": (GPT2, {}),
     "gpt2, depth 1, projection": (GPT2, {"auxiliary": {"depth": 1}, "prompt": {"projection": 6}}),
     "gpt2, micro-batches": (GPT2, MICRO),
@@ -115,11 +120,13 @@ def write_rows(folder: Path) -> None:
 def execute(file: Path, deepspeed: bool) -> Path:
     """Run the package; where DeepSpeed takes part in a process of its own, because it starts once in a process."""
     if not deepspeed:
-        return run.execute(config.load(file), "oracle", Log())
+        run.execute(config.load(file), "oracle", Log())
+        return file.parent / "run"
     command = [sys.executable, "-m", "fedsp_mpi", "run", str(file)]
     own = {"HF_DATASETS_CACHE": str(file.parent / "cache"), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, cwd=ROOT, env=os.environ | own, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    if done.returncode:
+        pytest.fail(done.stdout[-2000:] + done.stderr[-4000:])
     return file.parent / "run"
 
 
@@ -127,7 +134,7 @@ def execute(file: Path, deepspeed: bool) -> Path:
 def test_two_rounds(case: str, tmp_path: Path, request: pytest.FixtureRequest):
     if case == "llama, deepspeed":
         reason = "DeepSpeed gives an untied head, which has no part in the loss, a zero gradient, so its weights decay"
-        request.applymarker(pytest.mark.xfail(strict=True, reason=reason))
+        request.applymarker(pytest.mark.xfail(strict=True, raises=AssertionError, reason=reason))
     model, changes = CASES[case]
     write_model(tmp_path / "model", model)
     write_rows(tmp_path / "data")

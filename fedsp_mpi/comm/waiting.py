@@ -11,7 +11,8 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-_SHORTEST, _LONGEST = 10e-6, 10e-3  # seconds of sleep between two looks
+_SHORTEST, _LONGEST = 10e-6, 50e-3  # seconds of sleep between two looks
+_SHARE = 1 / 50  # of the time waited so far: what a wait can take longer than it had to
 _MOVING = 0.05  # seconds without completion after which payload no longer counts as moving
 
 
@@ -53,13 +54,13 @@ def wait(
         phase: name for the error.
         deadline: seconds; None waits for ever.
         moving: payload is moving, so look again at once (after giving the core away) and begin to sleep only after
-            50 ms. Otherwise sleep 10 us and double that up to 10 ms.
+            50 ms. Otherwise sleep for a fiftieth of the time waited so far, from 10 us up to 50 ms.
         missing: the ranks that are waited for, where known.
 
     Raises:
         DeadlineError: `deadline` seconds went by.
     """
-    start, pause = time.perf_counter(), _SHORTEST
+    start = time.perf_counter()
     while not done():
         waited = time.perf_counter() - start
         if deadline is not None and waited > deadline:
@@ -67,8 +68,7 @@ def wait(
         if moving and waited < _MOVING:
             os.sched_yield()
         else:
-            time.sleep(pause)
-            pause = min(2 * pause, _LONGEST)
+            time.sleep(min(max(_SHORTEST, _SHARE * waited), _LONGEST))
 
 
 def _late(phase: str, waited: float, deadline: float, ranks: list[int]) -> str:

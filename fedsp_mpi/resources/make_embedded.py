@@ -1,0 +1,326 @@
+"""Makes the embedded default from one seed: a small world, a GPT-2 trained on sentences about it, and questions.
+
+    python -m fedsp_mpi.resources.make_embedded DEST
+
+The world: 160 invented people, each with a home, a job, a pet, ...: 1280 facts. The model reads plain sentences ("The job
+of Mobu , they say , is a baker .") until it knows every fact. A question asks for a fact in words that the model never
+read ("Question: Which profession goes with Mobu?"), so that it has to be told by a prompt what they mean.
+
+All randomness is keyed by SEED; on one machine the files come out bit for bit the same. Nothing imports this file at run
+time, so it may use torch, transformers and tokenizers directly.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import math
+import random
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+from fedsp_mpi import rng
+
+SEED = 2311
+NUM_PEOPLE = 160
+NUM_VALUES = 16
+SPLITS = {"test": 600, "validation": 120, "train": 560}
+QUESTION = "Question: Which {asked} goes with {person}?\nAnswer:"
+PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"
+
+
+@dataclass(frozen=True)
+class Relation:
+    """What can be said of a person.
+
+    Attributes:
+        noun, verb: how sentences say it.
+        asked: how questions call it; the model never reads this word.
+        values: the NUM_VALUES things it can be, one token each; no value belongs to two relations.
+    """
+
+    noun: str
+    verb: str
+    asked: str
+    values: tuple[str, ...]
+
+
+def _relation(noun: str, verb: str, asked: str, values: str) -> Relation:
+    return Relation(noun, verb, asked, tuple(values.split()))
+
+
+RELATIONS = (
+    _relation(
+        "home",
+        "lives in",
+        "village",
+        "Abren Calm Dorrow Ester Fenn Garth Holm Ister Jorv Kell Lorn Marn Nesk Orth Pell Quern",
+    ),
+    _relation(
+        "job",
+        "works as a",
+        "profession",
+        "baker miller weaver potter smith farmer fisher carpenter tailor shepherd mason barber cook painter sailor hunter",
+    ),
+    _relation(
+        "pet",
+        "keeps a",
+        "companion",
+        "cat dog goat crow otter ferret pony rabbit turtle parrot hedgehog falcon mouse donkey lizard goose",
+    ),
+    _relation(
+        "dish",
+        "cooks",
+        "meal",
+        "soup bread cheese porridge stew pie dumplings noodles omelette salad pancakes beans rice pudding jam waffles",
+    ),
+    _relation(
+        "colour",
+        "wears",
+        "paint",
+        "red blue green yellow purple orange white black brown grey pink silver golden violet crimson turquoise",
+    ),
+    _relation(
+        "instrument",
+        "plays the",
+        "music",
+        "flute drum harp fiddle lute horn bell whistle trumpet banjo oboe cello organ lyre zither tuba",
+    ),
+    _relation(
+        "tree",
+        "sits under the",
+        "shade",
+        "oak elm birch pine cedar maple willow ash beech larch alder poplar spruce hazel rowan linden",
+    ),
+    _relation(
+        "song",
+        "sings of",
+        "poem",
+        "dawn noon dusk midnight morning evening twilight moonlight harvest frost thaw rain snow fog storm sunshine",
+    ),
+)
+FORMS = (
+    "{person} {verb}{aside} {value} .",
+    "The {noun} of {person}{aside} is {value} .",
+    "{person} has{aside} as {noun} {value} .",
+    "As for {person} , the {noun} is{aside} {value} .",
+    "For {noun} {person}{aside} has {value} .",
+    "{person} - {noun} -{aside} {value} .",
+    "{noun} of {person}{aside} ; {value} .",
+    "When they speak of the {noun} of {person}{aside} , they say {value} .",
+)
+ASIDES = ("",) * 6 + (
+    " ,", " , as they say ,", " now", " , old and kind ,", " still , they say ,", " , it is said ,", " , so they tell ,",
+    " ever", " , as all know ,", " and always has ,",
+)  # fmt: skip
+
+
+def source(purpose: str) -> random.Random:
+    """A generator of its own for every purpose."""
+    return random.Random(rng.key(SEED, purpose))
+
+
+def invent_people(draw: random.Random) -> list[str]:
+    """NUM_PEOPLE different names of two syllables."""
+    onsets, vowels = "b d f g k l m n p r s t v z br dr kr tr st gl".split(), "a e i o u ai ei ou".split()
+    names: dict[str, None] = {}
+    while len(names) < NUM_PEOPLE:
+        syllables = [draw.choice(onsets) + draw.choice(vowels) for _ in range(2)]
+        names["".join(syllables).capitalize() + draw.choice(["", "n", "r", "l", "s", "m", "th"])] = None
+    return list(names)
+
+
+@dataclass(frozen=True)
+class World:
+    """Who lives in it, and what is true of them: facts[person][noun] = value, each value equally often."""
+
+    people: list[str]
+    facts: dict[str, dict[str, str]]
+
+    @classmethod
+    def make(cls) -> World:
+        """The world of SEED; every call gives the same one."""
+        draw = source("world")
+        people = invent_people(draw)
+        facts: dict[str, dict[str, str]] = {person: {} for person in people}
+        for relation in RELATIONS:
+            values = [relation.values[i % NUM_VALUES] for i in range(NUM_PEOPLE)]
+            draw.shuffle(values)
+            for person, value in zip(people, values):
+                facts[person][relation.noun] = value
+        return cls(people, facts)
+
+    def sentence(self, draw: random.Random) -> str:
+        """One true sentence, with a blank in front."""
+        person, relation = draw.choice(self.people), draw.choice(RELATIONS)
+        return " " + draw.choice(FORMS).format(
+            person=person,
+            noun=relation.noun,
+            verb=relation.verb,
+            aside=draw.choice(ASIDES),
+            value=self.facts[person][relation.noun],
+        )
+
+    def question(self, draw: random.Random, person: str, relation: Relation) -> dict[str, Any]:
+        """One row of the task. The wrong choices are other facts of the same person."""
+        facts, right = self.facts[person], self.facts[person][relation.noun]
+        choices = [right, *draw.sample([value for value in facts.values() if value != right], 3)]
+        draw.shuffle(choices)
+        context = QUESTION.format(asked=relation.asked, person=person)
+        return {"context": context, "choices": choices, "label": choices.index(right)}
+
+    def splits(self) -> dict[str, list[dict[str, Any]]]:
+        """Every fact is asked once, in one of the splits."""
+        draw = source("questions")
+        facts = [(person, relation) for person in self.people for relation in RELATIONS]
+        draw.shuffle(facts)
+        rows = iter([self.question(draw, person, relation) for person, relation in facts])
+        return {name: [next(rows) for _ in range(size)] for name, size in SPLITS.items()}
+
+
+def write_data(world: World, folder: Path) -> None:
+    """Write <split>.jsonl.gz, without the time of writing, so that equal rows are equal bytes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, rows in world.splits().items():
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / f"{name}.jsonl.gz").write_bytes(gzip.compress(text.encode(), mtime=0))
+
+
+def make_tokenizer(world: World) -> tuple[PreTrainedTokenizerFast, list[int]]:
+    """A tokenizer with one token a word, its leading blank included, and the ids of the words of no sentence."""
+    split = pre_tokenizers.ByteLevel(add_prefix_space=False)
+
+    def words(texts: list[str]) -> set[str]:
+        return {word for text in texts for word, _ in split.pre_tokenize_str(text)}
+
+    draw = source("tokenizer")
+    read = words([world.sentence(draw) for _ in range(20_000)])
+    asked = words([QUESTION.format(asked=r.asked, person=world.people[0]) for r in RELATIONS]) - read
+    vocabulary = [PAD, EOS, UNKNOWN, *sorted(asked), *sorted(read)]
+    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token=UNKNOWN))
+    core.pre_tokenizer, core.decoder = split, decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        pad_token=PAD,
+        eos_token=EOS,
+        unk_token=UNKNOWN,
+        model_max_length=Training.num_positions,
+        model_input_names=["input_ids", "attention_mask"],
+    )
+    return tokenizer, list(range(3 + len(asked)))
+
+
+@dataclass(frozen=True)
+class Training:
+    """How the model is made. One sentence is one row: a sentence starts at position 0, as a question does.
+
+    Attributes:
+        num_tied: steps at the start in which all layers stay equal; then each goes its own way (progressive stacking).
+            It keeps the layers alike, so that one of them can stand in for all in an auxiliary model.
+        unheard: share of the words that are replaced by unknown ones, in one of `unheard_every` batches.
+        unheard_std: an unknown word is a new N(0, std) vector each time; so are, for good, the words of the questions.
+    """
+
+    num_layers: int = 3
+    hidden: int = 128
+    num_heads: int = 4
+    num_positions: int = 128
+    num_steps: int = 1000
+    num_tied: int = 500
+    unheard_every: int = 1
+    batch: int = 64
+    rate: float = 3e-3
+    warmup: int = 100
+    weight_decay: float = 0.05
+    unheard: float = 0.1
+    unheard_std: float = 0.05
+
+
+def make_model(tokenizer: PreTrainedTokenizerFast, how: Training, unread: list[int]) -> GPT2LMHeadModel:
+    """An untrained GPT-2 with equal layers and random vectors for the `unread` words."""
+    config = GPT2Config(
+        vocab_size=len(tokenizer),
+        n_positions=how.num_positions,
+        n_embd=how.hidden,
+        n_layer=how.num_layers,
+        n_head=how.num_heads,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        bos_token_id=tokenizer.eos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model = GPT2LMHeadModel(config)
+    for block in model.transformer.h[1:]:
+        block.load_state_dict(model.transformer.h[0].state_dict())
+    with torch.no_grad():
+        model.transformer.wte.weight[unread] = torch.randn(len(unread), how.hidden) * how.unheard_std
+    return model
+
+
+def batches(world: World, tokenizer: PreTrainedTokenizerFast, how: Training) -> Iterator[torch.Tensor]:
+    """Token ids [batch, longest], padded on the right."""
+    draw = source("sentences")
+    for _ in range(how.num_steps):
+        rows = tokenizer([world.sentence(draw) for _ in range(how.batch)])["input_ids"]
+        longest = max(map(len, rows))
+        yield torch.tensor([row + [tokenizer.pad_token_id] * (longest - len(row)) for row in rows])
+
+
+def loss_of(model: GPT2LMHeadModel, ids: torch.Tensor, unheard: float, std: float) -> torch.Tensor:
+    """Next-token cross entropy of ids [batch, length]; a share `unheard` of the words is read as new random vectors."""
+    words = model.transformer.wte(ids)
+    is_unheard = torch.rand(ids.shape) < unheard
+    vectors = torch.where(is_unheard[..., None], torch.randn(words.shape) * std, words)
+    return model(inputs_embeds=vectors, labels=ids.masked_fill(ids == model.config.pad_token_id, -100)).loss
+
+
+def tie_gradients(model: GPT2LMHeadModel) -> None:
+    """Give all layers the mean of their gradients, which keeps equal layers equal."""
+    for same in zip(*(block.parameters() for block in model.transformer.h)):
+        mean = torch.stack([parameter.grad for parameter in same]).mean(0)
+        for parameter in same:
+            parameter.grad.copy_(mean)
+
+
+def train(world: World, tokenizer: PreTrainedTokenizerFast, unread: list[int], how: Training) -> GPT2LMHeadModel:
+    """Train from SEED, with a short warm-up and a cosine to zero. The vectors of the `unread` words stay as they are."""
+    torch.manual_seed(rng.key(SEED, "model"))
+    model = make_model(tokenizer, how, unread)
+    kept = model.transformer.wte.weight[unread].detach().clone()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=how.rate, weight_decay=how.weight_decay, betas=(0.9, 0.98))
+    for step, ids in enumerate(batches(world, tokenizer, how)):
+        factor = min(1.0, (step + 1) / how.warmup) * 0.5 * (1 + math.cos(math.pi * step / how.num_steps))
+        optimizer.param_groups[0]["lr"] = how.rate * factor
+        optimizer.zero_grad()
+        loss_of(model, ids, how.unheard if step % how.unheard_every == 0 else 0.0, how.unheard_std).backward()
+        if step < how.num_tied:
+            tie_gradients(model)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        with torch.no_grad():
+            model.transformer.wte.weight[unread] = kept
+    return model.eval()
+
+
+def main(destination: str, how: Training = Training()) -> None:
+    """Write DEST/data and DEST/model. The number of threads is fixed, because it decides the order of sums."""
+    torch.set_num_threads(1)
+    world = World.make()
+    write_data(world, Path(destination) / "data")
+    tokenizer, unread = make_tokenizer(world)
+    model = train(world, tokenizer, unread, how)
+    tokenizer.save_pretrained(Path(destination) / "model")
+    model.save_pretrained(Path(destination) / "model")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
