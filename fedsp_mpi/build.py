@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -18,7 +19,7 @@ from fedsp_mpi.algorithms import fedsp
 from fedsp_mpi.comm import Handout
 from fedsp_mpi.config import Config, ConfigError, StageConfig
 from fedsp_mpi.data import partition, tasks
-from fedsp_mpi.data.tokens import Batches, Text, encode, encode_pairs, longest_answer
+from fedsp_mpi.data.tokens import Batches, Text, encode
 from fedsp_mpi.evaluation.scoring import Question, questions
 from fedsp_mpi.log import Log, duration
 from fedsp_mpi.models import auxiliary, backbone
@@ -44,6 +45,7 @@ class Materials:
         self.model_name = str(RESOURCES / "model") if name == "embedded" else str(name)
         source = config.data.source
         self.source = str(RESOURCES / "data") if source == "embedded" else source
+        self._texts: dict[int, list[Text]] = {}
 
     @cached_property
     def model_config(self) -> Any:
@@ -90,7 +92,10 @@ class Materials:
 
     def shard(self, participant: int) -> list[Text]:
         """The tokenised training texts of the server (0) or of client `participant` - 1."""
-        return encode(self.tokenizer, [self.splits.train[i] for i in self.shards[participant]], self.max_length)
+        if participant not in self._texts:
+            examples = [self.splits.train[i] for i in self.shards[participant]]
+            self._texts[participant] = encode(self.tokenizer, examples, self.max_length)
+        return self._texts[participant]
 
     @cached_property
     def validation(self) -> list[Text]:
@@ -120,7 +125,7 @@ class Materials:
                 f"model.tokenizer: found {len(self.tokenizer)} tokens, expected at most the model's {vocabulary}; "
                 "name the tokenizer that belongs to the model"
             )
-        self._check_answers()
+        _ = self.shard(0), self.validation
 
     def _check_cell(self) -> None:
         cell, layers = self.config.auxiliary, self.shape.num_layers
@@ -140,15 +145,6 @@ class Materials:
             raise ConfigError(
                 f"prompt.num_tokens: found {tokens}, expected at most {positions - 2}: {self.model_name} has "
                 f"{positions} positions, and a text needs two at least"
-            )
-
-    def _check_answers(self) -> None:
-        pairs = [(example.context, example.target) for example in self.splits.train]
-        longest = longest_answer(encode_pairs(self.tokenizer, pairs[:2000]))
-        if longest >= self.max_length:
-            raise ConfigError(
-                f"prompt.num_tokens: found {self.config.prompt.num_tokens}, which leaves {self.max_length} tokens for "
-                f"a text; expected room for the longest answer, {longest} tokens, and a token before it"
             )
 
 
@@ -310,7 +306,7 @@ def _distilled(
     if not stage.steps:
         return small, {"engine": "none", "steps": 0}
     batches = Batches(texts, stage.batch_size, stage.micro_batch, config.run.seed, "distillation")
-    done = distil(small, model, batches, config.distillation, log)
+    done = distil(small, model, batches, config.distillation, config.run.seed, log)
     log.say(
         f"distilled in {stage.steps} steps, {duration(done.trace.seconds)}, loss {done.trace.first:.4f} -> "
         f"{done.trace.last:.4f}, by {done.engine} {done.engine_version}"
@@ -331,8 +327,6 @@ def _distilled(
 
 def _recipe(materials: Materials, model: LanguageModel, compute: Compute, texts: list[Text]) -> dict[str, Any]:
     """All that the weights of the auxiliary model depend on. Equal recipes give equal weights."""
-    import torch
-
     config = materials.config
     digest = hashlib.sha256()
     for text in texts:
@@ -346,7 +340,7 @@ def _recipe(materials: Materials, model: LanguageModel, compute: Compute, texts:
         "device": compute.device.type,
         "dtype": config.server.compute.dtype,
         "threads": compute.threads,
-        "torch": torch.__version__,
+        "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "deepspeed")},
     }
     return json.loads(json.dumps(recipe))
 

@@ -157,7 +157,8 @@ class FederationConfig:
 
     clients: int = 7
     rounds: int = 10
-    client_state: Literal["kept", "restarted"] = "kept"  # auxiliary model, optimizers and schedules between rounds
+    # Auxiliary model, optimizers and schedules between rounds; restarted: each round begins from the hand-out.
+    client_state: Literal["kept", "restarted"] = "kept"
     on_failure: Literal["drop", "stop"] = "drop"  # a client whose loss or update is not finite
     min_clients: int = 1  # fewer updates than this in a round stop the run
 
@@ -240,6 +241,7 @@ class Config:
         self.client.alignment.check("client.alignment")
         self.client.prompt.check("client.prompt")
         self.distillation.check("distillation")
+        _at_least("client.prompt", "steps", self.client.prompt.steps, 1)
         if self.model.name is None:
             raise ConfigError("model.name: found nothing, expected a hub name or the folder of a causal language model")
         for key, low in LEAST.items():

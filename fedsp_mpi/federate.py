@@ -41,7 +41,7 @@ class Server(Protocol):
 
     def take(self, merged: NamedTensors) -> None: ...
 
-    def absorb(self) -> Trace: ...
+    def absorb(self, round: int) -> Trace: ...
 
     def prompts(self) -> NamedTensors: ...
 
@@ -125,7 +125,7 @@ def run_round(
     if here and here.control:
         with guard.phase("server-only control", round=round):
             here.compute.begin()
-            here.control.absorb()  # while the clients work
+            here.control.absorb(round)  # while the clients work
     with guard.phase("local training and gather", round=round):
         updates = wire.gather(round, local_work(clients, down) if clients else ())
         watch.lap("clients")
@@ -140,7 +140,7 @@ def run_round(
         merged_loss = here.loss(here.server)
         watch.lap("validation")
     with guard.phase("server tuning", round=round):
-        trace = here.server.absorb()
+        trace = here.server.absorb(round)
         watch.lap("server")
     with guard.phase("validation", round=round):
         loss = here.loss(here.server)

@@ -32,13 +32,18 @@ METRICS = (
 )
 
 
-def tune(model: LanguageModel, prompt: Prompt, engine: TorchEngine, batches: Batches, num_steps: int) -> Trace:
-    """Take steps on the answers' cross entropy; what moves is what the engine owns and requires a gradient."""
+def tune(
+    model: LanguageModel, prompt: Prompt, engine: TorchEngine, batches: Batches, stage: StageConfig, round: int
+) -> Trace:
+    """Take a round's steps on the answers' cross entropy; what moves is what the engine owns and needs a gradient.
+
+    A round's batches follow from its number, whoever took part in the rounds before.
+    """
 
     def loss(batch: Batch) -> Tensor:
         return answer_loss(*model.answer_logits(batch, prompt))
 
-    return train(engine, batches, num_steps, loss, num_answer_tokens, model.device)
+    return train(engine, batches, (round - 1) * stage.steps, stage.steps, loss, num_answer_tokens, model.device)
 
 
 class Server:
@@ -83,9 +88,9 @@ class Server:
         """Let the merged prompts be the server's (repeated up to the depth of the global model)."""
         self.prompt.load(to_depth(merged.torch(), self._client_spec, self.prompt.spec.num_layers))
 
-    def absorb(self) -> Trace:
+    def absorb(self, round: int) -> Trace:
         """Tune the prompts against the frozen global model on the server's own shard."""
-        return tune(self.model, self.prompt, self._engine, self._batches, self._stage.steps)
+        return tune(self.model, self.prompt, self._engine, self._batches, self._stage, round)
 
     def prompts(self) -> NamedTensors:
         """A copy of the prompts at the depth of the global model."""
@@ -129,7 +134,8 @@ class Client:
         alignment, tuning: the two stages of a round.
         total_rounds: length of the schedules, in rounds.
         seed: of dropout.
-        keep: whether auxiliary weights, optimizers and schedules live on from round to round.
+        keep: whether auxiliary weights, optimizers and schedules live on from round to round; otherwise every round
+            begins from the hand-out, with a schedule of its own.
     """
 
     def __init__(
@@ -159,7 +165,7 @@ class Client:
         Raises NonFiniteError if a loss or the tuned prompt is not finite.
         """
         start = time.perf_counter()
-        bench, shard = self._benches.pop(client, None) or self._new_bench(), self._shards[client]
+        bench, shard = self._benches.pop(client, None) or self._new_bench(round), self._shards[client]
         auxiliary.load_weights(self._model, bench.weights)
         bench.alignment.to(self._model.device)
         self._prompt.load(down.torch())
@@ -167,10 +173,10 @@ class Client:
         rng.seed_torch(self._seed, "client", round, client)
         self._prompt.requires_grad_(False)
         self._model.train_weights(True)
-        model = tune(self._model, self._prompt, bench.alignment, shard.alignment, self._alignment.steps)
+        model = tune(self._model, self._prompt, bench.alignment, shard.alignment, self._alignment, round)
         self._model.train_weights(False)
         self._prompt.requires_grad_(True)
-        prompt = tune(self._model, self._prompt, bench.tuning, shard.tuning, self._tuning.steps)
+        prompt = tune(self._model, self._prompt, bench.tuning, shard.tuning, self._tuning, round)
 
         tensors = NamedTensors.pack(self._prompt.tensors())
         if not tensors.is_finite():
@@ -190,14 +196,18 @@ class Client:
 
     def load_client_state(self, client: int, state: dict[str, Any]) -> None:
         """Go on from `client_state()`."""
-        bench = self._new_bench()
+        bench = self._new_bench(1)
         bench.alignment.load_state(state["alignment"])
         bench.tuning.load_state(state["tuning"])
         self._benches[client] = _Bench(state["weights"], bench.alignment, bench.tuning)
 
-    def _new_bench(self) -> _Bench:
+    def _new_bench(self, round: int) -> _Bench:
+        """A beginning from the hand-out; its schedules are where the others' are in this round."""
+
         def engine(parameters: Any, stage: StageConfig) -> TorchEngine:
-            return TorchEngine(parameters, stage.optimizer, stage.steps * self._rounds)
+            fresh = TorchEngine(parameters, stage.optimizer, stage.steps * (self._rounds if self._keep else 1))
+            fresh.steps_done = (round - 1) * stage.steps if self._keep else 0
+            return fresh
 
         return _Bench(
             self._handed_out,

@@ -48,8 +48,17 @@ def encode_pairs(tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> list[Text]
 
 
 def encode(tokenizer: Any, examples: Iterable[Example], max_length: int) -> list[Text]:
-    """Tokenise context and target for training, at most `max_length` tokens; a long context loses its beginning."""
+    """Tokenise context and target for training, at most `max_length` tokens; a long context loses its beginning.
+
+    Raises ValueError if an answer does not fit behind one token of its context.
+    """
     texts = encode_pairs(tokenizer, [(example.context, example.target) for example in examples])
+    longest = max((len(text.ids) - text.answer for text in texts), default=0)
+    if longest >= max_length:
+        raise ValueError(
+            f"data.max_length, prompt.num_tokens: found an answer of {longest} tokens where {max_length} are left for "
+            "a text, expected room for it and a token before it; raise data.max_length, or shorten the prompt"
+        )
     return [truncate(text, max_length) for text in texts]
 
 
@@ -57,11 +66,6 @@ def truncate(text: Text, max_length: int) -> Text:
     """Keep the last `max_length` tokens, so that an answer is never lost to a long context."""
     cut = max(0, len(text.ids) - max_length)
     return Text(text.ids[cut:], max(1, text.answer - cut)) if cut else text
-
-
-def longest_answer(texts: Iterable[Text]) -> int:
-    """Tokens of the longest answer."""
-    return max((len(text.ids) - text.answer for text in texts), default=0)
 
 
 def collate(texts: Sequence[Text]) -> Batch:

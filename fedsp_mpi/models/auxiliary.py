@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 import transformers
-import transformers.initialization
 from torch import Tensor, nn
+from transformers.initialization import no_init_weights
 
 from fedsp_mpi.models.backbone import FAMILIES, LanguageModel, layers_of
 from fedsp_mpi.tensors import NamedTensors
@@ -130,7 +130,7 @@ def fingerprint(model: LanguageModel) -> str:
 
 
 def _from_config(config: Any) -> Any:
-    with transformers.initialization.no_init_weights():
+    with no_init_weights():
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.tie_weights()
     return model

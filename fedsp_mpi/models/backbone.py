@@ -153,6 +153,12 @@ class LanguageModel:
         self.model.requires_grad_(on)
         self.model.train((on and self.dropout) or self._checkpointing)
 
+    def freeze_untied_head(self) -> None:
+        """Keep the head out of training where it is not the input embedding as well."""
+        head, embedding = self.model.get_output_embeddings(), self.model.get_input_embeddings()
+        if head.weight is not embedding.weight:
+            head.requires_grad_(False)
+
     def hidden(self, batch: Batch, prompt: Prompt | None = None) -> Tensor:
         """Hidden states after the final norm at the text's positions, [batch, length, hidden].
 

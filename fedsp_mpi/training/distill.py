@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fedsp_mpi import rng
 from fedsp_mpi.config import DistillationConfig
 from fedsp_mpi.log import Log
 from fedsp_mpi.models.backbone import LanguageModel
@@ -40,16 +41,20 @@ class Distilled:
 
 
 def distil(
-    student: LanguageModel, teacher: LanguageModel, batches: Batches, settings: DistillationConfig, log: Log
+    student: LanguageModel, teacher: LanguageModel, batches: Batches, settings: DistillationConfig, seed: int, log: Log
 ) -> Distilled:
-    """Train all weights of `student` in place, without prompts, on the batches' whole texts.
+    """Train the weights of `student` in place, without prompts, on the texts of the batches (but for their last token).
 
     The loss is hidden_weight * MSE of the last hidden states + logits_weight * T^2 KL of the logits, both averaged over
-    the tokens that are not padding. The teacher is frozen and gives no gradient.
+    the tokens that are not padding. The teacher is frozen and gives no gradient. A head of its own that no loss reaches
+    is left as it is; `seed` is that of dropout.
     """
     stage = settings.stage
+    rng.seed_torch(seed, "distillation")
     student.train_weights(True)
-    weights = student.model.parameters()
+    if not settings.logits_weight:
+        student.freeze_untied_head()
+    weights = [weight for weight in student.model.parameters() if weight.requires_grad]
     if settings.engine == "torch":
         engine: TorchEngine | DeepSpeedEngine = TorchEngine(weights, stage.optimizer, stage.steps)
         name, version, zero = "torch", torch.__version__, 0
@@ -67,6 +72,7 @@ def distil(
     trace = train(
         engine,
         batches,
+        0,
         stage.steps,
         lambda batch: distillation_loss(student, teacher, batch, settings),
         num_text_tokens,

@@ -101,7 +101,7 @@ class DeepSpeedEngine:
     def __init__(
         self, model: nn.Module, settings: OptimizerConfig, total_steps: int, num_micro_batches: int, zero_stage: int
     ) -> None:
-        deepspeed = _import_deepspeed()
+        self._deepspeed = deepspeed = _import_deepspeed()
         self.version, self.zero_stage = deepspeed.__version__, zero_stage
         self._settings, self._total, self._micro = settings, total_steps, num_micro_batches
         trained = [p for p in model.parameters() if p.requires_grad]
@@ -137,7 +137,7 @@ class DeepSpeedEngine:
     def close(self) -> None:
         """Leave the process group, so that nothing of DeepSpeed outlives the distillation."""
         self._engine.destroy()
-        torch.distributed.destroy_process_group()
+        self._deepspeed.comm.destroy_process_group()
 
 
 def _import_deepspeed() -> Any:

@@ -21,8 +21,6 @@ class NonFiniteError(ArithmeticError):
 class Engine(Protocol):
     """What the loop asks of an optimizer."""
 
-    steps_done: int
-
     def backward(self, loss: Tensor) -> None: ...
 
     def step(self) -> None: ...
@@ -63,13 +61,14 @@ class Trace:
 def train(
     engine: Engine,
     batches: Batches,
+    first_step: int,
     num_steps: int,
     loss: Callable[[Batch], Tensor],
     count: Callable[[Batch], int],
     device: torch.device,
     on_step: Callable[[Tensor], None] | None = None,
 ) -> Trace:
-    """Take `num_steps` optimizer steps, going on with the batches where the engine stopped.
+    """Take `num_steps` optimizer steps over the batches from `first_step` on.
 
     A step's loss is the sum of `loss` over its micro-batches divided by the sum of `count`, so it does not depend on
     how the batch is cut. Losses are fetched from the device once, at the end.
@@ -78,8 +77,8 @@ def train(
     """
     start = time.perf_counter()
     losses: list[Tensor] = []
-    for _ in range(num_steps):
-        micro_batches = batches.step(engine.steps_done)
+    for index in range(first_step, first_step + num_steps):
+        micro_batches = batches.step(index)
         total = sum(map(count, micro_batches))
         shares = [_share(engine, loss(batch.to(device)) / total) for batch in micro_batches]
         engine.step()
