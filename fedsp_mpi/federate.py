@@ -126,6 +126,7 @@ def run_round(
         with guard.phase("server-only control", round=round):
             here.compute.begin()
             here.control.absorb(round)  # while the clients work
+            watch.lap("control")
     with guard.phase("local training and gather", round=round):
         updates = wire.gather(round, local_work(clients, down) if clients else ())
         watch.lap("clients")

@@ -227,7 +227,7 @@ def _seconds(run: Run) -> list[str]:
     """Where the time went; a distillation that an earlier run paid for is not counted here."""
     distillation = run.sections.get("distillation", {})
     known = {"distillation": distillation.get("seconds")} if "reused_from" not in distillation else {}
-    for phase in ("broadcast", "clients", "merge", "server", "validation"):
+    for phase in ("broadcast", "control", "clients", "merge", "server", "validation"):
         known[phase] = float(np.nansum(run.rounds[f"seconds_{phase}"]))
     known["all rounds"] = float(np.nansum(run.rounds["seconds_total"]))
     known["scoring"] = float(np.nansum(run.results["seconds"]))

@@ -22,7 +22,8 @@ class RoundRow:
 
     Attributes:
         round: from 1.
-        seconds_clients: from the end of the broadcast until the slowest client has reported.
+        seconds_control: the server-only control's tuning, while the clients work.
+        seconds_clients: from then on, until the slowest client has reported.
         seconds_server: the server's tuning on the global model (absorb).
         bytes_down, bytes_up: all ranks together.
         server_loss_first, server_loss_last: first and last step of the server's tuning.
@@ -34,6 +35,7 @@ class RoundRow:
 
     round: int
     seconds_broadcast: float = NAN
+    seconds_control: float = NAN
     seconds_clients: float = NAN
     seconds_merge: float = NAN
     seconds_server: float = NAN

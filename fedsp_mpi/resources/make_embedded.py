@@ -129,7 +129,10 @@ def source(purpose: str) -> random.Random:
 
 def invent_people(draw: random.Random) -> list[str]:
     """NUM_PEOPLE different names of two syllables."""
-    onsets, vowels = "b d f g k l m n p r s t v z br dr kr tr st gl".split(), "a e i o u ai ei ou".split()
+    onsets, vowels = (
+        ["b", "d", "f", "g", "k", "l", "m", "n", "p", "r", "s", "t", "v", "z", "br", "dr", "kr", "tr", "st", "gl"],
+        ["a", "e", "i", "o", "u", "ai", "ei", "ou"],
+    )
     names: dict[str, None] = {}
     while len(names) < NUM_PEOPLE:
         syllables = [draw.choice(onsets) + draw.choice(vowels) for _ in range(2)]
