@@ -242,6 +242,7 @@ TOO_SMALL = {**{key: low - 1 for key, low in config.LEAST.items()}, "server.tuni
 OUT_OF_RANGE = [
     *TOO_SMALL.items(),
     ("client.prompt.batch_size", 0),
+    ("client.prompt.steps", 0),
     ("client.alignment.micro_batch", 0),
     ("client.alignment.optimizer.learning_rate", -1e-9),
     ("client.prompt.optimizer.weight_decay", -0.1),

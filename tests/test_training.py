@@ -130,7 +130,7 @@ def tuned(path: str, micro: int | None, weights: bool, steps: int = 3) -> tuple[
     moving = small.model.parameters() if weights else prompt.parameters()
     engine = TorchEngine(moving, OptimizerConfig(learning_rate=0.01, epsilon=1e-3, clip=1.0), 10)
     batches = Batches(tiny.texts(range(4, 17)), 6, micro, 1, "test")
-    trace = fedsp.tune(small, prompt, engine, batches, steps)
+    trace = fedsp.tune(small, prompt, engine, batches, StageConfig(steps=steps), 1)
     return trace, auxiliary.pack(small) if weights else NamedTensors.pack(prompt.tensors())
 
 
@@ -176,14 +176,15 @@ class Line:
         return 0 * self.weight.sum() + self.losses[int(batch.input_ids)]
 
 
-def test_training_goes_on_where_the_engine_stopped():
+def test_training_takes_the_batches_it_is_told_to():
     line, seen = Line(5.0, 4.0, 3.0, 2.0), []
     engine = TorchEngine([line.weight], PLAIN, 4)
-    first = train(engine, line, 1, line.loss, num_answer_tokens, tiny.CPU)
-    rest = train(engine, line, 3, line.loss, num_answer_tokens, tiny.CPU, lambda loss: seen.append(loss.item()))
-    assert (first.losses, rest.losses, line.asked) == ((5.0,), (4.0, 3.0, 2.0), [0, 1, 2, 3])
-    assert seen == [4.0, 3.0, 2.0] and (rest.first, rest.last, rest.samples) == (4.0, 2.0, 12)
-    nothing = train(engine, line, 0, line.loss, num_answer_tokens, tiny.CPU)
+    first = train(engine, line, 2, 1, line.loss, num_answer_tokens, tiny.CPU)
+    rest = train(engine, line, 0, 3, line.loss, num_answer_tokens, tiny.CPU, lambda loss: seen.append(loss.item()))
+    assert (first.losses, rest.losses, line.asked) == ((3.0,), (5.0, 4.0, 3.0), [2, 0, 1, 2])
+    assert seen == [5.0, 4.0, 3.0] and (rest.first, rest.last, rest.samples) == (5.0, 3.0, 12)
+    assert engine.steps_done == 4
+    nothing = train(engine, line, 0, 0, line.loss, num_answer_tokens, tiny.CPU)
     assert nothing.losses == () and nothing.samples == 0 and math.isnan(nothing.last)
 
 
@@ -191,7 +192,7 @@ def test_training_goes_on_where_the_engine_stopped():
 def test_a_loss_that_is_not_finite_is_told_with_its_first_step(value):
     line = Line(1.0, value, math.nan)
     with pytest.raises(NonFiniteError, match=rf"the loss of step 2 of 3 is {value}, expected a finite number"):
-        train(TorchEngine([line.weight], PLAIN, 3), line, 3, line.loss, num_answer_tokens, tiny.CPU)
+        train(TorchEngine([line.weight], PLAIN, 3), line, 0, 3, line.loss, num_answer_tokens, tiny.CPU)
 
 
 # -- state ---------------------------------------------------------------------------------------------------------
@@ -279,13 +280,14 @@ def test_padding_has_no_part_in_the_distillation_loss(gpt2, settings):
     assert all(p.grad is None for p in teacher.model.parameters())
 
 
-def distilled(path: str, micro: int | None = None, steps: int = 12, **changes):
+def distilled(path: str, micro: int | None = None, steps: int = 12, dropout: bool = False, **changes):
     teacher = tiny.load(path)
-    student = LanguageModel(auxiliary.unroll(auxiliary.cut(teacher, 0, 1), 4))
+    student = LanguageModel(auxiliary.unroll(auxiliary.cut(teacher, 0, 1), 4), dropout=dropout)
     stage = StageConfig(steps=steps, batch_size=8, micro_batch=micro, optimizer=OptimizerConfig(learning_rate=1e-2))
     settings = DistillationConfig(**{"stage": stage, "engine": "torch"} | changes)
     before = auxiliary.fingerprint(teacher)
-    done = distil(student, teacher, Batches(tiny.texts(range(4, 24)), 8, micro, 1, "distillation"), settings, Log())
+    batches = Batches(tiny.texts(range(4, 24)), 8, micro, 1, "distillation")
+    done = distil(student, teacher, batches, settings, 1, Log())
     assert auxiliary.fingerprint(teacher) == before
     return done, student
 
@@ -303,6 +305,24 @@ def test_distillation_aligns_the_student(gpt2):
     fresh.train_weights(False)
     first = distillation_loss(fresh, teacher, batch, DistillationConfig()).item() / num_text_tokens(batch)
     assert done.trace.first == pytest.approx(first, rel=1e-5)
+
+
+def test_dropout_while_distilling_depends_on_the_seed_only(gpt2):
+    runs = []
+    for state, dropout in [(0, True), (1, True), (1, False)]:
+        torch.manual_seed(state)
+        runs.append(distilled(gpt2, steps=3, dropout=dropout)[0].trace.losses)
+    assert runs[0] == runs[1] != runs[2]
+
+
+@pytest.mark.parametrize("logits_weight", [0.0, 1.0])
+def test_a_head_of_its_own_is_trained_only_where_the_loss_reaches_it(tmp_path, logits_weight):
+    """Else AdamW's weight decay alone would move it."""
+    path = tiny.model_folder(tmp_path, "llama")
+    _, student = distilled(path, steps=3, logits_weight=logits_weight)
+    before, after = (model.model.get_output_embeddings().weight for model in (tiny.load(path), student))
+    assert torch.equal(before, after) is (logits_weight == 0)
+    assert not torch.equal(*(m.model.get_input_embeddings().weight for m in (tiny.load(path), student)))
 
 
 # What DeepSpeed does is looked at in a process of its own that can start no compiler.
@@ -448,7 +468,7 @@ def test_a_client_goes_on_from_its_state_with_equal_bits(gpt2):
 
 
 def test_what_is_kept_between_rounds_matters_and_can_be_left(gpt2):
-    kept, restarted, fresh = client(gpt2), client(gpt2, keep=False), client(gpt2)
+    kept, restarted, fresh = client(gpt2), client(gpt2, keep=False), client(gpt2, keep=False)
     first, second = downs(kept, 2)
     for each in (kept, restarted):
         each.local(0, 1, first)
@@ -466,9 +486,9 @@ def test_a_server_goes_on_from_its_state_with_equal_bits(gpt2):
         return fedsp.Server(model, prompt, 2, batches, stage, 4, lambda updates: updates)
 
     one, other = server(), server()
-    one.absorb()
+    one.absorb(1)
     other.load_state(stored(one.state()))
-    assert one.absorb().losses == other.absorb().losses
+    assert one.absorb(2).losses == other.absorb(2).losses
     assert (one.prompts().flat == other.prompts().flat).all()
     down = one.broadcast()
     assert down.schema == (("prompt", (5, 2 * 2 * 32)),)  # two layers, each a key and a value of 32
