@@ -321,7 +321,8 @@ def read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     except OSError as error:
         raise ConfigError(f"{path}: found no readable file ({error.strerror}), expected a YAML configuration") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: found text that is not YAML ({' '.join(str(error).split())})") from None
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{path}: found text that is not YAML ({reason}), expected a YAML configuration") from None
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: found a {type(data).__name__}, expected a mapping of sections")
     base = data.pop("extends", None)
@@ -345,7 +346,9 @@ def _override(data: dict[str, Any], item: str) -> None:
         value = text
     *sections, last = key.split(".")
     for section in sections:
-        below = data.setdefault(section, {})
+        if data.get(section) is None:
+            data[section] = {}
+        below = data[section]
         if not isinstance(below, dict):
             raise ConfigError(f"--set {item}: found a value at {section!r}, expected a section")
         data = below

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
+from contextlib import suppress
 from typing import Any, Literal
 
 
@@ -46,8 +48,12 @@ def _parse_section(kind: Any, data: Any, where: str) -> Any:
             hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(names)}"
             raise ConfigError(f"{dotted}: found an unknown key; {hint}")
         default = _default(names[key])
-        if dataclasses.is_dataclass(default) and not isinstance(default, type) and isinstance(value, dict):
-            value = merge(dataclasses.asdict(default), value)
+        if (
+            dataclasses.is_dataclass(default)
+            and not isinstance(default, type)
+            and (value is None or isinstance(value, dict))
+        ):
+            value = merge(dataclasses.asdict(default), value or {})
         values[key] = parse(hints[key], value, dotted)
     return kind(**values)
 
@@ -60,13 +66,12 @@ def _default(definition: dataclasses.Field) -> Any:
 
 def _parse_scalar(kind: Any, data: Any, where: str) -> Any:
     if kind is float and isinstance(data, (int, str)) and not isinstance(data, bool):
-        try:
-            return float(data)  # YAML 1.1 reads 5e-4 as a string
-        except ValueError:
-            pass
-    if isinstance(data, kind) and not (kind is not bool and isinstance(data, bool)):
+        with suppress(ValueError):
+            data = float(data)  # YAML 1.1 reads 5e-4 as a string
+    is_finite = not isinstance(data, float) or math.isfinite(data)
+    if isinstance(data, kind) and is_finite and not (kind is not bool and isinstance(data, bool)):
         return data
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+    names = {int: "a whole number", float: "a number that is finite", bool: "true or false", str: "a text"}
     raise ConfigError(f"{where}: found {data!r} ({type(data).__name__}), expected {names[kind]}")
 
 

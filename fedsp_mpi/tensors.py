@@ -88,12 +88,16 @@ class _Seal:
 
     def refuse_tensor(self, name: str, tensor: torch.Tensor) -> None:
         self._refuse(name, self._storages.get(tensor.untyped_storage().data_ptr()))
+        if tensor.device.type == "cpu":
+            storage = tensor.untyped_storage()
+            self._refuse_range(name, storage.data_ptr(), storage.nbytes())
 
     def refuse_array(self, array: np.ndarray) -> None:
-        if self._ranges and array.size:
-            low = array.__array_interface__["data"][0]
-            high = low + array.nbytes
-            self._refuse("this array", next((n for a, b, n in self._ranges if low < b and a < high), None))
+        self._refuse_range("this array", array.__array_interface__["data"][0], array.nbytes)
+
+    def _refuse_range(self, name: str, low: int, size: int) -> None:
+        if size:
+            self._refuse(name, next((n for a, b, n in self._ranges if low < b and a < low + size), None))
 
     def clear(self) -> None:
         self.__init__()  # type: ignore[misc]

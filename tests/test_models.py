@@ -263,7 +263,7 @@ def test_models_that_cannot_be_read(tmp_path):
 
 def test_a_folder_without_a_tokenizer_is_refused(folder):
     """transformers itself makes one up for most families, which turns every text into no tokens at all."""
-    with pytest.raises(ValueError, match=r"model.tokenizer: found .*, which has no readable tokenizer .* expected"):
+    with pytest.raises(ValueError, match=r"model.tokenizer: found .*tokenizer.* expected"):
         backbone.read_tokenizer(folder)
 
 

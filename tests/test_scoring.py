@@ -196,7 +196,7 @@ def asked_of(*gold: tuple[int, ...], lengths: tuple[int, ...] = (1, 1, 1)) -> li
 def test_scores_by_hand(gpt2, monkeypatch):
     """acc by the sum, acc_norm by the sum over characters, exact match by any right greedy answer."""
     model, lengths = tiny.load(gpt2), (2, 10, 5)
-    rigged(monkeypatch, ([-4, -5, -9], [0, 1, 1]), ([-4, -5, -9], [1, 0, 0]), ([-8, -30, -6], [0, 0, 0]))
+    rigged(monkeypatch, ([-4, -5, -9], [0, 1, 0]), ([-4, -5, -9], [1, 0, 0]), ([-8, -30, -6], [0, 0, 0]))
     asked = asked_of((0,), (1,), (0, 2), lengths=lengths)
     found = score(model, None, asked, "multiple_choice", 100)
     assert (found.acc, found.acc_norm) == (2 / 3, 2 / 3)  # best: 0, 0, 2; per character: 1, 1, 2

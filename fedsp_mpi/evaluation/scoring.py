@@ -169,7 +169,8 @@ def _score_group(model: LanguageModel, prompt: Prompt | None, group: list[_Stem]
     for row, ending in enumerate(endings):
         targets[row, : len(ending)] = torch.from_numpy(ending.astype(np.int64))
     targets = targets.to(model.device)
-    each = -F.cross_entropy(logits.float().transpose(1, 2), targets, reduction="none")
+    # Flat, because the kernel for [batch, vocabulary, length] is off by up to 1e-3 a text on a CPU.
+    each = -F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
     greedy = ((logits.argmax(-1) == targets) | (targets == -100)).all(dim=1).tolist()
     sums = each.double().sum(dim=1).tolist()
     places = [(stem.question, option) for stem in group for option in stem.options]

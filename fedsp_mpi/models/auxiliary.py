@@ -16,7 +16,7 @@ import transformers
 from torch import Tensor, nn
 from transformers.initialization import no_init_weights
 
-from fedsp_mpi.models.backbone import FAMILIES, LanguageModel, layers_of
+from fedsp_mpi.models.backbone import FAMILIES, LanguageModel, layers_of, without_dropout
 from fedsp_mpi.tensors import NamedTensors
 
 RECIPE = "distillation.json"
@@ -73,7 +73,8 @@ def build(
     """An auxiliary model without its weights, from the configuration of its cell; fp32, computing in `dtype`."""
     settings = dict(config)
     kind = settings.pop("model_type")
-    model = _from_config(transformers.AutoConfig.for_model(kind, **settings))
+    cell = transformers.AutoConfig.for_model(kind, **settings)
+    model = _from_config(without_dropout(cell) if checkpointing else cell)
     return LanguageModel(unroll(model, depth).to(device), dtype, dropout, checkpointing)
 
 

@@ -88,12 +88,18 @@ def read_config(name: str, revision: str | None = None) -> Any:
 def read_tokenizer(name: str, revision: str | None = None) -> Any:
     """The tokenizer of a model, from a folder or the hub. Raises ValueError if there is none."""
     try:
-        return _pretrained(transformers.AutoTokenizer, name, revision)
+        tokenizer = _pretrained(transformers.AutoTokenizer, name, revision)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"model.tokenizer: found {name!r}, which has no readable tokenizer ({_first_line(error)}); "
             "expected a folder with a tokenizer.json, or a hub name"
         ) from None
+    if not tokenizer("a b", add_special_tokens=False)["input_ids"]:  # what transformers makes up where there is none
+        raise ValueError(
+            f"model.tokenizer: found {name!r}, whose tokenizer turns a text into nothing; expected a folder with the "
+            "tokenizer.json that belongs to the model"
+        )
+    return tokenizer
 
 
 def _pretrained(kind: Any, name: str, revision: str | None, **options: Any) -> Any:
@@ -147,6 +153,7 @@ class LanguageModel:
         self._checkpointing = checkpointing
         if checkpointing:
             model.gradient_checkpointing_enable()
+        model.train(checkpointing)
 
     def train_weights(self, on: bool) -> None:
         """Make every weight trainable, or none. Dropout acts only in the first case, and only if it was asked for."""
@@ -273,7 +280,8 @@ def load_global(
 
 
 def cast(model: LanguageModel, dtype: torch.dtype) -> None:
-    """Turn a frozen model's weights into another type in place, for scoring; sealed again."""
+    """Turn the frozen global model's weights into another type in place, for scoring; sealed again."""
+    seal.clear()  # which would keep the old weights in memory
     model.model.to(dtype)
     model.dtype, model._autocast = dtype, False
     seal.add(model.model.named_parameters())

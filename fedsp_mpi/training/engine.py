@@ -121,7 +121,13 @@ class DeepSpeedEngine:
         self._calls = 0
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradient of `loss`; the engine divides by the number of micro-batches, which is undone here."""
+        """Add the gradient of `loss`; the engine divides by the number of micro-batches, which is undone here.
+
+        The forward pass goes past the engine, so ZeRO is told that another one has begun; otherwise it would take the
+        last micro-batch for all of them.
+        """
+        if self.zero_stage:
+            self._engine.optimizer.clear_backward_seen_flag()
         self._engine.backward(loss * self._micro if self._micro > 1 else loss)
         self._calls += 1
         if self._calls % self._micro:
