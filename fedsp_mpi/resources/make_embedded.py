@@ -2,12 +2,14 @@
 
     python -m fedsp_mpi.resources.make_embedded DEST
 
-The world: 160 invented people, each with a home, a job, a pet, ...: 1280 facts. The model reads plain sentences ("The job
-of Mobu , they say , is a baker .") until it knows every fact. A question asks for a fact in words that the model never
-read ("Question: Which profession goes with Mobu?"), so that it has to be told by a prompt what they mean.
+The world: 160 invented people, each with a home, a job, a pet, ...: 1280 facts. The model reads plain sentences ("The
+job of Mobu , they say , is baker .") for about two minutes: long enough to learn the language and which things are
+homes, jobs or pets, too short to learn who has which. A question shows four facts of one person and asks for one of
+them in words that the model never read ("Question: Which profession goes with Mobu?"). Without a prompt that tells it
+what these words mean it can only guess.
 
-All randomness is keyed by SEED; on one machine the files come out bit for bit the same. Nothing imports this file at run
-time, so it may use torch, transformers and tokenizers directly.
+All randomness is keyed by SEED; on one machine the files come out bit for bit the same. Nothing imports this file at
+run time, so it may use torch, transformers and tokenizers directly.
 """
 
 from __future__ import annotations
@@ -33,79 +35,29 @@ NUM_PEOPLE = 160
 NUM_VALUES = 16
 SPLITS = {"test": 600, "validation": 120, "train": 560}
 QUESTION = "Question: Which {asked} goes with {person}?\nAnswer:"
-PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"
+PAD, EOS, UNKNOWN = SPECIAL = ("<pad>", "<eos>", "<unk>")
+PAD_ID = SPECIAL.index(PAD)
 
 
-@dataclass(frozen=True)
-class Relation:
-    """What can be said of a person.
-
-    Attributes:
-        noun, verb: how sentences say it.
-        asked: how questions call it; the model never reads this word.
-        values: the NUM_VALUES things it can be, one token each; no value belongs to two relations.
-    """
-
-    noun: str
-    verb: str
-    asked: str
-    values: tuple[str, ...]
-
-
-def _relation(noun: str, verb: str, asked: str, values: str) -> Relation:
-    return Relation(noun, verb, asked, tuple(values.split()))
-
-
-RELATIONS = (
-    _relation(
-        "home",
-        "lives in",
-        "village",
-        "Abren Calm Dorrow Ester Fenn Garth Holm Ister Jorv Kell Lorn Marn Nesk Orth Pell Quern",
-    ),
-    _relation(
-        "job",
-        "works as a",
-        "profession",
-        "baker miller weaver potter smith farmer fisher carpenter tailor shepherd mason barber cook painter sailor hunter",
-    ),
-    _relation(
-        "pet",
-        "keeps a",
-        "companion",
-        "cat dog goat crow otter ferret pony rabbit turtle parrot hedgehog falcon mouse donkey lizard goose",
-    ),
-    _relation(
-        "dish",
-        "cooks",
-        "meal",
-        "soup bread cheese porridge stew pie dumplings noodles omelette salad pancakes beans rice pudding jam waffles",
-    ),
-    _relation(
-        "colour",
-        "wears",
-        "paint",
-        "red blue green yellow purple orange white black brown grey pink silver golden violet crimson turquoise",
-    ),
-    _relation(
-        "instrument",
-        "plays the",
-        "music",
-        "flute drum harp fiddle lute horn bell whistle trumpet banjo oboe cello organ lyre zither tuba",
-    ),
-    _relation(
-        "tree",
-        "sits under the",
-        "shade",
-        "oak elm birch pine cedar maple willow ash beech larch alder poplar spruce hazel rowan linden",
-    ),
-    _relation(
-        "song",
-        "sings of",
-        "poem",
-        "dawn noon dusk midnight morning evening twilight moonlight harvest frost thaw rain snow fog storm sunshine",
-    ),
-)
+# Two lines a relation: noun and verb of the sentences, the word of the questions; then the NUM_VALUES things it can be.
+RELATIONS_TABLE = """
+home, lives in, village
+Abren Calm Dorrow Ester Fenn Garth Holm Ister Jorv Kell Lorn Marn Nesk Orth Pell Quern
+job, works as a, profession
+baker miller weaver potter smith farmer fisher carpenter tailor shepherd mason barber cook painter sailor hunter
+pet, keeps a, companion
+cat dog goat crow otter ferret pony rabbit turtle parrot hedgehog falcon mouse donkey lizard goose
+dish, cooks, meal
+soup bread cheese porridge stew pie dumplings noodles omelette salad pancakes beans rice pudding jam waffles
+colour, wears, paint
+red blue green yellow purple orange white black brown grey pink silver golden violet crimson turquoise
+instrument, plays the, music
+flute drum harp fiddle lute horn bell whistle trumpet banjo oboe cello organ lyre zither tuba
+tree, sits under the, shade
+oak elm birch pine cedar maple willow ash beech larch alder poplar spruce hazel rowan linden
+song, sings of, poem
+dawn noon dusk midnight morning evening twilight moonlight harvest frost thaw rain snow fog storm sunshine
+"""
 FORMS = (
     "{person} {verb}{aside} {value} .",
     "The {noun} of {person}{aside} is {value} .",
@@ -116,10 +68,34 @@ FORMS = (
     "{noun} of {person}{aside} ; {value} .",
     "When they speak of the {noun} of {person}{aside} , they say {value} .",
 )
-ASIDES = ("",) * 6 + (
-    " ,", " , as they say ,", " now", " , old and kind ,", " still , they say ,", " , it is said ,", " , so they tell ,",
-    " ever", " , as all know ,", " and always has ,",
-)  # fmt: skip
+ASIDES = [""] * 6 + [" ,", " , as they say ,", " now", " , old and kind ,", " still , they say ,", " , it is said ,"]
+ASIDES += [" , so they tell ,", " ever", " , as all know ,", " and always has ,"]
+
+
+@dataclass(frozen=True)
+class Relation:
+    """What can be said of a person.
+
+    Attributes:
+        noun, verb: how sentences say it.
+        asked: how questions call it; no sentence has this word.
+        values: what it can be, one token each; none belongs to two relations.
+    """
+
+    noun: str
+    verb: str
+    asked: str
+    values: list[str]
+
+
+def read_relations() -> list[Relation]:
+    """The rows of RELATIONS_TABLE."""
+    lines = RELATIONS_TABLE.strip().splitlines()
+    heads = [head.split(", ") for head in lines[::2]]
+    return [Relation(noun, verb, asked, values.split()) for (noun, verb, asked), values in zip(heads, lines[1::2])]
+
+
+RELATIONS = read_relations()
 
 
 def source(purpose: str) -> random.Random:
@@ -129,10 +105,8 @@ def source(purpose: str) -> random.Random:
 
 def invent_people(draw: random.Random) -> list[str]:
     """NUM_PEOPLE different names of two syllables."""
-    onsets, vowels = (
-        ["b", "d", "f", "g", "k", "l", "m", "n", "p", "r", "s", "t", "v", "z", "br", "dr", "kr", "tr", "st", "gl"],
-        ["a", "e", "i", "o", "u", "ai", "ei", "ou"],
-    )
+    onsets = [*"bdfgklmnprstvz", "br", "dr", "kr", "tr", "st", "gl"]
+    vowels = [*"aeiou", "ai", "ei", "ou"]
     names: dict[str, None] = {}
     while len(names) < NUM_PEOPLE:
         syllables = [draw.choice(onsets) + draw.choice(vowels) for _ in range(2)]
@@ -142,7 +116,7 @@ def invent_people(draw: random.Random) -> list[str]:
 
 @dataclass(frozen=True)
 class World:
-    """Who lives in it, and what is true of them: facts[person][noun] = value, each value equally often."""
+    """Who lives in it, and what is true of them: facts[person][noun] = value, all values equally often."""
 
     people: list[str]
     facts: dict[str, dict[str, str]]
@@ -206,7 +180,7 @@ def make_tokenizer(world: World) -> tuple[PreTrainedTokenizerFast, list[int]]:
     draw = source("tokenizer")
     read = words([world.sentence(draw) for _ in range(20_000)])
     asked = words([QUESTION.format(asked=r.asked, person=world.people[0]) for r in RELATIONS]) - read
-    vocabulary = [PAD, EOS, UNKNOWN, *sorted(asked), *sorted(read)]
+    vocabulary = [*SPECIAL, *sorted(asked), *sorted(read)]
     core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token=UNKNOWN))
     core.pre_tokenizer, core.decoder = split, decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(
@@ -217,7 +191,7 @@ def make_tokenizer(world: World) -> tuple[PreTrainedTokenizerFast, list[int]]:
         model_max_length=Training.num_positions,
         model_input_names=["input_ids", "attention_mask"],
     )
-    return tokenizer, list(range(3 + len(asked)))
+    return tokenizer, list(range(len(SPECIAL) + len(asked)))
 
 
 @dataclass(frozen=True)
@@ -227,8 +201,8 @@ class Training:
     Attributes:
         num_tied: steps at the start in which all layers stay equal; then each goes its own way (progressive stacking).
             It keeps the layers alike, so that one of them can stand in for all in an auxiliary model.
-        unheard: share of the words that are replaced by unknown ones, in one of `unheard_every` batches.
-        unheard_std: an unknown word is a new N(0, std) vector each time; so are, for good, the words of the questions.
+        unheard: share of the words that are read as unknown ones, which teaches the model to bear words it never met.
+        unheard_std: an unknown word is a new N(0, std) vector each time. Words of no sentence keep one for good.
     """
 
     num_layers: int = 3
@@ -237,7 +211,6 @@ class Training:
     num_positions: int = 128
     num_steps: int = 1000
     num_tied: int = 500
-    unheard_every: int = 1
     batch: int = 64
     rate: float = 3e-3
     warmup: int = 100
@@ -275,15 +248,16 @@ def batches(world: World, tokenizer: PreTrainedTokenizerFast, how: Training) -> 
     for _ in range(how.num_steps):
         rows = tokenizer([world.sentence(draw) for _ in range(how.batch)])["input_ids"]
         longest = max(map(len, rows))
-        yield torch.tensor([row + [tokenizer.pad_token_id] * (longest - len(row)) for row in rows])
+        yield torch.tensor([row + [PAD_ID] * (longest - len(row)) for row in rows])
 
 
-def loss_of(model: GPT2LMHeadModel, ids: torch.Tensor, unheard: float, std: float) -> torch.Tensor:
-    """Next-token cross entropy of ids [batch, length]; a share `unheard` of the words is read as new random vectors."""
+def loss_of(model: GPT2LMHeadModel, ids: torch.Tensor, how: Training) -> torch.Tensor:
+    """Next-token cross entropy of ids [batch, length]; a share of the words is read as unknown ones."""
     words = model.transformer.wte(ids)
-    is_unheard = torch.rand(ids.shape) < unheard
-    vectors = torch.where(is_unheard[..., None], torch.randn(words.shape) * std, words)
-    return model(inputs_embeds=vectors, labels=ids.masked_fill(ids == model.config.pad_token_id, -100)).loss
+    is_unheard = torch.rand(ids.shape) < how.unheard
+    vectors = torch.where(is_unheard[..., None], torch.randn(words.shape) * how.unheard_std, words)
+    labels = ids.masked_fill(ids.eq(PAD_ID), -100)
+    return model(inputs_embeds=vectors, labels=labels).loss
 
 
 def tie_gradients(model: GPT2LMHeadModel) -> None:
@@ -295,7 +269,7 @@ def tie_gradients(model: GPT2LMHeadModel) -> None:
 
 
 def train(world: World, tokenizer: PreTrainedTokenizerFast, unread: list[int], how: Training) -> GPT2LMHeadModel:
-    """Train from SEED, with a short warm-up and a cosine to zero. The vectors of the `unread` words stay as they are."""
+    """Train from SEED, with a short warm-up and a cosine to zero; the vectors of the `unread` words do not move."""
     torch.manual_seed(rng.key(SEED, "model"))
     model = make_model(tokenizer, how, unread)
     kept = model.transformer.wte.weight[unread].detach().clone()
@@ -304,7 +278,7 @@ def train(world: World, tokenizer: PreTrainedTokenizerFast, unread: list[int], h
         factor = min(1.0, (step + 1) / how.warmup) * 0.5 * (1 + math.cos(math.pi * step / how.num_steps))
         optimizer.param_groups[0]["lr"] = how.rate * factor
         optimizer.zero_grad()
-        loss_of(model, ids, how.unheard if step % how.unheard_every == 0 else 0.0, how.unheard_std).backward()
+        loss_of(model, ids, how).backward()
         if step < how.num_tied:
             tie_gradients(model)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
