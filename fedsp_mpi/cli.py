@@ -20,7 +20,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with guard(options.verb):
             return options.run(options)
-    except (Refused, config.ConfigError) as error:
+    except Refused as error:
         if _speaks():
             print(f"fedsp_mpi: {error}", file=sys.stderr, flush=True)
         return USAGE_ERROR
@@ -31,7 +31,7 @@ def run(options: argparse.Namespace) -> int:
     overrides = list(options.set)
     overrides += [f"run.name={options.name}"] if options.name else []
     overrides += ["run.if_exists=replace"] if options.replace else []
-    settings = config.load(options.config, overrides)
+    settings = _settings(options.config, overrides)
     from fedsp_mpi.run import execute
 
     log = _log(options)
@@ -57,7 +57,7 @@ def diff(options: argparse.Namespace) -> int:
     from fedsp_mpi.record import difference, read
 
     one, other = (_user(read, path) for path in (options.one, options.other))
-    lines = _user(lambda pair: difference(*pair), (one, other))
+    lines = _user(difference, one, other)
     print("\n".join(lines) if lines else f"equal bits in {one.committed_rounds} rounds")
     return 1 if lines else 0
 
@@ -70,7 +70,7 @@ def bench(options: argparse.Namespace) -> int:
         return 0
     from fedsp_mpi import bench as room
 
-    found = room.local(config.load(options.config, options.set), options.repeats, log)
+    found = room.local(_settings(options.config, options.set), options.repeats, log)
     log.say("a client's local round {package:.4f} s, bare loop {bare:.4f} s: ratio {ratio:.3f}".format(**found))
     return 0
 
@@ -92,10 +92,14 @@ def _bench_wire(log: Log, repeats: int) -> None:
         )
 
 
-def _user(function, argument):
+def _settings(path: str | None, overrides: list[str]) -> config.Config:
+    return _user(config.load, path, overrides)
+
+
+def _user(function, *arguments):
     """Call something whose ValueError is the user's mistake."""
     try:
-        return function(argument)
+        return function(*arguments)
     except ValueError as error:
         raise Refused(str(error)) from None
 

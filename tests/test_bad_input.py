@@ -105,3 +105,15 @@ def test_launcher_whose_processes_do_not_see_each_other(tmp_path):
     env = {"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_STEP_ID": "0", "SLURM_JOB_ID": "7"}
     result = run_mpi(0, arguments, timeout=60, env=env, status=2)
     assert len(result.stderr.strip().splitlines()) == 1 and "pmi" in result.stderr.lower(), both_ends(result)
+
+
+def test_weights_that_are_not_all_there(tmp_path):
+    shutil.copytree(RESOURCES / "model", tmp_path / "model")
+    config = tmp_path / "model" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"n_layer": 9}))
+    assert "of its weights" in refused(0, f"model.name={tmp_path / 'model'}", folder=tmp_path)
+
+
+def test_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    assert "cannot be written" in refused(0, f"run.folder={tmp_path / 'file' / 'runs'}", folder=tmp_path)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
+import safetensors
 import torch
 import transformers
 from torch import Tensor, nn
@@ -269,9 +270,19 @@ def load_global(
     config = read_config(name, revision)
     try:
         settled = without_dropout(config) if checkpointing else config
-        model = _pretrained(transformers.AutoModelForCausalLM, name, revision, dtype=dtype, config=settled)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise ValueError(f"model.name: the weights of {name!r} could not be read: {_first_line(error)}") from None
+        model, info = _pretrained(
+            transformers.AutoModelForCausalLM, name, revision, dtype=dtype, config=settled, output_loading_info=True
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, safetensors.SafetensorError) as error:
+        raise ValueError(
+            f"model.name: found {name!r}, whose weights could not be read ({_first_line(error)}); expected a whole "
+            "model.safetensors; copy the folder again"
+        ) from None
+    if missing := sorted(info["missing_keys"]):  # which transformers fills with noise
+        raise ValueError(
+            f"model.name: found {name!r} without {len(missing)} of its weights ({missing[0]}, ...), expected "
+            "all that its config.json asks for"
+        )
     model.to(device)
     found = LanguageModel(model, dtype, checkpointing=checkpointing)
     found.train_weights(False)
