@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from statistics import median
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from fedsp_mpi import build
 from fedsp_mpi.comm import Handout
-from fedsp_mpi.config import Config, StageConfig
+from fedsp_mpi.config import Config
 from fedsp_mpi.log import Log
 from fedsp_mpi.models import auxiliary, backbone
 from fedsp_mpi.models.backbone import LanguageModel
@@ -23,13 +23,13 @@ from fedsp_mpi.training.engine import adamw, learning_rate
 
 
 def local(config: Config, repeats: int, log: Log) -> dict[str, float]:
-    """Time a client's local round against the bare PyTorch loop over the same batches, in turns.
+    """Time a client's local rounds, one after the other, against a bare PyTorch loop over the same batches.
 
-    The bare loop has its batches ready, knows no client state, no record and no failure; it makes the same forward
-    passes and ends with the same prompts, which is checked.
+    The bare loop has its batches ready and knows no client state, no record and no failure; it makes the same forward
+    passes and ends with the same prompts, which is checked. The two take turns, and turns at being first.
 
     Returns:
-        Medians in seconds ("package", "bare") and their "ratio".
+        Medians in seconds ("package", "bare") and their "ratio"; the first round is not counted.
 
     Raises AssertionError if the two disagree in the prompts.
     """
@@ -37,44 +37,55 @@ def local(config: Config, repeats: int, log: Log) -> dict[str, float]:
     materials.check()
     compute = Compute.of(config.client.compute, 0)
     compute.begin()
-    model = backbone.load_global(materials.model_name, dtype=compute.dtype, device=compute.device)
-    cell = config.auxiliary.layers_per_cell
-    small = LanguageModel(
-        auxiliary.unroll(auxiliary.cut(model, config.auxiliary.start_layer, cell), materials.depth), compute.dtype
-    )
-    prompt = Prompt(materials.prompt_spec.at_depth(materials.depth)).to(compute.device)
-    prompt.initialise(config.run.seed, config.prompt.init_std)
+    handout, bare = _bare_side(materials, compute)
+    client = build.client_side(materials, compute, handout, [0])
+    down = handout.tensors.select("prompt/")
+    times: dict[str, list[float]] = {"package": [], "bare": []}
+    tuned: dict[str, NamedTensors] = {}
+    for round in range(1, repeats + 2):
+        ready = _ready(materials, compute, round)
+        turns = [
+            ("package", lambda round=round: client.local(0, round, down).tensors),
+            ("bare", lambda ready=ready: bare.round(ready, down)),
+        ]
+        for name, action in turns if round % 2 else reversed(turns):
+            seconds, tuned[name] = _timed(action)
+            times[name].append(seconds)
+        apart = float(abs(tuned["package"].flat - tuned["bare"].flat).max())
+        assert apart < 1e-5, f"the bare loop ended {apart} away from the package"
+        log.say(f"round {round}: {times['package'][-1]:.4f} s, bare {times['bare'][-1]:.4f} s")
+    package, plain = (median(times[name][1:]) for name in ("package", "bare"))
+    return {"package": package, "bare": plain, "ratio": package / plain}
+
+
+def _bare_side(materials: build.Materials, compute: Compute) -> tuple[Handout, _BareLoop]:
+    """A hand-out without distillation, and the loop that begins with it as well."""
+    config, cell = materials.config, materials.config.auxiliary.layers_per_cell
+    model = backbone.load_global(materials.model_name, device=compute.device)
+    whole = auxiliary.unroll(auxiliary.cut(model, config.auxiliary.start_layer, cell), materials.depth)
+    small = LanguageModel(whole, compute.dtype)
+    prompt = Prompt(materials.prompt_spec.at_depth(materials.depth))
+    prompt.initialise(config.run.seed, config.prompt.init_std).to(compute.device)
     down = NamedTensors.pack(prompt.tensors())
-    weights = auxiliary.pack(small)
-    given = Handout(
+    handout = Handout(
         {"cell": auxiliary.cell_config(model.model.config, cell).to_dict(), "depth": materials.depth},
-        NamedTensors.join({"auxiliary/": weights, "prompt/": down}),
+        NamedTensors.join({"auxiliary/": auxiliary.pack(small), "prompt/": down}),
         Contract(down.schema, down.schema),
     )
-    stages = [("alignment", config.client.alignment), ("prompt", config.client.prompt)]
-    ready = [(list(_ready(materials, name, stage, compute)), stage) for name, stage in stages]
-    times: dict[str, list[float]] = {"package": [], "bare": []}
-    for repeat in range(repeats + 1):
-        client = build.client_side(materials, compute, given, [0])
-        seconds, update = _timed(lambda client=client: client.local(0, 1, down))  # type: ignore[misc]
-        times["package"].append(seconds)
-        auxiliary.load_weights(small, weights.torch())
-        prompt.load(down.torch())
-        times["bare"].append(_timed(lambda: _bare_round(small, prompt, ready, config.federation.rounds))[0])
-        apart = float(abs(update.tensors.flat - NamedTensors.pack(prompt.tensors()).flat).max())
-        assert apart < 1e-5, f"the bare loop ended {apart} away from the package"
-        log.say(
-            f"{'warm-up' if repeat == 0 else f'{repeat}/{repeats}'}: {times['package'][-1]:.4f} s, bare "
-            f"{times['bare'][-1]:.4f} s"
-        )
-    package, bare = (median(times[name][1:]) for name in ("package", "bare"))
-    return {"package": package, "bare": bare, "ratio": package / bare}
+    return handout, _BareLoop(small, prompt, config)
 
 
-def _ready(materials: build.Materials, name: str, stage: StageConfig, compute: Compute) -> Iterator[list[Batch]]:
-    batches = materials.batches(1, stage, name)
-    for step in range(stage.steps):
-        yield [batch.to(compute.device) for batch in batches.step(step)]
+def _ready(materials: build.Materials, compute: Compute, round: int) -> list[list[list[Batch]]]:
+    """The micro-batches of every step of both stages of client 0."""
+    stages = {"alignment": materials.config.client.alignment, "prompt": materials.config.client.prompt}
+    batches = {name: materials.batches(1, stage, name) for name, stage in stages.items()}
+    return [
+        [
+            [batch.to(compute.device) for batch in batches[name].step(index)]
+            for index in range((round - 1) * stage.steps, round * stage.steps)
+        ]
+        for name, stage in stages.items()
+    ]
 
 
 def _timed(action: Callable[[], Any]) -> tuple[float, Any]:
@@ -85,20 +96,37 @@ def _timed(action: Callable[[], Any]) -> tuple[float, Any]:
     return time.perf_counter() - start, result
 
 
-def _bare_round(model: LanguageModel, prompt: Prompt, ready: list[Any], rounds: int) -> None:
-    """The loop as one would write it in a notebook: first the weights, then the prompt."""
-    for train_weights, (steps, stage) in zip((True, False), ready):
-        model.model.requires_grad_(train_weights)
-        prompt.requires_grad_(not train_weights)
-        settings = stage.optimizer
-        optimizer = adamw(model.model.parameters() if train_weights else prompt.parameters(), settings)
-        for index, micro_batches in enumerate(steps):
-            total = sum(int((batch.targets != -100).sum()) for batch in micro_batches)
-            for batch in micro_batches:
-                logits, targets = model.answer_logits(batch, prompt)
-                (F.cross_entropy(logits.float(), targets, reduction="sum") / total).backward()
-            if settings.clip is not None:
-                torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], settings.clip)
-            optimizer.param_groups[0]["lr"] = learning_rate(settings, index, stage.steps * rounds)
-            optimizer.step()
-            optimizer.zero_grad()
+class _BareLoop:
+    """The loop as one would write it in a notebook: first the weights, then the prompt, round after round."""
+
+    def __init__(self, model: LanguageModel, prompt: Prompt, config: Config) -> None:
+        self._model, self._prompt, self._rounds = model, prompt, config.federation.rounds
+        self._stages = (config.client.alignment, config.client.prompt)
+        self._optimizers = [
+            adamw(owner.parameters(), stage.optimizer) for owner, stage in zip((model.model, prompt), self._stages)
+        ]
+        self._steps_done = [0, 0]
+
+    def round(self, ready: list[list[list[Batch]]], down: NamedTensors) -> NamedTensors:
+        """One round from the prompts `down`; gives the tuned prompts."""
+        self._prompt.load(down.torch())
+        for which, steps in enumerate(ready):
+            self._model.model.requires_grad_(which == 0)
+            self._prompt.requires_grad_(which == 1)
+            for micro_batches in steps:
+                self._step(which, micro_batches)
+        return NamedTensors.pack(self._prompt.tensors())
+
+    def _step(self, which: int, micro_batches: list[Batch]) -> None:
+        stage, optimizer = self._stages[which], self._optimizers[which]
+        total = sum(int((batch.targets != -100).sum()) for batch in micro_batches)
+        for batch in micro_batches:
+            logits, targets = self._model.answer_logits(batch, self._prompt)
+            (F.cross_entropy(logits.float(), targets, reduction="sum") / total).backward()
+        group = optimizer.param_groups[0]
+        if stage.optimizer.clip is not None:
+            torch.nn.utils.clip_grad_norm_(group["params"], stage.optimizer.clip)
+        group["lr"] = learning_rate(stage.optimizer, self._steps_done[which], stage.steps * self._rounds)
+        optimizer.step()
+        optimizer.zero_grad()
+        self._steps_done[which] += 1

@@ -70,15 +70,29 @@ def truncate(text: Text, max_length: int) -> Text:
 
 def collate(texts: Sequence[Text]) -> Batch:
     """Right-padded inputs (all tokens but the last) and targets (the answers' tokens, one position earlier)."""
-    length = max(len(text.ids) for text in texts) - 1
-    ids, mask = np.zeros((2, len(texts), length), dtype=np.int64)
-    targets = np.full((len(texts), length), -100, dtype=np.int64)
-    for row, text in enumerate(texts):
-        size = len(text.ids) - 1
-        ids[row, :size] = text.ids[:-1]
-        mask[row, :size] = 1
-        targets[row, text.answer - 1 : size] = text.ids[text.answer :]
-    return Batch(torch.from_numpy(ids), torch.from_numpy(mask), torch.from_numpy(targets))
+    return _Table(texts).batch(np.arange(len(texts)))
+
+
+class _Table:
+    """Texts as one padded array, of which a batch is a few rows: cutting one costs no loop over its texts."""
+
+    def __init__(self, texts: Sequence[Text]) -> None:
+        self._ends = np.array([len(text.ids) - 1 for text in texts])
+        self._answers = np.array([text.answer - 1 for text in texts])
+        self._ids = np.zeros((len(texts), self._ends.max() + 1), dtype=np.int64)
+        for row, text in enumerate(texts):
+            self._ids[row, : len(text.ids)] = text.ids
+        self._places = np.arange(self._ids.shape[1])
+
+    def batch(self, rows: np.ndarray) -> Batch:
+        """The texts of some rows, padded to the longest of them."""
+        ends = self._ends[rows, None]
+        length = int(ends.max())
+        places, ids = self._places[:length], self._ids[rows, : length + 1]
+        read = places < ends
+        asked = read & (places >= self._answers[rows, None])
+        targets = np.where(asked, ids[:, 1:], -100)
+        return Batch(*map(torch.from_numpy, (ids[:, :-1] * read, read.astype(np.int64), targets)))
 
 
 def by_length(texts: Sequence[Text], batch_tokens: int) -> Iterator[list[int]]:
@@ -107,7 +121,8 @@ class Batches:
         self, texts: Sequence[Text], batch_size: int, micro_batch: int | None, seed: int, *owner: str | int
     ) -> None:
         assert len(texts) > 0
-        self._texts, self._size, self._micro = texts, batch_size, micro_batch or batch_size
+        self._table, self._num_texts = _Table(texts), len(texts)
+        self._size, self._micro = batch_size, micro_batch or batch_size
         self._seed, self._purpose, self._owner = seed, f"order {owner[0]}", tuple(int(number) for number in owner[1:])
         self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
 
@@ -117,16 +132,18 @@ class Batches:
 
     def step(self, index: int) -> list[Batch]:
         """The micro-batches of optimizer step `index`, counted from 0."""
-        rows = [self._row(i) for i in range(index * self._size, (index + 1) * self._size)]
-        return [collate([self._texts[i] for i in rows[j : j + self._micro]]) for j in range(0, self._size, self._micro)]
+        start, end = index * self._size, (index + 1) * self._size
+        epochs = range(start // self._num_texts, (end - 1) // self._num_texts + 1)
+        rows = np.concatenate([self._rows(epoch, start, end) for epoch in epochs])
+        return [self._table.batch(rows[at : at + self._micro]) for at in range(0, self._size, self._micro)]
 
-    def _row(self, position: int) -> int:
-        epoch, place = divmod(position, len(self._texts))
+    def _rows(self, epoch: int, start: int, end: int) -> np.ndarray:
+        """The part of an epoch's order that lies between two positions of the stream."""
         if epoch != self._epoch:
             random = rng.generator(self._seed, self._purpose, *self._owner, epoch)
-            self._order = random.permutation(len(self._texts))
-            self._epoch = epoch
-        return int(self._order[place])
+            self._epoch, self._order = epoch, random.permutation(self._num_texts)
+        before = epoch * self._num_texts
+        return self._order[max(0, start - before) : end - before]
 
 
 def _move_blanks(context: str, continuation: str) -> tuple[str, str]:
