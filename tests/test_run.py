@@ -70,7 +70,7 @@ def test_record_says_what_happened(runs):
     assert run.status == "complete" and run.committed_rounds == 2
     assert run.config["federation"]["rounds"] == 2
     assert {"torch", "deepspeed", "mpi4py", "python"} <= set(run.environment["versions"])
-    assert [host["rank"] if "rank" in host else i for i, host in enumerate(run.environment["hosts"])] == [0, 1, 2, 3]
+    assert len(run.environment["hosts"]) == 4
     assert run.sections["models"]["auxiliary"] < run.sections["models"]["global"]
     assert run.sections["distillation"]["engine"] == "deepspeed" and run.sections["distillation"]["zero_stage"] == 0
     assert run.clients["client"].tolist() == [0, 1, 2] * 2
@@ -139,7 +139,7 @@ def test_client_without_finite_loss_is_dropped_and_named(tmp_path):
     short_run(4, tmp_path, "drop", "evaluation.server_only=false", program=program)
     run = read(tmp_path / "drop")
     assert run.rounds["num_failed"].tolist() == [1, 0] and run.rounds["num_clients"].tolist() == [2, 3]
-    failed = [row for row in run.clients if row["round"] == 1 and row["client"] == 1][0]
+    failed = next(row for row in run.clients if row["round"] == 1 and row["client"] == 1)
     assert failed["status"] in ("failed", b"failed") and "nan" in str(failed["reason"])
 
 

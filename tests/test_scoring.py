@@ -309,7 +309,7 @@ def test_the_validation_loss_is_the_mean_over_all_answer_tokens(gpt2, kind):
 # -- against lm-eval -----------------------------------------------------------------------------------------------
 
 
-def lm_eval_results(model, tokenizer, name: str, data: datasets.DatasetDict, limit: int, monkeypatch, config=None):
+def lm_eval_results(model, tokenizer, name: str, data, limit: int | None, monkeypatch, config=None):
     """lm-eval's scores and log-likelihoods of a task over the given data, through its own model class, in fp32."""
     evaluator = pytest.importorskip("lm_eval.evaluator")
     from lm_eval.models.huggingface import HFLM
