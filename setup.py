@@ -5,7 +5,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 LOCAL = ["mpich"]  # an MPI as a wheel, for machines without one; a cluster uses its own
-TEST = [*LOCAL, "pytest", "ruff", "mypy", "types-PyYAML", "lm_eval"]
+TEST = [*LOCAL, "pytest", "ruff", "mypy", "lm_eval"]
 
 setup(
     name="fedsp_mpi",
