@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 _SHORTEST, _LONGEST = 10e-6, 50e-3  # seconds of sleep between two looks
-_SHARE = 1 / 50  # of the time waited so far: what a wait can take longer than it had to
+_SHARE = 1 / 20  # of the time waited so far: what a wait can take longer than it had to
 _MOVING = 0.05  # seconds without completion after which payload no longer counts as moving
 
 
@@ -54,7 +54,7 @@ def wait(
         phase: name for the error.
         deadline: seconds; None waits for ever.
         moving: payload is moving, so look again at once (after giving the core away) and begin to sleep only after
-            50 ms. Otherwise sleep for a fiftieth of the time waited so far, from 10 us up to 50 ms.
+            50 ms. Otherwise sleep for a twentieth of the time waited so far, from 10 us up to 50 ms.
         missing: the ranks that are waited for, where known.
 
     Raises:
