@@ -1,5 +1,6 @@
 """Installation of `fedsp_mpi`; see README.md for the one line that uses it."""
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
@@ -7,9 +8,11 @@ from setuptools import find_packages, setup
 LOCAL = ["mpich"]  # an MPI as a wheel, for machines without one; a cluster uses its own
 TEST = [*LOCAL, "pytest", "ruff", "mypy", "lm_eval"]
 
+[VERSION] = re.findall(r'^__version__ = "(.+)"$', Path("fedsp_mpi/__init__.py").read_text(encoding="utf-8"), re.M)
+
 setup(
     name="fedsp_mpi",
-    version="0.1.0",
+    version=VERSION,
     description="Federated tuning of soft prompts (FedSP) on MPI",
     long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
@@ -21,10 +24,13 @@ setup(
         "torch",
         "transformers>=5",
         "peft",
+        "tokenizers",
         "datasets",
+        "huggingface_hub",
         "deepspeed",
         "h5py",
         "safetensors",
+        "xxhash",
         "numpy",
         "PyYAML",
     ],

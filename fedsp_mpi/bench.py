@@ -31,14 +31,18 @@ def local(config: Config, repeats: int, log: Log) -> dict[str, float]:
     Returns:
         Medians in seconds ("package", "bare") and their "ratio"; the first round is not counted.
 
-    Raises AssertionError if the two disagree in the prompts.
+    Raises:
+        ValueError: no repetition, a mistake in model or data, or a configuration that asks for what the bare loop does
+            not do.
+        AssertionError: the two disagree in the prompts.
     """
+    _require_comparable(config, repeats)
     materials = build.Materials(config)
     materials.check()
     compute = Compute.of(config.client.compute, 0)
     compute.begin()
     handout, bare = _bare_side(materials, compute)
-    client = build.client_side(materials, compute, handout, [0])
+    client = build.client_side(materials, compute, handout, [0]).client
     down = handout.tensors.select("prompt/")
     times: dict[str, list[float]] = {"package": [], "bare": []}
     tuned: dict[str, NamedTensors] = {}
@@ -58,6 +62,22 @@ def local(config: Config, repeats: int, log: Log) -> dict[str, float]:
     return {"package": package, "bare": plain, "ratio": package / plain}
 
 
+def _require_comparable(config: Config, repeats: int) -> None:
+    if repeats < 1:
+        raise ValueError(f"--repeats: found {repeats}, expected at least 1 round that counts")
+    for key, found, expected in (
+        ("federation.client_state", config.federation.client_state, "kept"),
+        ("federation.stragglers", config.federation.stragglers, "wait"),
+        ("auxiliary.dropout", config.auxiliary.dropout, False),
+        ("model.gradient_checkpointing", config.model.gradient_checkpointing, False),
+    ):
+        if found != expected:
+            shown = [str(value).lower() for value in (found, expected)]
+            raise ValueError(
+                f"{key}: found {shown[0]}, expected {shown[1]}: the bare loop does nothing else; set it for the comparison"
+            )
+
+
 def _bare_side(materials: build.Materials, compute: Compute) -> tuple[Handout, _BareLoop]:
     """A hand-out without distillation, and the loop that begins with it as well."""
     config, cell = materials.config, materials.config.auxiliary.layers_per_cell
@@ -67,8 +87,9 @@ def _bare_side(materials: build.Materials, compute: Compute) -> tuple[Handout, _
     prompt = Prompt(materials.prompt_spec.at_depth(materials.depth))
     prompt.initialise(config.run.seed, config.prompt.init_std).to(compute.device)
     down = NamedTensors.pack(prompt.tensors())
+    meta = {"cell": auxiliary.cell_config(model.model.config, cell).to_dict(), "depth": materials.depth}
     handout = Handout(
-        {"cell": auxiliary.cell_config(model.model.config, cell).to_dict(), "depth": materials.depth},
+        meta | {"folder": "", "states": {}},
         NamedTensors.join({"auxiliary/": auxiliary.pack(small), "prompt/": down}),
         Contract(down.schema, down.schema),
     )

@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -15,16 +15,19 @@ from typing import Any
 import numpy as np
 
 from fedsp_mpi.aggregation.average import weighted_mean
+from fedsp_mpi.aggregation.sampling import participants
 from fedsp_mpi.algorithms import fedsp
 from fedsp_mpi.comm import Handout
 from fedsp_mpi.config import Config, ConfigError, StageConfig
 from fedsp_mpi.data import partition, tasks
 from fedsp_mpi.data.tokens import Batches, Text, encode
 from fedsp_mpi.evaluation.scoring import Question, questions
+from fedsp_mpi.federate import ClientSide
 from fedsp_mpi.log import Log, duration
 from fedsp_mpi.models import auxiliary, backbone
 from fedsp_mpi.models.backbone import LanguageModel
 from fedsp_mpi.models.prompts import Prompt, PromptSpec
+from fedsp_mpi.record.checkpoint import Checkpoint, Checkpoints, Piece, Shelf
 from fedsp_mpi.tensors import Contract, NamedTensors
 from fedsp_mpi.training.device import DTYPES, Compute
 from fedsp_mpi.training.distill import distil
@@ -189,8 +192,10 @@ def server_parts(
     model: LanguageModel,
     compute: Compute,
     folder: Path,
-    assignment: Sequence[Sequence[int]],
+    meta: dict[str, Any],
     log: Log,
+    stop: Callable[[], bool],
+    resumed: Checkpoint | None = None,
 ) -> tuple[ServerParts, Handout]:
     """Make the auxiliary model, align it, and put together what everybody gets once.
 
@@ -199,11 +204,15 @@ def server_parts(
         model: the global model.
         compute: the server's.
         folder: of the run; the auxiliary model is written into it, and looked for beside it.
-        assignment: clients of each rank, for the hand-out.
+        meta: goes with the hand-out.
         log: told what happens.
+        stop: asked in each step of the distillation.
+        resumed: what the run goes on from; its auxiliary model is taken from `folder` then.
+
+    Raises StoppedError if `stop` said so, ValueError if a resumed run has lost its auxiliary model.
     """
     config = materials.config
-    small, distillation = _auxiliary(materials, model, compute, folder, log)
+    small, distillation = _auxiliary(materials, model, compute, folder, log, stop, resumed)
 
     def server() -> fedsp.Server:
         return fedsp.Server(
@@ -218,11 +227,12 @@ def server_parts(
 
     first = server()
     prompts = first.broadcast()
-    meta = {
+    meta = meta | {
         "cell": auxiliary.cell_config(small.model.config, config.auxiliary.layers_per_cell).to_dict(),
         "depth": materials.depth,
-        "assignment": [list(ids) for ids in assignment],
         "folder": str(folder.resolve()),
+        "done": resumed.round if resumed else 0,
+        "states": {str(id): list(piece) for id, piece in resumed.clients.items()} if resumed else {},
     }
     tensors = NamedTensors.join({"auxiliary/": auxiliary.pack(small), "prompt/": prompts})
     sizes = {
@@ -236,8 +246,19 @@ def server_parts(
     return ServerParts(first, control, sizes, distillation), Handout(meta, tensors, contract)
 
 
-def client_side(materials: Materials, compute: Compute, given: Handout, ids: Sequence[int]) -> fedsp.Client:
+def client_side(materials: Materials, compute: Compute, given: Handout, ids: Sequence[int]) -> ClientSide:
     """The clients of one process, from what the server handed out and their own text."""
+    plan, seed = materials.config.federation, materials.config.run.seed
+    client = _clients(materials, compute, given, ids)
+    states = {int(id): Piece(*piece) for id, piece in given.meta["states"].items()}
+    mine = {id: piece for id, piece in states.items() if id in set(ids)}
+    shelf = Shelf(client, Checkpoints(Path(given.meta["folder"])), materials.config.client.resident, mine)
+    sizes = [len(shard) for shard in materials.shards[1:]]
+    chosen = partial(participants, plan.sampling, plan.clients_per_round, sizes, seed)
+    return ClientSide(client, ids, compute, shelf, chosen)
+
+
+def _clients(materials: Materials, compute: Compute, given: Handout, ids: Sequence[int]) -> fedsp.Client:
     config = materials.config
     compute.begin()
     model = auxiliary.build(
@@ -249,64 +270,83 @@ def client_side(materials: Materials, compute: Compute, given: Handout, ids: Seq
         config.model.gradient_checkpointing,
     )
     stages = config.client
-    shards = {
-        id: fedsp.Shard(
-            materials.batches(id + 1, stages.alignment, "alignment"), materials.batches(id + 1, stages.prompt, "prompt")
-        )
-        for id in ids
-    }
     return fedsp.Client(
         model,
         given.tensors.select("auxiliary/"),
         Prompt(materials.prompt_spec.at_depth(given.meta["depth"])).to(compute.device),
-        shards,
+        {id: _shard(materials, id) for id in ids},
         stages.alignment,
         stages.prompt,
         config.federation.rounds,
         config.run.seed,
         config.federation.client_state == "kept",
+        config.federation.client_seconds,
     )
 
 
+def _shard(materials: Materials, id: int) -> fedsp.Shard | fedsp.ShardError:
+    stages = materials.config.client
+    try:
+        alignment = materials.batches(id + 1, stages.alignment, "alignment")
+        return fedsp.Shard(alignment, materials.batches(id + 1, stages.prompt, "prompt"))
+    except ValueError as error:  # one owner's text is not a reason to stop the others
+        return fedsp.ShardError(f"its text cannot be used: {error}")
+
+
 def scoring_model(materials: Materials, model: LanguageModel) -> LanguageModel:
-    """The global model in the type that it is scored in."""
+    """The global model in the type that it is scored in, its weights read in that type."""
     dtype = DTYPES[materials.config.evaluation.dtype]
     if model.dtype != dtype:
-        backbone.cast(model, dtype)
+        backbone.reread(model, materials.model_name, revision=materials.config.model.revision, dtype=dtype)
     return model
 
 
 def _auxiliary(
-    materials: Materials, model: LanguageModel, compute: Compute, folder: Path, log: Log
+    materials: Materials,
+    model: LanguageModel,
+    compute: Compute,
+    folder: Path,
+    log: Log,
+    stop: Callable[[], bool],
+    resumed: Checkpoint | None,
 ) -> tuple[LanguageModel, dict[str, Any]]:
-    """The aligned auxiliary model and the story of its distillation; from an earlier run if the recipe is the same."""
+    """The aligned auxiliary model and the story of its distillation.
+
+    A run that goes on takes its own; another one that of an earlier run if the recipe is the same.
+    """
     config = materials.config
     texts = materials.shard(0)
     recipe = _recipe(materials, model, compute, texts)
     target = folder / "auxiliary"
+    own = target if resumed or _has_recipe(target, recipe) else None
+    if own is not None:
+        small, notes = auxiliary.load(own, compute.dtype), auxiliary.read_recipe(own)
+        if notes["recipe"] != recipe:
+            log.say("auxiliary model: made with other versions or on another device; equal bits are not promised")
+        return small, notes["distillation"]
     found = _find_auxiliary(folder.parent, recipe) if config.distillation.reuse else None
     if found is not None:
         small = auxiliary.load(found, compute.dtype)
         story = auxiliary.read_recipe(found)["distillation"] | {"reused_from": str(found)}
         log.say(f"auxiliary model: taken from {found}, distilled by the same recipe (distillation.reuse)")
     else:
-        small, story = _distilled(materials, model, compute, texts, log)
+        small, story = _distilled(materials, model, texts, log, stop)
     notes = {"depth": materials.depth, "recipe": recipe, "distillation": story}
     auxiliary.save(target, small, config.auxiliary.layers_per_cell, materials.tokenizer, notes)
     return small, story
 
 
 def _distilled(
-    materials: Materials, model: LanguageModel, compute: Compute, texts: list[Text], log: Log
+    materials: Materials, model: LanguageModel, texts: list[Text], log: Log, stop: Callable[[], bool]
 ) -> tuple[LanguageModel, dict[str, Any]]:
     config = materials.config
     cell = auxiliary.cut(model, config.auxiliary.start_layer, config.auxiliary.layers_per_cell)
-    small = LanguageModel(auxiliary.unroll(cell, materials.depth), compute.dtype, config.auxiliary.dropout)
+    small = LanguageModel(auxiliary.unroll(cell, materials.depth), model.dtype, config.auxiliary.dropout)
     stage = config.distillation.stage
     if not stage.steps:
         return small, {"engine": "none", "steps": 0}
     batches = Batches(texts, stage.batch_size, stage.micro_batch, config.run.seed, "distillation")
-    done = distil(small, model, batches, config.distillation, config.run.seed, log)
+    done = distil(small, model, batches, config.distillation, config.run.seed, log, stop)
     log.say(
         f"distilled in {stage.steps} steps, {duration(done.trace.seconds)}, loss {done.trace.first:.4f} -> "
         f"{done.trace.last:.4f}, by {done.engine} {done.engine_version}"
@@ -346,10 +386,12 @@ def _recipe(materials: Materials, model: LanguageModel, compute: Compute, texts:
 
 
 def _find_auxiliary(runs: Path, recipe: dict[str, Any]) -> Path | None:
-    for path in sorted(runs.glob(f"*/auxiliary/{auxiliary.RECIPE}"), reverse=True):
-        try:
-            if auxiliary.read_recipe(path.parent).get("recipe") == recipe:
-                return path.parent
-        except ValueError:
-            continue
-    return None
+    found = (path.parent for path in sorted(runs.glob(f"*/auxiliary/{auxiliary.RECIPE}"), reverse=True))
+    return next((folder for folder in found if _has_recipe(folder, recipe)), None)
+
+
+def _has_recipe(folder: Path, recipe: dict[str, Any]) -> bool:
+    try:
+        return auxiliary.read_recipe(folder).get("recipe") == recipe
+    except ValueError:
+        return False

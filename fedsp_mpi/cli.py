@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,23 +16,22 @@ USAGE_ERROR = 2
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a verb; returns the exit status: 0, or 2 for a mistake of the user, said in one line by one rank."""
+    """Run a verb; returns the exit status: 0, 2 for a mistake of the user, or 75 for a run that was told to stop."""
     options = _parser().parse_args(_with_verb(sys.argv[1:] if arguments is None else list(arguments)))
     try:
         with guard(options.verb):
             return options.run(options)
     except Refused as error:
         if _speaks():
-            print(f"fedsp_mpi: {error}", file=sys.stderr, flush=True)
-        return USAGE_ERROR
+            print(f"fedsp_mpi: {_named(str(error), options)}", file=sys.stderr, flush=True)
+        return error.exit_status
 
 
 def run(options: argparse.Namespace) -> int:
     """`run`: one experiment, from its start to its table."""
-    overrides = list(options.set)
-    overrides += [f"run.name={options.name}"] if options.name else []
-    overrides += ["run.if_exists=replace"] if options.replace else []
-    settings = _settings(options.config, overrides)
+    chosen = {"run.name": options.name, "run.resume": options.resume}
+    chosen["run.if_exists"] = "replace" if options.replace else None
+    settings = _settings_or_mistake(options, {key: text for key, text in chosen.items() if text})
     from fedsp_mpi.run import execute
 
     log = _log(options)
@@ -40,6 +40,31 @@ def run(options: argparse.Namespace) -> int:
         from fedsp_mpi.record import read, summary
 
         print("\n" + summary(read(folder)), flush=True)
+    return 0
+
+
+def check(options: argparse.Namespace) -> int:
+    """`check`: what would stop a run or slow it down, found by all ranks before it begins."""
+    from fedsp_mpi import check as room
+
+    room.check(_settings_or_mistake(options), _log(options))
+    return 0
+
+
+def fetch(options: argparse.Namespace) -> int:
+    """`fetch`: models and data of configurations into the local cache, for runs on nodes without a network."""
+    if (launcher_size() or 1) > 1:
+        raise Refused(f"fetch: found {launcher_size()} processes, expected one; start it without mpirun")
+    log = _log(options)
+    paths = options.configs or ([None] if options.set else [])
+    if not paths:
+        log.say("nothing to fetch: no configuration was named, and the embedded default has all it needs")
+        return 0
+    every = [_settings(path, options.set) for path in paths]
+    from fedsp_mpi import fetch as room
+
+    for settings in every:
+        _user(room.fetch, settings, log)
     return 0
 
 
@@ -70,7 +95,7 @@ def bench(options: argparse.Namespace) -> int:
         return 0
     from fedsp_mpi import bench as room
 
-    found = room.local(_settings(options.config, options.set), options.repeats, log)
+    found = _user(room.local, _settings(options.config, options.set), options.repeats, log)
     log.say("a client's local round {package:.4f} s, bare loop {bare:.4f} s: ratio {ratio:.3f}".format(**found))
     return 0
 
@@ -78,6 +103,8 @@ def bench(options: argparse.Namespace) -> int:
 def _bench_wire(log: Log, repeats: int) -> None:
     from fedsp_mpi.comm import bench as room
 
+    if repeats < 1:
+        raise Refused(f"--repeats: found {repeats}, expected at least 1 round that counts")
     if (launcher_size() or 1) < 2:
         raise Refused("bench wire: found one process, expected at least two; start it with mpirun -n 4")
     if found := room.measure(repeats=repeats):
@@ -96,12 +123,35 @@ def _settings(path: str | None, overrides: list[str]) -> config.Config:
     return _user(config.load, path, overrides)
 
 
+def _settings_or_mistake(
+    options: argparse.Namespace, values: dict[str, str] | None = None
+) -> config.Config | ValueError:
+    """A mistake is not raised: it is for all ranks to hear."""
+    try:
+        return config.load(options.config, options.set, values)
+    except ValueError as error:
+        return error
+
+
 def _user(function, *arguments):
     """Call something whose ValueError is the user's mistake."""
     try:
         return function(*arguments)
     except ValueError as error:
         raise Refused(str(error)) from None
+
+
+def _named(text: str, options: argparse.Namespace) -> str:
+    """A message that advises `fetch CONFIG`, with what this command was given in place of CONFIG."""
+    if "fetch CONFIG" not in text:
+        return text
+    words = getattr(options, "configs", None) or [getattr(options, "config", None) or ""]
+    words += [
+        f"--set {shlex.quote(setting)}"
+        for setting in getattr(options, "set", [])
+        if setting.startswith(("model.", "data."))
+    ]
+    return text.replace("fetch CONFIG", "fetch " + " ".join(word for word in words if word))
 
 
 def _log(options: argparse.Namespace) -> Log:
@@ -142,7 +192,23 @@ def _parser() -> argparse.ArgumentParser:
     _add_configuration(verb)
     verb.add_argument("--name", help="name of the run's folder below run.folder")
     verb.add_argument("--replace", action="store_true", help="overwrite an existing run of that name")
+    verb.add_argument(
+        "--resume",
+        nargs="?",
+        const="must",
+        choices=("must", "auto"),
+        help="go on from the last checkpoint of a run, on any number of ranks; auto: or begin it if there is none",
+    )
     verb.set_defaults(run=run)
+
+    verb = verbs.add_parser("check", help="look for what would stop a run or slow it down (a minute before it)")
+    _add_configuration(verb)
+    verb.set_defaults(run=check)
+
+    verb = verbs.add_parser("fetch", help="put models and data into the local cache, on a node with a network")
+    verb.add_argument("configs", nargs="*", metavar="CONFIG", help="YAML files")
+    _add_settings(verb)
+    verb.set_defaults(run=fetch)
 
     verb = verbs.add_parser("report", help="tables from the records of runs")
     verb.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run, or its run.h5")
@@ -164,5 +230,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_configuration(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("config", nargs="?", metavar="CONFIG", help="YAML file; none is the embedded default")
+    _add_settings(verb)
+
+
+def _add_settings(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="e.g. federation.rounds=10")
     verb.add_argument("--every", type=float, default=5.0, metavar="S", help="seconds between progress lines (5)")

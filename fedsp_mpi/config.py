@@ -22,6 +22,9 @@ class RunConfig:
     name: str = "auto"  # "auto": the configuration's name and the time
     folder: str = "runs"
     if_exists: Literal["refuse", "replace"] = "refuse"
+    # must: go on from the last checkpoint of the run of that name; auto: or begin it. With name=auto: of the newest
+    # unfinished run of that configuration.
+    resume: Literal["never", "must", "auto"] = "never"
     seed: int = 1
 
 
@@ -161,6 +164,11 @@ class FederationConfig:
     client_state: Literal["kept", "restarted"] = "kept"
     on_failure: Literal["drop", "stop"] = "drop"  # a client whose loss or update is not finite
     min_clients: int = 1  # fewer updates than this in a round stop the run
+    clients_per_round: int | None = None  # None: all
+    sampling: Literal["uniform", "by_size", "round_robin"] = "uniform"  # who they are
+    # drop: a client's work is cut after client_seconds, and it counts for what it did. Bits then depend on the clock.
+    stragglers: Literal["wait", "drop"] = "wait"
+    client_seconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -187,6 +195,7 @@ class ClientConfig:
     alignment: StageConfig = StageConfig()
     prompt: StageConfig = StageConfig()
     compute: ComputeConfig = ComputeConfig()
+    resident: int = 8  # clients of a rank whose state stays in memory between rounds; that of the others goes to disk
 
 
 @dataclass(frozen=True)
@@ -207,14 +216,22 @@ class RecordConfig:
 
 
 @dataclass(frozen=True)
-class DeadlineConfig:
-    """Longest wait for other ranks in seconds, by phase; None waits for ever."""
+class CheckpointConfig:
+    """What a run goes on from after a kill (run.resume)."""
 
-    start_up: float | None = 600  # for all ranks to begin, and for the server's checks
-    handout: float | None = None  # clients, for loading and distillation
-    broadcast: float | None = None  # clients, from the end of their work to the next round
-    gather: float | None = None  # the server, for the clients' work
-    finish: float | None = None  # clients, for the evaluation
+    every: int | None = 1  # rounds; None: only when the run is told to stop (SIGUSR1)
+    keep: int = 2  # the newest ones, and that of the best round
+
+
+@dataclass(frozen=True)
+class DeadlineConfig:
+    """Longest wait for other ranks in seconds, by phase; None waits for ever. Past it the job ends with status 124."""
+
+    start_up: float | None = 600  # for all ranks to begin
+    handout: float | None = 86400  # clients, for the server's checks, loading (from the hub too) and distillation
+    broadcast: float | None = 7200  # clients, from the end of their work to the next round
+    gather: float | None = 7200  # the server, for the clients' work
+    finish: float | None = 86400  # clients, for the evaluation
 
 
 @dataclass(frozen=True)
@@ -233,6 +250,7 @@ class Config:
     client: ClientConfig = ClientConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     record: RecordConfig = RecordConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
     deadlines: DeadlineConfig = DeadlineConfig()
 
     def check(self) -> None:
@@ -251,12 +269,27 @@ class Config:
                 value = getattr(value, part)
             if value is not None:
                 _at_least(section, name, value, low)
-        if self.federation.min_clients > self.federation.clients:
-            raise ConfigError(
-                f"federation.min_clients: found {self.federation.min_clients}, expected at most the "
-                f"{self.federation.clients} of federation.clients"
-            )
+        self._check_federation()
         self._check_prompt()
+
+    def _check_federation(self) -> None:
+        plan = self.federation
+        if (plan.clients_per_round or 1) > plan.clients:
+            raise ConfigError(
+                f"federation.clients_per_round: found {plan.clients_per_round}, expected at most the {plan.clients} of "
+                "federation.clients"
+            )
+        if plan.min_clients > (plan.clients_per_round or plan.clients):
+            name = "clients_per_round" if plan.clients_per_round else "clients"
+            raise ConfigError(
+                f"federation.min_clients: found {plan.min_clients}, expected at most the "
+                f"{plan.clients_per_round or plan.clients} of federation.{name}"
+            )
+        if (plan.stragglers == "drop") != (plan.client_seconds is not None):
+            raise ConfigError(
+                f"federation.stragglers: found {plan.stragglers} with client_seconds {plan.client_seconds}, expected "
+                "drop with a number of seconds, or wait without one"
+            )
 
     def _check_prompt(self) -> None:
         if self.prompt.projection is not None and self.prompt.kind == "input":
@@ -288,6 +321,11 @@ LEAST = {
     "federation.clients": 1,
     "federation.rounds": 1,
     "federation.min_clients": 1,
+    "federation.clients_per_round": 1,
+    "federation.client_seconds": 0,
+    "client.resident": 1,
+    "checkpoint.every": 1,
+    "checkpoint.keep": 1,
     "server.compute.threads": 1,
     "client.compute.threads": 1,
     "evaluation.batch_tokens": 1,
@@ -299,14 +337,18 @@ LEAST = {
 }
 
 
-def load(path: str | Path | None, overrides: list[str] | None = None) -> Config:
-    """Read a YAML file (None: the embedded default), apply `key=value` overrides, check, freeze.
+def load(path: str | Path | None, overrides: list[str] | None = None, values: dict[str, str] | None = None) -> Config:
+    """Read a YAML file (None: the embedded default), apply overrides, check, freeze.
 
+    `overrides` are `key=value`, whose value is YAML; `values` are texts as they stand.
     A file may say `extends: other.yaml` (relative to itself); its own keys win.
     """
     data = read_yaml(Path(path) if path is not None else EMBEDDED)
     for item in overrides or []:
-        _override(data, item)
+        key, value = _key_value(item)
+        _put(data, key, value, f"--set {item}")
+    for key, text in (values or {}).items():
+        _put(data, key, text, key)
     config = parse(Config, data, "")
     config.check()
     return config
@@ -331,26 +373,56 @@ def read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     return merge(read_yaml(path.parent / str(base), (*seen, path.resolve())), data)
 
 
+# What may differ when a run goes on: where and how it runs, not what comes of it.
+_FREE = (
+    *("run.name", "run.folder", "run.if_exists", "run.resume", "topology.", "deadlines.", "checkpoint.", "record."),
+    *("client.resident", "distillation.reuse"),
+)
+
+
+def differences(
+    before: dict[str, Any], now: dict[str, Any], where: str = "", free: tuple[str, ...] = _FREE
+) -> list[str]:
+    """The keys that keep a run from going on under another configuration: "key: was ..., is ...".
+
+    Args:
+        before, now: configurations as plain data.
+        where: beginning of the keys.
+        free: beginnings of keys that may differ.
+    """
+    found = []
+    for name in sorted(before.keys() | now.keys()):
+        key, one, other = f"{where}{name}", before.get(name), now.get(name)
+        if isinstance(one, dict) and isinstance(other, dict):
+            found += differences(one, other, f"{key}.", free)
+        elif one != other and not key.startswith(free):
+            found.append(f"{key}: was {one}, is {other}")
+    return found
+
+
 def to_yaml(config: Config) -> str:
     """The resolved configuration as YAML that `load` reads back to the same."""
     return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
 
 
-def _override(data: dict[str, Any], item: str) -> None:
+def _key_value(item: str) -> tuple[str, Any]:
     key, equals, text = item.partition("=")
     if not equals or not key:
         raise ConfigError(f"--set {item}: found no '=', expected key=value, for instance federation.rounds=10")
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        value = text
+        return key, yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError):  # the latter for 2024-13-45, which looks like a date
+        return key, text
+
+
+def _put(data: dict[str, Any], key: str, value: Any, whose: str) -> None:
     *sections, last = key.split(".")
     for section in sections:
         if data.get(section) is None:
             data[section] = {}
         below = data[section]
         if not isinstance(below, dict):
-            raise ConfigError(f"--set {item}: found a value at {section!r}, expected a section")
+            raise ConfigError(f"{whose}: found a value at {section!r}, expected a section")
         data = below
     data[last] = value
 

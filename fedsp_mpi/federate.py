@@ -4,25 +4,37 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
+
+import numpy as np
 
 from fedsp_mpi.aggregation.average import Updates as Answers
 from fedsp_mpi.comm import Down, Updates, guard
 from fedsp_mpi.comm.solo import Solo
 from fedsp_mpi.comm.wire import Wire
-from fedsp_mpi.config import FederationConfig
+from fedsp_mpi.config import CheckpointConfig, FederationConfig
 from fedsp_mpi.data.tokens import Text
 from fedsp_mpi.evaluation.scoring import answer_loss_mean
 from fedsp_mpi.log import Log, duration
 from fedsp_mpi.models.backbone import LanguageModel
 from fedsp_mpi.models.prompts import Prompt
+from fedsp_mpi.record.checkpoint import Checkpoints, Keeper, Piece, Shelf
+from fedsp_mpi.record.files import RecordError
 from fedsp_mpi.record.rows import ClientRow, RoundRow, WireRow
 from fedsp_mpi.record.run_record import RunRecord
-from fedsp_mpi.tensors import Failure, NamedTensors, Update
+from fedsp_mpi.tensors import (
+    ClientError,
+    Failure,
+    NamedTensors,
+    State,
+    Update,
+    join_states,
+    part_of_state,
+)
 from fedsp_mpi.training.device import Compute
-from fedsp_mpi.training.loop import NonFiniteError, Trace
+from fedsp_mpi.training.loop import Trace
 
 
 class ClientFailedError(RuntimeError):
@@ -45,8 +57,12 @@ class Server(Protocol):
 
     def prompts(self) -> NamedTensors: ...
 
+    def state(self) -> State: ...
 
-class Client(Protocol):
+    def load_state(self, state: State) -> None: ...
+
+
+class Client(Keeper, Protocol):
     """What the round asks of the clients' side of an algorithm."""
 
     def local(self, client: int, round: int, down: NamedTensors) -> Update: ...
@@ -59,6 +75,8 @@ class ClientSide:
     client: Client
     ids: Sequence[int]
     compute: Compute
+    shelf: Shelf
+    chosen: Callable[[int], Sequence[int]]  # round -> the clients that take part in it
 
 
 @dataclass
@@ -76,6 +94,18 @@ class Best:
         self.prompts, self.round, self.loss = prompts, round, loss
         return True
 
+    def state(self) -> State:
+        """As a checkpoint keeps it."""
+        return join_states(
+            {"prompts": dict(self.prompts), "at": {"round": np.array(self.round), "loss": np.array(self.loss)}}
+        )
+
+    def load_state(self, state: State) -> None:
+        """Go on from `state()`."""
+        for name, value in part_of_state(state, "prompts").items():
+            self.prompts[name][...] = value
+        self.round, self.loss = int(state["at/round"]), float(state["at/loss"])
+
 
 @dataclass
 class ServerSide:
@@ -90,6 +120,8 @@ class ServerSide:
     keep_prompts: bool
     rank_of: dict[int, int]
     log: Log
+    checkpoints: Checkpoints
+    carried: Sequence[WireRow] = ()  # the manifest of the run's earlier stretches
     best: Best = field(init=False)
     control_best: Best | None = field(init=False)
 
@@ -101,27 +133,68 @@ class ServerSide:
         """Validation loss of a server's prompts on the global model."""
         return answer_loss_mean(server.model, server.prompt, self.validation, self.batch_tokens)
 
+    def state(self) -> State:
+        """All that the server's next round depends on."""
+        return join_states({name: part.state() for name, part in self._parts().items()})
 
-def federate(wire: Wire | Solo, plan: FederationConfig, here: ServerSide | None, clients: ClientSide | None) -> None:
-    """All rounds. Every rank calls this; `here` is the server's side, `clients` the side of those who own text."""
-    start = time.perf_counter()
-    for round in range(1, plan.rounds + 1):
-        run_round(round, wire, plan, here, clients)
+    def load_state(self, state: State) -> None:
+        """Go on from `state()`."""
+        for name, part in self._parts().items():
+            part.load_state(part_of_state(state, name))
+
+    def _parts(self) -> dict[str, Any]:
+        parts = {"server": self.server, "best": self.best, "control": self.control, "control_best": self.control_best}
+        return {name: part for name, part in parts.items() if part is not None}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How many rounds, and when they are put on disk.
+
+    Attributes:
+        done: rounds that an earlier stretch of the run has done.
+    """
+
+    federation: FederationConfig
+    checkpoint: CheckpointConfig
+    done: int = 0
+
+    def is_due(self, round: int) -> bool:
+        """Whether a checkpoint is written after `round`: every so many, and after the last."""
+        every = self.checkpoint.every
+        return every is not None and (round % every == 0 or round == self.federation.rounds)
+
+
+def federate(wire: Wire | Solo, plan: Plan, here: ServerSide | None, clients: ClientSide | None) -> bool:
+    """All rounds that are left. Every rank calls this; `here` is the server's side, `clients` the others.
+
+    Returns:
+        False if the run was told to stop (SIGUSR1 at the server) before its last round; a checkpoint is written then.
+    """
+    start, rounds = time.perf_counter(), plan.federation.rounds
+    for round in range(plan.done + 1, rounds + 1):
+        if not run_round(round, wire, plan, here, clients):
+            if plan.done < round - 1 and not plan.is_due(round - 1):
+                save(round - 1, wire, plan, here, clients)
+            return False
         if here:
-            _tell(here, round, plan.rounds, time.perf_counter() - start)
+            _tell(here, round, plan, time.perf_counter() - start)
+        if plan.is_due(round):
+            save(round, wire, plan, here, clients)
+    return True
 
 
-def run_round(
-    round: int, wire: Wire | Solo, plan: FederationConfig, here: ServerSide | None, clients: ClientSide | None
-) -> None:
+def run_round(round: int, wire: Wire | Solo, plan: Plan, here: ServerSide | None, clients: ClientSide | None) -> bool:
     """One round: prompts go down, are tuned on private text, come up, are merged and tuned on the global model.
 
-    Raises ClientFailedError at the server if too many clients failed.
+    False if the server's word is to stop. Raises ClientFailedError at the server if too many clients failed.
     """
     watch = Stopwatch()
     with guard.phase("broadcast", round=round):
-        down = wire.broadcast(Down(round, tensors=here.server.broadcast()) if here else None)
+        down = wire.broadcast(_word(round, here) if here else None)
         watch.lap("broadcast")
+    if down.stop:
+        return False
     if here and here.control:
         with guard.phase("server-only control", round=round):
             here.compute.begin()
@@ -131,10 +204,10 @@ def run_round(
         updates = wire.gather(round, local_work(clients, down) if clients else ())
         watch.lap("clients")
     if here is None or updates is None:
-        return
+        return True
     here.compute.begin()
     with guard.phase("merge", round=round):
-        require_quorum(updates, plan)
+        require_quorum(updates, plan.federation)
         here.server.take(here.server.merge(updates))
         watch.lap("merge")
     with guard.phase("validation of the merged prompts", round=round):
@@ -153,7 +226,7 @@ def run_round(
     with guard.phase("record", round=round):
         row = RoundRow(
             round=round,
-            num_clients=len(updates.reports),
+            num_clients=len(updates.reports) + len(updates.failures),
             num_failed=len(updates.failures),
             server_loss_first=trace.first,
             server_loss_last=trace.last,
@@ -164,18 +237,53 @@ def run_round(
             **watch.seconds(),
         )
         commit(here, wire, row, updates)
+    return True
+
+
+def _word(round: int, here: ServerSide) -> Down:
+    return Down(round, stop=True) if guard.told_to_stop else Down(round, tensors=here.server.broadcast())
+
+
+def save(round: int, wire: Wire | Solo, plan: Plan, here: ServerSide | None, clients: ClientSide | None) -> None:
+    """Write a checkpoint: the clients' states by those who play them, while the server ends the round; then its own.
+
+    After the last round the clients are not asked, because they have nothing left to do.
+    Raises RecordError at the server if somebody cannot write.
+    """
+    with guard.phase("checkpoint", round=round):
+        last = round == plan.federation.rounds
+        answers = [] if last else wire.collect(_saved(clients), "checkpoint")
+        if here is None or answers is None:
+            return
+        if error := next((answer["error"] for answer in answers if answer["error"]), None):
+            raise RecordError(error)
+        pieces = {int(id): Piece(*piece) for answer in answers for id, piece in answer["states"].items()}
+        here.checkpoints.commit(round, here.state(), pieces, plan.checkpoint.keep, here.best.round)
+
+
+def _saved(clients: ClientSide | None) -> dict[str, Any]:
+    """The files of this process's clients, or why there are none, for the server."""
+    try:
+        states = clients.shelf.save() if clients else {}
+    except RecordError as error:
+        return {"states": {}, "error": str(error)}
+    return {"states": {str(id): list(piece) for id, piece in states.items()}, "error": None}
 
 
 def local_work(clients: ClientSide, down: Down) -> Iterator[Update | Failure]:
-    """The local work of every client of this process, one after the other. Losses that are not finite are a value."""
+    """The work of this process's clients that take part, one by one. What makes one of them fail is a value."""
     assert down.tensors is not None
     clients.compute.begin()
-    for id in clients.ids:
+    clients.shelf.begin()
+    chosen = set(clients.chosen(down.round))
+    for id in [id for id in clients.ids if id in chosen]:
         with guard.phase("local training", round=down.round, client=id):
             try:
+                clients.shelf.fetch(id)
                 yield clients.client.local(id, down.round, down.tensors)
-            except NonFiniteError as error:
+            except ClientError as error:
                 yield Failure(id, down.round, "local training", str(error))
+            clients.shelf.put(id, down.round)
 
 
 def require_quorum(updates: Updates, plan: FederationConfig) -> None:
@@ -208,17 +316,25 @@ def commit(here: ServerSide, wire: Wire | Solo, row: RoundRow, updates: Updates)
         row,
         sorted(clients, key=lambda client: client.client),
         dict(here.server.prompts()) if here.keep_prompts else None,
-        manifest(wire),
+        manifest(wire, here.carried),
     )
 
 
-def manifest(wire: Wire | Solo) -> list[WireRow]:
-    """The wire's manifest as rows of the record."""
-    rows = []
+def manifest(wire: Wire | Solo, carried: Sequence[WireRow] = ()) -> list[WireRow]:
+    """The wire's manifest as rows of the record, on top of what earlier stretches of the run sent."""
+    rows = {(row.direction, row.phase, row.name): row for row in carried}
     for entry in wire.manifest:
         kept = {name: entry[name] for name in ("name", "dtype", "direction", "phase", "bytes", "bytes_crossed")}
-        rows.append(WireRow(**kept, shape=tuple(entry["shape"] or ()), count=entry["messages"]))
-    return rows
+        row = WireRow(**kept, shape=tuple(entry["shape"] or ()), count=entry["messages"])
+        rows[row.direction, row.phase, row.name] = _added(rows.get((row.direction, row.phase, row.name)), row)
+    return list(rows.values())
+
+
+def _added(before: WireRow | None, row: WireRow) -> WireRow:
+    if before is None:
+        return row
+    sums = {name: getattr(before, name) + getattr(row, name) for name in ("count", "bytes", "bytes_crossed")}
+    return replace(row, **sums)
 
 
 class Stopwatch:
@@ -239,11 +355,12 @@ class Stopwatch:
         return {**laps, "seconds_total": time.perf_counter() - self._start}
 
 
-def _tell(here: ServerSide, round: int, rounds: int, elapsed: float) -> None:
+def _tell(here: ServerSide, round: int, plan: Plan, elapsed: float) -> None:
+    rounds = plan.federation.rounds
     row = here.record.run.rounds[-1]
-    failed = f", {row['num_failed']} failed" if row["num_failed"] else ""
+    failed = f", {row['num_failed']} of them failed" if row["num_failed"] else ""
     control = f", server-only {row['control_validation_loss']:.4f}" if here.control else ""
-    left = duration(elapsed / round * (rounds - round))
+    left = duration(elapsed / (round - plan.done) * (rounds - round))
     here.log.say(
         f"round {round}/{rounds}  validation loss {row['validation_loss']:.4f}{' *' if row['is_best'] else ''}"
         f" (merged {row['validation_merged']:.4f}{control})  {row['num_clients']} clients{failed}"

@@ -17,6 +17,24 @@ if TYPE_CHECKING:
     import torch
 
 
+State = dict[str, np.ndarray]  # what somebody goes on from, by name: views, valid until the next step
+
+
+def join_states(parts: Mapping[str, Mapping[str, np.ndarray]]) -> State:
+    """Several states in one; the names get the part's name and a slash in front."""
+    return {f"{part}/{name}": value for part, state in parts.items() for name, value in state.items()}
+
+
+def part_of_state(state: Mapping[str, np.ndarray], part: str) -> State:
+    """One of the states that `join_states` put together; empty if it is not there."""
+    start = f"{part}/"
+    return {name[len(start) :]: value for name, value in state.items() if name.startswith(start)}
+
+
+class ClientError(Exception):
+    """What makes one client fail in a round, and nobody else."""
+
+
 class SealedTensorError(ValueError):
     """A tensor of the global model was about to be packed for the wire."""
 

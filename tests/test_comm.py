@@ -262,7 +262,7 @@ def test_solo_refuses_a_breach_of_contract() -> None:
     with pytest.raises(ValueError, match="found 13 metrics, expected at most 12"):
         wire.handout(Handout({}, tensors(), Contract(SCHEMA, SCHEMA, tuple("abcdefghijklm"))))
     with pytest.raises(Refused, match="no such task"):
-        wire.agree("no such task")
+        wire.agree(Refused("no such task"))
 
 
 def test_solo_refuses_the_memory_of_the_global_model() -> None:

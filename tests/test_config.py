@@ -1,6 +1,7 @@
 """A configuration reads back to itself, and a mistake in it is one line: key, found, expected."""
 
 import dataclasses
+import functools
 import re
 import typing
 from pathlib import Path
@@ -13,6 +14,11 @@ from fedsp_mpi.config import Config, ConfigError
 from fedsp_mpi.plain import merge
 
 MODEL = {"model": {"name": "some/model"}}
+# A key that is refused without another one -> what to set with it.
+TOGETHER: dict[str, dict[str, object]] = {
+    "federation.stragglers": {"federation.client_seconds": 1.5},
+    "federation.client_seconds": {"federation.stragglers": "drop"},
+}
 
 
 def write(folder: Path, content: object, name: str = "c.yaml") -> Path:
@@ -34,6 +40,11 @@ def nested(dotted: str, value: object) -> dict:
     return value
 
 
+def settings(values: dict[str, object]) -> dict:
+    """Dotted keys and their values as sections."""
+    return functools.reduce(merge, (nested(dotted, value) for dotted, value in values.items()), {})
+
+
 def found(settings: object, dotted: str) -> object:
     for part in dotted.split("."):
         settings = getattr(settings, part)
@@ -46,6 +57,12 @@ def leaves(kind: type, where: str = "") -> list[tuple[str, object]]:
     each = [(f"{where}{field.name}", hints[field.name]) for field in dataclasses.fields(kind)]
     below = [leaves(hint, f"{key}.") if dataclasses.is_dataclass(hint) else [(key, hint)] for key, hint in each]
     return [leaf for some in below for leaf in some]
+
+
+def another(start: Config, dotted: str, hint: object) -> object:
+    """A value of a key's type that is not its default."""
+    kinds = [a for a in typing.get_args(hint) if a is not type(None)] or [hint]
+    return {int: 3, float: 0.75, bool: not found(start, dotted), str: "new"}.get(kinds[0], kinds[-1])
 
 
 def refused(call, *words: str) -> str:
@@ -78,20 +95,23 @@ def test_what_is_written_reads_back_to_the_same(tmp_path):
 
 
 def test_every_key_can_be_written_and_read(tmp_path):
-    """Each value, changed alone to another of its type, comes back from YAML; the others are untouched."""
+    """Each value, changed to another of its type, comes back from YAML; the others are untouched.
+
+    It is changed alone, but where two keys go together.
+    """
     start = load(tmp_path, {})
     for dotted, hint in leaves(Config):
         if dotted == "model.gradient_checkpointing":  # not with a prefix; see below
             continue
-        kinds = [a for a in typing.get_args(hint) if a is not type(None)] or [hint]
-        new = {int: 3, float: 0.75, bool: not found(start, dotted), str: "new"}.get(kinds[0], kinds[-1])
-        changed = load(tmp_path, nested(dotted, new))
+        new = another(start, dotted, hint)
+        partner = TOGETHER.get(dotted, {})
+        changed = load(tmp_path, settings(partner | {dotted: new}))
         assert found(start, dotted) != new, dotted
         assert found(changed, dotted) == new, dotted
         assert type(found(changed, dotted)) is type(new), dotted
         assert config.load(write(tmp_path, config.to_yaml(changed), "again.yaml")) == changed, dotted
         others = [key for key, _ in leaves(Config) if key != dotted and found(changed, key) != found(start, key)]
-        assert others == [], dotted
+        assert others == list(partner), dotted
 
 
 def test_nothing_can_be_changed_afterwards(tmp_path):
@@ -267,7 +287,8 @@ def test_values_out_of_range(tmp_path, dotted, value):
 
 @pytest.mark.parametrize("key", config.LEAST)
 def test_the_least_value_itself_is_taken(tmp_path, key):
-    assert found(load(tmp_path, nested(key, config.LEAST[key])), key) == config.LEAST[key]
+    least = TOGETHER.get(key, {}) | {key: config.LEAST[key]}
+    assert found(load(tmp_path, settings(least)), key) == config.LEAST[key]
 
 
 @pytest.mark.parametrize("value", [".nan", "nan", ".inf"])
@@ -292,8 +313,27 @@ def test_what_does_not_go_together(tmp_path):
     nothing = {"distillation": {"hidden_weight": 0, "logits_weight": 0}}
     refused(lambda: load(tmp_path, nothing), "hidden_weight 0", "distillation.stage.steps=0")
     assert load(tmp_path, {"distillation": nothing["distillation"] | {"stage": {"steps": 0}}})
+    slow = "federation.stragglers: found"
+    refused(lambda: load(tmp_path, {}, "federation.client_seconds=5"), f"{slow} wait with client_seconds 5.0")
+    refused(lambda: load(tmp_path, {}, "federation.stragglers=drop"), f"{slow} drop with client_seconds None")
     input_prompt = {"prompt": {"kind": "input", "projection": 8}}
     refused(lambda: load(tmp_path, input_prompt), "prompt.projection", "prompt.kind=prefix")
+
+
+def test_more_clients_in_a_round_than_there_are(tmp_path):
+    plan = {"federation": {"clients": 5, "clients_per_round": 6}}
+    refused(
+        lambda: load(tmp_path, plan), "federation.clients_per_round: found 6", "at most the 5 of federation.clients"
+    )
+    assert load(tmp_path, plan, "federation.clients_per_round=5").federation.clients_per_round == 5
+
+
+def test_more_updates_wanted_than_clients_in_a_round(tmp_path):
+    plan = {"federation": {"clients": 5, "clients_per_round": 2, "min_clients": 3}}
+    words = ("federation.min_clients: found 3", "at most the 2 of federation.clients_per_round")
+    refused(lambda: load(tmp_path, plan), *words)
+    assert load(tmp_path, plan, "federation.min_clients=2").federation.min_clients == 2
+    assert load(tmp_path, plan, "federation.clients_per_round=null").federation.min_clients == 3
 
 
 def test_prefix_with_gradient_checkpointing_is_refused(tmp_path):
@@ -306,3 +346,41 @@ def test_prefix_with_gradient_checkpointing_is_refused(tmp_path):
 
 def test_a_model_must_be_named(tmp_path):
     refused(lambda: config.load(write(tmp_path, "run: {seed: 1}")), "model.name: found nothing")
+
+
+# -- going on under another configuration --------------------------------------------------------------------------
+
+
+def differing(before: Config, after: Config) -> list[str]:
+    return config.differences(dataclasses.asdict(before), dataclasses.asdict(after))
+
+
+def test_equal_configurations_do_not_differ(tmp_path):
+    assert differing(load(tmp_path, {}), load(tmp_path, {})) == []
+
+
+def test_each_difference_is_named_with_both_values(tmp_path):
+    changes = ("run.seed=9", "federation.rounds=3", "client.prompt.optimizer.clip=0.5", "prompt.kind=input")
+    assert differing(load(tmp_path, {}), load(tmp_path, {}, *changes)) == [
+        "client.prompt.optimizer.clip: was None, is 0.5",
+        "federation.rounds: was 10, is 3",
+        "prompt.kind: was prefix, is input",
+        "run.seed: was 1, is 9",
+    ]
+
+
+FREE = {"topology", "deadlines", "checkpoint", "record", "run", "client.resident", "distillation.reuse"}
+
+
+def test_what_says_where_and_how_a_run_runs_may_differ_and_nothing_else(tmp_path):
+    start = load(tmp_path, {})
+    for dotted, hint in leaves(Config):
+        new = another(start, dotted, hint)
+        told = config.differences(nested(dotted, found(start, dotted)), nested(dotted, new))
+        is_free = (dotted.split(".")[0] in FREE or dotted in FREE) and dotted != "run.seed"
+        assert told == ([] if is_free else [f"{dotted}: was {found(start, dotted)}, is {new}"])
+
+
+def test_a_key_that_one_of_them_does_not_have_is_a_difference():
+    assert config.differences({"run": {"seed": 1}}, {"run": {"seed": 1, "luck": 2}}) == ["run.luck: was None, is 2"]
+    assert config.differences({"run": {"seed": 1}}, {"run": {}}) == ["run.seed: was 1, is None"]

@@ -1,8 +1,10 @@
 """The auxiliary model shares its layers, and a soft prompt is what stock peft makes of it, in every family."""
 
+import json
 import math
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -224,12 +226,25 @@ def test_the_global_model_is_frozen_and_sealed(folder):
     for name, parameter in whole.model.named_parameters():
         with pytest.raises(SealedTensorError):
             NamedTensors.pack({name: parameter})
-    backbone.cast(whole, torch.bfloat16)
-    for name, parameter in whole.model.named_parameters():
-        assert parameter.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_weights_are_read_again_in_another_type(folder, checkpointing):
+    """In place, frozen and sealed as before, of the files' own precision, and the old ones are let go."""
+    whole = tiny.load(folder, dtype=torch.bfloat16, checkpointing=checkpointing)
+    before, old = whole.hidden(tiny.batch()), weakref.ref(whole.model)
+    backbone.reread(whole, folder, dtype=torch.float32)
+    assert old() is None and not any(parameter.requires_grad for parameter in whole.model.parameters())
+    assert whole.model.training is checkpointing
+    stock = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    for (name, parameter), wanted in zip(whole.model.named_parameters(), stock.parameters(), strict=True):
+        assert torch.equal(parameter, wanted)
         with pytest.raises(SealedTensorError):
             NamedTensors.pack({name: parameter})
-    assert whole.hidden(tiny.batch(), prompt_for(whole)).dtype == torch.bfloat16
+    after = whole.hidden(tiny.batch(), prompt_for(whole, "input"))
+    assert (before.dtype, after.dtype, whole.dtype) == (torch.bfloat16, torch.float32, torch.float32)
+    backbone.reread(whole, folder, dtype=torch.bfloat16)
+    assert torch.equal(whole.hidden(tiny.batch()), before)
 
 
 @pytest.mark.parametrize(("kind", "projection"), PROMPTS)
@@ -259,6 +274,53 @@ def test_models_that_cannot_be_read(tmp_path):
     tiny.config("gpt2").save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"model.name: found .* whose weights could not be read"):
         backbone.load_global(str(tmp_path), device=tiny.CPU)
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("size", ["num_hidden_layers", "num_attention_heads", "hidden_size", "vocab_size"])
+def test_sizes_that_are_none(size, family, tmp_path):
+    config = tiny.config(family)
+    key = config.attribute_map.get(size, size)
+    for value in ("three", 2.5, None, [1], 0, -1):
+        (tmp_path / "config.json").write_text(json.dumps(config.to_dict() | {key: value}))
+        with pytest.raises(ValueError, match=rf"model.name: found .*{tmp_path}.* expected") as told:
+            backbone.read_config(str(tmp_path))
+        assert "\n" not in str(told.value) and len(str(told.value)) < 500
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("llama", {"num_key_value_heads": 0}),
+        ("llama", {"num_key_value_heads": 3}),
+        ("qwen2", {"num_key_value_heads": 3}),
+        ("llama", {"head_dim": 0}),
+        ("llama", {"dtype": "float99"}),
+        ("llama", {"max_position_embeddings": 0}),
+        ("opt", {"word_embed_proj_dim": 0}),
+        ("gpt2", {"model_type": [1]}),
+        ("gpt2", None),
+        ("gpt2", 3),
+    ],
+)
+def test_other_configurations_that_make_no_model(family, changes, tmp_path):
+    content = tiny.config(family).to_dict() | changes if isinstance(changes, dict) else changes
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"model.name: found .* expected") as told:
+        backbone.read_config(str(tmp_path))
+    assert "\n" not in str(told.value)
+
+
+def test_sizes_that_do_not_fit_together(tmp_path):
+    for family in tiny.FAMILIES:
+        path = tiny.model_folder(tmp_path / family, family)
+        content = json.loads((tmp_path / family / "config.json").read_text())
+        for key in ("n_embd", "hidden_size"):
+            if key in content:
+                (tmp_path / family / "config.json").write_text(json.dumps(content | {key: 3}))
+        with pytest.raises(ValueError, match=r"model.name: found .* expected") as told:
+            tiny.load(path)
+        assert "\n" not in str(told.value)
 
 
 def test_a_folder_without_a_tokenizer_is_refused(folder):

@@ -84,6 +84,19 @@ def test_summary_names_failed_clients(tmp_path: Path) -> None:
     assert "client 1 failed in round 4: loss is nan" in text and "    1/2" in text
 
 
+def test_summary_counts_failed_clients_among_those_that_took_part(tmp_path: Path) -> None:
+    """Of three clients one failed: two are left, and the bytes are those of three."""
+    record = make(tmp_path / "a", rounds=0)
+    failed = ClientRow(round=1, client=1, rank=1, status="failed", reason="nan", bytes_down=1000, bytes_up=100)
+    good = [ClientRow(round=1, client=c, rank=1, loss_prompt_last=2.0, bytes_down=1000, bytes_up=1000) for c in (0, 2)]
+    row = RoundRow(round=1, num_clients=3, num_failed=1, bytes_down=3000, bytes_up=2100)
+    record.commit_round(row, [good[0], failed, good[1]])
+    lines = summary(record.run).splitlines()
+    assert next(line for line in lines if line.split()[:1] == ["1"]).split()[:3] == ["1", "2/3", "2.0000"]
+    assert "          a client and round: down 1.0 kB, up 700 B" in lines
+    assert "3 clients" in lines[1]
+
+
 def test_summary_header_and_time(tmp_path: Path) -> None:
     record = make(tmp_path / "a", federation={"clients": 2})
     ranks = [{"host": host, "device": "cpu"} for host in ("n1", "n1", "n2")]

@@ -168,6 +168,54 @@ def test_a_context_is_run_once_for_all_its_options(gpt2, monkeypatch):
     assert sizes == [(2, 8)]
 
 
+@pytest.mark.parametrize("kind", [None, "prefix", "input"])
+@pytest.mark.parametrize("batch_tokens", [1, 30, 60, 200])
+def test_a_forward_pass_runs_no_more_positions_than_asked(gpt2, kind, batch_tokens, monkeypatch):
+    """Padding counts, and what an input prompt adds; more only where one context and its options are longer."""
+    model, groups = tiny.load(gpt2), []
+    prompt, run = prompt_for(model, kind), model.continue_from
+    before = 5 if kind == "input" else 0
+
+    def watched(ids, prompt, rows, endings):
+        first, rest = run(ids, prompt, rows, endings)
+        longest = 1 if rest is None else 1 + rest.shape[1]
+        groups.append((len(ids), ids.numel() + len(ids) * before + len(rows) * longest))
+        return first, rest
+
+    monkeypatch.setattr(model, "continue_from", watched)
+    random, asked = np.random.default_rng(5), []
+    for number in range(20):  # one long option among short ones costs all of its group
+        context = random.integers(4, tiny.VOCABULARY, (3, 7)[number % 2])
+        ends = [random.integers(4, tiny.VOCABULARY, size) for size in (1, 2, 12 if number % 5 == 0 else 3)]
+        options = tuple(Text(np.concatenate([context, end]).astype(np.int32), len(context)) for end in ends)
+        asked.append(Question(options, (1, 2, 3), (0,)))
+    score(model, prompt, asked, "multiple_choice", batch_tokens)
+    assert sum(stems for stems, _ in groups) == len(asked)
+    assert all(stems == 1 or cost <= batch_tokens for stems, cost in groups)
+    assert batch_tokens < 60 or any(stems > 1 for stems, _ in groups)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("kind", [None, "input"])
+def test_checkpointing_changes_no_score(family, kind, tmp_path, monkeypatch):
+    """transformers drops the cache while it checkpoints, which is in training mode only."""
+    path, asked = tiny.model_folder(tmp_path, family), some_questions()
+    plain, lean = tiny.load(path), tiny.load(path, checkpointing=True)
+    assert lean.model.training
+    prompt = prompt_for(plain, kind)
+    wanted, found = all_found(plain, prompt, asked, monkeypatch)
+    monkeypatch.undo()
+    other, again = all_found(lean, prompt, asked, monkeypatch)
+    assert again == found and (other.acc, other.acc_norm, other.stderr) == (wanted.acc, wanted.acc_norm, wanted.stderr)
+    assert lean.model.training and not plain.model.training  # as they were
+    texts = tiny.texts([3, 9, 5])
+    assert answer_loss_mean(lean, prompt, texts, 20) == answer_loss_mean(plain, prompt, texts, 20)
+    monkeypatch.setattr(lean, "continue_from", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        score(lean, prompt, asked, "multiple_choice", 100)
+    assert lean.model.training
+
+
 def test_a_large_vocabulary_costs_no_precision(tmp_path, monkeypatch):
     """Sums over tens of thousands of tokens in fp32, as exact as lm-eval's."""
     model, asked = tiny.load(tiny.model_folder(tmp_path, "gpt2", vocab_size=32_000)), some_questions(4)
@@ -372,7 +420,7 @@ def test_scores_of_a_trained_model_equal_lm_evals(name, other, metric, number, m
     path, source = SHARED / "models" / "stories15m", SHARED / "data" / name
     if not path.is_dir() or not source.is_dir():
         pytest.skip(f"no local copy of stories15m and {name} in ../shared")
-    ours = list(tasks.load(name, str(source), seed=0, limit={"test": number}, need=("test",)).test)
+    ours = list(tasks.load(name, str(source), seed=0, limit={"test": number}).test)
     data = datasets.load_dataset(str(source))
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(path)

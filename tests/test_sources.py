@@ -132,6 +132,20 @@ def test_forms_of_a_local_source(tmp_path, form):
     tasks.check_columns("sst2", str(tmp_path))
 
 
+@pytest.mark.parametrize("form", ["saved", "folder"])
+def test_a_further_split_may_have_columns_of_its_own(tmp_path, form):
+    parts = {split: [CHOICE_ROW] * 4 for split in ("train", "validation", "test")} | {"unsupervised": [{"text": "a"}]}
+    if form == "saved":
+        datasets.DatasetDict({name: datasets.Dataset.from_list(rows) for name, rows in parts.items()}).save_to_disk(
+            tmp_path / "own"
+        )
+    else:
+        write(tmp_path / "own", **parts)
+    tasks.check_columns("multiple_choice", str(tmp_path / "own"))
+    splits = tasks.load("multiple_choice", str(tmp_path / "own"), seed=0)
+    assert [len(s) for s in (splits.train, splits.validation, splits.test)] == [4, 4, 4]
+
+
 def test_configurations_of_a_folder(tmp_path):
     for config, word in (("ARC-Easy", "easy"), ("ARC-Challenge", "hard")):
         (tmp_path / config).mkdir()
@@ -202,9 +216,13 @@ MISTAKES = {
     ),
     "a label too high": (
         GOOD | {"test": [CHOICE_ROW, CHOICE_ROW | {"label": 2}]},
-        ["row 1 of test", "found label 2", "from 0 to 1"],
+        ["row 1 of test", "column 'label': found int 2", "from 0 to 1"],
     ),
-    "a hidden label": (GOOD | {"train": [CHOICE_ROW, CHOICE_ROW | {"label": -1}]}, ["row 1 of train", "label -1"]),
+    "a hidden label": (GOOD | {"train": [CHOICE_ROW, CHOICE_ROW | {"label": -1}]}, ["row 1 of train", "found int -1"]),
+    "a label that is true or false": (
+        {split: [CHOICE_ROW | {"label": label} for label in (False, True)] for split in GOOD},
+        ["row 0 of train", "column 'label': found bool False", "expected a whole number from 0 to 1"],
+    ),
     "a label in words": (GOOD | {"test": [CHOICE_ROW | {"label": "two"}]}, ["found", "two"]),
     "choices in one text": (
         {split: [CHOICE_ROW | {"choices": "two, three"}] * 2 for split in GOOD},

@@ -165,9 +165,9 @@ def race_rows() -> list[dict]:
 
 def test_race_equals_lm_eval_in_both_forms_of_columns(tmp_path, monkeypatch):
     rows = race_rows()
-    source = write(tmp_path / "race", test=rows)
+    source = write(tmp_path / "race", train=rows, validation=rows, test=rows)
     theirs = requests_of(lm_eval_task("race", datasets.load_dataset(source), monkeypatch))
-    ours = tasks.load("race", source, seed=0, need=("test",)).test
+    ours = tasks.load("race", source, seed=0).test
     assert len(ours) == len(theirs) == 4
     for example, expected in zip(ours, theirs):
         same(example, *expected)
@@ -206,8 +206,11 @@ def test_the_generic_tasks_add_nothing_to_the_text():
         ("race", {"article": "a", "problems": "[{"}, ["'problems'", "Python list"]),
         ("race", {"article": "a", "problems": "[1, 2]"}, ["'problems'", "Python list"]),
         ("race", {"article": "a"} | PROBLEM | {"answer": "E"}, ["answer 'E'", "A, B, C, D"]),
-        ("piqa", AWKWARD["piqa"][0] | {"label": None}, ["label None", "0 to 1"]),
-        ("sst2", {"sentence": "x", "label": 2}, ["label 2", "0 to 1"]),
+        ("piqa", AWKWARD["piqa"][0] | {"label": None}, ["'label': found NoneType", "0 to 1"]),
+        ("sst2", {"sentence": "x", "label": 2}, ["'label': found int 2", "0 to 1"]),
+        ("rte", {"sentence1": "x", "sentence2": "y", "label": True}, ["'label': found bool True", "0 to 1"]),
+        ("multiple_choice", CHOICE_ROW | {"label": False}, ["'label': found bool False", "a whole number"]),
+        ("multiple_choice", CHOICE_ROW | {"label": 1.0}, ["'label': found float 1.0", "a whole number"]),
         ("web_questions", {"question": "x", "answers": "y"}, ["'answers': found str 'y'", "list of texts"]),
     ],
 )

@@ -1,6 +1,5 @@
 """The schedule, the engines and the loop against formulas; distillation against a loop over tokens; failing clients."""
 
-import io
 import json
 import math
 import os
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.numpy
 import tiny
 import torch
 from torch import nn
@@ -25,7 +25,9 @@ from fedsp_mpi.models import auxiliary
 from fedsp_mpi.models.backbone import LanguageModel
 from fedsp_mpi.models.losses import answer_loss, hidden_loss, logits_loss
 from fedsp_mpi.models.prompts import Prompt, PromptSpec
-from fedsp_mpi.tensors import Failure, NamedTensors, seal
+from fedsp_mpi.record import Checkpoints
+from fedsp_mpi.record.checkpoint import Shelf
+from fedsp_mpi.tensors import Failure, NamedTensors, State, seal
 from fedsp_mpi.training.device import Compute
 from fedsp_mpi.training.distill import distil, distillation_loss
 from fedsp_mpi.training.engine import TorchEngine, learning_rate
@@ -198,12 +200,10 @@ def test_a_loss_that_is_not_finite_is_told_with_its_first_step(value):
 # -- state ---------------------------------------------------------------------------------------------------------
 
 
-def stored(state: object) -> object:
+def stored(state: State) -> State:
     """As it comes back from a file."""
-    memory = io.BytesIO()
-    torch.save(state, memory)
-    memory.seek(0)
-    return torch.load(memory, weights_only=True)
+    loaded = safetensors.numpy.load(safetensors.numpy.save(state))
+    return {name: value.copy() for name, value in loaded.items()}
 
 
 def test_an_engine_goes_on_from_its_state_with_equal_bits():
@@ -435,7 +435,7 @@ def test_a_client_whose_loss_is_not_finite_begins_anew_from_the_handout(gpt2):
     assert same(failing.local(1, 3, third), sound.local(1, 3, third))
 
 
-def test_its_update_is_refused_and_the_others_go_on(gpt2):
+def test_its_update_is_refused_and_the_others_go_on(gpt2, tmp_path):
     playing = client(gpt2, ids=(0, 1, 2))
     playing.local(0, 1, downs(playing, 1)[0])
     local = playing.local
@@ -444,7 +444,12 @@ def test_its_update_is_refused_and_the_others_go_on(gpt2):
         def local(self, client, round, down):
             return local(client, round, broken(down) if client == 1 else down)
 
-    side = federate.ClientSide(Breaks(), (0, 1, 2), Compute.of(ComputeConfig(device="cpu"), 0))
+        client_state = staticmethod(playing.client_state)
+
+    breaks, everybody = Breaks(), (0, 1, 2)
+    compute = Compute.of(ComputeConfig(device="cpu"), 0)
+    shelf = Shelf(breaks, Checkpoints(tmp_path), 3, {})
+    side = federate.ClientSide(breaks, everybody, compute, shelf, lambda round: everybody)
     down = downs(playing, 2)[1]
     found = list(federate.local_work(side, Down(2, tensors=down)))
     assert [type(each) for each in found] == [fedsp.Update, Failure, fedsp.Update]

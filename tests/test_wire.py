@@ -84,10 +84,10 @@ def test_the_manifest_names_every_byte(tmp_path: Path) -> None:
             for sizes in entry["round_bytes"].values():
                 assert sizes == {str(client): 4 * values + 256 for client in range(clients)}
     names = {entry["name"] for entry in runs[1]["manifest"]}
-    assert names == {"(header)", "(introduction)", "(verdict)", "(meta)", "prefix", "input"}
+    assert names == {"(header)", "(json)", "(verdict)", "(meta)", "prefix", "input"}
 
 
-def test_everybody_is_introduced_to_the_server(tmp_path: Path) -> None:
+def test_the_server_collects_from_everybody(tmp_path: Path) -> None:
     assert fold(tmp_path / "out.json", 4)["hosts"] == [{"rank": rank, "name": "Jürgen"} for rank in range(4)]
 
 

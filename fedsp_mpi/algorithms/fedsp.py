@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedsp_mpi import rng
 from fedsp_mpi.aggregation.average import Updates
@@ -17,7 +16,8 @@ from fedsp_mpi.models import auxiliary
 from fedsp_mpi.models.backbone import LanguageModel
 from fedsp_mpi.models.losses import answer_loss
 from fedsp_mpi.models.prompts import Prompt, to_depth
-from fedsp_mpi.tensors import Batch, NamedTensors, Update
+from fedsp_mpi.tensors import Batch, ClientError, NamedTensors, State, Update, join_states, part_of_state
+from fedsp_mpi.training.device import named_out_of_memory
 from fedsp_mpi.training.engine import TorchEngine
 from fedsp_mpi.training.loop import Batches, NonFiniteError, Trace, num_answer_tokens, train
 
@@ -33,17 +33,24 @@ METRICS = (
 
 
 def tune(
-    model: LanguageModel, prompt: Prompt, engine: TorchEngine, batches: Batches, stage: StageConfig, round: int
+    model: LanguageModel,
+    prompt: Prompt,
+    engine: TorchEngine,
+    batches: Batches,
+    stage: StageConfig,
+    round: int,
+    until: float | None = None,
 ) -> Trace:
     """Take a round's steps on the answers' cross entropy; what moves is what the engine owns and needs a gradient.
 
-    A round's batches follow from its number, whoever took part in the rounds before.
+    A round's batches follow from its number, whoever took part in the rounds before. `until`: see `train`.
     """
 
     def loss(batch: Batch) -> Tensor:
         return answer_loss(*model.answer_logits(batch, prompt))
 
-    return train(engine, batches, (round - 1) * stage.steps, stage.steps, loss, num_answer_tokens, model.device)
+    first = (round - 1) * stage.steps
+    return train(engine, batches, first, stage.steps, loss, num_answer_tokens, model.device, until=until)
 
 
 class Server:
@@ -96,14 +103,14 @@ class Server:
         """A copy of the prompts at the depth of the global model."""
         return NamedTensors.pack(self.prompt.tensors())
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> State:
         """Everything that the next round depends on."""
-        return {"prompt": self.prompt.state_dict(), "engine": self._engine.state()}
+        return join_states({"prompt": _arrays(self.prompt.tensors()), "engine": self._engine.state()})
 
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Go on from `state()`."""
-        self.prompt.load_state_dict(state["prompt"])
-        self._engine.load_state(state["engine"])
+    def load_state(self, state: State) -> None:
+        """Go on from `state()`, which is copied."""
+        self.prompt.load(_tensors(part_of_state(state, "prompt")))
+        self._engine.load_state(part_of_state(state, "engine"))
 
 
 @dataclass
@@ -123,6 +130,18 @@ class Shard:
     tuning: Batches
 
 
+class ShardError(ClientError):
+    """A client's text cannot be trained on."""
+
+
+def _arrays(tensors: Mapping[str, Tensor]) -> State:
+    return {name: tensor.cpu().numpy() for name, tensor in tensors.items()}
+
+
+def _tensors(state: State) -> dict[str, Tensor]:
+    return {name: torch.from_numpy(value) for name, value in state.items()}
+
+
 class Client:
     """Any number of owners of text that share one process: each aligns its auxiliary model, then tunes the prompts.
 
@@ -130,12 +149,14 @@ class Client:
         model: the auxiliary model, one for all: a client's weights are put into it while it works.
         handed_out: the weights that the server handed out, where every client begins.
         prompt: the prompts while a client works on them, of the auxiliary model's depth.
-        shards: text by client id.
+        shards: text by client id, or why it cannot be trained on.
         alignment, tuning: the two stages of a round.
         total_rounds: length of the schedules, in rounds.
         seed: of dropout.
         keep: whether auxiliary weights, optimizers and schedules live on from round to round; otherwise every round
             begins from the hand-out, with a schedule of its own.
+        seconds: of one client's work in a round; when they are over, a stage ends after its step, the first one after
+            its share of the steps. None: no limit.
     """
 
     def __init__(
@@ -143,14 +164,15 @@ class Client:
         model: LanguageModel,
         handed_out: NamedTensors,
         prompt: Prompt,
-        shards: Mapping[int, Shard],
+        shards: Mapping[int, Shard | ShardError],
         alignment: StageConfig,
         tuning: StageConfig,
         total_rounds: int,
         seed: int,
         keep: bool,
+        seconds: float | None = None,
     ) -> None:
-        self._model, self._prompt, self._shards = model, prompt, shards
+        self._model, self._prompt, self._shards, self._seconds = model, prompt, shards, seconds
         self._handed_out = handed_out.torch()
         self._alignment, self._tuning, self._rounds = alignment, tuning, total_rounds
         self._seed, self._keep = seed, keep
@@ -162,52 +184,79 @@ class Client:
         What the client keeps is renewed only when both stages went well; after an error it begins anew from the
         hand-out.
 
-        Raises NonFiniteError if a loss or the tuned prompt is not finite.
+        Raises ClientError: NonFiniteError if a loss or the tuned prompt is not finite, OutOfMemoryError, ShardError.
         """
         start = time.perf_counter()
-        bench, shard = self._benches.pop(client, None) or self._new_bench(round), self._shards[client]
-        auxiliary.load_weights(self._model, bench.weights)
-        bench.alignment.to(self._model.device)
-        self._prompt.load(down.torch())
-
-        rng.seed_torch(self._seed, "client", round, client)
-        self._prompt.requires_grad_(False)
-        self._model.train_weights(True)
-        model = tune(self._model, self._prompt, bench.alignment, shard.alignment, self._alignment, round)
-        self._model.train_weights(False)
-        self._prompt.requires_grad_(True)
-        prompt = tune(self._model, self._prompt, bench.tuning, shard.tuning, self._tuning, round)
-
-        tensors = NamedTensors.pack(self._prompt.tensors())
-        if not tensors.is_finite():
-            raise NonFiniteError("the tuned prompt holds numbers that are not finite")
-        if self._keep:
-            self._benches[client] = self._put_away(bench)
+        bench, shard = self._benches.pop(client, None) or self._new_bench(), self._shards[client]
+        if isinstance(shard, ShardError):
+            raise shard
+        with named_out_of_memory():
+            model, prompt = self._stages(bench, shard, client, round, down, start)
+            tensors = NamedTensors.pack(self._prompt.tensors())
+            if not tensors.is_finite():
+                raise NonFiniteError("the tuned prompt holds numbers that are not finite")
+            if self._keep:
+                self._benches[client] = self._put_away(bench)
         seconds = time.perf_counter() - start - model.seconds - prompt.seconds
         numbers = (model.first, model.last, prompt.first, prompt.last, model.seconds, prompt.seconds, seconds)
         return Update(client, float(prompt.samples), tensors, dict(zip(METRICS, numbers)))
 
-    def client_state(self, client: int) -> dict[str, Any] | None:
-        """What a client keeps between rounds, or None if it has not begun."""
+    def _stages(
+        self, bench: _Bench, shard: Shard, client: int, round: int, down: NamedTensors, start: float
+    ) -> tuple[Trace, Trace]:
+        """Align the auxiliary model with the prompts frozen, then tune the prompts with the auxiliary model frozen."""
+        auxiliary.load_weights(self._model, bench.weights)
+        self._prompt.load(down.torch())
+        for engine, stage in ((bench.alignment, self._alignment), (bench.tuning, self._tuning)):
+            engine.to(self._model.device)
+            engine.forget_gradient()  # of a client that failed in the middle of a step
+            engine.steps_done = (round - 1) * stage.steps if self._keep else 0
+        middle, end = self._limits(start)
+
+        if self._model.dropout:
+            rng.seed_torch(self._seed, "client", round, client)
+        self._prompt.requires_grad_(False)
+        self._model.train_weights(True)
+        model = tune(self._model, self._prompt, bench.alignment, shard.alignment, self._alignment, round, middle)
+        self._model.train_weights(False)
+        self._prompt.requires_grad_(True)
+        prompt = tune(self._model, self._prompt, bench.tuning, shard.tuning, self._tuning, round, end)
+        return model, prompt
+
+    def _limits(self, start: float) -> tuple[float | None, float | None]:
+        if self._seconds is None:
+            return None, None
+        share = self._alignment.steps / (self._alignment.steps + self._tuning.steps)
+        return start + share * self._seconds, start + self._seconds
+
+    def client_state(self, client: int) -> State | None:
+        """What a client keeps between rounds, or None if it keeps nothing, or has not begun."""
         bench = self._benches.get(client)
         if bench is None:
             return None
-        return {"weights": dict(bench.weights), "alignment": bench.alignment.state(), "tuning": bench.tuning.state()}
+        parts = {
+            "weights": _arrays(bench.weights),
+            "alignment": bench.alignment.state(),
+            "tuning": bench.tuning.state(),
+        }
+        return join_states(parts)
 
-    def load_client_state(self, client: int, state: dict[str, Any]) -> None:
-        """Go on from `client_state()`."""
-        bench = self._new_bench(1)
-        bench.alignment.load_state(state["alignment"])
-        bench.tuning.load_state(state["tuning"])
-        self._benches[client] = _Bench(state["weights"], bench.alignment, bench.tuning)
+    def load_client_state(self, client: int, state: State) -> None:
+        """Go on from `client_state()`, whose arrays are the client's from now on."""
+        bench = self._new_bench()
+        bench.alignment.load_state(part_of_state(state, "alignment"))
+        bench.tuning.load_state(part_of_state(state, "tuning"))
+        self._benches[client] = _Bench(_tensors(part_of_state(state, "weights")), bench.alignment, bench.tuning)
 
-    def _new_bench(self, round: int) -> _Bench:
-        """A beginning from the hand-out; its schedules are where the others' are in this round."""
+    def forget(self, client: int) -> None:
+        """Drop what a client keeps."""
+        self._benches.pop(client, None)
 
-        def engine(parameters: Any, stage: StageConfig) -> TorchEngine:
-            fresh = TorchEngine(parameters, stage.optimizer, stage.steps * (self._rounds if self._keep else 1))
-            fresh.steps_done = (round - 1) * stage.steps if self._keep else 0
-            return fresh
+    def _new_bench(self) -> _Bench:
+        """A beginning from the hand-out."""
+
+        def engine(parameters: Iterable[nn.Parameter], stage: StageConfig) -> TorchEngine:
+            return TorchEngine(parameters, stage.optimizer, stage.steps * (self._rounds if self._keep else 1))
 
         return _Bench(
             self._handed_out,
@@ -223,4 +272,5 @@ class Client:
         else:
             weights = {name: bench.weights[name].copy_(parameter.data) for name, parameter in working}
         bench.alignment.to(torch.device("cpu"))
+        bench.tuning.to(torch.device("cpu"))
         return _Bench(weights, bench.alignment, bench.tuning)

@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from .guard import Guard, Refused, Scene, guard
-from .topology import Topology, launcher_rank, launcher_size, refuse_singletons, spread
+from .topology import Topology, launcher_rank, launcher_size, library_name, refuse_singletons, spread
 
 if TYPE_CHECKING:
     from .messages import Down, Handout, Report, checked
@@ -83,7 +83,7 @@ def connect(*, chunk_bytes: int | None = None, deadlines: Deadlines | None = Non
 
     from .wire import Wire
 
-    refuse_singletons(MPI.COMM_WORLD.size)
+    refuse_singletons(MPI.COMM_WORLD.size, library_name())
     if MPI.COMM_WORLD.size == 1:
         return Solo(chunk_bytes, deadlines)
     return Wire(MPI.COMM_WORLD, chunk_bytes, deadlines)

@@ -7,6 +7,7 @@ library, and takes MPI from those who imported it before.
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import signal
 import socket
@@ -14,8 +15,8 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -25,12 +26,23 @@ from .topology import launcher_rank, launcher_size
 
 REPORT = "failure.txt"
 _PATIENCE = 5.0  # seconds that a rank whose report came too late waits for the other's abort
+_STACKS = 0.5  # seconds for the stacks of other ranks to leave
 _CARRY = 0.15  # seconds for a report to leave through the launcher
 _SCENE = "_fedsp_scene"
+_STOP, _SHOW = signal.SIGUSR1, signal.SIGUSR2
 
 
 class Refused(Exception):
-    """The user asked for something that cannot be run. Every rank raises it: no crash, exit status 2."""
+    """The run does not begin, or does not go on, and nothing is broken. Every rank raises it: one line, no crash.
+
+    Attributes:
+        exit_status: 2, if the user asked for something that cannot be run; 75 (try again), if the run was told to stop;
+            0, if there is nothing to do.
+    """
+
+    def __init__(self, text: str, exit_status: int = 2) -> None:
+        super().__init__(text)
+        self.exit_status = exit_status
 
 
 @dataclass(frozen=True)
@@ -63,6 +75,9 @@ class Guard:
         SystemExit: passes through where it harms nobody: one process, status 0 between phases, or after a Refused.
             Elsewhere the other ranks would wait for this one, so it is reported like any other error.
         KeyboardInterrupt: the job ends without a report.
+    A DeadlineError ends the job with its own status, after the ranks of this host that did not report have been asked
+    for their stacks (SIGUSR2), which they write to stderr even from inside a blocking call.
+    SIGUSR1 sets `told_to_stop`; what becomes of that is the main thread's business.
     SIGTERM keeps its default action, which ends a process at once even in the middle of a long computation; the
     launcher ends the others.
     """
@@ -73,6 +88,8 @@ class Guard:
         self._scenes = [Scene()]
         self._speaking = threading.Lock()
         self._old_hook = threading.excepthook
+        self._peers: list[tuple[str, int]] = []
+        self.told_to_stop = False
 
     def __call__(self, where: str) -> Guard:
         """Name what is guarded (the verb of the command line); the report repeats it."""
@@ -82,6 +99,10 @@ class Guard:
     def __enter__(self) -> Guard:
         self._old_hook = threading.excepthook
         threading.excepthook = self._thread_failed
+        with suppress(ValueError):  # not on the main thread: then others see to signals
+            signal.signal(_STOP, self._note_stop)
+        with suppress(ValueError, OSError, AttributeError):  # stderr may be no file
+            faulthandler.register(_SHOW, all_threads=True)
         return self
 
     def __exit__(
@@ -94,7 +115,7 @@ class Guard:
             if self._leaves_others_waiting(error):
                 self._fail(error, "", error.code if isinstance(error.code, int) and error.code else 1)
         elif error is not None and not isinstance(error, Refused):
-            self._fail(error, "", 1)
+            self._fail(error, "", getattr(error, "exit_status", 1))
         self._folder = None
         return False
 
@@ -127,6 +148,13 @@ class Guard:
         if _rank() == 0 and old.exists():
             old.replace(self._folder / f"failure-{int(old.stat().st_mtime)}.txt")
 
+    def know_peers(self, peers: Iterable[tuple[str, int]]) -> None:
+        """Where every rank lives: (host, process id), by rank."""
+        self._peers = [(host, pid) for host, pid in peers]
+
+    def _note_stop(self, *_: object) -> None:
+        self.told_to_stop = True
+
     def _leaves_others_waiting(self, error: SystemExit) -> bool:
         if not _others_started() or isinstance(error.__context__, Refused):
             return False
@@ -146,9 +174,19 @@ class Guard:
         if _size() == 1 or self._may_speak(text):
             sys.stderr.write(text)
             sys.stderr.flush()
+            self._ask_for_stacks(getattr(error, "missing", ()))
             # The text goes through the launcher, which throws away what it has not read when it hears of the abort.
             time.sleep(_CARRY if _size() > 1 else 0)
         self._end(status, hard)
+
+    def _ask_for_stacks(self, ranks: Iterable[int]) -> None:
+        """Have the ranks of this host that are waited for write their stacks to stderr."""
+        here = socket.gethostname()
+        asked = [pid for rank, (host, pid) in enumerate(self._peers) if rank in tuple(ranks) and host == here]
+        for pid in asked:
+            with suppress(OSError):
+                os.kill(pid, _SHOW)
+        time.sleep(_STACKS if asked else 0)
 
     def _may_speak(self, text: str) -> bool:
         """Whether this rank's report is the one; if not, the rank that has it is ending the job meanwhile."""

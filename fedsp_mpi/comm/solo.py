@@ -16,6 +16,7 @@ from .messages import (
     Down,
     Handout,
     Header,
+    JsonPhase,
     checked,
     down_header,
     handout_content,
@@ -47,14 +48,14 @@ class Solo:
         self._chunk = max(1, chunk_bytes // 4)
         self._ledger = Ledger()
 
-    def introduce(self, info: Mapping[str, Any]) -> list[dict[str, Any]]:
+    def collect(self, info: Mapping[str, Any], phase: JsonPhase = "start-up") -> list[dict[str, Any]]:
         """The list with this process's own dict, as JSON says it."""
         return [json.loads(to_json(info))]
 
-    def agree(self, verdict: str | None) -> None:
-        """Raise Refused if there is a verdict."""
+    def agree(self, verdict: Refused | None, phase: str = "start_up") -> None:
+        """Raise the verdict if there is one."""
         if verdict is not None:
-            raise Refused(verdict)
+            raise verdict
 
     def handout(self, handout: Handout | None) -> Handout:
         """A copy of the hand-out, as a client would get it. Seals the contract.

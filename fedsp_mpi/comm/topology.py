@@ -50,18 +50,28 @@ def launcher_size() -> int | None:
     return next((size for size in (*sizes, *slurm) if size is not None), None)
 
 
-def refuse_singletons(world_size: int) -> None:
+def library_name() -> str:
+    """Name and version of the MPI library that mpi4py loads."""
+    from mpi4py import MPI
+
+    first = MPI.Get_library_version().strip("\0\n ").splitlines()[0]
+    return " ".join(first.split(",")[0].split())
+
+
+def refuse_singletons(world_size: int, library: str = "") -> None:
     """Raise ValueError if the launcher started several processes and each of them believes that it is alone.
 
     Args:
         world_size: size of MPI's world as this process sees it.
+        library: what the MPI library calls itself, for the message.
     """
     tasks = launcher_size()
     if tasks is not None and tasks > 1 and world_size == 1:
         raise ValueError(
             f"found an MPI world of 1 process, expected {tasks}: the launcher started {tasks} processes that do not "
-            "see each other, because the MPI library and the launcher's PMI do not match; start them with the mpirun "
-            "of the MPI library that mpi4py loads, or with srun --mpi=pmi2 (MPICH) or srun --mpi=pmix (Open MPI)"
+            f"see each other, because the MPI library that mpi4py loads ({library or 'unknown'}) and the "
+            "launcher's PMI do not match; start them with the mpirun of that library, or with srun --mpi=pmi2 (MPICH) "
+            "or srun --mpi=pmix (Open MPI); srun --mpi=list shows what this Slurm has"
         )
 
 

@@ -19,16 +19,22 @@ _MOVING = 0.05  # seconds without completion after which payload no longer count
 class DeadlineError(RuntimeError):
     """A phase took longer than its deadline. Names the phase and, where they are known, the ranks that are missing."""
 
+    exit_status = 124
+
+    def __init__(self, text: str, missing: Iterable[int] = ()) -> None:
+        super().__init__(text)
+        self.missing = tuple(missing)
+
 
 @dataclass(frozen=True)
 class Deadlines:
     """How long one wait may take, in seconds; None: for ever.
 
     Attributes:
-        start_up: for all ranks to introduce themselves and to hear the server's verdict.
+        start_up: for all ranks to say who they are and to hear the server's verdict.
         handout: for the hand-out, whose preparation (distillation) a client waits for.
         broadcast: for the server: a client's wait from the end of its local work to the next round.
-        gather: for the clients: the server's wait for local work.
+        gather: for the clients: the server's wait for local work, and for their checkpoints.
         finish: for everybody to be done.
     """
 
@@ -64,7 +70,8 @@ def wait(
     while not done():
         waited = time.perf_counter() - start
         if deadline is not None and waited > deadline:
-            raise DeadlineError(_late(phase, waited, deadline, sorted(missing())))
+            ranks = sorted(missing())
+            raise DeadlineError(_late(phase, waited, deadline, ranks), ranks)
         if moving and waited < _MOVING:
             os.sched_yield()
         else:

@@ -21,9 +21,11 @@ from .ledger import Direction, Ledger
 from .messages import (
     CHUNK_BYTES,
     HEADER_BYTES,
+    LIMIT,
     Down,
     Handout,
     Header,
+    JsonPhase,
     Kind,
     checked,
     down_header,
@@ -43,7 +45,8 @@ if TYPE_CHECKING:
     from mpi4py import MPI
 
 _WINDOW = 4  # pieces of one vector that flow down at the same time
-_SERVER, _LETTER = 0, 1
+_SERVER = 0
+_ANSWERS, _JSON = 1, 2  # tags: a client may be a letter ahead of another
 
 
 class Wire:
@@ -75,33 +78,39 @@ class Wire:
 
     # The operations, in the order of a run.
 
-    def introduce(self, info: Mapping[str, Any]) -> list[dict[str, Any]] | None:
-        """Gather one JSON-able dict of every rank at the server: the list by rank there, None elsewhere."""
-        with self._operation("introduce"):
-            body = to_json(info)
+    def collect(self, info: Mapping[str, Any], phase: JsonPhase = "start-up") -> list[dict[str, Any]] | None:
+        """Gather one JSON-able dict of every rank at the server: the list by rank there, None elsewhere.
+
+        Args:
+            info: this rank's own.
+            phase: for the manifest and the deadline: "start-up", or "checkpoint" at the end of a round.
+        """
+        with self._operation(phase):
+            body, limit = to_json(info), LIMIT[phase]
             if not self.is_server:
-                self._write(
-                    Header(Kind.JSON, client=self.topology.rank, num_values=len(body)).pack() + body, "start_up"
-                )
-                self._count_json("start-up", "introduce", "(introduction)", len(body), (1, 1))
+                letter = Header(Kind.JSON, client=self.topology.rank, num_values=len(body)).pack() + body
+                # The server reads a checkpoint's letters after its own work.
+                self._write(letter, _JSON, "broadcast" if phase == "checkpoint" else limit)
+                self._count_json(phase, phase, "(json)", len(body), (1, 1))
                 return None
-            letters = self._read_all("start_up")
+            letters = self._read_all(_JSON, limit)
             for letter in letters.values():
-                self._count_json("start-up", "introduce", "(introduction)", len(letter) - HEADER_BYTES, (1, 1))
+                self._count_json(phase, phase, "(json)", len(letter) - HEADER_BYTES, (1, 1))
             return [json.loads(body)] + [_open_json(letters[rank], rank) for rank in sorted(letters)]
 
-    def agree(self, verdict: str | None) -> None:
-        """The server says whether the run can begin; other ranks pass None.
+    def agree(self, verdict: Refused | None, phase: str = "start_up") -> None:
+        """The server says whether the run goes on; other ranks pass None. `phase` names the deadline.
 
         Raises:
-            Refused: on every rank, if the server passed a text.
+            Refused: on every rank, what the server passed.
         """
         with self._operation("agree"):
             assert self.is_server or verdict is None, "the server decides"
-            raw = self._bytes_down(to_json({"verdict": verdict}), "start_up")
+            said = [str(verdict), verdict.exit_status] if verdict else None
+            raw = self._bytes_down(to_json(said), phase)
             self._count_json("start-up", "agree", "(verdict)", len(raw), self._deliveries)
-            if (text := json.loads(raw)["verdict"]) is not None:
-                raise Refused(text)
+            if (heard := json.loads(raw)) is not None:
+                raise Refused(*heard)
 
     def handout(self, handout: Handout | None) -> Handout:
         """The server's hand-out for everybody; other ranks pass None. Seals the contract.
@@ -183,7 +192,7 @@ class Wire:
     # Up: letters, then columns.
 
     def _give(self, round: int, mine: list[Update | Failure], contract: Contract) -> None:
-        self._write(b"".join(Header.of(item, round).pack(contract.metrics) for item in mine), "gather")
+        self._write(b"".join(Header.of(item, round).pack(contract.metrics) for item in mine), _ANSWERS, "gather")
         updates = [item for item in mine if isinstance(item, Update)]
         failures = [item.client for item in mine if isinstance(item, Failure)]
         flats = [update.tensors.flat for update in updates]
@@ -197,7 +206,7 @@ class Wire:
 
     def _take(self, round: int, contract: Contract) -> Updates:
         headers: list[list[Header]] = [[] for _ in range(self.topology.size)]
-        for rank, letter in self._read_all("gather").items():
+        for rank, letter in self._read_all(_ANSWERS, "gather").items():
             some = (Header.unpack(raw, f"rank {rank}", contract.metrics) for raw in _pieces(letter, rank))
             headers[rank] = [require_update(header, contract, round, rank) for header in some]
         reports, failures = sort_answers(header for some in headers for header in some)
@@ -225,18 +234,18 @@ class Wire:
             reorder(matrix, order)
             yield part, matrix
 
-    def _write(self, letter: bytes, phase: str) -> None:
-        request = self._comm.Isend([letter, self._mpi.BYTE], dest=_SERVER, tag=_LETTER)
+    def _write(self, letter: bytes, tag: int, phase: str) -> None:
+        request = self._comm.Isend([letter, self._mpi.BYTE], dest=_SERVER, tag=tag)
         self._wait(request.Test, phase, missing=lambda: (_SERVER,))
 
-    def _read_all(self, phase: str) -> dict[int, bytes]:
+    def _read_all(self, tag: int, phase: str) -> dict[int, bytes]:
         """One letter of every other rank, by rank."""
         arriving: dict[int, tuple[MPI.Request, bytearray]] = {}
         letters: dict[int, bytes] = {}
         status = self._mpi.Status()
 
         def look() -> bool:
-            while (message := self._comm.Improbe(self._mpi.ANY_SOURCE, _LETTER, status)) is not None:
+            while (message := self._comm.Improbe(self._mpi.ANY_SOURCE, tag, status)) is not None:
                 letter = bytearray(status.Get_count(self._mpi.BYTE))
                 arriving[status.source] = (message.Irecv([letter, self._mpi.BYTE]), letter)
             for rank in [rank for rank, (request, _) in arriving.items() if request.Test()]:

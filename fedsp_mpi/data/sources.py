@@ -29,6 +29,7 @@ T = TypeVar("T")
 SPLITS = ("train", "validation", "test")
 _SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".gz")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+FETCH = "run `python -m fedsp_mpi fetch CONFIG` on a machine with network first"
 _HUB_SECONDS = 5.0  # for one answer of the hub; a cluster's nodes often reach none
 
 
@@ -98,14 +99,14 @@ def check(task: str, location: Location, column_sets: Sequence[Sequence[str]]) -
     """The part of `read` that reads no more than the first row of each split; the same errors."""
     with _quiet():
         if location.folder and (saved := _saved(task, location)) is not None:
-            columns = {split: table.column_names for split, table in saved.items()}
+            columns = {split: saved[split].column_names for split in SPLITS if split in saved}
         else:
             columns = _first_columns(task, location, _builder(task, location))
     _require_columns(task, location, columns, column_sets)
 
 
 def split_rows(
-    task: str, tables: Tables, column_sets: Sequence[Sequence[str]], seed: int, need: Sequence[str]
+    task: str, tables: Tables, column_sets: Sequence[Sequence[str]], seed: int
 ) -> tuple[dict[str, Rows], list[str]]:
     """Which rows of which of the source's splits make up train, validation and test, and notes on what was decided.
 
@@ -113,7 +114,7 @@ def split_rows(
     `validation` unless test took it; then it is a tenth of `train`, drawn with `seed`, in file order like the rest.
 
     Raises:
-        ValueError: a split in `need` can be had in no way.
+        ValueError: one of the three can be had in no way.
     """
     rows: dict[str, Rows] = {
         split: (split, range(len(tables[split]))) for split in ("train", "validation") if split in tables
@@ -126,11 +127,11 @@ def split_rows(
         rows["test"] = rows.pop("validation")
         reason = "the answers of the split 'test' are not public" if hidden else "the source has no split 'test'"
         notes.append(f"test = the split 'validation': {reason}")
-    if "validation" not in rows and "train" in rows and {"train", "validation"} & set(need):
+    if "validation" not in rows and "train" in rows:
         reason = "'validation' is the test" if "validation" in tables else "the source has no split 'validation'"
         rows["train"], rows["validation"] = _cut(task, len(tables["train"]), seed)
         notes.append(f"validation = {len(rows['validation'][1])} rows cut from 'train' with seed {seed}: {reason}")
-    for split in need:
+    for split in SPLITS:
         if split not in rows:
             raise ValueError(
                 f"{task}: found the splits {', '.join(tables) or '(none)'}, expected train and test (or validation) "
@@ -212,7 +213,7 @@ def _require_hub(task: str, name: str) -> None:
     if datasets.config.HF_HUB_OFFLINE or _is_cached(name):
         return
     found = f"{task}: found no folder {Path(name).absolute()}"
-    advice = "give a local folder as the source, or fill HF_HOME where the hub can be reached"
+    advice = f"give a local folder as the source, or {FETCH}"
     try:
         huggingface_hub.HfApi().dataset_info(name, timeout=_HUB_SECONDS)
     except RepositoryNotFoundError as error:
@@ -264,7 +265,7 @@ def _ask(task: str, location: Location, question: Callable[[], T]) -> T:
     except Exception as error:
         expected = "files of one format with the same columns in every split; correct the files"
         if not location.folder:
-            expected = "the data set; where the hub cannot be reached, give a local folder as the source"
+            expected = f"the data set; where the hub cannot be reached, give a local folder as the source, or {FETCH}"
         raise ValueError(f"{task}: found {_reason(error)} while reading {location}, expected {expected}") from error
 
 

@@ -197,9 +197,15 @@ def find(name: str) -> Task:
 
 
 def _one_of(context: str, choices: Sequence[str], gold: object) -> Example:
-    """Multiple choice with one right option, given by its position."""
-    if not isinstance(gold, int) or not 0 <= gold < len(choices):
-        raise ValueError(f"found label {gold!r}, expected a number from 0 to {len(choices) - 1}; correct the row")
+    """Multiple choice with one right option, given by its position.
+
+    Truth values are refused: among ("True", "False") the first option would be taken for the second one.
+    """
+    if not isinstance(gold, int) or isinstance(gold, bool) or not 0 <= gold < len(choices):
+        raise ValueError(
+            f"column 'label': found {_shown(gold)}, expected a whole number from 0 to {len(choices) - 1}, the position "
+            "of the right choice; correct the row"
+        )
     return Example(context, f" {choices[gold]}", tuple(choices), (gold,))
 
 
@@ -284,7 +290,6 @@ def load(
     *,
     seed: int,
     limit: Mapping[str, int | None] | None = None,
-    need: Sequence[str] = SPLITS,
 ) -> Splits:
     """Read the examples of a task.
 
@@ -299,7 +304,6 @@ def load(
         seed: the experiment's seed; it matters only where validation is cut from train.
         limit: at most so many rows of "train", "validation", "test": the first ones in file order, as with lm-eval's
             `limit`. A cut validation keeps the file order too.
-        need: the splits that are wanted; the others come back empty and are not read.
 
     Raises:
         ValueError: unknown task, no such folder or hub set, hub out of reach, missing column or split, empty split, or
@@ -308,16 +312,15 @@ def load(
     task = find(task) if isinstance(task, str) else task
     limits = _limits(limit)
     tables = sources.read(task.name, sources.locate(task.name, task.hub, source), _column_sets(task))
-    rows, notes = sources.split_rows(task.name, tables, _column_sets(task), seed, need)
-    examples: dict[str, tuple[Example, ...]] = dict.fromkeys(SPLITS, ())
+    rows, notes = sources.split_rows(task.name, tables, _column_sets(task), seed)
+    examples: dict[str, tuple[Example, ...]] = {}
     for split in SPLITS:
-        if split in need:
-            origin, numbers = rows[split]
-            if (most := limits.get(split)) is not None and most < len(numbers):
-                notes.append(f"{split} = the first {most} of {len(numbers)} rows (limit)")
-                numbers = numbers[:most]
-            examples[split], told = _examples(task, tables[origin], origin, numbers, split)
-            notes += told
+        origin, numbers = rows[split]
+        if (most := limits.get(split)) is not None and most < len(numbers):
+            notes.append(f"{split} = the first {most} of {len(numbers)} rows (limit)")
+            numbers = numbers[:most]
+        examples[split], told = _examples(task, tables[origin], origin, numbers, split)
+        notes += told
     return Splits(**examples, notes=tuple(notes))
 
 

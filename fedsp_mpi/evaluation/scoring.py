@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,22 +71,26 @@ def score(
     """Score all questions.
 
     A context is run once for all its options; contexts of one length share a batch, so nothing is padded before an
-    option. Texts longer than the model's positions (less the prompt's) lose their beginning, as in lm-eval.
+    option, and little behind it, because options of similar length come together. Texts longer than the model's
+    positions (less the prompt's) lose their beginning, as in lm-eval.
 
     Args:
         model: on its device, frozen.
         prompt: at the model's depth, or None for zero-shot.
         asked: tokenised questions.
         metric: "multiple_choice" or "exact_match", which decides whose standard error is given.
-        batch_tokens: tokens a forward pass.
+        batch_tokens: positions that a batch runs at most, padding and an input prompt among them; more only where one
+            context and its options are longer.
         on_done: told how many questions were finished.
     """
     start = time.perf_counter()
     room = model.shape.num_positions - (prompt.spec.num_tokens if prompt else 0)
+    before = prompt.spec.num_tokens if prompt and prompt.spec.kind == "input" else 0
     found = [_Found(len(question.options)) for question in asked]
-    for group in _groups(asked, room, batch_tokens):
-        _score_group(model, prompt, group, found)
-        on_done(sum(len(stem.options) for stem in group))
+    with model.evaluating():
+        for group in _groups(asked, room, before, batch_tokens):
+            _score_group(model, prompt, group, found)
+            on_done(sum(len(stem.options) for stem in group))
     right = np.array([_judge(question, f) for question, f in zip(asked, found)], dtype=float)
     acc, norm, exact = right.mean(axis=0)
     main = right[:, 2 if metric == "exact_match" else 0]
@@ -103,10 +107,11 @@ def answer_loss_mean(model: LanguageModel, prompt: Prompt | None, texts: Sequenc
     """Mean cross entropy over all answer tokens of the texts: the validation loss."""
     total = torch.zeros((), dtype=torch.float64, device=model.device)
     count = 0
-    for rows in by_length(texts, batch_tokens):
-        batch = collate([texts[i] for i in rows])
-        count += int((batch.targets != -100).sum())
-        total += answer_loss(*model.answer_logits(batch.to(model.device), prompt)).double()
+    with model.evaluating():
+        for rows in by_length(texts, batch_tokens):
+            batch = collate([texts[i] for i in rows])
+            count += int((batch.targets != -100).sum())
+            total += answer_loss(*model.answer_logits(batch.to(model.device), prompt)).double()
     return float(total) / max(count, 1)
 
 
@@ -128,26 +133,36 @@ class _Stem:
     endings: tuple[np.ndarray, ...]
 
     @property
-    def cost(self) -> int:
-        return len(self.ids) + sum(len(ending) for ending in self.endings)
+    def longest(self) -> int:
+        return max(len(ending) for ending in self.endings)
 
 
-def _groups(asked: Sequence[Question], room: int, batch_tokens: int) -> list[list[_Stem]]:
-    """Stems of equal length side by side, at most `batch_tokens` tokens together."""
+def _groups(asked: Sequence[Question], room: int, before: int, batch_tokens: int) -> list[list[_Stem]]:
+    """Stems of equal length side by side, those with long options first, at most `batch_tokens` positions together."""
     by_size: dict[int, list[_Stem]] = defaultdict(list)
     for index, question in enumerate(asked):
         for stem in _stems(index, question, room):
             by_size[len(stem.ids)].append(stem)
-    groups = []
-    for size in sorted(by_size, reverse=True):
-        group: list[_Stem] = []
-        for stem in by_size[size]:
-            if group and sum(s.cost for s in group) + stem.cost > batch_tokens:
-                groups.append(group)
-                group = []
-            group.append(stem)
-        groups.append(group)
-    return groups
+    return [
+        group
+        for size in sorted(by_size, reverse=True)
+        for group in _cut(sorted(by_size[size], key=lambda stem: -stem.longest), before + size, batch_tokens)
+    ]
+
+
+def _cut(stems: list[_Stem], size: int, batch_tokens: int) -> Iterator[list[_Stem]]:
+    """Groups of at most `batch_tokens` positions: `size` for a stem, for an option the longest's, sorted first."""
+    group: list[_Stem] = []
+    num_options = 0
+    for stem in stems:
+        longest = (group or [stem])[0].longest
+        positions = (len(group) + 1) * size + (num_options + len(stem.options)) * longest
+        if group and positions > batch_tokens:
+            yield group
+            group, num_options = [], 0
+        group.append(stem)
+        num_options += len(stem.options)
+    yield group
 
 
 def _stems(index: int, question: Question, room: int) -> list[_Stem]:
@@ -163,19 +178,25 @@ def _score_group(model: LanguageModel, prompt: Prompt | None, group: list[_Stem]
     stem_of = [row for row, stem in enumerate(group) for _ in stem.options]
     endings = [ending for stem in group for ending in stem.endings]
     first, rest = model.continue_from(ids, prompt, torch.tensor(stem_of, device=model.device), _pad(endings, model))
-    lengths = [len(ending) for ending in endings]
-    logits = torch.cat([first[:, None], rest], dim=1) if rest is not None else first[:, None]
-    targets = torch.full((len(endings), max(lengths)), -100)
+    targets = torch.full((len(endings), max(map(len, endings))), -100)
     for row, ending in enumerate(endings):
         targets[row, : len(ending)] = torch.from_numpy(ending.astype(np.int64))
     targets = targets.to(model.device)
-    # Flat, because the kernel for [batch, vocabulary, length] is off by up to 1e-3 a text on a CPU.
-    each = -F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
-    greedy = ((logits.argmax(-1) == targets) | (targets == -100)).all(dim=1).tolist()
-    sums = each.double().sum(dim=1).tolist()
+    parts = [_compared(first[:, None], targets[:, :1])]
+    if rest is not None:
+        parts.append(_compared(rest, targets[:, 1:]))
+    sums = torch.cat([each for each, _ in parts], dim=1).double().sum(dim=1).tolist()
+    greedy = torch.cat([is_best for _, is_best in parts], dim=1).all(dim=1).tolist()
     places = [(stem.question, option) for stem in group for option in stem.options]
     for (question, option), value, is_greedy in zip(places, sums, greedy):
         found[question].loglikelihood[option], found[question].greedy[option] = value, is_greedy
+
+
+def _compared(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-likelihood of every target, and whether it is the likeliest token; 0 and true where there is none."""
+    # Flat, because the kernel for [batch, vocabulary, length] is off by up to 1e-3 a text on a CPU.
+    each = -F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
+    return each, (logits.argmax(-1) == targets) | (targets == -100)
 
 
 def _pad(endings: list[np.ndarray], model: LanguageModel) -> Batch | None:

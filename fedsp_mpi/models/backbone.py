@@ -6,15 +6,13 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import huggingface_hub
-import safetensors
 import torch
 import transformers
 from torch import Tensor, nn
 
+from fedsp_mpi.models.hub import AbsentError, first_line, locate
 from fedsp_mpi.models.prompts import Prompt
 from fedsp_mpi.tensors import Batch, seal
 
@@ -25,7 +23,16 @@ FAMILIES = {
     "llama": "model.layers",
     "qwen2": "model.layers",
 }
-HUB_SECONDS = 5.0
+SIZES = (
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "hidden_size",
+    "word_embed_proj_dim",
+    "max_position_embeddings",
+    "vocab_size",
+)
 DROPOUTS = (
     "resid_pdrop",
     "embd_pdrop",
@@ -70,31 +77,24 @@ def shape_of(config: Any) -> Shape:
 def read_config(name: str, revision: str | None = None) -> Any:
     """The configuration of a model, from a folder or the hub, without its weights.
 
-    Raises ValueError if there is no such model, or if its family is not one of `FAMILIES`.
+    Raises ValueError if there is no such model, if its family is not one of `FAMILIES`, or if its sizes make no model.
     """
-    try:
-        config = _pretrained(transformers.AutoConfig, name, revision)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(
-            f"model.name: found {name!r}, which could not be read ({_first_line(error)}); expected a folder with a "
-            "config.json, or a name that the hub or its local cache knows"
-        ) from None
+    expected = "a folder with a config.json, or a name that the hub or its local cache knows"
+    with _refused("model.name", name, "which could not be read", expected):
+        config = transformers.AutoConfig.from_pretrained(locate(name, revision, "config.json"))
     if config.model_type not in FAMILIES:
         raise ValueError(
             f"model.name: found {name!r} of the family {config.model_type!r}, expected one of {', '.join(FAMILIES)}"
         )
+    _check_sizes(name, config)
     return config
 
 
 def read_tokenizer(name: str, revision: str | None = None) -> Any:
     """The tokenizer of a model, from a folder or the hub. Raises ValueError if there is none."""
-    try:
-        tokenizer = _pretrained(transformers.AutoTokenizer, name, revision)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"model.tokenizer: found {name!r}, which has no readable tokenizer ({_first_line(error)}); "
-            "expected a folder with a tokenizer.json, or a hub name"
-        ) from None
+    expected = "a folder with a tokenizer.json, or a hub name"
+    with _refused("model.tokenizer", name, "which has no readable tokenizer", expected):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(locate(name, revision, "tokenizer"))
     if not tokenizer("a b", add_special_tokens=False)["input_ids"]:  # what transformers makes up where there is none
         raise ValueError(
             f"model.tokenizer: found {name!r}, whose tokenizer turns a text into nothing; expected a folder with the "
@@ -103,29 +103,29 @@ def read_tokenizer(name: str, revision: str | None = None) -> Any:
     return tokenizer
 
 
-def _pretrained(kind: Any, name: str, revision: str | None, **options: Any) -> Any:
-    """`kind.from_pretrained` from a folder, else from the local cache, else from the hub, which is asked once.
+def _check_sizes(name: str, config: Any) -> None:
+    for size in SIZES:
+        value = getattr(config, size, None)
+        if value is not None and (not isinstance(value, int) or value < 1):
+            key = config.attribute_map.get(size, size)
+            raise ValueError(f"model.name: found {name!r} with {key} {value!r} in its config.json, expected at least 1")
+    heads, groups = config.num_attention_heads, shape_of(config).num_kv_heads
+    if heads % groups:
+        raise ValueError(
+            f"model.name: found {name!r} with {heads} heads over {groups} of keys and values in its config.json, "
+            "expected a multiple of them"
+        )
 
-    (transformers itself asks an unreachable hub for half a minute.) Raises OSError or ValueError saying why not.
-    """
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        return kind.from_pretrained(folder, **options)
-    if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise ValueError(f"there is no folder {name}")
+
+@contextmanager
+def _refused(key: str, name: str, what: str, expected: str) -> Iterator[None]:
+    """Turn into one ValueError what transformers throws at files that are not as they should be: nearly anything."""
     try:
-        return kind.from_pretrained(name, revision=revision, local_files_only=True, **options)
-    except OSError:
-        try:
-            huggingface_hub.HfApi().model_info(name, revision=revision, timeout=HUB_SECONDS)
-        except Exception as error:  # whatever the network throws: it is not reachable
-            why = _first_line(error) or type(error).__name__
-            raise ValueError(f"no folder here, not in the local cache, and the hub did not give it: {why}") from None
-        return kind.from_pretrained(name, revision=revision, **options)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0][:200]
+        yield
+    except AbsentError as error:
+        raise ValueError(f"{key}: {error}") from None
+    except Exception as error:
+        raise ValueError(f"{key}: found {name!r}, {what} ({first_line(error)}); expected {expected}") from None
 
 
 def layers_of(model: nn.Module) -> nn.ModuleList:
@@ -147,19 +147,23 @@ class LanguageModel:
     def __init__(
         self, model: Any, dtype: torch.dtype = torch.float32, dropout: bool = False, checkpointing: bool = False
     ) -> None:
-        self.model, self.dtype, self.dropout = model, dtype, dropout
+        self.dropout, self.checkpointing = dropout, checkpointing
+        self.hold(model, dtype)
+
+    def hold(self, model: Any, dtype: torch.dtype) -> None:
+        """Be this transformers model from now on."""
+        self.model, self.dtype = model, dtype
         self.shape = shape_of(model.config)
         self.device = next(model.parameters()).device
         self._autocast = next(model.parameters()).dtype != dtype
-        self._checkpointing = checkpointing
-        if checkpointing:
+        if self.checkpointing:
             model.gradient_checkpointing_enable()
-        model.train(checkpointing)
+        model.train(self.checkpointing)
 
     def train_weights(self, on: bool) -> None:
         """Make every weight trainable, or none. Dropout acts only in the first case, and only if it was asked for."""
         self.model.requires_grad_(on)
-        self.model.train((on and self.dropout) or self._checkpointing)
+        self.model.train((on and self.dropout) or self.checkpointing)
 
     def freeze_untied_head(self) -> None:
         """Keep the head out of training where it is not the input embedding as well."""
@@ -242,6 +246,16 @@ class LanguageModel:
         with torch.autocast(self.device.type, self.dtype, enabled=self._autocast):
             yield
 
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Inside, the model is in evaluation mode, without which it keeps no cache where it checkpoints."""
+        before = self.model.training
+        self.model.eval()
+        try:
+            yield
+        finally:
+            self.model.train(before)
+
     def num_parameters(self) -> int:
         """Weights held, shared ones counted once."""
         return sum(p.numel() for p in self.model.parameters())
@@ -267,35 +281,40 @@ def load_global(
 
     Raises ValueError if the weights cannot be read.
     """
+    found = LanguageModel(_weights(name, revision, device, dtype, checkpointing), dtype, checkpointing=checkpointing)
+    found.train_weights(False)
+    seal.add(found.model.named_parameters())
+    return found
+
+
+def reread(model: LanguageModel, name: str, *, revision: str | None = None, dtype: torch.dtype) -> None:
+    """Read the global model's weights again, in another type and in place; frozen and sealed as before.
+
+    Weights that were rounded do not become exact by being widened. The old ones are let go first.
+
+    Raises ValueError if the weights cannot be read; the model is then of no use.
+    """
+    seal.clear()
+    del model.model
+    model.hold(_weights(name, revision, model.device, dtype, model.checkpointing), dtype)
+    model.train_weights(False)
+    seal.add(model.model.named_parameters())
+
+
+def _weights(name: str, revision: str | None, device: torch.device, dtype: torch.dtype, checkpointing: bool) -> Any:
     config = read_config(name, revision)
-    try:
-        settled = without_dropout(config) if checkpointing else config
-        model, info = _pretrained(
-            transformers.AutoModelForCausalLM, name, revision, dtype=dtype, config=settled, output_loading_info=True
-        )
-    except (OSError, ValueError, KeyError, RuntimeError, safetensors.SafetensorError) as error:
-        raise ValueError(
-            f"model.name: found {name!r}, whose weights could not be read ({_first_line(error)}); expected a whole "
-            "model.safetensors; copy the folder again"
-        ) from None
+    settled = without_dropout(config) if checkpointing else config
+    expected = "those of its config.json, whole; copy the folder again"
+    with _refused("model.name", name, "whose weights could not be read", expected):
+        kind: Any = transformers.AutoModelForCausalLM
+        folder = locate(name, revision, "weights")
+        model, info = kind.from_pretrained(folder, dtype=dtype, config=settled, output_loading_info=True)
     if missing := sorted(info["missing_keys"]):  # which transformers fills with noise
         raise ValueError(
             f"model.name: found {name!r} without {len(missing)} of its weights ({missing[0]}, ...), expected "
             "all that its config.json asks for"
         )
-    model.to(device)
-    found = LanguageModel(model, dtype, checkpointing=checkpointing)
-    found.train_weights(False)
-    seal.add(model.named_parameters())
-    return found
-
-
-def cast(model: LanguageModel, dtype: torch.dtype) -> None:
-    """Turn the frozen global model's weights into another type in place, for scoring; sealed again."""
-    seal.clear()  # which would keep the old weights in memory
-    model.model.to(dtype)
-    model.dtype, model._autocast = dtype, False
-    seal.add(model.model.named_parameters())
+    return model.to(device)
 
 
 def quiet() -> None:

@@ -1,12 +1,16 @@
 """The run folder: what a run did, written so that no kill can spoil it, and read back as plain data."""
 
+from fedsp_mpi.record.checkpoint import Checkpoint, Checkpoints
 from fedsp_mpi.record.compare import difference
+from fedsp_mpi.record.files import RecordError
 from fedsp_mpi.record.layout import Run, read
 from fedsp_mpi.record.report import markdown, summary
 from fedsp_mpi.record.rows import ClientRow, ResultRow, RoundRow, WireRow
-from fedsp_mpi.record.run_record import RecordError, RunRecord
+from fedsp_mpi.record.run_record import RunRecord
 
 __all__ = [
+    "Checkpoint",
+    "Checkpoints",
     "ClientRow",
     "RecordError",
     "ResultRow",

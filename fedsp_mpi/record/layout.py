@@ -63,6 +63,10 @@ class Run:
     wire: np.ndarray = field(default_factory=lambda: _empty("wire"))
     prompt_rounds: tuple[int, ...] = ()
 
+    def methods(self) -> set[str]:
+        """The methods that have a result."""
+        return {row.decode() if isinstance(row, bytes) else row for row in self.results["method"]}
+
     def prompts(self, round: int) -> dict[str, np.ndarray]:
         """The prompts after `round`, in the order and with the bits in which they were committed.
 
@@ -89,7 +93,13 @@ def read(folder_or_file: str | Path) -> Run:
     file = path / "run.h5" if path.is_dir() else path
     with _reading(file), open_file(file) as h5:
         _check_format(h5, file)
-        return _restore(h5, file)
+        run = _restore(h5, file)
+    report = file.with_name("failure.txt")
+    if run.status == "running" and report.exists():  # the job ended too fast for the record to be told
+        return dataclasses.replace(
+            run, status="failed", reason=rows.clean(report.read_text(errors="replace").split("\n")[0])
+        )
+    return run
 
 
 def open_file(path: Path, mode: str = "r") -> h5py.File:

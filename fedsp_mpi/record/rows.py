@@ -26,6 +26,8 @@ class RoundRow:
         seconds_clients: from then on, until the slowest client has reported.
         seconds_server: the server's tuning on the global model (absorb).
         bytes_down, bytes_up: all ranks together.
+        num_clients: those that took part, whether or not they failed.
+        num_failed: those of them whose update was not merged.
         server_loss_first, server_loss_last: first and last step of the server's tuning.
         validation_merged: global model with the merged prompts, before the server touches them.
         validation_loss: the same after the server's tuning.
@@ -134,6 +136,19 @@ def table(row: type, rows: Iterable[Any] = ()) -> np.ndarray:
     """Rows of one class as a read-only structured array of shape [rows]."""
     values = [tuple(_cell(getattr(one, f.name)) for f in dataclasses.fields(row)) for one in rows]
     return frozen(np.array(values, dtype=table_type(row)))
+
+
+def wire_rows(found: np.ndarray) -> list[WireRow]:
+    """The rows of the table `wire` as objects again."""
+    rows = []
+    for row in found:
+        cells = {name: _plain(row[name]) for name in found.dtype.names or ()}
+        rows.append(WireRow(**{**cells, "shape": tuple(json.loads(cells["shape"]))}))
+    return rows
+
+
+def _plain(cell: Any) -> Any:
+    return cell.decode() if isinstance(cell, bytes) else getattr(cell, "item", lambda: cell)()
 
 
 def append(before: np.ndarray, after: np.ndarray) -> np.ndarray:

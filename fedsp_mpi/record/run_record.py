@@ -8,7 +8,6 @@ before a commit or after it, and a failed write changes neither the disk nor the
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -19,15 +18,12 @@ from typing import Any
 
 import numpy as np
 
-from fedsp_mpi.record import layout, rows
+from fedsp_mpi.record import files, layout, rows
+from fedsp_mpi.record.files import RecordError
 from fedsp_mpi.record.layout import Run
 from fedsp_mpi.record.rows import ClientRow, ResultRow, RoundRow, WireRow
 
 FINAL = ("complete", "stopped", "failed")
-
-
-class RecordError(OSError):
-    """The record could not be written: which file, why, and what is still there."""
 
 
 class RunRecord:
@@ -189,13 +185,13 @@ class RunRecord:
             self._fold()
 
     def _fold(self) -> None:
-        part = _part(self.run.file)
-        with self._writing(self.run.file, part):
-            _write_synced(part, layout.run_image(self.run))
+        part = files.part_of(self.run.file)
+        with files.writing(self.run.file, self._kept, part):
+            part.write_bytes(layout.run_image(self.run))
             layout.fold_into(part, self.folder, self.run.prompt_rounds)
-            _sync(part)
-            _rename(part, self.run.file)
-        with self._writing(self.folder / "rounds"):
+            files.sync(part)
+            files.rename(part, self.run.file)
+        with files.writing(self.folder / "rounds", self._kept):
             shutil.rmtree(self.folder / "rounds")
 
     def _save(self, run: Run) -> None:
@@ -207,31 +203,20 @@ class RunRecord:
         self.run = run
 
     def _write(self, path: Path, image: bytes) -> None:
-        part = _part(path)
-        with self._writing(path, part):
-            path.parent.mkdir(exist_ok=True)
-            _write_synced(part, image)
-            _rename(part, path)
+        files.write(path, [image], self._kept)
+
+    @property
+    def _kept(self) -> str:
+        return f"the record keeps its {self.run.committed_rounds} rounds"
 
     def _sweep(self) -> None:
         """Delete round files that run.h5 does not know, and what a killed write left."""
         known = {self.folder / layout.round_file(round) for round in self.run.prompt_rounds}
         folder = self.folder / "rounds"
-        with self._writing(folder):
+        with files.writing(folder, self._kept):
             for path in [*folder.glob("*.h5*"), *self.folder.glob("run.h5.part")]:
                 if path not in known:
                     path.unlink()
-
-    @contextmanager
-    def _writing(self, path: Path, part: Path | None = None) -> Iterator[None]:
-        """Turn a failed write into RecordError, without its half-written file."""
-        try:
-            yield
-        except (OSError, RuntimeError, KeyError) as error:  # HDF5 has all three for a file that it cannot write or copy
-            if part is not None:
-                with suppress(OSError):
-                    part.unlink()
-            raise _failure(path, error, f"the record keeps its {self.run.committed_rounds} rounds") from error
 
 
 def _claim(folder: Path, config_text: str, if_exists: str) -> None:
@@ -242,21 +227,28 @@ def _claim(folder: Path, config_text: str, if_exists: str) -> None:
                 (folder / name).unlink(missing_ok=True)
             if (folder / "rounds").exists():
                 shutil.rmtree(folder / "rounds")
-    taken = next((name for name in ("run.h5", "config.yaml") if (folder / name).exists()), None)
+    require_free(folder)
     try:
         with _creating(folder):
-            if taken is None:
-                folder.mkdir(parents=True, exist_ok=True)
-                with (folder / "config.yaml").open("x", encoding="utf-8", errors="backslashreplace") as file:
-                    file.write(config_text)
-                return
+            folder.mkdir(parents=True, exist_ok=True)
+            with (folder / "config.yaml").open("x", encoding="utf-8", errors="backslashreplace") as file:
+                file.write(config_text)
     except RecordError as error:
         if not isinstance(error.__cause__, FileExistsError):
             raise
-        taken = "config.yaml" if folder.is_dir() else "a file of that name"
-    raise ValueError(
-        f"{folder}: found a run ({taken}), expected a new folder; set run.name to another name, "
-        "run.if_exists=replace to lose that run, or delete it"
+        raise _taken(folder, "config.yaml" if folder.is_dir() else "a file of that name") from None
+
+
+def require_free(folder: Path) -> None:
+    """Raise ValueError if a folder holds a run."""
+    if found := next((name for name in ("run.h5", "config.yaml") if (folder / name).exists()), None):
+        raise _taken(folder, found)
+
+
+def _taken(folder: Path, found: str) -> ValueError:
+    return ValueError(
+        f"{folder}: found a run ({found}), expected a new folder; set run.name to another name, run.resume=must to go "
+        "on with that run, run.if_exists=replace to lose it, or delete it"
     )
 
 
@@ -265,39 +257,7 @@ def _creating(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise _failure(folder, error, "no run was started") from error
-
-
-def _failure(path: Path, error: BaseException, left: str) -> RecordError:
-    reason = error.strerror if isinstance(error, OSError) and error.strerror else rows.first_line(error)
-    return RecordError(
-        f"{path}: cannot be written ({reason}); {left}; make room or give permission, then go on from there"
-    )
-
-
-def _part(path: Path) -> Path:
-    return path.with_name(path.name + ".part")
-
-
-def _write_synced(path: Path, image: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(image)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _rename(part: Path, path: Path) -> None:
-    part.replace(path)
-    with suppress(OSError):  # some network file systems cannot sync a folder; the rename itself has happened
-        _sync(path.parent)
+        raise files.failure(folder, error, "no run was started") from error
 
 
 def _now() -> str:

@@ -2,13 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 
 from fedsp_mpi.config import ComputeConfig
+from fedsp_mpi.tensors import ClientError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class OutOfMemoryError(ClientError):
+    """A client's work did not fit into memory."""
+
+
+@contextmanager
+def named_out_of_memory() -> Iterator[None]:
+    """Turn what torch and Python raise when memory ends into OutOfMemoryError; give back what the allocator holds."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        # torch has no class of its own for the CPU's allocator
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "can't allocate memory" not in str(error):
+            raise
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        raise OutOfMemoryError(f"out of memory: {(str(error).strip() or 'MemoryError').splitlines()[0]}") from None
 
 
 @dataclass(frozen=True)

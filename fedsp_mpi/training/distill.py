@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -19,6 +20,10 @@ from fedsp_mpi.models.losses import hidden_loss, logits_loss
 from fedsp_mpi.tensors import Batch
 from fedsp_mpi.training.engine import DeepSpeedEngine, TorchEngine
 from fedsp_mpi.training.loop import Batches, Trace, num_text_tokens, train
+
+
+class StoppedError(Exception):
+    """The distillation was told to stop before its end."""
 
 
 @dataclass(frozen=True)
@@ -41,13 +46,19 @@ class Distilled:
 
 
 def distil(
-    student: LanguageModel, teacher: LanguageModel, batches: Batches, settings: DistillationConfig, seed: int, log: Log
+    student: LanguageModel,
+    teacher: LanguageModel,
+    batches: Batches,
+    settings: DistillationConfig,
+    seed: int,
+    log: Log,
+    stop: Callable[[], bool] = lambda: False,
 ) -> Distilled:
     """Train the weights of `student` in place, without prompts, on the texts of the batches (but for their last token).
 
     The loss is hidden_weight * MSE of the last hidden states + logits_weight * T^2 KL of the logits, both averaged over
     the tokens that are not padding. The teacher is frozen and gives no gradient. A head of its own that no loss reaches
-    is left as it is; `seed` is that of dropout.
+    is left as it is; `seed` is that of dropout. Raises StoppedError after the first step in which `stop` says so.
     """
     stage = settings.stage
     rng.seed_torch(seed, "distillation")
@@ -63,10 +74,12 @@ def distil(
         engine = DeepSpeedEngine(student.model, stage.optimizer, stage.steps, num_micro, settings.zero_stage)
         name, version, zero = "deepspeed", engine.version, settings.zero_stage
     progress = log.progress("distilling", stage.steps)
-    ends, age = [time.perf_counter()], _process_age() - time.perf_counter()
+    step_ends, age = [time.perf_counter()], _process_age() - time.perf_counter()
 
     def on_step(loss: Tensor) -> None:
-        ends.append(time.perf_counter())
+        step_ends.append(time.perf_counter())
+        if stop():
+            raise StoppedError(f"told to stop after {len(step_ends) - 1} of {stage.steps} steps of the distillation")
         progress.step(note=lambda: f"loss {loss.item():.4f}")
 
     trace = train(
@@ -82,8 +95,8 @@ def distil(
     if isinstance(engine, DeepSpeedEngine):
         engine.close()
     student.train_weights(False)
-    step_seconds = tuple(end - begin for begin, end in pairwise(ends))
-    return Distilled(trace, name, version, zero, step_seconds, age + ends[1])
+    step_seconds = tuple(end - begin for begin, end in pairwise(step_ends))
+    return Distilled(trace, name, version, zero, step_seconds, age + step_ends[1])
 
 
 def _process_age() -> float:

@@ -7,10 +7,12 @@ import socket
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from fedsp_mpi.config import OptimizerConfig
+from fedsp_mpi.tensors import State, part_of_state
 
 
 def learning_rate(settings: OptimizerConfig, step: int, total_steps: int) -> float:
@@ -77,14 +79,22 @@ class TorchEngine:
                 if name != "step":
                     moments[name] = value.to(device)
 
-    def state(self) -> dict[str, Any]:
-        """Everything that a later step depends on, beside the parameters."""
-        return {"optimizer": self._optimizer.state_dict(), "steps_done": self.steps_done}
+    def state(self) -> State:
+        """Everything that a later step depends on, beside the parameters: views, where they lie on the CPU."""
+        found = {"steps_done": np.array(self.steps_done)}
+        for index, parameter in enumerate(self._parameters):
+            for name, value in self._optimizer.state.get(parameter, {}).items():
+                found[f"{index}/{name}"] = value.cpu().numpy()
+        return found
 
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Go on from `state()`."""
-        self._optimizer.load_state_dict(state["optimizer"])
-        self.steps_done = state["steps_done"]
+    def load_state(self, state: State) -> None:
+        """Go on from `state()`, whose arrays are the engine's from now on, where the parameters are on the CPU."""
+        self.steps_done = int(state["steps_done"])
+        for index, parameter in enumerate(self._parameters):
+            moments = part_of_state(state, str(index))
+            if moments:
+                tensors = {name: torch.from_numpy(value).to(parameter.device) for name, value in moments.items()}
+                self._optimizer.state[parameter] = tensors
 
 
 class DeepSpeedEngine:

@@ -11,12 +11,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fedsp_mpi.tensors import Batch
+from fedsp_mpi.tensors import Batch, ClientError
 
 BLOCK = 32
 
 
-class NonFiniteError(ArithmeticError):
+class NonFiniteError(ClientError, ArithmeticError):
     """A loss is infinite or not a number."""
 
 
@@ -69,8 +69,11 @@ def train(
     count: Callable[[Batch], int],
     device: torch.device,
     on_step: Callable[[Tensor], None] | None = None,
+    until: float | None = None,
 ) -> Trace:
     """Take `num_steps` optimizer steps over the batches from `first_step` on.
+
+    With `until`, a time of `time.perf_counter()`, no step begins after it but the first.
 
     A step's loss is the sum of `loss` over its micro-batches divided by the sum of `count`, so it does not depend on
     how the batch is cut. Losses are fetched from the device once, at the end.
@@ -86,9 +89,11 @@ def train(
         losses.append(sum(shares[1:], shares[0]))
         if on_step is not None:
             on_step(losses[-1])
+        if until is not None and _is_past(until, losses[-1]):
+            break
     found = torch.stack(losses).tolist() if losses else []
     _require_finite(found)
-    return Trace(tuple(found), num_steps * batches.batch_size, time.perf_counter() - start)
+    return Trace(tuple(found), len(found) * batches.batch_size, time.perf_counter() - start)
 
 
 def num_answer_tokens(batch: Batch) -> int:
@@ -106,6 +111,11 @@ def _in_blocks(batches: Batches, first_step: int, num_steps: int) -> Iterator[li
     end = first_step + num_steps
     for start in range(first_step, end, BLOCK):
         yield from [batches.step(index) for index in range(start, min(start + BLOCK, end))]
+
+
+def _is_past(until: float, loss: Tensor) -> bool:
+    loss.item()  # a device works behind the clock
+    return time.perf_counter() >= until
 
 
 def _share(engine: Engine, loss: Tensor) -> Tensor:

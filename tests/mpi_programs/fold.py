@@ -86,7 +86,7 @@ def seen(round: int, updates: Updates, merged: np.ndarray, peak: int, sizes: dic
 
 def main(args: argparse.Namespace) -> None:
     wire = connect(chunk_bytes=args.chunk)
-    hosts = wire.introduce({"rank": wire.topology.rank, "name": "Jürgen"})
+    hosts = wire.collect({"rank": wire.topology.rank, "name": "Jürgen"})
     wire.agree(None)
     agreed = contract(args.values)
     first = NamedTensors(agreed.down, np.zeros(agreed.down.num_values, dtype=np.float32))

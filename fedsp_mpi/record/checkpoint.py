@@ -1,0 +1,305 @@
+"""Checkpoints: all that a run needs to go on with the same bits, on any number of ranks.
+
+    checkpoints/0007.json                        the commit mark of round 7, written last: its files' sizes and digests
+    checkpoints/server-0007.safetensors          the server's state after round 7
+    checkpoints/client-00003-0006.safetensors    client 3 after its work in round 6
+
+A client's file is written once, by the rank that plays the client, and belongs to every checkpoint from its round until
+the client works again. A checkpoint is there when its mark is: a kill before leaves the one before.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import xxhash
+
+from fedsp_mpi.record import files
+from fedsp_mpi.tensors import State
+
+LAYOUT = 1
+FOLDER = "checkpoints"
+
+
+class Piece(NamedTuple):
+    """A file of a checkpoint: the round after which it was written, its size in bytes, and its 64-bit digest."""
+
+    round: int
+    size: int
+    digest: str
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A committed state of the whole run.
+
+    Attributes:
+        round: the last round that it knows of.
+        server: the server's file.
+        clients: client id -> its file, for those that have a state.
+    """
+
+    round: int
+    server: Piece
+    clients: Mapping[int, Piece]
+
+
+class Checkpoints:
+    """The checkpoints of one run folder. Every rank has one; `commit` is the server's."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder / FOLDER
+
+    def write_client(self, client: int, round: int, state: State, spare: Path | None = None) -> Piece:
+        """Write a client's state after `round`; it is on disk for good after `sync`.
+
+        `spare` is a file of `obsolete`, whose room is used again. Raises RecordError.
+        """
+        return self._write(client_file(client, round), round, state, sync=False, spare=spare)
+
+    def read_client(self, client: int, piece: Piece) -> State:
+        """What `write_client` wrote. Raises ValueError if the file is not what was written."""
+        return _unpack(self._image(client_file(client, piece.round), piece))
+
+    def read_server(self, checkpoint: Checkpoint) -> State:
+        """The server's state. Raises ValueError if the file is not what was written."""
+        return _unpack(self._image(server_file(checkpoint.round), checkpoint.server))
+
+    def obsolete(self, written: Mapping[int, Collection[int]]) -> list[tuple[int, int]]:
+        """Those of some clients' files, as (client, round), that no checkpoint needs and that are not the newest."""
+        kept = {(id, piece.round) for mark in self._marks() for id, piece in self._clients_of(mark).items()}
+        old = [(client, round) for client, rounds in written.items() for round in rounds if round < max(rounds)]
+        return [pair for pair in old if pair not in kept]
+
+    def sync(self, names: Collection[str]) -> None:
+        """Wait until files are on disk. Raises RecordError."""
+        for name in names:
+            with files.writing(self.folder / name, _KEPT):
+                files.sync(self.folder / name)
+
+    def commit(
+        self, round: int, server: State, clients: Mapping[int, Piece], keep: int, best: int | None = None
+    ) -> Checkpoint:
+        """Write the server's state, then the mark; then remove the marks and the server's files that are not kept.
+
+        The clients' files are removed, or written over, by those who play them; all that is left of them goes when
+        `clients` is empty, after the last round.
+
+        Args:
+            round: the last round that is committed in the record.
+            clients: the files of the clients, which are on disk.
+            keep: so many checkpoints are kept, the newest ones;
+            best: and this one.
+
+        Raises RecordError; the checkpoint before is still there then.
+        """
+        piece = self._write(server_file(round), round, server, sync=True)
+        mark = {"layout": LAYOUT, "round": round, "server": piece, "clients": {str(id): p for id, p in clients.items()}}
+        files.write(self.folder / _mark_file(round), [json.dumps(mark).encode()], _KEPT)
+        done = Checkpoint(round, piece, dict(clients))
+        self._sweep(done, keep, best)
+        return done
+
+    def newest(self) -> tuple[Checkpoint | None, list[str]]:
+        """The newest checkpoint that is whole, or None; and what is wrong with those that are newer."""
+        wrong = []
+        for round in sorted(self._marks(), reverse=True):
+            try:
+                checkpoint = self._read_mark(round)
+                self._verify(checkpoint)
+            except ValueError as error:
+                wrong.append(str(error))
+                continue
+            return checkpoint, wrong
+        return None, wrong
+
+    def remove_after(self, round: int) -> None:
+        """Take away the marks of later rounds, which the run is about to go through again. Raises RecordError."""
+        for later in [number for number in self._marks() if number > round]:
+            with files.writing(self.folder, _KEPT):
+                (self.folder / _mark_file(later)).unlink()
+
+    def _write(self, name: str, round: int, state: State, sync: bool, spare: Path | None = None) -> Piece:
+        image, digest = _pack(state), xxhash.xxh3_64()
+        for part in image:
+            digest.update(part)
+        files.write(self.folder / name, image, _KEPT, sync, spare)
+        return Piece(round, sum(len(part) for part in image), digest.hexdigest())
+
+    def _image(self, name: str, piece: Piece) -> bytearray:
+        path = self.folder / name
+        try:
+            image = bytearray(path.stat().st_size)
+            with path.open("rb", buffering=0) as file:
+                file.readinto(image)
+        except OSError as error:
+            raise ValueError(
+                f"{path}: found no readable file ({error.strerror}), expected {piece.size} bytes"
+            ) from None
+        if len(image) != piece.size:
+            raise ValueError(f"{path}: found {len(image)} bytes, expected {piece.size}")
+        if (digest := xxhash.xxh3_64_hexdigest(image)) != piece.digest:
+            raise ValueError(f"{path}: found digest {digest}, expected {piece.digest}: the file was damaged")
+        return image
+
+    def _verify(self, checkpoint: Checkpoint) -> None:
+        for client, piece in checkpoint.clients.items():
+            self._image(client_file(client, piece.round), piece)
+        self._image(server_file(checkpoint.round), checkpoint.server)
+
+    def _marks(self) -> list[int]:
+        return [int(path.stem) for path in self.folder.glob("*.json") if path.stem.isdecimal()]
+
+    def _read_mark(self, round: int) -> Checkpoint:
+        path = self.folder / _mark_file(round)
+        try:
+            mark: dict[str, Any] = json.loads(path.read_bytes())
+            if mark["layout"] != LAYOUT:
+                raise ValueError(f"layout {mark['layout']}, expected {LAYOUT}")
+            clients = {int(id): Piece(*piece) for id, piece in mark["clients"].items()}
+            return Checkpoint(int(mark["round"]), Piece(*mark["server"]), clients)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}: found no checkpoint ({error}), expected one of layout {LAYOUT}") from None
+
+    def _sweep(self, newest: Checkpoint, keep: int, best: int | None) -> None:
+        marks = sorted(self._marks(), reverse=True)
+        kept = {*marks[:keep], newest.round, best} & set(marks)
+        needed = {server_file(round) for round in kept}
+        needed |= {client_file(id, piece.round) for round in kept for id, piece in self._clients_of(round).items()}
+        with files.writing(self.folder, _KEPT):
+            for round in set(marks) - kept:
+                (self.folder / _mark_file(round)).unlink()
+            for path in self.folder.glob("server-*" if newest.clients else "*-*"):
+                if path.name not in needed:
+                    path.unlink()
+
+    def _clients_of(self, round: int) -> Mapping[int, Piece]:
+        try:
+            return self._read_mark(round).clients
+        except ValueError:
+            return {}
+
+
+def _pack(state: State) -> list[files.Buffer]:
+    """A safetensors file in parts: its header, and the arrays as they lie in memory."""
+    header, parts, end = {}, [], 0
+    for name, value in state.items():
+        flat = np.ascontiguousarray(value).reshape(-1).view(np.uint8)
+        header[name] = {"dtype": _TYPES[value.dtype.str], "shape": value.shape, "data_offsets": [end, end + flat.size]}
+        parts.append(flat.data)
+        end += flat.size
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return [len(text).to_bytes(8, "little") + text, *parts]
+
+
+def _unpack(image: bytearray) -> State:
+    """The arrays of `_pack`, as writable views of the image."""
+    start = 8 + int.from_bytes(image[:8], "little")
+    names = {short: long for long, short in _TYPES.items()}
+    found = {}
+    for name, entry in json.loads(image[8:start]).items():
+        begin, end = entry["data_offsets"]
+        raw = memoryview(image)[start + begin : start + end]
+        found[name] = np.frombuffer(raw, names[entry["dtype"]]).reshape(entry["shape"])
+    return found
+
+
+def server_file(round: int) -> str:
+    """Name of the server's file."""
+    return f"server-{round:04d}.safetensors"
+
+
+def client_file(client: int, round: int) -> str:
+    """Name of a client's file."""
+    return f"client-{client:05d}-{round:04d}.safetensors"
+
+
+def _mark_file(round: int) -> str:
+    return f"{round:04d}.json"
+
+
+_TYPES = {"<f4": "F32", "<f8": "F64", "<i8": "I64"}
+_KEPT = "the last checkpoint is still there"
+
+
+class Keeper(Protocol):
+    """What the shelf asks of an algorithm's clients."""
+
+    def client_state(self, client: int) -> State | None: ...
+
+    def load_client_state(self, client: int, state: State) -> None: ...
+
+    def forget(self, client: int) -> None: ...
+
+
+class Shelf:
+    """The states of one rank's clients between rounds: those that worked last in memory, the others in files.
+
+    Args:
+        keeper: holds the states that are in memory.
+        store: where the others go.
+        resident: so many stay in memory.
+        pieces: the states that are there already, when a run goes on.
+    """
+
+    def __init__(self, keeper: Keeper, store: Checkpoints, resident: int, pieces: Mapping[int, Piece]) -> None:
+        self._keeper, self._store, self._resident = keeper, store, resident
+        self._rounds: dict[int, int] = {}  # in memory: client -> round of its last work, the longest idle first
+        self._pieces = dict(pieces)  # in files that are up to date
+        self._written = {client: {piece.round} for client, piece in pieces.items()}  # client -> rounds of its files
+        self._spare: list[Path] = []
+        self._unsynced: set[str] = set()
+
+    def begin(self) -> None:
+        """A round begins: the checkpoints of the last one are written, and what they do not need is free."""
+        for client, round in self._store.obsolete(self._written):
+            name = client_file(client, round)
+            self._written[client].remove(round)
+            self._unsynced.discard(name)
+            self._spare.append(self._store.folder / name)
+
+    def fetch(self, client: int) -> None:
+        """Have a client's state in memory, if it has one, before its work."""
+        piece = self._pieces.get(client)
+        if client not in self._rounds and piece is not None:
+            self._keeper.load_client_state(client, self._store.read_client(client, piece))
+
+    def put(self, client: int, round: int) -> None:
+        """Take note of a client's work; make room for the next. Raises RecordError."""
+        self._pieces.pop(client, None)
+        self._rounds.pop(client, None)
+        if self._keeper.client_state(client) is not None:
+            self._rounds[client] = round
+        while len(self._rounds) > self._resident:
+            idle = next(iter(self._rounds))
+            self._write(idle)
+            self._keeper.forget(idle)
+            del self._rounds[idle]
+
+    def save(self) -> dict[int, Piece]:
+        """Bring every state to disk: client id -> its file. Raises RecordError."""
+        for client in self._rounds:
+            self._write(client)
+        self._store.sync(self._unsynced)
+        self._unsynced.clear()
+        with files.writing(self._store.folder, _KEPT):
+            while self._spare:
+                self._spare.pop().unlink()
+        return dict(self._pieces)
+
+    def _write(self, client: int) -> None:
+        if client in self._pieces:
+            return
+        state = self._keeper.client_state(client)
+        assert state is not None
+        round = self._rounds[client]
+        spare = self._spare.pop() if self._spare else None
+        self._pieces[client] = self._store.write_client(client, round, state, spare)
+        self._written.setdefault(client, set()).add(round)
+        self._unsynced.add(client_file(client, round))

@@ -1,0 +1,389 @@
+"""What the server does before the first round and after the last: checks, record, preparation, scores."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shutil
+import subprocess
+import time
+from contextlib import suppress
+from dataclasses import asdict, replace
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedsp_mpi import comm
+from fedsp_mpi.comm import guard
+from fedsp_mpi.config import Config, differences, to_yaml
+from fedsp_mpi.log import Log, duration
+
+if TYPE_CHECKING:
+    from fedsp_mpi.build import Materials, ServerParts
+    from fedsp_mpi.comm.solo import Solo
+    from fedsp_mpi.comm.wire import Wire
+    from fedsp_mpi.federate import ServerSide
+    from fedsp_mpi.models.backbone import LanguageModel
+    from fedsp_mpi.record import Checkpoint, RunRecord
+    from fedsp_mpi.record.lock import RunLock
+    from fedsp_mpi.training.device import Compute
+
+STOPPED = 75  # exit status: told to stop; run.resume goes on
+VERSIONS = ("torch", "transformers", "peft", "datasets", "deepspeed", "mpi4py", "h5py", "numpy", "tokenizers")
+
+
+class ServerRun:
+    """What the server does before the first round and after the last."""
+
+    def __init__(self, config: Config, name: str, log: Log, hosts: list[dict[str, Any]] | None, begun: float) -> None:
+        self.config, self.log, self.hosts, self._begun = config, log, hosts or [], begun
+        self.folder = _folder(config, name)
+        self.resumed: Checkpoint | None = None
+        self.materials: Materials
+        self.record: RunRecord
+        self._lock: RunLock
+        self._goes_on = False
+        self._parts: ServerParts
+        self._model: LanguageModel
+        self._compute: Compute
+        self._assignment: list[tuple[int, ...]]
+
+    def refusal(self, wire: Wire | Solo) -> comm.Refused | None:
+        """Find every mistake that can be found without training, and open the record. The first one, or None.
+
+        The weights are read last, when everything else is known to be right.
+        """
+        try:
+            self._check_ranks(wire)
+            from fedsp_mpi import build
+            from fedsp_mpi.training.device import Compute
+
+            self.materials = build.Materials(self.config)
+            self._take_folder()
+            self.materials.check()
+            self._compute = Compute.of(self.config.server.compute, wire.topology.local_rank)
+            self._assignment = self._place(wire, build.expected_work(self.materials))
+            self._summary(wire)
+            self._compute.begin()
+            self._model = build.global_model(self.materials, self._compute)
+            self._open_record()
+        except (ValueError, OSError) as error:
+            self._give_back_folder()
+            return comm.Refused(one_line(error))
+        except comm.Refused as nothing_to_do:
+            return nothing_to_do
+        guard.report_into(self.folder)
+        return None
+
+    def give_up(self, error: Exception) -> None:
+        """Write into the record that the run ended before its end."""
+        if hasattr(self, "record"):
+            stopped = isinstance(error, comm.Refused) and error.exit_status == STOPPED
+            with suppress(ValueError, OSError):  # the error is what matters
+                self.record.finish("stopped" if stopped else "failed", one_line(error))
+
+    def prepare(self) -> tuple[comm.Handout | None, comm.Refused | None]:
+        """Distil the auxiliary model, describe all models in the record, and give what goes to the clients.
+
+        A verdict instead, if the run was told to stop meanwhile.
+        """
+        from fedsp_mpi import build
+        from fedsp_mpi.training.distill import StoppedError
+
+        meta = {
+            "assignment": [list(ids) for ids in self._assignment],
+            "processes": [(host["host"], host["pid"]) for host in self.hosts],
+        }
+        try:
+            self._parts, handout = build.server_parts(
+                self.materials,
+                self._model,
+                self._compute,
+                self.folder,
+                meta,
+                self.log,
+                lambda: guard.told_to_stop,
+                self.resumed,
+            )
+        except StoppedError as stopped:
+            return None, comm.Refused(f"{stopped}; nothing of it is kept", STOPPED)
+        self.record.describe(models=self._parts.sizes, distillation=self._parts.distillation)
+        self.log.say(
+            "parameters: global model {global:,}, auxiliary model {auxiliary:,}, prompts {prompt:,} "
+            "({prompt_on_the_wire:,} travel)".format(**self._parts.sizes)
+        )
+        return handout, None
+
+    def stopped(self) -> comm.Refused:
+        """What all ranks hear when the run was told to stop."""
+        rounds = self.record.run.committed_rounds
+        return comm.Refused(f"told to stop after round {rounds}; `run --resume` goes on from there", STOPPED)
+
+    def heard(self, ready: list[dict[str, Any]]) -> comm.Refused | None:
+        """Take note that the client ranks are ready. The first mistake that one of them found, or None."""
+        seconds = max(answer["seconds"] for answer in ready)
+        self.record.describe(timing={"seconds_client_setup": seconds})
+        self.log.say(f"clients are ready after {duration(seconds)}")
+        return next((comm.Refused(answer["error"]) for answer in ready if answer["error"]), None)
+
+    def side(self, given: comm.Handout) -> ServerSide:
+        """The server's side of the rounds, where an earlier stretch of the run has left it."""
+        from fedsp_mpi.federate import ServerSide
+        from fedsp_mpi.record import Checkpoints
+        from fedsp_mpi.record.rows import wire_rows
+
+        ranks = {client: rank for rank, ids in enumerate(given.meta["assignment"]) for client in ids}
+        settings = self.config.evaluation
+        checkpoints = Checkpoints(self.folder)
+        here = ServerSide(
+            self._parts.server,
+            self._parts.control,
+            self._compute,
+            self.materials.validation,
+            settings.batch_tokens,
+            self.record,
+            self.config.record.prompts,
+            ranks,
+            self.log,
+            checkpoints,
+            wire_rows(self.record.run.wire),
+        )
+        if self.resumed:
+            here.load_state(checkpoints.read_server(self.resumed))
+        return here
+
+    def finish(self, here: ServerSide, wire: Wire | Solo) -> bool:
+        """Write the adapter, score, close the record. False if the run was told to stop before the last score."""
+        from fedsp_mpi.federate import manifest
+        from fedsp_mpi.models.prompts import write_adapter
+
+        self._compute.begin()
+        write_adapter(self.folder / "prompt", here.best.prompts, self.materials.prompt_spec, self.materials.model_name)
+        if not self._score_all(here):
+            return False
+        self.record.write_wire(manifest(wire, here.carried))
+        self.record.describe(timing={"seconds": time.perf_counter() - self._begun})
+        self.record.finish()
+        return True
+
+    def _score_all(self, here: ServerSide) -> bool:
+        """Score what has no result yet, each on disk when it is known. False if told to stop."""
+        from fedsp_mpi import build
+
+        wanted: list[tuple[str, Any]] = [("zero-shot", None)] if self.config.evaluation.zero_shot else []
+        wanted += [("server-only", here.control_best)] if here.control_best else []
+        wanted += [("fedsp", here.best)]
+        build.scoring_model(self.materials, here.server.model)
+        there = self.record.run.methods()
+        for method, best in [pair for pair in wanted if pair[0] not in there]:
+            try:
+                self.record.write_results([self._score(here, method, best)])
+            except _ToldToStop:
+                return False
+        return True
+
+    def _score(self, here: ServerSide, method: str, best: Any) -> Any:
+        from fedsp_mpi.evaluation.scoring import answer_loss_mean, score
+        from fedsp_mpi.record.rows import ResultRow
+
+        settings, asked = self.config.evaluation, self.materials.test
+        model, prompt = here.server.model, here.server.prompt if best else None
+        if prompt is not None:
+            prompt.load(best.prompts.torch())
+        loss = answer_loss_mean(model, prompt, here.validation, settings.batch_tokens)
+        progress = self.log.progress(f"scoring {method}", sum(len(question.options) for question in asked))
+
+        def step(count: int) -> None:
+            progress.step(count)
+            if guard.told_to_stop:
+                raise _ToldToStop
+
+        found = score(model, prompt, asked, self.materials.task.metric, settings.batch_tokens, step)
+        self.log.say(f"scored {method}: {found.n} questions in {duration(found.seconds)}")
+        return ResultRow(method=method, split="test", round=best.round if best else 0, loss=loss, **asdict(found))
+
+    def _check_ranks(self, wire: Wire | Solo) -> None:
+        wanted = self.config.topology.ranks
+        found = wire.topology.size
+        if wanted is not None and found != wanted:
+            raise ValueError(f"topology.ranks: found {found} ranks, expected {wanted}; start that many processes")
+        self._place(wire, [1.0] * self.config.federation.clients)
+
+    @staticmethod
+    def _place(wire: Wire | Solo, work: list[float]) -> list[tuple[int, ...]]:
+        """Clients of every rank; the server has none, unless it is alone."""
+        if wire.topology.size == 1:
+            return [tuple(range(len(work)))]
+        return [(), *comm.spread(work, wire.topology.size - 1)]
+
+    def _take_folder(self) -> None:
+        """Be the only job that writes to the run's folder, and find out whether there is a run to go on with."""
+        from fedsp_mpi.record.lock import RunLock
+        from fedsp_mpi.record.run_record import require_free
+
+        self._lock = RunLock.take(self.folder)
+        settings = self.config.run
+        self._goes_on = settings.resume != "never" and (self.folder / "run.h5").exists()
+        if settings.resume == "must" and not self._goes_on:
+            raise ValueError(
+                f"run.resume: found no run in {self.folder}, expected one to go on from; name it with --name, or take "
+                "--resume auto to begin it where there is none"
+            )
+        if self._goes_on:
+            self._require_unfinished()
+        elif settings.if_exists == "refuse":
+            require_free(self.folder)
+
+    def _require_unfinished(self) -> None:
+        from fedsp_mpi.record import read
+
+        run = read(self.folder)
+        if run.status == "complete":
+            raise comm.Refused(f"{self.folder}: this run is complete, there is nothing to go on with", 0)
+        if changed := differences(run.config, asdict(self.config)):
+            raise ValueError(
+                f"{self.folder}: found another configuration than the run was begun with ({'; '.join(changed)}), "
+                "expected the same; take that back, or choose another run.name"
+            )
+
+    def _open_record(self) -> None:
+        """Begin a record, or go on with the one that is there."""
+        if self._goes_on:
+            self._go_on()
+        else:
+            self._begin()
+
+    def _go_on(self) -> None:
+        from fedsp_mpi.record import Checkpoints, RunRecord
+
+        checkpoints = Checkpoints(self.folder)
+        self.resumed, damaged = checkpoints.newest()
+        for each in damaged:
+            self.log.say(f"checkpoint is not usable: {each}")
+        done = self.resumed.round if self.resumed else 0
+        self.record = RunRecord.open(self.folder)
+        if done > (rounds := self.record.run.committed_rounds):
+            raise ValueError(
+                f"{self.folder}: found a checkpoint of round {done} and a record of {rounds} rounds, expected them of "
+                "one run; choose another run.name"
+            )
+        self.record.cut(done)
+        checkpoints.remove_after(done)
+        number = len(self.record.run.sections.get("resumes", {})) + 1
+        self.record.describe(resumes={str(number): {"round": done, "environment": _environment(self.hosts)}})
+        self.log.say(
+            f"goes on after round {done} of {self.folder}" + ("" if self.resumed else ": it has no checkpoint")
+        )
+
+    def _begin(self) -> None:
+        from fedsp_mpi.record import RunRecord
+
+        again: dict[str, Any] = {"name": self.folder.name, "if_exists": "refuse", "resume": "never"}
+        self.record = RunRecord.create(
+            self.folder,
+            config=asdict(self.config),
+            config_text=to_yaml(replace(self.config, run=replace(self.config.run, **again))),
+            environment=_environment(self.hosts),
+            # What a run that goes on finds without a record was killed before it began.
+            if_exists="replace" if self.config.run.resume == "auto" else self.config.run.if_exists,
+        )
+        for part in ("auxiliary", "prompt", "checkpoints"):
+            shutil.rmtree(self.folder / part, ignore_errors=True)
+        splits, shards = self.materials.splits, self.materials.shards
+        self.record.describe(
+            data={
+                "task": self.config.data.task,
+                "train": len(splits.train),
+                "validation": len(splits.validation),
+                "test": len(splits.test),
+                "server_shard": len(shards[0]),
+                "client_shards": [len(shard) for shard in shards[1:]],
+                "notes": list(splits.notes),
+            },
+            topology={"assignment": [list(ids) for ids in self._assignment]},
+        )
+
+    def _give_back_folder(self) -> None:
+        """After a refusal: leave nothing behind where there was nothing, so that the next try is not refused for it."""
+        if hasattr(self, "_lock"):
+            self._lock.release(delete=not (self.folder / "run.h5").exists())
+            with suppress(OSError):
+                self.folder.rmdir()
+
+    def _summary(self, wire: Wire | Solo) -> None:
+        say, config = self.log.say, self.config
+        by_host: dict[str, list[str]] = {}
+        for host in self.hosts:
+            by_host.setdefault(host["host"], []).append(host["device"])
+        where = ", ".join(f"{host} ({len(devices)} x {devices[-1]})" for host, devices in by_host.items())
+        size = wire.topology.size
+        kind = "one process plays all" if size == 1 else f"1 server, {size - 1} client ranks"
+        say(f"ranks     {size} ({kind}) on {where}")
+        most = max(len(ids) for ids in self._assignment)
+        threads = f"threads: server {config.server.compute.threads}, client {config.client.compute.threads}"
+        say(f"clients   {config.federation.clients}, at most {most} on a rank; {threads}")
+        model, splits, shards = self.materials.model_config, self.materials.splits, self.materials.shards
+        say(f"model     {config.model.name}: {model.model_type}, {model.num_hidden_layers} layers")
+        train = f"{len(splits.train)} train in {len(shards)} shards of about {len(shards[0])}"
+        say(f"data      {config.data.task}: {train}, {len(splits.validation)} validation, {len(splits.test)} test")
+        for note in splits.notes:
+            say(f"          {note}")
+        say(f"folder    {self.folder}")
+
+
+class _ToldToStop(Exception):
+    """In the middle of a score."""
+
+
+def one_line(error: Exception) -> str:
+    """What an error says, in one line."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _folder(config: Config, name: str) -> Path:
+    folder = Path(config.run.folder).expanduser()
+    if config.run.name != "auto":
+        return folder / config.run.name
+    if config.run.resume != "never" and (newest := _unfinished(folder, name)):
+        return newest
+    stamped = folder / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
+    return stamped if not stamped.exists() else stamped.with_name(f"{stamped.name}-{os.getpid()}")
+
+
+def _unfinished(folder: Path, name: str) -> Path | None:
+    """The newest run of a configuration that did not come to its end."""
+    from fedsp_mpi.record import read
+
+    for found in sorted(folder.glob(f"{name}-[0-9]*"), reverse=True):
+        with suppress(ValueError):
+            if read(found).status != "complete":
+                return found
+    return None
+
+
+def _environment(hosts: list[dict[str, Any]]) -> dict[str, Any]:
+    versions = {"fedsp_mpi": importlib.metadata.version("fedsp_mpi"), "python": platform.python_version()}
+    return {
+        "versions": versions | {name: importlib.metadata.version(name) for name in VERSIONS},
+        "commit": _commit(),
+        "hosts": hosts,
+        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {platform.system()}",
+        "job": {key: value for key, value in os.environ.items() if key in ("SLURM_JOB_ID", "SLURM_JOB_NAME")},
+    }
+
+
+def _commit() -> str:
+    """The commit that the package runs from, with + if it was changed since; empty outside a checkout of its own."""
+    root = Path(__file__).resolve().parent.parent
+
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, timeout=10)
+        return done.stdout.strip()
+
+    try:
+        if git("rev-parse", "--show-toplevel") != str(root):
+            return ""
+        return git("describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*")
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
