@@ -74,7 +74,7 @@ def _require_comparable(config: Config, repeats: int) -> None:
         if found != expected:
             shown = [str(value).lower() for value in (found, expected)]
             raise ValueError(
-                f"{key}: found {shown[0]}, expected {shown[1]}: the bare loop does nothing else; set it for the comparison"
+                f"{key}: found {shown[0]}, expected {shown[1]}, all that the bare loop does; set it for the comparison"
             )
 
 

@@ -15,8 +15,9 @@ import numpy as np
 
 from fedsp_mpi import comm, run
 from fedsp_mpi.comm import Handout, survey
-from fedsp_mpi.config import ComputeConfig, Config, differences
+from fedsp_mpi.config import ComputeConfig, Config
 from fedsp_mpi.log import Log
+from fedsp_mpi.plain import differences
 from fedsp_mpi.record import probe
 from fedsp_mpi.server_run import VERSIONS, one_line
 from fedsp_mpi.tensors import NamedTensors, Schema
@@ -241,7 +242,7 @@ def _check_configuration(table: Table, ranks: list[dict[str, Any]]) -> bool:
         if "mistake" in rank:
             table.fail("configuration", rank["mistake"])
             return False
-        if changed := differences(ranks[0]["config"], rank["config"], free=()):
+        if changed := differences(ranks[0]["config"], rank["config"]):
             table.fail(
                 "configuration",
                 f"rank {number} on {rank['host']} found another one than the server ({'; '.join(changed)}), expected "

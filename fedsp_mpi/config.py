@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import yaml
 
-from fedsp_mpi.plain import ConfigError, merge, parse
+from fedsp_mpi.plain import ConfigError, differences, key_value, parse, put, read_yaml
 
 Dtype = Literal["float32", "bfloat16"]
 EMBEDDED = Path(__file__).parent / "resources" / "embedded.yaml"
@@ -345,32 +345,13 @@ def load(path: str | Path | None, overrides: list[str] | None = None, values: di
     """
     data = read_yaml(Path(path) if path is not None else EMBEDDED)
     for item in overrides or []:
-        key, value = _key_value(item)
-        _put(data, key, value, f"--set {item}")
+        key, value = key_value(item)
+        put(data, key, value, f"--set {item}")
     for key, text in (values or {}).items():
-        _put(data, key, text, key)
+        put(data, key, text, key)
     config = parse(Config, data, "")
     config.check()
     return config
-
-
-def read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """The mapping in a YAML file, laid over the one that it extends."""
-    if path.resolve() in seen:
-        raise ConfigError(f"{path}: found a circle of `extends`, expected a chain that ends")
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except OSError as error:
-        raise ConfigError(f"{path}: found no readable file ({error.strerror}), expected a YAML configuration") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"{path}: found text that is not YAML ({reason}), expected a YAML configuration") from None
-    if not isinstance(data, dict):
-        raise ConfigError(f"{path}: found a {type(data).__name__}, expected a mapping of sections")
-    base = data.pop("extends", None)
-    if base is None:
-        return data
-    return merge(read_yaml(path.parent / str(base), (*seen, path.resolve())), data)
 
 
 # What may differ when a run goes on: where and how it runs, not what comes of it.
@@ -380,51 +361,14 @@ _FREE = (
 )
 
 
-def differences(
-    before: dict[str, Any], now: dict[str, Any], where: str = "", free: tuple[str, ...] = _FREE
-) -> list[str]:
-    """The keys that keep a run from going on under another configuration: "key: was ..., is ...".
-
-    Args:
-        before, now: configurations as plain data.
-        where: beginning of the keys.
-        free: beginnings of keys that may differ.
-    """
-    found = []
-    for name in sorted(before.keys() | now.keys()):
-        key, one, other = f"{where}{name}", before.get(name), now.get(name)
-        if isinstance(one, dict) and isinstance(other, dict):
-            found += differences(one, other, f"{key}.", free)
-        elif one != other and not key.startswith(free):
-            found.append(f"{key}: was {one}, is {other}")
-    return found
+def changed_keys(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """The keys that keep a run from going on under another configuration: "key: was ..., is ..."."""
+    return differences(before, now, _FREE)
 
 
 def to_yaml(config: Config) -> str:
     """The resolved configuration as YAML that `load` reads back to the same."""
     return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
-
-
-def _key_value(item: str) -> tuple[str, Any]:
-    key, equals, text = item.partition("=")
-    if not equals or not key:
-        raise ConfigError(f"--set {item}: found no '=', expected key=value, for instance federation.rounds=10")
-    try:
-        return key, yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError):  # the latter for 2024-13-45, which looks like a date
-        return key, text
-
-
-def _put(data: dict[str, Any], key: str, value: Any, whose: str) -> None:
-    *sections, last = key.split(".")
-    for section in sections:
-        if data.get(section) is None:
-            data[section] = {}
-        below = data[section]
-        if not isinstance(below, dict):
-            raise ConfigError(f"{whose}: found a value at {section!r}, expected a section")
-        data = below
-    data[last] = value
 
 
 def _at_least(where: str, name: str, value: float, low: float) -> None:

@@ -8,7 +8,10 @@ import math
 import types
 import typing
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, Literal
+
+import yaml
 
 
 class ConfigError(ValueError):
@@ -83,3 +86,63 @@ def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
             value = merge(merged[key], value)
         merged[key] = value
     return merged
+
+
+def read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The mapping in a YAML file, laid over the one that it extends."""
+    if path.resolve() in seen:
+        raise ConfigError(f"{path}: found a circle of `extends`, expected a chain that ends")
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except OSError as error:
+        raise ConfigError(f"{path}: found no readable file ({error.strerror}), expected a YAML configuration") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{path}: found text that is not YAML ({reason}), expected a YAML configuration") from None
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: found a {type(data).__name__}, expected a mapping of sections")
+    base = data.pop("extends", None)
+    if base is None:
+        return data
+    return merge(read_yaml(path.parent / str(base), (*seen, path.resolve())), data)
+
+
+def key_value(item: str) -> tuple[str, Any]:
+    """A key and its value, which is YAML, from `key=value`."""
+    key, equals, text = item.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"--set {item}: found no '=', expected key=value, for instance federation.rounds=10")
+    try:
+        return key, yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError):  # the latter for 2024-13-45, which looks like a date
+        return key, text
+
+
+def put(data: dict[str, Any], key: str, value: Any, whose: str) -> None:
+    """Set a key such as a.b.c in nested mappings; `whose` names it in an error."""
+    *sections, last = key.split(".")
+    for section in sections:
+        if data.get(section) is None:
+            data[section] = {}
+        below = data[section]
+        if not isinstance(below, dict):
+            raise ConfigError(f"{whose}: found a value at {section!r}, expected a section")
+        data = below
+    data[last] = value
+
+
+def differences(before: dict[str, Any], now: dict[str, Any], free: tuple[str, ...] = (), where: str = "") -> list[str]:
+    """The keys in which two nested mappings differ: "key: was ..., is ...".
+
+    Args:
+        free: beginnings of keys that may differ.
+        where: beginning of the keys that are found.
+    """
+    found = []
+    for name in sorted(before.keys() | now.keys()):
+        key, one, other = f"{where}{name}", before.get(name), now.get(name)
+        if isinstance(one, dict) and isinstance(other, dict):
+            found += differences(one, other, free, f"{key}.")
+        elif one != other and not key.startswith(free):
+            found.append(f"{key}: was {one}, is {other}")
+    return found

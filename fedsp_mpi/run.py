@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from fedsp_mpi import comm
 from fedsp_mpi.comm import guard
-from fedsp_mpi.config import Config, differences
+from fedsp_mpi.config import Config
 from fedsp_mpi.log import Log
+from fedsp_mpi.plain import differences
 from fedsp_mpi.server_run import ServerRun, one_line
 
 if TYPE_CHECKING:
@@ -142,7 +143,7 @@ def _first_mistake(hosts: list[dict[str, Any]]) -> comm.Refused | None:
         return comm.Refused(error)
     configs = [host.pop("config") for host in hosts]
     for host, config in zip(hosts, configs):
-        if changed := differences(configs[0], config, free=()):
+        if changed := differences(configs[0], config):
             return comm.Refused(
                 f"configuration: found another one on host {host['host']} than on the server's ({'; '.join(changed)}), "
                 "expected the same on every rank; put the file where all hosts see it"

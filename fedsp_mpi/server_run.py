@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedsp_mpi import comm
 from fedsp_mpi.comm import guard
-from fedsp_mpi.config import Config, differences, to_yaml
+from fedsp_mpi.config import Config, changed_keys, to_yaml
 from fedsp_mpi.log import Log, duration
 
 if TYPE_CHECKING:
@@ -241,7 +241,7 @@ class ServerRun:
         run = read(self.folder)
         if run.status == "complete":
             raise comm.Refused(f"{self.folder}: this run is complete, there is nothing to go on with", 0)
-        if changed := differences(run.config, asdict(self.config)):
+        if changed := changed_keys(run.config, asdict(self.config)):
             raise ValueError(
                 f"{self.folder}: found another configuration than the run was begun with ({'; '.join(changed)}), "
                 "expected the same; take that back, or choose another run.name"

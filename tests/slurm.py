@@ -1,4 +1,4 @@
-"""A real Slurm, started as root in a folder of its own: two nodes that are this machine, and nothing outside the folder."""
+"""A real Slurm, started as root: two nodes that are both this machine, and all its files in a folder of its own."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from mpi import ROOT, kill_tree
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel", "squeue", "sinfo")
 FINAL = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE"}
 
-# cred_expire is also how long a requeued job has to wait. OverTimeLimit: time limits are minutes and are looked at every
-# 30 seconds, so without it a signal for the last second might come together with the end.
+# cred_expire is also how long a requeued job has to wait. OverTimeLimit: time limits are minutes and are looked at
+# every 30 seconds, so without it a signal for the last second might come together with the end.
 CONF = """\
 ClusterName=tests
 SlurmctldHost={host}(127.0.0.1)
@@ -98,7 +98,7 @@ class Slurm:
         return Job(self, done.split(";")[0].strip())
 
     def _start(self, stack: ExitStack, command: Sequence[str]) -> None:
-        log = stack.enter_context((self.folder / f"{'-'.join(command)}.out").open("w"))
+        log = stack.enter_context((self.folder / f"{command[0]}-{command[-1]}.out").open("w"))
         daemon = subprocess.Popen(
             command, env=self._environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
         )
@@ -111,7 +111,7 @@ class Slurm:
         files = {"key-file": key, "socket": self.folder / "munge.socket", "pid-file": self.folder / "munge.pid"}
         files |= {"log-file": self.folder / "munge.log", "seed-file": self.folder / "munge.seed"}
         options = [f"--{name}={path}" for name, path in files.items()]
-        self._start(stack, ["munged", "--foreground", "--force", *options])
+        self._start(stack, ["munged", *options, "--force", "--foreground"])
         until((self.folder / "munge.socket").exists, 20, self._logs)
 
     def _end_jobs(self) -> None:
@@ -148,8 +148,9 @@ class Job:
         return self.fields()
 
     def wait_for(self, words: str, timeout: float = 90) -> None:
-        """Wait until the job has written something."""
-        until(lambda: words in self.text(), timeout, self.text)
+        """Wait until the job has written something; it must not be over before."""
+        until(lambda: words in self.text() or self.fields()["JobState"] in FINAL, timeout, self.text)
+        assert words in self.text(), self.text()
 
     def tell_to_stop(self) -> None:
         """What Slurm does before the time limit: SIGUSR1 to the shell of the batch script, and to it alone."""

@@ -352,7 +352,7 @@ def test_a_model_must_be_named(tmp_path):
 
 
 def differing(before: Config, after: Config) -> list[str]:
-    return config.differences(dataclasses.asdict(before), dataclasses.asdict(after))
+    return config.changed_keys(dataclasses.asdict(before), dataclasses.asdict(after))
 
 
 def test_equal_configurations_do_not_differ(tmp_path):
@@ -376,11 +376,11 @@ def test_what_says_where_and_how_a_run_runs_may_differ_and_nothing_else(tmp_path
     start = load(tmp_path, {})
     for dotted, hint in leaves(Config):
         new = another(start, dotted, hint)
-        told = config.differences(nested(dotted, found(start, dotted)), nested(dotted, new))
+        told = config.changed_keys(nested(dotted, found(start, dotted)), nested(dotted, new))
         is_free = (dotted.split(".")[0] in FREE or dotted in FREE) and dotted != "run.seed"
         assert told == ([] if is_free else [f"{dotted}: was {found(start, dotted)}, is {new}"])
 
 
 def test_a_key_that_one_of_them_does_not_have_is_a_difference():
-    assert config.differences({"run": {"seed": 1}}, {"run": {"seed": 1, "luck": 2}}) == ["run.luck: was None, is 2"]
-    assert config.differences({"run": {"seed": 1}}, {"run": {}}) == ["run.seed: was 1, is None"]
+    assert config.changed_keys({"run": {"seed": 1}}, {"run": {"seed": 1, "luck": 2}}) == ["run.luck: was None, is 2"]
+    assert config.changed_keys({"run": {"seed": 1}}, {"run": {}}) == ["run.seed: was 1, is None"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import time
 from pathlib import Path
@@ -12,7 +11,10 @@ import datasets
 import pytest
 from mpi import PROGRAMS, both_ends, run_mpi
 
+from fedsp_mpi import config
 from fedsp_mpi.build import RESOURCES
+from fedsp_mpi.fetch import fetch as fetch_all
+from fedsp_mpi.log import Log
 from fedsp_mpi.record import read
 from fedsp_mpi.run import reading_turns
 
@@ -98,7 +100,7 @@ def test_local_folders_are_looked_at(tmp_path, home):
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "missing", "shard"])
-def test_damaged_weights_of_a_folder_are_found(tmp_path, home, damage):
+def test_damaged_weights_of_a_folder_are_found(tmp_path, monkeypatch, damage):
     model = tmp_path / "model"
     shutil.copytree(RESOURCES / "model", model)
     weights = model / "model.safetensors"
@@ -111,11 +113,13 @@ def test_damaged_weights_of_a_folder_are_found(tmp_path, home, damage):
     if damage == "shard":
         index = {"weight_map": {"a": "model-00001-of-00002.safetensors"}}
         (model / "model.safetensors.index.json").write_text(json.dumps(index))
-    path = configuration(tmp_path, model={"name": str(model)}, data={"source": "embedded"})
-    result = run_mpi(0, ["-m", "fedsp_mpi", "fetch", path], timeout=60, status=2)
-    line = result.stderr.strip()
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    settings = config.load(None, [f"model.name={model}"])
+    with pytest.raises(ValueError) as told:
+        fetch_all(settings, Log())
+    line = str(told.value)
     words = {"cut": "damaged weights", "empty": "no bytes", "missing": "no weights", "shard": "nothing"}[damage]
-    assert "\n" not in line and f"found {words}" in line and str(model) in line, both_ends(result)
+    assert "\n" not in line and f"found {words}" in line and str(model) in line, line
 
 
 def test_what_the_cache_holds_is_not_asked_for_again_and_a_run_needs_no_network(tmp_path, home):

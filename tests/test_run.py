@@ -138,7 +138,7 @@ def test_client_without_finite_loss_is_dropped_and_named(tmp_path):
     program = [PROGRAMS / "faulty.py", "nan:1:1"]
     short_run(4, tmp_path, "drop", "evaluation.server_only=false", program=program)
     run = read(tmp_path / "drop")
-    assert run.rounds["num_failed"].tolist() == [1, 0] and run.rounds["num_clients"].tolist() == [2, 3]
+    assert run.rounds["num_failed"].tolist() == [1, 0] and run.rounds["num_clients"].tolist() == [3, 3]
     failed = next(row for row in run.clients if row["round"] == 1 and row["client"] == 1)
     assert failed["status"] in ("failed", b"failed") and "nan" in str(failed["reason"])
 

@@ -5,14 +5,16 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from mpi import PROGRAMS, ROOT, mpirun
-from slurm import Job, Slurm
 
+from fedsp_mpi.config import load, to_yaml
 from fedsp_mpi.record import difference, read
+from slurm import Job, Slurm
 
 ROUNDS = 30
 SHORT = (
@@ -67,16 +69,16 @@ def submit(slurm: Slurm, folder: Path, name: str, *more: str, options=TWO, scrip
     return slurm.submit(options, script, *settings(*more), FEDSP_RUNS=str(folder), FEDSP_NAME=name, **variables)
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(scope="module")
 def limited(slurm, folder, slow) -> Job:
-    """A job that needs more than the minute it has. It is submitted first, because it waits most of the time."""
+    """A job that needs more than the minute it has."""
     options = (*TWO, "--time=1", "--signal=B:USR1@1")
     return submit(slurm, folder, "limited", options=options, PYTHONPATH=slow)
 
 
 @pytest.fixture(scope="module")
-def whole(slurm, folder) -> Path:
-    """The same run without a disturbance."""
+def whole(slurm, folder, limited) -> Path:
+    """The same run without a disturbance. The limited one has begun before, because it waits most of the time."""
     submit(slurm, folder, "whole").wait("COMPLETED")
     return folder / "whole"
 
@@ -97,23 +99,76 @@ def test_it_runs_with_srun_over_two_nodes_with_the_same_bits(slurm, folder, whol
 
 def test_a_heterogeneous_job_is_one_world(slurm, folder, whole):
     """The smaller parts are asked for on the command line, in the place of those in the script."""
-    job = submit(slurm, folder, "het", options=(*"-n1 -c1 : -n2 -c1".split(),), script="fedsp_het.sbatch")
+    job = submit(slurm, folder, "het", options=["-n1", "-c1", ":", "-n2", "-c1"], script="fedsp_het.sbatch")
     job.wait("COMPLETED")
     assert "3 (1 server, 2 client ranks)" in job.text()
     assert difference(read(whole), read(folder / "het")) == []
 
 
 def test_one_task_of_a_sweep_is_requeued_alone(slurm, folder, slow, tmp_path):
-    files = []
-    for name in ("one", "two"):
-        lines = [f"{key}: {value}" for key, value in (setting.split("=") for setting in SHORT)]
-        files.append(tmp_path / f"{name}.yaml")
-        files[-1].write_text(f"extends: {ROOT}/fedsp_mpi/resources/embedded.yaml\n" + nested(lines))
+    """The second: Slurm knows the last task by the array's own number too."""
+    files = [tmp_path / "one.yaml", tmp_path / "two.yaml"]
+    for rounds, file in zip((1, 5), files):
+        file.write_text(to_yaml(load(None, [*SHORT, f"federation.rounds={rounds}"])))
     variables = {"FEDSP_RUNS": str(folder), "FEDSP_NAME": "sweep", "PYTHONPATH": slow}
     sweep = slurm.submit([*TWO, "--array=1-2"], "sweep.sbatch", *map(str, files), **variables)
-    tasks = [Job(slurm, f"{sweep.id}_{number}") for number in (1, 2)]
-    tasks[1].wait_for("round 2/")
-    tasks[1].tell_to_stop()
-    assert [int(task.wait("COMPLETED")["Restarts"]) for task in tasks] == [0, 1]
-    for name in ("sweep-1-one", "sweep-2-two"):
-        assert read(folder / name).status == "complete"
+    one, two = (Job(slurm, f"{sweep.id}_{task}") for task in (1, 2))
+    two.wait_for("round 2/")
+    two.tell_to_stop()
+    assert one.wait("COMPLETED")["Restarts"] == "0" and two.wait("COMPLETED")["Restarts"] == "1"
+    assert [read(folder / name).committed_rounds for name in ("sweep-1-one", "sweep-2-two")] == [1, 5]
+
+
+@pytest.mark.parametrize(
+    ("script", "setting", "variables", "message"),
+    [
+        # Processes that do not find each other would be so many runs, all writing to one folder.
+        ("fedsp.sbatch", "run.seed=1", {"FEDSP_LAUNCHER": "srun", "FEDSP_SRUN_MPI": "none"}, "--mpi=pmi2 (MPICH)"),
+        ("fedsp.sbatch", "federation.round=1", {"FEDSP_LAUNCHER": "srun"}, "federation.round"),
+        ("fedsp.sbatch", "federation.round=1", {}, "federation.round"),
+        ("fedsp.sbatch", "run.seed=1", {"FEDSP_LAUNCHER": "prun"}, "FEDSP_LAUNCHER: found prun"),
+        ("sweep.sbatch", "run.seed=1", {}, "--array=1-"),
+    ],
+    ids=["singletons", "typo under srun", "typo under mpirun", "launcher", "sweep without an array"],
+)
+def test_a_mistake_is_one_message_and_status_2(slurm, folder, script, setting, variables, message):
+    job = submit(slurm, folder, "refused", setting, options=("--nodes=2", *TWO), script=script, **variables)
+    assert job.wait("FAILED")["ExitCode"] == "2:0"
+    assert job.text().count(message) == 1 and "Traceback" not in job.text(), job.text()
+    assert not (folder / "refused").exists()
+
+
+def test_no_requeue_if_no_round_was_gained(slurm, folder):
+    job = submit(slurm, folder, "nothing", "distillation.stage.steps=1000000")
+    job.wait_for(str(folder / "nothing"))
+    job.tell_to_stop()
+    found = job.wait("FAILED")
+    assert (found["ExitCode"], found["Restarts"]) == ("75:0", "0")
+    assert "no round was gained since its last start" in job.text()
+
+
+def test_a_cancelled_job_leaves_a_readable_record(slurm, folder, slow):
+    job = submit(slurm, folder, "cancelled", PYTHONPATH=slow)
+    job.wait_for("round 2/")
+    job.cancel()
+    job.wait("CANCELLED")
+    done = subprocess.run(
+        [sys.executable, "-m", "fedsp_mpi", "report", folder / "cancelled"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"^ +2 +2/2 ", done.stdout, re.M), done.stdout
+
+
+def test_a_job_that_meets_its_time_limit_goes_on_to_the_same_bits(limited, whole, folder):
+    assert int(limited.wait("COMPLETED")["Restarts"]) >= 1
+    told = re.search(r"told to stop after round (\d+)", limited.text())
+    assert told and f"goes on after round {told[1]} " in limited.text(), limited.text()
+    assert difference(read(whole), read(folder / "limited")) == []
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "slurm").iterdir()), ids=lambda path: path.name)
+def test_shellcheck_has_nothing_to_say(script):
+    if not shutil.which("shellcheck"):
+        pytest.skip("there is no shellcheck")
+    done = subprocess.run(["shellcheck", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout

@@ -168,7 +168,7 @@ class Checkpoints:
 
     def _sweep(self, newest: Checkpoint, keep: int, best: int | None) -> None:
         marks = sorted(self._marks(), reverse=True)
-        kept = {*marks[:keep], newest.round, best} & set(marks)
+        kept = {*marks[:keep], newest.round} | ({best} & set(marks) if best else set())
         needed = {server_file(round) for round in kept}
         needed |= {client_file(id, piece.round) for round in kept for id, piece in self._clients_of(round).items()}
         with files.writing(self.folder, _KEPT):

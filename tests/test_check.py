@@ -1,0 +1,405 @@
+"""`check`: what it finds before a run, on one process and on several, and that it leaves nothing behind."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import textwrap
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import tiny
+import torch
+from mpi import both_ends, run_mpi
+
+from fedsp_mpi import build, capacity, check, config
+from fedsp_mpi.comm.survey import free_memory
+from fedsp_mpi.log import Log
+from fedsp_mpi.models import auxiliary, backbone
+from fedsp_mpi.record.probe import Probe, look
+from fedsp_mpi.tensors import seal
+
+LAUNCHERS = ("PMI_", "PMIX_", "OMPI_COMM_WORLD_", "SLURM_")
+GIB = 2**30
+
+
+@pytest.fixture(autouse=True)
+def no_launcher(monkeypatch):
+    for name in os.environ:
+        if name.startswith(LAUNCHERS):
+            monkeypatch.delenv(name)
+
+
+def table(n: int, folder: Path, *settings: str, status: int = 0, program=("-m", "fedsp_mpi"), **env: str) -> list[str]:
+    """The lines of a check of the embedded default on n ranks; with status 2 the one line of stderr comes last."""
+    chosen = [item for setting in (f"run.folder={folder / 'runs'}", *settings) for item in ("--set", setting)]
+    result = run_mpi(n, [*program, "check", *chosen], timeout=60, status=status, env=env)
+    errors = result.stderr.strip().splitlines()
+    assert len(errors) == (1 if status else 0), both_ends(result)
+    assert not (folder / "runs").exists(), "the check left something behind"
+    return result.stdout.splitlines() + errors
+
+
+def of(lines: list[str], what: str) -> list[str]:
+    """The lines about one thing."""
+    return [line for line in lines if line[6:].startswith(what)]
+
+
+def with_fault(rank: int, fault: str, *arguments: str) -> tuple[str, str]:
+    """A program that is `python -m fedsp_mpi`, but for a fault on one rank, or arguments of its own there."""
+    code = f"""
+        import sys
+        from fedsp_mpi import cli
+        from fedsp_mpi.comm import launcher_rank
+        given = sys.argv[1:]
+        if (launcher_rank() or 0) == {rank}:
+            {fault}
+            given += {list(arguments)}
+        sys.exit(cli.main(given))
+    """
+    return "-c", textwrap.dedent(code)
+
+
+# Whole checks.
+
+
+def test_one_process_without_mpi(tmp_path):
+    lines = table(0, tmp_path)
+    assert {line.split()[0] for line in lines[:-1]} <= {"ok", "warn"} and lines[-1].startswith("0 failed")
+    assert of(lines, "MPI") == ["ok    MPI            none, one process, thread level none"]
+    for what in (
+        "world",
+        "versions",
+        "configuration",
+        "rank 0",
+        "cores",
+        "model, data",
+        "memory",
+        "disk",
+        "run folder",
+    ):
+        assert len(of(lines, what)) == 1, (what, lines)
+
+
+def test_four_ranks(tmp_path):
+    lines = table(4, tmp_path)
+    assert {line.split()[0] for line in lines[:-1]} <= {"ok", "warn"}, lines
+    assert "4 ranks: 1 server, 3 for 7 clients" in of(lines, "world")[0]
+    assert re.search(r"thread level (single|funneled|serialized|multiple)$", of(lines, "MPI")[0])
+    assert [len(of(lines, f"rank {rank}")) for rank in range(5)] == [1, 1, 1, 1, 0]
+    assert "local rank 3 of 4" in of(lines, "rank 3")[0] and "client on cpu" in of(lines, "rank 3")[0]
+    [speed] = of(lines, "speed")
+    numbers = re.search(r"of 0\.05 MB and 3 client ranks: broadcast (\S+) ms, \S+ GB/s; gather (\S+) ms, ", speed)
+    assert numbers and all(0 < float(ms) < 1000 for ms in numbers.groups()), speed
+    [clocks] = of(lines, "clocks")
+    assert clocks.startswith("ok") and "at most 0.0" in clocks
+
+
+def test_speed_is_measured_with_the_prompts_of_the_configuration(tmp_path):
+    [speed] = of(table(2, tmp_path, "prompt.num_tokens=100", "prompt.projection=64"), "speed")
+    # Embedding 100 x 128, Linear 128 -> 64, Linear 64 -> 3 layers x 2 x 128, fp32.
+    assert f"prompts of {4 * (100 * 128 + 129 * 64 + 65 * 768) / 1e6:.2f} MB" in speed
+
+
+def test_a_run_folder_that_is_there_stays(tmp_path):
+    (tmp_path / "there" / "a run").mkdir(parents=True)
+    table(2, tmp_path, f"run.folder={tmp_path / 'there'}")
+    assert [path.name for path in (tmp_path / "there").iterdir()] == ["a run"]
+
+
+@pytest.mark.parametrize("n", [0, 3])
+def test_a_mistake_in_the_configuration(tmp_path, n):
+    lines = table(n, tmp_path, "federation.round=3", status=2)
+    assert "did you mean 'rounds'" in of(lines, "configuration")[0]
+    assert lines[-1].startswith("fedsp_mpi: check: configuration: ") and "'rounds'" in lines[-1]
+
+
+def test_another_configuration_on_one_rank(tmp_path):
+    lines = table(3, tmp_path, status=2, program=with_fault(2, "pass", "--set", "run.seed=9"))
+    assert "rank 2" in lines[-1] and "run.seed: was 1, is 9" in lines[-1]
+
+
+def test_another_version_on_one_rank(tmp_path):
+    fault = (
+        "from importlib import metadata as m; was = m.version; m.version = lambda n: '0.0' if n == 'torch' else was(n)"
+    )
+    lines = table(3, tmp_path, status=2, program=with_fault(1, fault))
+    assert "found torch 2" in lines[-1] and "on rank 0, 2; torch 0.0 on rank 1" in lines[-1]
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("topology.ranks=5", "found 3 ranks, expected topology.ranks=5"),
+        ("federation.clients=1", "expected a client for each; start 2 processes or fewer"),
+        ("model.name=/nowhere", "there is no folder /nowhere"),
+        ("server.tuning.batch_size=100000000", "memory: host "),
+        ("federation.clients=100", "model, data: "),
+    ],
+)
+def test_what_would_stop_a_run(tmp_path, setting, words):
+    more = ("data.limit.train=50",) if setting == "federation.clients=100" else ()
+    lines = table(3, tmp_path, setting, *more, status=2)
+    failed = [line for line in lines if line.startswith("FAIL")]
+    assert len(failed) == 1 and words in lines[-1], lines
+    assert failed[0][21:] in lines[-1]
+
+
+def test_a_memory_plan_that_exceeds_what_is_free_names_both(tmp_path):
+    lines = table(0, tmp_path, "client.prompt.batch_size=100000000", status=2)
+    need, free = (float(number) for number in re.findall(r"about (\S+) GiB needed, (\S+) GiB free", lines[-1])[0])
+    # 32 values of 4 bytes for each of 3 layers, 128 units and at least 20 tokens of each example.
+    assert need > 1e8 * 32 * 4 * 3 * 128 * 20 / GIB and 0 < free < need
+
+
+def test_a_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    lines = table(2, tmp_path, f"run.folder={tmp_path / 'file' / 'runs'}", status=2)
+    assert "run folder: " in lines[-1] and "cannot be written" in lines[-1]
+
+
+def test_a_folder_that_one_rank_does_not_share(tmp_path):
+    fault = f"from fedsp_mpi.record import probe; l = probe.look; probe.look = lambda f, r: l(type(f)({str(tmp_path)!r}), r)"
+    lines = table(3, tmp_path, status=2, program=with_fault(1, fault))
+    assert re.search(r"run folder: rank 1 on \S+ does not see .*; expected one folder that all hosts share$", lines[-1])
+
+
+def test_a_rank_whose_files_the_server_does_not_see(tmp_path):
+    fault = "from fedsp_mpi.record import probe; probe.look = lambda f, r: {}"
+    lines = table(3, tmp_path, status=2, program=with_fault(2, fault))
+    assert "the server does not see what rank 2 on" in lines[-1]
+
+
+def test_an_input_that_one_rank_does_not_see(tmp_path):
+    fault = "from fedsp_mpi import check; l = check._look; check._look = lambda m, r: l(m, r) | {'missing': m['inputs'][:1]}"
+    lines = table(3, tmp_path, status=2, program=with_fault(2, fault))
+    assert f"inputs: rank 2 does not see {build.RESOURCES / 'model'}" in lines[-1]
+
+
+def test_a_clock_that_is_wrong(tmp_path):
+    lines = table(3, tmp_path, program=with_fault(2, "import time; now = time.time; time.time = lambda: now() - 5"))
+    [clocks] = of(lines, "clocks")
+    apart = re.search(r"at most (\S+) s apart \(rank 2, ", clocks)
+    assert clocks.startswith("warn") and apart and abs(float(apart[1]) - 5) < 0.5
+
+
+def test_a_report_of_a_rank_that_raises_is_one_and_nothing_stays(tmp_path):
+    arguments = ["check", "--set", f"run.folder={tmp_path / 'runs'}"]
+    fault = "from fedsp_mpi.comm import survey; survey.speed = None"
+    result = run_mpi(3, [*with_fault(0, fault), *arguments], timeout=60, status=None)
+    assert result.returncode not in (0, 2) and result.stderr.count("Traceback") == 1, both_ends(result)
+    assert not (tmp_path / "runs").exists()
+
+
+# Slurm.
+
+
+def test_the_shell_of_a_job_is_told_that_it_is_one_process(tmp_path):
+    [world] = of(table(0, tmp_path, SLURM_JOB_ID="7", SLURM_NTASKS="4", SLURM_PROCID="0"), "world")
+    assert world.startswith("warn") and "a Slurm job of 4 tasks" in world and "srun or mpirun" in world
+
+
+def test_tasks_that_do_not_see_each_other_are_told_the_cause_and_the_cure(tmp_path):
+    step = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_PROCID": "0", "SLURM_NTASKS": "4"}
+    [line] = table(0, tmp_path, status=2, **step)
+    assert "world of 1 process, expected 4" in line and "--mpi=pmi2" in line
+    assert re.search(r"mpi4py loads \((MPICH|Open MPI|Intel).* \d", line)
+
+
+def test_fewer_ranks_than_the_job_has_tasks(tmp_path):
+    [world] = of(table(2, tmp_path, SLURM_JOB_ID="7", SLURM_NTASKS="4"), "world")
+    assert world.startswith("warn") and "the Slurm job has 4 tasks" in world
+
+
+# Devices and threads, as introductions tell of them.
+
+
+def introduction(host: str = "a", cores=(0, 1), **devices: dict) -> dict:
+    return {"host": host, "cores": list(cores), "memory": 8 * GIB, "devices": devices}
+
+
+def gpu(uuid: str, free: int = 80 * GIB) -> dict:
+    return {"name": "cuda:0 H", "threads": 1, "uuid": uuid, "free": free}
+
+
+def lines_of(judge, *arguments) -> list[str]:
+    lines: list[str] = []
+    judge(check.Table(Log(lines.append)), *arguments)
+    return lines
+
+
+def test_ranks_that_share_a_gpu_are_named():
+    some = [gpu("x"), gpu("y"), gpu("x"), gpu("x")]
+    lines = lines_of(check._check_devices, [introduction(client=device) for device in some])
+    assert lines == ["warn  device         GPU-x is shared by ranks 0, 2-3"]
+    both = introduction(server=gpu("x"), client=gpu("x"))
+    assert lines_of(check._check_devices, [both]) == []  # one process plays both roles in turn
+
+
+def test_a_device_that_is_not_there(tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    lines = table(2, tmp_path, "client.compute.device=cuda", status=2)
+    assert "device: rank 1 on" in lines[-1] and "found no CUDA device" in lines[-1]
+
+
+def test_more_threads_than_cores():
+    def cpu(threads: int) -> dict:
+        return {"name": "cpu", "threads": threads}
+
+    fits = [introduction(cores=range(4), server=cpu(2)), introduction(cores=range(4), client=cpu(2))]
+    assert lines_of(check._check_threads, fits)[0].startswith("ok    cores          a: 4 threads in all, 4 cores")
+    [full] = lines_of(check._check_threads, [*fits, introduction(cores=range(4), client=cpu(1))])
+    assert full.startswith("warn  cores          a: 5 threads in all, 4 cores")
+    bound = [introduction(cores=[0, 1, 2], server=cpu(1)), introduction(cores=[3], client=cpu(2))]
+    assert "rank 1 is bound to fewer" in lines_of(check._check_threads, bound)[0]
+    apart = [introduction("a", [0], server=cpu(1)), introduction("b", [0], client=cpu(1))]
+    assert [line[:5] for line in lines_of(check._check_threads, apart)] == ["ok   ", "ok   "]
+    both = [introduction(cores=[0, 1], server=cpu(2), client=cpu(2))]
+    assert lines_of(check._check_threads, both)[0].startswith("ok")  # in turn
+
+
+# The plan of memory and disk.
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("projection", [None, 8])
+def test_sizes_are_those_of_the_real_models(tmp_path, family, projection):
+    folder = tiny.model_folder(tmp_path / family, family)
+    tiny.tokenizer().save_pretrained(folder)
+    settings = [f"model.name={folder}", "auxiliary.layers_per_cell=2", "auxiliary.depth=3", "prompt.num_tokens=5"]
+    settings += [f"prompt.projection={projection}"] if projection else []
+    materials = build.Materials(config.load(None, settings))
+    sizes = capacity.Sizes.of(materials, 10)
+    model = tiny.load(folder)
+    cell = auxiliary.unroll(auxiliary.cut(model, 0, 2), 3)
+    assert sizes.global_model == model.num_parameters()
+    assert sizes.auxiliary == backbone.LanguageModel(cell).num_parameters() < sizes.global_model
+    assert sizes.prompt == materials.first_prompt().num_parameters()
+    assert (sizes.num_layers, sizes.depth, sizes.width, sizes.length) == (tiny.LAYERS, 3, tiny.WIDTH, 15)
+    if not projection:
+        assert sizes.wire * tiny.LAYERS == sizes.prompt * 3
+    seal.clear()
+
+
+SIZES = capacity.Sizes(1000, 100, 30, 20, num_layers=4, depth=4, width=8, length=16)
+
+
+def test_the_plan_counts_weights_optimizers_and_resting_clients():
+    still = ["distillation.stage.steps=0", "server.tuning.steps=0", "client.alignment.steps=0", "client.prompt.steps=1"]
+    settings = config.load(None, [*still, "client.prompt.batch_size=1", "server.compute.dtype=bfloat16"])
+    work = 16 * (100 + 20) + 16 * 8 * 32 * 4 * 4  # weights, gradients, two moments; activations
+    assert capacity.client(settings, SIZES, 1) == capacity.Need(work, 4 * 100 + 12 * 120)
+    assert capacity.client(settings, SIZES, 20) == capacity.Need(work, 4 * 100 + 8 * 12 * 120)  # client.resident
+    restarted = config.load(None, [*still, "client.prompt.batch_size=1", "federation.client_state=restarted"])
+    assert capacity.client(restarted, SIZES, 20).host == 4 * 100
+    assert capacity.server(settings, SIZES).device == 2 * 1000 + 2 * 1000  # scored in fp32
+    assert capacity.server(restarted, SIZES).device == 4 * 1000 + 16 * 2 * 30
+
+
+def test_the_plan_is_summed_by_host_and_by_gpu():
+    settings = config.load(None, ["federation.clients=4"])
+    server, client = capacity.server(settings, SIZES), capacity.client(settings, SIZES, 2)
+    ranks = [
+        introduction("a", server=gpu("x", 5 * GIB)),
+        introduction("a", client=gpu("x", 4 * GIB)),
+        introduction("b", client={"name": "cpu", "threads": 1}) | {"memory": 2 * GIB},
+    ]
+    assert capacity.plan(settings, SIZES, ranks) == [
+        ("host a", 2 * capacity.LIBRARIES + server.host + client.host, 8 * GIB),
+        ("GPU x", server.device + client.device, 4 * GIB),
+        ("host b", capacity.LIBRARIES + client.host + client.device, 2 * GIB),
+    ]
+
+
+def test_the_plan_is_near_what_a_run_takes(tmp_path):
+    """A model that weighs more than the libraries' spread: 30 million parameters, of which the cell has 24."""
+    folder = tiny.model_folder(tmp_path / "model", "llama", hidden_size=512, intermediate_size=512, vocab_size=40000)
+    tiny.tokenizer().save_pretrained(folder)
+    data = tiny.data_folder(tmp_path / "data")
+    short = ("federation.rounds=2", "federation.clients=2", "distillation.stage.steps=2", "client.alignment.steps=2")
+    more = ("client.prompt.steps=2", "server.tuning.steps=2", "data.limit.test=4", "evaluation.server_only=false")
+    settings = [f"model.name={folder}", f"data.source={data}", f"run.folder={tmp_path / 'runs'}", *short, *more]
+    code = """
+        import resource, sys
+        from fedsp_mpi import cli
+        status = cli.main(sys.argv[1:])
+        print("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10, flush=True)
+        sys.exit(status)
+    """
+    arguments = [item for setting in settings for item in ("--set", setting)]
+    result = run_mpi(3, ["-c", textwrap.dedent(code), "run", "--name", "n", *arguments], timeout=200)
+    peaks = sorted(int(number) for number in re.findall(r"^peak (\d+)$", result.stdout, re.M))
+    chosen = config.load(None, settings)
+    sizes = capacity.Sizes.of(build.Materials(chosen), 10)
+    needs = [capacity.server(chosen, sizes), capacity.client(chosen, sizes, 1), capacity.client(chosen, sizes, 1)]
+    planned = sum(capacity.LIBRARIES + need.device + need.host for need in needs)
+    assert planned / 1.5 < sum(peaks) < planned * 1.33, (peaks, planned)
+
+
+# What is free.
+
+
+def test_free_memory_is_the_host_s_where_no_group_limits_it(tmp_path):
+    (tmp_path / "cgroup").write_text("0::/\n")
+    lines = Path("/proc/meminfo").read_text()
+    found, total = free_memory(tmp_path / "cgroup", tmp_path), re.search(r"MemTotal: +(\d+)", lines)
+    assert total and 0 < found < int(total[1]) << 10
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_free_memory_is_a_job_s_where_it_has_less(tmp_path, version):
+    root = tmp_path / "sys"
+    job = root / ("slurm/job_7" if version == 2 else "memory/slurm/job_7")
+    (job / "step_0").mkdir(parents=True)
+    names = ("memory.max", "memory.current") if version == 2 else ("memory.limit_in_bytes", "memory.usage_in_bytes")
+    for folder, limit in ((job, "1000000"), (job / "step_0", "max")):
+        (folder / names[0]).write_text(limit + "\n")
+        (folder / names[1]).write_text("400000\n")
+        (folder / "memory.stat").write_text("anon 5\ninactive_file 100000\ntotal_inactive_file 100000\n")
+    prefix = "0::" if version == 2 else "4:memory:"
+    (tmp_path / "cgroup").write_text(f"9:cpu:/\n{prefix}/slurm/job_7/step_0\n")
+    assert free_memory(tmp_path / "cgroup", root) == 700000
+
+
+# The run folder's probe.
+
+
+def test_probe_finds_nothing_wrong_and_leaves_nothing(tmp_path):
+    probe = Probe(tmp_path / "new" / "runs")
+    assert [look(probe.folder, rank) for rank in range(3)] == [{}] * 3
+    assert all(probe.heard_from(rank) for rank in range(3)) and probe.free > 0
+    probe.remove()
+    probe.remove()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_probe_tells_what_is_wrong(tmp_path, monkeypatch):
+    monkeypatch.setattr("fedsp_mpi.record.probe._PATIENCE", 0.1)
+    probe = Probe(tmp_path)
+    assert "does not see" in look(tmp_path / "elsewhere", 1)["reading"]
+    assert not probe.heard_from(1)
+    (probe.folder / "2").mkdir()
+    assert "cannot write" in look(probe.folder, 2)["writing"]
+    probe._lock.close()
+    assert "is not seen" in look(probe.folder, 3)["locking"]
+    probe.remove()
+
+
+def test_clients_do_not_import_torch_for_the_check(tmp_path):
+    """What each rank says of itself must be quick where many share a core."""
+    place = SimpleNamespace(rank=1, size=2, host="a", local_rank=1, local_size=2)
+    code = f"""
+        import sys
+        from types import SimpleNamespace
+        from fedsp_mpi import check, config
+        from fedsp_mpi.comm import survey
+        survey.library = lambda wire: {{}}
+        said = check._introduction(config.load(None, []), SimpleNamespace(topology=SimpleNamespace(**{vars(place)})))
+        print(sorted(said), "torch" in sys.modules)
+    """
+    if any(Path("/dev").glob("nvidia[0-9]*")):
+        pytest.skip("there may be a GPU to name")
+    assert run_mpi(0, ["-c", textwrap.dedent(code)]).stdout.strip().endswith("False"), sys.version
