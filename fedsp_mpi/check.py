@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from fedsp_mpi.comm.solo import Solo
     from fedsp_mpi.comm.wire import Wire
 
+Mark = Literal["ok", "warn", "FAIL"]
 _SKEW = 1.0  # seconds between two clocks above which their lines in logs and file times mislead
 _CLOSE = 0.8  # of the free memory: above this a plan is tight, because it is rough
 
@@ -39,19 +40,11 @@ class Table:
         self.failures: list[str] = []
         self.warnings = 0
 
-    def ok(self, what: str, found: str) -> None:
-        """Nothing to do."""
-        self._log.say(f"{'ok':<6}{what:<15}{found}")
-
-    def warn(self, what: str, found: str) -> None:
-        """A run works, but slower or less safely than it could."""
-        self.warnings += 1
-        self._log.say(f"{'warn':<6}{what:<15}{found}")
-
-    def fail(self, what: str, found: str) -> None:
-        """A run would not work."""
-        self.failures.append(f"{what}: {found}")
-        self._log.say(f"{'FAIL':<6}{what:<15}{found}")
+    def add(self, mark: Mark, what: str, found: str) -> None:
+        """Tell one finding; `warn`: a run works, but slower or less safely than it could; `FAIL`: it would not work."""
+        self.failures += [f"{what}: {found}"] if mark == "FAIL" else []
+        self.warnings += mark == "warn"
+        self._log.say(f"{mark:<6}{what:<15}{found}")
 
     def verdict(self) -> comm.Refused | None:
         """The first failure, or None."""
@@ -94,7 +87,7 @@ def check(config: Config | ValueError, log: Log) -> None:
 
 def _introduction(config: Config | ValueError, wire: Wire | Solo) -> dict[str, Any]:
     here = wire.topology
-    versions = {name: metadata.version(name) for name in ("fedsp_mpi", *VERSIONS)}
+    versions = {name: _version(name) for name in ("fedsp_mpi", *VERSIONS)}
     said = {
         "host": here.host,
         "place": f"local rank {here.local_rank} of {here.local_size}",
@@ -106,14 +99,16 @@ def _introduction(config: Config | ValueError, wire: Wire | Solo) -> dict[str, A
     if not isinstance(config, Config):
         return said | {"mistake": one_line(config), "config": None, "devices": {}}
     computes = {"server": config.server.compute, "client": config.client.compute}
-    devices = {role: _device(computes[role], here.local_rank) for role in _roles(here.rank, here.size)}
+    roles = ("server", "client") if here.size == 1 else ("client",) if here.rank else ("server",)
+    devices = {role: _device(computes[role], here.local_rank) for role in roles}
     return said | {"config": asdict(config), "devices": devices}
 
 
-def _roles(rank: int, size: int) -> tuple[str, ...]:
-    if size == 1:
-        return ("server", "client")
-    return ("client",) if rank else ("server",)
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def _device(settings: ComputeConfig, local_rank: int) -> dict[str, Any]:
@@ -131,12 +126,8 @@ def _device(settings: ComputeConfig, local_rank: int) -> dict[str, Any]:
         return said | {"error": one_line(error)}
     if device.type == "cpu":
         return said
-    known = torch.cuda.get_device_properties(device)
-    return said | {
-        "name": f"{device} {known.name}",
-        "uuid": str(known.uuid),
-        "free": torch.cuda.mem_get_info(device)[0],
-    }
+    known, (free, _) = torch.cuda.get_device_properties(device), torch.cuda.mem_get_info(device)
+    return said | {"name": f"{device} {known.name}", "uuid": str(known.uuid), "free": free}
 
 
 # What the server makes of it.
@@ -151,7 +142,9 @@ def _check_ranks(table: Table, config: Config | ValueError, ranks: list[dict[str
     agreed = _check_configuration(table, ranks)
     for number, rank in enumerate(ranks):
         devices = [_name_of(role, device) for role, device in rank["devices"].items()]
-        table.ok(f"rank {number}", ", ".join([rank["host"], rank["place"], f"cores {_spans(rank['cores'])}", *devices]))
+        table.add(
+            "ok", f"rank {number}", ", ".join([rank["host"], rank["place"], f"cores {_spans(rank['cores'])}", *devices])
+        )
     _check_devices(table, ranks)
     _check_threads(table, ranks)
     return agreed
@@ -162,20 +155,17 @@ def _check_world(table: Table, config: Config, size: int) -> None:
     tasks = os.environ.get("SLURM_NTASKS", "")
     clients, wanted = config.federation.clients, config.topology.ranks
     found = f"{size} ranks: 1 server, {size - 1} for {clients} clients" if size > 1 else "1 process plays all ranks"
+    idle = tasks.isdecimal() and int(tasks) > size
+    mark: Mark = "warn" if idle else "ok"
     if wanted is not None and size != wanted:
-        table.fail("world", f"found {size} ranks, expected topology.ranks={wanted}; start that many processes")
+        mark, found = "FAIL", f"found {size} ranks, expected topology.ranks={wanted}; start that many processes"
     elif size - 1 > clients:
-        table.fail("world", f"found {found}, expected a client for each; start {clients + 1} processes or fewer")
-    elif tasks.isdecimal() and int(tasks) > size == 1:
-        table.warn(
-            "world",
-            f"{found}, in a Slurm job of {tasks} tasks: this is the job's own shell; start all of them with srun or "
-            "mpirun in front of python",
-        )
-    elif tasks.isdecimal() and int(tasks) > size:
-        table.warn("world", f"{found}; the Slurm job has {tasks} tasks, and cores for those will idle")
-    else:
-        table.ok("world", found)
+        mark, found = "FAIL", f"found {found}, expected a client for each; start {clients + 1} processes or fewer"
+    elif idle and size == 1:
+        found += f", in the shell of a Slurm job of {tasks} tasks; start all of them with srun or mpirun before python"
+    elif idle:
+        found += f"; the Slurm job has {tasks} tasks, and cores for those will idle"
+    table.add(mark, "world", found)
 
 
 def _same(table: Table, what: str, values: Sequence[str]) -> None:
@@ -184,19 +174,21 @@ def _same(table: Table, what: str, values: Sequence[str]) -> None:
     for rank, value in enumerate(values):
         groups.setdefault(value, []).append(rank)
     if len(groups) == 1:
-        table.ok(what, values[0])
+        table.add("ok", what, values[0])
         return
     said = "; ".join(f"{value} on rank {_spans(ranks)}" for value, ranks in groups.items())
-    table.fail(what, f"found {said}; expected the same on all ranks: start them in one environment")
+    table.add("FAIL", what, f"found {said}; expected the same on all ranks: start them in one environment")
 
 
 def _check_versions(table: Table, versions: list[dict[str, str]]) -> None:
-    different = [name for name in versions[0] if len({some[name] for some in versions}) > 1]
-    for name in different:
+    wrong = [name for name in versions[0] if len({some[name] for some in versions}) > 1]
+    for name in wrong:
         _same(table, "versions", [f"{name} {some[name]}" for some in versions])
-    if not different:
+    if absent := [name for name in versions[0] if name not in wrong and versions[0][name] == "not installed"]:
+        table.add("FAIL", "versions", f"found no {', '.join(absent)}, expected what setup.py asks for; install it")
+    elif not wrong:
         shown = ", ".join(f"{name} {versions[0][name]}" for name in ("fedsp_mpi", "python", "torch"))
-        table.ok("versions", f"{shown} and {len(versions[0]) - 3} more are the same on all ranks")
+        table.add("ok", "versions", f"{shown} and {len(versions[0]) - 3} more are the same on all ranks")
 
 
 def _name_of(role: str, device: dict[str, Any]) -> str:
@@ -210,12 +202,12 @@ def _check_devices(table: Table, ranks: list[dict[str, Any]]) -> None:
     for number, rank in enumerate(ranks):
         for device in rank["devices"].values():
             if "error" in device:
-                table.fail("device", f"rank {number} on {rank['host']}: {device['error']}")
+                table.add("FAIL", "device", f"rank {number} on {rank['host']}: {device['error']}")
             if "uuid" in device and number not in users.setdefault(device["uuid"], []):
                 users[device["uuid"]].append(number)
     for uuid, some in users.items():
         if len(some) > 1:
-            table.warn("device", f"GPU-{uuid.removeprefix('GPU-')} is shared by ranks {_spans(some)}")
+            table.add("warn", "device", f"GPU-{uuid.removeprefix('GPU-')} is shared by ranks {_spans(some)}")
 
 
 def _check_threads(table: Table, ranks: list[dict[str, Any]]) -> None:
@@ -229,28 +221,27 @@ def _check_threads(table: Table, ranks: list[dict[str, Any]]) -> None:
         cores = {core for number in some for core in ranks[number]["cores"]}
         crowded = [number for number, count in zip(some, threads) if count > len(ranks[number]["cores"])]
         found = f"{host}: {sum(threads)} threads in all, {len(cores)} cores"
+        trouble = f", but rank {_spans(crowded)} is bound to fewer than its threads" if crowded else ""
         if sum(threads) > len(cores):
-            table.warn("cores", f"{found}; ranks will wait for each other: take fewer ranks, or fewer threads")
-        elif crowded:
-            table.warn("cores", f"{found}, but rank {_spans(crowded)} is bound to fewer than its threads")
-        else:
-            table.ok("cores", found)
+            trouble = "; ranks will wait for each other: take fewer ranks, or fewer threads"
+        table.add("warn" if trouble else "ok", "cores", found + trouble)
 
 
 def _check_configuration(table: Table, ranks: list[dict[str, Any]]) -> bool:
     for number, rank in enumerate(ranks):
         if "mistake" in rank:
-            table.fail("configuration", rank["mistake"])
+            table.add("FAIL", "configuration", rank["mistake"])
             return False
         if changed := differences(ranks[0]["config"], rank["config"]):
-            table.fail(
+            table.add(
+                "FAIL",
                 "configuration",
                 f"rank {number} on {rank['host']} found another one than the server ({'; '.join(changed)}), expected "
                 "the same on every rank; put the file where all hosts see it",
             )
             return False
     digest = hashlib.sha256(repr(ranks[0]["config"]).encode()).hexdigest()[:12]
-    table.ok("configuration", f"digest {digest} on all ranks")
+    table.add("ok", "configuration", f"digest {digest} on all ranks")
     return True
 
 
@@ -263,6 +254,7 @@ class _Preparation:
         self._table, self._config, self._ranks = table, config, ranks
         self._materials = Materials(config)
         self._probe: probe.Probe | None = None
+        self._folders: dict[str, Mark] = {}
 
     def handout(self) -> Handout:
         """Look at all that only the server sees; what the others are to look for, and to send."""
@@ -272,7 +264,8 @@ class _Preparation:
         for place in capacity.plan(self._config, sizes, self._ranks) if sizes else []:
             self._judge(*place)
         self._check_folder(sizes)
-        meta = {"probe": str(self._probe.folder) if self._probe else None, "inputs": self._inputs()}
+        self._folders = self._inputs() if sizes else {}
+        meta = {"probe": str(self._probe.folder) if self._probe else None, "inputs": list(self._folders)}
         nothing = NamedTensors(Schema(), np.empty(0, dtype=np.float32))
         return Handout(meta, nothing, survey.contract(sizes.wire if sizes else 1))
 
@@ -287,28 +280,31 @@ class _Preparation:
             model, splits = materials.model_config, materials.splits
             sizes = f"{len(splits.train)} train, {len(splits.validation)} validation, {len(splits.test)} test"
             found = f"{self._config.model.name}: {model.model_type}, {model.num_hidden_layers} layers"
-            self._table.ok("model, data", f"{found}; {self._config.data.task}: {sizes}")
+            self._table.add("ok", "model, data", f"{found}; {self._config.data.task}: {sizes}")
         except (ValueError, OSError) as error:
-            self._table.fail("model, data", one_line(error))
+            self._table.add("FAIL", "model, data", one_line(error))
         try:
             return Sizes.of(materials, length or materials.max_length)
         except (ValueError, OSError):
             return None
 
-    def _inputs(self) -> list[str]:
-        """The local folders that every rank reads."""
-        named = (self._materials.model_name, self._config.model.tokenizer, self._materials.source)
-        paths = [Path(name).expanduser() for name in named if name]
-        return [str(path.absolute()) for path in paths if path.is_dir()]
+    def _inputs(self) -> dict[str, Mark]:
+        """The folders that every rank reads, and how bad it is where one is not seen."""
+        from fedsp_mpi.models import hub
+
+        materials, model = self._materials, self._config.model
+        named = [Path(name).expanduser() for name in (materials.model_name, model.tokenizer, materials.source) if name]
+        # Where the hub's cache is not shared, ranks may reach the hub, or have a cache elsewhere.
+        cache = hub.locate(materials.model_name, model.revision, "config.json")
+        folders: dict[str, Mark] = {str(cache.absolute()): "warn"}
+        return folders | {str(path.absolute()): "FAIL" for path in named if path.is_dir()}
 
     def _judge(self, where: str, need: int, free: int) -> None:
         found = f"{where}: about {_gib(need)} needed, {_gib(free)} free"
         if need > free:
-            self._table.fail("memory", f"{found}; take more hosts, fewer ranks on each, or smaller micro-batches")
-        elif need > _CLOSE * free:
-            self._table.warn("memory", f"{found}, which is close")
-        else:
-            self._table.ok("memory", found)
+            found += "; take more hosts, fewer ranks on each, or smaller micro-batches"
+        mark: Mark = "FAIL" if need > free else "warn" if need > _CLOSE * free else "ok"
+        self._table.add(mark, "memory", found)
 
     def _check_folder(self, sizes: Sizes | None) -> None:
         from fedsp_mpi import capacity
@@ -316,32 +312,30 @@ class _Preparation:
         try:
             self._probe = probe.Probe(Path(self._config.run.folder))
         except OSError as error:
-            self._table.fail("run folder", one_line(error))
+            self._table.add("FAIL", "run folder", one_line(error))
             return
         free = self._probe.free
         need = capacity.disk(self._config, sizes) if sizes else 0
         found = f"{self._probe.folder.parent}: about {_gib(need)} needed, {_gib(free)} free"
-        if need > free:
-            self._table.fail("disk", f"{found}; make room, choose another run.folder, or lower checkpoint.keep")
-        else:
-            self._table.ok("disk", found)
+        room = "" if need <= free else "; make room, choose another run.folder, or lower checkpoint.keep"
+        self._table.add("FAIL" if room else "ok", "disk", found + room)
 
     def hear(self, looks: list[dict[str, Any]]) -> None:
         """Judge what every rank saw of the folders."""
-        for path in self._inputs():
-            blind = [number for number, look in enumerate(looks) if path in look["missing"]]
-            if blind:
-                self._table.fail("inputs", f"rank {_spans(blind)} does not see {path}, expected it on every host")
+        for path, mark in self._folders.items():
+            if blind := [number for number, look in enumerate(looks) if path in look["missing"]]:
+                self._table.add(mark, "inputs", f"rank {_spans(blind)} does not see {path}, expected it on every host")
         if not self._probe:
             return
         wrong = [text for number, look in enumerate(looks) for text in self._wrong(number, look["folder"])]
         locking = {text for look in looks for kind, text in look["folder"].items() if kind == "locking"}
         for text in wrong:
-            self._table.fail("run folder", text)
+            self._table.add("FAIL", "run folder", text)
         if not wrong:
-            self._table.ok("run folder", f"{self._probe.folder.parent}: all ranks write and see files, renames work")
+            fine = f"{self._probe.folder.parent}: all ranks write and see files, renames work"
+            self._table.add("ok", "run folder", fine)
         for text in locking:
-            self._table.warn("run folder", f"{text}: two jobs that take one run name are told apart by a note only")
+            self._table.add("warn", "run folder", f"{text}: a note alone keeps two jobs from one run")
 
     def tidy(self) -> None:
         """Leave nothing behind in the run folder."""
@@ -373,16 +367,16 @@ def _check_wire(table: Table, wire: Wire | Solo, ranks: list[dict[str, Any]], nu
         seconds = times[f"{kind}_seconds"]
         return f"{kind} {1e3 * seconds:.1f} ms, {others * size / seconds / 1e9:.2f} GB/s"
 
-    table.ok(
-        "speed", f"prompts of {size / 1e6:.2f} MB and {others} client ranks: {said('broadcast')}; {said('gather')}"
+    table.add(
+        "ok",
+        "speed",
+        f"prompts of {size / 1e6:.2f} MB and {others} client ranks: {said('broadcast')}; {said('gather')}",
     )
     worst = max(range(len(ahead)), key=lambda number: abs(ahead[number][0]))
     skew, error = ahead[worst]
     found = f"at most {abs(skew):.3f} s apart (rank {worst}, measured to {error:.3f} s)"
-    if abs(skew) - error > _SKEW:
-        table.warn("clocks", f"{found}; times in logs and files mislead: have the hosts set by NTP")
-    else:
-        table.ok("clocks", found)
+    wrong = "; times in logs and files mislead: have the hosts set by NTP" if abs(skew) - error > _SKEW else ""
+    table.add("warn" if wrong else "ok", "clocks", found + wrong)
 
 
 def _spans(numbers: Sequence[int]) -> str:

@@ -122,6 +122,7 @@ class ServerSide:
     log: Log
     checkpoints: Checkpoints
     carried: Sequence[WireRow] = ()  # the manifest of the run's earlier stretches
+    seconds_checkpoints: list[float] = field(default_factory=list)
     best: Best = field(init=False)
     control_best: Best | None = field(init=False)
 
@@ -251,6 +252,7 @@ def save(round: int, wire: Wire | Solo, plan: Plan, here: ServerSide | None, cli
     Raises RecordError at the server if somebody cannot write.
     """
     with guard.phase("checkpoint", round=round):
+        start = time.perf_counter()
         last = round == plan.federation.rounds
         answers = [] if last else wire.collect(_saved(clients), "checkpoint")
         if here is None or answers is None:
@@ -259,6 +261,7 @@ def save(round: int, wire: Wire | Solo, plan: Plan, here: ServerSide | None, cli
             raise RecordError(error)
         pieces = {int(id): Piece(*piece) for answer in answers for id, piece in answer["states"].items()}
         here.checkpoints.commit(round, here.state(), pieces, plan.checkpoint.keep, here.best.round)
+        here.seconds_checkpoints.append(time.perf_counter() - start)
 
 
 def _saved(clients: ClientSide | None) -> dict[str, Any]:

@@ -163,7 +163,9 @@ class ServerRun:
         if not self._score_all(here):
             return False
         self.record.write_wire(manifest(wire, here.carried))
-        self.record.describe(timing={"seconds": time.perf_counter() - self._begun})
+        checkpoints = here.seconds_checkpoints
+        spent = {"seconds_checkpoints": sum(checkpoints), "checkpoints": len(checkpoints)}
+        self.record.describe(timing={"seconds": time.perf_counter() - self._begun, **spent})
         self.record.finish()
         return True
 

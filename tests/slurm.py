@@ -20,14 +20,14 @@ from mpi import ROOT, kill_tree
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel", "squeue", "sinfo")
 FINAL = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE"}
 
-# cred_expire is also how long a requeued job has to wait. OverTimeLimit: time limits are minutes and are looked at
-# every 30 seconds, so without it a signal for the last second might come together with the end.
+# cred_expire is also how long a requeued job waits, and 5 is the least. OverTimeLimit: time limits are minutes, looked
+# at every 30 seconds, so without it a signal for the last second might come together with the end.
 CONF = """\
 ClusterName=tests
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={ports[0]}
 AuthType=auth/munge
-AuthInfo=socket={folder}/munge.socket,cred_expire=2
+AuthInfo=socket={folder}/munge.socket,cred_expire=5
 SlurmUser=root
 SlurmdUser=root
 ProctrackType=proctrack/linuxproc

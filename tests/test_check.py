@@ -15,6 +15,7 @@ import torch
 from mpi import both_ends, run_mpi
 
 from fedsp_mpi import build, capacity, check, config
+from fedsp_mpi.comm import Refused
 from fedsp_mpi.comm.survey import free_memory
 from fedsp_mpi.log import Log
 from fedsp_mpi.models import auxiliary, backbone
@@ -40,6 +41,18 @@ def table(n: int, folder: Path, *settings: str, status: int = 0, program=("-m", 
     assert len(errors) == (1 if status else 0), both_ends(result)
     assert not (folder / "runs").exists(), "the check left something behind"
     return result.stdout.splitlines() + errors
+
+
+def alone(folder: Path, *settings: str) -> tuple[list[str], str]:
+    """The lines of a check in this process, and what was refused."""
+    lines: list[str] = []
+    refused = ""
+    try:
+        check.check(config.load(None, [f"run.folder={folder / 'runs'}", *settings]), Log(lines.append))
+    except Refused as error:
+        refused = str(error)
+    assert not (folder / "runs").exists(), "the check left something behind"
+    return lines, refused
 
 
 def of(lines: list[str], what: str) -> list[str]:
@@ -134,34 +147,46 @@ def test_another_version_on_one_rank(tmp_path):
     [
         ("topology.ranks=5", "found 3 ranks, expected topology.ranks=5"),
         ("federation.clients=1", "expected a client for each; start 2 processes or fewer"),
-        ("model.name=/nowhere", "there is no folder /nowhere"),
-        ("server.tuning.batch_size=100000000", "memory: host "),
-        ("federation.clients=100", "model, data: "),
     ],
 )
-def test_what_would_stop_a_run(tmp_path, setting, words):
-    more = ("data.limit.train=50",) if setting == "federation.clients=100" else ()
-    lines = table(3, tmp_path, setting, *more, status=2)
-    failed = [line for line in lines if line.startswith("FAIL")]
-    assert len(failed) == 1 and words in lines[-1], lines
-    assert failed[0][21:] in lines[-1]
+def test_a_number_of_ranks_that_would_stop_a_run(tmp_path, setting, words):
+    lines = table(3, tmp_path, setting, status=2)
+    [failed] = [line for line in lines if line.startswith("FAIL")]
+    assert lines[-1] == f"fedsp_mpi: check: world: {failed[21:]}" and words in lines[-1]
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (["topology.ranks=5"], "world: found 1 ranks, expected topology.ranks=5"),
+        (["model.name=/nowhere"], "model, data: model.name: found '/nowhere'"),
+        (["federation.clients=100", "data.limit.train=50"], "model, data: found 50 "),
+        (["server.tuning.batch_size=100000000"], "memory: host "),
+        (["run.folder=/proc/runs"], "run folder: /proc/runs/"),
+    ],
+)
+def test_what_would_stop_a_run(tmp_path, settings, words):
+    lines, refused = alone(tmp_path, *settings)
+    [failed] = [line for line in lines if line.startswith("FAIL")]
+    assert refused.startswith(f"check: {words}") and failed[21:] in refused, (lines, refused)
+    assert lines[-1].startswith("1 failed")
+
+
+def test_several_failures_are_counted(tmp_path):
+    lines, refused = alone(tmp_path, "topology.ranks=5", "model.name=/nowhere")
+    assert len([line for line in lines if line.startswith("FAIL")]) == 2 and lines[-1].startswith("2 failed")
+    assert refused.startswith("check: world: ") and refused.endswith(" (and 1 more)")
 
 
 def test_a_memory_plan_that_exceeds_what_is_free_names_both(tmp_path):
-    lines = table(0, tmp_path, "client.prompt.batch_size=100000000", status=2)
-    need, free = (float(number) for number in re.findall(r"about (\S+) GiB needed, (\S+) GiB free", lines[-1])[0])
+    _, refused = alone(tmp_path, "client.prompt.batch_size=100000000")
+    need, free = (float(number) for number in re.findall(r"about (\S+) GiB needed, (\S+) GiB free", refused)[0])
     # 32 values of 4 bytes for each of 3 layers, 128 units and at least 20 tokens of each example.
     assert need > 1e8 * 32 * 4 * 3 * 128 * 20 / GIB and 0 < free < need
 
 
-def test_a_folder_that_cannot_be_written(tmp_path):
-    (tmp_path / "file").write_text("")
-    lines = table(2, tmp_path, f"run.folder={tmp_path / 'file' / 'runs'}", status=2)
-    assert "run folder: " in lines[-1] and "cannot be written" in lines[-1]
-
-
 def test_a_folder_that_one_rank_does_not_share(tmp_path):
-    fault = f"from fedsp_mpi.record import probe; l = probe.look; probe.look = lambda f, r: l(type(f)({str(tmp_path)!r}), r)"
+    fault = "from fedsp_mpi.record import probe; look = probe.look; probe.look = lambda f, r: look(f / 'not', r)"
     lines = table(3, tmp_path, status=2, program=with_fault(1, fault))
     assert re.search(r"run folder: rank 1 on \S+ does not see .*; expected one folder that all hosts share$", lines[-1])
 
@@ -173,9 +198,9 @@ def test_a_rank_whose_files_the_server_does_not_see(tmp_path):
 
 
 def test_an_input_that_one_rank_does_not_see(tmp_path):
-    fault = "from fedsp_mpi import check; l = check._look; check._look = lambda m, r: l(m, r) | {'missing': m['inputs'][:1]}"
+    fault = "from fedsp_mpi import check; check._look = lambda m, r: {'folder': {}, 'missing': m['inputs'][:1]}"
     lines = table(3, tmp_path, status=2, program=with_fault(2, fault))
-    assert f"inputs: rank 2 does not see {build.RESOURCES / 'model'}" in lines[-1]
+    assert f"check: inputs: rank 2 does not see {build.RESOURCES / 'model'}" in lines[-1]
 
 
 def test_a_clock_that_is_wrong(tmp_path):
@@ -198,7 +223,7 @@ def test_a_report_of_a_rank_that_raises_is_one_and_nothing_stays(tmp_path):
 
 def test_the_shell_of_a_job_is_told_that_it_is_one_process(tmp_path):
     [world] = of(table(0, tmp_path, SLURM_JOB_ID="7", SLURM_NTASKS="4", SLURM_PROCID="0"), "world")
-    assert world.startswith("warn") and "a Slurm job of 4 tasks" in world and "srun or mpirun" in world
+    assert world.startswith("warn") and "the shell of a Slurm job of 4 tasks" in world and "srun or mpirun" in world
 
 
 def test_tasks_that_do_not_see_each_other_are_told_the_cause_and_the_cure(tmp_path):
@@ -261,6 +286,15 @@ def test_more_threads_than_cores():
     assert lines_of(check._check_threads, both)[0].startswith("ok")  # in turn
 
 
+def test_versions_that_differ_and_those_that_are_missing():
+    both = {"fedsp_mpi": "1", "python": "3", "torch": "2", "h5py": "4"}
+    assert lines_of(check._check_versions, [both, both])[0].startswith("ok")
+    lines = lines_of(check._check_versions, [both, both | {"h5py": "5"}])
+    assert len(lines) == 1 and "found h5py 4 on rank 0; h5py 5 on rank 1; expected the same" in lines[0]
+    lines = lines_of(check._check_versions, [both | {"h5py": "not installed"}] * 2)
+    assert len(lines) == 1 and lines[0].startswith("FAIL") and "found no h5py" in lines[0]
+
+
 # The plan of memory and disk.
 
 
@@ -321,7 +355,9 @@ def test_the_plan_is_near_what_a_run_takes(tmp_path):
     data = tiny.data_folder(tmp_path / "data")
     short = ("federation.rounds=2", "federation.clients=2", "distillation.stage.steps=2", "client.alignment.steps=2")
     more = ("client.prompt.steps=2", "server.tuning.steps=2", "data.limit.test=4", "evaluation.server_only=false")
-    settings = [f"model.name={folder}", f"data.source={data}", f"run.folder={tmp_path / 'runs'}", *short, *more]
+    devices = ("server.compute.device=cpu", "client.compute.device=cpu")
+    where = (f"model.name={folder}", f"data.source={data}", f"run.folder={tmp_path / 'runs'}")
+    settings = [*where, *devices, *short, *more]
     code = """
         import resource, sys
         from fedsp_mpi import cli

@@ -6,7 +6,7 @@ What the summary takes from free-form parts, where they are there and have this 
     environment: hosts = [{"host", "device"}, ...], one a rank (or host and num_ranks); machine; commit
     sections["models"]: {part: number of parameters}, or {part: {"name", "num_parameters"}}
     sections["data"]: task, train, validation, test, server_shard, client_shards
-    sections["distillation"]: seconds, reused_from; sections["timing"]: seconds
+    sections["distillation"]: seconds, reused_from; sections["timing"]: seconds, seconds_checkpoints
 """
 
 from __future__ import annotations
@@ -230,6 +230,7 @@ def _seconds(run: Run) -> list[str]:
     for phase in ("broadcast", "control", "clients", "merge", "server", "validation"):
         known[phase] = float(np.nansum(run.rounds[f"seconds_{phase}"]))
     known["all rounds"] = float(np.nansum(run.rounds["seconds_total"]))
+    known["checkpoints"] = run.sections.get("timing", {}).get("seconds_checkpoints")
     known["scoring"] = float(np.nansum(run.results["seconds"]))
     known["whole run"] = run.sections.get("timing", {}).get("seconds")
     shown = [
