@@ -6,7 +6,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 LOCAL = ["mpich"]  # an MPI as a wheel, for machines without one; a cluster uses its own
-TEST = [*LOCAL, "pytest", "ruff", "mypy", "lm_eval"]
+TEST = [*LOCAL, "pytest", "pytest-xdist", "ruff", "mypy", "lm_eval"]
 
 [VERSION] = re.findall(r'^__version__ = "(.+)"$', Path("fedsp_mpi/__init__.py").read_text(encoding="utf-8"), re.M)
 

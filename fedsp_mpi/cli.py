@@ -65,6 +65,7 @@ def fetch(options: argparse.Namespace) -> int:
 
     for settings in every:
         _user(room.fetch, settings, log)
+    log.say("on nodes without a network, export HF_HUB_OFFLINE=1: the libraries would try to reach the hub for a while")
     return 0
 
 

@@ -92,7 +92,8 @@ def test_nothing_named_is_nothing_to_do():
 
 def test_local_folders_are_looked_at(tmp_path, home):
     path = configuration(tmp_path, model={"name": "embedded"}, data={"source": "embedded"})
-    lines = fetch(path).splitlines()
+    *lines, advice = fetch(path).splitlines()
+    assert "HF_HUB_OFFLINE=1" in advice
     assert [line.split(":")[0] for line in lines] == ["model embedded", "data multiple_choice", "weights"]
     size = (RESOURCES / "model" / "model.safetensors").stat().st_size
     assert f"here, 1 files, {size / 1e6:.1f} MB in {RESOURCES / 'model'}" in lines[2]

@@ -246,6 +246,7 @@ class Wire:
 
         def look() -> bool:
             while (message := self._comm.Improbe(self._mpi.ANY_SOURCE, tag, status)) is not None:
+                assert status.source not in letters.keys() | arriving.keys(), "a rank is an operation ahead"
                 letter = bytearray(status.Get_count(self._mpi.BYTE))
                 arriving[status.source] = (message.Irecv([letter, self._mpi.BYTE]), letter)
             for rank in [rank for rank, (request, _) in arriving.items() if request.Test()]:
