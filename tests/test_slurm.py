@@ -114,7 +114,7 @@ def test_one_task_of_a_sweep_is_requeued_alone(slurm, folder, slow, tmp_path):
     one, two = (Job(slurm, f"{sweep.id}_{task}") for task in (1, 2))
     two.wait_for("round 2/")
     two.tell_to_stop()
-    assert one.wait("COMPLETED")["Restarts"] == "0" and two.wait("COMPLETED")["Restarts"] == "1"
+    assert two.wait("COMPLETED")["Restarts"] == "1" and one.wait("COMPLETED")["Restarts"] == "0"
     assert [read(folder / name).committed_rounds for name in ("sweep-1-one", "sweep-2-two")] == [1, 5]
 
 
