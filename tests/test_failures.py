@@ -12,6 +12,8 @@ from test_run import short_run
 
 from fedsp_mpi.record import read
 
+pytestmark = pytest.mark.slow
+
 DEADLINE = 4.0
 
 

@@ -15,6 +15,8 @@ from mpi import PROGRAMS, ROOT, both_ends, kill_tree, mpirun, run_mpi
 
 from fedsp_mpi.record import difference, read
 
+pytestmark = pytest.mark.slow
+
 SETTINGS = (
     "federation.rounds=5",
     "federation.clients=3",

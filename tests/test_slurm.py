@@ -34,6 +34,8 @@ TWO = ("--ntasks=2",)
 # Python runs this at its start. A round takes at least two seconds then, on any machine, until the job is requeued.
 SLOW = f"""
 import os, sys, time
+
+pytestmark = pytest.mark.slow
 if "SLURM_RESTART_COUNT" not in os.environ:
     sys.path.append({str(PROGRAMS)!r})
     import faulty
