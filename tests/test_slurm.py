@@ -16,6 +16,8 @@ from fedsp_mpi.config import load, to_yaml
 from fedsp_mpi.record import difference, read
 from slurm import Job, Slurm
 
+pytestmark = pytest.mark.slow
+
 ROUNDS = 30
 SHORT = (
     f"federation.rounds={ROUNDS}",
@@ -34,8 +36,6 @@ TWO = ("--ntasks=2",)
 # Python runs this at its start. A round takes at least two seconds then, on any machine, until the job is requeued.
 SLOW = f"""
 import os, sys, time
-
-pytestmark = pytest.mark.slow
 if "SLURM_RESTART_COUNT" not in os.environ:
     sys.path.append({str(PROGRAMS)!r})
     import faulty

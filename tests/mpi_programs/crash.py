@@ -26,6 +26,7 @@ def go_wrong(how: str) -> None:
         time.sleep(60)
     if how in ("exit", "exit0"):
         sys.exit(3 if how == "exit" else 0)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs in the background may ignore it
     numbers = {"interrupt": signal.SIGINT, "term": signal.SIGTERM, "stop": signal.SIGSTOP, "kill": signal.SIGKILL}
     if how in numbers:
         os.kill(os.getpid(), numbers[how])
