@@ -12,23 +12,13 @@ from pathlib import Path
 
 import pytest
 from mpi import PROGRAMS, ROOT, both_ends, kill_tree, mpirun, run_mpi
+from test_run import SHORT
 
 from fedsp_mpi.record import difference, read
 
 pytestmark = pytest.mark.slow
 
-SETTINGS = (
-    "federation.rounds=5",
-    "federation.clients=3",
-    "distillation.stage.steps=4",
-    "client.alignment.steps=2",
-    "client.prompt.steps=2",
-    "client.resident=1",
-    "server.tuning.steps=2",
-    "data.limit.train=64",
-    "data.limit.validation=16",
-    "data.limit.test=24",
-)
+SETTINGS = (*SHORT, "federation.rounds=5", "client.resident=1")
 FAULTY = PROGRAMS / "faulty.py"
 NUM_RANDOM = int(os.environ.get("FEDSP_KILLS", "2"))  # moments; 20 for the figure in the README
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import test_run
 from mpi import PROGRAMS, ROOT, mpirun
 
 from fedsp_mpi.config import load, to_yaml
@@ -19,17 +20,7 @@ from slurm import Job, Slurm
 pytestmark = pytest.mark.slow
 
 ROUNDS = 30
-SHORT = (
-    f"federation.rounds={ROUNDS}",
-    "federation.clients=2",
-    "distillation.stage.steps=4",
-    "client.alignment.steps=2",
-    "client.prompt.steps=2",
-    "server.tuning.steps=2",
-    "data.limit.train=64",
-    "data.limit.validation=16",
-    "data.limit.test=24",
-)
+SHORT = (*test_run.SHORT, f"federation.rounds={ROUNDS}", "federation.clients=2")
 ONE_ROUND = "federation.rounds=1"
 TWO = ("--ntasks=2",)
 
