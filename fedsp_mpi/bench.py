@@ -11,9 +11,10 @@ import torch
 from torch.nn import functional as F
 
 from fedsp_mpi import build
-from fedsp_mpi.comm import Handout
+from fedsp_mpi.comm import Handout, Topology
 from fedsp_mpi.config import Config
 from fedsp_mpi.log import Log
+from fedsp_mpi.materials import Materials
 from fedsp_mpi.models import auxiliary, backbone
 from fedsp_mpi.models.backbone import LanguageModel
 from fedsp_mpi.models.prompts import Prompt
@@ -37,9 +38,9 @@ def local(config: Config, repeats: int, log: Log) -> dict[str, float]:
         AssertionError: the two disagree in the prompts.
     """
     _require_comparable(config, repeats)
-    materials = build.Materials(config)
+    materials = Materials(config)
     materials.check()
-    compute = Compute.of(config.client.compute, 0)
+    compute = Compute.of(config.client.compute, Topology.alone())
     compute.begin()
     handout, bare = _bare_side(materials, compute)
     client = build.client_side(materials, compute, handout, [0]).client
@@ -78,7 +79,7 @@ def _require_comparable(config: Config, repeats: int) -> None:
             )
 
 
-def _bare_side(materials: build.Materials, compute: Compute) -> tuple[Handout, _BareLoop]:
+def _bare_side(materials: Materials, compute: Compute) -> tuple[Handout, _BareLoop]:
     """A hand-out without distillation, and the loop that begins with it as well."""
     config, cell = materials.config, materials.config.auxiliary.layers_per_cell
     model = backbone.load_global(materials.model_name, device=compute.device)
@@ -96,7 +97,7 @@ def _bare_side(materials: build.Materials, compute: Compute) -> tuple[Handout, _
     return handout, _BareLoop(small, prompt, config)
 
 
-def _ready(materials: build.Materials, compute: Compute, round: int) -> list[list[list[Batch]]]:
+def _ready(materials: Materials, compute: Compute, round: int) -> list[list[list[Batch]]]:
     """The micro-batches of every step of both stages of client 0."""
     stages = {"alignment": materials.config.client.alignment, "prompt": materials.config.client.prompt}
     batches = {name: materials.batches(1, stage, name) for name, stage in stages.items()}

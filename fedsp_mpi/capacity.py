@@ -17,7 +17,7 @@ from fedsp_mpi.models.prompts import Prompt
 from fedsp_mpi.training.device import DTYPES
 
 if TYPE_CHECKING:
-    from fedsp_mpi.build import Materials
+    from fedsp_mpi.materials import Materials
 
 LIBRARIES = 640 << 20  # of host memory in each process, for torch, transformers and datasets; measured on a CPU
 # Values that the backward pass keeps per layer, token and unit of width: 13 (OPT) to 33 (GPT-2, Qwen2), measured.
@@ -76,7 +76,8 @@ def plan(config: Config, sizes: Sizes, ranks: Sequence[Mapping[str, Any]]) -> li
         ranks: of each rank its "host", "memory" (free bytes there), and "devices": by role, "server" or "client", with
             "uuid" and "free" if it is a GPU.
     """
-    num_clients = -(-config.federation.clients // max(1, len(ranks) - 1))
+    num_ranks = sum("client" in rank["devices"] for rank in ranks)
+    num_clients = -(-config.federation.clients // max(1, num_ranks))
     needs = {"server": server(config, sizes), "client": client(config, sizes, num_clients)}
     needed: dict[str, int] = {}
     free: dict[str, int] = {}

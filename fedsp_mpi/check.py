@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from fedsp_mpi import comm, run
+from fedsp_mpi import comm, placement, run
 from fedsp_mpi.comm import Handout, survey
-from fedsp_mpi.config import ComputeConfig, Config
+from fedsp_mpi.config import Config
 from fedsp_mpi.log import Log
+from fedsp_mpi.placement import spans
 from fedsp_mpi.plain import differences
 from fedsp_mpi.record import probe
 from fedsp_mpi.server_run import VERSIONS, one_line
@@ -98,10 +99,7 @@ def _introduction(config: Config | ValueError, wire: Wire | Solo) -> dict[str, A
     }
     if not isinstance(config, Config):
         return said | {"mistake": one_line(config), "config": None, "devices": {}}
-    computes = {"server": config.server.compute, "client": config.client.compute}
-    roles = ("server", "client") if here.size == 1 else ("client",) if here.rank else ("server",)
-    devices = {role: _device(computes[role], here.local_rank) for role in roles}
-    return said | {"config": asdict(config), "devices": devices}
+    return said | {"config": asdict(config), "devices": placement.devices(config, here)}
 
 
 def _version(name: str) -> str:
@@ -109,25 +107,6 @@ def _version(name: str) -> str:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
         return "not installed"
-
-
-def _device(settings: ComputeConfig, local_rank: int) -> dict[str, Any]:
-    """The device of a role on this rank; torch is imported only where there may be another one than the CPU."""
-    said = {"name": "cpu", "threads": settings.threads}
-    if settings.device == "cpu" or (settings.device == "auto" and not any(Path("/dev").glob("nvidia[0-9]*"))):
-        return said
-    import torch
-
-    from fedsp_mpi.training.device import Compute
-
-    try:
-        device = Compute.of(settings, local_rank).device
-    except ValueError as error:
-        return said | {"error": one_line(error)}
-    if device.type == "cpu":
-        return said
-    known, (free, _) = torch.cuda.get_device_properties(device), torch.cuda.mem_get_info(device)
-    return said | {"name": f"{device} {known.name}", "uuid": str(known.uuid), "free": free}
 
 
 # What the server makes of it.
@@ -143,7 +122,7 @@ def _check_ranks(table: Table, config: Config | ValueError, ranks: list[dict[str
     for number, rank in enumerate(ranks):
         devices = [_name_of(role, device) for role, device in rank["devices"].items()]
         table.add(
-            "ok", f"rank {number}", ", ".join([rank["host"], rank["place"], f"cores {_spans(rank['cores'])}", *devices])
+            "ok", f"rank {number}", ", ".join([rank["host"], rank["place"], f"cores {spans(rank['cores'])}", *devices])
         )
     _check_devices(table, ranks)
     _check_threads(table, ranks)
@@ -153,14 +132,17 @@ def _check_ranks(table: Table, config: Config | ValueError, ranks: list[dict[str
 def _check_world(table: Table, config: Config, size: int) -> None:
     """The number of ranks against the launcher's, the configuration's, and that of the clients."""
     tasks = os.environ.get("SLURM_NTASKS", "")
-    clients, wanted = config.federation.clients, config.topology.ranks
-    found = f"{size} ranks: 1 server, {size - 1} for {clients} clients" if size > 1 else "1 process plays all ranks"
+    clients, wanted, servers = config.federation.clients, config.topology.ranks, config.topology.server_ranks
+    rest = size - servers
+    found = f"{size} ranks: {servers} server, {rest} for {clients} clients" if size > 1 else "1 process plays all ranks"
     idle = tasks.isdecimal() and int(tasks) > size
     mark: Mark = "warn" if idle else "ok"
     if wanted is not None and size != wanted:
         mark, found = "FAIL", f"found {size} ranks, expected topology.ranks={wanted}; start that many processes"
-    elif size - 1 > clients:
-        mark, found = "FAIL", f"found {found}, expected a client for each; start {clients + 1} processes or fewer"
+    elif rest > clients:
+        mark, found = "FAIL", f"found {found}, expected a client for each; start {clients + servers} processes or fewer"
+    elif servers > 1 and rest < 1:
+        mark, found = "FAIL", f"found {found}, expected one for clients at least; start {servers + 1} processes or more"
     elif idle and size == 1:
         found += f", in the shell of a Slurm job of {tasks} tasks; start all of them with srun or mpirun before python"
     elif idle:
@@ -176,7 +158,7 @@ def _same(table: Table, what: str, values: Sequence[str]) -> None:
     if len(groups) == 1:
         table.add("ok", what, values[0])
         return
-    said = "; ".join(f"{value} on rank {_spans(ranks)}" for value, ranks in groups.items())
+    said = "; ".join(f"{value} on rank {spans(ranks)}" for value, ranks in groups.items())
     table.add("FAIL", what, f"found {said}; expected the same on all ranks: start them in one environment")
 
 
@@ -198,16 +180,17 @@ def _name_of(role: str, device: dict[str, Any]) -> str:
 
 def _check_devices(table: Table, ranks: list[dict[str, Any]]) -> None:
     """Devices that are not there, and GPUs that several ranks share."""
-    users: dict[str, list[int]] = {}
     for number, rank in enumerate(ranks):
         for device in rank["devices"].values():
             if "error" in device:
                 table.add("FAIL", "device", f"rank {number} on {rank['host']}: {device['error']}")
-            if "uuid" in device and number not in users.setdefault(device["uuid"], []):
-                users[device["uuid"]].append(number)
-    for uuid, some in users.items():
-        if len(some) > 1:
-            table.add("warn", "device", f"GPU-{uuid.removeprefix('GPU-')} is shared by ranks {_spans(some)}")
+    for uuid, some in placement.shared_gpus(ranks).items():
+        servers = [number for number in some if "server" in ranks[number]["devices"]]
+        found = f"GPU-{uuid.removeprefix('GPU-')} is shared by ranks {spans(some)}"
+        if len(servers) > 1:
+            table.add("FAIL", "device", f"found that {found}, expected one for each rank of the server")
+        else:
+            table.add("warn", "device", found)
 
 
 def _check_threads(table: Table, ranks: list[dict[str, Any]]) -> None:
@@ -221,7 +204,7 @@ def _check_threads(table: Table, ranks: list[dict[str, Any]]) -> None:
         cores = {core for number in some for core in ranks[number]["cores"]}
         crowded = [number for number, count in zip(some, threads) if count > len(ranks[number]["cores"])]
         found = f"{host}: {sum(threads)} threads in all, {len(cores)} cores"
-        trouble = f", but rank {_spans(crowded)} is bound to fewer than its threads" if crowded else ""
+        trouble = f", but rank {spans(crowded)} is bound to fewer than its threads" if crowded else ""
         if sum(threads) > len(cores):
             trouble = "; ranks will wait for each other: take fewer ranks, or fewer threads"
         table.add("warn" if trouble else "ok", "cores", found + trouble)
@@ -249,7 +232,7 @@ class _Preparation:
     """The server's own part of the check: model and data, the plans of memory and disk, the run folder."""
 
     def __init__(self, table: Table, config: Config, ranks: list[dict[str, Any]]) -> None:
-        from fedsp_mpi.build import Materials
+        from fedsp_mpi.materials import Materials
 
         self._table, self._config, self._ranks = table, config, ranks
         self._materials = Materials(config)
@@ -324,7 +307,7 @@ class _Preparation:
         """Judge what every rank saw of the folders."""
         for path, mark in self._folders.items():
             if blind := [number for number, look in enumerate(looks) if path in look["missing"]]:
-                self._table.add(mark, "inputs", f"rank {_spans(blind)} does not see {path}, expected it on every host")
+                self._table.add(mark, "inputs", f"rank {spans(blind)} does not see {path}, expected it on every host")
         if not self._probe:
             return
         wrong = [text for number, look in enumerate(looks) for text in self._wrong(number, look["folder"])]
@@ -377,13 +360,6 @@ def _check_wire(table: Table, wire: Wire | Solo, ranks: list[dict[str, Any]], nu
     found = f"at most {abs(skew):.3f} s apart (rank {worst}, measured to {error:.3f} s)"
     wrong = "; times in logs and files mislead: have the hosts set by NTP" if abs(skew) - error > _SKEW else ""
     table.add("warn" if wrong else "ok", "clocks", found + wrong)
-
-
-def _spans(numbers: Sequence[int]) -> str:
-    """[0, 1, 2, 5] as "0-2, 5"."""
-    begins = [n for n in numbers if n - 1 not in numbers]
-    ends = [n for n in numbers if n + 1 not in numbers]
-    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in zip(begins, ends))
 
 
 def _gib(size: float) -> str:

@@ -33,6 +33,8 @@ class TopologyConfig:
     """What is expected of the launcher."""
 
     ranks: int | None = None  # refuse to start with another number of processes
+    # Ranks 0 to server_ranks - 1 hold the global model, and share distillation (ZeRO), server tuning and evaluation.
+    server_ranks: int = 1
 
 
 @dataclass(frozen=True)
@@ -173,11 +175,11 @@ class FederationConfig:
 
 @dataclass(frozen=True)
 class ComputeConfig:
-    """What one role computes with. Equal thread counts give equal bits, so they belong to the run."""
+    """What one role computes with. Equal bits are promised for equal numbers of threads."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Dtype = "float32"  # of the forward and backward pass; prompts, gradients' owners and optimizers are fp32
-    threads: int = 1
+    threads: int | None = None  # None: a rank's share of the cores that it may run on
 
 
 @dataclass(frozen=True)
@@ -232,6 +234,7 @@ class DeadlineConfig:
     broadcast: float | None = 7200  # clients, from the end of their work to the next round
     gather: float | None = 7200  # the server, for the clients' work
     finish: float | None = 86400  # clients, for the evaluation
+    server: float | None = 1800  # the server's ranks, for each other
 
 
 @dataclass(frozen=True)
@@ -271,6 +274,7 @@ class Config:
                 _at_least(section, name, value, low)
         self._check_federation()
         self._check_prompt()
+        self._check_shares()
 
     def _check_federation(self) -> None:
         plan = self.federation
@@ -291,6 +295,14 @@ class Config:
                 "drop with a number of seconds, or wait without one"
             )
 
+    def _check_shares(self) -> None:
+        for key, stage in (("distillation.stage", self.distillation.stage), ("server.tuning", self.server.tuning)):
+            if stage.batch_size % self.topology.server_ranks:
+                raise ConfigError(
+                    f"{key}.batch_size: found {stage.batch_size}, expected a multiple of topology.server_ranks="
+                    f"{self.topology.server_ranks}, so that each of them gets an equal part"
+                )
+
     def _check_prompt(self) -> None:
         if self.prompt.projection is not None and self.prompt.kind == "input":
             raise ConfigError("prompt.projection: found with prompt.kind=input, expected prompt.kind=prefix")
@@ -308,6 +320,7 @@ class Config:
 # The least value of what has one; None is always allowed where the type allows it.
 LEAST = {
     "topology.ranks": 1,
+    "topology.server_ranks": 1,
     "data.max_length": 2,
     "data.limit.train": 1,
     "data.limit.validation": 1,
@@ -334,6 +347,7 @@ LEAST = {
     "deadlines.broadcast": 0,
     "deadlines.gather": 0,
     "deadlines.finish": 0,
+    "deadlines.server": 0,
 }
 
 
@@ -356,7 +370,16 @@ def load(path: str | Path | None, overrides: list[str] | None = None, values: di
 
 # What may differ when a run goes on: where and how it runs, not what comes of it.
 _FREE = (
-    *("run.name", "run.folder", "run.if_exists", "run.resume", "topology.", "deadlines.", "checkpoint.", "record."),
+    *(
+        "run.name",
+        "run.folder",
+        "run.if_exists",
+        "run.resume",
+        "topology.ranks",
+        "deadlines.",
+        "checkpoint.",
+        "record.",
+    ),
     *("client.resident", "distillation.reuse"),
 )
 

@@ -35,6 +35,7 @@ from fedsp_mpi.tensors import (
 )
 from fedsp_mpi.training.device import Compute
 from fedsp_mpi.training.loop import Trace
+from fedsp_mpi.training.team import Team
 
 
 class ClientFailedError(RuntimeError):
@@ -108,14 +109,9 @@ class Best:
 
 
 @dataclass
-class ServerSide:
-    """The server, the control that trains beside it without clients, and what both are judged by."""
+class Archive:
+    """What rank 0 alone writes, and what it needs for it."""
 
-    server: Server
-    control: Server | None
-    compute: Compute
-    validation: Sequence[Text]
-    batch_tokens: int
     record: RunRecord
     keep_prompts: bool
     rank_of: dict[int, int]
@@ -123,6 +119,22 @@ class ServerSide:
     checkpoints: Checkpoints
     carried: Sequence[WireRow] = ()  # the manifest of the run's earlier stretches
     seconds_checkpoints: list[float] = field(default_factory=list)
+
+
+@dataclass
+class ServerSide:
+    """The server, the control that trains beside it without clients, and what both are judged by.
+
+    Where several ranks are the server, each has one; they do the same and end each round with the same.
+    """
+
+    server: Server
+    control: Server | None
+    compute: Compute
+    validation: Sequence[Text]
+    batch_tokens: int
+    team: Team
+    archive: Archive | None
     best: Best = field(init=False)
     control_best: Best | None = field(init=False)
 
@@ -132,7 +144,7 @@ class ServerSide:
 
     def loss(self, server: Server) -> float:
         """Validation loss of a server's prompts on the global model."""
-        return answer_loss_mean(server.model, server.prompt, self.validation, self.batch_tokens)
+        return answer_loss_mean(server.model, server.prompt, self.validation, self.batch_tokens, self.team)
 
     def state(self) -> State:
         """All that the server's next round depends on."""
@@ -167,7 +179,7 @@ class Plan:
 
 
 def federate(wire: Wire | Solo, plan: Plan, here: ServerSide | None, clients: ClientSide | None) -> bool:
-    """All rounds that are left. Every rank calls this; `here` is the server's side, `clients` the others.
+    """All rounds that are left. Every rank calls this; `here` is the server's side, `clients` the others'.
 
     Returns:
         False if the run was told to stop (SIGUSR1 at the server) before its last round; a checkpoint is written then.
@@ -178,8 +190,8 @@ def federate(wire: Wire | Solo, plan: Plan, here: ServerSide | None, clients: Cl
             if plan.done < round - 1 and not plan.is_due(round - 1):
                 save(round - 1, wire, plan, here, clients)
             return False
-        if here:
-            _tell(here, round, plan, time.perf_counter() - start)
+        if here and here.archive:
+            _tell(here.archive, round, plan, time.perf_counter() - start)
         if plan.is_due(round):
             save(round, wire, plan, here, clients)
     return True
@@ -192,7 +204,7 @@ def run_round(round: int, wire: Wire | Solo, plan: Plan, here: ServerSide | None
     """
     watch = Stopwatch()
     with guard.phase("broadcast", round=round):
-        down = wire.broadcast(_word(round, here) if here else None)
+        down = wire.broadcast(_word(round, here) if here and here.archive else None)
         watch.lap("broadcast")
     if down.stop:
         return False
@@ -204,12 +216,14 @@ def run_round(round: int, wire: Wire | Solo, plan: Plan, here: ServerSide | None
     with guard.phase("local training and gather", round=round):
         updates = wire.gather(round, local_work(clients, down) if clients else ())
         watch.lap("clients")
-    if here is None or updates is None:
+    if here is None:
         return True
     here.compute.begin()
     with guard.phase("merge", round=round):
-        require_quorum(updates, plan.federation)
-        here.server.take(here.server.merge(updates))
+        if updates is not None:
+            require_quorum(updates, plan.federation)
+            here.server.take(here.server.merge(updates))
+        here.team.lead(here.server.prompt.parameters())
         watch.lap("merge")
     with guard.phase("validation of the merged prompts", round=round):
         merged_loss = here.loss(here.server)
@@ -224,6 +238,8 @@ def run_round(round: int, wire: Wire | Solo, plan: Plan, here: ServerSide | None
         if here.control and here.control_best:
             here.control_best.offer(here.control.prompts(), round, control_loss)
         watch.lap("validation")
+    if updates is None or here.archive is None:
+        return True
     with guard.phase("record", round=round):
         row = RoundRow(
             round=round,
@@ -237,7 +253,8 @@ def run_round(round: int, wire: Wire | Solo, plan: Plan, here: ServerSide | None
             is_best=is_best,
             **watch.seconds(),
         )
-        commit(here, wire, row, updates)
+        prompts = dict(here.server.prompts()) if here.archive.keep_prompts else None
+        commit(here.archive, wire, row, updates, prompts)
     return True
 
 
@@ -255,13 +272,13 @@ def save(round: int, wire: Wire | Solo, plan: Plan, here: ServerSide | None, cli
         start = time.perf_counter()
         last = round == plan.federation.rounds
         answers = [] if last else wire.collect(_saved(clients), "checkpoint")
-        if here is None or answers is None:
+        if here is None or here.archive is None or answers is None:
             return
         if error := next((answer["error"] for answer in answers if answer["error"]), None):
             raise RecordError(error)
         pieces = {int(id): Piece(*piece) for answer in answers for id, piece in answer["states"].items()}
-        here.checkpoints.commit(round, here.state(), pieces, plan.checkpoint.keep, here.best.round)
-        here.seconds_checkpoints.append(time.perf_counter() - start)
+        here.archive.checkpoints.commit(round, here.state(), pieces, plan.checkpoint.keep, here.best.round)
+        here.archive.seconds_checkpoints.append(time.perf_counter() - start)
 
 
 def _saved(clients: ClientSide | None) -> dict[str, Any]:
@@ -302,25 +319,23 @@ def require_quorum(updates: Updates, plan: FederationConfig) -> None:
         )
 
 
-def commit(here: ServerSide, wire: Wire | Solo, row: RoundRow, updates: Updates) -> None:
+def commit(
+    archive: Archive, wire: Wire | Solo, row: RoundRow, updates: Updates, prompts: dict[str, np.ndarray] | None
+) -> None:
     """Write one round into the record: when this returns, the round is on disk."""
     size = wire.round_bytes()
 
     def client_row(client: int, **rest: Any) -> ClientRow:
         down, up = size["down"].get(client, 0), size["up"].get(client, 0)
         return ClientRow(
-            round=row.round, client=client, rank=here.rank_of[client], bytes_down=down, bytes_up=up, **rest
+            round=row.round, client=client, rank=archive.rank_of[client], bytes_down=down, bytes_up=up, **rest
         )
 
     clients = [client_row(r.client, samples=int(r.weight), **r.metrics) for r in updates.reports]
     clients += [client_row(f.client, status="failed", reason=f"{f.phase}: {f.reason}") for f in updates.failures]
     row = replace(row, bytes_down=sum(size["down"].values()), bytes_up=sum(size["up"].values()))
-    here.record.commit_round(
-        row,
-        sorted(clients, key=lambda client: client.client),
-        dict(here.server.prompts()) if here.keep_prompts else None,
-        manifest(wire, here.carried),
-    )
+    ordered = sorted(clients, key=lambda client: client.client)
+    archive.record.commit_round(row, ordered, prompts, manifest(wire, archive.carried))
 
 
 def manifest(wire: Wire | Solo, carried: Sequence[WireRow] = ()) -> list[WireRow]:
@@ -358,13 +373,14 @@ class Stopwatch:
         return {**laps, "seconds_total": time.perf_counter() - self._start}
 
 
-def _tell(here: ServerSide, round: int, plan: Plan, elapsed: float) -> None:
+def _tell(archive: Archive, round: int, plan: Plan, elapsed: float) -> None:
     rounds = plan.federation.rounds
-    row = here.record.run.rounds[-1]
+    row = archive.record.run.rounds[-1]
     failed = f", {row['num_failed']} of them failed" if row["num_failed"] else ""
-    control = f", server-only {row['control_validation_loss']:.4f}" if here.control else ""
+    loss = row["control_validation_loss"]
+    control = "" if math.isnan(loss) else f", server-only {loss:.4f}"
     left = duration(elapsed / (round - plan.done) * (rounds - round))
-    here.log.say(
+    archive.log.say(
         f"round {round}/{rounds}  validation loss {row['validation_loss']:.4f}{' *' if row['is_best'] else ''}"
         f" (merged {row['validation_merged']:.4f}{control})  {row['num_clients']} clients{failed}"
         f"  {duration(row['seconds_total'])}  {left} left"

@@ -10,10 +10,10 @@ from typing import Any
 
 import safetensors
 
-from fedsp_mpi.build import Materials
 from fedsp_mpi.config import Config
 from fedsp_mpi.data import sources
 from fedsp_mpi.log import Log, duration
+from fedsp_mpi.materials import Materials
 from fedsp_mpi.models import hub
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import platform
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from fedsp_mpi import comm
+from fedsp_mpi import comm, placement
 from fedsp_mpi.comm import guard
 from fedsp_mpi.config import Config
 from fedsp_mpi.log import Log
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
     from fedsp_mpi.comm.solo import Solo
     from fedsp_mpi.comm.wire import Wire
     from fedsp_mpi.federate import ClientSide
+    from fedsp_mpi.helper_run import HelperRun
+
+Made = TypeVar("Made")
 
 
 def execute(config: Config | ValueError, name: str, log: Log) -> Path | None:
@@ -39,7 +43,7 @@ def execute(config: Config | ValueError, name: str, log: Log) -> Path | None:
     begun = time.perf_counter()
     with guard.phase("start-up"):
         wire = connect(config if isinstance(config, Config) else Config())
-        hosts = wire.collect(_introduction(config))
+        hosts = wire.collect(_introduction(config, wire.topology))
         wire.agree(_first_mistake(hosts) if hosts else None)
     assert isinstance(config, Config)
     if hosts:
@@ -47,8 +51,10 @@ def execute(config: Config | ValueError, name: str, log: Log) -> Path | None:
     server = ServerRun(config, name, log, hosts, begun) if wire.is_server else None
     try:
         with guard.phase("checks"):
-            wire.agree(server.refusal(wire) if server else None, "handout")
-        _train(config, wire, server)
+            verdict = server.refusal(wire) if server else None
+            met = wire.agree(verdict, "handout", server.meeting_point() if server and not verdict else None)
+        helper = _helper(config, wire, met, server) if met else None
+        _train(config, wire, server, server or helper)
     except Exception as error:
         if server:
             server.give_up(error)
@@ -66,9 +72,10 @@ def connect(config: Config) -> Wire | Solo:
         raise comm.Refused(str(error)) from None
 
 
-def _train(config: Config, wire: Wire | Solo, server: ServerRun | None) -> None:
+def _train(config: Config, wire: Wire | Solo, server: ServerRun | None, role: ServerRun | HelperRun | None) -> None:
+    """`server` is rank 0's, `role` that of every rank of the server."""
     with guard.phase("distillation"):
-        handout, verdict = server.prepare() if server else (None, None)
+        handout, verdict = role.prepare() if role else (None, None)
         wire.agree(verdict, "handout")
     with guard.phase("hand-out"):
         given = wire.handout(handout)
@@ -77,36 +84,63 @@ def _train(config: Config, wire: Wire | Solo, server: ServerRun | None) -> None:
         guard.report_into(Path(given.meta["folder"]))
     guard.know_peers(given.meta["processes"])
     clients = _client_side(config, wire, given, server)
-    here, done = server.side(given) if server else None, given.meta["done"]
+    here, done = role.side(given) if role else None, given.meta["done"]
     del given
     from fedsp_mpi.federate import Plan, federate
 
     finished = federate(wire, Plan(config.federation, config.checkpoint, done), here, clients)
     with guard.phase("evaluation"):
-        if server and here and finished:
-            finished = server.finish(here, wire)
-        wire.agree(None if finished or not server else server.stopped(), "finish")
+        if role and here:
+            finished = finished and role.finish(here, wire)
+            role.leave()
+        wire.agree(server.stopped() if server and not finished else None, "finish")
+
+
+def _helper(config: Config, wire: Wire | Solo, met: list[Any], server: ServerRun | None) -> HelperRun | None:
+    """What this rank needs to share the server's work, if it is one of those that do."""
+    address, port, hosts = met
+    turns = reading_turns(hosts[: config.topology.server_ranks])
+    turns = [turn - {0} for turn in turns]
+
+    def make() -> HelperRun:
+        from fedsp_mpi.helper_run import HelperRun
+
+        return HelperRun(config, wire.topology, address, port)
+
+    return _in_turns(wire, turns, make, "helper", server)
 
 
 def _client_side(config: Config, wire: Wire | Solo, given: comm.Handout, server: ServerRun | None) -> ClientSide | None:
-    """The clients of this rank, if it has any, once all ranks have theirs. A mistake found on one is told to all."""
-    start, clients, error = time.perf_counter(), None, None
+    """The clients of this rank, if it has any, once all ranks have theirs."""
+    turns = reading_turns([host for host, _ in given.meta["processes"]])
     mine = given.meta["assignment"][wire.topology.rank]
-    with guard.phase("client set-up"):
-        if mine:
-            from fedsp_mpi import build
-            from fedsp_mpi.training.device import Compute
-        for turn in reading_turns([host for host, _ in given.meta["processes"]]):
-            if mine and wire.topology.rank in turn:
+
+    def make() -> ClientSide:
+        from fedsp_mpi import build
+        from fedsp_mpi.materials import Materials
+        from fedsp_mpi.training.device import Compute
+
+        compute = Compute.of(config.client.compute, wire.topology)
+        return build.client_side(server.materials if server else Materials(config), compute, given, mine)
+
+    return _in_turns(wire, turns, make if mine else None, "client", server)
+
+
+def _in_turns(
+    wire: Wire | Solo, turns: list[set[int]], make: Callable[[], Made] | None, who: str, server: ServerRun | None
+) -> Made | None:
+    """What `make` gives on each rank that is in a turn, turn by turn. A mistake found on one is told to all."""
+    start, made, error = time.perf_counter(), None, None
+    with guard.phase(f"{who} set-up"):
+        for turn in turns:
+            if make is not None and wire.topology.rank in turn:
                 try:
-                    compute = Compute.of(config.client.compute, wire.topology.local_rank)
-                    materials = server.materials if server else build.Materials(config)
-                    clients = build.client_side(materials, compute, given, mine)
+                    made = make()
                 except ValueError as found:
                     error = f"rank {wire.topology.rank} on {platform.node()}: {one_line(found)}"
             ready = wire.collect({"error": error, "seconds": time.perf_counter() - start})
-            wire.agree(server.heard(ready or []) if server else None)
-    return clients
+            wire.agree(server.heard(ready or [], who) if server else None)
+    return made
 
 
 def reading_turns(hosts: list[str]) -> list[set[int]]:
@@ -122,18 +156,15 @@ def reading_turns(hosts: list[str]) -> list[set[int]]:
     return [turn for turn in (set(range(len(hosts))) - late, late) if turn]
 
 
-def _introduction(config: Config | ValueError) -> dict[str, Any]:
-    """What a rank says of itself at the start. torch is imported for it only where there is a GPU to name."""
+def _introduction(config: Config | ValueError, here: comm.Topology) -> dict[str, Any]:
+    """What a rank says of itself at the start."""
     if not isinstance(config, Config):
         return {"host": platform.node(), "error": one_line(config)}
-    device = "cpu"
-    wanted = {config.server.compute.device, config.client.compute.device}
-    if wanted != {"cpu"} and any(Path("/dev").glob("nvidia[0-9]*")):
-        import torch
-
-        device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    cores = len(os.sched_getaffinity(0))
-    said = {"host": platform.node(), "pid": os.getpid(), "device": device, "cores": cores}
+    devices = placement.devices(config, here)
+    if error := next((device["error"] for device in devices.values() if "error" in device), None):
+        return {"host": platform.node(), "error": f"rank {here.rank} on {platform.node()}: {error}"}
+    names = " and ".join(sorted({device["name"] for device in devices.values()}))
+    said = {"host": platform.node(), "pid": os.getpid(), "device": names, "devices": devices, "cores": here.cores}
     return {**said, "config": asdict(config)}
 
 

@@ -14,20 +14,22 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedsp_mpi import comm
+from fedsp_mpi import comm, placement
 from fedsp_mpi.comm import guard
 from fedsp_mpi.config import Config, changed_keys, to_yaml
 from fedsp_mpi.log import Log, duration
 
 if TYPE_CHECKING:
-    from fedsp_mpi.build import Materials, ServerParts
+    from fedsp_mpi.build import Servers
     from fedsp_mpi.comm.solo import Solo
     from fedsp_mpi.comm.wire import Wire
     from fedsp_mpi.federate import ServerSide
+    from fedsp_mpi.materials import Materials
     from fedsp_mpi.models.backbone import LanguageModel
     from fedsp_mpi.record import Checkpoint, RunRecord
     from fedsp_mpi.record.lock import RunLock
     from fedsp_mpi.training.device import Compute
+    from fedsp_mpi.training.team import Meeting, Team
 
 STOPPED = 75  # exit status: told to stop; run.resume goes on
 VERSIONS = ("torch", "transformers", "peft", "datasets", "deepspeed", "mpi4py", "h5py", "numpy", "tokenizers")
@@ -44,7 +46,9 @@ class ServerRun:
         self.record: RunRecord
         self._lock: RunLock
         self._goes_on = False
-        self._parts: ServerParts
+        self._meeting: Meeting
+        self._team: Team
+        self._servers: Servers
         self._model: LanguageModel
         self._compute: Compute
         self._assignment: list[tuple[int, ...]]
@@ -57,16 +61,20 @@ class ServerRun:
         try:
             self._check_ranks(wire)
             from fedsp_mpi import build
+            from fedsp_mpi.materials import Materials, expected_work
             from fedsp_mpi.training.device import Compute
+            from fedsp_mpi.training.team import Meeting
 
-            self.materials = build.Materials(self.config)
+            self.materials = Materials(self.config)
             self._take_folder()
             self.materials.check()
-            self._compute = Compute.of(self.config.server.compute, wire.topology.local_rank)
-            self._assignment = self._place(wire, build.expected_work(self.materials))
+            self._compute = Compute.of(self.config.server.compute, wire.topology)
+            self._assignment = self._place(wire, expected_work(self.materials))
             self._summary(wire)
             self._compute.begin()
             self._model = build.global_model(self.materials, self._compute)
+            places = {host["host"] for host in self.hosts[: self._num_servers]}
+            self._meeting = Meeting.open(self._num_servers, len(places) == 1)
             self._open_record()
         except (ValueError, OSError) as error:
             self._give_back_folder()
@@ -75,6 +83,12 @@ class ServerRun:
             return nothing_to_do
         guard.report_into(self.folder)
         return None
+
+    def meeting_point(self) -> tuple[str, int, list[str]] | None:
+        """What the server's other ranks hear, if there are some: where to find this one, and the hosts of all ranks."""
+        if self._num_servers == 1:
+            return None
+        return self._meeting.address, self._meeting.port, [host["host"] for host in self.hosts]
 
     def give_up(self, error: Exception) -> None:
         """Write into the record that the run ended before its end."""
@@ -88,30 +102,31 @@ class ServerRun:
 
         A verdict instead, if the run was told to stop meanwhile.
         """
-        from fedsp_mpi import build
+        from fedsp_mpi import build, preparation
         from fedsp_mpi.training.distill import StoppedError
+        from fedsp_mpi.training.team import Team
 
-        meta = {
-            "assignment": [list(ids) for ids in self._assignment],
-            "processes": [(host["host"], host["pid"]) for host in self.hosts],
-        }
+        self._team = Team.join(self._meeting, 0, self._compute.device, self.config.deadlines.server)
+        about = (self.materials, self._model, self._compute, self._team)
+        resumed = self.resumed
         try:
-            self._parts, handout = build.server_parts(
-                self.materials,
-                self._model,
-                self._compute,
-                self.folder,
-                meta,
-                self.log,
-                lambda: guard.told_to_stop,
-                self.resumed,
+            small, story = preparation.auxiliary_model(
+                *about, self.folder, self.log, lambda: guard.told_to_stop, resumed is not None
             )
         except StoppedError as stopped:
             return None, comm.Refused(f"{stopped}; nothing of it is kept", STOPPED)
-        self.record.describe(models=self._parts.sizes, distillation=self._parts.distillation)
+        self._servers = build.servers(*about)
+        meta = {
+            "assignment": [list(ids) for ids in self._assignment],
+            "processes": [(host["host"], host["pid"]) for host in self.hosts],
+            "folder": str(self.folder.resolve()),
+        }
+        handout = build.handout(self.materials, small, self._servers.server, meta, resumed)
+        sizes = build.sizes(self.materials, self._model, small, handout)
+        self.record.describe(models=sizes, distillation=story)
         self.log.say(
             "parameters: global model {global:,}, auxiliary model {auxiliary:,}, prompts {prompt:,} "
-            "({prompt_on_the_wire:,} travel)".format(**self._parts.sizes)
+            "({prompt_on_the_wire:,} travel)".format(**sizes)
         )
         return handout, None
 
@@ -120,35 +135,25 @@ class ServerRun:
         rounds = self.record.run.committed_rounds
         return comm.Refused(f"told to stop after round {rounds}; `run --resume` goes on from there", STOPPED)
 
-    def heard(self, ready: list[dict[str, Any]]) -> comm.Refused | None:
-        """Take note that the client ranks are ready. The first mistake that one of them found, or None."""
+    def heard(self, ready: list[dict[str, Any]], who: str) -> comm.Refused | None:
+        """Take note that ranks are ready. The first mistake that one of them found, or None."""
         seconds = max(answer["seconds"] for answer in ready)
-        self.record.describe(timing={"seconds_client_setup": seconds})
-        self.log.say(f"clients are ready after {duration(seconds)}")
+        self.record.describe(timing={f"seconds_{who}_setup": seconds})
+        self.log.say(f"{who}s are ready after {duration(seconds)}")
         return next((comm.Refused(answer["error"]) for answer in ready if answer["error"]), None)
 
     def side(self, given: comm.Handout) -> ServerSide:
         """The server's side of the rounds, where an earlier stretch of the run has left it."""
-        from fedsp_mpi.federate import ServerSide
+        from fedsp_mpi import build
+        from fedsp_mpi.federate import Archive
         from fedsp_mpi.record import Checkpoints
         from fedsp_mpi.record.rows import wire_rows
 
         ranks = {client: rank for rank, ids in enumerate(given.meta["assignment"]) for client in ids}
-        settings = self.config.evaluation
-        checkpoints = Checkpoints(self.folder)
-        here = ServerSide(
-            self._parts.server,
-            self._parts.control,
-            self._compute,
-            self.materials.validation,
-            settings.batch_tokens,
-            self.record,
-            self.config.record.prompts,
-            ranks,
-            self.log,
-            checkpoints,
-            wire_rows(self.record.run.wire),
-        )
+        checkpoints, keep = Checkpoints(self.folder), self.config.record.prompts
+        carried = wire_rows(self.record.run.wire)
+        self._archive = Archive(self.record, keep, ranks, self.log, checkpoints, carried)
+        here = build.server_side(self.materials, self._servers, self._compute, self._team, self._archive)
         if self.resumed:
             here.load_state(checkpoints.read_server(self.resumed))
         return here
@@ -157,67 +162,58 @@ class ServerRun:
         """Write the adapter, score, close the record. False if the run was told to stop before the last score."""
         from fedsp_mpi.federate import manifest
         from fedsp_mpi.models.prompts import write_adapter
+        from fedsp_mpi.scores import score_all
 
         self._compute.begin()
         write_adapter(self.folder / "prompt", here.best.prompts, self.materials.prompt_spec, self.materials.model_name)
-        if not self._score_all(here):
+        there = self.record.run.methods()
+        finished = score_all(
+            here,
+            self.materials,
+            self.log,
+            lambda: guard.told_to_stop,
+            there,
+            lambda row: self.record.write_results([row]),
+        )
+        if not finished:
             return False
-        self.record.write_wire(manifest(wire, here.carried))
-        checkpoints = here.seconds_checkpoints
+        self.record.write_wire(manifest(wire, self._archive.carried))
+        checkpoints = self._archive.seconds_checkpoints
         spent = {"seconds_checkpoints": sum(checkpoints), "checkpoints": len(checkpoints)}
         self.record.describe(timing={"seconds": time.perf_counter() - self._begun, **spent})
         self.record.finish()
         return True
 
-    def _score_all(self, here: ServerSide) -> bool:
-        """Score what has no result yet, each on disk when it is known. False if told to stop."""
-        from fedsp_mpi import build
+    def leave(self) -> None:
+        """End what the server's ranks do together."""
+        self._team.leave()
 
-        wanted: list[tuple[str, Any]] = [("zero-shot", None)] if self.config.evaluation.zero_shot else []
-        wanted += [("server-only", here.control_best)] if here.control_best else []
-        wanted += [("fedsp", here.best)]
-        build.scoring_model(self.materials, here.server.model)
-        there = self.record.run.methods()
-        for method, best in [pair for pair in wanted if pair[0] not in there]:
-            try:
-                self.record.write_results([self._score(here, method, best)])
-            except _ToldToStop:
-                return False
-        return True
-
-    def _score(self, here: ServerSide, method: str, best: Any) -> Any:
-        from fedsp_mpi.evaluation.scoring import answer_loss_mean, score
-        from fedsp_mpi.record.rows import ResultRow
-
-        settings, asked = self.config.evaluation, self.materials.test
-        model, prompt = here.server.model, here.server.prompt if best else None
-        if prompt is not None:
-            prompt.load(best.prompts.torch())
-        loss = answer_loss_mean(model, prompt, here.validation, settings.batch_tokens)
-        progress = self.log.progress(f"scoring {method}", sum(len(question.options) for question in asked))
-
-        def step(count: int) -> None:
-            progress.step(count)
-            if guard.told_to_stop:
-                raise _ToldToStop
-
-        found = score(model, prompt, asked, self.materials.task.metric, settings.batch_tokens, step)
-        self.log.say(f"scored {method}: {found.n} questions in {duration(found.seconds)}")
-        return ResultRow(method=method, split="test", round=best.round if best else 0, loss=loss, **asdict(found))
+    @property
+    def _num_servers(self) -> int:
+        return self.config.topology.server_ranks
 
     def _check_ranks(self, wire: Wire | Solo) -> None:
-        wanted = self.config.topology.ranks
-        found = wire.topology.size
+        wanted, found, servers = self.config.topology.ranks, wire.topology.size, self._num_servers
         if wanted is not None and found != wanted:
             raise ValueError(f"topology.ranks: found {found} ranks, expected {wanted}; start that many processes")
+        if servers > 1 and found <= servers:
+            raise ValueError(
+                f"topology.server_ranks: found {servers} with {found} ranks, expected at least one rank more, for the "
+                f"clients; start {servers + 1} processes or more"
+            )
         self._place(wire, [1.0] * self.config.federation.clients)
+        if shared := [ranks for ranks in placement.shared_gpus(self.hosts[:servers]).values() if len(ranks) > 1]:
+            raise ValueError(
+                f"topology.server_ranks: found ranks {shared[0]} on one GPU, expected one for each; start them where "
+                f"there are {servers} GPUs, or set server.compute.device=cpu"
+            )
 
-    @staticmethod
-    def _place(wire: Wire | Solo, work: list[float]) -> list[tuple[int, ...]]:
-        """Clients of every rank; the server has none, unless it is alone."""
+    def _place(self, wire: Wire | Solo, work: list[float]) -> list[tuple[int, ...]]:
+        """Clients of every rank; the server's have none, unless there is one rank for all."""
         if wire.topology.size == 1:
             return [tuple(range(len(work)))]
-        return [(), *comm.spread(work, wire.topology.size - 1)]
+        servers: list[tuple[int, ...]] = [()] * self._num_servers
+        return servers + comm.spread(work, wire.topology.size - len(servers))
 
     def _take_folder(self) -> None:
         """Be the only job that writes to the run's folder, and find out whether there is a run to go on with."""
@@ -317,14 +313,15 @@ class ServerRun:
         say, config = self.log.say, self.config
         by_host: dict[str, list[str]] = {}
         for host in self.hosts:
-            by_host.setdefault(host["host"], []).append(host["device"])
-        where = ", ".join(f"{host} ({len(devices)} x {devices[-1]})" for host, devices in by_host.items())
-        size = wire.topology.size
-        kind = "one process plays all" if size == 1 else f"1 server, {size - 1} client ranks"
+            by_host.setdefault(host["host"], []).extend(device["name"] for device in host["devices"].values())
+        where = ", ".join(f"{host} ({', '.join(sorted(set(names)))})" for host, names in by_host.items())
+        size, servers = wire.topology.size, self._num_servers
+        kind = "one process plays all" if size == 1 else f"{servers} server, {size - servers} client ranks"
         say(f"ranks     {size} ({kind}) on {where}")
+        for uuid, some in placement.shared_gpus(self.hosts).items():
+            say(f"          {uuid} is shared by ranks {placement.spans(some)}")
         most = max(len(ids) for ids in self._assignment)
-        threads = f"threads: server {config.server.compute.threads}, client {config.client.compute.threads}"
-        say(f"clients   {config.federation.clients}, at most {most} on a rank; {threads}")
+        say(f"clients   {config.federation.clients}, at most {most} on a rank; threads: {_threads(self.hosts)}")
         model, splits, shards = self.materials.model_config, self.materials.splits, self.materials.shards
         say(f"model     {config.model.name}: {model.model_type}, {model.num_hidden_layers} layers")
         train = f"{len(splits.train)} train in {len(shards)} shards of about {len(shards[0])}"
@@ -332,10 +329,6 @@ class ServerRun:
         for note in splits.notes:
             say(f"          {note}")
         say(f"folder    {self.folder}")
-
-
-class _ToldToStop(Exception):
-    """In the middle of a score."""
 
 
 def one_line(error: Exception) -> str:
@@ -362,6 +355,15 @@ def _unfinished(folder: Path, name: str) -> Path | None:
             if read(found).status != "complete":
                 return found
     return None
+
+
+def _threads(hosts: list[dict[str, Any]]) -> str:
+    """How many each role has: "server 2, client 1 or 4"."""
+    found: dict[str, set[int]] = {}
+    for host in hosts:
+        for role, device in host["devices"].items():
+            found.setdefault(role, set()).add(device["threads"])
+    return ", ".join(f"{role} {' or '.join(map(str, sorted(some)))}" for role, some in found.items())
 
 
 def _environment(hosts: list[dict[str, Any]]) -> dict[str, Any]:

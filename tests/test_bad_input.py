@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from mpi import both_ends, run_mpi
 
-from fedsp_mpi.build import RESOURCES
+from fedsp_mpi.materials import RESOURCES
 
 
 def refused(n: int, *arguments: str, config: Path | None = None, folder: Path) -> str:

@@ -14,10 +14,11 @@ import tiny
 import torch
 from mpi import both_ends, run_mpi
 
-from fedsp_mpi import build, capacity, check, config
+from fedsp_mpi import capacity, check, config
 from fedsp_mpi.comm import Refused
 from fedsp_mpi.comm.survey import free_memory
 from fedsp_mpi.log import Log
+from fedsp_mpi.materials import RESOURCES, Materials
 from fedsp_mpi.models import auxiliary, backbone
 from fedsp_mpi.record.probe import Probe, look
 from fedsp_mpi.tensors import seal
@@ -200,7 +201,7 @@ def test_a_rank_whose_files_the_server_does_not_see(tmp_path):
 def test_an_input_that_one_rank_does_not_see(tmp_path):
     fault = "from fedsp_mpi import check; check._look = lambda m, r: {'folder': {}, 'missing': m['inputs'][:1]}"
     lines = table(3, tmp_path, status=2, program=with_fault(2, fault))
-    assert f"check: inputs: rank 2 does not see {build.RESOURCES / 'model'}" in lines[-1]
+    assert f"check: inputs: rank 2 does not see {RESOURCES / 'model'}" in lines[-1]
 
 
 def test_a_clock_that_is_wrong(tmp_path):
@@ -305,7 +306,7 @@ def test_sizes_are_those_of_the_real_models(tmp_path, family, projection):
     tiny.tokenizer().save_pretrained(folder)
     settings = [f"model.name={folder}", "auxiliary.layers_per_cell=2", "auxiliary.depth=3", "prompt.num_tokens=5"]
     settings += [f"prompt.projection={projection}"] if projection else []
-    materials = build.Materials(config.load(None, settings))
+    materials = Materials(config.load(None, settings))
     sizes = capacity.Sizes.of(materials, 10)
     model = tiny.load(folder)
     cell = auxiliary.unroll(auxiliary.cut(model, 0, 2), 3)
@@ -369,7 +370,7 @@ def test_the_plan_is_near_what_a_run_takes(tmp_path):
     result = run_mpi(3, ["-c", textwrap.dedent(code), "run", "--name", "n", *arguments], timeout=200)
     peaks = sorted(int(number) for number in re.findall(r"^peak (\d+)$", result.stdout, re.M))
     chosen = config.load(None, settings)
-    sizes = capacity.Sizes.of(build.Materials(chosen), 10)
+    sizes = capacity.Sizes.of(Materials(chosen), 10)
     needs = [capacity.server(chosen, sizes), capacity.client(chosen, sizes, 1), capacity.client(chosen, sizes, 1)]
     planned = sum(capacity.LIBRARIES + need.device + need.host for need in needs)
     assert planned / 1.5 < sum(peaks) < planned * 1.33, (peaks, planned)

@@ -12,9 +12,9 @@ import pytest
 from mpi import PROGRAMS, both_ends, run_mpi
 
 from fedsp_mpi import config
-from fedsp_mpi.build import RESOURCES
 from fedsp_mpi.fetch import fetch as fetch_all
 from fedsp_mpi.log import Log
+from fedsp_mpi.materials import RESOURCES
 from fedsp_mpi.record import read
 from fedsp_mpi.run import reading_turns
 

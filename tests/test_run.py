@@ -99,9 +99,9 @@ def test_every_byte_on_the_wire_has_a_name(runs, n):
 
 def test_adapter_gives_the_run_s_own_logits(runs):
     torch, peft, transformers = (pytest.importorskip(name) for name in ("torch", "peft", "transformers"))
-    from fedsp_mpi.build import RESOURCES, Materials
     from fedsp_mpi.config import load
     from fedsp_mpi.data.tokens import collate
+    from fedsp_mpi.materials import RESOURCES, Materials
     from fedsp_mpi.models.backbone import load_global
     from fedsp_mpi.models.prompts import Prompt
 

@@ -14,6 +14,7 @@ from mpi import run_mpi
 from fedsp_mpi import build
 from fedsp_mpi.config import Config, load
 from fedsp_mpi.evaluation.scoring import Score, answer_loss_mean, score
+from fedsp_mpi.materials import Materials
 from fedsp_mpi.models.backbone import LanguageModel
 from fedsp_mpi.models.prompts import Prompt
 from fedsp_mpi.record import read
@@ -49,15 +50,15 @@ def settings(tmp_path_factory) -> list[str]:
     return [*SHORT, f"model.name={model}", f"data.source={data}", f"run.folder={folder / 'runs'}"]
 
 
-def judged(model: LanguageModel, prompt: Prompt | None, materials: build.Materials) -> tuple[Score, float]:
+def judged(model: LanguageModel, prompt: Prompt | None, materials: Materials) -> tuple[Score, float]:
     """Score but for its seconds, and validation loss."""
     size = materials.config.evaluation.batch_tokens
     found = score(model, prompt, materials.test, materials.task.metric, size)
     return replace(found, seconds=0), answer_loss_mean(model, prompt, materials.validation, size)
 
 
-def loaded(config: Config, server_dtype: torch.dtype) -> tuple[build.Materials, LanguageModel]:
-    materials = build.Materials(config)
+def loaded(config: Config, server_dtype: torch.dtype) -> tuple[Materials, LanguageModel]:
+    materials = Materials(config)
     return materials, build.global_model(materials, Compute(tiny.CPU, server_dtype, 1))
 
 

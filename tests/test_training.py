@@ -17,7 +17,7 @@ from torch import nn
 
 from fedsp_mpi import federate
 from fedsp_mpi.algorithms import fedsp
-from fedsp_mpi.comm import Down
+from fedsp_mpi.comm import Down, Topology
 from fedsp_mpi.config import ComputeConfig, DistillationConfig, OptimizerConfig, StageConfig
 from fedsp_mpi.data.tokens import Batches, collate
 from fedsp_mpi.log import Log
@@ -32,6 +32,7 @@ from fedsp_mpi.training.device import Compute
 from fedsp_mpi.training.distill import distil, distillation_loss
 from fedsp_mpi.training.engine import TorchEngine, learning_rate
 from fedsp_mpi.training.loop import NonFiniteError, Trace, num_answer_tokens, num_text_tokens, train
+from fedsp_mpi.training.team import ALONE
 
 ROOT = Path(__file__).resolve().parent.parent
 PLAIN = OptimizerConfig(learning_rate=0.1, weight_decay=0.0, warmup=0.0)
@@ -280,7 +281,7 @@ def test_padding_has_no_part_in_the_distillation_loss(gpt2, settings):
     assert all(p.grad is None for p in teacher.model.parameters())
 
 
-def distilled(path: str, micro=None, steps: int = 12, dropout: bool = False, clip=None, **changes):
+def distilled(path: str, micro=None, steps: int = 12, dropout: bool = False, clip=None, team=ALONE, **changes):
     teacher = tiny.load(path)
     student = LanguageModel(auxiliary.unroll(auxiliary.cut(teacher, 0, 1), 4), dropout=dropout)
     stage = StageConfig(
@@ -288,8 +289,8 @@ def distilled(path: str, micro=None, steps: int = 12, dropout: bool = False, cli
     )
     settings = DistillationConfig(**{"stage": stage, "engine": "torch"} | changes)
     before = auxiliary.fingerprint(teacher)
-    batches = Batches(tiny.texts(range(4, 24)), 8, micro, 1, "distillation")
-    done = distil(student, teacher, batches, settings, 1, Log())
+    batches = Batches(tiny.texts(range(4, 24)), 8, micro, 1, "distillation", part=(team.rank, team.size))
+    done = distil(student, teacher, batches, settings, 1, Log(), team=team)
     assert auxiliary.fingerprint(teacher) == before
     return done, student
 
@@ -447,7 +448,7 @@ def test_its_update_is_refused_and_the_others_go_on(gpt2, tmp_path):
         client_state = staticmethod(playing.client_state)
 
     breaks, everybody = Breaks(), (0, 1, 2)
-    compute = Compute.of(ComputeConfig(device="cpu"), 0)
+    compute = Compute.of(ComputeConfig(device="cpu"), Topology.alone())
     shelf = Shelf(breaks, Checkpoints(tmp_path), 3, {})
     side = federate.ClientSide(breaks, everybody, compute, shelf, lambda round: everybody)
     down = downs(playing, 2)[1]

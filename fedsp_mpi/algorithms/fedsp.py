@@ -20,6 +20,7 @@ from fedsp_mpi.tensors import Batch, ClientError, NamedTensors, State, Update, j
 from fedsp_mpi.training.device import named_out_of_memory
 from fedsp_mpi.training.engine import TorchEngine
 from fedsp_mpi.training.loop import Batches, NonFiniteError, Trace, num_answer_tokens, train
+from fedsp_mpi.training.team import ALONE, Team
 
 METRICS = (
     "loss_model_first",
@@ -66,6 +67,7 @@ class Server:
         stage: its tuning in each round.
         total_rounds: length of the schedule, in rounds.
         rule: makes one prompt of many updates.
+        team: the ranks that tune together, each on its part of the batches.
     """
 
     def __init__(
@@ -77,11 +79,12 @@ class Server:
         stage: StageConfig,
         total_rounds: int,
         rule: Callable[[Updates], NamedTensors],
+        team: Team = ALONE,
     ) -> None:
         self.model, self.prompt = model, prompt
         self._client_spec = prompt.spec.at_depth(num_layers)
         self._batches, self._stage, self._rule = batches, stage, rule
-        self._engine = TorchEngine(prompt.parameters(), stage.optimizer, stage.steps * total_rounds)
+        self._engine = TorchEngine(prompt.parameters(), stage.optimizer, stage.steps * total_rounds, team)
 
     def broadcast(self) -> NamedTensors:
         """The prompts as they go down: at the depth of the clients' model (mean over its layers)."""

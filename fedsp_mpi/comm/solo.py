@@ -52,10 +52,11 @@ class Solo:
         """The list with this process's own dict, as JSON says it."""
         return [json.loads(to_json(info))]
 
-    def agree(self, verdict: Refused | None, phase: str = "start_up") -> None:
-        """Raise the verdict if there is one."""
+    def agree(self, verdict: Refused | None, phase: str = "start_up", note: Any = None) -> Any:
+        """Raise the verdict if there is one; otherwise the note."""
         if verdict is not None:
             raise verdict
+        return note
 
     def handout(self, handout: Handout | None) -> Handout:
         """A copy of the hand-out, as a client would get it. Seals the contract.

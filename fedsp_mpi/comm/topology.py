@@ -23,6 +23,8 @@ _LAUNCHERS = (
     ("PMIX_RANK", "OMPI_COMM_WORLD_SIZE"),
 )
 
+_CORES = 8192  # the most that Linux numbers
+
 
 def _number(name: str) -> int | None:
     text = os.environ.get(name, "").strip()
@@ -83,6 +85,8 @@ class Topology:
         rank, size: in the world; rank 0 is the server.
         local_rank, local_size: among the processes that share this host's memory.
         host: name of the machine.
+        cores: this process's share of the cores that it may run on, at least one: a core that other processes of this
+            host may run on counts for each of them in part.
         is_server: this process aggregates.
         solo: there is no other process: server and clients take turns here.
     """
@@ -94,22 +98,28 @@ class Topology:
     host: str
     is_server: bool
     solo: bool
+    cores: int = 1
 
     @classmethod
     def alone(cls) -> Topology:
         """The topology of one process without MPI."""
-        return cls(0, 1, 0, 1, socket.gethostname(), is_server=True, solo=True)
+        return cls(0, 1, 0, 1, socket.gethostname(), True, True, len(os.sched_getaffinity(0)))
 
     @classmethod
     def of(cls, comm: MPI.Intracomm) -> Topology:
         """The place of this process in `comm`. Collective: all its ranks call it."""
+        import numpy as np
         from mpi4py import MPI
 
         shared = comm.Split_type(MPI.COMM_TYPE_SHARED)
         local_rank, local_size = shared.rank, shared.size
+        users = np.zeros(_CORES, dtype=np.int32)
+        users[mine := [core for core in os.sched_getaffinity(0) if core < _CORES]] = 1
+        shared.Allreduce(MPI.IN_PLACE, users)
+        cores = max(1, int(sum(1 / users[mine]) + 1e-6))
         shared.Free()
         rank, size = comm.rank, comm.size
-        return cls(rank, size, local_rank, local_size, socket.gethostname(), is_server=rank == 0, solo=size == 1)
+        return cls(rank, size, local_rank, local_size, socket.gethostname(), rank == 0, size == 1, cores)
 
 
 def spread(work: Sequence[float], num_ranks: int) -> list[tuple[int, ...]]:

@@ -36,6 +36,7 @@ class Deadlines:
         broadcast: for the server: a client's wait from the end of its local work to the next round.
         gather: for the clients: the server's wait for local work, and for their checkpoints.
         finish: for everybody to be done.
+        server: for the server's ranks, if there are several, to take part in what they share.
     """
 
     start_up: float | None = None
@@ -43,6 +44,7 @@ class Deadlines:
     broadcast: float | None = None
     gather: float | None = None
     finish: float | None = None
+    server: float | None = None
 
 
 def wait(

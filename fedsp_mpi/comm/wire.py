@@ -98,8 +98,11 @@ class Wire:
                 self._count_json(phase, phase, "(json)", len(letter) - HEADER_BYTES, (1, 1))
             return [json.loads(body)] + [_open_json(letters[rank], rank) for rank in sorted(letters)]
 
-    def agree(self, verdict: Refused | None, phase: str = "start_up") -> None:
+    def agree(self, verdict: Refused | None, phase: str = "start_up", note: Any = None) -> Any:
         """The server says whether the run goes on; other ranks pass None. `phase` names the deadline.
+
+        Returns:
+            On every rank the server's `note`, which is anything that JSON can say.
 
         Raises:
             Refused: on every rank, what the server passed.
@@ -107,10 +110,12 @@ class Wire:
         with self._operation("agree"):
             assert self.is_server or verdict is None, "the server decides"
             said = [str(verdict), verdict.exit_status] if verdict else None
-            raw = self._bytes_down(to_json(said), phase)
+            raw = self._bytes_down(to_json([said, note]), phase)
             self._count_json("start-up", "agree", "(verdict)", len(raw), self._deliveries)
-            if (heard := json.loads(raw)) is not None:
+            heard, note = json.loads(raw)
+            if heard is not None:
                 raise Refused(*heard)
+            return note
 
     def handout(self, handout: Handout | None) -> Handout:
         """The server's hand-out for everybody; other ranks pass None. Seals the contract.

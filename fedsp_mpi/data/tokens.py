@@ -115,27 +115,37 @@ class Batches:
         batch_size: examples of one optimizer step.
         micro_batch: examples of one forward pass; None takes the whole batch.
         seed, owner: what the order depends on: the run's seed, and whose stage it is, such as ("client prompt", 3).
+        part: (index, number of parts): the part of every batch that is given, where several ranks share the work.
     """
 
     def __init__(
-        self, texts: Sequence[Text], batch_size: int, micro_batch: int | None, seed: int, *owner: str | int
+        self,
+        texts: Sequence[Text],
+        batch_size: int,
+        micro_batch: int | None,
+        seed: int,
+        *owner: str | int,
+        part: tuple[int, int] = (0, 1),
     ) -> None:
         assert len(texts) > 0
         self._table, self._num_texts = _Table(texts), len(texts)
         self._size, self._micro = batch_size, micro_batch or batch_size
         self._seed, self._purpose, self._owner = seed, f"order {owner[0]}", tuple(int(number) for number in owner[1:])
+        self._part = part
         self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
 
     @property
     def batch_size(self) -> int:
+        """Examples of one optimizer step, of all parts together."""
         return self._size
 
     def step(self, index: int) -> list[Batch]:
         """The micro-batches of optimizer step `index`, counted from 0."""
         start, end = index * self._size, (index + 1) * self._size
         epochs = range(start // self._num_texts, (end - 1) // self._num_texts + 1)
-        rows = np.concatenate([self._rows(epoch, start, end) for epoch in epochs])
-        return [self._table.batch(rows[at : at + self._micro]) for at in range(0, self._size, self._micro)]
+        index, num_parts = self._part
+        rows = np.concatenate([self._rows(epoch, start, end) for epoch in epochs])[index::num_parts]
+        return [self._table.batch(rows[at : at + self._micro]) for at in range(0, len(rows), self._micro)]
 
     def _rows(self, epoch: int, start: int, end: int) -> np.ndarray:
         """The part of an epoch's order that lies between two positions of the stream."""

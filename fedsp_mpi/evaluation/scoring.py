@@ -20,6 +20,7 @@ from fedsp_mpi.models.backbone import LanguageModel
 from fedsp_mpi.models.losses import answer_loss
 from fedsp_mpi.models.prompts import Prompt
 from fedsp_mpi.tensors import Batch
+from fedsp_mpi.training.team import ALONE, Team
 
 
 @dataclass(frozen=True)
@@ -67,8 +68,10 @@ def score(
     metric: str,
     batch_tokens: int,
     on_done: Callable[[int], None] = lambda count: None,
-) -> Score:
-    """Score all questions.
+    stop: Callable[[], bool] = lambda: False,
+    team: Team = ALONE,
+) -> Score | None:
+    """Score all questions; None if `stop` said so, asked between two batches.
 
     A context is run once for all its options; contexts of one length share a batch, so nothing is padded before an
     option, and little behind it, because options of similar length come together. Texts longer than the model's
@@ -81,16 +84,24 @@ def score(
         metric: "multiple_choice" or "exact_match", which decides whose standard error is given.
         batch_tokens: positions that a batch runs at most, padding and an input prompt among them; more only where one
             context and its options are longer.
-        on_done: told how many questions were finished.
+        on_done: told how many options were finished by this rank.
+        team: the ranks that share the batches; all of them call this, and get the same.
     """
     start = time.perf_counter()
     room = model.shape.num_positions - (prompt.spec.num_tokens if prompt else 0)
     before = prompt.spec.num_tokens if prompt and prompt.spec.kind == "input" else 0
     found = [_Found(len(question.options)) for question in asked]
+    mine = [g for index, g in enumerate(_groups(asked, room, before, batch_tokens)) if team.is_mine(index)]
+    stopped = stop()
     with model.evaluating():
-        for group in _groups(asked, room, before, batch_tokens):
+        for group in mine:
+            if stopped := stopped or stop():
+                break
             _score_group(model, prompt, group, found)
             on_done(sum(len(stem.options) for stem in group))
+    if team.any(stopped):
+        return None
+    _share(found, team)
     right = np.array([_judge(question, f) for question, f in zip(asked, found)], dtype=float)
     acc, norm, exact = right.mean(axis=0)
     main = right[:, 2 if metric == "exact_match" else 0]
@@ -103,16 +114,19 @@ def score(
 
 
 @torch.no_grad()
-def answer_loss_mean(model: LanguageModel, prompt: Prompt | None, texts: Sequence[Text], batch_tokens: int) -> float:
-    """Mean cross entropy over all answer tokens of the texts: the validation loss."""
-    total = torch.zeros((), dtype=torch.float64, device=model.device)
-    count = 0
+def answer_loss_mean(
+    model: LanguageModel, prompt: Prompt | None, texts: Sequence[Text], batch_tokens: int, team: Team = ALONE
+) -> float:
+    """Mean cross entropy over all answer tokens of the texts: the validation loss. A team's ranks share the batches."""
+    groups = list(by_length(texts, batch_tokens))
+    sums = torch.zeros(len(groups), dtype=torch.float64, device=model.device)
     with model.evaluating():
-        for rows in by_length(texts, batch_tokens):
-            batch = collate([texts[i] for i in rows])
-            count += int((batch.targets != -100).sum())
-            total += answer_loss(*model.answer_logits(batch.to(model.device), prompt)).double()
-    return float(total) / max(count, 1)
+        for index, rows in enumerate(groups):
+            if team.is_mine(index):
+                batch = collate([texts[i] for i in rows]).to(model.device)
+                sums[index] = answer_loss(*model.answer_logits(batch, prompt))
+    team.sum([sums])  # of zeros, but for one rank's number: no sum depends on who shared
+    return sum(sums.tolist()) / max(sum(len(text.ids) - text.answer for text in texts), 1)
 
 
 class _Found:
@@ -121,6 +135,16 @@ class _Found:
     def __init__(self, num_options: int) -> None:
         self.loglikelihood = np.zeros(num_options)
         self.greedy = np.zeros(num_options, dtype=bool)
+
+
+def _share(found: list[_Found], team: Team) -> None:
+    """Let every rank know what each found out."""
+    if team.size == 1:
+        return
+    numbers = iter(team.totals([number for each in found for number in (*each.loglikelihood, *each.greedy)]))
+    for each in found:
+        for row in (each.loglikelihood, each.greedy):
+            row[:] = [next(numbers) for _ in row]
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from fedsp_mpi.comm import Topology
 from fedsp_mpi.config import ComputeConfig
 from fedsp_mpi.tensors import ClientError
 
@@ -47,13 +48,16 @@ class Compute:
     threads: int
 
     @classmethod
-    def of(cls, settings: ComputeConfig, local_rank: int) -> Compute:
-        """Resolve the device by the rank's place on its host. Raises ValueError where CUDA is asked for but absent."""
+    def of(cls, settings: ComputeConfig, here: Topology) -> Compute:
+        """Resolve device and threads by the rank's place on its host.
+
+        Raises ValueError where CUDA is asked for but absent.
+        """
         num_devices = torch.cuda.device_count() if settings.device != "cpu" else 0
         if settings.device == "cuda" and not num_devices:
             raise ValueError("compute.device: found no CUDA device on this host, expected one; set it to auto or cpu")
-        device = torch.device("cuda", local_rank % num_devices) if num_devices else torch.device("cpu")
-        return cls(device, DTYPES[settings.dtype], settings.threads)
+        device = torch.device("cuda", here.local_rank % num_devices) if num_devices else torch.device("cpu")
+        return cls(device, DTYPES[settings.dtype], settings.threads or here.cores)
 
     def begin(self) -> None:
         """Set this process up for the role's work; one process may play both roles in turn."""

@@ -20,6 +20,7 @@ from fedsp_mpi.models.losses import hidden_loss, logits_loss
 from fedsp_mpi.tensors import Batch
 from fedsp_mpi.training.engine import DeepSpeedEngine, TorchEngine
 from fedsp_mpi.training.loop import Batches, Trace, num_text_tokens, train
+from fedsp_mpi.training.team import ALONE, Team
 
 
 class StoppedError(Exception):
@@ -53,32 +54,34 @@ def distil(
     seed: int,
     log: Log,
     stop: Callable[[], bool] = lambda: False,
+    team: Team = ALONE,
 ) -> Distilled:
     """Train the weights of `student` in place, without prompts, on the texts of the batches (but for their last token).
 
     The loss is hidden_weight * MSE of the last hidden states + logits_weight * T^2 KL of the logits, both averaged over
     the tokens that are not padding. The teacher is frozen and gives no gradient. A head of its own that no loss reaches
-    is left as it is; `seed` is that of dropout. Raises StoppedError after the first step in which `stop` says so.
+    is left as it is; `seed` is that of dropout. Every rank of `team` calls this with its part of the batches, and all
+    end with the same weights. Raises StoppedError on all of them after the first step in which `stop` says so on one.
     """
     stage = settings.stage
-    rng.seed_torch(seed, "distillation")
+    rng.seed_torch(seed, "distillation", *([team.rank] if team.rank else []))  # the parts of a batch drop other values
     student.train_weights(True)
     if not settings.logits_weight:
         student.freeze_untied_head()
     weights = [weight for weight in student.model.parameters() if weight.requires_grad]
     if settings.engine == "torch":
-        engine: TorchEngine | DeepSpeedEngine = TorchEngine(weights, stage.optimizer, stage.steps)
+        engine: TorchEngine | DeepSpeedEngine = TorchEngine(weights, stage.optimizer, stage.steps, team)
         name, version, zero = "torch", torch.__version__, 0
     else:
-        num_micro = -(-stage.batch_size // (stage.micro_batch or stage.batch_size))
-        engine = DeepSpeedEngine(student.model, stage.optimizer, stage.steps, num_micro, settings.zero_stage)
+        num_micro = len(batches.step(0))
+        engine = DeepSpeedEngine(student.model, stage.optimizer, stage.steps, num_micro, settings.zero_stage, team)
         name, version, zero = "deepspeed", engine.version, settings.zero_stage
     progress = log.progress("distilling", stage.steps)
     step_ends, age = [time.perf_counter()], _process_age() - time.perf_counter()
 
     def on_step(loss: Tensor) -> None:
         step_ends.append(time.perf_counter())
-        if stop():
+        if team.any(stop()):
             raise StoppedError(f"told to stop after {len(step_ends) - 1} of {stage.steps} steps of the distillation")
         progress.step(note=lambda: f"loss {loss.item():.4f}")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from fedsp_mpi.config import OptimizerConfig
 from fedsp_mpi.tensors import State, part_of_state
+from fedsp_mpi.training.team import ALONE, Team
 
 
 def learning_rate(settings: OptimizerConfig, step: int, total_steps: int) -> float:
@@ -46,12 +48,15 @@ class TorchEngine:
         parameters: what is trained, fp32.
         settings: optimizer and schedule.
         total_steps: length of the schedule.
+        team: the ranks that step together, each with the gradient of its part.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter], settings: OptimizerConfig, total_steps: int) -> None:
+    def __init__(
+        self, parameters: Iterable[nn.Parameter], settings: OptimizerConfig, total_steps: int, team: Team = ALONE
+    ) -> None:
         self._parameters = list(parameters)
         self._optimizer = adamw(self._parameters, settings)
-        self._settings, self._total = settings, total_steps
+        self._settings, self._total, self.team = settings, total_steps, team
         self.steps_done = 0
 
     def backward(self, loss: Tensor) -> None:
@@ -60,6 +65,7 @@ class TorchEngine:
 
     def step(self) -> None:
         """Clip, update, forget the gradient."""
+        self.team.sum(parameter.grad for parameter in self._parameters if parameter.grad is not None)
         if self._settings.clip is not None:
             nn.utils.clip_grad_norm_(self._parameters, self._settings.clip)
         for group in self._optimizer.param_groups:
@@ -98,20 +104,28 @@ class TorchEngine:
 
 
 class DeepSpeedEngine:
-    """The same three calls over a DeepSpeed engine. It lives on the server alone.
+    """The same three calls over a DeepSpeed engine, which lives on the server's ranks alone.
 
     Args:
         model: the module that is trained, on its device.
         settings: optimizer and schedule.
         total_steps: length of the schedule.
-        num_micro_batches: calls of `backward` for one of `step`.
-        zero_stage: 0 to 3.
+        num_micro_batches: calls of `backward` for one of `step`, the same on every rank of the team.
+        zero_stage: 0 to 3: what the team's ranks hold in parts (nothing; moments; gradients too; weights too).
+        team: the ranks that step together.
     """
 
     def __init__(
-        self, model: nn.Module, settings: OptimizerConfig, total_steps: int, num_micro_batches: int, zero_stage: int
+        self,
+        model: nn.Module,
+        settings: OptimizerConfig,
+        total_steps: int,
+        num_micro_batches: int,
+        zero_stage: int,
+        team: Team = ALONE,
     ) -> None:
-        self._deepspeed = deepspeed = _import_deepspeed()
+        self._deepspeed = deepspeed = _import_deepspeed(team)
+        self.team = team
         self.version, self.zero_stage = deepspeed.__version__, zero_stage
         self._settings, self._total, self._micro = settings, total_steps, num_micro_batches
         trained = [p for p in model.parameters() if p.requires_grad]
@@ -131,14 +145,15 @@ class DeepSpeedEngine:
         self._calls = 0
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradient of `loss`; the engine divides by the number of micro-batches, which is undone here.
+        """Add the gradient of `loss`; the engine takes means over micro-batches and ranks, which is undone here.
 
         The forward pass goes past the engine, so ZeRO is told that another one has begun; otherwise it would take the
         last micro-batch for all of them.
         """
         if self.zero_stage:
             self._engine.optimizer.clear_backward_seen_flag()
-        self._engine.backward(loss * self._micro if self._micro > 1 else loss)
+        share = self._micro * self.team.size
+        self._engine.backward(loss * share if share > 1 else loss)
         self._calls += 1
         if self._calls % self._micro:
             self._engine.step()  # counts the micro-batch; the last one is counted by `step`
@@ -151,24 +166,34 @@ class DeepSpeedEngine:
         self.steps_done += 1
 
     def close(self) -> None:
-        """Leave the process group, so that nothing of DeepSpeed outlives the distillation."""
+        """Give every rank the whole weights, and leave DeepSpeed: nothing of it outlives the distillation."""
+        parameters = list(self._engine.module.parameters()) if self.zero_stage == 3 else []
+        with self._deepspeed.zero.GatheredParameters(parameters):
+            whole = [parameter.data.clone() for parameter in parameters]
         self._engine.destroy()
-        self._deepspeed.comm.destroy_process_group()
+        for parameter, value in zip(parameters, whole):
+            parameter.data = value
+        if self.team.size == 1:
+            self._deepspeed.comm.destroy_process_group()
 
 
-def _import_deepspeed() -> Any:
-    """Import DeepSpeed and make a process group of the server alone.
+def _import_deepspeed(team: Team) -> Any:
+    """Import DeepSpeed over the process group of the server's ranks; a server of one rank makes one of its own.
 
     Left to itself, `init_distributed` looks for MPI and would wait for the clients; and on a CPU it compiles a
-    shared-memory operator that one process has no use for, so that operator is marked as not available.
+    shared-memory operator, which needs a compiler and a minute, so that operator is marked as not available.
     """
     import deepspeed
 
     deepspeed.logger.setLevel("ERROR")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")  # it uses older names
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    ranks = {"RANK": team.rank, "WORLD_SIZE": team.size, "LOCAL_RANK": team.device.index or 0}
+    os.environ.update({name: str(value) for name, value in ranks.items()})
+    if team.size == 1:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo", auto_mpi_discovery=False, verbose=False)
     return deepspeed

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fedsp_mpi.tensors import Batch, ClientError
+from fedsp_mpi.training.team import Team
 
 BLOCK = 32
 
@@ -21,7 +22,10 @@ class NonFiniteError(ClientError, ArithmeticError):
 
 
 class Engine(Protocol):
-    """What the loop asks of an optimizer."""
+    """What the loop asks of an optimizer, and who steps it together."""
+
+    @property
+    def team(self) -> Team: ...
 
     def backward(self, loss: Tensor) -> None: ...
 
@@ -29,7 +33,7 @@ class Engine(Protocol):
 
 
 class Batches(Protocol):
-    """Micro-batches by optimizer step."""
+    """This rank's micro-batches by optimizer step."""
 
     @property
     def batch_size(self) -> int: ...
@@ -76,17 +80,17 @@ def train(
     With `until`, a time of `time.perf_counter()`, no step begins after it but the first.
 
     A step's loss is the sum of `loss` over its micro-batches divided by the sum of `count`, so it does not depend on
-    how the batch is cut. Losses are fetched from the device once, at the end.
+    how the batch is cut, or on how many ranks share it. Losses are fetched from the device once, at the end.
 
     Raises NonFiniteError naming the first step whose loss is not finite.
     """
     start = time.perf_counter()
     losses: list[Tensor] = []
-    for micro_batches in _in_blocks(batches, first_step, num_steps):
-        total = sum(map(count, micro_batches))
+    for micro_batches, total in _in_blocks(batches, first_step, num_steps, count, engine.team):
         shares = [_share(engine, loss(batch.to(device)) / total) for batch in micro_batches]
         engine.step()
         losses.append(sum(shares[1:], shares[0]))
+        engine.team.sum(losses[-1:])
         if on_step is not None:
             on_step(losses[-1])
         if until is not None and _is_past(until, losses[-1]):
@@ -106,11 +110,17 @@ def num_text_tokens(batch: Batch) -> int:
     return int(batch.attention_mask.sum())
 
 
-def _in_blocks(batches: Batches, first_step: int, num_steps: int) -> Iterator[list[Batch]]:
-    """The micro-batches of every step, cut many at a time: alone, between two steps, one takes four times as long."""
+def _in_blocks(
+    batches: Batches, first_step: int, num_steps: int, count: Callable[[Batch], int], team: Team
+) -> Iterator[tuple[list[Batch], float]]:
+    """The micro-batches of every step, and what they count on all ranks together.
+
+    They are cut many steps at a time: alone, between two steps, one takes four times as long.
+    """
     end = first_step + num_steps
     for start in range(first_step, end, BLOCK):
-        yield from [batches.step(index) for index in range(start, min(start + BLOCK, end))]
+        block = [batches.step(index) for index in range(start, min(start + BLOCK, end))]
+        yield from zip(block, team.totals([sum(map(count, micro_batches)) for micro_batches in block]))
 
 
 def _is_past(until: float, loss: Tensor) -> bool:

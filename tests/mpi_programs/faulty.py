@@ -104,7 +104,7 @@ def memory_in(client: str, round: str | None = None) -> None:
 
 def text_of(client: str) -> None:
     """Let one client's text be unusable."""
-    from fedsp_mpi.build import Materials
+    from fedsp_mpi.materials import Materials
 
     original = Materials.shard
 

@@ -1,0 +1,147 @@
+"""What a configuration says about model and data, and what is wrong with it, found before it costs."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedsp_mpi.config import Config, ConfigError, StageConfig
+from fedsp_mpi.data import partition, tasks
+from fedsp_mpi.data.tokens import Batches, Text, encode
+from fedsp_mpi.evaluation.scoring import Question, questions
+from fedsp_mpi.models import backbone
+from fedsp_mpi.models.prompts import Prompt, PromptSpec
+from fedsp_mpi.training.team import ALONE, Team
+
+RESOURCES = Path(__file__).parent / "resources"
+
+
+class Materials:
+    """What a configuration says about model and data, read when it is first asked for.
+
+    Nothing here loads weights. `check` asks for all of it, so that every mistake that can be found without weights is.
+    """
+
+    def __init__(self, config: Config) -> None:
+        backbone.quiet()
+        self.config = config
+        name = config.model.name
+        self.model_name = str(RESOURCES / "model") if name == "embedded" else str(name)
+        source = config.data.source
+        self.source = str(RESOURCES / "data") if source == "embedded" else source
+        self._texts: dict[int, list[Text]] = {}
+
+    @cached_property
+    def model_config(self) -> Any:
+        return backbone.read_config(self.model_name, self.config.model.revision)
+
+    @cached_property
+    def shape(self) -> backbone.Shape:
+        return backbone.shape_of(self.model_config)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        name = self.config.model.tokenizer
+        return backbone.read_tokenizer(name or self.model_name, None if name else self.config.model.revision)
+
+    @cached_property
+    def task(self) -> tasks.Task:
+        return tasks.find(self.config.data.task)
+
+    @cached_property
+    def splits(self) -> tasks.Splits:
+        limit = {name: most for name, most in asdict(self.config.data.limit).items() if most is not None}
+        return tasks.load(self.task, self.source, seed=self.config.run.seed, limit=limit)
+
+    @cached_property
+    def shards(self) -> list[np.ndarray]:
+        """Rows of the training split by participant: the server's, then each client's."""
+        return partition.iid(len(self.splits.train), self.config.federation.clients + 1, self.config.run.seed)
+
+    @property
+    def depth(self) -> int:
+        """Layers of the auxiliary model, shared ones counted as often as they run."""
+        return self.config.auxiliary.depth or self.shape.num_layers
+
+    @property
+    def prompt_spec(self) -> PromptSpec:
+        """The prompts at the depth of the global model."""
+        prompt = self.config.prompt
+        return PromptSpec.of(self.shape, prompt.kind, prompt.num_tokens, prompt.projection)
+
+    @property
+    def max_length(self) -> int:
+        """Most tokens of a training text: what is left of the positions, and one more, which is predicted, not read."""
+        return min(self.config.data.max_length, self.shape.num_positions - self.config.prompt.num_tokens + 1)
+
+    def shard(self, participant: int) -> list[Text]:
+        """The tokenised training texts of the server (0) or of client `participant` - 1."""
+        if participant not in self._texts:
+            examples = [self.splits.train[i] for i in self.shards[participant]]
+            self._texts[participant] = encode(self.tokenizer, examples, self.max_length)
+        return self._texts[participant]
+
+    @cached_property
+    def validation(self) -> list[Text]:
+        return encode(self.tokenizer, self.splits.validation, self.max_length)
+
+    @cached_property
+    def test(self) -> list[Question]:
+        return questions(self.tokenizer, self.splits.test)
+
+    def batches(self, participant: int, stage: StageConfig, owner: str, team: Team = ALONE) -> Batches:
+        """The batches of one participant's stage, or this rank's part of them.
+
+        The order depends on the seed, `owner` and the client.
+        """
+        texts, whose = self.shard(participant), (owner, participant - 1)
+        seed, part = self.config.run.seed, (team.rank, team.size)
+        return Batches(texts, stage.batch_size, stage.micro_batch, seed, *whose, part=part)
+
+    def first_prompt(self) -> Prompt:
+        return Prompt(self.prompt_spec).initialise(self.config.run.seed, self.config.prompt.init_std)
+
+    def check(self) -> None:
+        """Raise ValueError on the first thing that cannot work, before any weight is loaded."""
+        self._check_cell()
+        self._check_positions()
+        tasks.check_columns(self.task, self.source)
+        _ = self.shards
+        vocabulary = self.model_config.vocab_size
+        if len(self.tokenizer) > vocabulary:
+            raise ConfigError(
+                f"model.tokenizer: found {len(self.tokenizer)} tokens, expected at most the model's {vocabulary}; "
+                "name the tokenizer that belongs to the model"
+            )
+        _ = self.shard(0), self.validation
+
+    def _check_cell(self) -> None:
+        cell, layers = self.config.auxiliary, self.shape.num_layers
+        if cell.start_layer + cell.layers_per_cell > layers:
+            raise ConfigError(
+                f"auxiliary: found start_layer {cell.start_layer} and layers_per_cell {cell.layers_per_cell}, expected "
+                f"both together at most the {layers} layers of {self.model_name}"
+            )
+        if self.depth < cell.layers_per_cell:
+            raise ConfigError(
+                f"auxiliary.depth: found {self.depth}, expected at least layers_per_cell={cell.layers_per_cell}"
+            )
+
+    def _check_positions(self) -> None:
+        tokens, positions = self.config.prompt.num_tokens, self.shape.num_positions
+        if tokens > positions - 2:
+            raise ConfigError(
+                f"prompt.num_tokens: found {tokens}, expected at most {positions - 2}: {self.model_name} has "
+                f"{positions} positions, and a text needs two at least"
+            )
+
+
+def expected_work(materials: Materials) -> list[float]:
+    """What each client's round costs, relative to the others: steps are equal, texts are not equally long."""
+    train = materials.splits.train
+    lengths = [np.mean([len(train[i].context) + len(train[i].target) for i in s]) for s in materials.shards[1:]]
+    return [float(length) for length in lengths]

@@ -1,0 +1,65 @@
+"""Which roles a rank plays, on which device and with how many threads, as it says at the start."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fedsp_mpi.comm import Topology
+from fedsp_mpi.config import ComputeConfig, Config
+
+
+def roles(rank: int, size: int, server_ranks: int) -> tuple[str, ...]:
+    """ "server", "client", or both, if there is one rank for all."""
+    if size == 1:
+        return "server", "client"
+    return ("server",) if rank < server_ranks else ("client",)
+
+
+def devices(config: Config, here: Topology) -> dict[str, dict[str, Any]]:
+    """For each role of this rank its device's "name" and "threads"; of a GPU "uuid" and "free" bytes too.
+
+    In place of what is not there: an "error".
+    """
+    computes = {"server": config.server.compute, "client": config.client.compute}
+    return {role: _device(computes[role], here) for role in roles(here.rank, here.size, config.topology.server_ranks)}
+
+
+def shared_gpus(ranks: Sequence[Mapping[str, Any]]) -> dict[str, list[int]]:
+    """GPUs that more than one rank uses: the ranks by UUID.
+
+    Args:
+        ranks: what each rank said of its "devices".
+    """
+    users: dict[str, list[int]] = {}
+    for number, rank in enumerate(ranks):
+        for uuid in {device["uuid"] for device in rank["devices"].values() if "uuid" in device}:
+            users.setdefault(uuid, []).append(number)
+    return {uuid: some for uuid, some in users.items() if len(some) > 1}
+
+
+def spans(numbers: Sequence[int]) -> str:
+    """[0, 1, 2, 5] as "0-2, 5"."""
+    begins = [n for n in numbers if n - 1 not in numbers]
+    ends = [n for n in numbers if n + 1 not in numbers]
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in zip(begins, ends))
+
+
+def _device(settings: ComputeConfig, here: Topology) -> dict[str, Any]:
+    """torch is imported only where there may be another device than the CPU."""
+    said = {"name": "cpu", "threads": settings.threads or here.cores}
+    if settings.device == "cpu" or (settings.device == "auto" and not any(Path("/dev").glob("nvidia[0-9]*"))):
+        return said
+    import torch
+
+    from fedsp_mpi.training.device import Compute
+
+    try:
+        device = Compute.of(settings, here).device
+    except ValueError as error:
+        return said | {"error": " ".join(str(error).split())}
+    if device.type == "cpu":
+        return said
+    known, (free, _) = torch.cuda.get_device_properties(device), torch.cuda.mem_get_info(device)
+    return said | {"name": f"{device} {known.name}", "uuid": str(known.uuid), "free": free}

@@ -1,0 +1,142 @@
+"""How the server comes to its auxiliary model: by distillation, or from an earlier run that made the same."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from fedsp_mpi.data.tokens import Batches, Text
+from fedsp_mpi.log import Log, duration
+from fedsp_mpi.materials import Materials
+from fedsp_mpi.models import auxiliary
+from fedsp_mpi.models.backbone import LanguageModel
+from fedsp_mpi.training.device import Compute
+from fedsp_mpi.training.distill import distil
+from fedsp_mpi.training.team import Team
+
+Stop = Callable[[], bool]
+
+
+def auxiliary_model(
+    materials: Materials,
+    model: LanguageModel,
+    compute: Compute,
+    team: Team,
+    folder: Path,
+    log: Log,
+    stop: Stop,
+    is_resumed: bool,
+) -> tuple[LanguageModel, dict[str, Any]]:
+    """The aligned auxiliary model and the story of its distillation, on rank 0.
+
+    A run that goes on takes its own; another one that of an earlier run if the recipe is the same.
+
+    Args:
+        materials: checked.
+        model: the global model.
+        compute: the server's.
+        team: the server's ranks; the others call `help_to_distil` at the same time.
+        folder: of the run; the auxiliary model is written into it, and looked for beside it.
+        log: told what happens.
+        stop: asked in each step of the distillation.
+        is_resumed: the run goes on; its auxiliary model is in `folder` then.
+
+    Raises StoppedError if `stop` said so, ValueError if a resumed run has lost its auxiliary model.
+    """
+    config = materials.config
+    texts = materials.shard(0)
+    recipe = _recipe(materials, model, compute, texts)
+    target = folder / "auxiliary"
+    own = target if is_resumed or _has_recipe(target, recipe) else None
+    found = _find_auxiliary(folder.parent, recipe) if config.distillation.reuse and not own else None
+    team.tell(not own and not found)
+    if own is not None:
+        small, notes = auxiliary.load(own, compute.dtype), auxiliary.read_recipe(own)
+        if notes["recipe"] != recipe:
+            log.say("auxiliary model: made with other versions or on another device; equal bits are not promised")
+        return small, notes["distillation"]
+    if found is not None:
+        small = auxiliary.load(found, compute.dtype)
+        story = auxiliary.read_recipe(found)["distillation"] | {"reused_from": str(found)}
+        log.say(f"auxiliary model: taken from {found}, distilled by the same recipe (distillation.reuse)")
+    else:
+        small, story = _distilled(materials, model, team, log, stop)
+    notes = {"depth": materials.depth, "recipe": recipe, "distillation": story}
+    auxiliary.save(target, small, config.auxiliary.layers_per_cell, materials.tokenizer, notes)
+    return small, story
+
+
+def help_to_distil(materials: Materials, model: LanguageModel, team: Team, stop: Stop) -> None:
+    """The part of the server's other ranks in `auxiliary_model`. Raises StoppedError if `stop` said so on any rank."""
+    if team.tell():
+        _distilled(materials, model, team, Log(), stop)
+
+
+def _distilled(
+    materials: Materials, model: LanguageModel, team: Team, log: Log, stop: Stop
+) -> tuple[LanguageModel, dict[str, Any]]:
+    config = materials.config
+    cell = auxiliary.cut(model, config.auxiliary.start_layer, config.auxiliary.layers_per_cell)
+    small = LanguageModel(auxiliary.unroll(cell, materials.depth), model.dtype, config.auxiliary.dropout)
+    stage = config.distillation.stage
+    if not stage.steps:
+        return small, {"engine": "none", "steps": 0}
+    seed, part = config.run.seed, (team.rank, team.size)
+    batches = Batches(materials.shard(0), stage.batch_size, stage.micro_batch, seed, "distillation", part=part)
+    done = distil(small, model, batches, config.distillation, seed, log, stop, team)
+    log.say(
+        f"distilled in {stage.steps} steps, {duration(done.trace.seconds)}, loss {done.trace.first:.4f} -> "
+        f"{done.trace.last:.4f}, by {done.engine} {done.engine_version}"
+    )
+    return small, {
+        "engine": done.engine,
+        "engine_version": done.engine_version,
+        "zero_stage": done.zero_stage,
+        "ranks": team.size,
+        "steps": stage.steps,
+        "samples": done.trace.samples,
+        "seconds": done.trace.seconds,
+        "seconds_median_step": median(done.step_seconds),
+        "seconds_to_first_step": done.first_step_at,
+        "loss_first": done.trace.first,
+        "loss_last": done.trace.last,
+    }
+
+
+def _recipe(materials: Materials, model: LanguageModel, compute: Compute, texts: list[Text]) -> dict[str, Any]:
+    """All that the weights of the auxiliary model depend on. Equal recipes give equal weights."""
+    config = materials.config
+    digest = hashlib.sha256()
+    for text in texts:
+        digest.update(len(text.ids).to_bytes(4, "little") + text.ids.tobytes())
+    recipe = {
+        "global_model": auxiliary.fingerprint(model),
+        "auxiliary": asdict(config.auxiliary) | {"depth": materials.depth},
+        "distillation": asdict(replace(config.distillation, reuse=True)),
+        "texts": digest.hexdigest()[:16],
+        "seed": config.run.seed,
+        "device": compute.device.type,
+        "dtype": config.server.compute.dtype,
+        "threads": compute.threads,
+        "server_ranks": config.topology.server_ranks,
+        "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "deepspeed")},
+    }
+    return json.loads(json.dumps(recipe))
+
+
+def _find_auxiliary(runs: Path, recipe: dict[str, Any]) -> Path | None:
+    found = (path.parent for path in sorted(runs.glob(f"*/auxiliary/{auxiliary.RECIPE}"), reverse=True))
+    return next((folder for folder in found if _has_recipe(folder, recipe)), None)
+
+
+def _has_recipe(folder: Path, recipe: dict[str, Any]) -> bool:
+    try:
+        return auxiliary.read_recipe(folder).get("recipe") == recipe
+    except ValueError:
+        return False

@@ -1,0 +1,66 @@
+"""The scores at the end of a run, by all ranks of the server."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import asdict
+
+from fedsp_mpi import build
+from fedsp_mpi.evaluation.scoring import answer_loss_mean, score
+from fedsp_mpi.federate import Best, ServerSide
+from fedsp_mpi.log import Log, duration
+from fedsp_mpi.materials import Materials
+from fedsp_mpi.record.rows import ResultRow
+
+
+def candidates(here: ServerSide, zero_shot: bool) -> dict[str, Best | None]:
+    """What can be scored: the prompts of lowest validation loss by method; None is no prompt at all."""
+    none: dict[str, Best | None] = {"zero-shot": None} if zero_shot else {}
+    control = {"server-only": here.control_best} if here.control_best else {}
+    return {**none, **control, "fedsp": here.best}
+
+
+def score_all(
+    here: ServerSide,
+    materials: Materials,
+    log: Log,
+    stop: Callable[[], bool],
+    there: Collection[str] = (),
+    write: Callable[[ResultRow], None] = lambda row: None,
+) -> bool:
+    """Score what has no result yet. Every rank of the server calls this.
+
+    Args:
+        stop: asked between two batches.
+        there: methods that have a result; rank 0's counts.
+        write: gets each row as soon as it is known.
+
+    Returns:
+        False if told to stop before the last score.
+    """
+    every = candidates(here, materials.config.evaluation.zero_shot)
+    build.scoring_model(materials, here.server.model)
+    for method in here.team.tell([method for method in every if method not in there]):
+        row = _score(here, materials, log, stop, method, every[method])
+        if row is None:
+            return False
+        write(row)
+    return True
+
+
+def _score(
+    here: ServerSide, materials: Materials, log: Log, stop: Callable[[], bool], method: str, best: Best | None
+) -> ResultRow | None:
+    model, tokens, asked = here.server.model, materials.config.evaluation.batch_tokens, materials.test
+    prompt = here.server.prompt if best else None
+    if prompt is not None and best is not None:
+        prompt.load(best.prompts.torch())
+        here.team.lead(prompt.parameters())
+    loss = answer_loss_mean(model, prompt, here.validation, tokens, here.team)
+    num_options = sum(len(question.options) for question in asked)
+    progress = log.progress(f"scoring {method}", num_options // here.team.size)
+    found = score(model, prompt, asked, materials.task.metric, tokens, progress.step, stop, here.team)
+    if found is None:
+        return None
+    log.say(f"scored {method}: {found.n} questions in {duration(found.seconds)}")
+    return ResultRow(method=method, split="test", round=best.round if best else 0, loss=loss, **asdict(found))
