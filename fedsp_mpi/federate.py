@@ -294,9 +294,10 @@ def local_work(clients: ClientSide, down: Down) -> Iterator[Update | Failure]:
     """The work of this process's clients that take part, one by one. What makes one of them fail is a value."""
     assert down.tensors is not None
     clients.compute.begin()
-    clients.shelf.begin()
     chosen = set(clients.chosen(down.round))
-    for id in [id for id in clients.ids if id in chosen]:
+    mine = [id for id in clients.ids if id in chosen]
+    clients.shelf.begin(mine)
+    for id in mine:
         with guard.phase("local training", round=down.round, client=id):
             try:
                 clients.shelf.fetch(id)

@@ -18,6 +18,7 @@ MODEL = {"model": {"name": "some/model"}}
 TOGETHER: dict[str, dict[str, object]] = {
     "federation.stragglers": {"federation.client_seconds": 1.5},
     "federation.client_seconds": {"federation.stragglers": "drop"},
+    "topology.server_ranks": {"distillation.stage.batch_size": 3, "server.tuning.batch_size": 3},
 }
 
 
@@ -369,7 +370,7 @@ def test_each_difference_is_named_with_both_values(tmp_path):
     ]
 
 
-FREE = {"topology", "deadlines", "checkpoint", "record", "run", "client.resident", "distillation.reuse"}
+FREE = {"topology.ranks", "deadlines", "checkpoint", "record", "run", "client.resident", "distillation.reuse"}
 
 
 def test_what_says_where_and_how_a_run_runs_may_differ_and_nothing_else(tmp_path):

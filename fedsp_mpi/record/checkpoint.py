@@ -11,7 +11,9 @@ the client works again. A checkpoint is there when its mark is: a kill before le
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
+from collections import deque
+from collections.abc import Collection, Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -55,12 +57,9 @@ class Checkpoints:
     def __init__(self, folder: Path) -> None:
         self.folder = folder / FOLDER
 
-    def write_client(self, client: int, round: int, state: State, spare: Path | None = None) -> Piece:
-        """Write a client's state after `round`; it is on disk for good after `sync`.
-
-        `spare` is a file of `obsolete`, whose room is used again. Raises RecordError.
-        """
-        return self._write(client_file(client, round), round, state, sync=False, spare=spare)
+    def write_client(self, client: int, round: int, state: State) -> Piece:
+        """Write a client's state after `round`; it is on disk for good after `sync`. Raises RecordError."""
+        return self._write(client_file(client, round), round, state, is_client=True)
 
     def read_client(self, client: int, piece: Piece) -> State:
         """What `write_client` wrote. Raises ValueError if the file is not what was written."""
@@ -76,6 +75,11 @@ class Checkpoints:
         old = [(client, round) for client, rounds in written.items() for round in rounds if round < max(rounds)]
         return [pair for pair in old if pair not in kept]
 
+    def remove_client(self, client: int, round: int) -> None:
+        """Take away a file of `obsolete`. Raises RecordError."""
+        with files.writing(self.folder, _KEPT):
+            (self.folder / client_file(client, round)).unlink(missing_ok=True)
+
     def sync(self, names: Collection[str]) -> None:
         """Wait until files are on disk. Raises RecordError."""
         for name in names:
@@ -87,8 +91,8 @@ class Checkpoints:
     ) -> Checkpoint:
         """Write the server's state, then the mark; then remove the marks and the server's files that are not kept.
 
-        The clients' files are removed, or written over, by those who play them; all that is left of them goes when
-        `clients` is empty, after the last round.
+        The clients' files are removed by those who play them; all that is left of them goes when `clients` is empty,
+        after the last round.
 
         Args:
             round: the last round that is committed in the record.
@@ -98,7 +102,7 @@ class Checkpoints:
 
         Raises RecordError; the checkpoint before is still there then.
         """
-        piece = self._write(server_file(round), round, server, sync=True)
+        piece = self._write(server_file(round), round, server)
         mark = {"layout": LAYOUT, "round": round, "server": piece, "clients": {str(id): p for id, p in clients.items()}}
         files.write(self.folder / _mark_file(round), [json.dumps(mark).encode()], _KEPT)
         done = Checkpoint(round, piece, dict(clients))
@@ -124,19 +128,17 @@ class Checkpoints:
             with files.writing(self.folder, _KEPT):
                 (self.folder / _mark_file(later)).unlink()
 
-    def _write(self, name: str, round: int, state: State, sync: bool, spare: Path | None = None) -> Piece:
+    def _write(self, name: str, round: int, state: State, is_client: bool = False) -> Piece:
         image, digest = _pack(state), xxhash.xxh3_64()
         for part in image:
             digest.update(part)
-        files.write(self.folder / name, image, _KEPT, sync, spare)
+        files.write(self.folder / name, image, _KEPT, sync=not is_client, bypass=is_client)
         return Piece(round, sum(len(part) for part in image), digest.hexdigest())
 
-    def _image(self, name: str, piece: Piece) -> bytearray:
+    def _image(self, name: str, piece: Piece) -> memoryview:
         path = self.folder / name
         try:
-            image = bytearray(path.stat().st_size)
-            with path.open("rb", buffering=0) as file:
-                file.readinto(image)
+            image = files.read(path)
         except OSError as error:
             raise ValueError(
                 f"{path}: found no readable file ({error.strerror}), expected {piece.size} bytes"
@@ -198,14 +200,14 @@ def _pack(state: State) -> list[files.Buffer]:
     return [len(text).to_bytes(8, "little") + text, *parts]
 
 
-def _unpack(image: bytearray) -> State:
+def _unpack(image: memoryview) -> State:
     """The arrays of `_pack`, as writable views of the image."""
     start = 8 + int.from_bytes(image[:8], "little")
     names = {short: long for long, short in _TYPES.items()}
     found = {}
-    for name, entry in json.loads(image[8:start]).items():
+    for name, entry in json.loads(bytes(image[8:start])).items():
         begin, end = entry["data_offsets"]
-        raw = memoryview(image)[start + begin : start + end]
+        raw = image[start + begin : start + end]
         found[name] = np.frombuffer(raw, names[entry["dtype"]]).reshape(entry["shape"])
     return found
 
@@ -241,6 +243,9 @@ class Keeper(Protocol):
 class Shelf:
     """The states of one rank's clients between rounds: those that worked last in memory, the others in files.
 
+    A thread of its own reads the state of the client that is next, and writes that of one that rests, while another
+    works.
+
     Args:
         keeper: holds the states that are in memory.
         store: where the others go.
@@ -253,22 +258,36 @@ class Shelf:
         self._rounds: dict[int, int] = {}  # in memory: client -> round of its last work, the longest idle first
         self._pieces = dict(pieces)  # in files that are up to date
         self._written = {client: {piece.round} for client, piece in pieces.items()}  # client -> rounds of its files
-        self._spare: list[Path] = []
         self._unsynced: set[str] = set()
+        self._thread = ThreadPoolExecutor(1, "states")
+        self._coming: deque[int] = deque()  # the clients that work next
+        self._reading: dict[int, Future[State]] = {}
+        self._writing: dict[int, Future[Piece]] = {}
 
-    def begin(self) -> None:
-        """A round begins: the checkpoints of the last one are written, and what they do not need is free."""
+    def begin(self, clients: Iterable[int]) -> None:
+        """A round begins: the checkpoints of the last one are written, and what they do not need goes.
+
+        Args:
+            clients: those that work in it, in their order.
+        """
         for client, round in self._store.obsolete(self._written):
-            name = client_file(client, round)
+            self._store.remove_client(client, round)
             self._written[client].remove(round)
-            self._unsynced.discard(name)
-            self._spare.append(self._store.folder / name)
+            self._unsynced.discard(client_file(client, round))
+        self._coming = deque(clients)
+        self._read_ahead()
 
     def fetch(self, client: int) -> None:
-        """Have a client's state in memory, if it has one, before its work."""
-        piece = self._pieces.get(client)
-        if client not in self._rounds and piece is not None:
-            self._keeper.load_client_state(client, self._store.read_client(client, piece))
+        """Have a client's state in memory, if it has one, before its work; begin to read the next one's.
+
+        Raises ValueError if its file is not what was written, RecordError if it could not be written.
+        """
+        self._read_ahead()  # of this one, if it was still in memory when the one before began
+        self._coming.popleft()
+        state = self._reading.pop(client, None)
+        self._read_ahead()
+        if state is not None:
+            self._keeper.load_client_state(client, state.result())
 
     def put(self, client: int, round: int) -> None:
         """Take note of a client's work; make room for the next. Raises RecordError."""
@@ -286,20 +305,33 @@ class Shelf:
         """Bring every state to disk: client id -> its file. Raises RecordError."""
         for client in self._rounds:
             self._write(client)
+        for client in list(self._writing):
+            self._wait_for(client)
         self._store.sync(self._unsynced)
         self._unsynced.clear()
-        with files.writing(self._store.folder, _KEPT):
-            while self._spare:
-                self._spare.pop().unlink()
         return dict(self._pieces)
 
-    def _write(self, client: int) -> None:
-        if client in self._pieces:
+    def _read_ahead(self) -> None:
+        if not self._coming or (client := self._coming[0]) in self._rounds or client in self._reading:
             return
-        state = self._keeper.client_state(client)
+        self._wait_for(client)
+        if piece := self._pieces.get(client):
+            self._reading[client] = self._thread.submit(self._store.read_client, client, piece)
+
+    def _write(self, client: int) -> None:
+        if client in self._pieces or client in self._writing:
+            return
+        state, round = self._keeper.client_state(client), self._rounds[client]
         assert state is not None
-        round = self._rounds[client]
-        spare = self._spare.pop() if self._spare else None
-        self._pieces[client] = self._store.write_client(client, round, state, spare)
+        while len(self._writing) >= _AT_ONCE:
+            self._wait_for(next(iter(self._writing)))
+        self._writing[client] = self._thread.submit(self._store.write_client, client, round, state)
         self._written.setdefault(client, set()).add(round)
         self._unsynced.add(client_file(client, round))
+
+    def _wait_for(self, client: int) -> None:
+        if (writing := self._writing.pop(client, None)) is not None:
+            self._pieces[client] = writing.result()
+
+
+_AT_ONCE = 2  # states that wait in memory to be written

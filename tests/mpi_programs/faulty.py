@@ -21,7 +21,6 @@ import signal
 import sys
 import time
 from contextlib import contextmanager
-from pathlib import Path
 
 from fedsp_mpi import cli
 from fedsp_mpi.comm import guard, launcher_rank
@@ -74,16 +73,16 @@ def full(part: str, count: str) -> None:
     """Let the disk be full."""
     from fedsp_mpi.record import files
 
-    original, seen = Path.open, []
+    original, seen = files._open, []
 
-    def opened(self, mode="r", *more, **named):
-        if ("w" in mode or "+" in mode) and part in self.name:
-            seen.append(self)
+    def opened(path, flags, bypass):
+        if flags & os.O_CREAT and part in path.name:
+            seen.append(path)
             if len(seen) >= int(count):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return original(self, mode, *more, **named)
+        return original(path, flags, bypass)
 
-    files.Path.open = opened
+    files._open = opened
 
 
 def memory_in(client: str, round: str | None = None) -> None:
