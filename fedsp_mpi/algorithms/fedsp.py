@@ -232,11 +232,13 @@ class Client:
         share = self._alignment.steps / (self._alignment.steps + self._tuning.steps)
         return start + share * self._seconds, start + self._seconds
 
-    def client_state(self, client: int) -> State | None:
-        """What a client keeps between rounds, or None if it keeps nothing, or has not begun."""
-        bench = self._benches.get(client)
-        if bench is None:
-            return None
+    def has_state(self, client: int) -> bool:
+        """Whether a client keeps something between rounds; before it has begun, it does not."""
+        return client in self._benches
+
+    def client_state(self, client: int) -> State:
+        """What a client keeps between rounds."""
+        bench = self._benches[client]
         parts = {
             "weights": _arrays(bench.weights),
             "alignment": bench.alignment.state(),
@@ -263,13 +265,13 @@ class Client:
 
         return _Bench(
             self._handed_out,
-            engine(self._model.model.parameters(), self._alignment),
+            engine(self._model.weights.values(), self._alignment),
             engine(self._prompt.parameters(), self._tuning),
         )
 
     def _put_away(self, bench: _Bench) -> _Bench:
         """Copy the working weights off the device; the hand-out itself stays as it was."""
-        working = self._model.model.named_parameters()
+        working = self._model.weights.items()
         if bench.weights is self._handed_out:
             weights = {name: parameter.data.to("cpu", copy=True) for name, parameter in working}
         else:

@@ -59,7 +59,7 @@ def unroll(model: Any, depth: int) -> Any:
 
 def pack(model: LanguageModel) -> NamedTensors:
     """The weights as they travel: each shared one once."""
-    return NamedTensors.pack(dict(model.model.named_parameters()))
+    return NamedTensors.pack(model.weights)
 
 
 def build(
@@ -80,8 +80,8 @@ def build(
 
 def load_weights(model: LanguageModel, tensors: Mapping[str, Tensor]) -> None:
     """Copy weights in; the names must be those of `pack`."""
-    for name, parameter in model.model.named_parameters():
-        parameter.data.copy_(tensors[name])
+    for name, weight in model.weights.items():
+        weight.data.copy_(tensors[name])
 
 
 def save(folder: Path, model: LanguageModel, layers_per_cell: int, tokenizer: Any, recipe: dict[str, Any]) -> None:
@@ -93,9 +93,8 @@ def save(folder: Path, model: LanguageModel, layers_per_cell: int, tokenizer: An
     part = folder.with_name(f"{folder.name}.part{os.getpid()}")
     shutil.rmtree(part, ignore_errors=True)
     cell = _from_config(cell_config(model.model.config, layers_per_cell))
-    mine = dict(model.model.named_parameters())
     for name, parameter in cell.named_parameters():
-        parameter.data.copy_(mine[name])
+        parameter.data.copy_(model.weights[name])
     cell.save_pretrained(part)
     tokenizer.save_pretrained(part)
     (part / RECIPE).write_text(json.dumps(recipe, indent=2) + "\n", encoding="utf-8")
@@ -124,7 +123,7 @@ def read_recipe(folder: Path) -> dict[str, Any]:
 def fingerprint(model: LanguageModel) -> str:
     """A short digest of all weights, equal for equal models wherever they lie."""
     digest = hashlib.sha256()
-    for name, parameter in model.model.named_parameters():
+    for name, parameter in model.weights.items():
         digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
         digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]

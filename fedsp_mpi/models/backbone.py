@@ -153,6 +153,7 @@ class LanguageModel:
     def hold(self, model: Any, dtype: torch.dtype) -> None:
         """Be this transformers model from now on."""
         self.model, self.dtype = model, dtype
+        self.weights = dict(model.named_parameters())
         self.shape = shape_of(model.config)
         self.device = next(model.parameters()).device
         self._autocast = next(model.parameters()).dtype != dtype
@@ -162,8 +163,11 @@ class LanguageModel:
 
     def train_weights(self, on: bool) -> None:
         """Make every weight trainable, or none. Dropout acts only in the first case, and only if it was asked for."""
-        self.model.requires_grad_(on)
-        self.model.train((on and self.dropout) or self.checkpointing)
+        for weight in self.weights.values():
+            weight.requires_grad = on
+        mode = (on and self.dropout) or self.checkpointing
+        if self.model.training is not mode:
+            self.model.train(mode)
 
     def freeze_untied_head(self) -> None:
         """Keep the head out of training where it is not the input embedding as well."""
@@ -258,7 +262,7 @@ class LanguageModel:
 
     def num_parameters(self) -> int:
         """Weights held, shared ones counted once."""
-        return sum(p.numel() for p in self.model.parameters())
+        return sum(weight.numel() for weight in self.weights.values())
 
 
 def without_dropout(config: Any) -> Any:
@@ -283,7 +287,7 @@ def load_global(
     """
     found = LanguageModel(_weights(name, revision, device, dtype, checkpointing), dtype, checkpointing=checkpointing)
     found.train_weights(False)
-    seal.add(found.model.named_parameters())
+    seal.add(found.weights.items())
     return found
 
 
@@ -295,10 +299,10 @@ def reread(model: LanguageModel, name: str, *, revision: str | None = None, dtyp
     Raises ValueError if the weights cannot be read; the model is then of no use.
     """
     seal.clear()
-    del model.model
+    del model.model, model.weights
     model.hold(_weights(name, revision, model.device, dtype, model.checkpointing), dtype)
     model.train_weights(False)
-    seal.add(model.model.named_parameters())
+    seal.add(model.weights.items())
 
 
 def _weights(name: str, revision: str | None, device: torch.device, dtype: torch.dtype, checkpointing: bool) -> Any:

@@ -233,7 +233,9 @@ _KEPT = "the last checkpoint is still there"
 class Keeper(Protocol):
     """What the shelf asks of an algorithm's clients."""
 
-    def client_state(self, client: int) -> State | None: ...
+    def has_state(self, client: int) -> bool: ...
+
+    def client_state(self, client: int) -> State: ...
 
     def load_client_state(self, client: int, state: State) -> None: ...
 
@@ -293,7 +295,7 @@ class Shelf:
         """Take note of a client's work; make room for the next. Raises RecordError."""
         self._pieces.pop(client, None)
         self._rounds.pop(client, None)
-        if self._keeper.client_state(client) is not None:
+        if self._keeper.has_state(client):
             self._rounds[client] = round
         while len(self._rounds) > self._resident:
             idle = next(iter(self._rounds))
@@ -322,7 +324,6 @@ class Shelf:
         if client in self._pieces or client in self._writing:
             return
         state, round = self._keeper.client_state(client), self._rounds[client]
-        assert state is not None
         while len(self._writing) >= _AT_ONCE:
             self._wait_for(next(iter(self._writing)))
         self._writing[client] = self._thread.submit(self._store.write_client, client, round, state)

@@ -237,7 +237,22 @@ def _seconds(run: Run) -> list[str]:
         f"{label} {_time(value)}" for label, value in known.items() if isinstance(value, (int, float)) and value > 0
     ]
     reused = ["distillation reused"] if "reused_from" in distillation else []
+    beyond = [_beyond_training(run, row) for row in run.rounds]
+    if known_ones := [value for value in beyond if not math.isnan(value)]:
+        shown.append(f"a client beyond its training {1000 * statistics.median(known_ones):.1f} ms")
     return _wrapped("seconds   ", [*reused, *shown])
+
+
+def _beyond_training(run: Run, row: np.void) -> float:
+    """Seconds of a round's local work that are not training, by client, at the rank that trained longest."""
+    clients = run.clients[run.clients["round"] == row["round"]]
+    training = np.nan_to_num(clients["seconds_model"]) + np.nan_to_num(clients["seconds_prompt"])
+    by_rank = {rank: training[clients["rank"] == rank] for rank in set(clients["rank"].tolist())}
+    if not by_rank:
+        return math.nan
+    busiest = max(by_rank.values(), key=np.sum)
+    seconds = row["seconds_clients"] + np.nan_to_num(row["seconds_control"])
+    return float(seconds - busiest.sum()) / len(busiest)
 
 
 def _result(run: Run, method: str, split: str) -> np.void | None:

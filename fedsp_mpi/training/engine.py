@@ -82,7 +82,7 @@ class TorchEngine:
         """Move the optimizer's moments; nothing is copied that is there already."""
         for moments in self._optimizer.state.values():
             for name, value in moments.items():
-                if name != "step":
+                if name != "step" and value.device != device:
                     moments[name] = value.to(device)
 
     def state(self) -> State:
