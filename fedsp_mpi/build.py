@@ -52,14 +52,14 @@ def servers(materials: Materials, model: LanguageModel, compute: Compute, team: 
             model,
             materials.first_prompt().to(compute.device),
             materials.depth,
-            materials.batches(0, config.server.tuning, "server", team),
+            materials.batches(0, config.server.tuning, "server", team) if config.server.tuning.steps else None,
             config.server.tuning,
             config.federation.rounds,
             weighted_mean,
             team,
         )
 
-    return Servers(server(), server() if config.evaluation.server_only else None)
+    return Servers(server(), server() if config.evaluation.server_only and config.server.tuning.steps else None)
 
 
 def handout(
@@ -134,6 +134,7 @@ def _clients(materials: Materials, compute: Compute, given: Handout, ids: Sequen
         config.federation.rounds,
         config.run.seed,
         config.federation.client_state == "kept",
+        stages.training == "joint",
         config.federation.client_seconds,
     )
 

@@ -64,6 +64,22 @@ class DataConfig:
     source: str | None = None  # None: the task's own hub set; a folder; "hub/name[:configuration]"; "embedded"
     max_length: int = 1024  # tokens of a training text; longer contexts lose their beginning
     limit: LimitConfig = LimitConfig()
+    # What of the training split the server owns: None: a shard like every client's; a fraction below 1; from 1 on, so
+    # many examples; 0: nothing, so that what clients learn is all there is.
+    server_share: float | None = None
+    partition: Literal["iid", "labels", "quantity"] = "iid"  # among the owners: equal, label skew, quantity skew
+    alpha: float = 0.5  # of the Dirichlet distribution that makes the skew: 0.1 is strong, 100 hardly any
+
+    def check(self, where: str) -> None:
+        if self.server_share is not None:
+            _at_least(where, "server_share", self.server_share, 0)
+            if self.server_share > 1 and self.server_share % 1:
+                raise ConfigError(
+                    f"{where}.server_share: found {self.server_share}, expected a fraction below 1, or a whole number "
+                    "of examples"
+                )
+        if not self.alpha > 0:
+            raise ConfigError(f"{where}.alpha: found {self.alpha}, expected a number above 0")
 
 
 @dataclass(frozen=True)
@@ -121,9 +137,12 @@ class AuxiliaryConfig:
 
 @dataclass(frozen=True)
 class DistillationConfig:
-    """Aligns the auxiliary model with the global one before the first round, on the server's shard."""
+    """Aligns the auxiliary model with the global one before the first round."""
 
     stage: StageConfig = StageConfig(steps=200)
+    text: str | None = None  # a .txt or .txt.gz file, or a folder of them, of plain text; None: the server's shard
+    text_length: int = 128  # tokens of a piece of plain text
+    text_lines: int | None = None  # read so many lines of it at most; None: all
     hidden_weight: float = 1.0
     logits_weight: float = 0.0
     temperature: float = 1.0
@@ -133,6 +152,9 @@ class DistillationConfig:
 
     def check(self, where: str) -> None:
         self.stage.check(f"{where}.stage")
+        _at_least(where, "text_length", self.text_length, 2)
+        if self.text_lines is not None:
+            _at_least(where, "text_lines", self.text_lines, 1)
         _at_least(where, "hidden_weight", self.hidden_weight, 0)
         _at_least(where, "logits_weight", self.logits_weight, 0)
         if self.temperature <= 0:
@@ -194,6 +216,8 @@ class ServerConfig:
 class ClientConfig:
     """An owner of text: tunes its auxiliary model, then the prompts (FedSP, alternative training)."""
 
+    # joint: both at once, in the steps of `prompt`, each with its own optimizer (FedSP without alternative training).
+    training: Literal["alternating", "joint"] = "alternating"
     alignment: StageConfig = StageConfig()
     prompt: StageConfig = StageConfig()
     compute: ComputeConfig = ComputeConfig()
@@ -272,6 +296,7 @@ class Config:
                 value = getattr(value, part)
             if value is not None:
                 _at_least(section, name, value, low)
+        self.data.check("data")
         self._check_federation()
         self._check_prompt()
         self._check_shares()
@@ -296,6 +321,17 @@ class Config:
             )
 
     def _check_shares(self) -> None:
+        if self.data.server_share == 0:
+            if self.server.tuning.steps:
+                raise ConfigError(
+                    f"server.tuning.steps: found {self.server.tuning.steps} with data.server_share=0, expected 0: "
+                    "a server without examples only averages"
+                )
+            if self.distillation.stage.steps and self.distillation.text is None:
+                raise ConfigError(
+                    "distillation.text: found none with data.server_share=0, expected a file of plain text; or set "
+                    "distillation.stage.steps=0"
+                )
         for key, stage in (("distillation.stage", self.distillation.stage), ("server.tuning", self.server.tuning)):
             if stage.batch_size % self.topology.server_ranks:
                 raise ConfigError(

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fedsp_mpi.config import Config, ConfigError, StageConfig
-from fedsp_mpi.data import partition, tasks
-from fedsp_mpi.data.tokens import Batches, Text, encode
+from fedsp_mpi.data import partition, sources, tasks
+from fedsp_mpi.data.tokens import Batches, Text, encode, pieces
 from fedsp_mpi.evaluation.scoring import Question, questions
 from fedsp_mpi.models import backbone
 from fedsp_mpi.models.prompts import Prompt, PromptSpec
@@ -60,7 +61,9 @@ class Materials:
     @cached_property
     def shards(self) -> list[np.ndarray]:
         """Rows of the training split by participant: the server's, then each client's."""
-        return partition.iid(len(self.splits.train), self.config.federation.clients + 1, self.config.run.seed)
+        data, clients, seed = self.config.data, self.config.federation.clients, self.config.run.seed
+        labels = [example.gold[0] for example in self.splits.train]
+        return partition.divide(labels, clients, seed, data.partition, data.alpha, data.server_share)
 
     @property
     def depth(self) -> int:
@@ -84,6 +87,15 @@ class Materials:
             examples = [self.splits.train[i] for i in self.shards[participant]]
             self._texts[participant] = encode(self.tokenizer, examples, self.max_length)
         return self._texts[participant]
+
+    @cached_property
+    def distillation_texts(self) -> list[Text]:
+        """What the auxiliary model is aligned on: plain text if there is some, else the server's shard."""
+        settings = self.config.distillation
+        if settings.text is None:
+            return self.shard(0)
+        length = min(settings.text_length, self.shape.num_positions + 1)
+        return pieces(self.tokenizer, islice(sources.plain_text(settings.text), settings.text_lines), length)
 
     @cached_property
     def validation(self) -> list[Text]:
@@ -118,6 +130,8 @@ class Materials:
                 "name the tokenizer that belongs to the model"
             )
         _ = self.shard(0), self.validation
+        if self.config.distillation.stage.steps:
+            _ = self.distillation_texts
 
     def _check_cell(self) -> None:
         cell, layers = self.config.auxiliary, self.shape.num_layers

@@ -50,7 +50,7 @@ def auxiliary_model(
     Raises StoppedError if `stop` said so, ValueError if a resumed run has lost its auxiliary model.
     """
     config = materials.config
-    texts = materials.shard(0)
+    texts = materials.distillation_texts if config.distillation.stage.steps else []
     recipe = _recipe(materials, model, compute, texts)
     target = folder / "auxiliary"
     own = target if is_resumed or _has_recipe(target, recipe) else None
@@ -87,8 +87,8 @@ def _distilled(
     stage = config.distillation.stage
     if not stage.steps:
         return small, {"engine": "none", "steps": 0}
-    seed, part = config.run.seed, (team.rank, team.size)
-    batches = Batches(materials.shard(0), stage.batch_size, stage.micro_batch, seed, "distillation", part=part)
+    texts, seed, part = materials.distillation_texts, config.run.seed, (team.rank, team.size)
+    batches = Batches(texts, stage.batch_size, stage.micro_batch, seed, "distillation", part=part)
     done = distil(small, model, batches, config.distillation, seed, log, stop, team)
     log.say(
         f"distilled in {stage.steps} steps, {duration(done.trace.seconds)}, loss {done.trace.first:.4f} -> "
@@ -118,7 +118,7 @@ def _recipe(materials: Materials, model: LanguageModel, compute: Compute, texts:
     recipe = {
         "global_model": auxiliary.fingerprint(model),
         "auxiliary": asdict(config.auxiliary) | {"depth": materials.depth},
-        "distillation": asdict(replace(config.distillation, reuse=True)),
+        "distillation": asdict(replace(config.distillation, reuse=True, text=None)),
         "texts": digest.hexdigest()[:16],
         "seed": config.run.seed,
         "device": compute.device.type,

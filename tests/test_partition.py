@@ -129,3 +129,19 @@ def test_mistakes_are_told_in_one_line(call, words):
         call()
     assert "\n" not in str(told.value)
     assert all(word in str(told.value) for word in words), str(told.value)
+
+
+@pytest.mark.parametrize("kind", ["iid", "labels", "quantity"])
+@pytest.mark.parametrize(("share", "mine"), [(None, None), (0, 0), (1, 1), (16, 16), (0.01, 2), (0.5, 100)])
+def test_the_servers_share_and_the_clients_shards_are_everything(kind, share, mine):
+    labels = labels_of(200, 4).tolist()
+    shards = partition.divide(labels, 7, 3, kind, 0.3, share)
+    assert np.array_equal(np.sort(np.concatenate(shards)), np.arange(200)) and all(map(len, shards[1:]))
+    assert mine is None or len(shards[0]) == mine
+    if share is not None:  # whatever the clients' skew, the server's is the same sample
+        assert shards[0].tolist() == partition.divide(labels, 7, 3, "iid", 0.3, share)[0].tolist()
+
+
+def test_without_a_share_the_server_is_one_owner_like_the_others():
+    found = partition.divide([0] * 40, 3, 5)
+    assert [shard.tolist() for shard in found] == [shard.tolist() for shard in partition.iid(40, 4, 5)]

@@ -18,8 +18,8 @@ from fedsp_mpi.models.losses import answer_loss
 from fedsp_mpi.models.prompts import Prompt, to_depth
 from fedsp_mpi.tensors import Batch, ClientError, NamedTensors, State, Update, join_states, part_of_state
 from fedsp_mpi.training.device import named_out_of_memory
-from fedsp_mpi.training.engine import TorchEngine
-from fedsp_mpi.training.loop import Batches, NonFiniteError, Trace, num_answer_tokens, train
+from fedsp_mpi.training.engine import Together, TorchEngine
+from fedsp_mpi.training.loop import Batches, Engine, NonFiniteError, Trace, num_answer_tokens, train
 from fedsp_mpi.training.team import ALONE, Team
 
 METRICS = (
@@ -36,7 +36,7 @@ METRICS = (
 def tune(
     model: LanguageModel,
     prompt: Prompt,
-    engine: TorchEngine,
+    engine: Engine,
     batches: Batches,
     stage: StageConfig,
     round: int,
@@ -63,7 +63,7 @@ class Server:
         model: the frozen global model.
         prompt: the first prompts, of the global model's depth.
         num_layers: depth of the clients' model; prompts travel at that depth.
-        batches: the server's shard.
+        batches: the server's shard; None if it does not tune.
         stage: its tuning in each round.
         total_rounds: length of the schedule, in rounds.
         rule: makes one prompt of many updates.
@@ -75,7 +75,7 @@ class Server:
         model: LanguageModel,
         prompt: Prompt,
         num_layers: int,
-        batches: Batches,
+        batches: Batches | None,
         stage: StageConfig,
         total_rounds: int,
         rule: Callable[[Updates], NamedTensors],
@@ -100,6 +100,8 @@ class Server:
 
     def absorb(self, round: int) -> Trace:
         """Tune the prompts against the frozen global model on the server's own shard."""
+        if self._batches is None:
+            return Trace()
         return tune(self.model, self.prompt, self._engine, self._batches, self._stage, round)
 
     def prompts(self) -> NamedTensors:
@@ -158,6 +160,7 @@ class Client:
         seed: of dropout.
         keep: whether auxiliary weights, optimizers and schedules live on from round to round; otherwise every round
             begins from the hand-out, with a schedule of its own.
+        joint: both stages at once, in the steps of `tuning`, instead of one after the other.
         seconds: of one client's work in a round; when they are over, a stage ends after its step, the first one after
             its share of the steps. None: no limit.
     """
@@ -173,12 +176,13 @@ class Client:
         total_rounds: int,
         seed: int,
         keep: bool,
+        joint: bool = False,
         seconds: float | None = None,
     ) -> None:
         self._model, self._prompt, self._shards, self._seconds = model, prompt, shards, seconds
         self._handed_out = handed_out.torch()
         self._alignment, self._tuning, self._rounds = alignment, tuning, total_rounds
-        self._seed, self._keep = seed, keep
+        self._seed, self._keep, self._joint = seed, keep, joint
         self._benches: dict[int, _Bench] = {}
 
     def local(self, client: int, round: int, down: NamedTensors) -> Update:
@@ -207,17 +211,27 @@ class Client:
     def _stages(
         self, bench: _Bench, shard: Shard, client: int, round: int, down: NamedTensors, start: float
     ) -> tuple[Trace, Trace]:
-        """Align the auxiliary model with the prompts frozen, then tune the prompts with the auxiliary model frozen."""
+        """Align the auxiliary model with the prompts frozen, then tune the prompts with the auxiliary model frozen.
+
+        Or both at once: then all is told as the prompts' stage.
+        """
         auxiliary.load_weights(self._model, bench.weights)
         self._prompt.load(down.torch())
         for engine, stage in ((bench.alignment, self._alignment), (bench.tuning, self._tuning)):
             engine.to(self._model.device)
             engine.forget_gradient()  # of a client that failed in the middle of a step
-            engine.steps_done = (round - 1) * stage.steps if self._keep else 0
+            engine.steps_done = (round - 1) * self._steps(stage) if self._keep else 0
         middle, end = self._limits(start)
 
         if self._model.dropout:
             rng.seed_torch(self._seed, "client", round, client)
+        if self._joint:
+            self._prompt.requires_grad_(True)
+            self._model.train_weights(True)
+            both = Together(bench.alignment, bench.tuning)
+            trace = tune(self._model, self._prompt, both, shard.tuning, self._tuning, round, end)
+            self._model.train_weights(False)
+            return Trace(), trace
         self._prompt.requires_grad_(False)
         self._model.train_weights(True)
         model = tune(self._model, self._prompt, bench.alignment, shard.alignment, self._alignment, round, middle)
@@ -225,6 +239,9 @@ class Client:
         self._prompt.requires_grad_(True)
         prompt = tune(self._model, self._prompt, bench.tuning, shard.tuning, self._tuning, round, end)
         return model, prompt
+
+    def _steps(self, stage: StageConfig) -> int:
+        return self._tuning.steps if self._joint else stage.steps
 
     def _limits(self, start: float) -> tuple[float | None, float | None]:
         if self._seconds is None:
@@ -261,7 +278,7 @@ class Client:
         """A beginning from the hand-out."""
 
         def engine(parameters: Iterable[nn.Parameter], stage: StageConfig) -> TorchEngine:
-            return TorchEngine(parameters, stage.optimizer, stage.steps * (self._rounds if self._keep else 1))
+            return TorchEngine(parameters, stage.optimizer, self._steps(stage) * (self._rounds if self._keep else 1))
 
         return _Bench(
             self._handed_out,

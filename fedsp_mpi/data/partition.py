@@ -1,17 +1,55 @@
 """Who gets which examples: pure functions from counts or labels and a seed to index arrays.
 
 A partition is a list of `num_shards` int64 arrays; shard 0 is the server's, shard k + 1 is client k's. Every index
-occurs exactly once, no shard is empty, and each shard stays in shuffled order. The same arguments give the same arrays
-on every machine, whoever asks.
+occurs exactly once, no client's shard is empty, and each stays in shuffled order. The same arguments give the same
+arrays on every machine, whoever asks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from fedsp_mpi.rng import generator
+
+
+def divide(
+    labels: Sequence[object],
+    num_clients: int,
+    seed: int,
+    kind: str = "iid",
+    alpha: float = 0.5,
+    share: float | None = None,
+) -> list[np.ndarray]:
+    """The server's shard, then each client's.
+
+    Args:
+        labels: one label per example, [num_examples]; only "labels" looks at them.
+        kind: "iid", "labels" or "quantity": see `iid`, `dirichlet_labels`, `quantity`.
+        alpha: of the skew.
+        share: the server's: None for a shard like a client's; otherwise it is drawn first, without skew: so many
+            examples, or, below 1, that fraction of all, at least one; 0 leaves it without any.
+
+    Raises:
+        ValueError: fewer examples than owners, or an alpha that is not a positive number.
+    """
+    kinds: dict[str, Callable[[Sequence[object], int], list[np.ndarray]]] = {
+        "iid": lambda some, shards: iid(len(some), shards, seed),
+        "labels": lambda some, shards: dirichlet_labels(some, shards, alpha, seed),
+        "quantity": lambda some, shards: quantity(len(some), shards, alpha, seed),
+    }
+    if share is None:
+        return kinds[kind](labels, num_clients + 1)
+    mine = int(share) if share >= 1 else max(1, round(share * len(labels))) if share else 0
+    if len(labels) < mine + num_clients:
+        raise ValueError(
+            f"found {len(labels)} examples for a server's share of {mine} and {num_clients} clients, expected at least "
+            f"{mine + num_clients}; lower data.server_share, or take fewer clients or more data"
+        )
+    order = generator(seed, "iid partition").permutation(len(labels)).astype(np.int64)
+    rest = order[mine:]
+    return [order[:mine], *(rest[chosen] for chosen in kinds[kind]([labels[i] for i in rest], num_clients))]
 
 
 def iid(num_examples: int, num_shards: int, seed: int) -> list[np.ndarray]:

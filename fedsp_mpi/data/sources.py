@@ -6,6 +6,7 @@ several processes may ask for the same data at once.
 
 from __future__ import annotations
 
+import gzip
 import logging
 import re
 import warnings
@@ -93,6 +94,23 @@ def read(task: str, location: Location, column_sets: Sequence[Sequence[str]]) ->
     found = {split: found[split] for split in SPLITS if split in found}
     _require_columns(task, location, {split: table.column_names for split, table in found.items()}, column_sets)
     return found
+
+
+def plain_text(source: str) -> Iterator[str]:
+    """The lines of a text file (.txt, .txt.gz), or of all that a folder holds, in the order of their names.
+
+    Raises ValueError if there is none, or it is not UTF-8.
+    """
+    path = Path(source).expanduser()
+    files = [path] if path.is_file() else sorted(found for end in ("txt", "txt.gz") for found in path.glob(f"*.{end}"))
+    if not files:
+        raise ValueError(f"found no text in {source!r}, expected a .txt or .txt.gz file, or a folder of them")
+    for file in files:
+        try:
+            with (gzip.open if file.suffix == ".gz" else open)(file, "rt", encoding="utf-8") as lines:
+                yield from lines
+        except (OSError, EOFError, ValueError) as error:
+            raise ValueError(f"found {file}, which could not be read ({error}), expected UTF-8 text") from None
 
 
 def check(task: str, location: Location, column_sets: Sequence[Sequence[str]]) -> None:

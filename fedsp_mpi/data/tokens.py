@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,8 @@ import torch
 from fedsp_mpi import rng
 from fedsp_mpi.data.tasks import Example
 from fedsp_mpi.tensors import Batch
+
+_LINES = 1000  # of plain text that are tokenised at once
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,31 @@ def encode(tokenizer: Any, examples: Iterable[Example], max_length: int) -> list
             "a text, expected room for it and a token before it; raise data.max_length, or shorten the prompt"
         )
     return [truncate(text, max_length) for text in texts]
+
+
+def pieces(tokenizer: Any, lines: Iterable[str], length: int) -> list[Text]:
+    """Plain text, tokenised and cut into pieces of `length` tokens; what is left at the end is dropped.
+
+    Raises ValueError if there is not enough for one piece.
+    """
+    found, rest = [], np.empty(0, dtype=np.int32)
+    for some in _batched(lines, _LINES):
+        rest = np.concatenate([rest, np.concatenate([np.array(ids, dtype=np.int32) for ids in _ids(tokenizer, some)])])
+        whole = len(rest) // length * length
+        found += [Text(ids, 1) for ids in rest[:whole].reshape(-1, length)]
+        rest = rest[whole:]
+    if not found:
+        raise ValueError(
+            f"distillation.text: found {len(rest)} tokens, expected at least distillation.text_length={length}"
+        )
+    return found
+
+
+def _batched(lines: Iterable[str], size: int) -> Iterator[list[str]]:
+    """Lists of `size` lines; the last may be shorter."""
+    source = iter(lines)
+    while some := list(islice(source, size)):
+        yield some
 
 
 def truncate(text: Text, max_length: int) -> Text:

@@ -103,6 +103,22 @@ class TorchEngine:
                 self._optimizer.state[parameter] = tensors
 
 
+class Together:
+    """Engines over different parameters that step on one loss."""
+
+    def __init__(self, *engines: TorchEngine) -> None:
+        self._engines, self.team = engines, ALONE
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of `loss` for all of them."""
+        loss.backward()
+
+    def step(self) -> None:
+        """Each clips, updates and forgets its own."""
+        for engine in self._engines:
+            engine.step()
+
+
 class DeepSpeedEngine:
     """The same three calls over a DeepSpeed engine, which lives on the server's ranks alone.
 
