@@ -10,7 +10,7 @@ from typing import Any
 
 from fedsp_mpi.aggregation.average import weighted_mean
 from fedsp_mpi.aggregation.sampling import participants
-from fedsp_mpi.algorithms import fedsp
+from fedsp_mpi.algorithms import fedsp, prompt_tuning
 from fedsp_mpi.comm import Handout
 from fedsp_mpi.federate import Archive, ClientSide, ServerSide
 from fedsp_mpi.materials import Materials
@@ -39,16 +39,16 @@ def global_model(materials: Materials, compute: Compute) -> LanguageModel:
 class Servers:
     """The server of the algorithm, and the same without clients: the server-only control, if it is asked for."""
 
-    server: fedsp.Server
-    control: fedsp.Server | None
+    server: prompt_tuning.Server
+    control: prompt_tuning.Server | None
 
 
 def servers(materials: Materials, model: LanguageModel, compute: Compute, team: Team) -> Servers:
     """What a rank of the server works with, from its global model on."""
     config = materials.config
 
-    def server() -> fedsp.Server:
-        return fedsp.Server(
+    def server() -> prompt_tuning.Server:
+        return prompt_tuning.Server(
             model,
             materials.first_prompt().to(compute.device),
             materials.depth,
@@ -63,7 +63,11 @@ def servers(materials: Materials, model: LanguageModel, compute: Compute, team: 
 
 
 def handout(
-    materials: Materials, small: LanguageModel, server: fedsp.Server, meta: dict[str, Any], resumed: Checkpoint | None
+    materials: Materials,
+    small: LanguageModel,
+    server: prompt_tuning.Server,
+    meta: dict[str, Any],
+    resumed: Checkpoint | None,
 ) -> Handout:
     """What everybody gets once: the auxiliary model, the first prompts, and where clients find their earlier states.
 
@@ -106,7 +110,7 @@ def client_side(materials: Materials, compute: Compute, given: Handout, ids: Seq
     client = _clients(materials, compute, given, ids)
     states = {int(id): Piece(*piece) for id, piece in given.meta["states"].items()}
     mine = {id: piece for id, piece in states.items() if id in set(ids)}
-    shelf = Shelf(client, Checkpoints(Path(given.meta["folder"])), materials.config.client.resident, mine)
+    shelf = Shelf(client.benches, Checkpoints(Path(given.meta["folder"])), materials.config.client.resident, mine)
     sizes = [len(shard) for shard in materials.shards[1:]]
     chosen = partial(participants, plan.sampling, plan.clients_per_round, sizes, seed)
     return ClientSide(client, ids, compute, shelf, chosen)

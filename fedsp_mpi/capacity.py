@@ -13,7 +13,8 @@ import torch
 
 from fedsp_mpi.config import Config, StageConfig
 from fedsp_mpi.models import auxiliary
-from fedsp_mpi.models.prompts import Prompt
+from fedsp_mpi.models.backbone import LanguageModel
+from fedsp_mpi.models.prompts import Prompt, PromptSpec
 from fedsp_mpi.training.device import DTYPES
 
 if TYPE_CHECKING:
@@ -51,14 +52,28 @@ class Sizes:
     @classmethod
     def of(cls, materials: Materials, length: int) -> Sizes:
         """From the model's configuration; no weight is loaded. `length`: of the longest text, without prompts."""
-        config, shape, tokens = materials.model_config, materials.shape, materials.config.prompt.num_tokens
+        config, shape = materials.model_config, materials.shape
         cell = auxiliary.cell_config(config, materials.config.auxiliary.layers_per_cell)
-        prompts = [materials.prompt_spec.at_depth(depth) for depth in (shape.num_layers, materials.depth)]
+        models = outline(config, shape.num_layers), outline(cell, materials.depth)
+        return cls.between(*models, materials.prompt_spec, length)
+
+    @classmethod
+    def between(cls, large: LanguageModel, small: LanguageModel, spec: PromptSpec, length: int) -> Sizes:
+        """From the outlines of a global and an auxiliary model; prompts of `spec` travel at the latter's depth.
+
+        `length`: of the longest text in tokens, without prompts.
+        """
+        layers = large.shape.num_layers, small.shape.num_layers
         with torch.device("meta"):
-            there, travels = (Prompt(spec).num_parameters() for spec in prompts)
-        models = _parameters(config, shape.num_layers), _parameters(cell, materials.depth)
-        layers = shape.num_layers, materials.depth
-        return cls(*models, there, travels, *layers, config.hidden_size, length + tokens)
+            prompts = [Prompt(spec.at_depth(depth)).num_parameters() for depth in layers]
+        ours, theirs, width = large.num_parameters(), small.num_parameters(), large.model.config.hidden_size
+        return cls(ours, theirs, prompts[0], prompts[1], *layers, width, length + spec.num_tokens)
+
+
+def outline(config: Any, depth: int) -> LanguageModel:
+    """A model without memory for its weights: the layers of `config`, run over and over until it is `depth` deep."""
+    with torch.device("meta"):
+        return auxiliary.build(config.to_dict(), depth, torch.device("meta"), torch.float32)
 
 
 @dataclass(frozen=True)
@@ -109,7 +124,7 @@ def server(config: Config, sizes: Sizes) -> Need:
 def client(config: Config, sizes: Sizes, num_clients: int) -> Need:
     """One auxiliary model in training on the device; the hand-out, and the clients that rest, on the host."""
     stages = (config.client.alignment, config.client.prompt)
-    work = _TRAINED * (sizes.auxiliary + sizes.wire)
+    work = (_TRAINED if _aligns(config) else _FP32) * sizes.auxiliary + _TRAINED * sizes.wire
     work += max(_activations(config, sizes, sizes.depth, stage, _FP32) for stage in stages)
     resting = min(num_clients, config.client.resident) * state(config, sizes)
     return Need(work, _FP32 * sizes.auxiliary + resting)
@@ -117,7 +132,8 @@ def client(config: Config, sizes: Sizes, num_clients: int) -> Need:
 
 def state(config: Config, sizes: Sizes) -> int:
     """Bytes that one client keeps between rounds."""
-    return _KEPT * (sizes.auxiliary + sizes.wire) if config.federation.client_state == "kept" else 0
+    kept = sizes.wire + (sizes.auxiliary if _aligns(config) else 0)
+    return _KEPT * kept if config.federation.client_state == "kept" else 0
 
 
 def disk(config: Config, sizes: Sizes) -> int:
@@ -129,10 +145,9 @@ def disk(config: Config, sizes: Sizes) -> int:
     return kept * checkpoint + _FP32 * sizes.auxiliary + 2 * prompts
 
 
-def _parameters(config: Any, depth: int) -> int:
-    with torch.device("meta"):
-        model = auxiliary.build(config.to_dict(), depth, torch.device("meta"), torch.float32)
-    return model.num_parameters()
+def _aligns(config: Config) -> bool:
+    """Whether clients train the auxiliary model's weights, and not the prompts alone."""
+    return config.client.training == "joint" or config.client.alignment.steps > 0
 
 
 def _activations(config: Config, sizes: Sizes, depth: int, stage: StageConfig, itemsize: int) -> int:

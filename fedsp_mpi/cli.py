@@ -69,6 +69,21 @@ def fetch(options: argparse.Namespace) -> int:
     return 0
 
 
+def plan(options: argparse.Namespace) -> int:
+    """`plan`: what configurations cost, from their sizes alone."""
+    if not options.tflops > 0:
+        raise Refused(f"--tflops: found {options.tflops:g}, expected a number above 0")
+    every = [(path or "embedded", _settings(path, options.set)) for path in options.configs or [None]]
+    from fedsp_mpi import plan as room
+
+    plans = [_user(room.plan, settings, label, options.tokens) for label, settings in every]
+    shown = (
+        [room.markdown(plans, options.tflops)] if options.markdown else [room.text(p, options.tflops) for p in plans]
+    )
+    print("\n\n".join(shown))
+    return 0
+
+
 def report(options: argparse.Namespace) -> int:
     """`report`: tables of runs that are there."""
     from fedsp_mpi.record import markdown, read, summary
@@ -210,6 +225,14 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("configs", nargs="*", metavar="CONFIG", help="YAML files")
     _add_settings(verb)
     verb.set_defaults(run=fetch)
+
+    verb = verbs.add_parser("plan", help="what experiments cost: parameters, bytes, memory, FLOPs and hours")
+    verb.add_argument("configs", nargs="*", metavar="CONFIG", help="YAML files; none is the embedded default")
+    _add_settings(verb)
+    verb.add_argument("--tokens", type=int, metavar="N", help="tokens of a text (typical of the task)")
+    verb.add_argument("--tflops", type=float, default=40.0, metavar="X", help="10^12 FLOPs a second of a GPU (40)")
+    verb.add_argument("--markdown", action="store_true", help="two tables for all configurations")
+    verb.set_defaults(run=plan)
 
     verb = verbs.add_parser("report", help="tables from the records of runs")
     verb.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run, or its run.h5")

@@ -10,8 +10,8 @@ from typing import Any, Literal
 import yaml
 
 from fedsp_mpi.plain import ConfigError, differences, key_value, parse, put, read_yaml
+from fedsp_mpi.stages import ComputeConfig, Dtype, StageConfig, at_least
 
-Dtype = Literal["float32", "bfloat16"]
 EMBEDDED = Path(__file__).parent / "resources" / "embedded.yaml"
 
 
@@ -72,7 +72,7 @@ class DataConfig:
 
     def check(self, where: str) -> None:
         if self.server_share is not None:
-            _at_least(where, "server_share", self.server_share, 0)
+            at_least(where, "server_share", self.server_share, 0)
             if self.server_share > 1 and self.server_share % 1:
                 raise ConfigError(
                     f"{where}.server_share: found {self.server_share}, expected a fraction below 1, or a whole number "
@@ -80,49 +80,6 @@ class DataConfig:
                 )
         if not self.alpha > 0:
             raise ConfigError(f"{where}.alpha: found {self.alpha}, expected a number above 0")
-
-
-@dataclass(frozen=True)
-class OptimizerConfig:
-    """AdamW with linear warm-up and linear decay to zero over all steps of the run."""
-
-    learning_rate: float = 5e-4
-    weight_decay: float = 0.01
-    beta1: float = 0.9
-    beta2: float = 0.999
-    epsilon: float = 1e-8
-    warmup: float = 0.1  # fraction of all steps
-    clip: float | None = None  # largest gradient norm; None: no clipping
-
-    def check(self, where: str) -> None:
-        _at_least(where, "learning_rate", self.learning_rate, 0)
-        _at_least(where, "weight_decay", self.weight_decay, 0)
-        if not 0 <= self.warmup <= 1:
-            raise ConfigError(f"{where}.warmup: found {self.warmup}, expected a fraction from 0 to 1")
-        for name in ("beta1", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ConfigError(f"{where}.{name}: found {getattr(self, name)}, expected 0 <= value < 1")
-        for name in ("epsilon", "clip"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ConfigError(f"{where}.{name}: found {value}, expected a number above 0")
-
-
-@dataclass(frozen=True)
-class StageConfig:
-    """One kind of training: so many optimizer steps each round, in batches of so many examples."""
-
-    steps: int = 10
-    batch_size: int = 16
-    micro_batch: int | None = None  # examples a forward pass; None: the whole batch
-    optimizer: OptimizerConfig = OptimizerConfig()
-
-    def check(self, where: str) -> None:
-        _at_least(where, "steps", self.steps, 0)
-        _at_least(where, "batch_size", self.batch_size, 1)
-        if self.micro_batch is not None:
-            _at_least(where, "micro_batch", self.micro_batch, 1)
-        self.optimizer.check(f"{where}.optimizer")
 
 
 @dataclass(frozen=True)
@@ -152,11 +109,11 @@ class DistillationConfig:
 
     def check(self, where: str) -> None:
         self.stage.check(f"{where}.stage")
-        _at_least(where, "text_length", self.text_length, 2)
+        at_least(where, "text_length", self.text_length, 2)
         if self.text_lines is not None:
-            _at_least(where, "text_lines", self.text_lines, 1)
-        _at_least(where, "hidden_weight", self.hidden_weight, 0)
-        _at_least(where, "logits_weight", self.logits_weight, 0)
+            at_least(where, "text_lines", self.text_lines, 1)
+        at_least(where, "hidden_weight", self.hidden_weight, 0)
+        at_least(where, "logits_weight", self.logits_weight, 0)
         if self.temperature <= 0:
             raise ConfigError(f"{where}.temperature: found {self.temperature}, expected a number above 0")
         if self.zero_stage not in (0, 1, 2, 3):
@@ -193,15 +150,6 @@ class FederationConfig:
     # drop: a client's work is cut after client_seconds, and it counts for what it did. Bits then depend on the clock.
     stragglers: Literal["wait", "drop"] = "wait"
     client_seconds: float | None = None
-
-
-@dataclass(frozen=True)
-class ComputeConfig:
-    """What one role computes with. Equal bits are promised for equal numbers of threads."""
-
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    dtype: Dtype = "float32"  # of the forward and backward pass; prompts, gradients' owners and optimizers are fp32
-    threads: int | None = None  # None: a rank's share of the cores that it may run on
 
 
 @dataclass(frozen=True)
@@ -286,7 +234,7 @@ class Config:
         self.client.alignment.check("client.alignment")
         self.client.prompt.check("client.prompt")
         self.distillation.check("distillation")
-        _at_least("client.prompt", "steps", self.client.prompt.steps, 1)
+        at_least("client.prompt", "steps", self.client.prompt.steps, 1)
         if self.model.name is None:
             raise ConfigError("model.name: found nothing, expected a hub name or the folder of a causal language model")
         for key, low in LEAST.items():
@@ -295,7 +243,7 @@ class Config:
             for part in key.split("."):
                 value = getattr(value, part)
             if value is not None:
-                _at_least(section, name, value, low)
+                at_least(section, name, value, low)
         self.data.check("data")
         self._check_federation()
         self._check_prompt()
@@ -428,8 +376,3 @@ def changed_keys(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 def to_yaml(config: Config) -> str:
     """The resolved configuration as YAML that `load` reads back to the same."""
     return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
-
-
-def _at_least(where: str, name: str, value: float, low: float) -> None:
-    if not value >= low:
-        raise ConfigError(f"{where}.{name}: found {value}, expected at least {low}")

@@ -20,7 +20,7 @@ from fedsp_mpi.evaluation.scoring import answer_loss_mean
 from fedsp_mpi.log import Log, duration
 from fedsp_mpi.models.backbone import LanguageModel
 from fedsp_mpi.models.prompts import Prompt
-from fedsp_mpi.record.checkpoint import Checkpoints, Keeper, Piece, Shelf
+from fedsp_mpi.record.checkpoint import Checkpoints, Piece, Shelf
 from fedsp_mpi.record.files import RecordError
 from fedsp_mpi.record.rows import ClientRow, RoundRow, WireRow
 from fedsp_mpi.record.run_record import RunRecord
@@ -63,7 +63,7 @@ class Server(Protocol):
     def load_state(self, state: State) -> None: ...
 
 
-class Client(Keeper, Protocol):
+class Client(Protocol):
     """What the round asks of the clients' side of an algorithm."""
 
     def local(self, client: int, round: int, down: NamedTensors) -> Update: ...

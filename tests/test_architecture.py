@@ -14,6 +14,7 @@ PACKAGE = ROOT / "fedsp_mpi"
 ORDER = (
     {"fedsp_mpi"},
     {"plain"},
+    {"stages"},
     {"tensors", "rng", "log", "config"},
     {"comm", "models", "data", "aggregation", "record"},
     {"training"},
@@ -24,7 +25,7 @@ ORDER = (
     {"scores"},
     {"server_run", "helper_run"},
     {"run"},
-    {"bench", "check", "fetch"},
+    {"bench", "check", "fetch", "plan"},
     {"cli"},
     {"__main__"},
 )

@@ -325,9 +325,11 @@ SIZES = capacity.Sizes(1000, 100, 30, 20, num_layers=4, depth=4, width=8, length
 def test_the_plan_counts_weights_optimizers_and_resting_clients():
     still = ["distillation.stage.steps=0", "server.tuning.steps=0", "client.alignment.steps=0", "client.prompt.steps=1"]
     settings = config.load(None, [*still, "client.prompt.batch_size=1", "server.compute.dtype=bfloat16"])
-    work = 16 * (100 + 20) + 16 * 8 * 32 * 4 * 4  # weights, gradients, two moments; activations
-    assert capacity.client(settings, SIZES, 1) == capacity.Need(work, 4 * 100 + 12 * 120)
-    assert capacity.client(settings, SIZES, 20) == capacity.Need(work, 4 * 100 + 8 * 12 * 120)  # client.resident
+    rest = 16 * 20 + 16 * 8 * 32 * 4 * 4  # of what is trained: itself, gradient, two moments; activations
+    assert capacity.client(settings, SIZES, 1) == capacity.Need(4 * 100 + rest, 4 * 100 + 12 * 20)
+    joint = config.load(None, [*still, "client.prompt.batch_size=1", "client.training=joint"])
+    assert capacity.client(joint, SIZES, 1) == capacity.Need(16 * 100 + rest, 4 * 100 + 12 * 120)
+    assert capacity.client(joint, SIZES, 20) == capacity.Need(16 * 100 + rest, 4 * 100 + 8 * 12 * 120)  # resident
     restarted = config.load(None, [*still, "client.prompt.batch_size=1", "federation.client_state=restarted"])
     assert capacity.client(restarted, SIZES, 20).host == 4 * 100
     assert capacity.server(settings, SIZES).device == 2 * 1000 + 2 * 1000  # scored in fp32

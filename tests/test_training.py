@@ -17,8 +17,9 @@ from torch import nn
 
 from fedsp_mpi import federate
 from fedsp_mpi.algorithms import fedsp
+from fedsp_mpi.algorithms.prompt_tuning import Server
 from fedsp_mpi.comm import Down, Topology
-from fedsp_mpi.config import ComputeConfig, DistillationConfig, OptimizerConfig, StageConfig
+from fedsp_mpi.config import ComputeConfig, DistillationConfig, StageConfig
 from fedsp_mpi.data.tokens import Batches, collate
 from fedsp_mpi.log import Log
 from fedsp_mpi.models import auxiliary
@@ -27,6 +28,7 @@ from fedsp_mpi.models.losses import answer_loss, hidden_loss, logits_loss
 from fedsp_mpi.models.prompts import Prompt, PromptSpec
 from fedsp_mpi.record import Checkpoints
 from fedsp_mpi.record.checkpoint import Shelf
+from fedsp_mpi.stages import OptimizerConfig
 from fedsp_mpi.tensors import Failure, NamedTensors, State, seal
 from fedsp_mpi.training.device import Compute
 from fedsp_mpi.training.distill import distil, distillation_loss
@@ -428,7 +430,7 @@ def test_a_client_whose_loss_is_not_finite_begins_anew_from_the_handout(gpt2):
     assert same(failing.local(1, 1, first), sound.local(1, 1, first))
     with pytest.raises(NonFiniteError, match="the loss of step 1 of 2 is nan"):
         failing.local(0, 2, broken(second))
-    assert not failing.has_state(0) and failing.has_state(1)
+    assert not failing.benches.has_state(0) and failing.benches.has_state(1)
     assert same(failing.local(1, 2, second), sound.local(1, 2, second))  # the other one is not touched
     sound.local(0, 2, second)
     anew = failing.local(0, 3, third)
@@ -445,11 +447,9 @@ def test_its_update_is_refused_and_the_others_go_on(gpt2, tmp_path):
         def local(self, client, round, down):
             return local(client, round, broken(down) if client == 1 else down)
 
-        has_state, client_state = staticmethod(playing.has_state), staticmethod(playing.client_state)
-
     breaks, everybody = Breaks(), (0, 1, 2)
     compute = Compute.of(ComputeConfig(device="cpu"), Topology.alone())
-    shelf = Shelf(breaks, Checkpoints(tmp_path), 3, {})
+    shelf = Shelf(playing.benches, Checkpoints(tmp_path), 3, {})
     side = federate.ClientSide(breaks, everybody, compute, shelf, lambda round: everybody)
     down = downs(playing, 2)[1]
     found = list(federate.local_work(side, Down(2, tensors=down)))
@@ -462,7 +462,7 @@ def test_a_prompt_that_is_not_finite_is_refused_even_if_its_losses_are(gpt2):
     playing = client(gpt2, prompt_rate=1e39, steps=1)
     with pytest.raises(NonFiniteError, match="the tuned prompt holds numbers that are not finite"):
         playing.local(0, 1, downs(playing, 1)[0])
-    assert not playing.has_state(0)
+    assert not playing.benches.has_state(0)
 
 
 def test_a_client_goes_on_from_its_state_with_equal_bits(gpt2):
@@ -470,9 +470,9 @@ def test_a_client_goes_on_from_its_state_with_equal_bits(gpt2):
     first, second = downs(one, 2)
     one.local(0, 1, first)
     other.local(1, 5, second)  # has something else in its hands
-    other.load_client_state(0, stored(one.client_state(0)))
+    other.benches.load_client_state(0, stored(one.benches.client_state(0)))
     assert same(one.local(0, 2, second), other.local(0, 2, second))
-    assert not one.has_state(7)
+    assert not one.benches.has_state(7)
 
 
 def test_what_is_kept_between_rounds_matters_and_can_be_left(gpt2):
@@ -480,18 +480,18 @@ def test_what_is_kept_between_rounds_matters_and_can_be_left(gpt2):
     first, second = downs(kept, 2)
     for each in (kept, restarted):
         each.local(0, 1, first)
-    assert not restarted.has_state(0)
+    assert not restarted.benches.has_state(0)
     wanted = fresh.local(0, 2, second)
     assert same(restarted.local(0, 2, second), wanted) and not same(kept.local(0, 2, second), wanted)
 
 
 def test_a_server_goes_on_from_its_state_with_equal_bits(gpt2):
-    def server() -> fedsp.Server:
+    def server() -> Server:
         model = tiny.load(gpt2)
         prompt = Prompt(PromptSpec.of(model.shape, "prefix", 5, None)).initialise(1, 0.5)
         stage = StageConfig(steps=2, batch_size=4, optimizer=OptimizerConfig(learning_rate=0.01))
         batches = Batches(tiny.texts(range(4, 16)), 4, None, 1, "server")
-        return fedsp.Server(model, prompt, 2, batches, stage, 4, lambda updates: updates)
+        return Server(model, prompt, 2, batches, stage, 4, lambda updates: updates)
 
     one, other = server(), server()
     one.absorb(1)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fedsp_mpi.config import OptimizerConfig
+from fedsp_mpi.stages import OptimizerConfig
 from fedsp_mpi.tensors import State, part_of_state
 from fedsp_mpi.training.team import ALONE, Team
 

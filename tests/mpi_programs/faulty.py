@@ -91,14 +91,14 @@ def memory_in(client: str, round: str | None = None) -> None:
 
     from fedsp_mpi.algorithms.fedsp import Client
 
-    original = Client._stages
+    original = Client._begin
 
-    def greedy(self, bench, shard, id, number, *more):
+    def greedy(self, bench, id, number, *more):
         if id == int(client) and (round is None or number == int(round)):
             torch.empty(1 << 60)
-        return original(self, bench, shard, id, number, *more)
+        return original(self, bench, id, number, *more)
 
-    Client._stages = greedy
+    Client._begin = greedy
 
 
 def text_of(client: str) -> None:
@@ -117,9 +117,9 @@ def text_of(client: str) -> None:
 
 def slow(client: str, seconds: str) -> None:
     """Let one client's steps take their time."""
-    from fedsp_mpi.algorithms import fedsp
+    from fedsp_mpi.algorithms import fedsp, prompt_tuning
 
-    local, loss, at_work = fedsp.Client.local, fedsp.answer_loss, []
+    local, loss, at_work = fedsp.Client.local, prompt_tuning.answer_loss, []
 
     def noted(self, id, *more):
         at_work[:] = [id]
@@ -129,21 +129,21 @@ def slow(client: str, seconds: str) -> None:
         time.sleep(float(seconds) if at_work == [int(client)] else 0)
         return loss(*some)
 
-    fedsp.Client.local, fedsp.answer_loss = noted, delayed
+    fedsp.Client.local, prompt_tuning.answer_loss = noted, delayed
 
 
 def nan_in(client: str, round: str | None = None) -> None:
     """Let the learning of one client go to infinity."""
+    from fedsp_mpi.algorithms import prompt_tuning
     from fedsp_mpi.algorithms.fedsp import Client
     from fedsp_mpi.models import losses
 
     original = Client.local
 
     def faulty(self, id, number, down):
-        import fedsp_mpi.algorithms.fedsp as fedsp
-
         hit = id == int(client) and (round is None or number == int(round))
-        fedsp.answer_loss = (lambda *some: losses.answer_loss(*some) * float("nan")) if hit else losses.answer_loss
+        spoilt = lambda *some: losses.answer_loss(*some) * float("nan")  # noqa: E731
+        prompt_tuning.answer_loss = spoilt if hit else losses.answer_loss
         return original(self, id, number, down)
 
     Client.local = faulty

@@ -1,0 +1,103 @@
+"""Tuning a soft prompt against a model, and the server of every method whose messengers are prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from fedsp_mpi.aggregation.average import Updates
+from fedsp_mpi.algorithms.benches import arrays, tensors
+from fedsp_mpi.config import StageConfig
+from fedsp_mpi.models.backbone import LanguageModel
+from fedsp_mpi.models.losses import answer_loss
+from fedsp_mpi.models.prompts import Prompt, to_depth
+from fedsp_mpi.tensors import Batch, NamedTensors, State, join_states, part_of_state
+from fedsp_mpi.training.engine import TorchEngine
+from fedsp_mpi.training.loop import Batches, Engine, Trace, num_answer_tokens, train
+from fedsp_mpi.training.team import ALONE, Team
+
+
+def tune(
+    model: LanguageModel,
+    prompt: Prompt,
+    engine: Engine,
+    batches: Batches,
+    stage: StageConfig,
+    round: int,
+    until: float | None = None,
+) -> Trace:
+    """Take a round's steps on the answers' cross entropy; what moves is what the engine owns and needs a gradient.
+
+    A round's batches follow from its number, whoever took part in the rounds before. `until`: see `train`.
+    """
+
+    def loss(batch: Batch) -> Tensor:
+        return answer_loss(*model.answer_logits(batch, prompt))
+
+    first = (round - 1) * stage.steps
+    return train(engine, batches, first, stage.steps, loss, num_answer_tokens, model.device, until=until)
+
+
+class Server:
+    """Owns the global model and the prompts: merges what the clients learned, then tunes it on the global model.
+
+    Run without clients it is the server-only control: the same steps, on the same batches, from the same first prompts.
+
+    Args:
+        model: the frozen global model.
+        prompt: the first prompts, of the global model's depth.
+        num_layers: depth of the clients' model; prompts travel at that depth.
+        batches: the server's shard; None if it does not tune.
+        stage: its tuning in each round.
+        total_rounds: length of the schedule, in rounds.
+        rule: makes one prompt of many updates.
+        team: the ranks that tune together, each on its part of the batches.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        prompt: Prompt,
+        num_layers: int,
+        batches: Batches | None,
+        stage: StageConfig,
+        total_rounds: int,
+        rule: Callable[[Updates], NamedTensors],
+        team: Team = ALONE,
+    ) -> None:
+        self.model, self.prompt = model, prompt
+        self._client_spec = prompt.spec.at_depth(num_layers)
+        self._batches, self._stage, self._rule = batches, stage, rule
+        self._engine = TorchEngine(prompt.parameters(), stage.optimizer, stage.steps * total_rounds, team)
+
+    def broadcast(self) -> NamedTensors:
+        """The prompts as they go down: at the depth of the clients' model (mean over its layers)."""
+        return NamedTensors.pack(to_depth(self.prompt.tensors(), self.prompt.spec, self._client_spec.num_layers))
+
+    def merge(self, updates: Updates) -> NamedTensors:
+        """One prompt of many, by the rule given."""
+        return self._rule(updates)
+
+    def take(self, merged: NamedTensors) -> None:
+        """Let the merged prompts be the server's (repeated up to the depth of the global model)."""
+        self.prompt.load(to_depth(merged.torch(), self._client_spec, self.prompt.spec.num_layers))
+
+    def absorb(self, round: int) -> Trace:
+        """Tune the prompts against the frozen global model on the server's own shard."""
+        if self._batches is None:
+            return Trace()
+        return tune(self.model, self.prompt, self._engine, self._batches, self._stage, round)
+
+    def prompts(self) -> NamedTensors:
+        """A copy of the prompts at the depth of the global model."""
+        return NamedTensors.pack(self.prompt.tensors())
+
+    def state(self) -> State:
+        """Everything that the next round depends on."""
+        return join_states({"prompt": arrays(self.prompt.tensors()), "engine": self._engine.state()})
+
+    def load_state(self, state: State) -> None:
+        """Go on from `state()`, which is copied."""
+        self.prompt.load(tensors(part_of_state(state, "prompt")))
+        self._engine.load_state(part_of_state(state, "engine"))
