@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -80,7 +81,7 @@ def plan(options: argparse.Namespace) -> int:
     shown = (
         [room.markdown(plans, options.tflops)] if options.markdown else [room.text(p, options.tflops) for p in plans]
     )
-    print("\n\n".join(shown))
+    _show("\n\n".join(shown))
     return 0
 
 
@@ -89,7 +90,7 @@ def report(options: argparse.Namespace) -> int:
     from fedsp_mpi.record import markdown, read, summary
 
     runs = [_user(read, path) for path in options.runs]
-    print(markdown(runs) if options.markdown else "\n\n".join(summary(each) for each in runs))
+    _show(markdown(runs) if options.markdown else "\n\n".join(summary(each) for each in runs))
     return 0
 
 
@@ -99,7 +100,7 @@ def diff(options: argparse.Namespace) -> int:
 
     one, other = (_user(read, path) for path in (options.one, options.other))
     lines = _user(difference, one, other)
-    print("\n".join(lines) if lines else f"equal bits in {one.committed_rounds} rounds")
+    _show("\n".join(lines) if lines else f"equal bits in {one.committed_rounds} rounds")
     return 1 if lines else 0
 
 
@@ -168,6 +169,14 @@ def _named(text: str, options: argparse.Namespace) -> str:
         if setting.startswith(("model.", "data."))
     ]
     return text.replace("fetch CONFIG", "fetch " + " ".join(word for word in words if word))
+
+
+def _show(text: str) -> None:
+    """Print; whoever reads may stop before the end (`| head`)."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter's end would say so again
 
 
 def _log(options: argparse.Namespace) -> Log:

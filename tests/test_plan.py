@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import resource
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -260,3 +262,9 @@ def test_markdown_has_a_row_for_each_method_and_each_configuration(capsys):
 def test_tokens_are_cut_to_what_a_run_would_read():
     assert planned("gpt2xl/fedsp/arc_easy.yaml", tokens=5000).texts.tokens == 1024 - 40 + 1
     assert planned("opt/fedsp/race.yaml", "data.max_length=200").texts == plan.Texts(200, 8, 200, "estimated")
+
+
+def test_a_reader_may_stop_before_the_end():
+    command = ["bash", "-c", 'set -o pipefail; "$0" -m fedsp_mpi plan | (read -r line; echo "$line")', sys.executable]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith("plan ")
