@@ -195,6 +195,8 @@ class CheckpointConfig:
 
     every: int | None = 1  # rounds; None: only when the run is told to stop (SIGUSR1)
     keep: int = 2  # the newest ones, and that of the best round
+    # Between two states of the distillation (with zero_stage 0); None: only when the run is told to stop.
+    distillation_seconds: float | None = 600
 
 
 @dataclass(frozen=True)
@@ -323,6 +325,7 @@ LEAST = {
     "client.resident": 1,
     "checkpoint.every": 1,
     "checkpoint.keep": 1,
+    "checkpoint.distillation_seconds": 0,
     "server.compute.threads": 1,
     "client.compute.threads": 1,
     "evaluation.batch_tokens": 1,

@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -16,8 +17,10 @@ from fedsp_mpi.log import Log, duration
 from fedsp_mpi.materials import Materials
 from fedsp_mpi.models import auxiliary
 from fedsp_mpi.models.backbone import LanguageModel
+from fedsp_mpi.record import Checkpoints
+from fedsp_mpi.tensors import State
 from fedsp_mpi.training.device import Compute
-from fedsp_mpi.training.distill import distil
+from fedsp_mpi.training.distill import Progress, distil
 from fedsp_mpi.training.team import Team
 
 Stop = Callable[[], bool]
@@ -55,7 +58,9 @@ def auxiliary_model(
     target = folder / "auxiliary"
     own = target if is_resumed or _has_recipe(target, recipe) else None
     found = _find_auxiliary(folder.parent, recipe) if config.distillation.reuse and not own else None
-    team.tell(not own and not found)
+    distils, place = not own and not found, Checkpoints(folder)
+    start = place.read_distillation(recipe) if distils else None
+    team.tell([distils, str(folder.resolve()) if start else None, recipe])
     if own is not None:
         small, notes = auxiliary.load(own, compute.dtype), auxiliary.read_recipe(own)
         if notes["recipe"] != recipe:
@@ -66,20 +71,30 @@ def auxiliary_model(
         story = auxiliary.read_recipe(found)["distillation"] | {"reused_from": str(found)}
         log.say(f"auxiliary model: taken from {found}, distilled by the same recipe (distillation.reuse)")
     else:
-        small, story = _distilled(materials, model, team, log, stop)
+        keep = partial(_put_away, place, recipe)
+        progress = Progress(start, keep, config.checkpoint.distillation_seconds)
+        small, story = _distilled(materials, model, team, log, stop, progress)
     notes = {"depth": materials.depth, "recipe": recipe, "distillation": story}
     auxiliary.save(target, small, config.auxiliary.layers_per_cell, materials.tokenizer, notes)
+    place.remove_distillation()
     return small, story
+
+
+def _put_away(place: Checkpoints, recipe: dict[str, Any], state: State) -> None:
+    place.write_distillation(len(state["told/losses"]), state, recipe)
 
 
 def help_to_distil(materials: Materials, model: LanguageModel, team: Team, stop: Stop) -> None:
     """The part of the server's other ranks in `auxiliary_model`. Raises StoppedError if `stop` said so on any rank."""
-    if team.tell():
-        _distilled(materials, model, team, Log(), stop)
+    distils, folder, recipe = team.tell()
+    if distils:
+        start = Checkpoints(Path(folder)).read_distillation(recipe) if folder else None
+        assert bool(folder) == bool(start), f"{folder}: rank 0 reads there what this rank does not"
+        _distilled(materials, model, team, Log(), stop, Progress(start))
 
 
 def _distilled(
-    materials: Materials, model: LanguageModel, team: Team, log: Log, stop: Stop
+    materials: Materials, model: LanguageModel, team: Team, log: Log, stop: Stop, progress: Progress
 ) -> tuple[LanguageModel, dict[str, Any]]:
     config = materials.config
     cell = auxiliary.cut(model, config.auxiliary.start_layer, config.auxiliary.layers_per_cell)
@@ -89,7 +104,7 @@ def _distilled(
         return small, {"engine": "none", "steps": 0}
     texts, seed, part = materials.distillation_texts, config.run.seed, (team.rank, team.size)
     batches = Batches(texts, stage.batch_size, stage.micro_batch, seed, "distillation", part=part)
-    done = distil(small, model, batches, config.distillation, seed, log, stop, team)
+    done = distil(small, model, batches, config.distillation, seed, log, stop, team, progress)
     log.say(
         f"distilled in {stage.steps} steps, {duration(done.trace.seconds)}, loss {done.trace.first:.4f} -> "
         f"{done.trace.last:.4f}, by {done.engine} {done.engine_version}"

@@ -114,7 +114,8 @@ class ServerRun:
                 *about, self.folder, self.log, lambda: guard.told_to_stop, resumed is not None
             )
         except StoppedError as stopped:
-            return None, comm.Refused(f"{stopped}; nothing of it is kept", STOPPED)
+            self.record.describe(distillation={"steps": stopped.kept})
+            return None, comm.Refused(str(stopped), STOPPED)
         self._servers = build.servers(*about)
         meta = {
             "assignment": [list(ids) for ids in self._assignment],

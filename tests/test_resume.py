@@ -112,8 +112,22 @@ def test_told_to_stop_before_and_after_the_rounds(folder, phase):
     name, more = f"stop-{phase}", ("--set", "distillation.reuse=false")
     stopped = go(2, folder, name, *more, fault=f"signal:{phase}:0", status=75)
     assert "told to stop" in stopped.stderr and "Traceback" not in stopped.stderr
-    go(0, folder, name, "--resume", *more)
+    resumed = go(0, folder, name, "--resume", *more)
+    assert ("goes on after 1 of 4 steps of the distillation" in resumed.stdout) == (phase == "distillation")
     require_equal(folder, name)
+
+
+@pytest.mark.parametrize("moment", ["distillation-3.safetensors", "distillation.json"])
+def test_killed_while_a_state_of_the_distillation_is_written(folder, moment):
+    name, more = f"torn-{moment}", ("distillation.reuse=false", "checkpoint.distillation_seconds=0")
+    settings = [word for setting in more for word in ("--set", setting)]
+    count = 3 if moment.endswith("json") else 1
+    killed = go(2, folder, name, *settings, fault=f"tear:{moment}:{count}", status=None)
+    assert killed.returncode != 0 and "Traceback" not in killed.stderr, both_ends(killed)
+    resumed = go(0, folder, name, "--resume", *settings)
+    assert "goes on after 2 of 4 steps of the distillation" in resumed.stdout
+    require_equal(folder, name)
+    assert list((folder / name / "checkpoints").glob("distillation*")) == []
 
 
 def test_a_damaged_checkpoint_gives_way_and_another_configuration_does_not_go_on(folder):

@@ -22,6 +22,7 @@ pytestmark = pytest.mark.slow
 ROUNDS = 30
 SHORT = (*test_run.SHORT, f"federation.rounds={ROUNDS}", "federation.clients=2")
 ONE_ROUND = "federation.rounds=1"
+ENDLESS = ("distillation.stage.steps=1000000", "distillation.reuse=false")
 TWO = ("--ntasks=2",)
 
 # Python runs this at its start. A round takes at least two seconds then, on any machine, until the job is requeued.
@@ -130,13 +131,13 @@ def test_a_mistake_is_one_message_and_status_2(slurm, folder, script, setting, v
     assert not (folder / "refused").exists()
 
 
-def test_no_requeue_if_no_round_was_gained(slurm, folder):
-    job = submit(slurm, folder, "nothing", "distillation.stage.steps=1000000", options=["--ntasks=1"])
+def test_no_requeue_if_nothing_was_gained(slurm, folder):
+    job = submit(slurm, folder, "nothing", *ENDLESS, "distillation.zero_stage=1", options=["--ntasks=1"])
     job.wait_for(str(folder / "nothing"))
     job.tell_to_stop()
     found = job.wait("FAILED")
     assert (found["ExitCode"], found["Restarts"]) == ("75:0", "0")
-    assert "no round was gained since its last start" in job.text()
+    assert "nothing was gained since its last start" in job.text()
 
 
 def test_a_cancelled_job_leaves_a_readable_record(slurm, folder, slow):

@@ -31,7 +31,7 @@ from fedsp_mpi.record.checkpoint import Shelf
 from fedsp_mpi.stages import OptimizerConfig
 from fedsp_mpi.tensors import Failure, NamedTensors, State, seal
 from fedsp_mpi.training.device import Compute
-from fedsp_mpi.training.distill import distil, distillation_loss
+from fedsp_mpi.training.distill import Progress, StoppedError, distil, distillation_loss
 from fedsp_mpi.training.engine import TorchEngine, learning_rate
 from fedsp_mpi.training.loop import NonFiniteError, Trace, num_answer_tokens, num_text_tokens, train
 from fedsp_mpi.training.team import ALONE
@@ -283,7 +283,17 @@ def test_padding_has_no_part_in_the_distillation_loss(gpt2, settings):
     assert all(p.grad is None for p in teacher.model.parameters())
 
 
-def distilled(path: str, micro=None, steps: int = 12, dropout: bool = False, clip=None, team=ALONE, **changes):
+def distilled(
+    path: str,
+    micro=None,
+    steps: int = 12,
+    dropout: bool = False,
+    clip=None,
+    team=ALONE,
+    stop_at: int = 0,
+    progress: Progress | None = None,
+    **changes,
+):
     teacher = tiny.load(path)
     student = LanguageModel(auxiliary.unroll(auxiliary.cut(teacher, 0, 1), 4), dropout=dropout)
     stage = StageConfig(
@@ -292,7 +302,10 @@ def distilled(path: str, micro=None, steps: int = 12, dropout: bool = False, cli
     settings = DistillationConfig(**{"stage": stage, "engine": "torch"} | changes)
     before = auxiliary.fingerprint(teacher)
     batches = Batches(tiny.texts(range(4, 24)), 8, micro, 1, "distillation", part=(team.rank, team.size))
-    done = distil(student, teacher, batches, settings, 1, Log(), team=team)
+    asked = iter(range(1, steps + 1))
+    done = distil(
+        student, teacher, batches, settings, 1, Log(), lambda: next(asked) == stop_at, team, progress or Progress()
+    )
     assert auxiliary.fingerprint(teacher) == before
     return done, student
 
@@ -510,3 +523,15 @@ def test_answer_loss_is_a_sum_over_answer_tokens():
     assert torch.allclose(answer_loss(logits, targets), wanted)
     batch = tiny.batch((5, 3))
     assert (num_answer_tokens(batch), num_text_tokens(batch)) == (3 + 1, 4 + 2)
+
+
+@pytest.mark.parametrize("dropout", [False, True])
+def test_a_distillation_goes_on_with_equal_bits(gpt2, dropout):
+    whole, student = distilled(gpt2, dropout=dropout, steps=6)
+    kept: list[State] = []
+    with pytest.raises(StoppedError, match=r"told to stop after 4 of 6 steps of the distillation; `run --resume` goes"):
+        distilled(gpt2, dropout=dropout, steps=6, stop_at=4, progress=Progress(keep=lambda s: kept.append(stored(s))))
+    again, other = distilled(gpt2, dropout=dropout, steps=6, progress=Progress(kept[0]))
+    assert again.trace.losses == whole.trace.losses and len(again.step_seconds) == 2
+    assert auxiliary.fingerprint(other) == auxiliary.fingerprint(student)
+    assert again.trace.samples == whole.trace.samples == 48

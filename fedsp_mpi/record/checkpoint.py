@@ -3,6 +3,8 @@
     checkpoints/0007.json                        the commit mark of round 7, written last: its files' sizes and digests
     checkpoints/server-0007.safetensors          the server's state after round 7
     checkpoints/client-00003-0006.safetensors    client 3 after its work in round 6
+    checkpoints/distillation-400.safetensors     before the first round: the distillation after 400 steps
+    checkpoints/distillation.json                its commit mark
 
 A client's file is written once, by the rank that plays the client, and belongs to every checkpoint from its round until
 the client works again. A checkpoint is there when its mark is: a kill before leaves the one before.
@@ -108,6 +110,34 @@ class Checkpoints:
         done = Checkpoint(round, piece, dict(clients))
         self._sweep(done, keep, best)
         return done
+
+    def write_distillation(self, step: int, state: State, recipe: Any) -> None:
+        """Write how far a distillation is, in the place of what was written before. Raises RecordError."""
+        piece = self._write(_distillation_file(step), step, state)
+        files.write(self.folder / _REST, [json.dumps({"recipe": recipe, "piece": piece}).encode()], _KEPT)
+        self._sweep_distillation(piece.round)
+
+    def read_distillation(self, recipe: Any) -> State | None:
+        """What `write_distillation` wrote for the same recipe; None if there is nothing that is whole."""
+        try:
+            mark = json.loads((self.folder / _REST).read_bytes())
+            piece = Piece(*mark["piece"])
+            return _unpack(self._image(_distillation_file(piece.round), piece)) if mark["recipe"] == recipe else None
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def remove_distillation(self) -> None:
+        """Take that away. Raises RecordError."""
+        with files.writing(self.folder, _KEPT):
+            (self.folder / _REST).unlink(missing_ok=True)
+        self._sweep_distillation(None)
+
+    def _sweep_distillation(self, step: int | None) -> None:
+        needed = None if step is None else _distillation_file(step)
+        with files.writing(self.folder, _KEPT):
+            for path in self.folder.glob(_distillation_file("*")):
+                if path.name != needed:
+                    path.unlink()
 
     def newest(self) -> tuple[Checkpoint | None, list[str]]:
         """The newest checkpoint that is whole, or None; and what is wrong with those that are newer."""
@@ -222,12 +252,17 @@ def client_file(client: int, round: int) -> str:
     return f"client-{client:05d}-{round:04d}.safetensors"
 
 
+def _distillation_file(step: int | str) -> str:
+    return f"distillation-{step}.safetensors"
+
+
 def _mark_file(round: int) -> str:
     return f"{round:04d}.json"
 
 
 _TYPES = {"<f4": "F32", "<f8": "F64", "<i8": "I64"}
 _KEPT = "the last checkpoint is still there"
+_REST = "distillation.json"  # written last: which file is good, and for which recipe
 
 
 class Keeper(Protocol):

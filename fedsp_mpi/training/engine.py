@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -87,20 +87,27 @@ class TorchEngine:
 
     def state(self) -> State:
         """Everything that a later step depends on, beside the parameters: views, where they lie on the CPU."""
-        found = {"steps_done": np.array(self.steps_done)}
-        for index, parameter in enumerate(self._parameters):
-            for name, value in self._optimizer.state.get(parameter, {}).items():
-                found[f"{index}/{name}"] = value.cpu().numpy()
-        return found
+        return {"steps_done": np.array(self.steps_done), **_moments(self._optimizer, self._parameters)}
 
     def load_state(self, state: State) -> None:
         """Go on from `state()`, whose arrays are the engine's from now on, where the parameters are on the CPU."""
         self.steps_done = int(state["steps_done"])
-        for index, parameter in enumerate(self._parameters):
-            moments = part_of_state(state, str(index))
-            if moments:
-                tensors = {name: torch.from_numpy(value).to(parameter.device) for name, value in moments.items()}
-                self._optimizer.state[parameter] = tensors
+        _load_moments(self._optimizer, self._parameters, state)
+
+
+def _moments(optimizer: Any, parameters: Sequence[nn.Parameter]) -> State:
+    found = {}
+    for index, parameter in enumerate(parameters):
+        for name, value in optimizer.state.get(parameter, {}).items():
+            found[f"{index}/{name}"] = value.cpu().numpy()
+    return found
+
+
+def _load_moments(optimizer: Any, parameters: Sequence[nn.Parameter], state: State) -> None:
+    for index, parameter in enumerate(parameters):
+        if moments := part_of_state(state, str(index)):
+            tensors = {name: torch.from_numpy(value).to(parameter.device) for name, value in moments.items()}
+            optimizer.state[parameter] = tensors
 
 
 class Together:
@@ -144,10 +151,10 @@ class DeepSpeedEngine:
         self.team = team
         self.version, self.zero_stage = deepspeed.__version__, zero_stage
         self._settings, self._total, self._micro = settings, total_steps, num_micro_batches
-        trained = [p for p in model.parameters() if p.requires_grad]
+        self._trained = [p for p in model.parameters() if p.requires_grad]
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=model,
-            optimizer=adamw(trained, settings),
+            optimizer=adamw(self._trained, settings),
             config={
                 "train_micro_batch_size_per_gpu": 1,
                 "gradient_accumulation_steps": num_micro_batches,
@@ -180,6 +187,17 @@ class DeepSpeedEngine:
             group["lr"] = learning_rate(self._settings, self.steps_done, self._total)
         self._engine.step()
         self.steps_done += 1
+
+    def state(self) -> State:
+        """As TorchEngine's; only without sharding, where each rank has all of it."""
+        assert self.zero_stage == 0
+        return {"steps_done": np.array(self.steps_done), **_moments(self._optimizer, self._trained)}
+
+    def load_state(self, state: State) -> None:
+        """Go on from `state()`, as TorchEngine does."""
+        assert self.zero_stage == 0
+        self.steps_done = int(state["steps_done"])
+        _load_moments(self._optimizer, self._trained, state)
 
     def close(self) -> None:
         """Give every rank the whole weights, and leave DeepSpeed: nothing of it outlives the distillation."""
