@@ -30,6 +30,7 @@ def runs(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("zero", [0, 3])
 def test_losses_are_those_of_one_rank(runs, zero):
     one, two = read(runs / "one"), read(runs / f"zero{zero}")
@@ -42,6 +43,7 @@ def test_losses_are_those_of_one_rank(runs, zero):
     assert two.results["loss"][0] == one.results["loss"][0]  # zero-shot: no sum depends on who shares
 
 
+@pytest.mark.slow
 def test_the_record_says_who_was_the_server(runs):
     run, text = read(runs / "zero3"), (runs / "zero3.txt").read_text()
     assert "4 (2 server, 2 client ranks)" in text and "helpers are ready" in text
