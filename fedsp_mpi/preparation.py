@@ -117,7 +117,7 @@ def _distilled(
         "steps": stage.steps,
         "samples": done.trace.samples,
         "seconds": done.trace.seconds,
-        "seconds_median_step": median(done.step_seconds),
+        "seconds_median_step": median(done.step_seconds or (0.0,)),
         "seconds_to_first_step": done.first_step_at,
         "loss_first": done.trace.first,
         "loss_last": done.trace.last,

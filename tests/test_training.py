@@ -535,3 +535,7 @@ def test_a_distillation_goes_on_with_equal_bits(gpt2, dropout):
     assert again.trace.losses == whole.trace.losses and len(again.step_seconds) == 2
     assert auxiliary.fingerprint(other) == auxiliary.fingerprint(student)
     assert again.trace.samples == whole.trace.samples == 48
+    with pytest.raises(StoppedError):
+        distilled(gpt2, steps=2, stop_at=2, progress=Progress(keep=lambda s: kept.append(stored(s))))
+    done, _ = distilled(gpt2, steps=2, progress=Progress(kept[1]))
+    assert len(done.trace.losses) == 2 and done.step_seconds == ()

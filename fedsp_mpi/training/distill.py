@@ -97,20 +97,18 @@ def distil(
     if not settings.logits_weight:
         student.freeze_untied_head()
     weights = [weight for weight in student.model.parameters() if weight.requires_grad]
+    engine: TorchEngine | DeepSpeedEngine
     if settings.engine == "torch":
-        engine: TorchEngine | DeepSpeedEngine = TorchEngine(weights, stage.optimizer, stage.steps, team)
-        name, version, zero = "torch", torch.__version__, 0
+        engine, made = TorchEngine(weights, stage.optimizer, stage.steps, team), ("torch", torch.__version__, 0)
     else:
-        num_micro = len(batches.step(0))
-        engine = DeepSpeedEngine(student.model, stage.optimizer, stage.steps, num_micro, settings.zero_stage, team)
-        name, version, zero = "deepspeed", engine.version, settings.zero_stage
-    history = _History(student, engine, progress, name == "torch" or not zero)
+        num_micro, zero = len(batches.step(0)), settings.zero_stage
+        engine = DeepSpeedEngine(student.model, stage.optimizer, stage.steps, num_micro, zero, team)
+        made = ("deepspeed", engine.version, zero)
+    history = _History(student, engine, progress, can_rest=made[2] == 0)
     # The parts of a batch drop other values.
     seed_step = partial(rng.seed_torch, seed, "distillation", team.rank) if student.dropout else lambda step: None
     shown = log.progress("distilling", stage.steps)
-    if history.steps:
-        log.say(f"goes on after {history.steps} of {stage.steps} steps of the distillation")
-        shown.step(history.steps)
+    history.tell(log, stage.steps, shown.step)
     begin, age = time.perf_counter(), _process_age() - time.perf_counter()
 
     def on_step(loss: Tensor) -> None:
@@ -122,22 +120,18 @@ def distil(
         seed_step(history.steps)
 
     seed_step(history.steps)
-    trace = train(
-        engine,
-        batches,
-        history.steps,
-        stage.steps - history.steps,
-        lambda batch: distillation_loss(student, teacher, batch, settings),
-        num_text_tokens,
-        student.device,
-        on_step,
-    )
+
+    def loss_of(batch: Batch) -> Tensor:
+        return distillation_loss(student, teacher, batch, settings)
+
+    left = stage.steps - history.steps
+    trace = train(engine, batches, history.steps, left, loss_of, num_text_tokens, student.device, on_step)
     if isinstance(engine, DeepSpeedEngine):
         engine.close()
     student.train_weights(False)
     step_seconds = tuple(end - before for before, end in pairwise([begin, *history.ends]))
     whole = Trace(history.before + trace.losses, stage.steps * stage.batch_size, history.seconds + trace.seconds)
-    return Distilled(whole, name, version, zero, step_seconds, age + (history.ends or [begin])[0])
+    return Distilled(whole, *made, step_seconds, age + (history.ends or [begin])[0])
 
 
 class _History:
@@ -160,6 +154,12 @@ class _History:
     def steps(self) -> int:
         """Steps that are done."""
         return len(self.before) + len(self.ends)
+
+    def tell(self, log: Log, of: int, count: Callable[[int], None]) -> None:
+        """Say where it goes on, if it does not begin."""
+        if self.steps:
+            log.say(f"goes on after {self.steps} of {of} steps of the distillation")
+            count(self.steps)
 
     def add(self, loss: Tensor, stopped: bool) -> None:
         """A step was done; put the state away if it is time, or the last chance."""
