@@ -14,8 +14,8 @@ from fedsp_mpi.config import Config, ConfigError, StageConfig
 from fedsp_mpi.data import partition, sources, tasks
 from fedsp_mpi.data.tokens import Batches, Text, encode, pieces
 from fedsp_mpi.evaluation.scoring import Question, questions
-from fedsp_mpi.models import backbone
-from fedsp_mpi.models.prompts import Prompt, PromptSpec
+from fedsp_mpi.models import auxiliary, backbone
+from fedsp_mpi.models.prompts import Prompt, PromptSpec, require_positions
 from fedsp_mpi.training.team import ALONE, Team
 
 RESOURCES = Path(__file__).parent / "resources"
@@ -119,8 +119,8 @@ class Materials:
 
     def check(self) -> None:
         """Raise ValueError on the first thing that cannot work, before any weight is loaded."""
-        self._check_cell()
-        self._check_positions()
+        auxiliary.require_cell(self.config.auxiliary, self.shape.num_layers, self.model_name)
+        require_positions(self.config.prompt.num_tokens, self.shape.num_positions, self.model_name)
         tasks.check_columns(self.task, self.source)
         _ = self.shards
         vocabulary = self.model_config.vocab_size
@@ -132,26 +132,6 @@ class Materials:
         _ = self.shard(0), self.validation
         if self.config.distillation.stage.steps:
             _ = self.distillation_texts
-
-    def _check_cell(self) -> None:
-        cell, layers = self.config.auxiliary, self.shape.num_layers
-        if cell.start_layer + cell.layers_per_cell > layers:
-            raise ConfigError(
-                f"auxiliary: found start_layer {cell.start_layer} and layers_per_cell {cell.layers_per_cell}, expected "
-                f"both together at most the {layers} layers of {self.model_name}"
-            )
-        if self.depth < cell.layers_per_cell:
-            raise ConfigError(
-                f"auxiliary.depth: found {self.depth}, expected at least layers_per_cell={cell.layers_per_cell}"
-            )
-
-    def _check_positions(self) -> None:
-        tokens, positions = self.config.prompt.num_tokens, self.shape.num_positions
-        if tokens > positions - 2:
-            raise ConfigError(
-                f"prompt.num_tokens: found {tokens}, expected at most {positions - 2}: {self.model_name} has "
-                f"{positions} positions, and a text needs two at least"
-            )
 
 
 def expected_work(materials: Materials) -> list[float]:

@@ -27,11 +27,11 @@ from torch import nn
 from fedsp_mpi import capacity
 from fedsp_mpi.capacity import Need, Sizes, outline
 from fedsp_mpi.comm.messages import HEADER_BYTES
-from fedsp_mpi.config import EMBEDDED, Config, ConfigError, StageConfig
+from fedsp_mpi.config import EMBEDDED, Config, StageConfig
 from fedsp_mpi.models import auxiliary, backbone
 from fedsp_mpi.models.architectures import config_of, forward, ratios
 from fedsp_mpi.models.backbone import LanguageModel
-from fedsp_mpi.models.prompts import Prompt, PromptSpec
+from fedsp_mpi.models.prompts import Prompt, PromptSpec, require_positions
 
 _Trained = Literal["weights", "prompts", "both"]
 _Stage = tuple[str, StageConfig, _Trained]
@@ -134,7 +134,7 @@ def plan(config: Config, label: str, tokens: int | None = None) -> Plan:
     name = str(EMBEDDED.parent / "model") if config.model.name == "embedded" else str(config.model.name)
     backbone.quiet()
     settings = config_of(name, config.model.revision)
-    _check(config, settings.num_hidden_layers)
+    auxiliary.require_cell(config.auxiliary, settings.num_hidden_layers, str(config.model.name))
     costs = _Costs(config, settings, tokens)
     longest = max(costs.texts.longest, config.distillation.text_length if config.distillation.text else 0)
     sizes = Sizes.between(costs.large, costs.small, costs.spec, longest)
@@ -146,19 +146,6 @@ def plan(config: Config, label: str, tokens: int | None = None) -> Plan:
     return Plan(label, config, costs.texts, sizes, counted, methods, phases, critical, *needs)
 
 
-def _check(config: Config, num_layers: int) -> None:
-    cell = config.auxiliary
-    if cell.start_layer + cell.layers_per_cell > num_layers:
-        raise ConfigError(
-            f"auxiliary: found start_layer {cell.start_layer} and layers_per_cell {cell.layers_per_cell}, expected "
-            f"both together at most the {num_layers} layers of {config.model.name}"
-        )
-    if (cell.depth or num_layers) < cell.layers_per_cell:
-        raise ConfigError(
-            f"auxiliary.depth: found {cell.depth}, expected at least layers_per_cell={cell.layers_per_cell}"
-        )
-
-
 def _texts(config: Config, num_positions: int, tokens: int | None) -> Texts:
     """The task's texts, none longer than a run would read; ValueError if `tokens` are no text."""
     if tokens is not None and tokens < 2:
@@ -166,12 +153,8 @@ def _texts(config: Config, num_positions: int, tokens: int | None) -> Texts:
     texts = TEXTS.get(config.data.task, UNKNOWN)
     if tokens is not None:
         texts = Texts(tokens, min(4, tokens - 1), tokens, "--tokens")
+    require_positions(config.prompt.num_tokens, num_positions, str(config.model.name))
     most = min(config.data.max_length, num_positions - config.prompt.num_tokens + 1)
-    if most < 2:
-        raise ConfigError(
-            f"prompt.num_tokens: found {config.prompt.num_tokens}, expected at most {num_positions - 2}: "
-            f"{config.model.name} has {num_positions} positions, and a text needs two at least"
-        )
     return Texts(min(most, texts.tokens), min(most - 1, texts.answers), min(most, texts.longest), texts.source)
 
 

@@ -16,7 +16,9 @@ import transformers
 from torch import Tensor, nn
 from transformers.initialization import no_init_weights
 
+from fedsp_mpi.config import AuxiliaryConfig
 from fedsp_mpi.models.backbone import FAMILIES, LanguageModel, layers_of, without_dropout
+from fedsp_mpi.plain import ConfigError
 from fedsp_mpi.tensors import NamedTensors
 
 RECIPE = "distillation.json"
@@ -55,6 +57,20 @@ def unroll(model: Any, depth: int) -> Any:
     setattr(model.get_submodule(parent), name, nn.ModuleList(virtual))
     _with_depth(model.config, depth)
     return model
+
+
+def require_cell(settings: AuxiliaryConfig, num_layers: int, name: str) -> None:
+    """Raise ConfigError if a model of `num_layers` layers, called `name`, has no such cell, or it is too large."""
+    if settings.start_layer + settings.layers_per_cell > num_layers:
+        raise ConfigError(
+            f"auxiliary: found start_layer {settings.start_layer} and layers_per_cell {settings.layers_per_cell}, "
+            f"expected both together at most the {num_layers} layers of {name}"
+        )
+    if (settings.depth or num_layers) < settings.layers_per_cell:
+        raise ConfigError(
+            f"auxiliary.depth: found {settings.depth or num_layers}, expected at least layers_per_cell="
+            f"{settings.layers_per_cell}"
+        )
 
 
 def pack(model: LanguageModel) -> NamedTensors:

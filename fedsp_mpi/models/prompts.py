@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fedsp_mpi import rng
+from fedsp_mpi.plain import ConfigError
 from fedsp_mpi.tensors import NamedTensors
 
 if TYPE_CHECKING:
@@ -55,6 +56,15 @@ class PromptSpec:
     def row_width(self) -> int:
         """Values of one soft token: layers * 2 * width of a prefix, the embedding's width of an input prompt."""
         return self.width if self.kind == "input" else self.num_layers * 2 * self.width
+
+
+def require_positions(num_tokens: int, num_positions: int, name: str) -> None:
+    """Raise ConfigError if `num_tokens` soft tokens leave a model, called `name`, no room for a text of two tokens."""
+    if num_tokens > num_positions - 2:
+        raise ConfigError(
+            f"prompt.num_tokens: found {num_tokens}, expected at most {num_positions - 2}: {name} has "
+            f"{num_positions} positions, and a text needs two at least"
+        )
 
 
 class Prompt(nn.Module):
