@@ -99,7 +99,7 @@ def _bare_side(materials: Materials, compute: Compute) -> tuple[Handout, _BareLo
 
 def _ready(materials: Materials, compute: Compute, round: int) -> list[list[list[Batch]]]:
     """The micro-batches of every step of both stages of client 0."""
-    stages = {"alignment": materials.config.client.alignment, "prompt": materials.config.client.prompt}
+    stages = {"alignment": materials.config.client.alignment, "prompt": materials.config.client.tuning}
     batches = {name: materials.batches(1, stage, name) for name, stage in stages.items()}
     return [
         [
@@ -123,7 +123,7 @@ class _BareLoop:
 
     def __init__(self, model: LanguageModel, prompt: Prompt, config: Config) -> None:
         self._model, self._prompt, self._rounds = model, prompt, config.federation.rounds
-        self._stages = (config.client.alignment, config.client.prompt)
+        self._stages = (config.client.alignment, config.client.tuning)
         self._optimizers = [
             adamw(owner.parameters(), stage.optimizer) for owner, stage in zip((model.model, prompt), self._stages)
         ]

@@ -2,29 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from fedsp_mpi.aggregation.average import weighted_mean
 from fedsp_mpi.aggregation.sampling import participants
-from fedsp_mpi.algorithms import fedsp, prompt_tuning
+from fedsp_mpi.algorithms import fedsp, finetune, prompt_tuning
+from fedsp_mpi.algorithms.benches import ShardError
 from fedsp_mpi.comm import Handout
-from fedsp_mpi.federate import Archive, ClientSide, ServerSide
+from fedsp_mpi.federate import Archive, Client, ClientSide, Server, ServerSide
 from fedsp_mpi.materials import Materials
 from fedsp_mpi.models import auxiliary, backbone
 from fedsp_mpi.models.backbone import LanguageModel
-from fedsp_mpi.models.prompts import Prompt
+from fedsp_mpi.models.prompts import Prompt, write_adapter
 from fedsp_mpi.record.checkpoint import Checkpoint, Checkpoints, Piece, Shelf
-from fedsp_mpi.tensors import Contract, NamedTensors
+from fedsp_mpi.stages import StageConfig
+from fedsp_mpi.tensors import Contract, NamedTensors, Schema
 from fedsp_mpi.training.device import DTYPES, Compute
+from fedsp_mpi.training.loop import Batches
 from fedsp_mpi.training.team import Team
+
+Made = TypeVar("Made")
+
+
+@dataclass(frozen=True)
+class Method:
+    """How the objects of one method are made.
+
+    Attributes:
+        server: one server around a global model; of two servers each has its own.
+        handout: from a server and the clients' model, what is handed out: the configuration of that model, tensors, and
+            what may travel afterwards.
+        client: the clients of one process.
+    """
+
+    server: Callable[[Materials, LanguageModel, Compute, Team], Server]
+    handout: Callable[[Materials, Server, LanguageModel], tuple[Any, NamedTensors, Contract]]
+    client: Callable[[Materials, Compute, Handout, Sequence[int]], Client]
 
 
 def global_model(materials: Materials, compute: Compute) -> LanguageModel:
-    """Load the global model: frozen and sealed. Raises ValueError if its weights cannot be read."""
+    """Load the global model: frozen and sealed, or trainable. Raises ValueError if its weights cannot be read."""
     settings = materials.config.model
     return backbone.load_global(
         materials.model_name,
@@ -32,6 +54,7 @@ def global_model(materials: Materials, compute: Compute) -> LanguageModel:
         revision=settings.revision,
         dtype=compute.dtype,
         checkpointing=settings.gradient_checkpointing,
+        trainable=materials.config.tunes_weights,
     )
 
 
@@ -39,59 +62,46 @@ def global_model(materials: Materials, compute: Compute) -> LanguageModel:
 class Servers:
     """The server of the algorithm, and the same without clients: the server-only control, if it is asked for."""
 
-    server: prompt_tuning.Server
-    control: prompt_tuning.Server | None
+    server: Server
+    control: Server | None
 
 
 def servers(materials: Materials, model: LanguageModel, compute: Compute, team: Team) -> Servers:
     """What a rank of the server works with, from its global model on."""
-    config = materials.config
-
-    def server() -> prompt_tuning.Server:
-        return prompt_tuning.Server(
-            model,
-            materials.first_prompt().to(compute.device),
-            materials.depth,
-            materials.batches(0, config.server.tuning, "server", team) if config.server.tuning.steps else None,
-            config.server.tuning,
-            config.federation.rounds,
-            weighted_mean,
-            team,
-        )
-
-    return Servers(server(), server() if config.evaluation.server_only and config.server.tuning.steps else None)
+    config, make = materials.config, METHODS[materials.config.method].server
+    control = None
+    if config.evaluation.server_only and config.server.tuning.steps and config.federation.clients:
+        own = LanguageModel(copy.deepcopy(model.model), model.dtype) if config.tunes_weights else model
+        control = make(materials, own, compute, team)
+    return Servers(make(materials, model, compute, team), control)
 
 
 def handout(
-    materials: Materials,
-    small: LanguageModel,
-    server: prompt_tuning.Server,
-    meta: dict[str, Any],
-    resumed: Checkpoint | None,
+    materials: Materials, small: LanguageModel, server: Server, meta: dict[str, Any], resumed: Checkpoint | None
 ) -> Handout:
-    """What everybody gets once: the auxiliary model, the first prompts, and where clients find their earlier states.
+    """What everybody gets once: the clients' model, the first prompts, and where clients find their earlier states.
 
     Args:
+        small: the clients' model.
         meta: goes with it.
         resumed: what the run goes on from.
     """
-    prompts = server.broadcast()
+    settings, tensors, contract = METHODS[materials.config.method].handout(materials, server, small)
     meta = meta | {
-        "cell": auxiliary.cell_config(small.model.config, materials.config.auxiliary.layers_per_cell).to_dict(),
-        "depth": materials.depth,
+        "cell": settings.to_dict(),
+        "depth": small.shape.num_layers,
         "done": resumed.round if resumed else 0,
         "states": {str(id): list(piece) for id, piece in resumed.clients.items()} if resumed else {},
     }
-    tensors = NamedTensors.join({"auxiliary/": auxiliary.pack(small), "prompt/": prompts})
-    return Handout(meta, tensors, Contract(prompts.schema, prompts.schema, fedsp.METRICS))
+    return Handout(meta, tensors, contract)
 
 
-def sizes(materials: Materials, model: LanguageModel, small: LanguageModel, given: Handout) -> dict[str, int]:
+def sizes(model: LanguageModel, small: LanguageModel, server: Server, given: Handout) -> dict[str, int]:
     """Parameter counts for the record."""
     return {
         "global": model.num_parameters(),
         "auxiliary": small.num_parameters(),
-        "prompt": materials.first_prompt().num_parameters(),
+        "prompt": server.prompt.num_parameters() if server.prompt else 0,
         "prompt_on_the_wire": given.contract.down.num_values,
     }
 
@@ -107,7 +117,8 @@ def server_side(
 def client_side(materials: Materials, compute: Compute, given: Handout, ids: Sequence[int]) -> ClientSide:
     """The clients of one process, from what the server handed out and their own text."""
     plan, seed = materials.config.federation, materials.config.run.seed
-    client = _clients(materials, compute, given, ids)
+    compute.begin()
+    client = METHODS[materials.config.method].client(materials, compute, given, ids)
     states = {int(id): Piece(*piece) for id, piece in given.meta["states"].items()}
     mine = {id: piece for id, piece in states.items() if id in set(ids)}
     shelf = Shelf(client.benches, Checkpoints(Path(given.meta["folder"])), materials.config.client.resident, mine)
@@ -116,25 +127,53 @@ def client_side(materials: Materials, compute: Compute, given: Handout, ids: Seq
     return ClientSide(client, ids, compute, shelf, chosen)
 
 
-def _clients(materials: Materials, compute: Compute, given: Handout, ids: Sequence[int]) -> fedsp.Client:
+def save(materials: Materials, server: Server, tuned: NamedTensors, folder: Path) -> None:
+    """Write what a run is for: the prompt as a peft adapter, in `prompt`; or the tuned model, in `model`."""
+    if server.prompt:
+        write_adapter(folder / "prompt", tuned, materials.prompt_spec, materials.model_name)
+    else:
+        server.load(tuned)
+        auxiliary.write_model(folder / "model", server.model.model, materials.tokenizer)
+
+
+def scoring_model(materials: Materials, model: LanguageModel) -> LanguageModel:
+    """The global model as it was before anything was tuned, in the type that it is scored in."""
+    dtype = DTYPES[materials.config.evaluation.dtype]
+    if model.dtype != dtype or materials.config.tunes_weights:
+        backbone.reread(model, materials.model_name, revision=materials.config.model.revision, dtype=dtype)
+    return model
+
+
+# -- the parts of each method --------------------------------------------------------------------------------------
+
+
+def _prompt_server(materials: Materials, model: LanguageModel, compute: Compute, team: Team) -> Server:
+    prompt = materials.first_prompt().to(compute.device)
+    return prompt_tuning.Server(model, prompt, materials.depth, *_tuning(materials, team), weighted_mean, team)
+
+
+def _prompt_handout(materials: Materials, server: Server, small: LanguageModel) -> tuple[Any, NamedTensors, Contract]:
+    prompts = server.broadcast()
+    cell = auxiliary.cell_config(small.model.config, materials.config.auxiliary.layers_per_cell)
+    tensors = NamedTensors.join({"auxiliary/": auxiliary.pack(small), "prompt/": prompts})
+    return cell, tensors, Contract(prompts.schema, prompts.schema, fedsp.METRICS)
+
+
+def _fedsp_client(materials: Materials, compute: Compute, given: Handout, ids: Sequence[int]) -> Client:
     config = materials.config
-    compute.begin()
-    model = auxiliary.build(
-        given.meta["cell"],
-        given.meta["depth"],
-        compute.device,
-        compute.dtype,
-        config.auxiliary.dropout,
-        config.model.gradient_checkpointing,
-    )
     stages = config.client
+
+    def shard(id: int) -> fedsp.Shard:
+        alignment = materials.batches(id + 1, stages.alignment, "alignment")
+        return fedsp.Shard(alignment, materials.batches(id + 1, stages.tuning, "prompt"))
+
     return fedsp.Client(
-        model,
+        _clients_model(materials, compute, given, config.auxiliary.dropout),
         given.tensors.select("auxiliary/"),
         Prompt(materials.prompt_spec.at_depth(given.meta["depth"])).to(compute.device),
-        {id: _shard(materials, id) for id in ids},
+        {id: _usable(shard, id) for id in ids},
         stages.alignment,
-        stages.prompt,
+        stages.tuning,
         config.federation.rounds,
         config.run.seed,
         config.federation.client_state == "kept",
@@ -143,18 +182,50 @@ def _clients(materials: Materials, compute: Compute, given: Handout, ids: Sequen
     )
 
 
-def _shard(materials: Materials, id: int) -> fedsp.Shard | fedsp.ShardError:
-    stages = materials.config.client
+def _weights_server(materials: Materials, model: LanguageModel, compute: Compute, team: Team) -> Server:
+    return finetune.Server(model, *_tuning(materials, team), weighted_mean, team)
+
+
+def _weights_handout(materials: Materials, server: Server, small: LanguageModel) -> tuple[Any, NamedTensors, Contract]:
+    schema = Schema.of((name, weight.shape) for name, weight in small.weights.items())
+    return small.model.config, NamedTensors.pack({}), Contract(schema, schema, finetune.METRICS)
+
+
+def _weights_client(materials: Materials, compute: Compute, given: Handout, ids: Sequence[int]) -> Client:
+    config = materials.config
+    stage = config.client.tuning
+    return finetune.Client(
+        _clients_model(materials, compute, given),
+        {id: _usable(lambda id: materials.batches(id + 1, stage, "prompt"), id) for id in ids},
+        stage,
+        config.federation.rounds,
+        config.federation.client_state == "kept",
+        config.federation.client_seconds,
+    )
+
+
+def _tuning(materials: Materials, team: Team) -> tuple[Batches | None, StageConfig, int]:
+    """The server's batches, if it tunes, the stage, and its rounds."""
+    stage, rounds = materials.config.server.tuning, materials.config.federation.rounds
+    return materials.batches(0, stage, "server", team) if stage.steps else None, stage, rounds
+
+
+def _clients_model(materials: Materials, compute: Compute, given: Handout, dropout: bool = False) -> LanguageModel:
+    checkpointing = materials.config.model.gradient_checkpointing
+    return auxiliary.build(
+        given.meta["cell"], given.meta["depth"], compute.device, compute.dtype, dropout, checkpointing
+    )
+
+
+def _usable(shard: Callable[[int], Made], id: int) -> Made | ShardError:
+    """A client's text, or why it cannot be used: one owner's text is not a reason to stop the others."""
     try:
-        alignment = materials.batches(id + 1, stages.alignment, "alignment")
-        return fedsp.Shard(alignment, materials.batches(id + 1, stages.prompt, "prompt"))
-    except ValueError as error:  # one owner's text is not a reason to stop the others
-        return fedsp.ShardError(f"its text cannot be used: {error}")
+        return shard(id)
+    except ValueError as error:
+        return ShardError(f"its text cannot be used: {error}")
 
 
-def scoring_model(materials: Materials, model: LanguageModel) -> LanguageModel:
-    """The global model in the type that it is scored in, its weights read in that type."""
-    dtype = DTYPES[materials.config.evaluation.dtype]
-    if model.dtype != dtype:
-        backbone.reread(model, materials.model_name, revision=materials.config.model.revision, dtype=dtype)
-    return model
+METHODS = {
+    "fedsp": Method(_prompt_server, _prompt_handout, _fedsp_client),
+    "finetune": Method(_weights_server, _weights_handout, _weights_client),
+}

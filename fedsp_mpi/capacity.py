@@ -34,7 +34,8 @@ class Sizes:
 
     Attributes:
         global_model, auxiliary: parameters, shared ones counted once.
-        prompt, wire: values of the prompts, and of what of them travels.
+        prompt, wire: values of the prompts, and of what of them travels. Where the global model's weights are what is
+            tuned and travels, they are meant, and there is no auxiliary model.
         num_layers, depth: layers that the global and the auxiliary model run.
         width: of a hidden state.
         length: tokens of the longest text, prompts included.
@@ -53,6 +54,8 @@ class Sizes:
     def of(cls, materials: Materials, length: int) -> Sizes:
         """From the model's configuration; no weight is loaded. `length`: of the longest text, without prompts."""
         config, shape = materials.model_config, materials.shape
+        if materials.config.tunes_weights:
+            return cls.all_weights(outline(config, shape.num_layers), length)
         cell = auxiliary.cell_config(config, materials.config.auxiliary.layers_per_cell)
         models = outline(config, shape.num_layers), outline(cell, materials.depth)
         return cls.between(*models, materials.prompt_spec, length)
@@ -68,6 +71,12 @@ class Sizes:
             prompts = [Prompt(spec.at_depth(depth)).num_parameters() for depth in layers]
         ours, theirs, width = large.num_parameters(), small.num_parameters(), large.model.config.hidden_size
         return cls(ours, theirs, prompts[0], prompts[1], *layers, width, length + spec.num_tokens)
+
+    @classmethod
+    def all_weights(cls, model: LanguageModel, length: int) -> Sizes:
+        """Where the global model itself is tuned and travels."""
+        num, layers = model.num_parameters(), model.shape.num_layers
+        return cls(num, 0, num, num, layers, layers, model.model.config.hidden_size, length)
 
 
 def outline(config: Any, depth: int) -> LanguageModel:
@@ -123,7 +132,7 @@ def server(config: Config, sizes: Sizes) -> Need:
 
 def client(config: Config, sizes: Sizes, num_clients: int) -> Need:
     """One auxiliary model in training on the device; the hand-out, and the clients that rest, on the host."""
-    stages = (config.client.alignment, config.client.prompt)
+    stages = (config.client.alignment, config.client.tuning)
     work = (_TRAINED if _aligns(config) else _FP32) * sizes.auxiliary + _TRAINED * sizes.wire
     work += max(_activations(config, sizes, sizes.depth, stage, _FP32) for stage in stages)
     resting = min(num_clients, config.client.resident) * state(config, sizes)

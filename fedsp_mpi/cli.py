@@ -76,12 +76,11 @@ def plan(options: argparse.Namespace) -> int:
         raise Refused(f"--tflops: found {options.tflops:g}, expected a number above 0")
     every = [(path or "embedded", _settings(path, options.set)) for path in options.configs or [None]]
     from fedsp_mpi import plan as room
+    from fedsp_mpi import plan_text
 
     plans = [_user(room.plan, settings, label, options.tokens) for label, settings in every]
-    shown = (
-        [room.markdown(plans, options.tflops)] if options.markdown else [room.text(p, options.tflops) for p in plans]
-    )
-    _show("\n\n".join(shown))
+    table = plan_text.markdown(plans, options.tflops) if options.markdown else None
+    _show(table or "\n\n".join(plan_text.text(each, options.tflops) for each in plans))
     return 0
 
 

@@ -10,31 +10,10 @@ from typing import Any, Literal
 import yaml
 
 from fedsp_mpi.plain import ConfigError, differences, key_value, parse, put, read_yaml
+from fedsp_mpi.running import CheckpointConfig, DeadlineConfig, RecordConfig, RunConfig, TopologyConfig
 from fedsp_mpi.stages import ComputeConfig, Dtype, StageConfig, at_least
 
 EMBEDDED = Path(__file__).parent / "resources" / "embedded.yaml"
-
-
-@dataclass(frozen=True)
-class RunConfig:
-    """Where a run lives and what seeds it."""
-
-    name: str = "auto"  # "auto": the configuration's name and the time
-    folder: str = "runs"
-    if_exists: Literal["refuse", "replace"] = "refuse"
-    # must: go on from the last checkpoint of the run of that name; auto: or begin it. With name=auto: of the newest
-    # unfinished run of that configuration.
-    resume: Literal["never", "must", "auto"] = "never"
-    seed: int = 1
-
-
-@dataclass(frozen=True)
-class TopologyConfig:
-    """What is expected of the launcher."""
-
-    ranks: int | None = None  # refuse to start with another number of processes
-    # Ranks 0 to server_ranks - 1 hold the global model, and share distillation (ZeRO), server tuning and evaluation.
-    server_ranks: int = 1
 
 
 @dataclass(frozen=True)
@@ -139,7 +118,7 @@ class PromptConfig:
 class FederationConfig:
     """Rounds, clients, and what happens when one of them fails."""
 
-    clients: int = 7
+    clients: int = 7  # 0: centralised, the server tunes alone, on all data unless data.server_share says otherwise
     rounds: int = 10
     # Auxiliary model, optimizers and schedules between rounds; restarted: each round begins from the hand-out.
     client_state: Literal["kept", "restarted"] = "kept"
@@ -164,10 +143,10 @@ class ServerConfig:
 class ClientConfig:
     """An owner of text: tunes its auxiliary model, then the prompts (FedSP, alternative training)."""
 
-    # joint: both at once, in the steps of `prompt`, each with its own optimizer (FedSP without alternative training).
+    # joint: both at once, in the steps of `tuning`, each with its own optimizer (FedSP without alternative training).
     training: Literal["alternating", "joint"] = "alternating"
     alignment: StageConfig = StageConfig()
-    prompt: StageConfig = StageConfig()
+    tuning: StageConfig = StageConfig()
     compute: ComputeConfig = ComputeConfig()
     resident: int = 8  # clients of a rank whose state stays in memory between rounds; that of the others goes to disk
 
@@ -183,38 +162,11 @@ class EvaluationConfig:
 
 
 @dataclass(frozen=True)
-class RecordConfig:
-    """What the record keeps beside its tables."""
-
-    prompts: bool = True
-
-
-@dataclass(frozen=True)
-class CheckpointConfig:
-    """What a run goes on from after a kill (run.resume)."""
-
-    every: int | None = 1  # rounds; None: only when the run is told to stop (SIGUSR1)
-    keep: int = 2  # the newest ones, and that of the best round
-    # Between two states of the distillation (with zero_stage 0); None: only when the run is told to stop.
-    distillation_seconds: float | None = 600
-
-
-@dataclass(frozen=True)
-class DeadlineConfig:
-    """Longest wait for other ranks in seconds, by phase; None waits for ever. Past it the job ends with status 124."""
-
-    start_up: float | None = 600  # for all ranks to begin
-    handout: float | None = 86400  # clients, for the server's checks, loading (from the hub too) and distillation
-    broadcast: float | None = 7200  # clients, from the end of their work to the next round
-    gather: float | None = 7200  # the server, for the clients' work
-    finish: float | None = 86400  # clients, for the evaluation
-    server: float | None = 1800  # the server's ranks, for each other
-
-
-@dataclass(frozen=True)
 class Config:
     """One experiment."""
 
+    # fedsp: prompts are the messengers; finetune: the global model's own weights are (algorithms/).
+    method: Literal["fedsp", "finetune"] = "fedsp"
     run: RunConfig = RunConfig()
     topology: TopologyConfig = TopologyConfig()
     model: ModelConfig = ModelConfig()
@@ -230,13 +182,18 @@ class Config:
     checkpoint: CheckpointConfig = CheckpointConfig()
     deadlines: DeadlineConfig = DeadlineConfig()
 
+    @property
+    def tunes_weights(self) -> bool:
+        """Whether the global model's own weights are tuned and travel; there is no prompt then, and no small model."""
+        return self.method == "finetune"
+
     def check(self) -> None:
         """Raise ConfigError on the first value that cannot work, whatever the model and the data."""
         self.server.tuning.check("server.tuning")
         self.client.alignment.check("client.alignment")
-        self.client.prompt.check("client.prompt")
+        self.client.tuning.check("client.tuning")
         self.distillation.check("distillation")
-        at_least("client.prompt", "steps", self.client.prompt.steps, 1)
+        at_least("client.tuning", "steps", self.client.tuning.steps, 1)
         if self.model.name is None:
             raise ConfigError("model.name: found nothing, expected a hub name or the folder of a causal language model")
         for key, low in LEAST.items():
@@ -253,6 +210,9 @@ class Config:
 
     def _check_federation(self) -> None:
         plan = self.federation
+        if plan.clients == 0:
+            self._check_centralised()
+            return
         if (plan.clients_per_round or 1) > plan.clients:
             raise ConfigError(
                 f"federation.clients_per_round: found {plan.clients_per_round}, expected at most the {plan.clients} of "
@@ -269,6 +229,14 @@ class Config:
                 f"federation.stragglers: found {plan.stragglers} with client_seconds {plan.client_seconds}, expected "
                 "drop with a number of seconds, or wait without one"
             )
+
+    def _check_centralised(self) -> None:
+        if not self.server.tuning.steps:
+            raise ConfigError(
+                "server.tuning.steps: found 0 with federation.clients=0, expected at least 1: the server tunes alone"
+            )
+        if self.federation.clients_per_round is not None:
+            raise ConfigError("federation.clients_per_round: found with federation.clients=0, expected null")
 
     def _check_shares(self) -> None:
         if self.data.server_share == 0:
@@ -317,7 +285,7 @@ LEAST = {
     "prompt.num_tokens": 1,
     "prompt.init_std": 0,
     "prompt.projection": 1,
-    "federation.clients": 1,
+    "federation.clients": 0,
     "federation.rounds": 1,
     "federation.min_clients": 1,
     "federation.clients_per_round": 1,
@@ -362,6 +330,7 @@ _FREE = (
         "run.folder",
         "run.if_exists",
         "run.resume",
+        "run.label",
         "topology.ranks",
         "deadlines.",
         "checkpoint.",

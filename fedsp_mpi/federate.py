@@ -4,26 +4,28 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
+from torch import nn
 
 from fedsp_mpi.aggregation.average import Updates as Answers
 from fedsp_mpi.comm import Down, Updates, guard
 from fedsp_mpi.comm.solo import Solo
 from fedsp_mpi.comm.wire import Wire
-from fedsp_mpi.config import CheckpointConfig, FederationConfig
+from fedsp_mpi.config import FederationConfig
 from fedsp_mpi.data.tokens import Text
 from fedsp_mpi.evaluation.scoring import answer_loss_mean
 from fedsp_mpi.log import Log, duration
 from fedsp_mpi.models.backbone import LanguageModel
 from fedsp_mpi.models.prompts import Prompt
-from fedsp_mpi.record.checkpoint import Checkpoints, Piece, Shelf
+from fedsp_mpi.record.checkpoint import Checkpoints, Keeper, Piece, Shelf
 from fedsp_mpi.record.files import RecordError
 from fedsp_mpi.record.rows import ClientRow, RoundRow, WireRow
 from fedsp_mpi.record.run_record import RunRecord
+from fedsp_mpi.running import CheckpointConfig
 from fedsp_mpi.tensors import (
     ClientError,
     Failure,
@@ -46,7 +48,11 @@ class Server(Protocol):
     """What the round asks of the server's side of an algorithm."""
 
     model: LanguageModel
-    prompt: Prompt
+
+    @property
+    def prompt(self) -> Prompt | None: ...  # goes before every text; None: the model is what is tuned
+
+    def parameters(self) -> Iterable[nn.Parameter]: ...
 
     def broadcast(self) -> NamedTensors: ...
 
@@ -56,7 +62,9 @@ class Server(Protocol):
 
     def absorb(self, round: int) -> Trace: ...
 
-    def prompts(self) -> NamedTensors: ...
+    def tuned(self) -> NamedTensors: ...
+
+    def load(self, tuned: NamedTensors) -> None: ...
 
     def state(self) -> State: ...
 
@@ -65,6 +73,9 @@ class Server(Protocol):
 
 class Client(Protocol):
     """What the round asks of the clients' side of an algorithm."""
+
+    @property
+    def benches(self) -> Keeper: ...
 
     def local(self, client: int, round: int, down: NamedTensors) -> Update: ...
 
@@ -82,29 +93,29 @@ class ClientSide:
 
 @dataclass
 class Best:
-    """The prompts of lowest validation loss so far, at the depth of the global model."""
+    """What the server had tuned when its validation loss was lowest so far."""
 
-    prompts: NamedTensors
+    tuned: NamedTensors
     round: int = 0
     loss: float = math.inf
 
-    def offer(self, prompts: NamedTensors, round: int, loss: float) -> bool:
-        """Take these if they are better. A loss that is not a number never is."""
+    def offer(self, tuned: NamedTensors, round: int, loss: float) -> bool:
+        """Take this if it is better. A loss that is not a number never is."""
         if not loss < self.loss:
             return False
-        self.prompts, self.round, self.loss = prompts, round, loss
+        self.tuned, self.round, self.loss = tuned, round, loss
         return True
 
     def state(self) -> State:
         """As a checkpoint keeps it."""
         return join_states(
-            {"prompts": dict(self.prompts), "at": {"round": np.array(self.round), "loss": np.array(self.loss)}}
+            {"tuned": dict(self.tuned), "at": {"round": np.array(self.round), "loss": np.array(self.loss)}}
         )
 
     def load_state(self, state: State) -> None:
         """Go on from `state()`."""
-        for name, value in part_of_state(state, "prompts").items():
-            self.prompts[name][...] = value
+        for name, value in part_of_state(state, "tuned").items():
+            self.tuned[name][...] = value
         self.round, self.loss = int(state["at/round"]), float(state["at/loss"])
 
 
@@ -139,11 +150,11 @@ class ServerSide:
     control_best: Best | None = field(init=False)
 
     def __post_init__(self) -> None:
-        self.best = Best(self.server.prompts())
-        self.control_best = Best(self.control.prompts()) if self.control else None
+        self.best = Best(self.server.tuned())
+        self.control_best = Best(self.control.tuned()) if self.control else None
 
     def loss(self, server: Server) -> float:
-        """Validation loss of a server's prompts on the global model."""
+        """Validation loss of what a server has tuned."""
         return answer_loss_mean(server.model, server.prompt, self.validation, self.batch_tokens, self.team)
 
     def state(self) -> State:
@@ -220,10 +231,10 @@ def run_round(round: int, wire: Wire | Solo, plan: Plan, here: ServerSide | None
         return True
     here.compute.begin()
     with guard.phase("merge", round=round):
-        if updates is not None:
+        if updates is not None and plan.federation.clients:
             require_quorum(updates, plan.federation)
             here.server.take(here.server.merge(updates))
-        here.team.lead(here.server.prompt.parameters())
+        here.team.lead(here.server.parameters())
         watch.lap("merge")
     with guard.phase("validation of the merged prompts", round=round):
         merged_loss = here.loss(here.server)
@@ -233,10 +244,10 @@ def run_round(round: int, wire: Wire | Solo, plan: Plan, here: ServerSide | None
         watch.lap("server")
     with guard.phase("validation", round=round):
         loss = here.loss(here.server)
-        is_best = here.best.offer(here.server.prompts(), round, loss)
+        is_best = here.best.offer(here.server.tuned(), round, loss)
         control_loss = here.loss(here.control) if here.control else math.nan
         if here.control and here.control_best:
-            here.control_best.offer(here.control.prompts(), round, control_loss)
+            here.control_best.offer(here.control.tuned(), round, control_loss)
         watch.lap("validation")
     if updates is None or here.archive is None:
         return True
@@ -253,7 +264,7 @@ def run_round(round: int, wire: Wire | Solo, plan: Plan, here: ServerSide | None
             is_best=is_best,
             **watch.seconds(),
         )
-        prompts = dict(here.server.prompts()) if here.archive.keep_prompts else None
+        prompts = dict(here.server.tuned()) if here.archive.keep_prompts else None
         commit(here.archive, wire, row, updates, prompts)
     return True
 

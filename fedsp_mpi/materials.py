@@ -71,6 +71,11 @@ class Materials:
         return self.config.auxiliary.depth or self.shape.num_layers
 
     @property
+    def num_prompt_tokens(self) -> int:
+        """Positions that prompts take from a text."""
+        return 0 if self.config.tunes_weights else self.config.prompt.num_tokens
+
+    @property
     def prompt_spec(self) -> PromptSpec:
         """The prompts at the depth of the global model."""
         prompt = self.config.prompt
@@ -79,7 +84,7 @@ class Materials:
     @property
     def max_length(self) -> int:
         """Most tokens of a training text: what is left of the positions, and one more, which is predicted, not read."""
-        return min(self.config.data.max_length, self.shape.num_positions - self.config.prompt.num_tokens + 1)
+        return min(self.config.data.max_length, self.shape.num_positions - self.num_prompt_tokens + 1)
 
     def shard(self, participant: int) -> list[Text]:
         """The tokenised training texts of the server (0) or of client `participant` - 1."""
@@ -119,8 +124,9 @@ class Materials:
 
     def check(self) -> None:
         """Raise ValueError on the first thing that cannot work, before any weight is loaded."""
-        auxiliary.require_cell(self.config.auxiliary, self.shape.num_layers, self.model_name)
-        require_positions(self.config.prompt.num_tokens, self.shape.num_positions, self.model_name)
+        if not self.config.tunes_weights:
+            auxiliary.require_cell(self.config.auxiliary, self.shape.num_layers, self.model_name)
+        require_positions(self.num_prompt_tokens, self.shape.num_positions, self.model_name)
         tasks.check_columns(self.task, self.source)
         _ = self.shards
         vocabulary = self.model_config.vocab_size
@@ -130,7 +136,7 @@ class Materials:
                 "name the tokenizer that belongs to the model"
             )
         _ = self.shard(0), self.validation
-        if self.config.distillation.stage.steps:
+        if self.config.distillation.stage.steps and not self.config.tunes_weights:
             _ = self.distillation_texts
 
 

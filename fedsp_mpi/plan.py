@@ -10,7 +10,7 @@ weights are trained. So a text costs
     client alignment     3 x forward of the auxiliary model
     client prompt tuning 2 x forward of the auxiliary model; 3 x where both are trained at once
     server tuning        2 x forward of the global model; the server-only control takes as much again
-    fine-tuning          3 x forward of the global model, without prompts
+    fine-tuning          3 x forward of the global model, without prompts, at clients and server
 and one forward more wherever activations are recomputed. A projection of prompts runs once a micro-batch: 2 x its
 weights x prompt tokens, three times that where it is trained. Padding, norms, optimizers, validation and scoring are
 left out.
@@ -36,8 +36,9 @@ from fedsp_mpi.models.prompts import Prompt, PromptSpec, require_positions
 _Trained = Literal["weights", "prompts", "both"]
 _Stage = tuple[str, StageConfig, _Trained]
 _STAGES = ("client alignment", "client prompt tuning")
+_FINE_TUNING = "client fine-tuning"
 _PROMPTS: _Trained = "prompts"
-_VALUE = 4  # bytes on the wire: fp32
+FP32_BYTES = 4  # of a value on the wire
 
 
 @dataclass(frozen=True)
@@ -65,8 +66,6 @@ TEXTS = {
     "race": Texts(400, 8, 1024, "estimated"),
 }
 UNKNOWN = Texts(64, 4, 256, "assumed")
-# How many times smaller than the global one the auxiliary model is, as the paper says.
-PAPER = {"gpt2-xl": 14.5, "openai-community/gpt2-xl": 14.5, "facebook/opt-1.3b": 8.5}
 
 
 @dataclass(frozen=True)
@@ -134,15 +133,17 @@ def plan(config: Config, label: str, tokens: int | None = None) -> Plan:
     name = str(EMBEDDED.parent / "model") if config.model.name == "embedded" else str(config.model.name)
     backbone.quiet()
     settings = config_of(name, config.model.revision)
-    auxiliary.require_cell(config.auxiliary, settings.num_hidden_layers, str(config.model.name))
+    if not config.tunes_weights:
+        auxiliary.require_cell(config.auxiliary, settings.num_hidden_layers, str(config.model.name))
     costs = _Costs(config, settings, tokens)
     longest = max(costs.texts.longest, config.distillation.text_length if config.distillation.text else 0)
-    sizes = Sizes.between(costs.large, costs.small, costs.spec, longest)
+    sizes = Sizes.all_weights(costs.large, longest) if config.tunes_weights else costs.sizes(longest)
     needs = capacity.server(config, sizes), capacity.client(config, sizes, 1)
     phases, methods = costs.phases(), costs.methods()
-    turn = max(methods[0].round, phases["server-only control"] / config.federation.rounds)  # they run side by side
+    busy = methods[0].round if config.federation.clients else 0.0
+    turn = max(busy, phases["server-only control"] / config.federation.rounds)  # they run side by side
     critical = phases["distillation"] + phases["server tuning"] + config.federation.rounds * turn
-    counted = ratios(costs.large, costs.small)
+    counted = {} if config.tunes_weights else ratios(costs.large, costs.small)
     return Plan(label, config, costs.texts, sizes, counted, methods, phases, critical, *needs)
 
 
@@ -153,8 +154,9 @@ def _texts(config: Config, num_positions: int, tokens: int | None) -> Texts:
     texts = TEXTS.get(config.data.task, UNKNOWN)
     if tokens is not None:
         texts = Texts(tokens, min(4, tokens - 1), tokens, "--tokens")
-    require_positions(config.prompt.num_tokens, num_positions, str(config.model.name))
-    most = min(config.data.max_length, num_positions - config.prompt.num_tokens + 1)
+    prompt = 0 if config.tunes_weights else config.prompt.num_tokens
+    require_positions(prompt, num_positions, str(config.model.name))
+    most = min(config.data.max_length, num_positions - prompt + 1)
     return Texts(min(most, texts.tokens), min(most - 1, texts.answers), min(most, texts.longest), texts.source)
 
 
@@ -172,24 +174,35 @@ class _Costs:
         self.texts = _texts(config, shape.num_positions, tokens)
         self.again = int(config.model.gradient_checkpointing)  # forwards more where there is a backward
 
+    def sizes(self, longest: int) -> Sizes:
+        """What the memory is reckoned from; `longest`: tokens of the longest text."""
+        return Sizes.between(self.large, self.small, self.spec, longest)
+
     def phases(self) -> dict[str, float]:
         """FLOPs of the whole run by phase."""
-        config, rounds = self.config, self.config.federation.rounds
-        client = {name: 0.0 for name in _STAGES}
-        for name, stage, trained in self._stages():
-            client[name] = rounds * self._per_round() * stage.steps * self._step(stage, self.small, trained)
-        tuning = rounds * config.server.tuning.steps * self._step(config.server.tuning, self.large, "prompts")
+        config, rounds, all_weights = self.config, self.config.federation.rounds, self.config.tunes_weights
+        client = {name: 0.0 for name in ([_FINE_TUNING] if all_weights else _STAGES)}
+        turns = rounds * self._per_round()
+        for name, stage, trained in [] if all_weights else self._stages():
+            client[name] = turns * stage.steps * self._step(stage, self.small, trained)
+        if all_weights:
+            client[_FINE_TUNING] = turns * config.client.tuning.steps * self._weights_step(config.client.tuning)
+        stage = config.server.tuning
+        once = self._weights_step(stage) if all_weights else self._step(stage, self.large, _PROMPTS)
+        tuning = rounds * stage.steps * once
         return {
-            "distillation": config.distillation.stage.steps * self._distillation_step(),
+            "distillation": 0.0 if all_weights else config.distillation.stage.steps * self._distillation_step(),
             **client,
             "server tuning": tuning,
-            "server-only control": tuning if config.evaluation.server_only else 0.0,
+            "server-only control": tuning if config.evaluation.server_only and config.federation.clients else 0.0,
         }
 
     def methods(self) -> tuple[Method, ...]:
         """The configuration itself, then other ways with its rounds, steps and batches."""
+        if self.config.tunes_weights:
+            return (self._fine_tuning(),)
         own: list[_Stage] = self._stages()
-        prompts_only: list[_Stage] = [(_STAGES[1], self.config.client.prompt, _PROMPTS)]
+        prompts_only: list[_Stage] = [(_STAGES[1], self.config.client.tuning, _PROMPTS)]
         is_fedsp = own != prompts_only
         return (
             self._prompting("FedSP (as configured)" if is_fedsp else "as configured", self.small, own),
@@ -208,9 +221,9 @@ class _Costs:
         """What a client does in a round: the phase, its settings, and what is trained."""
         client = self.config.client
         if client.training == "joint":
-            return [(_STAGES[1], client.prompt, "both")]
+            return [(_STAGES[1], client.tuning, "both")]
         alignment: list[_Stage] = [(_STAGES[0], client.alignment, "weights")] if client.alignment.steps else []
-        return [*alignment, (_STAGES[1], client.prompt, _PROMPTS)]
+        return [*alignment, (_STAGES[1], client.tuning, _PROMPTS)]
 
     def _prompting(self, name: str, model: LanguageModel, stages: list[_Stage], clients: int | None = None) -> Method:
         """A method whose clients hold `model`, and exchange prompts of its depth."""
@@ -220,18 +233,23 @@ class _Costs:
         steps = tuple(self._step(stage, model, trained) for _, stage, trained in stages)
         work = sum(stage.steps * step for (_, stage, _), step in zip(stages, steps))
         trains = wire + (holds if any(trained != _PROMPTS for *_, trained in stages) else 0)
-        handout, message = _VALUE * (holds + wire), _VALUE * wire + HEADER_BYTES
+        handout, message = FP32_BYTES * (holds + wire), FP32_BYTES * wire + HEADER_BYTES
         total = (clients or self.config.federation.clients) * handout
         total += 2 * rounds * (clients or self._per_round()) * message
         return Method(name, holds, trains, handout, message, message, total, steps, work)
 
     def _fine_tuning(self) -> Method:
         """Clients train the whole model with the steps of the prompt stage; the weights come with every round."""
-        stage, holds, tokens = self.config.client.prompt, self.large.num_parameters(), self.texts.tokens
-        message = _VALUE * holds + HEADER_BYTES
-        step = stage.batch_size * (3 + self.again) * forward(self.large, tokens, tokens, self.texts.answers)
+        stage, holds = self.config.client.tuning, self.large.num_parameters()
+        message = FP32_BYTES * holds + HEADER_BYTES
+        step = self._weights_step(stage)
         total = 2 * self.config.federation.rounds * self._per_round() * message
         return Method("fine-tuning", holds, holds, 0, message, message, total, (step,), stage.steps * step)
+
+    def _weights_step(self, stage: StageConfig) -> float:
+        """FLOPs of one optimizer step on all weights of the global model, without prompts."""
+        tokens = self.texts.tokens
+        return stage.batch_size * (3 + self.again) * forward(self.large, tokens, tokens, self.texts.answers)
 
     def _step(self, stage: StageConfig, model: LanguageModel, trained: _Trained) -> float:
         """FLOPs of one optimizer step with prompts."""
@@ -251,129 +269,3 @@ class _Costs:
         logits = text if settings.logits_weight else 0
         teacher, student = (forward(model, text, text, logits) for model in (self.large, self.small))
         return settings.stage.batch_size * (teacher + (3 + self.again) * student)
-
-
-# -- as text -------------------------------------------------------------------------------------------------------
-
-_HEAD = ("method", "holds", "trains", "hand-out", "down", "up", "in all", "FLOPs a step", "a round")
-
-
-def text(plan: Plan, tflops: float) -> str:
-    """One plan as plain text; hours are those of GPUs that sustain `tflops` * 10^12 FLOPs a second."""
-    one, each = (hours(flops, tflops) for flops in (plan.flops, plan.critical))
-    phases = [
-        f"{phase:<21} {_scaled(flops, 'FLOP'):>11} {hours(flops, tflops):>12}" for phase, flops in plan.phases.items()
-    ]
-    whole = [
-        f"{one} on one GPU of {tflops:g} TFLOP/s sustained, all clients one after another;",
-        f"{each} with such a GPU for each client of a round and one for the server",
-        "left out: padding, validation and scoring, optimizers, loading, waiting",
-    ]
-    lines = [
-        *_facts(plan),
-        "",
-        *_aligned([_HEAD, *(_row(method) for method in plan.methods)]),
-        "of a client: parameters; bytes once, in a round, and of all clients and rounds; FLOPs, alignment / prompts",
-        "where a round has both. All methods with the rounds, steps and batches of this configuration.",
-        "",
-        *_labelled("memory", _memory(plan)),
-        *_labelled("work", phases),
-        *_labelled("hours", whole),
-    ]
-    return "\n".join(lines)
-
-
-def markdown(plans: list[Plan], tflops: float) -> str:
-    """Plans as two Markdown tables: what each method asks of a client, and what each whole run costs."""
-    methods = [(plan.label, *_row(method)) for plan in plans for method in plan.methods]
-    sizes = ("global", "auxiliary", "ratio", "server's memory", "a client's")
-    head = ("configuration", *sizes, *plans[0].phases, "hours, one GPU", "a GPU each")
-    runs = [
-        (
-            plan.label,
-            *(f"{number:,}" for number in (plan.sizes.global_model, plan.sizes.auxiliary)),
-            f"{plan.ratios['as held']:#.3g} x",
-            *(_gib(need.device + need.host + capacity.LIBRARIES) for need in (plan.server, plan.client)),
-            *(_scaled(flops, "FLOP") for flops in plan.phases.values()),
-            *(hours(flops, tflops) for flops in (plan.flops, plan.critical)),
-        )
-        for plan in plans
-    ]
-    tables = _piped([("configuration", *_HEAD), *methods], num_left=2), _piped([head, *runs], num_left=1)
-    return "\n\n".join([*tables, f"Hours at {tflops:g} TFLOP/s sustained, without padding, validation and scoring."])
-
-
-def _facts(plan: Plan) -> list[str]:
-    """Models, prompts, rounds and texts."""
-    sizes, config, texts = plan.sizes, plan.config, plan.texts
-    federation, client = config.federation, config.client
-    cell = f"{config.auxiliary.layers_per_cell} of the layers, run {sizes.depth} deep"
-    steps = f"{client.prompt.steps} of prompts" + (" and weights" if client.training == "joint" else "")
-    if client.training == "alternating" and client.alignment.steps:
-        steps = f"{client.alignment.steps} of alignment and {steps}"
-    some = federation.clients_per_round or federation.clients
-    ways = [f"{ratio:#.3g} x {way}" for way, ratio in plan.ratios.items() if way != "as held"]
-    paper = PAPER.get(str(config.model.name)) if config.auxiliary.layers_per_cell == 1 else None
-    lines = [f"counted otherwise: {', '.join(ways)}"] if ways else []
-    lines += [f"FedSP's paper says {paper} x, and does not say how it counts"] if paper else []
-    return [
-        f"plan      {plan.label}",
-        f"global    {config.model.name}: {sizes.global_model:,} parameters, {sizes.num_layers} layers",
-        f"auxiliary {sizes.auxiliary:,} parameters, {cell}: {plan.ratios['as held']:#.3g} x fewer",
-        *_labelled("", lines),
-        f"prompts   {sizes.prompt:,} values at the global model's depth, {sizes.wire:,} on the wire:",
-        f"          {_VALUE * sizes.wire:,} bytes down, as many up for a client and round, + {HEADER_BYTES} of header",
-        f"rounds    {federation.rounds}, of {some} of {federation.clients} clients, steps in each: {steps}",
-        f"texts     {texts.tokens} tokens, {texts.answers} of them the answer; the longest {texts.longest} "
-        f"({config.data.task}: {texts.source})",
-    ]
-
-
-def _memory(plan: Plan) -> list[str]:
-    libraries = _gib(capacity.LIBRARIES)
-    return [
-        f"server's rank: {_gib(plan.server.device)} on its device; on its host {libraries} of libraries",
-        f"client's rank: {_gib(plan.client.device)} on its device; on its host {libraries}, and "
-        f"{_gib(plan.client.host)} for one client",
-    ]
-
-
-def _row(method: Method) -> tuple[str, ...]:
-    counts = (_scaled(number).replace("G", "B") for number in (method.holds, method.trains))
-    sizes = (_scaled(size, "B") for size in (method.handout, method.down, method.up, method.total))
-    steps = " / ".join(_scaled(step) for step in method.steps)
-    return (method.name, *counts, *sizes, steps, _scaled(method.round))
-
-
-def _labelled(label: str, lines: list[str]) -> list[str]:
-    return [f"{label if i == 0 else '':<9} {line}" for i, line in enumerate(lines)]
-
-
-def _aligned(lines: list[tuple[str, ...]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    padded = ([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])] for line in lines)
-    return ["  ".join(cells) for cells in padded]
-
-
-def _piped(lines: list[tuple[str, ...]], num_left: int) -> str:
-    rule = ("---",) * num_left + ("---:",) * (len(lines[0]) - num_left)
-    return "\n".join("| " + " | ".join(line) + " |" for line in (lines[0], rule, *lines[1:]))
-
-
-def _scaled(number: float, unit: str = "") -> str:
-    """Three digits and a decimal prefix: 24.6 MB."""
-    for prefix in ("", "k", "M", "G", "T", "P", "E"):
-        if number < 999.5:
-            return f"{number:.3g} {prefix}{unit}".rstrip()
-        number /= 1000
-    return f"{number:,.0f} Z{unit}"
-
-
-def hours(flops: float, tflops: float) -> str:
-    """How long that takes at `tflops` * 10^12 FLOPs a second, as text: 6.26 h."""
-    found = flops / (tflops * 1e12) / 3600
-    return "0 h" if not found else "< 0.01 h" if found < 0.01 else f"{found:.2f} h" if found < 10 else f"{found:,.0f} h"
-
-
-def _gib(size: float) -> str:
-    return f"{size / 2**30:.2f} GiB"

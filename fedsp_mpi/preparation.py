@@ -36,7 +36,9 @@ def auxiliary_model(
     stop: Stop,
     is_resumed: bool,
 ) -> tuple[LanguageModel, dict[str, Any]]:
-    """The aligned auxiliary model and the story of its distillation, on rank 0.
+    """The clients' model, which is the aligned auxiliary model, and the story of its distillation, on rank 0.
+
+    Where weights are what travels, it is the global model itself.
 
     A run that goes on takes its own; another one that of an earlier run if the recipe is the same.
 
@@ -53,6 +55,8 @@ def auxiliary_model(
     Raises StoppedError if `stop` said so, ValueError if a resumed run has lost its auxiliary model.
     """
     config = materials.config
+    if config.tunes_weights:
+        return model, {"engine": "none", "steps": 0}
     texts = materials.distillation_texts if config.distillation.stage.steps else []
     recipe = _recipe(materials, model, compute, texts)
     target = folder / "auxiliary"
@@ -86,6 +90,8 @@ def _put_away(place: Checkpoints, recipe: dict[str, Any], state: State) -> None:
 
 def help_to_distil(materials: Materials, model: LanguageModel, team: Team, stop: Stop) -> None:
     """The part of the server's other ranks in `auxiliary_model`. Raises StoppedError if `stop` said so on any rank."""
+    if materials.config.tunes_weights:
+        return
     distils, folder, recipe = team.tell()
     if distils:
         start = Checkpoints(Path(folder)).read_distillation(recipe) if folder else None

@@ -13,11 +13,11 @@ from fedsp_mpi.materials import Materials
 from fedsp_mpi.record.rows import ResultRow
 
 
-def candidates(here: ServerSide, zero_shot: bool) -> dict[str, Best | None]:
-    """What can be scored: the prompts of lowest validation loss by method; None is no prompt at all."""
+def candidates(here: ServerSide, name: str, zero_shot: bool) -> dict[str, Best | None]:
+    """What can be scored: what had the lowest validation loss, by method; None is the global model as it was."""
     none: dict[str, Best | None] = {"zero-shot": None} if zero_shot else {}
     control = {"server-only": here.control_best} if here.control_best else {}
-    return {**none, **control, "fedsp": here.best}
+    return {**none, **control, name: here.best}
 
 
 def score_all(
@@ -38,7 +38,8 @@ def score_all(
     Returns:
         False if told to stop before the last score.
     """
-    every = candidates(here, materials.config.evaluation.zero_shot)
+    config = materials.config
+    every = candidates(here, config.run.label or config.method, config.evaluation.zero_shot)
     build.scoring_model(materials, here.server.model)
     for method in here.team.tell([method for method in every if method not in there]):
         row = _score(here, materials, log, stop, method, every[method])
@@ -53,9 +54,9 @@ def _score(
 ) -> ResultRow | None:
     model, tokens, asked = here.server.model, materials.config.evaluation.batch_tokens, materials.test
     prompt = here.server.prompt if best else None
-    if prompt is not None and best is not None:
-        prompt.load(best.prompts.torch())
-        here.team.lead(prompt.parameters())
+    if best is not None:
+        here.server.load(best.tuned)
+        here.team.lead(here.server.parameters())
     loss = answer_loss_mean(model, prompt, here.validation, tokens, here.team)
     num_options = sum(len(question.options) for question in asked)
     progress = log.progress(f"scoring {method}", num_options // here.team.size)

@@ -123,7 +123,7 @@ class ServerRun:
             "folder": str(self.folder.resolve()),
         }
         handout = build.handout(self.materials, small, self._servers.server, meta, resumed)
-        sizes = build.sizes(self.materials, self._model, small, handout)
+        sizes = build.sizes(self._model, small, self._servers.server, handout)
         self.record.describe(models=sizes, distillation=story)
         self.log.say(
             "parameters: global model {global:,}, auxiliary model {auxiliary:,}, prompts {prompt:,} "
@@ -151,7 +151,7 @@ class ServerRun:
         from fedsp_mpi.record.rows import wire_rows
 
         ranks = {client: rank for rank, ids in enumerate(given.meta["assignment"]) for client in ids}
-        checkpoints, keep = Checkpoints(self.folder), self.config.record.prompts
+        checkpoints, keep = Checkpoints(self.folder), self.config.record.prompts and not self.config.tunes_weights
         carried = wire_rows(self.record.run.wire)
         self._archive = Archive(self.record, keep, ranks, self.log, checkpoints, carried)
         here = build.server_side(self.materials, self._servers, self._compute, self._team, self._archive)
@@ -160,13 +160,13 @@ class ServerRun:
         return here
 
     def finish(self, here: ServerSide, wire: Wire | Solo) -> bool:
-        """Write the adapter, score, close the record. False if the run was told to stop before the last score."""
+        """Write what was tuned, score, close the record. False if the run was told to stop before the last score."""
+        from fedsp_mpi import build
         from fedsp_mpi.federate import manifest
-        from fedsp_mpi.models.prompts import write_adapter
         from fedsp_mpi.scores import score_all
 
         self._compute.begin()
-        write_adapter(self.folder / "prompt", here.best.prompts, self.materials.prompt_spec, self.materials.model_name)
+        build.save(self.materials, here.server, here.best.tuned, self.folder)
         there = self.record.run.methods()
         finished = score_all(
             here,
@@ -211,6 +211,8 @@ class ServerRun:
 
     def _place(self, wire: Wire | Solo, work: list[float]) -> list[tuple[int, ...]]:
         """Clients of every rank; the server's have none, unless there is one rank for all."""
+        if not work:
+            return [()] * wire.topology.size
         if wire.topology.size == 1:
             return [tuple(range(len(work)))]
         servers: list[tuple[int, ...]] = [()] * self._num_servers
@@ -287,7 +289,7 @@ class ServerRun:
             # What a run that goes on finds without a record was killed before it began.
             if_exists="replace" if self.config.run.resume == "auto" else self.config.run.if_exists,
         )
-        for part in ("auxiliary", "prompt", "checkpoints"):
+        for part in ("auxiliary", "prompt", "model", "checkpoints"):
             shutil.rmtree(self.folder / part, ignore_errors=True)
         splits, shards = self.materials.splits, self.materials.shards
         self.record.describe(

@@ -109,7 +109,7 @@ def fedsp(c):
     for k, shard in enumerate(shards):
         phi_k, P_k = copy.deepcopy(phi), copy.deepcopy(P)
         model = train(of_client["alignment"], rounds, phi_k, answer(A, phi_k, P_k), shard, seed, "order alignment", k)
-        tuned = train(of_client["prompt"], rounds, P_k, answer(A, phi_k, P_k), shard, seed, "order prompt", k)
+        tuned = train(of_client["tuning"], rounds, P_k, answer(A, phi_k, P_k), shard, seed, "order prompt", k)
         clients.append((P_k, model, tuned))
     for _ in range(rounds):
         for P_k, *stages in clients:

@@ -12,9 +12,9 @@ from fedsp_mpi.log import Log
 
 SHORT = [
     "client.alignment.steps=2",
-    "client.prompt.steps=3",
-    "client.prompt.batch_size=4",
-    "client.prompt.micro_batch=3",
+    "client.tuning.steps=3",
+    "client.tuning.batch_size=4",
+    "client.tuning.micro_batch=3",
 ]
 
 

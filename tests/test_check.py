@@ -180,7 +180,7 @@ def test_several_failures_are_counted(tmp_path):
 
 
 def test_a_memory_plan_that_exceeds_what_is_free_names_both(tmp_path):
-    _, refused = alone(tmp_path, "client.prompt.batch_size=100000000")
+    _, refused = alone(tmp_path, "client.tuning.batch_size=100000000")
     need, free = (float(number) for number in re.findall(r"about (\S+) GiB needed, (\S+) GiB free", refused)[0])
     # 32 values of 4 bytes for each of 3 layers, 128 units and at least 20 tokens of each example.
     assert need > 1e8 * 32 * 4 * 3 * 128 * 20 / GIB and 0 < free < need
@@ -323,14 +323,14 @@ SIZES = capacity.Sizes(1000, 100, 30, 20, num_layers=4, depth=4, width=8, length
 
 
 def test_the_plan_counts_weights_optimizers_and_resting_clients():
-    still = ["distillation.stage.steps=0", "server.tuning.steps=0", "client.alignment.steps=0", "client.prompt.steps=1"]
-    settings = config.load(None, [*still, "client.prompt.batch_size=1", "server.compute.dtype=bfloat16"])
+    still = ["distillation.stage.steps=0", "server.tuning.steps=0", "client.alignment.steps=0", "client.tuning.steps=1"]
+    settings = config.load(None, [*still, "client.tuning.batch_size=1", "server.compute.dtype=bfloat16"])
     rest = 16 * 20 + 16 * 8 * 32 * 4 * 4  # of what is trained: itself, gradient, two moments; activations
     assert capacity.client(settings, SIZES, 1) == capacity.Need(4 * 100 + rest, 4 * 100 + 12 * 20)
-    joint = config.load(None, [*still, "client.prompt.batch_size=1", "client.training=joint"])
+    joint = config.load(None, [*still, "client.tuning.batch_size=1", "client.training=joint"])
     assert capacity.client(joint, SIZES, 1) == capacity.Need(16 * 100 + rest, 4 * 100 + 12 * 120)
     assert capacity.client(joint, SIZES, 20) == capacity.Need(16 * 100 + rest, 4 * 100 + 8 * 12 * 120)  # resident
-    restarted = config.load(None, [*still, "client.prompt.batch_size=1", "federation.client_state=restarted"])
+    restarted = config.load(None, [*still, "client.tuning.batch_size=1", "federation.client_state=restarted"])
     assert capacity.client(restarted, SIZES, 20).host == 4 * 100
     assert capacity.server(settings, SIZES).device == 2 * 1000 + 2 * 1000  # scored in fp32
     assert capacity.server(restarted, SIZES).device == 4 * 1000 + 16 * 2 * 30
@@ -357,7 +357,7 @@ def test_the_plan_is_near_what_a_run_takes(tmp_path):
     tiny.tokenizer().save_pretrained(folder)
     data = tiny.data_folder(tmp_path / "data")
     short = ("federation.rounds=2", "federation.clients=2", "distillation.stage.steps=2", "client.alignment.steps=2")
-    more = ("client.prompt.steps=2", "server.tuning.steps=2", "data.limit.test=4", "evaluation.server_only=false")
+    more = ("client.tuning.steps=2", "server.tuning.steps=2", "data.limit.test=4", "evaluation.server_only=false")
     devices = ("server.compute.device=cpu", "client.compute.device=cpu")
     where = (f"model.name={folder}", f"data.source={data}", f"run.folder={tmp_path / 'runs'}")
     settings = [*where, *devices, *short, *more]

@@ -124,7 +124,7 @@ def test_nothing_can_be_changed_afterwards(tmp_path):
 @pytest.mark.parametrize("text", ["5e-4", "'5e-4'", "5.0e-4", "0.0005", "5E-04"])
 def test_numbers_that_yaml_takes_for_text(tmp_path, text):
     whole = f"model: {{name: x}}\nclient: {{prompt: {{optimizer: {{learning_rate: {text}}}}}}}"
-    value = load(tmp_path, whole).client.prompt.optimizer.learning_rate
+    value = load(tmp_path, whole).client.tuning.optimizer.learning_rate
     assert value == 5e-4 and type(value) is float
 
 
@@ -138,7 +138,7 @@ def test_a_section_keeps_the_defaults_of_what_it_does_not_name(tmp_path):
     settings = load(tmp_path, {"distillation": {"stage": {"batch_size": 4, "optimizer": {"clip": 1.0}}}})
     assert settings.distillation.stage.steps == 200 == config.DistillationConfig().stage.steps
     assert settings.distillation.stage.optimizer.learning_rate == 5e-4
-    assert settings.client.prompt.steps == 10
+    assert settings.client.tuning.steps == 10
 
 
 @pytest.mark.parametrize("section", ["distillation", "distillation.stage", "federation", "data.limit"])
@@ -191,13 +191,13 @@ def test_a_file_that_is_no_text(tmp_path):
 def test_overrides_win_and_are_read_as_yaml(tmp_path):
     overrides = (
         "federation.rounds=4",
-        "client.prompt.optimizer.learning_rate=5e-4",
+        "client.tuning.optimizer.learning_rate=5e-4",
         "run.name=x=y",
         "record.prompts=no",
     )
     settings = load(tmp_path, {"federation": {"rounds": 3, "clients": 5}}, *overrides, "deadlines.start_up=null")
     assert (settings.federation.rounds, settings.federation.clients) == (4, 5)
-    assert settings.client.prompt.optimizer.learning_rate == 5e-4
+    assert settings.client.tuning.optimizer.learning_rate == 5e-4
     assert (settings.run.name, settings.record.prompts, settings.deadlines.start_up) == ("x=y", False, None)
     assert load(tmp_path, {}, "run.seed=1", "run.seed=2").run.seed == 2
 
@@ -219,7 +219,7 @@ def test_overrides_that_do_not_read(tmp_path, item):
     [
         ("federation.round", "rounds"),
         ("federaton.rounds", "federation"),
-        ("client.prompt.optimizer.learningrate", "learning_rate"),
+        ("client.tuning.optimizer.learningrate", "learning_rate"),
         ("evaluation.batchtokens", "batch_tokens"),
         ("data.limit.tests", "test"),
     ],
@@ -243,8 +243,8 @@ def test_an_unknown_key_that_is_like_none_is_told_all_names(tmp_path):
         ("federation.rounds", True, "a whole number"),
         ("federation.rounds", None, "a whole number"),
         ("federation.rounds", [1], "a whole number"),
-        ("client.prompt.optimizer.learning_rate", "fast", "a number"),
-        ("client.prompt.optimizer.learning_rate", True, "a number"),
+        ("client.tuning.optimizer.learning_rate", "fast", "a number"),
+        ("client.tuning.optimizer.learning_rate", True, "a number"),
         ("evaluation.zero_shot", 1, "true or false"),
         ("evaluation.zero_shot", "yes please", "true or false"),
         ("run.name", 5, "a text"),
@@ -262,17 +262,17 @@ def test_values_of_another_type(tmp_path, dotted, value, kind):
 TOO_SMALL = {**{key: low - 1 for key, low in config.LEAST.items()}, "server.tuning.steps": -1}
 OUT_OF_RANGE = [
     *TOO_SMALL.items(),
-    ("client.prompt.batch_size", 0),
-    ("client.prompt.steps", 0),
+    ("client.tuning.batch_size", 0),
+    ("client.tuning.steps", 0),
     ("client.alignment.micro_batch", 0),
     ("client.alignment.optimizer.learning_rate", -1e-9),
-    ("client.prompt.optimizer.weight_decay", -0.1),
-    ("client.prompt.optimizer.warmup", 1.01),
-    ("client.prompt.optimizer.warmup", -0.01),
-    ("client.prompt.optimizer.beta1", 1.0),
-    ("client.prompt.optimizer.beta2", -0.1),
-    ("client.prompt.optimizer.epsilon", 0.0),
-    ("client.prompt.optimizer.clip", 0.0),
+    ("client.tuning.optimizer.weight_decay", -0.1),
+    ("client.tuning.optimizer.warmup", 1.01),
+    ("client.tuning.optimizer.warmup", -0.01),
+    ("client.tuning.optimizer.beta1", 1.0),
+    ("client.tuning.optimizer.beta2", -0.1),
+    ("client.tuning.optimizer.epsilon", 0.0),
+    ("client.tuning.optimizer.clip", 0.0),
     ("distillation.stage.steps", -1),
     ("distillation.zero_stage", 4),
     ("distillation.temperature", 0.0),
@@ -361,9 +361,9 @@ def test_equal_configurations_do_not_differ(tmp_path):
 
 
 def test_each_difference_is_named_with_both_values(tmp_path):
-    changes = ("run.seed=9", "federation.rounds=3", "client.prompt.optimizer.clip=0.5", "prompt.kind=input")
+    changes = ("run.seed=9", "federation.rounds=3", "client.tuning.optimizer.clip=0.5", "prompt.kind=input")
     assert differing(load(tmp_path, {}), load(tmp_path, {}, *changes)) == [
-        "client.prompt.optimizer.clip: was None, is 0.5",
+        "client.tuning.optimizer.clip: was None, is 0.5",
         "federation.rounds: was 10, is 3",
         "prompt.kind: was prefix, is input",
         "run.seed: was 1, is 9",

@@ -88,7 +88,7 @@ def test_a_quorum_below_which_the_run_stops(tmp_path):
 
 
 def test_a_slow_client_is_cut_at_its_time_and_weighs_what_it_did(tmp_path):
-    more = ("client.prompt.steps=40", "client.alignment.steps=10")
+    more = ("client.tuning.steps=40", "client.alignment.steps=10")
     drop = ("federation.stragglers=drop", "federation.client_seconds=6")
     result, _ = timed(4, tmp_path, "run", *more, *drop, fault="slow:1:1")
     assert result.returncode == 0, both_ends(result)

@@ -16,7 +16,7 @@ from mpi import ROOT, run_mpi
 from test_run import short_run
 from torch.utils.flop_counter import FlopCounterMode
 
-from fedsp_mpi import capacity, cli, config, plan
+from fedsp_mpi import capacity, cli, config, plan, plan_text
 from fedsp_mpi.models import architectures, backbone
 from fedsp_mpi.models.prompts import Prompt, PromptSpec
 from fedsp_mpi.record import read
@@ -62,8 +62,9 @@ def test_the_paper_s_models_have_their_known_sizes(model, large, small, wire, sh
     rounds = found.config.federation.rounds
     assert own.total == 10 * (4 * small + wire) + rounds * 10 * 2 * (wire + HEADER)
     assert alone.total == 4 * large + wire + rounds * 2 * (wire + HEADER)
-    text = plan.text(found, 40)
-    for piece in (f"{large:,}", f"{small:,}", f"{wire:,} bytes", f"paper says {plan.PAPER[found.config.model.name]} x"):
+    text = plan_text.text(found, 40)
+    said = plan_text.PAPER[found.config.model.name]
+    for piece in (f"{large:,}", f"{small:,}", f"{wire:,} bytes", f"paper says {said} x"):
         assert piece in text
     assert all(piece in text for piece in shown)
 
@@ -140,7 +141,7 @@ def test_phases_add_up_from_steps():
     assert found.methods[0].steps == pytest.approx((3 * once, 2 * once))
     assert found.methods[0].round == pytest.approx(50 * once)
     assert found.critical == pytest.approx(5000 * 4 * bare + 50 * (50 + 20) * once)
-    assert f"{found.flops / 20e12 / 3600:.2f} h on one GPU of 20 TFLOP/s" in plan.text(found, 20)
+    assert f"{found.flops / 20e12 / 3600:.2f} h on one GPU of 20 TFLOP/s" in plan_text.text(found, 20)
 
 
 def test_a_projection_and_joint_training_and_plain_text_cost_more():
@@ -172,7 +173,7 @@ def test_every_configuration_of_the_paper_loads_plans_and_says_its_hours(monkeyp
             continue
         found = planned(file)
         head = (PAPER / file).read_text(encoding="utf-8").splitlines()[0]
-        assert f": {plan.hours(found.flops, 40)[:-2]} hours of a GPU of 40 TFLOP/s" in head, file
+        assert f": {plan_text.hours(found.flops, 40)[:-2]} hours of a GPU of 40 TFLOP/s" in head, file
         assert found.config.data.task == Path(file).stem and found.texts.source != "assumed"
         assert ("gpt2-xl" in str(found.config.model.name)) == file.startswith("gpt2xl/")
 

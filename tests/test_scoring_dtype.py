@@ -28,7 +28,7 @@ SHORT = (
     "federation.clients=2",
     "distillation.stage.steps=1",
     "client.alignment.steps=1",
-    "client.prompt.steps=1",
+    "client.tuning.steps=1",
     "server.tuning.steps=3",
     "prompt.num_tokens=5",
 )

@@ -510,7 +510,7 @@ def test_a_server_goes_on_from_its_state_with_equal_bits(gpt2):
     one.absorb(1)
     other.load_state(stored(one.state()))
     assert one.absorb(2).losses == other.absorb(2).losses
-    assert (one.prompts().flat == other.prompts().flat).all()
+    assert (one.tuned().flat == other.tuned().flat).all()
     down = one.broadcast()
     assert down.schema == (("prompt", (5, 2 * 2 * 32)),)  # two layers, each a key and a value of 32
     one.take(down)

@@ -53,7 +53,7 @@ def test_ablations_change_the_prompts(tmp_path, settings):
 
 
 def test_joint_training_steps_both_at_once(tmp_path):
-    rows = short(tmp_path, "client.training=joint", "client.prompt.steps=3").clients
+    rows = short(tmp_path, "client.training=joint", "client.tuning.steps=3").clients
     assert np.isnan(rows["loss_model_first"]).all() and np.isfinite(rows["loss_prompt_last"]).all()
     assert set(rows["samples"].tolist()) == {3 * 16}
 

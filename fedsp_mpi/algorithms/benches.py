@@ -10,8 +10,12 @@ from torch import Tensor
 
 from fedsp_mpi.models import auxiliary
 from fedsp_mpi.models.backbone import LanguageModel
-from fedsp_mpi.tensors import NamedTensors, State, join_states, part_of_state
+from fedsp_mpi.tensors import ClientError, NamedTensors, State, join_states, part_of_state
 from fedsp_mpi.training.engine import TorchEngine
+
+
+class ShardError(ClientError):
+    """A client's text cannot be trained on."""
 
 
 @dataclass
@@ -103,7 +107,7 @@ class Benches:
 
 def arrays(some: Mapping[str, Tensor]) -> State:
     """Tensors as a state keeps them: views, where they lie on the CPU."""
-    return {name: tensor.cpu().numpy() for name, tensor in some.items()}
+    return {name: tensor.detach().cpu().numpy() for name, tensor in some.items()}
 
 
 def tensors(state: State) -> dict[str, Tensor]:

@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from fedsp_mpi import rng
-from fedsp_mpi.algorithms.benches import Bench, Benches
+from fedsp_mpi.algorithms.benches import Bench, Benches, ShardError
 from fedsp_mpi.algorithms.prompt_tuning import tune
 from fedsp_mpi.config import StageConfig
 from fedsp_mpi.models.backbone import LanguageModel
 from fedsp_mpi.models.prompts import Prompt
-from fedsp_mpi.tensors import ClientError, NamedTensors, Update
+from fedsp_mpi.tensors import NamedTensors, Update
 from fedsp_mpi.training.device import named_out_of_memory
 from fedsp_mpi.training.engine import Together, TorchEngine
 from fedsp_mpi.training.loop import Batches, NonFiniteError, Trace
@@ -34,10 +34,6 @@ class Shard:
 
     alignment: Batches
     tuning: Batches
-
-
-class ShardError(ClientError):
-    """A client's text cannot be trained on."""
 
 
 class Client:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedsp_mpi.aggregation.average import Updates
 from fedsp_mpi.algorithms.benches import arrays, tensors
@@ -20,7 +20,7 @@ from fedsp_mpi.training.team import ALONE, Team
 
 def tune(
     model: LanguageModel,
-    prompt: Prompt,
+    prompt: Prompt | None,
     engine: Engine,
     batches: Batches,
     stage: StageConfig,
@@ -89,9 +89,17 @@ class Server:
             return Trace()
         return tune(self.model, self.prompt, self._engine, self._batches, self._stage, round)
 
-    def prompts(self) -> NamedTensors:
+    def parameters(self) -> Iterable[nn.Parameter]:
+        """What is tuned."""
+        return self.prompt.parameters()
+
+    def tuned(self) -> NamedTensors:
         """A copy of the prompts at the depth of the global model."""
         return NamedTensors.pack(self.prompt.tensors())
+
+    def load(self, tuned: NamedTensors) -> None:
+        """Copy such prompts in."""
+        self.prompt.load(tuned.torch())
 
     def state(self) -> State:
         """Everything that the next round depends on."""

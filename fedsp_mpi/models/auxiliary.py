@@ -95,25 +95,34 @@ def build(
 
 
 def load_weights(model: LanguageModel, tensors: Mapping[str, Tensor]) -> None:
-    """Copy weights in; the names must be those of `pack`."""
-    for name, weight in model.weights.items():
-        weight.data.copy_(tensors[name])
+    """Copy weights in, by the names of `pack`."""
+    for name, tensor in tensors.items():
+        model.weights[name].data.copy_(tensor)
 
 
 def save(folder: Path, model: LanguageModel, layers_per_cell: int, tokenizer: Any, recipe: dict[str, Any]) -> None:
     """Write the cell as a Hugging Face folder of its own, with the recipe that made it.
 
     `AutoModelForCausalLM.from_pretrained(folder)` gives the model of `layers_per_cell` layers; `load(folder)` runs them
-    over the whole depth. Written beside and renamed, so that the folder is whole or not there.
+    over the whole depth.
     """
-    part = folder.with_name(f"{folder.name}.part{os.getpid()}")
-    shutil.rmtree(part, ignore_errors=True)
     cell = _from_config(cell_config(model.model.config, layers_per_cell))
     for name, parameter in cell.named_parameters():
         parameter.data.copy_(model.weights[name])
-    cell.save_pretrained(part)
+    write_model(folder, cell, tokenizer, {RECIPE: json.dumps(recipe, indent=2) + "\n"})
+
+
+def write_model(folder: Path, model: Any, tokenizer: Any, notes: Mapping[str, str] | None = None) -> None:
+    """Write a transformers model as a Hugging Face folder, with its tokenizer and with `notes`, texts by file name.
+
+    Written beside and renamed, so that the folder is whole or not there.
+    """
+    part = folder.with_name(f"{folder.name}.part{os.getpid()}")
+    shutil.rmtree(part, ignore_errors=True)
+    model.save_pretrained(part)
     tokenizer.save_pretrained(part)
-    (part / RECIPE).write_text(json.dumps(recipe, indent=2) + "\n", encoding="utf-8")
+    for name, text in (notes or {}).items():
+        (part / name).write_text(text, encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)
     part.rename(folder)
 

@@ -280,14 +280,19 @@ def load_global(
     revision: str | None = None,
     dtype: torch.dtype = torch.float32,
     checkpointing: bool = False,
+    trainable: bool = False,
 ) -> LanguageModel:
     """Load the global model: frozen, in evaluation mode, and sealed, so that none of its memory can be sent.
 
+    `trainable` is the opposite: fp32 weights that are trained and sent, computing in `dtype`.
+
     Raises ValueError if the weights cannot be read.
     """
-    found = LanguageModel(_weights(name, revision, device, dtype, checkpointing), dtype, checkpointing=checkpointing)
-    found.train_weights(False)
-    seal.add(found.weights.items())
+    held = torch.float32 if trainable else dtype
+    found = LanguageModel(_weights(name, revision, device, held, checkpointing), dtype, checkpointing=checkpointing)
+    found.train_weights(trainable)
+    if not trainable:
+        seal.add(found.weights.items())
     return found
 
 

@@ -1,0 +1,58 @@
+"""The parts of a configuration that say where and how a run runs, rather than what is run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where a run lives and what seeds it."""
+
+    name: str = "auto"  # "auto": the configuration's name and the time
+    folder: str = "runs"
+    if_exists: Literal["refuse", "replace"] = "refuse"
+    # must: go on from the last checkpoint of the run of that name; auto: or begin it. With name=auto: of the newest
+    # unfinished run of that configuration.
+    resume: Literal["never", "must", "auto"] = "never"
+    seed: int = 1
+    label: str | None = None  # what tables call the method; None: its own name
+
+
+@dataclass(frozen=True)
+class TopologyConfig:
+    """What is expected of the launcher."""
+
+    ranks: int | None = None  # refuse to start with another number of processes
+    # Ranks 0 to server_ranks - 1 hold the global model, and share distillation (ZeRO), server tuning and evaluation.
+    server_ranks: int = 1
+
+
+@dataclass(frozen=True)
+class RecordConfig:
+    """What the record keeps beside its tables."""
+
+    prompts: bool = True
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """What a run goes on from after a kill (run.resume)."""
+
+    every: int | None = 1  # rounds; None: only when the run is told to stop (SIGUSR1)
+    keep: int = 2  # the newest ones, and that of the best round
+    # Between two states of the distillation (with zero_stage 0); None: only when the run is told to stop.
+    distillation_seconds: float | None = 600
+
+
+@dataclass(frozen=True)
+class DeadlineConfig:
+    """Longest wait for other ranks in seconds, by phase; None waits for ever. Past it the job ends with status 124."""
+
+    start_up: float | None = 600  # for all ranks to begin
+    handout: float | None = 86400  # clients, for the server's checks, loading (from the hub too) and distillation
+    broadcast: float | None = 7200  # clients, from the end of their work to the next round
+    gather: float | None = 7200  # the server, for the clients' work
+    finish: float | None = 86400  # clients, for the evaluation
+    server: float | None = 1800  # the server's ranks, for each other
