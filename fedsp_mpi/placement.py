@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import resource
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,6 +39,27 @@ def shared_gpus(ranks: Sequence[Mapping[str, Any]]) -> dict[str, list[int]]:
         for uuid in {device["uuid"] for device in rank["devices"].values() if "uuid" in device}:
             users.setdefault(uuid, []).append(number)
     return {uuid: some for uuid, some in users.items() if len(some) > 1}
+
+
+def peak() -> dict[str, Any]:
+    """The most memory that this process has had so far, in bytes: on its "host", libraries too, and on its "device"."""
+    found = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}  # Linux counts it in KiB
+    torch = sys.modules.get("torch")  # a rank that has not needed it has no device memory
+    if torch is not None and torch.cuda.is_available():
+        found["device"] = torch.cuda.max_memory_allocated()
+    return found
+
+
+def peaks(ranks: Sequence[Mapping[str, Any]], server_ranks: int) -> dict[str, Any]:
+    """The `peak` of each role, of the rank where it is highest, and of all "ranks".
+
+    A role's is that of its device, if it has one; one process that plays all has the "server"'s only.
+    """
+    found: dict[str, Any] = {"ranks": [dict(rank) for rank in ranks]}
+    for number, rank in enumerate(ranks):
+        role = "server" if number < server_ranks else "clients"
+        found[role] = max(found.get(role, 0), rank.get("device") or rank["host"])
+    return found
 
 
 def spans(numbers: Sequence[int]) -> str:

@@ -89,6 +89,10 @@ def _train(config: Config, wire: Wire | Solo, server: ServerRun | None, role: Se
     from fedsp_mpi.federate import Plan, federate
 
     finished = federate(wire, Plan(config.federation, config.checkpoint, done), here, clients)
+    with guard.phase("end of the rounds"):
+        peaks = wire.collect(placement.peak(), "end")
+        if server and peaks:
+            server.record.describe(memory=placement.peaks(peaks, config.topology.server_ranks))
     with guard.phase("evaluation"):
         if role and here:
             finished = finished and role.finish(here, wire)

@@ -118,3 +118,31 @@ def fedsp(c):
         put(P, layers, {n: sum(P_k[n] for P_k, *_ in clients) / len(clients) for n in P}, depth)  # equal samples
         next(server)
         yield {n: p.detach().numpy().copy() for n, p in P.items()}
+
+
+def finetune(c):
+    """Yields the global model's weights after each round."""
+    rounds, seed, name = c["federation"]["rounds"], c["run"]["seed"], c["model"]["name"]
+    G = AutoModelForCausalLM.from_pretrained(name).eval()
+    theta, texts = dict(G.named_parameters()), list(read(c))
+    parts = np.array_split(draw(seed, "iid partition").permutation(len(texts)), c["federation"]["clients"] + 1)
+    shard, *shards = [[texts[i] for i in part] for part in parts]
+
+    def answer(weights):
+        return lambda ids, start: -run(G, weights, None, ids)[0][range(start - 1, len(ids) - 1), ids[start:]]
+
+    server = train(c["server"]["tuning"], rounds, theta, answer(theta), shard, seed, "order server", -1)
+    clients = []
+    for k, shard in enumerate(shards):
+        own = copy.deepcopy(theta)
+        tuned = train(c["client"]["tuning"], rounds, own, answer(own), shard, seed, "order prompt", k)
+        clients.append((own, tuned))
+    for _ in range(rounds):
+        for own, tuned in clients:
+            for n, w in own.items():
+                w.data = theta[n].detach().clone()
+            next(tuned)
+        for n, w in theta.items() if clients else ():
+            w.data = sum(own[n].detach() for own, _ in clients) / len(clients)  # equal samples
+        next(server)
+        yield {n: w.detach().numpy().copy() for n, w in theta.items()}

@@ -56,13 +56,13 @@ BASE = {
     "prompt": {"num_tokens": 3, "init_std": 0.2, "projection": None},
     "federation": {"clients": 3, "rounds": 2},
     "distillation": {"stage": stage(4, 5, 5e-3, 3.0), "engine": "torch"},
-    "client": {"alignment": stage(3, 4, 5e-3, 4.0), "prompt": stage(2, 3, 5e-2, 0.05), "compute": {"device": "cpu"}},
+    "client": {"alignment": stage(3, 4, 5e-3, 4.0), "tuning": stage(2, 3, 5e-2, 0.05), "compute": {"device": "cpu"}},
     "server": {"tuning": stage(3, 5, 3e-2, None), "compute": {"device": "cpu"}},
     "evaluation": {"zero_shot": False},
 }
 MICRO = {
     "distillation": {"stage": {"micro_batch": 2}},
-    "client": {"alignment": {"micro_batch": 3}, "prompt": {"micro_batch": 1}},
+    "client": {"alignment": {"micro_batch": 3}, "tuning": {"micro_batch": 1}},
     "server": {"tuning": {"micro_batch": 2}},
 }
 DEEPSPEED = {"distillation": {"engine": "deepspeed"}}
@@ -114,16 +114,22 @@ def write_rows(folder: Path) -> None:
                 file.write(json.dumps(row) + "\n")
 
 
+def two_rounds(folder: Path, model: transformers.PretrainedConfig, changes: dict) -> tuple[dict, record.Run]:
+    """The settings of a run on a random model and random rows, and its record."""
+    write_model(folder / "model", model)
+    write_rows(folder / "data")
+    here = {"run": {"folder": str(folder)}, "model": {"name": str(folder / "model")}}
+    settings = merged(merged(BASE, changes), here | {"data": {"source": str(folder / "data")}})
+    (folder / "config.yaml").write_text(yaml.safe_dump(settings))
+    made = run.execute(config.load(folder / "config.yaml"), "oracle", Log())
+    assert made is not None
+    return settings, record.read(made)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_two_rounds(case: str, tmp_path: Path):
     model, changes = CASES[case]
-    write_model(tmp_path / "model", model)
-    write_rows(tmp_path / "data")
-    here = {"run": {"folder": str(tmp_path)}, "model": {"name": str(tmp_path / "model")}}
-    settings = merged(merged(BASE, changes), here | {"data": {"source": str(tmp_path / "data")}})
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
-    folder = run.execute(config.load(tmp_path / "config.yaml"), "oracle", Log())
-    found = record.read(folder)
+    settings, found = two_rounds(tmp_path, model, changes)
     first = {name: values.detach().numpy() for name, values in oracle.first_prompt(settings, model)}
     rounds = [first, *oracle.fedsp(settings)]
     assert len(rounds) == found.committed_rounds + 1 == 3
@@ -136,3 +142,21 @@ def test_two_rounds(case: str, tmp_path: Path):
             moved[name, round] = np.abs(values - before[name]).max()
     assert max(apart.values()) <= 1e-6, apart
     assert min(moved.values()) > 1e-2, moved
+
+
+@pytest.mark.parametrize("model", [GPT2, LLAMA], ids=["gpt2, tied head", "llama, untied head"])
+@pytest.mark.parametrize("clients", [3, 0])
+def test_two_rounds_of_fine_tuning(model, clients, tmp_path: Path):
+    slow = {"optimizer": {"learning_rate": 2e-3}}
+    changes = {"method": "finetune", "federation": {"clients": clients}}
+    changes |= {"client": {"tuning": slow}, "server": {"tuning": slow}}
+    settings, found = two_rounds(tmp_path, model, changes)
+    rounds = list(oracle.finetune(settings))
+    best = int(next(row["round"] for row in found.results if row["method"] == "finetune"))
+    tuned = transformers.AutoModelForCausalLM.from_pretrained(found.file.parent / "model", dtype=torch.float32)
+    before = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    assert len(rounds) == found.committed_rounds == 2
+    moved = {name: (w - before.get_parameter(name)).abs().max().item() for name, w in tuned.named_parameters()}
+    for name, weight in tuned.named_parameters():
+        assert np.abs(weight.detach().numpy() - rounds[best - 1][name]).max() <= 1e-6, name
+    assert min(moved.values()) > 1e-5 and max(moved.values()) > 1e-3, moved

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from ..tensors import Contract, Schema
 from .messages import HEADER_BYTES
 
-Direction = Literal["start-up", "handout", "down", "up", "checkpoint"]
+Direction = Literal["start-up", "handout", "down", "up", "checkpoint", "end"]
 
 
 @dataclass

@@ -16,8 +16,9 @@ import numpy as np
 from ..tensors import Contract, Failure, NamedTensors, Schema, Update, seal
 
 CHUNK_BYTES = 4 << 20  # of one vector that travel at once
-JsonPhase = Literal["start-up", "checkpoint"]
-LIMIT: dict[JsonPhase, str] = {"start-up": "start_up", "checkpoint": "gather"}  # the deadline of what is collected
+JsonPhase = Literal["start-up", "checkpoint", "end"]
+# The deadline of what is collected.
+LIMIT: dict[JsonPhase, str] = {"start-up": "start_up", "checkpoint": "gather", "end": "gather"}
 MAGIC, LAYOUT_VERSION = b"FSPW", 1
 HEADER_BYTES, MAX_METRICS, TEXT_BYTES = 256, 12, 110
 # magic, layout version, kind, round, client, number of values (of bytes for JSON), schema digest, weight,

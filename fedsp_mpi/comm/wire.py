@@ -83,14 +83,14 @@ class Wire:
 
         Args:
             info: this rank's own.
-            phase: for the manifest and the deadline: "start-up", or "checkpoint" at the end of a round.
+            phase: for the manifest and the deadline: "start-up", "checkpoint" at the end of a round, or "end".
         """
         with self._operation(phase):
             body, limit = to_json(info), LIMIT[phase]
             if not self.is_server:
                 letter = Header(Kind.JSON, client=self.topology.rank, num_values=len(body)).pack() + body
-                # The server reads a checkpoint's letters after its own work.
-                self._write(letter, _JSON, "broadcast" if phase == "checkpoint" else limit)
+                # After a round the server reads letters when its own work is done.
+                self._write(letter, _JSON, limit if phase == "start-up" else "broadcast")
                 self._count_json(phase, phase, "(json)", len(body), (1, 1))
                 return None
             letters = self._read_all(_JSON, limit)
