@@ -6,7 +6,9 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 LOCAL = ["mpich"]  # an MPI as a wheel, for machines without one; a cluster uses its own
-TEST = [*LOCAL, "pytest", "pytest-xdist", "ruff", "mypy", "lm_eval"]
+EVALUATE = ["lm_eval>=0.4.12"]  # drives the verb `evaluate`
+PLOT = ["matplotlib"]  # pictures of `report`
+TEST = [*LOCAL, *EVALUATE, *PLOT, "pytest", "pytest-xdist", "ruff", "mypy"]
 
 [VERSION] = re.findall(r'^__version__ = "(.+)"$', Path("fedsp_mpi/__init__.py").read_text(encoding="utf-8"), re.M)
 
@@ -34,5 +36,5 @@ setup(
         "numpy",
         "PyYAML",
     ],
-    extras_require={"local": LOCAL, "test": TEST},
+    extras_require={"local": LOCAL, "evaluate": EVALUATE, "plot": PLOT, "test": TEST},
 )

@@ -81,7 +81,7 @@ def _require_comparable(config: Config, repeats: int) -> None:
 
 def _bare_side(materials: Materials, compute: Compute) -> tuple[Handout, _BareLoop]:
     """A hand-out without distillation, and the loop that begins with it as well."""
-    config, cell = materials.config, materials.config.auxiliary.layers_per_cell
+    config, cell = materials.config, materials.layers_per_cell
     model = backbone.load_global(materials.model_name, device=compute.device)
     whole = auxiliary.unroll(auxiliary.cut(model, config.auxiliary.start_layer, cell), materials.depth)
     small = LanguageModel(whole, compute.dtype)

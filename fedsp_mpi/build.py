@@ -154,7 +154,7 @@ def _prompt_server(materials: Materials, model: LanguageModel, compute: Compute,
 
 def _prompt_handout(materials: Materials, server: Server, small: LanguageModel) -> tuple[Any, NamedTensors, Contract]:
     prompts = server.broadcast()
-    cell = auxiliary.cell_config(small.model.config, materials.config.auxiliary.layers_per_cell)
+    cell = auxiliary.cell_config(small.model.config, materials.layers_per_cell)
     tensors = NamedTensors.join({"auxiliary/": auxiliary.pack(small), "prompt/": prompts})
     return cell, tensors, Contract(prompts.schema, prompts.schema, fedsp.METRICS)
 

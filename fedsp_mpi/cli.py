@@ -85,11 +85,53 @@ def plan(options: argparse.Namespace) -> int:
 
 
 def report(options: argparse.Namespace) -> int:
-    """`report`: tables of runs that are there."""
-    from fedsp_mpi.record import markdown, read, summary
+    """`report`: tables and pictures of runs that are there."""
+    from fedsp_mpi import record
 
-    runs = [_user(read, path) for path in options.runs]
-    _show(markdown(runs) if options.markdown else "\n\n".join(summary(each) for each in runs))
+    if options.picture and not options.table:
+        raise Refused("--picture: found without --table comparison, expected both")
+    runs = _user(record.read_all, options.runs)
+    if options.plot:
+        _user(record.draw_curves, runs, options.plot)
+    if options.table:
+        found = _user(record.compare, runs)
+        if options.picture:
+            _user(record.draw_bars, found, options.picture)
+        _show(record.comparison_table(found))
+    elif options.markdown or not options.plot:
+        _show(record.markdown(runs) if options.markdown else "\n\n".join(record.summary(each) for each in runs))
+    return 0
+
+
+def sweep(options: argparse.Namespace) -> int:
+    """`sweep`: every task with every method and seed of a file, a run each; status 1 if one of them failed."""
+    if (launcher_size() or 1) > 1:
+        raise Refused(f"sweep: found {launcher_size()} processes, expected one; give mpirun to --launch")
+    from fedsp_mpi import sweep as room
+
+    return _user(room.sweep, Path(options.file), options.set, options.launch, options.dry_run, _log(options))
+
+
+def evaluate(options: argparse.Namespace) -> int:
+    """`evaluate`: the final test of a run, driven by lm-eval."""
+    if (launcher_size() or 1) > 1:
+        raise Refused(f"evaluate: found {launcher_size()} processes, expected one; start it without mpirun")
+    from fedsp_mpi import evaluate as room
+
+    asked = room.Options(
+        tuple(name.strip() for name in options.tasks.split(",")) if options.tasks is not None else None,
+        options.limit,
+        options.batch_tokens,
+        options.without_prompt,
+        options.device,
+        Path(options.include) if options.include else None,
+    )
+    folder = Path(options.folder)
+    options.config = str((folder if folder.is_dir() else folder.parent) / "config.yaml")  # what `fetch` would need
+    log = _log(options)
+    found = _user(room.evaluate, folder, asked, log)
+    _show("\n" + room.text(found))
+    log.say(f"written to {_user(room.write, found)}")
     return 0
 
 
@@ -242,10 +284,9 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--markdown", action="store_true", help="two tables for all configurations")
     verb.set_defaults(run=plan)
 
-    verb = verbs.add_parser("report", help="tables from the records of runs")
-    verb.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run, or its run.h5")
-    verb.add_argument("--markdown", action="store_true", help="one table for all, mean and deviation over seeds")
-    verb.set_defaults(run=report)
+    _add_report(verbs)
+    _add_sweep(verbs)
+    _add_evaluate(verbs)
 
     verb = verbs.add_parser("diff", help="compare the prompts of two runs, bit by bit")
     verb.add_argument("one", metavar="RUN")
@@ -258,6 +299,43 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--repeats", type=int, default=15, metavar="N", help="counted repetitions (15)")
     verb.set_defaults(run=bench)
     return parser
+
+
+def _add_report(verbs: argparse._SubParsersAction) -> None:
+    verb = verbs.add_parser("report", help="tables and pictures from the records of runs")
+    verb.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run, its run.h5, or a folder of runs")
+    kind = verb.add_mutually_exclusive_group()
+    kind.add_argument("--markdown", action="store_true", help="one table for all, mean and deviation over seeds")
+    kind.add_argument(
+        "--table", choices=("comparison",), help="comparison: a row for each method, a column for each task"
+    )
+    verb.add_argument("--picture", metavar="FILE", help="the comparison as bars (.png or .svg)")
+    verb.add_argument("--plot", metavar="FILE", help="losses against rounds, bytes and seconds (.png or .svg)")
+    verb.set_defaults(run=report)
+
+
+def _add_sweep(verbs: argparse._SubParsersAction) -> None:
+    verb = verbs.add_parser("sweep", help="every task with every method and seed of a file, one run after another")
+    verb.add_argument("file", metavar="FILE", help="YAML file: folder, base, seeds, tasks, methods")
+    verb.add_argument("--launch", default="", metavar="COMMAND", help="starts a run's processes, e.g. 'mpirun -n 4'")
+    verb.add_argument("--dry-run", action="store_true", help="say what would be run, and check all of it")
+    _add_settings(verb)
+    verb.set_defaults(run=sweep)
+
+
+def _add_evaluate(verbs: argparse._SubParsersAction) -> None:
+    verb = verbs.add_parser(
+        "evaluate", help="let lm-eval test what a run has tuned (pip install 'fedsp_mpi[evaluate]')"
+    )
+    verb.add_argument("folder", metavar="RUN", help="folder of a complete run, or its run.h5")
+    verb.add_argument("--tasks", metavar="A,B,C", help="lm-eval's names; without them the run's own task")
+    verb.add_argument("--limit", type=int, metavar="N", help="the first N questions of each task")
+    verb.add_argument("--batch-tokens", type=int, metavar="N", help="positions a forward pass (the run's own number)")
+    verb.add_argument("--without-prompt", action="store_true", help="only the model as it was before the run")
+    verb.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    verb.add_argument("--include", metavar="FOLDER", help="task files of your own, for lm-eval")
+    verb.add_argument("--every", type=float, default=5.0, metavar="S", help="seconds between progress lines (5)")
+    verb.set_defaults(run=evaluate)
 
 
 def _add_configuration(verb: argparse.ArgumentParser) -> None:

@@ -66,7 +66,7 @@ class AuxiliaryConfig:
     """The clients' model: a cell of the global model's layers, shared across depth (FedSP, cross-layer sharing)."""
 
     start_layer: int = 0
-    layers_per_cell: int = 1
+    layers_per_cell: int | None = 1  # None: as many as it is deep, so that none is shared
     depth: int | None = None  # None: as deep as the global model
     dropout: bool = False  # the model's own dropout while its weights are trained
 
@@ -310,7 +310,7 @@ def load(path: str | Path | None, overrides: list[str] | None = None, values: di
     """Read a YAML file (None: the embedded default), apply overrides, check, freeze.
 
     `overrides` are `key=value`, whose value is YAML; `values` are texts as they stand.
-    A file may say `extends: other.yaml` (relative to itself); its own keys win.
+    A file may say `extends: other.yaml`, or a list of files (relative to itself); the later win, and its own keys most.
     """
     data = read_yaml(Path(path) if path is not None else EMBEDDED)
     for item in overrides or []:

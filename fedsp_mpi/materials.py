@@ -71,6 +71,11 @@ class Materials:
         return self.config.auxiliary.depth or self.shape.num_layers
 
     @property
+    def layers_per_cell(self) -> int:
+        """Layers of the auxiliary model that are stored."""
+        return auxiliary.cell_size(self.config.auxiliary, self.shape.num_layers)
+
+    @property
     def num_prompt_tokens(self) -> int:
         """Positions that prompts take from a text."""
         return 0 if self.config.tunes_weights else self.config.prompt.num_tokens

@@ -89,7 +89,7 @@ def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """The mapping in a YAML file, laid over the one that it extends."""
+    """The mapping in a YAML file, laid over those that it extends."""
     if path.resolve() in seen:
         raise ConfigError(f"{path}: found a circle of `extends`, expected a chain that ends")
     try:
@@ -101,10 +101,22 @@ def read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise ConfigError(f"{path}: found text that is not YAML ({reason}), expected a YAML configuration") from None
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: found a {type(data).__name__}, expected a mapping of sections")
-    base = data.pop("extends", None)
-    if base is None:
-        return data
-    return merge(read_yaml(path.parent / str(base), (*seen, path.resolve())), data)
+    return extended(data, path, (*seen, path.resolve()))
+
+
+def extended(data: dict[str, Any], path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """A mapping that stands in the file `path`, laid over the files that its `extends` names; it is not changed.
+
+    `extends` is one file or a list of them, relative to `path`: the later win over the earlier, the mapping over all.
+    """
+    found = data.get("extends")
+    names = found if isinstance(found, list) else [found] if found is not None else []
+    whole: dict[str, Any] = {}
+    for name in names:
+        if not isinstance(name, str):
+            raise ConfigError(f"{path}: found {name!r} in `extends`, expected the name of a file, or a list of them")
+        whole = merge(whole, read_yaml(path.parent / name, seen))
+    return merge(whole, {key: value for key, value in data.items() if key != "extends"})
 
 
 def key_value(item: str) -> tuple[str, Any]:

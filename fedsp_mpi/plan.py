@@ -166,7 +166,7 @@ class _Costs:
     def __init__(self, config: Config, settings: Any, tokens: int | None) -> None:
         self.config = config
         self.large = outline(settings, settings.num_hidden_layers)
-        cell = auxiliary.cell_config(settings, config.auxiliary.layers_per_cell)
+        cell = auxiliary.cell_config(settings, auxiliary.cell_size(config.auxiliary, settings.num_hidden_layers))
         self.small = outline(cell, config.auxiliary.depth or settings.num_hidden_layers)
         self.single = outline(auxiliary.cell_config(settings, 1), 1)
         shape, prompt = self.large.shape, config.prompt

@@ -79,7 +79,7 @@ def _facts(plan: Plan) -> list[str]:
 def _auxiliary(plan: Plan) -> list[str]:
     """The clients' model, and what they exchange."""
     sizes, config = plan.sizes, plan.config
-    cell = f"{config.auxiliary.layers_per_cell} of the layers, run {sizes.depth} deep"
+    cell = f"{config.auxiliary.layers_per_cell or sizes.depth} of the layers, run {sizes.depth} deep"
     ways = [f"{ratio:#.3g} x {way}" for way, ratio in plan.ratios.items() if way != "as held"]
     paper = PAPER.get(str(config.model.name)) if config.auxiliary.layers_per_cell == 1 else None
     lines = [f"counted otherwise: {', '.join(ways)}"] if ways else []

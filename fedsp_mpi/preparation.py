@@ -79,7 +79,7 @@ def auxiliary_model(
         progress = Progress(start, keep, config.checkpoint.distillation_seconds)
         small, story = _distilled(materials, model, team, log, stop, progress)
     notes = {"depth": materials.depth, "recipe": recipe, "distillation": story}
-    auxiliary.save(target, small, config.auxiliary.layers_per_cell, materials.tokenizer, notes)
+    auxiliary.save(target, small, materials.layers_per_cell, materials.tokenizer, notes)
     place.remove_distillation()
     return small, story
 
@@ -103,7 +103,7 @@ def _distilled(
     materials: Materials, model: LanguageModel, team: Team, log: Log, stop: Stop, progress: Progress
 ) -> tuple[LanguageModel, dict[str, Any]]:
     config = materials.config
-    cell = auxiliary.cut(model, config.auxiliary.start_layer, config.auxiliary.layers_per_cell)
+    cell = auxiliary.cut(model, config.auxiliary.start_layer, materials.layers_per_cell)
     small = LanguageModel(auxiliary.unroll(cell, materials.depth), model.dtype, config.auxiliary.dropout)
     stage = config.distillation.stage
     if not stage.steps:
@@ -136,9 +136,10 @@ def _recipe(materials: Materials, model: LanguageModel, compute: Compute, texts:
     digest = hashlib.sha256()
     for text in texts:
         digest.update(len(text.ids).to_bytes(4, "little") + text.ids.tobytes())
+    size = {"depth": materials.depth, "layers_per_cell": materials.layers_per_cell}
     recipe = {
         "global_model": auxiliary.fingerprint(model),
-        "auxiliary": asdict(config.auxiliary) | {"depth": materials.depth},
+        "auxiliary": asdict(config.auxiliary) | size,
         "distillation": asdict(replace(config.distillation, reuse=True, text=None)),
         "texts": digest.hexdigest()[:16],
         "seed": config.run.seed,

@@ -14,7 +14,7 @@ PACKAGE = ROOT / "fedsp_mpi"
 ORDER = (
     {"fedsp_mpi"},
     {"plain"},
-    {"stages"},
+    {"stages", "running"},
     {"tensors", "rng", "log", "config"},
     {"comm", "models", "data", "aggregation", "record"},
     {"training"},
@@ -25,7 +25,8 @@ ORDER = (
     {"scores"},
     {"server_run", "helper_run"},
     {"run"},
-    {"bench", "check", "fetch", "plan"},
+    {"bench", "check", "evaluate", "fetch", "plan", "sweep"},
+    {"plan_text"},
     {"cli"},
     {"__main__"},
 )
@@ -36,6 +37,8 @@ HOME = {
     "transformers": "models/",
     "peft": "models/",
     "deepspeed": "training/engine.py",
+    "lm_eval": "evaluation/lm_eval.py",
+    "matplotlib": "record/plot.py",
 }
 TOOLS = {"resources/make_embedded.py"}  # makes what the package ships; not part of a run
 FILES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))

@@ -118,12 +118,13 @@ def test_every_key_can_be_written_and_read(tmp_path):
 def test_nothing_can_be_changed_afterwards(tmp_path):
     with pytest.raises(dataclasses.FrozenInstanceError):
         load(tmp_path, {}).federation.rounds = 3
-    assert all(dataclasses.is_dataclass(kind) for kind in typing.get_type_hints(Config).values())
+    sections = {name: kind for name, kind in typing.get_type_hints(Config).items() if name != "method"}
+    assert all(dataclasses.is_dataclass(kind) for kind in sections.values())
 
 
 @pytest.mark.parametrize("text", ["5e-4", "'5e-4'", "5.0e-4", "0.0005", "5E-04"])
 def test_numbers_that_yaml_takes_for_text(tmp_path, text):
-    whole = f"model: {{name: x}}\nclient: {{prompt: {{optimizer: {{learning_rate: {text}}}}}}}"
+    whole = f"model: {{name: x}}\nclient: {{tuning: {{optimizer: {{learning_rate: {text}}}}}}}"
     value = load(tmp_path, whole).client.tuning.optimizer.learning_rate
     assert value == 5e-4 and type(value) is float
 
@@ -164,9 +165,38 @@ def test_a_file_extends_another_and_its_own_keys_win(tmp_path):
     assert (settings.federation.min_clients, settings.run.seed, settings.model.name) == (2, 11, "some/model")
 
 
+def test_a_file_extends_several_and_the_later_win(tmp_path):
+    (tmp_path / "below").mkdir()
+    write(tmp_path, MODEL | {"federation": {"rounds": 3, "clients": 4}, "run": {"seed": 9, "label": "a"}}, "a.yaml")
+    write(tmp_path, {"federation": {"rounds": 5}, "run": {"label": "b"}}, "below/b.yaml")
+    write(tmp_path, {"extends": ["b.yaml"], "run": {"seed": 4}}, "below/c.yaml")
+    path = write(tmp_path, {"extends": ["a.yaml", "below/c.yaml"], "federation": {"min_clients": 2}})
+    settings = config.load(path)
+    assert dataclasses.astuple(settings.federation)[:2] == (4, 5)
+    assert (settings.federation.min_clients, settings.run.seed, settings.run.label) == (2, 4, "b")
+    other_way = config.load(write(tmp_path, {"extends": ["below/c.yaml", "a.yaml"]}))
+    assert (other_way.federation.rounds, other_way.run.seed, other_way.run.label) == (3, 9, "a")
+
+
+def test_two_files_may_extend_the_same_one(tmp_path):
+    write(tmp_path, MODEL | {"federation": {"rounds": 3}}, "root.yaml")
+    write(tmp_path, {"extends": "root.yaml", "run": {"seed": 2}}, "a.yaml")
+    write(tmp_path, {"extends": "root.yaml", "run": {"label": "b"}}, "b.yaml")
+    settings = config.load(write(tmp_path, {"extends": ["a.yaml", "b.yaml"]}))
+    assert (settings.federation.rounds, settings.run.seed, settings.run.label) == (3, 2, "b")
+
+
+@pytest.mark.parametrize("base", [3, {"a": 1}, ["a.yaml", 4], [["a.yaml"]]])
+def test_extends_that_names_no_file(tmp_path, base):
+    write(tmp_path, MODEL, "a.yaml")
+    refused(lambda: config.load(write(tmp_path, {"extends": base})), "c.yaml: found", "expected the name of a file")
+
+
 def test_a_circle_of_extends_is_refused(tmp_path):
     write(tmp_path, {"extends": "b.yaml"}, "a.yaml")
     refused(lambda: config.load(write(tmp_path, {"extends": "a.yaml"}, "b.yaml")), "circle", "b.yaml")
+    write(tmp_path, MODEL, "root.yaml")
+    refused(lambda: config.load(write(tmp_path, {"extends": ["root.yaml", "c.yaml"]})), "circle", "c.yaml")
 
 
 def test_a_file_that_is_not_there(tmp_path):

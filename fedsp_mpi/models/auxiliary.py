@@ -40,6 +40,11 @@ def cut(backbone: LanguageModel, start_layer: int, layers_per_cell: int) -> nn.M
     return model.to(backbone.device)
 
 
+def cell_size(settings: AuxiliaryConfig, num_layers: int) -> int:
+    """How many layers are stored, for a global model of `num_layers`."""
+    return settings.layers_per_cell or settings.depth or num_layers
+
+
 def cell_config(config: Any, layers_per_cell: int) -> Any:
     """The configuration of the stored model: as many layers as a cell has."""
     return _with_depth(copy.deepcopy(config), layers_per_cell)
@@ -61,15 +66,15 @@ def unroll(model: Any, depth: int) -> Any:
 
 def require_cell(settings: AuxiliaryConfig, num_layers: int, name: str) -> None:
     """Raise ConfigError if a model of `num_layers` layers, called `name`, has no such cell, or it is too large."""
-    if settings.start_layer + settings.layers_per_cell > num_layers:
+    size = cell_size(settings, num_layers)
+    if settings.start_layer + size > num_layers:
         raise ConfigError(
-            f"auxiliary: found start_layer {settings.start_layer} and layers_per_cell {settings.layers_per_cell}, "
+            f"auxiliary: found start_layer {settings.start_layer} and layers_per_cell {size}, "
             f"expected both together at most the {num_layers} layers of {name}"
         )
-    if (settings.depth or num_layers) < settings.layers_per_cell:
+    if (settings.depth or num_layers) < size:
         raise ConfigError(
-            f"auxiliary.depth: found {settings.depth or num_layers}, expected at least layers_per_cell="
-            f"{settings.layers_per_cell}"
+            f"auxiliary.depth: found {settings.depth or num_layers}, expected at least layers_per_cell={size}"
         )
 
 

@@ -2,8 +2,10 @@
 
 from fedsp_mpi.record.checkpoint import Checkpoint, Checkpoints
 from fedsp_mpi.record.compare import difference
+from fedsp_mpi.record.comparison import compare, comparison_table, main_result, read_all
 from fedsp_mpi.record.files import RecordError
 from fedsp_mpi.record.layout import Run, read
+from fedsp_mpi.record.plot import draw_bars, draw_curves
 from fedsp_mpi.record.report import markdown, summary
 from fedsp_mpi.record.rows import ClientRow, ResultRow, RoundRow, WireRow
 from fedsp_mpi.record.run_record import RunRecord
@@ -18,8 +20,14 @@ __all__ = [
     "Run",
     "RunRecord",
     "WireRow",
+    "compare",
+    "comparison_table",
     "difference",
+    "draw_bars",
+    "draw_curves",
+    "main_result",
     "markdown",
     "read",
+    "read_all",
     "summary",
 ]

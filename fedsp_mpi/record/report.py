@@ -64,7 +64,7 @@ def main_measure(row: np.void) -> tuple[str, float]:
 def _header(run: Run) -> list[str]:
     state = run.status + (f" ({' '.join(run.reason.split())})" if run.reason else "")
     lines = [f"run       {run.name}   {state}, {run.committed_rounds} rounds"]
-    lines += _wrapped("machine   ", [*_machine(run.environment), *_clients(run)])
+    lines += _wrapped("machine   ", [*machine(run.environment), *_clients(run)])
     lines.append(f"date      {_date(run.created)} to {_date(run.updated)} UTC")
     if run.environment.get("commit"):
         lines.append(f"commit    {run.environment['commit']}")
@@ -73,7 +73,7 @@ def _header(run: Run) -> list[str]:
     return [*lines, *_wrapped("models    ", list(filter(None, models))), *_wrapped("data      ", _data(run))]
 
 
-def _machine(environment: Mapping[str, Any]) -> list[str]:
+def machine(environment: Mapping[str, Any]) -> list[str]:
     """Hosts, kind of machine, number of ranks and their devices, as far as they are known."""
     found = environment.get("hosts")
     ranks = [rank for rank in found if isinstance(rank, Mapping)] if isinstance(found, list) else []
@@ -94,7 +94,7 @@ def _clients(run: Run) -> list[str]:
 def _model(part: str, value: Any, name: str) -> str:
     if isinstance(value, Mapping):
         name, value = str(value.get("name", name)), value.get("num_parameters")
-    size = f"({_count(value)} parameters)" if isinstance(value, (int, float)) else ""
+    size = f"({as_count(value)} parameters)" if isinstance(value, (int, float)) else ""
     return " ".join(filter(None, [part.replace("_", " "), name, size])) if name or size else ""
 
 
@@ -121,7 +121,7 @@ def _rounds(run: Run) -> list[str]:
             f"{row['num_clients'] - row['num_failed']}/{row['num_clients']}",
             _loss(means.get(int(row["round"]), math.nan)),
             *(_loss(row[name]) for name in ("server_loss_last", *_VALIDATION)),
-            *(_time(row[name]) for name in ("seconds_clients", "seconds_server", "seconds_total")),
+            *(as_seconds(row[name]) for name in ("seconds_clients", "seconds_server", "seconds_total")),
             "best" if row["is_best"] and row["round"] == _best_round(run) else "",
         ]
         for row in run.rounds
@@ -165,7 +165,7 @@ def _results(run: Run) -> list[str]:
             str(row["n"]),
             *(_percent(row[name]) for name in ("acc", "acc_norm", "exact_match", "stderr")),
             _loss(row["loss"]),
-            _time(row["seconds"]),
+            as_seconds(row["seconds"]),
         ]
         for row in run.results
     ]
@@ -213,12 +213,12 @@ def _wire(run: Run) -> list[str]:
             sizes[row["direction"]] = sizes.get(row["direction"], 0) + int(row["bytes"])
     if not sum(sizes.values()):
         return []
-    listed = [f"{direction} {_bytes(size)}" for direction, size in sizes.items()]
-    lines = _wrapped("wire      ", [*listed, f"in all {_bytes(sum(sizes.values()))}"])
+    listed = [f"{direction} {as_bytes(size)}" for direction, size in sizes.items()]
+    lines = _wrapped("wire      ", [*listed, f"in all {as_bytes(sum(sizes.values()))}"])
     num = int(run.rounds["num_clients"].sum())
     if num:
         lines.append(
-            f"          a client and round: down {_bytes(sizes['down'] / num)}, up {_bytes(sizes['up'] / num)}"
+            f"          a client and round: down {as_bytes(sizes['down'] / num)}, up {as_bytes(sizes['up'] / num)}"
         )
     return lines
 
@@ -234,7 +234,9 @@ def _seconds(run: Run) -> list[str]:
     known["scoring"] = float(np.nansum(run.results["seconds"]))
     known["whole run"] = run.sections.get("timing", {}).get("seconds")
     shown = [
-        f"{label} {_time(value)}" for label, value in known.items() if isinstance(value, (int, float)) and value > 0
+        f"{label} {as_seconds(value)}"
+        for label, value in known.items()
+        if isinstance(value, (int, float)) and value > 0
     ]
     reused = ["distillation reused"] if "reused_from" in distillation else []
     beyond = [_beyond_training(run, row) for row in run.rounds]
@@ -275,9 +277,9 @@ def _group_rows(label: str, runs: Sequence[Run]) -> Iterator[list[str]]:
             split,
             ", ".join(str(run.config.get("run", {}).get("seed", "?")) for run, _ in found),
             "-".join(str(n) for n in dict.fromkeys((counts[0], counts[-1]))),
-            *(_spread([100 * float(row[name]) for _, row in found]) for name in ("acc", "acc_norm", "exact_match")),
-            _spread([float(row["loss"]) for _, row in found], digits=4),
-            _spread([100 * gain for gain in gains], sign=True),
+            *(spread([100 * float(row[name]) for _, row in found]) for name in ("acc", "acc_norm", "exact_match")),
+            spread([float(row["loss"]) for _, row in found], digits=4),
+            spread([100 * gain for gain in gains], sign=True),
         ]
 
 
@@ -287,7 +289,7 @@ def _gain(run: Run, row: np.void) -> float:
     return math.nan if control is None else value - float(control[name])
 
 
-def _spread(values: Sequence[float], digits: int = 2, sign: bool = False) -> str:
+def spread(values: Sequence[float], digits: int = 2, sign: bool = False) -> str:
     """Mean ± sample standard deviation of the values that are known; without ± for a single one."""
     known = [value for value in values if not math.isnan(value)]
     if not known:
@@ -355,7 +357,8 @@ def _loss(value: float) -> str:
     return "" if math.isnan(value) else f"{value:.4f}"
 
 
-def _time(value: float) -> str:
+def as_seconds(value: float) -> str:
+    """Without the unit; empty for what is not known."""
     return "" if math.isnan(value) else f"{value:.2f}" if value < 99.995 else f"{value:.0f}"
 
 
@@ -363,7 +366,7 @@ def _percent(value: float) -> str:
     return "" if math.isnan(value) else f"{100 * value:.2f}"
 
 
-def _bytes(num: float) -> str:
+def as_bytes(num: float) -> str:
     """Decimal units, as networks count: 24.6 MB."""
     for unit in ("B", "kB", "MB", "GB"):
         if num < 999.95 or unit == "GB":
@@ -372,7 +375,7 @@ def _bytes(num: float) -> str:
     raise AssertionError("unreachable")
 
 
-def _count(num: float) -> str:
+def as_count(num: float) -> str:
     """1557611200 as 1.56 B, 6144000 as 6.14 M."""
     for limit, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if num >= limit:

@@ -1,0 +1,371 @@
+"""Many experiments from one file: every task with every method and every seed, one run after another.
+
+    folder: runs/paper            # of all runs, relative to where the command is given
+    base: ../smollm2/base.yaml    # or a list of files, relative to this one; without it the embedded default
+    seeds: [1, 2, 3]
+    tasks:
+      arc_easy: {data: {task: arc_easy}}
+      sciq: sciq.yaml
+    methods:
+      fedsp: ../methods/fedsp.yaml
+      fedprompt: {extends: ../methods/fedprompt.yaml, client: {tuning: {optimizer: {learning_rate: 5.0e-2}}}}
+
+A cell is one task with one method and one seed, called TASK-METHOD-SEED: the base, the task laid over it, the method
+over both, and `--set` over all. Seeds change last, so that a sweep that is stopped half-way has compared all methods.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from functools import reduce
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from fedsp_mpi.comm import Refused
+from fedsp_mpi.config import EMBEDDED, Config, changed_keys, to_yaml
+from fedsp_mpi.log import Log, duration
+from fedsp_mpi.plain import ConfigError, extended, key_value, merge, parse, put, read_yaml
+from fedsp_mpi.record import Run, main_result, read
+
+_KEYS = ("folder", "base", "seeds", "tasks", "methods")
+_GIVEN = ("run.folder", "run.name", "run.seed")  # to every cell, by the sweep itself
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+_STOPPED = 75  # exit status of a run that SIGUSR1 told to stop
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One experiment; `config` is checked, with the run's name, folder and seed in it."""
+
+    name: str
+    task: str
+    method: str
+    config: Config
+
+    @property
+    def folder(self) -> Path:
+        """Of the run."""
+        return Path(self.config.run.folder).expanduser() / self.name
+
+    def beside(self, room: str, ending: str) -> Path:
+        """A file of this cell's in a folder beside the runs."""
+        return self.folder.parent / room / f"{self.name}{ending}"
+
+    @property
+    def label(self) -> str:
+        """What tables call the method."""
+        return self.config.run.label or self.config.method
+
+
+def sweep(file: Path, overrides: Sequence[str], launch: str, is_dry: bool, log: Log) -> int:
+    """Run all cells of a file that have no complete record yet. Returns the exit status: 1 if one of them failed.
+
+    Args:
+        overrides: `key=value`, for all cells.
+        launch: what starts a run's processes, for instance "mpirun -n 4"; empty for one process.
+        is_dry: only say what would be run.
+        log: told of each run.
+
+    Raises:
+        ValueError: a mistake in the file, in a cell, or a record of another configuration; nothing was started then.
+        Refused: a signal came; it was passed on to the run, which has ended.
+    """
+    words = _launch(launch)
+    cells = cells_of(file, overrides)
+    found = {cell.name: _found(cell) for cell in cells}
+    _require_same(cells, found)
+    is_complete = {name: run is not None and run.status == "complete" for name, run in found.items()}
+    log.say(f"{len(cells)} runs in {cells[0].folder.parent}, {sum(is_complete.values())} of them complete")
+    if is_dry:
+        for number, cell in enumerate(cells, 1):
+            log.say(f"{number}/{len(cells)}  {cell.name}  {_state(cell, found[cell.name])}")
+        return 0
+    _write_configs(cells)
+    return _run_all(cells, is_complete, words, log)
+
+
+def cells_of(file: Path, overrides: Sequence[str] = ()) -> list[Cell]:
+    """The cells of a sweep's file, in the order in which they run. Raises ConfigError on the first mistake."""
+    content = read_yaml(file)
+    _check_keys(content, file)
+    over = _overrides(overrides)
+    base = _layer(content.get("base") or str(EMBEDDED.resolve()), file, "base")
+    tasks, methods = (_layers(content, section, file) for section in ("tasks", "methods"))
+    cells = []
+    for seed in content["seeds"]:
+        for task, its in tasks.items():
+            for method, own in methods.items():
+                name = f"{task}-{method}-{seed}"
+                given = {"run": {"folder": content["folder"], "name": name, "seed": seed}}
+                layers = (base, its, {"run": {"label": method}}, own, over, given)
+                cells.append(Cell(name, task, method, _config(name, layers)))
+    _require_distinct(cells, file)
+    return cells
+
+
+def _check_keys(content: Mapping[str, Any], file: Path) -> None:
+    """Raise ConfigError unless a sweep's file has the form of one."""
+    for key in content:
+        if key not in _KEYS:
+            near = difflib.get_close_matches(str(key), _KEYS, 1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(_KEYS)}"
+            raise ConfigError(f"{file}: found an unknown key {key!r}; {hint}")
+    if not isinstance(folder := content.get("folder"), str):
+        raise ConfigError(f"{file}: folder: found {folder!r}, expected the folder of all runs")
+    _check_seeds(content.get("seeds"), file)
+    for section in ("tasks", "methods"):
+        _check_names(content.get(section), file, section)
+
+
+def _check_seeds(seeds: Any, file: Path) -> None:
+    if not (isinstance(seeds, list) and seeds and all(type(seed) is int for seed in seeds)):
+        raise ConfigError(f"{file}: seeds: found {seeds!r}, expected a list of whole numbers, for instance [1, 2, 3]")
+    if len(set(seeds)) < len(seeds):
+        raise ConfigError(f"{file}: seeds: found {seeds}, expected each once")
+
+
+def _check_names(named: Any, file: Path, section: str) -> None:
+    if not (isinstance(named, dict) and named):
+        raise ConfigError(f"{file}: {section}: found {named!r}, expected names, each with settings or a file")
+    for name in named:
+        if not _NAME.fullmatch(str(name)):
+            raise ConfigError(
+                f"{file}: {section}: found the name {name!r}, expected letters, digits, '.', '_' and '-': it becomes a "
+                "part of file names"
+            )
+
+
+def _layers(content: Mapping[str, Any], section: str, file: Path) -> dict[str, dict[str, Any]]:
+    """The settings of each task, or of each method, by its name."""
+    return {str(name): _layer(entry, file, f"{section}.{name}") for name, entry in content[section].items()}
+
+
+def _layer(entry: Any, file: Path, where: str) -> dict[str, Any]:
+    """The settings that an entry of the file stands for: its own, and those of files that it names."""
+    entry = {"extends": entry} if isinstance(entry, (str, list)) else entry
+    if not isinstance(entry, dict | None):
+        raise ConfigError(f"{file}: {where}: found {entry!r}, expected settings, a file, or a list of files")
+    return extended(entry or {}, file)
+
+
+def _overrides(items: Sequence[str]) -> dict[str, Any]:
+    over: dict[str, Any] = {}
+    for item in items:
+        key, value = key_value(item)
+        if key in _GIVEN:
+            raise ConfigError(f"--set {item}: found a key that the sweep gives to each run; change it in the file")
+        put(over, key, value, f"--set {item}")
+    return over
+
+
+def _config(name: str, layers: Sequence[dict[str, Any]]) -> Config:
+    try:
+        config: Config = parse(Config, reduce(merge, layers), "")
+        config.check()
+    except ConfigError as error:
+        raise ConfigError(f"{name}: {error}") from None
+    return config
+
+
+def _require_distinct(cells: Sequence[Cell], file: Path) -> None:
+    """Raise ConfigError if two cells have one name, or two methods of a task are called the same in tables."""
+    names: dict[str, Cell] = {}
+    labels: dict[tuple[str, str], str] = {}
+    for cell in cells:
+        if (other := names.setdefault(cell.name, cell)) is not cell:
+            pairs = [f"{one.task} with {one.method}" for one in (other, cell)]
+            raise ConfigError(f"{file}: found {' and '.join(pairs)} both named {cell.name}, expected other names")
+        if (method := labels.setdefault((cell.task, cell.label), cell.method)) != cell.method:
+            raise ConfigError(
+                f"{file}: methods: found {method} and {cell.method} both called {cell.label!r}, expected two names in "
+                f"tables; give one of them a run: {{label: ...}}"
+            )
+
+
+# -- what is there already -----------------------------------------------------------------------------------------
+
+
+def _found(cell: Cell) -> Run | None:
+    """The record of a cell. Raises ValueError if it cannot be read."""
+    return read(cell.folder) if (cell.folder / "run.h5").exists() else None
+
+
+def _require_same(cells: Sequence[Cell], found: Mapping[str, Run | None]) -> None:
+    """Raise ConfigError if there are records of other configurations under the names of cells."""
+    told = [(cell, changed) for cell in cells if (run := found[cell.name]) and (changed := _changed(cell, run))]
+    if not told:
+        return
+    cell, changed = told[0]
+    run = found[cell.name]
+    assert run is not None
+    others = f"; so have {', '.join(other.name for other, _ in told[1:])}" if len(told) > 1 else ""
+    raise ConfigError(
+        f"{cell.folder}: found a run ({run.status}) of another configuration ({'; '.join(changed)}), expected the same"
+        f"{others}; take that back, choose another folder, or delete the run"
+    )
+
+
+def _changed(cell: Cell, run: Run) -> list[str]:
+    """What keeps a record from being that of a cell; of a complete one, what its method is called too."""
+    changed = changed_keys(run.config, asdict(cell.config))
+    before = run.config.get("run", {}).get("label") or run.config.get("method")
+    if run.status == "complete" and before != cell.label:
+        changed.append(f"run.label: was {before}, is {cell.label}")
+    return changed
+
+
+def _state(cell: Cell, run: Run | None) -> str:
+    """How far a run is, for `--dry-run`."""
+    if run is None:
+        return "new"
+    if run.status == "complete":
+        return f"complete  {_score(run)}"
+    return f"{run.status} after round {run.committed_rounds} of {cell.config.federation.rounds}"
+
+
+def _score(run: Run) -> str:
+    """The result of the run's own method, by its main measure."""
+    found = main_result(run)
+    return "no result" if found is None else f"{found[0]} {100 * found[1]:.2f} %"
+
+
+# -- running -------------------------------------------------------------------------------------------------------
+
+
+def _launch(text: str) -> list[str]:
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise ConfigError(f"--launch: found {text!r} ({error}), expected a command such as 'mpirun -n 4'") from None
+    if words and shutil.which(words[0]) is None:
+        raise ConfigError(f"--launch: found no command {words[0]!r}, expected one that starts a run's processes")
+    return words
+
+
+def _write_configs(cells: Sequence[Cell]) -> None:
+    """Write each cell's configuration, whole. Raises ConfigError if the folder cannot be written."""
+    try:
+        for room in ("configs", "logs"):
+            (cells[0].folder.parent / room).mkdir(parents=True, exist_ok=True)
+        for cell in cells:
+            cell.beside("configs", ".yaml").write_text(to_yaml(cell.config), encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(
+            f"{error.filename}: found a folder that cannot be written ({error.strerror}), expected one for all runs; "
+            "no run was started"
+        ) from None
+
+
+def _run_all(cells: Sequence[Cell], is_complete: Mapping[str, bool], launch: list[str], log: Log) -> int:
+    failed = []
+    with _Relay() as relay:
+        for number, cell in enumerate(cells, 1):
+            place = f"{number}/{len(cells)}  {cell.name}"
+            if relay.told is not None:
+                raise _stopped(cell, relay.told)
+            if is_complete[cell.name]:
+                log.say(f"{place}  complete  {_score(read(cell.folder))}")
+                continue
+            begun = time.monotonic()
+            told = _run(cell, launch, relay)
+            took = duration(time.monotonic() - begun)
+            if relay.told is not None:
+                raise _stopped(cell, relay.told)
+            failed += [] if told is None else [cell.name]
+            log.say(f"{place}  {took}  {_score(read(cell.folder))}" if told is None else f"{place}  {took}  {told}")
+    if failed:
+        log.say(f"{len(failed)} of {len(cells)} runs failed: {', '.join(failed)}; the same command tries them again")
+        return 1
+    folder = shlex.quote(str(cells[0].folder.parent))
+    log.say(f"all runs are complete: python -m fedsp_mpi report {folder} --table comparison")
+    return 0
+
+
+def _run(cell: Cell, launch: list[str], relay: _Relay) -> str | None:
+    """Run one cell as a process of its own; what went wrong, or None."""
+    path, text = cell.beside("configs", ".yaml"), cell.beside("logs", ".txt")
+    program = [sys.executable, "-m", "fedsp_mpi", "run", str(path), "--name", cell.name, "--resume", "auto"]
+    start = text.stat().st_size if text.exists() else 0
+    status = relay.run([*launch, *program], text)
+    if status == 0 and _is_complete(cell):
+        return None
+    end = f"signal {-status}" if status < 0 else f"status {status}"
+    with text.open("rb") as file:
+        file.seek(start)
+        words = last_words(file.read().decode(errors="replace"))
+    return f"FAILED with {end}: {words} ({text})"
+
+
+def _is_complete(cell: Cell) -> bool:
+    with suppress(ValueError):  # a damaged record is no reason to stop the other runs
+        run = _found(cell)
+        return run is not None and run.status == "complete"
+    return False
+
+
+def last_words(text: str) -> str:
+    """The line of a failed run's output that says why: of its traceback, of the package, or just the last one.
+
+    What launchers say of a failing rank comes after it.
+    """
+    lines = [line.rstrip() for line in text.splitlines() if line.strip()]
+    traces = [at for at, line in enumerate(lines) if line.startswith("Traceback (")]
+    if traces:
+        return next((line for line in lines[traces[-1] + 1 :] if not line[0].isspace()), lines[-1])
+    own = [line for line in lines if line.startswith("fedsp_mpi: ")]
+    return (own or lines or ["it said nothing"])[-1]
+
+
+def _stopped(cell: Cell, number: int) -> Refused:
+    status = _STOPPED if number == signal.SIGUSR1 else 128 + number
+    name = signal.Signals(number).name
+    return Refused(f"told to stop ({name}) in {cell.name}; the same command goes on where it was", status)
+
+
+class _Relay:
+    """Passes signals on to the one process that runs; `told` is the last that came."""
+
+    def __init__(self) -> None:
+        self.told: int | None = None
+        self._child: subprocess.Popen[bytes] | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> _Relay:
+        for number in _PASSED_ON:
+            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
+                self._before[number] = signal.signal(number, self._pass_on)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, before in self._before.items():
+            signal.signal(number, before)
+
+    def _pass_on(self, number: int, _: FrameType | None) -> None:
+        self.told = number
+        if self._child is not None:
+            self._child.send_signal(number)
+
+    def run(self, command: Sequence[str], log: Path) -> int:
+        """The exit status of a command whose output is added to `log`.
+
+        It has a process group of its own: Ctrl-C would reach it twice.
+        """
+        with log.open("ab") as out:
+            self._child = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, process_group=0
+            )
+        if self.told is not None:  # it came while the process was made
+            self._child.send_signal(self.told)
+        return self._child.wait()

@@ -1,0 +1,318 @@
+"""Sweeps: cells from layers, real small runs one after another, and what happens when one fails or all are stopped."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from mpi import ROOT, both_ends, kill_tree, mpirun, run_mpi
+from test_run import SHORT
+
+from fedsp_mpi import cli, config, sweep
+from fedsp_mpi.plain import put
+from fedsp_mpi.record import read
+
+METHODS = ROOT / "configs" / "methods"
+EMBEDDED = str(config.EMBEDDED.resolve())
+
+
+def short_base(*more: str) -> dict[str, Any]:
+    """The embedded default, shortened."""
+    base: dict[str, Any] = {"extends": EMBEDDED}
+    for item in (*SHORT, "distillation.engine=torch", *more):
+        key, value = item.split("=")
+        put(base, key, yaml.safe_load(value), key)
+    return base
+
+
+def written(home: Path, name: str = "sweep.yaml", /, **content: Any) -> Path:
+    """A sweep's file: one task, FedSP and FedPrompt, one seed, unless `content` says otherwise."""
+    whole = {
+        "folder": str(home / "runs"),
+        "base": short_base(),
+        "seeds": [1],
+        "tasks": {"world": None},
+        "methods": {"fedsp": str(METHODS / "fedsp.yaml"), "fedprompt": str(METHODS / "fedprompt.yaml")},
+    }
+    path = home / name
+    path.write_text(yaml.safe_dump({**whole, **content}, sort_keys=False))
+    return path
+
+
+def go(path: Path, *more: str, status: int = 0) -> subprocess.CompletedProcess[str]:
+    return run_mpi(0, ["-m", "fedsp_mpi", "sweep", path, *more], timeout=150, status=status)
+
+
+def here(capsys: pytest.CaptureFixture[str], path: Path, *more: str) -> tuple[int, str, str]:
+    """The same in this process, where nothing is to be started: status, output, errors."""
+    status = cli.main(["sweep", str(path), *more])
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+# -- cells ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_cell_is_base_task_method_and_seed(tmp_path):
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "base.yaml").write_text(f"extends: {EMBEDDED}\nfederation: {{rounds: 3, clients: 4}}\n")
+    (tmp_path / "task.yaml").write_text("data: {limit: {test: 7}}\nfederation: {rounds: 5}\n")
+    path = written(
+        tmp_path,
+        base=["more/base.yaml"],
+        seeds=[3, 1],
+        tasks={"a": "task.yaml", "b": {"data": {"limit": {"test": 8}}}},
+        methods={
+            "plain": None,
+            "own": {"extends": str(METHODS / "fedprompt.yaml"), "run": {"label": "own"}, "federation": {"clients": 2}},
+            "two": [str(METHODS / "fedsp.yaml"), str(METHODS / "fedsp_joint.yaml")],
+        },
+    )
+    cells = sweep.cells_of(path, ["prompt.num_tokens=5"])
+    assert [cell.name for cell in cells] == [
+        f"{t}-{m}-{s}" for s in (3, 1) for t in "ab" for m in ("plain", "own", "two")
+    ]
+    by_name = {cell.name: cell.config for cell in cells}
+    assert [by_name[f"a-{m}-3"].run.label for m in ("plain", "own", "two")] == [
+        "plain",
+        "own",
+        "FedSP without AT (joint)",
+    ]
+    assert (by_name["a-plain-3"].federation.rounds, by_name["b-plain-3"].federation.rounds) == (5, 3)
+    assert (by_name["a-plain-1"].data.limit.test, by_name["b-plain-1"].data.limit.test) == (7, 8)
+    assert (by_name["a-own-1"].federation.clients, by_name["a-own-1"].client.alignment.steps) == (2, 0)
+    assert {one.prompt.num_tokens for one in by_name.values()} == {5}
+    run = by_name["b-two-1"].run
+    assert (run.seed, run.name, run.folder) == (1, "b-two-1", str(tmp_path / "runs"))
+
+
+def test_a_sweep_without_a_base_is_of_the_embedded_default(tmp_path):
+    [cell, _] = sweep.cells_of(written(tmp_path, base=None))
+    assert cell.config.model.name == "embedded" and cell.config.federation.rounds == 6
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"seed": [1]}, "found an unknown key 'seed'; did you mean 'seeds'?"),
+        ({"seeds": 3}, "seeds: found 3, expected a list of whole numbers"),
+        ({"seeds": []}, "seeds: found [], expected a list"),
+        ({"seeds": [1, True]}, "seeds: found [1, True], expected a list"),
+        ({"seeds": [1, 1]}, "seeds: found [1, 1], expected each once"),
+        ({"folder": None}, "folder: found None, expected the folder of all runs"),
+        ({"tasks": {}}, "tasks: found {}, expected names, each with settings or a file"),
+        ({"methods": ["a.yaml"]}, "methods: found ['a.yaml'], expected names"),
+        ({"tasks": {"a/b": None}}, "tasks: found the name 'a/b', expected letters"),
+        ({"tasks": {"a": 3}}, "tasks.a: found 3, expected settings, a file, or a list of files"),
+        ({"methods": {"a": "gone.yaml"}}, "gone.yaml: found no readable file"),
+        (
+            {"methods": {"a": {"federation": {"round": 3}}}},
+            "world-a-1: federation.round: found an unknown key; did you",
+        ),
+        (
+            {"methods": {"a": {"federation": {"rounds": 0}}}},
+            "world-a-1: federation.rounds: found 0, expected at least 1",
+        ),
+        (
+            {"methods": {"a": {"run": {"label": "x"}}, "b": {"run": {"label": "x"}}}},
+            "a and b both called 'x', expected two",
+        ),
+        (  # in the last cell of all
+            {"methods": {"good": None, "bad": {"federation": {"clients": 0}, "server": {"tuning": {"steps": 0}}}}},
+            "world-bad-1: server.tuning.steps: found 0 with federation.clients=0",
+        ),
+        (
+            {"tasks": {"a": None, "a-b": None}, "methods": {"b-c": None, "c": None}},
+            "found a with b-c and a-b with c both named a-b-c-1, expected other names",
+        ),
+    ],
+)
+def test_mistakes_are_one_line_and_nothing_is_started(tmp_path, capsys, content, message):
+    status, out, error = here(capsys, written(tmp_path, **content))
+    assert status == 2 and out == "" and error.count("\n") == 1 and message in error
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--set", "run.seed=3"], "--set run.seed=3: found a key that the sweep gives to each run"),
+        (
+            ["--set", "federation.round=3"],
+            "world-fedsp-1: federation.round: found an unknown key; did you mean 'rounds'?",
+        ),
+        (["--set", "run.label=x"], "fedsp and fedprompt both called 'x'"),
+        (["--launch", "no-such-mpirun -n 4"], "--launch: found no command 'no-such-mpirun'"),
+        (["--launch", "mpirun 'x"], '--launch: found "mpirun \'x" (No closing quotation)'),
+    ],
+)
+def test_mistakes_of_the_command_line(tmp_path, capsys, words, message):
+    status, _, error = here(capsys, written(tmp_path), *words)
+    assert status == 2 and error.count("\n") == 1 and message in error
+    assert not (tmp_path / "runs").exists()
+
+
+def test_it_is_not_for_mpirun(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("PMI_RANK", "0")
+    monkeypatch.setenv("PMI_SIZE", "4")
+    status, _, error = here(capsys, written(tmp_path))
+    assert status == 2 and "found 4 processes, expected one; give mpirun to --launch" in error
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "it said nothing"),
+        ("\n one \n two\n\n", " two"),
+        ("x\nfedsp_mpi: found, expected\nAbort(2) on node 0\n", "fedsp_mpi: found, expected"),
+        (
+            "x\nTraceback (most recent call last):\n  File\nKeyError: 1\n\nDuring\nTraceback (most recent call last):\n"
+            "  File\n    here\nRuntimeError: why\nAbort(1) on node 1\n",
+            "RuntimeError: why",
+        ),
+    ],
+)
+def test_last_words_are_those_that_say_why(text, words):
+    assert sweep.last_words(text) == words
+
+
+# -- real runs -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory) -> Path:
+    """A folder with a sweep that came to its end, and what it said."""
+    folder = tmp_path_factory.mktemp("sweep")
+    result = go(written(folder))
+    (folder / "said.txt").write_text(result.stdout)
+    return folder
+
+
+def test_each_run_is_complete_and_told_in_one_line(done):
+    first, *lines, last = (done / "said.txt").read_text().splitlines()
+    assert first == f"2 runs in {done / 'runs'}, 0 of them complete"
+    for number, (line, name) in enumerate(zip(lines, ["world-fedsp-1", "world-fedprompt-1"], strict=True), 1):
+        run = read(done / "runs" / name)
+        assert run.status == "complete" and run.committed_rounds == 2
+        score = 100 * run.results[-1]["acc"]
+        assert line.startswith(f"{number}/2  {name}  ") and line.endswith(f" s  acc {score:.2f} %")
+        assert "round 2/2" in (done / "runs" / "logs" / f"{name}.txt").read_text()
+    assert last == f"all runs are complete: python -m fedsp_mpi report {done / 'runs'} --table comparison"
+
+
+def test_each_configuration_is_beside_the_runs_and_gives_the_same_run_alone(done):
+    cells = sweep.cells_of(done / "sweep.yaml")
+    for cell in cells:
+        assert config.load(done / "runs" / "configs" / f"{cell.name}.yaml") == cell.config
+        assert config.changed_keys(read(cell.folder).config, asdict(cell.config)) == []
+
+
+def test_what_is_complete_is_not_started_again(done, capsys):
+    logs = {path: path.stat().st_mtime_ns for path in (done / "runs" / "logs").iterdir()}
+    status, out, _ = here(capsys, done / "sweep.yaml", "--launch", "false")
+    assert status == 0 and "2 of them complete" in out
+    assert out.count("  complete  acc ") == 2
+    assert logs == {path: path.stat().st_mtime_ns for path in (done / "runs" / "logs").iterdir()}
+
+
+def test_a_dry_run_says_what_is_to_do_and_writes_nothing(done, capsys):
+    path = written(done, "more.yaml", seeds=[1, 2])
+    before = sorted(done.rglob("*"))
+    status, out, _ = here(capsys, path, "--dry-run")
+    assert status == 0 and "4 runs in" in out and "2 of them complete" in out
+    lines = out.splitlines()[1:]
+    assert [line.split()[2] for line in lines] == ["complete", "complete", "new", "new"]
+    assert sorted(done.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        (
+            "federation.rounds=3",
+            "world-fedsp-1: found a run (complete) of another configuration (federation.rounds: was 2",
+        ),
+        ("run.label=null", "fedsp and fedprompt both called 'fedsp'"),
+    ],
+)
+def test_records_of_other_configurations_are_refused(done, capsys, setting, message):
+    status, out, error = here(capsys, done / "sweep.yaml", "--set", setting)
+    assert status == 2 and out == "" and message in error and error.count("\n") == 1
+    assert "rounds" not in setting or "so have world-fedprompt-1" in error
+
+
+def test_a_complete_run_whose_method_was_called_otherwise_is_refused(done, capsys):
+    path = written(
+        done, "renamed.yaml", methods={"fedsp": {"extends": str(METHODS / "fedsp.yaml"), "run": {"label": "B"}}}
+    )
+    status, _, error = here(capsys, path)
+    assert status == 2 and "run.label: was FedSP, is B" in error
+
+
+def test_a_run_that_fails_is_named_and_the_others_go_on(tmp_path):
+    bad = {"extends": str(METHODS / "fedsp.yaml"), "data": {"source": str(tmp_path / "nowhere")}}
+    methods = {"bad": bad, "good": str(METHODS / "fedprompt.yaml")}
+    path = written(tmp_path, methods=methods)
+    result = go(path, status=1)
+    _, failed, good, last = result.stdout.splitlines()
+    assert failed.startswith("1/2  world-bad-1  ") and "FAILED with status 2: fedsp_mpi: " in failed, both_ends(result)
+    assert "nowhere" in failed and failed.endswith(f"({tmp_path / 'runs' / 'logs' / 'world-bad-1.txt'})")
+    assert good.startswith("2/2  world-good-1  ") and " acc " in good
+    assert last == "1 of 2 runs failed: world-bad-1; the same command tries them again"
+
+
+STOPS = [
+    pytest.param("mpirun", signal.SIGTERM, 143, id="mpirun"),
+    pytest.param("", signal.SIGINT, 130, id="interrupt", marks=pytest.mark.slow),
+    pytest.param("", signal.SIGUSR1, 75, id="time limit", marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("launch", "number", "status"), STOPS)
+def test_told_to_stop_it_ends_with_its_run_and_goes_on_where_it_was(tmp_path, launch, number, status):
+    path = written(
+        tmp_path,
+        base=short_base("federation.rounds=6", "client.tuning.steps=12"),
+        methods={"fedsp": str(METHODS / "fedsp.yaml")},
+    )
+    words = ["--launch", f"{mpirun()} -n 2"] if launch else []
+    command = [sys.executable, "-m", "fedsp_mpi", "sweep", str(path), *words]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    run = tmp_path / "runs" / "world-fedsp-1"
+    try:
+        end = time.monotonic() + 90
+        while not (run / "checkpoints" / "0001.json").exists() and process.poll() is None and time.monotonic() < end:
+            time.sleep(0.01)
+        process.send_signal(number)
+        _, error = process.communicate(timeout=60)
+    finally:
+        kill_tree(process)
+    assert process.returncode == status, error
+    assert (
+        f"told to stop ({number.name}) in world-fedsp-1; the same command goes on" in error and error.count("\n") == 1
+    )
+    assert 1 <= read(run).committed_rounds < 6 and read(run).status != "complete"
+    require_alone(run)
+    dry = go(path, "--dry-run").stdout
+    assert "after round" in dry and "of 6" in dry
+    go(path, *words)
+    assert read(run).status == "complete" and read(run).rounds["round"].tolist() == [1, 2, 3, 4, 5, 6]
+    assert "goes on after round" in (tmp_path / "runs" / "logs" / "world-fedsp-1.txt").read_text()
+
+
+def require_alone(run: Path) -> None:
+    """No process writes to a run any more."""
+    from fedsp_mpi.record.lock import RunLock
+
+    RunLock.take(run).release()
