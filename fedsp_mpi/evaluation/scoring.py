@@ -88,9 +88,34 @@ def score(
         team: the ranks that share the batches; all of them call this, and get the same.
     """
     start = time.perf_counter()
-    room = model.shape.num_positions - (prompt.spec.num_tokens if prompt else 0)
+    found = loglikelihoods(model, prompt, asked, batch_tokens, on_done, stop, team)
+    if found is None:
+        return None
+    right = np.array([_judge(question, f) for question, f in zip(asked, found)], dtype=float)
+    acc, norm, exact = right.mean(axis=0)
+    main = right[:, 2 if metric == "exact_match" else 0]
+    stderr = float(main.std(ddof=1) / math.sqrt(len(main))) if len(main) > 1 else math.nan
+    if metric == "exact_match":
+        acc = norm = math.nan
+    else:
+        exact = math.nan
+    return Score(len(asked), float(acc), float(norm), float(exact), stderr, time.perf_counter() - start)
+
+
+@torch.no_grad()
+def loglikelihoods(
+    model: LanguageModel,
+    prompt: Prompt | None,
+    asked: Sequence[Question],
+    batch_tokens: int,
+    on_done: Callable[[int], None] = lambda count: None,
+    stop: Callable[[], bool] = lambda: False,
+    team: Team = ALONE,
+) -> list[Found] | None:
+    """What `score` judges by, question by question; arguments and None as there."""
+    room = positions_for_text(model, prompt)
     before = prompt.spec.num_tokens if prompt and prompt.spec.kind == "input" else 0
-    found = [_Found(len(question.options)) for question in asked]
+    found = [Found(len(question.options)) for question in asked]
     mine = [g for index, g in enumerate(_groups(asked, room, before, batch_tokens)) if team.is_mine(index)]
     stopped = stop()
     with model.evaluating():
@@ -102,15 +127,12 @@ def score(
     if team.any(stopped):
         return None
     _share(found, team)
-    right = np.array([_judge(question, f) for question, f in zip(asked, found)], dtype=float)
-    acc, norm, exact = right.mean(axis=0)
-    main = right[:, 2 if metric == "exact_match" else 0]
-    stderr = float(main.std(ddof=1) / math.sqrt(len(main))) if len(main) > 1 else math.nan
-    if metric == "exact_match":
-        acc = norm = math.nan
-    else:
-        exact = math.nan
-    return Score(len(asked), float(acc), float(norm), float(exact), stderr, time.perf_counter() - start)
+    return found
+
+
+def positions_for_text(model: LanguageModel, prompt: Prompt | None) -> int:
+    """The model's positions less the prompt's."""
+    return model.shape.num_positions - (prompt.spec.num_tokens if prompt else 0)
 
 
 @torch.no_grad()
@@ -129,15 +151,15 @@ def answer_loss_mean(
     return sum(sums.tolist()) / max(sum(len(text.ids) - text.answer for text in texts), 1)
 
 
-class _Found:
-    """Log-likelihood of each option, and whether greedy decoding gives it."""
+class Found:
+    """Log-likelihood of each option of a question, and whether greedy decoding gives it."""
 
     def __init__(self, num_options: int) -> None:
         self.loglikelihood = np.zeros(num_options)
         self.greedy = np.zeros(num_options, dtype=bool)
 
 
-def _share(found: list[_Found], team: Team) -> None:
+def _share(found: list[Found], team: Team) -> None:
     """Let every rank know what each found out."""
     if team.size == 1:
         return
@@ -197,7 +219,7 @@ def _stems(index: int, question: Question, room: int) -> list[_Stem]:
     return [_Stem(index, ids, *(tuple(part) for part in zip(*some))) for ids, some in shared.items()]
 
 
-def _score_group(model: LanguageModel, prompt: Prompt | None, group: list[_Stem], found: list[_Found]) -> None:
+def _score_group(model: LanguageModel, prompt: Prompt | None, group: list[_Stem], found: list[Found]) -> None:
     ids = torch.tensor([stem.ids for stem in group], device=model.device)
     stem_of = [row for row, stem in enumerate(group) for _ in stem.options]
     endings = [ending for stem in group for ending in stem.endings]
@@ -236,7 +258,7 @@ def _pad(endings: list[np.ndarray], model: LanguageModel) -> Batch | None:
     return Batch(*both, both[0])
 
 
-def _judge(question: Question, found: _Found) -> tuple[bool, bool, bool]:
+def _judge(question: Question, found: Found) -> tuple[bool, bool, bool]:
     best = int(np.argmax(found.loglikelihood))
     best_norm = int(np.argmax(found.loglikelihood / np.array(question.lengths, dtype=float)))
     return best in question.gold, best_norm in question.gold, bool(found.greedy[list(question.gold)].any())
