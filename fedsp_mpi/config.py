@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -341,7 +342,12 @@ _FREE = (
 
 
 def changed_keys(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """The keys that keep a run from going on under another configuration: "key: was ..., is ..."."""
+    """The keys that keep a run from going on under another configuration: "key: was ..., is ...".
+
+    A key that was not there yet when the run began counts as its default.
+    """
+    with suppress(ConfigError):  # a key that is there no more; it is named as a difference then
+        before = dataclasses.asdict(parse(Config, before, ""))
     return differences(before, now, _FREE)
 
 

@@ -1,5 +1,6 @@
 """A configuration reads back to itself, and a mistake in it is one line: key, found, expected."""
 
+import copy
 import dataclasses
 import functools
 import re
@@ -407,11 +408,18 @@ def test_what_says_where_and_how_a_run_runs_may_differ_and_nothing_else(tmp_path
     start = load(tmp_path, {})
     for dotted, hint in leaves(Config):
         new = another(start, dotted, hint)
-        told = config.changed_keys(nested(dotted, found(start, dotted)), nested(dotted, new))
+        before = dataclasses.asdict(start)
+        told = config.changed_keys(before, merge(before, nested(dotted, new)))
         is_free = (dotted.split(".")[0] in FREE or dotted in FREE) and dotted != "run.seed"
         assert told == ([] if is_free else [f"{dotted}: was {found(start, dotted)}, is {new}"])
 
 
-def test_a_key_that_one_of_them_does_not_have_is_a_difference():
-    assert config.changed_keys({"run": {"seed": 1}}, {"run": {"seed": 1, "luck": 2}}) == ["run.luck: was None, is 2"]
-    assert config.changed_keys({"run": {"seed": 1}}, {"run": {}}) == ["run.seed: was 1, is None"]
+def test_a_key_that_is_new_counts_as_its_default_and_one_that_is_gone_is_a_difference(tmp_path):
+    now = dataclasses.asdict(load(tmp_path, {}))
+    before = copy.deepcopy(now)
+    del before["method"], before["federation"]["clients"], before["server"]["compute"]
+    assert config.changed_keys(before, now) == []
+    del now["run"]["seed"]
+    assert config.changed_keys(before, now) == ["run.seed: was 1, is None"]
+    before["run"]["luck"] = 2
+    assert "run.luck: was 2, is None" in config.changed_keys(before, now)

@@ -332,7 +332,7 @@ class Answers(LM):
 
     def _read(self, ids: Tensor) -> tuple[Any, Tensor]:
         """The forward pass of contexts of one length, [contexts, length], with its cache and its attention mask."""
-        inputs, _ = self._model._inputs(Batch(ids, torch.ones_like(ids), ids), self._prompt)
+        inputs, _ = self._model.inputs(Batch(ids, torch.ones_like(ids), ids), self._prompt)
         return self._model.model.base_model(**{**inputs, "use_cache": True}), inputs["attention_mask"]
 
     def _is_done(self, tokens: list[int], wish: _Wish) -> bool:

@@ -181,10 +181,10 @@ class LanguageModel:
         The prompt takes the first positions and the text those behind it, as in stock peft.
         """
         with self.computing():
-            inputs, before = self._inputs(batch, prompt)
+            inputs, before = self.inputs(batch, prompt)
             return self.model.base_model(**inputs).last_hidden_state[:, before:]
 
-    def _inputs(self, batch: Batch, prompt: Prompt | None) -> tuple[dict[str, Any], int]:
+    def inputs(self, batch: Batch, prompt: Prompt | None) -> tuple[dict[str, Any], int]:
         """Arguments of the forward pass, and the positions that come back before the text's."""
         mask = batch.attention_mask
         if prompt is None:
@@ -232,7 +232,7 @@ class LanguageModel:
         """
         batch = Batch(ids, torch.ones_like(ids), ids)
         with self.computing():
-            inputs, _ = self._inputs(batch, prompt)
+            inputs, _ = self.inputs(batch, prompt)
             output = self.model.base_model(**{**inputs, "use_cache": True})
             first = self.head(output.last_hidden_state[:, -1])[rows]
             if endings is None:
