@@ -146,10 +146,15 @@ def diff(options: argparse.Namespace) -> int:
 
 
 def bench(options: argparse.Namespace) -> int:
-    """`bench`: ratios against the bare libraries, in one run."""
+    """`bench`: ratios against the bare libraries, in one run; and what prompts of the auxiliary model are worth."""
     log = _log(options)
     if options.what == "wire":
         _bench_wire(log, options.repeats)
+        return 0
+    if options.what == "transfer":
+        from fedsp_mpi import transfer
+
+        _show(transfer.table(_user(transfer.transfer, _settings(options.config, options.set), options.steps, log)))
         return 0
     from fedsp_mpi import bench as room
 
@@ -294,9 +299,10 @@ def _parser() -> argparse.ArgumentParser:
     verb.set_defaults(run=diff)
 
     verb = verbs.add_parser("bench", help="measure the overhead against bare torch and bare mpi4py")
-    verb.add_argument("what", choices=("local", "wire"), help="local: one process; wire: under mpirun")
+    verb.add_argument("what", choices=("local", "wire", "transfer"), help="wire: under mpirun; the others: one process")
     _add_configuration(verb)
     verb.add_argument("--repeats", type=int, default=15, metavar="N", help="counted repetitions (15)")
+    verb.add_argument("--steps", type=int, default=20, metavar="N", help="of prompt tuning, for transfer (20)")
     verb.set_defaults(run=bench)
     return parser
 

@@ -25,7 +25,7 @@ ORDER = (
     {"scores"},
     {"server_run", "helper_run"},
     {"run"},
-    {"bench", "check", "evaluate", "fetch", "plan", "sweep"},
+    {"bench", "check", "evaluate", "fetch", "plan", "transfer", "sweep"},
     {"plan_text"},
     {"cli"},
     {"__main__"},
