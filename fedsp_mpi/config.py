@@ -344,10 +344,10 @@ _FREE = (
 def changed_keys(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """The keys that keep a run from going on under another configuration: "key: was ..., is ...".
 
-    A key that was not there yet when the run began counts as its default.
+    A key that one of them does not have counts as its default: it was not there yet when a run began.
     """
     with suppress(ConfigError):  # a key that is there no more; it is named as a difference then
-        before = dataclasses.asdict(parse(Config, before, ""))
+        before, now = (dataclasses.asdict(parse(Config, each, "")) for each in (before, now))
     return differences(before, now, _FREE)
 
 

@@ -62,6 +62,7 @@ def test_the_plan_says_what_the_run_sends_and_holds(whole):
     assert found.server.device > 16 * method.holds  # weights, gradients, moments: of server and control
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kept", ["kept", "restarted"])
 def test_a_killed_run_goes_on_with_equal_bits(tmp_path, kept):
     settings = (*FINETUNE, f"federation.client_state={kept}", "federation.rounds=3", "client.resident=1")
@@ -75,6 +76,7 @@ def test_a_killed_run_goes_on_with_equal_bits(tmp_path, kept):
     assert folders[0].read_bytes() == folders[1].read_bytes()
 
 
+@pytest.mark.slow
 def test_a_server_of_two_ranks_has_the_losses_of_one(tmp_path):
     two = ("federation.clients=2", *FINETUNE)
     short_run(3, tmp_path, "one", *two)
