@@ -26,7 +26,7 @@ import xxhash
 from fedsp_mpi.record import files
 from fedsp_mpi.tensors import State
 
-LAYOUT = 1
+LAYOUT = 2
 FOLDER = "checkpoints"
 
 
