@@ -20,6 +20,7 @@ from fedsp_mpi.comm.survey import free_memory
 from fedsp_mpi.log import Log
 from fedsp_mpi.materials import RESOURCES, Materials
 from fedsp_mpi.models import auxiliary, backbone
+from fedsp_mpi.record import read
 from fedsp_mpi.record.probe import Probe, look
 from fedsp_mpi.tensors import seal
 
@@ -361,16 +362,9 @@ def test_the_plan_is_near_what_a_run_takes(tmp_path):
     devices = ("server.compute.device=cpu", "client.compute.device=cpu")
     where = (f"model.name={folder}", f"data.source={data}", f"run.folder={tmp_path / 'runs'}")
     settings = [*where, *devices, *short, *more]
-    code = """
-        import resource, sys
-        from fedsp_mpi import cli
-        status = cli.main(sys.argv[1:])
-        print("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10, flush=True)
-        sys.exit(status)
-    """
     arguments = [item for setting in settings for item in ("--set", setting)]
-    result = run_mpi(3, ["-c", textwrap.dedent(code), "run", "--name", "n", *arguments], timeout=200)
-    peaks = sorted(int(number) for number in re.findall(r"^peak (\d+)$", result.stdout, re.M))
+    run_mpi(3, ["-m", "fedsp_mpi", "run", "--name", "n", *arguments], timeout=200)
+    peaks = [rank["host"] for rank in read(tmp_path / "runs" / "n").sections["memory"]["ranks"]]
     chosen = config.load(None, settings)
     sizes = capacity.Sizes.of(Materials(chosen), 10)
     needs = [capacity.server(chosen, sizes), capacity.client(chosen, sizes, 1), capacity.client(chosen, sizes, 1)]
