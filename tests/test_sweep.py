@@ -287,7 +287,13 @@ def test_told_to_stop_it_ends_with_its_run_and_goes_on_where_it_was(tmp_path, la
     command = [sys.executable, "-m", "fedsp_mpi", "sweep", str(path), *words]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        command,
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # what runs in the background may ignore it
     )
     run = tmp_path / "runs" / "world-fedsp-1"
     try:
