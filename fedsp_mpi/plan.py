@@ -181,12 +181,12 @@ class _Costs:
     def phases(self) -> dict[str, float]:
         """FLOPs of the whole run by phase."""
         config, rounds, all_weights = self.config, self.config.federation.rounds, self.config.tunes_weights
-        client = {name: 0.0 for name in ([_FINE_TUNING] if all_weights else _STAGES)}
-        turns = rounds * self._per_round()
-        for name, stage, trained in [] if all_weights else self._stages():
-            client[name] = turns * stage.steps * self._step(stage, self.small, trained)
+        turns, stage = rounds * self._per_round(), config.client.tuning
         if all_weights:
-            client[_FINE_TUNING] = turns * config.client.tuning.steps * self._weights_step(config.client.tuning)
+            client = {_FINE_TUNING: turns * stage.steps * self._weights_step(stage)}
+        else:
+            done = {name: stage.steps * self._step(stage, self.small, how) for name, stage, how in self._stages()}
+            client = {name: turns * done.get(name, 0.0) for name in _STAGES}
         stage = config.server.tuning
         once = self._weights_step(stage) if all_weights else self._step(stage, self.large, _PROMPTS)
         tuning = rounds * stage.steps * once

@@ -40,14 +40,15 @@ def markdown(plans: list[Plan], tflops: float) -> str:
     """Plans as two Markdown tables: what each method asks of a client, and what each whole run costs."""
     methods = [(plan.label, *_row(method)) for plan in plans for method in plan.methods]
     sizes = ("global", "auxiliary", "ratio", "server's memory", "a client's")
-    head = ("configuration", *sizes, *plans[0].phases, "hours, one GPU", "a GPU each")
+    phases = list(dict.fromkeys(phase for plan in plans for phase in plan.phases))
+    head = ("configuration", *sizes, *phases, "hours, one GPU", "a GPU each")
     runs = [
         (
             plan.label,
             *(f"{number:,}" for number in (plan.sizes.global_model, plan.sizes.auxiliary)),
             f"{plan.ratios['as held']:#.3g} x" if plan.ratios else "",
             *(_gib(need.device + need.host + capacity.LIBRARIES) for need in (plan.server, plan.client)),
-            *(_scaled(flops, "FLOP") for flops in plan.phases.values()),
+            *(_scaled(plan.phases.get(phase, 0.0), "FLOP") for phase in phases),
             *(hours(flops, tflops) for flops in (plan.flops, plan.critical)),
         )
         for plan in plans

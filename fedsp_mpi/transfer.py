@@ -28,6 +28,7 @@ from fedsp_mpi.training.device import Compute
 from fedsp_mpi.training.engine import TorchEngine
 from fedsp_mpi.training.team import ALONE
 
+FOLDER = "bench-transfer"
 _BATCHES = 4  # whose gradients are compared
 
 
@@ -53,20 +54,26 @@ class Place:
 def transfer(config: Config, steps: int, log: Log) -> list[Place]:
     """Compare both models at the first prompts, and after `steps` of client.tuning on either, on client 0's text.
 
-    The auxiliary model is made as a run makes it, into run.folder, where later runs of the same recipe find it.
+    The auxiliary model is made as a run makes it, into `FOLDER` below run.folder, where later runs of the same recipe
+    find it.
 
-    Raises ValueError for a mistake in model, data or steps.
+    Raises ValueError for a mistake in model, data or steps, or if a run lives in that folder.
     """
     if steps < 1:
         raise ValueError(f"--steps: found {steps}, expected at least 1")
     if config.tunes_weights or not config.federation.clients:
         raise ValueError("method, federation.clients: found no clients with prompts, whose transfer could be measured")
+    if (Path(config.run.folder) / FOLDER / "run.h5").exists():
+        raise ValueError(
+            f"{Path(config.run.folder) / FOLDER}: found a run, expected a folder for the auxiliary model of `bench "
+            "transfer`; choose another run.folder"
+        )
     materials = Materials(config)
     materials.check()
     compute = Compute.of(config.server.compute, Topology.alone())
     compute.begin()
     large = build.global_model(materials, compute)
-    folder = Path(config.run.folder) / ("transfer" if config.run.name == "auto" else config.run.name)
+    folder = Path(config.run.folder) / FOLDER
     small, _ = preparation.auxiliary_model(materials, large, compute, ALONE, folder, log, lambda: False, False)
     small.train_weights(False)
     return _Pair(materials, large, small, steps).places()

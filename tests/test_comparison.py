@@ -139,7 +139,10 @@ def test_what_clients_hold_and_train(tmp_path):
     central = made(tmp_path, "central", clients=0, control=None)
     runs = [made(tmp_path, "prompts", **quiet), made(tmp_path, "joint", **joint), central]
     tuned = made(tmp_path, "tuned", method="finetune")
-    sections = {**tuned.sections, "models": {"global": 9000, "auxiliary": 9000, "prompt_on_the_wire": 9000}}
+    sections = {
+        **tuned.sections,
+        "models": {"global": 9000, "auxiliary": 9000, "prompt": 0, "prompt_on_the_wire": 9000},
+    }
     memory = {"memory": {"clients": 1_500_000_000, "server": 3}}
     found = rows(comparison_table(compare([*runs, replace(tuned, sections=sections | memory)])))
     assert found["prompts"][1:] == ["3.00 k", "500", "2.0 kB", "1.50", ""]

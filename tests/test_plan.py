@@ -190,6 +190,13 @@ def test_the_baselines_are_configurations_of_the_same_system(model, method, row)
     assert found.phases["distillation"] == found.phases["client alignment"] == 0 < found.phases["server tuning"]
 
 
+def test_a_table_of_different_methods_has_a_column_for_each_phase():
+    plans = [planned(f"opt/{method}/arc_easy.yaml") for method in ("fedsp", "finetune")]
+    rows = [line for line in plan_text.markdown(plans, 40).split("\n\n")[1].splitlines() if line.startswith("|")]
+    assert len(rows) == 4 and len({row.count("|") for row in rows}) == 1
+    assert "client alignment" in rows[0] and "client fine-tuning" in rows[0] and "0 FLOP" in rows[3]
+
+
 # A real run.
 
 

@@ -39,7 +39,7 @@ def test_a_cell_has_others_and_a_prefix_of_another_depth_is_mapped(tmp_path):
     for settings in ([], ["auxiliary.depth=1"], ["prompt.projection=8"], ["prompt.kind=input"]):
         first, mine, its = places(tmp_path, *settings)
         assert abs(first.cosine) < 0.99 and math.isfinite(mine.cosine) and mine.loss != its.loss, settings
-    assert (tmp_path / "transfer" / "auxiliary" / "distillation.json").exists()
+    assert (tmp_path / transfer.FOLDER / "auxiliary" / "distillation.json").exists()
 
 
 def test_a_cosine_is_that_of_all_tensors_as_one_vector():
@@ -54,6 +54,15 @@ def test_what_has_no_transfer(tmp_path, settings):
         places(tmp_path, *settings)
     with pytest.raises(ValueError, match="--steps: found 0"):
         places(tmp_path, steps=0)
+
+
+def test_a_run_of_that_name_keeps_its_auxiliary_model(tmp_path):
+    folder = tmp_path / transfer.FOLDER
+    folder.mkdir()
+    (folder / "run.h5").touch()
+    with pytest.raises(ValueError, match="found a run, expected a folder for the auxiliary model"):
+        places(tmp_path)
+    assert [path.name for path in folder.iterdir()] == ["run.h5"]
 
 
 def test_the_verb_shows_a_table(tmp_path):

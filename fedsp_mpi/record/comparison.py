@@ -287,7 +287,7 @@ def _parameters(run: Run) -> tuple[int, int] | None:
     held, wire = models.get("auxiliary"), models.get("prompt_on_the_wire")
     if not isinstance(held, int) or not isinstance(wire, int) or not len(run.clients):
         return None
-    if run.config.get("method") == "finetune":
+    if models.get("prompt") == 0:  # what travels is the model
         return held, held
     aligns = client.get("training") == "joint" or client.get("alignment", {}).get("steps", 0) > 0
     return held, wire + (held if aligns else 0)
