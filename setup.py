@@ -20,7 +20,7 @@ setup(
     long_description_content_type="text/markdown",
     python_requires=">=3.11",
     packages=find_packages(include=["fedsp_mpi", "fedsp_mpi.*"]),
-    package_data={"fedsp_mpi.resources": ["*.yaml", "model/*", "data/*"]},
+    package_data={"fedsp_mpi.resources": ["*.yaml", "recipes/*.yaml", "model/*", "data/*"]},
     install_requires=[
         "mpi4py>=4.1",
         "torch",

@@ -81,14 +81,15 @@ def _require_comparable(config: Config, repeats: int) -> None:
 
 def _bare_side(materials: Materials, compute: Compute) -> tuple[Handout, _BareLoop]:
     """A hand-out without distillation, and the loop that begins with it as well."""
-    config, cell = materials.config, materials.layers_per_cell
+    config = materials.config
     model = backbone.load_global(materials.model_name, device=compute.device)
-    whole = auxiliary.unroll(auxiliary.cut(model, config.auxiliary.start_layer, cell), materials.depth)
-    small = LanguageModel(whole, compute.dtype)
+    whole = auxiliary.unroll(auxiliary.cut(model, config.auxiliary), materials.depth)
+    small = LanguageModel(whole, compute.dtype, candidates=materials.candidates)
     prompt = Prompt(materials.prompt_spec.at_depth(materials.depth))
     prompt.initialise(config.run.seed, config.prompt.init_std).to(compute.device)
     down = NamedTensors.pack(prompt.tensors())
-    meta = {"cell": auxiliary.cell_config(model.model.config, cell).to_dict(), "depth": materials.depth}
+    cell = auxiliary.cell_config(model.model.config, config.auxiliary)
+    meta = {"cell": cell.to_dict(), "depth": materials.depth}
     handout = Handout(
         meta | {"folder": "", "states": {}},
         NamedTensors.join({"auxiliary/": auxiliary.pack(small), "prompt/": down}),

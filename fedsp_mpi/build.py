@@ -55,6 +55,7 @@ def global_model(materials: Materials, compute: Compute) -> LanguageModel:
         dtype=compute.dtype,
         checkpointing=settings.gradient_checkpointing,
         trainable=materials.config.tunes_weights,
+        candidates=materials.candidates,
     )
 
 
@@ -71,7 +72,7 @@ def servers(materials: Materials, model: LanguageModel, compute: Compute, team: 
     config, make = materials.config, METHODS[materials.config.method].server
     control = None
     if config.evaluation.server_only and config.server.tuning.steps and config.federation.clients:
-        own = LanguageModel(copy.deepcopy(model.model), model.dtype) if config.tunes_weights else model
+        own = copy.deepcopy(model) if config.tunes_weights else model
         control = make(materials, own, compute, team)
     return Servers(make(materials, model, compute, team), control)
 
@@ -148,13 +149,13 @@ def scoring_model(materials: Materials, model: LanguageModel) -> LanguageModel:
 
 
 def _prompt_server(materials: Materials, model: LanguageModel, compute: Compute, team: Team) -> Server:
-    prompt = materials.first_prompt().to(compute.device)
-    return prompt_tuning.Server(model, prompt, materials.depth, *_tuning(materials, team), weighted_mean, team)
+    prompt = materials.first_prompt(model).to(compute.device)
+    return prompt_tuning.Server(model, prompt, materials.depth_map, *_tuning(materials, team), weighted_mean, team)
 
 
 def _prompt_handout(materials: Materials, server: Server, small: LanguageModel) -> tuple[Any, NamedTensors, Contract]:
     prompts = server.broadcast()
-    cell = auxiliary.cell_config(small.model.config, materials.layers_per_cell)
+    cell = auxiliary.cell_config(materials.model_config, materials.config.auxiliary)
     tensors = NamedTensors.join({"auxiliary/": auxiliary.pack(small), "prompt/": prompts})
     return cell, tensors, Contract(prompts.schema, prompts.schema, fedsp.METRICS)
 
@@ -213,7 +214,13 @@ def _tuning(materials: Materials, team: Team) -> tuple[Batches | None, StageConf
 def _clients_model(materials: Materials, compute: Compute, given: Handout, dropout: bool = False) -> LanguageModel:
     checkpointing = materials.config.model.gradient_checkpointing
     return auxiliary.build(
-        given.meta["cell"], given.meta["depth"], compute.device, compute.dtype, dropout, checkpointing
+        given.meta["cell"],
+        given.meta["depth"],
+        compute.device,
+        compute.dtype,
+        dropout,
+        checkpointing,
+        materials.candidates,
     )
 
 

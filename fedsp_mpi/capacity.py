@@ -56,7 +56,7 @@ class Sizes:
         config, shape = materials.model_config, materials.shape
         if materials.config.tunes_weights:
             return cls.all_weights(outline(config, shape.num_layers), length)
-        cell = auxiliary.cell_config(config, materials.layers_per_cell)
+        cell = auxiliary.cell_config(config, materials.config.auxiliary)
         models = outline(config, shape.num_layers), outline(cell, materials.depth)
         return cls.between(*models, materials.prompt_spec, length)
 

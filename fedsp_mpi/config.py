@@ -10,11 +10,12 @@ from typing import Any, Literal
 
 import yaml
 
-from fedsp_mpi.plain import ConfigError, differences, key_value, parse, put, read_yaml
+from fedsp_mpi.plain import ConfigError, differences, key_value, merge, parse, put, read_yaml
 from fedsp_mpi.running import CheckpointConfig, DeadlineConfig, RecordConfig, RunConfig, TopologyConfig
 from fedsp_mpi.stages import ComputeConfig, Dtype, StageConfig, at_least
 
 EMBEDDED = Path(__file__).parent / "resources" / "embedded.yaml"
+RECIPES = EMBEDDED.parent / "recipes"
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,9 @@ class DataConfig:
     # many examples; 0: nothing, so that what clients learn is all there is.
     server_share: float | None = None
     partition: Literal["iid", "labels", "quantity"] = "iid"  # among the owners: equal, label skew, quantity skew
+    # What an answer's cross entropy runs over: all tokens, or those that the task's choices are made of. auto: the
+    # choices where every example has the same ones, else the vocabulary.
+    loss_over: Literal["vocabulary", "choices", "auto"] = "vocabulary"
     alpha: float = 0.5  # of the Dirichlet distribution that makes the skew: 0.1 is strong, 100 hardly any
 
     def check(self, where: str) -> None:
@@ -68,14 +72,23 @@ class AuxiliaryConfig:
 
     start_layer: int = 0
     layers_per_cell: int | None = 1  # None: as many as it is deep, so that none is shared
-    depth: int | None = None  # None: as deep as the global model
+    depth: float | None = None  # layers; below 1: a fraction of the global model's; None: as deep as that
+    exit: bool = False  # a linear layer behind the final norm, fitted before the first round (tuned lens)
     dropout: bool = False  # the model's own dropout while its weights are trained
+
+    def check(self, where: str) -> None:
+        if self.depth is not None and not (self.depth > 0 and (self.depth < 1 or self.depth % 1 == 0)):
+            raise ConfigError(
+                f"{where}.depth: found {self.depth}, expected a whole number of layers, or a fraction between 0 and 1"
+            )
 
 
 @dataclass(frozen=True)
 class DistillationConfig:
-    """Aligns the auxiliary model with the global one before the first round."""
+    """Aligns the auxiliary model with the global one before the first round: its exit first, then all its weights."""
 
+    exit_texts: int = 800  # that an exit is fitted to, by least squares
+    exit_ridge: float = 0.01  # how strongly it is held to the identity, in units of the states' mean square
     stage: StageConfig = StageConfig(steps=200)
     text: str | None = None  # a .txt or .txt.gz file, or a folder of them, of plain text; None: the server's shard
     text_length: int = 128  # tokens of a piece of plain text
@@ -89,6 +102,9 @@ class DistillationConfig:
 
     def check(self, where: str) -> None:
         self.stage.check(f"{where}.stage")
+        at_least(where, "exit_texts", self.exit_texts, 1)
+        if not self.exit_ridge > 0:
+            raise ConfigError(f"{where}.exit_ridge: found {self.exit_ridge}, expected a number above 0")
         at_least(where, "text_length", self.text_length, 2)
         if self.text_lines is not None:
             at_least(where, "text_lines", self.text_lines, 1)
@@ -111,7 +127,13 @@ class PromptConfig:
 
     kind: Literal["prefix", "input"] = "prefix"
     num_tokens: int = 40
+    # Where it begins: noise, or what the global model makes of the words of init_text, over and over.
+    init: Literal["random", "text"] = "random"
     init_std: float = 0.02
+    init_text: str = "Read the text carefully and answer the question about it. Choose the answer that fits best."
+    # Between models of different depth: repeat up and average down; or layer by layer, where the auxiliary model's
+    # layers are some of the global one's.
+    mapping: Literal["repeat", "same_layers"] = "repeat"
     projection: int | None = None  # width of the re-parameterisation's hidden layer; None: no projection
 
 
@@ -166,6 +188,7 @@ class EvaluationConfig:
 class Config:
     """One experiment."""
 
+    recipe: Literal["early_exit", "paper"] = "early_exit"  # values of all keys that are not given: resources/recipes
     # fedsp: prompts are the messengers; finetune: the global model's own weights are (algorithms/).
     method: Literal["fedsp", "finetune"] = "fedsp"
     run: RunConfig = RunConfig()
@@ -188,8 +211,14 @@ class Config:
         """Whether the global model's own weights are tuned and travel; there is no prompt then, and no small model."""
         return self.method == "finetune"
 
+    @property
+    def distils(self) -> bool:
+        """Whether the auxiliary model is aligned with the global one on some text."""
+        return not self.tunes_weights and (self.auxiliary.exit or self.distillation.stage.steps > 0)
+
     def check(self) -> None:
         """Raise ConfigError on the first value that cannot work, whatever the model and the data."""
+        self.auxiliary.check("auxiliary")
         self.server.tuning.check("server.tuning")
         self.client.alignment.check("client.alignment")
         self.client.tuning.check("client.tuning")
@@ -246,10 +275,10 @@ class Config:
                     f"server.tuning.steps: found {self.server.tuning.steps} with data.server_share=0, expected 0: "
                     "a server without examples only averages"
                 )
-            if self.distillation.stage.steps and self.distillation.text is None:
+            if self.distils and self.distillation.text is None:
                 raise ConfigError(
                     "distillation.text: found none with data.server_share=0, expected a file of plain text; or set "
-                    "distillation.stage.steps=0"
+                    "distillation.stage.steps=0 and auxiliary.exit=false"
                 )
         for key, stage in (("distillation.stage", self.distillation.stage), ("server.tuning", self.server.tuning)):
             if stage.batch_size % self.topology.server_ranks:
@@ -261,6 +290,17 @@ class Config:
     def _check_prompt(self) -> None:
         if self.prompt.projection is not None and self.prompt.kind == "input":
             raise ConfigError("prompt.projection: found with prompt.kind=input, expected prompt.kind=prefix")
+        if self.prompt.projection is not None and self.prompt.init == "text":
+            raise ConfigError("prompt.init: found text with prompt.projection, expected random")
+        if not self.prompt.init_text.strip():
+            raise ConfigError("prompt.init_text: found no words, expected some; or set prompt.init=random")
+        shared = self.auxiliary.layers_per_cell not in (None, self.auxiliary.depth)
+        if self.prompt.mapping == "same_layers" and shared and not self.tunes_weights:
+            raise ConfigError(
+                "prompt.mapping: found same_layers with an auxiliary model that runs its layers more than once "
+                f"(auxiliary.layers_per_cell={self.auxiliary.layers_per_cell}), expected repeat; or set "
+                "auxiliary.layers_per_cell=null"
+            )
         if self.model.gradient_checkpointing and self.prompt.kind == "prefix":
             raise ConfigError(
                 "model.gradient_checkpointing: found true with prompt.kind=prefix, which trains silently wrong "
@@ -282,7 +322,6 @@ LEAST = {
     "data.limit.test": 1,
     "auxiliary.start_layer": 0,
     "auxiliary.layers_per_cell": 1,
-    "auxiliary.depth": 1,
     "prompt.num_tokens": 1,
     "prompt.init_std": 0,
     "prompt.projection": 1,
@@ -313,7 +352,8 @@ def load(path: str | Path | None, overrides: list[str] | None = None, values: di
     `overrides` are `key=value`, whose value is YAML; `values` are texts as they stand.
     A file may say `extends: other.yaml`, or a list of files (relative to itself); the later win, and its own keys most.
     """
-    data = read_yaml(Path(path) if path is not None else EMBEDDED)
+    given = read_yaml(Path(path) if path is not None else EMBEDDED)
+    data = merge(_recipe(given, overrides or [], values or {}), given)
     for item in overrides or []:
         key, value = key_value(item)
         put(data, key, value, f"--set {item}")
@@ -322,6 +362,14 @@ def load(path: str | Path | None, overrides: list[str] | None = None, values: di
     config = parse(Config, data, "")
     config.check()
     return config
+
+
+def _recipe(data: dict[str, Any], overrides: list[str], values: dict[str, str]) -> dict[str, Any]:
+    """What the recipe, wherever it is named, says about keys that are not given."""
+    named = [data.get("recipe"), *(value for key, value in map(key_value, overrides) if key == "recipe")]
+    named.append(values.get("recipe"))
+    name = next((each for each in reversed(named) if each is not None), Config.recipe)
+    return read_yaml(RECIPES / f"{parse(Literal['early_exit', 'paper'], name, 'recipe')}.yaml")
 
 
 # What may differ when a run goes on: where and how it runs, not what comes of it.
@@ -337,7 +385,7 @@ _FREE = (
         "checkpoint.",
         "record.",
     ),
-    *("client.resident", "distillation.reuse"),
+    *("client.resident", "distillation.reuse", "recipe"),
 )
 
 

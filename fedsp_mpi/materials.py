@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from fedsp_mpi.config import Config, ConfigError, StageConfig
 from fedsp_mpi.data import partition, sources, tasks
-from fedsp_mpi.data.tokens import Batches, Text, encode, pieces
+from fedsp_mpi.data.tokens import Batches, Text, encode, encode_pairs, pieces
 from fedsp_mpi.evaluation.scoring import Question, questions
 from fedsp_mpi.models import auxiliary, backbone
-from fedsp_mpi.models.prompts import Prompt, PromptSpec, require_positions
+from fedsp_mpi.models.prompts import DepthMap, Prompt, PromptSpec, require_positions
 from fedsp_mpi.training.team import ALONE, Team
 
 RESOURCES = Path(__file__).parent / "resources"
@@ -68,7 +69,7 @@ class Materials:
     @property
     def depth(self) -> int:
         """Layers of the auxiliary model, shared ones counted as often as they run."""
-        return self.config.auxiliary.depth or self.shape.num_layers
+        return auxiliary.depth(self.config.auxiliary, self.shape.num_layers)
 
     @property
     def layers_per_cell(self) -> int:
@@ -85,6 +86,34 @@ class Materials:
         """The prompts at the depth of the global model."""
         prompt = self.config.prompt
         return PromptSpec.of(self.shape, prompt.kind, prompt.num_tokens, prompt.projection)
+
+    @property
+    def depth_map(self) -> DepthMap:
+        """How prompts go between the global model and the auxiliary one."""
+        same = self.config.prompt.mapping == "same_layers"
+        return DepthMap(self.prompt_spec, self.depth, self.config.auxiliary.start_layer if same else None)
+
+    @cached_property
+    def candidates(self) -> torch.Tensor | None:
+        """Sorted ids of the tokens that the task's choices are made of; None: losses are over the whole vocabulary.
+
+        Raises ConfigError if they are asked for and the examples do not all have the same choices.
+        """
+        over, splits = self.config.data.loss_over, self.splits
+        if over == "vocabulary":
+            return None
+        examples = [*splits.train, *splits.validation, *splits.test]
+        found = {example.choices for example in examples}
+        if len(found) > 1 or self.task.metric != "multiple_choice":
+            if over == "auto":
+                return None
+            raise ConfigError(
+                f"data.loss_over: found choices with {self.config.data.task}, whose examples have {len(found)} "
+                "different sets of choices, expected a task with one set for all; set it to auto or vocabulary"
+            )
+        answers = {" " + choice for choice in examples[0].choices} | {example.target for example in examples}
+        texts = encode_pairs(self.tokenizer, [(examples[0].context, answer) for answer in sorted(answers)])
+        return torch.tensor(sorted({int(token) for text in texts for token in text.ids[text.answer :]}))
 
     @property
     def max_length(self) -> int:
@@ -124,8 +153,19 @@ class Materials:
         seed, part = self.config.run.seed, (team.rank, team.size)
         return Batches(texts, stage.batch_size, stage.micro_batch, seed, *whose, part=part)
 
-    def first_prompt(self) -> Prompt:
-        return Prompt(self.prompt_spec).initialise(self.config.run.seed, self.config.prompt.init_std)
+    def first_prompt(self, model: backbone.LanguageModel) -> Prompt:
+        """The prompts that everybody begins with, at the depth of the global model `model`, on the CPU."""
+        prompt, settings = Prompt(self.prompt_spec), self.config.prompt
+        if settings.init == "random":
+            return prompt.initialise(self.config.run.seed, settings.init_std)
+        ids = self.tokenizer(settings.init_text)["input_ids"]
+        tokens = torch.tensor((ids * settings.num_tokens)[: settings.num_tokens])
+        if settings.kind == "input":
+            first = model.model.get_input_embeddings()(tokens.to(model.device)).detach().float()
+        else:
+            first = model.keys_and_values(tokens).permute(3, 0, 1, 2, 4).reshape(settings.num_tokens, -1)
+        prompt.load({"prompt": first.cpu()})
+        return prompt
 
     def check(self) -> None:
         """Raise ValueError on the first thing that cannot work, before any weight is loaded."""
@@ -133,7 +173,7 @@ class Materials:
             auxiliary.require_cell(self.config.auxiliary, self.shape.num_layers, self.model_name)
         require_positions(self.num_prompt_tokens, self.shape.num_positions, self.model_name)
         tasks.check_columns(self.task, self.source)
-        _ = self.shards
+        _ = self.shards, self.candidates
         vocabulary = self.model_config.vocab_size
         if len(self.tokenizer) > vocabulary:
             raise ConfigError(
@@ -141,7 +181,7 @@ class Materials:
                 "name the tokenizer that belongs to the model"
             )
         _ = self.shard(0), self.validation
-        if self.config.distillation.stage.steps and not self.config.tunes_weights:
+        if self.config.distils:
             _ = self.distillation_texts
 
 

@@ -79,11 +79,11 @@ def _parse_scalar(kind: Any, data: Any, where: str) -> Any:
 
 
 def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """`base` with `over` laid on it, section by section; neither is changed."""
+    """`base` with `over` laid on it, section by section, of which an empty one changes nothing; neither is changed."""
     merged = dict(base)
     for key, value in over.items():
-        if isinstance(value, dict) and isinstance(merged.get(key), dict):
-            value = merge(merged[key], value)
+        if isinstance(merged.get(key), dict) and (value is None or isinstance(value, dict)):
+            value = merge(merged[key], value or {})
         merged[key] = value
     return merged
 

@@ -27,7 +27,7 @@ from torch import nn
 from fedsp_mpi import capacity
 from fedsp_mpi.capacity import Need, Sizes, outline
 from fedsp_mpi.comm.messages import HEADER_BYTES
-from fedsp_mpi.config import EMBEDDED, Config, StageConfig
+from fedsp_mpi.config import EMBEDDED, AuxiliaryConfig, Config, StageConfig
 from fedsp_mpi.models import auxiliary, backbone
 from fedsp_mpi.models.architectures import config_of, forward, ratios
 from fedsp_mpi.models.backbone import LanguageModel
@@ -166,9 +166,9 @@ class _Costs:
     def __init__(self, config: Config, settings: Any, tokens: int | None) -> None:
         self.config = config
         self.large = outline(settings, settings.num_hidden_layers)
-        cell = auxiliary.cell_config(settings, auxiliary.cell_size(config.auxiliary, settings.num_hidden_layers))
-        self.small = outline(cell, config.auxiliary.depth or settings.num_hidden_layers)
-        self.single = outline(auxiliary.cell_config(settings, 1), 1)
+        cell = auxiliary.cell_config(settings, config.auxiliary)
+        self.small = outline(cell, auxiliary.depth(config.auxiliary, settings.num_hidden_layers))
+        self.single = outline(auxiliary.cell_config(settings, AuxiliaryConfig(layers_per_cell=1)), 1)
         shape, prompt = self.large.shape, config.prompt
         self.spec = PromptSpec.of(shape, prompt.kind, prompt.num_tokens, prompt.projection)
         self.texts = _texts(config, shape.num_positions, tokens)

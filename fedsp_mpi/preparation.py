@@ -17,10 +17,12 @@ from fedsp_mpi.log import Log, duration
 from fedsp_mpi.materials import Materials
 from fedsp_mpi.models import auxiliary
 from fedsp_mpi.models.backbone import LanguageModel
+from fedsp_mpi.models.prompts import Prompt
 from fedsp_mpi.record import Checkpoints
 from fedsp_mpi.tensors import State
 from fedsp_mpi.training.device import Compute
 from fedsp_mpi.training.distill import Progress, distil
+from fedsp_mpi.training.exit import Side, fit_exit
 from fedsp_mpi.training.team import Team
 
 Stop = Callable[[], bool]
@@ -57,7 +59,7 @@ def auxiliary_model(
     config = materials.config
     if config.tunes_weights:
         return model, {"engine": "none", "steps": 0}
-    texts = materials.distillation_texts if config.distillation.stage.steps else []
+    texts = materials.distillation_texts if config.distils else []
     recipe = _recipe(materials, model, compute, texts)
     target = folder / "auxiliary"
     own = target if is_resumed or _has_recipe(target, recipe) else None
@@ -103,19 +105,22 @@ def _distilled(
     materials: Materials, model: LanguageModel, team: Team, log: Log, stop: Stop, progress: Progress
 ) -> tuple[LanguageModel, dict[str, Any]]:
     config = materials.config
-    cell = auxiliary.cut(model, config.auxiliary.start_layer, materials.layers_per_cell)
+    cell = auxiliary.cut(model, config.auxiliary)
     small = LanguageModel(auxiliary.unroll(cell, materials.depth), model.dtype, config.auxiliary.dropout)
-    stage = config.distillation.stage
+    stage, story = config.distillation.stage, {}
+    seed, part = config.run.seed, (team.rank, team.size)
+    if config.auxiliary.exit:
+        story = _fitted_exit(materials, model, small, team, log, stop)
     if not stage.steps:
-        return small, {"engine": "none", "steps": 0}
-    texts, seed, part = materials.distillation_texts, config.run.seed, (team.rank, team.size)
+        return small, {"engine": "none", "steps": 0} | story
+    texts = materials.distillation_texts
     batches = Batches(texts, stage.batch_size, stage.micro_batch, seed, "distillation", part=part)
     done = distil(small, model, batches, config.distillation, seed, log, stop, team, progress)
     log.say(
         f"distilled in {stage.steps} steps, {duration(done.trace.seconds)}, loss {done.trace.first:.4f} -> "
         f"{done.trace.last:.4f}, by {done.engine} {done.engine_version}"
     )
-    return small, {
+    return small, story | {
         "engine": done.engine,
         "engine_version": done.engine_version,
         "zero_stage": done.zero_stage,
@@ -128,6 +133,23 @@ def _distilled(
         "loss_first": done.trace.first,
         "loss_last": done.trace.last,
     }
+
+
+def _fitted_exit(
+    materials: Materials, model: LanguageModel, small: LanguageModel, team: Team, log: Log, stop: Stop
+) -> dict[str, Any]:
+    """Fit the auxiliary model's exit, and tell how well it fits."""
+    settings, depths = materials.config.distillation, materials.depth_map
+    first = materials.first_prompt(model).to(model.device)
+    below = Prompt(depths.small).to(model.device)
+    below.load(depths.down(first.tensors()))
+    texts, seed = materials.distillation_texts, materials.config.run.seed
+    fit = fit_exit(Side(small, below), Side(model, first), texts, settings, seed, team, stop)
+    log.say(
+        f"exit fitted to {fit.texts} texts in {duration(fit.seconds)}; it leaves {fit.unexplained_answers:.0%} of the "
+        f"variance unexplained where answers are due, {fit.unexplained:.0%} over all tokens"
+    )
+    return {f"exit_{key}": value for key, value in asdict(fit).items()}
 
 
 def _recipe(materials: Materials, model: LanguageModel, compute: Compute, texts: list[Text]) -> dict[str, Any]:
@@ -149,6 +171,8 @@ def _recipe(materials: Materials, model: LanguageModel, compute: Compute, texts:
         "server_ranks": config.topology.server_ranks,
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "deepspeed")},
     }
+    if config.auxiliary.exit:
+        recipe["prompt"] = asdict(config.prompt)  # attached while the exit is fitted
     return json.loads(json.dumps(recipe))
 
 

@@ -22,7 +22,7 @@ from fedsp_mpi.log import Log
 from fedsp_mpi.materials import Materials
 from fedsp_mpi.models.backbone import LanguageModel
 from fedsp_mpi.models.losses import answer_loss
-from fedsp_mpi.models.prompts import Prompt, to_depth
+from fedsp_mpi.models.prompts import Prompt
 from fedsp_mpi.tensors import Batch
 from fedsp_mpi.training.device import Compute
 from fedsp_mpi.training.engine import TorchEngine
@@ -84,6 +84,7 @@ class _Pair:
 
     def __init__(self, materials: Materials, large: LanguageModel, small: LanguageModel, steps: int) -> None:
         self._materials, self._large, self._small = materials, large, small
+        self._first = materials.first_prompt(large).to(large.device)
         self._stage = replace(materials.config.client.tuning, steps=steps)
         batches = materials.batches(1, self._stage, "transfer")
         self._text = [batch for index in range(_BATCHES) for batch in batches.step(index)]
@@ -91,7 +92,7 @@ class _Pair:
     def places(self) -> list[Place]:
         """The first prompts, and where each model leads them."""
         steps = self._stage.steps
-        first = self._materials.first_prompt().to(self._large.device)
+        first = self._first
         found = [self._place("first prompts", self._fitted(first, self._small))]
         for name, model in (("the auxiliary model", self._small), ("the global model", self._large)):
             prompt = self._fitted(first, model)
@@ -109,10 +110,13 @@ class _Pair:
         return Place(name, *losses, cosine(whole, own), cosine(*parts))
 
     def _fitted(self, prompt: Prompt, model: LanguageModel) -> Prompt:
-        """The same prompts at the depth of a model: repeated up, averaged down."""
-        spec = self._materials.prompt_spec.at_depth(model.shape.num_layers)
+        """The same prompts at the depth of a model; layers that only the global model has keep the first prompts."""
+        depths = self._materials.depth_map
+        tensors, spec = prompt.tensors(), depths.small if model is self._small else depths.spec
+        if prompt.spec != spec:
+            tensors = depths.down(tensors) if model is self._small else depths.up(tensors, self._first.tensors())
         fitted = Prompt(spec).to(model.device)
-        fitted.load(to_depth(prompt.tensors(), prompt.spec, spec.num_layers))
+        fitted.load(tensors)
         return fitted
 
     def _gradient(self, model: LanguageModel, prompt: Prompt, text: Sequence[Batch]) -> dict[str, Tensor]:
@@ -120,7 +124,7 @@ class _Pair:
         for batch in text:
             answer_loss(*model.answer_logits(batch.to(model.device), prompt)).backward()
         found = {name: p.grad for name, p in prompt.named_parameters() if p.grad is not None}
-        return to_depth(found, prompt.spec, self._small.shape.num_layers)
+        return found if prompt.spec == self._materials.depth_map.small else self._materials.depth_map.down(found)
 
     def _loss(self, model: LanguageModel, prompt: Prompt) -> float:
         tokens = self._materials.config.evaluation.batch_tokens

@@ -310,10 +310,10 @@ def test_sizes_are_those_of_the_real_models(tmp_path, family, projection):
     materials = Materials(config.load(None, settings))
     sizes = capacity.Sizes.of(materials, 10)
     model = tiny.load(folder)
-    cell = auxiliary.unroll(auxiliary.cut(model, 0, 2), 3)
+    cell = auxiliary.unroll(auxiliary.cut(model, tiny.cell(2)), 3)
     assert sizes.global_model == model.num_parameters()
     assert sizes.auxiliary == backbone.LanguageModel(cell).num_parameters() < sizes.global_model
-    assert sizes.prompt == materials.first_prompt().num_parameters()
+    assert sizes.prompt == materials.first_prompt(model).num_parameters()
     assert (sizes.num_layers, sizes.depth, sizes.width, sizes.length) == (tiny.LAYERS, 3, tiny.WIDTH, 15)
     if not projection:
         assert sizes.wire * tiny.LAYERS == sizes.prompt * 3

@@ -23,11 +23,23 @@ ODD = {
     "client": {"training": "joint"},
     "federation": {"clients": 5, "clients_per_round": 3, "min_clients": 2},
 }
+EARLY_EXIT = {
+    "recipe": "early_exit",
+    "data.loss_over": "auto",
+    "auxiliary.layers_per_cell": None,
+    "auxiliary.depth": 0.5,
+    "auxiliary.exit": True,
+    "distillation.stage.steps": 0,
+    "prompt.init": "text",
+    "prompt.mapping": "same_layers",
+    "client.alignment.steps": 0,
+}
 WHOLE = {"auxiliary.layers_per_cell": None, "distillation.stage.steps": 0, "client.alignment.steps": 0}
 ALONE = {"federation.clients": 0, "evaluation.server_only": False}
-# What each method sets apart from FedSP over the embedded default.
+# What each method sets apart from the embedded default, which is FedSP as in the paper.
 APART: dict[str, dict[str, object]] = {
-    "fedsp": {},
+    "fedsp": EARLY_EXIT,
+    "fedsp_paper": {},
     "fedsp_no_distillation": {"distillation.stage.steps": 0},
     "fedsp_no_sharing": {"auxiliary.depth": 1},
     "fedsp_joint": {"client.training": "joint"},

@@ -44,7 +44,7 @@ def unsealed():
 
 
 def unrolled(model: LanguageModel, start: int, layers: int, depth: int) -> LanguageModel:
-    return LanguageModel(auxiliary.unroll(auxiliary.cut(model, start, layers), depth))
+    return LanguageModel(auxiliary.unroll(auxiliary.cut(model, tiny.cell(layers, start)), depth))
 
 
 def prompt_for(model: LanguageModel, kind: str = "prefix", projection: int | None = None, std: float = 0.5) -> Prompt:
@@ -83,7 +83,7 @@ def test_it_computes_what_its_layers_compute_one_after_the_other(folder, start, 
     """Against a stock model of full depth, into which the layers are copied."""
     whole = tiny.load(folder)
     small = unrolled(whole, start, layers, depth)
-    copied = AutoModelForCausalLM.from_config(auxiliary.cell_config(whole.model.config, depth)).eval()
+    copied = AutoModelForCausalLM.from_config(auxiliary.cell_config(whole.model.config, tiny.cell(depth))).eval()
     state, path = whole.model.state_dict(), backbone.FAMILIES[whole.model.config.model_type]
     for name in copied.state_dict():
         place, _, rest = name[len(path) + 1 :].partition(".")
@@ -138,7 +138,7 @@ def test_what_travels_makes_the_same_model_elsewhere(folder, layers, depth):
     small = unrolled(whole, 0, layers, depth)
     packed = auxiliary.pack(small)
     assert packed.schema.num_values == small.num_parameters() and len(packed) == len(weights(small))
-    cell = auxiliary.cell_config(small.model.config, layers).to_dict()
+    cell = auxiliary.cell_config(small.model.config, tiny.cell(layers)).to_dict()
     other = auxiliary.build(cell, depth, tiny.CPU, torch.float32)
     auxiliary.load_weights(other, packed.torch())
     batch, prompt = tiny.batch(), prompt_for(small)
@@ -195,10 +195,10 @@ def test_sizes_of_the_papers_models(settings, full, small):
     layers = settings.num_hidden_layers
     with torch.device("meta"):
         whole = LanguageModel(AutoModelForCausalLM.from_config(settings))
-        cell = auxiliary.cell_config(settings, 1).to_dict()
+        cell = auxiliary.cell_config(settings, tiny.cell(1)).to_dict()
         built = auxiliary.build(cell, layers, torch.device("meta"), torch.float32)
         assert (whole.num_parameters(), built.num_parameters()) == (full, small)
-        assert auxiliary.unroll(auxiliary.cut(whole, 0, 1), layers).num_parameters() == small
+        assert auxiliary.unroll(auxiliary.cut(whole, tiny.cell(1)), layers).num_parameters() == small
     assert (
         Prompt(PromptSpec.of(whole.shape, "prefix", 40, None)).num_parameters()
         == 40 * layers * 2 * settings.hidden_size
@@ -333,7 +333,9 @@ def test_a_new_model_has_no_dropout_that_was_not_asked_for(tmp_path):
     """Before anybody said what is trained: made of the global model, of a configuration, or read from a folder."""
     whole = tiny.load(tiny.model_folder(tmp_path, "gpt2", resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5))
     cut = unrolled(whole, 0, 1, 4)
-    built = auxiliary.build(auxiliary.cell_config(whole.model.config, 1).to_dict(), 4, tiny.CPU, torch.float32)
+    built = auxiliary.build(
+        auxiliary.cell_config(whole.model.config, tiny.cell(1)).to_dict(), 4, tiny.CPU, torch.float32
+    )
     auxiliary.load_weights(built, auxiliary.pack(cut).torch())
     for model in (cut, built):
         assert torch.equal(model.hidden(tiny.batch()), model.hidden(tiny.batch()))
@@ -560,7 +562,7 @@ def test_dropout_acts_only_where_it_was_asked_for(family, tmp_path):
     batch = tiny.batch()
     assert torch.equal(whole.hidden(batch), whole.hidden(batch))
     for dropout, trained in [(False, False), (False, True), (True, False), (True, True)]:
-        small = LanguageModel(auxiliary.unroll(auxiliary.cut(whole, 0, 1), 4), dropout=dropout)
+        small = LanguageModel(auxiliary.unroll(auxiliary.cut(whole, tiny.cell(1)), 4), dropout=dropout)
         small.train_weights(trained)
         same = torch.equal(small.hidden(batch), small.hidden(batch))
         assert same is not (dropout and trained), (dropout, trained)
@@ -586,7 +588,7 @@ def gradients(model: LanguageModel, prompt: Prompt, of_weights: bool) -> tuple[d
 def test_checkpointing_gives_the_gradients_of_an_input_prompt(folder, of_weights):
     plain, lean = tiny.load(folder), tiny.load(folder, checkpointing=True)
     if of_weights:
-        cell = auxiliary.cell_config(lean.model.config, 2).to_dict()
+        cell = auxiliary.cell_config(lean.model.config, tiny.cell(2)).to_dict()
         values = auxiliary.pack(unrolled(plain, 0, 2, 4)).torch()
         plain, lean = (auxiliary.build(cell, 4, tiny.CPU, torch.float32, False, on) for on in (False, True))
         for model in (plain, lean):
@@ -605,7 +607,7 @@ def test_checkpointing_leaves_dropout_off(tmp_path):
     batch = tiny.batch()
     lean = tiny.load(path, checkpointing=True)
     assert torch.equal(lean.hidden(batch), lean.hidden(batch))
-    cell = auxiliary.cell_config(tiny.load(path).model.config, 1).to_dict()  # of a run without checkpointing
+    cell = auxiliary.cell_config(tiny.load(path).model.config, tiny.cell(1)).to_dict()  # of a run without checkpointing
     built = auxiliary.build(cell, 4, tiny.CPU, torch.float32, checkpointing=True)
     auxiliary.load_weights(built, auxiliary.pack(unrolled(lean, 0, 1, 4)).torch())
     built.train_weights(True)

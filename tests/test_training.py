@@ -25,7 +25,7 @@ from fedsp_mpi.log import Log
 from fedsp_mpi.models import auxiliary
 from fedsp_mpi.models.backbone import LanguageModel
 from fedsp_mpi.models.losses import answer_loss, hidden_loss, logits_loss
-from fedsp_mpi.models.prompts import Prompt, PromptSpec
+from fedsp_mpi.models.prompts import DepthMap, Prompt, PromptSpec
 from fedsp_mpi.record import Checkpoints
 from fedsp_mpi.record.checkpoint import Shelf
 from fedsp_mpi.stages import OptimizerConfig
@@ -129,7 +129,7 @@ def tuned(path: str, micro: int | None, weights: bool, steps: int = 3) -> tuple[
     """Losses of some steps on texts of different lengths, and what they left."""
     model = tiny.load(path)
     prompt = Prompt(PromptSpec.of(model.shape, "prefix", 5, None)).initialise(1, 0.5)
-    small = LanguageModel(auxiliary.unroll(auxiliary.cut(model, 0, 2), 4))
+    small = LanguageModel(auxiliary.unroll(auxiliary.cut(model, tiny.cell(2)), 4))
     small.train_weights(weights)
     prompt.requires_grad_(not weights)
     moving = small.model.parameters() if weights else prompt.parameters()
@@ -154,7 +154,7 @@ def test_a_steps_loss_is_the_mean_over_the_answers_tokens(gpt2):
     trace, _ = tuned(gpt2, 4, False, steps=1)
     model, texts = tiny.load(gpt2), tiny.texts(range(4, 17))
     prompt = Prompt(PromptSpec.of(model.shape, "prefix", 5, None)).initialise(1, 0.5)
-    small = LanguageModel(auxiliary.unroll(auxiliary.cut(model, 0, 2), 4))
+    small = LanguageModel(auxiliary.unroll(auxiliary.cut(model, tiny.cell(2)), 4))
     small.train_weights(False)
     chosen, losses = Batches(texts, 6, None, 1, "test").step(0), []
     for row in range(6):
@@ -266,7 +266,7 @@ SETTINGS = [
 def test_padding_has_no_part_in_the_distillation_loss(gpt2, settings):
     """Texts side by side cost what they cost alone, by the formulas above; the teacher gets no gradient."""
     teacher = tiny.load(gpt2)
-    student = LanguageModel(auxiliary.unroll(auxiliary.cut(teacher, 0, 1), 4))
+    student = LanguageModel(auxiliary.unroll(auxiliary.cut(teacher, tiny.cell(1)), 4))
     student.train_weights(True)
     student.model.eval()
     texts, wanted = tiny.texts([12, 3, 7]), 0.0
@@ -295,7 +295,7 @@ def distilled(
     **changes,
 ):
     teacher = tiny.load(path)
-    student = LanguageModel(auxiliary.unroll(auxiliary.cut(teacher, 0, 1), 4), dropout=dropout)
+    student = LanguageModel(auxiliary.unroll(auxiliary.cut(teacher, tiny.cell(1)), 4), dropout=dropout)
     stage = StageConfig(
         steps=steps, batch_size=8, micro_batch=micro, optimizer=OptimizerConfig(learning_rate=1e-2, clip=clip)
     )
@@ -319,7 +319,7 @@ def test_distillation_aligns_the_student(gpt2):
     assert again.trace.losses == done.trace.losses and auxiliary.fingerprint(other) == auxiliary.fingerprint(student)
     batch = Batches(tiny.texts(range(4, 24)), 8, None, 1, "distillation").step(0)[0]
     teacher = tiny.load(gpt2)
-    fresh = LanguageModel(auxiliary.unroll(auxiliary.cut(teacher, 0, 1), 4))
+    fresh = LanguageModel(auxiliary.unroll(auxiliary.cut(teacher, tiny.cell(1)), 4))
     fresh.train_weights(False)
     first = distillation_loss(fresh, teacher, batch, DistillationConfig()).item() / num_text_tokens(batch)
     assert done.trace.first == pytest.approx(first, rel=1e-5)
@@ -405,9 +405,9 @@ def test_deepspeed_needs_no_compiler_on_a_cpu(engines):
 
 def client(path: str, ids=(0, 1), keep: bool = True, prompt_rate: float = 0.01, steps: int = 2) -> fedsp.Client:
     whole = tiny.load(path)
-    cell = auxiliary.unroll(auxiliary.cut(whole, 0, 1), 4)
+    cell = auxiliary.unroll(auxiliary.cut(whole, tiny.cell(1)), 4)
     given = auxiliary.pack(LanguageModel(cell))
-    model = auxiliary.build(auxiliary.cell_config(cell.config, 1).to_dict(), 4, tiny.CPU, torch.float32)
+    model = auxiliary.build(auxiliary.cell_config(cell.config, tiny.cell(1)).to_dict(), 4, tiny.CPU, torch.float32)
     alignment = StageConfig(steps=steps, batch_size=4, optimizer=OptimizerConfig(learning_rate=0.001))
     tuning = replace(alignment, optimizer=OptimizerConfig(learning_rate=prompt_rate))
     texts = {id: tiny.texts(range(4, 16), seed=id) for id in ids}
@@ -504,7 +504,7 @@ def test_a_server_goes_on_from_its_state_with_equal_bits(gpt2):
         prompt = Prompt(PromptSpec.of(model.shape, "prefix", 5, None)).initialise(1, 0.5)
         stage = StageConfig(steps=2, batch_size=4, optimizer=OptimizerConfig(learning_rate=0.01))
         batches = Batches(tiny.texts(range(4, 16)), 4, None, 1, "server")
-        return Server(model, prompt, 2, batches, stage, 4, lambda updates: updates)
+        return Server(model, prompt, DepthMap(prompt.spec, 2), batches, stage, 4, lambda updates: updates)
 
     one, other = server(), server()
     one.absorb(1)

@@ -12,6 +12,7 @@ import tokenizers
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, OPTConfig, PreTrainedTokenizerFast, Qwen2Config
 
+from fedsp_mpi.config import AuxiliaryConfig
 from fedsp_mpi.data.tokens import Text, collate
 from fedsp_mpi.models import backbone
 from fedsp_mpi.models.backbone import LanguageModel
@@ -44,6 +45,11 @@ def model_folder(folder: Path, family: str, seed: int = 0, **changes: Any) -> st
         parameter.data += 0.1 * torch.randn_like(parameter)
     model.save_pretrained(folder)
     return str(folder)
+
+
+def cell(layers: int, start: int = 0, **more: Any) -> AuxiliaryConfig:
+    """An auxiliary model that stores so many layers."""
+    return AuxiliaryConfig(start_layer=start, layers_per_cell=layers, **more)
 
 
 def load(folder: str, **options: Any) -> LanguageModel:

@@ -11,7 +11,7 @@ from fedsp_mpi.algorithms.benches import arrays, tensors
 from fedsp_mpi.config import StageConfig
 from fedsp_mpi.models.backbone import LanguageModel
 from fedsp_mpi.models.losses import answer_loss
-from fedsp_mpi.models.prompts import Prompt, to_depth
+from fedsp_mpi.models.prompts import DepthMap, Prompt
 from fedsp_mpi.tensors import Batch, NamedTensors, State, join_states, part_of_state
 from fedsp_mpi.training.engine import TorchEngine
 from fedsp_mpi.training.loop import Batches, Engine, Trace, num_answer_tokens, train
@@ -47,7 +47,7 @@ class Server:
     Args:
         model: the frozen global model.
         prompt: the first prompts, of the global model's depth.
-        num_layers: depth of the clients' model; prompts travel at that depth.
+        depths: how prompts come to the depth of the clients' model, at which they travel, and back.
         batches: the server's shard; None if it does not tune.
         stage: its tuning in each round.
         total_rounds: length of the schedule, in rounds.
@@ -59,29 +59,28 @@ class Server:
         self,
         model: LanguageModel,
         prompt: Prompt,
-        num_layers: int,
+        depths: DepthMap,
         batches: Batches | None,
         stage: StageConfig,
         total_rounds: int,
         rule: Callable[[Updates], NamedTensors],
         team: Team = ALONE,
     ) -> None:
-        self.model, self.prompt = model, prompt
-        self._client_spec = prompt.spec.at_depth(num_layers)
+        self.model, self.prompt, self._depths = model, prompt, depths
         self._batches, self._stage, self._rule = batches, stage, rule
         self._engine = TorchEngine(prompt.parameters(), stage.optimizer, stage.steps * total_rounds, team)
 
     def broadcast(self) -> NamedTensors:
-        """The prompts as they go down: at the depth of the clients' model (mean over its layers)."""
-        return NamedTensors.pack(to_depth(self.prompt.tensors(), self.prompt.spec, self._client_spec.num_layers))
+        """The prompts as they go down: at the depth of the clients' model."""
+        return NamedTensors.pack(self._depths.down(self.prompt.tensors()))
 
     def merge(self, updates: Updates) -> NamedTensors:
         """One prompt of many, by the rule given."""
         return self._rule(updates)
 
     def take(self, merged: NamedTensors) -> None:
-        """Let the merged prompts be the server's (repeated up to the depth of the global model)."""
-        self.prompt.load(to_depth(merged.torch(), self._client_spec, self.prompt.spec.num_layers))
+        """Let the merged prompts be the server's, at the depth of the global model."""
+        self.prompt.load(self._depths.up(merged.torch(), self.prompt.tensors()))
 
     def absorb(self, round: int) -> Trace:
         """Tune the prompts against the frozen global model on the server's own shard."""

@@ -1,4 +1,8 @@
-"""The auxiliary model: a cell of the global model's layers, stored once and run as often as the model is deep."""
+"""The auxiliary model: a cell of the global model's layers, stored once and run as often as the model is deep.
+
+With an exit it has one linear layer more, behind the final norm: that turns the states of a shallow model into those
+that the deep one ends with (Belrose et al., 2023, arXiv 2303.08112, "tuned lens").
+"""
 
 from __future__ import annotations
 
@@ -11,6 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 import transformers
 from torch import Tensor, nn
@@ -24,30 +29,39 @@ from fedsp_mpi.tensors import NamedTensors
 RECIPE = "distillation.json"
 
 
-def cut(backbone: LanguageModel, start_layer: int, layers_per_cell: int) -> nn.Module:
-    """A model of `layers_per_cell` layers, with copies of the global model's layers from `start_layer` on.
+def cut(backbone: LanguageModel, settings: AuxiliaryConfig) -> nn.Module:
+    """A model of as many layers as a cell has, with copies of the global model's layers from `start_layer` on.
 
-    Embeddings, final norm and head are kept (copied). fp32, on the global model's device. Source: the reference's
-    `share_client_layer_param`; FedSP, cross-layer sharing.
+    Embeddings, final norm and head are kept (copied); an exit begins as the identity. fp32, on the global model's
+    device. Source: the reference's `share_client_layer_param`; FedSP, cross-layer sharing.
     """
     source = backbone.model
-    model = _from_config(cell_config(source.config, layers_per_cell))
+    model = _from_config(cell_config(source.config, settings))
     path = FAMILIES[source.config.model_type]
-    wanted = model.state_dict()
     state = source.state_dict()
-    chosen = {name: state[_in_source(name, path, start_layer)] for name in wanted}
-    model.load_state_dict(chosen)
+    for name, value in model.state_dict().items():
+        if not _is_of_exit(name):
+            value.copy_(state[_in_source(name, path, settings.start_layer)])
     return model.to(backbone.device)
+
+
+def depth(settings: AuxiliaryConfig, num_layers: int) -> int:
+    """How deep it is, shared layers counted as often as they run, for a global model of `num_layers`."""
+    if settings.depth is None:
+        return num_layers
+    return max(1, round(settings.depth * num_layers)) if settings.depth < 1 else int(settings.depth)
 
 
 def cell_size(settings: AuxiliaryConfig, num_layers: int) -> int:
     """How many layers are stored, for a global model of `num_layers`."""
-    return settings.layers_per_cell or settings.depth or num_layers
+    return settings.layers_per_cell or depth(settings, num_layers)
 
 
-def cell_config(config: Any, layers_per_cell: int) -> Any:
-    """The configuration of the stored model: as many layers as a cell has."""
-    return _with_depth(copy.deepcopy(config), layers_per_cell)
+def cell_config(config: Any, settings: AuxiliaryConfig) -> Any:
+    """The configuration of the stored model, from that of the global one."""
+    cell = _with_depth(copy.deepcopy(config), cell_size(settings, config.num_hidden_layers))
+    cell.has_exit = settings.exit
+    return cell
 
 
 def unroll(model: Any, depth: int) -> Any:
@@ -66,16 +80,14 @@ def unroll(model: Any, depth: int) -> Any:
 
 def require_cell(settings: AuxiliaryConfig, num_layers: int, name: str) -> None:
     """Raise ConfigError if a model of `num_layers` layers, called `name`, has no such cell, or it is too large."""
-    size = cell_size(settings, num_layers)
+    size, deep = cell_size(settings, num_layers), depth(settings, num_layers)
     if settings.start_layer + size > num_layers:
         raise ConfigError(
             f"auxiliary: found start_layer {settings.start_layer} and layers_per_cell {size}, "
             f"expected both together at most the {num_layers} layers of {name}"
         )
-    if (settings.depth or num_layers) < size:
-        raise ConfigError(
-            f"auxiliary.depth: found {settings.depth or num_layers}, expected at least layers_per_cell={size}"
-        )
+    if deep < size:
+        raise ConfigError(f"auxiliary.depth: found {deep}, expected at least layers_per_cell={size}")
 
 
 def pack(model: LanguageModel) -> NamedTensors:
@@ -90,13 +102,14 @@ def build(
     dtype: torch.dtype,
     dropout: bool = False,
     checkpointing: bool = False,
+    candidates: Tensor | None = None,
 ) -> LanguageModel:
     """An auxiliary model without its weights, from the configuration of its cell; fp32, computing in `dtype`."""
     settings = dict(config)
     kind = settings.pop("model_type")
     cell = transformers.AutoConfig.for_model(kind, **settings)
     model = _from_config(without_dropout(cell) if checkpointing else cell)
-    return LanguageModel(unroll(model, depth).to(device), dtype, dropout, checkpointing)
+    return LanguageModel(unroll(model, depth).to(device), dtype, dropout, checkpointing, candidates)
 
 
 def load_weights(model: LanguageModel, tensors: Mapping[str, Tensor]) -> None:
@@ -108,10 +121,10 @@ def load_weights(model: LanguageModel, tensors: Mapping[str, Tensor]) -> None:
 def save(folder: Path, model: LanguageModel, layers_per_cell: int, tokenizer: Any, recipe: dict[str, Any]) -> None:
     """Write the cell as a Hugging Face folder of its own, with the recipe that made it.
 
-    `AutoModelForCausalLM.from_pretrained(folder)` gives the model of `layers_per_cell` layers; `load(folder)` runs them
-    over the whole depth.
+    `AutoModelForCausalLM.from_pretrained(folder)` gives the model of `layers_per_cell` layers without its exit;
+    `load(folder)` runs them over the whole depth, and has the exit.
     """
-    cell = _from_config(cell_config(model.model.config, layers_per_cell))
+    cell = _from_config(_with_depth(copy.deepcopy(model.model.config), layers_per_cell))
     for name, parameter in cell.named_parameters():
         parameter.data.copy_(model.weights[name])
     write_model(folder, cell, tokenizer, {RECIPE: json.dumps(recipe, indent=2) + "\n"})
@@ -134,9 +147,14 @@ def write_model(folder: Path, model: Any, tokenizer: Any, notes: Mapping[str, st
 
 def load(folder: Path, dtype: torch.dtype = torch.float32, dropout: bool = False) -> LanguageModel:
     """Read an auxiliary model written by `save`, at its full depth. Raises ValueError if the folder holds none."""
-    depth = read_recipe(folder)["depth"]
+    deep = read_recipe(folder)["depth"]
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    return LanguageModel(unroll(model, depth), dtype, dropout)
+    _add_exit(model)
+    for file in folder.glob("*.safetensors"):
+        with safetensors.safe_open(file, "pt") as tensors:
+            for name in filter(_is_of_exit, tensors.keys()):
+                model.get_parameter(name).data.copy_(tensors.get_tensor(name))
+    return LanguageModel(unroll(model, deep), dtype, dropout)
 
 
 def read_recipe(folder: Path) -> dict[str, Any]:
@@ -163,7 +181,21 @@ def _from_config(config: Any) -> Any:
     with no_init_weights():
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.tie_weights()
+    _add_exit(model)
     return model
+
+
+def _add_exit(model: Any) -> None:
+    """Give a model the exit that its configuration asks for, as the identity."""
+    if getattr(model.config, "has_exit", False):
+        width = model.get_input_embeddings().weight.shape[1]
+        model.base_model.exit = nn.Linear(width, width)
+        nn.init.eye_(model.base_model.exit.weight)
+        nn.init.zeros_(model.base_model.exit.bias)
+
+
+def _is_of_exit(name: str) -> bool:
+    return name.endswith(("exit.weight", "exit.bias"))
 
 
 def _with_depth(config: Any, depth: int) -> Any:

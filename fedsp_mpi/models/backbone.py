@@ -142,12 +142,18 @@ class LanguageModel:
         dropout: whether the model's own dropout acts while its weights are trained.
         checkpointing: recompute activations in the backward pass. transformers does so in training mode only, where
             dropout acts too, so the model must have been made `without_dropout`.
+        candidates: sorted ids of the tokens that an answer's token is chosen from; None: the whole vocabulary.
     """
 
     def __init__(
-        self, model: Any, dtype: torch.dtype = torch.float32, dropout: bool = False, checkpointing: bool = False
+        self,
+        model: Any,
+        dtype: torch.dtype = torch.float32,
+        dropout: bool = False,
+        checkpointing: bool = False,
+        candidates: Tensor | None = None,
     ) -> None:
-        self.dropout, self.checkpointing = dropout, checkpointing
+        self.dropout, self.checkpointing, self.candidates = dropout, checkpointing, candidates
         self.hold(model, dtype)
 
     def hold(self, model: Any, dtype: torch.dtype) -> None:
@@ -156,6 +162,8 @@ class LanguageModel:
         self.weights = dict(model.named_parameters())
         self.shape = shape_of(model.config)
         self.device = next(model.parameters()).device
+        if self.candidates is not None:
+            self.candidates = self.candidates.to(self.device)
         self._autocast = next(model.parameters()).dtype != dtype
         if self.checkpointing:
             model.gradient_checkpointing_enable()
@@ -182,7 +190,11 @@ class LanguageModel:
         """
         with self.computing():
             inputs, before = self.inputs(batch, prompt)
-            return self.model.base_model(**inputs).last_hidden_state[:, before:]
+            return self._exit(self.model.base_model(**inputs).last_hidden_state[:, before:])
+
+    def _exit(self, last: Tensor) -> Tensor:
+        """What the head reads: the states after the final norm, or what an early exit makes of them."""
+        return self.model.base_model.exit(last) if hasattr(self.model.base_model, "exit") else last
 
     def inputs(self, batch: Batch, prompt: Prompt | None) -> tuple[dict[str, Any], int]:
         """Arguments of the forward pass, and the positions that come back before the text's."""
@@ -211,9 +223,21 @@ class LanguageModel:
             return self.model.get_output_embeddings()(hidden)
 
     def answer_logits(self, batch: Batch, prompt: Prompt | None = None) -> tuple[Tensor, Tensor]:
-        """Logits [answers, vocabulary] and targets [answers] at the positions that have a target, and only there."""
+        """Logits [answers, vocabulary] and targets [answers] at the positions that have a target, and only there.
+
+        With candidates, the logits are [answers, candidates], and the targets are places among them.
+        """
         where = batch.targets != -100
-        return self.head(self.hidden(batch, prompt)[where]), batch.targets[where]
+        logits, targets = self.head(self.hidden(batch, prompt)[where]), batch.targets[where]
+        if self.candidates is None:
+            return logits, targets
+        return logits[:, self.candidates], torch.searchsorted(self.candidates, targets)
+
+    def keys_and_values(self, ids: Tensor) -> Tensor:
+        """What every layer makes of the tokens `ids` [tokens] alone, in the layout of `Prompt.key_values`, fp32."""
+        with torch.no_grad(), self.computing(), self.evaluating():
+            cache = self.model.base_model(input_ids=ids[None].to(self.device), use_cache=True).past_key_values
+        return torch.stack([torch.stack([layer.keys[0], layer.values[0]]) for layer in cache.layers]).float()
 
     def continue_from(
         self, ids: Tensor, prompt: Prompt | None, rows: Tensor, endings: Batch | None
@@ -234,7 +258,7 @@ class LanguageModel:
         with self.computing():
             inputs, _ = self.inputs(batch, prompt)
             output = self.model.base_model(**{**inputs, "use_cache": True})
-            first = self.head(output.last_hidden_state[:, -1])[rows]
+            first = self.head(self._exit(output.last_hidden_state[:, -1]))[rows]
             if endings is None:
                 return first, None
             cache = output.past_key_values
@@ -242,7 +266,7 @@ class LanguageModel:
             seen = inputs["attention_mask"][rows]
             mask = torch.cat([seen, endings.attention_mask], dim=1)
             more = self.model.base_model(input_ids=endings.input_ids, attention_mask=mask, past_key_values=cache)
-            return first, self.head(more.last_hidden_state)
+            return first, self.head(self._exit(more.last_hidden_state))
 
     @contextmanager
     def computing(self) -> Iterator[None]:
@@ -281,6 +305,7 @@ def load_global(
     dtype: torch.dtype = torch.float32,
     checkpointing: bool = False,
     trainable: bool = False,
+    candidates: Tensor | None = None,
 ) -> LanguageModel:
     """Load the global model: frozen, in evaluation mode, and sealed, so that none of its memory can be sent.
 
@@ -289,7 +314,8 @@ def load_global(
     Raises ValueError if the weights cannot be read.
     """
     held = torch.float32 if trainable else dtype
-    found = LanguageModel(_weights(name, revision, device, held, checkpointing), dtype, checkpointing=checkpointing)
+    model = _weights(name, revision, device, held, checkpointing)
+    found = LanguageModel(model, dtype, checkpointing=checkpointing, candidates=candidates)
     found.train_weights(trainable)
     if not trainable:
         seal.add(found.weights.items())

@@ -155,6 +155,51 @@ def _members(owner: Tensor, num_groups: int) -> list[Tensor]:
     return [(owner == group).nonzero().flatten() for group in range(num_groups)]
 
 
+@dataclass(frozen=True)
+class DepthMap:
+    """How prompts go between the global model and an auxiliary one of another depth.
+
+    Attributes:
+        spec: of the prompts at the depth of the global model.
+        num_layers: of the auxiliary model.
+        start_layer: the auxiliary model's layers are those of the global one from here on, and prompts belong to the
+            same layers; None: repeat and mean (`to_depth`).
+    """
+
+    spec: PromptSpec
+    num_layers: int
+    start_layer: int | None = None
+
+    @property
+    def small(self) -> PromptSpec:
+        """The prompts at the depth of the auxiliary model."""
+        return self.spec.at_depth(self.num_layers)
+
+    def down(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The global model's prompts for the auxiliary model."""
+        if self.start_layer is None:
+            return to_depth(tensors, self.spec, self.num_layers)
+        return {name: self._same(name, tensor).contiguous() for name, tensor in tensors.items()}
+
+    def up(self, tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The auxiliary model's prompts for the global model, whose layers without a counterpart keep their own."""
+        if self.start_layer is None:
+            return to_depth(tensors, self.small, self.spec.num_layers)
+        whole = {name: tensor.clone() for name, tensor in own.items()}
+        for name, tensor in tensors.items():
+            self._same(name, whole[name]).copy_(tensor)
+        return whole
+
+    def _same(self, name: str, tensor: Tensor) -> Tensor:
+        """The part of one of the global model's parameters that the auxiliary model has as well, as a view."""
+        axis = depth_axis(self.spec, name)
+        if axis is None:
+            return tensor
+        row = tensor.shape[axis] // self.spec.num_layers
+        assert self.start_layer is not None
+        return tensor.narrow(axis, self.start_layer * row, self.num_layers * row)
+
+
 def write_adapter(folder: Path, tensors: NamedTensors, spec: PromptSpec, base: str) -> None:
     """Write a stock peft adapter: `PeftModel.from_pretrained(model, folder)` then answers with this prompt.
 

@@ -1,0 +1,274 @@
+"""The default recipe: first layers with a fitted exit, prompts that begin as words, losses over a task's choices."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import tiny
+import torch
+
+from fedsp_mpi import config
+from fedsp_mpi.config import ConfigError, DistillationConfig
+from fedsp_mpi.data.tokens import Text
+from fedsp_mpi.materials import Materials
+from fedsp_mpi.models import auxiliary
+from fedsp_mpi.models.backbone import LanguageModel
+from fedsp_mpi.models.prompts import DepthMap, Prompt, PromptSpec
+from fedsp_mpi.tensors import Batch, seal
+from fedsp_mpi.training.distill import StoppedError
+from fedsp_mpi.training.exit import Side, fit_exit
+from fedsp_mpi.training.team import ALONE
+
+pytestmark = pytest.mark.usefixtures("unsealed")
+
+
+@pytest.fixture
+def unsealed():
+    yield
+    seal.clear()
+
+
+@pytest.fixture(params=tiny.FAMILIES)
+def folder(request, tmp_path) -> str:
+    return tiny.model_folder(tmp_path / request.param, request.param)
+
+
+def texts(count: int) -> list[Text]:
+    """Random texts of 5 to 12 tokens, of which the last two are the answer."""
+    random = np.random.default_rng(3)
+    lengths = random.integers(5, 13, size=count)
+    return [Text(random.integers(4, tiny.VOCABULARY, size=n).astype(np.int32), int(n) - 2) for n in lengths]
+
+
+def sides(folder: str, layers: int) -> tuple[Side, Side]:
+    """An auxiliary model of the first layers, and its global model, under the same prompts."""
+    whole = tiny.load(folder)
+    settings = tiny.cell(layers, exit=True)
+    small = LanguageModel(auxiliary.unroll(auxiliary.cut(whole, settings), layers))
+    depths = DepthMap(PromptSpec.of(whole.shape, "prefix", 3, None), layers, 0)
+    first = Prompt(depths.spec).initialise(1, 0.5)
+    below = Prompt(depths.small)
+    below.load(depths.down(first.tensors()))
+    return Side(small, below), Side(whole, first)
+
+
+# -- the exit ------------------------------------------------------------------------------------------------------
+
+
+def test_an_exit_that_is_not_fitted_changes_nothing(folder):
+    small, _ = sides(folder, 2)
+    bare = LanguageModel(auxiliary.unroll(auxiliary.cut(tiny.load(folder), tiny.cell(2)), 2))
+    batch = tiny.batch()
+    assert torch.equal(small.model.hidden(batch, small.prompt), bare.hidden(batch, small.prompt))
+    assert small.model.num_parameters() == bare.num_parameters() + tiny.WIDTH * (tiny.WIDTH + 1)
+
+
+def test_all_layers_need_no_exit(folder):
+    """What is there already is explained whole, and the identity stays."""
+    small, whole = sides(folder, tiny.LAYERS)
+    fit = fit_exit(small, whole, texts(40), DistillationConfig(), 1, ALONE, lambda: False)
+    exit = small.model.model.base_model.exit
+    assert torch.allclose(exit.weight, torch.eye(tiny.WIDTH), atol=1e-4) and exit.bias.abs().max() < 1e-4
+    assert abs(fit.unexplained) < 1e-6 and abs(fit.unexplained_answers) < 1e-6 and fit.texts == 40
+
+
+def test_the_exit_is_the_ridge_regression(folder):
+    """Against numpy, over rows of single positions: answers weigh as much as all others together."""
+    small, whole = sides(folder, 1)
+    some, ridge = texts(32), 0.05
+    inputs, goals, weights = [], [], []
+    with torch.no_grad():
+        for text in some:
+            ids = torch.from_numpy(text.ids.astype(np.int64))[None, :-1]
+            batch = Batch(ids, torch.ones_like(ids), torch.full_like(ids, -100))
+            inputs.append(small.model.hidden(batch, small.prompt)[0].double().numpy())
+            goals.append(whole.model.hidden(batch, whole.prompt)[0].double().numpy())
+            weights += [False] * (text.answer - 1) + [True] * (len(text.ids) - text.answer)
+    x, y, asked = np.concatenate(inputs), np.concatenate(goals), np.array(weights)
+    w = np.where(asked, (~asked).sum() / asked.sum(), 1.0)
+    x = np.hstack([x, np.ones((len(x), 1))])
+    gram = (x.T * w) @ x
+    held = ridge * gram.diagonal()[:-1].mean() * np.diag([1.0] * tiny.WIDTH + [0.0])
+    wanted = np.linalg.solve(gram + held, (x.T * w) @ y + held @ np.eye(tiny.WIDTH + 1, tiny.WIDTH))
+
+    before = {name: weight.clone() for name, weight in small.model.weights.items()}
+    fit = fit_exit(small, whole, some, DistillationConfig(exit_ridge=ridge), 1, ALONE, lambda: False)
+    exit = small.model.model.base_model.exit
+    assert np.allclose(exit.weight.detach().numpy().T, wanted[:-1], atol=1e-4)
+    assert np.allclose(exit.bias.detach().numpy(), wanted[-1], atol=1e-4)
+    moved = {name for name, weight in small.model.weights.items() if not torch.equal(weight, before[name])}
+    assert {name.rpartition("exit.")[2] for name in moved} == {"weight", "bias"} and len(moved) == 2
+    for rows, told in ((slice(None), fit.unexplained), (asked, fit.unexplained_answers)):
+        left, spread = y[rows] - x[rows] @ wanted, y[rows] - y[rows].mean(axis=0)
+        assert told == pytest.approx((left**2).sum() / (spread**2).sum(), rel=1e-4)
+    assert 0 < fit.unexplained < 1
+
+
+def test_a_fit_that_is_told_to_stop(folder):
+    small, whole = sides(folder, 1)
+    with pytest.raises(StoppedError):
+        fit_exit(small, whole, texts(40), DistillationConfig(), 1, ALONE, lambda: True)
+
+
+def test_an_exit_outlives_its_folder_and_travels(folder, tmp_path):
+    small, whole = sides(folder, 2)
+    fit_exit(small, whole, texts(40), DistillationConfig(), 1, ALONE, lambda: False)
+    auxiliary.save(tmp_path / "auxiliary", small.model, 2, tiny.tokenizer(), {"depth": 2})
+    built = auxiliary.build(small.model.model.config.to_dict(), 2, tiny.CPU, torch.float32)
+    auxiliary.load_weights(built, auxiliary.pack(small.model).torch())
+    batch = tiny.batch()
+    wanted = small.model.hidden(batch, small.prompt)
+    for other in (auxiliary.load(tmp_path / "auxiliary"), built):
+        assert torch.equal(other.hidden(batch, small.prompt), wanted)
+
+
+# -- prompts -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["prefix", "input"])
+def test_a_prompt_of_words_is_those_words_before_the_text(folder, kind, tmp_path):
+    tiny.tokenizer().save_pretrained(tmp_path / "words")
+    settings = [f"model.name={folder}", f"model.tokenizer={tmp_path / 'words'}", f"prompt.kind={kind}"]
+    settings += ["prompt.num_tokens=4", "prompt.init=text"]
+    materials = Materials(config.load(None, [*settings, "prompt.init_text=w3 w5 w4"]))
+    model, batch = tiny.load(folder), tiny.batch()
+    prompt = materials.first_prompt(model)
+    words = torch.tensor(materials.tokenizer("w3 w5 w4 w3")["input_ids"]).expand(len(batch.input_ids), -1)
+    ones = torch.ones_like(words)
+    longer = Batch(
+        torch.cat([words, batch.input_ids], 1),
+        torch.cat([ones, batch.attention_mask], 1),
+        torch.cat([ones, batch.targets], 1),
+    )
+    assert torch.allclose(model.hidden(batch, prompt), model.hidden(longer)[:, 4:], atol=1e-5)
+
+
+def test_a_short_text_is_said_over_and_over(tmp_path):
+    folder = tiny.model_folder(tmp_path / "m", "llama")
+    tiny.tokenizer().save_pretrained(folder)
+    settings = [f"model.name={folder}", "prompt.kind=input", "prompt.num_tokens=5", "prompt.init=text"]
+    model = tiny.load(folder)
+    found = Materials(config.load(None, [*settings, "prompt.init_text=w3 w5"])).first_prompt(model).prompt
+    assert torch.equal(found[0], found[2]) and torch.equal(found[1], found[3]) and torch.equal(found[0], found[4])
+
+
+@pytest.mark.parametrize("projection", [None, 5])
+@pytest.mark.parametrize("start", [0, 1])
+def test_prompts_of_the_same_layers(projection, start):
+    spec = PromptSpec("prefix", 3, 4, 2, 6, projection)
+    depths = DepthMap(spec, 2, start)
+    own = Prompt(spec).initialise(1, 0.5)
+    below = Prompt(depths.small)
+    below.load(depths.down(own.tensors()))
+    assert torch.equal(below.key_values(), own.key_values()[start : start + 2])
+
+    learned = Prompt(depths.small).initialise(2, 0.5)
+    above, before = Prompt(spec), own.key_values().clone()
+    above.load(depths.up(learned.tensors(), own.tensors()))
+    assert torch.equal(own.key_values(), before), "what the server has is not touched"
+    assert torch.equal(above.key_values()[start : start + 2], learned.key_values())
+    if projection is None:
+        assert torch.equal(above.key_values()[:start], before[:start])
+        assert torch.equal(above.key_values()[start + 2 :], before[start + 2 :])
+
+
+def test_an_input_prompt_has_no_layers():
+    depths = DepthMap(PromptSpec("input", 3, 1, 1, 6), 2, 0)
+    own, learned = (Prompt(depths.spec).initialise(seed, 0.5).tensors() for seed in (1, 2))
+    assert torch.equal(depths.down(own)["prompt"], own["prompt"])
+    assert torch.equal(depths.up(learned, own)["prompt"], learned["prompt"])
+
+
+# -- losses over choices -------------------------------------------------------------------------------------------
+
+
+def test_losses_over_choices(tmp_path):
+    """An answer's cross entropy among the tokens of the choices alone."""
+    path = tiny.model_folder(tmp_path / "m", "gpt2")
+    model, batch = tiny.load(path), tiny.batch()
+    targets = batch.targets[batch.targets != -100]
+    candidates = targets.unique()
+    narrow = tiny.load(path, candidates=candidates)
+    logits, _ = model.answer_logits(batch)
+    found, places = narrow.answer_logits(batch)
+    assert torch.equal(candidates[places], targets) and torch.equal(found, logits[:, candidates])
+    assert 1 < len(candidates) < tiny.VOCABULARY
+
+
+def questions(folder, choices: list[list[str]]) -> str:
+    """A data set of one's own, whose examples have these choices."""
+    folder.mkdir()
+    rows = [{"context": f"w{i}", "choices": some, "label": i % len(some)} for i, some in enumerate(choices)]
+    for split in ("train", "validation", "test"):
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(folder)
+
+
+def test_the_candidates_are_the_tokens_of_the_choices(tmp_path):
+    source = questions(tmp_path / "fixed", [["w7", "w5"]] * 12)
+    found = Materials(config.load(None, [f"data.source={source}", "data.loss_over=auto"]))
+    tokens = {token for word in (" w7", " w5") for token in found.tokenizer.encode(word)}
+    assert set(found.candidates.tolist()) == tokens and found.candidates.tolist() == sorted(tokens)
+    assert Materials(config.load(None, [f"data.source={source}"])).candidates is None
+
+
+def test_choices_that_differ(tmp_path):
+    source = questions(tmp_path / "free", [["w7", "w5"], ["w1", "w2"]] * 6)
+    assert Materials(config.load(None, [f"data.source={source}", "data.loss_over=auto"])).candidates is None
+    with pytest.raises(ConfigError, match=r"data.loss_over: found choices .* 2 different sets of choices"):
+        Materials(config.load(None, [f"data.source={source}", "data.loss_over=choices"])).check()
+
+
+# -- recipes -------------------------------------------------------------------------------------------------------
+
+
+def test_a_recipe_says_what_is_not_given(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("model: {name: embedded}\ndata: {source: embedded}\nprompt: {init: random}\n")
+    plain = config.load(path)
+    assert plain.recipe == "early_exit" and plain.auxiliary.exit and plain.auxiliary.depth == 0.5
+    assert plain.prompt.init == "random" and plain.prompt.mapping == "same_layers"
+    for settings in (["recipe=paper"], ["recipe=early_exit", "recipe=paper"]):
+        paper = config.load(path, settings)
+        assert paper.recipe == "paper" and not paper.auxiliary.exit and paper.auxiliary.layers_per_cell == 1
+    path.write_text(config.to_yaml(paper))
+    assert config.load(path) == paper
+    with pytest.raises(ConfigError, match=r"recipe: found 'papre', expected one of .*did you mean 'paper'"):
+        config.load(path, ["recipe=papre"])
+
+
+def test_the_papers_recipe_is_what_keys_default_to():
+    """So that a record that is older than a key counts as what it was."""
+    paper = config.load(None, ["recipe=paper"])
+    assert paper.auxiliary == config.AuxiliaryConfig()
+    assert (paper.prompt.init, paper.prompt.mapping) == (config.PromptConfig().init, config.PromptConfig().mapping)
+    assert paper.data.loss_over == config.DataConfig().loss_over
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["auxiliary.depth=1.5"], "auxiliary.depth: found 1.5, expected a whole number of layers, or a fraction"),
+        (["auxiliary.depth=0"], "auxiliary.depth: found 0"),
+        (["distillation.exit_texts=0"], "distillation.exit_texts: found 0, expected at least 1"),
+        (["distillation.exit_ridge=0"], "distillation.exit_ridge: found 0"),
+        (["prompt.init=text", "prompt.projection=4"], "prompt.init: found text with prompt.projection"),
+        (["prompt.init_text=' '"], "prompt.init_text: found no words"),
+        (["prompt.mapping=same_layers"], "prompt.mapping: found same_layers with an auxiliary model that runs its"),
+        (
+            ["recipe=early_exit", "distillation.stage.steps=0", "data.server_share=0", "server.tuning.steps=0"],
+            "distillation.text: found none with data.server_share=0",
+        ),
+    ],
+)
+def test_mistakes(settings, message):
+    with pytest.raises(ConfigError) as caught:
+        config.load(None, settings)
+    assert message in str(caught.value)
+
+
+def test_a_depth_is_a_number_of_layers_or_a_fraction():
+    depths = [auxiliary.depth(config.AuxiliaryConfig(depth=depth), 30) for depth in (None, 12, 0.5, 0.4, 0.001)]
+    assert depths == [30, 12, 15, 12, 1]
