@@ -11,11 +11,11 @@ from typing import Any, Literal
 import yaml
 
 from fedsp_mpi.plain import ConfigError, differences, key_value, merge, parse, put, read_yaml
+from fedsp_mpi.recipes import AuxiliaryConfig, DistillationConfig, PromptConfig, Recipe, recipe
 from fedsp_mpi.running import CheckpointConfig, DeadlineConfig, RecordConfig, RunConfig, TopologyConfig
 from fedsp_mpi.stages import ComputeConfig, Dtype, StageConfig, at_least
 
 EMBEDDED = Path(__file__).parent / "resources" / "embedded.yaml"
-RECIPES = EMBEDDED.parent / "recipes"
 
 
 @dataclass(frozen=True)
@@ -64,77 +64,6 @@ class DataConfig:
                 )
         if not self.alpha > 0:
             raise ConfigError(f"{where}.alpha: found {self.alpha}, expected a number above 0")
-
-
-@dataclass(frozen=True)
-class AuxiliaryConfig:
-    """The clients' model: a cell of the global model's layers, shared across depth (FedSP, cross-layer sharing)."""
-
-    start_layer: int = 0
-    layers_per_cell: int | None = 1  # None: as many as it is deep, so that none is shared
-    depth: float | None = None  # layers; below 1: a fraction of the global model's; None: as deep as that
-    exit: bool = False  # a linear layer behind the final norm, fitted before the first round (tuned lens)
-    dropout: bool = False  # the model's own dropout while its weights are trained
-
-    def check(self, where: str) -> None:
-        if self.depth is not None and not (self.depth > 0 and (self.depth < 1 or self.depth % 1 == 0)):
-            raise ConfigError(
-                f"{where}.depth: found {self.depth}, expected a whole number of layers, or a fraction between 0 and 1"
-            )
-
-
-@dataclass(frozen=True)
-class DistillationConfig:
-    """Aligns the auxiliary model with the global one before the first round: its exit first, then all its weights."""
-
-    exit_texts: int = 800  # that an exit is fitted to, by least squares
-    exit_ridge: float = 0.01  # how strongly it is held to the identity, in units of the states' mean square
-    stage: StageConfig = StageConfig(steps=200)
-    text: str | None = None  # a .txt or .txt.gz file, or a folder of them, of plain text; None: the server's shard
-    text_length: int = 128  # tokens of a piece of plain text
-    text_lines: int | None = None  # read so many lines of it at most; None: all
-    hidden_weight: float = 1.0
-    logits_weight: float = 0.0
-    temperature: float = 1.0
-    engine: Literal["deepspeed", "torch"] = "deepspeed"
-    zero_stage: int = 0
-    reuse: bool = True  # take an auxiliary model that an earlier run made by the same recipe
-
-    def check(self, where: str) -> None:
-        self.stage.check(f"{where}.stage")
-        at_least(where, "exit_texts", self.exit_texts, 1)
-        if not self.exit_ridge > 0:
-            raise ConfigError(f"{where}.exit_ridge: found {self.exit_ridge}, expected a number above 0")
-        at_least(where, "text_length", self.text_length, 2)
-        if self.text_lines is not None:
-            at_least(where, "text_lines", self.text_lines, 1)
-        at_least(where, "hidden_weight", self.hidden_weight, 0)
-        at_least(where, "logits_weight", self.logits_weight, 0)
-        if self.temperature <= 0:
-            raise ConfigError(f"{where}.temperature: found {self.temperature}, expected a number above 0")
-        if self.zero_stage not in (0, 1, 2, 3):
-            raise ConfigError(f"{where}.zero_stage: found {self.zero_stage}, expected 0, 1, 2 or 3")
-        if self.stage.steps and not (self.hidden_weight or self.logits_weight):
-            raise ConfigError(
-                f"{where}: found hidden_weight 0 and logits_weight 0 with {self.stage.steps} steps, "
-                f"expected one of them above 0; set {where}.stage.steps=0 to leave distillation out"
-            )
-
-
-@dataclass(frozen=True)
-class PromptConfig:
-    """The soft prompt: key/value prefixes of every layer, or input embeddings."""
-
-    kind: Literal["prefix", "input"] = "prefix"
-    num_tokens: int = 40
-    # Where it begins: noise, or what the global model makes of the words of init_text, over and over.
-    init: Literal["random", "text"] = "random"
-    init_std: float = 0.02
-    init_text: str = "Read the text carefully and answer the question about it. Choose the answer that fits best."
-    # Between models of different depth: repeat up and average down; or layer by layer, where the auxiliary model's
-    # layers are some of the global one's.
-    mapping: Literal["repeat", "same_layers"] = "repeat"
-    projection: int | None = None  # width of the re-parameterisation's hidden layer; None: no projection
 
 
 @dataclass(frozen=True)
@@ -188,7 +117,7 @@ class EvaluationConfig:
 class Config:
     """One experiment."""
 
-    recipe: Literal["early_exit", "paper"] = "early_exit"  # values of all keys that are not given: resources/recipes
+    recipe: Recipe = "early_exit"  # values of keys that are not given: resources/recipes
     # fedsp: prompts are the messengers; finetune: the global model's own weights are (algorithms/).
     method: Literal["fedsp", "finetune"] = "fedsp"
     run: RunConfig = RunConfig()
@@ -353,7 +282,8 @@ def load(path: str | Path | None, overrides: list[str] | None = None, values: di
     A file may say `extends: other.yaml`, or a list of files (relative to itself); the later win, and its own keys most.
     """
     given = read_yaml(Path(path) if path is not None else EMBEDDED)
-    data = merge(_recipe(given, overrides or [], values or {}), given)
+    named = [given.get("recipe"), *(value for key, value in map(key_value, overrides or []) if key == "recipe")]
+    data = merge(recipe(next((name for name in reversed(named) if name is not None), Config.recipe)), given)
     for item in overrides or []:
         key, value = key_value(item)
         put(data, key, value, f"--set {item}")
@@ -362,14 +292,6 @@ def load(path: str | Path | None, overrides: list[str] | None = None, values: di
     config = parse(Config, data, "")
     config.check()
     return config
-
-
-def _recipe(data: dict[str, Any], overrides: list[str], values: dict[str, str]) -> dict[str, Any]:
-    """What the recipe, wherever it is named, says about keys that are not given."""
-    named = [data.get("recipe"), *(value for key, value in map(key_value, overrides) if key == "recipe")]
-    named.append(values.get("recipe"))
-    name = next((each for each in reversed(named) if each is not None), Config.recipe)
-    return read_yaml(RECIPES / f"{parse(Literal['early_exit', 'paper'], name, 'recipe')}.yaml")
 
 
 # What may differ when a run goes on: where and how it runs, not what comes of it.

@@ -6,7 +6,8 @@ FLOPs count one multiplication and one addition as two. Forward, for one text (`
 with `seen` keys a token (text and prompts; what causality masks is counted, because kernels differ in it) and the head
 at answers only, as the package computes it. Backward costs one forward through the activations, and one more where
 weights are trained. So a text costs
-    distillation         1 x forward of the global model + 3 x forward of the auxiliary model, both without prompts
+    distillation         1 x forward of the global model + 3 x forward of the auxiliary model, both without prompts;
+                         an exit costs one forward of both models, with prompts, for each of its texts
     client alignment     3 x forward of the auxiliary model
     client prompt tuning 2 x forward of the auxiliary model; 3 x where both are trained at once
     server tuning        2 x forward of the global model; the server-only control takes as much again
@@ -191,7 +192,7 @@ class _Costs:
         once = self._weights_step(stage) if all_weights else self._step(stage, self.large, _PROMPTS)
         tuning = rounds * stage.steps * once
         return {
-            "distillation": 0.0 if all_weights else config.distillation.stage.steps * self._distillation_step(),
+            "distillation": 0.0 if all_weights else self._distillation(),
             **client,
             "server tuning": tuning,
             "server-only control": tuning if config.evaluation.server_only and config.federation.clients else 0.0,
@@ -203,10 +204,10 @@ class _Costs:
             return (self._fine_tuning(),)
         own: list[_Stage] = self._stages()
         prompts_only: list[_Stage] = [(_STAGES[1], self.config.client.tuning, _PROMPTS)]
-        is_fedsp = own != prompts_only
+        is_fedsp, aligns = own != prompts_only or self.config.auxiliary.exit, own != prompts_only
         return (
             self._prompting("FedSP (as configured)" if is_fedsp else "as configured", self.small, own),
-            *([self._prompting("FedSP, no sharing", self.single, own)] if is_fedsp else []),
+            *([self._prompting("FedSP, no sharing", self.single, own)] if aligns else []),
             self._prompting("FedPrompt", self.large, prompts_only),
             self._prompting("FedPrompt-single", self.single, prompts_only),
             self._prompting("prefix-tuning, 1 client", self.large, prompts_only, clients=1),
@@ -262,6 +263,14 @@ class _Costs:
         projected = 2.0 * sum(layers) * prompt * (1 if trained == "weights" else 3)
         passes = -(-stage.batch_size // (stage.micro_batch or stage.batch_size))
         return stage.batch_size * ((2 if trained == _PROMPTS else 3) + self.again) * once + passes * projected
+
+    def _distillation(self) -> float:
+        """FLOPs of all steps, and of fitting an exit."""
+        settings = self.config.distillation
+        text, prompt = settings.text_length if settings.text else self.texts.tokens, self.spec.num_tokens
+        models = (self.large, self.small) if self.config.auxiliary.exit else ()
+        exit = settings.exit_texts * sum(forward(model, text, text + prompt, 0) for model in models)
+        return exit + settings.stage.steps * self._distillation_step()
 
     def _distillation_step(self) -> float:
         settings = self.config.distillation

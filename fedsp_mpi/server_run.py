@@ -327,7 +327,8 @@ class ServerRun:
         say(f"clients   {config.federation.clients}, at most {most} on a rank; threads: {_threads(self.hosts)}")
         model, splits, shards = self.materials.model_config, self.materials.splits, self.materials.shards
         say(f"model     {config.model.name}: {model.model_type}, {model.num_hidden_layers} layers")
-        train = f"{len(splits.train)} train in {len(shards)} shards of about {len(shards[0])}"
+        each = sum(map(len, shards[1:])) // max(1, len(shards) - 1)
+        train = f"{len(splits.train)} train ({len(shards[0])} the server's, about {each} each client's)"
         say(f"data      {config.data.task}: {train}, {len(splits.validation)} validation, {len(splits.test)} test")
         for note in splits.notes:
             say(f"          {note}")

@@ -15,6 +15,7 @@ ORDER = (
     {"fedsp_mpi"},
     {"plain"},
     {"stages", "running"},
+    {"recipes"},
     {"tensors", "rng", "log", "config"},
     {"comm", "models", "data", "aggregation", "record"},
     {"training"},

@@ -262,9 +262,7 @@ def test_an_unknown_key_is_told_with_the_nearest_name(tmp_path, dotted, nearest)
 
 
 def test_an_unknown_key_that_is_like_none_is_told_all_names(tmp_path):
-    refused(
-        lambda: load(tmp_path, {"prompt": {"zzzzzz": 1}}), "prompt.zzzzzz", "kind, num_tokens, init, init_std"
-    )
+    refused(lambda: load(tmp_path, {"prompt": {"zzzzzz": 1}}), "prompt.zzzzzz", "kind, num_tokens, init, init_std")
 
 
 @pytest.mark.parametrize(
