@@ -14,12 +14,12 @@ from fedsp_mpi.aggregation.sampling import participants
 from fedsp_mpi.algorithms import fedsp, finetune, prompt_tuning
 from fedsp_mpi.algorithms.benches import ShardError
 from fedsp_mpi.comm import Handout
-from fedsp_mpi.federate import Archive, Client, ClientSide, Server, ServerSide
 from fedsp_mpi.materials import Materials
 from fedsp_mpi.models import auxiliary, backbone
 from fedsp_mpi.models.backbone import LanguageModel
 from fedsp_mpi.models.prompts import Prompt, write_adapter
 from fedsp_mpi.record.checkpoint import Checkpoint, Checkpoints, Piece, Shelf
+from fedsp_mpi.sides import Archive, Client, ClientSide, Server, ServerSide
 from fedsp_mpi.stages import StageConfig
 from fedsp_mpi.tensors import Contract, NamedTensors, Schema
 from fedsp_mpi.training.device import DTYPES, Compute
@@ -112,7 +112,8 @@ def server_side(
 ) -> ServerSide:
     """A rank's side of the rounds, before the first one."""
     tokens = materials.config.evaluation.batch_tokens
-    return ServerSide(both.server, both.control, compute, materials.validation, tokens, team, archive)
+    keeps_worse = materials.config.server.accept == "always"
+    return ServerSide(both.server, both.control, compute, materials.validation, tokens, team, archive, keeps_worse)
 
 
 def client_side(materials: Materials, compute: Compute, given: Handout, ids: Sequence[int]) -> ClientSide:

@@ -88,6 +88,8 @@ class ServerConfig:
     """The owner of the global model."""
 
     tuning: StageConfig = StageConfig()
+    # better: a round's tuning that makes the validation loss worse is taken back, the control's too.
+    accept: Literal["always", "better"] = "always"
     compute: ComputeConfig = ComputeConfig()
 
 

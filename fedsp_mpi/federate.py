@@ -4,171 +4,27 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
-from torch import nn
 
-from fedsp_mpi.aggregation.average import Updates as Answers
 from fedsp_mpi.comm import Down, Updates, guard
 from fedsp_mpi.comm.solo import Solo
 from fedsp_mpi.comm.wire import Wire
 from fedsp_mpi.config import FederationConfig
-from fedsp_mpi.data.tokens import Text
-from fedsp_mpi.evaluation.scoring import answer_loss_mean
-from fedsp_mpi.log import Log, duration
-from fedsp_mpi.models.backbone import LanguageModel
-from fedsp_mpi.models.prompts import Prompt
-from fedsp_mpi.record.checkpoint import Checkpoints, Keeper, Piece, Shelf
+from fedsp_mpi.log import duration
+from fedsp_mpi.record.checkpoint import Piece
 from fedsp_mpi.record.files import RecordError
 from fedsp_mpi.record.rows import ClientRow, RoundRow, WireRow
-from fedsp_mpi.record.run_record import RunRecord
 from fedsp_mpi.running import CheckpointConfig
-from fedsp_mpi.tensors import (
-    ClientError,
-    Failure,
-    NamedTensors,
-    State,
-    Update,
-    join_states,
-    part_of_state,
-)
-from fedsp_mpi.training.device import Compute
-from fedsp_mpi.training.loop import Trace
-from fedsp_mpi.training.team import Team
+from fedsp_mpi.sides import Archive, ClientSide, ServerSide
+from fedsp_mpi.tensors import ClientError, Failure, Update
 
 
 class ClientFailedError(RuntimeError):
     """Clients failed, and the configuration or the quorum does not let the run go on without them."""
-
-
-class Server(Protocol):
-    """What the round asks of the server's side of an algorithm."""
-
-    model: LanguageModel
-
-    @property
-    def prompt(self) -> Prompt | None: ...  # goes before every text; None: the model is what is tuned
-
-    def parameters(self) -> Iterable[nn.Parameter]: ...
-
-    def broadcast(self) -> NamedTensors: ...
-
-    def merge(self, updates: Answers) -> NamedTensors: ...
-
-    def take(self, merged: NamedTensors) -> None: ...
-
-    def absorb(self, round: int) -> Trace: ...
-
-    def tuned(self) -> NamedTensors: ...
-
-    def load(self, tuned: NamedTensors) -> None: ...
-
-    def state(self) -> State: ...
-
-    def load_state(self, state: State) -> None: ...
-
-
-class Client(Protocol):
-    """What the round asks of the clients' side of an algorithm."""
-
-    @property
-    def benches(self) -> Keeper: ...
-
-    def local(self, client: int, round: int, down: NamedTensors) -> Update: ...
-
-
-@dataclass
-class ClientSide:
-    """The clients that this process plays."""
-
-    client: Client
-    ids: Sequence[int]
-    compute: Compute
-    shelf: Shelf
-    chosen: Callable[[int], Sequence[int]]  # round -> the clients that take part in it
-
-
-@dataclass
-class Best:
-    """What the server had tuned when its validation loss was lowest so far."""
-
-    tuned: NamedTensors
-    round: int = 0
-    loss: float = math.inf
-
-    def offer(self, tuned: NamedTensors, round: int, loss: float) -> bool:
-        """Take this if it is better. A loss that is not a number never is."""
-        if not loss < self.loss:
-            return False
-        self.tuned, self.round, self.loss = tuned, round, loss
-        return True
-
-    def state(self) -> State:
-        """As a checkpoint keeps it."""
-        return join_states(
-            {"tuned": dict(self.tuned), "at": {"round": np.array(self.round), "loss": np.array(self.loss)}}
-        )
-
-    def load_state(self, state: State) -> None:
-        """Go on from `state()`."""
-        for name, value in part_of_state(state, "tuned").items():
-            self.tuned[name][...] = value
-        self.round, self.loss = int(state["at/round"]), float(state["at/loss"])
-
-
-@dataclass
-class Archive:
-    """What rank 0 alone writes, and what it needs for it."""
-
-    record: RunRecord
-    keep_prompts: bool
-    rank_of: dict[int, int]
-    log: Log
-    checkpoints: Checkpoints
-    carried: Sequence[WireRow] = ()  # the manifest of the run's earlier stretches
-    seconds_checkpoints: list[float] = field(default_factory=list)
-
-
-@dataclass
-class ServerSide:
-    """The server, the control that trains beside it without clients, and what both are judged by.
-
-    Where several ranks are the server, each has one; they do the same and end each round with the same.
-    """
-
-    server: Server
-    control: Server | None
-    compute: Compute
-    validation: Sequence[Text]
-    batch_tokens: int
-    team: Team
-    archive: Archive | None
-    best: Best = field(init=False)
-    control_best: Best | None = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.best = Best(self.server.tuned())
-        self.control_best = Best(self.control.tuned()) if self.control else None
-
-    def loss(self, server: Server) -> float:
-        """Validation loss of what a server has tuned."""
-        return answer_loss_mean(server.model, server.prompt, self.validation, self.batch_tokens, self.team)
-
-    def state(self) -> State:
-        """All that the server's next round depends on."""
-        return join_states({name: part.state() for name, part in self._parts().items()})
-
-    def load_state(self, state: State) -> None:
-        """Go on from `state()`."""
-        for name, part in self._parts().items():
-            part.load_state(part_of_state(state, name))
-
-    def _parts(self) -> dict[str, Any]:
-        parts = {"server": self.server, "best": self.best, "control": self.control, "control_best": self.control_best}
-        return {name: part for name, part in parts.items() if part is not None}
 
 
 @dataclass(frozen=True)
@@ -240,14 +96,12 @@ def run_round(round: int, wire: Wire | Solo, plan: Plan, here: ServerSide | None
         merged_loss = here.loss(here.server)
         watch.lap("validation")
     with guard.phase("server tuning", round=round):
+        merged = None if here.keeps_worse else here.server.tuned()
         trace = here.server.absorb(round)
         watch.lap("server")
     with guard.phase("validation", round=round):
-        loss = here.loss(here.server)
-        is_best = here.best.offer(here.server.tuned(), round, loss)
-        control_loss = here.loss(here.control) if here.control else math.nan
-        if here.control and here.control_best:
-            here.control_best.offer(here.control.tuned(), round, control_loss)
+        loss, is_best = here.settle(round, merged, merged_loss)
+        control_loss = here.settle_control(round)
         watch.lap("validation")
     if updates is None or here.archive is None:
         return True

@@ -11,7 +11,7 @@ from fedsp_mpi.config import Config
 from fedsp_mpi.log import Log
 
 if TYPE_CHECKING:
-    from fedsp_mpi.federate import ServerSide
+    from fedsp_mpi.sides import ServerSide
 
 
 class HelperRun:

@@ -20,8 +20,8 @@ from fedsp_mpi.server_run import ServerRun, one_line
 if TYPE_CHECKING:
     from fedsp_mpi.comm.solo import Solo
     from fedsp_mpi.comm.wire import Wire
-    from fedsp_mpi.federate import ClientSide
     from fedsp_mpi.helper_run import HelperRun
+    from fedsp_mpi.sides import ClientSide
 
 Made = TypeVar("Made")
 

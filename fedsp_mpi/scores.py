@@ -7,10 +7,10 @@ from dataclasses import asdict
 
 from fedsp_mpi import build
 from fedsp_mpi.evaluation.scoring import answer_loss_mean, score
-from fedsp_mpi.federate import Best, ServerSide
 from fedsp_mpi.log import Log, duration
 from fedsp_mpi.materials import Materials
 from fedsp_mpi.record.rows import ResultRow
+from fedsp_mpi.sides import Best, ServerSide
 
 
 def candidates(here: ServerSide, name: str, zero_shot: bool) -> dict[str, Best | None]:

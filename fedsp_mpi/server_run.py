@@ -23,11 +23,11 @@ if TYPE_CHECKING:
     from fedsp_mpi.build import Servers
     from fedsp_mpi.comm.solo import Solo
     from fedsp_mpi.comm.wire import Wire
-    from fedsp_mpi.federate import ServerSide
     from fedsp_mpi.materials import Materials
     from fedsp_mpi.models.backbone import LanguageModel
     from fedsp_mpi.record import Checkpoint, RunRecord
     from fedsp_mpi.record.lock import RunLock
+    from fedsp_mpi.sides import ServerSide
     from fedsp_mpi.training.device import Compute
     from fedsp_mpi.training.team import Meeting, Team
 
@@ -146,9 +146,9 @@ class ServerRun:
     def side(self, given: comm.Handout) -> ServerSide:
         """The server's side of the rounds, where an earlier stretch of the run has left it."""
         from fedsp_mpi import build
-        from fedsp_mpi.federate import Archive
         from fedsp_mpi.record import Checkpoints
         from fedsp_mpi.record.rows import wire_rows
+        from fedsp_mpi.sides import Archive
 
         ranks = {client: rank for rank, ids in enumerate(given.meta["assignment"]) for client in ids}
         checkpoints, keep = Checkpoints(self.folder), self.config.record.prompts and not self.config.tunes_weights

@@ -33,6 +33,7 @@ EARLY_EXIT = {
     "prompt.init": "text",
     "prompt.mapping": "same_layers",
     "client.alignment.steps": 0,
+    "server.accept": "better",
 }
 WHOLE = {"auxiliary.layers_per_cell": None, "distillation.stage.steps": 0, "client.alignment.steps": 0}
 ALONE = {"federation.clients": 0, "evaluation.server_only": False}

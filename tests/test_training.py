@@ -28,6 +28,7 @@ from fedsp_mpi.models.losses import answer_loss, hidden_loss, logits_loss
 from fedsp_mpi.models.prompts import DepthMap, Prompt, PromptSpec
 from fedsp_mpi.record import Checkpoints
 from fedsp_mpi.record.checkpoint import Shelf
+from fedsp_mpi.sides import ClientSide
 from fedsp_mpi.stages import OptimizerConfig
 from fedsp_mpi.tensors import Failure, NamedTensors, State, seal
 from fedsp_mpi.training.device import Compute
@@ -463,7 +464,7 @@ def test_its_update_is_refused_and_the_others_go_on(gpt2, tmp_path):
     breaks, everybody = Breaks(), (0, 1, 2)
     compute = Compute.of(ComputeConfig(device="cpu"), Topology.alone())
     shelf = Shelf(playing.benches, Checkpoints(tmp_path), 3, {})
-    side = federate.ClientSide(breaks, everybody, compute, shelf, lambda round: everybody)
+    side = ClientSide(breaks, everybody, compute, shelf, lambda round: everybody)
     down = downs(playing, 2)[1]
     found = list(federate.local_work(side, Down(2, tensors=down)))
     assert [type(each) for each in found] == [fedsp.Update, Failure, fedsp.Update]

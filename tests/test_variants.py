@@ -105,3 +105,17 @@ def test_what_cannot_be_is_refused(tmp_path, settings, message):
     with pytest.raises((ValueError, run.comm.Refused)) as told:
         short(tmp_path, *settings)
     assert message in str(told.value)
+
+
+def test_tuning_that_makes_it_worse_is_taken_back(tmp_path):
+    """With a learning rate that ruins prompts, the merged ones stay; and what is broadcast next is what was kept."""
+    wild = ("server.tuning.optimizer.learning_rate=50", "server.tuning.steps=2", "evaluation.server_only=true")
+    spoiled = short(tmp_path / "always", *wild)
+    assert spoiled.rounds["validation_loss"][0] > spoiled.rounds["validation_merged"][0]
+    kept = short(tmp_path / "better", "server.accept=better", *wild)
+    assert (kept.rounds["validation_loss"] == kept.rounds["validation_merged"]).all()
+    untouched = short(tmp_path / "none", "server.tuning.steps=0")
+    for round in (1, 2):
+        assert np.array_equal(kept.prompts(round)["prompt"], untouched.prompts(round)["prompt"])
+    helps = short(tmp_path / "helps", "server.accept=better")
+    assert helps.rounds["validation_loss"][0] < helps.rounds["validation_merged"][0], "what helps stays"
