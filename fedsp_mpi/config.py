@@ -283,15 +283,19 @@ def load(path: str | Path | None, overrides: list[str] | None = None, values: di
     `overrides` are `key=value`, whose value is YAML; `values` are texts as they stand.
     A file may say `extends: other.yaml`, or a list of files (relative to itself); the later win, and its own keys most.
     """
-    given = read_yaml(Path(path) if path is not None else EMBEDDED)
-    named = [given.get("recipe"), *(value for key, value in map(key_value, overrides or []) if key == "recipe")]
-    data = merge(recipe(next((name for name in reversed(named) if name is not None), Config.recipe)), given)
+    data = read_yaml(Path(path) if path is not None else EMBEDDED)
     for item in overrides or []:
         key, value = key_value(item)
         put(data, key, value, f"--set {item}")
     for key, text in (values or {}).items():
         put(data, key, text, key)
-    config = parse(Config, data, "")
+    return checked(data)
+
+
+def checked(data: dict[str, Any]) -> Config:
+    """The configuration of plain data, laid over its recipe. Raises ConfigError on the first mistake."""
+    named = data.get("recipe")
+    config: Config = parse(Config, merge(recipe(Config.recipe if named is None else named), data), "")
     config.check()
     return config
 

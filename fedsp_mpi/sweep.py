@@ -11,7 +11,7 @@
       fedprompt: {extends: ../methods/fedprompt.yaml, client: {tuning: {optimizer: {learning_rate: 5.0e-2}}}}
 
 A cell is one task with one method and one seed, called TASK-METHOD-SEED: the base, the task laid over it, the method
-over both, and `--set` over all. Seeds change last, so that a sweep that is stopped half-way has compared all methods.
+over both, and `--set` over all, where {task} stands for the task's name. Seeds change last, so that a sweep that is stopped half-way has compared all methods.
 """
 
 from __future__ import annotations
@@ -24,18 +24,19 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
 from functools import reduce
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from fedsp_mpi.comm import Refused
-from fedsp_mpi.config import EMBEDDED, Config, changed_keys, to_yaml
+from fedsp_mpi.config import EMBEDDED, Config, changed_keys, checked, to_yaml
 from fedsp_mpi.log import Log, duration
-from fedsp_mpi.plain import ConfigError, extended, key_value, merge, parse, put, read_yaml
+from fedsp_mpi.plain import ConfigError, extended, key_value, merge, put, read_yaml
 from fedsp_mpi.record import Run, main_result, read
 
 _KEYS = ("folder", "base", "seeds", "tasks", "methods")
@@ -69,7 +70,7 @@ class Cell:
         return self.config.run.label or self.config.method
 
 
-def sweep(file: Path, overrides: Sequence[str], launch: str, is_dry: bool, log: Log) -> int:
+def sweep(file: Path, overrides: Sequence[str], launch: str, is_dry: bool, log: Log, only: str = "*") -> int:
     """Run all cells of a file that have no complete record yet. Returns the exit status: 1 if one of them failed.
 
     Args:
@@ -77,13 +78,16 @@ def sweep(file: Path, overrides: Sequence[str], launch: str, is_dry: bool, log: 
         launch: what starts a run's processes, for instance "mpirun -n 4"; empty for one process.
         is_dry: only say what would be run.
         log: told of each run.
+        only: a pattern that the names of the cells match, for instance "sst2-*-1".
 
     Raises:
         ValueError: a mistake in the file, in a cell, or a record of another configuration; nothing was started then.
         Refused: a signal came; it was passed on to the run, which has ended.
     """
     words = _launch(launch)
-    cells = cells_of(file, overrides)
+    cells = [cell for cell in cells_of(file, overrides) if fnmatchcase(cell.name, only)]
+    if not cells:
+        raise ConfigError(f"--only {only}: found no run of that name in {file}; --dry-run lists them")
     found = {cell.name: _found(cell) for cell in cells}
     _require_same(cells, found)
     is_complete = {name: run is not None and run.status == "complete" for name, run in found.items()}
@@ -100,12 +104,12 @@ def cells_of(file: Path, overrides: Sequence[str] = ()) -> list[Cell]:
     """The cells of a sweep's file, in the order in which they run. Raises ConfigError on the first mistake."""
     content = read_yaml(file)
     _check_keys(content, file)
-    over = _overrides(overrides)
     base = _layer(content.get("base") or str(EMBEDDED.resolve()), file, "base")
     tasks, methods = (_layers(content, section, file) for section in ("tasks", "methods"))
     cells = []
     for seed in content["seeds"]:
         for task, its in tasks.items():
+            over = _overrides(item.replace("{task}", task) for item in overrides)
             for method, own in methods.items():
                 name = f"{task}-{method}-{seed}"
                 given = {"run": {"folder": content["folder"], "name": name, "seed": seed}}
@@ -160,7 +164,7 @@ def _layer(entry: Any, file: Path, where: str) -> dict[str, Any]:
     return extended(entry or {}, file)
 
 
-def _overrides(items: Sequence[str]) -> dict[str, Any]:
+def _overrides(items: Iterable[str]) -> dict[str, Any]:
     over: dict[str, Any] = {}
     for item in items:
         key, value = key_value(item)
@@ -172,11 +176,9 @@ def _overrides(items: Sequence[str]) -> dict[str, Any]:
 
 def _config(name: str, layers: Sequence[dict[str, Any]]) -> Config:
     try:
-        config: Config = parse(Config, reduce(merge, layers), "")
-        config.check()
+        return checked(reduce(merge, layers))
     except ConfigError as error:
         raise ConfigError(f"{name}: {error}") from None
-    return config
 
 
 def _require_distinct(cells: Sequence[Cell], file: Path) -> None:
