@@ -99,6 +99,33 @@ def test_a_sweep_without_a_base_is_of_the_embedded_default(tmp_path):
     assert cell.config.model.name == "embedded" and cell.config.federation.rounds == 6
 
 
+def test_a_value_may_name_the_task(tmp_path):
+    path = written(tmp_path, tasks={"a": None, "b": None}, methods={"fedsp": None})
+    names = [cell.config.data.source for cell in sweep.cells_of(path, ["data.source=x/{task}/y", "run.label=z {z}"])]
+    assert names == ["x/a/y", "x/b/y"]
+
+
+def test_cells_have_recipes_too(tmp_path):
+    path = written(tmp_path, base=None, methods={"paper": None, "exit": str(METHODS / "fedsp.yaml")})
+    for over in ([], ["auxiliary.dropout=true"]):
+        [paper, exit] = sweep.cells_of(path, over)
+        assert not paper.config.auxiliary.exit and exit.config.auxiliary.exit
+    (tmp_path / "plain.yaml").write_text("model: {name: embedded}\ndata: {source: embedded}\n")
+    [plain] = sweep.cells_of(written(tmp_path, base="plain.yaml", methods={"plain": None}))
+    assert plain.config.recipe == "early_exit" and plain.config.auxiliary.exit
+
+
+def test_only_some_of_the_runs(tmp_path, capsys):
+    path = written(tmp_path, seeds=[1, 2], tasks={"a": None, "b": None}, methods={"c": None})
+    status, out, error = here(capsys, path, "--dry-run", "--only", "b-*")
+    assert (
+        status == 0
+        and [name in out + error for name in ("a-c-1", "a-c-2", "b-c-1", "b-c-2")] == [False] * 2 + [True] * 2
+    )
+    status, _, error = here(capsys, path, "--dry-run", "--only", "d")
+    assert status == 2 and "--only d: found no run of that name" in error and error.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
