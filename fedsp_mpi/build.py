@@ -13,7 +13,9 @@ from fedsp_mpi.aggregation.average import weighted_mean
 from fedsp_mpi.aggregation.sampling import participants
 from fedsp_mpi.algorithms import fedsp, finetune, prompt_tuning
 from fedsp_mpi.algorithms.benches import ShardError
+from fedsp_mpi.algorithms.translation import Translator
 from fedsp_mpi.comm import Handout
+from fedsp_mpi.data.tokens import Batches
 from fedsp_mpi.materials import Materials
 from fedsp_mpi.models import auxiliary, backbone
 from fedsp_mpi.models.backbone import LanguageModel
@@ -23,7 +25,6 @@ from fedsp_mpi.sides import Archive, Client, ClientSide, Server, ServerSide
 from fedsp_mpi.stages import StageConfig
 from fedsp_mpi.tensors import Contract, NamedTensors, Schema
 from fedsp_mpi.training.device import DTYPES, Compute
-from fedsp_mpi.training.loop import Batches
 from fedsp_mpi.training.team import Team
 
 Made = TypeVar("Made")
@@ -34,13 +35,14 @@ class Method:
     """How the objects of one method are made.
 
     Attributes:
-        server: one server around a global model; of two servers each has its own.
+        server: one server around a global model; of two servers each has its own. The last argument is the clients'
+            model, for a server that learns from what comes of it; the control has none.
         handout: from a server and the clients' model, what is handed out: the configuration of that model, tensors, and
             what may travel afterwards.
         client: the clients of one process.
     """
 
-    server: Callable[[Materials, LanguageModel, Compute, Team], Server]
+    server: Callable[[Materials, LanguageModel, Compute, Team, LanguageModel | None], Server]
     handout: Callable[[Materials, Server, LanguageModel], tuple[Any, NamedTensors, Contract]]
     client: Callable[[Materials, Compute, Handout, Sequence[int]], Client]
 
@@ -67,14 +69,16 @@ class Servers:
     control: Server | None
 
 
-def servers(materials: Materials, model: LanguageModel, compute: Compute, team: Team) -> Servers:
-    """What a rank of the server works with, from its global model on."""
+def servers(
+    materials: Materials, model: LanguageModel, compute: Compute, team: Team, small: LanguageModel | None = None
+) -> Servers:
+    """What a rank of the server works with, from its global model on; rank 0 has the clients' model too."""
     config, make = materials.config, METHODS[materials.config.method].server
     control = None
     if config.evaluation.server_only and config.server.tuning.steps and config.federation.clients:
         own = copy.deepcopy(model) if config.tunes_weights else model
-        control = make(materials, own, compute, team)
-    return Servers(make(materials, model, compute, team), control)
+        control = make(materials, own, compute, team, None)
+    return Servers(make(materials, model, compute, team, small), control)
 
 
 def handout(
@@ -149,9 +153,24 @@ def scoring_model(materials: Materials, model: LanguageModel) -> LanguageModel:
 # -- the parts of each method --------------------------------------------------------------------------------------
 
 
-def _prompt_server(materials: Materials, model: LanguageModel, compute: Compute, team: Team) -> Server:
+def _prompt_server(
+    materials: Materials, model: LanguageModel, compute: Compute, team: Team, small: LanguageModel | None
+) -> Server:
     prompt = materials.first_prompt(model).to(compute.device)
-    return prompt_tuning.Server(model, prompt, materials.depth_map, *_tuning(materials, team), weighted_mean, team)
+    helper = _translator(materials, small, prompt) if small and materials.config.translates else None
+    tuning = _tuning(materials, team)
+    return prompt_tuning.Server(model, prompt, materials.depth_map, *tuning, weighted_mean, team, helper)
+
+
+def _translator(materials: Materials, small: LanguageModel, prompt: Prompt) -> Translator:
+    """The auxiliary model as the teacher of the global model's prompts."""
+    depths, stage, config = materials.depth_map, materials.config.server.translation, materials.config
+    messengers = Prompt(depths.small).to(small.device)
+    messengers.load(depths.down(prompt.tensors()))
+    texts = materials.translation_texts
+    batches = Batches(texts, stage.batch_size, stage.micro_batch, config.run.seed, "translation")
+    teacher = LanguageModel(small.model, small.dtype, candidates=materials.candidates)
+    return Translator(teacher, messengers, prompt.parameters(), batches, stage, config.federation.rounds)
 
 
 def _prompt_handout(materials: Materials, server: Server, small: LanguageModel) -> tuple[Any, NamedTensors, Contract]:
@@ -184,7 +203,9 @@ def _fedsp_client(materials: Materials, compute: Compute, given: Handout, ids: S
     )
 
 
-def _weights_server(materials: Materials, model: LanguageModel, compute: Compute, team: Team) -> Server:
+def _weights_server(
+    materials: Materials, model: LanguageModel, compute: Compute, team: Team, small: LanguageModel | None
+) -> Server:
     return finetune.Server(model, *_tuning(materials, team), weighted_mean, team)
 
 

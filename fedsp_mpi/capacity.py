@@ -127,7 +127,8 @@ def server(config: Config, sizes: Sizes) -> Need:
     if not config.distillation.stage.steps:
         distil = 2 * _FP32 * sizes.auxiliary
     score = (scored - held) * sizes.global_model
-    return Need(held * sizes.global_model + max(distil, tune, score), 0)
+    kept = _FP32 * sizes.auxiliary if config.translates else 0
+    return Need(held * sizes.global_model + kept + max(distil, tune, score), 0)
 
 
 def client(config: Config, sizes: Sizes, num_clients: int) -> Need:

@@ -109,7 +109,9 @@ def sweep(options: argparse.Namespace) -> int:
         raise Refused(f"sweep: found {launcher_size()} processes, expected one; give mpirun to --launch")
     from fedsp_mpi import sweep as room
 
-    return _user(room.sweep, Path(options.file), options.set, options.launch, options.dry_run, _log(options), options.only)
+    return _user(
+        room.sweep, Path(options.file), options.set, options.launch, options.dry_run, _log(options), options.only
+    )
 
 
 def evaluate(options: argparse.Namespace) -> int:
@@ -324,7 +326,9 @@ def _add_sweep(verbs: argparse._SubParsersAction) -> None:
     verb = verbs.add_parser("sweep", help="every task with every method and seed of a file, one run after another")
     verb.add_argument("file", metavar="FILE", help="YAML file: folder, base, seeds, tasks, methods")
     verb.add_argument("--launch", default="", metavar="COMMAND", help="starts a run's processes, e.g. 'mpirun -n 4'")
-    verb.add_argument("--only", default="*", metavar="PATTERN", help="runs of these names, e.g. 'sst2-*-1'; default: all")
+    verb.add_argument(
+        "--only", default="*", metavar="PATTERN", help="runs of these names, e.g. 'sst2-*-1'; default: all"
+    )
     verb.add_argument("--dry-run", action="store_true", help="say what would be run, and check all of it")
     _add_settings(verb)
     verb.set_defaults(run=sweep)

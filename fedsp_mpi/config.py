@@ -87,6 +87,9 @@ class FederationConfig:
 class ServerConfig:
     """The owner of the global model."""
 
+    # Before the tuning: towards the answers of the auxiliary model under the merged prompts, to questions about
+    # distillation.text, or about the server's shard.
+    translation: StageConfig = StageConfig(steps=0)
     tuning: StageConfig = StageConfig()
     # better: a round's tuning that makes the validation loss worse is taken back, the control's too.
     accept: Literal["always", "better"] = "always"
@@ -143,6 +146,11 @@ class Config:
         return self.method == "finetune"
 
     @property
+    def translates(self) -> bool:
+        """Whether the server learns from the auxiliary model what the merged prompts mean."""
+        return not self.tunes_weights and self.federation.clients > 0 and self.server.translation.steps > 0
+
+    @property
     def distils(self) -> bool:
         """Whether the auxiliary model is aligned with the global one on some text."""
         return not self.tunes_weights and (self.auxiliary.exit or self.distillation.stage.steps > 0)
@@ -151,6 +159,7 @@ class Config:
         """Raise ConfigError on the first value that cannot work, whatever the model and the data."""
         self.auxiliary.check("auxiliary")
         self.server.tuning.check("server.tuning")
+        self.server.translation.check("server.translation")
         self.client.alignment.check("client.alignment")
         self.client.tuning.check("client.tuning")
         self.distillation.check("distillation")
@@ -211,6 +220,16 @@ class Config:
                     "distillation.text: found none with data.server_share=0, expected a file of plain text; or set "
                     "distillation.stage.steps=0 and auxiliary.exit=false"
                 )
+        if self.translates and self.topology.server_ranks > 1:
+            raise ConfigError(
+                f"server.translation.steps: found {self.server.translation.steps} with topology.server_ranks="
+                f"{self.topology.server_ranks}, expected one rank of the server; or set server.translation.steps=0"
+            )
+        if self.translates and self.data.server_share == 0 and self.distillation.text is None:
+            raise ConfigError(
+                "distillation.text: found none with data.server_share=0, expected a file of plain text to ask about; "
+                "or set server.translation.steps=0"
+            )
         for key, stage in (("distillation.stage", self.distillation.stage), ("server.tuning", self.server.tuning)):
             if stage.batch_size % self.topology.server_ranks:
                 raise ConfigError(

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 from fedsp_mpi.config import Config, ConfigError, StageConfig
-from fedsp_mpi.data import partition, sources, tasks
-from fedsp_mpi.data.tokens import Batches, Text, encode, encode_pairs, pieces
+from fedsp_mpi.data import imitation, partition, sources, tasks
+from fedsp_mpi.data.tokens import Batches, Text, encode, encode_pairs, pieces, truncate
 from fedsp_mpi.evaluation.scoring import Question, questions
 from fedsp_mpi.models import auxiliary, backbone
 from fedsp_mpi.models.prompts import DepthMap, Prompt, PromptSpec, require_positions
@@ -133,8 +133,27 @@ class Materials:
         settings = self.config.distillation
         if settings.text is None:
             return self.shard(0)
-        length = min(settings.text_length, self.shape.num_positions + 1)
+        before = self.num_prompt_tokens if self.config.auxiliary.exit else 0  # an exit is fitted under prompts
+        length = min(settings.text_length, self.shape.num_positions + 1 - before)
         return pieces(self.tokenizer, islice(sources.plain_text(settings.text), settings.text_lines), length)
+
+    @cached_property
+    def translation_texts(self) -> list[Text]:
+        """What the auxiliary model is asked about by the server: plain text if there is some, else the server's shard.
+
+        Plain text is asked about in the words that all texts of the server have in common.
+        """
+        settings, config = self.config.server.translation, self.config
+        if config.distillation.text is None:
+            return self.shard(0)
+        own = [*(self.splits.train[i] for i in self.shards[0]), *self.splits.validation]
+        lines = islice(sources.plain_text(config.distillation.text), config.distillation.text_lines)
+        wanted = settings.steps * settings.batch_size * config.federation.rounds
+        pairs = imitation.questions(islice(imitation.sentences(lines), wanted), own)
+        texts = encode_pairs(self.tokenizer, list(pairs))
+        if not texts:
+            raise ConfigError(f"distillation.text: found no sentences in {config.distillation.text!r}, expected some")
+        return [truncate(text, self.max_length) for text in texts]
 
     @cached_property
     def validation(self) -> list[Text]:
@@ -183,6 +202,8 @@ class Materials:
         _ = self.shard(0), self.validation
         if self.config.distils:
             _ = self.distillation_texts
+        if self.config.translates:
+            _ = self.translation_texts
 
 
 def expected_work(materials: Materials) -> list[float]:

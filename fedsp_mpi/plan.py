@@ -10,7 +10,8 @@ weights are trained. So a text costs
                          an exit costs one forward of both models, with prompts, for each of its texts
     client alignment     3 x forward of the auxiliary model
     client prompt tuning 2 x forward of the auxiliary model; 3 x where both are trained at once
-    server tuning        2 x forward of the global model; the server-only control takes as much again
+    server tuning        2 x forward of the global model; the server-only control takes as much again; translation
+                         costs the same and 1 x forward of the auxiliary model
     fine-tuning          3 x forward of the global model, without prompts, at clients and server
 and one forward more wherever activations are recomputed. A projection of prompts runs once a micro-batch: 2 x its
 weights x prompt tokens, three times that where it is trained. Padding, norms, optimizers, validation and scoring are
@@ -194,7 +195,7 @@ class _Costs:
         return {
             "distillation": 0.0 if all_weights else self._distillation(),
             **client,
-            "server tuning": tuning,
+            "server tuning": tuning + self._translation(),
             "server-only control": tuning if config.evaluation.server_only and config.federation.clients else 0.0,
         }
 
@@ -263,6 +264,15 @@ class _Costs:
         projected = 2.0 * sum(layers) * prompt * (1 if trained == "weights" else 3)
         passes = -(-stage.batch_size // (stage.micro_batch or stage.batch_size))
         return stage.batch_size * ((2 if trained == _PROMPTS else 3) + self.again) * once + passes * projected
+
+    def _translation(self) -> float:
+        """FLOPs of all steps towards the auxiliary model's answers."""
+        if not self.config.translates:
+            return 0.0
+        stage, tokens, prompt = self.config.server.translation, self.texts.tokens, self.spec.num_tokens
+        asked = stage.batch_size * forward(self.small, tokens, tokens + prompt, self.texts.answers)
+        step = self._step(stage, self.large, _PROMPTS) + asked
+        return self.config.federation.rounds * stage.steps * step
 
     def _distillation(self) -> float:
         """FLOPs of all steps, and of fitting an exit."""

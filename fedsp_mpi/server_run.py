@@ -116,7 +116,7 @@ class ServerRun:
         except StoppedError as stopped:
             self.record.describe(distillation={"steps": stopped.kept})
             return None, comm.Refused(str(stopped), STOPPED)
-        self._servers = build.servers(*about)
+        self._servers = build.servers(*about, small)
         meta = {
             "assignment": [list(ids) for ids in self._assignment],
             "processes": [(host["host"], host["pid"]) for host in self.hosts],

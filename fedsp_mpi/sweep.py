@@ -11,7 +11,8 @@
       fedprompt: {extends: ../methods/fedprompt.yaml, client: {tuning: {optimizer: {learning_rate: 5.0e-2}}}}
 
 A cell is one task with one method and one seed, called TASK-METHOD-SEED: the base, the task laid over it, the method
-over both, and `--set` over all, where {task} stands for the task's name. Seeds change last, so that a sweep that is stopped half-way has compared all methods.
+over both, and `--set` over all, where {task} stands for the task's name. Seeds change last, so that a sweep that is
+stopped half-way has compared all methods.
 """
 
 from __future__ import annotations

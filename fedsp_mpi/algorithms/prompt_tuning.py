@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from fedsp_mpi.aggregation.average import Updates
 from fedsp_mpi.algorithms.benches import arrays, tensors
+from fedsp_mpi.algorithms.translation import Translator
 from fedsp_mpi.config import StageConfig
 from fedsp_mpi.models.backbone import LanguageModel
 from fedsp_mpi.models.losses import answer_loss
@@ -53,6 +54,8 @@ class Server:
         total_rounds: length of the schedule, in rounds.
         rule: makes one prompt of many updates.
         team: the ranks that tune together, each on its part of the batches.
+        translator: tells the global model what the merged prompts mean on the auxiliary one; None: they have to speak
+            for themselves. With it, what goes down again is what was merged, and the server's own tuning stays here.
     """
 
     def __init__(
@@ -65,13 +68,16 @@ class Server:
         total_rounds: int,
         rule: Callable[[Updates], NamedTensors],
         team: Team = ALONE,
+        translator: Translator | None = None,
     ) -> None:
-        self.model, self.prompt, self._depths = model, prompt, depths
+        self.model, self.prompt, self._depths, self._translator = model, prompt, depths, translator
         self._batches, self._stage, self._rule = batches, stage, rule
         self._engine = TorchEngine(prompt.parameters(), stage.optimizer, stage.steps * total_rounds, team)
 
     def broadcast(self) -> NamedTensors:
         """The prompts as they go down: at the depth of the clients' model."""
+        if self._translator:
+            return NamedTensors.pack(self._translator.messengers.tensors())
         return NamedTensors.pack(self._depths.down(self.prompt.tensors()))
 
     def merge(self, updates: Updates) -> NamedTensors:
@@ -81,9 +87,16 @@ class Server:
     def take(self, merged: NamedTensors) -> None:
         """Let the merged prompts be the server's, at the depth of the global model."""
         self.prompt.load(self._depths.up(merged.torch(), self.prompt.tensors()))
+        if self._translator:
+            self._translator.hear(merged)
 
     def absorb(self, round: int) -> Trace:
-        """Tune the prompts against the frozen global model on the server's own shard."""
+        """Tune the prompts on the frozen global model: towards the messengers' answers, then on the server's shard.
+
+        The trace is that of the latter.
+        """
+        if self._translator:
+            self._translator.translate(self.model, self.prompt, round)
         if self._batches is None:
             return Trace()
         return tune(self.model, self.prompt, self._engine, self._batches, self._stage, round)
@@ -102,9 +115,12 @@ class Server:
 
     def state(self) -> State:
         """Everything that the next round depends on."""
-        return join_states({"prompt": arrays(self.prompt.tensors()), "engine": self._engine.state()})
+        parts = {"prompt": arrays(self.prompt.tensors()), "engine": self._engine.state()}
+        return join_states(parts | ({"translator": self._translator.state()} if self._translator else {}))
 
     def load_state(self, state: State) -> None:
         """Go on from `state()`, which is copied."""
         self.prompt.load(tensors(part_of_state(state, "prompt")))
         self._engine.load_state(part_of_state(state, "engine"))
+        if self._translator:
+            self._translator.load_state(part_of_state(state, "translator"))
