@@ -170,7 +170,7 @@ def _translator(materials: Materials, small: LanguageModel, prompt: Prompt) -> T
     texts = materials.translation_texts
     batches = Batches(texts, stage.batch_size, stage.micro_batch, config.run.seed, "translation")
     teacher = LanguageModel(small.model, small.dtype, candidates=materials.candidates)
-    return Translator(teacher, messengers, prompt.parameters(), batches, stage, config.federation.rounds)
+    return Translator(teacher, messengers, batches, stage)
 
 
 def _prompt_handout(materials: Materials, server: Server, small: LanguageModel) -> tuple[Any, NamedTensors, Contract]:

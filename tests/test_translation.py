@@ -103,7 +103,7 @@ def server_of(pair, stage: StageConfig = STAGE, rounds: int = 1) -> tuple[Server
     messengers = Prompt(depths.small)
     messengers.load(depths.down(prompt.tensors()))
     batches = Batches(tiny.texts([5, 6, 7, 8] * 4), stage.batch_size, None, 1, "translation")
-    translator = Translator(small, messengers, prompt.parameters(), batches, stage, rounds)
+    translator = Translator(small, messengers, batches, stage)
     none = StageConfig(steps=0)
     return Server(whole, prompt, depths, None, none, rounds, lambda updates: updates, translator=translator), translator
 

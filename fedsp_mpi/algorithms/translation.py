@@ -8,17 +8,15 @@ model's prompts towards those answers: distillation (Hinton et al., 2015) from a
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fedsp_mpi.algorithms.benches import arrays, tensors
 from fedsp_mpi.config import StageConfig
 from fedsp_mpi.models.backbone import LanguageModel
 from fedsp_mpi.models.losses import logits_loss
 from fedsp_mpi.models.prompts import Prompt
-from fedsp_mpi.tensors import Batch, NamedTensors, State, join_states, part_of_state
+from fedsp_mpi.tensors import Batch, NamedTensors, State
 from fedsp_mpi.training.engine import TorchEngine
 from fedsp_mpi.training.loop import Batches, Trace, num_answer_tokens, train
 
@@ -29,28 +27,18 @@ class Translator:
     Args:
         teacher: the auxiliary model as it was handed out, frozen.
         messengers: prompts of its depth; what is in them goes down to the clients.
-        student: what is tuned: the parameters of the global model's prompts.
         batches: questions about the server's own text; their targets only say where an answer is due.
-        stage: steps of a round.
-        total_rounds: length of the schedule, in rounds.
+        stage: steps of a round. Each round has a schedule of its own, because the last messengers are the best ones.
     """
 
-    def __init__(
-        self,
-        teacher: LanguageModel,
-        messengers: Prompt,
-        student: Iterable[nn.Parameter],
-        batches: Batches,
-        stage: StageConfig,
-        total_rounds: int,
-    ) -> None:
+    def __init__(self, teacher: LanguageModel, messengers: Prompt, batches: Batches, stage: StageConfig) -> None:
         self.messengers = messengers.requires_grad_(False)
         self._teacher, self._batches, self._stage = teacher, batches, stage
-        self._engine = TorchEngine(student, stage.optimizer, stage.steps * total_rounds)
         teacher.train_weights(False)
 
     def translate(self, model: LanguageModel, prompt: Prompt, round: int) -> Trace:
         """Tune `prompt` on the global model towards the teacher's answers; the loss is their KL divergence."""
+        engine = TorchEngine(prompt.parameters(), self._stage.optimizer, self._stage.steps)
 
         def loss(batch: Batch) -> Tensor:
             with torch.no_grad():
@@ -59,7 +47,7 @@ class Translator:
             return logits_loss(answered, taught, temperature=1.0)
 
         first = (round - 1) * self._stage.steps
-        return train(self._engine, self._batches, first, self._stage.steps, loss, num_answer_tokens, model.device)
+        return train(engine, self._batches, first, self._stage.steps, loss, num_answer_tokens, model.device)
 
     def hear(self, merged: NamedTensors) -> None:
         """Let these be the messengers."""
@@ -67,9 +55,8 @@ class Translator:
 
     def state(self) -> State:
         """Everything that the next round depends on."""
-        return join_states({"messengers": arrays(self.messengers.tensors()), "engine": self._engine.state()})
+        return arrays(self.messengers.tensors())
 
     def load_state(self, state: State) -> None:
         """Go on from `state()`, which is copied."""
-        self.messengers.load(tensors(part_of_state(state, "messengers")))
-        self._engine.load_state(part_of_state(state, "engine"))
+        self.messengers.load(tensors(state))
