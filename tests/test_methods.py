@@ -34,6 +34,10 @@ EARLY_EXIT = {
     "prompt.mapping": "same_layers",
     "client.alignment.steps": 0,
     "server.accept": "better",
+    "server.translation.steps": 10,
+    "server.translation.optimizer.learning_rate": 1e-2,
+    "server.translation.optimizer.clip": 1.0,
+    "server.translation.optimizer.weight_decay": 0.0,
 }
 WHOLE = {"auxiliary.layers_per_cell": None, "distillation.stage.steps": 0, "client.alignment.steps": 0}
 ALONE = {"federation.clients": 0, "evaluation.server_only": False}
