@@ -50,6 +50,7 @@ def stage(steps: int, batch_size: int, learning_rate: float, clip: float | None)
 
 
 BASE = {
+    "recipe": "paper",
     "run": {"name": "run", "seed": 7},
     "data": {"task": "multiple_choice", "max_length": 14},
     "auxiliary": {"depth": 2},
