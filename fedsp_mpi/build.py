@@ -157,9 +157,9 @@ def _prompt_server(
     materials: Materials, model: LanguageModel, compute: Compute, team: Team, small: LanguageModel | None
 ) -> Server:
     prompt = materials.first_prompt(model).to(compute.device)
-    helper = _translator(materials, small, prompt) if small and materials.config.translates else None
+    translator = _translator(materials, small, prompt) if small and materials.config.translates else None
     tuning = _tuning(materials, team)
-    return prompt_tuning.Server(model, prompt, materials.depth_map, *tuning, weighted_mean, team, helper)
+    return prompt_tuning.Server(model, prompt, materials.depth_map, *tuning, weighted_mean, team, translator)
 
 
 def _translator(materials: Materials, small: LanguageModel, prompt: Prompt) -> Translator:
@@ -169,8 +169,7 @@ def _translator(materials: Materials, small: LanguageModel, prompt: Prompt) -> T
     messengers.load(depths.down(prompt.tensors()))
     texts = materials.translation_texts
     batches = Batches(texts, stage.batch_size, stage.micro_batch, config.run.seed, "translation")
-    teacher = LanguageModel(small.model, small.dtype, candidates=materials.candidates)
-    return Translator(teacher, messengers, batches, stage)
+    return Translator(small, messengers, batches, stage)
 
 
 def _prompt_handout(materials: Materials, server: Server, small: LanguageModel) -> tuple[Any, NamedTensors, Contract]:

@@ -71,7 +71,7 @@ def auxiliary_model(
         small, notes = auxiliary.load(own, compute.dtype), auxiliary.read_recipe(own)
         if notes["recipe"] != recipe:
             log.say("auxiliary model: made with other versions or on another device; equal bits are not promised")
-        return small, notes["distillation"]
+        return small.beside(model), notes["distillation"]
     if found is not None:
         small = auxiliary.load(found, compute.dtype)
         story = auxiliary.read_recipe(found)["distillation"] | {"reused_from": str(found)}
@@ -83,7 +83,7 @@ def auxiliary_model(
     notes = {"depth": materials.depth, "recipe": recipe, "distillation": story}
     auxiliary.save(target, small, materials.layers_per_cell, materials.tokenizer, notes)
     place.remove_distillation()
-    return small, story
+    return small.beside(model), story
 
 
 def _put_away(place: Checkpoints, recipe: dict[str, Any], state: State) -> None:

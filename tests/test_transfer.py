@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
@@ -33,6 +34,20 @@ def test_a_whole_copy_has_the_gradients_of_the_global_model(tmp_path):
         assert place.loss == pytest.approx(place.auxiliary_loss, rel=1e-4)
         assert -1 <= place.ceiling < 0.9999
     assert mine.loss == pytest.approx(its.loss, rel=1e-3) and mine.loss < first.loss
+
+
+def test_both_choose_answers_from_the_same_tokens(tmp_path):
+    """A task whose examples have one set of choices; the auxiliary model is the whole global one."""
+    source = tmp_path / "fixed"
+    source.mkdir()
+    for split in ("train", "validation", "test"):
+        rows = [{"context": f"w{i}", "choices": ["w7", "w5"], "label": i % 2} for i in range(40)]
+        (source / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    fixed = [f"data.source={source}", "data.loss_over=choices", "federation.clients=2"]
+    for _ in range(2):  # distilled, then found
+        first, *_ = places(tmp_path, *WHOLE, *fixed)
+        assert first.cosine == pytest.approx(1, abs=1e-4)
+        assert first.loss == pytest.approx(first.auxiliary_loss, rel=1e-4)
 
 
 def test_a_cell_has_others_and_a_prefix_of_another_depth_is_mapped(tmp_path):

@@ -169,6 +169,12 @@ class LanguageModel:
             model.gradient_checkpointing_enable()
         model.train(self.checkpointing)
 
+    def beside(self, other: LanguageModel) -> LanguageModel:
+        """The same weights, moved to the device of another model, choosing answers from the same candidates."""
+        return LanguageModel(
+            self.model.to(other.device), self.dtype, self.dropout, self.checkpointing, other.candidates
+        )
+
     def train_weights(self, on: bool) -> None:
         """Make every weight trainable, or none. Dropout acts only in the first case, and only if it was asked for."""
         for weight in self.weights.values():
