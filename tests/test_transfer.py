@@ -41,7 +41,7 @@ def test_both_choose_answers_from_the_same_tokens(tmp_path):
     source = tmp_path / "fixed"
     source.mkdir()
     for split in ("train", "validation", "test"):
-        rows = [{"context": f"w{i}", "choices": ["w7", "w5"], "label": i % 2} for i in range(40)]
+        rows = [{"context": f"w{i}", "choices": ["grey", "miller"], "label": i % 2} for i in range(40)]
         (source / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     fixed = [f"data.source={source}", "data.loss_over=choices", "federation.clients=2"]
     for _ in range(2):  # distilled, then found
