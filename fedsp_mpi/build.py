@@ -167,9 +167,9 @@ def _translator(materials: Materials, small: LanguageModel, prompt: Prompt) -> T
     depths, stage, config = materials.depth_map, materials.config.server.translation, materials.config
     messengers = Prompt(depths.small).to(small.device)
     messengers.load(depths.down(prompt.tensors()))
-    texts = materials.translation_texts
-    batches = Batches(texts, stage.batch_size, stage.micro_batch, config.run.seed, "translation")
-    return Translator(small, messengers, batches, stage)
+    batches = Batches(materials.questions, stage.batch_size, stage.micro_batch, config.run.seed, "translation")
+    teacher = copy.deepcopy(small).round_weights() if small.casts else small  # it is still to be handed out as it is
+    return Translator(teacher, messengers, batches, stage)
 
 
 def _prompt_handout(materials: Materials, server: Server, small: LanguageModel) -> tuple[Any, NamedTensors, Contract]:
@@ -187,8 +187,9 @@ def _fedsp_client(materials: Materials, compute: Compute, given: Handout, ids: S
         alignment = materials.batches(id + 1, stages.alignment, "alignment")
         return fedsp.Shard(alignment, materials.batches(id + 1, stages.tuning, "prompt"))
 
+    model = _clients_model(materials, compute, given, config.auxiliary.dropout)
     return fedsp.Client(
-        _clients_model(materials, compute, given, config.auxiliary.dropout),
+        model if config.clients_train_weights else model.round_weights(),
         given.tensors.select("auxiliary/"),
         Prompt(materials.prompt_spec.at_depth(given.meta["depth"])).to(compute.device),
         {id: _usable(shard, id) for id in ids},

@@ -127,14 +127,15 @@ def server(config: Config, sizes: Sizes) -> Need:
     if not config.distillation.stage.steps:
         distil = 2 * _FP32 * sizes.auxiliary
     score = (scored - held) * sizes.global_model
-    kept = _FP32 * sizes.auxiliary if config.translates else 0
+    kept = held * sizes.auxiliary if config.translates else 0
     return Need(held * sizes.global_model + kept + max(distil, tune, score), 0)
 
 
 def client(config: Config, sizes: Sizes, num_clients: int) -> Need:
     """One auxiliary model in training on the device; the hand-out, and the clients that rest, on the host."""
     stages = (config.client.alignment, config.client.tuning)
-    work = (_TRAINED if _aligns(config) else _FP32) * sizes.auxiliary + _TRAINED * sizes.wire
+    weight = _TRAINED if config.clients_train_weights else DTYPES[config.client.compute.dtype].itemsize
+    work = weight * sizes.auxiliary + _TRAINED * sizes.wire
     work += max(_activations(config, sizes, sizes.depth, stage, _FP32) for stage in stages)
     resting = min(num_clients, config.client.resident) * state(config, sizes)
     return Need(work, _FP32 * sizes.auxiliary + resting)
@@ -142,7 +143,7 @@ def client(config: Config, sizes: Sizes, num_clients: int) -> Need:
 
 def state(config: Config, sizes: Sizes) -> int:
     """Bytes that one client keeps between rounds."""
-    kept = sizes.wire + (sizes.auxiliary if _aligns(config) else 0)
+    kept = sizes.wire + (sizes.auxiliary if config.clients_train_weights else 0)
     return _KEPT * kept if config.federation.client_state == "kept" else 0
 
 
@@ -153,11 +154,6 @@ def disk(config: Config, sizes: Sizes) -> int:
     prompts = config.federation.rounds * _FP32 * sizes.prompt if config.record.prompts else 0
     # A record is replaced whole: for a moment there are two.
     return kept * checkpoint + _FP32 * sizes.auxiliary + 2 * prompts
-
-
-def _aligns(config: Config) -> bool:
-    """Whether clients train the auxiliary model's weights, and not the prompts alone."""
-    return config.client.training == "joint" or config.client.alignment.steps > 0
 
 
 def _activations(config: Config, sizes: Sizes, depth: int, stage: StageConfig, itemsize: int) -> int:

@@ -151,6 +151,11 @@ class Config:
         return not self.tunes_weights and self.federation.clients > 0 and self.server.translation.steps > 0
 
     @property
+    def clients_train_weights(self) -> bool:
+        """Whether clients train the weights of the model that they hold, and not the prompts alone."""
+        return self.tunes_weights or self.client.training == "joint" or self.client.alignment.steps > 0
+
+    @property
     def distils(self) -> bool:
         """Whether the auxiliary model is aligned with the global one on some text."""
         return not self.tunes_weights and (self.auxiliary.exit or self.distillation.stage.steps > 0)

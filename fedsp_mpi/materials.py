@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from fedsp_mpi import rng
 from fedsp_mpi.config import Config, ConfigError, StageConfig
 from fedsp_mpi.data import imitation, partition, sources, tasks
 from fedsp_mpi.data.tokens import Batches, Text, encode, encode_pairs, pieces, truncate
-from fedsp_mpi.evaluation.scoring import Question, questions
+from fedsp_mpi.evaluation import scoring
 from fedsp_mpi.models import auxiliary, backbone
 from fedsp_mpi.models.prompts import DepthMap, Prompt, PromptSpec, require_positions
 from fedsp_mpi.training.team import ALONE, Team
@@ -116,6 +117,15 @@ class Materials:
         return torch.tensor(sorted({int(token) for text in texts for token in text.ids[text.answer :]}))
 
     @property
+    def alignment_texts(self) -> list[Text]:
+        """All that the auxiliary model is aligned with the global one on."""
+        config = self.config
+        if config.tunes_weights:
+            return []
+        fitted = self.questions if config.auxiliary.exit else []
+        return fitted + (self.distillation_texts if config.distillation.stage.steps else [])
+
+    @property
     def max_length(self) -> int:
         """Most tokens of a training text: what is left of the positions, and one more, which is predicted, not read."""
         return min(self.config.data.max_length, self.shape.num_positions - self.num_prompt_tokens + 1)
@@ -129,30 +139,30 @@ class Materials:
 
     @cached_property
     def distillation_texts(self) -> list[Text]:
-        """What the auxiliary model is aligned on: plain text if there is some, else the server's shard."""
+        """What the auxiliary model is distilled on by gradient steps: plain text if there is some, else the shard."""
         settings = self.config.distillation
         if settings.text is None:
             return self.shard(0)
-        before = self.num_prompt_tokens if self.config.auxiliary.exit else 0  # an exit is fitted under prompts
-        length = min(settings.text_length, self.shape.num_positions + 1 - before)
+        length = min(settings.text_length, self.shape.num_positions + 1)
         return pieces(self.tokenizer, islice(sources.plain_text(settings.text), settings.text_lines), length)
 
     @cached_property
-    def translation_texts(self) -> list[Text]:
-        """What the auxiliary model is asked about by the server: plain text if there is some, else the server's shard.
+    def questions(self) -> list[Text]:
+        """What the server asks both models, to fit an exit and to translate: its shard, if there is no plain text.
 
-        Plain text is asked about in the words that all texts of the server have in common.
+        Plain text, in a random order, is asked about in the words that all texts of the server have in common.
         """
-        settings, config = self.config.server.translation, self.config
-        if config.distillation.text is None:
+        config, settings = self.config, self.config.distillation
+        if settings.text is None:
             return self.shard(0)
         own = [*(self.splits.train[i] for i in self.shards[0]), *self.splits.validation]
-        lines = islice(sources.plain_text(config.distillation.text), config.distillation.text_lines)
-        wanted = settings.steps * settings.batch_size * config.federation.rounds
-        pairs = imitation.questions(islice(imitation.sentences(lines), wanted), own)
-        texts = encode_pairs(self.tokenizer, list(pairs))
-        if not texts:
-            raise ConfigError(f"distillation.text: found no sentences in {config.distillation.text!r}, expected some")
+        paragraphs = imitation.paragraphs(islice(sources.plain_text(settings.text), settings.text_lines))
+        if not paragraphs:
+            raise ConfigError(f"distillation.text: found no paragraphs in {settings.text!r}, expected some")
+        stage = config.server.translation
+        wanted = max(settings.exit_texts, stage.steps * stage.batch_size * config.federation.rounds)
+        order = rng.generator(config.run.seed, "questions").permutation(len(paragraphs))[:wanted]
+        texts = encode_pairs(self.tokenizer, list(imitation.questions([paragraphs[i] for i in order], own)))
         return [truncate(text, self.max_length) for text in texts]
 
     @cached_property
@@ -160,8 +170,8 @@ class Materials:
         return encode(self.tokenizer, self.splits.validation, self.max_length)
 
     @cached_property
-    def test(self) -> list[Question]:
-        return questions(self.tokenizer, self.splits.test)
+    def test(self) -> list[scoring.Question]:
+        return scoring.questions(self.tokenizer, self.splits.test)
 
     def batches(self, participant: int, stage: StageConfig, owner: str, team: Team = ALONE) -> Batches:
         """The batches of one participant's stage, or this rank's part of them.
@@ -200,10 +210,9 @@ class Materials:
                 "name the tokenizer that belongs to the model"
             )
         _ = self.shard(0), self.validation
-        if self.config.distils:
-            _ = self.distillation_texts
+        _ = self.alignment_texts
         if self.config.translates:
-            _ = self.translation_texts
+            _ = self.questions
 
 
 def expected_work(materials: Materials) -> list[float]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from fedsp_mpi.data.tokens import Batches, Text
+from fedsp_mpi.data.tokens import Batches
 from fedsp_mpi.log import Log, duration
 from fedsp_mpi.materials import Materials
 from fedsp_mpi.models import auxiliary
@@ -59,8 +59,7 @@ def auxiliary_model(
     config = materials.config
     if config.tunes_weights:
         return model, {"engine": "none", "steps": 0}
-    texts = materials.distillation_texts if config.distils else []
-    recipe = _recipe(materials, model, compute, texts)
+    recipe = _recipe(materials, model, compute)
     target = folder / "auxiliary"
     own = target if is_resumed or _has_recipe(target, recipe) else None
     found = _find_auxiliary(folder.parent, recipe) if config.distillation.reuse and not own else None
@@ -143,7 +142,7 @@ def _fitted_exit(
     first = materials.first_prompt(model).to(model.device)
     below = Prompt(depths.small).to(model.device)
     below.load(depths.down(first.tensors()))
-    texts, seed = materials.distillation_texts, materials.config.run.seed
+    texts, seed = materials.questions, materials.config.run.seed
     fit = fit_exit(Side(small, below), Side(model, first), texts, settings, seed, team, stop)
     log.say(
         f"exit fitted to {fit.texts} texts in {duration(fit.seconds)}; it leaves {fit.unexplained_answers:.0%} of the "
@@ -152,11 +151,11 @@ def _fitted_exit(
     return {f"exit_{key}": value for key, value in asdict(fit).items()}
 
 
-def _recipe(materials: Materials, model: LanguageModel, compute: Compute, texts: list[Text]) -> dict[str, Any]:
+def _recipe(materials: Materials, model: LanguageModel, compute: Compute) -> dict[str, Any]:
     """All that the weights of the auxiliary model depend on. Equal recipes give equal weights."""
     config = materials.config
     digest = hashlib.sha256()
-    for text in texts:
+    for text in materials.alignment_texts:
         digest.update(len(text.ids).to_bytes(4, "little") + text.ids.tobytes())
     size = {"depth": materials.depth, "layers_per_cell": materials.layers_per_cell}
     recipe = {

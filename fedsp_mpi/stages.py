@@ -42,7 +42,7 @@ class StageConfig:
 
     steps: int = 10
     batch_size: int = 16
-    micro_batch: int | None = None  # examples a forward pass; None: the whole batch
+    micro_batch: int | None = None  # examples of a forward pass, of similar length; None: the whole batch
     optimizer: OptimizerConfig = OptimizerConfig()
 
     def check(self, where: str) -> None:

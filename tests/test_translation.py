@@ -47,12 +47,16 @@ def test_the_words_of_a_task_go_around_plain_text():
         example(f"Text: {text}\nGood or bad?\nAnswer:", f" {n}") for n, text in enumerate(("I see.", "You eat."))
     ]
     assert imitation.frame([one.context for one in examples]) == ("Text: ", ".\nGood or bad?\nAnswer:")
-    asked = list(imitation.questions(["a b", "c d", "e f"], examples))
-    assert asked[0] == ("Text: a b.\nGood or bad?\nAnswer:", " 0") and [target for _, target in asked] == [
-        " 0",
-        " 1",
-        " 0",
+    asked = list(imitation.questions(["a b", "c", "e f g"], examples))
+    assert asked == [
+        (f"Text: {text}.\nGood or bad?\nAnswer:", f" {n}") for text, n in (("a b", 0), ("c", 1), ("e f", 0))
     ]
+
+
+def test_plain_text_is_as_long_as_that_of_the_task():
+    examples = [example(f"{text}\nAnswer:") for text in ("one", "one two three", "")]
+    asked = [context for context, _ in imitation.questions(["a  b c d"] * 3, examples)]
+    assert asked == ["a\nAnswer:", "a b c\nAnswer:", "a\nAnswer:"]
 
 
 @pytest.mark.parametrize(
@@ -69,21 +73,13 @@ def test_a_frame_never_takes_a_character_twice(contexts, wanted):
 
 
 def test_one_text_does_not_tell_its_frame():
-    with pytest.raises(ValueError, match=r"server.translation: found 1 different texts .* expected two at least"):
+    with pytest.raises(ValueError, match=r"distillation.text: found 1 different texts .* expected two at least"):
         imitation.frame(["a", "a"])
 
 
-def test_sentences_of_plain_text():
-    lines = [
-        "One two three four five. Short one! What would you say to that? Done",
-        "  \n",
-        " six seven eight nine ten\n",
-    ]
-    assert list(imitation.sentences(lines)) == [
-        "One two three four five.",
-        "What would you say to that?",
-        "six seven eight nine ten",
-    ]
+def test_headings_are_no_paragraphs():
+    lines = ["A heading\n", "One two three four five. Six.\n", "  \n", " six seven eight nine ten\n"]
+    assert imitation.paragraphs(lines) == ["One two three four five. Six.", "six seven eight nine ten"]
 
 
 # -- the translator ------------------------------------------------------------------------------------------------

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import cycle, takewhile
 
 from fedsp_mpi.data.tasks import Example
 
-_SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
-_FEWEST_WORDS = 5
+_FEWEST_WORDS = 5  # fewer make a heading
 
 
 def frame(contexts: Sequence[str]) -> tuple[str, str]:
@@ -19,7 +17,7 @@ def frame(contexts: Sequence[str]) -> tuple[str, str]:
     """
     if len(set(contexts)) < 2:
         raise ValueError(
-            f"server.translation: found {len(set(contexts))} different texts of the server (its shard and the "
+            f"distillation.text: found {len(set(contexts))} different texts of the server (its shard and the "
             "validation split), expected two at least, to tell the words of the task from its text"
         )
     begin = _shared(contexts)
@@ -32,19 +30,18 @@ def _shared(texts: Sequence[str]) -> str:
     return "".join(column[0] for column in columns)
 
 
-def sentences(lines: Iterable[str]) -> Iterator[str]:
-    """The sentences of plain text that have some words, without blanks around them."""
-    for line in lines:
-        for sentence in _SENTENCE_END.split(line.strip()):
-            if len(sentence.split()) >= _FEWEST_WORDS:
-                yield sentence
+def paragraphs(lines: Iterable[str]) -> list[str]:
+    """The lines of plain text that are no headings, without blanks around them."""
+    return [line.strip() for line in lines if len(line.split()) >= _FEWEST_WORDS]
 
 
 def questions(texts: Iterable[str], examples: Sequence[Example]) -> Iterator[tuple[str, str]]:
-    """Pairs of context and target: the frame of the examples around each text, with their targets in turn.
+    """Pairs of context and target: what each text begins with, as long as an example's own, in the examples' frame.
 
     The targets only say where an answer is due and how long it is; they are nobody's answers to these questions.
     """
     begin, end = frame([example.context for example in examples])
     for text, example in zip(texts, cycle(examples)):
-        yield begin + text + end, example.target
+        own = example.context[len(begin) : len(example.context) - len(end)]
+        num_words = max(len(own.split()), 1)
+        yield begin + " ".join(text.split()[:num_words]) + end, example.target

@@ -112,6 +112,10 @@ class _Table:
             self._ids[row, : len(text.ids)] = text.ids
         self._places = np.arange(self._ids.shape[1])
 
+    def longest_first(self, rows: np.ndarray) -> np.ndarray:
+        """The same rows, sorted; cut into micro-batches, texts of one length come together and need less padding."""
+        return rows[np.argsort(-self._ends[rows], kind="stable")]
+
     def batch(self, rows: np.ndarray) -> Batch:
         """The texts of some rows, padded to the longest of them."""
         ends = self._ends[rows, None]
@@ -141,7 +145,7 @@ class Batches:
     Args:
         texts: the shard; not empty.
         batch_size: examples of one optimizer step.
-        micro_batch: examples of one forward pass; None takes the whole batch.
+        micro_batch: examples of one forward pass, of similar length; None takes the whole batch.
         seed, owner: what the order depends on: the run's seed, and whose stage it is, such as ("client prompt", 3).
         part: (index, number of parts): the part of every batch that is given, where several ranks share the work.
     """
@@ -172,7 +176,10 @@ class Batches:
         start, end = index * self._size, (index + 1) * self._size
         epochs = range(start // self._num_texts, (end - 1) // self._num_texts + 1)
         index, num_parts = self._part
-        rows = np.concatenate([self._rows(epoch, start, end) for epoch in epochs])[index::num_parts]
+        rows = np.concatenate([self._rows(epoch, start, end) for epoch in epochs])
+        if self._micro * num_parts < len(rows):
+            rows = self._table.longest_first(rows)
+        rows = rows[index::num_parts]
         return [self._table.batch(rows[at : at + self._micro]) for at in range(0, len(rows), self._micro)]
 
     def _rows(self, epoch: int, start: int, end: int) -> np.ndarray:

@@ -143,6 +143,9 @@ class LanguageModel:
         checkpointing: recompute activations in the backward pass. transformers does so in training mode only, where
             dropout acts too, so the model must have been made `without_dropout`.
         candidates: sorted ids of the tokens that an answer's token is chosen from; None: the whole vocabulary.
+
+    Attributes:
+        casts: whether the weights have another type than the forward pass.
     """
 
     def __init__(
@@ -164,7 +167,9 @@ class LanguageModel:
         self.device = next(model.parameters()).device
         if self.candidates is not None:
             self.candidates = self.candidates.to(self.device)
-        self._autocast = next(model.parameters()).dtype != dtype
+        self.casts = next(model.parameters()).dtype != dtype
+        if self.device.type == "cpu" and dtype is torch.bfloat16:
+            model.set_attn_implementation("eager")  # the fused one's backward pass takes six times as long here
         if self.checkpointing:
             model.gradient_checkpointing_enable()
         model.train(self.checkpointing)
@@ -174,6 +179,13 @@ class LanguageModel:
         return LanguageModel(
             self.model.to(other.device), self.dtype, self.dropout, self.checkpointing, other.candidates
         )
+
+    def round_weights(self) -> LanguageModel:
+        """Keep the weights, which nobody trains, in the type of the forward pass, so that no pass has to cast them."""
+        for weight in self.weights.values():
+            weight.data = weight.data.to(self.dtype)
+        self.casts = False
+        return self
 
     def train_weights(self, on: bool) -> None:
         """Make every weight trainable, or none. Dropout acts only in the first case, and only if it was asked for."""
@@ -277,7 +289,7 @@ class LanguageModel:
     @contextmanager
     def computing(self) -> Iterator[None]:
         """Inside, matrix products are made in the model's computing type."""
-        with torch.autocast(self.device.type, self.dtype, enabled=self._autocast):
+        with torch.autocast(self.device.type, self.dtype, enabled=self.casts):
             yield
 
     @contextmanager
