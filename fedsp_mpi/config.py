@@ -122,7 +122,7 @@ class EvaluationConfig:
 class Config:
     """One experiment."""
 
-    recipe: Recipe = "early_exit"  # values of keys that are not given: resources/recipes
+    recipe: Recipe = "bridged"  # values of keys that are not given: resources/recipes
     # fedsp: prompts are the messengers; finetune: the global model's own weights are (algorithms/).
     method: Literal["fedsp", "finetune"] = "fedsp"
     run: RunConfig = RunConfig()
@@ -158,7 +158,7 @@ class Config:
     @property
     def distils(self) -> bool:
         """Whether the auxiliary model is aligned with the global one on some text."""
-        return not self.tunes_weights and (self.auxiliary.exit or self.distillation.stage.steps > 0)
+        return not self.tunes_weights and (bool(self.auxiliary.last_layers) or self.distillation.stage.steps > 0)
 
     def check(self) -> None:
         """Raise ConfigError on the first value that cannot work, whatever the model and the data."""
@@ -223,7 +223,7 @@ class Config:
             if self.distils and self.distillation.text is None:
                 raise ConfigError(
                     "distillation.text: found none with data.server_share=0, expected a file of plain text; or set "
-                    "distillation.stage.steps=0 and auxiliary.exit=false"
+                    "distillation.stage.steps=0 and auxiliary.last_layers=null"
                 )
         if self.translates and self.topology.server_ranks > 1:
             raise ConfigError(

@@ -78,6 +78,11 @@ class Materials:
         return auxiliary.cell_size(self.config.auxiliary, self.shape.num_layers)
 
     @property
+    def layers(self) -> tuple[int, ...]:
+        """Which layers of the global model they are."""
+        return auxiliary.layers(self.config.auxiliary, self.shape.num_layers)
+
+    @property
     def num_prompt_tokens(self) -> int:
         """Positions that prompts take from a text."""
         return 0 if self.config.tunes_weights else self.config.prompt.num_tokens
@@ -92,7 +97,7 @@ class Materials:
     def depth_map(self) -> DepthMap:
         """How prompts go between the global model and the auxiliary one."""
         same = self.config.prompt.mapping == "same_layers"
-        return DepthMap(self.prompt_spec, self.depth, self.config.auxiliary.start_layer if same else None)
+        return DepthMap(self.prompt_spec, self.depth, self.layers if same else None)
 
     @cached_property
     def candidates(self) -> torch.Tensor | None:
@@ -122,7 +127,7 @@ class Materials:
         config = self.config
         if config.tunes_weights:
             return []
-        fitted = self.questions if config.auxiliary.exit else []
+        fitted = self.questions if config.auxiliary.last_layers else []
         return fitted + (self.distillation_texts if config.distillation.stage.steps else [])
 
     @property
@@ -148,7 +153,7 @@ class Materials:
 
     @cached_property
     def questions(self) -> list[Text]:
-        """What the server asks both models, to fit an exit and to translate: its shard, if there is no plain text.
+        """What the server asks both models, to fit a bridge and to translate: its shard, if there is no plain text.
 
         Plain text, in a random order, is asked about in the words that all texts of the server have in common.
         """
@@ -160,7 +165,7 @@ class Materials:
         if not paragraphs:
             raise ConfigError(f"distillation.text: found no paragraphs in {settings.text!r}, expected some")
         stage = config.server.translation
-        wanted = max(settings.exit_texts, stage.steps * stage.batch_size * config.federation.rounds)
+        wanted = max(settings.bridge_texts, stage.steps * stage.batch_size * config.federation.rounds)
         order = rng.generator(config.run.seed, "questions").permutation(len(paragraphs))[:wanted]
         texts = encode_pairs(self.tokenizer, list(imitation.questions([paragraphs[i] for i in order], own)))
         return [truncate(text, self.max_length) for text in texts]

@@ -7,7 +7,7 @@ with `seen` keys a token (text and prompts; what causality masks is counted, bec
 at answers only, as the package computes it. Backward costs one forward through the activations, and one more where
 weights are trained. So a text costs
     distillation         1 x forward of the global model + 3 x forward of the auxiliary model, both without prompts;
-                         an exit costs one forward of both models, with prompts, for each of its texts
+                         a bridge costs one forward of both models, with prompts, for each of its texts, or less
     client alignment     3 x forward of the auxiliary model
     client prompt tuning 2 x forward of the auxiliary model; 3 x where both are trained at once
     server tuning        2 x forward of the global model; the server-only control takes as much again; translation
@@ -205,7 +205,7 @@ class _Costs:
             return (self._fine_tuning(),)
         own: list[_Stage] = self._stages()
         prompts_only: list[_Stage] = [(_STAGES[1], self.config.client.tuning, _PROMPTS)]
-        is_fedsp, aligns = own != prompts_only or self.config.auxiliary.exit, own != prompts_only
+        is_fedsp, aligns = own != prompts_only or self.config.auxiliary.last_layers, own != prompts_only
         return (
             self._prompting("FedSP (as configured)" if is_fedsp else "as configured", self.small, own),
             *([self._prompting("FedSP, no sharing", self.single, own)] if aligns else []),
@@ -275,12 +275,12 @@ class _Costs:
         return self.config.federation.rounds * stage.steps * step
 
     def _distillation(self) -> float:
-        """FLOPs of all steps, and of fitting an exit."""
+        """FLOPs of all steps, and of fitting a bridge."""
         settings = self.config.distillation
         text, prompt = settings.text_length if settings.text else self.texts.tokens, self.spec.num_tokens
-        models = (self.large, self.small) if self.config.auxiliary.exit else ()
-        exit = settings.exit_texts * sum(forward(model, text, text + prompt, 0) for model in models)
-        return exit + settings.stage.steps * self._distillation_step()
+        models = (self.large, self.small) if self.config.auxiliary.last_layers else ()
+        bridge = settings.bridge_texts * sum(forward(model, text, text + prompt, 0) for model in models)
+        return bridge + settings.stage.steps * self._distillation_step()
 
     def _distillation_step(self) -> float:
         settings = self.config.distillation

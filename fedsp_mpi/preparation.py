@@ -16,13 +16,13 @@ from fedsp_mpi.data.tokens import Batches
 from fedsp_mpi.log import Log, duration
 from fedsp_mpi.materials import Materials
 from fedsp_mpi.models import auxiliary
-from fedsp_mpi.models.backbone import LanguageModel
+from fedsp_mpi.models.backbone import LanguageModel, layers_of
 from fedsp_mpi.models.prompts import Prompt
 from fedsp_mpi.record import Checkpoints
 from fedsp_mpi.tensors import State
+from fedsp_mpi.training.bridge import Side, fit_bridge
 from fedsp_mpi.training.device import Compute
 from fedsp_mpi.training.distill import Progress, distil
-from fedsp_mpi.training.exit import Side, fit_exit
 from fedsp_mpi.training.team import Team
 
 Stop = Callable[[], bool]
@@ -108,8 +108,8 @@ def _distilled(
     small = LanguageModel(auxiliary.unroll(cell, materials.depth), model.dtype, config.auxiliary.dropout)
     stage, story = config.distillation.stage, {}
     seed, part = config.run.seed, (team.rank, team.size)
-    if config.auxiliary.exit:
-        story = _fitted_exit(materials, model, small, team, log, stop)
+    if config.auxiliary.last_layers:
+        story = _fitted_bridge(materials, model, small, team, log, stop)
     if not stage.steps:
         return small, {"engine": "none", "steps": 0} | story
     texts = materials.distillation_texts
@@ -134,21 +134,23 @@ def _distilled(
     }
 
 
-def _fitted_exit(
+def _fitted_bridge(
     materials: Materials, model: LanguageModel, small: LanguageModel, team: Team, log: Log, stop: Stop
 ) -> dict[str, Any]:
-    """Fit the auxiliary model's exit, and tell how well it fits."""
+    """Fit the auxiliary model's bridge, and tell how well it fits."""
     settings, depths = materials.config.distillation, materials.depth_map
     first = materials.first_prompt(model).to(model.device)
     below = Prompt(depths.small).to(model.device)
     below.load(depths.down(first.tensors()))
     texts, seed = materials.questions, materials.config.run.seed
-    fit = fit_exit(Side(small, below), Side(model, first), texts, settings, seed, team, stop)
+    bridge = auxiliary.bridge_of(small)
+    goal = layers_of(model.model)[materials.layers[small.model.config.bridge_at]]
+    fit = fit_bridge(Side(small, below, bridge), Side(model, first, goal), texts, settings, seed, team, stop)
     log.say(
-        f"exit fitted to {fit.texts} texts in {duration(fit.seconds)}; it leaves {fit.unexplained_answers:.0%} of the "
-        f"variance unexplained where answers are due, {fit.unexplained:.0%} over all tokens"
+        f"bridge fitted to {fit.texts} texts in {duration(fit.seconds)}; it leaves {fit.unexplained_answers:.0%} of "
+        f"the variance unexplained where answers are due, {fit.unexplained:.0%} over all tokens"
     )
-    return {f"exit_{key}": value for key, value in asdict(fit).items()}
+    return {f"bridge_{key}": value for key, value in asdict(fit).items()}
 
 
 def _recipe(materials: Materials, model: LanguageModel, compute: Compute) -> dict[str, Any]:
@@ -170,8 +172,8 @@ def _recipe(materials: Materials, model: LanguageModel, compute: Compute) -> dic
         "server_ranks": config.topology.server_ranks,
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "deepspeed")},
     }
-    if config.auxiliary.exit:
-        recipe["prompt"] = asdict(config.prompt)  # attached while the exit is fitted
+    if config.auxiliary.last_layers:
+        recipe["prompt"] = asdict(config.prompt)  # attached while the bridge is fitted
     return json.loads(json.dumps(recipe))
 
 

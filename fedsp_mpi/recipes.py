@@ -12,7 +12,7 @@ from typing import Any, Literal
 from fedsp_mpi.plain import ConfigError, parse, read_yaml
 from fedsp_mpi.stages import StageConfig, at_least
 
-Recipe = Literal["early_exit", "paper"]
+Recipe = Literal["bridged", "paper"]
 _FOLDER = Path(__file__).parent / "resources" / "recipes"
 
 
@@ -23,27 +23,36 @@ def recipe(name: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class AuxiliaryConfig:
-    """The clients' model: a cell of the global model's layers, shared across depth (FedSP, cross-layer sharing)."""
+    """The clients' model: a cell of the global model's layers, shared across depth (FedSP, cross-layer sharing).
+
+    Numbers of layers below 1 are fractions of the global model's.
+    """
 
     start_layer: int = 0
     layers_per_cell: int | None = 1  # None: as many as it is deep, so that none is shared
-    depth: float | None = None  # layers; below 1: a fraction of the global model's; None: as deep as that
-    exit: bool = False  # a linear layer behind the final norm, fitted before the first round (tuned lens)
+    depth: float | None = None  # layers; None: as deep as the global model
+    last_layers: float | None = None  # so many of them are the global model's last ones, behind a linear bridge
     dropout: bool = False  # the model's own dropout while its weights are trained
 
     def check(self, where: str) -> None:
-        if self.depth is not None and not (self.depth > 0 and (self.depth < 1 or self.depth % 1 == 0)):
+        for name, value in (("depth", self.depth), ("last_layers", self.last_layers)):
+            if value is not None and not (value > 0 and (value < 1 or value % 1 == 0)):
+                raise ConfigError(
+                    f"{where}.{name}: found {value}, expected a whole number of layers, or a fraction between 0 and 1"
+                )
+        if self.last_layers is not None and self.layers_per_cell not in (None, self.depth):
             raise ConfigError(
-                f"{where}.depth: found {self.depth}, expected a whole number of layers, or a fraction between 0 and 1"
+                f"{where}.last_layers: found {self.last_layers:g} with layers_per_cell={self.layers_per_cell}, "
+                f"which shares layers; expected null, or {where}.layers_per_cell=null"
             )
 
 
 @dataclass(frozen=True)
 class DistillationConfig:
-    """Aligns the auxiliary model with the global one before the first round: its exit first, then all its weights."""
+    """Aligns the auxiliary model with the global one before the first round: its bridge first, then all its weights."""
 
-    exit_texts: int = 800  # that an exit is fitted to, by least squares
-    exit_ridge: float = 0.01  # how strongly it is held to the identity, in units of the states' mean square
+    bridge_texts: int = 800  # that a bridge is fitted to, by least squares
+    bridge_ridge: float = 0.01  # how strongly it is held to the identity, in units of the states' mean square
     stage: StageConfig = StageConfig(steps=200)
     text: str | None = None  # a .txt or .txt.gz file, or a folder of them, of plain text; None: the server's shard
     text_length: int = 128  # tokens of a piece of plain text
@@ -57,9 +66,9 @@ class DistillationConfig:
 
     def check(self, where: str) -> None:
         self.stage.check(f"{where}.stage")
-        at_least(where, "exit_texts", self.exit_texts, 1)
-        if not self.exit_ridge > 0:
-            raise ConfigError(f"{where}.exit_ridge: found {self.exit_ridge}, expected a number above 0")
+        at_least(where, "bridge_texts", self.bridge_texts, 1)
+        if not self.bridge_ridge > 0:
+            raise ConfigError(f"{where}.bridge_ridge: found {self.bridge_ridge}, expected a number above 0")
         at_least(where, "text_length", self.text_length, 2)
         if self.text_lines is not None:
             at_least(where, "text_lines", self.text_lines, 1)

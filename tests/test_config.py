@@ -19,6 +19,7 @@ MODEL = {"recipe": "paper", "model": {"name": "some/model"}}  # the recipe that 
 TOGETHER: dict[str, dict[str, object]] = {
     "federation.stragglers": {"federation.client_seconds": 1.5},
     "federation.client_seconds": {"federation.stragglers": "drop"},
+    "auxiliary.last_layers": {"auxiliary.layers_per_cell": None},
     "prompt.mapping": {"auxiliary.layers_per_cell": None},
     "topology.server_ranks": {"distillation.stage.batch_size": 3, "server.tuning.batch_size": 3},
 }
@@ -104,7 +105,7 @@ def test_every_key_can_be_written_and_read(tmp_path):
     """
     start = load(tmp_path, {})
     for dotted, hint in leaves(Config):
-        if dotted in ("model.gradient_checkpointing", "recipe"):  # not with a prefix, see below; tests/test_exit.py
+        if dotted in ("model.gradient_checkpointing", "recipe"):  # not with a prefix, see below; tests/test_bridge.py
             continue
         new = another(start, dotted, hint)
         partner = TOGETHER.get(dotted, {})

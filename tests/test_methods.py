@@ -23,12 +23,12 @@ ODD = {
     "client": {"training": "joint"},
     "federation": {"clients": 5, "clients_per_round": 3, "min_clients": 2},
 }
-EARLY_EXIT = {
-    "recipe": "early_exit",
+BRIDGED = {
+    "recipe": "bridged",
     "data.loss_over": "auto",
     "auxiliary.layers_per_cell": None,
     "auxiliary.depth": 0.5,
-    "auxiliary.exit": True,
+    "auxiliary.last_layers": 0.3,
     "distillation.stage.steps": 0,
     "prompt.init": "text",
     "prompt.mapping": "same_layers",
@@ -43,7 +43,7 @@ WHOLE = {"auxiliary.layers_per_cell": None, "distillation.stage.steps": 0, "clie
 ALONE = {"federation.clients": 0, "evaluation.server_only": False}
 # What each method sets apart from the embedded default, which is FedSP as in the paper.
 APART: dict[str, dict[str, object]] = {
-    "fedsp": EARLY_EXIT,
+    "fedsp": BRIDGED,
     "fedsp_paper": {},
     "fedsp_no_distillation": {"distillation.stage.steps": 0},
     "fedsp_no_sharing": {"auxiliary.depth": 1},

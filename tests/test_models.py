@@ -263,6 +263,18 @@ def test_bfloat16_computes_about_the_same_and_trains_fp32_prompts(folder, kind, 
     assert next(mixed.model.parameters()).dtype == torch.float32
 
 
+def test_rounded_weights_compute_as_a_model_that_was_loaded_so(folder):
+    """Weights alone are rounded; what positions turn by is not a weight."""
+    half = tiny.load(folder, dtype=torch.bfloat16)
+    rounded = LanguageModel(tiny.load(folder).model, torch.bfloat16)
+    assert rounded.casts and not rounded.round_weights().casts
+    assert all(weight.dtype == torch.bfloat16 for weight in rounded.weights.values())
+    assert all(buffer.dtype != torch.bfloat16 for buffer in rounded.model.buffers())
+    batch, prompt = tiny.batch(), prompt_for(half, "prefix")
+    for found, wanted in zip(rounded.answer_logits(batch, prompt), half.answer_logits(batch, prompt)):
+        assert torch.equal(found, wanted)
+
+
 def test_models_that_cannot_be_read(tmp_path):
     with pytest.raises(ValueError, match=r"model.name: found .*nowhere.* could not be read .* expected a folder"):
         backbone.read_config(str(tmp_path / "nowhere"))

@@ -106,13 +106,13 @@ def test_a_value_may_name_the_task(tmp_path):
 
 
 def test_cells_have_recipes_too(tmp_path):
-    path = written(tmp_path, base=None, methods={"paper": None, "exit": str(METHODS / "fedsp.yaml")})
+    path = written(tmp_path, base=None, methods={"paper": None, "bridged": str(METHODS / "fedsp.yaml")})
     for over in ([], ["auxiliary.dropout=true"]):
-        [paper, exit] = sweep.cells_of(path, over)
-        assert not paper.config.auxiliary.exit and exit.config.auxiliary.exit
+        [paper, bridged] = sweep.cells_of(path, over)
+        assert (paper.config.auxiliary.last_layers, bridged.config.auxiliary.last_layers) == (None, 0.3)
     (tmp_path / "plain.yaml").write_text("model: {name: embedded}\ndata: {source: embedded}\n")
     [plain] = sweep.cells_of(written(tmp_path, base="plain.yaml", methods={"plain": None}))
-    assert plain.config.recipe == "early_exit" and plain.config.auxiliary.exit
+    assert plain.config.recipe == "bridged" and plain.config.auxiliary.last_layers == 0.3
 
 
 def test_only_some_of_the_runs(tmp_path, capsys):

@@ -150,6 +150,14 @@ def test_a_step_does_not_depend_on_how_the_batch_is_cut(gpt2, weights):
     assert whole.samples == 18 and len(whole.losses) == 3 and whole.first == whole.losses[0] != whole.last
 
 
+def test_micro_batches_hold_texts_of_similar_length():
+    batches, whole = (Batches(tiny.texts(range(4, 17)), 6, micro, 1, "test") for micro in (2, None))
+    lengths = [int(text.sum()) for batch in batches.step(1) for text in batch.attention_mask]
+    [together] = whole.step(1)
+    assert lengths == sorted(together.attention_mask.sum(1).tolist(), reverse=True)
+    assert [len(batch.input_ids) for batch in batches.step(1)] == [2, 2, 2]
+
+
 def test_a_steps_loss_is_the_mean_over_the_answers_tokens(gpt2):
     """One text at a time, one token at a time."""
     trace, _ = tuned(gpt2, 4, False, steps=1)

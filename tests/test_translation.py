@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import itertools
 
 import numpy as np
 import pytest
@@ -10,12 +11,14 @@ import tiny
 import torch
 from test_variants import short
 
+from fedsp_mpi import config
 from fedsp_mpi.algorithms.prompt_tuning import Server
 from fedsp_mpi.algorithms.translation import Translator
 from fedsp_mpi.config import StageConfig
 from fedsp_mpi.data import imitation
 from fedsp_mpi.data.tasks import Example
 from fedsp_mpi.data.tokens import Batches
+from fedsp_mpi.materials import Materials
 from fedsp_mpi.models import auxiliary
 from fedsp_mpi.models.backbone import LanguageModel
 from fedsp_mpi.models.losses import logits_loss
@@ -25,8 +28,8 @@ from fedsp_mpi.stages import OptimizerConfig
 from fedsp_mpi.tensors import NamedTensors, seal
 
 STAGE = StageConfig(steps=40, batch_size=8, optimizer=OptimizerConfig(learning_rate=0.05))
-EXIT = ("auxiliary.layers_per_cell=null", "auxiliary.depth=2", "auxiliary.exit=true", "prompt.mapping=same_layers")
-TRANSLATED = (*EXIT, "server.translation.steps=3")
+ENDS = ("auxiliary.layers_per_cell=null", "auxiliary.depth=2", "auxiliary.last_layers=1", "prompt.mapping=same_layers")
+TRANSLATED = (*ENDS, "server.translation.steps=3")
 
 
 @pytest.fixture(autouse=True)
@@ -90,7 +93,7 @@ def pair(request, tmp_path) -> tuple[LanguageModel, LanguageModel, DepthMap]:
     """A global model, its first layers, and how prompts go between them."""
     whole = tiny.load(tiny.model_folder(tmp_path / request.param, request.param))
     small = LanguageModel(auxiliary.unroll(auxiliary.cut(whole, tiny.cell(2)), 2))
-    return whole, small, DepthMap(PromptSpec.of(whole.shape, "prefix", 3, None), 2, 0)
+    return whole, small, DepthMap(PromptSpec.of(whole.shape, "prefix", 3, None), 2, (0, 1))
 
 
 def server_of(pair, stage: StageConfig = STAGE, rounds: int = 1) -> tuple[Server, Translator]:
@@ -170,10 +173,39 @@ def text(tmp_path) -> str:
 def test_a_server_without_text_of_its_own_learns_from_its_clients(tmp_path, text):
     alone = ("data.server_share=0", "server.tuning.steps=0", f"distillation.text={text}")
     translated = short(tmp_path / "translated", *TRANSLATED, *alone)
-    averaged = short(tmp_path / "averaged", *EXIT, *alone)
+    averaged = short(tmp_path / "averaged", *ENDS, *alone)
     assert difference(translated, averaged) != []
     assert (translated.rounds["validation_loss"] != translated.rounds["validation_merged"]).all()
     assert (averaged.rounds["validation_loss"] == averaged.rounds["validation_merged"]).all()
+
+
+def test_the_server_asks_about_plain_text_from_all_over(tmp_path):
+    """As many questions as are needed, in an order that follows from the seed; clients are asked nothing."""
+    path = tmp_path / "text.txt"
+    orders = itertools.permutations(["the", "cat", "sat", "on", "big", "dog"])
+    path.write_text("".join(" ".join(words) + "\n" for words in itertools.islice(orders, 0, None, 30)))
+    settings = [f"distillation.text={path}", "distillation.bridge_texts=8", *ENDS]
+    settings.append("distillation.stage.steps=0")
+
+    def asked(seed: int, *more: str) -> list[str]:
+        materials = Materials(config.load(None, [*settings, f"run.seed={seed}", *more]))
+        assert materials.alignment_texts == materials.questions
+        return [materials.tokenizer.decode(text.ids) for text in materials.questions]
+
+    first = asked(1)
+    assert len(first) == 8 and first == asked(1) != asked(2) and len(set(first)) == 8
+    assert len(asked(1, "server.translation.steps=10", "server.translation.batch_size=5")) == 24
+
+
+def test_rounding_stays_where_nobody_trains(tmp_path, text):
+    """Both sides compute in bf16; what is handed out, and lies beside the run, are the global model's own weights."""
+    half = ("server.compute.dtype=bfloat16", "client.compute.dtype=bfloat16", f"distillation.text={text}")
+    found = short(tmp_path, *TRANSLATED, *half, "client.alignment.steps=0", "distillation.stage.steps=0")
+    kept = auxiliary.load(found.file.parent / "auxiliary")
+    whole = tiny.load(Materials(config.load(None, [])).model_name, dtype=torch.bfloat16)
+    for name, weight in auxiliary.cut(whole, tiny.cell(2, depth=2, last_layers=1)).named_parameters():
+        assert ".bridge." in name or torch.equal(weight, kept.weights[name])
+    assert {row["dtype"] for row in found.wire} == {"float32", "uint8"}
 
 
 @pytest.mark.parametrize(
@@ -184,14 +216,17 @@ def test_a_server_without_text_of_its_own_learns_from_its_clients(tmp_path, text
             "server.translation.steps: found 3 with topology.server_ranks=2",
         ),
         (
-            ["data.server_share=0", "server.tuning.steps=0", "distillation.stage.steps=0", "auxiliary.exit=false"],
+            [
+                "data.server_share=0",
+                "server.tuning.steps=0",
+                "distillation.stage.steps=0",
+                "auxiliary.last_layers=null",
+            ],
             "distillation.text: found none with data.server_share=0, expected a file of plain text to ask about",
         ),
     ],
 )
 def test_mistakes(settings, message):
-    from fedsp_mpi import config
-
     with pytest.raises(config.ConfigError) as caught:
         config.load(None, ["server.translation.steps=3", *settings])
     assert message in str(caught.value)

@@ -1,7 +1,8 @@
 """The auxiliary model: a cell of the global model's layers, stored once and run as often as the model is deep.
 
-With an exit it has one linear layer more, behind the final norm: that turns the states of a shallow model into those
-that the deep one ends with (Belrose et al., 2023, arXiv 2303.08112, "tuned lens").
+Or it is both ends of the global model, its first layers and its last ones, as in offsite-tuning (Xiao et al., 2023,
+arXiv 2302.04870). A linear layer, the bridge, leads from the first to the last: it turns the states that the first
+layers end with into those that enter the last ones in the global model.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,24 +33,36 @@ RECIPE = "distillation.json"
 def cut(backbone: LanguageModel, settings: AuxiliaryConfig) -> nn.Module:
     """A model of as many layers as a cell has, with copies of the global model's layers from `start_layer` on.
 
-    Embeddings, final norm and head are kept (copied); an exit begins as the identity. fp32, on the global model's
+    Embeddings, final norm and head are kept (copied), a bridge begins as the identity. fp32, on the global model's
     device. Source: the reference's `share_client_layer_param`; FedSP, cross-layer sharing.
     """
     source = backbone.model
     model = _from_config(cell_config(source.config, settings))
-    path = FAMILIES[source.config.model_type]
+    path, taken = FAMILIES[source.config.model_type], layers(settings, source.config.num_hidden_layers)
     state = source.state_dict()
     for name, value in model.state_dict().items():
-        if not _is_of_exit(name):
-            value.copy_(state[_in_source(name, path, settings.start_layer)])
+        if not _is_of_bridge(name):
+            value.copy_(state[_in_source(name, path, taken)])
     return model.to(backbone.device)
 
 
 def depth(settings: AuxiliaryConfig, num_layers: int) -> int:
     """How deep it is, shared layers counted as often as they run, for a global model of `num_layers`."""
-    if settings.depth is None:
-        return num_layers
-    return max(1, round(settings.depth * num_layers)) if settings.depth < 1 else int(settings.depth)
+    found = num_layers if settings.depth is None else _share(settings.depth, num_layers)
+    return found if settings.last_layers is None else max(found, 2)
+
+
+def num_last(settings: AuxiliaryConfig, num_layers: int) -> int:
+    """How many of its layers are the last ones of a global model of `num_layers`, behind a bridge."""
+    if settings.last_layers is None:
+        return 0
+    found = _share(settings.last_layers, num_layers)
+    return min(found, depth(settings, num_layers) - 1) if settings.last_layers < 1 else found
+
+
+def _share(part: float, num_layers: int) -> int:
+    """A number of layers, that may be given as a fraction of all."""
+    return max(1, round(part * num_layers)) if part < 1 else int(part)
 
 
 def cell_size(settings: AuxiliaryConfig, num_layers: int) -> int:
@@ -57,10 +70,26 @@ def cell_size(settings: AuxiliaryConfig, num_layers: int) -> int:
     return settings.layers_per_cell or depth(settings, num_layers)
 
 
+def layers(settings: AuxiliaryConfig, num_layers: int) -> tuple[int, ...]:
+    """Which layers of a global model of `num_layers` are stored, in their order."""
+    last = num_last(settings, num_layers)
+    num_first = cell_size(settings, num_layers) - last
+    return (
+        *range(settings.start_layer, settings.start_layer + num_first),
+        *range(num_layers - last, num_layers),
+    )
+
+
+def bridge_of(model: LanguageModel) -> nn.Linear:
+    """The bridge of an auxiliary model that has one."""
+    return layers_of(model.model)[model.model.config.bridge_at].bridge  # type: ignore[return-value]
+
+
 def cell_config(config: Any, settings: AuxiliaryConfig) -> Any:
     """The configuration of the stored model, from that of the global one."""
     cell = _with_depth(copy.deepcopy(config), cell_size(settings, config.num_hidden_layers))
-    cell.has_exit = settings.exit
+    last = num_last(settings, config.num_hidden_layers)
+    cell.bridge_at = cell_size(settings, config.num_hidden_layers) - last if last else None
     return cell
 
 
@@ -81,6 +110,9 @@ def unroll(model: Any, depth: int) -> Any:
 def require_cell(settings: AuxiliaryConfig, num_layers: int, name: str) -> None:
     """Raise ConfigError if a model of `num_layers` layers, called `name`, has no such cell, or it is too large."""
     size, deep = cell_size(settings, num_layers), depth(settings, num_layers)
+    last = num_last(settings, num_layers)
+    if last >= size:
+        raise ConfigError(f"auxiliary.last_layers: found {last}, expected fewer than the {size} layers of all")
     if settings.start_layer + size > num_layers:
         raise ConfigError(
             f"auxiliary: found start_layer {settings.start_layer} and layers_per_cell {size}, "
@@ -121,8 +153,8 @@ def load_weights(model: LanguageModel, tensors: Mapping[str, Tensor]) -> None:
 def save(folder: Path, model: LanguageModel, layers_per_cell: int, tokenizer: Any, recipe: dict[str, Any]) -> None:
     """Write the cell as a Hugging Face folder of its own, with the recipe that made it.
 
-    `AutoModelForCausalLM.from_pretrained(folder)` gives the model of `layers_per_cell` layers without its exit;
-    `load(folder)` runs them over the whole depth, and has the exit.
+    `AutoModelForCausalLM.from_pretrained(folder)` gives the model of `layers_per_cell` layers without its bridge;
+    `load(folder)` runs them over the whole depth, and has the bridge.
     """
     cell = _from_config(_with_depth(copy.deepcopy(model.model.config), layers_per_cell))
     for name, parameter in cell.named_parameters():
@@ -149,10 +181,10 @@ def load(folder: Path, dtype: torch.dtype = torch.float32, dropout: bool = False
     """Read an auxiliary model written by `save`, at its full depth. Raises ValueError if the folder holds none."""
     deep = read_recipe(folder)["depth"]
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    _add_exit(model)
+    _add_bridge(model)
     for file in folder.glob("*.safetensors"):
         with safetensors.safe_open(file, "pt") as tensors:
-            for name in filter(_is_of_exit, tensors.keys()):
+            for name in filter(_is_of_bridge, tensors.keys()):
                 model.get_parameter(name).data.copy_(tensors.get_tensor(name))
     return LanguageModel(unroll(model, deep), dtype, dropout)
 
@@ -181,21 +213,29 @@ def _from_config(config: Any) -> Any:
     with no_init_weights():
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.tie_weights()
-    _add_exit(model)
+    _add_bridge(model)
     return model
 
 
-def _add_exit(model: Any) -> None:
-    """Give a model the exit that its configuration asks for, as the identity."""
-    if getattr(model.config, "has_exit", False):
-        width = model.get_input_embeddings().weight.shape[1]
-        model.base_model.exit = nn.Linear(width, width)
-        nn.init.eye_(model.base_model.exit.weight)
-        nn.init.zeros_(model.base_model.exit.bias)
+def _add_bridge(model: Any) -> None:
+    """Give a model the bridge that its configuration asks for, as the identity: part of the layer that it leads to."""
+    at = getattr(model.config, "bridge_at", None)
+    if at is not None:
+        width = model.config.hidden_size
+        layer: Any = layers_of(model)[at]
+        layer.bridge = nn.Linear(width, width)
+        nn.init.eye_(layer.bridge.weight)
+        nn.init.zeros_(layer.bridge.bias)
+        layer.register_forward_pre_hook(_cross)
 
 
-def _is_of_exit(name: str) -> bool:
-    return name.endswith(("exit.weight", "exit.bias"))
+def _cross(layer: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Lead the states that enter a layer over its bridge first; all families give them as the first argument."""
+    return layer.bridge(arguments[0]), *arguments[1:]
+
+
+def _is_of_bridge(name: str) -> bool:
+    return name.endswith(("bridge.weight", "bridge.bias"))
 
 
 def _with_depth(config: Any, depth: int) -> Any:
@@ -206,11 +246,11 @@ def _with_depth(config: Any, depth: int) -> Any:
     return config
 
 
-def _in_source(name: str, path: str, start_layer: int) -> str:
+def _in_source(name: str, path: str, taken: Sequence[int]) -> str:
     if not name.startswith(path + "."):
         return name
     index, _, rest = name[len(path) + 1 :].partition(".")
-    return f"{path}.{int(index) + start_layer}.{rest}"
+    return f"{path}.{taken[int(index)]}.{rest}"
 
 
 def _alias(layer: nn.Module, index: int) -> nn.Module:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,6 +42,10 @@ DROPOUTS = (
     "activation_dropout",
     "layerdrop",
 )
+
+
+class _ArrivedError(Exception):
+    """A forward pass has come as far as it had to."""
 
 
 @dataclass(frozen=True)
@@ -208,11 +212,27 @@ class LanguageModel:
         """
         with self.computing():
             inputs, before = self.inputs(batch, prompt)
-            return self._exit(self.model.base_model(**inputs).last_hidden_state[:, before:])
+            return self.model.base_model(**inputs).last_hidden_state[:, before:]
 
-    def _exit(self, last: Tensor) -> Tensor:
-        """What the head reads: the states after the final norm, or what an early exit makes of them."""
-        return self.model.base_model.exit(last) if hasattr(self.model.base_model, "exit") else last
+    def entering(self, part: nn.Module, batch: Batch, prompt: Prompt | None = None) -> Tensor:
+        """Hidden states that enter a part of the model at the text's positions, [batch, length, hidden].
+
+        Nothing behind it is run.
+        """
+        found: list[Tensor] = []
+
+        def arrive(_: nn.Module, arguments: tuple[Any, ...]) -> None:
+            found.append(arguments[0])
+            raise _ArrivedError
+
+        hook = part.register_forward_pre_hook(arrive, prepend=True)
+        try:
+            with self.computing(), suppress(_ArrivedError):
+                inputs, before = self.inputs(batch, prompt)
+                self.model.base_model(**inputs)
+        finally:
+            hook.remove()
+        return found[0][:, before:]
 
     def inputs(self, batch: Batch, prompt: Prompt | None) -> tuple[dict[str, Any], int]:
         """Arguments of the forward pass, and the positions that come back before the text's."""
@@ -276,7 +296,7 @@ class LanguageModel:
         with self.computing():
             inputs, _ = self.inputs(batch, prompt)
             output = self.model.base_model(**{**inputs, "use_cache": True})
-            first = self.head(self._exit(output.last_hidden_state[:, -1]))[rows]
+            first = self.head(output.last_hidden_state[:, -1])[rows]
             if endings is None:
                 return first, None
             cache = output.past_key_values
@@ -284,7 +304,7 @@ class LanguageModel:
             seen = inputs["attention_mask"][rows]
             mask = torch.cat([seen, endings.attention_mask], dim=1)
             more = self.model.base_model(input_ids=endings.input_ids, attention_mask=mask, past_key_values=cache)
-            return first, self.head(self._exit(more.last_hidden_state))
+            return first, self.head(more.last_hidden_state)
 
     @contextmanager
     def computing(self) -> Iterator[None]:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import safetensors.torch
 import torch
@@ -162,13 +162,13 @@ class DepthMap:
     Attributes:
         spec: of the prompts at the depth of the global model.
         num_layers: of the auxiliary model.
-        start_layer: the auxiliary model's layers are those of the global one from here on, and prompts belong to the
-            same layers; None: repeat and mean (`to_depth`).
+        layers: which layers of the global model those of the auxiliary one are, and prompts belong to the same ones in
+            both; None: repeat and mean (`to_depth`).
     """
 
     spec: PromptSpec
     num_layers: int
-    start_layer: int | None = None
+    layers: tuple[int, ...] | None = None
 
     @property
     def small(self) -> PromptSpec:
@@ -177,27 +177,35 @@ class DepthMap:
 
     def down(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The global model's prompts for the auxiliary model."""
-        if self.start_layer is None:
+        if self.layers is None:
             return to_depth(tensors, self.spec, self.num_layers)
-        return {name: self._same(name, tensor).contiguous() for name, tensor in tensors.items()}
+        return {name: self._same(name, tensor) for name, tensor in tensors.items()}
 
     def up(self, tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The auxiliary model's prompts for the global model, whose layers without a counterpart keep their own."""
-        if self.start_layer is None:
+        if self.layers is None:
             return to_depth(tensors, self.small, self.spec.num_layers)
-        whole = {name: tensor.clone() for name, tensor in own.items()}
-        for name, tensor in tensors.items():
-            self._same(name, whole[name]).copy_(tensor)
-        return whole
+        return {name: self._with_same(name, tensor, own[name]) for name, tensor in tensors.items()}
 
-    def _same(self, name: str, tensor: Tensor) -> Tensor:
-        """The part of one of the global model's parameters that the auxiliary model has as well, as a view."""
+    def _same(self, name: str, whole: Tensor) -> Tensor:
+        """The part of one of the global model's parameters that the auxiliary model has as well, copied."""
         axis = depth_axis(self.spec, name)
         if axis is None:
-            return tensor
-        row = tensor.shape[axis] // self.spec.num_layers
-        assert self.start_layer is not None
-        return tensor.narrow(axis, self.start_layer * row, self.num_layers * row)
+            return whole.clone()
+        return whole.unflatten(axis, (self.spec.num_layers, -1))[self._at(axis)].flatten(axis, axis + 1)
+
+    def _with_same(self, name: str, part: Tensor, whole: Tensor) -> Tensor:
+        """A copy of one of the global model's parameters with that part."""
+        axis = depth_axis(self.spec, name)
+        if axis is None:
+            return part.clone()
+        found = whole.clone()
+        found.unflatten(axis, (self.spec.num_layers, -1))[self._at(axis)] = part.unflatten(axis, (self.num_layers, -1))
+        return found
+
+    def _at(self, axis: int) -> tuple[Any, ...]:
+        """Where the auxiliary model's layers lie along an axis of the global one's."""
+        return (slice(None),) * axis + (list(self.layers or ()),)
 
 
 def write_adapter(folder: Path, tensors: NamedTensors, spec: PromptSpec, base: str) -> None:

@@ -1,24 +1,26 @@
-"""The default recipe: first layers with a fitted exit, prompts that begin as words, losses over a task's choices."""
+"""The default recipe: both ends of the model with a bridge, prompts that begin as words, losses over choices."""
 
 from __future__ import annotations
 
+import copy
 import json
 
 import numpy as np
 import pytest
 import tiny
 import torch
+from torch import nn
 
 from fedsp_mpi import config
 from fedsp_mpi.config import ConfigError, DistillationConfig
 from fedsp_mpi.data.tokens import Text
 from fedsp_mpi.materials import Materials
 from fedsp_mpi.models import auxiliary
-from fedsp_mpi.models.backbone import LanguageModel
+from fedsp_mpi.models.backbone import FAMILIES, LanguageModel, layers_of
 from fedsp_mpi.models.prompts import DepthMap, Prompt, PromptSpec
 from fedsp_mpi.tensors import Batch, seal
+from fedsp_mpi.training.bridge import Side, fit_bridge
 from fedsp_mpi.training.distill import StoppedError
-from fedsp_mpi.training.exit import Side, fit_exit
 from fedsp_mpi.training.team import ALONE
 
 pytestmark = pytest.mark.usefixtures("unsealed")
@@ -42,86 +44,127 @@ def texts(count: int) -> list[Text]:
     return [Text(random.integers(4, tiny.VOCABULARY, size=n).astype(np.int32), int(n) - 2) for n in lengths]
 
 
-def sides(folder: str, layers: int) -> tuple[Side, Side]:
-    """An auxiliary model of the first layers, and its global model, under the same prompts."""
+def sides(folder: str, layers: int, last: int = 1) -> tuple[Side, Side]:
+    """An auxiliary model of both ends, and its global model, under the same prompts, at the bridge."""
     whole = tiny.load(folder)
-    settings = tiny.cell(layers, exit=True)
+    settings = tiny.cell(layers, last_layers=last)
     small = LanguageModel(auxiliary.unroll(auxiliary.cut(whole, settings), layers))
-    depths = DepthMap(PromptSpec.of(whole.shape, "prefix", 3, None), layers, 0)
+    taken = auxiliary.layers(settings, tiny.LAYERS)
+    depths = DepthMap(PromptSpec.of(whole.shape, "prefix", 3, None), layers, taken)
     first = Prompt(depths.spec).initialise(1, 0.5)
     below = Prompt(depths.small)
     below.load(depths.down(first.tensors()))
-    return Side(small, below), Side(whole, first)
+    goal = layers_of(whole.model)[tiny.LAYERS - last]
+    return Side(small, below, auxiliary.bridge_of(small)), Side(whole, first, goal)
 
 
-# -- the exit ------------------------------------------------------------------------------------------------------
+# -- the bridge ----------------------------------------------------------------------------------------------------
 
 
-def test_an_exit_that_is_not_fitted_changes_nothing(folder):
-    small, _ = sides(folder, 2)
-    bare = LanguageModel(auxiliary.unroll(auxiliary.cut(tiny.load(folder), tiny.cell(2)), 2))
+@pytest.mark.parametrize(("layers", "last"), [(2, 1), (3, 2)])
+def test_a_bridge_that_is_not_fitted_changes_nothing(folder, layers, last):
+    """The model is then the global one without the layers between."""
+    small, whole = sides(folder, layers, last)
+    bare = copy.deepcopy(whole.model.model)
+    parent, _, name = FAMILIES[bare.config.model_type].rpartition(".")
+    taken = [layer for i, layer in enumerate(layers_of(bare)) if i < layers - last or i >= tiny.LAYERS - last]
+    setattr(bare.get_submodule(parent), name, nn.ModuleList(taken))
+    wanted = LanguageModel(auxiliary.unroll(bare, layers))
     batch = tiny.batch()
-    assert torch.equal(small.model.hidden(batch, small.prompt), bare.hidden(batch, small.prompt))
-    assert small.model.num_parameters() == bare.num_parameters() + tiny.WIDTH * (tiny.WIDTH + 1)
+    assert torch.equal(small.model.hidden(batch, small.prompt), wanted.hidden(batch, small.prompt))
+    assert small.model.num_parameters() == wanted.num_parameters() + tiny.WIDTH * (tiny.WIDTH + 1)
 
 
-def test_all_layers_need_no_exit(folder):
-    """What is there already is explained whole, and the identity stays."""
+def test_what_enters_a_layer(folder):
+    """Under a prompt, and at the text's positions alone; the layers behind are not run."""
+    model, batch = tiny.load(folder), tiny.batch()
+    first, *_, last = layers_of(model.model)
+    seen: list[torch.Tensor] = []
+    last.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
+    for kind in ("prefix", "input"):
+        prompt = Prompt(PromptSpec.of(model.shape, kind, 3, None)).initialise(1, 0.5)
+        found = model.entering(last, batch, prompt)
+        assert not seen and found.shape == (*batch.input_ids.shape, tiny.WIDTH)
+        model.hidden(batch, prompt)
+        assert torch.equal(found, seen.pop()[:, -batch.input_ids.shape[1] :])
+    assert not torch.equal(model.entering(first, batch), model.entering(last, batch))
+
+
+def test_a_bridge_over_nothing_is_the_identity(folder):
+    """What is there already is explained whole."""
     small, whole = sides(folder, tiny.LAYERS)
-    fit = fit_exit(small, whole, texts(40), DistillationConfig(), 1, ALONE, lambda: False)
-    exit = small.model.model.base_model.exit
-    assert torch.allclose(exit.weight, torch.eye(tiny.WIDTH), atol=1e-4) and exit.bias.abs().max() < 1e-4
+    fit = fit_bridge(small, whole, texts(40), DistillationConfig(), 1, ALONE, lambda: False)
+    assert torch.allclose(small.part.weight, torch.eye(tiny.WIDTH), atol=1e-4) and small.part.bias.abs().max() < 1e-4
     assert abs(fit.unexplained) < 1e-6 and abs(fit.unexplained_answers) < 1e-6 and fit.texts == 40
 
 
-def test_the_exit_is_the_ridge_regression(folder):
+def test_the_bridge_is_the_ridge_regression(folder):
     """Against numpy, over rows of single positions: answers weigh as much as all others together."""
-    small, whole = sides(folder, 1)
+    small, whole = sides(folder, 2)
     some, ridge = texts(32), 0.05
     inputs, goals, weights = [], [], []
-    with torch.no_grad():
-        for text in some:
-            ids = torch.from_numpy(text.ids.astype(np.int64))[None, :-1]
-            batch = Batch(ids, torch.ones_like(ids), torch.full_like(ids, -100))
-            inputs.append(small.model.hidden(batch, small.prompt)[0].double().numpy())
-            goals.append(whole.model.hidden(batch, whole.prompt)[0].double().numpy())
-            weights += [False] * (text.answer - 1) + [True] * (len(text.ids) - text.answer)
+    for text in some:
+        ids = torch.from_numpy(text.ids.astype(np.int64))[None, :-1]
+        batch = Batch(ids, torch.ones_like(ids), torch.full_like(ids, -100))
+        for side, found in ((small, inputs), (whole, goals)):
+            found.append(side.model.entering(side.part, batch, side.prompt)[0].detach().double().numpy())
+        weights += [False] * (text.answer - 1) + [True] * (len(text.ids) - text.answer)
     x, y, asked = np.concatenate(inputs), np.concatenate(goals), np.array(weights)
-    w = np.where(asked, (~asked).sum() / asked.sum(), 1.0)
-    x = np.hstack([x, np.ones((len(x), 1))])
+    unit = np.sqrt((y**2).mean(axis=1, keepdims=True))
+    x, y = np.hstack([x, np.ones((len(x), 1))]) / unit, y / unit
+    w = np.where(asked, (x[~asked, -1] ** 2).sum() / (x[asked, -1] ** 2).sum(), 1.0)
     gram = (x.T * w) @ x
     held = ridge * gram.diagonal()[:-1].mean() * np.diag([1.0] * tiny.WIDTH + [0.0])
     wanted = np.linalg.solve(gram + held, (x.T * w) @ y + held @ np.eye(tiny.WIDTH + 1, tiny.WIDTH))
 
     before = {name: weight.clone() for name, weight in small.model.weights.items()}
-    fit = fit_exit(small, whole, some, DistillationConfig(exit_ridge=ridge), 1, ALONE, lambda: False)
-    exit = small.model.model.base_model.exit
-    assert np.allclose(exit.weight.detach().numpy().T, wanted[:-1], atol=1e-4)
-    assert np.allclose(exit.bias.detach().numpy(), wanted[-1], atol=1e-4)
+    fit = fit_bridge(small, whole, some, DistillationConfig(bridge_ridge=ridge), 1, ALONE, lambda: False)
+    assert np.allclose(small.part.weight.detach().numpy().T, wanted[:-1], atol=1e-4)
+    assert np.allclose(small.part.bias.detach().numpy(), wanted[-1], atol=1e-4)
     moved = {name for name, weight in small.model.weights.items() if not torch.equal(weight, before[name])}
-    assert {name.rpartition("exit.")[2] for name in moved} == {"weight", "bias"} and len(moved) == 2
+    assert {name.rpartition("bridge.")[2] for name in moved} == {"weight", "bias"} and len(moved) == 2
     for rows, told in ((slice(None), fit.unexplained), (asked, fit.unexplained_answers)):
-        left, spread = y[rows] - x[rows] @ wanted, y[rows] - y[rows].mean(axis=0)
-        assert told == pytest.approx((left**2).sum() / (spread**2).sum(), rel=1e-4)
+        left = ((y[rows] - x[rows] @ wanted) ** 2).sum()
+        mean = (x[rows, -1:] * y[rows]).sum(axis=0) / (x[rows, -1] ** 2).sum()
+        assert told == pytest.approx(left / ((y[rows] - x[rows, -1:] * mean) ** 2).sum(), rel=1e-4)
     assert 0 < fit.unexplained < 1
 
 
 def test_a_fit_that_is_told_to_stop(folder):
-    small, whole = sides(folder, 1)
-    with pytest.raises(StoppedError):
-        fit_exit(small, whole, texts(40), DistillationConfig(), 1, ALONE, lambda: True)
-
-
-def test_an_exit_outlives_its_folder_and_travels(folder, tmp_path):
     small, whole = sides(folder, 2)
-    fit_exit(small, whole, texts(40), DistillationConfig(), 1, ALONE, lambda: False)
-    auxiliary.save(tmp_path / "auxiliary", small.model, 2, tiny.tokenizer(), {"depth": 2})
-    built = auxiliary.build(small.model.model.config.to_dict(), 2, tiny.CPU, torch.float32)
+    with pytest.raises(StoppedError):
+        fit_bridge(small, whole, texts(40), DistillationConfig(), 1, ALONE, lambda: True)
+
+
+def test_a_bridge_outlives_its_folder_and_travels(folder, tmp_path):
+    small, whole = sides(folder, 3, 2)
+    fit_bridge(small, whole, texts(40), DistillationConfig(), 1, ALONE, lambda: False)
+    auxiliary.save(tmp_path / "auxiliary", small.model, 3, tiny.tokenizer(), {"depth": 3})
+    built = auxiliary.build(small.model.model.config.to_dict(), 3, tiny.CPU, torch.float32)
     auxiliary.load_weights(built, auxiliary.pack(small.model).torch())
     batch = tiny.batch()
     wanted = small.model.hidden(batch, small.prompt)
-    for other in (auxiliary.load(tmp_path / "auxiliary"), built):
+    for other in (auxiliary.load(tmp_path / "auxiliary"), built, copy.deepcopy(built)):
         assert torch.equal(other.hidden(batch, small.prompt), wanted)
+    twin = copy.deepcopy(built)
+    auxiliary.bridge_of(built).bias.data += 1
+    assert torch.equal(twin.hidden(batch, small.prompt), wanted), "a copy has a bridge of its own"
+
+
+@pytest.mark.parametrize(
+    ("depth", "last", "num_layers", "wanted"),
+    [
+        (0.5, 0.3, 30, [*range(6), *range(21, 30)]),
+        (0.5, 0.3, 6, [0, 4, 5]),
+        (0.5, 0.3, 2, [0, 1]),
+        (3, 1, 4, [0, 1, 3]),
+        (0.5, None, 4, [0, 1]),
+        (None, 1, 3, [0, 1, 2]),
+    ],
+)
+def test_both_ends(depth, last, num_layers, wanted):
+    settings = config.AuxiliaryConfig(layers_per_cell=None, depth=depth, last_layers=last)
+    assert list(auxiliary.layers(settings, num_layers)) == wanted
 
 
 # -- prompts -------------------------------------------------------------------------------------------------------
@@ -155,27 +198,26 @@ def test_a_short_text_is_said_over_and_over(tmp_path):
 
 
 @pytest.mark.parametrize("projection", [None, 5])
-@pytest.mark.parametrize("start", [0, 1])
-def test_prompts_of_the_same_layers(projection, start):
+@pytest.mark.parametrize("taken", [(0, 1), (1, 2), (0, 3)])
+def test_prompts_of_the_same_layers(projection, taken):
     spec = PromptSpec("prefix", 3, 4, 2, 6, projection)
-    depths = DepthMap(spec, 2, start)
+    depths, others = DepthMap(spec, 2, taken), [i for i in range(4) if i not in taken]
     own = Prompt(spec).initialise(1, 0.5)
     below = Prompt(depths.small)
     below.load(depths.down(own.tensors()))
-    assert torch.equal(below.key_values(), own.key_values()[start : start + 2])
+    assert torch.equal(below.key_values(), own.key_values()[list(taken)])
 
     learned = Prompt(depths.small).initialise(2, 0.5)
     above, before = Prompt(spec), own.key_values().clone()
     above.load(depths.up(learned.tensors(), own.tensors()))
     assert torch.equal(own.key_values(), before), "what the server has is not touched"
-    assert torch.equal(above.key_values()[start : start + 2], learned.key_values())
+    assert torch.equal(above.key_values()[list(taken)], learned.key_values())
     if projection is None:
-        assert torch.equal(above.key_values()[:start], before[:start])
-        assert torch.equal(above.key_values()[start + 2 :], before[start + 2 :])
+        assert torch.equal(above.key_values()[others], before[others])
 
 
 def test_an_input_prompt_has_no_layers():
-    depths = DepthMap(PromptSpec("input", 3, 1, 1, 6), 2, 0)
+    depths = DepthMap(PromptSpec("input", 3, 1, 1, 6), 2, (0, 3))
     own, learned = (Prompt(depths.spec).initialise(seed, 0.5).tensors() for seed in (1, 2))
     assert torch.equal(depths.down(own)["prompt"], own["prompt"])
     assert torch.equal(depths.up(learned, own)["prompt"], learned["prompt"])
@@ -228,11 +270,11 @@ def test_a_recipe_says_what_is_not_given(tmp_path):
     path = tmp_path / "c.yaml"
     path.write_text("model: {name: embedded}\ndata: {source: embedded}\nprompt: {init: random}\n")
     plain = config.load(path)
-    assert plain.recipe == "early_exit" and plain.auxiliary.exit and plain.auxiliary.depth == 0.5
+    assert plain.recipe == "bridged" and plain.auxiliary.last_layers == 0.3 and plain.auxiliary.depth == 0.5
     assert plain.prompt.init == "random" and plain.prompt.mapping == "same_layers"
-    for settings in (["recipe=paper"], ["recipe=early_exit", "recipe=paper"]):
+    for settings in (["recipe=paper"], ["recipe=bridged", "recipe=paper"]):
         paper = config.load(path, settings)
-        assert paper.recipe == "paper" and not paper.auxiliary.exit and paper.auxiliary.layers_per_cell == 1
+        assert paper.recipe == "paper" and paper.auxiliary.last_layers is None and paper.auxiliary.layers_per_cell == 1
     path.write_text(config.to_yaml(paper))
     assert config.load(path) == paper
     with pytest.raises(ConfigError, match=r"recipe: found 'papre', expected one of .*did you mean 'paper'"):
@@ -252,13 +294,15 @@ def test_the_papers_recipe_is_what_keys_default_to():
     [
         (["auxiliary.depth=1.5"], "auxiliary.depth: found 1.5, expected a whole number of layers, or a fraction"),
         (["auxiliary.depth=0"], "auxiliary.depth: found 0"),
-        (["distillation.exit_texts=0"], "distillation.exit_texts: found 0, expected at least 1"),
-        (["distillation.exit_ridge=0"], "distillation.exit_ridge: found 0"),
+        (["auxiliary.last_layers=2.5"], "auxiliary.last_layers: found 2.5, expected a whole number of layers, or a"),
+        (["auxiliary.last_layers=1"], "auxiliary.last_layers: found 1 with layers_per_cell=1, which shares layers"),
+        (["distillation.bridge_texts=0"], "distillation.bridge_texts: found 0, expected at least 1"),
+        (["distillation.bridge_ridge=0"], "distillation.bridge_ridge: found 0"),
         (["prompt.init=text", "prompt.projection=4"], "prompt.init: found text with prompt.projection"),
         (["prompt.init_text=' '"], "prompt.init_text: found no words"),
         (["prompt.mapping=same_layers"], "prompt.mapping: found same_layers with an auxiliary model that runs its"),
         (
-            ["recipe=early_exit", "distillation.stage.steps=0", "data.server_share=0", "server.tuning.steps=0"],
+            ["recipe=bridged", "distillation.stage.steps=0", "data.server_share=0", "server.tuning.steps=0"],
             "distillation.text: found none with data.server_share=0",
         ),
     ],

@@ -1,4 +1,4 @@
-"""The exit of an auxiliary model, in closed form: ridge regression onto the states that the global model ends with."""
+"""The bridge of an auxiliary model, in closed form: ridge regression onto the states of the global model behind it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedsp_mpi.config import DistillationConfig
 from fedsp_mpi.data.tokens import Batches, Text
@@ -22,21 +22,22 @@ _BATCH = 16  # texts of a forward pass
 
 @dataclass(frozen=True)
 class Side:
-    """One of the two models, and the prompt that is attached to it."""
+    """One of the two models, the prompt that is attached to it, and the part of it whose inputs are compared."""
 
     model: LanguageModel
     prompt: Prompt
+    part: nn.Module
 
 
 @dataclass(frozen=True)
-class ExitFit:
-    """How well an exit fits the texts that it was fitted to.
+class BridgeFit:
+    """How well a bridge fits the texts that it was fitted to.
 
     Attributes:
         texts: how many they were.
         seconds: wall time.
-        unexplained, unexplained_answers: the part of the variance of the global model's last states that is left, over
-            all tokens, and where an answer's token is due.
+        unexplained, unexplained_answers: the part of the variance of the global model's states behind it that is
+            left, over all tokens, and where an answer's token is due.
     """
 
     texts: int
@@ -55,16 +56,18 @@ class _Moments:
         self.xx, self.xy, self.yy = zeros(width + 1, width + 1), zeros(width + 1, width), zeros(1)
 
     def add(self, inputs: Tensor, goals: Tensor) -> None:
-        """Count positions in: [positions, hidden] both."""
-        x = torch.cat([inputs.double(), inputs.new_ones(len(inputs), 1).double()], dim=1)
+        """Count positions in, [positions, hidden] both, each in units of its goal: first tokens have vast states."""
         y = goals.double()
+        unit = y.square().mean(dim=1, keepdim=True).sqrt()
+        x = torch.cat([inputs.double(), torch.ones_like(unit)], dim=1) / unit
+        y = y / unit
         self.xx += x.T @ x
         self.xy += x.T @ y
         self.yy += y.square().sum()
 
     @property
     def count(self) -> Tensor:
-        """Positions."""
+        """Positions, as they weigh."""
         return self.xx[-1, -1]
 
     def unexplained(self, solution: Tensor) -> float:
@@ -74,7 +77,7 @@ class _Moments:
         return float(left / variance)
 
 
-def fit_exit(
+def fit_bridge(
     student: Side,
     teacher: Side,
     texts: Sequence[Text],
@@ -82,27 +85,28 @@ def fit_exit(
     seed: int,
     team: Team,
     stop: Callable[[], bool],
-) -> ExitFit:
-    """Set the exit of `student` so that its last states are those of `teacher`, in the sense of least squares.
+) -> BridgeFit:
+    """Set the bridge of `student` so that what leaves it is what enters the layer of `teacher` it leads to.
 
-    Positions where an answer's token is due weigh, in sum, as much as all others: they are few, and they are what
-    tuning works on. The solution is held to the identity by a ridge. No gradient is taken, and no other weight changes.
-    Source: the tuned lens (Belrose et al., 2023), which is trained by gradient steps.
+    That is least squares over relative errors: positions where an answer's token is due weigh, in sum, as much as all
+    others, because they are few, and tuning works on them. The solution is held to the identity by a ridge. No gradient
+    is taken, and no other weight changes.
 
     Args:
-        student: the auxiliary model, whose exit is the identity.
-        teacher: the global model.
-        texts: not empty; `settings.exit_texts` of them are taken, in an order that follows from `seed`.
-        team: the ranks that share the work; all get the same exit.
+        student: the auxiliary model, and its bridge, the identity so far.
+        teacher: the global model, and the layer behind the bridge.
+        texts: not empty; `settings.bridge_texts` of them are taken, in an order that follows from `seed`.
+        team: the ranks that share the work; all get the same bridge.
 
     Raises StoppedError on all ranks when `stop` says so on one.
     """
-    begin, exit = time.perf_counter(), student.model.model.base_model.exit
-    assert torch.equal(exit.weight, torch.eye(len(exit.weight), device=exit.weight.device))
-    num_texts = min(settings.exit_texts, len(texts))
+    begin, bridge = time.perf_counter(), student.part
+    assert isinstance(bridge, nn.Linear)
+    assert torch.equal(bridge.weight, torch.eye(len(bridge.weight), device=bridge.weight.device))
+    num_texts = min(settings.bridge_texts, len(texts))
     num_batches = -(-num_texts // _BATCH)
-    batches = Batches(texts, min(_BATCH, num_texts), None, seed, "exit")
-    others, answers = (_Moments(exit.in_features, student.model.device) for _ in range(2))
+    batches = Batches(texts, min(_BATCH, num_texts), None, seed, "bridge")
+    others, answers = (_Moments(bridge.in_features, student.model.device) for _ in range(2))
     for index in range(num_batches):
         if team.any(stop()):
             raise StoppedError(index, num_batches, 0)
@@ -112,18 +116,18 @@ def fit_exit(
     for moments in (others, answers):
         team.sum([moments.xx, moments.xy, moments.yy])
     weight = float(others.count / answers.count) if others.count and answers.count else 1.0
-    solution = _solve(others.xx + weight * answers.xx, others.xy + weight * answers.xy, settings.exit_ridge)
-    exit.weight.data.copy_(solution[:-1].T)
-    exit.bias.data.copy_(solution[-1])
-    whole = _Moments(exit.in_features, student.model.device)
+    solution = _solve(others.xx + weight * answers.xx, others.xy + weight * answers.xy, settings.bridge_ridge)
+    bridge.weight.data.copy_(solution[:-1].T)
+    bridge.bias.data.copy_(solution[-1])
+    whole = _Moments(bridge.in_features, student.model.device)
     whole.xx, whole.xy, whole.yy = others.xx + answers.xx, others.xy + answers.xy, others.yy + answers.yy
     found = whole.unexplained(solution), answers.unexplained(solution)
-    return ExitFit(num_texts, time.perf_counter() - begin, *found)
+    return BridgeFit(num_texts, time.perf_counter() - begin, *found)
 
 
 def _add(student: Side, teacher: Side, batch: Batch, others: _Moments, answers: _Moments) -> None:
     with torch.no_grad():
-        inputs, goals = (side.model.hidden(batch, side.prompt) for side in (student, teacher))
+        inputs, goals = (side.model.entering(side.part, batch, side.prompt) for side in (student, teacher))
     asked = batch.targets != -100
     for moments, where in ((others, batch.attention_mask.bool() & ~asked), (answers, asked)):
         if where.any():
