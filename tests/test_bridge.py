@@ -158,6 +158,7 @@ def test_a_bridge_outlives_its_folder_and_travels(folder, tmp_path):
         (0.5, 0.3, 6, [0, 4, 5]),
         (0.5, 0.3, 2, [0, 1]),
         (3, 1, 4, [0, 1, 3]),
+        (2, 0.9, 4, [0, 3]),
         (0.5, None, 4, [0, 1]),
         (None, 1, 3, [0, 1, 2]),
     ],
@@ -165,6 +166,13 @@ def test_a_bridge_outlives_its_folder_and_travels(folder, tmp_path):
 def test_both_ends(depth, last, num_layers, wanted):
     settings = config.AuxiliaryConfig(layers_per_cell=None, depth=depth, last_layers=last)
     assert list(auxiliary.layers(settings, num_layers)) == wanted
+
+
+@pytest.mark.parametrize(("depth", "last"), [(1, 0.3), (1, 1), (2, 2), (3, 4), (None, 4)])
+def test_ends_without_a_layer_before_them(depth, last):
+    settings = config.AuxiliaryConfig(layers_per_cell=None, depth=depth, last_layers=last)
+    with pytest.raises(ConfigError, match=rf"auxiliary.last_layers: found {last} where .* expected fewer, and one"):
+        auxiliary.require_cell(settings, 4, "m")
 
 
 # -- prompts -------------------------------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ RECIPE = "distillation.json"
 
 
 def cut(backbone: LanguageModel, settings: AuxiliaryConfig) -> nn.Module:
-    """A model of as many layers as a cell has, with copies of the global model's layers from `start_layer` on.
+    """A model of as many layers as a cell has, with copies of those of the global model's (`layers`).
 
     Embeddings, final norm and head are kept (copied), a bridge begins as the identity. fp32, on the global model's
     device. Source: the reference's `share_client_layer_param`; FedSP, cross-layer sharing.
@@ -48,8 +48,10 @@ def cut(backbone: LanguageModel, settings: AuxiliaryConfig) -> nn.Module:
 
 def depth(settings: AuxiliaryConfig, num_layers: int) -> int:
     """How deep it is, shared layers counted as often as they run, for a global model of `num_layers`."""
-    found = num_layers if settings.depth is None else _share(settings.depth, num_layers)
-    return found if settings.last_layers is None else max(found, 2)
+    if settings.depth is None:
+        return num_layers
+    found = _share(settings.depth, num_layers)
+    return max(found, 2) if settings.depth < 1 and settings.last_layers else found
 
 
 def num_last(settings: AuxiliaryConfig, num_layers: int) -> int:
@@ -111,8 +113,11 @@ def require_cell(settings: AuxiliaryConfig, num_layers: int, name: str) -> None:
     """Raise ConfigError if a model of `num_layers` layers, called `name`, has no such cell, or it is too large."""
     size, deep = cell_size(settings, num_layers), depth(settings, num_layers)
     last = num_last(settings, num_layers)
-    if last >= size:
-        raise ConfigError(f"auxiliary.last_layers: found {last}, expected fewer than the {size} layers of all")
+    if settings.last_layers is not None and not 0 < last < size:
+        raise ConfigError(
+            f"auxiliary.last_layers: found {settings.last_layers:g} where the auxiliary model has {size} layers in "
+            "all, expected fewer, and one before them; or set auxiliary.last_layers=null"
+        )
     if settings.start_layer + size > num_layers:
         raise ConfigError(
             f"auxiliary: found start_layer {settings.start_layer} and layers_per_cell {size}, "
