@@ -173,7 +173,7 @@ class LanguageModel:
             self.candidates = self.candidates.to(self.device)
         self.casts = next(model.parameters()).dtype != dtype
         if self.device.type == "cpu" and dtype is torch.bfloat16:
-            model.set_attn_implementation("eager")  # on short texts the fused one takes several times as long
+            model.set_attn_implementation("eager")  # the fused one's backward pass is slower on short texts
         if self.checkpointing:
             model.gradient_checkpointing_enable()
         model.train(self.checkpointing)
