@@ -158,7 +158,7 @@ class Config:
     @property
     def distils(self) -> bool:
         """Whether the auxiliary model is aligned with the global one on some text."""
-        return not self.tunes_weights and (bool(self.auxiliary.last_layers) or self.distillation.stage.steps > 0)
+        return not self.tunes_weights and (self.auxiliary.first_layers is not None or self.distillation.stage.steps > 0)
 
     def check(self) -> None:
         """Raise ConfigError on the first value that cannot work, whatever the model and the data."""
@@ -223,7 +223,7 @@ class Config:
             if self.distils and self.distillation.text is None:
                 raise ConfigError(
                     "distillation.text: found none with data.server_share=0, expected a file of plain text; or set "
-                    "distillation.stage.steps=0 and auxiliary.last_layers=null"
+                    "distillation.stage.steps=0 and auxiliary.first_layers=null"
                 )
         if self.translates and self.topology.server_ranks > 1:
             raise ConfigError(
@@ -277,6 +277,7 @@ LEAST = {
     "data.limit.test": 1,
     "auxiliary.start_layer": 0,
     "auxiliary.layers_per_cell": 1,
+    "auxiliary.first_layers": 1,
     "prompt.num_tokens": 1,
     "prompt.init_std": 0,
     "prompt.projection": 1,

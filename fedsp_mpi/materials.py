@@ -127,7 +127,7 @@ class Materials:
         config = self.config
         if config.tunes_weights:
             return []
-        fitted = self.questions if config.auxiliary.last_layers else []
+        fitted = self.questions if config.auxiliary.first_layers else []
         return fitted + (self.distillation_texts if config.distillation.stage.steps else [])
 
     @property

@@ -205,7 +205,7 @@ class _Costs:
             return (self._fine_tuning(),)
         own: list[_Stage] = self._stages()
         prompts_only: list[_Stage] = [(_STAGES[1], self.config.client.tuning, _PROMPTS)]
-        is_fedsp, aligns = own != prompts_only or self.config.auxiliary.last_layers, own != prompts_only
+        is_fedsp, aligns = own != prompts_only or self.config.auxiliary.first_layers, own != prompts_only
         return (
             self._prompting("FedSP (as configured)" if is_fedsp else "as configured", self.small, own),
             *([self._prompting("FedSP, no sharing", self.single, own)] if aligns else []),
@@ -278,7 +278,7 @@ class _Costs:
         """FLOPs of all steps, and of fitting a bridge."""
         settings = self.config.distillation
         text, prompt = settings.text_length if settings.text else self.texts.tokens, self.spec.num_tokens
-        models = (self.large, self.small) if self.config.auxiliary.last_layers else ()
+        models = (self.large, self.small) if self.config.auxiliary.first_layers else ()
         bridge = settings.bridge_texts * sum(forward(model, text, text + prompt, 0) for model in models)
         return bridge + settings.stage.steps * self._distillation_step()
 

@@ -28,16 +28,12 @@ BRIDGED = {
     "data.loss_over": "auto",
     "auxiliary.layers_per_cell": None,
     "auxiliary.depth": 0.5,
-    "auxiliary.last_layers": 0.3,
+    "auxiliary.first_layers": 1,
     "distillation.stage.steps": 0,
     "prompt.init": "text",
     "prompt.mapping": "same_layers",
     "client.alignment.steps": 0,
     "server.accept": "better",
-    "server.translation.steps": 10,
-    "server.translation.optimizer.learning_rate": 1e-2,
-    "server.translation.optimizer.clip": 1.0,
-    "server.translation.optimizer.weight_decay": 0.0,
 }
 WHOLE = {"auxiliary.layers_per_cell": None, "distillation.stage.steps": 0, "client.alignment.steps": 0}
 ALONE = {"federation.clients": 0, "evaluation.server_only": False}
