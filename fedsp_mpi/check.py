@@ -179,11 +179,17 @@ def _name_of(role: str, device: dict[str, Any]) -> str:
 
 
 def _check_devices(table: Table, ranks: list[dict[str, Any]]) -> None:
-    """Devices that are not there, and GPUs that several ranks share."""
+    """Devices that are not there, GPUs that several ranks share, and CPUs that have no units for a type."""
+    slow: dict[str, list[int]] = {}
     for number, rank in enumerate(ranks):
-        for device in rank["devices"].values():
+        for role, device in rank["devices"].items():
             if "error" in device:
                 table.add("FAIL", "device", f"rank {number} on {rank['host']}: {device['error']}")
+            if "emulates" in device:
+                slow.setdefault(f"{role}.compute.dtype={device['emulates']}", []).append(number)
+    for setting, some in slow.items():
+        found = f"{setting} on rank {spans(some)}, whose CPU has no units for it and is faster with float32"
+        table.add("warn", "device", found)
     for uuid, some in placement.shared_gpus(ranks).items():
         servers = [number for number in some if "server" in ranks[number]["devices"]]
         found = f"GPU-{uuid.removeprefix('GPU-')} is shared by ranks {spans(some)}"
