@@ -9,7 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from fedsp_mpi.aggregation.average import weighted_mean
+from fedsp_mpi.aggregation.average import Updates, weighted_mean
+from fedsp_mpi.aggregation.robust import coordinate_median, without_outliers
 from fedsp_mpi.aggregation.sampling import participants
 from fedsp_mpi.algorithms import fedsp, finetune, prompt_tuning
 from fedsp_mpi.algorithms.benches import ShardError
@@ -159,7 +160,18 @@ def _prompt_server(
     prompt = materials.first_prompt(model).to(compute.device)
     translator = _translator(materials, small, prompt) if small and materials.config.translates else None
     tuning = _tuning(materials, team)
-    return prompt_tuning.Server(model, prompt, materials.depth_map, *tuning, weighted_mean, team, translator)
+    return prompt_tuning.Server(model, prompt, materials.depth_map, *tuning, _rule(materials), team, translator)
+
+
+def _rule(materials: Materials) -> Callable[[Updates], NamedTensors]:
+    """What makes one update of many."""
+    plan = materials.config.federation
+    rules: dict[str, Callable[[Updates], NamedTensors]] = {
+        "mean": weighted_mean,
+        "median": coordinate_median,
+        "reject_outliers": partial(without_outliers, deviations=plan.outlier_deviations),
+    }
+    return rules[plan.rule]
 
 
 def _translator(materials: Materials, small: LanguageModel, prompt: Prompt) -> Translator:
@@ -206,7 +218,7 @@ def _fedsp_client(materials: Materials, compute: Compute, given: Handout, ids: S
 def _weights_server(
     materials: Materials, model: LanguageModel, compute: Compute, team: Team, small: LanguageModel | None
 ) -> Server:
-    return finetune.Server(model, *_tuning(materials, team), weighted_mean, team)
+    return finetune.Server(model, *_tuning(materials, team), _rule(materials), team)
 
 
 def _weights_handout(materials: Materials, server: Server, small: LanguageModel) -> tuple[Any, NamedTensors, Contract]:

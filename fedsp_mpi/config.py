@@ -81,6 +81,10 @@ class FederationConfig:
     # drop: a client's work is cut after client_seconds, and it counts for what it did. Bits then depend on the clock.
     stragglers: Literal["wait", "drop"] = "wait"
     client_seconds: float | None = None
+    # What makes one update of many: the mean weighted by samples, each value's median, or the mean of those that lie no
+    # more than so many deviations further from the median than the others do (aggregation/robust.py).
+    rule: Literal["mean", "median", "reject_outliers"] = "mean"
+    outlier_deviations: float = 3.0
 
 
 @dataclass(frozen=True)
@@ -285,6 +289,7 @@ LEAST = {
     "federation.min_clients": 1,
     "federation.clients_per_round": 1,
     "federation.client_seconds": 0,
+    "federation.outlier_deviations": 0,
     "client.resident": 1,
     "checkpoint.every": 1,
     "checkpoint.keep": 1,

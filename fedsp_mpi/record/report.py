@@ -149,8 +149,10 @@ def _client_losses(run: Run) -> dict[int, float]:
 
 def _failures(run: Run) -> list[str]:
     failed = run.clients[run.clients["status"] != "ok"] if len(run.clients) else run.clients
-    lines = [f"client {r['client']} failed in round {r['round']}: {' '.join(r['reason'].split())}" for r in failed[:5]]
-    return lines + ([f"... and {len(failed) - 5} more failures"] if len(failed) > 5 else [])
+    lines = [
+        f"client {r['client']} {r['status']} in round {r['round']}: {' '.join(r['reason'].split())}" for r in failed[:5]
+    ]
+    return lines + ([f"... and {len(failed) - 5} more"] if len(failed) > 5 else [])
 
 
 def _results(run: Run) -> list[str]:

@@ -57,7 +57,7 @@ class RoundRow:
 
 @dataclass(frozen=True, kw_only=True)
 class ClientRow:
-    """One client in one round; `reason` says why a client with status "failed" did."""
+    """One client in one round; `reason` says why its status is "failed", or "rejected" by the rule of aggregation."""
 
     round: int
     client: int
