@@ -14,6 +14,7 @@ from fedsp_mpi.aggregation.robust import coordinate_median, without_outliers
 from fedsp_mpi.aggregation.sampling import participants
 from fedsp_mpi.algorithms import fedsp, finetune, prompt_tuning
 from fedsp_mpi.algorithms.benches import ShardError
+from fedsp_mpi.algorithms.privacy import Private
 from fedsp_mpi.algorithms.translation import Translator
 from fedsp_mpi.comm import Handout
 from fedsp_mpi.data.tokens import Batches
@@ -126,6 +127,9 @@ def client_side(materials: Materials, compute: Compute, given: Handout, ids: Seq
     plan, seed = materials.config.federation, materials.config.run.seed
     compute.begin()
     client = METHODS[materials.config.method].client(materials, compute, given, ids)
+    privacy = materials.config.client.privacy
+    if privacy.clip is not None and privacy.noise_scale is not None:
+        client = Private(client, privacy.clip, privacy.noise_scale)
     states = {int(id): Piece(*piece) for id, piece in given.meta["states"].items()}
     mine = {id: piece for id, piece in states.items() if id in set(ids)}
     shelf = Shelf(client.benches, Checkpoints(Path(given.meta["folder"])), materials.config.client.resident, mine)

@@ -14,6 +14,7 @@ from fedsp_mpi.plain import ConfigError, differences, key_value, merge, parse, p
 from fedsp_mpi.recipes import AuxiliaryConfig, DistillationConfig, PromptConfig, Recipe, recipe
 from fedsp_mpi.running import CheckpointConfig, DeadlineConfig, RecordConfig, RunConfig, TopologyConfig
 from fedsp_mpi.stages import ComputeConfig, Dtype, StageConfig, at_least
+from fedsp_mpi.threats import PrivacyConfig
 
 EMBEDDED = Path(__file__).parent / "resources" / "embedded.yaml"
 
@@ -108,6 +109,7 @@ class ClientConfig:
     training: Literal["alternating", "joint"] = "alternating"
     alignment: StageConfig = StageConfig()
     tuning: StageConfig = StageConfig()
+    privacy: PrivacyConfig = PrivacyConfig()
     compute: ComputeConfig = ComputeConfig()
     resident: int = 8  # clients of a rank whose state stays in memory between rounds; that of the others goes to disk
 
@@ -171,6 +173,7 @@ class Config:
         self.server.translation.check("server.translation")
         self.client.alignment.check("client.alignment")
         self.client.tuning.check("client.tuning")
+        self.client.privacy.check("client.privacy")
         self.distillation.check("distillation")
         at_least("client.tuning", "steps", self.client.tuning.steps, 1)
         if self.model.name is None:

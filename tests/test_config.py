@@ -21,6 +21,8 @@ TOGETHER: dict[str, dict[str, object]] = {
     "federation.client_seconds": {"federation.stragglers": "drop"},
     "auxiliary.last_layers": {"auxiliary.layers_per_cell": None},
     "prompt.mapping": {"auxiliary.layers_per_cell": None},
+    "client.privacy.clip": {"client.privacy.noise_scale": 1.5},
+    "client.privacy.noise_scale": {"client.privacy.clip": 1.5},
     "topology.server_ranks": {"distillation.stage.batch_size": 3, "server.tuning.batch_size": 3},
 }
 
