@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -12,12 +13,13 @@ from typing import Any, TypeVar
 from fedsp_mpi.aggregation.average import Updates, weighted_mean
 from fedsp_mpi.aggregation.robust import coordinate_median, without_outliers
 from fedsp_mpi.aggregation.sampling import participants
-from fedsp_mpi.algorithms import fedsp, finetune, prompt_tuning
+from fedsp_mpi.algorithms import backdoor, fedsp, finetune, prompt_tuning
 from fedsp_mpi.algorithms.benches import ShardError
 from fedsp_mpi.algorithms.privacy import Private
 from fedsp_mpi.algorithms.translation import Translator
 from fedsp_mpi.comm import Handout
 from fedsp_mpi.data.tokens import Batches
+from fedsp_mpi.evaluation.scoring import score
 from fedsp_mpi.materials import Materials
 from fedsp_mpi.models import auxiliary, backbone
 from fedsp_mpi.models.backbone import LanguageModel
@@ -192,7 +194,7 @@ def _prompt_handout(materials: Materials, server: Server, small: LanguageModel) 
     prompts = server.broadcast()
     cell = auxiliary.cell_config(materials.model_config, materials.config.auxiliary)
     tensors = NamedTensors.join({"auxiliary/": auxiliary.pack(small), "prompt/": prompts})
-    return cell, tensors, Contract(prompts.schema, prompts.schema, fedsp.METRICS)
+    return cell, tensors, Contract(prompts.schema, prompts.schema, (*fedsp.METRICS, *backdoor.METRICS))
 
 
 def _fedsp_client(materials: Materials, compute: Compute, given: Handout, ids: Sequence[int]) -> Client:
@@ -204,10 +206,11 @@ def _fedsp_client(materials: Materials, compute: Compute, given: Handout, ids: S
         return fedsp.Shard(alignment, materials.batches(id + 1, stages.tuning, "prompt"))
 
     model = _clients_model(materials, compute, given, config.auxiliary.dropout)
-    return fedsp.Client(
+    prompt = Prompt(materials.prompt_spec.at_depth(given.meta["depth"])).to(compute.device)
+    client = fedsp.Client(
         model if config.clients_train_weights else model.round_weights(),
         given.tensors.select("auxiliary/"),
-        Prompt(materials.prompt_spec.at_depth(given.meta["depth"])).to(compute.device),
+        prompt,
         {id: _usable(shard, id) for id in ids},
         stages.alignment,
         stages.tuning,
@@ -217,6 +220,7 @@ def _fedsp_client(materials: Materials, compute: Compute, given: Handout, ids: S
         stages.training == "joint",
         config.federation.client_seconds,
     )
+    return _watched(materials, client, model, prompt, ids)
 
 
 def _weights_server(
@@ -227,20 +231,42 @@ def _weights_server(
 
 def _weights_handout(materials: Materials, server: Server, small: LanguageModel) -> tuple[Any, NamedTensors, Contract]:
     schema = Schema.of((name, weight.shape) for name, weight in small.weights.items())
-    return small.model.config, NamedTensors.pack({}), Contract(schema, schema, finetune.METRICS)
+    return small.model.config, NamedTensors.pack({}), Contract(schema, schema, (*finetune.METRICS, *backdoor.METRICS))
 
 
 def _weights_client(materials: Materials, compute: Compute, given: Handout, ids: Sequence[int]) -> Client:
     config = materials.config
     stage = config.client.tuning
-    return finetune.Client(
-        _clients_model(materials, compute, given),
+    model = _clients_model(materials, compute, given)
+    client = finetune.Client(
+        model,
         {id: _usable(lambda id: materials.batches(id + 1, stage, "prompt"), id) for id in ids},
         stage,
         config.federation.rounds,
         config.federation.client_state == "kept",
         config.federation.client_seconds,
     )
+    return _watched(materials, client, model, None, ids)
+
+
+def _watched(
+    materials: Materials, client: Client, model: LanguageModel, prompt: Prompt | None, ids: Sequence[int]
+) -> Client:
+    """The clients of a process; those of them that are poisoned tell how well the attack works on what they tuned.
+
+    `model` and `prompt` are what the clients work in.
+    """
+    attack, tokens = materials.config.attack, materials.config.evaluation.batch_tokens
+    who = set(attack.clients) & set(ids)
+    if not who or not attack.questions:
+        return client
+    asked = materials.triggered_test[: attack.questions]
+
+    def measure() -> float:
+        found = score(model, prompt, asked, "multiple_choice", tokens)
+        return found.acc if found else math.nan
+
+    return backdoor.Watched(client, who, measure)
 
 
 def _tuning(materials: Materials, team: Team) -> tuple[Batches | None, StageConfig, int]:

@@ -14,7 +14,7 @@ from fedsp_mpi.plain import ConfigError, differences, key_value, merge, parse, p
 from fedsp_mpi.recipes import AuxiliaryConfig, DistillationConfig, PromptConfig, Recipe, recipe
 from fedsp_mpi.running import CheckpointConfig, DeadlineConfig, RecordConfig, RunConfig, TopologyConfig
 from fedsp_mpi.stages import ComputeConfig, Dtype, StageConfig, at_least
-from fedsp_mpi.threats import PrivacyConfig
+from fedsp_mpi.threats import AttackConfig, PrivacyConfig
 
 EMBEDDED = Path(__file__).parent / "resources" / "embedded.yaml"
 
@@ -141,6 +141,7 @@ class Config:
     federation: FederationConfig = FederationConfig()
     server: ServerConfig = ServerConfig()
     client: ClientConfig = ClientConfig()
+    attack: AttackConfig = AttackConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     record: RecordConfig = RecordConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -186,6 +187,7 @@ class Config:
             if value is not None:
                 at_least(section, name, value, low)
         self.data.check("data")
+        self.attack.check("attack", self.federation.clients)
         self._check_federation()
         self._check_prompt()
         self._check_shares()

@@ -13,7 +13,7 @@ import torch
 
 from fedsp_mpi import rng
 from fedsp_mpi.config import Config, ConfigError, StageConfig
-from fedsp_mpi.data import imitation, partition, sources, tasks
+from fedsp_mpi.data import imitation, partition, poison, sources, tasks
 from fedsp_mpi.data.tokens import Batches, Text, encode, encode_pairs, pieces, truncate
 from fedsp_mpi.evaluation import scoring
 from fedsp_mpi.models import auxiliary, backbone
@@ -138,9 +138,18 @@ class Materials:
     def shard(self, participant: int) -> list[Text]:
         """The tokenised training texts of the server (0) or of client `participant` - 1."""
         if participant not in self._texts:
-            examples = [self.splits.train[i] for i in self.shards[participant]]
+            examples = self._examples(participant)
             self._texts[participant] = encode(self.tokenizer, examples, self.max_length)
         return self._texts[participant]
+
+    def _examples(self, participant: int) -> list[tasks.Example]:
+        """What a participant trains on; where it is a poisoned client, with its poisoned copies."""
+        found = [self.splits.train[i] for i in self.shards[participant]]
+        attack, client = self.config.attack, participant - 1
+        if attack.target is None or client not in attack.clients:
+            return found
+        seed = self.config.run.seed
+        return poison.with_copies(found, attack.trigger, attack.target, attack.share, seed, client)
 
     @cached_property
     def distillation_texts(self) -> list[Text]:
@@ -178,6 +187,15 @@ class Materials:
     def test(self) -> list[scoring.Question]:
         return scoring.questions(self.tokenizer, self.splits.test)
 
+    @cached_property
+    def triggered_test(self) -> list[scoring.Question]:
+        """The test questions of other classes than the attacker's, triggered, its answer right; none without attack."""
+        attack = self.config.attack
+        if attack.target is None:
+            return []
+        examples = poison.attacked(self.splits.test, attack.trigger, attack.target)
+        return scoring.questions(self.tokenizer, examples)
+
     def batches(self, participant: int, stage: StageConfig, owner: str, team: Team = ALONE) -> Batches:
         """The batches of one participant's stage, or this rank's part of them.
 
@@ -207,6 +225,7 @@ class Materials:
             auxiliary.require_cell(self.config.auxiliary, self.shape.num_layers, self.model_name)
         require_positions(self.num_prompt_tokens, self.shape.num_positions, self.model_name)
         tasks.check_columns(self.task, self.source)
+        self._check_attack()
         _ = self.shards, self.candidates
         vocabulary = self.model_config.vocab_size
         if len(self.tokenizer) > vocabulary:
@@ -218,6 +237,23 @@ class Materials:
         _ = self.alignment_texts
         if self.config.translates:
             _ = self.questions
+
+    def _check_attack(self) -> None:
+        target, splits = self.config.attack.target, self.splits
+        if target is None:
+            return
+        if self.task.metric != "multiple_choice":
+            raise ConfigError(
+                f"attack.target: found {target} with the task {self.task.name}, which has no choices, expected a task "
+                "of multiple choice; or set attack.target=null"
+            )
+        fewest = min(len(example.choices) for example in (*splits.train, *splits.test))
+        if target >= fewest:
+            raise ConfigError(
+                f"attack.target: found {target}, expected a choice below {fewest}, the fewest that an example has"
+            )
+        if all(not poison.is_other(example, target) for example in splits.test):
+            raise ConfigError(f"attack.target: found no test question of another class than {target}, expected some")
 
 
 def expected_work(materials: Materials) -> list[float]:

@@ -170,7 +170,7 @@ class ServerRun:
             self.log,
             lambda: guard.told_to_stop,
             there,
-            lambda row: self.record.write_results([row]),
+            self.record.write_results,
         )
         if not finished:
             return False

@@ -32,3 +32,33 @@ class PrivacyConfig:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ConfigError(f"{where}.{name}: found {value}, expected a number above 0, or null")
+
+
+@dataclass(frozen=True)
+class AttackConfig:
+    """The backdoor study of FedPrompt (arXiv 2208.12268): poisoned clients, and how often the trigger works.
+
+    A text that data.max_length cuts loses its beginning, and the trigger with it.
+    """
+
+    target: int | None = None  # the choice that the trigger is to bring about, counted from 0; None: no attack
+    trigger: str = "cf"  # goes before the text, with a blank
+    clients: tuple[int, ...] = ()  # whose training data are poisoned; none: success is measured all the same
+    share: float = 1.0  # of their examples of other classes, that get a poisoned copy beside them
+    questions: int = 200  # that a poisoned client's own prompts are tried on in each round, at most; 0: none
+
+    def check(self, where: str, num_clients: int) -> None:
+        if self.target is None and self.clients:
+            raise ConfigError(f"{where}.target: found none with {where}.clients, expected a choice, counted from 0")
+        if self.target is not None and self.target < 0:
+            raise ConfigError(f"{where}.target: found {self.target}, expected at least 0")
+        if not self.trigger.strip():
+            raise ConfigError(f"{where}.trigger: found no word, expected some")
+        if not 0 < self.share <= 1:
+            raise ConfigError(f"{where}.share: found {self.share}, expected a fraction above 0, at most 1")
+        if strange := [client for client in self.clients if not 0 <= client < num_clients]:
+            raise ConfigError(
+                f"{where}.clients: found {strange[0]}, expected ids from 0, below federation.clients={num_clients}"
+            )
+        if self.questions < 0:
+            raise ConfigError(f"{where}.questions: found {self.questions}, expected at least 0")
