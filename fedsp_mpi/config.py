@@ -44,6 +44,9 @@ class DataConfig:
 
     task: str = "multiple_choice"
     source: str | None = None  # None: the task's own hub set; a folder; "hub/name[:configuration]"; "embedded"
+    # The user's own words, for example "{sentence} It was {mask}." with columns of the task: data/wording.py.
+    template: str | None = None  # None: the task's own, which is lm-eval's
+    verbaliser: tuple[str, ...] = ()  # a word a class; none: the task's own
     max_length: int = 1024  # tokens of a training text; longer contexts lose their beginning
     limit: LimitConfig = LimitConfig()
     # What of the training split the server owns: None: a shard like every client's; a fraction below 1; from 1 on, so

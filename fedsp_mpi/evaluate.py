@@ -266,7 +266,8 @@ def _wanted(materials: Materials, options: Options, library: Any) -> tuple[str, 
 def _own_task(materials: Materials, name: str, library: Any) -> dict[str, Any]:
     """The run's task over its own test rows: in lm-eval's words where it has the task and the rows have its columns."""
     table = _test_rows(materials)
-    if name in library.ROOMS and not (name == "race" and "problems" not in table.column_names):
+    own_words = materials.is_reworded or (name == "race" and "problems" not in table.column_names)
+    if name in library.ROOMS and not own_words:
         return library.inherited(name, table)
     metric, rows = materials.task.metric, []
     for example in map(materials.task.example, table.to_list()):

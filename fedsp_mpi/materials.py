@@ -13,7 +13,7 @@ import torch
 
 from fedsp_mpi import rng
 from fedsp_mpi.config import Config, ConfigError, StageConfig
-from fedsp_mpi.data import imitation, partition, poison, sources, tasks
+from fedsp_mpi.data import imitation, partition, poison, sources, tasks, wording
 from fedsp_mpi.data.tokens import Batches, Text, encode, encode_pairs, pieces, truncate
 from fedsp_mpi.evaluation import scoring
 from fedsp_mpi.models import auxiliary, backbone
@@ -53,7 +53,14 @@ class Materials:
 
     @cached_property
     def task(self) -> tasks.Task:
-        return tasks.find(self.config.data.task)
+        """What a row of the data says, in the task's own words or in the user's. Raises ConfigError on the latter."""
+        data = self.config.data
+        return wording.reworded(tasks.find(data.task), data.template, data.verbaliser)
+
+    @property
+    def is_reworded(self) -> bool:
+        """Whether the user's own words stand around the text, or for its classes."""
+        return self.config.data.template is not None or bool(self.config.data.verbaliser)
 
     @cached_property
     def splits(self) -> tasks.Splits:
@@ -225,6 +232,7 @@ class Materials:
             auxiliary.require_cell(self.config.auxiliary, self.shape.num_layers, self.model_name)
         require_positions(self.num_prompt_tokens, self.shape.num_positions, self.model_name)
         tasks.check_columns(self.task, self.source)
+        self._check_wording()
         self._check_attack()
         _ = self.shards, self.candidates
         vocabulary = self.model_config.vocab_size
@@ -237,6 +245,15 @@ class Materials:
         _ = self.alignment_texts
         if self.config.translates:
             _ = self.questions
+
+    def _check_wording(self) -> None:
+        """Raise ConfigError if the answer does not come last for a model that reads from left to right."""
+        family = self.model_config.model_type
+        if after := next((example.after for example in self.splits.train if example.after.strip()), None):
+            raise ConfigError(
+                f"data.template: found {after!r} behind {{mask}} with a {family}, which reads from left to right, "
+                "expected {mask} at the end"
+            )
 
     def _check_attack(self) -> None:
         target, splits = self.config.attack.target, self.splits
