@@ -23,6 +23,7 @@ from fedsp_mpi.evaluation.scoring import score
 from fedsp_mpi.materials import Materials
 from fedsp_mpi.models import auxiliary, backbone
 from fedsp_mpi.models.backbone import LanguageModel
+from fedsp_mpi.models.families import PEFT_TASKS
 from fedsp_mpi.models.prompts import Prompt, write_adapter
 from fedsp_mpi.record.checkpoint import Checkpoint, Checkpoints, Piece, Shelf
 from fedsp_mpi.sides import Archive, Client, ClientSide, Server, ServerSide
@@ -143,7 +144,8 @@ def client_side(materials: Materials, compute: Compute, given: Handout, ids: Seq
 def save(materials: Materials, server: Server, tuned: NamedTensors, folder: Path) -> None:
     """Write what a run is for: the prompt as a peft adapter, in `prompt`; or the tuned model, in `model`."""
     if server.prompt:
-        write_adapter(folder / "prompt", tuned, materials.prompt_spec, materials.model_name)
+        task = PEFT_TASKS[server.model.kind]
+        write_adapter(folder / "prompt", tuned, materials.prompt_spec, materials.model_name, task)
     else:
         server.load(tuned)
         auxiliary.write_model(folder / "model", server.model.model, materials.tokenizer)

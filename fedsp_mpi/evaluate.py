@@ -115,6 +115,9 @@ def evaluate(run_folder: str | Path, options: Options, log: Log) -> Evaluation:
     run = read(run_folder)
     folder, materials = run.file.parent, Materials(_config(run, options))
     _require_tuned(run, materials.config, folder, options)
+    if materials.fills_gaps:
+        family = materials.model_config.model_type
+        raise ValueError(f"{folder}: found a run with a {family}, expected a causal model, which is what lm-eval asks")
     library = _library()
     own, wanted = _wanted(materials, options, library)
     log.say(f"lm-eval {library.VERSION} loads {', '.join(wanted)}")

@@ -17,7 +17,7 @@ from fedsp_mpi.plain import ConfigError
 from fedsp_mpi.tensors import NamedTensors
 
 if TYPE_CHECKING:
-    from fedsp_mpi.models.backbone import Shape
+    from fedsp_mpi.models.families import Shape
 
 
 @dataclass(frozen=True)
@@ -208,7 +208,7 @@ class DepthMap:
         return (slice(None),) * axis + (list(self.layers or ()),)
 
 
-def write_adapter(folder: Path, tensors: NamedTensors, spec: PromptSpec, base: str) -> None:
+def write_adapter(folder: Path, tensors: NamedTensors, spec: PromptSpec, base: str, task: str = "CAUSAL_LM") -> None:
     """Write a stock peft adapter: `PeftModel.from_pretrained(model, folder)` then answers with this prompt.
 
     A projection is applied first, as peft itself does when it saves.
@@ -218,6 +218,7 @@ def write_adapter(folder: Path, tensors: NamedTensors, spec: PromptSpec, base: s
         tensors: the prompt's parameters, of the depth of the global model.
         spec: what they are.
         base: name or folder of the global model, for the adapter's own note.
+        task: peft's name for the kind of model.
     """
     prompt = Prompt(spec)
     prompt.load(tensors.torch())
@@ -228,7 +229,7 @@ def write_adapter(folder: Path, tensors: NamedTensors, spec: PromptSpec, base: s
     prefix = {"encoder_hidden_size": spec.width, "prefix_projection": False} if spec.kind == "prefix" else {}
     settings = {
         "peft_type": "PREFIX_TUNING" if spec.kind == "prefix" else "PROMPT_TUNING",
-        "task_type": "CAUSAL_LM",
+        "task_type": task,
         "base_model_name_or_path": base,
         "inference_mode": True,
         "num_virtual_tokens": spec.num_tokens,
