@@ -259,6 +259,10 @@ class Config:
             raise ConfigError("prompt.projection: found with prompt.kind=input, expected prompt.kind=prefix")
         if self.prompt.projection is not None and self.prompt.init == "text":
             raise ConfigError("prompt.init: found text with prompt.projection, expected random")
+        if self.prompt.encoder is not None and self.prompt.kind != "input":
+            raise ConfigError("prompt.encoder: found with prompt.kind=prefix, expected prompt.kind=input")
+        if self.prompt.encoder is not None and self.prompt.init == "text":
+            raise ConfigError("prompt.init: found text with prompt.encoder, expected random")
         if not self.prompt.init_text.strip():
             raise ConfigError("prompt.init_text: found no words, expected some; or set prompt.init=random")
         shared = self.auxiliary.layers_per_cell not in (None, self.auxiliary.depth)

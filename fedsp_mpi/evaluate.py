@@ -223,7 +223,7 @@ def _models(
 
 def _prompt(materials: Materials, folder: Path) -> Prompt:
     """The prompt in a peft adapter. Raises ValueError if it is not one of this run."""
-    matrix, spec = read_adapter(folder), replace(materials.prompt_spec, projection=None)
+    matrix, spec = read_adapter(folder), replace(materials.prompt_spec, projection=None, encoder=None)
     if tuple(matrix.shape) != (spec.num_tokens, spec.row_width):
         raise ValueError(
             f"{folder}: found a prompt of shape {list(matrix.shape)}, expected {[spec.num_tokens, spec.row_width]}, "

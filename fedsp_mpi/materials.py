@@ -104,7 +104,7 @@ class Materials:
     def prompt_spec(self) -> PromptSpec:
         """The prompts at the depth of the global model."""
         prompt = self.config.prompt
-        return PromptSpec.of(self.shape, prompt.kind, prompt.num_tokens, prompt.projection)
+        return PromptSpec.of(self.shape, prompt.kind, prompt.num_tokens, prompt.projection, prompt.encoder)
 
     @property
     def depth_map(self) -> DepthMap:

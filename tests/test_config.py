@@ -20,6 +20,7 @@ TOGETHER: dict[str, dict[str, object]] = {
     "federation.stragglers": {"federation.client_seconds": 1.5},
     "federation.client_seconds": {"federation.stragglers": "drop"},
     "auxiliary.last_layers": {"auxiliary.layers_per_cell": None},
+    "prompt.encoder": {"prompt.kind": "input"},
     "prompt.mapping": {"auxiliary.layers_per_cell": None},
     "attack.clients": {"attack.target": 1},
     "client.privacy.clip": {"client.privacy.noise_scale": 1.5},
@@ -71,6 +72,8 @@ def another(start: Config, dotted: str, hint: object) -> object:
     if typing.get_origin(hint) is tuple:
         return (another(start, dotted, typing.get_args(hint)[0]),)
     kinds = [a for a in typing.get_args(hint) if a is not type(None)] or [hint]
+    if typing.get_origin(kinds[0]) is typing.Literal:
+        kinds = list(typing.get_args(kinds[0]))
     return {int: 3, float: 0.75, bool: not found(start, dotted), str: "new"}.get(kinds[0], kinds[-1])
 
 

@@ -75,8 +75,8 @@ def _cut(ids: list[int], earlier: int, id: int, max_length: int, tokenizer: Any)
     if at - kept < excess:
         raise ConfigError(
             f"data.max_length, prompt.num_tokens: found {len(ids) - at + kept} tokens from the answer on where "
-            f"{max_length} are left for a text, expected room for them; raise data.max_length, or shorten the prompt or "
-            "the template"
+            f"{max_length} are left for a text, expected room for them; raise data.max_length, or shorten the prompt "
+            "or the template"
         )
     left = [*ids[:kept], *ids[kept + excess :]]
     return Text(np.asarray(left, dtype=np.int32), at - excess, id)
