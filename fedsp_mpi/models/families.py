@@ -88,7 +88,9 @@ def _num_positions(config: Any) -> int:
     if config.model_type in _ENCODER_DECODER:
         return getattr(config, "n_positions", None) or _T5_POSITIONS
     found: int = config.max_position_embeddings
-    return found - config.pad_token_id - 1 if config.model_type == "roberta" else found  # it counts from behind padding
+    if config.model_type == "roberta":  # whose positions begin behind that of padding
+        return found - (config.pad_token_id or 0) - 1
+    return found
 
 
 def kind_of(config: Any) -> Kind:
