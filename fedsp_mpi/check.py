@@ -16,11 +16,12 @@ import numpy as np
 from fedsp_mpi import comm, placement, run
 from fedsp_mpi.comm import Handout, survey
 from fedsp_mpi.config import Config
+from fedsp_mpi.environment import VERSIONS
 from fedsp_mpi.log import Log
 from fedsp_mpi.placement import spans
 from fedsp_mpi.plain import differences
 from fedsp_mpi.record import probe
-from fedsp_mpi.server_run import VERSIONS, one_line
+from fedsp_mpi.server_run import one_line
 from fedsp_mpi.tensors import NamedTensors, Schema
 
 if TYPE_CHECKING:

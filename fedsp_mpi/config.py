@@ -14,6 +14,7 @@ from fedsp_mpi.plain import ConfigError, differences, key_value, merge, parse, p
 from fedsp_mpi.recipes import AuxiliaryConfig, DistillationConfig, PromptConfig, Recipe, recipe
 from fedsp_mpi.running import CheckpointConfig, DeadlineConfig, RecordConfig, RunConfig, TopologyConfig
 from fedsp_mpi.stages import ComputeConfig, Dtype, StageConfig, at_least
+from fedsp_mpi.threats import AttackConfig, PrivacyConfig
 
 EMBEDDED = Path(__file__).parent / "resources" / "embedded.yaml"
 
@@ -43,6 +44,9 @@ class DataConfig:
 
     task: str = "multiple_choice"
     source: str | None = None  # None: the task's own hub set; a folder; "hub/name[:configuration]"; "embedded"
+    # The user's own words, for example "{sentence} It was {mask}." with columns of the task: data/wording.py.
+    template: str | None = None  # None: the task's own, which is lm-eval's
+    verbaliser: tuple[str, ...] = ()  # a word a class; none: the task's own
     max_length: int = 1024  # tokens of a training text; longer contexts lose their beginning
     limit: LimitConfig = LimitConfig()
     # What of the training split the server owns: None: a shard like every client's; a fraction below 1; from 1 on, so
@@ -81,6 +85,10 @@ class FederationConfig:
     # drop: a client's work is cut after client_seconds, and it counts for what it did. Bits then depend on the clock.
     stragglers: Literal["wait", "drop"] = "wait"
     client_seconds: float | None = None
+    # What makes one update of many: the mean weighted by samples, each value's median, or the mean of those that lie no
+    # more than so many deviations further from the median than the others do (aggregation/robust.py).
+    rule: Literal["mean", "median", "reject_outliers"] = "mean"
+    outlier_deviations: float = 3.0
 
 
 @dataclass(frozen=True)
@@ -104,6 +112,7 @@ class ClientConfig:
     training: Literal["alternating", "joint"] = "alternating"
     alignment: StageConfig = StageConfig()
     tuning: StageConfig = StageConfig()
+    privacy: PrivacyConfig = PrivacyConfig()
     compute: ComputeConfig = ComputeConfig()
     resident: int = 8  # clients of a rank whose state stays in memory between rounds; that of the others goes to disk
 
@@ -135,6 +144,7 @@ class Config:
     federation: FederationConfig = FederationConfig()
     server: ServerConfig = ServerConfig()
     client: ClientConfig = ClientConfig()
+    attack: AttackConfig = AttackConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     record: RecordConfig = RecordConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -167,6 +177,7 @@ class Config:
         self.server.translation.check("server.translation")
         self.client.alignment.check("client.alignment")
         self.client.tuning.check("client.tuning")
+        self.client.privacy.check("client.privacy")
         self.distillation.check("distillation")
         at_least("client.tuning", "steps", self.client.tuning.steps, 1)
         if self.model.name is None:
@@ -179,6 +190,7 @@ class Config:
             if value is not None:
                 at_least(section, name, value, low)
         self.data.check("data")
+        self.attack.check("attack", self.federation.clients)
         self._check_federation()
         self._check_prompt()
         self._check_shares()
@@ -247,6 +259,10 @@ class Config:
             raise ConfigError("prompt.projection: found with prompt.kind=input, expected prompt.kind=prefix")
         if self.prompt.projection is not None and self.prompt.init == "text":
             raise ConfigError("prompt.init: found text with prompt.projection, expected random")
+        if self.prompt.encoder is not None and self.prompt.kind != "input":
+            raise ConfigError("prompt.encoder: found with prompt.kind=prefix, expected prompt.kind=input")
+        if self.prompt.encoder is not None and self.prompt.init == "text":
+            raise ConfigError("prompt.init: found text with prompt.encoder, expected random")
         if not self.prompt.init_text.strip():
             raise ConfigError("prompt.init_text: found no words, expected some; or set prompt.init=random")
         shared = self.auxiliary.layers_per_cell not in (None, self.auxiliary.depth)
@@ -286,6 +302,7 @@ LEAST = {
     "federation.min_clients": 1,
     "federation.clients_per_round": 1,
     "federation.client_seconds": 0,
+    "federation.outlier_deviations": 0,
     "client.resident": 1,
     "checkpoint.every": 1,
     "checkpoint.keep": 1,

@@ -13,9 +13,9 @@ weights are trained. So a text costs
     server tuning        2 x forward of the global model; the server-only control takes as much again; translation
                          costs the same and 1 x forward of the auxiliary model
     fine-tuning          3 x forward of the global model, without prompts, at clients and server
-and one forward more wherever activations are recomputed. A projection of prompts runs once a micro-batch: 2 x its
-weights x prompt tokens, three times that where it is trained. Padding, norms, optimizers, validation and scoring are
-left out.
+and one forward more wherever activations are recomputed. A projection or encoder of prompts runs once a micro-batch:
+2 x its weights x prompt tokens, three times that where it is trained. Padding, norms, optimizers, validation and
+scoring are left out.
 """
 
 from __future__ import annotations
@@ -172,7 +172,7 @@ class _Costs:
         self.small = outline(cell, auxiliary.depth(config.auxiliary, settings.num_hidden_layers))
         self.single = outline(auxiliary.cell_config(settings, AuxiliaryConfig(layers_per_cell=1)), 1)
         shape, prompt = self.large.shape, config.prompt
-        self.spec = PromptSpec.of(shape, prompt.kind, prompt.num_tokens, prompt.projection)
+        self.spec = PromptSpec.of(shape, prompt.kind, prompt.num_tokens, prompt.projection, prompt.encoder)
         self.texts = _texts(config, shape.num_positions, tokens)
         self.again = int(config.model.gradient_checkpointing)  # forwards more where there is a backward
 
@@ -260,7 +260,8 @@ class _Costs:
         once = forward(model, tokens, text + prompt, self.texts.answers)
         with torch.device("meta"):
             soft = Prompt(self.spec.at_depth(model.shape.num_layers))
-        layers = [part.weight.numel() for part in soft.modules() if isinstance(part, nn.Linear)]
+        parts = [part for part in soft.modules() if isinstance(part, (nn.Linear, nn.LSTM))]
+        layers = [weight.numel() for part in parts for weight in part.parameters() if weight.dim() == 2]
         projected = 2.0 * sum(layers) * prompt * (1 if trained == "weights" else 3)
         passes = -(-stage.batch_size // (stage.micro_batch or stage.batch_size))
         return stage.batch_size * ((2 if trained == _PROMPTS else 3) + self.again) * once + passes * projected

@@ -100,3 +100,4 @@ class PromptConfig:
     # layers are some of the global one's.
     mapping: Literal["repeat", "same_layers"] = "repeat"
     projection: int | None = None  # width of the re-parameterisation's hidden layer; None: no projection
+    encoder: Literal["lstm", "mlp"] | None = None  # of input prompts (P-tuning); its weights are tuned, and travel, too

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from transformers.initialization import no_init_weights
 
 from fedsp_mpi.config import AuxiliaryConfig
-from fedsp_mpi.models.backbone import FAMILIES, LanguageModel, layers_of, without_dropout
+from fedsp_mpi.models.backbone import LanguageModel
+from fedsp_mpi.models.families import FAMILIES, layers_of, model_class, without_dropout
 from fedsp_mpi.plain import ConfigError
 from fedsp_mpi.tensors import NamedTensors
 
@@ -142,7 +143,7 @@ def load_weights(model: LanguageModel, tensors: Mapping[str, Tensor]) -> None:
 def save(folder: Path, model: LanguageModel, layers_per_cell: int, tokenizer: Any, recipe: dict[str, Any]) -> None:
     """Write the cell as a Hugging Face folder of its own, with the recipe that made it.
 
-    `AutoModelForCausalLM.from_pretrained(folder)` gives the model of `layers_per_cell` layers without its bridge;
+    `from_pretrained(folder)` of the family's class gives the model of `layers_per_cell` layers without its bridge;
     `load(folder)` runs them over the whole depth, and has the bridge.
     """
     cell = _from_config(_with_depth(copy.deepcopy(model.model.config), layers_per_cell))
@@ -169,7 +170,8 @@ def write_model(folder: Path, model: Any, tokenizer: Any, notes: Mapping[str, st
 def load(folder: Path, dtype: torch.dtype = torch.float32, dropout: bool = False) -> LanguageModel:
     """Read an auxiliary model written by `save`, at its full depth. Raises ValueError if the folder holds none."""
     deep = read_recipe(folder)["depth"]
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    kind = model_class(transformers.AutoConfig.from_pretrained(folder))
+    model = kind.from_pretrained(folder, dtype=torch.float32)
     _add_bridge(model)
     for file in folder.glob("*.safetensors"):
         with safetensors.safe_open(file, "pt") as tensors:
@@ -200,7 +202,7 @@ def fingerprint(model: LanguageModel) -> str:
 
 def _from_config(config: Any) -> Any:
     with no_init_weights():
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model = model_class(config).from_config(config, dtype=torch.float32)
     model.tie_weights()
     _add_bridge(model)
     return model

@@ -214,6 +214,9 @@ def _read_table(h5: h5py.File, name: str) -> np.ndarray:
     data = np.empty(len(stored), dtype=kind)
     for column in kind.names or ():
         if column not in (stored.dtype.names or ()):
+            if column in rows.LATER.get(name, {}):
+                data[column] = rows.LATER[name][column]
+                continue
             raise KeyError(f"table {name} has no column {column}")
         values = stored[column]
         data[column] = [text.decode() for text in values] if kind[column].hasobject else values
