@@ -135,6 +135,11 @@ class Materials:
         """Most tokens of a training text: what is left of the positions, and one more, which is predicted, not read."""
         return min(self.config.data.max_length, self.shape.num_positions - self.num_prompt_tokens + 1)
 
+    @property
+    def words(self) -> np.ndarray:
+        """Sorted ids of the tokens that are words, or parts of them: all that mean nothing special to the tokenizer."""
+        return np.setdiff1d(np.arange(len(self.tokenizer)), self.tokenizer.all_special_ids)
+
     def shard(self, participant: int) -> list[Text]:
         """The tokenised training texts of the server (0) or of client `participant` - 1."""
         if participant not in self._texts:

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from fedsp_mpi.training.team import Meeting, Team
 
 STOPPED = 75  # exit status: told to stop; run.resume goes on
-VERSIONS = ("torch", "transformers", "peft", "datasets", "deepspeed", "mpi4py", "h5py", "numpy", "tokenizers")
+VERSIONS = ("torch", "transformers", "peft", "datasets", "deepspeed", "cmaes", "mpi4py", "h5py", "numpy", "tokenizers")
 
 
 class ServerRun:
@@ -123,7 +123,7 @@ class ServerRun:
             "folder": str(self.folder.resolve()),
         }
         handout = build.handout(self.materials, small, self._servers.server, meta, resumed)
-        sizes = build.sizes(self._model, small, self._servers.server, handout)
+        sizes = build.sizes(self.materials, self._model, small, self._servers.server, handout)
         self.record.describe(models=sizes, distillation=story)
         self.log.say(
             "parameters: global model {global:,}, auxiliary model {auxiliary:,}, prompts {prompt:,} "

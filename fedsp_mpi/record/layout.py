@@ -213,6 +213,9 @@ def _read_table(h5: h5py.File, name: str) -> np.ndarray:
     stored, kind = h5[name][()], rows.table_type(rows.TABLES[name])
     data = np.empty(len(stored), dtype=kind)
     for column in kind.names or ():
+        if column not in (stored.dtype.names or ()) and column in rows.ADDED:
+            data[column] = rows.NAN
+            continue
         if column not in (stored.dtype.names or ()):
             raise KeyError(f"table {name} has no column {column}")
         values = stored[column]

@@ -57,7 +57,12 @@ class RoundRow:
 
 @dataclass(frozen=True, kw_only=True)
 class ClientRow:
-    """One client in one round; `reason` says why a client with status "failed" did."""
+    """One client in one round; `reason` says why a client with status "failed" did.
+
+    Attributes:
+        fitness: the objective at what a search came to.
+        step_size: root of the sum of squares of a search's step sizes in the round.
+    """
 
     round: int
     client: int
@@ -74,6 +79,8 @@ class ClientRow:
     seconds_other: float = NAN
     bytes_down: int = 0
     bytes_up: int = 0
+    fitness: float = NAN
+    step_size: float = NAN
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,6 +129,7 @@ class WireRow:
     bytes_crossed: int = 0
 
 
+ADDED = ("fitness", "step_size")  # columns that records of before do not have; they are nan then
 TABLES: dict[str, type] = {"rounds": RoundRow, "clients": ClientRow, "results": ResultRow, "wire": WireRow}
 _TYPES: dict[Any, Any] = {int: np.dtype("i8"), float: np.dtype("f8"), bool: np.dtype("?")}
 
