@@ -87,7 +87,7 @@ class SearchConfig:
     # full: it travels as its upper triangle; identity: clients begin each round with the identity, which saves nearly
     # all bytes. In hundreds of dimensions the two are hardly different: it is learned in as many times as many steps.
     covariance: Literal["full", "identity"] = "full"
-    batch_tokens: int = 4096  # of a forward pass
+    batch_tokens: int = 4096  # of a forward pass, prompts among them
 
     def check(self, where: str) -> None:
         for name, low in (("dimension", 2), ("population", 2), ("iterations", 1), ("batch_tokens", 1)):

@@ -187,7 +187,7 @@ class Client:
         return self._batches(shard), self._batches(copies)
 
     def _batches(self, texts: Sequence[Text]) -> Batches:
-        groups = by_length(texts, self._settings.batch_tokens)
+        groups = by_length(texts, self._settings.batch_tokens, self._prompt.spec.num_tokens)
         return [(rows, collate([texts[i] for i in rows]).to(self._model.device)) for rows in groups]
 
     def _judge(self, points: np.ndarray, texts: Batches, copies: Batches) -> tuple[np.ndarray, np.ndarray]:

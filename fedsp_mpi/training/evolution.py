@@ -22,9 +22,15 @@ from fedsp_mpi.tensors import State
 _PATHS = ("step_path", "mean_path")
 
 
-def triangle(dimension: int) -> int:
-    """Numbers in the upper triangle of a square matrix."""
-    return dimension * (dimension + 1) // 2
+def sizes(dimension: int) -> dict[str, int]:
+    """How many numbers each part of a state has, by its name in `Evolution.state`."""
+    return {
+        "mean": dimension,
+        "step_size": 1,
+        "covariance": dimension * (dimension + 1) // 2,
+        **dict.fromkeys(_PATHS, dimension),
+        "generation": 1,
+    }
 
 
 def identity(dimension: int) -> np.ndarray:
