@@ -19,6 +19,7 @@ MODEL = {"recipe": "paper", "model": {"name": "some/model"}}  # the recipe that 
 TOGETHER: dict[str, dict[str, object]] = {
     "federation.stragglers": {"federation.client_seconds": 1.5},
     "federation.client_seconds": {"federation.stragglers": "drop"},
+    "method": {"server.tuning.steps": 0},
     "auxiliary.last_layers": {"auxiliary.layers_per_cell": None},
     "prompt.mapping": {"auxiliary.layers_per_cell": None},
     "topology.server_ranks": {"distillation.stage.batch_size": 3, "server.tuning.batch_size": 3},
