@@ -142,6 +142,28 @@ def test_ten_clients_reach_1e_8_with_fewer_evaluations_each_than_one_alone(funct
     assert max(together) < min(alone) < math.inf, (together, alone)
 
 
+@pytest.mark.slow
+def test_eight_iterations_a_round_help_the_average_and_not_the_evolution():
+    """What the README says of the paper's number of iterations: the step size of a round's end is forgotten."""
+    own = {"step_size": 0.5, "iterations": 8, "objective": "loss"}
+    evolution, average = (SearchConfig(10, rule=rule, **own) for rule in ("evolution", "average"))
+    alone = [evaluations_alone(sphere, evolution, seed) for seed in range(3)]
+    assert evaluations_together(sphere, average, 10, 0) < min(alone)
+    assert evaluations_together(sphere, evolution, 10, 1) > max(alone)
+
+
+@pytest.mark.slow
+def test_in_500_dimensions_the_covariance_hardly_moves():
+    search, random = Evolution.of({"mean": np.zeros(500), "step_size": np.ones(1)}), np.random.default_rng(0)
+    for _ in range(200):
+        points = search.mean + search.step_size * random.standard_normal((10, 500))
+        search.update(points, np.array([sphere(point + 1) for point in points]))
+    matrix = np.zeros((500, 500))
+    matrix[np.triu_indices(500)] = search.covariance
+    values = np.linalg.eigvalsh(matrix, UPLO="U")
+    assert 0.985 < values.min() < 0.995 and 1.05 < values.max() < 1.1
+
+
 def test_a_search_goes_on_from_its_state_with_equal_bits():
     whole = Evolution.of({"mean": np.arange(6.0), "step_size": np.array([0.5])})
     for generation in range(12):
