@@ -33,6 +33,8 @@ setup(
         "h5py",
         "safetensors",
         "xxhash",
+        "cmaes",
+        "threadpoolctl",
         "numpy",
         "PyYAML",
     ],

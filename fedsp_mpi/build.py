@@ -10,10 +10,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
+
 from fedsp_mpi.aggregation.average import Updates, weighted_mean
 from fedsp_mpi.aggregation.robust import coordinate_median, without_outliers
 from fedsp_mpi.aggregation.sampling import participants
-from fedsp_mpi.algorithms import backdoor, fedsp, finetune, prompt_tuning
+from fedsp_mpi.algorithms import backdoor, fedbpt, fedsp, finetune, prompt_tuning
 from fedsp_mpi.algorithms.benches import ShardError
 from fedsp_mpi.algorithms.privacy import Private
 from fedsp_mpi.algorithms.translation import Translator
@@ -25,6 +27,7 @@ from fedsp_mpi.models import auxiliary, backbone
 from fedsp_mpi.models.backbone import LanguageModel
 from fedsp_mpi.models.families import PEFT_TASKS
 from fedsp_mpi.models.prompts import Prompt, write_adapter
+from fedsp_mpi.models.subspace import Subspace, scale_of
 from fedsp_mpi.record.checkpoint import Checkpoint, Checkpoints, Piece, Shelf
 from fedsp_mpi.sides import Archive, Client, ClientSide, Server, ServerSide
 from fedsp_mpi.stages import StageConfig
@@ -106,13 +109,17 @@ def handout(
     return Handout(meta, tensors, contract)
 
 
-def sizes(model: LanguageModel, small: LanguageModel, server: Server, given: Handout) -> dict[str, int]:
+def sizes(
+    materials: Materials, model: LanguageModel, small: LanguageModel, server: Server, given: Handout
+) -> dict[str, int]:
     """Parameter counts for the record."""
+    searched = {"searched": materials.config.search.dimension} if materials.config.searches else {}
     return {
         "global": model.num_parameters(),
         "auxiliary": small.num_parameters(),
         "prompt": server.prompt.num_parameters() if server.prompt else 0,
         "prompt_on_the_wire": given.contract.down.num_values,
+        **searched,
     }
 
 
@@ -271,6 +278,61 @@ def _watched(
     return backdoor.Watched(client, who, measure)
 
 
+def _search_server(
+    materials: Materials, model: LanguageModel, compute: Compute, team: Team, small: LanguageModel | None
+) -> Server:
+    first = materials.first_prompt(model)
+    subspace = _subspace(materials, _scale(materials, model, first))
+    return fedbpt.Server(model, first.to(compute.device), subspace, materials.config.search)
+
+
+def _search_handout(materials: Materials, server: Server, small: LanguageModel) -> tuple[Any, NamedTensors, Contract]:
+    first, cell = materials.first_prompt(server.model), materials.model_config
+    scale = np.array([_scale(materials, server.model, first)])
+    parts = {
+        "auxiliary/": auxiliary.pack(small),
+        "prompt/": NamedTensors.pack(materials.depth_map.down(first.tensors())),
+    }
+    down, names = server.broadcast().schema, fedbpt.travelling(materials.config.search)[1]
+    up = Schema(spec for spec in down if spec.name in names)
+    tensors = NamedTensors.join(parts | {"search/": NamedTensors.of({"scale": scale})})
+    return (
+        auxiliary.cell_config(cell, materials.config.auxiliary),
+        tensors,
+        Contract(down, up, (*fedbpt.METRICS, *backdoor.METRICS)),
+    )
+
+
+def _scale(materials: Materials, model: LanguageModel, first: Prompt) -> float:
+    settings = materials.config.search
+    return float(np.float32(scale_of(model, first, settings.dimension, settings.step_size, settings.spread)))
+
+
+def _subspace(materials: Materials, scale: float) -> Subspace:
+    return Subspace(materials.prompt_spec, materials.config.search.dimension, scale, materials.config.run.seed)
+
+
+def _search_client(materials: Materials, compute: Compute, given: Handout, ids: Sequence[int]) -> Client:
+    config, depths = materials.config, materials.depth_map
+    model = _clients_model(materials, compute, given)
+    auxiliary.load_weights(model, given.tensors.select("auxiliary/").torch())
+    model.train_weights(False)
+    prompt = Prompt(depths.small).to(compute.device)
+    client = fedbpt.Client(
+        model.round_weights(),
+        prompt,
+        given.tensors.select("prompt/").torch()["prompt"].clone(),
+        _subspace(materials, given.tensors["search/scale"].item()),
+        depths,
+        {id: _usable(lambda id: materials.shard(id + 1), id) for id in ids},
+        materials.words,
+        config.search,
+        config.run.seed,
+        config.federation.client_seconds,
+    )
+    return _watched(materials, client, model, prompt, ids)
+
+
 def _tuning(materials: Materials, team: Team) -> tuple[Batches | None, StageConfig, int]:
     """The server's batches, if it tunes, the stage, and its rounds."""
     stage, rounds = materials.config.server.tuning, materials.config.federation.rounds
@@ -301,4 +363,5 @@ def _usable(shard: Callable[[int], Made], id: int) -> Made | ShardError:
 METHODS = {
     "fedsp": Method(_prompt_server, _prompt_handout, _fedsp_client),
     "finetune": Method(_weights_server, _weights_handout, _weights_client),
+    "fedbpt": Method(_search_server, _search_handout, _search_client),
 }

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 LIBRARIES = 640 << 20  # of host memory in each process, for torch, transformers and datasets; measured on a CPU
 # Values that the backward pass keeps per layer, token and unit of width: 13 (OPT) to 33 (GPT-2, Qwen2), measured.
 _ACTIVATIONS = 32
-_FP32 = 4
+_FP32, _FP64 = 4, 8
+_MATRICES = 16  # as large as a covariance, that a search has at a time with a population of 5
 _TRAINED = 4 * _FP32  # bytes of a trained parameter: itself, its gradient, AdamW's two moments
 _KEPT = 3 * _FP32  # bytes of one that rests: without its gradient
 
@@ -133,6 +134,8 @@ def server(config: Config, sizes: Sizes) -> Need:
 
 def client(config: Config, sizes: Sizes, num_clients: int) -> Need:
     """One auxiliary model in training on the device; the hand-out, and the clients that rest, on the host."""
+    if config.searches:
+        return _searching(config, sizes)
     stages = (config.client.alignment, config.client.tuning)
     weight = _TRAINED if config.clients_train_weights else DTYPES[config.client.compute.dtype].itemsize
     work = weight * sizes.auxiliary + _TRAINED * sizes.wire
@@ -141,8 +144,19 @@ def client(config: Config, sizes: Sizes, num_clients: int) -> Need:
     return Need(work, _FP32 * sizes.auxiliary + resting)
 
 
+def _searching(config: Config, sizes: Sizes) -> Need:
+    """Forward passes alone: one layer's activations on the device; the search's matrices and prompts on the host."""
+    held = DTYPES[config.client.compute.dtype].itemsize
+    tokens = max(config.search.batch_tokens, sizes.length)
+    work = held * sizes.auxiliary + _FP32 * (sizes.wire + tokens * sizes.width * _ACTIVATIONS)
+    matrices = _MATRICES * _FP64 * config.search.dimension**2
+    return Need(work, _FP32 * sizes.auxiliary + matrices + _FP32 * (config.search.population + 1) * sizes.prompt)
+
+
 def state(config: Config, sizes: Sizes) -> int:
     """Bytes that one client keeps between rounds."""
+    if config.searches:
+        return 0
     kept = sizes.wire + (sizes.auxiliary if config.clients_train_weights else 0)
     return _KEPT * kept if config.federation.client_state == "kept" else 0
 

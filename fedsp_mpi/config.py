@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +14,7 @@ import yaml
 from fedsp_mpi.plain import ConfigError, differences, key_value, merge, parse, put, read_yaml
 from fedsp_mpi.recipes import AuxiliaryConfig, DistillationConfig, PromptConfig, Recipe, recipe
 from fedsp_mpi.running import CheckpointConfig, DeadlineConfig, RecordConfig, RunConfig, TopologyConfig
-from fedsp_mpi.stages import ComputeConfig, Dtype, StageConfig, at_least
+from fedsp_mpi.stages import WITH_SEARCH, ComputeConfig, Dtype, SearchConfig, StageConfig, at_least
 from fedsp_mpi.threats import AttackConfig, PrivacyConfig
 
 EMBEDDED = Path(__file__).parent / "resources" / "embedded.yaml"
@@ -132,8 +133,9 @@ class Config:
     """One experiment."""
 
     recipe: Recipe = "bridged"  # values of keys that are not given: resources/recipes
-    # fedsp: prompts are the messengers; finetune: the global model's own weights are (algorithms/).
-    method: Literal["fedsp", "finetune"] = "fedsp"
+    # fedsp: prompts are the messengers; finetune: the global model's own weights are; fedbpt: prompts are searched for
+    # without gradients, as `search` says (algorithms/).
+    method: Literal["fedsp", "finetune", "fedbpt"] = "fedsp"
     run: RunConfig = RunConfig()
     topology: TopologyConfig = TopologyConfig()
     model: ModelConfig = ModelConfig()
@@ -145,6 +147,7 @@ class Config:
     server: ServerConfig = ServerConfig()
     client: ClientConfig = ClientConfig()
     attack: AttackConfig = AttackConfig()
+    search: SearchConfig = SearchConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     record: RecordConfig = RecordConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -156,14 +159,20 @@ class Config:
         return self.method == "finetune"
 
     @property
+    def searches(self) -> bool:
+        """Whether prompts are searched for without gradients: clients run forward passes, and the server merges."""
+        return self.method == "fedbpt"
+
+    @property
     def translates(self) -> bool:
         """Whether the server learns from the auxiliary model what the merged prompts mean."""
-        return not self.tunes_weights and self.federation.clients > 0 and self.server.translation.steps > 0
+        return self.method == "fedsp" and self.federation.clients > 0 and self.server.translation.steps > 0
 
     @property
     def clients_train_weights(self) -> bool:
         """Whether clients train the weights of the model that they hold, and not the prompts alone."""
-        return self.tunes_weights or self.client.training == "joint" or self.client.alignment.steps > 0
+        aligns = self.client.training == "joint" or self.client.alignment.steps > 0
+        return self.tunes_weights or (aligns and not self.searches)
 
     @property
     def distils(self) -> bool:
@@ -184,16 +193,33 @@ class Config:
             raise ConfigError("model.name: found nothing, expected a hub name or the folder of a causal language model")
         for key, low in LEAST.items():
             section, _, name = key.rpartition(".")
-            value: Any = self
-            for part in key.split("."):
-                value = getattr(value, part)
-            if value is not None:
+            if (value := self._value(key)) is not None:
                 at_least(section, name, value, low)
         self.data.check("data")
         self.attack.check("attack", self.federation.clients)
+        self.search.check("search")
+        if self.searches:
+            self._check_search()
         self._check_federation()
         self._check_prompt()
         self._check_shares()
+
+    def _value(self, key: str) -> Any:
+        return reduce(getattr, key.split("."), self)
+
+    def _check_search(self) -> None:
+        """What a search does without: the server's steps, its control, prompts of several matrices, another merge."""
+        if self.federation.clients == 0:
+            raise ConfigError("federation.clients: found 0 with method=fedbpt, expected at least 1: clients search")
+        for key, (wanted, why) in WITH_SEARCH.items():
+            if (value := self._value(key)) != wanted:
+                shown = "null" if wanted is None else wanted
+                raise ConfigError(f"{key}: found {value} with method=fedbpt, expected {shown}: {why}")
+        if self.prompt.kind == "prefix" and self.prompt.init == "random" and not self.prompt.init_std:
+            raise ConfigError(
+                "prompt.init_std: found 0 with method=fedbpt, expected a number above 0, which the search's scale "
+                "follows from; or set prompt.init=text"
+            )
 
     def _check_federation(self) -> None:
         plan = self.federation

@@ -9,7 +9,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-VERSIONS = ("torch", "transformers", "peft", "datasets", "deepspeed", "mpi4py", "h5py", "numpy", "tokenizers")
+VERSIONS = ("torch", "transformers", "peft", "datasets", "deepspeed", "cmaes", "mpi4py", "h5py", "numpy", "tokenizers")
 
 
 def threads(hosts: list[dict[str, Any]]) -> str:

@@ -166,6 +166,11 @@ class Materials:
             return scoring.gap_questions(self.tokenizer, examples, self._room)
         return scoring.questions(self.tokenizer, examples)
 
+    @property
+    def words(self) -> np.ndarray:
+        """Sorted ids of the tokens that are words, or parts of them: all that mean nothing special to the tokenizer."""
+        return np.setdiff1d(np.arange(len(self.tokenizer)), self.tokenizer.all_special_ids)
+
     def shard(self, participant: int) -> list[Text]:
         """The tokenised training texts of the server (0) or of client `participant` - 1."""
         if participant not in self._texts:

@@ -13,6 +13,8 @@ weights are trained. So a text costs
     server tuning        2 x forward of the global model; the server-only control takes as much again; translation
                          costs the same and 1 x forward of the auxiliary model
     fine-tuning          3 x forward of the global model, without prompts, at clients and server
+    client search        1 x forward of the auxiliary model for each point, and for the mean at the end; twice that
+                         where a perturbed copy is looked at
 and one forward more wherever activations are recomputed. A projection or encoder of prompts runs once a micro-batch:
 2 x its weights x prompt tokens, three times that where it is trained. Padding, norms, optimizers, validation and
 scoring are left out.
@@ -27,6 +29,7 @@ import torch
 from torch import nn
 
 from fedsp_mpi import capacity
+from fedsp_mpi.algorithms.fedbpt import travelling
 from fedsp_mpi.capacity import Need, Sizes, outline
 from fedsp_mpi.comm.messages import HEADER_BYTES
 from fedsp_mpi.config import EMBEDDED, AuxiliaryConfig, Config, StageConfig
@@ -34,11 +37,12 @@ from fedsp_mpi.models import auxiliary, backbone
 from fedsp_mpi.models.architectures import config_of, forward, ratios
 from fedsp_mpi.models.backbone import LanguageModel
 from fedsp_mpi.models.prompts import Prompt, PromptSpec, require_positions
+from fedsp_mpi.training.evolution import sizes as search_sizes
 
 _Trained = Literal["weights", "prompts", "both"]
 _Stage = tuple[str, StageConfig, _Trained]
 _STAGES = ("client alignment", "client prompt tuning")
-_FINE_TUNING = "client fine-tuning"
+_FINE_TUNING, _SEARCH = "client fine-tuning", "client search"
 _PROMPTS: _Trained = "prompts"
 FP32_BYTES = 4  # of a value on the wire
 
@@ -184,7 +188,9 @@ class _Costs:
         """FLOPs of the whole run by phase."""
         config, rounds, all_weights = self.config, self.config.federation.rounds, self.config.tunes_weights
         turns, stage = rounds * self._per_round(), config.client.tuning
-        if all_weights:
+        if config.searches:
+            client = {_SEARCH: turns * self._search().round}
+        elif all_weights:
             client = {_FINE_TUNING: turns * stage.steps * self._weights_step(stage)}
         else:
             done = {name: stage.steps * self._step(stage, self.small, how) for name, stage, how in self._stages()}
@@ -203,8 +209,10 @@ class _Costs:
         """The configuration itself, then other ways with its rounds, steps and batches."""
         if self.config.tunes_weights:
             return (self._fine_tuning(),)
-        own: list[_Stage] = self._stages()
         prompts_only: list[_Stage] = [(_STAGES[1], self.config.client.tuning, _PROMPTS)]
+        if self.config.searches:
+            return self._search(), self._prompting("FedPrompt", self.large, prompts_only), self._fine_tuning()
+        own: list[_Stage] = self._stages()
         is_fedsp, aligns = own != prompts_only or self.config.auxiliary.first_layers, own != prompts_only
         return (
             self._prompting("FedSP (as configured)" if is_fedsp else "as configured", self.small, own),
@@ -239,6 +247,28 @@ class _Costs:
         total = (clients or self.config.federation.clients) * handout
         total += 2 * rounds * (clients or self._per_round()) * message
         return Method(name, holds, trains, handout, message, message, total, steps, work)
+
+    def _search(self) -> Method:
+        """Clients that search: forward passes over all of their examples for each point; a step is one point's."""
+        config, search, holds = self.config, self.config.search, self.small.num_parameters()
+        numbers = search_sizes(search.dimension)
+        down, up = (FP32_BYTES * sum(numbers[name] for name in names) + HEADER_BYTES for names in travelling(search))
+        with torch.device("meta"):
+            first = Prompt(self.spec.at_depth(self.small.shape.num_layers)).num_parameters()
+        handout = FP32_BYTES * (holds + first + 1)
+        text, prompt = self.texts.tokens, self.spec.num_tokens
+        tokens = text + prompt if self.spec.kind == "input" else text
+        copies = 1 if search.objective == "loss" else 2
+        step = self.examples() * copies * forward(self.small, tokens, text + prompt, self.texts.answers)
+        total = config.federation.clients * handout + config.federation.rounds * self._per_round() * (down + up)
+        work = (search.population * search.iterations + 1) * step
+        name = "FedBPT" if search.rule == "evolution" else "FedAvg-BBT"
+        return Method(name, holds, search.dimension, handout, down, up, total, (step,), work)
+
+    def examples(self) -> int:
+        """Of a client that searches: its share of data.limit.train, else as many as client.tuning would take."""
+        limit, tuning = self.config.data.limit.train, self.config.client.tuning
+        return tuning.steps * tuning.batch_size if limit is None else -(-limit // (self.config.federation.clients + 1))
 
     def _fine_tuning(self) -> Method:
         """Clients train the whole model with the steps of the prompt stage; the weights come with every round."""

@@ -65,16 +65,26 @@ def _facts(plan: Plan) -> list[str]:
     steps += " and weights" if client.training == "joint" else ""
     if client.training == "alternating" and client.alignment.steps and not config.tunes_weights:
         steps = f"{client.alignment.steps} of alignment and {steps}"
+    if config.searches:
+        steps = f"{config.search.iterations} of {config.search.population} points, without gradients"
     some = federation.clients_per_round or federation.clients
     return [
         f"plan      {plan.label}",
         f"global    {config.model.name}: {sizes.global_model:,} parameters, {sizes.num_layers} layers",
         *([] if config.tunes_weights else _auxiliary(plan)),
-        f"wire      {FP32_BYTES * sizes.wire:,} bytes down and up for a client and round, + {HEADER_BYTES} each",
+        f"wire      {_wire(plan)} for a client and round, + {HEADER_BYTES} each",
         f"rounds    {federation.rounds}, of {some} of {federation.clients} clients, steps in each: {steps}",
         f"texts     {texts.tokens} tokens, {texts.answers} of them the answer; the longest {texts.longest} "
         f"({config.data.task}: {texts.source})",
     ]
+
+
+def _wire(plan: Plan) -> str:
+    """What goes down and up, headers apart; without clients what would."""
+    if not plan.config.searches:
+        return f"{FP32_BYTES * plan.sizes.wire:,} bytes down and up"
+    down, up = (size - HEADER_BYTES for size in (plan.methods[0].down, plan.methods[0].up))
+    return f"{down:,} bytes down and {up:,} up"
 
 
 def _auxiliary(plan: Plan) -> list[str]:
@@ -84,12 +94,14 @@ def _auxiliary(plan: Plan) -> list[str]:
     cell += ", and a bridge" if config.auxiliary.first_layers else ""
     ways = [f"{ratio:#.3g} x {way}" for way, ratio in plan.ratios.items() if way != "as held"]
     paper = PAPER.get(str(config.model.name)) if config.auxiliary.layers_per_cell == 1 else None
+    search = config.search.dimension if config.searches else None
+    travel = f"searched for in {search:,} dimensions" if search else f"{sizes.wire:,} on the wire"
     lines = [f"counted otherwise: {', '.join(ways)}"] if ways else []
     lines += [f"FedSP's paper says {paper} x, and does not say how it counts"] if paper else []
     return [
         f"auxiliary {sizes.auxiliary:,} parameters, {cell}: {plan.ratios['as held']:#.3g} x fewer",
         *_labelled("", lines),
-        f"prompts   {sizes.prompt:,} values at the global model's depth, {sizes.wire:,} on the wire",
+        f"prompts   {sizes.prompt:,} values at the global model's depth, {travel}",
     ]
 
 

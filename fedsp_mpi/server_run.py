@@ -119,7 +119,7 @@ class ServerRun:
             "folder": str(self.folder.resolve()),
         }
         handout = build.handout(self.materials, small, self._servers.server, meta, resumed)
-        sizes = build.sizes(self._model, small, self._servers.server, handout)
+        sizes = build.sizes(self.materials, self._model, small, self._servers.server, handout)
         self.record.describe(models=sizes, distillation=story)
         self.log.say(
             "parameters: global model {global:,}, auxiliary model {auxiliary:,}, prompts {prompt:,} "

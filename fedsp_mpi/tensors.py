@@ -172,6 +172,12 @@ class NamedTensors(Mapping[str, np.ndarray]):
             torch.from_numpy(packed[name]).copy_(tensor.detach())
         return packed
 
+    @classmethod
+    def of(cls, arrays: Mapping[str, np.ndarray]) -> NamedTensors:
+        """Copy arrays, of any float type, into one fp32 vector."""
+        schema = Schema.of((name, array.shape) for name, array in arrays.items())
+        return cls(schema, np.concatenate([array.ravel() for array in arrays.values()]).astype(np.float32))
+
     def torch(self) -> dict[str, torch.Tensor]:
         """The same memory as torch tensors on the CPU; writing to one writes to the message."""
         import torch

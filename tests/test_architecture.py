@@ -39,6 +39,8 @@ HOME = {
     "transformers": "models/",
     "peft": "models/",
     "deepspeed": "training/engine.py",
+    "cmaes": "training/evolution.py",
+    "threadpoolctl": "training/evolution.py",
     "lm_eval": "evaluation/lm_eval.py",
     "matplotlib": "record/plot.py",
 }

@@ -21,6 +21,7 @@ TOGETHER: dict[str, dict[str, object]] = {
     "federation.client_seconds": {"federation.stragglers": "drop"},
     "auxiliary.first_layers": {"auxiliary.layers_per_cell": None},
     "prompt.encoder": {"prompt.kind": "input"},
+    "method": {"server.tuning.steps": 0},
     "prompt.mapping": {"auxiliary.layers_per_cell": None},
     "attack.clients": {"attack.target": 1},
     "client.privacy.clip": {"client.privacy.noise_scale": 1.5},

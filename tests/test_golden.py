@@ -35,6 +35,7 @@ WEIGHTS = {  # what suits prompts ruins weights
     "client": {"tuning": {"optimizer": {"learning_rate": 1e-3}}},
     "server": {"tuning": {"optimizer": {"learning_rate": 1e-3}}},
 }
+SEARCHES = {name: {"search": {"dimension": 20, "iterations": 3}} for name in ("fedbpt", "fedavg_bbt")}
 COLUMNS = ("server_loss_first", "server_loss_last", "validation_merged", "validation_loss", "control_validation_loss")
 
 
@@ -42,7 +43,7 @@ def write_configurations(folder: Path) -> list[Path]:
     """One file a method: the embedded default, shortened, under the method's own keys."""
     short, files = folder / "short.yaml", []
     for name, path in METHODS.items():
-        more = WEIGHTS if name.startswith(("finetune", "p_tuning")) else {}
+        more = WEIGHTS if name.startswith(("finetune", "p_tuning")) else SEARCHES.get(name, {})
         own = {"extends": [str(config.EMBEDDED), short.name, str(path)]}
         files.append(folder / f"{name}.yaml")
         files[-1].write_text(yaml.safe_dump({**own, **more}))

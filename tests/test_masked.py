@@ -310,7 +310,7 @@ def test_free_answers_are_refused(tmp_path):
 
 
 def test_the_default_recipe_says_what_to_do(tmp_path):
-    found = [*settings(tmp_path, "roberta")[:3], "recipe=bridged", "auxiliary.depth=0.5", "auxiliary.last_layers=0.3"]
+    found = [*settings(tmp_path, "roberta")[:3], "recipe=bridged", "auxiliary.depth=0.5", "auxiliary.first_layers=1"]
     refused(lambda: Materials(config.load(None, found)).check(), "with a roberta", "configs/methods/fedprompt.yaml")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -11,7 +11,7 @@ from fedsp_mpi.tensors import NamedTensors, Schema
 
 
 class Report(Protocol):
-    """Who sent an update, and its weight."""
+    """Who sent an update, its weight, and the numbers that it says."""
 
     @property
     def client(self) -> int: ...
@@ -19,9 +19,12 @@ class Report(Protocol):
     @property
     def weight(self) -> float: ...
 
+    @property
+    def metrics(self) -> Mapping[str, float]: ...
+
 
 class Updates(Protocol):
-    """The updates of one round, read a stretch of values at a time."""
+    """The updates of one round, read a stretch of values at a time, or all at once."""
 
     @property
     def schema(self) -> Schema: ...

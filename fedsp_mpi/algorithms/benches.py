@@ -105,6 +105,24 @@ class Benches:
         return {name: before[name].copy_(weight.data) for name, weight in working}
 
 
+class NoBenches:
+    """For clients that keep nothing between rounds."""
+
+    def has_state(self, client: int) -> bool:
+        """They never have."""
+        return False
+
+    def client_state(self, client: int) -> State:
+        """Nothing."""
+        return {}
+
+    def load_client_state(self, client: int, state: State) -> None:
+        """Nothing is there to be loaded."""
+
+    def forget(self, client: int) -> None:
+        """Nothing is there to be dropped."""
+
+
 def arrays(some: Mapping[str, Tensor]) -> State:
     """Tensors as a state keeps them: views, where they lie on the CPU."""
     return {name: tensor.detach().cpu().numpy() for name, tensor in some.items()}

@@ -147,12 +147,15 @@ class _Table:
         return Batch(*map(torch.from_numpy, parts))
 
 
-def by_length(texts: Sequence[Text], batch_tokens: int) -> Iterator[list[int]]:
-    """Indices of all texts in groups of similar length, longest first, at most `batch_tokens` padded tokens each."""
+def by_length(texts: Sequence[Text], batch_tokens: int, prompt_tokens: int = 0) -> Iterator[list[int]]:
+    """Indices of all texts in groups of similar length, longest first, at most `batch_tokens` padded tokens each.
+
+    Soft tokens are counted for each text if they are given.
+    """
     order = sorted(range(len(texts)), key=lambda i: (-len(texts[i].ids), i))
     start = 0
     while start < len(order):
-        size = max(1, batch_tokens // len(texts[order[start]].ids))
+        size = max(1, batch_tokens // (len(texts[order[start]].ids) + prompt_tokens))
         yield order[start : start + size]
         start += size
 

@@ -6,10 +6,38 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+_LEAST = 1e-6  # that a loss is divided by
+
 
 def answer_loss(logits: Tensor, targets: Tensor) -> Tensor:
     """Sum of the next-token cross entropy over answer tokens: logits [answers, vocabulary], targets [answers]."""
     return F.cross_entropy(logits.float(), targets, reduction="sum")
+
+
+def answer_losses(logits: Tensor, targets: Tensor, counts: list[int]) -> Tensor:
+    """Of each example the mean of the next-token cross entropy over its answer's tokens, fp32 [examples].
+
+    Args:
+        logits, targets: [answers, vocabulary] and [answers], example after example.
+        counts: answer tokens of each example.
+    """
+    each = F.cross_entropy(logits.float(), targets, reduction="none")
+    return torch.stack([part.mean() for part in each.split(counts)])
+
+
+def fitness(objective: str, losses: Tensor, others: Tensor) -> Tensor:
+    """What a search minimises: the mean loss, or how the losses compare with those of perturbed copies.
+
+    Args:
+        objective: "loss"; "ratio_of_means" (FedBPT's reference); "mean_of_ratios" (FedBPT, Eq. 7, over the number).
+        losses: [examples].
+        others: [examples], of the copies; not looked at by "loss". What is nearly 0 counts as 1e-6.
+    """
+    if objective == "loss":
+        return losses.mean()
+    if objective == "ratio_of_means":
+        return losses.mean() / others.mean().clamp(min=_LEAST)
+    return (losses / others.clamp(min=_LEAST)).mean()
 
 
 def hidden_loss(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:

@@ -300,6 +300,8 @@ def _parameters(run: Run) -> tuple[int, int] | None:
         return None
     if models.get("prompt") == 0:  # what travels is the model
         return held, held
+    if isinstance(models.get("searched"), int):
+        return held, models["searched"]
     aligns = client.get("training") == "joint" or client.get("alignment", {}).get("steps", 0) > 0
     return held, wire + (held if aligns else 0)
 

@@ -60,8 +60,10 @@ class RoundRow:
 class ClientRow:
     """One client in one round; `reason` says why its status is "failed", or "rejected" by the rule of aggregation.
 
-    `attack_success` is the share of triggered questions that a poisoned client's own prompts answer as its attacker
-    wants.
+    Attributes:
+        attack_success: share of triggered questions that a poisoned client's own prompts answer as its attacker wants.
+        fitness: the objective at what a search came to.
+        step_size: root of the sum of squares of a search's step sizes in the round.
     """
 
     round: int
@@ -80,6 +82,8 @@ class ClientRow:
     bytes_down: int = 0
     bytes_up: int = 0
     attack_success: float = NAN
+    fitness: float = NAN
+    step_size: float = NAN
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +135,7 @@ class WireRow:
 
 TABLES: dict[str, type] = {"rounds": RoundRow, "clients": ClientRow, "results": ResultRow, "wire": WireRow}
 # Columns that records of earlier versions lack, and what is in them then.
-LATER: dict[str, dict[str, Any]] = {"clients": {"attack_success": NAN}}
+LATER: dict[str, dict[str, Any]] = {"clients": {"attack_success": NAN, "fitness": NAN, "step_size": NAN}}
 _TYPES: dict[Any, Any] = {int: np.dtype("i8"), float: np.dtype("f8"), bool: np.dtype("?")}
 
 

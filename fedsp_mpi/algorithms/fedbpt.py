@@ -1,0 +1,212 @@
+"""FedBPT (Sun et al., 2023, arXiv 2310.01467): prompts that are searched for, by forward passes alone.
+
+A prompt is the first one + A z, with a random A that follows from the seed (models/subspace.py). Clients search for z
+by CMA-ES, and the server searches among what they found by a CMA-ES of its own. Up go z and a few numbers.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fedsp_mpi import rng
+from fedsp_mpi.aggregation.average import Updates, weighted_mean
+from fedsp_mpi.aggregation.step_size import corrected
+from fedsp_mpi.algorithms.benches import NoBenches, ShardError
+from fedsp_mpi.config import SearchConfig
+from fedsp_mpi.data.perturb import perturbed
+from fedsp_mpi.data.tokens import Text, by_length, collate
+from fedsp_mpi.models.backbone import LanguageModel
+from fedsp_mpi.models.losses import answer_losses, fitness
+from fedsp_mpi.models.prompts import DepthMap, Prompt
+from fedsp_mpi.models.subspace import Subspace
+from fedsp_mpi.tensors import Batch, NamedTensors, State, Update
+from fedsp_mpi.training.device import named_out_of_memory
+from fedsp_mpi.training.evolution import Evolution
+from fedsp_mpi.training.loop import NonFiniteError, Trace
+
+# fitness: the objective at a client's mean; step_size: the root of the sum of squares of its iterations' step sizes.
+METRICS = ("fitness", "step_size", "loss_prompt_first", "loss_prompt_last", "seconds_prompt", "seconds_other")
+Batches = list[tuple[list[int], Batch]]  # the texts of each batch, by their places, and the batch
+
+
+def travelling(settings: SearchConfig) -> tuple[list[str], list[str]]:
+    """Of a search's state what goes down, and what comes up. FedBPT's clients begin each round without paths."""
+    down = ["mean", "step_size", *(["covariance"] if settings.covariance == "full" else [])]
+    if settings.rule == "average":
+        down += ["step_path", "mean_path"]
+        return down, down
+    return down, ["mean"]
+
+
+class Server:
+    """Owns the global model and the search. All that it knows is fp32, as it travels, so that both sides know the same.
+
+    Args:
+        model: the frozen global model.
+        prompt: the first prompts, of the global model's depth.
+        subspace: leads from z to what is added to them.
+        settings: of the search.
+    """
+
+    def __init__(self, model: LanguageModel, prompt: Prompt, subspace: Subspace, settings: SearchConfig) -> None:
+        self.model, self.prompt = model, prompt.requires_grad_(False)
+        self._first, self._subspace, self._settings = prompt.matrix().cpu().clone(), subspace, settings
+        begin = {"mean": np.zeros(settings.dimension), "step_size": np.array([settings.step_size])}
+        self._known = NamedTensors.of(Evolution.of(begin).state())
+
+    def broadcast(self) -> NamedTensors:
+        """The search as it goes down."""
+        return NamedTensors.of({name: self._known[name] for name in travelling(self._settings)[0]})
+
+    def merge(self, updates: Updates) -> NamedTensors:
+        """The search that comes of the clients'; of a single one FedBPT takes the mean."""
+        if self._settings.rule == "average":
+            return weighted_mean(updates)
+        means, told = updates.rows(), [report.metrics for report in updates.reports]
+        if len(told) == 1:
+            return NamedTensors(updates.schema, means[0].copy())
+        losses, spread = ([numbers[name] for numbers in told] for name in ("fitness", "step_size"))
+        search = Evolution.of(self._known)
+        local, search.step_size = search.step_size, corrected(losses, spread, self._settings.population)
+        factor = local / search.step_size
+        search.update(means, np.array(losses))
+        search.step_size *= factor  # the clients' changes as the server's does
+        return NamedTensors.of(search.state())
+
+    def take(self, merged: NamedTensors) -> None:
+        """Go on from the merged search, and let the prompts be those of its mean."""
+        for name, value in merged.items():
+            self._known[name][...] = value
+        self._steer()
+
+    def absorb(self, round: int) -> Trace:
+        """Nothing: the server does not tune."""
+        return Trace()
+
+    def parameters(self) -> Iterable[nn.Parameter]:
+        """The prompts."""
+        return self.prompt.parameters()
+
+    def tuned(self) -> NamedTensors:
+        """A copy of the prompts at the depth of the global model."""
+        return NamedTensors.pack(self.prompt.tensors())
+
+    def load(self, tuned: NamedTensors) -> None:
+        """Copy such prompts in; the search stays where it is."""
+        self.prompt.load(tuned.torch())
+
+    def state(self) -> State:
+        """Everything that the next round depends on."""
+        return dict(self._known)
+
+    def load_state(self, state: State) -> None:
+        """Go on from `state()`, which is copied."""
+        for name, value in state.items():
+            self._known[name][...] = value
+        self._steer()
+
+    def _steer(self) -> None:
+        self.prompt.load({"prompt": self._first + self._subspace.expand(self._known["mean"][None])[0]})
+
+
+class Client:
+    """Any number of owners of text that share one process and one model; they keep nothing between rounds.
+
+    Args:
+        model: as it was handed out, frozen.
+        prompt: the prompts while they are tried, of that model's depth.
+        first: what was handed out of them, [tokens, row width].
+        subspace: leads from z to what is added, at the depth of the global model;
+        depths: from there to that model's.
+        shards: text by client id, or why it cannot be used.
+        words: sorted ids of the tokens that are words, which perturbed copies are made of.
+        settings: of the search.
+        seed: of the run.
+        seconds: of one client's work in a round; when they are over, it ends after its iteration. None: no limit.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        prompt: Prompt,
+        first: Tensor,
+        subspace: Subspace,
+        depths: DepthMap,
+        shards: Mapping[int, Sequence[Text] | ShardError],
+        words: np.ndarray,
+        settings: SearchConfig,
+        seed: int,
+        seconds: float | None = None,
+    ) -> None:
+        self._model, self._prompt, self._first = model, prompt.requires_grad_(False), first
+        self._subspace, self._depths, self._shards, self._words = subspace, depths, shards, words
+        self._settings, self._seed, self._seconds = settings, seed, seconds
+        self.benches = NoBenches()
+
+    def local(self, client: int, round: int, down: NamedTensors) -> Update:
+        """One client's iterations, and the mean that comes of them; forward passes only.
+
+        Raises ClientError: NonFiniteError if an objective is not finite, OutOfMemoryError, ShardError.
+        """
+        start, shard, settings = time.perf_counter(), self._shards[client], self._settings
+        if isinstance(shard, ShardError):
+            raise shard
+        with named_out_of_memory(), torch.inference_mode(), self._model.evaluating():
+            texts = self._both(shard, client, round)
+            search, first, squares = Evolution.of(down), math.nan, 0.0
+            search.generation = (round - 1) * settings.iterations if settings.rule == "average" else 0
+            begun = time.perf_counter()
+            for iteration in range(settings.iterations):
+                squares += search.step_size**2
+                key = rng.key(self._seed, "search", round, client, iteration)
+                points = search.sample(settings.population, key)
+                values, losses = self._judge(points, *texts)
+                search.update(points, values)
+                first = float(losses.mean()) if iteration == 0 else first
+                if self._seconds is not None and time.perf_counter() >= start + self._seconds:
+                    break
+            state = search.state()
+            up = NamedTensors.of({name: state[name] for name in travelling(settings)[1]})
+            values, losses = self._judge(up["mean"][None], *texts)
+        end = time.perf_counter()
+        numbers = (values[0], math.sqrt(squares), first, losses[0], end - begun, begun - start)
+        return Update(client, float(len(shard)), up, {name: float(value) for name, value in zip(METRICS, numbers)})
+
+    def _both(self, shard: Sequence[Text], client: int, round: int) -> tuple[Batches, Batches]:
+        """A client's text in batches, and this round's perturbed copy of it, if the objective has one."""
+        if self._settings.objective == "loss":
+            return self._batches(shard), []
+        random = rng.generator(self._seed, "perturbation", round, client)
+        copies = perturbed(shard, self._settings.perturbation, self._words, random)
+        return self._batches(shard), self._batches(copies)
+
+    def _batches(self, texts: Sequence[Text]) -> Batches:
+        groups = by_length(texts, self._settings.batch_tokens, self._prompt.spec.num_tokens)
+        return [(rows, collate([texts[i] for i in rows]).to(self._model.device)) for rows in groups]
+
+    def _judge(self, points: np.ndarray, texts: Batches, copies: Batches) -> tuple[np.ndarray, np.ndarray]:
+        """The objective and the mean loss of each of the points [num, dimension]."""
+        found = []
+        for change in self._subspace.expand(points):
+            self._prompt.load({"prompt": self._first + self._depths.down({"prompt": change})["prompt"]})
+            losses = self._losses(texts)
+            value = fitness(self._settings.objective, losses, self._losses(copies))
+            found.append((float(value), float(losses.mean())))
+        values, means = np.array(found).T
+        if not np.isfinite(values).all():
+            raise NonFiniteError(f"the objective is {values[~np.isfinite(values)][0]}, expected a finite number")
+        return values, means
+
+    def _losses(self, batches: Batches) -> Tensor:
+        """Of each text the mean loss of its answer's tokens under the prompts, fp64 on the CPU."""
+        losses = torch.zeros(sum(len(rows) for rows, _ in batches), dtype=torch.float64)
+        for rows, batch in batches:
+            counts = (batch.targets != -100).sum(dim=1).tolist()
+            losses[rows] = answer_losses(*self._model.answer_logits(batch, self._prompt), counts).double().cpu()
+        return losses
