@@ -1,16 +1,17 @@
 """Local differential privacy of what a client sends: its update is clipped, and gets Laplace noise.
 
 What it promises: whatever text a client has, an update clipped to an L1 norm of C differs by at most 2 C in that norm
-from what any other text would have made of it. So with Laplace noise of scale b on every value,
-the tensors that go up in a round are epsilon-differentially private with epsilon = 2 C / b, for the client's whole text
-(Dwork et al., 2006; Dwork and Roth, 2014, theorem 3.6), before the server or anybody else sees them. Over the rounds
-that a client takes part in, epsilons add up. Laplace noise is calibrated to the L1 norm; with a bound of the L2 norm,
-epsilon would grow with the root of the number of values, so that is not what is clipped here.
+from what any other text would have made of it. So with Laplace noise of scale b on every value, the tensors that go
+up in a round are epsilon-differentially private with epsilon = 2 C / b, for the client's whole text (Dwork et al.,
+2006; Dwork and Roth, 2014, theorem 3.6), before the server or anybody else sees them. Over the rounds that a client
+takes part in, epsilons add up. Laplace noise is calibrated to the L1 norm; with a bound of the L2 norm, epsilon would
+grow with the root of the number of values, so that is not what is clipped here.
 
-What it does not: how many samples a client used and how many seconds it took go up as they are (losses do not: they are
-left out). Noise is computed in fp64 and rounded with the sum to fp32, so the attack on the last bits of floating point
-(Mironov, 2012) is not excluded. Nothing is promised about what stays with the client, and the server's own text, on
-which it tunes and validates, has no noise. The scale that FedPrompt's table V was made with is not stated there.
+What it does not: how many samples a client used, how many seconds it took, and whether it failed go up as they are,
+and so does what poisoned clients tell about their attack, in the study of one; losses are left out. Noise is computed
+in fp64 and rounded with the sum to fp32, so the attack on the last bits of floating point (Mironov, 2012) is not
+excluded. Nothing is promised about what stays with the client, and the server's own text, on which it tunes and
+validates, has no noise. The scale that FedPrompt's table V was made with is not stated there.
 """
 
 from __future__ import annotations

@@ -227,9 +227,9 @@ class LanguageModel:
     def answer_states(self, batch: Batch, prompt: Prompt | None = None) -> Tensor:
         """Last hidden states [answers, hidden] where the batch has a target, row by row."""
         where = batch.targets != -100
-        return (
-            self._decoded(batch, prompt, where) if self.kind == "encoder_decoder" else self.hidden(batch, prompt)[where]
-        )
+        if self.kind == "encoder_decoder":
+            return self._decoded(batch, prompt, where)
+        return self.hidden(batch, prompt)[where]
 
     def _decoded(self, batch: Batch, prompt: Prompt | None, where: Tensor) -> Tensor:
         """The decoder's states behind the gap's token, one a row: there it says what belongs into the gap."""
