@@ -41,6 +41,13 @@ BRIDGED = {
 }
 WHOLE = {"auxiliary.layers_per_cell": None, "distillation.stage.steps": 0, "client.alignment.steps": 0}
 ALONE = {"federation.clients": 0, "evaluation.server_only": False}
+SEARCH = WHOLE | {
+    "method": "fedbpt",
+    "data.loss_over": "auto",
+    "prompt.kind": "input",
+    "prompt.init": "text",
+    "server.tuning.steps": 0,
+}
 # What each method sets apart from the embedded default, which is FedSP as in the paper.
 APART: dict[str, dict[str, object]] = {
     "fedsp": BRIDGED,
@@ -54,6 +61,8 @@ APART: dict[str, dict[str, object]] = {
     "fedprompt_single": WHOLE | {"auxiliary.layers_per_cell": 1, "auxiliary.depth": 1},
     "prefix_tuning": WHOLE | {"federation.clients": 1},
     "prefix_tuning_centralised": WHOLE | ALONE,
+    "fedbpt": SEARCH,
+    "fedavg_bbt": SEARCH | {"search.rule": "average", "search.objective": "loss"},
     "finetune": {"method": "finetune", "federation.client_state": "restarted"},
     "finetune_centralised": {"method": "finetune"} | ALONE,
 }
