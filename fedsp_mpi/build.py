@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -11,16 +12,20 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from fedsp_mpi.aggregation.average import weighted_mean
+from fedsp_mpi.aggregation.average import Updates, weighted_mean
+from fedsp_mpi.aggregation.robust import coordinate_median, without_outliers
 from fedsp_mpi.aggregation.sampling import participants
-from fedsp_mpi.algorithms import fedbpt, fedsp, finetune, prompt_tuning
+from fedsp_mpi.algorithms import backdoor, fedbpt, fedsp, finetune, prompt_tuning
 from fedsp_mpi.algorithms.benches import ShardError
+from fedsp_mpi.algorithms.privacy import Private
 from fedsp_mpi.algorithms.translation import Translator
 from fedsp_mpi.comm import Handout
 from fedsp_mpi.data.tokens import Batches
+from fedsp_mpi.evaluation.scoring import score
 from fedsp_mpi.materials import Materials
 from fedsp_mpi.models import auxiliary, backbone
 from fedsp_mpi.models.backbone import LanguageModel
+from fedsp_mpi.models.families import PEFT_TASKS
 from fedsp_mpi.models.prompts import Prompt, write_adapter
 from fedsp_mpi.models.subspace import Subspace, scale_of
 from fedsp_mpi.record.checkpoint import Checkpoint, Checkpoints, Piece, Shelf
@@ -132,6 +137,9 @@ def client_side(materials: Materials, compute: Compute, given: Handout, ids: Seq
     plan, seed = materials.config.federation, materials.config.run.seed
     compute.begin()
     client = METHODS[materials.config.method].client(materials, compute, given, ids)
+    privacy = materials.config.client.privacy
+    if privacy.clip is not None and privacy.noise_scale is not None:
+        client = Private(client, privacy.clip, privacy.noise_scale)
     states = {int(id): Piece(*piece) for id, piece in given.meta["states"].items()}
     mine = {id: piece for id, piece in states.items() if id in set(ids)}
     shelf = Shelf(client.benches, Checkpoints(Path(given.meta["folder"])), materials.config.client.resident, mine)
@@ -143,7 +151,8 @@ def client_side(materials: Materials, compute: Compute, given: Handout, ids: Seq
 def save(materials: Materials, server: Server, tuned: NamedTensors, folder: Path) -> None:
     """Write what a run is for: the prompt as a peft adapter, in `prompt`; or the tuned model, in `model`."""
     if server.prompt:
-        write_adapter(folder / "prompt", tuned, materials.prompt_spec, materials.model_name)
+        task = PEFT_TASKS[server.model.kind]
+        write_adapter(folder / "prompt", tuned, materials.prompt_spec, materials.model_name, task)
     else:
         server.load(tuned)
         auxiliary.write_model(folder / "model", server.model.model, materials.tokenizer)
@@ -166,7 +175,18 @@ def _prompt_server(
     prompt = materials.first_prompt(model).to(compute.device)
     translator = _translator(materials, small, prompt) if small and materials.config.translates else None
     tuning = _tuning(materials, team)
-    return prompt_tuning.Server(model, prompt, materials.depth_map, *tuning, weighted_mean, team, translator)
+    return prompt_tuning.Server(model, prompt, materials.depth_map, *tuning, _rule(materials), team, translator)
+
+
+def _rule(materials: Materials) -> Callable[[Updates], NamedTensors]:
+    """What makes one update of many."""
+    plan = materials.config.federation
+    rules: dict[str, Callable[[Updates], NamedTensors]] = {
+        "mean": weighted_mean,
+        "median": coordinate_median,
+        "reject_outliers": partial(without_outliers, deviations=plan.outlier_deviations),
+    }
+    return rules[plan.rule]
 
 
 def _translator(materials: Materials, small: LanguageModel, prompt: Prompt) -> Translator:
@@ -183,7 +203,7 @@ def _prompt_handout(materials: Materials, server: Server, small: LanguageModel) 
     prompts = server.broadcast()
     cell = auxiliary.cell_config(materials.model_config, materials.config.auxiliary)
     tensors = NamedTensors.join({"auxiliary/": auxiliary.pack(small), "prompt/": prompts})
-    return cell, tensors, Contract(prompts.schema, prompts.schema, fedsp.METRICS)
+    return cell, tensors, Contract(prompts.schema, prompts.schema, (*fedsp.METRICS, *backdoor.METRICS))
 
 
 def _fedsp_client(materials: Materials, compute: Compute, given: Handout, ids: Sequence[int]) -> Client:
@@ -195,10 +215,11 @@ def _fedsp_client(materials: Materials, compute: Compute, given: Handout, ids: S
         return fedsp.Shard(alignment, materials.batches(id + 1, stages.tuning, "prompt"))
 
     model = _clients_model(materials, compute, given, config.auxiliary.dropout)
-    return fedsp.Client(
+    prompt = Prompt(materials.prompt_spec.at_depth(given.meta["depth"])).to(compute.device)
+    client = fedsp.Client(
         model if config.clients_train_weights else model.round_weights(),
         given.tensors.select("auxiliary/"),
-        Prompt(materials.prompt_spec.at_depth(given.meta["depth"])).to(compute.device),
+        prompt,
         {id: _usable(shard, id) for id in ids},
         stages.alignment,
         stages.tuning,
@@ -208,30 +229,53 @@ def _fedsp_client(materials: Materials, compute: Compute, given: Handout, ids: S
         stages.training == "joint",
         config.federation.client_seconds,
     )
+    return _watched(materials, client, model, prompt, ids)
 
 
 def _weights_server(
     materials: Materials, model: LanguageModel, compute: Compute, team: Team, small: LanguageModel | None
 ) -> Server:
-    return finetune.Server(model, *_tuning(materials, team), weighted_mean, team)
+    return finetune.Server(model, *_tuning(materials, team), _rule(materials), team)
 
 
 def _weights_handout(materials: Materials, server: Server, small: LanguageModel) -> tuple[Any, NamedTensors, Contract]:
     schema = Schema.of((name, weight.shape) for name, weight in small.weights.items())
-    return small.model.config, NamedTensors.pack({}), Contract(schema, schema, finetune.METRICS)
+    return small.model.config, NamedTensors.pack({}), Contract(schema, schema, (*finetune.METRICS, *backdoor.METRICS))
 
 
 def _weights_client(materials: Materials, compute: Compute, given: Handout, ids: Sequence[int]) -> Client:
     config = materials.config
     stage = config.client.tuning
-    return finetune.Client(
-        _clients_model(materials, compute, given),
+    model = _clients_model(materials, compute, given)
+    client = finetune.Client(
+        model,
         {id: _usable(lambda id: materials.batches(id + 1, stage, "prompt"), id) for id in ids},
         stage,
         config.federation.rounds,
         config.federation.client_state == "kept",
         config.federation.client_seconds,
     )
+    return _watched(materials, client, model, None, ids)
+
+
+def _watched(
+    materials: Materials, client: Client, model: LanguageModel, prompt: Prompt | None, ids: Sequence[int]
+) -> Client:
+    """The clients of a process; those of them that are poisoned tell how well the attack works on what they tuned.
+
+    `model` and `prompt` are what the clients work in.
+    """
+    attack, tokens = materials.config.attack, materials.config.evaluation.batch_tokens
+    who = set(attack.clients) & set(ids)
+    if not who or not attack.questions:
+        return client
+    asked = materials.triggered_test[: attack.questions]
+
+    def measure() -> float:
+        found = score(model, prompt, asked, "multiple_choice", tokens)
+        return found.acc if found else math.nan
+
+    return backdoor.Watched(client, who, measure)
 
 
 def _search_server(
@@ -252,7 +296,8 @@ def _search_handout(materials: Materials, server: Server, small: LanguageModel) 
     down, names = server.broadcast().schema, fedbpt.travelling(materials.config.search)[1]
     up = Schema(spec for spec in down if spec.name in names)
     tensors = NamedTensors.join(parts | {"search/": NamedTensors.of({"scale": scale})})
-    return auxiliary.cell_config(cell, materials.config.auxiliary), tensors, Contract(down, up, fedbpt.METRICS)
+    contract = Contract(down, up, (*fedbpt.METRICS, *backdoor.METRICS))
+    return auxiliary.cell_config(cell, materials.config.auxiliary), tensors, contract
 
 
 def _scale(materials: Materials, model: LanguageModel, first: Prompt) -> float:
@@ -269,9 +314,10 @@ def _search_client(materials: Materials, compute: Compute, given: Handout, ids: 
     model = _clients_model(materials, compute, given)
     auxiliary.load_weights(model, given.tensors.select("auxiliary/").torch())
     model.train_weights(False)
-    return fedbpt.Client(
+    prompt = Prompt(depths.small).to(compute.device)
+    client = fedbpt.Client(
         model.round_weights(),
-        Prompt(depths.small).to(compute.device),
+        prompt,
         given.tensors.select("prompt/").torch()["prompt"].clone(),
         _subspace(materials, given.tensors["search/scale"].item()),
         depths,
@@ -281,6 +327,7 @@ def _search_client(materials: Materials, compute: Compute, given: Handout, ids: 
         config.run.seed,
         config.federation.client_seconds,
     )
+    return _watched(materials, client, model, prompt, ids)
 
 
 def _tuning(materials: Materials, team: Team) -> tuple[Batches | None, StageConfig, int]:

@@ -16,11 +16,12 @@ import numpy as np
 from fedsp_mpi import comm, placement, run
 from fedsp_mpi.comm import Handout, survey
 from fedsp_mpi.config import Config
+from fedsp_mpi.environment import VERSIONS
 from fedsp_mpi.log import Log
 from fedsp_mpi.placement import spans
 from fedsp_mpi.plain import differences
 from fedsp_mpi.record import probe
-from fedsp_mpi.server_run import VERSIONS, one_line
+from fedsp_mpi.server_run import one_line
 from fedsp_mpi.tensors import NamedTensors, Schema
 
 if TYPE_CHECKING:
@@ -179,11 +180,17 @@ def _name_of(role: str, device: dict[str, Any]) -> str:
 
 
 def _check_devices(table: Table, ranks: list[dict[str, Any]]) -> None:
-    """Devices that are not there, and GPUs that several ranks share."""
+    """Devices that are not there, GPUs that several ranks share, and CPUs that have no units for a type."""
+    slow: dict[str, list[int]] = {}
     for number, rank in enumerate(ranks):
-        for device in rank["devices"].values():
+        for role, device in rank["devices"].items():
             if "error" in device:
                 table.add("FAIL", "device", f"rank {number} on {rank['host']}: {device['error']}")
+            if "emulates" in device:
+                slow.setdefault(f"{role}.compute.dtype={device['emulates']}", []).append(number)
+    for setting, some in slow.items():
+        found = f"{setting} on rank {spans(some)}, whose CPU has no units for it and is faster with float32"
+        table.add("warn", "device", found)
     for uuid, some in placement.shared_gpus(ranks).items():
         servers = [number for number in some if "server" in ranks[number]["devices"]]
         found = f"GPU-{uuid.removeprefix('GPU-')} is shared by ranks {spans(some)}"

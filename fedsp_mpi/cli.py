@@ -97,7 +97,7 @@ def report(options: argparse.Namespace) -> int:
         found = _user(record.compare, runs)
         if options.picture:
             _user(record.draw_bars, found, options.picture)
-        _show(record.comparison_table(found))
+        _show("\n\n".join(filter(None, (record.comparison_table(found), record.gain_table(found)))))
     elif options.markdown or not options.plot:
         _show(record.markdown(runs) if options.markdown else "\n\n".join(record.summary(each) for each in runs))
     return 0

@@ -13,7 +13,9 @@ import yaml
 from fedsp_mpi.plain import ConfigError, differences, key_value, merge, parse, put, read_yaml
 from fedsp_mpi.recipes import AuxiliaryConfig, DistillationConfig, PromptConfig, Recipe, recipe
 from fedsp_mpi.running import CheckpointConfig, DeadlineConfig, RecordConfig, RunConfig, TopologyConfig
-from fedsp_mpi.stages import ComputeConfig, Dtype, SearchConfig, StageConfig, at_least
+from fedsp_mpi.search import SearchConfig
+from fedsp_mpi.stages import ComputeConfig, Dtype, StageConfig, at_least
+from fedsp_mpi.threats import AttackConfig, PrivacyConfig
 
 EMBEDDED = Path(__file__).parent / "resources" / "embedded.yaml"
 
@@ -43,6 +45,9 @@ class DataConfig:
 
     task: str = "multiple_choice"
     source: str | None = None  # None: the task's own hub set; a folder; "hub/name[:configuration]"; "embedded"
+    # The user's own words, for example "{sentence} It was {mask}." with columns of the task: data/wording.py.
+    template: str | None = None  # None: the task's own, which is lm-eval's
+    verbaliser: tuple[str, ...] = ()  # a word a class; none: the task's own
     max_length: int = 1024  # tokens of a training text; longer contexts lose their beginning
     limit: LimitConfig = LimitConfig()
     # What of the training split the server owns: None: a shard like every client's; a fraction below 1; from 1 on, so
@@ -81,6 +86,10 @@ class FederationConfig:
     # drop: a client's work is cut after client_seconds, and it counts for what it did. Bits then depend on the clock.
     stragglers: Literal["wait", "drop"] = "wait"
     client_seconds: float | None = None
+    # What makes one update of many: the mean weighted by samples, each value's median, or the mean of those that lie no
+    # more than so many deviations further from the median than the others do (aggregation/robust.py).
+    rule: Literal["mean", "median", "reject_outliers"] = "mean"
+    outlier_deviations: float = 3.0
 
 
 @dataclass(frozen=True)
@@ -104,6 +113,7 @@ class ClientConfig:
     training: Literal["alternating", "joint"] = "alternating"
     alignment: StageConfig = StageConfig()
     tuning: StageConfig = StageConfig()
+    privacy: PrivacyConfig = PrivacyConfig()
     compute: ComputeConfig = ComputeConfig()
     resident: int = 8  # clients of a rank whose state stays in memory between rounds; that of the others goes to disk
 
@@ -137,6 +147,7 @@ class Config:
     server: ServerConfig = ServerConfig()
     client: ClientConfig = ClientConfig()
     search: SearchConfig = SearchConfig()
+    attack: AttackConfig = AttackConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     record: RecordConfig = RecordConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -166,7 +177,7 @@ class Config:
     @property
     def distils(self) -> bool:
         """Whether the auxiliary model is aligned with the global one on some text."""
-        return not self.tunes_weights and (bool(self.auxiliary.last_layers) or self.distillation.stage.steps > 0)
+        return not self.tunes_weights and (self.auxiliary.first_layers is not None or self.distillation.stage.steps > 0)
 
     def check(self) -> None:
         """Raise ConfigError on the first value that cannot work, whatever the model and the data."""
@@ -175,6 +186,7 @@ class Config:
         self.server.translation.check("server.translation")
         self.client.alignment.check("client.alignment")
         self.client.tuning.check("client.tuning")
+        self.client.privacy.check("client.privacy")
         self.distillation.check("distillation")
         at_least("client.tuning", "steps", self.client.tuning.steps, 1)
         if self.model.name is None:
@@ -189,30 +201,12 @@ class Config:
         self.data.check("data")
         self.search.check("search")
         if self.searches:
-            self._check_search()
+            plan, steps = self.federation, self.server.tuning.steps
+            self.search.check_beside(plan.clients, steps, plan.rule, self.prompt, self.client.privacy)
+        self.attack.check("attack", self.federation.clients)
         self._check_federation()
         self._check_prompt()
         self._check_shares()
-
-    def _check_search(self) -> None:
-        """What a search does without: the server's steps, its control, and prompts of several matrices."""
-        if self.federation.clients == 0:
-            raise ConfigError("federation.clients: found 0 with method=fedbpt, expected at least 1: clients search")
-        if self.server.tuning.steps:
-            raise ConfigError(
-                f"server.tuning.steps: found {self.server.tuning.steps} with method=fedbpt, expected 0: the server "
-                "searches among what its clients found, and does not tune"
-            )
-        if self.prompt.projection is not None:
-            raise ConfigError(
-                f"prompt.projection: found {self.prompt.projection} with method=fedbpt, expected null: the search has "
-                "a projection of its own (search.dimension)"
-            )
-        if self.prompt.kind == "prefix" and self.prompt.init == "random" and not self.prompt.init_std:
-            raise ConfigError(
-                "prompt.init_std: found 0 with method=fedbpt, expected a number above 0, which the search's scale "
-                "follows from; or set prompt.init=text"
-            )
 
     def _check_federation(self) -> None:
         plan = self.federation
@@ -254,7 +248,7 @@ class Config:
             if self.distils and self.distillation.text is None:
                 raise ConfigError(
                     "distillation.text: found none with data.server_share=0, expected a file of plain text; or set "
-                    "distillation.stage.steps=0 and auxiliary.last_layers=null"
+                    "distillation.stage.steps=0 and auxiliary.first_layers=null"
                 )
         if self.translates and self.topology.server_ranks > 1:
             raise ConfigError(
@@ -278,6 +272,10 @@ class Config:
             raise ConfigError("prompt.projection: found with prompt.kind=input, expected prompt.kind=prefix")
         if self.prompt.projection is not None and self.prompt.init == "text":
             raise ConfigError("prompt.init: found text with prompt.projection, expected random")
+        if self.prompt.encoder is not None and self.prompt.kind != "input":
+            raise ConfigError("prompt.encoder: found with prompt.kind=prefix, expected prompt.kind=input")
+        if self.prompt.encoder is not None and self.prompt.init == "text":
+            raise ConfigError("prompt.init: found text with prompt.encoder, expected random")
         if not self.prompt.init_text.strip():
             raise ConfigError("prompt.init_text: found no words, expected some; or set prompt.init=random")
         shared = self.auxiliary.layers_per_cell not in (None, self.auxiliary.depth)
@@ -308,6 +306,7 @@ LEAST = {
     "data.limit.test": 1,
     "auxiliary.start_layer": 0,
     "auxiliary.layers_per_cell": 1,
+    "auxiliary.first_layers": 1,
     "prompt.num_tokens": 1,
     "prompt.init_std": 0,
     "prompt.projection": 1,
@@ -316,6 +315,7 @@ LEAST = {
     "federation.min_clients": 1,
     "federation.clients_per_round": 1,
     "federation.client_seconds": 0,
+    "federation.outlier_deviations": 0,
     "client.resident": 1,
     "checkpoint.every": 1,
     "checkpoint.keep": 1,

@@ -115,6 +115,9 @@ def evaluate(run_folder: str | Path, options: Options, log: Log) -> Evaluation:
     run = read(run_folder)
     folder, materials = run.file.parent, Materials(_config(run, options))
     _require_tuned(run, materials.config, folder, options)
+    if materials.fills_gaps:
+        family = materials.model_config.model_type
+        raise ValueError(f"{folder}: found a run with a {family}, expected a causal model, which is what lm-eval asks")
     library = _library()
     own, wanted = _wanted(materials, options, library)
     log.say(f"lm-eval {library.VERSION} loads {', '.join(wanted)}")
@@ -220,7 +223,7 @@ def _models(
 
 def _prompt(materials: Materials, folder: Path) -> Prompt:
     """The prompt in a peft adapter. Raises ValueError if it is not one of this run."""
-    matrix, spec = read_adapter(folder), replace(materials.prompt_spec, projection=None)
+    matrix, spec = read_adapter(folder), replace(materials.prompt_spec, projection=None, encoder=None)
     if tuple(matrix.shape) != (spec.num_tokens, spec.row_width):
         raise ValueError(
             f"{folder}: found a prompt of shape {list(matrix.shape)}, expected {[spec.num_tokens, spec.row_width]}, "
@@ -266,7 +269,8 @@ def _wanted(materials: Materials, options: Options, library: Any) -> tuple[str, 
 def _own_task(materials: Materials, name: str, library: Any) -> dict[str, Any]:
     """The run's task over its own test rows: in lm-eval's words where it has the task and the rows have its columns."""
     table = _test_rows(materials)
-    if name in library.ROOMS and not (name == "race" and "problems" not in table.column_names):
+    own_words = materials.is_reworded or (name == "race" and "problems" not in table.column_names)
+    if name in library.ROOMS and not own_words:
         return library.inherited(name, table)
     metric, rows = materials.task.metric, []
     for example in map(materials.task.example, table.to_list()):

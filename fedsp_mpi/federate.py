@@ -109,7 +109,7 @@ def run_round(round: int, wire: Wire | Solo, plan: Plan, here: ServerSide | None
         row = RoundRow(
             round=round,
             num_clients=len(updates.reports) + len(updates.failures),
-            num_failed=len(updates.failures),
+            num_failed=len(updates.failures) + len(updates.rejected),
             server_loss_first=trace.first,
             server_loss_last=trace.last,
             validation_merged=merged_loss,
@@ -197,7 +197,10 @@ def commit(
             round=row.round, client=client, rank=archive.rank_of[client], bytes_down=down, bytes_up=up, **rest
         )
 
-    clients = [client_row(r.client, samples=int(r.weight), **r.metrics) for r in updates.reports]
+    rejected = {client: {"status": "rejected", "reason": why} for client, why in updates.rejected.items()}
+    clients = [
+        client_row(r.client, samples=int(r.weight), **r.metrics, **rejected.get(r.client, {})) for r in updates.reports
+    ]
     clients += [client_row(f.client, status="failed", reason=f"{f.phase}: {f.reason}") for f in updates.failures]
     row = replace(row, bytes_down=sum(size["down"].values()), bytes_up=sum(size["up"].values()))
     ordered = sorted(clients, key=lambda client: client.client)
@@ -242,12 +245,14 @@ class Stopwatch:
 def _tell(archive: Archive, round: int, plan: Plan, elapsed: float) -> None:
     rounds = plan.federation.rounds
     row = archive.record.run.rounds[-1]
-    failed = f", {row['num_failed']} of them failed" if row["num_failed"] else ""
+    there = archive.record.run.clients
+    some = there[there["round"] == round]["status"].tolist()
+    left_out = "".join(f", {some.count(kind)} of them {kind}" for kind in ("failed", "rejected") if kind in some)
     loss = row["control_validation_loss"]
     control = "" if math.isnan(loss) else f", server-only {loss:.4f}"
     left = duration(elapsed / (round - plan.done) * (rounds - round))
     archive.log.say(
         f"round {round}/{rounds}  validation loss {row['validation_loss']:.4f}{' *' if row['is_best'] else ''}"
-        f" (merged {row['validation_merged']:.4f}{control})  {row['num_clients']} clients{failed}"
+        f" (merged {row['validation_merged']:.4f}{control})  {row['num_clients']} clients{left_out}"
         f"  {duration(row['seconds_total'])}  {left} left"
     )

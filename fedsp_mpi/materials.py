@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import cached_property
 from itertools import islice
@@ -13,10 +14,10 @@ import torch
 
 from fedsp_mpi import rng
 from fedsp_mpi.config import Config, ConfigError, StageConfig
-from fedsp_mpi.data import imitation, partition, sources, tasks
+from fedsp_mpi.data import imitation, masked, partition, poison, sources, tasks, wording
 from fedsp_mpi.data.tokens import Batches, Text, encode, encode_pairs, pieces, truncate
 from fedsp_mpi.evaluation import scoring
-from fedsp_mpi.models import auxiliary, backbone
+from fedsp_mpi.models import auxiliary, backbone, families
 from fedsp_mpi.models.prompts import DepthMap, Prompt, PromptSpec, require_positions
 from fedsp_mpi.training.team import ALONE, Team
 
@@ -46,6 +47,11 @@ class Materials:
     def shape(self) -> backbone.Shape:
         return backbone.shape_of(self.model_config)
 
+    @property
+    def fills_gaps(self) -> bool:
+        """Whether the model fills in a gap in the text, and does not write on from left to right."""
+        return families.kind_of(self.model_config) != "causal"
+
     @cached_property
     def tokenizer(self) -> Any:
         name = self.config.model.tokenizer
@@ -53,7 +59,14 @@ class Materials:
 
     @cached_property
     def task(self) -> tasks.Task:
-        return tasks.find(self.config.data.task)
+        """What a row of the data says, in the task's own words or in the user's. Raises ConfigError on the latter."""
+        data = self.config.data
+        return wording.reworded(tasks.find(data.task), data.template, data.verbaliser)
+
+    @property
+    def is_reworded(self) -> bool:
+        """Whether the user's own words stand around the text, or for its classes."""
+        return self.config.data.template is not None or bool(self.config.data.verbaliser)
 
     @cached_property
     def splits(self) -> tasks.Splits:
@@ -91,7 +104,7 @@ class Materials:
     def prompt_spec(self) -> PromptSpec:
         """The prompts at the depth of the global model."""
         prompt = self.config.prompt
-        return PromptSpec.of(self.shape, prompt.kind, prompt.num_tokens, prompt.projection)
+        return PromptSpec.of(self.shape, prompt.kind, prompt.num_tokens, prompt.projection, prompt.encoder)
 
     @property
     def depth_map(self) -> DepthMap:
@@ -118,6 +131,8 @@ class Materials:
                 "different sets of choices, expected a task with one set for all; set it to auto or vocabulary"
             )
         answers = {" " + choice for choice in examples[0].choices} | {example.target for example in examples}
+        if self.fills_gaps:
+            return torch.tensor(sorted({masked.answer_token(self.tokenizer, answer.strip()) for answer in answers}))
         texts = encode_pairs(self.tokenizer, [(examples[0].context, answer) for answer in sorted(answers)])
         return torch.tensor(sorted({int(token) for text in texts for token in text.ids[text.answer :]}))
 
@@ -127,13 +142,29 @@ class Materials:
         config = self.config
         if config.tunes_weights:
             return []
-        fitted = self.questions if config.auxiliary.last_layers else []
+        fitted = self.questions if config.auxiliary.first_layers else []
         return fitted + (self.distillation_texts if config.distillation.stage.steps else [])
 
     @property
     def max_length(self) -> int:
-        """Most tokens of a training text: what is left of the positions, and one more, which is predicted, not read."""
-        return min(self.config.data.max_length, self.shape.num_positions - self.num_prompt_tokens + 1)
+        """Most tokens of a training text: what is left of the positions, and one more, if it is predicted, not read."""
+        return min(self.config.data.max_length, self._room + (0 if self.fills_gaps else 1))
+
+    @property
+    def _room(self) -> int:
+        """Positions that the prompts leave."""
+        return self.shape.num_positions - self.num_prompt_tokens
+
+    def _encoded(self, examples: Sequence[tasks.Example]) -> list[Text]:
+        """Examples as texts to train and validate on."""
+        how = masked.encode if self.fills_gaps else encode
+        return how(self.tokenizer, examples, self.max_length)
+
+    def _asked(self, examples: Sequence[tasks.Example]) -> list[scoring.Question]:
+        """Examples as questions with options."""
+        if self.fills_gaps:
+            return scoring.gap_questions(self.tokenizer, examples, self._room)
+        return scoring.questions(self.tokenizer, examples)
 
     @property
     def words(self) -> np.ndarray:
@@ -143,9 +174,18 @@ class Materials:
     def shard(self, participant: int) -> list[Text]:
         """The tokenised training texts of the server (0) or of client `participant` - 1."""
         if participant not in self._texts:
-            examples = [self.splits.train[i] for i in self.shards[participant]]
-            self._texts[participant] = encode(self.tokenizer, examples, self.max_length)
+            examples = self._examples(participant)
+            self._texts[participant] = self._encoded(examples)
         return self._texts[participant]
+
+    def _examples(self, participant: int) -> list[tasks.Example]:
+        """What a participant trains on; where it is a poisoned client, with its poisoned copies."""
+        found = [self.splits.train[i] for i in self.shards[participant]]
+        attack, client = self.config.attack, participant - 1
+        if attack.target is None or client not in attack.clients:
+            return found
+        seed = self.config.run.seed
+        return poison.with_copies(found, attack.trigger, attack.target, attack.share, seed, client)
 
     @cached_property
     def distillation_texts(self) -> list[Text]:
@@ -177,11 +217,20 @@ class Materials:
 
     @cached_property
     def validation(self) -> list[Text]:
-        return encode(self.tokenizer, self.splits.validation, self.max_length)
+        return self._encoded(self.splits.validation)
 
     @cached_property
     def test(self) -> list[scoring.Question]:
-        return scoring.questions(self.tokenizer, self.splits.test)
+        return self._asked(self.splits.test)
+
+    @cached_property
+    def triggered_test(self) -> list[scoring.Question]:
+        """The test questions of other classes than the attacker's, triggered, its answer right; none without attack."""
+        attack = self.config.attack
+        if attack.target is None:
+            return []
+        examples = poison.attacked(self.splits.test, attack.trigger, attack.target)
+        return self._asked(examples)
 
     def batches(self, participant: int, stage: StageConfig, owner: str, team: Team = ALONE) -> Batches:
         """The batches of one participant's stage, or this rank's part of them.
@@ -197,7 +246,7 @@ class Materials:
         prompt, settings = Prompt(self.prompt_spec), self.config.prompt
         if settings.init == "random":
             return prompt.initialise(self.config.run.seed, settings.init_std)
-        ids = self.tokenizer(settings.init_text)["input_ids"]
+        ids = self.tokenizer(settings.init_text, add_special_tokens=not self.fills_gaps)["input_ids"]
         tokens = torch.tensor((ids * settings.num_tokens)[: settings.num_tokens])
         if settings.kind == "input":
             first = model.model.get_input_embeddings()(tokens.to(model.device)).detach().float()
@@ -208,10 +257,17 @@ class Materials:
 
     def check(self) -> None:
         """Raise ValueError on the first thing that cannot work, before any weight is loaded."""
+        if self.fills_gaps:
+            self._check_family()
         if not self.config.tunes_weights:
             auxiliary.require_cell(self.config.auxiliary, self.shape.num_layers, self.model_name)
         require_positions(self.num_prompt_tokens, self.shape.num_positions, self.model_name)
         tasks.check_columns(self.task, self.source)
+        if self.fills_gaps:
+            _ = masked.gap(self.tokenizer), self.test
+        else:
+            self._check_wording()
+        self._check_attack()
         _ = self.shards, self.candidates
         vocabulary = self.model_config.vocab_size
         if len(self.tokenizer) > vocabulary:
@@ -223,6 +279,54 @@ class Materials:
         _ = self.alignment_texts
         if self.config.translates:
             _ = self.questions
+
+    def _check_family(self) -> None:
+        """Raise ConfigError if a model that fills in gaps is asked for what only a causal one can do."""
+        config, family = self.config, self.model_config.model_type
+        if self.task.metric != "multiple_choice":
+            raise ConfigError(
+                f"data.task: found {self.task.name} with a {family}, which fills in one token, expected a task of "
+                "multiple choice, or a causal model"
+            )
+        if config.tunes_weights:
+            return
+        if config.prompt.kind == "prefix":
+            raise ConfigError(
+                f"prompt.kind: found prefix with a {family}, whose encoder takes no keys and values from outside, "
+                "expected input"
+            )
+        whole = self.layers == tuple(range(self.shape.num_layers)) and self.depth == self.shape.num_layers
+        if config.distils or config.translates or not whole:
+            raise ConfigError(
+                f"auxiliary: found a part of the model, or steps that align it, with a {family}, expected the whole "
+                "model, as in configs/methods/fedprompt.yaml"
+            )
+
+    def _check_wording(self) -> None:
+        """Raise ConfigError if the answer does not come last for a model that reads from left to right."""
+        family = self.model_config.model_type
+        if after := next((example.after for example in self.splits.train if example.after.strip()), None):
+            raise ConfigError(
+                f"data.template: found {after!r} behind {{mask}} with a {family}, which reads from left to right, "
+                "expected {mask} at the end"
+            )
+
+    def _check_attack(self) -> None:
+        target, splits = self.config.attack.target, self.splits
+        if target is None:
+            return
+        if self.task.metric != "multiple_choice":
+            raise ConfigError(
+                f"attack.target: found {target} with the task {self.task.name}, which has no choices, expected a task "
+                "of multiple choice; or set attack.target=null"
+            )
+        fewest = min(len(example.choices) for example in (*splits.train, *splits.test))
+        if target >= fewest:
+            raise ConfigError(
+                f"attack.target: found {target}, expected a choice below {fewest}, the fewest that an example has"
+            )
+        if all(not poison.is_other(example, target) for example in splits.test):
+            raise ConfigError(f"attack.target: found no test question of another class than {target}, expected some")
 
 
 def expected_work(materials: Materials) -> list[float]:

@@ -22,7 +22,8 @@ def roles(rank: int, size: int, server_ranks: int) -> tuple[str, ...]:
 def devices(config: Config, here: Topology) -> dict[str, dict[str, Any]]:
     """For each role of this rank its device's "name" and "threads"; of a GPU "uuid" and "free" bytes too.
 
-    In place of what is not there: an "error".
+    In place of what is not there: an "error". "emulates": the type that the role asks a CPU for and that it has no
+    units for, if there is one.
     """
     computes = {"server": config.server.compute, "client": config.client.compute}
     return {role: _device(computes[role], here) for role in roles(here.rank, here.size, config.topology.server_ranks)}
@@ -69,9 +70,18 @@ def spans(numbers: Sequence[int]) -> str:
     return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in zip(begins, ends))
 
 
+def has_bf16(file: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether the CPU multiplies bf16 matrices in units of its own: AMX or AVX-512 on x86, BF16 on Arm."""
+    lines = file.read_text().splitlines() if file.exists() else []
+    flags = {flag for line in lines if line.startswith(("flags", "Features")) for flag in line.split()}
+    return bool(flags & {"amx_bf16", "avx512_bf16", "bf16"})
+
+
 def _device(settings: ComputeConfig, here: Topology) -> dict[str, Any]:
     """torch is imported only where there may be another device than the CPU."""
-    said = {"name": "cpu", "threads": settings.threads or here.cores}
+    said: dict[str, Any] = {"name": "cpu", "threads": settings.threads or here.cores}
+    if settings.dtype == "bfloat16" and not has_bf16():
+        said["emulates"] = settings.dtype
     if settings.device == "cpu" or (settings.device == "auto" and not any(Path("/dev").glob("nvidia[0-9]*"))):
         return said
     import torch
@@ -84,5 +94,6 @@ def _device(settings: ComputeConfig, here: Topology) -> dict[str, Any]:
         return said | {"error": " ".join(str(error).split())}
     if device.type == "cpu":
         return said
+    said.pop("emulates", None)
     known, (free, _) = torch.cuda.get_device_properties(device), torch.cuda.mem_get_info(device)
     return said | {"name": f"{device} {known.name}", "uuid": str(known.uuid), "free": free}

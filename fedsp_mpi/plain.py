@@ -13,6 +13,8 @@ from typing import Any, Literal
 
 import yaml
 
+_SOME = {int: "0, 1", str: "one, two"}  # what a list of them looks like
+
 
 class ConfigError(ValueError):
     """A mistake in a configuration: the key, what was found, what was expected."""
@@ -27,6 +29,10 @@ def parse(kind: Any, data: Any, where: str) -> Any:
         if data is None and type(None) in arguments:
             return None
         return parse(next(a for a in arguments if a is not type(None)), data, where)
+    if origin is tuple:
+        if not isinstance(data, (list, tuple)):
+            raise ConfigError(f"{where}: found {data!r}, expected a list, such as [{_SOME[arguments[0]]}]")
+        return tuple(parse(arguments[0], one, f"{where}[{place}]") for place, one in enumerate(data))
     if origin is Literal:
         if data in arguments and type(data) is type(arguments[0]):
             return data

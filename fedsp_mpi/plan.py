@@ -15,9 +15,9 @@ weights are trained. So a text costs
     fine-tuning          3 x forward of the global model, without prompts, at clients and server
     client search        1 x forward of the auxiliary model for each point, and for the mean at the end; twice that
                          where a perturbed copy is looked at
-and one forward more wherever activations are recomputed. A projection of prompts runs once a micro-batch: 2 x its
-weights x prompt tokens, three times that where it is trained. Padding, norms, optimizers, validation and scoring are
-left out.
+and one forward more wherever activations are recomputed. A projection or encoder of prompts runs once a micro-batch:
+2 x its weights x prompt tokens, three times that where it is trained. Padding, norms, optimizers, validation and
+scoring are left out.
 """
 
 from __future__ import annotations
@@ -176,7 +176,7 @@ class _Costs:
         self.small = outline(cell, auxiliary.depth(config.auxiliary, settings.num_hidden_layers))
         self.single = outline(auxiliary.cell_config(settings, AuxiliaryConfig(layers_per_cell=1)), 1)
         shape, prompt = self.large.shape, config.prompt
-        self.spec = PromptSpec.of(shape, prompt.kind, prompt.num_tokens, prompt.projection)
+        self.spec = PromptSpec.of(shape, prompt.kind, prompt.num_tokens, prompt.projection, prompt.encoder)
         self.texts = _texts(config, shape.num_positions, tokens)
         self.again = int(config.model.gradient_checkpointing)  # forwards more where there is a backward
 
@@ -213,7 +213,7 @@ class _Costs:
         if self.config.searches:
             return self._search(), self._prompting("FedPrompt", self.large, prompts_only), self._fine_tuning()
         own: list[_Stage] = self._stages()
-        is_fedsp, aligns = own != prompts_only or self.config.auxiliary.last_layers, own != prompts_only
+        is_fedsp, aligns = own != prompts_only or self.config.auxiliary.first_layers, own != prompts_only
         return (
             self._prompting("FedSP (as configured)" if is_fedsp else "as configured", self.small, own),
             *([self._prompting("FedSP, no sharing", self.single, own)] if aligns else []),
@@ -290,7 +290,8 @@ class _Costs:
         once = forward(model, tokens, text + prompt, self.texts.answers)
         with torch.device("meta"):
             soft = Prompt(self.spec.at_depth(model.shape.num_layers))
-        layers = [part.weight.numel() for part in soft.modules() if isinstance(part, nn.Linear)]
+        parts = [part for part in soft.modules() if isinstance(part, (nn.Linear, nn.LSTM))]
+        layers = [weight.numel() for part in parts for weight in part.parameters() if weight.dim() == 2]
         projected = 2.0 * sum(layers) * prompt * (1 if trained == "weights" else 3)
         passes = -(-stage.batch_size // (stage.micro_batch or stage.batch_size))
         return stage.batch_size * ((2 if trained == _PROMPTS else 3) + self.again) * once + passes * projected
@@ -308,7 +309,7 @@ class _Costs:
         """FLOPs of all steps, and of fitting a bridge."""
         settings = self.config.distillation
         text, prompt = settings.text_length if settings.text else self.texts.tokens, self.spec.num_tokens
-        models = (self.large, self.small) if self.config.auxiliary.last_layers else ()
+        models = (self.large, self.small) if self.config.auxiliary.first_layers else ()
         bridge = settings.bridge_texts * sum(forward(model, text, text + prompt, 0) for model in models)
         return bridge + settings.stage.steps * self._distillation_step()
 

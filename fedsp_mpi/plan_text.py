@@ -91,7 +91,7 @@ def _auxiliary(plan: Plan) -> list[str]:
     """The clients' model, and what they exchange."""
     sizes, config = plan.sizes, plan.config
     cell = f"{config.auxiliary.layers_per_cell or sizes.depth} of the layers, run {sizes.depth} deep"
-    cell += ", and a bridge" if config.auxiliary.last_layers else ""
+    cell += ", and a bridge" if config.auxiliary.first_layers else ""
     ways = [f"{ratio:#.3g} x {way}" for way, ratio in plan.ratios.items() if way != "as held"]
     paper = PAPER.get(str(config.model.name)) if config.auxiliary.layers_per_cell == 1 else None
     search = config.search.dimension if config.searches else None

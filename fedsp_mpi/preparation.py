@@ -108,7 +108,7 @@ def _distilled(
     small = LanguageModel(auxiliary.unroll(cell, materials.depth), model.dtype, config.auxiliary.dropout)
     stage, story = config.distillation.stage, {}
     seed, part = config.run.seed, (team.rank, team.size)
-    if config.auxiliary.last_layers:
+    if config.auxiliary.first_layers:
         story = _fitted_bridge(materials, model, small, team, log, stop)
     if not stage.steps:
         return small, {"engine": "none", "steps": 0} | story
@@ -172,7 +172,7 @@ def _recipe(materials: Materials, model: LanguageModel, compute: Compute) -> dic
         "server_ranks": config.topology.server_ranks,
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "deepspeed")},
     }
-    if config.auxiliary.last_layers:
+    if config.auxiliary.first_layers:
         recipe["prompt"] = asdict(config.prompt)  # attached while the bridge is fitted
     return json.loads(json.dumps(recipe))
 

@@ -25,24 +25,25 @@ def recipe(name: Any) -> dict[str, Any]:
 class AuxiliaryConfig:
     """The clients' model: a cell of the global model's layers, shared across depth (FedSP, cross-layer sharing).
 
-    Numbers of layers below 1 are fractions of the global model's.
+    A depth below 1 is a fraction of the global model's.
     """
 
     start_layer: int = 0
     layers_per_cell: int | None = 1  # None: as many as it is deep, so that none is shared
     depth: float | None = None  # layers; None: as deep as the global model
-    last_layers: float | None = None  # so many of them are the global model's last ones, behind a linear bridge
+    # So many of them are the global model's first ones, the others its last ones, with a linear bridge between; None:
+    # they lie side by side, and there is no bridge.
+    first_layers: int | None = None
     dropout: bool = False  # the model's own dropout while its weights are trained
 
     def check(self, where: str) -> None:
-        for name, value in (("depth", self.depth), ("last_layers", self.last_layers)):
-            if value is not None and not (value > 0 and (value < 1 or value % 1 == 0)):
-                raise ConfigError(
-                    f"{where}.{name}: found {value}, expected a whole number of layers, or a fraction between 0 and 1"
-                )
-        if self.last_layers is not None and self.layers_per_cell not in (None, self.depth):
+        if self.depth is not None and not (self.depth > 0 and (self.depth < 1 or self.depth % 1 == 0)):
             raise ConfigError(
-                f"{where}.last_layers: found {self.last_layers:g} with layers_per_cell={self.layers_per_cell}, "
+                f"{where}.depth: found {self.depth}, expected a whole number of layers, or a fraction between 0 and 1"
+            )
+        if self.first_layers is not None and self.layers_per_cell not in (None, self.depth):
+            raise ConfigError(
+                f"{where}.first_layers: found {self.first_layers} with layers_per_cell={self.layers_per_cell}, "
                 f"which shares layers; expected null, or {where}.layers_per_cell=null"
             )
 
@@ -99,3 +100,4 @@ class PromptConfig:
     # layers are some of the global one's.
     mapping: Literal["repeat", "same_layers"] = "repeat"
     projection: int | None = None  # width of the re-parameterisation's hidden layer; None: no projection
+    encoder: Literal["lstm", "mlp"] | None = None  # of input prompts (P-tuning); its weights are tuned, and travel, too

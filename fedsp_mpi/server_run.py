@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
-import platform
 import shutil
-import subprocess
 import time
 from contextlib import suppress
 from dataclasses import asdict, replace
@@ -14,7 +11,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedsp_mpi import comm, placement
+from fedsp_mpi import comm, environment, placement
 from fedsp_mpi.comm import guard
 from fedsp_mpi.config import Config, changed_keys, to_yaml
 from fedsp_mpi.log import Log, duration
@@ -32,7 +29,6 @@ if TYPE_CHECKING:
     from fedsp_mpi.training.team import Meeting, Team
 
 STOPPED = 75  # exit status: told to stop; run.resume goes on
-VERSIONS = ("torch", "transformers", "peft", "datasets", "deepspeed", "cmaes", "mpi4py", "h5py", "numpy", "tokenizers")
 
 
 class ServerRun:
@@ -174,7 +170,7 @@ class ServerRun:
             self.log,
             lambda: guard.told_to_stop,
             there,
-            lambda row: self.record.write_results([row]),
+            self.record.write_results,
         )
         if not finished:
             return False
@@ -272,7 +268,7 @@ class ServerRun:
         self.record.cut(done)
         checkpoints.remove_after(done)
         number = len(self.record.run.sections.get("resumes", {})) + 1
-        self.record.describe(resumes={str(number): {"round": done, "environment": _environment(self.hosts)}})
+        self.record.describe(resumes={str(number): {"round": done, "environment": environment.environment(self.hosts)}})
         self.log.say(
             f"goes on after round {done} of {self.folder}" + ("" if self.resumed else ": it has no checkpoint")
         )
@@ -285,7 +281,7 @@ class ServerRun:
             self.folder,
             config=asdict(self.config),
             config_text=to_yaml(replace(self.config, run=replace(self.config.run, **again))),
-            environment=_environment(self.hosts),
+            environment=environment.environment(self.hosts),
             # What a run that goes on finds without a record was killed before it began.
             if_exists="replace" if self.config.run.resume == "auto" else self.config.run.if_exists,
         )
@@ -303,7 +299,16 @@ class ServerRun:
                 "notes": list(splits.notes),
             },
             topology={"assignment": [list(ids) for ids in self._assignment]},
+            **self._privacy(),
         )
+
+    def _privacy(self) -> dict[str, Any]:
+        """What is promised to clients whose updates get noise: epsilon of a round, and of all if they are in each."""
+        settings = self.config.client.privacy
+        if settings.epsilon is None:
+            return {}
+        rounds = self.config.federation.rounds
+        return {"privacy": asdict(settings) | {"epsilon": settings.epsilon, "epsilon_all": rounds * settings.epsilon}}
 
     def _give_back_folder(self) -> None:
         """After a refusal: leave nothing behind where there was nothing, so that the next try is not refused for it."""
@@ -324,7 +329,8 @@ class ServerRun:
         for uuid, some in placement.shared_gpus(self.hosts).items():
             say(f"          {uuid} is shared by ranks {placement.spans(some)}")
         most = max(len(ids) for ids in self._assignment)
-        say(f"clients   {config.federation.clients}, at most {most} on a rank; threads: {_threads(self.hosts)}")
+        threads = environment.threads(self.hosts)
+        say(f"clients   {config.federation.clients}, at most {most} on a rank; threads: {threads}")
         model, splits, shards = self.materials.model_config, self.materials.splits, self.materials.shards
         say(f"model     {config.model.name}: {model.model_type}, {model.num_hidden_layers} layers")
         each = sum(map(len, shards[1:])) // max(1, len(shards) - 1)
@@ -332,6 +338,8 @@ class ServerRun:
         say(f"data      {config.data.task}: {train}, {len(splits.validation)} validation, {len(splits.test)} test")
         for note in splits.notes:
             say(f"          {note}")
+        for told in self._privacy().values():
+            say(f"privacy   an update's epsilon is {told['epsilon']:g}, of all rounds {told['epsilon_all']:g}")
         say(f"folder    {self.folder}")
 
 
@@ -359,39 +367,3 @@ def _unfinished(folder: Path, name: str) -> Path | None:
             if read(found).status != "complete":
                 return found
     return None
-
-
-def _threads(hosts: list[dict[str, Any]]) -> str:
-    """How many each role has: "server 2, client 1 or 4"."""
-    found: dict[str, set[int]] = {}
-    for host in hosts:
-        for role, device in host["devices"].items():
-            found.setdefault(role, set()).add(device["threads"])
-    return ", ".join(f"{role} {' or '.join(map(str, sorted(some)))}" for role, some in found.items())
-
-
-def _environment(hosts: list[dict[str, Any]]) -> dict[str, Any]:
-    versions = {"fedsp_mpi": importlib.metadata.version("fedsp_mpi"), "python": platform.python_version()}
-    return {
-        "versions": versions | {name: importlib.metadata.version(name) for name in VERSIONS},
-        "commit": _commit(),
-        "hosts": hosts,
-        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {platform.system()}",
-        "job": {key: value for key, value in os.environ.items() if key in ("SLURM_JOB_ID", "SLURM_JOB_NAME")},
-    }
-
-
-def _commit() -> str:
-    """The commit that the package runs from, with + if it was changed since; empty outside a checkout of its own."""
-    root = Path(__file__).resolve().parent.parent
-
-    def git(*words: str) -> str:
-        done = subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, timeout=10)
-        return done.stdout.strip()
-
-    try:
-        if git("rev-parse", "--show-toplevel") != str(root):
-            return ""
-        return git("describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*")
-    except (OSError, subprocess.TimeoutExpired):
-        return ""

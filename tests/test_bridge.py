@@ -47,7 +47,7 @@ def texts(count: int) -> list[Text]:
 def sides(folder: str, layers: int, last: int = 1) -> tuple[Side, Side]:
     """An auxiliary model of both ends, and its global model, under the same prompts, at the bridge."""
     whole = tiny.load(folder)
-    settings = tiny.cell(layers, last_layers=last)
+    settings = tiny.cell(layers, first_layers=layers - last)
     small = LanguageModel(auxiliary.unroll(auxiliary.cut(whole, settings), layers))
     taken = auxiliary.layers(settings, tiny.LAYERS)
     depths = DepthMap(PromptSpec.of(whole.shape, "prefix", 3, None), layers, taken)
@@ -152,26 +152,27 @@ def test_a_bridge_outlives_its_folder_and_travels(folder, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("depth", "last", "num_layers", "wanted"),
+    ("depth", "first", "num_layers", "wanted"),
     [
-        (0.5, 0.3, 30, [*range(6), *range(21, 30)]),
-        (0.5, 0.3, 6, [0, 4, 5]),
-        (0.5, 0.3, 2, [0, 1]),
-        (3, 1, 4, [0, 1, 3]),
-        (2, 0.9, 4, [0, 3]),
+        (0.5, 1, 30, [0, *range(16, 30)]),
+        (0.5, 6, 30, [*range(6), *range(21, 30)]),
+        (0.5, 1, 6, [0, 4, 5]),
+        (0.5, 1, 2, [0, 1]),
+        (0.1, 3, 8, [0, 1, 2, 7]),
+        (3, 2, 4, [0, 1, 3]),
         (0.5, None, 4, [0, 1]),
         (None, 1, 3, [0, 1, 2]),
     ],
 )
-def test_both_ends(depth, last, num_layers, wanted):
-    settings = config.AuxiliaryConfig(layers_per_cell=None, depth=depth, last_layers=last)
+def test_both_ends(depth, first, num_layers, wanted):
+    settings = config.AuxiliaryConfig(layers_per_cell=None, depth=depth, first_layers=first)
     assert list(auxiliary.layers(settings, num_layers)) == wanted
 
 
-@pytest.mark.parametrize(("depth", "last"), [(1, 0.3), (1, 1), (2, 2), (3, 4), (None, 4)])
-def test_ends_without_a_layer_before_them(depth, last):
-    settings = config.AuxiliaryConfig(layers_per_cell=None, depth=depth, last_layers=last)
-    with pytest.raises(ConfigError, match=rf"auxiliary.last_layers: found {last} where .* expected fewer, and one"):
+@pytest.mark.parametrize(("depth", "first"), [(1, 1), (2, 2), (3, 4), (None, 4)])
+def test_first_layers_without_last_ones(depth, first):
+    settings = config.AuxiliaryConfig(layers_per_cell=None, depth=depth, first_layers=first)
+    with pytest.raises(ConfigError, match=rf"auxiliary.first_layers: found {first} where .* expected fewer, and last"):
         auxiliary.require_cell(settings, 4, "m")
 
 
@@ -278,11 +279,11 @@ def test_a_recipe_says_what_is_not_given(tmp_path):
     path = tmp_path / "c.yaml"
     path.write_text("model: {name: embedded}\ndata: {source: embedded}\nprompt: {init: random}\n")
     plain = config.load(path)
-    assert plain.recipe == "bridged" and plain.auxiliary.last_layers == 0.3 and plain.auxiliary.depth == 0.5
+    assert plain.recipe == "bridged" and plain.auxiliary.first_layers == 1 and plain.auxiliary.depth == 0.5
     assert plain.prompt.init == "random" and plain.prompt.mapping == "same_layers"
     for settings in (["recipe=paper"], ["recipe=bridged", "recipe=paper"]):
         paper = config.load(path, settings)
-        assert paper.recipe == "paper" and paper.auxiliary.last_layers is None and paper.auxiliary.layers_per_cell == 1
+        assert paper.recipe == "paper" and paper.auxiliary.first_layers is None and paper.auxiliary.layers_per_cell == 1
     path.write_text(config.to_yaml(paper))
     assert config.load(path) == paper
     with pytest.raises(ConfigError, match=r"recipe: found 'papre', expected one of .*did you mean 'paper'"):
@@ -302,8 +303,12 @@ def test_the_papers_recipe_is_what_keys_default_to():
     [
         (["auxiliary.depth=1.5"], "auxiliary.depth: found 1.5, expected a whole number of layers, or a fraction"),
         (["auxiliary.depth=0"], "auxiliary.depth: found 0"),
-        (["auxiliary.last_layers=2.5"], "auxiliary.last_layers: found 2.5, expected a whole number of layers, or a"),
-        (["auxiliary.last_layers=1"], "auxiliary.last_layers: found 1 with layers_per_cell=1, which shares layers"),
+        (["auxiliary.first_layers=2.5"], "auxiliary.first_layers: found 2.5"),
+        (
+            ["recipe=bridged", "distillation.stage.steps=0", "auxiliary.first_layers=0"],
+            "auxiliary.first_layers: found 0, expected at least 1",
+        ),
+        (["auxiliary.first_layers=1"], "auxiliary.first_layers: found 1 with layers_per_cell=1, which shares layers"),
         (["distillation.bridge_texts=0"], "distillation.bridge_texts: found 0, expected at least 1"),
         (["distillation.bridge_ridge=0"], "distillation.bridge_ridge: found 0"),
         (["prompt.init=text", "prompt.projection=4"], "prompt.init: found text with prompt.projection"),

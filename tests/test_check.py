@@ -14,7 +14,7 @@ import tiny
 import torch
 from mpi import both_ends, run_mpi
 
-from fedsp_mpi import capacity, check, config
+from fedsp_mpi import capacity, check, config, placement
 from fedsp_mpi.comm import Refused
 from fedsp_mpi.comm.survey import free_memory
 from fedsp_mpi.log import Log
@@ -263,6 +263,24 @@ def test_ranks_that_share_a_gpu_are_named():
     assert lines == ["warn  device         GPU-x is shared by ranks 0, 2-3"]
     both = introduction(server=gpu("x"), client=gpu("x"))
     assert lines_of(check._check_devices, [both]) == []  # one process plays both roles in turn
+
+
+def test_a_cpu_without_units_for_bf16_is_named(tmp_path):
+    slow = {"name": "cpu", "threads": 1, "emulates": "bfloat16"}
+    lines = lines_of(check._check_devices, [introduction(client=slow), introduction(client=slow)])
+    assert lines == [
+        "warn  device         client.compute.dtype=bfloat16 on rank 0-1, whose CPU has no units for it and is faster "
+        "with float32"
+    ]
+    for flags, wanted in (
+        ("flags : fma avx512f avx512_vnni", False),
+        ("flags : fma avx512_bf16", True),
+        ("flags : amx_bf16 amx_tile", True),
+        ("Features : asimd bf16", True),
+        ("", False),
+    ):
+        (tmp_path / "cpuinfo").write_text(f"processor : 0\n{flags}\n")
+        assert placement.has_bf16(tmp_path / "cpuinfo") is wanted
 
 
 def test_a_device_that_is_not_there(tmp_path):

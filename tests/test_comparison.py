@@ -24,6 +24,7 @@ from fedsp_mpi.record import (
     comparison_table,
     draw_bars,
     draw_curves,
+    gain_table,
     main_result,
     read,
     read_all,
@@ -98,6 +99,18 @@ def rows(text: str) -> dict[str, list[str]]:
     assert len({line.count("|") for line in lines}) == 1
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     return {line[0]: line[1:] for line in (cells[0], *cells[2:])}
+
+
+def test_what_clients_bring_is_told_beside_what_all_text_in_one_place_would(tmp_path):
+    """Gains of 6, 10 and 5 points: 7 ± 1.53. The gap is 20 with each of the two seeds that all three have."""
+    scores = {1: (0.60, 0.66, 0.80), 2: (0.62, 0.72, 0.82), 3: (0.60, 0.65, None)}
+    runs = [made(tmp_path, "FedSP", seed=seed, own=own, control=control) for seed, (control, own, _) in scores.items()]
+    centralised = {"federation": {"clients": 0}, "clients": 0, "control": None}
+    runs += [made(tmp_path, "All", seed=seed, own=top, **centralised) for seed, (*_, top) in scores.items() if top]
+    assert rows(gain_table(compare(runs[:3]))) == {"gain": ["sciq"], "FedSP": ["+7.00 ± 1.53"]}
+    assert rows(gain_table(compare(runs))) == {"gain": ["sciq"], "FedSP": ["+7.00 ± 1.53 (40%)"]}
+    assert "the gap between it and All" in gain_table(compare(runs))
+    assert gain_table(compare(runs[3:])) is None
 
 
 def warnings(text: str) -> list[str]:
@@ -394,7 +407,9 @@ def test_the_command(tmp_path, capsys):
         pictures[1],
     ]
     assert cli.main(arguments) == 0
-    assert set(rows(capsys.readouterr().out)) == {"method", "zero-shot", "server-only", "FedSP", "FedPrompt"}
+    table, gain = capsys.readouterr().out.split("| gain")
+    assert set(rows(table)) == {"method", "zero-shot", "server-only", "FedSP", "FedPrompt"}
+    assert set(rows("| gain" + gain)) == {"gain", "FedSP", "FedPrompt"}
     assert all(Path(path).stat().st_size > 5000 for path in pictures)
     assert cli.main(["report", str(tmp_path / "runs"), "--plot", pictures[1]]) == 0
     assert capsys.readouterr().out == ""

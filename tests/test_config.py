@@ -20,8 +20,12 @@ TOGETHER: dict[str, dict[str, object]] = {
     "federation.stragglers": {"federation.client_seconds": 1.5},
     "federation.client_seconds": {"federation.stragglers": "drop"},
     "method": {"server.tuning.steps": 0},
-    "auxiliary.last_layers": {"auxiliary.layers_per_cell": None},
+    "auxiliary.first_layers": {"auxiliary.layers_per_cell": None},
+    "prompt.encoder": {"prompt.kind": "input"},
     "prompt.mapping": {"auxiliary.layers_per_cell": None},
+    "attack.clients": {"attack.target": 1},
+    "client.privacy.clip": {"client.privacy.noise_scale": 1.5},
+    "client.privacy.noise_scale": {"client.privacy.clip": 1.5},
     "topology.server_ranks": {"distillation.stage.batch_size": 3, "server.tuning.batch_size": 3},
 }
 
@@ -66,7 +70,11 @@ def leaves(kind: type, where: str = "") -> list[tuple[str, object]]:
 
 def another(start: Config, dotted: str, hint: object) -> object:
     """A value of a key's type that is not its default."""
+    if typing.get_origin(hint) is tuple:
+        return (another(start, dotted, typing.get_args(hint)[0]),)
     kinds = [a for a in typing.get_args(hint) if a is not type(None)] or [hint]
+    if typing.get_origin(kinds[0]) is typing.Literal:
+        kinds = list(typing.get_args(kinds[0]))
     return {int: 3, float: 0.75, bool: not found(start, dotted), str: "new"}.get(kinds[0], kinds[-1])
 
 

@@ -43,7 +43,7 @@ def write_configurations(folder: Path) -> list[Path]:
     """One file a method: the embedded default, shortened, under the method's own keys."""
     short, files = folder / "short.yaml", []
     for name, path in METHODS.items():
-        more = WEIGHTS if name.startswith("finetune") else SEARCHES.get(name, {})
+        more = WEIGHTS if name.startswith(("finetune", "p_tuning")) else SEARCHES.get(name, {})
         own = {"extends": [str(config.EMBEDDED), short.name, str(path)]}
         files.append(folder / f"{name}.yaml")
         files[-1].write_text(yaml.safe_dump({**own, **more}))

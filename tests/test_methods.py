@@ -28,18 +28,15 @@ BRIDGED = {
     "data.loss_over": "auto",
     "auxiliary.layers_per_cell": None,
     "auxiliary.depth": 0.5,
-    "auxiliary.last_layers": 0.3,
+    "auxiliary.first_layers": 1,
     "distillation.stage.steps": 0,
     "prompt.init": "text",
     "prompt.mapping": "same_layers",
     "client.alignment.steps": 0,
     "server.accept": "better",
-    "server.translation.steps": 10,
-    "server.translation.optimizer.learning_rate": 1e-2,
-    "server.translation.optimizer.clip": 1.0,
-    "server.translation.optimizer.weight_decay": 0.0,
 }
 WHOLE = {"auxiliary.layers_per_cell": None, "distillation.stage.steps": 0, "client.alignment.steps": 0}
+PAPER = WHOLE | {"data.server_share": 0, "prompt.kind": "input", "server.tuning.steps": 0}
 ALONE = {"federation.clients": 0, "evaluation.server_only": False}
 SEARCH = WHOLE | {
     "method": "fedbpt",
@@ -59,6 +56,8 @@ APART: dict[str, dict[str, object]] = {
     "fedsp_no_server_tuning": {"server.tuning.steps": 0},
     "fedprompt": WHOLE,
     "fedprompt_single": WHOLE | {"auxiliary.layers_per_cell": 1, "auxiliary.depth": 1},
+    "fedprompt_paper": PAPER,
+    "p_tuning": PAPER | {"prompt.encoder": "lstm", "prompt.init": "random"},
     "prefix_tuning": WHOLE | {"federation.clients": 1},
     "prefix_tuning_centralised": WHOLE | ALONE,
     "fedbpt": SEARCH,

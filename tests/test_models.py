@@ -280,8 +280,8 @@ def test_models_that_cannot_be_read(tmp_path):
         backbone.read_config(str(tmp_path / "nowhere"))
     with pytest.raises(ValueError, match=r"model.name: found .* could not be read .* expected a folder"):
         backbone.read_config(str(tmp_path))
-    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
-    with pytest.raises(ValueError, match=r"of the family 'bert', expected one of gpt2, opt, llama, qwen2"):
+    (tmp_path / "config.json").write_text('{"model_type": "bloom"}')
+    with pytest.raises(ValueError, match=r"of the family 'bloom', expected one of gpt2, opt, llama, qwen2"):
         backbone.read_config(str(tmp_path))
     tiny.config("gpt2").save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"model.name: found .* whose weights could not be read"):

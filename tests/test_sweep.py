@@ -109,10 +109,10 @@ def test_cells_have_recipes_too(tmp_path):
     path = written(tmp_path, base=None, methods={"paper": None, "bridged": str(METHODS / "fedsp.yaml")})
     for over in ([], ["auxiliary.dropout=true"]):
         [paper, bridged] = sweep.cells_of(path, over)
-        assert (paper.config.auxiliary.last_layers, bridged.config.auxiliary.last_layers) == (None, 0.3)
+        assert (paper.config.auxiliary.first_layers, bridged.config.auxiliary.first_layers) == (None, 1)
     (tmp_path / "plain.yaml").write_text("model: {name: embedded}\ndata: {source: embedded}\n")
     [plain] = sweep.cells_of(written(tmp_path, base="plain.yaml", methods={"plain": None}))
-    assert plain.config.recipe == "bridged" and plain.config.auxiliary.last_layers == 0.3
+    assert plain.config.recipe == "bridged" and plain.config.auxiliary.first_layers == 1
 
 
 def test_only_some_of_the_runs(tmp_path, capsys):

@@ -28,7 +28,7 @@ from fedsp_mpi.stages import OptimizerConfig
 from fedsp_mpi.tensors import NamedTensors, seal
 
 STAGE = StageConfig(steps=40, batch_size=8, optimizer=OptimizerConfig(learning_rate=0.05))
-ENDS = ("auxiliary.layers_per_cell=null", "auxiliary.depth=2", "auxiliary.last_layers=1", "prompt.mapping=same_layers")
+ENDS = ("auxiliary.layers_per_cell=null", "auxiliary.depth=2", "auxiliary.first_layers=1", "prompt.mapping=same_layers")
 TRANSLATED = (*ENDS, "server.translation.steps=3")
 
 
@@ -203,7 +203,7 @@ def test_rounding_stays_where_nobody_trains(tmp_path, text):
     found = short(tmp_path, *TRANSLATED, *half, "client.alignment.steps=0", "distillation.stage.steps=0")
     kept = auxiliary.load(found.file.parent / "auxiliary")
     whole = tiny.load(Materials(config.load(None, [])).model_name, dtype=torch.bfloat16)
-    for name, weight in auxiliary.cut(whole, tiny.cell(2, depth=2, last_layers=1)).named_parameters():
+    for name, weight in auxiliary.cut(whole, tiny.cell(2, depth=2, first_layers=1)).named_parameters():
         assert ".bridge." in name or torch.equal(weight, kept.weights[name])
     assert {row["dtype"] for row in found.wire} == {"float32", "uint8"}
 
@@ -220,7 +220,7 @@ def test_rounding_stays_where_nobody_trains(tmp_path, text):
                 "data.server_share=0",
                 "server.tuning.steps=0",
                 "distillation.stage.steps=0",
-                "auxiliary.last_layers=null",
+                "auxiliary.first_layers=null",
             ],
             "distillation.text: found none with data.server_share=0, expected a file of plain text to ask about",
         ),

@@ -10,15 +10,26 @@ from typing import Any
 import numpy as np
 import tokenizers
 import torch
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, OPTConfig, PreTrainedTokenizerFast, Qwen2Config
+from transformers import (
+    BertConfig,
+    GPT2Config,
+    LlamaConfig,
+    OPTConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    RobertaConfig,
+    T5Config,
+)
 
 from fedsp_mpi.config import AuxiliaryConfig
 from fedsp_mpi.data.tokens import Text, collate
 from fedsp_mpi.models import backbone
 from fedsp_mpi.models.backbone import LanguageModel
+from fedsp_mpi.models.families import model_class
 from fedsp_mpi.tensors import Batch
 
 FAMILIES = ("gpt2", "opt", "llama", "qwen2")
+GAP_FAMILIES = ("bert", "roberta", "t5")  # that fill in a gap
 VOCABULARY, POSITIONS, LAYERS, WIDTH = 100, 64, 4, 32
 CPU = torch.device("cpu")
 
@@ -33,14 +44,35 @@ def config(family: str, **changes: Any) -> Any:
     sizes |= {"max_position_embeddings": POSITIONS}
     if family == "opt":
         return OPTConfig(**special | sizes | {"ffn_dim": 64, "word_embed_proj_dim": WIDTH} | changes)
+    if family in GAP_FAMILIES:
+        return _gap_config(family, **changes)
     kind = {"llama": LlamaConfig, "qwen2": Qwen2Config}[family]
     return kind(**special | sizes | {"intermediate_size": 64, "num_key_value_heads": 2} | changes)
+
+
+def _gap_config(family: str, **changes: Any) -> Any:
+    """The same for a family that fills in gaps; padding is token 3, as in `tokenizer`."""
+    special = {"vocab_size": VOCABULARY, "pad_token_id": 3}
+    if family == "t5":
+        sizes = {
+            "d_model": WIDTH,
+            "d_kv": 8,
+            "d_ff": 64,
+            "num_layers": LAYERS,
+            "num_heads": 4,
+            "n_positions": POSITIONS,
+        }
+        return T5Config(**special | sizes | {"decoder_start_token_id": 3, "eos_token_id": 2} | changes)
+    sizes = {"hidden_size": WIDTH, "num_hidden_layers": LAYERS, "num_attention_heads": 4, "intermediate_size": 64}
+    sizes |= {"max_position_embeddings": POSITIONS + (4 if family == "roberta" else 0)}
+    return {"bert": BertConfig, "roberta": RobertaConfig}[family](**special | sizes | changes)
 
 
 def model_folder(folder: Path, family: str, seed: int = 0, **changes: Any) -> str:
     """Save a random model of which no weight, offset or norm is 0 or 1; `folder` as text."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config(family, **changes))
+    settings = config(family, **changes)
+    model = model_class(settings).from_config(settings)
     for parameter in model.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
     model.save_pretrained(folder)
@@ -69,6 +101,39 @@ def tokenizer() -> PreTrainedTokenizerFast:
     backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
     return PreTrainedTokenizerFast(tokenizer_object=backend, **special)
+
+
+def gap_tokenizer(family: str) -> PreTrainedTokenizerFast:
+    """The same words for a family that fills in gaps: the token 4 marks one, in the place of w0.
+
+    Every text of BERT and RoBERTa begins with token 1 and ends with token 2; T5's ends with 2.
+    """
+    mark = "<extra_id_0>" if family == "t5" else "<mask>"
+    known = {token: number for number, token in enumerate(["<unk>", "<s>", "</s>", "<pad>", mark, *words()[1:]])}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(known, unk_token="<unk>"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    shape, ends = ("$A </s>", [("</s>", 2)]) if family == "t5" else ("<s> $A </s>", [("<s>", 1), ("</s>", 2)])
+    backend.post_processor = tokenizers.processors.TemplateProcessing(single=shape, special_tokens=ends)
+    special = {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
+    if family == "t5":
+        return PreTrainedTokenizerFast(tokenizer_object=backend, **special, additional_special_tokens=[mark])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **special, mask_token=mark, cls_token="<s>")
+
+
+def gap_task_folder(folder: Path, train: int = 48, validation: int = 8, test: int = 12, seed: int = 0) -> str:
+    """A multiple_choice task of two classes, w1 and w2: which of w3 and w4 a text of other words holds."""
+    random = np.random.default_rng(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, size in {"train": train, "validation": validation, "test": test}.items():
+        rows = []
+        for _ in range(size):
+            label = int(random.integers(2))
+            text = [*random.choice(words()[5:], random.integers(2, 7), replace=False), f"w{3 + label}"]
+            rows.append(
+                {"context": " ".join(map(str, random.permutation(text))), "choices": ["w1", "w2"], "label": label}
+            )
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(folder)
 
 
 def data_folder(folder: Path, train: int = 48, validation: int = 8, test: int = 8, seed: int = 0) -> str:

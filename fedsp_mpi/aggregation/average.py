@@ -36,6 +36,8 @@ class Updates(Protocol):
 
     def rows(self) -> np.ndarray: ...
 
+    def reject(self, client: int, reason: str) -> None: ...
+
 
 def weighted_mean(updates: Updates) -> NamedTensors:
     """sum_k (n_k / sum n) P_k over the clients k, in the order of their ids.
@@ -45,14 +47,24 @@ def weighted_mean(updates: Updates) -> NamedTensors:
 
     Raises ValueError if no weight is above zero.
     """
-    weights = np.array([report.weight for report in updates.reports], dtype=np.float64)
-    if not weights.sum() > 0:
-        raise ValueError(f"found {len(weights)} updates of total weight {weights.sum()}, expected a weight above 0")
-    shares = weights / weights.sum()
+    shares = shares_of([report.weight for report in updates.reports])
     flat = np.empty(updates.schema.num_values, dtype=np.float32)
     for where, rows in updates.columns():
-        total = np.zeros(rows.shape[1], dtype=np.float64)
-        for share, row in zip(shares, rows):
-            total += share * row
-        flat[where] = total
+        flat[where] = fold(shares, rows)
     return NamedTensors(updates.schema, flat)
+
+
+def shares_of(weights: Sequence[float]) -> np.ndarray:
+    """Each weight's part of their sum, fp64 [updates]. Raises ValueError if no weight is above zero."""
+    found = np.array(weights, dtype=np.float64)
+    if not found.sum() > 0:
+        raise ValueError(f"found {len(found)} updates of total weight {found.sum()}, expected a weight above 0")
+    return found / found.sum()
+
+
+def fold(shares: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """The sum of shares [updates] times rows [updates, values], row by row in fp64; fp64 [values]."""
+    total = np.zeros(rows.shape[1], dtype=np.float64)
+    for share, row in zip(shares, rows):
+        total += share * row
+    return total

@@ -21,6 +21,7 @@ class Updates:
     Attributes:
         reports: client, weight and metrics of every accepted update, in the order of client ids.
         failures: the clients that failed, in the order of client ids.
+        rejected: why the rule left out an update, by client.
         schema: names and shapes of one update.
     """
 
@@ -28,6 +29,7 @@ class Updates:
         self, reports: Sequence[Report], failures: Sequence[Failure], schema: Schema, source: Iterator[Columns]
     ) -> None:
         self.reports, self.failures, self.schema = list(reports), list(failures), schema
+        self.rejected: dict[int, str] = {}
         self._source = source
         self._begun = False
 
@@ -51,6 +53,10 @@ class Updates:
         for part, piece in self.columns():
             matrix[:, part] = piece
         return matrix
+
+    def reject(self, client: int, reason: str) -> None:
+        """Note that a rule leaves this client's update out; the record says so."""
+        self.rejected[client] = reason
 
     def drain(self) -> None:
         """Let the rest arrive and throw it away."""

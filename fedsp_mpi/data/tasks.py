@@ -32,12 +32,14 @@ class Example:
         target: what training teaches, with its leading blank: " Paris".
         choices: the options without the leading blank; " " + choice is scored, len(choice) normalises (lm-eval).
         gold: indices of the right choices: one for multiple choice, all accepted answers for exact match.
+        after: what follows the answer, for models that read both ways.
     """
 
     context: str
     target: str
     choices: tuple[str, ...]
     gold: tuple[int, ...]
+    after: str = ""
 
 
 @dataclass(frozen=True)

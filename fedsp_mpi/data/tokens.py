@@ -24,10 +24,18 @@ class Text:
     Attributes:
         ids: int32 [length], context and answer.
         answer: index of the answer's first token.
+        gap: id of the token that stands in the place of the answer, which is one token, where the model reads; None:
+            the text is read from left to right, and the answer is the rest of it.
     """
 
     ids: np.ndarray
     answer: int
+    gap: int | None = None
+
+    @property
+    def num_answers(self) -> int:
+        """Tokens that the model is asked for."""
+        return len(self.ids) - self.answer if self.gap is None else 1
 
 
 def encode_pairs(tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> list[Text]:
@@ -97,7 +105,10 @@ def truncate(text: Text, max_length: int) -> Text:
 
 
 def collate(texts: Sequence[Text]) -> Batch:
-    """Right-padded inputs (all tokens but the last) and targets (the answers' tokens, one position earlier)."""
+    """Right-padded inputs (all tokens but the last) and targets (the answers' tokens, one position earlier).
+
+    Of texts with a gap: all tokens, the gap's for the answer, and the answer's as the target of its own position.
+    """
     return _Table(texts).batch(np.arange(len(texts)))
 
 
@@ -105,9 +116,10 @@ class _Table:
     """Texts as one padded array, of which a batch is a few rows: cutting one costs no loop over its texts."""
 
     def __init__(self, texts: Sequence[Text]) -> None:
-        self._ends = np.array([len(text.ids) - 1 for text in texts])
-        self._answers = np.array([text.answer - 1 for text in texts])
-        self._ids = np.zeros((len(texts), self._ends.max() + 1), dtype=np.int64)
+        self._gap = texts[0].gap
+        self._ends = np.array([len(text.ids) for text in texts]) - (self._gap is None)
+        self._answers = np.array([text.answer for text in texts]) - (self._gap is None)
+        self._ids = np.zeros((len(texts), self._ends.max() + (self._gap is None)), dtype=np.int64)
         for row, text in enumerate(texts):
             self._ids[row, : len(text.ids)] = text.ids
         self._places = np.arange(self._ids.shape[1])
@@ -120,11 +132,19 @@ class _Table:
         """The texts of some rows, padded to the longest of them."""
         ends = self._ends[rows, None]
         length = int(ends.max())
+        if self._gap is not None:
+            return self._with_gaps(rows, length, ends, self._gap)
         places, ids = self._places[:length], self._ids[rows, : length + 1]
         read = places < ends
         asked = read & (places >= self._answers[rows, None])
         targets = np.where(asked, ids[:, 1:], -100)
         return Batch(*map(torch.from_numpy, (ids[:, :-1] * read, read.astype(np.int64), targets)))
+
+    def _with_gaps(self, rows: np.ndarray, length: int, ends: np.ndarray, gap: int) -> Batch:
+        places, ids = self._places[:length], self._ids[rows, :length]
+        asked, read = places == self._answers[rows, None], places < ends
+        parts = (np.where(asked, gap, ids), read.astype(np.int64), np.where(asked, ids, -100))
+        return Batch(*map(torch.from_numpy, parts))
 
 
 def by_length(texts: Sequence[Text], batch_tokens: int, prompt_tokens: int = 0) -> Iterator[list[int]]:

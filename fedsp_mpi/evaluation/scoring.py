@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fedsp_mpi.data import masked
 from fedsp_mpi.data.tasks import Example
 from fedsp_mpi.data.tokens import Text, by_length, collate, encode_pairs, truncate
 from fedsp_mpi.models.backbone import LanguageModel
@@ -58,6 +59,12 @@ def questions(tokenizer: Any, examples: Sequence[Example]) -> list[Question]:
     pairs = [(example.context, " " + choice) for example in examples for choice in example.choices]
     texts = iter(encode_pairs(tokenizer, pairs))
     return [Question(tuple(next(texts) for _ in e.choices), tuple(map(len, e.choices)), e.gold) for e in examples]
+
+
+def gap_questions(tokenizer: Any, examples: Sequence[Example], max_length: int) -> list[Question]:
+    """The same for models that fill in a gap; at most `max_length` tokens, the prompt's not among them."""
+    options = masked.encode_options(tokenizer, examples, max_length)
+    return [Question(some, tuple(map(len, e.choices)), e.gold) for some, e in zip(options, examples)]
 
 
 @torch.no_grad()
@@ -113,6 +120,8 @@ def loglikelihoods(
     team: Team = ALONE,
 ) -> list[Found] | None:
     """What `score` judges by, question by question; arguments and None as there."""
+    if model.kind != "causal":
+        return _gap_loglikelihoods(model, prompt, asked, batch_tokens, on_done, stop, team)
     room = positions_for_text(model, prompt)
     before = prompt.spec.num_tokens if prompt and prompt.spec.kind == "input" else 0
     found = [Found(len(question.options)) for question in asked]
@@ -124,6 +133,37 @@ def loglikelihoods(
                 break
             _score_group(model, prompt, group, found)
             on_done(sum(len(stem.options) for stem in group))
+    if team.any(stopped):
+        return None
+    _share(found, team)
+    return found
+
+
+def _gap_loglikelihoods(
+    model: LanguageModel,
+    prompt: Prompt | None,
+    asked: Sequence[Question],
+    batch_tokens: int,
+    on_done: Callable[[int], None],
+    stop: Callable[[], bool],
+    team: Team,
+) -> list[Found] | None:
+    """Of questions with a gap, whose options are what one position may say: each is run once."""
+    found = [Found(len(question.options)) for question in asked]
+    groups = enumerate(by_length([question.options[0] for question in asked], batch_tokens))
+    stopped = stop()
+    with model.evaluating():
+        for group in (group for index, group in groups if team.is_mine(index)):
+            if stopped := stopped or stop():
+                break
+            batch = collate([asked[place].options[0] for place in group]).to(model.device)
+            each = F.log_softmax(model.head(model.answer_states(batch, prompt)).double(), dim=-1)
+            best = each.argmax(-1).tolist()
+            for row, place in enumerate(group):
+                tokens = [int(text.ids[text.answer]) for text in asked[place].options]
+                found[place].loglikelihood[:] = each[row, tokens].tolist()
+                found[place].greedy[:] = [token == best[row] for token in tokens]
+            on_done(sum(len(asked[place].options) for place in group))
     if team.any(stopped):
         return None
     _share(found, team)
@@ -148,7 +188,7 @@ def answer_loss_mean(
                 batch = collate([texts[i] for i in rows]).to(model.device)
                 sums[index] = answer_loss(*model.answer_logits(batch, prompt))
     team.sum([sums])  # of zeros, but for one rank's number: no sum depends on who shared
-    return sum(sums.tolist()) / max(sum(len(text.ids) - text.answer for text in texts), 1)
+    return sum(sums.tolist()) / max(sum(text.num_answers for text in texts), 1)
 
 
 class Found:

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from transformers.initialization import no_init_weights
 
 from fedsp_mpi.config import AuxiliaryConfig
-from fedsp_mpi.models.backbone import FAMILIES, LanguageModel, layers_of, without_dropout
+from fedsp_mpi.models.backbone import LanguageModel
+from fedsp_mpi.models.families import FAMILIES, layers_of, model_class, without_dropout
 from fedsp_mpi.plain import ConfigError
 from fedsp_mpi.tensors import NamedTensors
 
@@ -50,21 +51,10 @@ def depth(settings: AuxiliaryConfig, num_layers: int) -> int:
     """How deep it is, shared layers counted as often as they run, for a global model of `num_layers`."""
     if settings.depth is None:
         return num_layers
-    found = _share(settings.depth, num_layers)
-    return max(found, 2) if settings.depth < 1 and settings.last_layers else found
-
-
-def num_last(settings: AuxiliaryConfig, num_layers: int) -> int:
-    """How many of its layers are the last ones of a global model of `num_layers`, behind a bridge."""
-    if settings.last_layers is None:
-        return 0
-    found = _share(settings.last_layers, num_layers)
-    return min(found, depth(settings, num_layers) - 1) if settings.last_layers < 1 else found
-
-
-def _share(part: float, num_layers: int) -> int:
-    """A number of layers, that may be given as a fraction of all."""
-    return max(1, round(part * num_layers)) if part < 1 else int(part)
+    if settings.depth >= 1:
+        return int(settings.depth)
+    least = 1 if settings.first_layers is None else settings.first_layers + 1
+    return max(least, round(settings.depth * num_layers))
 
 
 def cell_size(settings: AuxiliaryConfig, num_layers: int) -> int:
@@ -74,12 +64,9 @@ def cell_size(settings: AuxiliaryConfig, num_layers: int) -> int:
 
 def layers(settings: AuxiliaryConfig, num_layers: int) -> tuple[int, ...]:
     """Which layers of a global model of `num_layers` are stored, in their order."""
-    last = num_last(settings, num_layers)
-    num_first = cell_size(settings, num_layers) - last
-    return (
-        *range(settings.start_layer, settings.start_layer + num_first),
-        *range(num_layers - last, num_layers),
-    )
+    size, start = cell_size(settings, num_layers), settings.start_layer
+    num_first = size if settings.first_layers is None else settings.first_layers
+    return (*range(start, start + num_first), *range(num_layers - (size - num_first), num_layers))
 
 
 def bridge_of(model: LanguageModel) -> nn.Linear:
@@ -90,8 +77,7 @@ def bridge_of(model: LanguageModel) -> nn.Linear:
 def cell_config(config: Any, settings: AuxiliaryConfig) -> Any:
     """The configuration of the stored model, from that of the global one."""
     cell = _with_depth(copy.deepcopy(config), cell_size(settings, config.num_hidden_layers))
-    last = num_last(settings, config.num_hidden_layers)
-    cell.bridge_at = cell_size(settings, config.num_hidden_layers) - last if last else None
+    cell.bridge_at = settings.first_layers
     return cell
 
 
@@ -112,11 +98,10 @@ def unroll(model: Any, depth: int) -> Any:
 def require_cell(settings: AuxiliaryConfig, num_layers: int, name: str) -> None:
     """Raise ConfigError if a model of `num_layers` layers, called `name`, has no such cell, or it is too large."""
     size, deep = cell_size(settings, num_layers), depth(settings, num_layers)
-    last = num_last(settings, num_layers)
-    if settings.last_layers is not None and not 0 < last < size:
+    if settings.first_layers is not None and settings.first_layers >= size:
         raise ConfigError(
-            f"auxiliary.last_layers: found {settings.last_layers:g} where the auxiliary model has {size} layers in "
-            "all, expected fewer, and one before them; or set auxiliary.last_layers=null"
+            f"auxiliary.first_layers: found {settings.first_layers} where the auxiliary model has {size} layers in "
+            "all, expected fewer, and last ones behind them; or set auxiliary.first_layers=null"
         )
     if settings.start_layer + size > num_layers:
         raise ConfigError(
@@ -158,7 +143,7 @@ def load_weights(model: LanguageModel, tensors: Mapping[str, Tensor]) -> None:
 def save(folder: Path, model: LanguageModel, layers_per_cell: int, tokenizer: Any, recipe: dict[str, Any]) -> None:
     """Write the cell as a Hugging Face folder of its own, with the recipe that made it.
 
-    `AutoModelForCausalLM.from_pretrained(folder)` gives the model of `layers_per_cell` layers without its bridge;
+    `from_pretrained(folder)` of the family's class gives the model of `layers_per_cell` layers without its bridge;
     `load(folder)` runs them over the whole depth, and has the bridge.
     """
     cell = _from_config(_with_depth(copy.deepcopy(model.model.config), layers_per_cell))
@@ -185,7 +170,8 @@ def write_model(folder: Path, model: Any, tokenizer: Any, notes: Mapping[str, st
 def load(folder: Path, dtype: torch.dtype = torch.float32, dropout: bool = False) -> LanguageModel:
     """Read an auxiliary model written by `save`, at its full depth. Raises ValueError if the folder holds none."""
     deep = read_recipe(folder)["depth"]
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    kind = model_class(transformers.AutoConfig.from_pretrained(folder))
+    model = kind.from_pretrained(folder, dtype=torch.float32)
     _add_bridge(model)
     for file in folder.glob("*.safetensors"):
         with safetensors.safe_open(file, "pt") as tensors:
@@ -216,7 +202,7 @@ def fingerprint(model: LanguageModel) -> str:
 
 def _from_config(config: Any) -> Any:
     with no_init_weights():
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model = model_class(config).from_config(config, dtype=torch.float32)
     model.tie_weights()
     _add_bridge(model)
     return model

@@ -1,81 +1,36 @@
-"""Causal language models as the rest of the package sees them, and the frozen global model among them."""
+"""Language models as the rest of the package sees them, and the frozen global model among them."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor, nn
 
+from fedsp_mpi.models.families import (
+    FAMILIES,
+    SIZES,
+    Shape,
+    kind_of,
+    layers_of,
+    logits_of,
+    model_class,
+    shape_of,
+    without_dropout,
+)
 from fedsp_mpi.models.hub import AbsentError, first_line, locate
 from fedsp_mpi.models.prompts import Prompt
 from fedsp_mpi.tensors import Batch, seal
 
-# Where each family keeps its list of layers, as a path from the model with its head.
-FAMILIES = {
-    "gpt2": "transformer.h",
-    "opt": "model.decoder.layers",
-    "llama": "model.layers",
-    "qwen2": "model.layers",
-}
-SIZES = (
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "hidden_size",
-    "word_embed_proj_dim",
-    "max_position_embeddings",
-    "vocab_size",
-)
-DROPOUTS = (
-    "resid_pdrop",
-    "embd_pdrop",
-    "attn_pdrop",
-    "dropout",
-    "attention_dropout",
-    "activation_dropout",
-    "layerdrop",
-)
+__all__ = ["FAMILIES", "LanguageModel", "Shape", "layers_of", "shape_of", "without_dropout"]
 
 
 class _ArrivedError(Exception):
     """A forward pass has come as far as it had to."""
-
-
-@dataclass(frozen=True)
-class Shape:
-    """The sizes of a model that a prompt must fit.
-
-    Attributes:
-        num_layers: depth, shared layers counted as often as they are run.
-        num_kv_heads, head_dim: of the keys and values of one layer.
-        hidden_size: width of an input embedding.
-        num_positions: longest sequence, prompt included.
-    """
-
-    num_layers: int
-    num_kv_heads: int
-    head_dim: int
-    hidden_size: int
-    num_positions: int
-
-
-def shape_of(config: Any) -> Shape:
-    """Read the sizes from a transformers configuration."""
-    heads = config.num_attention_heads
-    return Shape(
-        num_layers=config.num_hidden_layers,
-        num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
-        hidden_size=getattr(config, "word_embed_proj_dim", None) or config.hidden_size,
-        num_positions=config.max_position_embeddings,
-    )
 
 
 def read_config(name: str, revision: str | None = None) -> Any:
@@ -132,13 +87,11 @@ def _refused(key: str, name: str, what: str, expected: str) -> Iterator[None]:
         raise ValueError(f"{key}: found {name!r}, {what} ({first_line(error)}); expected {expected}") from None
 
 
-def layers_of(model: nn.Module) -> nn.ModuleList:
-    """The list of layers of a model with a language-model head."""
-    return model.get_submodule(FAMILIES[model.config.model_type])  # type: ignore[union-attr,return-value,index]
-
-
 class LanguageModel:
-    """A causal language model that takes a soft prompt and gives logits where an answer is due.
+    """A language model that takes a soft prompt and gives logits where an answer is due.
+
+    Causal ones read from left to right; masked ones (BERT, RoBERTa) read all of a text and answer where the mask token
+    stands in it; an encoder and a decoder (T5) answer what belongs into the gap that a token marks.
 
     Args:
         model: a transformers model with its language-model head.
@@ -150,6 +103,7 @@ class LanguageModel:
 
     Attributes:
         casts: whether the weights have another type than the forward pass.
+        kind: "causal", "masked" or "encoder_decoder".
     """
 
     def __init__(
@@ -167,7 +121,7 @@ class LanguageModel:
         """Be this transformers model from now on."""
         self.model, self.dtype = model, dtype
         self.weights = dict(model.named_parameters())
-        self.shape = shape_of(model.config)
+        self.shape, self.kind = shape_of(model.config), kind_of(model.config)
         self.device = next(model.parameters()).device
         if self.candidates is not None:
             self.candidates = self.candidates.to(self.device)
@@ -258,18 +212,34 @@ class LanguageModel:
     def head(self, hidden: Tensor) -> Tensor:
         """Logits [..., vocabulary] of hidden states [..., hidden]."""
         with self.computing():
-            return self.model.get_output_embeddings()(hidden)
+            return logits_of(self.model, hidden)
 
     def answer_logits(self, batch: Batch, prompt: Prompt | None = None) -> tuple[Tensor, Tensor]:
         """Logits [answers, vocabulary] and targets [answers] at the positions that have a target, and only there.
 
         With candidates, the logits are [answers, candidates], and the targets are places among them.
         """
-        where = batch.targets != -100
-        logits, targets = self.head(self.hidden(batch, prompt)[where]), batch.targets[where]
+        logits, targets = self.head(self.answer_states(batch, prompt)), batch.targets[batch.targets != -100]
         if self.candidates is None:
             return logits, targets
         return logits[:, self.candidates], torch.searchsorted(self.candidates, targets)
+
+    def answer_states(self, batch: Batch, prompt: Prompt | None = None) -> Tensor:
+        """Last hidden states [answers, hidden] where the batch has a target, row by row."""
+        where = batch.targets != -100
+        return (
+            self._decoded(batch, prompt, where) if self.kind == "encoder_decoder" else self.hidden(batch, prompt)[where]
+        )
+
+    def _decoded(self, batch: Batch, prompt: Prompt | None, where: Tensor) -> Tensor:
+        """The decoder's states behind the gap's token, one a row: there it says what belongs into the gap."""
+        with self.computing():
+            inputs, _ = self.inputs(batch, prompt)
+            encoded = self.model.encoder(**inputs).last_hidden_state
+            gap = batch.input_ids[where][:, None]
+            begun = torch.cat([torch.full_like(gap, self.model.config.decoder_start_token_id), gap], dim=1)
+            seen = {"encoder_hidden_states": encoded, "encoder_attention_mask": inputs["attention_mask"]}
+            return self.model.decoder(input_ids=begun, use_cache=False, **seen).last_hidden_state[:, -1]
 
     def keys_and_values(self, ids: Tensor) -> Tensor:
         """What every layer makes of the tokens `ids` [tokens] alone, in the layout of `Prompt.key_values`, fp32."""
@@ -327,14 +297,6 @@ class LanguageModel:
         return sum(weight.numel() for weight in self.weights.values())
 
 
-def without_dropout(config: Any) -> Any:
-    """Set every dropout rate of a configuration to 0, in place."""
-    for name in DROPOUTS:
-        if hasattr(config, name):
-            setattr(config, name, 0.0)
-    return config
-
-
 def load_global(
     name: str,
     *,
@@ -379,8 +341,7 @@ def _weights(name: str, revision: str | None, device: torch.device, dtype: torch
     settled = without_dropout(config) if checkpointing else config
     expected = "those of its config.json, whole; copy the folder again"
     with _refused("model.name", name, "whose weights could not be read", expected):
-        kind: Any = transformers.AutoModelForCausalLM
-        folder = locate(name, revision, "weights")
+        folder, kind = locate(name, revision, "weights"), model_class(config)
         model, info = kind.from_pretrained(folder, dtype=dtype, config=settled, output_loading_info=True)
     if missing := sorted(info["missing_keys"]):  # which transformers fills with noise
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Soft prompts: per-layer key/value prefixes, with or without a projection, and input prompts; in peft's formats."""
+"""Soft prompts: per-layer key/value prefixes and input prompts, as they are or re-parameterised; in peft's formats."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ from fedsp_mpi.plain import ConfigError
 from fedsp_mpi.tensors import NamedTensors
 
 if TYPE_CHECKING:
-    from fedsp_mpi.models.backbone import Shape
+    from fedsp_mpi.models.families import Shape
+
+
+Encoder = Literal["lstm", "mlp"]
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,8 @@ class PromptSpec:
         num_tokens: soft tokens.
         num_layers: layers that a prefix serves; 1 for an input prompt.
         num_heads, width: key/value heads, and their joint width; an input prompt has one head as wide as an embedding.
-        projection: hidden width of the re-parameterisation (Li and Liang, 2021), or None.
+        projection: hidden width of a prefix's re-parameterisation (Li and Liang, 2021), or None.
+        encoder: what makes an input prompt of embeddings (P-tuning, Liu et al., 2021, arXiv 2103.10385), or None.
     """
 
     kind: Literal["prefix", "input"]
@@ -38,12 +42,20 @@ class PromptSpec:
     num_heads: int
     width: int
     projection: int | None = None
+    encoder: Encoder | None = None
 
     @classmethod
-    def of(cls, shape: Shape, kind: Literal["prefix", "input"], num_tokens: int, projection: int | None) -> PromptSpec:
+    def of(
+        cls,
+        shape: Shape,
+        kind: Literal["prefix", "input"],
+        num_tokens: int,
+        projection: int | None,
+        encoder: Encoder | None = None,
+    ) -> PromptSpec:
         """The prompt of `num_tokens` soft tokens that fits a model of this shape."""
         if kind == "input":
-            return cls(kind, num_tokens, 1, 1, shape.hidden_size)
+            return cls(kind, num_tokens, 1, 1, shape.hidden_size, encoder=encoder)
         return cls(
             kind, num_tokens, shape.num_layers, shape.num_kv_heads, shape.num_kv_heads * shape.head_dim, projection
         )
@@ -71,35 +83,51 @@ class Prompt(nn.Module):
     """A trainable soft prompt, always fp32.
 
     `matrix()` is what stock peft stores: [num_tokens, row_width], of a prefix layer by layer, each its key, then its
-    value. Without a projection the one parameter is that matrix; with it, they are peft's `embedding` and `transform`
-    (embedding [num_tokens, width], Linear to `projection`, tanh, Linear to row_width).
+    value. By itself the one parameter is that matrix. With a projection they are peft's `embedding` and `transform`
+    (embedding [num_tokens, width], Linear to `projection`, tanh, Linear to row_width); with an encoder `embedding`
+    [num_tokens, width], for "lstm" a bidirectional LSTM of two layers over it, and two linear layers with a ReLU
+    between them, all as wide as an embedding, as in OpenPrompt, which FedPrompt's authors used.
     """
 
     def __init__(self, spec: PromptSpec) -> None:
         super().__init__()
-        self.spec = spec
-        if spec.projection is None:
+        self.spec, width = spec, spec.width
+        if spec.projection is None and spec.encoder is None:
             self.prompt = nn.Parameter(torch.zeros(spec.num_tokens, spec.row_width))
-        else:
-            self.embedding = nn.Parameter(torch.zeros(spec.num_tokens, spec.width))
+            return
+        self.embedding = nn.Parameter(torch.zeros(spec.num_tokens, width))
+        if spec.projection is not None:
             self.transform = nn.Sequential(
-                nn.Linear(spec.width, spec.projection), nn.Tanh(), nn.Linear(spec.projection, spec.row_width)
+                nn.Linear(width, spec.projection), nn.Tanh(), nn.Linear(spec.projection, spec.row_width)
             )
+            return
+        sides = 2 if spec.encoder == "lstm" else 1
+        if spec.encoder == "lstm":
+            self.lstm = nn.LSTM(width, width, num_layers=2, bidirectional=True, batch_first=True)
+        self.mlp = nn.Sequential(nn.Linear(sides * width, width), nn.ReLU(), nn.Linear(width, width))
 
     def initialise(self, seed: int, std: float) -> Prompt:
-        """Fill with N(0, std^2), the projection's weights with N(0, 1/inputs) and its offsets with 0.
+        """Fill with N(0, std^2), a projection's or encoder's weights with N(0, 1/inputs) and its offsets with 0.
 
         The numbers depend on the seed and the names alone.
         """
         for name, parameter in self.named_parameters():
             scale = std if name in ("prompt", "embedding") else parameter.shape[-1] ** -0.5
             noise = rng.generator(seed, f"prompt {name}").standard_normal(tuple(parameter.shape), dtype="float32")
-            parameter.data = torch.from_numpy(noise).mul_(0.0 if name.endswith("bias") else scale)
+            parameter.data = torch.from_numpy(noise).mul_(0.0 if "bias" in name else scale)
         return self
 
     def matrix(self) -> Tensor:
         """The prompt in peft's layout, [num_tokens, row_width]."""
+        if self.spec.encoder is not None:
+            return self._encoded()
         return self.prompt if self.spec.projection is None else self.transform(self.embedding)
+
+    def _encoded(self) -> Tensor:
+        """What the encoder makes of the embeddings, in fp32 whatever the model computes in."""
+        with torch.autocast(self.embedding.device.type, enabled=False):
+            rows = self.lstm(self.embedding[None])[0][0] if self.spec.encoder == "lstm" else self.embedding
+            return self.mlp(rows)
 
     def key_values(self) -> Tensor:
         """Keys and values of a prefix, [num_layers, 2, num_heads, num_tokens, head_dim]."""
@@ -208,16 +236,17 @@ class DepthMap:
         return (slice(None),) * axis + (list(self.layers or ()),)
 
 
-def write_adapter(folder: Path, tensors: NamedTensors, spec: PromptSpec, base: str) -> None:
+def write_adapter(folder: Path, tensors: NamedTensors, spec: PromptSpec, base: str, task: str = "CAUSAL_LM") -> None:
     """Write a stock peft adapter: `PeftModel.from_pretrained(model, folder)` then answers with this prompt.
 
-    A projection is applied first, as peft itself does when it saves.
+    A projection or an encoder is applied first, as peft itself does when it saves.
 
     Args:
         folder: made if it is not there.
         tensors: the prompt's parameters, of the depth of the global model.
         spec: what they are.
         base: name or folder of the global model, for the adapter's own note.
+        task: peft's name for the kind of model.
     """
     prompt = Prompt(spec)
     prompt.load(tensors.torch())
@@ -228,7 +257,7 @@ def write_adapter(folder: Path, tensors: NamedTensors, spec: PromptSpec, base: s
     prefix = {"encoder_hidden_size": spec.width, "prefix_projection": False} if spec.kind == "prefix" else {}
     settings = {
         "peft_type": "PREFIX_TUNING" if spec.kind == "prefix" else "PROMPT_TUNING",
-        "task_type": "CAUSAL_LM",
+        "task_type": task,
         "base_model_name_or_path": base,
         "inference_mode": True,
         "num_virtual_tokens": spec.num_tokens,

@@ -4,6 +4,7 @@ from fedsp_mpi.record.checkpoint import Checkpoint, Checkpoints
 from fedsp_mpi.record.compare import difference
 from fedsp_mpi.record.comparison import compare, comparison_table, main_result, read_all
 from fedsp_mpi.record.files import RecordError
+from fedsp_mpi.record.gain import gain_table
 from fedsp_mpi.record.layout import Run, read
 from fedsp_mpi.record.plot import draw_bars, draw_curves
 from fedsp_mpi.record.report import markdown, summary
@@ -25,6 +26,7 @@ __all__ = [
     "difference",
     "draw_bars",
     "draw_curves",
+    "gain_table",
     "main_result",
     "markdown",
     "read",

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from fedsp_mpi.config import changed_keys
-from fedsp_mpi.record import report
+from fedsp_mpi.record import attack, report
 from fedsp_mpi.record.layout import Run, read
 from fedsp_mpi.record.report import SERVER_ONLY, ZERO_SHOT, main_measure
 
@@ -31,12 +31,14 @@ class Method:
     Attributes:
         runs: none for a control.
         of: of a control, the methods that it belongs to.
+        tasks: of each run, by its file.
     """
 
     label: str
     results: dict[str, Results] = field(default_factory=dict)
     runs: list[Run] = field(default_factory=list)
     of: tuple[str, ...] = ()
+    tasks: dict[Path, str] = field(default_factory=dict)
 
     def percents(self, task: str) -> list[float]:
         """The main measure by seed, in percent."""
@@ -105,14 +107,22 @@ def compare(runs: Sequence[Run]) -> Comparison:
 
 def comparison_table(found: Comparison) -> str:
     """The Markdown table of a comparison, and below it what it was measured on, and warnings."""
-    head = ["method", *(f"{task} ({_measure(found, task)})" for task in found.tasks), *_COSTS]
-    body = [
-        [row.label, *(report.spread(row.percents(task)) for task in found.tasks), *_costs(row)] for row in found.methods
-    ]
+    head = ["method", *(f"{task} ({_measure(found, task)})" for task in found.tasks)]
+    body = [[row.label, *(report.spread(row.percents(task)) for task in found.tasks)] for row in found.methods]
+    for task in (task for task in found.tasks if any(_attack(row, task) for row in found.methods)):
+        head.append(f"{task} (attack success)")
+        body = [[*line, _attack(row, task)] for line, row in zip(body, found.methods)]
+    head += _COSTS
+    body = [[*line, *_costs(row)] for line, row in zip(body, found.methods)]
     lines = [head, ["---", *["---:"] * (len(head) - 1)], *body]
     table = ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]
     warnings = [f"- **Warning:** {text}" for text in found.warnings]
     return "\n".join([*table, "", _LEGEND, "", *_facts(found), *warnings])
+
+
+def _attack(row: Method, task: str) -> str:
+    """The attack's success on a task; empty where none was studied."""
+    return attack.cell([run for run in row.runs if row.tasks.get(run.file) == task], row.label)
 
 
 # -- tasks and methods ---------------------------------------------------------------------------------------------
@@ -183,6 +193,7 @@ def _add(methods: dict[str, Method], task: str, run: Run) -> None:
     method = methods.setdefault(label_of(run), Method(label_of(run)))
     method.results.setdefault(task, {})[seed_of(run)] = own
     method.runs.append(run)
+    method.tasks[run.file] = task
 
 
 # -- controls ------------------------------------------------------------------------------------------------------

@@ -213,10 +213,10 @@ def _read_table(h5: h5py.File, name: str) -> np.ndarray:
     stored, kind = h5[name][()], rows.table_type(rows.TABLES[name])
     data = np.empty(len(stored), dtype=kind)
     for column in kind.names or ():
-        if column not in (stored.dtype.names or ()) and column in rows.ADDED:
-            data[column] = rows.NAN
-            continue
         if column not in (stored.dtype.names or ()):
+            if column in rows.LATER.get(name, {}):
+                data[column] = rows.LATER[name][column]
+                continue
             raise KeyError(f"table {name} has no column {column}")
         values = stored[column]
         data[column] = [text.decode() for text in values] if kind[column].hasobject else values

@@ -19,9 +19,22 @@ from typing import Any
 
 import numpy as np
 
+from fedsp_mpi.record import attack
 from fedsp_mpi.record.layout import Run
+from fedsp_mpi.record.rows import TRIGGERED
+from fedsp_mpi.record.text import (
+    as_bytes,
+    as_count,
+    as_seconds,
+    clip,
+    date,
+    loss,
+    percent,
+    spread,
+    table,
+    wrapped,
+)
 
-WIDTH = 100
 ZERO_SHOT, SERVER_ONLY = "zero-shot", "server-only"
 _SAME_EXPERIMENT = ("run", "topology", "deadlines", "record")  # sections that do not change what is computed
 
@@ -30,7 +43,7 @@ def summary(run: Run) -> str:
     """One run as plain text, at most 100 columns wide: header, rounds, results and their verdict, wire, time."""
     parts = [_header(run), _rounds(run), _results(run), _wire(run), _seconds(run)]
     lines = [line for part in parts if part for line in [*part, ""]]
-    return "\n".join(_clip(line) for line in [*lines, f"folder    {run.file.parent}"])
+    return "\n".join(clip(line) for line in [*lines, f"folder    {run.file.parent}"])
 
 
 def markdown(runs: Iterable[Run]) -> str:
@@ -45,8 +58,10 @@ def markdown(runs: Iterable[Run]) -> str:
         groups.setdefault(json.dumps(_experiment(run), sort_keys=True), []).append(run)
     labels = _labels([_flat(_experiment(members[0])) for members in groups.values()])
     head = ["experiment", "method", "split", "seeds", "n", "acc", "acc_norm", "exact match", "val. loss", "gain"]
+    studies = any(len(attack.successes(run)) for run in runs)
+    head += ["attack success"] if studies else []
     body = [line for label, members in zip(labels, groups.values()) for line in _group_rows(label, members)]
-    lines = [head, ["---"] * 4 + ["---:"] * 6, *body]
+    lines = [head, ["---"] * 4 + ["---:"] * (len(head) - 4), *(line[: len(head)] for line in body)]
     text = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
     open_runs = [f"{run.name} ({run.status})" for run in runs if run.status != "complete" or not len(run.results)]
     return text + (f"\n\nNot complete: {', '.join(open_runs)}." if open_runs else "")
@@ -64,13 +79,13 @@ def main_measure(row: np.void) -> tuple[str, float]:
 def _header(run: Run) -> list[str]:
     state = run.status + (f" ({' '.join(run.reason.split())})" if run.reason else "")
     lines = [f"run       {run.name}   {state}, {run.committed_rounds} rounds"]
-    lines += _wrapped("machine   ", [*machine(run.environment), *_clients(run)])
-    lines.append(f"date      {_date(run.created)} to {_date(run.updated)} UTC")
+    lines += wrapped("machine   ", [*machine(run.environment), *_clients(run)])
+    lines.append(f"date      {date(run.created)} to {date(run.updated)} UTC")
     if run.environment.get("commit"):
         lines.append(f"commit    {run.environment['commit']}")
     named = {"global": run.config.get("model", {}).get("name", "")}
     models = [_model(part, value, named.get(part, "")) for part, value in run.sections.get("models", {}).items()]
-    return [*lines, *_wrapped("models    ", list(filter(None, models))), *_wrapped("data      ", _data(run))]
+    return [*lines, *wrapped("models    ", list(filter(None, models))), *wrapped("data      ", _data(run))]
 
 
 def machine(environment: Mapping[str, Any]) -> list[str]:
@@ -119,8 +134,8 @@ def _rounds(run: Run) -> list[str]:
         [
             str(row["round"]),
             f"{row['num_clients'] - row['num_failed']}/{row['num_clients']}",
-            _loss(means.get(int(row["round"]), math.nan)),
-            *(_loss(row[name]) for name in ("server_loss_last", *_VALIDATION)),
+            loss(means.get(int(row["round"]), math.nan)),
+            *(loss(row[name]) for name in ("server_loss_last", *_VALIDATION)),
             *(as_seconds(row[name]) for name in ("seconds_clients", "seconds_server", "seconds_total")),
             "best" if row["is_best"] and row["round"] == _best_round(run) else "",
         ]
@@ -130,7 +145,7 @@ def _rounds(run: Run) -> list[str]:
         "losses in nats a token: client = last prompt steps, mean of the clients; server = last tuning step;",
         "on the validation split: merged = before the server's tuning, tuned = after, control = server only",
     )
-    return [*_table(head, body, num_left=0), *legend, *_failures(run)]
+    return [*table(head, body, num_left=0), *legend, *_failures(run)]
 
 
 _VALIDATION = ("validation_merged", "validation_loss", "control_validation_loss")
@@ -149,13 +164,16 @@ def _client_losses(run: Run) -> dict[int, float]:
 
 def _failures(run: Run) -> list[str]:
     failed = run.clients[run.clients["status"] != "ok"] if len(run.clients) else run.clients
-    lines = [f"client {r['client']} failed in round {r['round']}: {' '.join(r['reason'].split())}" for r in failed[:5]]
-    return lines + ([f"... and {len(failed) - 5} more failures"] if len(failed) > 5 else [])
+    lines = [
+        f"client {r['client']} {r['status']} in round {r['round']}: {' '.join(r['reason'].split())}" for r in failed[:5]
+    ]
+    return lines + ([f"... and {len(failed) - 5} more"] if len(failed) > 5 else [])
 
 
 def _results(run: Run) -> list[str]:
     if not len(run.results):
         return ["no results yet"]
+    usual = run.results[run.results["split"] != TRIGGERED]
     head = ["method", "split", "round", "n", "acc %", "acc_norm %", "exact %", "std. error", "val. loss", "seconds"]
     body = [
         [
@@ -163,20 +181,20 @@ def _results(run: Run) -> list[str]:
             str(row["split"]),
             str(row["round"]) if row["round"] else "",
             str(row["n"]),
-            *(_percent(row[name]) for name in ("acc", "acc_norm", "exact_match", "stderr")),
-            _loss(row["loss"]),
+            *(percent(row[name]) for name in ("acc", "acc_norm", "exact_match", "stderr")),
+            loss(row["loss"]),
             as_seconds(row["seconds"]),
         ]
-        for row in run.results
+        for row in usual
     ]
-    return [*_table(head, body, num_left=2), *_verdicts(run)]
+    return [*table(head, body, num_left=2), *_verdicts(run), *attack.lines(run)]
 
 
 def _verdicts(run: Run) -> list[str]:
     """Sentences on what the federated methods gained over their controls, split by split."""
     lines = []
     for row in run.results:
-        if row["method"] in (ZERO_SHOT, SERVER_ONLY):
+        if row["method"] in (ZERO_SHOT, SERVER_ONLY) or row["split"] == TRIGGERED:
             continue
         for control in (SERVER_ONLY, ZERO_SHOT):
             other = _result(run, control, row["split"])
@@ -214,7 +232,7 @@ def _wire(run: Run) -> list[str]:
     if not sum(sizes.values()):
         return []
     listed = [f"{direction} {as_bytes(size)}" for direction, size in sizes.items()]
-    lines = _wrapped("wire      ", [*listed, f"in all {as_bytes(sum(sizes.values()))}"])
+    lines = wrapped("wire      ", [*listed, f"in all {as_bytes(sum(sizes.values()))}"])
     num = int(run.rounds["num_clients"].sum())
     if num:
         lines.append(
@@ -242,7 +260,7 @@ def _seconds(run: Run) -> list[str]:
     beyond = [_beyond_training(run, row) for row in run.rounds]
     if known_ones := [value for value in beyond if not math.isnan(value)]:
         shown.append(f"a client beyond its training {1000 * statistics.median(known_ones):.1f} ms")
-    return _wrapped("seconds   ", [*reused, *shown])
+    return wrapped("seconds   ", [*reused, *shown])
 
 
 def _beyond_training(run: Run, row: np.void) -> float:
@@ -268,6 +286,8 @@ def _group_rows(label: str, runs: Sequence[Run]) -> Iterator[list[str]]:
     """The Markdown rows of one experiment, in the order in which its methods were first seen."""
     keys = dict.fromkeys((str(row["method"]), str(row["split"])) for run in runs for row in run.results)
     for method, split in keys:
+        if split == TRIGGERED:
+            continue
         found = [(run, row) for run in runs if (row := _result(run, method, split)) is not None]
         gains = [] if method in (ZERO_SHOT, SERVER_ONLY) else [_gain(run, row) for run, row in found]
         counts = sorted({int(row["n"]) for _, row in found})
@@ -280,6 +300,7 @@ def _group_rows(label: str, runs: Sequence[Run]) -> Iterator[list[str]]:
             *(spread([100 * float(row[name]) for _, row in found]) for name in ("acc", "acc_norm", "exact_match")),
             spread([float(row["loss"]) for _, row in found], digits=4),
             spread([100 * gain for gain in gains], sign=True),
+            spread([100 * attack.successes(run)[method] for run, _ in found if method in attack.successes(run)]),
         ]
 
 
@@ -287,15 +308,6 @@ def _gain(run: Run, row: np.void) -> float:
     control = _result(run, SERVER_ONLY, row["split"])
     name, value = main_measure(row)
     return math.nan if control is None else value - float(control[name])
-
-
-def spread(values: Sequence[float], digits: int = 2, sign: bool = False) -> str:
-    """Mean ± sample standard deviation of the values that are known; without ± for a single one."""
-    known = [value for value in values if not math.isnan(value)]
-    if not known:
-        return "-"
-    mean = f"{statistics.fmean(known):{'+' if sign else ''}.{digits}f}"
-    return f"{mean} ± {statistics.stdev(known):.{digits}f}" if len(known) > 1 else mean
 
 
 def _experiment(run: Run) -> dict[str, Any]:
@@ -316,72 +328,3 @@ def _labels(configs: Sequence[Mapping[str, Any]]) -> list[str]:
     apart = [key for key in keys if len({json.dumps(config.get(key), sort_keys=True) for config in configs}) > 1]
     shown = apart or ["model.name", "data.task"]
     return [", ".join(f"{key}={config[key]}" for key in shown if key in config) or "all" for config in configs]
-
-
-# --- text ---
-
-
-def _table(head: Sequence[str], body: Sequence[Sequence[str]], num_left: int) -> list[str]:
-    """Aligned columns, the first `num_left` to the left; a column without a single entry is left out."""
-    shown = [i for i in range(len(head)) if any(line[i] for line in body)]
-    lines = [[line[i] for i in shown] for line in (head, *body)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(shown))]
-    aligned = [
-        "  ".join(cell.ljust(w) if i < num_left else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths)))
-        for line in lines
-    ]
-    rule = "  ".join("-" * w for w in widths)
-    return [line.rstrip() for line in (aligned[0], rule, *aligned[1:])]
-
-
-def _wrapped(label: str, items: Sequence[str]) -> list[str]:
-    """Items after a label, separated by commas, on as many lines as they need; none without items."""
-    if not items:
-        return []
-    lines = [label]
-    for i, item in enumerate(items):
-        text = item + ("," if i + 1 < len(items) else "")
-        if len(lines[-1]) + len(text) + 1 > WIDTH and lines[-1].strip() != label.strip():
-            lines.append(" " * len(label))
-        lines[-1] += text if len(lines[-1]) == len(label) else f" {text}"
-    return lines
-
-
-def _clip(line: str) -> str:
-    """At most 100 printable ASCII characters."""
-    line = line.encode("ascii", "replace").decode()
-    return line if len(line) <= WIDTH or line.startswith("folder ") else line[: WIDTH - 3] + "..."
-
-
-def _loss(value: float) -> str:
-    return "" if math.isnan(value) else f"{value:.4f}"
-
-
-def as_seconds(value: float) -> str:
-    """Without the unit; empty for what is not known."""
-    return "" if math.isnan(value) else f"{value:.2f}" if value < 99.995 else f"{value:.0f}"
-
-
-def _percent(value: float) -> str:
-    return "" if math.isnan(value) else f"{100 * value:.2f}"
-
-
-def as_bytes(num: float) -> str:
-    """Decimal units, as networks count: 24.6 MB."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if num < 999.95 or unit == "GB":
-            return f"{num:.0f} B" if unit == "B" else f"{num:.1f} {unit}"
-        num /= 1000
-    raise AssertionError("unreachable")
-
-
-def as_count(num: float) -> str:
-    """1557611200 as 1.56 B, 6144000 as 6.14 M."""
-    for limit, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if num >= limit:
-            return f"{num / limit:.2f} {unit}"
-    return f"{num:.0f}"
-
-
-def _date(text: str) -> str:
-    return text[:16].replace("T", " ")

@@ -14,6 +14,7 @@ import h5py
 import numpy as np
 
 NAN = math.nan
+TRIGGERED = "test+trigger"  # the split of a result that is an attack's success
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,11 +58,11 @@ class RoundRow:
 
 @dataclass(frozen=True, kw_only=True)
 class ClientRow:
-    """One client in one round; `reason` says why a client with status "failed" did.
+    """One client in one round; `reason` says why its status is "failed", or "rejected" by the rule of aggregation.
 
-    Attributes:
-        fitness: the objective at what a search came to.
-        step_size: root of the sum of squares of a search's step sizes in the round.
+    `attack_success` is the share of triggered questions that a poisoned client's own prompts answer as its attacker
+    wants.
+    `fitness` is the objective at what a search came to, `step_size` the root of the sum of squares of its step sizes.
     """
 
     round: int
@@ -79,6 +80,7 @@ class ClientRow:
     seconds_other: float = NAN
     bytes_down: int = 0
     bytes_up: int = 0
+    attack_success: float = NAN
     fitness: float = NAN
     step_size: float = NAN
 
@@ -89,6 +91,7 @@ class ResultRow:
 
     Attributes:
         method: "zero-shot", "server-only", "fedsp", ...
+        split: "test"; "test+trigger" where acc is the share that an attack's trigger brings to its answer.
         round: the round whose prompts were scored; 0 for a method without rounds.
         n: items scored.
         acc, acc_norm, exact_match: fractions from 0 to 1; nan where the task has no such measure.
@@ -129,8 +132,9 @@ class WireRow:
     bytes_crossed: int = 0
 
 
-ADDED = ("fitness", "step_size")  # columns that records of before do not have; they are nan then
 TABLES: dict[str, type] = {"rounds": RoundRow, "clients": ClientRow, "results": ResultRow, "wire": WireRow}
+# Columns that records of earlier versions lack, and what is in them then.
+LATER: dict[str, dict[str, Any]] = {"clients": dict.fromkeys(("attack_success", "fitness", "step_size"), NAN)}
 _TYPES: dict[Any, Any] = {int: np.dtype("i8"), float: np.dtype("f8"), bool: np.dtype("?")}
 
 

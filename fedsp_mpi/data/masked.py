@@ -1,0 +1,92 @@
+"""Texts with a gap, for models that fill it in: masked ones at a mask token, T5 at its first sentinel.
+
+A text is the task's words before the answer, the gap, and those behind it. The answer is one token, as FedPrompt's
+one-to-one verbalisers have it (arXiv 2208.12268).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from fedsp_mpi.data.tasks import Example
+from fedsp_mpi.data.tokens import Text
+from fedsp_mpi.plain import ConfigError
+
+_SENTINEL = "<extra_id_0>"
+
+
+def gap(tokenizer: Any) -> tuple[str, int]:
+    """The token that marks a gap, and its id. Raises ConfigError if the tokenizer has none."""
+    name = tokenizer.mask_token or _SENTINEL
+    found = tokenizer.convert_tokens_to_ids(name)
+    if found is None or found == tokenizer.unk_token_id:
+        raise ConfigError(
+            f"model.tokenizer: found one without a mask token and without {_SENTINEL}, expected the one that belongs "
+            "to the model"
+        )
+    return name, int(found)
+
+
+def answer_token(tokenizer: Any, word: str) -> int:
+    """The one token that a word is, with a blank before it. Raises ConfigError if it is several, or unknown."""
+    ids = tokenizer(f" {word}", add_special_tokens=False)["input_ids"]
+    if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
+        pieces = ", ".join(map(repr, tokenizer.convert_ids_to_tokens(ids)))
+        raise ConfigError(
+            f"data.verbaliser: found {word!r}, which is {pieces or 'nothing'} to this tokenizer, expected words that "
+            "are one token each; choose others"
+        )
+    return int(ids[0])
+
+
+def encode(tokenizer: Any, examples: Sequence[Example], max_length: int) -> list[Text]:
+    """Each example as one text with its right answer in the gap, at most `max_length` tokens.
+
+    A long text loses its beginning, but for the token that every text begins with.
+
+    Raises ConfigError if an answer is not one token, or if the words from the gap on do not fit.
+    """
+    texts = _with_gaps(tokenizer, [(example.context, example.after) for example in examples], max_length)
+    answers = _answers(tokenizer, (example.target.strip() for example in examples))
+    return [_filled(text, answers[example.target.strip()]) for text, example in zip(texts, examples)]
+
+
+def encode_options(tokenizer: Any, examples: Sequence[Example], max_length: int) -> list[tuple[Text, ...]]:
+    """Each example as a text for every choice; the same errors as `encode`."""
+    texts = _with_gaps(tokenizer, [(example.context, example.after) for example in examples], max_length)
+    answers = _answers(tokenizer, (choice for example in examples for choice in example.choices))
+    return [tuple(_filled(t, answers[choice]) for choice in e.choices) for t, e in zip(texts, examples)]
+
+
+def _with_gaps(tokenizer: Any, pairs: Sequence[tuple[str, str]], max_length: int) -> list[Text]:
+    name, id = gap(tokenizer)
+    whole = [f"{before.rstrip()} {name}{after}".lstrip() for before, after in pairs]
+    found = tokenizer(whole, return_attention_mask=False, verbose=False)["input_ids"] if whole else []
+    return [_cut(ids, before.count(name), id, max_length, tokenizer) for ids, (before, _) in zip(found, pairs)]
+
+
+def _cut(ids: list[int], earlier: int, id: int, max_length: int, tokenizer: Any) -> Text:
+    """The text without what is too much of its beginning; `earlier`: gaps' tokens that the task's own text holds."""
+    at = [place for place, token in enumerate(ids) if token == id][earlier]
+    kept, excess = int(ids[0] == tokenizer.cls_token_id), max(0, len(ids) - max_length)
+    if at - kept < excess:
+        raise ConfigError(
+            f"data.max_length, prompt.num_tokens: found {len(ids) - at + kept} tokens from the answer on where "
+            f"{max_length} are left for a text, expected room for them; raise data.max_length, or shorten the prompt "
+            "or the template"
+        )
+    left = [*ids[:kept], *ids[kept + excess :]]
+    return Text(np.asarray(left, dtype=np.int32), at - excess, id)
+
+
+def _answers(tokenizer: Any, words: Iterable[str]) -> dict[str, int]:
+    return {word: answer_token(tokenizer, word) for word in dict.fromkeys(words)}
+
+
+def _filled(text: Text, answer: int) -> Text:
+    ids = text.ids.copy()
+    ids[text.answer] = answer
+    return Text(ids, text.answer, text.gap)

@@ -1,0 +1,65 @@
+"""What clients bring: methods against the server-only control, and the part of the way to centralised tuning."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterator
+
+from fedsp_mpi.record.comparison import Comparison, Method
+from fedsp_mpi.record.report import main_measure
+
+
+def gain_table(found: Comparison) -> str | None:
+    """A Markdown table of what methods gain on their control; None where no method has one.
+
+    A gain is the difference of the main measure in points, seed by seed, with the standard error of its mean over
+    seeds. Where prompts were tuned on all data in one place, too, the part of the gap between the control and that is
+    given, of the means over the seeds that all three have.
+    """
+    tops = [row for row in found.methods if _is_centralised(row)]
+    top = tops[0] if tops else None
+    rows = [[method.label, *_cells(found, control, method, top)] for control, method in _pairs(found)]
+    if not rows:
+        return None
+    lines = [["gain", *found.tasks], ["---", *["---:"] * len(found.tasks)], *rows]
+    table = ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]
+    way = f"; in brackets, the part of the gap between it and {top.label} that this closes" if top else ""
+    return "\n".join([*table, "", f"Points above server-only, mean ± standard error over seeds{way}."])
+
+
+def _pairs(found: Comparison) -> Iterator[tuple[Method, Method]]:
+    """Each control with each of the methods that it belongs to."""
+    by_label = {row.label: row for row in found.methods}
+    for control in found.methods:
+        yield from ((control, by_label[label]) for label in control.of)
+
+
+def _is_centralised(row: Method) -> bool:
+    """Whether its runs tuned prompts without clients."""
+    return bool(row.runs) and all(
+        run.config.get("federation", {}).get("clients") == 0 and run.config.get("method") == "fedsp" for run in row.runs
+    )
+
+
+def _cells(found: Comparison, control: Method, method: Method, top: Method | None) -> list[str]:
+    return [_cell(_points(control, task), _points(method, task), _points(top, task)) for task in found.tasks]
+
+
+def _points(row: Method | None, task: str) -> dict[int, float]:
+    """The main measure by seed, in percent."""
+    results = row.results.get(task, {}) if row else {}
+    return {seed: 100 * main_measure(result)[1] for seed, result in results.items()}
+
+
+def _cell(control: dict[int, float], method: dict[int, float], top: dict[int, float]) -> str:
+    gains = [method[seed] - control[seed] for seed in sorted(control.keys() & method.keys())]
+    if not gains:
+        return "-"
+    error = f" ± {statistics.stdev(gains) / math.sqrt(len(gains)):.2f}" if len(gains) > 1 else ""
+    shared = control.keys() & method.keys() & top.keys()
+    gap = statistics.fmean([top[seed] - control[seed] for seed in shared]) if shared else 0.0
+    if gap <= 0:
+        return f"{statistics.fmean(gains):+.2f}{error}"
+    closed = statistics.fmean([method[seed] - control[seed] for seed in shared]) / gap
+    return f"{statistics.fmean(gains):+.2f}{error} ({closed:.0%})"

@@ -1,0 +1,75 @@
+"""The part of a configuration that says how prompts are searched for without gradients."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from fedsp_mpi.plain import ConfigError
+from fedsp_mpi.recipes import PromptConfig
+from fedsp_mpi.stages import at_least
+from fedsp_mpi.threats import PrivacyConfig
+
+
+@dataclass(frozen=True)
+class SearchConfig:
+    """Tuning without gradients: a search by CMA-ES for a short vector z; the prompt is the first one + A z (FedBPT)."""
+
+    dimension: int = 500  # of z; A is random, follows from the seed, and never travels
+    population: int = 5  # points of an iteration; each costs a forward pass over all of a client's text
+    iterations: int = 8  # of a client in a round
+    step_size: float = 1.0  # of the first round; A is scaled by it, so it only says what the numbers of z are like
+    spread: float = 1.0  # of the first prompts around where they begin, in standard deviations of an embedding
+    # What is minimised: the loss; the mean loss over the mean loss of a copy of the text in which a share of the words
+    # is random (as the reference does); or the mean of such ratios over the examples (FedBPT, Eq. 7).
+    objective: Literal["loss", "ratio_of_means", "mean_of_ratios"] = "ratio_of_means"
+    perturbation: float = 0.5  # that share
+    # evolution: the server's own CMA-ES ranks the clients' means (FedBPT); average: what all clients' CMA-ES knows is
+    # averaged by their examples (FedAvg-BBT).
+    rule: Literal["evolution", "average"] = "evolution"
+    # full: it travels as its upper triangle; identity: clients begin each round with the identity, which saves nearly
+    # all bytes. In hundreds of dimensions the two are hardly different: it is learned in as many times as many steps.
+    covariance: Literal["full", "identity"] = "full"
+    batch_tokens: int = 4096  # of a forward pass, prompts among them
+
+    def check(self, where: str) -> None:
+        for name, low in (("dimension", 2), ("population", 2), ("iterations", 1), ("batch_tokens", 1)):
+            at_least(where, name, getattr(self, name), low)
+        for name in ("step_size", "spread"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{where}.{name}: found {getattr(self, name)}, expected a number above 0")
+        if not 0 < self.perturbation <= 1:
+            raise ConfigError(
+                f"{where}.perturbation: found {self.perturbation}, expected a share above 0 and at most 1; or set "
+                f"{where}.objective=loss, which needs none"
+            )
+
+    def check_beside(
+        self, clients: int, tuning_steps: int, rule: str, prompt: PromptConfig, privacy: PrivacyConfig
+    ) -> None:
+        """Raise ConfigError if a search is asked for together with what it does without.
+
+        Args:
+            clients, rule: federation.clients and .rule.
+            tuning_steps: server.tuning.steps.
+        """
+        whole = prompt.projection or prompt.encoder
+        for key, found, expected, why in (
+            ("federation.clients", clients, "at least 1", "clients search" if not clients else None),
+            ("server.tuning.steps", tuning_steps, "0", "the server does not tune" if tuning_steps else None),
+            ("federation.rule", rule, "mean", "search.rule is what counts" if rule != "mean" else None),
+            ("client.privacy.clip", privacy.clip, "null", "the objective is sent as it is" if privacy.clip else None),
+            (
+                "prompt.projection, prompt.encoder",
+                whole,
+                "null",
+                "the search has its own projection" if whole else None,
+            ),
+        ):
+            if why:
+                raise ConfigError(f"{key}: found {found} with method=fedbpt, expected {expected}: {why}")
+        if prompt.kind == "prefix" and prompt.init == "random" and not prompt.init_std:
+            raise ConfigError(
+                "prompt.init_std: found 0 with method=fedbpt, expected a number above 0, which the search's scale "
+                "follows from; or set prompt.init=text"
+            )
