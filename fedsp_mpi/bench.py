@@ -67,6 +67,7 @@ def _require_comparable(config: Config, repeats: int) -> None:
     if repeats < 1:
         raise ValueError(f"--repeats: found {repeats}, expected at least 1 round that counts")
     for key, found, expected in (
+        ("method", config.method, "fedsp"),
         ("federation.client_state", config.federation.client_state, "kept"),
         ("federation.stragglers", config.federation.stragglers, "wait"),
         ("auxiliary.dropout", config.auxiliary.dropout, False),

@@ -296,11 +296,8 @@ def _search_handout(materials: Materials, server: Server, small: LanguageModel) 
     down, names = server.broadcast().schema, fedbpt.travelling(materials.config.search)[1]
     up = Schema(spec for spec in down if spec.name in names)
     tensors = NamedTensors.join(parts | {"search/": NamedTensors.of({"scale": scale})})
-    return (
-        auxiliary.cell_config(cell, materials.config.auxiliary),
-        tensors,
-        Contract(down, up, (*fedbpt.METRICS, *backdoor.METRICS)),
-    )
+    contract = Contract(down, up, (*fedbpt.METRICS, *backdoor.METRICS))
+    return auxiliary.cell_config(cell, materials.config.auxiliary), tensors, contract
 
 
 def _scale(materials: Materials, model: LanguageModel, first: Prompt) -> float:

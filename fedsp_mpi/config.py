@@ -14,7 +14,8 @@ import yaml
 from fedsp_mpi.plain import ConfigError, differences, key_value, merge, parse, put, read_yaml
 from fedsp_mpi.recipes import AuxiliaryConfig, DistillationConfig, PromptConfig, Recipe, recipe
 from fedsp_mpi.running import CheckpointConfig, DeadlineConfig, RecordConfig, RunConfig, TopologyConfig
-from fedsp_mpi.stages import WITH_SEARCH, ComputeConfig, Dtype, SearchConfig, StageConfig, at_least
+from fedsp_mpi.search import WITH_SEARCH, SearchConfig
+from fedsp_mpi.stages import ComputeConfig, Dtype, StageConfig, at_least
 from fedsp_mpi.threats import AttackConfig, PrivacyConfig
 
 EMBEDDED = Path(__file__).parent / "resources" / "embedded.yaml"
@@ -370,18 +371,8 @@ def checked(data: dict[str, Any]) -> Config:
 
 # What may differ when a run goes on: where and how it runs, not what comes of it.
 _FREE = (
-    *(
-        "run.name",
-        "run.folder",
-        "run.if_exists",
-        "run.resume",
-        "run.label",
-        "topology.ranks",
-        "deadlines.",
-        "checkpoint.",
-        "record.",
-    ),
-    *("client.resident", "distillation.reuse", "recipe"),
+    *(f"run.{name}" for name in ("name", "folder", "if_exists", "resume", "label")),
+    *("topology.ranks", "deadlines.", "checkpoint.", "record.", "client.resident", "distillation.reuse", "recipe"),
 )
 
 

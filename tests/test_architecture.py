@@ -16,6 +16,7 @@ ORDER = (
     {"plain"},
     {"stages", "running"},
     {"recipes", "threats"},
+    {"search"},
     {"tensors", "rng", "log", "config"},
     {"comm", "models", "data", "aggregation", "record"},
     {"training"},

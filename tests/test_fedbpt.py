@@ -15,6 +15,7 @@ import pytest
 import tiny
 import torch
 from mpi import ROOT, both_ends
+from test_masked import settings as gap_settings
 from test_resume import FAULTY
 from test_run import short_run
 from test_variants import short
@@ -34,7 +35,7 @@ from fedsp_mpi.models.losses import answer_losses, fitness
 from fedsp_mpi.models.prompts import DepthMap, Prompt, PromptSpec
 from fedsp_mpi.models.subspace import Subspace, scale_of
 from fedsp_mpi.record import difference, read
-from fedsp_mpi.stages import SearchConfig
+from fedsp_mpi.search import SearchConfig
 from fedsp_mpi.tensors import NamedTensors, Update
 from fedsp_mpi.training.evolution import Evolution, sizes
 from fedsp_mpi.training.loop import NonFiniteError
@@ -363,6 +364,15 @@ def test_a_share_of_a_text_s_own_words_is_replaced():
     assert (everything[1].ids[2:-4] == texts[1].ids[2:-4]).all(), "only words are replaced, and 77 is the only one"
 
 
+def test_around_a_gap_both_sides_are_a_text_s_own():
+    texts = [Text(np.append(text.ids, [7, *text.ids[2:-4], 8]), len(text.ids) - 2, gap=3) for text in framed([90, 80])]
+    copies = perturbed(texts, 1.0, np.arange(10, 50), rng.generator(1, "perturbation", 1, 0))
+    for text, copy in zip(texts, copies):
+        assert copy.gap == 3 and copy.answer == text.answer and copy.ids[copy.answer] == text.ids[text.answer]
+        own = (text.ids >= 10) & (text.ids < 50)
+        assert (copy.ids != text.ids)[own].mean() > 0.9 and (copy.ids == text.ids)[~own].all()
+
+
 def test_of_one_text_all_of_the_context_may_be_replaced():
     [text] = framed([500])
     [copy] = perturbed([text], 1.0, np.arange(4, 100), rng.generator(1, "perturbation", 1, 0))
@@ -484,7 +494,7 @@ from fedsp_mpi.data.tokens import Text
 from fedsp_mpi.models.backbone import LanguageModel
 from fedsp_mpi.models.prompts import DepthMap, Prompt, PromptSpec
 from fedsp_mpi.models.subspace import Subspace
-from fedsp_mpi.stages import SearchConfig
+from fedsp_mpi.search import SearchConfig
 from fedsp_mpi.tensors import NamedTensors
 from fedsp_mpi.training.evolution import Evolution
 
@@ -626,6 +636,21 @@ def test_clients_may_hold_less_than_the_whole_model(tmp_path, more):
     assert set(run.clients["bytes_up"].tolist()) == {4 * 20 + 256}
 
 
+@pytest.mark.parametrize("family", ["roberta", "t5"])
+def test_models_that_fill_in_a_gap_are_searched_too(tmp_path, family):
+    own = [item for item in FEDBPT if not item.startswith(("prompt", "auxiliary"))]
+    words = ("prompt.init=text", "prompt.init_text=w3 w4", "data.loss_over=auto", "search.objective=mean_of_ratios")
+    run = short(tmp_path / "runs", *gap_settings(tmp_path, family, *own, *words))
+    assert run.status == "complete" and np.isfinite(run.clients["fitness"]).all()
+    assert not np.array_equal(run.prompts(1)["prompt"], run.prompts(2)["prompt"])
+
+
+def test_poisoned_clients_are_watched(tmp_path):
+    attack = ("attack.target=1", "attack.clients=[0]", "attack.trigger=w20", "federation.rounds=1")
+    run = short(tmp_path, *FEDBPT, *attack)
+    assert np.isfinite(run.clients["attack_success"]).tolist() == [True, False, False]
+
+
 def test_a_record_of_before_has_no_fitness(whole, tmp_path, monkeypatch):
     import h5py
 
@@ -663,19 +688,20 @@ def test_a_server_of_two_ranks_has_the_losses_of_one(tmp_path):
     ("settings", "message"),
     [
         (("server.tuning.steps=2",), "server.tuning.steps: found 2 with method=fedbpt, expected 0"),
-        (
-            ("federation.rule=median",),
-            "federation.rule: found median with method=fedbpt, expected mean: what merges is",
-        ),
-        (
-            ("client.privacy.clip=1", "client.privacy.noise_scale=1"),
-            "client.privacy.clip: found 1.0 with method=fedbpt",
-        ),
         (("federation.clients=0",), "federation.clients: found 0 with method=fedbpt, expected at least 1"),
-        (("prompt.kind=prefix", "prompt.init=random", "prompt.projection=4"), "prompt.projection: found 4 with method"),
+        (
+            ("prompt.kind=prefix", "prompt.init=random", "prompt.projection=4"),
+            "prompt.projection: found 4 with method=fedbpt, expected null",
+        ),
         (
             ("prompt.kind=prefix", "prompt.init=random", "prompt.init_std=0"),
             "prompt.init_std: found 0 with method=fedbpt",
+        ),
+        (("prompt.encoder=mlp",), "prompt.encoder: found mlp with method=fedbpt, expected null"),
+        (("federation.rule=median",), "federation.rule: found median with method=fedbpt, expected mean"),
+        (
+            ("client.privacy.clip=1", "client.privacy.noise_scale=1"),
+            "client.privacy.clip: found 1.0 with method=fedbpt, expected null",
         ),
         (("search.dimension=1",), "search.dimension: found 1, expected at least 2"),
         (("search.population=1",), "search.population: found 1, expected at least 2"),

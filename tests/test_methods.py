@@ -37,8 +37,14 @@ BRIDGED = {
 }
 WHOLE = {"auxiliary.layers_per_cell": None, "distillation.stage.steps": 0, "client.alignment.steps": 0}
 PAPER = WHOLE | {"data.server_share": 0, "prompt.kind": "input", "server.tuning.steps": 0}
-SEARCH = WHOLE | {"method": "fedbpt", "data.loss_over": "auto", "prompt.kind": "input", "prompt.init": "text"}
 ALONE = {"federation.clients": 0, "evaluation.server_only": False}
+SEARCH = WHOLE | {
+    "method": "fedbpt",
+    "data.loss_over": "auto",
+    "prompt.kind": "input",
+    "prompt.init": "text",
+    "server.tuning.steps": 0,
+}
 # What each method sets apart from the embedded default, which is FedSP as in the paper.
 APART: dict[str, dict[str, object]] = {
     "fedsp": BRIDGED,
@@ -52,10 +58,10 @@ APART: dict[str, dict[str, object]] = {
     "fedprompt_single": WHOLE | {"auxiliary.layers_per_cell": 1, "auxiliary.depth": 1},
     "fedprompt_paper": PAPER,
     "p_tuning": PAPER | {"prompt.encoder": "lstm", "prompt.init": "random"},
-    "fedbpt": SEARCH | {"server.tuning.steps": 0},
-    "fedavg_bbt": SEARCH | {"server.tuning.steps": 0, "search.rule": "average", "search.objective": "loss"},
     "prefix_tuning": WHOLE | {"federation.clients": 1},
     "prefix_tuning_centralised": WHOLE | ALONE,
+    "fedbpt": SEARCH,
+    "fedavg_bbt": SEARCH | {"search.rule": "average", "search.objective": "loss"},
     "finetune": {"method": "finetune", "federation.client_state": "restarted"},
     "finetune_centralised": {"method": "finetune"} | ALONE,
 }

@@ -22,9 +22,21 @@ def perturbed(texts: Sequence[Text], share: float, words: np.ndarray, random: np
         words: sorted ids of the tokens that are words; replacements are drawn from them, each as likely as any other.
         random: draws which, and by what.
     """
-    contexts = [text.ids[: text.answer] for text in texts]
+    contexts = [_without_answer(text) for text in texts]
     begin, end = _common(contexts)
-    return [Text(_replaced(text.ids, begin, text.answer - end, share, words, random), text.answer) for text in texts]
+    copies = [_replaced(text.ids, begin, len(c) - end, share, words, random) for text, c in zip(texts, contexts)]
+    for text, copy in zip(texts, copies):
+        copy[text.answer :][: text.num_answers] = text.ids[text.answer :][: text.num_answers]
+    return [Text(copy, text.answer, text.gap) for text, copy in zip(texts, copies)]
+
+
+def _without_answer(text: Text) -> np.ndarray:
+    """What the model is asked with: all before the answer, or with a gap in its place all of the text."""
+    if text.gap is None:
+        return text.ids[: text.answer]
+    ids = text.ids.copy()
+    ids[text.answer] = text.gap
+    return ids
 
 
 def _replaced(

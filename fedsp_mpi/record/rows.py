@@ -135,7 +135,7 @@ class WireRow:
 
 TABLES: dict[str, type] = {"rounds": RoundRow, "clients": ClientRow, "results": ResultRow, "wire": WireRow}
 # Columns that records of earlier versions lack, and what is in them then.
-LATER: dict[str, dict[str, Any]] = {"clients": {"attack_success": NAN, "fitness": NAN, "step_size": NAN}}
+LATER: dict[str, dict[str, Any]] = {"clients": dict.fromkeys(("attack_success", "fitness", "step_size"), NAN)}
 _TYPES: dict[Any, Any] = {int: np.dtype("i8"), float: np.dtype("f8"), bool: np.dtype("?")}
 
 

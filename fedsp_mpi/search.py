@@ -1,0 +1,53 @@
+"""The part of a configuration that says how prompts are searched for without gradients."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from fedsp_mpi.plain import ConfigError
+from fedsp_mpi.stages import at_least
+
+
+@dataclass(frozen=True)
+class SearchConfig:
+    """Tuning without gradients: a search by CMA-ES for a short vector z; the prompt is the first one + A z (FedBPT)."""
+
+    dimension: int = 500  # of z; A is random, follows from the seed, and never travels
+    population: int = 5  # points of an iteration; each costs a forward pass over all of a client's text
+    iterations: int = 8  # of a client in a round
+    step_size: float = 1.0  # of the first round; A is scaled by it, so it only says what the numbers of z are like
+    spread: float = 1.0  # of the first prompts around where they begin, in standard deviations of an embedding
+    # What is minimised: the loss; the mean loss over the mean loss of a copy of the text in which a share of the words
+    # is random (as the reference does); or the mean of such ratios over the examples (FedBPT, Eq. 7).
+    objective: Literal["loss", "ratio_of_means", "mean_of_ratios"] = "ratio_of_means"
+    perturbation: float = 0.5  # that share
+    # evolution: the server's own CMA-ES ranks the clients' means (FedBPT); average: what all clients' CMA-ES knows is
+    # averaged by their examples (FedAvg-BBT).
+    rule: Literal["evolution", "average"] = "evolution"
+    # full: it travels as its upper triangle; identity: clients begin each round with the identity, which saves nearly
+    # all bytes. In hundreds of dimensions the two are hardly different: it is learned in as many times as many steps.
+    covariance: Literal["full", "identity"] = "full"
+    batch_tokens: int = 4096  # of a forward pass, prompts among them
+
+    def check(self, where: str) -> None:
+        for name, low in (("dimension", 2), ("population", 2), ("iterations", 1), ("batch_tokens", 1)):
+            at_least(where, name, getattr(self, name), low)
+        for name in ("step_size", "spread"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{where}.{name}: found {getattr(self, name)}, expected a number above 0")
+        if not 0 < self.perturbation <= 1:
+            raise ConfigError(
+                f"{where}.perturbation: found {self.perturbation}, expected a share above 0 and at most 1; or set "
+                f"{where}.objective=loss, which needs none"
+            )
+
+
+# What a configuration must say with `method: fedbpt`, by key, and why.
+WITH_SEARCH: dict[str, tuple[object, str]] = {
+    "server.tuning.steps": (0, "the server searches among what its clients found, and does not tune"),
+    "prompt.projection": (None, "the search has a projection of its own (search.dimension)"),
+    "prompt.encoder": (None, "the search has a projection of its own (search.dimension)"),
+    "federation.rule": ("mean", "what merges is search.rule"),
+    "client.privacy.clip": (None, "clip and noise are for prompts and weights, of which the update is a change"),
+}
