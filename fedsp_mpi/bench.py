@@ -70,6 +70,9 @@ def _require_comparable(config: Config, repeats: int) -> None:
         ("method", config.method, "fedsp"),
         ("federation.client_state", config.federation.client_state, "kept"),
         ("federation.stragglers", config.federation.stragglers, "wait"),
+        ("client.training", config.client.training, "alternating"),
+        ("client.privacy.clip", config.client.privacy.clip, None),
+        ("attack.clients", config.attack.clients, ()),
         ("auxiliary.dropout", config.auxiliary.dropout, False),
         ("model.gradient_checkpointing", config.model.gradient_checkpointing, False),
     ):

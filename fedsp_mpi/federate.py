@@ -89,7 +89,9 @@ def run_round(round: int, wire: Wire | Solo, plan: Plan, here: ServerSide | None
     with guard.phase("merge", round=round):
         if updates is not None and plan.federation.clients:
             require_quorum(updates, plan.federation)
-            here.server.take(here.server.merge(updates))
+            together = here.server.merge(updates)
+            require_quorum(updates, plan.federation)  # the rule may have left some out
+            here.server.take(together)
         here.team.lead(here.server.parameters())
         watch.lap("merge")
     with guard.phase("validation of the merged prompts", round=round):
@@ -174,14 +176,14 @@ def local_work(clients: ClientSide, down: Down) -> Iterator[Update | Failure]:
 
 def require_quorum(updates: Updates, plan: FederationConfig) -> None:
     """Raise ClientFailedError if the run should not go on with the updates that there are."""
-    if not updates.failures:
-        return
-    who = "; ".join(f"client {f.client} in {f.phase}: {f.reason}" for f in updates.failures)
-    if plan.on_failure == "stop":
-        raise ClientFailedError(f"{who} (federation.on_failure=stop; =drop goes on without them)")
-    if len(updates.reports) < plan.min_clients:
+    who = [f"client {f.client} in {f.phase}: {f.reason}" for f in updates.failures]
+    if who and plan.on_failure == "stop":
+        raise ClientFailedError(f"{'; '.join(who)} (federation.on_failure=stop; =drop goes on without them)")
+    who += [f"client {client} rejected: {reason}" for client, reason in updates.rejected.items()]
+    left = len(updates.reports) - len(updates.rejected)
+    if who and left < plan.min_clients:
         raise ClientFailedError(
-            f"found {len(updates.reports)} updates, expected at least federation.min_clients={plan.min_clients}: {who}"
+            f"found {left} updates, expected at least federation.min_clients={plan.min_clients}: {'; '.join(who)}"
         )
 
 

@@ -330,7 +330,10 @@ class Materials:
 
 
 def expected_work(materials: Materials) -> list[float]:
-    """What each client's round costs, relative to the others: steps are equal, texts are not equally long."""
-    train = materials.splits.train
-    lengths = [np.mean([len(train[i].context) + len(train[i].target) for i in s]) for s in materials.shards[1:]]
+    """What each client's round costs, relative to the others: steps are equal, texts are not equally long.
+
+    Where they search, they run over all that they have.
+    """
+    train, cost = materials.splits.train, np.sum if materials.config.searches else np.mean
+    lengths = [cost([len(train[i].context) + len(train[i].target) for i in s]) for s in materials.shards[1:]]
     return [float(length) for length in lengths]

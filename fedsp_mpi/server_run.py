@@ -38,6 +38,7 @@ class ServerRun:
         self.config, self.log, self.hosts, self._begun = config, log, hosts or [], begun
         self.folder = _folder(config, name)
         self.resumed: Checkpoint | None = None
+        self._rounds_again = 0  # that clients have been asked for more than once
         self.materials: Materials
         self.record: RunRecord
         self._lock: RunLock
@@ -265,6 +266,9 @@ class ServerRun:
                 f"{self.folder}: found a checkpoint of round {done} and a record of {rounds} rounds, expected them of "
                 "one run; choose another run.name"
             )
+        # The noise of rounds that are done again is new, and so is that of the one that was under way.
+        self._rounds_again = self.record.run.sections.get("privacy", {}).get("rounds_again", 0) + rounds - done + 1
+        self.record.describe(**self._privacy())
         self.record.cut(done)
         checkpoints.remove_after(done)
         number = len(self.record.run.sections.get("resumes", {})) + 1
@@ -304,11 +308,13 @@ class ServerRun:
 
     def _privacy(self) -> dict[str, Any]:
         """What is promised to clients whose updates get noise: epsilon of a round, and of all if they are in each."""
-        settings = self.config.client.privacy
+        settings, again = self.config.client.privacy, self._rounds_again
         if settings.epsilon is None:
             return {}
-        rounds = self.config.federation.rounds
-        return {"privacy": asdict(settings) | {"epsilon": settings.epsilon, "epsilon_all": rounds * settings.epsilon}}
+        whole = (self.config.federation.rounds + again) * settings.epsilon
+        return {
+            "privacy": asdict(settings) | {"epsilon": settings.epsilon, "epsilon_all": whole, "rounds_again": again}
+        }
 
     def _give_back_folder(self) -> None:
         """After a refusal: leave nothing behind where there was nothing, so that the next try is not refused for it."""

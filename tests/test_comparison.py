@@ -111,6 +111,16 @@ def test_what_clients_bring_is_told_beside_what_all_text_in_one_place_would(tmp_
     assert rows(gain_table(compare(runs))) == {"gain": ["sciq"], "FedSP": ["+7.00 ± 1.53 (40%)"]}
     assert "the gap between it and All" in gain_table(compare(runs))
     assert gain_table(compare(runs[3:])) is None
+    few = made(
+        tmp_path,
+        "Few",
+        own=0.9,
+        control=None,
+        federation={"clients": 0},
+        clients=0,
+        data={"task": "sciq", "server_share": 16},
+    )
+    assert "and Few" not in gain_table(compare([*runs[:3], few]))
 
 
 def warnings(text: str) -> list[str]:

@@ -9,7 +9,9 @@ from pathlib import Path
 import numpy as np
 import peft
 import pytest
+import safetensors.torch
 import tiny
+import tokenizers
 import torch
 import transformers
 from test_config import refused
@@ -25,6 +27,7 @@ from fedsp_mpi.materials import Materials
 from fedsp_mpi.models import backbone
 from fedsp_mpi.models.families import model_class
 from fedsp_mpi.models.prompts import Prompt, PromptSpec
+from fedsp_mpi.plain import ConfigError
 from fedsp_mpi.record import difference, read
 
 GAP = 4  # the id of the token that marks one
@@ -107,6 +110,24 @@ def test_a_text_that_holds_the_mark_itself_is_asked_where_the_template_says():
 @pytest.mark.parametrize("word", ["w1 w2", "nowhere", ""])
 def test_words_must_be_one_token(word):
     refused(lambda: masked.answer_token(tiny.gap_tokenizer("bert"), word), "data.verbaliser", "one token each")
+
+
+def test_choices_that_are_one_token_are_refused():
+    lower = tiny.gap_tokenizer("bert")
+    lower.backend_tokenizer.normalizer = tokenizers.normalizers.Lowercase()
+    with pytest.raises(ConfigError, match=r"data.verbaliser: found 'w1' and 'W1', which are one token"):
+        masked.encode_options(lower, [Example("w3", " w1", ("w1", "W1"), (0,))], 60)
+
+
+def test_a_head_of_its_own_under_a_configuration_that_ties_it_is_refused(tmp_path):
+    """T5 1.1 and Flan-T5: copies would have the head in the place of the embeddings."""
+    folder = tiny.model_folder(tmp_path / "t5", "t5")
+    model = transformers.AutoModelForSeq2SeqLM.from_pretrained(folder)
+    model.lm_head.weight = torch.nn.Parameter(model.shared.weight.detach() + 1)
+    state = {name: tensor.contiguous() for name, tensor in model.state_dict().items() if "embed_tokens" not in name}
+    safetensors.torch.save_file(state, Path(folder) / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"model.name: found .* with an output head of its own"):
+        tiny.load(folder)
 
 
 def test_a_real_tokenizers_pieces_are_named():

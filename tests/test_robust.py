@@ -12,6 +12,8 @@ from fedsp_mpi.aggregation.average import weighted_mean
 from fedsp_mpi.aggregation.robust import coordinate_median, distances, without_outliers
 from fedsp_mpi.comm.messages import Report
 from fedsp_mpi.comm.updates import Updates
+from fedsp_mpi.config import FederationConfig
+from fedsp_mpi.federate import ClientFailedError, require_quorum
 from fedsp_mpi.record import difference, read
 from fedsp_mpi.record.report import summary
 from fedsp_mpi.tensors import Schema
@@ -76,6 +78,16 @@ def test_without_an_outlier_it_is_the_weighted_mean_to_the_bit():
     some = updates(rows, weights)
     assert np.array_equal(without_outliers(some, 50.0).flat, weighted_mean(updates(rows, weights)).flat)
     assert some.rejected == {}
+
+
+def test_who_is_rejected_does_not_count_for_the_quorum():
+    rows = noise(9, seed=2)
+    rows[4] *= 3
+    some = updates(rows)
+    without_outliers(some, 3.0)
+    require_quorum(some, FederationConfig(min_clients=8))
+    with pytest.raises(ClientFailedError, match=r"found 8 updates, expected .*min_clients=9: client 8 rejected: "):
+        require_quorum(some, FederationConfig(min_clients=9))
 
 
 @pytest.mark.parametrize("num", [1, 2])

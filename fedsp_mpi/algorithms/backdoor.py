@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any, Protocol
 
 from fedsp_mpi.tensors import NamedTensors, Update
+from fedsp_mpi.training.device import named_out_of_memory
 
 METRICS = ("attack_success",)
 
@@ -42,4 +43,6 @@ class Watched:
         update = self._client.local(client, round, down)
         if client not in self._who:
             return update
-        return replace(update, metrics=update.metrics | dict(zip(METRICS, (self._measure(),))))
+        with named_out_of_memory():
+            success = self._measure()
+        return replace(update, metrics=update.metrics | dict(zip(METRICS, (success,))))

@@ -10,7 +10,8 @@ grow with the root of the number of values, so that is not what is clipped here.
 What it does not: how many samples a client used, how many seconds it took, and whether it failed go up as they are,
 and so does what poisoned clients tell about their attack, in the study of one; losses are left out. Noise is computed
 in fp64 and rounded with the sum to fp32, so the attack on the last bits of floating point (Mironov, 2012) is not
-excluded. Nothing is promised about what stays with the client, and the server's own text, on which it tunes and
+excluded. Nothing is promised about what a client keeps between rounds, its optimizer's moments, which lie in the run's
+folder as they are (federation.client_state=restarted keeps nothing), and the server's own text, on which it tunes and
 validates, has no noise. The scale that FedPrompt's table V was made with is not stated there.
 """
 

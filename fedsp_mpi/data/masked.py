@@ -58,7 +58,18 @@ def encode_options(tokenizer: Any, examples: Sequence[Example], max_length: int)
     """Each example as a text for every choice; the same errors as `encode`."""
     texts = _with_gaps(tokenizer, [(example.context, example.after) for example in examples], max_length)
     answers = _answers(tokenizer, (choice for example in examples for choice in example.choices))
+    for choices in {example.choices for example in examples}:
+        _require_different(choices, [answers[choice] for choice in choices])
     return [tuple(_filled(t, answers[choice]) for choice in e.choices) for t, e in zip(texts, examples)]
+
+
+def _require_different(choices: Sequence[str], ids: Sequence[int]) -> None:
+    for choice, id in zip(choices, ids):
+        if (other := choices[ids.index(id)]) != choice:
+            raise ConfigError(
+                f"data.verbaliser: found {other!r} and {choice!r}, which are one token to this tokenizer, expected "
+                "words that it tells apart; choose others"
+            )
 
 
 def _with_gaps(tokenizer: Any, pairs: Sequence[tuple[str, str]], max_length: int) -> list[Text]:

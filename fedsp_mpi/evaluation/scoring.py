@@ -150,7 +150,8 @@ def _gap_loglikelihoods(
 ) -> list[Found] | None:
     """Of questions with a gap, whose options are what one position may say: each is run once."""
     found = [Found(len(question.options)) for question in asked]
-    groups = enumerate(by_length([question.options[0] for question in asked], batch_tokens))
+    before = prompt.spec.num_tokens if prompt else 0
+    groups = enumerate(by_length([question.options[0] for question in asked], batch_tokens, before))
     stopped = stop()
     with model.evaluating():
         for group in (group for index, group in groups if team.is_mine(index)):

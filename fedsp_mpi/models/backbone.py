@@ -348,7 +348,21 @@ def _weights(name: str, revision: str | None, device: torch.device, dtype: torch
             f"model.name: found {name!r} without {len(missing)} of its weights ({missing[0]}, ...), expected "
             "all that its config.json asks for"
         )
+    _require_tied(name, model)
     return model.to(device)
+
+
+def _require_tied(name: str, model: Any) -> None:
+    """Raise ValueError if a head that the configuration ties to the embeddings is another one: T5 1.1, Flan-T5.
+
+    Copies of such a model would have the one in the place of the other.
+    """
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if model.config.tie_word_embeddings and head.weight is not embedding.weight:
+        raise ValueError(
+            f"model.name: found {name!r} with an output head of its own under a configuration that ties it to the "
+            "embeddings, expected them to be one, as in T5 1.0; take another model"
+        )
 
 
 def quiet() -> None:

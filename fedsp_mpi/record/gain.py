@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Iterator
 
 from fedsp_mpi.record.comparison import Comparison, Method
+from fedsp_mpi.record.layout import Run
 from fedsp_mpi.record.report import main_measure
 
 
@@ -14,11 +15,11 @@ def gain_table(found: Comparison) -> str | None:
     """A Markdown table of what methods gain on their control; None where no method has one.
 
     A gain is the difference of the main measure in points, seed by seed, with the standard error of its mean over
-    seeds. Where prompts were tuned on all data in one place, too, the part of the gap between the control and that is
+    seeds. Where one method tuned prompts on all data in one place, the part of the gap between the control and that is
     given, of the means over the seeds that all three have.
     """
     tops = [row for row in found.methods if _is_centralised(row)]
-    top = tops[0] if tops else None
+    top = tops[0] if len(tops) == 1 else None
     rows = [[method.label, *_cells(found, control, method, top)] for control, method in _pairs(found)]
     if not rows:
         return None
@@ -36,10 +37,13 @@ def _pairs(found: Comparison) -> Iterator[tuple[Method, Method]]:
 
 
 def _is_centralised(row: Method) -> bool:
-    """Whether its runs tuned prompts without clients."""
-    return bool(row.runs) and all(
-        run.config.get("federation", {}).get("clients") == 0 and run.config.get("method") == "fedsp" for run in row.runs
-    )
+    """Whether its runs tuned prompts without clients, on all data."""
+
+    def is_one(run: Run) -> bool:
+        alone = run.config.get("federation", {}).get("clients") == 0 and run.config.get("method") == "fedsp"
+        return alone and run.config.get("data", {}).get("server_share") is None
+
+    return bool(row.runs) and all(map(is_one, row.runs))
 
 
 def _cells(found: Comparison, control: Method, method: Method, top: Method | None) -> list[str]:
