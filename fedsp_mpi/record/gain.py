@@ -15,8 +15,8 @@ def gain_table(found: Comparison) -> str | None:
     """A Markdown table of what methods gain on their control; None where no method has one.
 
     A gain is the difference of the main measure in points, seed by seed, with the standard error of its mean over
-    seeds. Where one method tuned prompts on all data in one place, the part of the gap between the control and that is
-    given, of the means over the seeds that all three have.
+    seeds. Where one method tuned prompts on all data in one place, with all of these seeds, the part of the gap between
+    the control and that is given, of the means.
     """
     tops = [row for row in found.methods if _is_centralised(row)]
     top = tops[0] if len(tops) == 1 else None
@@ -57,13 +57,11 @@ def _points(row: Method | None, task: str) -> dict[int, float]:
 
 
 def _cell(control: dict[int, float], method: dict[int, float], top: dict[int, float]) -> str:
-    gains = [method[seed] - control[seed] for seed in sorted(control.keys() & method.keys())]
-    if not gains:
+    seeds = sorted(control.keys() & method.keys())
+    if not seeds:
         return "-"
+    gains = [method[seed] - control[seed] for seed in seeds]
+    gain = statistics.fmean(gains)
     error = f" ± {statistics.stdev(gains) / math.sqrt(len(gains)):.2f}" if len(gains) > 1 else ""
-    shared = control.keys() & method.keys() & top.keys()
-    gap = statistics.fmean([top[seed] - control[seed] for seed in shared]) if shared else 0.0
-    if gap <= 0:
-        return f"{statistics.fmean(gains):+.2f}{error}"
-    closed = statistics.fmean([method[seed] - control[seed] for seed in shared]) / gap
-    return f"{statistics.fmean(gains):+.2f}{error} ({closed:.0%})"
+    gap = statistics.fmean([top[seed] - control[seed] for seed in seeds]) if top.keys() >= set(seeds) else 0.0
+    return f"{gain:+.2f}{error}" + (f" ({gain / gap:.0%})" if gap > 0 else "")
