@@ -44,8 +44,8 @@ def test_missing_model_folder(tmp_path, n):
 
 def test_model_of_another_family(tmp_path):
     (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "config.json").write_text('{"model_type": "bert"}')
-    assert "'bert'" in refused(0, f"model.name={tmp_path / 'model'}", folder=tmp_path)
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "bloom"}')
+    assert "'bloom'" in refused(0, f"model.name={tmp_path / 'model'}", folder=tmp_path)
 
 
 def test_truncated_weights(tmp_path):
