@@ -128,7 +128,8 @@ def test_a_run_with_noise_ends_and_is_another_one_each_time(tmp_path, method):
     one, other = short(tmp_path / "one", *more), short(tmp_path / "other", *more)
     assert one.status == "complete" and difference(one, other) != []
     assert np.isnan(one.clients["loss_prompt_last"]).all() and np.isnan(one.clients["loss_model_last"]).all()
-    assert one.sections["privacy"] == {"clip": 1.0, "noise_scale": 1e-4, "epsilon": 20000.0, "epsilon_all": 20000.0}
+    told = {"clip": 1.0, "noise_scale": 1e-4, "epsilon": 20000.0, "epsilon_all": 20000.0, "rounds_again": 0}
+    assert one.sections["privacy"] == told
 
 
 def test_half_a_setting_is_refused(tmp_path):
