@@ -4,21 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
+from fedsp_mpi.algorithms.benches import Client
 from fedsp_mpi.tensors import NamedTensors, Update
 from fedsp_mpi.training.device import named_out_of_memory
 
 METRICS = ("attack_success",)
-
-
-class Client(Protocol):
-    """Whose updates are watched."""
-
-    @property
-    def benches(self) -> Any: ...
-
-    def local(self, client: int, round: int, down: NamedTensors) -> Update: ...
 
 
 class Watched:

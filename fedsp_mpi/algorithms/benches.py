@@ -4,14 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from fedsp_mpi.models import auxiliary
 from fedsp_mpi.models.backbone import LanguageModel
-from fedsp_mpi.tensors import ClientError, NamedTensors, State, join_states, part_of_state
+from fedsp_mpi.tensors import ClientError, NamedTensors, State, Update, join_states, part_of_state
 from fedsp_mpi.training.engine import TorchEngine
+
+
+class Client(Protocol):
+    """The clients of any method, as those see them that stand around their work: noise, an attack that is watched."""
+
+    @property
+    def benches(self) -> Any: ...
+
+    def local(self, client: int, round: int, down: NamedTensors) -> Update: ...
 
 
 class ShardError(ClientError):

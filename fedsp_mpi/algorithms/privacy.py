@@ -20,23 +20,15 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
+from fedsp_mpi.algorithms.benches import Client
 from fedsp_mpi.tensors import NamedTensors, Update
 
 Source = Callable[[int], bytes]
 _STRETCH = 1 << 20  # values that are worked on at once
-
-
-class Client(Protocol):
-    """Whose updates are made private."""
-
-    @property
-    def benches(self) -> Any: ...
-
-    def local(self, client: int, round: int, down: NamedTensors) -> Update: ...
 
 
 class Private:
