@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -107,3 +108,22 @@ def test_the_guard_passes_on_what_harms_nobody() -> None:
             raise error
         assert caught.value is error
     assert threading.excepthook is hook
+
+
+def test_a_request_to_stop_does_not_kill_what_is_about_to_end() -> None:
+    """Python gives signals their default action, which is to kill, before it takes a process apart."""
+    code = """
+import os, signal, sys
+from fedsp_mpi.comm import guard
+
+class Late:
+    def __del__(self, kill=os.kill, me=os.getpid(), number=signal.SIGUSR1, write=os.write):
+        kill(me, number)
+        write(1, b"alive")
+
+late = Late()
+with guard("run"):
+    pass
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "alive"), done.stderr

@@ -77,7 +77,8 @@ class Guard:
         KeyboardInterrupt: the job ends without a report.
     A DeadlineError ends the job with its own status, after the ranks of this host that did not report have been asked
     for their stacks (SIGUSR2), which they write to stderr even from inside a blocking call.
-    SIGUSR1 sets `told_to_stop`; what becomes of that is the main thread's business.
+    SIGUSR1 sets `told_to_stop`; what becomes of that is the main thread's business. After the `with` it is ignored: a
+    process that is about to end must not be killed by a request to stop.
     SIGTERM keeps its default action, which ends a process at once even in the middle of a long computation; the
     launcher ends the others.
     """
@@ -109,6 +110,8 @@ class Guard:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> Literal[False]:
         threading.excepthook = self._old_hook
+        with suppress(ValueError):
+            signal.signal(_STOP, signal.SIG_IGN)
         if isinstance(error, KeyboardInterrupt):
             self._end(130)
         elif isinstance(error, SystemExit):
