@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional as F
 
 from fedsp_mpi import build
-from fedsp_mpi.comm import Handout, Topology
+from fedsp_mpi.comm import Handout, Solo, Topology
 from fedsp_mpi.config import Config
 from fedsp_mpi.log import Log
 from fedsp_mpi.materials import Materials
@@ -43,7 +43,7 @@ def local(config: Config, repeats: int, log: Log) -> dict[str, float]:
     compute = Compute.of(config.client.compute, Topology.alone())
     compute.begin()
     handout, bare = _bare_side(materials, compute)
-    client = build.client_side(materials, compute, handout, [0]).client
+    client = build.client_side(materials, compute, handout, [0], Solo().ask).client
     down = handout.tensors.select("prompt/")
     times: dict[str, list[float]] = {"package": [], "bare": []}
     tuned: dict[str, NamedTensors] = {}

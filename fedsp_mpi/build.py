@@ -15,7 +15,7 @@ import numpy as np
 from fedsp_mpi.aggregation.average import Updates, weighted_mean
 from fedsp_mpi.aggregation.robust import coordinate_median, without_outliers
 from fedsp_mpi.aggregation.sampling import participants
-from fedsp_mpi.algorithms import backdoor, fedbpt, fedsp, finetune, prompt_tuning
+from fedsp_mpi.algorithms import backdoor, fedbpt, fedsp, finetune, forward, prompt_tuning
 from fedsp_mpi.algorithms.benches import ShardError
 from fedsp_mpi.algorithms.privacy import Private
 from fedsp_mpi.algorithms.translation import Translator
@@ -26,7 +26,7 @@ from fedsp_mpi.materials import Materials
 from fedsp_mpi.models import auxiliary, backbone
 from fedsp_mpi.models.backbone import LanguageModel
 from fedsp_mpi.models.families import PEFT_TASKS
-from fedsp_mpi.models.prompts import Prompt, write_adapter
+from fedsp_mpi.models.prompts import DepthMap, Prompt, write_adapter
 from fedsp_mpi.models.subspace import Subspace, scale_of
 from fedsp_mpi.record.checkpoint import Checkpoint, Checkpoints, Piece, Shelf
 from fedsp_mpi.sides import Archive, Client, ClientSide, Server, ServerSide
@@ -36,6 +36,7 @@ from fedsp_mpi.training.device import DTYPES, Compute
 from fedsp_mpi.training.team import Team
 
 Made = TypeVar("Made")
+Ask = Callable[[int, np.ndarray], np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -47,12 +48,12 @@ class Method:
             model, for a server that learns from what comes of it; the control has none.
         handout: from a server and the clients' model, what is handed out: the configuration of that model, tensors, and
             what may travel afterwards.
-        client: the clients of one process.
+        client: the clients of one process. The last argument is what the server answers to a client's question.
     """
 
     server: Callable[[Materials, LanguageModel, Compute, Team, LanguageModel | None], Server]
     handout: Callable[[Materials, Server, LanguageModel], tuple[Any, NamedTensors, Contract]]
-    client: Callable[[Materials, Compute, Handout, Sequence[int]], Client]
+    client: Callable[[Materials, Compute, Handout, Sequence[int], Ask], Client]
 
 
 def global_model(materials: Materials, compute: Compute) -> LanguageModel:
@@ -116,7 +117,7 @@ def sizes(
     searched = {"searched": materials.config.search.dimension} if materials.config.searches else {}
     return {
         "global": model.num_parameters(),
-        "auxiliary": small.num_parameters(),
+        "auxiliary": 0 if materials.config.asks_server else small.num_parameters(),
         "prompt": server.prompt.num_parameters() if server.prompt else 0,
         "prompt_on_the_wire": given.contract.down.num_values,
         **searched,
@@ -129,14 +130,22 @@ def server_side(
     """A rank's side of the rounds, before the first one."""
     tokens = materials.config.evaluation.batch_tokens
     keeps_worse = materials.config.server.accept == "always"
-    return ServerSide(both.server, both.control, compute, materials.validation, tokens, team, archive, keeps_worse)
+    answer = None
+    if materials.config.asks_server and isinstance(searching := both.server, fedbpt.Server):
+
+        def answer(question: np.ndarray) -> np.ndarray:
+            compute.begin()
+            return searching.answer(question)
+
+    about = (materials.validation, tokens, team, archive, keeps_worse, answer)
+    return ServerSide(both.server, both.control, compute, *about)
 
 
-def client_side(materials: Materials, compute: Compute, given: Handout, ids: Sequence[int]) -> ClientSide:
-    """The clients of one process, from what the server handed out and their own text."""
+def client_side(materials: Materials, compute: Compute, given: Handout, ids: Sequence[int], ask: Ask) -> ClientSide:
+    """The clients of one process, from what the server handed out and their own text; `ask` asks it in a round."""
     plan, seed = materials.config.federation, materials.config.run.seed
     compute.begin()
-    client = METHODS[materials.config.method].client(materials, compute, given, ids)
+    client = METHODS[materials.config.method].client(materials, compute, given, ids, ask)
     privacy = materials.config.client.privacy
     if privacy.clip is not None and privacy.noise_scale is not None:
         client = Private(client, privacy.clip, privacy.noise_scale)
@@ -206,7 +215,7 @@ def _prompt_handout(materials: Materials, server: Server, small: LanguageModel) 
     return cell, tensors, Contract(prompts.schema, prompts.schema, (*fedsp.METRICS, *backdoor.METRICS))
 
 
-def _fedsp_client(materials: Materials, compute: Compute, given: Handout, ids: Sequence[int]) -> Client:
+def _fedsp_client(materials: Materials, compute: Compute, given: Handout, ids: Sequence[int], ask: Ask) -> Client:
     config = materials.config
     stages = config.client
 
@@ -243,7 +252,7 @@ def _weights_handout(materials: Materials, server: Server, small: LanguageModel)
     return small.model.config, NamedTensors.pack({}), Contract(schema, schema, (*finetune.METRICS, *backdoor.METRICS))
 
 
-def _weights_client(materials: Materials, compute: Compute, given: Handout, ids: Sequence[int]) -> Client:
+def _weights_client(materials: Materials, compute: Compute, given: Handout, ids: Sequence[int], ask: Ask) -> Client:
     config = materials.config
     stage = config.client.tuning
     model = _clients_model(materials, compute, given)
@@ -281,23 +290,30 @@ def _watched(
 def _search_server(
     materials: Materials, model: LanguageModel, compute: Compute, team: Team, small: LanguageModel | None
 ) -> Server:
-    first = materials.first_prompt(model)
-    subspace = _subspace(materials, _scale(materials, model, first))
-    return fedbpt.Server(model, first.to(compute.device), subspace, materials.config.search)
+    first, search = materials.first_prompt(model), materials.config.search
+    subspace, forwards = _subspace(materials, _scale(materials, model, first)), None
+    if materials.config.asks_server:
+        layers = model.shape.num_layers
+        whole = DepthMap(materials.prompt_spec, layers, tuple(range(layers)))
+        tried, begin = Prompt(materials.prompt_spec).to(compute.device), first.matrix().detach().clone()
+        forwards = forward.Held(model, tried, begin, subspace, whole, search.batch_tokens)
+    return fedbpt.Server(model, first.to(compute.device), subspace, search, forwards)
 
 
 def _search_handout(materials: Materials, server: Server, small: LanguageModel) -> tuple[Any, NamedTensors, Contract]:
+    down, names = server.broadcast().schema, fedbpt.travelling(materials.config.search)[1]
+    up, metrics = Schema(spec for spec in down if spec.name in names), (*fedbpt.METRICS, *backdoor.METRICS)
     first, cell = materials.first_prompt(server.model), materials.model_config
+    if materials.config.asks_server:
+        contract = Contract(down, up, metrics, materials.config.topology.server_ranks)
+        return cell, NamedTensors.pack({}), contract
     scale = np.array([_scale(materials, server.model, first)])
     parts = {
         "auxiliary/": auxiliary.pack(small),
         "prompt/": NamedTensors.pack(materials.depth_map.down(first.tensors())),
     }
-    down, names = server.broadcast().schema, fedbpt.travelling(materials.config.search)[1]
-    up = Schema(spec for spec in down if spec.name in names)
     tensors = NamedTensors.join(parts | {"search/": NamedTensors.of({"scale": scale})})
-    contract = Contract(down, up, (*fedbpt.METRICS, *backdoor.METRICS))
-    return auxiliary.cell_config(cell, materials.config.auxiliary), tensors, contract
+    return auxiliary.cell_config(cell, materials.config.auxiliary), tensors, Contract(down, up, metrics)
 
 
 def _scale(materials: Materials, model: LanguageModel, first: Prompt) -> float:
@@ -309,25 +325,20 @@ def _subspace(materials: Materials, scale: float) -> Subspace:
     return Subspace(materials.prompt_spec, materials.config.search.dimension, scale, materials.config.run.seed)
 
 
-def _search_client(materials: Materials, compute: Compute, given: Handout, ids: Sequence[int]) -> Client:
+def _search_client(materials: Materials, compute: Compute, given: Handout, ids: Sequence[int], ask: Ask) -> Client:
     config, depths = materials.config, materials.depth_map
+    shards = {id: _usable(lambda id: materials.shard(id + 1), id) for id in ids}
+    about = (shards, materials.words, config.search, config.run.seed, config.federation.client_seconds)
+    if config.asks_server:
+        return fedbpt.Client(forward.Asking(ask), *about)
     model = _clients_model(materials, compute, given)
     auxiliary.load_weights(model, given.tensors.select("auxiliary/").torch())
     model.train_weights(False)
     prompt = Prompt(depths.small).to(compute.device)
-    client = fedbpt.Client(
-        model.round_weights(),
-        prompt,
-        given.tensors.select("prompt/").torch()["prompt"].clone(),
-        _subspace(materials, given.tensors["search/scale"].item()),
-        depths,
-        {id: _usable(lambda id: materials.shard(id + 1), id) for id in ids},
-        materials.words,
-        config.search,
-        config.run.seed,
-        config.federation.client_seconds,
-    )
-    return _watched(materials, client, model, prompt, ids)
+    first = given.tensors.select("prompt/").torch()["prompt"].clone()
+    subspace = _subspace(materials, given.tensors["search/scale"].item())
+    held = forward.Held(model.round_weights(), prompt, first, subspace, depths, config.search.batch_tokens)
+    return _watched(materials, fedbpt.Client(held, *about), model, prompt, ids)
 
 
 def _tuning(materials: Materials, team: Team) -> tuple[Batches | None, StageConfig, int]:

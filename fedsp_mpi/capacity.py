@@ -6,7 +6,7 @@ Weights and optimizers are counted, activations are estimated; a run may need a 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -59,7 +59,7 @@ class Sizes:
             return cls.all_weights(outline(config, shape.num_layers), length)
         cell = auxiliary.cell_config(config, materials.config.auxiliary)
         models = outline(config, shape.num_layers), outline(cell, materials.depth)
-        return cls.between(*models, materials.prompt_spec, length)
+        return cls.between(*models, materials.prompt_spec, length).held_by(materials.config)
 
     @classmethod
     def between(cls, large: LanguageModel, small: LanguageModel, spec: PromptSpec, length: int) -> Sizes:
@@ -72,6 +72,10 @@ class Sizes:
             prompts = [Prompt(spec.at_depth(depth)).num_parameters() for depth in layers]
         ours, theirs, width = large.num_parameters(), small.num_parameters(), large.model.config.hidden_size
         return cls(ours, theirs, prompts[0], prompts[1], *layers, width, length + spec.num_tokens)
+
+    def held_by(self, config: Config) -> Sizes:
+        """Without the clients' model, if they hold none."""
+        return replace(self, auxiliary=0) if config.asks_server else self
 
     @classmethod
     def all_weights(cls, model: LanguageModel, length: int) -> Sizes:
@@ -129,7 +133,8 @@ def server(config: Config, sizes: Sizes) -> Need:
         distil = 2 * _FP32 * sizes.auxiliary
     score = (scored - held) * sizes.global_model
     kept = held * sizes.auxiliary if config.translates else 0
-    return Need(held * sizes.global_model + kept + max(distil, tune, score), 0)
+    asked = _passes(config, sizes) if config.asks_server else 0
+    return Need(held * sizes.global_model + kept + max(distil, tune, score, asked), 0)
 
 
 def client(config: Config, sizes: Sizes, num_clients: int) -> Need:
@@ -146,11 +151,17 @@ def client(config: Config, sizes: Sizes, num_clients: int) -> Need:
 
 def _searching(config: Config, sizes: Sizes) -> Need:
     """Forward passes alone: one layer's activations on the device; the search's matrices and prompts on the host."""
-    held = DTYPES[config.client.compute.dtype].itemsize
-    tokens = max(config.search.batch_tokens, sizes.length)
-    work = held * sizes.auxiliary + _FP32 * (sizes.wire + tokens * sizes.width * _ACTIVATIONS)
     matrices = _MATRICES * _FP64 * config.search.dimension**2
+    if config.asks_server:
+        return Need(0, matrices)
+    work = DTYPES[config.client.compute.dtype].itemsize * sizes.auxiliary + _passes(config, sizes)
     return Need(work, _FP32 * sizes.auxiliary + matrices + _FP32 * (config.search.population + 1) * sizes.prompt)
+
+
+def _passes(config: Config, sizes: Sizes) -> int:
+    """Bytes of a search's forward passes, without the model."""
+    tokens = max(config.search.batch_tokens, sizes.length)
+    return _FP32 * (sizes.wire + tokens * sizes.width * _ACTIVATIONS)
 
 
 def state(config: Config, sizes: Sizes) -> int:

@@ -165,6 +165,11 @@ class Config:
         return self.method == "fedbpt"
 
     @property
+    def asks_server(self) -> bool:
+        """Whether clients hold no model, and have the server run their forward passes."""
+        return self.searches and self.search.forward == "server"
+
+    @property
     def translates(self) -> bool:
         """Whether the server learns from the auxiliary model what the merged prompts mean."""
         return self.method == "fedsp" and self.federation.clients > 0 and self.server.translation.steps > 0

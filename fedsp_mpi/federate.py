@@ -81,7 +81,7 @@ def run_round(round: int, wire: Wire | Solo, plan: Plan, here: ServerSide | None
             here.control.absorb(round)  # while the clients work
             watch.lap("control")
     with guard.phase("local training and gather", round=round):
-        updates = wire.gather(round, local_work(clients, down) if clients else ())
+        updates = wire.gather(round, local_work(clients, down) if clients else (), here.answer if here else None)
         watch.lap("clients")
     if here is None:
         return True

@@ -14,7 +14,8 @@ weights are trained. So a text costs
                          costs the same and 1 x forward of the auxiliary model
     fine-tuning          3 x forward of the global model, without prompts, at clients and server
     client search        1 x forward of the auxiliary model for each point, and for the mean at the end; twice that
-                         where a perturbed copy is looked at
+                         where a perturbed copy is looked at. At the server, and of the global model, for clients that
+                         hold none
 and one forward more wherever activations are recomputed. A projection or encoder of prompts runs once a micro-batch:
 2 x its weights x prompt tokens, three times that where it is trained. Padding, norms, optimizers, validation and
 scoring are left out.
@@ -32,7 +33,7 @@ from fedsp_mpi import capacity
 from fedsp_mpi.algorithms.fedbpt import travelling
 from fedsp_mpi.capacity import Need, Sizes, outline
 from fedsp_mpi.comm.messages import HEADER_BYTES
-from fedsp_mpi.config import EMBEDDED, AuxiliaryConfig, Config, StageConfig
+from fedsp_mpi.config import EMBEDDED, AuxiliaryConfig, Config, SearchConfig, StageConfig
 from fedsp_mpi.models import auxiliary, backbone
 from fedsp_mpi.models.architectures import config_of, forward, ratios
 from fedsp_mpi.models.backbone import LanguageModel
@@ -42,7 +43,7 @@ from fedsp_mpi.training.evolution import sizes as search_sizes
 _Trained = Literal["weights", "prompts", "both"]
 _Stage = tuple[str, StageConfig, _Trained]
 _STAGES = ("client alignment", "client prompt tuning")
-_FINE_TUNING, _SEARCH = "client fine-tuning", "client search"
+_FINE_TUNING, _SEARCH, _SERVED = "client fine-tuning", "client search", "clients' forward passes"
 _PROMPTS: _Trained = "prompts"
 FP32_BYTES = 4  # of a value on the wire
 
@@ -149,6 +150,7 @@ def plan(config: Config, label: str, tokens: int | None = None) -> Plan:
     busy = methods[0].round if config.federation.clients else 0.0
     turn = max(busy, phases["server-only control"] / config.federation.rounds)  # they run side by side
     critical = phases["distillation"] + phases["server tuning"] + config.federation.rounds * turn
+    critical += phases.get(_SERVED, 0.0) / config.topology.server_ranks
     counted = {} if config.tunes_weights else ratios(costs.large, costs.small)
     return Plan(label, config, costs.texts, sizes, counted, methods, phases, critical, *needs)
 
@@ -182,14 +184,15 @@ class _Costs:
 
     def sizes(self, longest: int) -> Sizes:
         """What the memory is reckoned from; `longest`: tokens of the longest text."""
-        return Sizes.between(self.large, self.small, self.spec, longest)
+        return Sizes.between(self.large, self.small, self.spec, longest).held_by(self.config)
 
     def phases(self) -> dict[str, float]:
         """FLOPs of the whole run by phase."""
         config, rounds, all_weights = self.config, self.config.federation.rounds, self.config.tunes_weights
         turns, stage = rounds * self._per_round(), config.client.tuning
         if config.searches:
-            client = {_SEARCH: turns * self._search().round}
+            where, model = (_SERVED, self.large) if config.asks_server else (_SEARCH, self.small)
+            client = {where: turns * self._searched(model)[1]}
         elif all_weights:
             client = {_FINE_TUNING: turns * stage.steps * self._weights_step(stage)}
         else:
@@ -250,20 +253,35 @@ class _Costs:
 
     def _search(self) -> Method:
         """Clients that search: forward passes over all of their examples for each point; a step is one point's."""
-        config, search, holds = self.config, self.config.search, self.small.num_parameters()
+        config, search = self.config, self.config.search
         numbers = search_sizes(search.dimension)
         down, up = (FP32_BYTES * sum(numbers[name] for name in names) + HEADER_BYTES for names in travelling(search))
         with torch.device("meta"):
             first = Prompt(self.spec.at_depth(self.small.shape.num_layers)).num_parameters()
+        holds, (step, work) = self.small.num_parameters(), self._searched(self.small)
         handout = FP32_BYTES * (holds + first + 1)
-        text, prompt = self.texts.tokens, self.spec.num_tokens
-        tokens = text + prompt if self.spec.kind == "input" else text
-        copies = 1 if search.objective == "loss" else 2
-        step = self.examples() * copies * forward(self.small, tokens, text + prompt, self.texts.answers)
+        if config.asks_server:
+            asked, answered = self._questions()
+            holds, handout, step, work, down, up = 0, 0, 0.0, 0.0, down + answered, up + asked
         total = config.federation.clients * handout + config.federation.rounds * self._per_round() * (down + up)
-        work = (search.population * search.iterations + 1) * step
         name = "FedBPT" if search.rule == "evolution" else "FedAvg-BBT"
         return Method(name, holds, search.dimension, handout, down, up, total, (step,), work)
+
+    def _searched(self, model: LanguageModel) -> tuple[float, float]:
+        """FLOPs of one point of a client, and of its round, on `model`."""
+        search, text, prompt = self.config.search, self.texts.tokens, self.spec.num_tokens
+        tokens = text + prompt if self.spec.kind == "input" else text
+        step = self.examples() * _groups(search) * forward(model, tokens, text + prompt, self.texts.answers)
+        return step, (search.population * search.iterations + 1) * step
+
+    def _questions(self) -> tuple[int, int]:
+        """Bytes that a client asks in a round, and of the answers (algorithms/forward.py), as all texts were the mean."""
+        search, groups = self.config.search, _groups(self.config.search)
+        texts, times = groups * self.examples(), search.iterations + 1
+        points = search.iterations * search.population + 1
+        head = 3 + groups + texts * (3 + self.texts.tokens)
+        asked = times * (HEADER_BYTES + FP32_BYTES * head) + FP32_BYTES * points * search.dimension
+        return asked, times * HEADER_BYTES + FP32_BYTES * points * texts
 
     def examples(self) -> int:
         """Of a client that searches: its share of data.limit.train, else as many as client.tuning would take."""
@@ -319,3 +337,8 @@ class _Costs:
         logits = text if settings.logits_weight else 0
         teacher, student = (forward(model, text, text, logits) for model in (self.large, self.small))
         return settings.stage.batch_size * (teacher + (3 + self.again) * student)
+
+
+def _groups(search: SearchConfig) -> int:
+    """Of a client's texts that each point is tried on: its own, and their perturbed copies."""
+    return 1 if search.objective == "loss" else 2

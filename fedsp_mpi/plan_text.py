@@ -98,8 +98,11 @@ def _auxiliary(plan: Plan) -> list[str]:
     travel = f"searched for in {search:,} dimensions" if search else f"{sizes.wire:,} on the wire"
     lines = [f"counted otherwise: {', '.join(ways)}"] if ways else []
     lines += [f"FedSP's paper says {paper} x, and does not say how it counts"] if paper else []
+    held = f"{sizes.auxiliary:,} parameters, {cell}: {plan.ratios['as held']:#.3g} x fewer"
+    if config.asks_server:
+        held, lines = "none: clients hold no model, and send their text to the server", []
     return [
-        f"auxiliary {sizes.auxiliary:,} parameters, {cell}: {plan.ratios['as held']:#.3g} x fewer",
+        f"auxiliary {held}",
         *_labelled("", lines),
         f"prompts   {sizes.prompt:,} values at the global model's depth, {travel}",
     ]

@@ -40,7 +40,7 @@ def auxiliary_model(
 ) -> tuple[LanguageModel, dict[str, Any]]:
     """The clients' model, which is the aligned auxiliary model, and the story of its distillation, on rank 0.
 
-    Where weights are what travels, it is the global model itself.
+    Where weights are what travels, or clients hold no model, it is the global model itself.
 
     A run that goes on takes its own; another one that of an earlier run if the recipe is the same.
 
@@ -57,7 +57,7 @@ def auxiliary_model(
     Raises StoppedError if `stop` said so, ValueError if a resumed run has lost its auxiliary model.
     """
     config = materials.config
-    if config.tunes_weights:
+    if config.tunes_weights or config.asks_server:
         return model, {"engine": "none", "steps": 0}
     recipe = _recipe(materials, model, compute)
     target = folder / "auxiliary"
@@ -91,7 +91,7 @@ def _put_away(place: Checkpoints, recipe: dict[str, Any], state: State) -> None:
 
 def help_to_distil(materials: Materials, model: LanguageModel, team: Team, stop: Stop) -> None:
     """The part of the server's other ranks in `auxiliary_model`. Raises StoppedError if `stop` said so on any rank."""
-    if materials.config.tunes_weights:
+    if materials.config.tunes_weights or materials.config.asks_server:
         return
     distils, folder, recipe = team.tell()
     if distils:

@@ -125,7 +125,8 @@ def _client_side(config: Config, wire: Wire | Solo, given: comm.Handout, server:
         from fedsp_mpi.training.device import Compute
 
         compute = Compute.of(config.client.compute, wire.topology)
-        return build.client_side(server.materials if server else Materials(config), compute, given, mine)
+        materials = server.materials if server else Materials(config)
+        return build.client_side(materials, compute, given, mine, wire.ask)
 
     return _in_turns(wire, turns, make if mine else None, "client", server)
 

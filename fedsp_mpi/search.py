@@ -29,6 +29,9 @@ class SearchConfig:
     # all bytes. In hundreds of dimensions the two are hardly different: it is learned in as many times as many steps.
     covariance: Literal["full", "identity"] = "full"
     batch_tokens: int = 4096  # of a forward pass, prompts among them
+    # Who runs the forward passes: clients, on the model that is handed out to them; or the server's ranks, for clients
+    # that hold no model, whose text then goes to the server.
+    forward: Literal["clients", "server"] = "clients"
 
     def check(self, where: str) -> None:
         for name, low in (("dimension", 2), ("population", 2), ("iterations", 1), ("batch_tokens", 1)):

@@ -346,6 +346,8 @@ class ServerRun:
             say(f"          {note}")
         for told in self._privacy().values():
             say(f"privacy   an update's epsilon is {told['epsilon']:g}, of all rounds {told['epsilon_all']:g}")
+        if config.asks_server:
+            say("privacy   clients hold no model: their text goes to the server (search.forward=server)")
         say(f"folder    {self.folder}")
 
 

@@ -128,6 +128,7 @@ class ServerSide:
     team: Team
     archive: Archive | None
     keeps_worse: bool = True  # whether a round's tuning stands if it made the validation loss worse
+    answer: Callable[[np.ndarray], np.ndarray] | None = None  # to what clients that hold no model ask in a round
     best: Best = field(init=False)
     control_best: Best | None = field(init=False)
 

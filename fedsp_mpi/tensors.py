@@ -248,11 +248,13 @@ class Contract:
         down: tensors of a broadcast.
         up: tensors of an update.
         metrics: names of the numbers that ride in an update's header, at most 12.
+        servers: ranks of the server that clients may ask during a round, with values of any number; 0: none.
     """
 
     down: Schema
     up: Schema
     metrics: tuple[str, ...] = ()
+    servers: int = 0
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import subprocess
 import sys
@@ -26,6 +25,7 @@ from fedsp_mpi.aggregation.average import weighted_mean
 from fedsp_mpi.aggregation.step_size import corrected
 from fedsp_mpi.algorithms import fedbpt
 from fedsp_mpi.algorithms.benches import ShardError
+from fedsp_mpi.algorithms.forward import Held
 from fedsp_mpi.comm import Refused
 from fedsp_mpi.comm.messages import Report
 from fedsp_mpi.comm.updates import Updates
@@ -77,27 +77,23 @@ class FunctionServer(fedbpt.Server):
         super().__init__(model, Prompt(spec), Subspace(spec, settings.dimension, 1.0, 1), settings)
 
 
-class FunctionClient(fedbpt.Client):
-    """Clients whose objective is a function of z."""
+class Function:
+    """A function of z in the place of a model's loss, which knows how often it was asked, and its least value."""
 
-    def __init__(
-        self, function: Callable[[np.ndarray], float], settings: SearchConfig, seed: int, clients: int
-    ) -> None:
-        model = SimpleNamespace(device=tiny.CPU, evaluating=contextlib.nullcontext)
-        spec = PromptSpec("input", 1, 1, 1, 1)
-        shards = {client: [None] * (client + 1) for client in range(clients)}
-        space = Subspace(spec, settings.dimension, 1.0, 1)
-        depths = DepthMap(spec, 1)
-        super().__init__(model, Prompt(spec), torch.zeros(1, 1), space, depths, shards, np.arange(9), settings, seed)
-        self.function, self.best, self.evaluations = function, math.inf, 0
+    def __init__(self, function: Callable[[np.ndarray], float]) -> None:
+        self._function, self.best, self.evaluations = function, math.inf, 0
 
-    def _both(self, shard, client, round):
-        return [], []
-
-    def _judge(self, points, texts, copies):
-        values = np.array([self.function(point.astype(np.float64)) for point in points])
+    def losses(self, client: int, points: np.ndarray, groups: object) -> list[np.ndarray]:
+        values = np.array([self._function(point.astype(np.float64)) for point in points])
         self.best, self.evaluations = min(self.best, *values), self.evaluations + len(values)
-        return values, values
+        return [values[:, None]]
+
+
+def function_client(function: Callable[[np.ndarray], float] | Function, settings, seed, clients) -> fedbpt.Client:
+    """Clients whose objective is a function of z."""
+    shards = {client: [None] * (client + 1) for client in range(clients)}
+    forward = function if isinstance(function, Function) else Function(function)
+    return fedbpt.Client(forward, shards, np.arange(9), settings, seed)
 
 
 def gathered(updates: list[Update]) -> Updates:
@@ -110,12 +106,13 @@ def gathered(updates: list[Update]) -> Updates:
 
 def evaluations_together(function, settings: SearchConfig, clients: int, seed: int) -> float:
     """How often each of the clients asks the function until one of them is below 1e-8."""
-    server, client = FunctionServer(settings), FunctionClient(function, settings, seed, clients)
+    server, asked = FunctionServer(settings), Function(function)
+    client = function_client(asked, settings, seed, clients)
     for round in range(1, 400):
         down = server.broadcast()
         updates = [client.local(id, round, down) for id in range(clients)]
-        if client.best < 1e-8:
-            return client.evaluations / clients
+        if asked.best < 1e-8:
+            return asked.evaluations / clients
         server.take(server.merge(gathered(updates)))
     return math.inf
 
@@ -204,7 +201,7 @@ def test_points_follow_the_distribution_and_the_seed():
 
 def told(server: FunctionServer, clients: int, losses: list[float] | None = None) -> list[Update]:
     """One update of each client from the server's broadcast."""
-    client = FunctionClient(sphere, server._settings, 3, clients)
+    client = function_client(sphere, server._settings, 3, clients)
     return [client.local(id, 1, server.broadcast()) for id in range(clients)]
 
 
@@ -292,7 +289,7 @@ def test_the_identity_does_not_travel():
 
 def test_a_server_goes_on_from_its_state_with_equal_bits():
     settings = SearchConfig(5, iterations=2, objective="loss")
-    one, client = FunctionServer(settings), FunctionClient(sphere, settings, 1, 4)
+    one, client = FunctionServer(settings), function_client(sphere, settings, 1, 4)
     for round in range(1, 7):
         if round == 4:
             kept = {name: value.copy() for name, value in one.state().items()}
@@ -424,7 +421,8 @@ def searching(model, **changes) -> fedbpt.Client:
     shards = {0: tiny.texts((9, 8, 12, 6)), 1: tiny.texts((7, 5), seed=1), 2: ShardError("nothing here")}
     space = Subspace(spec, 6, 0.1, 1)
     depths = DepthMap(spec, model.shape.num_layers)
-    return fedbpt.Client(model, Prompt(spec), first, space, depths, shards, np.arange(4, 100), settings, 1)
+    forward = Held(model, Prompt(spec), first, space, depths, settings.batch_tokens)
+    return fedbpt.Client(forward, shards, np.arange(4, 100), settings, 1)
 
 
 def beginning(settings: SearchConfig) -> NamedTensors:
@@ -446,12 +444,13 @@ def test_a_client_s_round_is_forward_passes(model, objective, monkeypatch):
     monkeypatch.setattr(model, "answer_logits", noted)
     update = client.local(0, 1, beginning(client._settings))
     assert sum(passes) == 4 * (2 * 5 + 1) * (1 if objective == "loss" else 2)  # texts, points, copies
-    assert not any(graphs) and all(p.grad is None for p in [*model.weights.values(), client._prompt.prompt])
+    held = client._forward
+    assert not any(graphs) and all(p.grad is None for p in [*model.weights.values(), held._prompt.prompt])
     assert update.weight == 4 and np.isfinite(list(update.metrics.values())).all()
     texts = client._shards[0]
-    prompt = Prompt(client._prompt.spec)
-    change = client._subspace.expand(update.tensors["mean"][None])[0]
-    prompt.load({"prompt": client._first + change})
+    prompt = Prompt(held._prompt.spec)
+    change = held._subspace.expand(update.tensors["mean"][None])[0]
+    prompt.load({"prompt": held._first + change})
     with torch.no_grad():
         losses = [F.cross_entropy(*answer_logits(collate([text]), prompt)).item() for text in texts]
     assert update.metrics["loss_prompt_last"] == pytest.approx(np.mean(losses), rel=1e-4)
@@ -490,6 +489,7 @@ MEMORY = """
 import numpy as np, torch
 from transformers import AutoModelForCausalLM, GPT2Config
 from fedsp_mpi.algorithms.fedbpt import Client, travelling
+from fedsp_mpi.algorithms.forward import Held
 from fedsp_mpi.data.tokens import Text
 from fedsp_mpi.models.backbone import LanguageModel
 from fedsp_mpi.models.prompts import DepthMap, Prompt, PromptSpec
@@ -506,9 +506,8 @@ spec, random = PromptSpec.of(model.shape, "input", 50, None), np.random.default_
 texts = [Text(np.append(random.integers(100, 5000, 40), i % 4).astype(np.int32), 40) for i in range(8)]
 settings = SearchConfig(iterations=2)
 space = Subspace(spec, settings.dimension, 0.01, 1)
-client = Client(
-    model, Prompt(spec), torch.zeros(50, 512), space, DepthMap(spec, 2), {0: texts}, np.arange(9), settings, 1
-)
+held = Held(model, Prompt(spec), torch.zeros(50, 512), space, DepthMap(spec, 2), settings.batch_tokens)
+client = Client(held, {0: texts}, np.arange(9), settings, 1)
 state = Evolution.of({"mean": np.zeros(settings.dimension), "step_size": np.ones(1)}).state()
 down = NamedTensors.of({name: state[name] for name in travelling(settings)[0]})
 
@@ -519,11 +518,11 @@ def peak(work):
 
 def forward():
     with torch.inference_mode():
-        client._losses(client._batches(texts))
+        return [held._losses(batch) for _, batch in held._batches(texts)]
 
 def gradient():
-    client._prompt.requires_grad_(True)
-    logits, targets = model.answer_logits(client._batches(texts)[0][1], client._prompt)
+    held._prompt.requires_grad_(True)
+    logits, targets = model.answer_logits(held._batches(texts)[0][1], held._prompt)
     torch.nn.functional.cross_entropy(logits, targets).backward()
 
 forward()

@@ -12,27 +12,26 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fedsp_mpi import rng
 from fedsp_mpi.aggregation.average import Updates, weighted_mean
 from fedsp_mpi.aggregation.step_size import corrected
 from fedsp_mpi.algorithms.benches import NoBenches, ShardError
+from fedsp_mpi.algorithms.forward import Forward, answered
 from fedsp_mpi.config import SearchConfig
 from fedsp_mpi.data.perturb import perturbed
-from fedsp_mpi.data.tokens import Text, by_length, collate
+from fedsp_mpi.data.tokens import Text
 from fedsp_mpi.models.backbone import LanguageModel
-from fedsp_mpi.models.losses import answer_losses, fitness
-from fedsp_mpi.models.prompts import DepthMap, Prompt
+from fedsp_mpi.models.losses import fitness
+from fedsp_mpi.models.prompts import Prompt
 from fedsp_mpi.models.subspace import Subspace
-from fedsp_mpi.tensors import Batch, NamedTensors, State, Update
-from fedsp_mpi.training.device import named_out_of_memory
+from fedsp_mpi.tensors import NamedTensors, State, Update
 from fedsp_mpi.training.evolution import Evolution
 from fedsp_mpi.training.loop import NonFiniteError, Trace
 
 # fitness: the objective at a client's mean; step_size: the root of the sum of squares of its iterations' step sizes.
 METRICS = ("fitness", "step_size", "loss_prompt_first", "loss_prompt_last", "seconds_prompt", "seconds_other")
-Batches = list[tuple[list[int], Batch]]  # the texts of each batch, by their places, and the batch
 
 
 def travelling(settings: SearchConfig) -> tuple[list[str], list[str]]:
@@ -52,10 +51,18 @@ class Server:
         prompt: the first prompts, of the global model's depth.
         subspace: leads from z to what is added to them.
         settings: of the search.
+        forward: runs the clients' forward passes too, if they hold no model.
     """
 
-    def __init__(self, model: LanguageModel, prompt: Prompt, subspace: Subspace, settings: SearchConfig) -> None:
-        self.model, self.prompt = model, prompt.requires_grad_(False)
+    def __init__(
+        self,
+        model: LanguageModel,
+        prompt: Prompt,
+        subspace: Subspace,
+        settings: SearchConfig,
+        forward: Forward | None = None,
+    ) -> None:
+        self.model, self.prompt, self._forward = model, prompt.requires_grad_(False), forward
         self._first, self._subspace, self._settings = prompt.matrix().cpu().clone(), subspace, settings
         begin = {"mean": np.zeros(settings.dimension), "step_size": np.array([settings.step_size])}
         self._known = NamedTensors.of(Evolution.of(begin).state())
@@ -63,6 +70,11 @@ class Server:
     def broadcast(self) -> NamedTensors:
         """The search as it goes down."""
         return NamedTensors.of({name: self._known[name] for name in travelling(self._settings)[0]})
+
+    def answer(self, question: np.ndarray) -> np.ndarray:
+        """The losses that a client without a model asks for (`forward.packed`)."""
+        assert self._forward is not None, "clients hold the model"
+        return answered(self._forward, question)
 
     def merge(self, updates: Updates) -> NamedTensors:
         """The search that comes of the clients'; of a single one FedBPT takes the mean."""
@@ -116,14 +128,10 @@ class Server:
 
 
 class Client:
-    """Any number of owners of text that share one process and one model; they keep nothing between rounds.
+    """Any number of owners of text that share one process; they keep nothing between rounds.
 
     Args:
-        model: as it was handed out, frozen.
-        prompt: the prompts while they are tried, of that model's depth.
-        first: what was handed out of them, [tokens, row width].
-        subspace: leads from z to what is added, at the depth of the global model;
-        depths: from there to that model's.
+        forward: what runs the forward passes.
         shards: text by client id, or why it cannot be used.
         words: sorted ids of the tokens that are words, which perturbed copies are made of.
         settings: of the search.
@@ -133,19 +141,14 @@ class Client:
 
     def __init__(
         self,
-        model: LanguageModel,
-        prompt: Prompt,
-        first: Tensor,
-        subspace: Subspace,
-        depths: DepthMap,
+        forward: Forward,
         shards: Mapping[int, Sequence[Text] | ShardError],
         words: np.ndarray,
         settings: SearchConfig,
         seed: int,
         seconds: float | None = None,
     ) -> None:
-        self._model, self._prompt, self._first = model, prompt.requires_grad_(False), first
-        self._subspace, self._depths, self._shards, self._words = subspace, depths, shards, words
+        self._forward, self._shards, self._words = forward, shards, words
         self._settings, self._seed, self._seconds = settings, seed, seconds
         self.benches = NoBenches()
 
@@ -157,56 +160,40 @@ class Client:
         start, shard, settings = time.perf_counter(), self._shards[client], self._settings
         if isinstance(shard, ShardError):
             raise shard
-        with named_out_of_memory(), torch.inference_mode(), self._model.evaluating():
-            texts = self._both(shard, client, round)
-            search, first, squares = Evolution.of(down), math.nan, 0.0
-            search.generation = (round - 1) * settings.iterations if settings.rule == "average" else 0
-            begun = time.perf_counter()
-            for iteration in range(settings.iterations):
-                squares += search.step_size**2
-                key = rng.key(self._seed, "search", round, client, iteration)
-                points = search.sample(settings.population, key)
-                values, losses = self._judge(points, *texts)
-                search.update(points, values)
-                first = float(losses.mean()) if iteration == 0 else first
-                if self._seconds is not None and time.perf_counter() >= start + self._seconds:
-                    break
-            state = search.state()
-            up = NamedTensors.of({name: state[name] for name in travelling(settings)[1]})
-            values, losses = self._judge(up["mean"][None], *texts)
+        groups = self._both(shard, client, round)
+        search, first, squares = Evolution.of(down), math.nan, 0.0
+        search.generation = (round - 1) * settings.iterations if settings.rule == "average" else 0
+        begun = time.perf_counter()
+        for iteration in range(settings.iterations):
+            squares += search.step_size**2
+            key = rng.key(self._seed, "search", round, client, iteration)
+            points = search.sample(settings.population, key)
+            values, losses = self._judge(client, points, groups)
+            search.update(points, values)
+            first = float(losses.mean()) if iteration == 0 else first
+            if self._seconds is not None and time.perf_counter() >= start + self._seconds:
+                break
+        state = search.state()
+        up = NamedTensors.of({name: state[name] for name in travelling(settings)[1]})
+        values, losses = self._judge(client, up["mean"][None], groups)
         end = time.perf_counter()
         numbers = (values[0], math.sqrt(squares), first, losses[0], end - begun, begun - start)
         return Update(client, float(len(shard)), up, {name: float(value) for name, value in zip(METRICS, numbers)})
 
-    def _both(self, shard: Sequence[Text], client: int, round: int) -> tuple[Batches, Batches]:
-        """A client's text in batches, and this round's perturbed copy of it, if the objective has one."""
+    def _both(self, shard: Sequence[Text], client: int, round: int) -> list[Sequence[Text]]:
+        """A client's text, and this round's perturbed copy of it, if the objective has one."""
         if self._settings.objective == "loss":
-            return self._batches(shard), []
+            return [shard]
         random = rng.generator(self._seed, "perturbation", round, client)
-        copies = perturbed(shard, self._settings.perturbation, self._words, random)
-        return self._batches(shard), self._batches(copies)
+        return [shard, perturbed(shard, self._settings.perturbation, self._words, random)]
 
-    def _batches(self, texts: Sequence[Text]) -> Batches:
-        groups = by_length(texts, self._settings.batch_tokens, self._prompt.spec.num_tokens)
-        return [(rows, collate([texts[i] for i in rows]).to(self._model.device)) for rows in groups]
-
-    def _judge(self, points: np.ndarray, texts: Batches, copies: Batches) -> tuple[np.ndarray, np.ndarray]:
+    def _judge(
+        self, client: int, points: np.ndarray, groups: Sequence[Sequence[Text]]
+    ) -> tuple[np.ndarray, np.ndarray]:
         """The objective and the mean loss of each of the points [num, dimension]."""
-        found = []
-        for change in self._subspace.expand(points):
-            self._prompt.load({"prompt": self._first + self._depths.down({"prompt": change})["prompt"]})
-            losses = self._losses(texts)
-            value = fitness(self._settings.objective, losses, self._losses(copies))
-            found.append((float(value), float(losses.mean())))
-        values, means = np.array(found).T
+        losses, *copies = (torch.from_numpy(each) for each in self._forward.losses(client, points, groups))
+        rows = zip(losses, copies[0] if copies else losses)
+        values = np.array([float(fitness(self._settings.objective, *row)) for row in rows])
         if not np.isfinite(values).all():
             raise NonFiniteError(f"the objective is {values[~np.isfinite(values)][0]}, expected a finite number")
-        return values, means
-
-    def _losses(self, batches: Batches) -> Tensor:
-        """Of each text the mean loss of its answer's tokens under the prompts, fp64 on the CPU."""
-        losses = torch.zeros(sum(len(rows) for rows, _ in batches), dtype=torch.float64)
-        for rows, batch in batches:
-            counts = (batch.targets != -100).sum(dim=1).tolist()
-            losses[rows] = answer_losses(*self._model.answer_logits(batch, self._prompt), counts).double().cpu()
-        return losses
+        return values, np.array([float(row.mean()) for row in losses])

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from ..tensors import Contract, Schema
-from .messages import HEADER_BYTES
+from .messages import HEADER_BYTES, NOTHING_ASKED, Asked
 
 Direction = Literal["start-up", "handout", "down", "up", "checkpoint", "end"]
 
@@ -60,15 +61,32 @@ class Ledger:
         self.header("down", "broadcast", messages, crossed)
         self.tensors("down", "broadcast", schema, messages, crossed)
 
-    def answers(self, contract: Contract, updates: list[int], failures: list[int], crossed: bool) -> None:
-        """Count one round: the clients that were handed the broadcast and answered with an update, or a failure."""
+    def answers(
+        self,
+        contract: Contract,
+        updates: list[int],
+        failures: list[int],
+        crossed: bool,
+        asked: Mapping[int, Asked],
+    ) -> None:
+        """Count one round: the clients that were handed the broadcast and answered with an update, or a failure.
+
+        `asked`: what they asked the server meanwhile, by client.
+        """
         everyone = sorted(updates + failures)
+        for what in asked.values():
+            self._questions("up", "(question)", what.questions, what.up, crossed)
+            self._questions("down", "(answer)", what.questions, what.down, crossed)
         self.broadcast(contract.down, len(everyone), 0)
         self.header("up", "gather", len(everyone), len(everyone) * crossed)
         self.tensors("up", "gather", contract.up, len(updates), len(updates) * crossed)
         down, up = (HEADER_BYTES + 4 * schema.num_values for schema in (contract.down, contract.up))
         sent = dict.fromkeys(failures, HEADER_BYTES) | dict.fromkeys(updates, up)
-        self._round = {"down": dict.fromkeys(everyone, down), "up": {client: sent[client] for client in everyone}}
+        more = {client: asked.get(client, NOTHING_ASKED) for client in everyone}
+        self._round = {
+            "down": {client: down + more[client].down for client in everyone},
+            "up": {client: sent[client] + more[client].up for client in everyone},
+        }
 
     def round_bytes(self) -> dict[str, dict[int, int]]:
         """Bytes of the last round: {"down": {client: bytes}, "up": {client: bytes}}."""
@@ -78,9 +96,18 @@ class Ledger:
         """All entries, as JSON can say them, in the order in which they first came up."""
         return [asdict(entry) for entry in self._entries.values()]
 
-    def _add(self, new: Entry, size: int, messages: int, crossed: int) -> None:
+    def _questions(self, direction: Direction, name: str, num: int, size: int, crossed: bool) -> None:
+        """Count `num` questions or answers of `size` bytes together, headers among them."""
+        self.header(direction, "questions", num, num * crossed)
+        values = size - num * HEADER_BYTES
+        entry = self._add(Entry(direction, "questions", name, None, "float32"), 0, num, num * crossed)
+        entry.bytes += values
+        entry.bytes_crossed += values * crossed
+
+    def _add(self, new: Entry, size: int, messages: int, crossed: int) -> Entry:
         entry = self._entries.setdefault((new.direction, new.phase, new.name), new)
         entry.messages += messages
         entry.bytes += messages * size
         entry.crossed += crossed
         entry.bytes_crossed += crossed * size
+        return entry

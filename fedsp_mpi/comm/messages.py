@@ -19,11 +19,12 @@ CHUNK_BYTES = 4 << 20  # of one vector that travel at once
 JsonPhase = Literal["start-up", "checkpoint", "end"]
 # The deadline of what is collected.
 LIMIT: dict[JsonPhase, str] = {"start-up": "start_up", "checkpoint": "gather", "end": "gather"}
-MAGIC, LAYOUT_VERSION = b"FSPW", 1
-HEADER_BYTES, MAX_METRICS, TEXT_BYTES = 256, 12, 110
+MAGIC, LAYOUT_VERSION = b"FSPW", 2
+HEADER_BYTES, MAX_METRICS, TEXT_BYTES = 256, 12, 90
 # magic, layout version, kind, round, client, number of values (of bytes for JSON), schema digest, weight,
-# which metrics are there (bit mask), metrics, text. Little-endian without padding.
-_LAYOUT = struct.Struct(f"<4sHHiiQ16sdH{MAX_METRICS}d{TEXT_BYTES}s")
+# which metrics are there (bit mask), metrics, questions and bytes of them and of their answers, text. Little-endian
+# without padding.
+_LAYOUT = struct.Struct(f"<4sHHiiQ16sdH{MAX_METRICS}dIQQ{TEXT_BYTES}s")
 assert _LAYOUT.size == HEADER_BYTES
 
 
@@ -51,6 +52,21 @@ class Down:
     tensors: NamedTensors | None = None
 
 
+class Asked(NamedTuple):
+    """What a client asked the server in a round: how often, and bytes up and down, headers among them."""
+
+    questions: int = 0
+    up: int = 0
+    down: int = 0
+
+    def one_more(self, asked: int, answered: int) -> Asked:
+        """With another question of so many values, and its answer's."""
+        return Asked(self.questions + 1, self.up + HEADER_BYTES + 4 * asked, self.down + HEADER_BYTES + 4 * answered)
+
+
+NOTHING_ASKED = Asked()
+
+
 class Report(NamedTuple):
     """What an accepted update says besides its tensors."""
 
@@ -60,13 +76,15 @@ class Report(NamedTuple):
 
 
 class Kind(IntEnum):
-    """What follows a header: a payload of fp32 values (BROADCAST, UPDATE), JSON bytes (JSON), or nothing."""
+    """What follows a header: fp32 values (BROADCAST, UPDATE, QUESTION, ANSWER), JSON bytes (JSON), or nothing."""
 
     BROADCAST = 1
     STOP = 2
     UPDATE = 3
     FAILURE = 4
     JSON = 5
+    QUESTION = 6
+    ANSWER = 7
 
 
 @dataclass(frozen=True)
@@ -81,6 +99,7 @@ class Header:
     weight: float = 0.0
     metrics: Mapping[str, float] = field(default_factory=dict)
     text: str = ""
+    asked: Asked = NOTHING_ASKED
 
     def pack(self, names: Sequence[str] = ()) -> bytes:
         """The 256 bytes; `names` gives the places of the metrics."""
@@ -88,7 +107,7 @@ class Header:
         mask = sum(1 << i for i, name in enumerate(names) if name in self.metrics)
         text = self.text.encode()[:TEXT_BYTES].decode(errors="ignore").encode()  # never half a character
         fixed = (MAGIC, LAYOUT_VERSION, self.kind, self.round, self.client, self.num_values, self.digest, self.weight)
-        return _LAYOUT.pack(*fixed, mask, *values, text)
+        return _LAYOUT.pack(*fixed, mask, *values, *self.asked, text)
 
     @classmethod
     def unpack(cls, raw: bytes, whose: str, names: Sequence[str] = ()) -> Header:
@@ -100,16 +119,16 @@ class Header:
                 f"{LAYOUT_VERSION}; start all ranks with one version of fedsp_mpi"
             )
         metrics = {name: rest[i] for i, name in enumerate(names) if mask >> i & 1}
-        text = rest[MAX_METRICS].rstrip(b"\0").decode(errors="replace")
-        return cls(Kind(kind), round, client, num_values, digest, weight, metrics, text)
+        text, asked = rest[-1].rstrip(b"\0").decode(errors="replace"), Asked(*rest[MAX_METRICS:-1])
+        return cls(Kind(kind), round, client, num_values, digest, weight, metrics, text, asked)
 
     @classmethod
-    def of(cls, item: Update | Failure, round: int) -> Header:
-        """The header of one client's answer."""
+    def of(cls, item: Update | Failure, round: int, asked: Asked = NOTHING_ASKED) -> Header:
+        """The header of one client's answer, with what it asked before."""
         if isinstance(item, Failure):
-            return cls(Kind.FAILURE, round, item.client, text=f"{item.phase}\n{item.reason}")
-        schema = item.tensors.schema
-        return cls(Kind.UPDATE, round, item.client, schema.num_values, schema.digest, float(item.weight), item.metrics)
+            return cls(Kind.FAILURE, round, item.client, text=f"{item.phase}\n{item.reason}", asked=asked)
+        schema, about = item.tensors.schema, (float(item.weight), item.metrics)
+        return cls(Kind.UPDATE, round, item.client, schema.num_values, schema.digest, *about, asked=asked)
 
     def require(self, kind: Kind, whose: str) -> Header:
         """Itself; ValueError if it is of another kind, that is, two ranks are at different places of the protocol."""
@@ -212,11 +231,13 @@ def handout_content(handout: Handout, chunk: int) -> dict[str, Any]:
     contract = handout.contract
     schemas = {"tensors": handout.tensors.schema, "down": contract.down, "up": contract.up}
     content = {name: [[spec.name, spec.shape] for spec in schema] for name, schema in schemas.items()}
-    return {**content, "metrics": contract.metrics, "meta": handout.meta, "chunk": chunk}
+    rest = {"metrics": contract.metrics, "servers": contract.servers}
+    return {**content, **rest, "meta": handout.meta, "chunk": chunk}
 
 
 def handout_from(content: dict[str, Any]) -> tuple[Handout, int]:
     """The receiving side of `handout_content`: room for the tensors, which are still to come, and the `chunk`."""
     tensors, down, up = (Schema.of(content[name]) for name in ("tensors", "down", "up"))
     room = NamedTensors(tensors, np.empty(tensors.num_values, dtype=np.float32))
-    return Handout(content["meta"], room, Contract(down, up, tuple(content["metrics"]))), int(content["chunk"])
+    contract = Contract(down, up, tuple(content["metrics"]), content["servers"])
+    return Handout(content["meta"], room, contract), int(content["chunk"])

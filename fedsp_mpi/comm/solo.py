@@ -8,11 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from ..tensors import Contract, Failure, Update
+from ..tensors import Contract, Failure, Update, seal
+from .desk import Answer
 from .guard import Refused, guard
 from .ledger import Ledger
 from .messages import (
     CHUNK_BYTES,
+    NOTHING_ASKED,
+    Asked,
     Down,
     Handout,
     Header,
@@ -47,6 +50,8 @@ class Solo:
         self.contract: Contract | None = None
         self._chunk = max(1, chunk_bytes // 4)
         self._ledger = Ledger()
+        self._answer: Answer | None = None
+        self._asked: dict[int, Asked] = {}
 
     def collect(self, info: Mapping[str, Any], phase: JsonPhase = "start-up") -> list[dict[str, Any]]:
         """The list with this process's own dict, as JSON says it."""
@@ -89,8 +94,16 @@ class Solo:
             down_header(down, self._sealed())
             return down if down.stop or down.tensors is None else Down(down.round, tensors=down.tensors.copy())
 
-    def gather(self, round: int, outgoing: Iterable[Update | Failure]) -> Updates:
-        """All clients' answers; `outgoing` may do the local work while it is read.
+    def ask(self, client: int, values: np.ndarray) -> np.ndarray:
+        """What the server answers to a client's fp32 values, while `outgoing` of a `gather` is read."""
+        assert self._sealed().servers and self._answer is not None, "the contract says whether clients may ask"
+        found = self._answer(values)
+        seal.refuse_array(found)
+        self._asked[client] = self._asked.get(client, NOTHING_ASKED).one_more(values.size, found.size)
+        return found
+
+    def gather(self, round: int, outgoing: Iterable[Update | Failure], answer: Answer | None = None) -> Updates:
+        """All clients' answers; `outgoing` may do the local work while it is read, and ask for what `answer` makes.
 
         Raises:
             ValueError: an answer is not what the contract says.
@@ -98,11 +111,15 @@ class Solo:
         """
         with guard.phase("gather", round=round):
             contract = self._sealed()
+            self._answer, self._asked = answer, {}
             items = sorted((checked(item, contract, round) for item in outgoing), key=lambda item: item.client)
             # Through bytes and back, so that a failure's text is cut here as it is on the wire.
-            packed = [Header.of(item, round).pack(contract.metrics) for item in items]
+            asked = self._asked
+            packed = [
+                Header.of(item, round, asked.get(item.client, NOTHING_ASKED)).pack(contract.metrics) for item in items
+            ]
             reports, failures = sort_answers(Header.unpack(raw, "this process", contract.metrics) for raw in packed)
-            self._ledger.answers(contract, [r.client for r in reports], [f.client for f in failures], crossed=False)
+            self._ledger.answers(contract, [r.client for r in reports], [f.client for f in failures], False, asked)
             flats = [item.tensors.flat for item in items if isinstance(item, Update)]
             return Updates(reports, failures, contract.up, self._columns(flats, contract.up.num_values))
 

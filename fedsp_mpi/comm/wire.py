@@ -16,12 +16,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..tensors import Contract, Failure, NamedTensors, Update
+from .desk import Answer, Desk
 from .guard import Refused, guard
 from .ledger import Direction, Ledger
 from .messages import (
     CHUNK_BYTES,
     HEADER_BYTES,
     LIMIT,
+    NOTHING_ASKED,
+    Asked,
     Down,
     Handout,
     Header,
@@ -74,6 +77,7 @@ class Wire:
         self._chunk = max(1, chunk_bytes // 4)
         self._ledger = Ledger()
         self._open: Updates | None = None
+        self._desk: Desk | None = None
         self._others = self.topology.size - 1
 
     # The operations, in the order of a run.
@@ -136,7 +140,14 @@ class Wire:
             self._pour(given.tensors.flat, "handout")
             self._ledger.tensors("handout", "handout", given.tensors.schema, *self._deliveries)
             self.contract = given.contract
+            if given.contract.servers:
+                self._desk = Desk(self._comm, self._mpi, given.contract.servers, self._wait)
             return given
+
+    def ask(self, client: int, values: np.ndarray) -> np.ndarray:
+        """What the server answers to a client's fp32 values, while `outgoing` of a `gather` is read."""
+        assert self._desk is not None, "the contract says whether clients may ask"
+        return self._desk.ask(client, values)
 
     def broadcast(self, down: Down | None) -> Down:
         """The server's tensors of a round, or its word to stop, for everybody; other ranks pass None.
@@ -158,8 +169,10 @@ class Wire:
             self._ledger.broadcast(contract.down, 0, crossed)
             return down or Down(header.round, tensors=tensors)
 
-    def gather(self, round: int, outgoing: Iterable[Update | Failure]) -> Updates | None:
+    def gather(self, round: int, outgoing: Iterable[Update | Failure], answer: Answer | None = None) -> Updates | None:
         """The answers of this rank's clients for the server; the server passes nothing and gets the Updates.
+
+        Where the contract lets clients ask, the server's ranks pass what makes an `answer`.
 
         The local work may happen while `outgoing` is read. Updates are kept until they have left: they must not share
         memory with each other. An update that is not finite goes up as a Failure.
@@ -171,10 +184,12 @@ class Wire:
         with self._operation("gather", round):
             contract = self._sealed()
             mine = sorted((checked(item, contract, round) for item in outgoing), key=lambda item: item.client)
+            if answer is not None and self._desk is not None:
+                self._desk.serve(answer)
             if self.is_server:
                 assert not mine, "the server has no clients"
                 return self._take(round, contract)
-            self._give(round, mine, contract)
+            self._give(round, mine, contract, self._desk.close() if self._desk else {})
             return None
 
     def finish(self) -> None:
@@ -196,8 +211,9 @@ class Wire:
 
     # Up: letters, then columns.
 
-    def _give(self, round: int, mine: list[Update | Failure], contract: Contract) -> None:
-        self._write(b"".join(Header.of(item, round).pack(contract.metrics) for item in mine), _ANSWERS, "gather")
+    def _give(self, round: int, mine: list[Update | Failure], contract: Contract, asked: Mapping[int, Asked]) -> None:
+        headers = [Header.of(item, round, asked.get(item.client, NOTHING_ASKED)) for item in mine]
+        self._write(b"".join(header.pack(contract.metrics) for header in headers), _ANSWERS, "gather")
         updates = [item for item in mine if isinstance(item, Update)]
         failures = [item.client for item in mine if isinstance(item, Failure)]
         flats = [update.tensors.flat for update in updates]
@@ -207,7 +223,7 @@ class Wire:
             # The server reads while it merges, or after it learned: the limit is the one for the server's work, and
             # nothing is known to move before the first piece has left.
             self._wait(request.Test, "gather", limit="broadcast", moving=part.start > 0)
-        self._ledger.answers(contract, [update.client for update in updates], failures, crossed=True)
+        self._ledger.answers(contract, [update.client for update in updates], failures, True, asked)
 
     def _take(self, round: int, contract: Contract) -> Updates:
         headers: list[list[Header]] = [[] for _ in range(self.topology.size)]
@@ -217,7 +233,8 @@ class Wire:
         reports, failures = sort_answers(header for some in headers for header in some)
         clients = [[header.client for header in some if header.kind is Kind.UPDATE] for some in headers]
         self._open = Updates(reports, failures, contract.up, self._columns(clients, contract.up.num_values))
-        self._ledger.answers(contract, [r.client for r in reports], [f.client for f in failures], crossed=True)
+        asked = {header.client: header.asked for some in headers for header in some if header.asked.questions}
+        self._ledger.answers(contract, [r.client for r in reports], [f.client for f in failures], True, asked)
         return self._open
 
     def _columns(self, clients: list[list[int]], num_values: int) -> Iterator[Columns]:

@@ -1,0 +1,89 @@
+"""Questions during a round: clients that hold no model ask, and the server's ranks answer.
+
+Each client rank asks one rank of the server, always the same, and says when it has no more questions in this round. A
+question and its answer are a header and fp32 values; both sides of it stand next to each other here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..tensors import seal
+from .messages import HEADER_BYTES, Asked, Header, Kind
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+Answer = Callable[[np.ndarray], np.ndarray]  # fp32 values to fp32 values
+_HEADERS, _VALUES = 3, 4  # tags
+
+
+class Desk:
+    """One rank's part in the questions of each round.
+
+    Args:
+        comm, mpi: what the messages go over, and its module.
+        servers: ranks of the server, from 0; client ranks ask them in turns.
+        wait: how to wait (`Wire._wait`).
+    """
+
+    def __init__(self, comm: MPI.Intracomm, mpi: Any, servers: int, wait: Callable[..., None]) -> None:
+        self._comm, self._mpi, self._wait = comm, mpi, wait
+        own, clients = comm.rank, range(servers, comm.size)
+        self._is_server, self._mine = own < servers, (own - servers) % servers
+        self._askers = [rank for rank in clients if (rank - servers) % servers == own]
+        self._asked: dict[int, Asked] = {}
+
+    def ask(self, client: int, values: np.ndarray) -> np.ndarray:
+        """What the server's answer to a client's fp32 values is."""
+        assert not self._is_server, "the server answers"
+        self._send(Header(Kind.QUESTION, client=client, num_values=values.size), values, self._mine, "broadcast")
+        # The server may have other questions before this one: the limit is the one for its work.
+        header, _ = self._header(self._mine, "broadcast", lambda: (self._mine,))
+        header.require(Kind.ANSWER, f"rank {self._mine}")
+        found = self._receive(header, self._mine)
+        before = self._asked.get(client, Asked())
+        self._asked[client] = before.one_more(values.size, found.size)
+        return found
+
+    def close(self) -> dict[int, Asked]:
+        """This rank has no more questions in this round. What its clients asked in it."""
+        if not self._is_server:
+            self._send(Header(Kind.QUESTION), None, self._mine, "broadcast")
+        asked, self._asked = self._asked, {}
+        return asked
+
+    def serve(self, answer: Answer) -> None:
+        """Answer one question after the other, until all ranks that ask here have no more."""
+        left = set(self._askers)
+        while left:
+            header, rank = self._header(self._mpi.ANY_SOURCE, "gather", lambda: left)
+            header.require(Kind.QUESTION, f"rank {rank}")
+            if not header.num_values:
+                left.remove(rank)
+                continue
+            found = answer(self._receive(header, rank))
+            seal.refuse_array(found)
+            self._send(Header(Kind.ANSWER, client=header.client, num_values=found.size), found, rank, "gather")
+
+    def _send(self, header: Header, values: np.ndarray | None, rank: int, limit: str) -> None:
+        requests = [self._comm.Isend([header.pack(), self._mpi.BYTE], rank, _HEADERS)]
+        if values is not None:
+            requests.append(self._comm.Isend([values, self._mpi.FLOAT], rank, _VALUES))
+        for request in requests:
+            self._wait(request.Test, "questions", limit=limit, moving=True, missing=lambda: (rank,))
+
+    def _header(self, source: int, limit: str, missing: Callable[[], Any]) -> tuple[Header, int]:
+        raw, status = bytearray(HEADER_BYTES), self._mpi.Status()
+        request = self._comm.Irecv([raw, self._mpi.BYTE], source, _HEADERS)
+        self._wait(lambda: request.Test(status), "questions", limit=limit, missing=missing)
+        return Header.unpack(bytes(raw), f"rank {status.source}"), status.source
+
+    def _receive(self, header: Header, rank: int) -> np.ndarray:
+        values = np.empty(header.num_values, dtype=np.float32)
+        request = self._comm.Irecv([values, self._mpi.FLOAT], rank, _VALUES)
+        self._wait(request.Test, "questions", limit="broadcast", moving=True, missing=lambda: (rank,))
+        return values
