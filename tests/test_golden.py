@@ -35,7 +35,7 @@ WEIGHTS = {  # what suits prompts ruins weights
     "client": {"tuning": {"optimizer": {"learning_rate": 1e-3}}},
     "server": {"tuning": {"optimizer": {"learning_rate": 1e-3}}},
 }
-SEARCHES = {name: {"search": {"dimension": 20, "iterations": 3}} for name in ("fedbpt", "fedavg_bbt")}
+SEARCHES = {name: {"search": {"dimension": 20, "iterations": 3}} for name in ("fedbpt", "fedbpt_private", "fedavg_bbt")}
 COLUMNS = ("server_loss_first", "server_loss_last", "validation_merged", "validation_loss", "control_validation_loss")
 
 

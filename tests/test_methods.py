@@ -61,6 +61,7 @@ APART: dict[str, dict[str, object]] = {
     "prefix_tuning": WHOLE | {"federation.clients": 1},
     "prefix_tuning_centralised": WHOLE | ALONE,
     "fedbpt": SEARCH,
+    "fedbpt_private": SEARCH | {"search.forward": "server"},
     "fedavg_bbt": SEARCH | {"search.rule": "average", "search.objective": "loss"},
     "finetune": {"method": "finetune", "federation.client_state": "restarted"},
     "finetune_centralised": {"method": "finetune"} | ALONE,
