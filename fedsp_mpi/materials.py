@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -71,7 +71,21 @@ class Materials:
     @cached_property
     def splits(self) -> tasks.Splits:
         limit = {name: most for name, most in asdict(self.config.data.limit).items() if most is not None}
-        return tasks.load(self.task, self.source, seed=self.config.run.seed, limit=limit)
+        shots, seed = self.config.data.shots, self.config.run.seed
+        found = tasks.load(self.task, self.source, seed=seed, limit=limit)
+        if shots is None:
+            return found
+        if len({example.choices for example in found.train}) > 1 or self.task.metric != "multiple_choice":
+            raise ConfigError(
+                f"data.shots: found {shots} with {self.config.data.task}, whose examples have no classes in common, "
+                "expected a task with one set of choices; set data.limit.train instead"
+            )
+        try:
+            chosen = np.sort(partition.few_shot([example.gold[0] for example in found.train], shots, seed))
+        except ValueError as error:
+            raise ConfigError(f"data.shots: {error}") from None
+        notes = (*found.notes, f"train = {shots} examples of each class, {len(chosen)} of {len(found.train)} (shots)")
+        return replace(found, train=tuple(found.train[i] for i in chosen), notes=notes)
 
     @cached_property
     def shards(self) -> list[np.ndarray]:

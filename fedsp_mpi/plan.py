@@ -73,6 +73,7 @@ TEXTS = {
     "race": Texts(400, 8, 1024, "estimated"),
 }
 UNKNOWN = Texts(64, 4, 256, "assumed")
+CLASSES = {"sst2": 2, "rte": 2, "ag_news": 4}  # of those of other tasks two are assumed
 
 
 @dataclass(frozen=True)
@@ -275,7 +276,7 @@ class _Costs:
         return step, (search.population * search.iterations + 1) * step
 
     def _questions(self) -> tuple[int, int]:
-        """Bytes that a client asks in a round, and of the answers (algorithms/forward.py), as all texts were the mean."""
+        """Bytes that a client asks in a round, and of the answers (algorithms/forward.py), for texts of mean length."""
         search, groups = self.config.search, _groups(self.config.search)
         texts, times = groups * self.examples(), search.iterations + 1
         points = search.iterations * search.population + 1
@@ -284,9 +285,11 @@ class _Costs:
         return asked, times * HEADER_BYTES + FP32_BYTES * points * texts
 
     def examples(self) -> int:
-        """Of a client that searches: its share of data.limit.train, else as many as client.tuning would take."""
-        limit, tuning = self.config.data.limit.train, self.config.client.tuning
-        return tuning.steps * tuning.batch_size if limit is None else -(-limit // (self.config.federation.clients + 1))
+        """Of a client that searches: its share of data.shots or data.limit.train, else what client.tuning takes."""
+        data, tuning, clients = self.config.data, self.config.client.tuning, self.config.federation.clients
+        some = data.limit.train if data.shots is None else data.shots * CLASSES.get(data.task, 2)
+        owners = clients if data.server_share == 0 else clients + 1
+        return tuning.steps * tuning.batch_size if some is None else -(-some // owners)
 
     def _fine_tuning(self) -> Method:
         """Clients train the whole model with the steps of the prompt stage; the weights come with every round."""

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import gzip
 import math
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 from test_run import SHORT, short_run
 
 from fedsp_mpi import config, record, run
 from fedsp_mpi.log import Log
+from fedsp_mpi.materials import Materials
 from fedsp_mpi.record import Run, difference, read
 
 ALONE = ("data.server_share=0", "server.tuning.steps=0")
@@ -82,6 +85,25 @@ def test_the_servers_share(tmp_path, share, rows):
     assert data["server_shard"] == rows and sum(data["client_shards"]) == 64 - rows
 
 
+def test_few_examples_of_each_class(tmp_path):
+    tiny.model_folder(tmp_path / "model", "gpt2")
+    tiny.gap_tokenizer("roberta").save_pretrained(tmp_path / "model")
+    tiny.gap_task_folder(tmp_path / "data")
+
+    def few(*more: str) -> Materials:
+        own = (f"model.name={tmp_path / 'model'}", f"data.source={tmp_path / 'data'}", "data.limit.train=null")
+        return Materials(config.load(None, [*SHORT, *own, *more]))
+
+    found, other = few("data.shots=5").splits, few("data.shots=5", "run.seed=2").splits
+    assert Counter(example.gold[0] for example in found.train) == {0: 5, 1: 5}
+    assert found.train != other.train and found.test == other.test
+    assert any(note.startswith("train = 5 examples of each class, 10 of ") for note in found.notes)
+    with pytest.raises(
+        config.ConfigError, match=r"data\.shots: found \d+ examples with label 0, expected"
+    ):
+        _ = few("data.shots=5000").splits
+
+
 def test_bits_do_not_depend_on_the_number_of_ranks(tmp_path):
     more = ("client.training=joint", "data.partition=labels", "data.alpha=0.3", "data.server_share=16")
     for n in (0, 4):
@@ -97,6 +119,8 @@ def test_bits_do_not_depend_on_the_number_of_ranks(tmp_path):
         (("data.server_share=2.5",), "data.server_share: found 2.5, expected a fraction below 1, or a whole number"),
         (("data.server_share=-1",), "data.server_share: found -1.0, expected at least 0"),
         (("data.alpha=0",), "data.alpha: found 0.0, expected a number above 0"),
+        (("data.shots=4",), "data.shots: found 4 with multiple_choice, whose examples have no classes in common"),
+        (("data.shots=0",), "data.shots: found 0, expected at least 1"),
         (("data.server_share=62",), "found 64 examples for a server's share of 62 and 3 clients, expected at least 65"),
         (("distillation.text=/nowhere",), "found no text in '/nowhere', expected a .txt or .txt.gz file"),
     ],
