@@ -8,10 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 from test_config import load, refused
+from test_resume import FAULTY
+from test_run import short_run
 from test_variants import FEDPROMPT, short
 
 from fedsp_mpi.algorithms.privacy import Private, laplace, privatised
-from fedsp_mpi.record import difference
+from fedsp_mpi.record import difference, read
 from fedsp_mpi.tensors import NamedTensors, Schema, Update
 
 SIZE = 1000
@@ -136,3 +138,14 @@ def test_half_a_setting_is_refused(tmp_path):
     refused(lambda: load(tmp_path, {}, "client.privacy.clip=1"), "client.privacy", "noise_scale None", "both or none")
     both = ("client.privacy.noise_scale=1", "client.privacy.clip=0")
     refused(lambda: load(tmp_path, {}, *both), "client.privacy.clip", "above 0")
+
+
+@pytest.mark.slow
+def test_rounds_that_are_done_again_cost_epsilon_again(tmp_path):
+    """Killed in round 2 of 3, after the noisy updates have left: their noise is drawn anew, and both draws count."""
+    own = ("client.privacy.clip=1", "client.privacy.noise_scale=1", "federation.rounds=3", "checkpoint.every=1")
+    killed = short_run(2, tmp_path, "run", *own, program=(FAULTY, "kill:merge:0:2"), status=None)
+    assert killed.returncode != 0
+    short_run(2, tmp_path, "run", *own, "run.resume=must")
+    told = read(tmp_path / "run").sections["privacy"]
+    assert (told["epsilon"], told["rounds_again"], told["epsilon_all"]) == (2.0, 1, 8.0)

@@ -98,9 +98,7 @@ def test_few_examples_of_each_class(tmp_path):
     assert Counter(example.gold[0] for example in found.train) == {0: 5, 1: 5}
     assert found.train != other.train and found.test == other.test
     assert any(note.startswith("train = 5 examples of each class, 10 of ") for note in found.notes)
-    with pytest.raises(
-        config.ConfigError, match=r"data\.shots: found \d+ examples with label 0, expected"
-    ):
+    with pytest.raises(config.ConfigError, match=r"data\.shots: found \d+ examples with label 0, expected"):
         _ = few("data.shots=5000").splits
 
 
