@@ -51,9 +51,7 @@ class DataConfig:
     verbaliser: tuple[str, ...] = ()  # a word a class; none: the task's own
     max_length: int = 1024  # tokens of a training text; longer contexts lose their beginning
     limit: LimitConfig = LimitConfig()
-    shots: int | None = (
-        None  # few-shot: so many examples of each class, drawn by the seed, are all of train
-    )
+    shots: int | None = None  # few-shot: so many examples of each class, drawn by the seed, are all of train
     # What of the training split the server owns: None: a shard like every client's; a fraction below 1; from 1 on, so
     # many examples; 0: nothing, so that what clients learn is all there is.
     server_share: float | None = None

@@ -134,7 +134,7 @@ def test_asking_gives_the_losses_of_holding(tmp_path):
 
 def test_an_answer_is_never_the_global_model():
     weights, nothing = torch.nn.Linear(2, 3), NamedTensors.pack({})
-    seal.add([("some", weights)])
+    seal.add([("some", weights.weight)])
     try:
         wire = Solo()
         wire.handout(Handout({}, nothing, Contract(nothing.schema, Schema(()), servers=1)))
