@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..tensors import seal
-from .messages import HEADER_BYTES, Asked, Header, Kind
+from .messages import HEADER_BYTES, NOTHING_ASKED, Asked, Header, Kind
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -38,14 +38,17 @@ class Desk:
         self._asked: dict[int, Asked] = {}
 
     def ask(self, client: int, values: np.ndarray) -> np.ndarray:
-        """What the server's answer to a client's fp32 values is."""
+        """What the server answers to a client's fp32 values [any number]; fp32 [any number].
+
+        Raises DeadlineError if that takes longer than the deadline of the broadcast, ValueError if it is no answer.
+        """
         assert not self._is_server, "the server answers"
         self._send(Header(Kind.QUESTION, client=client, num_values=values.size), values, self._mine, "broadcast")
         # The server may have other questions before this one: the limit is the one for its work.
         header, _ = self._header(self._mine, "broadcast", lambda: (self._mine,))
         header.require(Kind.ANSWER, f"rank {self._mine}")
-        found = self._receive(header, self._mine)
-        before = self._asked.get(client, Asked())
+        found = self._receive(header, self._mine, "broadcast")
+        before = self._asked.get(client, NOTHING_ASKED)
         self._asked[client] = before.one_more(values.size, found.size)
         return found
 
@@ -57,7 +60,11 @@ class Desk:
         return asked
 
     def serve(self, answer: Answer) -> None:
-        """Answer one question after the other, until all ranks that ask here have no more."""
+        """Answer one question after the other, until all ranks that ask here have no more.
+
+        Raises DeadlineError if none of them is heard of within the deadline of the gather, ValueError for what is no
+        question, SealedTensorError for an answer in the memory of the global model.
+        """
         left = set(self._askers)
         while left:
             header, rank = self._header(self._mpi.ANY_SOURCE, "gather", lambda: left)
@@ -65,7 +72,7 @@ class Desk:
             if not header.num_values:
                 left.remove(rank)
                 continue
-            found = answer(self._receive(header, rank))
+            found = answer(self._receive(header, rank, "gather"))
             seal.refuse_array(found)
             self._send(Header(Kind.ANSWER, client=header.client, num_values=found.size), found, rank, "gather")
 
@@ -82,8 +89,8 @@ class Desk:
         self._wait(lambda: request.Test(status), "questions", limit=limit, missing=missing)
         return Header.unpack(bytes(raw), f"rank {status.source}"), status.source
 
-    def _receive(self, header: Header, rank: int) -> np.ndarray:
+    def _receive(self, header: Header, rank: int, limit: str) -> np.ndarray:
         values = np.empty(header.num_values, dtype=np.float32)
         request = self._comm.Irecv([values, self._mpi.FLOAT], rank, _VALUES)
-        self._wait(request.Test, "questions", limit="broadcast", moving=True, missing=lambda: (rank,))
+        self._wait(request.Test, "questions", limit=limit, moving=True, missing=lambda: (rank,))
         return values
