@@ -109,9 +109,8 @@ def sweep(options: argparse.Namespace) -> int:
         raise Refused(f"sweep: found {launcher_size()} processes, expected one; give mpirun to --launch")
     from fedsp_mpi import sweep as room
 
-    return _user(
-        room.sweep, Path(options.file), options.set, options.launch, options.dry_run, _log(options), options.only
-    )
+    words = options.set, options.launch, options.dry_run, _log(options), options.only, options.jobs
+    return _user(room.sweep, Path(options.file), *words)
 
 
 def evaluate(options: argparse.Namespace) -> int:
@@ -323,11 +322,18 @@ def _add_report(verbs: argparse._SubParsersAction) -> None:
 
 
 def _add_sweep(verbs: argparse._SubParsersAction) -> None:
-    verb = verbs.add_parser("sweep", help="every task with every method and seed of a file, one run after another")
+    verb = verbs.add_parser("sweep", help="every task with every method and seed of a file, a run each")
     verb.add_argument("file", metavar="FILE", help="YAML file: folder, base, seeds, tasks, methods")
     verb.add_argument("--launch", default="", metavar="COMMAND", help="starts a run's processes, e.g. 'mpirun -n 4'")
     verb.add_argument(
         "--only", default="*", metavar="PATTERN", help="runs of these names, e.g. 'sst2-*-1'; default: all"
+    )
+    verb.add_argument(
+        "--jobs",
+        type=int,
+        default=1,
+        metavar="N",
+        help="runs at a time, with a share each of cores and GPUs; default: 1",
     )
     verb.add_argument("--dry-run", action="store_true", help="say what would be run, and check all of it")
     _add_settings(verb)

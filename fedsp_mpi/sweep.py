@@ -1,4 +1,4 @@
-"""Many experiments from one file: every task with every method and every seed, one run after another.
+"""Many experiments from one file: every task with every method and every seed.
 
     folder: runs/paper            # of all runs, relative to where the command is given
     base: ../smollm2/base.yaml    # or a list of files, relative to this one; without it the embedded default
@@ -22,20 +22,19 @@ import re
 import shlex
 import shutil
 import signal
-import subprocess
 import sys
-import time
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from functools import reduce
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from fedsp_mpi.comm import Refused
 from fedsp_mpi.config import EMBEDDED, Config, changed_keys, checked, to_yaml
+from fedsp_mpi.jobs import Jobs, Place, places
 from fedsp_mpi.log import Log, duration
 from fedsp_mpi.plain import ConfigError, extended, key_value, merge, put, read_yaml
 from fedsp_mpi.record import Run, main_result, read
@@ -43,7 +42,6 @@ from fedsp_mpi.record import Run, main_result, read
 _KEYS = ("folder", "base", "seeds", "tasks", "methods")
 _GIVEN = ("run.folder", "run.name", "run.seed")  # to every cell, by the sweep itself
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-_PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 _STOPPED = 75  # exit status of a run that SIGUSR1 told to stop
 
 
@@ -71,7 +69,9 @@ class Cell:
         return self.config.run.label or self.config.method
 
 
-def sweep(file: Path, overrides: Sequence[str], launch: str, is_dry: bool, log: Log, only: str = "*") -> int:
+def sweep(
+    file: Path, overrides: Sequence[str], launch: str, is_dry: bool, log: Log, only: str = "*", side_by_side: int = 1
+) -> int:
     """Run all cells of a file that have no complete record yet. Returns the exit status: 1 if one of them failed.
 
     Args:
@@ -80,12 +80,13 @@ def sweep(file: Path, overrides: Sequence[str], launch: str, is_dry: bool, log: 
         is_dry: only say what would be run.
         log: told of each run.
         only: a pattern that the names of the cells match, for instance "sst2-*-1".
+        side_by_side: runs at a time, each with its share of this process's cores and GPUs.
 
     Raises:
         ValueError: a mistake in the file, in a cell, or a record of another configuration; nothing was started then.
-        Refused: a signal came; it was passed on to the run, which has ended.
+        Refused: a signal came; it was passed on to the runs, which have ended.
     """
-    words = _launch(launch)
+    words, at = _launch(launch), places(side_by_side)
     cells = [cell for cell in cells_of(file, overrides) if fnmatchcase(cell.name, only)]
     if not cells:
         raise ConfigError(f"--only {only}: found no run of that name in {file}; --dry-run lists them")
@@ -98,7 +99,7 @@ def sweep(file: Path, overrides: Sequence[str], launch: str, is_dry: bool, log: 
             log.say(f"{number}/{len(cells)}  {cell.name}  {_state(cell, found[cell.name])}")
         return 0
     _write_configs(cells)
-    return _run_all(cells, is_complete, words, log)
+    return _run_all(cells, is_complete, words, at, log)
 
 
 def cells_of(file: Path, overrides: Sequence[str] = ()) -> list[Cell]:
@@ -271,23 +272,28 @@ def _write_configs(cells: Sequence[Cell]) -> None:
         ) from None
 
 
-def _run_all(cells: Sequence[Cell], is_complete: Mapping[str, bool], launch: list[str], log: Log) -> int:
-    failed = []
-    with _Relay() as relay:
-        for number, cell in enumerate(cells, 1):
-            place = f"{number}/{len(cells)}  {cell.name}"
-            if relay.told is not None:
-                raise _stopped(cell, relay.told)
-            if is_complete[cell.name]:
-                log.say(f"{place}  complete  {_score(read(cell.folder))}")
-                continue
-            begun = time.monotonic()
-            told = _run(cell, launch, relay)
-            took = duration(time.monotonic() - begun)
-            if relay.told is not None:
-                raise _stopped(cell, relay.told)
-            failed += [] if told is None else [cell.name]
-            log.say(f"{place}  {took}  {_score(read(cell.folder))}" if told is None else f"{place}  {took}  {told}")
+def _run_all(
+    cells: Sequence[Cell], is_complete: Mapping[str, bool], launch: list[str], at: Sequence[Place], log: Log
+) -> int:
+    failed, stopped = [], []
+    place = {cell.name: f"{number}/{len(cells)}  {cell.name}" for number, cell in enumerate(cells, 1)}
+    for cell in cells:
+        if is_complete[cell.name]:
+            log.say(f"{place[cell.name]}  complete  {_score(read(cell.folder))}")
+    with Jobs(at) as jobs, ThreadPoolExecutor(len(at)) as pool:
+        begun = [pool.submit(_run, cell, launch, jobs) for cell in cells if not is_complete[cell.name]]
+        for future in as_completed(begun):
+            ended = future.result()
+            cell, line = ended.cell, f"{place[ended.cell.name]}  {duration(ended.seconds)}"
+            if ended.status == 0 and _is_complete(cell):
+                log.say(f"{line}  {_score(read(cell.folder))}")
+            elif jobs.told is None:
+                failed.append(cell.name)
+                log.say(f"{line}  {_failure(ended)}")
+            elif ended.status is not None:
+                stopped.append(cell.name)
+    if jobs.told is not None:
+        raise _stopped(stopped, jobs.told)
     if failed:
         log.say(f"{len(failed)} of {len(cells)} runs failed: {', '.join(failed)}; the same command tries them again")
         return 1
@@ -296,17 +302,32 @@ def _run_all(cells: Sequence[Cell], is_complete: Mapping[str, bool], launch: lis
     return 0
 
 
-def _run(cell: Cell, launch: list[str], relay: _Relay) -> str | None:
-    """Run one cell as a process of its own; what went wrong, or None."""
-    path, text = cell.beside("configs", ".yaml"), cell.beside("logs", ".txt")
-    program = [sys.executable, "-m", "fedsp_mpi", "run", str(path), "--name", cell.name, "--resume", "auto"]
+@dataclass(frozen=True)
+class _Ended:
+    """A cell whose run has ended: exit status, None if it was not started, and where its part of the log begins."""
+
+    cell: Cell
+    status: int | None
+    seconds: float
+    start: int
+
+
+def _run(cell: Cell, launch: list[str], jobs: Jobs) -> _Ended:
+    """Run one cell as a process of its own, at a place that is free."""
+    program = [sys.executable, "-m", "fedsp_mpi", "run", str(cell.beside("configs", ".yaml")), "--name", cell.name]
+    text = cell.beside("logs", ".txt")
     start = text.stat().st_size if text.exists() else 0
-    status = relay.run([*launch, *program], text)
-    if status == 0 and _is_complete(cell):
-        return None
-    end = f"signal {-status}" if status < 0 else f"status {status}"
+    status, seconds = jobs.run([*launch, *program, "--resume", "auto"], text)
+    return _Ended(cell, status, seconds, start)
+
+
+def _failure(ended: _Ended) -> str:
+    """What went wrong, in one line."""
+    assert ended.status is not None
+    end = f"signal {-ended.status}" if ended.status < 0 else f"status {ended.status}"
+    text = ended.cell.beside("logs", ".txt")
     with text.open("rb") as file:
-        file.seek(start)
+        file.seek(ended.start)
         words = last_words(file.read().decode(errors="replace"))
     return f"FAILED with {end}: {words} ({text})"
 
@@ -331,44 +352,8 @@ def last_words(text: str) -> str:
     return (own or lines or ["it said nothing"])[-1]
 
 
-def _stopped(cell: Cell, number: int) -> Refused:
+def _stopped(names: Sequence[str], number: int) -> Refused:
     status = _STOPPED if number == signal.SIGUSR1 else 128 + number
-    name = signal.Signals(number).name
-    return Refused(f"told to stop ({name}) in {cell.name}; the same command goes on where it was", status)
-
-
-class _Relay:
-    """Passes signals on to the one process that runs; `told` is the last that came."""
-
-    def __init__(self) -> None:
-        self.told: int | None = None
-        self._child: subprocess.Popen[bytes] | None = None
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> _Relay:
-        for number in _PASSED_ON:
-            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
-                self._before[number] = signal.signal(number, self._pass_on)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, before in self._before.items():
-            signal.signal(number, before)
-
-    def _pass_on(self, number: int, _: FrameType | None) -> None:
-        self.told = number
-        if self._child is not None:
-            self._child.send_signal(number)
-
-    def run(self, command: Sequence[str], log: Path) -> int:
-        """The exit status of a command whose output is added to `log`.
-
-        It has a process group of its own: Ctrl-C would reach it twice.
-        """
-        with log.open("ab") as out:
-            self._child = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, process_group=0
-            )
-        if self.told is not None:  # it came while the process was made
-            self._child.send_signal(self.told)
-        return self._child.wait()
+    where = f"in {', '.join(names)}" if names else "between two runs"
+    told = signal.Signals(number).name
+    return Refused(f"told to stop ({told}) {where}; the same command goes on where it was", status)

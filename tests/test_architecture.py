@@ -17,7 +17,7 @@ ORDER = (
     {"stages", "running"},
     {"recipes", "threats"},
     {"search"},
-    {"tensors", "rng", "log", "config"},
+    {"tensors", "rng", "log", "config", "jobs"},
     {"comm", "models", "data", "aggregation", "record"},
     {"training"},
     {"algorithms", "evaluation"},

@@ -16,7 +16,7 @@ import yaml
 from mpi import ROOT, both_ends, kill_tree, mpirun, run_mpi
 from test_run import SHORT
 
-from fedsp_mpi import cli, config, sweep
+from fedsp_mpi import cli, config, jobs, sweep
 from fedsp_mpi.plain import put
 from fedsp_mpi.record import read
 
@@ -296,6 +296,92 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(tmp_path):
     assert last == "1 of 2 runs failed: world-bad-1; the same command tries them again"
 
 
+# -- side by side --------------------------------------------------------------------------------------------------
+
+needs_cores = pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="two runs at a time need two cores")
+
+
+@pytest.mark.parametrize(
+    ("cores", "visible", "number", "shares"),
+    [
+        (6, "", 1, [(range(6), None)]),
+        (6, "0,1", 1, [(range(6), None)]),
+        (5, "", 2, [({0, 1}, None), ({2, 3}, None)]),  # equal shares: bits depend on the number of threads
+        (4, "3, GPU-a,5,6", 2, [({0, 1}, "3,GPU-a"), ({2, 3}, "5,6")]),
+        (3, "3,4", 3, [({0}, "3"), ({1}, "4"), ({2}, "3")]),
+    ],
+)
+def test_places_are_equal_shares(monkeypatch, cores, visible, number, shares):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert [(set(place.cores), place.devices) for place in jobs.places(number)] == [
+        (set(mine), devices) for mine, devices in shares
+    ]
+
+
+@pytest.mark.parametrize("number", ["0", "4096"])
+def test_more_places_than_cores_are_a_mistake(tmp_path, capsys, number):
+    status, _, error = here(capsys, written(tmp_path), "--jobs", number)
+    assert status == 2 and f"--jobs: found {number}, expected 1 to " in error and error.count("\n") == 1
+
+
+@needs_cores
+def test_two_at_a_time_have_half_of_the_cores_each_and_the_bits_of_one_at_a_time(tmp_path):
+    half = len(os.sched_getaffinity(0)) // 2
+    beside, alone = tmp_path / "beside", tmp_path / "alone"
+    threads = short_base(f"server.compute.threads={half}", f"client.compute.threads={half}")
+    said = {}
+    for folder, base, words in ((beside, short_base(), ["--jobs", "2"]), (alone, threads, [])):
+        folder.mkdir()
+        said[folder] = go(written(folder, base=base), *words).stdout
+    assert "all runs are complete" in said[beside]
+    one, two = (read(beside / "runs" / f"world-{name}-1") for name in ("fedsp", "fedprompt"))
+    for run in (one, two):
+        [host] = run.environment["hosts"]
+        assert {device["threads"] for device in host["devices"].values()} == {half}
+        other = read(alone / "runs" / run.name)
+        assert run.results == other.results
+        assert [row.tobytes() for row in run.prompts.values()] == [row.tobytes() for row in other.prompts.values()]
+
+
+@needs_cores
+def test_both_run_at_once_are_told_to_stop_and_go_on(tmp_path):
+    path = written(tmp_path, base=short_base("federation.rounds=6", "client.tuning.steps=12"))
+    runs = [tmp_path / "runs" / f"world-{name}-1" for name in ("fedsp", "fedprompt")]
+    command = [sys.executable, "-m", "fedsp_mpi", "sweep", str(path), "--jobs", "2"]
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        wait_for([run / "checkpoints" / "0001.json" for run in runs], process)
+        process.send_signal(signal.SIGUSR1)
+        _, error = process.communicate(timeout=60)
+    finally:
+        kill_tree(process)
+    assert process.returncode == 75, error
+    [line] = error.splitlines()
+    assert "told to stop (SIGUSR1) in " in line and all(run.name in line for run in runs)
+    for run in runs:
+        assert read(run).status == "stopped" and 1 <= read(run).committed_rounds < 6
+        require_alone(run)
+    go(path, "--jobs", "2")
+    assert [read(run).status for run in runs] == ["complete"] * 2
+
+
+def wait_for(files: list[Path], process: subprocess.Popen[str], seconds: float = 90.0) -> None:
+    """Until all of the files are there, the process has ended, or the time is over."""
+    end = time.monotonic() + seconds
+    while not all(file.exists() for file in files) and process.poll() is None and time.monotonic() < end:
+        time.sleep(0.01)
+
+
+# -- stopped -------------------------------------------------------------------------------------------------------
+
 STOPS = [
     pytest.param("mpirun", signal.SIGTERM, 143, id="mpirun"),
     pytest.param("", signal.SIGINT, 130, id="interrupt", marks=pytest.mark.slow),
@@ -324,9 +410,7 @@ def test_told_to_stop_it_ends_with_its_run_and_goes_on_where_it_was(tmp_path, la
     )
     run = tmp_path / "runs" / "world-fedsp-1"
     try:
-        end = time.monotonic() + 90
-        while not (run / "checkpoints" / "0001.json").exists() and process.poll() is None and time.monotonic() < end:
-            time.sleep(0.01)
+        wait_for([run / "checkpoints" / "0001.json"], process)
         process.send_signal(number)
         _, error = process.communicate(timeout=60)
     finally:
