@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tiny
 import torch
-from mpi import both_ends
+from mpi import both_ends, only_report
 from test_fedbpt import FEDBPT
 from test_masked import settings as gap_settings
 from test_resume import FAULTY
@@ -174,6 +175,20 @@ def test_a_killed_run_goes_on_with_equal_bits(tmp_path, who, phase):
     assert killed.returncode != 0 and "Traceback" not in killed.stderr, both_ends(killed)
     short_run(3, tmp_path, "killed", *settings, "run.resume=must")
     assert difference(read(tmp_path / "whole"), read(tmp_path / "killed")) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("fault", "limit", "named"),
+    [("hang:local training:2:1", "gather", "rank 2"), ("stop:local training and gather:0:1", "broadcast", "rank 0")],
+    ids=["who asks", "who answers"],
+)
+def test_who_does_not_come_to_the_desk_is_named_within_the_deadline(tmp_path, fault, limit, named):
+    settings = (*PRIVATE, f"deadlines.{limit}=4")
+    ended = short_run(3, tmp_path, "run", *settings, program=(FAULTY, fault), status=None)
+    assert ended.returncode == 124, both_ends(ended)
+    assert re.search(rf"found nothing from {named} after 4\.\d s, expected an answer within 4 s", ended.stderr)
+    assert only_report(ended)
 
 
 def test_only_a_search_asks():
