@@ -358,6 +358,18 @@ def test_bytes_far_apart_are_on_a_logarithmic_axis_and_none_at_all_is_a_level(tm
     assert len({(line.get_color(), str(line.get_linestyle())) for line in rounds.lines}) == 4
 
 
+def test_losses_of_another_kind_have_a_row_of_their_own_and_methods_look_the_same_in_all(tmp_path):
+    over = {label: {"task": "sciq", "loss_over": label} for label in ("vocabulary", "auto")}
+    runs = [made(tmp_path), made(tmp_path, "A", data=over["vocabulary"]), made(tmp_path, "B", data=over["auto"])]
+    runs.append(made(tmp_path, "A", "piqa"))
+    axes = panels(runs)
+    titles = ["sciq, data.loss_over: vocabulary", "sciq, data.loss_over: auto", "piqa"]
+    assert [row.get_title("left") for row in axes[::3]] == titles
+    shown = [{line.get_label(): line.get_color() for line in row.lines} for row in axes[::3]]
+    assert [set(row) - {"server-only"} for row in shown] == [{"FedSP", "A"}, {"B"}, {"A"}]
+    assert shown[0]["A"] == shown[2]["A"] != shown[1]["B"]
+
+
 def test_controls_that_differ_are_drawn_in_the_colours_of_their_methods(tmp_path):
     rounds, *_ = panels([made(tmp_path), made(tmp_path, "FedPrompt", control=0.64)])
     one, other, *controls = rounds.lines

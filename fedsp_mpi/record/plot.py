@@ -65,8 +65,9 @@ def draw_bars(found: Comparison, path: str | Path) -> None:
 def draw_curves(runs: Sequence[Run], path: str | Path) -> None:
     """Draw validation losses against rounds, bytes and client seconds: a line for each method, a row for each task.
 
-    A line is the mean over seeds, its band the standard deviation. What has no bytes or seconds is drawn across, at its
-    lowest loss. Only complete runs are drawn, if there are some.
+    A task has a row for each `data.loss_over` among its runs, whose losses have different scales. A line is the mean over
+    seeds, its band the standard deviation. What has no bytes or seconds is drawn across, at its lowest loss. Only
+    complete runs are drawn, if there are some.
 
     Raises ValueError if no run has a round, two are the same task, method and seed, matplotlib is not there, or the
     file cannot be written.
@@ -76,15 +77,16 @@ def draw_curves(runs: Sequence[Run], path: str | Path) -> None:
         raise ValueError(f"found {len(runs)} runs without a round, expected at least one with a round to draw")
     shown = [run for run in begun if run.status == "complete"] or begun
     comparison.require_once(shown)
-    lines = {task: _lines(some) for task, some in _by_task(shown).items()}
+    looks = _line_looks(shown)
+    lines = {row: _lines(some, looks) for row, some in _rows(shown).items()}
     with _picture(path) as figure:
         figure.set_size_inches(12, 0.7 + 3.2 * len(lines))
         grid = figure.subplots(len(lines), len(_PANELS), squeeze=False, sharey="row")
-        for row, (task, drawn) in zip(grid, lines.items()):
+        for row, (title, drawn) in zip(grid, lines.items()):
             for axes, panel in zip(row, _PANELS):
                 _draw_panel(axes, panel, drawn)
             row[0].set_ylabel("validation loss, nats a token")
-            row[0].set_title(task, loc="left", fontweight="bold")
+            row[0].set_title(title, loc="left", fontweight="bold")
         _legend(figure, grid[:, 0], "outside lower center", 4)
 
 
@@ -178,27 +180,38 @@ _PANELS = (
 )
 
 
-def _by_task(runs: Sequence[Run]) -> dict[str, list[Run]]:
+def _rows(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    """The runs of each row, by its title: tasks as they came, and in each its kinds of losses."""
     names = comparison.task_names(runs)
-    found: dict[str, list[Run]] = {}
+    kinds: dict[str, dict[str, list[Run]]] = {}
     for run in runs:
-        found.setdefault(names[run.file], []).append(run)
-    return found
+        kind = run.config.get("data", {}).get("loss_over", "vocabulary")
+        kinds.setdefault(names[run.file], {}).setdefault(kind, []).append(run)
+    return {
+        task if len(by_kind) == 1 else f"{task}, data.loss_over: {kind}": some
+        for task, by_kind in kinds.items()
+        for kind, some in by_kind.items()
+    }
 
 
-def _lines(runs: Sequence[Run]) -> list[_Line]:
-    """The methods of one task as they came, then their controls."""
-    by_label: dict[str, list[Run]] = {}
-    for run in runs:
-        by_label.setdefault(comparison.label_of(run), []).append(run)
-    looks = {
+def _line_looks(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
+    """How the line of each method looks, the same in all rows."""
+    labels = dict.fromkeys(comparison.label_of(run) for run in runs)
+    return {
         label: {
             "color": COLOURS[i % len(COLOURS)],
             "linestyle": DASHES[i % len(DASHES)],
             "marker": MARKERS[i % len(MARKERS)],
         }
-        for i, label in enumerate(by_label)
+        for i, label in enumerate(labels)
     }
+
+
+def _lines(runs: Sequence[Run], looks: dict[str, dict[str, Any]]) -> list[_Line]:
+    """The methods of one row as they came, then their controls."""
+    by_label: dict[str, list[Run]] = {}
+    for run in runs:
+        by_label.setdefault(comparison.label_of(run), []).append(run)
     lines = [_Line(label, some, "validation_loss", looks[label]) for label, some in by_label.items()]
     controls = comparison.control_groups(runs, _control, _same_losses)
     for control in controls:
