@@ -65,8 +65,8 @@ def draw_bars(found: Comparison, path: str | Path) -> None:
 def draw_curves(runs: Sequence[Run], path: str | Path) -> None:
     """Draw validation losses against rounds, bytes and client seconds: a line for each method, a row for each task.
 
-    A task has a row for each `data.loss_over` among its runs, whose losses have different scales. A line is the mean over
-    seeds, its band the standard deviation. What has no bytes or seconds is drawn across, at its lowest loss. Only
+    A task has a row for each `data.loss_over` among its runs, whose losses have different scales. A line is the mean
+    over seeds, its band the standard deviation. What has no bytes or seconds is drawn across, at its lowest loss. Only
     complete runs are drawn, if there are some.
 
     Raises ValueError if no run has a round, two are the same task, method and seed, matplotlib is not there, or the
