@@ -40,7 +40,7 @@ def run(options: argparse.Namespace) -> int:
     if folder is not None:
         from fedsp_mpi.record import read, summary
 
-        print("\n" + summary(read(folder)), flush=True)
+        _show("\n" + summary(read(folder)))
     return 0
 
 
@@ -219,7 +219,7 @@ def _named(text: str, options: argparse.Namespace) -> str:
 
 
 def _show(text: str) -> None:
-    """Print; whoever reads may stop before the end (`| head`)."""
+    """Print; whoever reads may stop before the end (`| head`), which is no reason for a run to stop."""
     try:
         print(text, flush=True)
     except BrokenPipeError:
@@ -227,7 +227,7 @@ def _show(text: str) -> None:
 
 
 def _log(options: argparse.Namespace) -> Log:
-    return Log((lambda line: print(line, flush=True)) if _speaks() else None, every=options.every)
+    return Log(_show if _speaks() else None, every=options.every)
 
 
 def _speaks() -> bool:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
-from mpi import PROGRAMS, both_ends, run_mpi
+from mpi import PROGRAMS, ROOT, both_ends, run_mpi
 
 from fedsp_mpi.record import read
 
@@ -40,6 +43,19 @@ def runs(tmp_path_factory) -> Path:
         result = short_run(n, folder, f"n{n}", "distillation.reuse=false")
         (folder / f"n{n}.txt").write_text(result.stdout)
     return folder
+
+
+def test_a_run_goes_on_when_nobody_reads_what_it_says(tmp_path):
+    settings = " ".join(f"--set {setting}" for setting in (*SHORT, f"run.folder={tmp_path}"))
+    said = subprocess.run(
+        ["sh", "-c", f"{sys.executable} -m fedsp_mpi run --name unread {settings} | true"],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=120,
+    )
+    assert said.stderr == "" and read(tmp_path / "unread").status == "complete"
 
 
 @pytest.mark.parametrize("n", [1, 2, 4])
