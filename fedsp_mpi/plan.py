@@ -16,9 +16,10 @@ weights are trained. So a text costs
     client search        1 x forward of the auxiliary model for each point, and for the mean at the end; twice that
                          where a perturbed copy is looked at. At the server, and of the global model, for clients that
                          hold none
-and one forward more wherever activations are recomputed. A projection or encoder of prompts runs once a micro-batch:
-2 x its weights x prompt tokens, three times that where it is trained. Padding, norms, optimizers, validation and
-scoring are left out.
+and one forward more wherever activations are recomputed. A causal model reads an input prompt once for all texts of a
+pass, unless activations are recomputed (or a GPU saves less than 1024 positions by it). A projection or encoder of
+prompts runs once a micro-batch: 2 x its weights x prompt tokens, three times that where it is trained. Padding, norms,
+optimizers, validation and scoring are left out.
 """
 
 from __future__ import annotations
@@ -270,9 +271,10 @@ class _Costs:
 
     def _searched(self, model: LanguageModel) -> tuple[float, float]:
         """FLOPs of one point of a client, and of its round, on `model`."""
-        search, text, prompt = self.config.search, self.texts.tokens, self.spec.num_tokens
-        tokens = text + prompt if self.spec.kind == "input" else text
-        step = self.examples() * _groups(search) * forward(model, tokens, text + prompt, self.texts.answers)
+        search, seen = self.config.search, self.texts.tokens + self.spec.num_tokens
+        rows = max(1, min(self.examples(), search.batch_tokens // seen))
+        once = forward(model, self._passing(rows), seen, self.texts.answers)
+        step = self.examples() * _groups(search) * once
         return step, (search.population * search.iterations + 1) * step
 
     def _questions(self) -> tuple[int, int]:
@@ -306,16 +308,22 @@ class _Costs:
 
     def _step(self, stage: StageConfig, model: LanguageModel, trained: _Trained) -> float:
         """FLOPs of one optimizer step with prompts."""
-        prompt, text = self.spec.num_tokens, self.texts.tokens
-        tokens = text + prompt if self.spec.kind == "input" else text
-        once = forward(model, tokens, text + prompt, self.texts.answers)
+        prompt, rows = self.spec.num_tokens, stage.micro_batch or stage.batch_size
+        once = forward(model, self._passing(rows), self.texts.tokens + prompt, self.texts.answers)
         with torch.device("meta"):
             soft = Prompt(self.spec.at_depth(model.shape.num_layers))
         parts = [part for part in soft.modules() if isinstance(part, (nn.Linear, nn.LSTM))]
         layers = [weight.numel() for part in parts for weight in part.parameters() if weight.dim() == 2]
         projected = 2.0 * sum(layers) * prompt * (1 if trained == "weights" else 3)
-        passes = -(-stage.batch_size // (stage.micro_batch or stage.batch_size))
+        passes = -(-stage.batch_size // rows)
         return stage.batch_size * ((2 if trained == _PROMPTS else 3) + self.again) * once + passes * projected
+
+    def _passing(self, rows: int) -> float:
+        """Tokens that pass the layers for each text, of so many in a pass; an input prompt's among them."""
+        if self.spec.kind == "prefix":
+            return self.texts.tokens
+        is_read_once = self.large.kind == "causal" and not self.again
+        return self.texts.tokens + self.spec.num_tokens / (rows if is_read_once else 1)
 
     def _translation(self) -> float:
         """FLOPs of all steps towards the auxiliary model's answers."""

@@ -582,18 +582,18 @@ def test_dropout_acts_only_where_it_was_asked_for(family, tmp_path):
         assert torch.equal(small.hidden(batch), small.hidden(batch))
 
 
-def gradients(model: LanguageModel, prompt: Prompt, of_weights: bool) -> tuple[dict[str, torch.Tensor], int]:
-    """Gradients of the answers' loss, and how often the second layer's work was done."""
+def gradients(model: LanguageModel, prompt: Prompt, of_weights: bool) -> tuple[dict[str, torch.Tensor], list[int]]:
+    """Gradients of the answers' loss, and the positions of each time that the second layer's work was done."""
     calls = []  # of a module inside the layer: the layer's own call is not repeated, its contents are
     inner = next(module for module in backbone.layers_of(model.model)[1].modules() if not list(module.children()))
-    hook = inner.register_forward_pre_hook(lambda *_: calls.append(1))
+    hook = inner.register_forward_pre_hook(lambda _, arguments: calls.append(arguments[0].shape[1]))
     model.train_weights(of_weights)
     prompt.requires_grad_(not of_weights)
     prompt.zero_grad()
     answer_loss(*model.answer_logits(tiny.batch(), prompt)).backward()
     hook.remove()
     moving = model.model.named_parameters() if of_weights else prompt.named_parameters()
-    return {name: parameter.grad.clone() for name, parameter in moving}, len(calls)
+    return {name: parameter.grad.clone() for name, parameter in moving}, calls
 
 
 @pytest.mark.parametrize("of_weights", [False, True])
@@ -606,11 +606,14 @@ def test_checkpointing_gives_the_gradients_of_an_input_prompt(folder, of_weights
         for model in (plain, lean):
             auxiliary.load_weights(model, values)
     prompt = prompt_for(plain, "input")
-    wanted, once = gradients(plain, prompt, of_weights)
+    wanted, apart = gradients(plain, prompt, of_weights)
     found, twice = gradients(lean, prompt, of_weights)
-    assert (once, twice) == (1, 2)  # it is on: the layer was run again in the backward pass
+    soft, text = prompt.spec.num_tokens, tiny.batch().input_ids.shape[1]
+    assert apart == [soft, text]  # the prompt is read once for all rows
+    assert twice == [soft + text] * 2  # it is on: the layer was run again in the backward pass
+    largest = max(float(gradient.abs().max()) for gradient in wanted.values())  # that of a key's bias is rounding only
     for name, gradient in wanted.items():
-        assert gradient.any() and torch.allclose(found[name], gradient, rtol=1e-5, atol=1e-6 * gradient.abs().max())
+        assert gradient.any() and torch.allclose(found[name], gradient, rtol=1e-5, atol=1e-6 * largest)
 
 
 def test_checkpointing_leaves_dropout_off(tmp_path):

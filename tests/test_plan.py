@@ -125,6 +125,30 @@ def test_flops_are_those_that_torch_counts(family, prompt_tokens):
         assert factor * expected <= counter.get_total_flops() <= (1 + allowed) * factor * expected, trained
 
 
+@pytest.mark.parametrize("rows", [1, 8])
+def test_an_input_prompt_is_counted_as_often_as_it_is_read(tmp_path, rows):
+    """By a plan, and by torch: the soft tokens do not see the text, which is a little less than the plan says."""
+    name = tiny.model_folder(tmp_path, "llama")
+    settings = [
+        f"model.name={name}",
+        "prompt.kind=input",
+        "prompt.num_tokens=20",
+        "server.tuning.batch_size=8",
+        "server.tuning.steps=1",
+    ]
+    settings += [f"server.tuning.micro_batch={rows}", "federation.rounds=1", "data.loss_over=vocabulary"]
+    found = plan.plan(config.load(None, settings), "embedded", tokens=12).phases["server tuning"]
+    model = tiny.load(name)
+    model.model.set_attn_implementation("eager")  # torch does not count the fused one
+    prompt = Prompt(PromptSpec.of(model.shape, "input", 20, None)).initialise(1, 0.1)
+    targets = torch.full((rows, 12), -100)
+    targets[:, -4:] = 5
+    batch = Batch(torch.randint(4, tiny.VOCABULARY, (rows, 12)), torch.ones(rows, 12, dtype=torch.long), targets)
+    with FlopCounterMode(display=False) as counter:
+        torch.nn.functional.cross_entropy(*model.answer_logits(batch, prompt)).backward()
+    assert found == pytest.approx(8 // rows * counter.get_total_flops(), rel=0.1)
+
+
 def test_phases_add_up_from_steps():
     found = planned("gpt2xl/fedsp/arc_easy.yaml", tokens=100)
     model = capacity.outline(architectures.config_of("gpt2-xl"), 48)  # the auxiliary model computes as much

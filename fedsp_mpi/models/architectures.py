@@ -82,7 +82,7 @@ def config_of(name: str, revision: str | None = None) -> Any:
         ) from None
 
 
-def forward(model: LanguageModel, tokens: int, seen: int, answers: int) -> float:
+def forward(model: LanguageModel, tokens: float, seen: int, answers: int) -> float:
     """FLOPs of one text through a model, a multiplication and an addition counted as two.
 
     2 x (weights of the linear layers, as often as they run) x tokens + 4 x tokens x seen x width x layers

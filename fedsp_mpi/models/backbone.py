@@ -29,6 +29,9 @@ from fedsp_mpi.tensors import Batch, seal
 __all__ = ["FAMILIES", "LanguageModel", "Shape", "layers_of", "shape_of", "without_dropout"]
 
 
+_WORTHWHILE = {"cuda": 1024}  # positions; on other devices any
+
+
 class _ArrivedError(Exception):
     """A forward pass has come as far as it had to."""
 
@@ -179,13 +182,14 @@ class LanguageModel:
             found.append(arguments[0])
             raise _ArrivedError
 
-        hook = part.register_forward_pre_hook(arrive, prepend=True)
-        try:
-            with self.computing(), suppress(_ArrivedError):
-                inputs, before = self.inputs(batch, prompt)
-                self.model.base_model(**inputs)
-        finally:
-            hook.remove()
+        with self.computing():
+            inputs, before = self.inputs(batch, prompt)
+            hook = part.register_forward_pre_hook(arrive, prepend=True)
+            try:
+                with suppress(_ArrivedError):
+                    self.model.base_model(**inputs)
+            finally:
+                hook.remove()
         return found[0][:, before:]
 
     def inputs(self, batch: Batch, prompt: Prompt | None) -> tuple[dict[str, Any], int]:
@@ -194,7 +198,7 @@ class LanguageModel:
         if prompt is None:
             return {"input_ids": batch.input_ids, "attention_mask": mask, "use_cache": False}, 0
         mask = torch.cat([mask.new_ones(len(mask), prompt.spec.num_tokens), mask], dim=1)
-        if prompt.spec.kind == "prefix":
+        if prompt.spec.kind == "prefix" or self._reads_first(prompt, len(mask)):
             cache = self.cache(prompt, len(mask))
             return {"input_ids": batch.input_ids, "attention_mask": mask, "past_key_values": cache}, 0
         embedded = self.model.get_input_embeddings()(batch.input_ids)
@@ -203,11 +207,25 @@ class LanguageModel:
         return {"inputs_embeds": together, "attention_mask": mask, "use_cache": False}, prompt.spec.num_tokens
 
     def cache(self, prompt: Prompt, batch_size: int) -> Any:
-        """The prefix as a transformers cache, its keys and values repeated for every row of a batch."""
-        layers = prompt.key_values().to(self.dtype)
+        """The prompt as a transformers cache, its keys and values repeated for every row of a batch."""
+        if prompt.spec.kind == "prefix":
+            layers = [(key, value) for key, value in prompt.key_values().to(self.dtype)]
+        else:
+            soft = prompt.matrix()[None].to(self.model.get_input_embeddings().weight.dtype)
+            read = self.model.base_model(inputs_embeds=soft, use_cache=True).past_key_values
+            layers = [(layer.keys, layer.values) for layer in read.layers]
         return transformers.DynamicCache(
             [(key.expand(batch_size, -1, -1, -1), value.expand(batch_size, -1, -1, -1)) for key, value in layers]
         )
+
+    def _reads_first(self, prompt: Prompt, batch_size: int) -> bool:
+        """Whether an input prompt is read once for a whole batch: where it stands before the text, it does not see it.
+
+        A pass has a price of its own on a GPU: there, where it saves many positions. In training mode rows differ in
+        their dropout, and checkpointing keeps no cache.
+        """
+        saved = (batch_size - 1) * prompt.spec.num_tokens
+        return self.kind == "causal" and not self.model.training and saved >= _WORTHWHILE.get(self.device.type, 1)
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits [..., vocabulary] of hidden states [..., hidden]."""
