@@ -201,7 +201,7 @@ def _line_looks(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
         label: {
             "color": COLOURS[i % len(COLOURS)],
             "linestyle": DASHES[i % len(DASHES)],
-            "marker": MARKERS[i % len(MARKERS)],
+            "marker": MARKERS[(i + i // len(MARKERS)) % len(MARKERS)],  # another one where a colour comes again
         }
         for i, label in enumerate(labels)
     }
