@@ -76,11 +76,11 @@ def test_a_bridge_that_is_not_fitted_changes_nothing(folder, layers, last):
 
 
 def test_what_enters_a_layer(folder):
-    """Under a prompt, and at the text's positions alone; the layers behind are not run."""
-    model, batch = tiny.load(folder), tiny.batch()
+    """Under a prompt, and at the text's positions alone; no text runs through the layers behind."""
+    model, batch = tiny.load(folder), tiny.batch()  # several texts; an input prompt is read before them, as one row
     first, *_, last = layers_of(model.model)
     seen: list[torch.Tensor] = []
-    last.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
+    last.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0]) if inputs[0].shape[0] > 1 else None)
     for kind in ("prefix", "input"):
         prompt = Prompt(PromptSpec.of(model.shape, kind, 3, None)).initialise(1, 0.5)
         found = model.entering(last, batch, prompt)

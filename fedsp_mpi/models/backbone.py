@@ -174,7 +174,7 @@ class LanguageModel:
     def entering(self, part: nn.Module, batch: Batch, prompt: Prompt | None = None) -> Tensor:
         """Hidden states that enter a part of the model at the text's positions, [batch, length, hidden].
 
-        Nothing behind it is run.
+        No text runs through what is behind it.
         """
         found: list[Tensor] = []
 
