@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
-from threading import Lock
+from threading import RLock
 from types import FrameType
 from typing import Any
 
@@ -72,7 +72,7 @@ class Jobs:
         for place in at:
             self._free.put(place)
         self._children: list[subprocess.Popen[bytes]] = []
-        self._lock = Lock()  # never held by the main thread but in `_pass_on`
+        self._lock = RLock()  # the main thread takes it in `_pass_on` alone, which another signal may interrupt
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Jobs:
