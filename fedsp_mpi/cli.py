@@ -109,8 +109,16 @@ def sweep(options: argparse.Namespace) -> int:
         raise Refused(f"sweep: found {launcher_size()} processes, expected one; give mpirun to --launch")
     from fedsp_mpi import sweep as room
 
-    words = options.set, options.launch, options.dry_run, _log(options), options.only, options.jobs
-    return _user(room.sweep, Path(options.file), *words)
+    return _user(
+        room.sweep,
+        Path(options.file),
+        options.set,
+        options.launch,
+        options.dry_run,
+        _log(options),
+        options.only,
+        options.jobs,
+    )
 
 
 def evaluate(options: argparse.Namespace) -> int:

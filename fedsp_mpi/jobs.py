@@ -7,7 +7,6 @@ import signal
 import subprocess
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
@@ -63,11 +62,13 @@ class Jobs:
     """Runs commands, each at a place that is free, and passes signals on to them; `told` is the last that came.
 
     Once a signal came, nothing is started any more. `run` may be called by as many threads as there are places.
+
+    Args:
+        at: the places, all of them free.
     """
 
     def __init__(self, at: Sequence[Place]) -> None:
         self.told: int | None = None
-        self._is_alone = len(at) == 1
         self._free: SimpleQueue[Place] = SimpleQueue()
         for place in at:
             self._free.put(place)
@@ -113,8 +114,9 @@ class Jobs:
 
     def _start(self, command: Sequence[str], log: Path, place: Place) -> subprocess.Popen[bytes]:
         named = {} if place.devices is None else {_VISIBLE: place.devices}
+        os.sched_setaffinity(0, place.cores)  # of this thread, which the process inherits
         with log.open("ab") as out:
-            child = subprocess.Popen(
+            return subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
                 stdout=out,
@@ -122,7 +124,3 @@ class Jobs:
                 process_group=0,
                 env={**os.environ, **named},
             )
-        if not self._is_alone:  # before it has read its first file: the threads that it will start inherit it
-            with suppress(ProcessLookupError):
-                os.sched_setaffinity(child.pid, place.cores)
-        return child

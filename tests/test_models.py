@@ -611,9 +611,12 @@ def test_checkpointing_gives_the_gradients_of_an_input_prompt(folder, of_weights
     soft, text = prompt.spec.num_tokens, tiny.batch().input_ids.shape[1]
     assert apart == [soft, text]  # the prompt is read once for all rows
     assert twice == [soft + text] * 2  # it is on: the layer was run again in the backward pass
-    largest = max(float(gradient.abs().max()) for gradient in wanted.values())  # that of a key's bias is rounding only
+    largest = max(float(gradient.abs().max()) for gradient in wanted.values())
     for name, gradient in wanted.items():
-        assert gradient.any() and torch.allclose(found[name], gradient, rtol=1e-5, atol=1e-6 * largest)
+        if gradient.abs().max() < 1e-6 * largest:  # rounding: OPT's key bias moves all scores of a query alike
+            assert "k_proj.bias" in name and found[name].abs().max() < 1e-6 * largest
+            continue
+        assert gradient.any() and torch.allclose(found[name], gradient, rtol=1e-5, atol=1e-6 * gradient.abs().max())
 
 
 def test_checkpointing_leaves_dropout_off(tmp_path):

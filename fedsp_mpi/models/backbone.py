@@ -207,7 +207,10 @@ class LanguageModel:
         return {"inputs_embeds": together, "attention_mask": mask, "use_cache": False}, prompt.spec.num_tokens
 
     def cache(self, prompt: Prompt, batch_size: int) -> Any:
-        """The prompt as a transformers cache, its keys and values repeated for every row of a batch."""
+        """The prompt as a transformers cache: of each layer keys and values [batch, heads, tokens, head_dim].
+
+        Every row has the same memory. An input prompt is read for it.
+        """
         if prompt.spec.kind == "prefix":
             layers = [(key, value) for key, value in prompt.key_values().to(self.dtype)]
         else:
