@@ -341,8 +341,13 @@ def test_two_at_a_time_have_half_of_the_cores_each_and_the_bits_of_one_at_a_time
 @needs_cores
 @pytest.mark.slow
 def test_both_run_at_once_are_told_to_stop_and_go_on(tmp_path):
-    path = written(tmp_path, base=short_base("federation.rounds=6", "client.tuning.steps=12"))
-    runs = [tmp_path / "runs" / f"world-{name}-1" for name in ("fedsp", "fedprompt")]
+    path = written(
+        tmp_path,
+        base=short_base("federation.rounds=20", "client.tuning.steps=12"),
+        methods={"fedprompt": str(METHODS / "fedprompt.yaml")},
+        seeds=[1, 2],  # of one method, so that neither is over before the other has begun
+    )
+    runs = [tmp_path / "runs" / f"world-fedprompt-{seed}" for seed in (1, 2)]
     command = [sys.executable, "-m", "fedsp_mpi", "sweep", str(path), "--jobs", "2"]
     process = subprocess.Popen(
         command,
@@ -353,7 +358,7 @@ def test_both_run_at_once_are_told_to_stop_and_go_on(tmp_path):
         text=True,
     )
     try:
-        wait_for([run / "checkpoints" / "0001.json" for run in runs], process)
+        wait_for_checkpoints(runs, process)
         process.send_signal(signal.SIGUSR1)
         _, error = process.communicate(timeout=60)
     finally:
@@ -362,16 +367,18 @@ def test_both_run_at_once_are_told_to_stop_and_go_on(tmp_path):
     [line] = error.splitlines()
     assert "told to stop (SIGUSR1) in " in line and all(run.name in line for run in runs)
     for run in runs:
-        assert read(run).status == "stopped" and 1 <= read(run).committed_rounds < 6
+        assert read(run).status == "stopped" and 1 <= read(run).committed_rounds < 20
         require_alone(run)
     go(path, "--jobs", "2")
     assert [read(run).status for run in runs] == ["complete"] * 2
 
 
-def wait_for(files: list[Path], process: subprocess.Popen[str], seconds: float = 90.0) -> None:
-    """Until all of the files are there, the process has ended, or the time is over."""
+def wait_for_checkpoints(runs: list[Path], process: subprocess.Popen[str], seconds: float = 90.0) -> None:
+    """Until each run has a checkpoint (of any round: old ones go), the process has ended, or the time is over."""
     end = time.monotonic() + seconds
-    while not all(file.exists() for file in files) and process.poll() is None and time.monotonic() < end:
+    while not all([*run.glob("checkpoints/[0-9]*.json")] for run in runs):
+        if process.poll() is not None or time.monotonic() > end:
+            return
         time.sleep(0.01)
 
 
@@ -405,7 +412,7 @@ def test_told_to_stop_it_ends_with_its_run_and_goes_on_where_it_was(tmp_path, la
     )
     run = tmp_path / "runs" / "world-fedsp-1"
     try:
-        wait_for([run / "checkpoints" / "0001.json"], process)
+        wait_for_checkpoints([run], process)
         process.send_signal(number)
         _, error = process.communicate(timeout=60)
     finally:
