@@ -12,12 +12,15 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
+from typing import TYPE_CHECKING
 
 import numpy as np
-from cmaes import CMA
 from threadpoolctl import ThreadpoolController
 
 from fedsp_mpi.tensors import State
+
+if TYPE_CHECKING:
+    from cmaes import CMA
 
 _PATHS = ("step_path", "mean_path")
 
@@ -94,6 +97,8 @@ class Evolution:
 
     def _library(self, population: int) -> CMA:
         """The library's object with this state. Its learning rates follow from dimension and population alone."""
+        from cmaes import CMA  # here, because it loads scipy.stats, for a second or more
+
         with np.errstate(divide="ignore"):  # of 2 or 3 points one is taken, and the rank-mu rate is 0
             made = CMA(mean=self.mean, sigma=self.step_size, population_size=population)
         paths = {"_p_sigma": self.step_path, "_pc": self.mean_path, "_g": self.generation}
