@@ -304,25 +304,34 @@ def _run_all(
 
 @dataclass(frozen=True)
 class _Ended:
-    """A cell whose run has ended: exit status, None if it was not started, and where its part of the log begins."""
+    """A cell whose run has ended: exit status, None if it was not to start, and where its part of the log begins.
+
+    `error` says why it could not be started.
+    """
 
     cell: Cell
     status: int | None
-    seconds: float
-    start: int
+    seconds: float = 0.0
+    start: int = 0
+    error: str | None = None
 
 
 def _run(cell: Cell, launch: list[str], jobs: Jobs) -> _Ended:
     """Run one cell as a process of its own, at a place that is free."""
     program = [sys.executable, "-m", "fedsp_mpi", "run", str(cell.beside("configs", ".yaml")), "--name", cell.name]
     text = cell.beside("logs", ".txt")
-    start = text.stat().st_size if text.exists() else 0
-    status, seconds = jobs.run([*launch, *program, "--resume", "auto"], text)
+    try:
+        start = text.stat().st_size if text.exists() else 0
+        status, seconds = jobs.run([*launch, *program, "--resume", "auto"], text)
+    except OSError as error:
+        return _Ended(cell, 1, error=f"could not be started: {error.filename or text}: {error.strerror}")
     return _Ended(cell, status, seconds, start)
 
 
 def _failure(ended: _Ended) -> str:
     """What went wrong, in one line."""
+    if ended.error is not None:
+        return f"FAILED: {ended.error}"
     assert ended.status is not None
     end = f"signal {-ended.status}" if ended.status < 0 else f"status {ended.status}"
     text = ended.cell.beside("logs", ".txt")

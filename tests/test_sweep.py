@@ -286,14 +286,17 @@ def test_a_complete_run_whose_method_was_called_otherwise_is_refused(done, capsy
 
 def test_a_run_that_fails_is_named_and_the_others_go_on(tmp_path):
     bad = {"extends": str(METHODS / "fedsp.yaml"), "data": {"source": str(tmp_path / "nowhere")}}
-    methods = {"bad": bad, "good": str(METHODS / "fedprompt.yaml")}
+    methods = {"bad": bad, "locked": str(METHODS / "finetune.yaml"), "good": str(METHODS / "fedprompt.yaml")}
     path = written(tmp_path, methods=methods)
+    logs = tmp_path / "runs" / "logs"
+    (logs / "world-locked-1.txt").mkdir(parents=True)  # where its output should go
     result = go(path, status=1)
-    _, failed, good, last = result.stdout.splitlines()
-    assert failed.startswith("1/2  world-bad-1  ") and "FAILED with status 2: fedsp_mpi: " in failed, both_ends(result)
-    assert "nowhere" in failed and failed.endswith(f"({tmp_path / 'runs' / 'logs' / 'world-bad-1.txt'})")
-    assert good.startswith("2/2  world-good-1  ") and " acc " in good
-    assert last == "1 of 2 runs failed: world-bad-1; the same command tries them again"
+    _, failed, locked, good, last = result.stdout.splitlines()
+    assert failed.startswith("1/3  world-bad-1  ") and "FAILED with status 2: fedsp_mpi: " in failed, both_ends(result)
+    assert "nowhere" in failed and failed.endswith(f"({logs / 'world-bad-1.txt'})")
+    assert f"FAILED: could not be started: {logs / 'world-locked-1.txt'}: Is a directory" in locked
+    assert good.startswith("3/3  world-good-1  ") and " acc " in good
+    assert last == "2 of 3 runs failed: world-bad-1, world-locked-1; the same command tries them again"
 
 
 # -- side by side --------------------------------------------------------------------------------------------------
