@@ -21,6 +21,7 @@ from fedsp_mpi.plain import put
 from fedsp_mpi.record import difference, read
 
 METHODS = ROOT / "configs" / "methods"
+SWEEPS = [path for path in sorted((ROOT / "configs").rglob("*.yaml")) if "\nfolder: " in path.read_text()]
 EMBEDDED = str(config.EMBEDDED.resolve())
 
 
@@ -45,6 +46,12 @@ def written(home: Path, name: str = "sweep.yaml", /, **content: Any) -> Path:
     path = home / name
     path.write_text(yaml.safe_dump({**whole, **content}, sort_keys=False))
     return path
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
+def test_every_sweep_of_the_project_can_be_begun(path):
+    """Its keys exist, its values go together, and its runs have names and labels of their own."""
+    assert sweep.cells_of(path, ["distillation.text=FILE"])
 
 
 def go(path: Path, *more: str, status: int = 0) -> subprocess.CompletedProcess[str]:
