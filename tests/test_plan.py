@@ -86,6 +86,16 @@ def test_the_paper_s_models_have_their_known_sizes(model, large, small, wire, sh
         ("Qwen/Qwen2.5-0.5B", 494_032_768),
         ("Qwen/Qwen2.5-1.5B-Instruct", 1_543_714_304),
         ("Qwen/Qwen2.5-7B", 7_615_616_512),
+        ("Qwen/Qwen3-0.6B", 596_049_920),
+        ("Qwen/Qwen3-1.7B", 1_720_574_976),
+        ("Qwen/Qwen3-8B", 8_190_735_360),
+        ("mistralai/Mistral-7B-v0.1", 7_241_732_096),
+        ("microsoft/Phi-3-mini-4k-instruct", 3_821_079_552),
+        ("allenai/OLMo-2-0425-1B", 1_484_916_736),
+        ("EleutherAI/pythia-160m", 162_322_944),
+        ("EleutherAI/pythia-410m", 405_334_016),
+        ("EleutherAI/pythia-1.4b", 1_414_647_808),
+        ("EleutherAI/pythia-6.9b", 6_857_302_016),
     ],
 )
 def test_known_architectures_have_the_published_number_of_parameters(name, parameters):
@@ -99,7 +109,7 @@ def test_a_folder_goes_before_a_known_name(tmp_path, monkeypatch):
     assert architectures.config_of("gpt2").num_hidden_layers == tiny.LAYERS
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("family", tiny.ALL_FAMILIES)
 @pytest.mark.parametrize("prompt_tokens", [0, 5])
 def test_flops_are_those_that_torch_counts(family, prompt_tokens):
     """Forward and with the weights' gradients to the last one; with the prompts' alone, 3 % are allowed."""
@@ -122,7 +132,9 @@ def test_flops_are_those_that_torch_counts(family, prompt_tokens):
             if factor > 1:
                 torch.nn.functional.cross_entropy(logits, asked).backward()
         allowed = 0.03 if trained == "prompts" else 0
-        assert factor * expected <= counter.get_total_flops() <= (1 + allowed) * factor * expected, trained
+        spared = 0.05 if trained == "prompts" and family == "gpt_neox" else 0  # its first MLP is beside the attention
+        wanted = factor * expected
+        assert (1 - spared) * wanted <= counter.get_total_flops() <= (1 + allowed) * wanted, trained
 
 
 @pytest.mark.parametrize("rows", [1, 8])

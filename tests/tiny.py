@@ -11,12 +11,11 @@ import numpy as np
 import tokenizers
 import torch
 from transformers import (
+    AutoConfig,
     BertConfig,
     GPT2Config,
-    LlamaConfig,
     OPTConfig,
     PreTrainedTokenizerFast,
-    Qwen2Config,
     RobertaConfig,
     T5Config,
 )
@@ -28,14 +27,15 @@ from fedsp_mpi.models.backbone import LanguageModel
 from fedsp_mpi.models.families import model_class
 from fedsp_mpi.tensors import Batch
 
-FAMILIES = ("gpt2", "opt", "llama", "qwen2")
+FAMILIES = ("gpt2", "opt", "llama", "qwen2")  # that read from left to right
+ALL_FAMILIES = (*FAMILIES, "qwen3", "mistral", "phi3", "olmo2", "gpt_neox")
 GAP_FAMILIES = ("bert", "roberta", "t5")  # that fill in a gap
 VOCABULARY, POSITIONS, LAYERS, WIDTH = 100, 64, 4, 32
 CPU = torch.device("cpu")
 
 
 def config(family: str, **changes: Any) -> Any:
-    """A configuration of four layers of four heads (llama and qwen2: two key/value heads), 32 wide, 64 positions."""
+    """A configuration of four layers of four heads (llama and later: two key/value heads), 32 wide, 64 positions."""
     special = {"bos_token_id": 1, "eos_token_id": 2, "vocab_size": VOCABULARY}
     if family == "gpt2":
         sizes = {"n_positions": POSITIONS, "n_embd": WIDTH, "n_layer": LAYERS, "n_head": 4}
@@ -46,8 +46,9 @@ def config(family: str, **changes: Any) -> Any:
         return OPTConfig(**special | sizes | {"ffn_dim": 64, "word_embed_proj_dim": WIDTH} | changes)
     if family in GAP_FAMILIES:
         return _gap_config(family, **changes)
-    kind = {"llama": LlamaConfig, "qwen2": Qwen2Config}[family]
-    return kind(**special | sizes | {"intermediate_size": 64, "num_key_value_heads": 2} | changes)
+    sizes |= {"intermediate_size": 64, "pad_token_id": None}
+    sizes |= {} if family == "gpt_neox" else {"num_key_value_heads": 2, "head_dim": 8}
+    return AutoConfig.for_model(family, **special | sizes | changes)
 
 
 def _gap_config(family: str, **changes: Any) -> Any:

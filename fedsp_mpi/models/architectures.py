@@ -24,12 +24,26 @@ def _opt(width: int, layers: int, heads: int, **more: Any) -> tuple[str, Sizes]:
 
 
 def _gated(
-    kind: str, width: int, inner: int, layers: int, heads: tuple[int, int], vocabulary: int, positions: int, tied: bool
+    kind: str,
+    width: int,
+    inner: int,
+    layers: int,
+    heads: tuple[int, int],
+    vocabulary: int,
+    positions: int,
+    tied: bool,
+    **more: Any,
 ) -> tuple[str, Sizes]:
-    """Llama and Qwen2; `heads`: of the queries, and of keys and values."""
+    """Llama and what came of it; `heads`: of the queries, and of keys and values."""
     sizes = {"hidden_size": width, "intermediate_size": inner, "num_hidden_layers": layers}
     sizes |= {"num_attention_heads": heads[0], "num_key_value_heads": heads[1]}
-    return kind, sizes | {"vocab_size": vocabulary, "max_position_embeddings": positions, "tie_word_embeddings": tied}
+    sizes |= {"vocab_size": vocabulary, "max_position_embeddings": positions, "tie_word_embeddings": tied}
+    return kind, sizes | more
+
+
+def _pythia(width: int, layers: int, heads: int, vocabulary: int = 50304) -> tuple[str, Sizes]:
+    sizes = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads}
+    return "gpt_neox", sizes | {"intermediate_size": 4 * width, "vocab_size": vocabulary}
 
 
 # Hub name: family, and the sizes in which the model differs from the defaults of transformers.
@@ -50,6 +64,16 @@ KNOWN: dict[str, tuple[str, Sizes]] = {
     "Qwen/Qwen2.5-0.5B": _gated("qwen2", 896, 4864, 24, (14, 2), 151936, 32768, True),
     "Qwen/Qwen2.5-1.5B": _gated("qwen2", 1536, 8960, 28, (12, 2), 151936, 131072, True),
     "Qwen/Qwen2.5-7B": _gated("qwen2", 3584, 18944, 28, (28, 4), 152064, 131072, False),
+    "Qwen/Qwen3-0.6B": _gated("qwen3", 1024, 3072, 28, (16, 8), 151936, 40960, True, head_dim=128),
+    "Qwen/Qwen3-1.7B": _gated("qwen3", 2048, 6144, 28, (16, 8), 151936, 40960, True, head_dim=128),
+    "Qwen/Qwen3-8B": _gated("qwen3", 4096, 12288, 36, (32, 8), 151936, 40960, False, head_dim=128),
+    "mistralai/Mistral-7B-v0.1": _gated("mistral", 4096, 14336, 32, (32, 8), 32000, 32768, False),
+    "microsoft/Phi-3-mini-4k-instruct": _gated("phi3", 3072, 8192, 32, (32, 32), 32064, 4096, False),
+    "allenai/OLMo-2-0425-1B": _gated("olmo2", 2048, 8192, 16, (16, 16), 100352, 4096, False),
+    "EleutherAI/pythia-160m": _pythia(768, 12, 12),
+    "EleutherAI/pythia-410m": _pythia(1024, 24, 16),
+    "EleutherAI/pythia-1.4b": _pythia(2048, 24, 16),
+    "EleutherAI/pythia-6.9b": _pythia(4096, 32, 32, 50432),
 }
 _ALIKE = ("-Instruct",)  # the same architecture under another name
 
