@@ -335,9 +335,12 @@ def _failure(ended: _Ended) -> str:
     assert ended.status is not None
     end = f"signal {-ended.status}" if ended.status < 0 else f"status {ended.status}"
     text = ended.cell.beside("logs", ".txt")
-    with text.open("rb") as file:
-        file.seek(ended.start)
-        words = last_words(file.read().decode(errors="replace"))
+    try:
+        with text.open("rb") as file:
+            file.seek(ended.start)
+            words = last_words(file.read().decode(errors="replace"))
+    except OSError as error:  # somebody has taken it away
+        words = f"what it said cannot be read: {error.strerror}"
     return f"FAILED with {end}: {words} ({text})"
 
 

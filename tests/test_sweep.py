@@ -306,6 +306,13 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(tmp_path):
     assert last == "2 of 3 runs failed: world-bad-1, world-locked-1; the same command tries them again"
 
 
+def test_a_run_whose_output_was_taken_away_is_a_line(tmp_path, capsys):
+    path, script = written(tmp_path), tmp_path / "launch.sh"
+    script.write_text(f"rm -r {tmp_path / 'runs' / 'logs'}; exit 3\n")
+    status, told, _ = here(capsys, path, "--launch", f"sh {script}", "--only", "*-1")
+    assert status == 1 and "FAILED with status 3: what it said cannot be read: No such file or directory" in told
+
+
 # -- side by side --------------------------------------------------------------------------------------------------
 
 needs_cores = pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="two runs at a time need two cores")
