@@ -104,14 +104,14 @@ def report(options: argparse.Namespace) -> int:
 
 
 def sweep(options: argparse.Namespace) -> int:
-    """`sweep`: every task with every method and seed of a file, a run each; status 1 if one of them failed."""
+    """`sweep`: every task with every method and seed of each file, a run each; status 1 if one of them failed."""
     if (launcher_size() or 1) > 1:
         raise Refused(f"sweep: found {launcher_size()} processes, expected one; give mpirun to --launch")
     from fedsp_mpi import sweep as room
 
     return _user(
         room.sweep,
-        Path(options.file),
+        [Path(file) for file in options.files],
         options.set,
         options.launch,
         options.dry_run,
@@ -330,8 +330,8 @@ def _add_report(verbs: argparse._SubParsersAction) -> None:
 
 
 def _add_sweep(verbs: argparse._SubParsersAction) -> None:
-    verb = verbs.add_parser("sweep", help="every task with every method and seed of a file, a run each")
-    verb.add_argument("file", metavar="FILE", help="YAML file: folder, base, seeds, tasks, methods")
+    verb = verbs.add_parser("sweep", help="every task with every method and seed of each file, a run each")
+    verb.add_argument("files", nargs="+", metavar="FILE", help="YAML file: folder, base, seeds, tasks, methods")
     verb.add_argument("--launch", default="", metavar="COMMAND", help="starts a run's processes, e.g. 'mpirun -n 4'")
     verb.add_argument(
         "--only", default="*", metavar="PATTERN", help="runs of these names, e.g. 'sst2-*-1'; default: all"

@@ -124,3 +124,16 @@ class Jobs:
                 process_group=0,
                 env={**os.environ, **named},
             )
+
+
+def last_words(text: str) -> str:
+    """The line of a failed run's output that says why: of its traceback, of the package, or just the last one.
+
+    What launchers say of a failing rank comes after it.
+    """
+    lines = [line.rstrip() for line in text.splitlines() if line.strip()]
+    traces = [at for at, line in enumerate(lines) if line.startswith("Traceback (")]
+    if traces:
+        return next((line for line in lines[traces[-1] + 1 :] if not line[0].isspace()), lines[-1])
+    own = [line for line in lines if line.startswith("fedsp_mpi: ")]
+    return (own or lines or ["it said nothing"])[-1]

@@ -1,4 +1,4 @@
-"""Many experiments from one file: every task with every method and every seed.
+"""Many experiments from one file or several: every task with every method and every seed.
 
     folder: runs/paper            # of all runs, relative to where the command is given
     base: ../smollm2/base.yaml    # or a list of files, relative to this one; without it the embedded default
@@ -11,8 +11,8 @@
       fedprompt: {extends: ../methods/fedprompt.yaml, client: {tuning: {optimizer: {learning_rate: 5.0e-2}}}}
 
 A cell is one task with one method and one seed, called TASK-METHOD-SEED: the base, the task laid over it, the method
-over both, and `--set` over all, where {task} stands for the task's name. Seeds change last, so that a sweep that is
-stopped half-way has compared all methods.
+over both, and `--set` over all, where {task} stands for the task's name and {file} for that of the file, without its
+ending. Seeds change last, so that a sweep that is stopped half-way has compared all methods.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from typing import Any
 
 from fedsp_mpi.comm import Refused
 from fedsp_mpi.config import EMBEDDED, Config, changed_keys, checked, to_yaml
-from fedsp_mpi.jobs import Jobs, Place, places
+from fedsp_mpi.jobs import Jobs, Place, last_words, places
 from fedsp_mpi.log import Log, duration
 from fedsp_mpi.plain import ConfigError, extended, key_value, merge, put, read_yaml
 from fedsp_mpi.record import Run, main_result, read
@@ -70,9 +70,15 @@ class Cell:
 
 
 def sweep(
-    file: Path, overrides: Sequence[str], launch: str, is_dry: bool, log: Log, only: str = "*", side_by_side: int = 1
+    files: Sequence[Path],
+    overrides: Sequence[str],
+    launch: str,
+    is_dry: bool,
+    log: Log,
+    only: str = "*",
+    side_by_side: int = 1,
 ) -> int:
-    """Run all cells of a file that have no complete record yet. Returns the exit status: 1 if one of them failed.
+    """Run all cells of the files that have no complete record yet. Returns the exit status: 1 if one of them failed.
 
     Args:
         overrides: `key=value`, for all cells.
@@ -87,16 +93,19 @@ def sweep(
         Refused: a signal came; it was passed on to the runs, which have ended.
     """
     words, at = _launch(launch), places(side_by_side)
-    cells = [cell for cell in cells_of(file, overrides) if fnmatchcase(cell.name, only)]
+    by_file = {file: cells_of(file, overrides) for file in files}
+    _require_apart(by_file)
+    cells = [cell for some in by_file.values() for cell in some if fnmatchcase(cell.name, only)]
     if not cells:
-        raise ConfigError(f"--only {only}: found no run of that name in {file}; --dry-run lists them")
-    found = {cell.name: _found(cell) for cell in cells}
+        raise ConfigError(f"--only {only}: found no run of that name in {_listed(files)}; --dry-run lists them")
+    found = {cell.folder: _found(cell) for cell in cells}
     _require_same(cells, found)
-    is_complete = {name: run is not None and run.status == "complete" for name, run in found.items()}
-    log.say(f"{len(cells)} runs in {cells[0].folder.parent}, {sum(is_complete.values())} of them complete")
+    is_complete = {folder: run is not None and run.status == "complete" for folder, run in found.items()}
+    log.say(f"{len(cells)} runs in {_listed(_homes(cells))}, {sum(is_complete.values())} of them complete")
     if is_dry:
-        for number, cell in enumerate(cells, 1):
-            log.say(f"{number}/{len(cells)}  {cell.name}  {_state(cell, found[cell.name])}")
+        place = _numbered(cells)
+        for cell in cells:
+            log.say(f"{place[cell.folder]}  {_state(cell, found[cell.folder])}")
         return 0
     _write_configs(cells)
     return _run_all(cells, is_complete, words, at, log)
@@ -111,7 +120,7 @@ def cells_of(file: Path, overrides: Sequence[str] = ()) -> list[Cell]:
     cells = []
     for seed in content["seeds"]:
         for task, its in tasks.items():
-            over = _overrides(item.replace("{task}", task) for item in overrides)
+            over = _overrides(item.replace("{task}", task).replace("{file}", file.stem) for item in overrides)
             for method, own in methods.items():
                 name = f"{task}-{method}-{seed}"
                 given = {"run": {"folder": content["folder"], "name": name, "seed": seed}}
@@ -198,6 +207,33 @@ def _require_distinct(cells: Sequence[Cell], file: Path) -> None:
             )
 
 
+def _require_apart(by_file: Mapping[Path, Sequence[Cell]]) -> None:
+    """Raise ConfigError if two files have a run of the same name in the same folder."""
+    whose: dict[Path, Path] = {}
+    for file, cells in by_file.items():
+        for cell in cells:
+            if (other := whose.setdefault(cell.folder, file)) != file:
+                raise ConfigError(
+                    f"{file}: found the run {cell.folder}, which {other} has too, expected another folder"
+                )
+
+
+def _homes(cells: Sequence[Cell]) -> list[Path]:
+    """The folders that the runs lie in, each once."""
+    return list(dict.fromkeys(cell.folder.parent for cell in cells))
+
+
+def _listed(paths: Iterable[Path]) -> str:
+    return ", ".join(map(str, paths))
+
+
+def _numbered(cells: Sequence[Cell]) -> dict[Path, str]:
+    """The number of each cell and its name, by its folder; with that, where they lie in several."""
+    are_together = len(_homes(cells)) == 1
+    names = [cell.name if are_together else str(cell.folder) for cell in cells]
+    return {cell.folder: f"{number}/{len(cells)}  {name}" for number, (cell, name) in enumerate(zip(cells, names), 1)}
+
+
 # -- what is there already -----------------------------------------------------------------------------------------
 
 
@@ -206,13 +242,13 @@ def _found(cell: Cell) -> Run | None:
     return read(cell.folder) if (cell.folder / "run.h5").exists() else None
 
 
-def _require_same(cells: Sequence[Cell], found: Mapping[str, Run | None]) -> None:
+def _require_same(cells: Sequence[Cell], found: Mapping[Path, Run | None]) -> None:
     """Raise ConfigError if there are records of other configurations under the names of cells."""
-    told = [(cell, changed) for cell in cells if (run := found[cell.name]) and (changed := _changed(cell, run))]
+    told = [(cell, changed) for cell in cells if (run := found[cell.folder]) and (changed := _changed(cell, run))]
     if not told:
         return
     cell, changed = told[0]
-    run = found[cell.name]
+    run = found[cell.folder]
     assert run is not None
     others = f"; so have {', '.join(other.name for other, _ in told[1:])}" if len(told) > 1 else ""
     raise ConfigError(
@@ -261,8 +297,9 @@ def _launch(text: str) -> list[str]:
 def _write_configs(cells: Sequence[Cell]) -> None:
     """Write each cell's configuration, whole. Raises ConfigError if the folder cannot be written."""
     try:
-        for room in ("configs", "logs"):
-            (cells[0].folder.parent / room).mkdir(parents=True, exist_ok=True)
+        for home in _homes(cells):
+            for room in ("configs", "logs"):
+                (home / room).mkdir(parents=True, exist_ok=True)
         for cell in cells:
             cell.beside("configs", ".yaml").write_text(to_yaml(cell.config), encoding="utf-8")
     except OSError as error:
@@ -273,18 +310,18 @@ def _write_configs(cells: Sequence[Cell]) -> None:
 
 
 def _run_all(
-    cells: Sequence[Cell], is_complete: Mapping[str, bool], launch: list[str], at: Sequence[Place], log: Log
+    cells: Sequence[Cell], is_complete: Mapping[Path, bool], launch: list[str], at: Sequence[Place], log: Log
 ) -> int:
     failed, stopped = [], []
-    place = {cell.name: f"{number}/{len(cells)}  {cell.name}" for number, cell in enumerate(cells, 1)}
+    place = _numbered(cells)
     for cell in cells:
-        if is_complete[cell.name]:
-            log.say(f"{place[cell.name]}  complete  {_score(read(cell.folder))}")
+        if is_complete[cell.folder]:
+            log.say(f"{place[cell.folder]}  complete  {_score(read(cell.folder))}")
     with Jobs(at) as jobs, ThreadPoolExecutor(len(at)) as pool:
-        begun = [pool.submit(_run, cell, launch, jobs) for cell in cells if not is_complete[cell.name]]
+        begun = [pool.submit(_run, cell, launch, jobs) for cell in cells if not is_complete[cell.folder]]
         for future in as_completed(begun):
             ended = future.result()
-            cell, line = ended.cell, f"{place[ended.cell.name]}  {duration(ended.seconds)}"
+            cell, line = ended.cell, f"{place[ended.cell.folder]}  {duration(ended.seconds)}"
             if ended.status == 0 and _is_complete(cell):
                 log.say(f"{line}  {_score(read(cell.folder))}")
             elif jobs.told is None:
@@ -297,8 +334,8 @@ def _run_all(
     if failed:
         log.say(f"{len(failed)} of {len(cells)} runs failed: {', '.join(failed)}; the same command tries them again")
         return 1
-    folder = shlex.quote(str(cells[0].folder.parent))
-    log.say(f"all runs are complete: python -m fedsp_mpi report {folder} --table comparison")
+    folders = shlex.join(map(str, _homes(cells)))
+    log.say(f"all runs are complete: python -m fedsp_mpi report {folders} --table comparison")
     return 0
 
 
@@ -349,19 +386,6 @@ def _is_complete(cell: Cell) -> bool:
         run = _found(cell)
         return run is not None and run.status == "complete"
     return False
-
-
-def last_words(text: str) -> str:
-    """The line of a failed run's output that says why: of its traceback, of the package, or just the last one.
-
-    What launchers say of a failing rank comes after it.
-    """
-    lines = [line.rstrip() for line in text.splitlines() if line.strip()]
-    traces = [at for at, line in enumerate(lines) if line.startswith("Traceback (")]
-    if traces:
-        return next((line for line in lines[traces[-1] + 1 :] if not line[0].isspace()), lines[-1])
-    own = [line for line in lines if line.startswith("fedsp_mpi: ")]
-    return (own or lines or ["it said nothing"])[-1]
 
 
 def _stopped(names: Sequence[str], number: int) -> Refused:

@@ -215,7 +215,7 @@ def test_it_is_not_for_mpirun(tmp_path, capsys, monkeypatch):
     ],
 )
 def test_last_words_are_those_that_say_why(text, words):
-    assert sweep.last_words(text) == words
+    assert jobs.last_words(text) == words
 
 
 # -- real runs -----------------------------------------------------------------------------------------------------
@@ -265,6 +265,37 @@ def test_a_dry_run_says_what_is_to_do_and_writes_nothing(done, capsys):
     lines = out.splitlines()[1:]
     assert [line.split()[2] for line in lines] == ["complete", "complete", "new", "new"]
     assert sorted(done.rglob("*")) == before
+
+
+def test_several_files_are_one_sweep(done, capsys):
+    written(done, "second.yaml", folder=str(done / "others"))
+    names = ["world-fedsp-1", "world-fedprompt-1"]
+    status, out, _ = here(capsys, done / "sweep.yaml", str(done / "second.yaml"), "--dry-run")
+    first, *lines = out.splitlines()
+    assert status == 0 and first == f"4 runs in {done / 'runs'}, {done / 'others'}, 2 of them complete"
+    places = [str(done / home / name) for home in ("runs", "others") for name in names]
+    assert [line.split()[:3] for line in lines] == [
+        [f"{number}/4", place, state]
+        for number, (place, state) in enumerate(zip(places, ["complete"] * 2 + ["new"] * 2), 1)
+    ]
+    status, out, _ = here(capsys, done / "second.yaml", str(done / "sweep.yaml"), "--launch", "false")
+    assert status == 1 and out.count("FAILED with status 1") == 2 and out.count("  complete  acc ") == 2
+    assert (done / "others" / "configs" / f"{names[0]}.yaml").is_file()
+    assert (done / "others" / "logs" / f"{names[0]}.txt").is_file()
+
+
+def test_what_is_set_can_name_the_file_and_the_task(tmp_path):
+    path = written(tmp_path, "small.yaml")
+    [cell, _] = sweep.cells_of(path, ["model.name=/models/{file}/x", "data.source={file}/{task}"])
+    assert (cell.config.model.name, cell.config.data.source) == ("/models/small/x", "small/world")
+
+
+def test_files_that_share_a_run_are_refused(tmp_path, capsys):
+    paths = [written(tmp_path, name) for name in ("one.yaml", "two.yaml")]
+    status, out, error = here(capsys, paths[0], str(paths[1]))
+    assert status == 2 and out == "" and error.count("\n") == 1
+    run = tmp_path / "runs" / "world-fedsp-1"
+    assert f"{paths[1]}: found the run {run}, which {paths[0]} has too, expected another folder" in error
 
 
 @pytest.mark.parametrize(
