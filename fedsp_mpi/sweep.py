@@ -103,7 +103,7 @@ def sweep(
     is_complete = {folder: run is not None and run.status == "complete" for folder, run in found.items()}
     log.say(f"{len(cells)} runs in {_listed(_homes(cells))}, {sum(is_complete.values())} of them complete")
     if is_dry:
-        place = _numbered(cells)
+        place = _places(cells)
         for cell in cells:
             log.say(f"{place[cell.folder]}  {_state(cell, found[cell.folder])}")
         return 0
@@ -227,11 +227,15 @@ def _listed(paths: Iterable[Path]) -> str:
     return ", ".join(map(str, paths))
 
 
-def _numbered(cells: Sequence[Cell]) -> dict[Path, str]:
-    """The number of each cell and its name, by its folder; with that, where they lie in several."""
+def _names(cells: Sequence[Cell]) -> dict[Path, str]:
+    """What each run is called, by its folder: by its name, or by its folder where they lie in several."""
     are_together = len(_homes(cells)) == 1
-    names = [cell.name if are_together else str(cell.folder) for cell in cells]
-    return {cell.folder: f"{number}/{len(cells)}  {name}" for number, (cell, name) in enumerate(zip(cells, names), 1)}
+    return {cell.folder: cell.name if are_together else str(cell.folder) for cell in cells}
+
+
+def _places(cells: Sequence[Cell]) -> dict[Path, str]:
+    """The number of each run and what it is called."""
+    return {folder: f"{at}/{len(cells)}  {name}" for at, (folder, name) in enumerate(_names(cells).items(), 1)}
 
 
 # -- what is there already -----------------------------------------------------------------------------------------
@@ -313,7 +317,7 @@ def _run_all(
     cells: Sequence[Cell], is_complete: Mapping[Path, bool], launch: list[str], at: Sequence[Place], log: Log
 ) -> int:
     failed, stopped = [], []
-    place = _numbered(cells)
+    name, place = _names(cells), _places(cells)
     for cell in cells:
         if is_complete[cell.folder]:
             log.say(f"{place[cell.folder]}  complete  {_score(read(cell.folder))}")
@@ -325,10 +329,10 @@ def _run_all(
             if ended.status == 0 and _is_complete(cell):
                 log.say(f"{line}  {_score(read(cell.folder))}")
             elif jobs.told is None:
-                failed.append(cell.name)
+                failed.append(name[cell.folder])
                 log.say(f"{line}  {_failure(ended)}")
             elif ended.status is not None:
-                stopped.append(cell.name)
+                stopped.append(name[cell.folder])
     if jobs.told is not None:
         raise _stopped(stopped, jobs.told)
     if failed:

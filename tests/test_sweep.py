@@ -280,6 +280,7 @@ def test_several_files_are_one_sweep(done, capsys):
     ]
     status, out, _ = here(capsys, done / "second.yaml", str(done / "sweep.yaml"), "--launch", "false")
     assert status == 1 and out.count("FAILED with status 1") == 2 and out.count("  complete  acc ") == 2
+    assert f"2 of 4 runs failed: {places[2]}, {places[3]}; " in out
     assert (done / "others" / "configs" / f"{names[0]}.yaml").is_file()
     assert (done / "others" / "logs" / f"{names[0]}.txt").is_file()
 
