@@ -81,6 +81,7 @@ def sweep(
     """Run all cells of the files that have no complete record yet. Returns the exit status: 1 if one of them failed.
 
     Args:
+        files: of which no two have a run of the same folder and name.
         overrides: `key=value`, for all cells.
         launch: what starts a run's processes, for instance "mpirun -n 4"; empty for one process.
         is_dry: only say what would be run.
@@ -248,13 +249,13 @@ def _found(cell: Cell) -> Run | None:
 
 def _require_same(cells: Sequence[Cell], found: Mapping[Path, Run | None]) -> None:
     """Raise ConfigError if there are records of other configurations under the names of cells."""
-    told = [(cell, changed) for cell in cells if (run := found[cell.folder]) and (changed := _changed(cell, run))]
+    pairs = [(cell, run) for cell in cells if (run := found[cell.folder])]
+    told = [(cell, run, changed) for cell, run in pairs if (changed := _changed(cell, run))]
     if not told:
         return
-    cell, changed = told[0]
-    run = found[cell.folder]
-    assert run is not None
-    others = f"; so have {', '.join(other.name for other, _ in told[1:])}" if len(told) > 1 else ""
+    cell, run, changed = told[0]
+    name = _names(cells)
+    others = f"; so have {', '.join(name[other.folder] for other, *_ in told[1:])}" if len(told) > 1 else ""
     raise ConfigError(
         f"{cell.folder}: found a run ({run.status}) of another configuration ({'; '.join(changed)}), expected the same"
         f"{others}; take that back, choose another folder, or delete the run"

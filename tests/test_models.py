@@ -27,7 +27,7 @@ CELLS = [(0, 1, 4), (2, 1, 4), (1, 2, 4), (0, 3, 4), (2, 2, 3), (3, 1, 1), (1, 2
 PROMPTS = [("prefix", None), ("prefix", 7), ("input", None)]
 
 
-@pytest.fixture(scope="module", params=tiny.ALL_FAMILIES)
+@pytest.fixture(scope="module", params=tiny.CAUSAL_FAMILIES)
 def folder(request, tmp_path_factory) -> str:
     return tiny.model_folder(tmp_path_factory.mktemp(request.param), request.param)
 
@@ -288,7 +288,7 @@ def test_models_that_cannot_be_read(tmp_path):
         backbone.load_global(str(tmp_path), device=tiny.CPU)
 
 
-@pytest.mark.parametrize("family", tiny.ALL_FAMILIES)
+@pytest.mark.parametrize("family", tiny.CAUSAL_FAMILIES)
 @pytest.mark.parametrize("size", ["num_hidden_layers", "num_attention_heads", "hidden_size", "vocab_size"])
 def test_sizes_that_are_none(size, family, tmp_path):
     config = tiny.config(family)
@@ -324,7 +324,7 @@ def test_other_configurations_that_make_no_model(family, changes, tmp_path):
 
 
 def test_sizes_that_do_not_fit_together(tmp_path):
-    for family in tiny.ALL_FAMILIES:
+    for family in tiny.CAUSAL_FAMILIES:
         path = tiny.model_folder(tmp_path / family, family)
         content = json.loads((tmp_path / family / "config.json").read_text())
         for key in ("n_embd", "hidden_size"):
@@ -566,7 +566,7 @@ def test_an_input_prompt_has_no_depth(gpt2):
 # -- dropout and checkpointing -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", tiny.ALL_FAMILIES)
+@pytest.mark.parametrize("family", tiny.CAUSAL_FAMILIES)
 def test_dropout_acts_only_where_it_was_asked_for(family, tmp_path):
     rates = {"gpt2": ["resid_pdrop", "embd_pdrop", "attn_pdrop"], "opt": ["dropout", "attention_dropout"]}
     changes = dict.fromkeys(rates.get(family, ["attention_dropout"]), 0.5)
@@ -580,6 +580,15 @@ def test_dropout_acts_only_where_it_was_asked_for(family, tmp_path):
         assert same is not (dropout and trained), (dropout, trained)
         small.train_weights(False)
         assert torch.equal(small.hidden(batch), small.hidden(batch))
+
+
+@pytest.mark.parametrize("family", tiny.CAUSAL_FAMILIES)
+def test_every_dropout_of_a_layer_can_be_left_out(family):
+    config = tiny.config(family)
+    rates = [name for name in config.to_dict() if "drop" in name and not name.startswith(("summary", "classifier"))]
+    for name in rates:
+        setattr(config, name, 0.5)
+    assert rates and not any(getattr(backbone.without_dropout(config), name) for name in rates)
 
 
 def gradients(model: LanguageModel, prompt: Prompt, of_weights: bool) -> tuple[dict[str, torch.Tensor], list[int]]:

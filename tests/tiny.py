@@ -27,8 +27,8 @@ from fedsp_mpi.models.backbone import LanguageModel
 from fedsp_mpi.models.families import model_class
 from fedsp_mpi.tensors import Batch
 
-FAMILIES = ("gpt2", "opt", "llama", "qwen2")  # that read from left to right
-ALL_FAMILIES = (*FAMILIES, "qwen3", "mistral", "phi3", "olmo2", "gpt_neox")
+FAMILIES = ("gpt2", "opt", "llama", "qwen2")  # that all tests of families take
+CAUSAL_FAMILIES = (*FAMILIES, "qwen3", "mistral", "phi3", "olmo2", "gpt_neox")  # those of the models' parts too
 GAP_FAMILIES = ("bert", "roberta", "t5")  # that fill in a gap
 VOCABULARY, POSITIONS, LAYERS, WIDTH = 100, 64, 4, 32
 CPU = torch.device("cpu")
