@@ -26,7 +26,7 @@ from fedsp_mpi.evaluation.scoring import answer_loss_mean, gap_questions, loglik
 from fedsp_mpi.materials import Materials
 from fedsp_mpi.models import backbone
 from fedsp_mpi.models.families import model_class
-from fedsp_mpi.models.prompts import Prompt, PromptSpec
+from fedsp_mpi.models.prompts import Prompt, PromptSpec, Several
 from fedsp_mpi.plain import ConfigError
 from fedsp_mpi.record import difference, read
 
@@ -165,6 +165,18 @@ def test_logits_are_those_of_transformers(model, family, with_prompt):
     model.candidates = torch.tensor([5, 6])
     few, places = model.answer_logits(collate(some), prompt)
     assert torch.equal(few, found[:, 5:7]) and places.tolist() == [1, 0, 1]
+
+
+@torch.no_grad()
+def test_texts_of_a_batch_have_prompts_of_their_own(model, family):
+    values = torch.stack([prompt_for(model).matrix() * scale for scale in (1, -2)])
+    prompts = Several(prompt_for(model).spec, values, torch.tensor([1, 0, 1]))
+    some = texts(family)
+    found, _ = model.answer_logits(collate(some), prompts)
+    for row, text, owner in zip(found, some, prompts.owners):
+        alone = prompt_for(model)
+        alone.load({"prompt": values[owner]})
+        assert (row - plain_logits(model, text, alone)).abs().max() < 1e-5
 
 
 @torch.no_grad()

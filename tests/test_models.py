@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, GPT2Config, OPTConf
 from fedsp_mpi.models import auxiliary, backbone, prompts
 from fedsp_mpi.models.backbone import LanguageModel
 from fedsp_mpi.models.losses import answer_loss
-from fedsp_mpi.models.prompts import Prompt, PromptSpec
+from fedsp_mpi.models.prompts import Prompt, PromptSpec, Several
 from fedsp_mpi.tensors import NamedTensors, SealedTensorError, seal
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -639,6 +639,25 @@ def test_checkpointing_leaves_dropout_off(tmp_path):
     auxiliary.load_weights(built, auxiliary.pack(unrolled(lean, 0, 1, 4)).torch())
     built.train_weights(True)
     assert torch.equal(built.hidden(batch), built.hidden(batch))
+
+
+# -- a prompt for each text ----------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("kind", "saved"), [("prefix", 1), ("input", 1), ("input", 1000)])
+def test_texts_of_a_batch_have_prompts_of_their_own(folder, kind, saved, monkeypatch):
+    """As each of them alone; input prompts are read before the texts, or with them."""
+    monkeypatch.setitem(backbone._WORTHWHILE, "cpu", saved)
+    whole, batch = tiny.load(folder), tiny.batch((11, 7, 4, 9))
+    values = torch.stack([prompt_for(whole, kind).matrix() * scale for scale in (1, -0.5, 2)])
+    owners = torch.tensor([2, 0, 2, 1])
+    found = whole.hidden(batch, Several(prompt_for(whole, kind).spec, values, owners))
+    for row, owner in enumerate(owners):
+        prompt, length = prompt_for(whole, kind), int(batch.attention_mask[row].sum())
+        prompt.load({"prompt": values[owner]})
+        wanted = whole.hidden(tiny.Batch(*(part[row : row + 1, :length] for part in batch)), prompt)[0]
+        assert (found[row, :length] - wanted).abs().max() < 1e-5
 
 
 # -- several continuations of one context --------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from fedsp_mpi.data.tokens import Text, by_length, collate, encode, encode_pairs
 from fedsp_mpi.evaluation import scoring
 from fedsp_mpi.evaluation.scoring import Question, answer_loss_mean, questions, score
 from fedsp_mpi.models.backbone import LanguageModel
-from fedsp_mpi.models.prompts import Prompt, PromptSpec
+from fedsp_mpi.models.prompts import Prompt, PromptSpec, key_values
 from fedsp_mpi.tensors import seal
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -83,8 +83,8 @@ def by_hand(path: object, prompt: Prompt | None, text: Text) -> tuple[float, boo
         logits = model(inputs_embeds=torch.cat([prompt.matrix()[None], embedded], dim=1)).logits[:, before:]
     else:
         cache = DynamicCache()
-        for number, (key, value) in enumerate(prompt.key_values()):
-            cache.update(key[None], value[None], number)
+        for number, (key, value) in enumerate(key_values(prompt)):
+            cache.update(key, value, number)
         places = torch.arange(before, before + inputs.shape[1])[None]
         logits = model(input_ids=inputs, past_key_values=cache, position_ids=places).logits
     log, answer = logits[0].double().log_softmax(-1)[-size:], torch.from_numpy(ids[-size:]).long()

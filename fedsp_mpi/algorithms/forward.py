@@ -12,9 +12,8 @@ from torch import Tensor
 from fedsp_mpi.data.tokens import Text, by_length, collate
 from fedsp_mpi.models.backbone import LanguageModel
 from fedsp_mpi.models.losses import answer_losses
-from fedsp_mpi.models.prompts import DepthMap, Prompt
+from fedsp_mpi.models.prompts import DepthMap, Prompt, Several
 from fedsp_mpi.models.subspace import Subspace
-from fedsp_mpi.tensors import Batch
 from fedsp_mpi.training.device import named_out_of_memory
 
 Group = Sequence[Text]
@@ -29,17 +28,17 @@ class Forward(Protocol):
         Args:
             client: whose texts they are.
             points: z, [points, dimension].
-            groups: texts that are put into batches apart from those of other groups.
+            groups: texts whose losses are told apart.
         """
         ...
 
 
 class Held:
-    """On a model in this process, with the prompts first + A z.
+    """On a model in this process, with the prompts first + A z, those of several points in one pass.
 
     Args:
         model: frozen.
-        prompt: the prompts while they are tried, of that model's depth.
+        prompt: of that model's depth; what was tried last of all is found there.
         first: what they begin with, [tokens, row width].
         subspace: leads from z to what is added, at the depth of the global model;
         depths: from there to that model's.
@@ -56,28 +55,32 @@ class Held:
         batch_tokens: int,
     ) -> None:
         self._model, self._prompt, self._first = model, prompt.requires_grad_(False), first
-        self._subspace, self._depths, self._batch_tokens = subspace, depths, batch_tokens
+        self._subspace, self._depths, self._batch_tokens, self._spec = subspace, depths, batch_tokens, prompt.spec
 
     def losses(self, client: int, points: np.ndarray, groups: Sequence[Group]) -> list[np.ndarray]:
         """As `Forward` says. Raises OutOfMemoryError."""
-        found = [np.empty((len(points), len(group))) for group in groups]
+        texts = [text for group in groups for text in group]
+        found, tried = np.empty((len(points), len(texts))), self._prompts(points)
+        each = [text for _ in points for text in texts]
         with named_out_of_memory(), torch.inference_mode(), self._model.evaluating():
-            batches = [self._batches(group) for group in groups]
-            for row, change in enumerate(self._subspace.expand(points)):
-                self._prompt.load({"prompt": self._first + self._depths.down({"prompt": change})["prompt"]})
-                for losses, some in zip(found, batches):
-                    for places, batch in some:
-                        losses[row, places] = self._losses(batch)
-        return found
+            for some in by_length(each, self._batch_tokens, self._spec.num_tokens):
+                which, where = np.divmod(some, len(texts))
+                found[which, where] = self._losses([texts[i] for i in where], tried, which)
+        self._prompt.load({"prompt": tried[-1]})
+        return np.split(found, np.cumsum([len(group) for group in groups])[:-1], axis=1)
 
-    def _batches(self, group: Group) -> list[tuple[list[int], Batch]]:
-        """The texts of each batch, by their places, and the batch."""
-        places = by_length(group, self._batch_tokens, self._prompt.spec.num_tokens)
-        return [(some, collate([group[i] for i in some]).to(self._model.device)) for some in places]
+    def _prompts(self, points: np.ndarray) -> Tensor:
+        """The prompt of each point, fp32 [points, tokens, row width]."""
+        changes = [self._depths.down({"prompt": change})["prompt"] for change in self._subspace.expand(points)]
+        return (self._first + torch.stack(changes)).to(self._model.device)
 
-    def _losses(self, batch: Batch) -> np.ndarray:
+    def _losses(self, texts: Group, tried: Tensor, which: np.ndarray) -> np.ndarray:
+        """The mean loss of each text's answer under one of the prompts: the prompts at the places `which`."""
+        own, owners = np.unique(which, return_inverse=True)
+        prompts = Several(self._spec, tried[torch.from_numpy(own)], torch.from_numpy(owners).to(tried.device))
+        batch = collate(texts).to(self._model.device)
         counts = (batch.targets != -100).sum(dim=1).tolist()
-        return answer_losses(*self._model.answer_logits(batch, self._prompt), counts).double().cpu().numpy()
+        return answer_losses(*self._model.answer_logits(batch, prompts), counts).double().cpu().numpy()
 
 
 class Asking:

@@ -23,7 +23,7 @@ from fedsp_mpi.models.families import (
     without_dropout,
 )
 from fedsp_mpi.models.hub import AbsentError, first_line, locate
-from fedsp_mpi.models.prompts import Prompt
+from fedsp_mpi.models.prompts import Prompt, Several, key_values
 from fedsp_mpi.tensors import Batch, seal
 
 __all__ = ["FAMILIES", "LanguageModel", "Shape", "layers_of", "shape_of", "without_dropout"]
@@ -162,7 +162,7 @@ class LanguageModel:
         if head.weight is not embedding.weight:
             head.requires_grad_(False)
 
-    def hidden(self, batch: Batch, prompt: Prompt | None = None) -> Tensor:
+    def hidden(self, batch: Batch, prompt: Prompt | Several | None = None) -> Tensor:
         """Hidden states after the final norm at the text's positions, [batch, length, hidden].
 
         The prompt takes the first positions and the text those behind it, as in stock peft.
@@ -192,7 +192,7 @@ class LanguageModel:
                 hook.remove()
         return found[0][:, before:]
 
-    def inputs(self, batch: Batch, prompt: Prompt | None) -> tuple[dict[str, Any], int]:
+    def inputs(self, batch: Batch, prompt: Prompt | Several | None) -> tuple[dict[str, Any], int]:
         """Arguments of the forward pass, and the positions that come back before the text's."""
         mask = batch.attention_mask
         if prompt is None:
@@ -202,32 +202,32 @@ class LanguageModel:
             cache = self.cache(prompt, len(mask))
             return {"input_ids": batch.input_ids, "attention_mask": mask, "past_key_values": cache}, 0
         embedded = self.model.get_input_embeddings()(batch.input_ids)
-        soft = prompt.matrix().to(embedded.dtype).expand(len(mask), -1, -1)
+        soft = prompt.of_texts(prompt.matrices().to(embedded.dtype), len(mask))
         together = torch.cat([soft, embedded], dim=1)
         return {"inputs_embeds": together, "attention_mask": mask, "use_cache": False}, prompt.spec.num_tokens
 
-    def cache(self, prompt: Prompt, batch_size: int) -> Any:
+    def cache(self, prompt: Prompt | Several, batch_size: int) -> Any:
         """The prompt as a transformers cache: of each layer keys and values [batch, heads, tokens, head_dim].
 
-        Every row has the same memory. An input prompt is read for it.
+        An input prompt is read for it.
         """
         if prompt.spec.kind == "prefix":
-            layers = [(key, value) for key, value in prompt.key_values().to(self.dtype)]
+            layers = [(key, value) for key, value in key_values(prompt).to(self.dtype)]
         else:
-            soft = prompt.matrix()[None].to(self.model.get_input_embeddings().weight.dtype)
+            soft = prompt.matrices().to(self.model.get_input_embeddings().weight.dtype)
             read = self.model.base_model(inputs_embeds=soft, use_cache=True).past_key_values
             layers = [(layer.keys, layer.values) for layer in read.layers]
         return transformers.DynamicCache(
-            [(key.expand(batch_size, -1, -1, -1), value.expand(batch_size, -1, -1, -1)) for key, value in layers]
+            [(prompt.of_texts(key, batch_size), prompt.of_texts(value, batch_size)) for key, value in layers]
         )
 
-    def _reads_first(self, prompt: Prompt, batch_size: int) -> bool:
-        """Whether an input prompt is read once for a whole batch: where it stands before the text, it does not see it.
+    def _reads_first(self, prompt: Prompt | Several, batch_size: int) -> bool:
+        """Whether an input prompt is read once for all of its texts: where it stands before them, it does not see them.
 
         A pass has a price of its own on a GPU: there, where it saves many positions. In training mode rows differ in
         their dropout, and checkpointing keeps no cache.
         """
-        saved = (batch_size - 1) * prompt.spec.num_tokens
+        saved = (batch_size - prompt.num) * prompt.spec.num_tokens
         return self.kind == "causal" and not self.model.training and saved >= _WORTHWHILE.get(self.device.type, 1)
 
     def head(self, hidden: Tensor) -> Tensor:
@@ -235,7 +235,7 @@ class LanguageModel:
         with self.computing():
             return logits_of(self.model, hidden)
 
-    def answer_logits(self, batch: Batch, prompt: Prompt | None = None) -> tuple[Tensor, Tensor]:
+    def answer_logits(self, batch: Batch, prompt: Prompt | Several | None = None) -> tuple[Tensor, Tensor]:
         """Logits [answers, vocabulary] and targets [answers] at the positions that have a target, and only there.
 
         With candidates, the logits are [answers, candidates], and the targets are places among them.
@@ -245,14 +245,14 @@ class LanguageModel:
             return logits, targets
         return logits[:, self.candidates], torch.searchsorted(self.candidates, targets)
 
-    def answer_states(self, batch: Batch, prompt: Prompt | None = None) -> Tensor:
+    def answer_states(self, batch: Batch, prompt: Prompt | Several | None = None) -> Tensor:
         """Last hidden states [answers, hidden] where the batch has a target, row by row."""
         where = batch.targets != -100
         if self.kind == "encoder_decoder":
             return self._decoded(batch, prompt, where)
         return self.hidden(batch, prompt)[where]
 
-    def _decoded(self, batch: Batch, prompt: Prompt | None, where: Tensor) -> Tensor:
+    def _decoded(self, batch: Batch, prompt: Prompt | Several | None, where: Tensor) -> Tensor:
         """The decoder's states behind the gap's token, one a row: there it says what belongs into the gap."""
         with self.computing():
             inputs, _ = self.inputs(batch, prompt)

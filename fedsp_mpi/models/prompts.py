@@ -89,6 +89,8 @@ class Prompt(nn.Module):
     between them, all as wide as an embedding, as in OpenPrompt, which FedPrompt's authors used.
     """
 
+    num = 1  # as of `Several`
+
     def __init__(self, spec: PromptSpec) -> None:
         super().__init__()
         self.spec, width = spec, spec.width
@@ -129,11 +131,13 @@ class Prompt(nn.Module):
             rows = self.lstm(self.embedding[None])[0][0] if self.spec.encoder == "lstm" else self.embedding
             return self.mlp(rows)
 
-    def key_values(self) -> Tensor:
-        """Keys and values of a prefix, [num_layers, 2, num_heads, num_tokens, head_dim]."""
-        s = self.spec
-        assert s.kind == "prefix"
-        return self.matrix().view(s.num_tokens, s.num_layers, 2, s.num_heads, -1).permute(1, 2, 3, 0, 4)
+    def matrices(self) -> Tensor:
+        """`matrix()` as the only one of several, [1, num_tokens, row_width]."""
+        return self.matrix()[None]
+
+    def of_texts(self, each: Tensor, num_texts: int) -> Tensor:
+        """What was made of `matrices()`, [1, ...], for every text of a batch: [num_texts, ...], all in one memory."""
+        return each.expand(num_texts, *(-1 for _ in each.shape[1:]))
 
     def tensors(self) -> dict[str, Tensor]:
         """The parameters by name: what travels."""
@@ -148,6 +152,41 @@ class Prompt(nn.Module):
         assert set(tensors) == {name for name, _ in self.named_parameters()}
         for name, parameter in self.named_parameters():
             parameter.data.copy_(tensors[name])
+
+
+@dataclass(frozen=True)
+class Several:
+    """Prompts of one kind, of which each text of a batch has its own; they stand where a `Prompt` does in a pass.
+
+    Attributes:
+        spec: of every one.
+        values: in peft's layout, [num, num_tokens, row_width].
+        owners: which of them each text has, [num_texts].
+    """
+
+    spec: PromptSpec
+    values: Tensor
+    owners: Tensor
+
+    @property
+    def num(self) -> int:
+        """How many they are."""
+        return len(self.values)
+
+    def matrices(self) -> Tensor:
+        """All of them."""
+        return self.values
+
+    def of_texts(self, each: Tensor, num_texts: int) -> Tensor:
+        """What was made of all of them, [num, ...], for every text of the batch: [num_texts, ...]."""
+        return each[self.owners]
+
+
+def key_values(prompts: Prompt | Several) -> Tensor:
+    """Keys and values of one or several prefixes, [num_layers, 2, num, num_heads, num_tokens, head_dim]."""
+    s, matrices = prompts.spec, prompts.matrices()
+    assert s.kind == "prefix"
+    return matrices.view(len(matrices), s.num_tokens, s.num_layers, 2, s.num_heads, -1).permute(2, 3, 0, 4, 1, 5)
 
 
 def depth_axis(spec: PromptSpec, name: str) -> int | None:
