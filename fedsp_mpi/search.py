@@ -25,6 +25,9 @@ class SearchConfig:
     # evolution: the server's own CMA-ES ranks the clients' means (FedBPT); average: what all clients' CMA-ES knows is
     # averaged by their examples (FedAvg-BBT).
     rule: Literal["evolution", "average"] = "evolution"
+    # Whose step size a client begins a round with. server: its own (FedBPT); clients: what theirs came to in the last
+    # round, and the server's evolution path with it. Both change with that of the server's CMA-ES.
+    step_size_by: Literal["server", "clients"] = "server"
     # full: it travels as its upper triangle; identity: clients begin each round with the identity, which saves nearly
     # all bytes. In hundreds of dimensions the two are hardly different: it is learned in as many times as many steps.
     covariance: Literal["full", "identity"] = "full"

@@ -40,6 +40,8 @@ def travelling(settings: SearchConfig) -> tuple[list[str], list[str]]:
     if settings.rule == "average":
         down += ["step_path", "mean_path"]
         return down, down
+    if settings.step_size_by == "clients":
+        return [*down, "step_path"], ["mean", "step_size"]
     return down, ["mean"]
 
 
@@ -77,15 +79,17 @@ class Server:
         return answered(self._forward, question)
 
     def merge(self, updates: Updates) -> NamedTensors:
-        """The search that comes of the clients'; of a single one FedBPT takes the mean."""
+        """The search that comes of the clients'; of a single one FedBPT takes what it sent."""
         if self._settings.rule == "average":
             return weighted_mean(updates)
-        means, told = updates.rows(), [report.metrics for report in updates.reports]
+        rows, told = updates.rows(), [report.metrics for report in updates.reports]
         if len(told) == 1:
-            return NamedTensors(updates.schema, means[0].copy())
+            return NamedTensors(updates.schema, rows[0].copy())
         losses, spread = ([numbers[name] for numbers in told] for name in ("fitness", "step_size"))
+        means, ends = np.split(rows.astype(np.float64), [self._settings.dimension], axis=1)
         search = Evolution.of(self._known)
-        local, search.step_size = search.step_size, corrected(losses, spread, self._settings.population)
+        local = float(np.exp(np.log(ends).mean())) if ends.size else search.step_size
+        search.step_size = corrected(losses, spread, self._settings.population)
         factor = local / search.step_size
         search.update(means, np.array(losses))
         search.step_size *= factor  # the clients' changes as the server's does
@@ -162,7 +166,7 @@ class Client:
             raise shard
         groups = self._both(shard, client, round)
         search, first, squares = Evolution.of(down), math.nan, 0.0
-        search.generation = (round - 1) * settings.iterations if settings.rule == "average" else 0
+        search.generation = (round - 1) * settings.iterations if "step_path" in down else 0
         begun = time.perf_counter()
         for iteration in range(settings.iterations):
             squares += search.step_size**2
