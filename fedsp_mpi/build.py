@@ -301,7 +301,7 @@ def _search_server(
 
 
 def _search_handout(materials: Materials, server: Server, small: LanguageModel) -> tuple[Any, NamedTensors, Contract]:
-    down, names = server.broadcast().schema, fedbpt.travelling(materials.config.search)[1]
+    down, names = server.broadcast().schema, materials.config.search.travelling()[1]
     up, metrics = Schema(spec for spec in down if spec.name in names), (*fedbpt.METRICS, *backdoor.METRICS)
     first, cell = materials.first_prompt(server.model), materials.model_config
     if materials.config.asks_server:

@@ -31,7 +31,6 @@ import torch
 from torch import nn
 
 from fedsp_mpi import capacity
-from fedsp_mpi.algorithms.fedbpt import travelling
 from fedsp_mpi.capacity import Need, Sizes, outline
 from fedsp_mpi.comm.messages import HEADER_BYTES
 from fedsp_mpi.config import EMBEDDED, AuxiliaryConfig, Config, SearchConfig, StageConfig
@@ -257,7 +256,7 @@ class _Costs:
         """Clients that search: forward passes over all of their examples for each point; a step is one point's."""
         config, search = self.config, self.config.search
         numbers = search_sizes(search.dimension)
-        down, up = (FP32_BYTES * sum(numbers[name] for name in names) + HEADER_BYTES for names in travelling(search))
+        down, up = (FP32_BYTES * sum(numbers[name] for name in names) + HEADER_BYTES for names in search.travelling())
         with torch.device("meta"):
             first = Prompt(self.spec.at_depth(self.small.shape.num_layers)).num_parameters()
         holds, (step, work) = self.small.num_parameters(), self._searched(self.small)
@@ -272,19 +271,17 @@ class _Costs:
     def _searched(self, model: LanguageModel) -> tuple[float, float]:
         """FLOPs of one point of a client, and of its round, on `model`."""
         search, seen = self.config.search, self.texts.tokens + self.spec.num_tokens
-        rows = max(1, min(self.examples(), search.batch_tokens // seen))
-        once = forward(model, self._passing(rows), seen, self.texts.answers)
+        once = forward(model, self._passing(self.examples() * _groups(search)), seen, self.texts.answers)
         step = self.examples() * _groups(search) * once
-        return step, (search.population * search.iterations + 1) * step
+        return step, search.points * step
 
     def _questions(self) -> tuple[int, int]:
         """Bytes that a client asks in a round, and of the answers (algorithms/forward.py), for texts of mean length."""
         search, groups = self.config.search, _groups(self.config.search)
         texts, times = groups * self.examples(), search.iterations + 1
-        points = search.iterations * search.population + 1
         head = 3 + groups + texts * (3 + self.texts.tokens)
-        asked = times * (HEADER_BYTES + FP32_BYTES * head) + FP32_BYTES * points * search.dimension
-        return asked, times * HEADER_BYTES + FP32_BYTES * points * texts
+        asked = times * (HEADER_BYTES + FP32_BYTES * head) + FP32_BYTES * search.points * search.dimension
+        return asked, times * HEADER_BYTES + FP32_BYTES * search.points * texts
 
     def examples(self) -> int:
         """Of a client that searches: its share of data.shots or data.limit.train, else what client.tuning takes."""

@@ -28,6 +28,9 @@ class SearchConfig:
     # Whose step size a client begins a round with. server: its own (FedBPT); clients: what theirs came to in the last
     # round, and the server's evolution path with it. Both change with that of the server's CMA-ES.
     step_size_by: Literal["server", "clients"] = "server"
+    # What the server ranks its clients' means by. objective: what each says of its own, on text of its own (FedBPT);
+    # improvement: that divided by what it says of the mean that came down, so that texts need not be equally easy.
+    rank_by: Literal["objective", "improvement"] = "objective"
     # full: it travels as its upper triangle; identity: clients begin each round with the identity, which saves nearly
     # all bytes. In hundreds of dimensions the two are hardly different: it is learned in as many times as many steps.
     covariance: Literal["full", "identity"] = "full"
@@ -35,6 +38,21 @@ class SearchConfig:
     # Who runs the forward passes: clients, on the model that is handed out to them; or the server's ranks, for clients
     # that hold no model, whose text then goes to the server.
     forward: Literal["clients", "server"] = "clients"
+
+    def travelling(self) -> tuple[list[str], list[str]]:
+        """Of a search's state what goes down, and what comes up. FedBPT's clients begin each round without paths."""
+        down = ["mean", "step_size", *(["covariance"] if self.covariance == "full" else [])]
+        if self.rule == "average":
+            down += ["step_path", "mean_path"]
+            return down, down
+        if self.step_size_by == "clients":
+            return [*down, "step_path"], ["mean", "step_size"]
+        return down, ["mean"]
+
+    @property
+    def points(self) -> int:
+        """Points that a client tries in a round, those that it is ranked by among them."""
+        return self.iterations * self.population + (2 if self.rank_by == "improvement" else 1)
 
     def check(self, where: str) -> None:
         for name, low in (("dimension", 2), ("population", 2), ("iterations", 1), ("batch_tokens", 1)):

@@ -483,6 +483,18 @@ def test_a_client_s_round_is_forward_passes(model, objective, monkeypatch):
         assert update.metrics["fitness"] == update.metrics["loss_prompt_last"]
 
 
+@pytest.mark.parametrize("objective", ["loss", "ratio_of_means"])
+def test_clients_may_be_ranked_by_their_improvement(model, objective):
+    client, plain = (searching(model, objective=objective, rank_by=by) for by in ("improvement", "objective"))
+    update, other = (some.local(0, 1, beginning(client._settings)) for some in (client, plain))
+    assert np.array_equal(update.tensors["mean"], other.tensors["mean"])
+    texts = [client._shards[0], *client._both(client._shards[0], 0, 1)[1:]]
+    before = client._judge(0, np.zeros((1, 6)), texts)[0][0]
+    assert update.metrics["fitness"] == pytest.approx(other.metrics["fitness"] / before, rel=1e-6)
+    assert update.metrics["loss_prompt_last"] == pytest.approx(other.metrics["loss_prompt_last"], rel=1e-6)
+    assert (client._settings.points, plain._settings.points) == (12, 11)
+
+
 def test_a_client_s_round_follows_from_who_and_when(model):
     client = searching(model)
     down = beginning(client._settings)
@@ -513,7 +525,7 @@ def test_a_slow_client_ends_after_its_iteration(model):
 MEMORY = """
 import numpy as np, torch
 from transformers import AutoModelForCausalLM, GPT2Config
-from fedsp_mpi.algorithms.fedbpt import Client, travelling
+from fedsp_mpi.algorithms.fedbpt import Client
 from fedsp_mpi.algorithms.forward import Held
 from fedsp_mpi.data.tokens import Text, collate
 from fedsp_mpi.models.backbone import LanguageModel
@@ -535,7 +547,7 @@ prompt = Prompt(spec)
 held = Held(model, prompt, torch.zeros(50, 512), space, DepthMap(spec, 2), settings.batch_tokens)
 client = Client(held, {0: texts}, np.arange(9), settings, 1)
 state = Evolution.of({"mean": np.zeros(settings.dimension), "step_size": np.ones(1)}).state()
-down = NamedTensors.of({name: state[name] for name in travelling(settings)[0]})
+down = NamedTensors.of({name: state[name] for name in settings.travelling()[0]})
 
 def peak(work):
     open("/proc/self/clear_refs", "w").write("5")  # the high-water mark begins anew
@@ -642,7 +654,7 @@ def test_the_prompt_is_the_first_one_and_a_projection(whole):
 def test_what_clients_know_travels(tmp_path):
     for settings, name in ((AVERAGE, "FedAvg-BBT"), (KEPT, "FedBPT")):
         run, wanted = short(tmp_path / name, *settings), config.load(None, list(settings))
-        down, up = fedbpt.travelling(wanted.search)
+        down, up = wanted.search.travelling()
         assert names_on_the_wire(run) == {"down": {"(header)", *down}, "up": {"(header)", *up}}
         found = plan.plan(wanted, "embedded").methods[0]
         assert (found.name, found.up) == (name, run.clients["bytes_up"][0]) and found.down == run.clients["bytes_down"][

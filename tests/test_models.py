@@ -652,7 +652,9 @@ def test_texts_of_a_batch_have_prompts_of_their_own(folder, kind, saved, monkeyp
     whole, batch = tiny.load(folder), tiny.batch((11, 7, 4, 9))
     values = torch.stack([prompt_for(whole, kind).matrix() * scale for scale in (1, -0.5, 2)])
     owners = torch.tensor([2, 0, 2, 1])
-    found = whole.hidden(batch, Several(prompt_for(whole, kind).spec, values, owners))
+    prompts = Several(prompt_for(whole, kind).spec, values, owners)
+    found = whole.hidden(batch, prompts)
+    assert (whole.hidden(batch, whole.remember(prompts)) - found).abs().max() < 1e-5
     for row, owner in enumerate(owners):
         prompt, length = prompt_for(whole, kind), int(batch.attention_mask[row].sum())
         prompt.load({"prompt": values[owner]})

@@ -23,26 +23,15 @@ from fedsp_mpi.config import SearchConfig
 from fedsp_mpi.data.perturb import perturbed
 from fedsp_mpi.data.tokens import Text
 from fedsp_mpi.models.backbone import LanguageModel
-from fedsp_mpi.models.losses import fitness
+from fedsp_mpi.models.losses import LEAST, fitness
 from fedsp_mpi.models.prompts import Prompt
 from fedsp_mpi.models.subspace import Subspace
 from fedsp_mpi.tensors import NamedTensors, State, Update
 from fedsp_mpi.training.evolution import Evolution
 from fedsp_mpi.training.loop import NonFiniteError, Trace
 
-# fitness: the objective at a client's mean; step_size: the root of the sum of squares of its iterations' step sizes.
+# fitness: what a client's mean is ranked by; step_size: the root of the sum of squares of its iterations' step sizes.
 METRICS = ("fitness", "step_size", "loss_prompt_first", "loss_prompt_last", "seconds_prompt", "seconds_other")
-
-
-def travelling(settings: SearchConfig) -> tuple[list[str], list[str]]:
-    """Of a search's state what goes down, and what comes up. FedBPT's clients begin each round without paths."""
-    down = ["mean", "step_size", *(["covariance"] if settings.covariance == "full" else [])]
-    if settings.rule == "average":
-        down += ["step_path", "mean_path"]
-        return down, down
-    if settings.step_size_by == "clients":
-        return [*down, "step_path"], ["mean", "step_size"]
-    return down, ["mean"]
 
 
 class Server:
@@ -71,7 +60,7 @@ class Server:
 
     def broadcast(self) -> NamedTensors:
         """The search as it goes down."""
-        return NamedTensors.of({name: self._known[name] for name in travelling(self._settings)[0]})
+        return NamedTensors.of({name: self._known[name] for name in self._settings.travelling()[0]})
 
     def answer(self, question: np.ndarray) -> np.ndarray:
         """The losses that a client without a model asks for (`forward.packed`)."""
@@ -178,10 +167,12 @@ class Client:
             if self._seconds is not None and time.perf_counter() >= start + self._seconds:
                 break
         state = search.state()
-        up = NamedTensors.of({name: state[name] for name in travelling(settings)[1]})
-        values, losses = self._judge(client, up["mean"][None], groups)
+        up = NamedTensors.of({name: state[name] for name in settings.travelling()[1]})
+        means = [up["mean"], *([down["mean"]] if settings.rank_by == "improvement" else [])]
+        values, losses = self._judge(client, np.stack(means), groups)
+        ranked = values[0] / max(values[1], LEAST) if len(means) == 2 else values[0]
         end = time.perf_counter()
-        numbers = (values[0], math.sqrt(squares), first, losses[0], end - begun, begun - start)
+        numbers = (ranked, math.sqrt(squares), first, losses[0], end - begun, begun - start)
         return Update(client, float(len(shard)), up, {name: float(value) for name, value in zip(METRICS, numbers)})
 
     def _both(self, shard: Sequence[Text], client: int, round: int) -> list[Sequence[Text]]:

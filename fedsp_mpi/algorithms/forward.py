@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
@@ -59,13 +60,15 @@ class Held:
 
     def losses(self, client: int, points: np.ndarray, groups: Sequence[Group]) -> list[np.ndarray]:
         """As `Forward` says. Raises OutOfMemoryError."""
-        texts = [text for group in groups for text in group]
-        found, tried = np.empty((len(points), len(texts))), self._prompts(points)
+        texts, tried = [text for group in groups for text in group], self._prompts(points)
+        found = np.empty((len(points), len(texts)))
         each = [text for _ in points for text in texts]
         with named_out_of_memory(), torch.inference_mode(), self._model.evaluating():
+            prompts = self._model.remember(Several(self._spec, tried, torch.arange(len(tried))))
             for some in by_length(each, self._batch_tokens, self._spec.num_tokens):
                 which, where = np.divmod(some, len(texts))
-                found[which, where] = self._losses([texts[i] for i in where], tried, which)
+                own = replace(prompts, owners=torch.from_numpy(which).to(tried.device))
+                found[which, where] = self._losses([texts[i] for i in where], own)
         self._prompt.load({"prompt": tried[-1]})
         return np.split(found, np.cumsum([len(group) for group in groups])[:-1], axis=1)
 
@@ -74,10 +77,8 @@ class Held:
         changes = [self._depths.down({"prompt": change})["prompt"] for change in self._subspace.expand(points)]
         return (self._first + torch.stack(changes)).to(self._model.device)
 
-    def _losses(self, texts: Group, tried: Tensor, which: np.ndarray) -> np.ndarray:
-        """The mean loss of each text's answer under one of the prompts: the prompts at the places `which`."""
-        own, owners = np.unique(which, return_inverse=True)
-        prompts = Several(self._spec, tried[torch.from_numpy(own)], torch.from_numpy(owners).to(tried.device))
+    def _losses(self, texts: Group, prompts: Several) -> np.ndarray:
+        """The mean loss of each text's answer."""
         batch = collate(texts).to(self._model.device)
         counts = (batch.targets != -100).sum(dim=1).tolist()
         return answer_losses(*self._model.answer_logits(batch, prompts), counts).double().cpu().numpy()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,7 +28,6 @@ from fedsp_mpi.models.prompts import Prompt, Several, key_values
 from fedsp_mpi.tensors import Batch, seal
 
 __all__ = ["FAMILIES", "LanguageModel", "Shape", "layers_of", "shape_of", "without_dropout"]
-
 
 _WORTHWHILE = {"cuda": 1024}  # positions; on other devices any
 
@@ -137,9 +137,8 @@ class LanguageModel:
 
     def beside(self, other: LanguageModel) -> LanguageModel:
         """The same weights, moved to the device of another model, choosing answers from the same candidates."""
-        return LanguageModel(
-            self.model.to(other.device), self.dtype, self.dropout, self.checkpointing, other.candidates
-        )
+        moved = self.model.to(other.device)
+        return LanguageModel(moved, self.dtype, self.dropout, self.checkpointing, other.candidates)
 
     def round_weights(self) -> LanguageModel:
         """Keep the weights, which nobody trains, in the type of the forward pass, so that no pass has to cast them."""
@@ -207,19 +206,25 @@ class LanguageModel:
         return {"inputs_embeds": together, "attention_mask": mask, "use_cache": False}, prompt.spec.num_tokens
 
     def cache(self, prompt: Prompt | Several, batch_size: int) -> Any:
-        """The prompt as a transformers cache: of each layer keys and values [batch, heads, tokens, head_dim].
-
-        An input prompt is read for it.
-        """
-        if prompt.spec.kind == "prefix":
-            layers = [(key, value) for key, value in key_values(prompt).to(self.dtype)]
-        else:
-            soft = prompt.matrices().to(self.model.get_input_embeddings().weight.dtype)
-            read = self.model.base_model(inputs_embeds=soft, use_cache=True).past_key_values
-            layers = [(layer.keys, layer.values) for layer in read.layers]
+        """The prompt as a transformers cache: of each layer keys and values [batch, heads, tokens, head_dim]."""
+        layers = prompt.read or self._read(prompt)
         return transformers.DynamicCache(
             [(prompt.of_texts(key, batch_size), prompt.of_texts(value, batch_size)) for key, value in layers]
         )
+
+    def remember(self, prompts: Several) -> Several:
+        """The same prompts, read once for all passes to come, where a prompt can be read before its texts."""
+        can = prompts.spec.kind == "prefix" or (self.kind == "causal" and not self.model.training)
+        with self.computing():
+            return replace(prompts, read=self._read(prompts)) if can else prompts
+
+    def _read(self, prompt: Prompt | Several) -> list[tuple[Tensor, Tensor]]:
+        """Of each layer the prompts' keys and values, [num, heads, tokens, head_dim]."""
+        if prompt.spec.kind == "prefix":
+            return [(key, value) for key, value in key_values(prompt).to(self.dtype)]
+        soft = prompt.matrices().to(self.model.get_input_embeddings().weight.dtype)
+        cache = self.model.base_model(inputs_embeds=soft, use_cache=True).past_key_values
+        return [(layer.keys, layer.values) for layer in cache.layers]
 
     def _reads_first(self, prompt: Prompt | Several, batch_size: int) -> bool:
         """Whether an input prompt is read once for all of its texts: where it stands before them, it does not see them.
@@ -228,7 +233,8 @@ class LanguageModel:
         their dropout, and checkpointing keeps no cache.
         """
         saved = (batch_size - prompt.num) * prompt.spec.num_tokens
-        return self.kind == "causal" and not self.model.training and saved >= _WORTHWHILE.get(self.device.type, 1)
+        pays = prompt.read is not None or saved >= _WORTHWHILE.get(self.device.type, 1)
+        return self.kind == "causal" and not self.model.training and pays
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits [..., vocabulary] of hidden states [..., hidden]."""

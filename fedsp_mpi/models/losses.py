@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-_LEAST = 1e-6  # that a loss is divided by
+LEAST = 1e-6  # that a loss is divided by
 
 
 def answer_loss(logits: Tensor, targets: Tensor) -> Tensor:
@@ -36,8 +36,8 @@ def fitness(objective: str, losses: Tensor, others: Tensor) -> Tensor:
     if objective == "loss":
         return losses.mean()
     if objective == "ratio_of_means":
-        return losses.mean() / others.mean().clamp(min=_LEAST)
-    return (losses / others.clamp(min=_LEAST)).mean()
+        return losses.mean() / others.mean().clamp(min=LEAST)
+    return (losses / others.clamp(min=LEAST)).mean()
 
 
 def hidden_loss(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:

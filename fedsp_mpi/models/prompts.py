@@ -89,7 +89,7 @@ class Prompt(nn.Module):
     between them, all as wide as an embedding, as in OpenPrompt, which FedPrompt's authors used.
     """
 
-    num = 1  # as of `Several`
+    num, read = 1, None  # as of `Several`
 
     def __init__(self, spec: PromptSpec) -> None:
         super().__init__()
@@ -162,11 +162,13 @@ class Several:
         spec: of every one.
         values: in peft's layout, [num, num_tokens, row_width].
         owners: which of them each text has, [num_texts].
+        read: of each layer keys and values, [num, num_heads, num_tokens, head_dim], if a model has read them already.
     """
 
     spec: PromptSpec
     values: Tensor
     owners: Tensor
+    read: list[tuple[Tensor, Tensor]] | None = None
 
     @property
     def num(self) -> int:

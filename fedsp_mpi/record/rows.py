@@ -62,7 +62,7 @@ class ClientRow:
 
     Attributes:
         attack_success: share of triggered questions that a poisoned client's own prompts answer as its attacker wants.
-        fitness: the objective at what a search came to.
+        fitness: what a search's result is ranked by (`search.rank_by`).
         step_size: root of the sum of squares of a search's step sizes in the round.
     """
 
