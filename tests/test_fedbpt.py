@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from fedsp_mpi import config, plan, plan_text, record, rng
 from fedsp_mpi.aggregation.average import weighted_mean
-from fedsp_mpi.aggregation.step_size import corrected
+from fedsp_mpi.aggregation.step_size import corrected, effective
 from fedsp_mpi.algorithms import fedbpt
 from fedsp_mpi.algorithms.benches import ShardError
 from fedsp_mpi.algorithms.forward import Held
@@ -215,10 +215,27 @@ def test_the_step_size_is_that_of_equation_6():
         for sigma in sigmas[client]:
             total += sigma**2
     spreads = np.sqrt((sigmas**2).sum(1)).tolist()
-    assert corrected(losses, spreads, population) == pytest.approx(2 * math.sqrt(total / (4 * population)), rel=1e-12)
+    assert corrected(losses, spreads, population / 2) == pytest.approx(
+        2 * math.sqrt(total / (4 * population)), rel=1e-12
+    )
     # The reference sums over all clients and knows mu = lambda / 2: the same where the sums are.
-    assert corrected(losses, [1.3] * 4, 4) == pytest.approx(math.sqrt(4 * 1.3**2 / 4 / 2), rel=1e-12)
-    assert corrected([5.0], [2.0], 8) == pytest.approx(math.sqrt(2 * 4.0 / 8))
+    assert corrected(losses, [1.3] * 4, 2) == pytest.approx(math.sqrt(4 * 1.3**2 / 4 / 2), rel=1e-12)
+    assert corrected([5.0], [2.0], 4) == pytest.approx(math.sqrt(2 * 4.0 / 8))
+
+
+@pytest.mark.parametrize("population", [4, 5, 10, 21])
+def test_the_effective_parents_are_the_library_s(population):
+    """And a mean of points of no meaning moves by so much."""
+    from cmaes import CMA
+
+    assert effective(population) == pytest.approx(CMA(np.zeros(4), 1.0, population_size=population)._mu_eff, rel=1e-12)
+    search, moved = Evolution.of({"mean": np.zeros(500), "step_size": np.ones(1)}), []
+    for seed in range(4):
+        points = search.sample(population, seed)
+        other = Evolution.of(search.state())
+        other.update(points, np.arange(float(population)))
+        moved.append(np.square(other.mean).mean())
+    assert np.mean(moved) == pytest.approx(1 / effective(population), rel=0.15)
 
 
 def test_a_client_tells_the_sum_of_its_squared_step_sizes():
@@ -247,7 +264,7 @@ def test_the_server_ranks_the_clients_means():
     weights /= weights.sum()
     mean = sum(weight * update.tensors["mean"] for weight, update in zip(weights, best))
     assert merged["mean"] == pytest.approx(mean, abs=1e-6)
-    sigma = corrected(*([u.metrics[name] for u in updates] for name in ("fitness", "step_size")), 5)
+    sigma = corrected(*([u.metrics[name] for u in updates] for name in ("fitness", "step_size")), 2.5)
     strength = 1 / (weights**2).sum()
     rate = (strength + 2) / (4 + strength + 5)
     path = math.sqrt(rate * (2 - rate) * strength) * mean / sigma
@@ -262,14 +279,19 @@ def test_the_server_ranks_the_clients_means():
 def test_clients_step_sizes_go_on_where_they_were():
     """Their geometric mean changes as the server's does by itself; its path goes down with it."""
     own = {"iterations": 3, "objective": "loss", "step_size": 0.7}
-    server, other = (FunctionServer(SearchConfig(4, step_size_by=by, **own)) for by in ("clients", "server"))
+    server = FunctionServer(SearchConfig(4, step_size_by="clients", **own))
     updates = told(server, 6)
     assert [list(update.tensors) for update in updates] == [["mean", "step_size"]] * 6
-    merged, wanted = server.merge(gathered(updates)), other.merge(gathered(told(other, 6)))
-    assert all(np.array_equal(merged[name], wanted[name]) for name in ("mean", "covariance", "step_path"))
-    ends = [update.tensors["step_size"].item() for update in updates]
+    merged, ends = server.merge(gathered(updates)), [update.tensors["step_size"].item() for update in updates]
     assert len(set(ends)) == 6
-    change = wanted["step_size"].item() / 0.7
+    losses, spreads = ([update.metrics[name] for update in updates] for name in ("fitness", "step_size"))
+    parents = effective(5)
+    wanted = Evolution.of({"mean": np.zeros(4), "step_size": np.array([corrected(losses, spreads, parents)])})
+    before = wanted.step_size
+    wanted.update(np.array([update.tensors["mean"] for update in updates]), np.array(losses))
+    assert merged["mean"] == pytest.approx(wanted.mean, rel=1e-6)
+    assert merged["step_path"] == pytest.approx(wanted.step_path, rel=1e-5)
+    change = wanted.step_size / before
     assert merged["step_size"].item() == pytest.approx(math.prod(ends) ** (1 / 6) * change, rel=1e-5)
     server.take(merged)
     assert list(server.broadcast()) == ["mean", "step_size", "covariance", "step_path"]

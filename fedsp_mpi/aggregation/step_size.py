@@ -8,16 +8,23 @@ from collections.abc import Sequence
 import numpy as np
 
 
-def corrected(losses: Sequence[float], spreads: Sequence[float], population: int) -> float:
+def corrected(losses: Sequence[float], spreads: Sequence[float], parents: float) -> float:
     """The step size with which the clients' means would be samples of the server's distribution (FedBPT, Eq. 6).
 
-    sigma' = 2 sqrt( sum_{k in best half} sum_j sigma_kj^2 / (|S| lambda) ), because a mean moves in an iteration by a
-    variance of sigma_kj^2 / (lambda / 2). Of an odd number of clients the half is rounded down, and |S| is twice that.
+    sigma'^2 is the mean over the better half of the clients of sum_j sigma_kj^2 / parents, because a mean moves in an
+    iteration by a variance of sigma_kj^2 / parents. Of an odd number of clients the half is rounded down.
 
     Args:
         losses: of each client's mean; low is good, equal ones count in their order.
         spreads: sqrt(sum_j sigma_kj^2) of each client, over its iterations.
-        population: lambda, points of a client's iteration.
+        parents: points that a client's mean is made of, as if they had equal weights. The equation has half of lambda,
+            the points of an iteration; see `effective`.
     """
     best = np.argsort(losses, kind="stable")[: max(1, len(losses) // 2)]
-    return math.sqrt(2 * float(np.mean(np.square(spreads)[best])) / population)
+    return math.sqrt(float(np.mean(np.square(spreads)[best])) / parents)
+
+
+def effective(population: int) -> float:
+    """How many points of equal weights the better half is worth with those of CMA-ES (mu_eff; Hansen, 2016, Eq. 8)."""
+    weights = math.log((population + 1) / 2) - np.log(np.arange(1, population // 2 + 1))
+    return float(weights.sum() ** 2 / (weights**2).sum())

@@ -16,7 +16,7 @@ from torch import nn
 
 from fedsp_mpi import rng
 from fedsp_mpi.aggregation.average import Updates, weighted_mean
-from fedsp_mpi.aggregation.step_size import corrected
+from fedsp_mpi.aggregation.step_size import corrected, effective
 from fedsp_mpi.algorithms.benches import NoBenches, ShardError
 from fedsp_mpi.algorithms.forward import Forward, answered
 from fedsp_mpi.config import SearchConfig
@@ -78,7 +78,8 @@ class Server:
         means, ends = np.split(rows.astype(np.float64), [self._settings.dimension], axis=1)
         search = Evolution.of(self._known)
         local = float(np.exp(np.log(ends).mean())) if ends.size else search.step_size
-        search.step_size = corrected(losses, spread, self._settings.population)
+        parents = effective(self._settings.population) if ends.size else self._settings.population / 2
+        search.step_size = corrected(losses, spread, parents)
         factor = local / search.step_size
         search.update(means, np.array(losses))
         search.step_size *= factor  # the clients' changes as the server's does
