@@ -194,6 +194,8 @@ def test_tables_of_several_runs_have_a_column_of_their_own(tmp_path):
     assert "| sst2 (attack success) |" in lines[0]
     own = next(line for line in lines if line.startswith("| fedsp |"))
     assert "| 18.75 ± 8.84 (client 100.00 ± 0.00) |" in own
+    before = next(line for line in lines if line.startswith("| zero-shot |"))
+    assert "| 5.00 ± 0.00 |" in before, "the trigger's success before any tuning, of one run of each seed"
     assert "attack" not in comparison_table(compare([plain.run])).splitlines()[0]
 
 

@@ -219,6 +219,11 @@ def test_columns_say_what_sets_them_apart(tmp_path):
     ]
     assert compare(runs).tasks == ("sciq, tiny, iid", "sciq, tiny, labels 0.1", "piqa, tiny", "sciq, larger")
     assert compare(runs[:3]).tasks == ("sciq, iid", "sciq, labels 0.1", "piqa")
+    # Where no server tunes, and each method has a partition of its own, it belongs to the method too.
+    alone = [made(tmp_path / name, name, control=None, **own) for name, own in (("equal", {}), ("skewed", skewed))]
+    assert compare(alone).tasks == ("sciq",) and compare([*alone, runs[0]]).tasks == ("sciq, iid", "sciq, labels 0.1")
+    text = comparison_table(compare(alone))
+    assert "- partition iid: equal\n- partition labels 0.1: skewed" in text and "Warning" not in text
     # What the server owns belongs to the method: centralised ones own all.
     share = made(tmp_path / "e", "central", data={"task": "sciq", "server_share": 0.5})
     assert compare([runs[0], share]).tasks == ("sciq",)

@@ -44,11 +44,11 @@ def lines(run: Run) -> list[str]:
     return ["", title, *table(["on what was tuned by", "n", "success %", "std. error"], body, num_left=1)]
 
 
-def cell(runs: Sequence[Run], label: str) -> str:
-    """Success of some runs of the method `label`, after averaging and on poisoned clients; percent, over seeds."""
+def cell(runs: Sequence[Run], label: str, with_clients: bool = True) -> str:
+    """Success of some runs of what is called `label`, after averaging and on poisoned clients; percent, over seeds."""
     after = [100 * found[label] for run in runs if label in (found := successes(run))]
     local = [100 * value for run in runs if not math.isnan(value := local_success(run))]
-    return spread(after) + (f" (client {spread(local)})" if local else "") if after else ""
+    return spread(after) + (f" (client {spread(local)})" if local and with_clients else "") if after else ""
 
 
 def _local(run: Run) -> list[np.void]:

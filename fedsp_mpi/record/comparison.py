@@ -8,7 +8,6 @@ then each gets a row of its own.
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +17,7 @@ import numpy as np
 
 from fedsp_mpi.config import changed_keys
 from fedsp_mpi.record import attack, report
+from fedsp_mpi.record.costs import COSTS, LEGEND, costs, span
 from fedsp_mpi.record.layout import Run, read
 from fedsp_mpi.record.report import SERVER_ONLY, ZERO_SHOT, main_measure
 
@@ -109,20 +109,28 @@ def comparison_table(found: Comparison) -> str:
     """The Markdown table of a comparison, and below it what it was measured on, and warnings."""
     head = ["method", *(f"{task} ({_measure(found, task)})" for task in found.tasks)]
     body = [[row.label, *(report.spread(row.percents(task)) for task in found.tasks)] for row in found.methods]
-    for task in (task for task in found.tasks if any(_attack(row, task) for row in found.methods)):
-        head.append(f"{task} (attack success)")
-        body = [[*line, _attack(row, task)] for line, row in zip(body, found.methods)]
-    head += _COSTS
-    body = [[*line, *_costs(row)] for line, row in zip(body, found.methods)]
+    for task in found.tasks:
+        if any(cells := [_attack(found, row, task) for row in found.methods]):
+            head.append(f"{task} (attack success)")
+            body = [[*line, cell] for line, cell in zip(body, cells)]
+    head += COSTS
+    body = [[*line, *costs(row.runs)] for line, row in zip(body, found.methods)]
     lines = [head, ["---", *["---:"] * (len(head) - 1)], *body]
     table = ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]
     warnings = [f"- **Warning:** {text}" for text in found.warnings]
-    return "\n".join([*table, "", _LEGEND, "", *_facts(found), *warnings])
+    return "\n".join([*table, "", LEGEND, "", *_facts(found), *warnings])
 
 
-def _attack(row: Method, task: str) -> str:
-    """The attack's success on a task; empty where none was studied."""
-    return attack.cell([run for run in row.runs if row.tasks.get(run.file) == task], row.label)
+def _attack(found: Comparison, row: Method, task: str) -> str:
+    """The attack's success on a task; empty where none was studied. A control's is that of any run of the same seed."""
+    if row.runs:
+        return attack.cell([run for run in row.runs if row.tasks[run.file] == task], row.label)
+    all_runs = (run for method in found.methods for run in method.runs if method.tasks[run.file] == task)
+    by_seed: dict[int, Run] = {}
+    for run in all_runs:
+        if row.label in attack.successes(run):
+            by_seed.setdefault(seed_of(run), run)
+    return attack.cell(list(by_seed.values()), row.label, with_clients=False)
 
 
 # -- tasks and methods ---------------------------------------------------------------------------------------------
@@ -131,16 +139,19 @@ def _attack(row: Method, task: str) -> str:
 def task_names(runs: Sequence[Run]) -> dict[Path, str]:
     """What each run's column is called, by its file: the task, and what else sets runs of it apart.
 
-    Two runs are of one column if they have task, model, source and partition of the data in common.
+    Two runs are of one column if they have task, model, source and partition of the data in common. The partition does
+    not count where each method has its own, and no server one of its data.
     """
     keys = {run.file: _task(run) for run in runs}
     models = {model for _, model, *_ in keys.values()}
-    names = {}
+    names, skews = {}, {(label_of(run), *keys[run.file][:3]): keys[run.file][3] for run in runs}
+    of_method = all(skews[label_of(run), *keys[run.file][:3]] == keys[run.file][3] for run in runs)
+    of_method = of_method and not any(SERVER_ONLY in _tested(run) for run in runs)
     for file, (task, model, source, skew) in keys.items():
         alike = [key for key in keys.values() if key[:2] == (task, model)]
         parts = [task] + ([Path(model).name] if len(models) > 1 else [])
         parts += [source] if len({key[2] for key in alike}) > 1 else []
-        parts += [skew] if len({key[3] for key in alike}) > 1 else []
+        parts += [skew] if len({key[3] for key in alike}) > 1 and not of_method else []
         names[file] = ", ".join(parts)
     return names
 
@@ -267,66 +278,6 @@ def _agree(one: np.void, other: np.void) -> bool:
     return same_loss and math.isclose(main_measure(one)[1], main_measure(other)[1], abs_tol=1e-9)
 
 
-# -- what a method costs -------------------------------------------------------------------------------------------
-
-_COSTS = ("holds", "trains", "down + up", "client s", "peak memory")
-_LEGEND = (
-    "Percent, mean ± standard deviation over seeds. Of a client: parameters that it holds and trains; bytes down and "
-    "up, and seconds of training, in a round; peak memory of a client's rank."
-)
-
-
-def _costs(row: Method) -> list[str]:
-    """One text for each of _COSTS; empty where no client has such a cost, or no record says it."""
-    held, trained = ([found[i] for run in row.runs if (found := _parameters(run))] for i in (0, 1))
-    seconds = [value for run in row.runs if not math.isnan(value := client_seconds(run))]
-    memory = [
-        size for run in row.runs if isinstance(size := run.sections.get("memory", {}).get("clients"), (int, float))
-    ]
-    return [
-        _span(held, report.as_count),
-        _span(trained, report.as_count),
-        _span([size for run in row.runs if (size := _bytes_a_round(run))], report.as_bytes),
-        report.as_seconds(statistics.fmean(seconds)) if seconds else "",
-        report.as_bytes(max(memory)) if memory else "",
-    ]
-
-
-def _parameters(run: Run) -> tuple[int, int] | None:
-    """What a client holds and trains, as `plan` counts: prompts are trained, not held; None without clients."""
-    models, client = run.sections.get("models", {}), run.config.get("client", {})
-    held, wire = models.get("auxiliary"), models.get("prompt_on_the_wire")
-    if not isinstance(held, int) or not isinstance(wire, int) or not len(run.clients):
-        return None
-    if models.get("prompt") == 0:  # what travels is the model
-        return held, held
-    if isinstance(models.get("searched"), int):
-        return held, models["searched"]
-    aligns = client.get("training") == "joint" or client.get("alignment", {}).get("steps", 0) > 0
-    return held, wire + (held if aligns else 0)
-
-
-def _bytes_a_round(run: Run) -> float:
-    """Down and up, of a client that takes part, in a round; 0 without clients."""
-    num = int(run.rounds["num_clients"].sum())
-    return float(run.rounds["bytes_down"].sum() + run.rounds["bytes_up"].sum()) / num if num else 0.0
-
-
-def client_seconds(run: Run) -> float:
-    """Seconds that a client trains in a round, mean of clients and rounds; nan without clients."""
-    found = training_seconds(run.clients)
-    return float(found.mean()) if len(found) else math.nan
-
-
-def training_seconds(clients: np.ndarray) -> np.ndarray:
-    """Of each client row, the seconds of both stages."""
-    return np.nan_to_num(clients["seconds_model"]) + np.nan_to_num(clients["seconds_prompt"])
-
-
-def _span(values: Sequence[float], show: Callable[[float], str]) -> str:
-    return " - ".join(dict.fromkeys(show(value) for value in (min(values), max(values)))) if values else ""
-
-
 # -- below the table -----------------------------------------------------------------------------------------------
 
 
@@ -338,7 +289,7 @@ def _measure(found: Comparison, task: str) -> str:
 def _facts(found: Comparison) -> list[str]:
     """Test questions, seeds, rounds, models, machines and dates, a line each."""
     runs = [run for method in found.methods for run in method.runs]
-    questions = [f"{task} {_span(_questions(found.methods, task), lambda n: f'{n:,}')}" for task in found.tasks]
+    questions = [f"{task} {span(_questions(found.methods, task), lambda n: f'{n:,}')}" for task in found.tasks]
     models = dict.fromkeys(str(run.config.get("model", {}).get("name", "?")) for run in runs)
     machines = dict.fromkeys(", ".join(report.machine(run.environment)) for run in runs)
     dates = [run.created[:10] for run in runs], [run.updated[:10] for run in runs]
@@ -350,6 +301,11 @@ def _facts(found: Comparison) -> list[str]:
         f"- machine: {'; '.join(machines)}",
         f"- dates: {' to '.join(dict.fromkeys((min(dates[0]), max(dates[1]))))}",
     ]
+    owners: dict[str, dict[str, None]] = {}
+    for run in runs:
+        owners.setdefault(_task(run)[3], {})[label_of(run)] = None
+    if len(owners) > 1:
+        lines += [f"- partition {skew}: {'; '.join(labels)}" for skew, labels in owners.items()]
     lines += [f"- {row.label}: {_listed(row.of)}" for row in found.methods if row.label.endswith("others)")]
     return lines + ([f"- not complete: {', '.join(found.unfinished)}"] if found.unfinished else [])
 
@@ -360,7 +316,7 @@ def _questions(methods: Sequence[Method], task: str) -> list[int]:
 
 def _rounds(methods: Sequence[Method]) -> str:
     """Of all methods, if they have the same number; else of each."""
-    each = {m.label: _span([run.committed_rounds for run in m.runs], str) for m in methods if m.runs}
+    each = {m.label: span([run.committed_rounds for run in m.runs], str) for m in methods if m.runs}
     return ", ".join(
         dict.fromkeys(each.values()) if len(set(each.values())) == 1 else (f"{m} {n}" for m, n in each.items())
     )
@@ -382,7 +338,7 @@ def _warnings(tasks: Sequence[str], methods: Sequence[Method]) -> Iterator[str]:
         yield from _mixed(method)
     for task in tasks:
         if len(set(_questions(methods, task))) > 1:
-            each = {m.label: _span(_questions([m], task), str) for m in methods if task in m.results}
+            each = {m.label: span(_questions([m], task), str) for m in methods if task in m.results}
             yield f"{task}: not the same test questions: {_listed(f'{label} {n}' for label, n in each.items())}."
 
 

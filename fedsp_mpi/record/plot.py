@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fedsp_mpi.record import comparison, report
+from fedsp_mpi.record import comparison, costs, report
 from fedsp_mpi.record.comparison import Comparison, Method
 from fedsp_mpi.record.layout import Run
 
@@ -165,7 +165,7 @@ def _stacked(each: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def _seconds(run: Run) -> np.ndarray:
-    spent = comparison.training_seconds(run.clients)
+    spent = costs.training_seconds(run.clients)
     return np.array([spent[run.clients["round"] == round].sum() for round in run.rounds["round"]])
 
 
