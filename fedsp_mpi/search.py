@@ -51,9 +51,14 @@ class SearchConfig:
         return down, ["mean"]
 
     @property
+    def compares(self) -> bool:
+        """Whether a client tries the mean that came down too, to be ranked by its improvement."""
+        return self.rule == "evolution" and self.rank_by == "improvement"
+
+    @property
     def points(self) -> int:
-        """Points that a client tries in a round, those that it is ranked by among them."""
-        return self.iterations * self.population + (2 if self.rank_by == "improvement" else 1)
+        """Points that a client tries in a round, its own mean among them."""
+        return self.iterations * self.population + (2 if self.compares else 1)
 
     def check(self, where: str) -> None:
         for name, low in (("dimension", 2), ("population", 2), ("iterations", 1), ("batch_tokens", 1)):

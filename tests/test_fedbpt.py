@@ -515,6 +515,7 @@ def test_clients_may_be_ranked_by_their_improvement(model, objective):
     assert update.metrics["fitness"] == pytest.approx(other.metrics["fitness"] / before, rel=1e-6)
     assert update.metrics["loss_prompt_last"] == pytest.approx(other.metrics["loss_prompt_last"], rel=1e-6)
     assert (client._settings.points, plain._settings.points) == (12, 11)
+    assert not replace(client._settings, rule="average").compares, "nobody is ranked then"
 
 
 def test_a_client_s_round_follows_from_who_and_when(model):

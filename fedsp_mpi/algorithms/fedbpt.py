@@ -169,7 +169,7 @@ class Client:
                 break
         state = search.state()
         up = NamedTensors.of({name: state[name] for name in settings.travelling()[1]})
-        means = [up["mean"], *([down["mean"]] if settings.rank_by == "improvement" else [])]
+        means = [up["mean"], *([down["mean"]] if settings.compares else [])]
         values, losses = self._judge(client, np.stack(means), groups)
         ranked = values[0] / max(values[1], LEAST) if len(means) == 2 else values[0]
         end = time.perf_counter()
