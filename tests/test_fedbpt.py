@@ -510,7 +510,10 @@ def test_clients_may_be_ranked_by_their_improvement(model, objective):
     client, plain = (searching(model, objective=objective, rank_by=by) for by in ("improvement", "objective"))
     update, other = (some.local(0, 1, beginning(client._settings)) for some in (client, plain))
     assert np.array_equal(update.tensors["mean"], other.tensors["mean"])
-    texts = [client._shards[0], *client._both(client._shards[0], 0, 1)[1:]]
+    held = client._forward
+    own = held._first + held._subspace.expand(update.tensors["mean"][None])[0]
+    assert torch.allclose(held._prompt.prompt, own, atol=1e-6), "what was tuned is what an attack is tried on"
+    texts = client._both(client._shards[0], 0, 1)
     before = client._judge(0, np.zeros((1, 6)), texts)[0][0]
     assert update.metrics["fitness"] == pytest.approx(other.metrics["fitness"] / before, rel=1e-6)
     assert update.metrics["loss_prompt_last"] == pytest.approx(other.metrics["loss_prompt_last"], rel=1e-6)

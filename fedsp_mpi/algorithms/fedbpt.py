@@ -169,11 +169,11 @@ class Client:
                 break
         state = search.state()
         up = NamedTensors.of({name: state[name] for name in settings.travelling()[1]})
-        means = [up["mean"], *([down["mean"]] if settings.compares else [])]
+        means = [*([down["mean"]] if settings.compares else []), up["mean"]]
         values, losses = self._judge(client, np.stack(means), groups)
-        ranked = values[0] / max(values[1], LEAST) if len(means) == 2 else values[0]
+        ranked = values[-1] / max(values[0], LEAST) if settings.compares else values[0]
         end = time.perf_counter()
-        numbers = (ranked, math.sqrt(squares), first, losses[0], end - begun, begun - start)
+        numbers = (ranked, math.sqrt(squares), first, losses[-1], end - begun, begun - start)
         return Update(client, float(len(shard)), up, {name: float(value) for name, value in zip(METRICS, numbers)})
 
     def _both(self, shard: Sequence[Text], client: int, round: int) -> list[Sequence[Text]]:
