@@ -140,7 +140,7 @@ def task_names(runs: Sequence[Run]) -> dict[Path, str]:
     """What each run's column is called, by its file: the task, and what else sets runs of it apart.
 
     Two runs are of one column if they have task, model, source and partition of the data in common. The partition does
-    not count where each method has its own, and no server one of its data.
+    not count where each method has one of its own, and there is no server-only control, which has that of its method.
     """
     keys = {run.file: _task(run) for run in runs}
     models = {model for _, model, *_ in keys.values()}
