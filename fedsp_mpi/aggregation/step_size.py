@@ -25,6 +25,9 @@ def corrected(losses: Sequence[float], spreads: Sequence[float], parents: float)
 
 
 def effective(population: int) -> float:
-    """How many points of equal weights the better half is worth with those of CMA-ES (mu_eff; Hansen, 2016, Eq. 8)."""
+    """How many points of equal weights the better half is worth with those of CMA-ES (mu_eff; Hansen, 2016, Eq. 8).
+
+    `population` is the number of points of an iteration, at least 2.
+    """
     weights = math.log((population + 1) / 2) - np.log(np.arange(1, population // 2 + 1))
     return float(weights.sum() ** 2 / (weights**2).sum())
