@@ -386,11 +386,12 @@ _FREE = (
 def changed_keys(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """The keys that keep a run from going on under another configuration: "key: was ..., is ...".
 
-    A key that one of them does not have counts as its default: it was not there yet when a run began.
+    A key that one of them does not have counts as its default: it was not there yet when a run began. How FedBPT
+    searches keeps no other method from anything.
     """
     with suppress(ConfigError):  # a key that is there no more; it is named as a difference then
         before, now = (dataclasses.asdict(parse(Config, each, "")) for each in (before, now))
-    return differences(before, now, _FREE)
+    return differences(before, now, _FREE if now.get("method") == "fedbpt" else (*_FREE, "search."))
 
 
 def to_yaml(config: Config) -> str:

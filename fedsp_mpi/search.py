@@ -32,6 +32,9 @@ class SearchConfig:
     # What the server ranks its clients' means by. objective: what each says of its own, on text of its own (FedBPT);
     # improvement: that divided by what it says of the mean that came down, so that texts need not be equally easy.
     rank_by: Literal["objective", "improvement"] = "objective"
+    # Which of the clients' means the server moves to, good ones further than bad ones. half: the better half, as CMA-ES
+    # does (FedBPT); all: every one, as the reference does.
+    parents: Literal["half", "all"] = "half"
     # full: it travels as its upper triangle; identity: clients begin each round with the identity, which saves nearly
     # all bytes. In hundreds of dimensions the two are hardly different: it is learned in as many times as many steps.
     covariance: Literal["full", "identity"] = "full"

@@ -411,6 +411,7 @@ def test_each_difference_is_named_with_both_values(tmp_path):
 
 
 FREE = {"topology.ranks", "deadlines", "checkpoint", "record", "run", "client.resident", "distillation.reuse", "recipe"}
+SEARCHES = ("method=fedbpt", "server.tuning.steps=0")
 
 
 def test_what_says_where_and_how_a_run_runs_may_differ_and_nothing_else(tmp_path):
@@ -419,8 +420,14 @@ def test_what_says_where_and_how_a_run_runs_may_differ_and_nothing_else(tmp_path
         new = another(start, dotted, hint)
         before = dataclasses.asdict(start)
         told = config.changed_keys(before, merge(before, nested(dotted, new)))
-        is_free = (dotted.split(".")[0] in FREE or dotted in FREE) and dotted != "run.seed"
+        is_free = (dotted.split(".")[0] in {*FREE, "search"} or dotted in FREE) and dotted != "run.seed"
         assert told == ([] if is_free else [f"{dotted}: was {found(start, dotted)}, is {new}"])
+
+
+def test_how_it_is_searched_counts_where_it_is(tmp_path):
+    before, after = (load(tmp_path, {}, *SEARCHES, f"search.population={number}") for number in (5, 6))
+    assert differing(before, after) == ["search.population: was 5, is 6"]
+    assert differing(load(tmp_path, {}), after).count("search.population: was 5, is 6") == 1
 
 
 def test_a_key_that_is_new_counts_as_its_default_and_one_that_is_gone_is_a_difference(tmp_path):

@@ -131,12 +131,21 @@ def evaluations_alone(function, settings: SearchConfig, seed: int) -> float:
     return math.inf
 
 
-@pytest.mark.parametrize(("rule", "by"), [("evolution", "server"), ("evolution", "clients"), ("average", "server")])
+# What each search sets apart from the paper's.
+SEARCHES: dict[str, dict] = {
+    "paper": {},
+    "kept": {"step_size_by": "clients"},
+    "default": {"step_size_by": "clients", "rank_by": "improvement", "parents": "all"},
+    "average": {"rule": "average"},
+}
+
+
+@pytest.mark.parametrize("search", SEARCHES)
 @pytest.mark.parametrize(
     ("function", "dimension", "step_size"), [(sphere, 10, 0.5), (rosenbrock, 5, 0.3)], ids=["sphere", "rosenbrock"]
 )
-def test_ten_clients_reach_1e_8_with_fewer_evaluations_each_than_one_alone(function, dimension, step_size, rule, by):
-    settings = SearchConfig(dimension, step_size=step_size, iterations=1, objective="loss", rule=rule, step_size_by=by)
+def test_ten_clients_reach_1e_8_with_fewer_evaluations_each_than_one_alone(function, dimension, step_size, search):
+    settings = SearchConfig(dimension, step_size=step_size, iterations=1, objective="loss", **SEARCHES[search])
     alone = [evaluations_alone(function, settings, seed) for seed in range(2)]
     together = [evaluations_together(function, settings, 10, seed) for seed in range(1)]
     assert max(together) < min(alone) < math.inf, (together, alone)
@@ -147,8 +156,8 @@ def test_eight_iterations_a_round_help_where_step_sizes_are_kept():
     """What the README says of the paper's eight: by the paper, what clients learn of step sizes is lost each round."""
     settings = SearchConfig(10, step_size=0.5, iterations=8, objective="loss")
     alone = [evaluations_alone(sphere, settings, seed) for seed in range(3)]
-    assert evaluations_together(sphere, replace(settings, rule="average"), 10, 0) < min(alone)
-    assert evaluations_together(sphere, replace(settings, step_size_by="clients"), 10, 0) < min(alone)
+    for search in ("kept", "default", "average"):
+        assert evaluations_together(sphere, replace(settings, **SEARCHES[search]), 10, 0) < min(alone), search
     assert evaluations_together(sphere, settings, 10, 1) > max(alone)
 
 
@@ -215,12 +224,12 @@ def test_the_step_size_is_that_of_equation_6():
         for sigma in sigmas[client]:
             total += sigma**2
     spreads = np.sqrt((sigmas**2).sum(1)).tolist()
-    assert corrected(losses, spreads, population / 2) == pytest.approx(
+    assert corrected(losses, spreads, population / 2, 2) == pytest.approx(
         2 * math.sqrt(total / (4 * population)), rel=1e-12
     )
     # The reference sums over all clients and knows mu = lambda / 2: the same where the sums are.
-    assert corrected(losses, [1.3] * 4, 2) == pytest.approx(math.sqrt(4 * 1.3**2 / 4 / 2), rel=1e-12)
-    assert corrected([5.0], [2.0], 4) == pytest.approx(math.sqrt(2 * 4.0 / 8))
+    assert corrected(losses, [1.3] * 4, 2, 4) == pytest.approx(math.sqrt(4 * 1.3**2 / 4 / 2), rel=1e-12)
+    assert corrected([5.0], [2.0], 4, 1) == pytest.approx(math.sqrt(2 * 4.0 / 8))
 
 
 @pytest.mark.parametrize("population", [4, 5, 10, 21])
@@ -264,7 +273,7 @@ def test_the_server_ranks_the_clients_means():
     weights /= weights.sum()
     mean = sum(weight * update.tensors["mean"] for weight, update in zip(weights, best))
     assert merged["mean"] == pytest.approx(mean, abs=1e-6)
-    sigma = corrected(*([u.metrics[name] for u in updates] for name in ("fitness", "step_size")), 2.5)
+    sigma = corrected(*([u.metrics[name] for u in updates] for name in ("fitness", "step_size")), 2.5, 3)
     strength = 1 / (weights**2).sum()
     rate = (strength + 2) / (4 + strength + 5)
     path = math.sqrt(rate * (2 - rate) * strength) * mean / sigma
@@ -276,6 +285,40 @@ def test_the_server_ranks_the_clients_means():
     assert merged["generation"].item() == 1 and list(merged) == list(sizes(4))
 
 
+def test_the_server_moves_to_all_clients():
+    """Weighted by their ranks, as the better half of 12."""
+    settings = SearchConfig(4, iterations=2, objective="loss", parents="all")
+    server = FunctionServer(settings)
+    updates = told(server, 6)
+    merged = server.merge(gathered(updates))
+    ranked = sorted(updates, key=lambda update: update.metrics["fitness"])
+    weights = np.log(6.5) - np.log(np.arange(1, 7))
+    weights /= weights.sum()
+    means = np.array([update.tensors["mean"] for update in ranked], np.float64)
+    assert merged["mean"] == pytest.approx(weights @ means, abs=1e-6)
+    sigma = corrected(*([u.metrics[name] for u in updates] for name in ("fitness", "step_size")), 2.5, 6)
+    assert sigma == pytest.approx(math.sqrt(sum(u.metrics["step_size"] ** 2 for u in updates) / 6 / 2.5))
+
+
+def test_of_all_points_the_covariance_hears_too():
+    """Hansen's arithmetic for the better half of 12, without the other one."""
+    points, losses = np.random.default_rng(4).standard_normal((6, 4)), np.array([3.0, 1.0, 5.0, 2.0, 6.0, 4.0])
+    search = Evolution.of({"mean": np.zeros(4), "step_size": np.array([2.0])})
+    search.update(points, losses, "all")
+    weights = np.log(6.5) - np.log(np.arange(1, 7))
+    weights /= weights.sum()
+    strength, steps = 1 / (weights**2).sum(), points[np.argsort(losses)] / 2
+    rate = (4 + strength / 4) / (8 + 2 * strength / 4)
+    path = math.sqrt(rate * (2 - rate) * strength) * (weights @ steps)
+    assert search.mean == pytest.approx(weights @ points[np.argsort(losses)])
+    assert search.mean_path == pytest.approx(path)
+    one = 2 / (5.3**2 + strength)
+    many = 2 * (strength - 2 + 1 / strength) / (6**2 + strength)
+    covariance = (1 - one - many) * np.eye(4) + one * np.outer(path, path)
+    covariance += many * sum(weight * np.outer(step, step) for weight, step in zip(weights, steps))
+    assert search.covariance == pytest.approx(covariance[np.triu_indices(4)])
+
+
 def test_clients_step_sizes_go_on_where_they_were():
     """Their geometric mean changes as the server's does by itself; its path goes down with it."""
     own = {"iterations": 3, "objective": "loss", "step_size": 0.7}
@@ -285,8 +328,8 @@ def test_clients_step_sizes_go_on_where_they_were():
     merged, ends = server.merge(gathered(updates)), [update.tensors["step_size"].item() for update in updates]
     assert len(set(ends)) == 6
     losses, spreads = ([update.metrics[name] for update in updates] for name in ("fitness", "step_size"))
-    parents = effective(5)
-    wanted = Evolution.of({"mean": np.zeros(4), "step_size": np.array([corrected(losses, spreads, parents)])})
+    begin = corrected(losses, spreads, effective(5), 3)
+    wanted = Evolution.of({"mean": np.zeros(4), "step_size": np.array([begin])})
     before = wanted.step_size
     wanted.update(np.array([update.tensors["mean"] for update in updates]), np.array(losses))
     assert merged["mean"] == pytest.approx(wanted.mean, rel=1e-6)

@@ -36,6 +36,8 @@ BRIDGED = {
     "server.accept": "better",
     "search.rank_by": "improvement",
     "search.step_size_by": "clients",
+    "search.parents": "all",
+    "search.objective": "loss",
 }
 WHOLE = {"auxiliary.layers_per_cell": None, "distillation.stage.steps": 0, "client.alignment.steps": 0}
 PAPER = WHOLE | {"data.server_share": 0, "prompt.kind": "input", "server.tuning.steps": 0}

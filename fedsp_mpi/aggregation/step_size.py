@@ -8,20 +8,21 @@ from collections.abc import Sequence
 import numpy as np
 
 
-def corrected(losses: Sequence[float], spreads: Sequence[float], parents: float) -> float:
+def corrected(losses: Sequence[float], spreads: Sequence[float], points: float, parents: int) -> float:
     """The step size with which the clients' means would be samples of the server's distribution (FedBPT, Eq. 6).
 
-    sigma'^2 is the mean over the better half of the clients of sum_j sigma_kj^2 / parents, because a mean moves in an
-    iteration by a variance of sigma_kj^2 / parents. Of an odd number of clients the half is rounded down.
+    sigma'^2 is the mean over the best clients of sum_j sigma_kj^2 / points, because a mean moves in an iteration by a
+    variance of sigma_kj^2 / points.
 
     Args:
         losses: of each client's mean; low is good, equal ones count in their order.
         spreads: sqrt(sum_j sigma_kj^2) of each client, over its iterations.
-        parents: points that a client's mean is made of, as if they had equal weights. The equation has half of lambda,
+        points: those that a client's mean is made of, as if they had equal weights. The equation has half of lambda,
             the points of an iteration; see `effective`.
+        parents: how many clients are the best ones, at least 1. The equation has half of them.
     """
-    best = np.argsort(losses, kind="stable")[: max(1, len(losses) // 2)]
-    return math.sqrt(float(np.mean(np.square(spreads)[best])) / parents)
+    best = np.argsort(losses, kind="stable")[:parents]
+    return math.sqrt(float(np.mean(np.square(spreads)[best])) / points)
 
 
 def effective(population: int) -> float:

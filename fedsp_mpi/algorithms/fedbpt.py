@@ -78,10 +78,11 @@ class Server:
         means, ends = np.split(rows.astype(np.float64), [self._settings.dimension], axis=1)
         search = Evolution.of(self._known)
         local = float(np.exp(np.log(ends).mean())) if ends.size else search.step_size
-        parents = effective(self._settings.population) if ends.size else self._settings.population / 2
-        search.step_size = corrected(losses, spread, parents)
+        points = effective(self._settings.population) if ends.size else self._settings.population / 2
+        parents = self._settings.parents
+        search.step_size = corrected(losses, spread, points, len(told) if parents == "all" else len(told) // 2)
         factor = local / search.step_size
-        search.update(means, np.array(losses))
+        search.update(means, np.array(losses), parents)
         search.step_size *= factor  # the clients' changes as the server's does
         return NamedTensors.of(search.state())
 

@@ -83,11 +83,19 @@ class Evolution:
             self._ready.reseed_rng(seed % 2**32)
             return np.array([self._ready.ask() for _ in range(num)])
 
-    def update(self, points: np.ndarray, losses: np.ndarray) -> None:
-        """Move towards those of the points, [2 or more, dimension], whose losses are low; equal ones in their order."""
+    def update(self, points: np.ndarray, losses: np.ndarray, parents: str = "half") -> None:
+        """Move towards those of the points, [2 or more, dimension], whose losses are low; equal ones in their order.
+
+        `parents` says which of them the new mean is made of: the better "half", rounded down, or "all". Then they have
+        the weights, and the search the learning rates, of the better half of twice as many, and none counts against.
+        """
         ready, self._ready = self._ready, None
         with _one_thread():
-            if ready is None or ready.population_size != len(points):
+            if parents == "all":
+                ready = self._library(2 * len(points), worse=False)
+                points = np.concatenate([points, np.broadcast_to(self.mean, np.shape(points))])
+                losses = np.concatenate([losses, np.full(len(losses), np.inf)])
+            elif ready is None or ready.population_size != len(points):
                 ready = self._library(len(points))
             with np.errstate(divide="ignore"):
                 ready.tell([(np.asarray(point, np.float64), float(loss)) for point, loss in zip(points, losses)])
@@ -95,14 +103,19 @@ class Evolution:
         self.mean, self.step_size, self.covariance = found["_mean"], float(found["_sigma"]), found["_c_1d"]
         self.step_path, self.mean_path, self.generation = found["_p_sigma"], found["_pc"], found["_g"]
 
-    def _library(self, population: int) -> CMA:
-        """The library's object with this state. Its learning rates follow from dimension and population alone."""
+    def _library(self, population: int, worse: bool = True) -> CMA:
+        """The library's object with this state. Its learning rates follow from dimension and population alone.
+
+        Unless `worse`, the covariance hears nothing of the worse half.
+        """
         from cmaes import CMA  # here, because it loads scipy.stats, for a second or more
 
         with np.errstate(divide="ignore"):  # of 2 or 3 points one is taken, and the rank-mu rate is 0
             made = CMA(mean=self.mean, sigma=self.step_size, population_size=population)
         paths = {"_p_sigma": self.step_path, "_pc": self.mean_path, "_g": self.generation}
-        made.__setstate__({**made.__getstate__(), "_c_1d": self.covariance, **paths})
+        known = made.__getstate__()
+        weights = known["_weights"] if worse else np.maximum(known["_weights"], 0)
+        made.__setstate__({**known, "_weights": weights, "_c_1d": self.covariance, **paths})
         return made
 
 
