@@ -162,6 +162,15 @@ def test_eight_iterations_a_round_help_where_step_sizes_are_kept():
 
 
 @pytest.mark.slow
+def test_eight_iterations_a_round_follow_a_valley_where_all_clients_count():
+    settings = SearchConfig(5, step_size=0.3, iterations=8, objective="loss")
+    alone = max(evaluations_alone(rosenbrock, settings, seed) for seed in range(2))
+    assert evaluations_together(rosenbrock, replace(settings, rule="average"), 10, 0) < alone
+    assert evaluations_together(rosenbrock, replace(settings, **SEARCHES["default"]), 10, 0) < alone
+    assert evaluations_together(rosenbrock, replace(settings, **SEARCHES["kept"]), 10, 0) == math.inf
+
+
+@pytest.mark.slow
 def test_in_500_dimensions_the_covariance_hardly_moves():
     search, random = Evolution.of({"mean": np.zeros(500), "step_size": np.ones(1)}), np.random.default_rng(0)
     for _ in range(200):
