@@ -54,7 +54,7 @@ FEDBPT = (
     "search.iterations=2",
 )
 AVERAGE = (*FEDBPT, "search.rule=average", "search.objective=loss")
-KEPT = (*FEDBPT, "search.step_size_by=clients")
+KEPT = (*FEDBPT, "search.step_size_by=clients", "search.rank_by=improvement", "search.parents=all")
 
 
 # -- the search on functions ---------------------------------------------------------------------------------------
@@ -305,8 +305,11 @@ def test_the_server_moves_to_all_clients():
     weights /= weights.sum()
     means = np.array([update.tensors["mean"] for update in ranked], np.float64)
     assert merged["mean"] == pytest.approx(weights @ means, abs=1e-6)
-    sigma = corrected(*([u.metrics[name] for u in updates] for name in ("fitness", "step_size")), 2.5, 6)
-    assert sigma == pytest.approx(math.sqrt(sum(u.metrics["step_size"] ** 2 for u in updates) / 6 / 2.5))
+    sigma = math.sqrt(sum(update.metrics["step_size"] ** 2 for update in updates) / 6 / 2.5)
+    strength = 1 / (weights**2).sum()
+    rate = (strength + 2) / (4 + strength + 5)
+    path = math.sqrt(rate * (2 - rate) * strength) * (weights @ means) / sigma
+    assert merged["step_path"] == pytest.approx(path, rel=1e-5)
 
 
 def test_of_all_points_the_covariance_hears_too():

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from threadpoolctl import ThreadpoolController
@@ -83,7 +83,7 @@ class Evolution:
             self._ready.reseed_rng(seed % 2**32)
             return np.array([self._ready.ask() for _ in range(num)])
 
-    def update(self, points: np.ndarray, losses: np.ndarray, parents: str = "half") -> None:
+    def update(self, points: np.ndarray, losses: np.ndarray, parents: Literal["half", "all"] = "half") -> None:
         """Move towards those of the points, [2 or more, dimension], whose losses are low; equal ones in their order.
 
         `parents` says which of them the new mean is made of: the better "half", rounded down, or "all". Then they have
