@@ -159,7 +159,7 @@ def test_a_run_on_a_node_without_network_names_the_command_that_fetches(tmp_path
 def test_fetch_on_a_node_without_network_says_so(tmp_path, home):
     begin = time.monotonic()
     line = fetch(configuration(tmp_path), status=2)
-    assert time.monotonic() - begin < 10
+    assert time.monotonic() - begin < 30
     assert "model.name: found 'some/model'" in line and "Connection refused" in line
 
 
