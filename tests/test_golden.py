@@ -18,6 +18,7 @@ from mpi import PROGRAMS, ROOT, run_mpi
 
 from fedsp_mpi import config
 from fedsp_mpi.plain import merge
+from fedsp_mpi.recipes import recipe
 from fedsp_mpi.record import Run, difference, read
 
 GOLDEN = Path(__file__).with_name("golden.json")
@@ -36,6 +37,7 @@ WEIGHTS = {  # what suits prompts ruins weights
     "server": {"tuning": {"optimizer": {"learning_rate": 1e-3}}},
 }
 SEARCHES = {name: {"search": {"dimension": 20, "iterations": 3}} for name in ("fedbpt", "fedbpt_private", "fedavg_bbt")}
+SEARCHES["fedbpt"]["search"] |= recipe("bridged")["search"]  # the default; the others search as the papers do
 COLUMNS = ("server_loss_first", "server_loss_last", "validation_merged", "validation_loss", "control_validation_loss")
 
 
