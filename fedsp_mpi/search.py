@@ -26,8 +26,8 @@ class SearchConfig:
     # averaged by their examples (FedAvg-BBT).
     rule: Literal["evolution", "average"] = "evolution"
     # Whose step size a client begins a round with. server: its own (FedBPT); clients: what theirs came to in the last
-    # round, and the server's evolution path with it. Both change with that of the server's CMA-ES, for which clients'
-    # means count as of points of equal weights (FedBPT, Eq. 6), or of their own weights.
+    # round. Both change with that of the server's CMA-ES, for which clients' means count as of points of equal weights
+    # (FedBPT, Eq. 6), or of their own weights.
     step_size_by: Literal["server", "clients"] = "server"
     # What the server ranks its clients' means by. objective: what each says of its own, on text of its own (FedBPT);
     # improvement: that divided by what it says of the mean that came down, so that texts need not be equally easy.
@@ -50,7 +50,7 @@ class SearchConfig:
             down += ["step_path", "mean_path"]
             return down, down
         if self.step_size_by == "clients":
-            return [*down, "step_path"], ["mean", "step_size"]
+            return down, ["mean", "step_size"]
         return down, ["mean"]
 
     @property
