@@ -8,7 +8,7 @@ from setuptools import find_packages, setup
 LOCAL = ["mpich"]  # an MPI as a wheel, for machines without one; a cluster uses its own
 EVALUATE = ["lm_eval>=0.4.12"]  # drives the verb `evaluate`
 PLOT = ["matplotlib"]  # pictures of `report`
-TEST = [*LOCAL, *EVALUATE, *PLOT, "pytest", "pytest-xdist", "ruff", "mypy"]
+TEST = [*LOCAL, *EVALUATE, *PLOT, "pytest", "pytest-xdist", "hypothesis", "ruff", "mypy"]
 
 [VERSION] = re.findall(r'^__version__ = "(.+)"$', Path("fedsp_mpi/__init__.py").read_text(encoding="utf-8"), re.M)
 
