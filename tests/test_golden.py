@@ -11,6 +11,7 @@ import math
 import os
 from pathlib import Path
 
+import blas_kernels
 import numpy as np
 import pytest
 import yaml
@@ -87,7 +88,10 @@ def test_the_short_runs_are_those_of_the_overlays(tmp_path):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_golden_numbers(runs, name):
-    run = read(runs[1] / name)
+    assert_golden(read(runs[1] / name), name)
+
+
+def assert_golden(run: Run, name: str) -> None:
     wanted, found = json.loads(GOLDEN.read_text())[name], numbers(run)
     assert wanted.keys() == found.keys() and run.status == "complete"
     for column, values in wanted.items():
@@ -104,3 +108,13 @@ def test_bits_do_not_depend_on_the_number_of_ranks(runs, name, n):
         assert config.load(runs[1].parent / f"{name}.yaml").federation.clients == 1
         return
     assert difference(read(runs[1] / name), read(runs[n] / name)) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kernel", blas_kernels.available())
+def test_golden_numbers_of_searches_hold_under_every_blas_kernel(tmp_path, kernel):
+    files = [file for file in write_configurations(tmp_path) if file.stem in SEARCHES]
+    arguments = [PROGRAMS / "several.py", tmp_path / "runs", *files]
+    run_mpi(0, arguments, timeout=300, env={"OPENBLAS_CORETYPE": kernel})
+    for name in SEARCHES:
+        assert_golden(read(tmp_path / "runs" / name), name)

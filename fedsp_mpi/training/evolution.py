@@ -1,9 +1,10 @@
 """CMA-ES (Hansen, 2016, arXiv 1604.00772) as plain arrays: a search that sends, keeps and resumes all that it knows.
 
 The library is `cmaes`, and this is its one importer. Its whole state is the arrays and numbers that it gives to be
-pickled, and takes back (nothing is pickled here), and its generator can be seeded before each sample. `cma` (pycma),
-which FedBPT's reference uses, spreads its state over samplers, step-size adapters and options that only a pickle keeps
-together. Its linear algebra runs on one thread, so that bits do not depend on the cores that a rank may use.
+pickled, and takes back (nothing is pickled here). `cma` (pycma), which FedBPT's reference uses, spreads its state over
+samplers, step-size adapters and options that only a pickle keeps together. Linear algebra runs on one thread, so that
+bits do not depend on the cores that a rank may use, and nothing follows from the eigenvectors that a processor's BLAS
+happens to choose: see `Evolution.sample`.
 """
 
 from __future__ import annotations
@@ -77,11 +78,20 @@ class Evolution:
         return {"mean": self.mean, "step_size": numbers["step_size"], "covariance": self.covariance} | paths | numbers
 
     def sample(self, num: int, seed: int) -> np.ndarray:
-        """`num` points, fp64 [num, dimension], which follow from the distribution and the seed alone; at least 2."""
+        """Draw `num` points, fp64 [num, dimension], which follow from the distribution and the seed alone; at least 2.
+
+        A point is mean + step_size * C^(1/2) z, with z standard normal and C^(1/2) = B D B^T, the symmetric root, where
+        B and D^2 are the eigenvectors and eigenvalues of the covariance C. Hansen (2016, Eq. 39) and the library draw
+        with B D, which has the same distribution. But the eigenvectors of (nearly) equal eigenvalues, such as those of
+        the identity that a search begins with, are whatever the BLAS kernel of a processor makes of them, and with
+        other eigenvectors the same z gives other points. The symmetric root is unique.
+        """
+        standard = np.random.default_rng(seed).standard_normal((num, len(self.mean)))
         with _one_thread():
             self._ready = self._library(num)
-            self._ready.reseed_rng(seed % 2**32)
-            return np.array([self._ready.ask() for _ in range(num)])
+            vectors, deviations = self._ready._eigen_decomposition()  # which `update` takes from there
+            root = (vectors * deviations) @ vectors.T
+            return self.mean + self.step_size * (standard @ root)
 
     def update(self, points: np.ndarray, losses: np.ndarray, parents: Literal["half", "all"] = "half") -> None:
         """Move towards those of the points, [2 or more, dimension], whose losses are low; equal ones in their order.
