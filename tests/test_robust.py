@@ -73,6 +73,18 @@ def test_who_is_rejected_follows_from_the_definition(deviations):
     assert deviations != 3.0 or out == [4]
 
 
+def test_distances_that_differ_by_rounding_alone_reject_nobody():
+    """Else the last bit, which is the processor's, would decide who is left out."""
+    common = noise(1, size=1000)[0]
+    rows = np.array([common + 0.1 * (np.arange(1000) == i) for i in range(6)], dtype=np.float32)
+    apart = distances(rows)
+    assert len(set(apart)) > 1 and np.ptp(apart) < 1e-6 * apart.max()
+    some = updates(rows)
+    without_outliers(some, 3.0)
+    without_outliers(updates(rows), 0.0)
+    assert some.rejected == {}
+
+
 def test_without_an_outlier_it_is_the_weighted_mean_to_the_bit():
     rows, weights = noise(4), [3.0, 1.0, 2.0, 7.0]
     some = updates(rows, weights)
