@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,7 @@ from fedsp_mpi.algorithms.benches import ShardError
 from fedsp_mpi.algorithms.privacy import Private
 from fedsp_mpi.algorithms.translation import Translator
 from fedsp_mpi.comm import Handout
+from fedsp_mpi.comm.inspection import Expected
 from fedsp_mpi.data.tokens import Batches
 from fedsp_mpi.evaluation.scoring import score
 from fedsp_mpi.materials import Materials
@@ -143,7 +144,6 @@ def server_side(
 
 def client_side(materials: Materials, compute: Compute, given: Handout, ids: Sequence[int], ask: Ask) -> ClientSide:
     """The clients of one process, from what the server handed out and their own text; `ask` asks it in a round."""
-    plan, seed = materials.config.federation, materials.config.run.seed
     compute.begin()
     client = METHODS[materials.config.method].client(materials, compute, given, ids, ask)
     privacy = materials.config.client.privacy
@@ -152,9 +152,33 @@ def client_side(materials: Materials, compute: Compute, given: Handout, ids: Seq
     states = {int(id): Piece(*piece) for id, piece in given.meta["states"].items()}
     mine = {id: piece for id, piece in states.items() if id in set(ids)}
     shelf = Shelf(client.benches, Checkpoints(Path(given.meta["folder"])), materials.config.client.resident, mine)
-    sizes = [len(shard) for shard in materials.shards[1:]]
-    chosen = partial(participants, plan.sampling, plan.clients_per_round, sizes, seed)
-    return ClientSide(client, ids, compute, shelf, chosen)
+    return ClientSide(client, ids, compute, shelf, partial(chosen, materials))
+
+
+def chosen(materials: Materials, round: int) -> list[int]:
+    """The clients that take part in a round, by id; the same on every rank."""
+    plan, sizes = materials.config.federation, [len(shard) for shard in materials.shards[1:]]
+    return participants(plan.sampling, plan.clients_per_round, sizes, materials.config.run.seed, round)
+
+
+def expected(materials: Materials, rank_of: Mapping[int, int], round: int) -> Expected:
+    """Who answers in a round, from which rank, and with how many samples at most.
+
+    A client that searches weighs as much as it has examples, poisoned copies among them; one that trains, as many as
+    its steps process.
+    """
+    config = materials.config
+    stage = config.client.tuning
+    clients = chosen(materials, round)
+    trained = float(stage.steps * stage.batch_size)
+    poisoned = set(config.attack.clients)
+
+    def most(client: int) -> float:
+        copies = 2 if client in poisoned else 1
+        return float(copies * len(materials.shards[client + 1])) if config.searches else trained
+
+    samples = {id: most(id) for id in clients}
+    return Expected({id: rank_of[id] for id in clients}, samples)
 
 
 def save(materials: Materials, server: Server, tuned: NamedTensors, folder: Path) -> None:
@@ -305,7 +329,7 @@ def _search_handout(materials: Materials, server: Server, small: LanguageModel) 
     up, metrics = Schema(spec for spec in down if spec.name in names), (*fedbpt.METRICS, *backdoor.METRICS)
     first, cell = materials.first_prompt(server.model), materials.model_config
     if materials.config.asks_server:
-        contract = Contract(down, up, metrics, materials.config.topology.server_ranks)
+        contract = Contract(down, up, metrics, materials.config.topology.server_ranks, fedbpt.FINITE)
         return cell, NamedTensors.pack({}), contract
     scale = np.array([_scale(materials, server.model, first)])
     parts = {
@@ -313,7 +337,11 @@ def _search_handout(materials: Materials, server: Server, small: LanguageModel) 
         "prompt/": NamedTensors.pack(materials.depth_map.down(first.tensors())),
     }
     tensors = NamedTensors.join(parts | {"search/": NamedTensors.of({"scale": scale})})
-    return auxiliary.cell_config(cell, materials.config.auxiliary), tensors, Contract(down, up, metrics)
+    return (
+        auxiliary.cell_config(cell, materials.config.auxiliary),
+        tensors,
+        Contract(down, up, metrics, 0, fedbpt.FINITE),
+    )
 
 
 def _scale(materials: Materials, model: LanguageModel, first: Prompt) -> float:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from fedsp_mpi.comm import Down, Updates, guard
+from fedsp_mpi.comm.inspection import ProtocolError, reading, require_fields
 from fedsp_mpi.comm.solo import Solo
 from fedsp_mpi.comm.wire import Wire
 from fedsp_mpi.config import FederationConfig
@@ -81,7 +82,8 @@ def run_round(round: int, wire: Wire | Solo, plan: Plan, here: ServerSide | None
             here.control.absorb(round)  # while the clients work
             watch.lap("control")
     with guard.phase("local training and gather", round=round):
-        updates = wire.gather(round, local_work(clients, down) if clients else (), here.answer if here else None)
+        work = local_work(clients, down) if clients else ()
+        updates = wire.gather(round, work, *((here.answer, here.expected(round)) if here else ()))
         watch.lap("clients")
     if here is None:
         return True
@@ -141,9 +143,7 @@ def save(round: int, wire: Wire | Solo, plan: Plan, here: ServerSide | None, cli
         answers = [] if last else wire.collect(_saved(clients), "checkpoint")
         if here is None or here.archive is None or answers is None:
             return
-        if error := next((answer["error"] for answer in answers if answer["error"]), None):
-            raise RecordError(error)
-        pieces = {int(id): Piece(*piece) for answer in answers for id, piece in answer["states"].items()}
+        pieces = _saved_pieces(answers, here.archive.rank_of)
         here.archive.checkpoints.commit(round, here.state(), pieces, plan.checkpoint.keep, here.best.round)
         here.archive.seconds_checkpoints.append(time.perf_counter() - start)
 
@@ -155,6 +155,24 @@ def _saved(clients: ClientSide | None) -> dict[str, Any]:
     except RecordError as error:
         return {"states": {}, "error": str(error)}
     return {"states": {str(id): list(piece) for id, piece in states.items()}, "error": None}
+
+
+def _saved_pieces(answers: Sequence[dict[str, Any]], rank_of: Mapping[int, int]) -> dict[int, Piece]:
+    """The files that ranks have written for their clients, by client id.
+
+    Raises RecordError if a rank could not write, ProtocolError if it names what is not its own.
+    """
+    pieces: dict[int, Piece] = {}
+    for rank, answer in enumerate(answers):
+        with reading(rank, "a list of the states that it has saved"):
+            require_fields(answer, rank, {"error": (str, type(None)), "states": dict})
+            if answer["error"]:
+                raise RecordError(str(answer["error"]))
+            for id, piece in answer["states"].items():
+                if rank_of.get(int(id)) != rank:
+                    raise ProtocolError(f"rank {rank}: found a state of client {int(id)}, which it does not play")
+                pieces[int(id)] = Piece.of(piece)
+    return pieces
 
 
 def local_work(clients: ClientSide, down: Down) -> Iterator[Update | Failure]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from fedsp_mpi import comm, placement
 from fedsp_mpi.comm import guard
+from fedsp_mpi.comm.inspection import require_fields
 from fedsp_mpi.config import Config
 from fedsp_mpi.log import Log
 from fedsp_mpi.plain import differences
@@ -175,6 +176,11 @@ def _introduction(config: Config | ValueError, here: comm.Topology) -> dict[str,
 
 def _first_mistake(hosts: list[dict[str, Any]]) -> comm.Refused | None:
     """What is wrong with somebody's configuration, or how it differs from the server's."""
+    for rank, host in enumerate(hosts):
+        about: dict[str, type] = (
+            {"error": str} if "error" in host else {"pid": int, "device": str, "devices": dict, "config": dict}
+        )
+        require_fields(host, rank, {"host": str, **about})
     if error := next((host["error"] for host in hosts if "error" in host), None):
         return comm.Refused(error)
     configs = [host.pop("config") for host in hosts]

@@ -8,11 +8,13 @@ import time
 from contextlib import suppress
 from dataclasses import asdict, replace
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedsp_mpi import comm, environment, placement
 from fedsp_mpi.comm import guard
+from fedsp_mpi.comm.inspection import require_fields
 from fedsp_mpi.config import Config, changed_keys, to_yaml
 from fedsp_mpi.log import Log, duration
 
@@ -135,6 +137,8 @@ class ServerRun:
 
     def heard(self, ready: list[dict[str, Any]], who: str) -> comm.Refused | None:
         """Take note that ranks are ready. The first mistake that one of them found, or None."""
+        for rank, answer in enumerate(ready):
+            require_fields(answer, rank, {"seconds": (int, float), "error": (str, type(None))})
         seconds = max(answer["seconds"] for answer in ready)
         self.record.describe(timing={f"seconds_{who}_setup": seconds})
         self.log.say(f"{who}s are ready after {duration(seconds)}")
@@ -150,7 +154,8 @@ class ServerRun:
         ranks = {client: rank for rank, ids in enumerate(given.meta["assignment"]) for client in ids}
         checkpoints, keep = Checkpoints(self.folder), self.config.record.prompts and not self.config.tunes_weights
         carried = wire_rows(self.record.run.wire)
-        self._archive = Archive(self.record, keep, ranks, self.log, checkpoints, carried)
+        expected = partial(build.expected, self.materials, ranks)
+        self._archive = Archive(self.record, keep, ranks, expected, self.log, checkpoints, carried)
         here = build.server_side(self.materials, self._servers, self._compute, self._team, self._archive)
         if self.resumed:
             here.load_state(checkpoints.read_server(self.resumed))

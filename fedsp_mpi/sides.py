@@ -11,6 +11,7 @@ import numpy as np
 from torch import nn
 
 from fedsp_mpi.aggregation.average import Updates
+from fedsp_mpi.comm.inspection import Expected
 from fedsp_mpi.data.tokens import Text
 from fedsp_mpi.evaluation.scoring import answer_loss_mean
 from fedsp_mpi.log import Log
@@ -107,6 +108,7 @@ class Archive:
     record: RunRecord
     keep_prompts: bool
     rank_of: dict[int, int]
+    expected: Callable[[int], Expected]  # round -> the clients that answer in it, and what they may say
     log: Log
     checkpoints: Checkpoints
     carried: Sequence[WireRow] = ()  # the manifest of the run's earlier stretches
@@ -135,6 +137,10 @@ class ServerSide:
     def __post_init__(self) -> None:
         self.best = Best(self.server.tuned())
         self.control_best = Best(self.control.tuned()) if self.control else None
+
+    def expected(self, round: int) -> Expected | None:
+        """Who answers in a round; None on the server's other ranks, which collect nothing."""
+        return self.archive.expected(round) if self.archive else None
 
     def loss(self, server: Server) -> float:
         """Validation loss of what a server has tuned."""

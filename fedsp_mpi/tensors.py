@@ -248,6 +248,7 @@ class Contract:
         down: tensors of a broadcast.
         up: tensors of an update.
         metrics: names of the numbers that ride in an update's header, at most 12.
+        finite: those of them that every update has, as finite numbers, because the server works with them.
         servers: ranks of the server that clients may ask during a round, with values of any number; 0: none.
     """
 
@@ -255,6 +256,7 @@ class Contract:
     up: Schema
     metrics: tuple[str, ...] = ()
     servers: int = 0
+    finite: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

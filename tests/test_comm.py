@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 
@@ -21,7 +22,8 @@ from fedsp_mpi.comm import (
     refuse_singletons,
     spread,
 )
-from fedsp_mpi.comm.messages import HEADER_BYTES, Header, Kind, require_update, slices, sort_answers
+from fedsp_mpi.comm.inspection import Expected, ProtocolError, failures_of, read_headers, require_one_rank_each
+from fedsp_mpi.comm.messages import HEADER_BYTES, Asked, Header, Kind, slices
 from fedsp_mpi.comm.updates import reorder
 from fedsp_mpi.tensors import Contract, Failure, NamedTensors, Schema, SealedTensorError, Update, seal
 
@@ -175,22 +177,89 @@ def test_checked_turns_what_is_not_finite_into_a_failure() -> None:
     assert checked(Update(5, float("nan"), tensors()), CONTRACT, 4) == Failure(5, 4, "check", "weight is nan")
 
 
+EXPECTED = Expected({4: 1, 5: 2, 6: 2}, {4: 8.0, 5: 8.0, 6: 8.0})
+
+
+def read_from_rank_2(*headers: Header) -> list[Header]:
+    return read_headers(b"".join(header.pack(CONTRACT.metrics) for header in headers), 2, CONTRACT, 4, EXPECTED)
+
+
 def test_the_server_refuses_headers_that_break_the_contract() -> None:
     good = Header.of(Update(5, 1.0, tensors()), 4)
-    assert require_update(good, CONTRACT, 4, 2) is good
+    assert read_from_rank_2(good) == [good]
     breaches = {
-        "round": (Header(Kind.UPDATE, 3, 5, 11, SCHEMA.digest, 1.0), "found .*3, 11"),
-        "values": (Header(Kind.UPDATE, 4, 5, 12, SCHEMA.digest, 1.0), "found .*4, 12.*expected .*4, 11"),
-        "digest": (Header(Kind.UPDATE, 4, 5, 11, bytes(16), 1.0), "0000.*expected"),
-        "weight": (Header(Kind.UPDATE, 4, 5, 11, SCHEMA.digest, float("nan")), "weight nan"),
-        "kind": (Header(Kind.BROADCAST, 4, 5, 11, SCHEMA.digest, 1.0), "BROADCAST"),
-        "late failure": (Header.of(Failure(5, 3, "local", "gone"), 3), r"found .*\[3\], expected \[4\]"),
+        "round": (
+            Header(Kind.UPDATE, 3, 5, 11, SCHEMA.digest, 1.0),
+            "client 5 from rank 2: found .*3, 11.*expected .*4, 11",
+        ),
+        "values": (Header(Kind.UPDATE, 4, 5, 2**63, SCHEMA.digest, 1.0), "client 5 from rank 2.*expected .*4, 11"),
+        "digest": (Header(Kind.UPDATE, 4, 5, 11, bytes(16), 1.0), "client 5 from rank 2.*0000.*expected"),
+        "kind": (Header(Kind.BROADCAST, 4, 5, 11, SCHEMA.digest, 1.0), "client 5 from rank 2.*BROADCAST"),
+        "failure": (Header.of(Failure(5, 3, "local", "gone"), 3), r"client 5 from rank 2.*\[3, 0"),
+        "foreign": (Header.of(Update(4, 1.0, tensors()), 4), "client 4 from rank 2.*does not play"),
+        "questions": (Header(Kind.UPDATE, 4, 5, 11, SCHEMA.digest, 1.0, asked=Asked(1, 300, 300)), "found 1 questions"),
     }
     for header, message in breaches.values():
-        with pytest.raises(ValueError, match=f"client 5 from rank 2.*{message}"):
-            require_update(header, CONTRACT, 4, 2)
-    with pytest.raises(ValueError, match="two answers of client 5"):
-        sort_answers([good, good])
+        with pytest.raises(ProtocolError, match=message):
+            read_from_rank_2(header)
+    hidden = bytearray(good.pack(CONTRACT.metrics))
+    hidden[-100] = 1  # in a metric that the contract does not have
+    with pytest.raises(ProtocolError, match="client 5 from rank 2: found bytes that the contract"):
+        read_headers(bytes(hidden), 2, CONTRACT, 4, EXPECTED)
+    with pytest.raises(ProtocolError, match="client 5 from rank 2: found two answers"):
+        read_from_rank_2(good, good)
+    with pytest.raises(ProtocolError, match="rank 2: found a letter of 300 bytes"):
+        read_headers(bytes(300), 2, CONTRACT, 4, EXPECTED)
+    with pytest.raises(ProtocolError, match="ranks 1 and 2: found two answers of client 5"):
+        require_one_rank_each([[], [5], [5, 6]])
+
+
+def test_what_one_client_cannot_have_sent_is_its_failure() -> None:
+    contract = Contract(SCHEMA, SCHEMA, ("loss", "fitness"), finite=("fitness",))
+    said = {5: (1.0, {"fitness": 1.0, "loss": math.nan}), 6: (8.5, {"fitness": 1.0})}
+    headers = [Header.of(Update(id, weight, tensors(), metrics), 4) for id, (weight, metrics) in said.items()]
+    failures = failures_of(headers, contract, 4, EXPECTED)
+    assert [(failure.client, failure.phase) for failure in failures] == [(4, "gather"), (6, "check")]
+    assert failures[0].reason == "rank 1 sent no answer"
+    assert failures[1].reason == "weight is 8.5, expected at most 8 samples"
+    for weight, metrics, reason in (
+        (math.nan, {"fitness": 1.0}, "weight is nan"),
+        (-1.0, {"fitness": 1.0}, "weight is -1"),
+        (1e30, {"fitness": 1.0}, "at most 8 samples"),
+        (1.0, {"fitness": math.nan}, "metric fitness is nan"),
+        (1.0, {"fitness": 1.0, "loss": math.inf}, "metric loss is inf"),
+        (1.0, {}, "found no metric fitness"),
+    ):
+        [failure] = failures_of(
+            [Header.of(Update(5, weight, tensors(), metrics), 4)], contract, 4, Expected({5: 2}, {5: 8})
+        )
+        assert reason in failure.reason
+
+
+def test_no_mutated_header_is_accepted_that_the_contract_does_not_allow() -> None:
+    """5,000 letters of two headers with random bytes changed, cut, doubled: refused, or still what may be said."""
+    random = np.random.default_rng(0)
+    good = b"".join(Header.of(Update(id, 3.0, tensors(), {"loss": 1.0}), 4).pack(CONTRACT.metrics) for id in (5, 6))
+    accepted = 0
+    for _ in range(5000):
+        letter = bytearray(good)
+        for place in random.integers(0, len(letter) if random.random() < 0.5 else 60, random.integers(1, 6)):
+            letter[place] = random.choice([0, 1, 4, 127, 128, 255, random.integers(256)])
+        cut = random.integers(0, 10)
+        letter = letter[: random.integers(len(letter))] if cut == 0 else letter * 2 if cut == 1 else letter
+        try:
+            headers = read_headers(bytes(letter), 2, CONTRACT, 4, EXPECTED)
+        except ProtocolError as error:
+            assert "rank 2" in str(error) and len(str(error)) < 300 and str(error).isprintable()
+            continue
+        failed = {failure.client for failure in failures_of(headers, CONTRACT, 4, EXPECTED)}
+        for header in headers:
+            assert (header.round, header.client in (5, 6), header.asked) == (4, True, Asked())
+            if header.kind is Kind.UPDATE and header.client not in failed:
+                assert (header.num_values, header.digest) == (11, SCHEMA.digest) and 0 <= header.weight <= 8
+                assert not any(math.isinf(value) for value in header.metrics.values())
+                accepted += 1
+    assert 100 < accepted < 9000  # it does see both
 
 
 def test_reorder_in_place_is_what_indexing_does() -> None:

@@ -17,7 +17,7 @@ from test_run import short_run
 from test_variants import short
 
 from fedsp_mpi import config, plan, plan_text
-from fedsp_mpi.algorithms.forward import Asking, Held, answered, packed, unpacked
+from fedsp_mpi.algorithms.forward import Asking, Held, Limits, answered, packed, unpacked
 from fedsp_mpi.comm import Handout, Solo
 from fedsp_mpi.data.tokens import Text
 from fedsp_mpi.materials import Materials
@@ -109,11 +109,36 @@ def test_texts_and_points_come_through():
         [Text(np.array([9, 3, 4], dtype=np.int32), 1, gap=250_001)],
     ]
     points = np.random.default_rng(0).standard_normal((4, 6)).astype(np.float32)
-    found, texts = unpacked(packed(points, groups))
+    found, texts = unpacked(packed(points, groups), Limits(6, 16_000_002, 3))
     assert np.array_equal(found, points) and [len(group) for group in texts] == [2, 1]
     for text, other in zip((t for group in groups for t in group), (t for group in texts for t in group)):
         assert np.array_equal(text.ids, other.ids) and (text.answer, text.gap) == (other.answer, other.gap)
         assert other.ids.dtype == np.int32
+
+
+def test_a_question_that_is_none_is_refused_before_it_is_answered():
+    """Whatever a client sends: a ValueError, or points and texts within the limits; and no memory for what is not."""
+    limits, random = Limits(3, 100, 4), np.random.default_rng(0)
+    points = random.standard_normal((2, 3)).astype(np.float32)
+    good = packed(
+        points, [[Text(np.array([1, 2, 99], dtype=np.int32), 2)], [Text(np.array([5, 7], dtype=np.int32), 1)]]
+    )
+    accepted = 0
+    for _ in range(3000):
+        question = good.copy()
+        for place in random.integers(0, len(question), random.integers(1, 4)):
+            question[place] = random.choice([-1, 0, 0.5, 1, 2, 3, 100, 1e30, np.nan, np.inf, 2.0**23])
+        question = question[: random.integers(len(question))] if random.random() < 0.1 else question
+        try:
+            tried, groups = unpacked(question, limits)
+        except ValueError as error:
+            assert "expected" in str(error)
+            continue
+        accepted += 1
+        assert np.isfinite(tried).all() and tried.shape[1] == 3
+        for text in (text for group in groups for text in group):
+            assert 0 <= text.answer < len(text.ids) <= 4 and text.ids.min() >= 0 and text.ids.max() < 100
+    assert 30 < accepted < 2900
 
 
 def test_asking_gives_the_losses_of_holding(tmp_path):
@@ -126,7 +151,9 @@ def test_asking_gives_the_losses_of_holding(tmp_path):
     groups = [tiny.texts((9, 8, 12, 6)), tiny.texts((7, 5), seed=1)]
     points = np.random.default_rng(0).standard_normal((2, 6))
     wanted = held.losses(0, points, groups)
-    found = Asking(lambda client, values: answered(held, values)).losses(0, points, groups)
+    found = Asking(lambda client, values: answered(held, values, Limits(6, tiny.VOCABULARY, 40))).losses(
+        0, points, groups
+    )
     assert [each.shape for each in found] == [(2, 4), (2, 2)]
     assert all(np.array_equal(one, other) for one, other in zip(wanted, found))
     with pytest.raises(ValueError, match="found 3 losses from the server, expected 2 x 6 for client 4"):

@@ -18,7 +18,7 @@ from fedsp_mpi import rng
 from fedsp_mpi.aggregation.average import Updates, weighted_mean
 from fedsp_mpi.aggregation.step_size import corrected, effective
 from fedsp_mpi.algorithms.benches import NoBenches, ShardError
-from fedsp_mpi.algorithms.forward import Forward, answered
+from fedsp_mpi.algorithms.forward import Forward, Limits, answered
 from fedsp_mpi.config import SearchConfig
 from fedsp_mpi.data.perturb import perturbed
 from fedsp_mpi.data.tokens import Text
@@ -32,6 +32,7 @@ from fedsp_mpi.training.loop import NonFiniteError, Trace
 
 # fitness: what a client's mean is ranked by; step_size: the root of the sum of squares of its iterations' step sizes.
 METRICS = ("fitness", "step_size", "loss_prompt_first", "loss_prompt_last", "seconds_prompt", "seconds_other")
+FINITE = ("fitness", "step_size")  # what the server merges by
 
 
 class Server:
@@ -65,13 +66,17 @@ class Server:
     def answer(self, question: np.ndarray) -> np.ndarray:
         """The losses that a client without a model asks for (`forward.packed`)."""
         assert self._forward is not None, "clients hold the model"
-        return answered(self._forward, question)
+        num_tokens = self.model.model.get_input_embeddings().weight.shape[0]
+        longest = self.model.shape.num_positions - self.prompt.spec.num_tokens + 1  # the last token is predicted only
+        return answered(self._forward, question, Limits(self._settings.dimension, num_tokens, longest))
 
     def merge(self, updates: Updates) -> NamedTensors:
         """The search that comes of the clients'; of a single one FedBPT takes what it sent."""
         if self._settings.rule == "average":
             return weighted_mean(updates)
-        rows, told = updates.rows(), [report.metrics for report in updates.reports]
+        rows, told = self._with_step_sizes(updates)
+        if not told:
+            return NamedTensors.of(self._known)
         if len(told) == 1:
             return NamedTensors(updates.schema, rows[0].copy())
         losses, spread = ([numbers[name] for numbers in told] for name in ("fitness", "step_size"))
@@ -85,6 +90,17 @@ class Server:
         search.update(means, np.array(losses), parents)
         search.step_size *= factor  # the clients' changes as the server's does
         return NamedTensors.of(search.state())
+
+    def _with_step_sizes(self, updates: Updates) -> tuple[np.ndarray, list[Mapping[str, float]]]:
+        """The rows and metrics of the updates whose step sizes are above 0; the others are rejected by name."""
+        rows = updates.rows()
+        ends = rows[:, self._settings.dimension :]
+        smallest = np.minimum([report.metrics["step_size"] for report in updates.reports], ends.min(1, initial=np.inf))
+        for report, step_size in zip(updates.reports, smallest):
+            if step_size <= 0:
+                updates.reject(report.client, f"step size {step_size:g}, expected one above 0")
+        kept = smallest > 0
+        return rows[kept], [report.metrics for report, is_in in zip(updates.reports, kept) if is_in]
 
     def take(self, merged: NamedTensors) -> None:
         """Go on from the merged search, and let the prompts be those of its mean."""

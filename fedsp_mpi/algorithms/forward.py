@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -106,9 +106,26 @@ class Asking:
         return np.split(columns, np.cumsum(counts)[:-1], axis=1)
 
 
-def answered(forward: Forward, question: np.ndarray) -> np.ndarray:
-    """The losses that a client asks for, fp32, one point after the other, each over all of its texts."""
-    points, groups = unpacked(question)
+class Limits(NamedTuple):
+    """What a question can be about.
+
+    Attributes:
+        dimension: of a point.
+        num_tokens: of the vocabulary.
+        max_length: most tokens of a text.
+    """
+
+    dimension: int
+    num_tokens: int
+    max_length: int
+
+
+def answered(forward: Forward, question: np.ndarray, limits: Limits) -> np.ndarray:
+    """The losses that a client asks for, fp32, one point after the other, each over all of its texts.
+
+    Raises ValueError if the values are no question: see `unpacked`.
+    """
+    points, groups = unpacked(question, limits)
     return np.concatenate(forward.losses(-1, points, groups), axis=1).astype(np.float32).ravel()
 
 
@@ -123,21 +140,65 @@ def packed(points: np.ndarray, groups: Sequence[Group]) -> np.ndarray:
     return np.concatenate([head, points.ravel(), *texts], dtype=np.float32, casting="same_kind")
 
 
-def unpacked(question: np.ndarray) -> tuple[np.ndarray, list[list[Text]]]:
-    """The points, fp32 [points, dimension], and groups of texts that were packed."""
-    num, dimension, num_groups = question[:3].astype(int)
-    start = 3 + num_groups
-    counts = question[3:start].astype(int)
-    points = question[start : start + num * dimension].reshape(num, dimension)
-    place, groups = start + num * dimension, []
-    for count in counts:
-        group = []
-        for _ in range(count):
-            length, answer, gap = question[place : place + 3].astype(int)
-            place += 3 + length
-            group.append(Text(question[place - length : place].astype(np.int32), answer, None if gap < 0 else gap))
-        groups.append(group)
+def unpacked(question: np.ndarray, limits: Limits) -> tuple[np.ndarray, list[list[Text]]]:
+    """The points, fp32 [points, dimension], and groups of texts that were packed.
+
+    Args:
+        question: what a client sent, fp32 [any number].
+        limits: what points and texts of this run are like.
+
+    Raises ValueError if the values are not points and texts of that layout.
+    """
+    values = _Values(question)
+    num_points, width, num_groups = values.numbers(3)
+    if width != limits.dimension or num_points < 1:
+        raise ValueError(f"found {num_points} points of {width} dimensions, expected some of {limits.dimension}")
+    counts = values.numbers(num_groups)
+    points = values.take(num_points * width).reshape(num_points, width)
+    if not np.isfinite(points).all():
+        raise ValueError("found a point that is not finite, expected finite numbers")
+    groups = [[_text(values, limits) for _ in range(count)] for count in counts]
+    values.require_end()
     return points, groups
+
+
+def _text(values: _Values, limits: Limits) -> Text:
+    length, answer = values.numbers(2)
+    gap = values.take(1)[0]
+    if not 0 < length <= limits.max_length or answer >= length:
+        raise ValueError(
+            f"found a text of {length} tokens whose answer begins at {answer}, expected at most {limits.max_length} "
+            "tokens, the answer among them"
+        )
+    ids = np.array(values.numbers(length), dtype=np.int32)
+    largest = max(int(ids.max()), gap)
+    if largest >= limits.num_tokens or gap < -1 or gap != np.floor(gap):
+        raise ValueError(f"found token {largest:g}, expected ids below {limits.num_tokens}")
+    return Text(ids, answer, None if gap < 0 else int(gap))
+
+
+class _Values:
+    """Reads fp32 values from the front; ValueError where there are not as many, or where one is no count."""
+
+    def __init__(self, values: np.ndarray) -> None:
+        self._values, self._place = values, 0
+
+    def take(self, num: int) -> np.ndarray:
+        if num > self._values.size - self._place:
+            raise ValueError(f"found {self._values.size - self._place} values, expected {num} more")
+        self._place += num
+        return self._values[self._place - num : self._place]
+
+    def numbers(self, num: int) -> list[int]:
+        """Whole numbers from 0, below 2^24."""
+        values = self.take(num)
+        if not ((values >= 0) & (values < 1 << 24) & (values == np.floor(values))).all():
+            raise ValueError("found a value that is no whole number from 0, expected a count or a token id")
+        return [int(value) for value in values]
+
+    def require_end(self) -> None:
+        if self._place != self._values.size:
+            raise ValueError(f"found {self._values.size - self._place} values behind the last text, expected none")
 
 
 def _about(text: Text) -> tuple[int, int, int]:

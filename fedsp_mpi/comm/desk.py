@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..tensors import seal
+from .inspection import ProtocolError, reading
 from .messages import HEADER_BYTES, NOTHING_ASKED, Asked, Header, Kind
 
 if TYPE_CHECKING:
@@ -62,17 +63,25 @@ class Desk:
     def serve(self, answer: Answer) -> None:
         """Answer one question after the other, until all ranks that ask here have no more.
 
-        Raises DeadlineError if none of them is heard of within the deadline of the gather, ValueError for what is no
-        question, SealedTensorError for an answer in the memory of the global model.
+        Raises DeadlineError if none of them is heard of within the deadline of the gather, ProtocolError, naming the
+        rank, for what is no question, SealedTensorError for an answer in the memory of the global model.
         """
         left = set(self._askers)
         while left:
             header, rank = self._header(self._mpi.ANY_SOURCE, "gather", lambda: left)
-            header.require(Kind.QUESTION, f"rank {rank}")
+            if rank not in left or header.kind is not Kind.QUESTION:
+                raise ProtocolError(
+                    f"rank {rank}: found a message of kind {header.kind.name}, expected a QUESTION, from one of the "
+                    f"ranks {sorted(left)}"
+                )
             if not header.num_values:
                 left.remove(rank)
                 continue
-            found = answer(self._receive(header, rank, "gather"))
+            question = self._receive(header, rank, "gather")
+            try:
+                found = answer(question)
+            except ValueError as error:
+                raise ProtocolError(f"question of client {header.client} from rank {rank}: {error}") from error
             seal.refuse_array(found)
             self._send(Header(Kind.ANSWER, client=header.client, num_values=found.size), found, rank, "gather")
 
@@ -87,10 +96,25 @@ class Desk:
         raw, status = bytearray(HEADER_BYTES), self._mpi.Status()
         request = self._comm.Irecv([raw, self._mpi.BYTE], source, _HEADERS)
         self._wait(lambda: request.Test(status), "questions", limit=limit, missing=missing)
-        return Header.unpack(bytes(raw), f"rank {status.source}"), status.source
+        with reading(status.source, "a header"):
+            return Header.unpack(bytes(raw), f"rank {status.source}"), status.source
 
     def _receive(self, header: Header, rank: int, limit: str) -> np.ndarray:
+        """The values that a header announces. Raises ProtocolError if another number of them comes."""
+        status, messages = self._mpi.Status(), []
+
+        def look() -> bool:
+            if (message := self._comm.Improbe(rank, _VALUES, status)) is not None:
+                messages.append(message)
+            return bool(messages)
+
+        self._wait(look, "questions", limit=limit, moving=True, missing=lambda: (rank,))
+        size = status.Get_count(self._mpi.BYTE)  # memory is taken for what is there, not for what a header says
+        if size != 4 * header.num_values:
+            raise ProtocolError(
+                f"rank {rank}: found {size} bytes behind a header that announces {header.num_values} values"
+            )
         values = np.empty(header.num_values, dtype=np.float32)
-        request = self._comm.Irecv([values, self._mpi.FLOAT], rank, _VALUES)
+        request = messages[0].Irecv([values, self._mpi.FLOAT])
         self._wait(request.Test, "questions", limit=limit, moving=True, missing=lambda: (rank,))
         return values

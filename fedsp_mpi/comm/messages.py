@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
-from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -21,6 +20,7 @@ JsonPhase = Literal["start-up", "checkpoint", "end"]
 LIMIT: dict[JsonPhase, str] = {"start-up": "start_up", "checkpoint": "gather", "end": "gather"}
 MAGIC, LAYOUT_VERSION = b"FSPW", 2
 HEADER_BYTES, MAX_METRICS, TEXT_BYTES = 256, 12, 90
+MAX_ABS = 1e6  # of a value in an update: models do not survive larger ones, and fp32 sums of them lose all others
 # magic, layout version, kind, round, client, number of values (of bytes for JSON), schema digest, weight,
 # which metrics are there (bit mask), metrics, questions and bytes of them and of their answers, text. Little-endian
 # without padding.
@@ -138,12 +138,12 @@ class Header:
 
     def failure(self) -> Failure:
         """The failure that this header carries."""
-        phase, _, reason = self.text.partition("\n")
+        phase, _, reason = (printable(part) for part in self.text.partition("\n"))
         return Failure(self.client, self.round, phase, reason)
 
 
 def checked(item: Update | Failure, contract: Contract, round: int) -> Update | Failure:
-    """What a client may send: `item`, or a Failure in its place if its weight or one of its tensors is not finite.
+    """What a client may send: `item`, or a Failure in its place if its weight or a value cannot be averaged.
 
     Raises:
         ValueError: tensors, metrics or weight are not what the contract says; names the first tensor that differs.
@@ -161,26 +161,21 @@ def checked(item: Update | Failure, contract: Contract, round: int) -> Update | 
         raise ValueError(f"{whose}: found weight {item.weight}, expected a number that is not negative")
     if not math.isfinite(item.weight):
         return Failure(item.client, round, "check", f"weight is {item.weight}")
-    if not item.tensors.is_finite():
-        name = next(name for name, view in item.tensors.items() if not np.isfinite(view).all())
-        return Failure(item.client, round, "check", f"tensor {name!r} is not finite")
+    if reason := impossible_values(item.tensors.flat):
+        name = next(name for name, view in item.tensors.items() if impossible_values(view.reshape(-1)))
+        return Failure(item.client, round, "check", f"tensor {name!r} {reason}")
     return item
 
 
-def require_update(header: Header, contract: Contract, round: int, rank: int) -> Header:
-    """The server's side of `checked`: raise ValueError unless the header is an answer as agreed for this round."""
-    whose = f"update of client {header.client} from rank {rank}"
-    found: list[Any] = [header.round, header.num_values, header.digest.hex()]
-    expected: list[Any] = [round, contract.up.num_values, contract.up.digest.hex()]
-    if header.kind is Kind.FAILURE:
-        found, expected = found[:1], expected[:1]
-    elif header.kind is not Kind.UPDATE or not (math.isfinite(header.weight) and header.weight >= 0):
-        raise ValueError(
-            f"{whose}: found a {header.kind.name} of weight {header.weight}, expected an UPDATE with a finite weight"
-        )
-    if found != expected:
-        raise ValueError(f"{whose}: found [round, values, schema] {found}, expected {expected} as handed out")
-    return header
+def impossible_values(values: np.ndarray) -> str | None:
+    """Say why fp32 values [any number] cannot be averaged; None if they can."""
+    if not values.size:
+        return None
+    low, high = float(values.min()), float(values.max())  # nan if one of them is nan
+    if not (math.isfinite(low) and math.isfinite(high)):
+        return "is not finite"
+    largest = max(-low, high)
+    return f"has a value of {largest:.3g}, expected at most {MAX_ABS:g}" if largest > MAX_ABS else None
 
 
 def down_header(down: Down, contract: Contract) -> Header:
@@ -205,20 +200,22 @@ def require_handout(handout: Handout) -> None:
     seal.refuse_array(handout.tensors.flat)
 
 
-def sort_answers(headers: Iterable[Header]) -> tuple[list[Report], list[Failure]]:
-    """Accepted updates and failures, each in the order of client ids. Raises ValueError if a client answered twice."""
-    ordered = sorted(headers, key=lambda header: header.client)
-    for one, other in pairwise(ordered):
-        if one.client == other.client:
-            raise ValueError(f"found two answers of client {one.client} in one round, expected one")
-    reports = [Report(h.client, h.weight, dict(h.metrics)) for h in ordered if h.kind is Kind.UPDATE]
-    return reports, [header.failure() for header in ordered if header.kind is Kind.FAILURE]
+def reports_of(headers: Iterable[Header], failed: Container[int] = ()) -> list[Report]:
+    """The accepted updates in the order of client ids, without those of `failed` clients."""
+    updates = [header for header in headers if header.kind is Kind.UPDATE and header.client not in failed]
+    updates.sort(key=lambda header: header.client)
+    return [Report(header.client, header.weight, dict(header.metrics)) for header in updates]
 
 
 def slices(num_values: int, chunk: int) -> Iterator[slice]:
     """Cut a vector into pieces of `chunk` values; the last may be shorter."""
     for start in range(0, num_values, chunk):
         yield slice(start, min(start + chunk, num_values))
+
+
+def printable(text: str) -> str:
+    """A text of somebody else for a line of a log: control characters are written out."""
+    return "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in text)
 
 
 def to_json(content: Any) -> bytes:
@@ -231,7 +228,7 @@ def handout_content(handout: Handout, chunk: int) -> dict[str, Any]:
     contract = handout.contract
     schemas = {"tensors": handout.tensors.schema, "down": contract.down, "up": contract.up}
     content = {name: [[spec.name, spec.shape] for spec in schema] for name, schema in schemas.items()}
-    rest = {"metrics": contract.metrics, "servers": contract.servers}
+    rest = {"metrics": contract.metrics, "servers": contract.servers, "finite": contract.finite}
     return {**content, **rest, "meta": handout.meta, "chunk": chunk}
 
 
@@ -239,5 +236,5 @@ def handout_from(content: dict[str, Any]) -> tuple[Handout, int]:
     """The receiving side of `handout_content`: room for the tensors, which are still to come, and the `chunk`."""
     tensors, down, up = (Schema.of(content[name]) for name in ("tensors", "down", "up"))
     room = NamedTensors(tensors, np.empty(tensors.num_values, dtype=np.float32))
-    contract = Contract(down, up, tuple(content["metrics"]), content["servers"])
+    contract = Contract(down, up, tuple(content["metrics"]), content["servers"], tuple(content["finite"]))
     return Handout(content["meta"], room, contract), int(content["chunk"])

@@ -11,6 +11,7 @@ import numpy as np
 from ..tensors import Contract, Failure, Update, seal
 from .desk import Answer
 from .guard import Refused, guard
+from .inspection import Expected, failures_of, read_headers
 from .ledger import Ledger
 from .messages import (
     CHUNK_BYTES,
@@ -24,9 +25,9 @@ from .messages import (
     down_header,
     handout_content,
     handout_from,
+    reports_of,
     require_handout,
     slices,
-    sort_answers,
     to_json,
 )
 from .topology import Topology
@@ -102,7 +103,13 @@ class Solo:
         self._asked[client] = self._asked.get(client, NOTHING_ASKED).one_more(values.size, found.size)
         return found
 
-    def gather(self, round: int, outgoing: Iterable[Update | Failure], answer: Answer | None = None) -> Updates:
+    def gather(
+        self,
+        round: int,
+        outgoing: Iterable[Update | Failure],
+        answer: Answer | None = None,
+        expected: Expected | None = None,
+    ) -> Updates:
         """All clients' answers; `outgoing` may do the local work while it is read, and ask for what `answer` makes.
 
         Raises:
@@ -118,9 +125,13 @@ class Solo:
             packed = [
                 Header.of(item, round, asked.get(item.client, NOTHING_ASKED)).pack(contract.metrics) for item in items
             ]
-            reports, failures = sort_answers(Header.unpack(raw, "this process", contract.metrics) for raw in packed)
-            self._ledger.answers(contract, [r.client for r in reports], [f.client for f in failures], False, asked)
-            flats = [item.tensors.flat for item in items if isinstance(item, Update)]
+            headers = read_headers(b"".join(packed), 0, contract, round, expected)
+            failures = failures_of(headers, contract, round, expected)
+            reports = reports_of(headers, {failure.client for failure in failures})
+            sent, told = ([item.client for item in items if isinstance(item, kind)] for kind in (Update, Failure))
+            self._ledger.answers(contract, sent, told, False, asked)
+            accepted = {report.client for report in reports}
+            flats = [item.tensors.flat for item in items if isinstance(item, Update) and item.client in accepted]
             return Updates(reports, failures, contract.up, self._columns(flats, contract.up.num_values))
 
     def finish(self) -> None:

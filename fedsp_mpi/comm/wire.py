@@ -3,6 +3,9 @@
 Every rank calls the same operations in the same order, and inside them the same collectives: how many there are
 follows from the contract alone. What says who sends how much (headers) goes from client to server as letters, so that
 the server knows who has not reported yet. Payload is fp32 straight from and to the vectors' memory, never pickled.
+Updates are gathered piece by piece, with sends whose size the server looks at before it receives: MPI's own gather
+leaves the server's memory as it was where a rank sends less than it announced, and that would be averaged. What a
+client rank says is inspected (inspection.py) before anything follows from it.
 """
 
 from __future__ import annotations
@@ -18,6 +21,16 @@ import numpy as np
 from ..tensors import Contract, Failure, NamedTensors, Update
 from .desk import Answer, Desk
 from .guard import Refused, guard
+from .incoming import Incoming
+from .inspection import (
+    MAX_JSON_BYTES,
+    Expected,
+    ProtocolError,
+    failures_of,
+    open_json,
+    read_headers,
+    require_one_rank_each,
+)
 from .ledger import Direction, Ledger
 from .messages import (
     CHUNK_BYTES,
@@ -34,14 +47,13 @@ from .messages import (
     down_header,
     handout_content,
     handout_from,
+    reports_of,
     require_handout,
-    require_update,
     slices,
-    sort_answers,
     to_json,
 )
 from .topology import Topology
-from .updates import Columns, Updates, reorder
+from .updates import Updates
 from .waiting import Deadlines, wait
 
 if TYPE_CHECKING:
@@ -49,7 +61,7 @@ if TYPE_CHECKING:
 
 _WINDOW = 4  # pieces of one vector that flow down at the same time
 _SERVER = 0
-_ANSWERS, _JSON = 1, 2  # tags: a client may be a letter ahead of another
+_ANSWERS, _JSON, _PIECES = 1, 2, 5  # tags: a client may be a letter ahead of another; desk.py has 3 and 4
 
 
 class Wire:
@@ -97,10 +109,10 @@ class Wire:
                 self._write(letter, _JSON, limit if phase == "start-up" else "broadcast")
                 self._count_json(phase, phase, "(json)", len(body), (1, 1))
                 return None
-            letters = self._read_all(_JSON, limit)
+            letters = self._read_all(_JSON, limit, dict.fromkeys(range(self.topology.size), MAX_JSON_BYTES))
             for letter in letters.values():
                 self._count_json(phase, phase, "(json)", len(letter) - HEADER_BYTES, (1, 1))
-            return [json.loads(body)] + [_open_json(letters[rank], rank) for rank in sorted(letters)]
+            return [json.loads(body)] + [open_json(letters[rank], rank) for rank in sorted(letters)]
 
     def agree(self, verdict: Refused | None, phase: str = "start_up", note: Any = None) -> Any:
         """The server says whether the run goes on; other ranks pass None. `phase` names the deadline.
@@ -169,16 +181,25 @@ class Wire:
             self._ledger.broadcast(contract.down, 0, crossed)
             return down or Down(header.round, tensors=tensors)
 
-    def gather(self, round: int, outgoing: Iterable[Update | Failure], answer: Answer | None = None) -> Updates | None:
+    def gather(
+        self,
+        round: int,
+        outgoing: Iterable[Update | Failure],
+        answer: Answer | None = None,
+        expected: Expected | None = None,
+    ) -> Updates | None:
         """The answers of this rank's clients for the server; the server passes nothing and gets the Updates.
 
-        Where the contract lets clients ask, the server's ranks pass what makes an `answer`.
+        Where the contract lets clients ask, the server's ranks pass what makes an `answer`. The server also passes who
+        is `expected` to answer; without it, what follows from that is not looked at.
 
         The local work may happen while `outgoing` is read. Updates are kept until they have left: they must not share
-        memory with each other. An update that is not finite goes up as a Failure.
+        memory with each other. An update that cannot be averaged goes up as a Failure. If one comes up all the same, or
+        a client is silent, or a piece is of another length, the server makes a Failure of it.
 
         Raises:
-            ValueError: an answer is not what the contract says; on the sender, and if it comes through, on the server.
+            ValueError: an answer is not what the contract says; on the sender.
+            ProtocolError: the same at the server, where that means that it cannot tell what the rank sends next.
             SealedTensorError: tensors in the memory of the global model.
         """
         with self._operation("gather", round):
@@ -188,7 +209,7 @@ class Wire:
                 self._desk.serve(answer)
             if self.is_server:
                 assert not mine, "the server has no clients"
-                return self._take(round, contract)
+                return self._take(round, contract, expected)
             self._give(round, mine, contract, self._desk.close() if self._desk else {})
             return None
 
@@ -217,60 +238,94 @@ class Wire:
         updates = [item for item in mine if isinstance(item, Update)]
         failures = [item.client for item in mine if isinstance(item, Failure)]
         flats = [update.tensors.flat for update in updates]
-        for part in slices(contract.up.num_values, self._chunk):
-            rows = flats[0][part] if len(flats) == 1 else np.concatenate([_NOTHING, *(flat[part] for flat in flats)])
-            request = self._comm.Igatherv([rows, self._mpi.FLOAT], None, root=_SERVER)
+        for part in slices(contract.up.num_values, self._chunk) if flats else ():
+            rows = flats[0][part] if len(flats) == 1 else np.concatenate([flat[part] for flat in flats])
+            request = self._comm.Isend([rows, self._mpi.FLOAT], dest=_SERVER, tag=_PIECES)
             # The server reads while it merges, or after it learned: the limit is the one for the server's work, and
             # nothing is known to move before the first piece has left.
-            self._wait(request.Test, "gather", limit="broadcast", moving=part.start > 0)
+            self._wait(request.Test, "gather", limit="broadcast", moving=part.start > 0, missing=lambda: (_SERVER,))
         self._ledger.answers(contract, [update.client for update in updates], failures, True, asked)
 
-    def _take(self, round: int, contract: Contract) -> Updates:
+    def _take(self, round: int, contract: Contract, expected: Expected | None) -> Updates:
+        most = None
+        if expected is not None:
+            sizes = [HEADER_BYTES * len(expected.of_rank(rank)) for rank in range(self.topology.size)]
+            most = dict(enumerate(sizes))
         headers: list[list[Header]] = [[] for _ in range(self.topology.size)]
-        for rank, letter in self._read_all(_ANSWERS, "gather").items():
-            some = (Header.unpack(raw, f"rank {rank}", contract.metrics) for raw in _pieces(letter, rank))
-            headers[rank] = [require_update(header, contract, round, rank) for header in some]
-        reports, failures = sort_answers(header for some in headers for header in some)
-        clients = [[header.client for header in some if header.kind is Kind.UPDATE] for some in headers]
-        self._open = Updates(reports, failures, contract.up, self._columns(clients, contract.up.num_values))
-        asked = {header.client: header.asked for some in headers for header in some if header.asked.questions}
-        self._ledger.answers(contract, [r.client for r in reports], [f.client for f in failures], True, asked)
+        for rank, letter in self._read_all(_ANSWERS, "gather", most).items():
+            headers[rank] = read_headers(letter, rank, contract, round, expected)
+        everyone = [header for of_rank in headers for header in of_rank]
+        senders = [[header.client for header in of_rank if header.kind is Kind.UPDATE] for of_rank in headers]
+        require_one_rank_each(senders)
+        failures = {failure.client: failure for failure in failures_of(everyone, contract, round, expected)}
+        incoming = Incoming(self._receive_pieces, senders, contract.up.num_values, self._chunk, round)
+        for client, reason in incoming.first().items():
+            failures.setdefault(client, Failure(client, round, "check", reason))
+        reports = reports_of(everyone, failures)
+        self._open = Updates(
+            reports,
+            sorted(failures.values(), key=lambda failure: failure.client),
+            contract.up,
+            incoming.columns({report.client for report in reports}),
+        )
+        asked = {header.client: header.asked for header in everyone if header.asked.questions}
+        sent = sorted(client for of_rank in senders for client in of_rank)
+        told = sorted(header.client for header in everyone if header.kind is Kind.FAILURE)
+        self._ledger.answers(contract, sent, told, True, asked)
         return self._open
 
-    def _columns(self, clients: list[list[int]], num_values: int) -> Iterator[Columns]:
-        """Receive the columns; `clients` are the ids of the accepted updates by rank, in the order of sending."""
-        counts, displs = np.array([len(some) for some in clients]), np.zeros(len(clients), dtype=int)
-        landed: list[int] = []
-        # Ranks land in the order of their first clients, so that often no row has to move.
-        for rank in sorted(range(len(clients)), key=lambda rank: clients[rank][:1]):
-            displs[rank] = len(landed)
-            landed += clients[rank]
-        order = [int(row) for row in np.argsort(landed)]
-        room = np.empty(len(landed) * min(self._chunk, num_values), dtype=np.float32)
-        for part in slices(num_values, self._chunk):
-            width = part.stop - part.start
-            matrix = room[: len(landed) * width].reshape(len(landed), width)
-            target = [matrix, (counts * width, displs * width), self._mpi.FLOAT]
-            request = self._comm.Igatherv(self._mpi.IN_PLACE, target, root=_SERVER)
-            self._wait(request.Test, "gather", moving=True)
-            reorder(matrix, order)
-            yield part, matrix
+    def _receive_pieces(self, targets: Mapping[int, np.ndarray]) -> dict[int, int]:
+        """Receive the next piece of each rank into contiguous fp32 memory of its own.
+
+        Returns:
+            The number of bytes that a rank sent, for those that sent another number than there is memory for. What
+            they sent is thrown away.
+        """
+        flowing: dict[int, MPI.Request] = {}
+        wrong: dict[int, int] = {}
+        waiting = set(targets)
+        status = self._mpi.Status()
+
+        def look() -> bool:
+            for rank in list(waiting):
+                if rank not in flowing:
+                    message = self._comm.Improbe(rank, _PIECES, status)
+                    if message is None:
+                        continue
+                    size = status.Get_count(self._mpi.BYTE)
+                    target = targets[rank]
+                    if size != target.nbytes:
+                        wrong[rank] = size
+                        target = np.empty(size, dtype=np.uint8)
+                    flowing[rank] = message.Irecv([target, self._mpi.BYTE])
+                if flowing[rank].Test():
+                    waiting.remove(rank)
+            return not waiting
+
+        self._wait(look, "gather", moving=True, missing=lambda: waiting)
+        return wrong
 
     def _write(self, letter: bytes, tag: int, phase: str) -> None:
         request = self._comm.Isend([letter, self._mpi.BYTE], dest=_SERVER, tag=tag)
         self._wait(request.Test, phase, missing=lambda: (_SERVER,))
 
-    def _read_all(self, tag: int, phase: str) -> dict[int, bytes]:
-        """One letter of every other rank, by rank."""
+    def _read_all(self, tag: int, phase: str, most: Mapping[int, int] | None = None) -> dict[int, bytes]:
+        """One letter of every other rank, by rank; `most`: of how many bytes at most."""
         arriving: dict[int, tuple[MPI.Request, bytearray]] = {}
         letters: dict[int, bytes] = {}
         status = self._mpi.Status()
 
         def look() -> bool:
             while (message := self._comm.Improbe(self._mpi.ANY_SOURCE, tag, status)) is not None:
-                assert status.source not in letters.keys() | arriving.keys(), "a rank is an operation ahead"
-                letter = bytearray(status.Get_count(self._mpi.BYTE))
-                arriving[status.source] = (message.Irecv([letter, self._mpi.BYTE]), letter)
+                rank, size = status.source, status.Get_count(self._mpi.BYTE)
+                if rank in letters.keys() | arriving.keys():
+                    raise ProtocolError(f"rank {rank}: found a second letter in {phase}, expected one")
+                if most is not None and size > most[rank]:
+                    raise ProtocolError(
+                        f"rank {rank}: found a letter of {size} bytes in {phase}, expected at most {most[rank]}"
+                    )
+                letter = bytearray(size)
+                arriving[rank] = (message.Irecv([letter, self._mpi.BYTE]), letter)
             for rank in [rank for rank, (request, _) in arriving.items() if request.Test()]:
                 letters[rank] = bytes(arriving.pop(rank)[1])
             return len(letters) == self._others
@@ -339,21 +394,7 @@ class Wire:
         self._ledger.raw(direction, phase, name, size, *deliveries)
 
 
-_NOTHING = np.empty(0, dtype=np.float32)
-
-
 def _room(header: Header, contract: Contract) -> NamedTensors:
     header.require(Kind.BROADCAST, "the server")
     assert header.digest == contract.down.digest, "the server sent what it had not handed out"
     return NamedTensors(contract.down, np.empty(header.num_values, dtype=np.float32))
-
-
-def _open_json(letter: bytes, rank: int) -> dict[str, Any]:
-    header = Header.unpack(letter[:HEADER_BYTES], f"rank {rank}").require(Kind.JSON, f"rank {rank}")
-    assert len(letter) == HEADER_BYTES + header.num_values
-    return json.loads(letter[HEADER_BYTES:])
-
-
-def _pieces(letter: bytes, rank: int) -> list[bytes]:
-    assert len(letter) % HEADER_BYTES == 0, f"rank {rank} sent {len(letter)} bytes, expected headers of {HEADER_BYTES}"
-    return [letter[start : start + HEADER_BYTES] for start in range(0, len(letter), HEADER_BYTES)]

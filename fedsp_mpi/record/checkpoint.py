@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 from collections import deque
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +36,16 @@ class Piece(NamedTuple):
     round: int
     size: int
     digest: str
+
+    @classmethod
+    def of(cls, content: Sequence[object]) -> Piece:
+        """What JSON says of a file. Raises ValueError if that is no such three values."""
+        round, size, digest = content
+        if not (isinstance(round, int) and isinstance(size, int) and isinstance(digest, str)):
+            raise ValueError(f"found {[type(value).__name__ for value in content]}, expected a round, a size, a digest")
+        if not (0 <= round < 1 << 31 and 0 <= size < 1 << 62 and len(digest) <= 64):
+            raise ValueError("found a round, a size or a digest that cannot be")
+        return cls(round, size, digest)
 
 
 @dataclass(frozen=True)
