@@ -171,13 +171,9 @@ def expected(materials: Materials, rank_of: Mapping[int, int], round: int) -> Ex
     stage = config.client.tuning
     clients = chosen(materials, round)
     trained = float(stage.steps * stage.batch_size)
-    poisoned = set(config.attack.clients)
-
-    def most(client: int) -> float:
-        copies = 2 if client in poisoned else 1
-        return float(copies * len(materials.shards[client + 1])) if config.searches else trained
-
-    samples = {id: most(id) for id in clients}
+    copies = {id: 2 if id in config.attack.clients else 1 for id in clients}
+    examples = {id: float(copies[id] * len(materials.shards[id + 1])) for id in clients}
+    samples = examples if config.searches else dict.fromkeys(clients, trained)
     return Expected({id: rank_of[id] for id in clients}, samples)
 
 

@@ -203,7 +203,7 @@ def test_the_server_refuses_headers_that_break_the_contract() -> None:
         with pytest.raises(ProtocolError, match=message):
             read_from_rank_2(header)
     hidden = bytearray(good.pack(CONTRACT.metrics))
-    hidden[-100] = 1  # in a metric that the contract does not have
+    hidden[-120] = 1  # in a metric that the contract does not have
     with pytest.raises(ProtocolError, match="client 5 from rank 2: found bytes that the contract"):
         read_headers(bytes(hidden), 2, CONTRACT, 4, EXPECTED)
     with pytest.raises(ProtocolError, match="client 5 from rank 2: found two answers"):
