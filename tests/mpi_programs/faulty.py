@@ -13,6 +13,8 @@ WHERE is one of
     memory:CLIENT[:ROUND]       one client runs out of memory
     text:CLIENT                 one client's text cannot be used
     slow:CLIENT:SECONDS         each step of one client takes so long
+    lie:WHAT:CLIENT             what one client sends, past its rank's own checks: "values" that are no numbers, the
+                                "weight" of a million, or nothing at all ("silent")
 """
 
 import errno
@@ -149,6 +151,27 @@ def nan_in(client: str, round: str | None = None) -> None:
     Client.local = faulty
 
 
+def lie(what: str, client: str) -> None:
+    """Let one client's rank send what its own checks would not let through."""
+    from dataclasses import replace
+
+    from fedsp_mpi.comm.wire import Wire
+    from fedsp_mpi.tensors import Update
+
+    original = Wire._give
+
+    def lying(self, round, mine, contract, asked):
+        for place, item in enumerate(mine):
+            if item.client == int(client) and isinstance(item, Update) and what == "values":
+                item.tensors.flat[1] = float("nan")
+            elif item.client == int(client) and isinstance(item, Update) and what == "weight":
+                mine[place] = replace(item, weight=1e6)
+        kept = [item for item in mine if item.client != int(client) or what != "silent"]
+        original(self, round, kept, contract, asked)
+
+    Wire._give = lying
+
+
 if __name__ == "__main__":
     kind, *details = sys.argv[1].split(":")
     in_phases = {
@@ -159,7 +182,7 @@ if __name__ == "__main__":
         "stop": lambda: os.kill(os.getpid(), signal.SIGSTOP),
         "signal": lambda: os.kill(os.getpid(), signal.SIGUSR1),
     }
-    others = {"nan": nan_in, "tear": tear, "full": full, "memory": memory_in, "text": text_of, "slow": slow}
+    others = {"nan": nan_in, "tear": tear, "full": full, "memory": memory_in, "text": text_of, "slow": slow, "lie": lie}
     if kind in in_phases:
         in_phase(in_phases[kind], *details)
     else:
