@@ -212,7 +212,7 @@ MISTAKES = {
     ),
     "no column in test": (
         GOOD | {"test": [{"context": "a", "label": 1}]},
-        ["row 0 of test", "'choices': found NoneType"],
+        ["no column 'choices' in test", "which has context, label"],
     ),
     "a label too high": (
         GOOD | {"test": [CHOICE_ROW, CHOICE_ROW | {"label": 2}]},
@@ -223,10 +223,13 @@ MISTAKES = {
         {split: [CHOICE_ROW | {"label": label} for label in (False, True)] for split in GOOD},
         ["row 0 of train", "column 'label': found bool False", "expected a whole number from 0 to 1"],
     ),
-    "a label in words": (GOOD | {"test": [CHOICE_ROW | {"label": "two"}]}, ["found", "two"]),
+    "a label in words": (
+        GOOD | {"test": [CHOICE_ROW | {"label": "four"}]},
+        ["row 0 of test", "found 'four'", "0 to 1"],
+    ),
     "choices in one text": (
         {split: [CHOICE_ROW | {"choices": "two, three"}] * 2 for split in GOOD},
-        ["row 0 of train", "column 'choices': found str 'two, three'", "expected a list of texts"],
+        ["row 0 of train", "column 'choices': found str of 10 characters", "a list of texts", '["a", "b"]'],
     ),
     "a context that is a number": (
         {split: [CHOICE_ROW | {"context": 7}] * 2 for split in GOOD},
