@@ -268,7 +268,7 @@ def _wanted(materials: Materials, options: Options, library: Any) -> tuple[str, 
 
 def _own_task(materials: Materials, name: str, library: Any) -> dict[str, Any]:
     """The run's task over its own test rows: in lm-eval's words where it has the task and the rows have its columns."""
-    table, examples = _test_rows(materials)
+    table, examples = _scored_rows(materials)
     own_words = materials.is_reworded or (name == "race" and "problems" not in table.column_names)
     if name in library.ROOMS and not own_words:
         return library.inherited(name, table)
@@ -279,10 +279,10 @@ def _own_task(materials: Materials, name: str, library: Any) -> dict[str, Any]:
     return library.standalone(name, metric, type(table).from_list(rows))
 
 
-def _test_rows(materials: Materials) -> tuple[Any, list[tasks.Example]]:
+def _scored_rows(materials: Materials) -> tuple[Any, list[tasks.Example]]:
     """The rows of a run's test split, in its order, as a data set, and their examples, without those left out."""
     config = materials.config
-    return tasks.test_rows(materials.task, materials.source, config.run.seed, config.data.limit.test)
+    return tasks.scored_rows(materials.task, materials.source, config.run.seed, config.data.limit.test)
 
 
 # -- results -------------------------------------------------------------------------------------------------------

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import ast
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
 Row = Mapping[str, Any]
+_MOST_SHOWN = 10  # choices
 SHORTEST_TEXT = 10  # characters up to which a label is quoted: it is the name of a class, not a client's text
 
 
@@ -65,6 +66,13 @@ def shown_label(value: object) -> str:
     if isinstance(value, str) and len(value) <= SHORTEST_TEXT:
         return repr(value)
     return shown(value)
+
+
+def shown_choices(choices: Sequence[str]) -> str:
+    """Describe choices: in words where they are short, which is how classes are named; else by their number."""
+    if all(len(choice) <= SHORTEST_TEXT for choice in choices[:_MOST_SHOWN]):
+        return ", ".join(choices[:_MOST_SHOWN]) + (", ..." if len(choices) > _MOST_SHOWN else "")
+    return f"{len(choices)} texts"
 
 
 def _parsed(value: object) -> object:

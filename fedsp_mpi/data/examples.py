@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from fedsp_mpi.data import labels
-from fedsp_mpi.data.cells import Row, mapping, shown, shown_label, text, texts
+from fedsp_mpi.data.cells import Row, mapping, shown, shown_choices, shown_label, text, texts
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ def _lettered(row: Row, context: str) -> Example:
     answer = labels.key(row.get("answerKey"))
     if answer not in letters[: len(choices)]:
         raise ValueError(
-            f"found answer key {shown_label(answer)}, expected one of {', '.join(letters)}; correct the row"
+            f"found answer key {shown_label(answer)}, expected one of {shown_choices(letters)}; correct the row"
         )
     gold = letters.index(answer)
     return Example(context, f" {choices[gold]}", choices, (gold,))

@@ -73,9 +73,10 @@ class Declared:
     def columns(self) -> dict[str, list[str]]:
         """Return split -> column names: as declared, else those of each split's first row."""
         builder = self._builder
-        if builder.info.features is not None:
-            return {split: list(builder.info.features) for split in self._names}
-        return {split: _first_columns(self._task, self._location, builder, n) for split, n in self._names.items()}
+        return {
+            split: _ask(self._task, self._location, lambda: _first_row_columns(builder, name))  # noqa: B023
+            for split, name in self._names.items()
+        }
 
     def tables(self) -> tuple[dict[str, Table], list[str]]:
         """Return split -> rows, and notes."""
@@ -94,7 +95,7 @@ class Folder:
     def columns(self) -> dict[str, list[str]]:
         """Return split -> column names, of each split's first row."""
         return {
-            split: _first_columns(self._task, self._location, self._builder(split, paths), split)
+            split: self._asked(paths, lambda: _first_row_columns(self._builder(split, paths), split))  # noqa: B023
             for split, paths in self._files.by_split.items()
         }
 
@@ -104,7 +105,8 @@ class Folder:
         for split, paths in self._files.by_split.items():
             several = len(paths) > 1 and not splits.are_shards(paths)
             parts = [self._table(split, part) for part in ([[path] for path in paths] if several else [paths])]
-            tables[split] = _ask(self._task, self._location, lambda: datasets.concatenate_datasets(parts))  # noqa: B023
+            tables[split] = self._asked(paths, lambda: datasets.concatenate_datasets(parts))  # noqa: B023
+            tables[split].info.builder_name = self._files.kind  # which is lost in between
             if several:
                 sizes = [f"{path.relative_to(self._folder)} ({len(part)} rows)" for path, part in zip(paths, parts)]
                 notes.append(f"{split} = {len(paths)} files: {_listed(sizes)}; move away what does not belong to it")
@@ -113,12 +115,16 @@ class Folder:
         return tables, notes
 
     def _table(self, split: str, paths: Sequence[Path]) -> Table:
-        return _ask(self._task, self._location, lambda: _prepare(self._builder(split, paths)))[split]
+        return self._asked(paths, lambda: _prepare(self._builder(split, paths))[split])
 
     def _builder(self, split: str, paths: Sequence[Path]) -> datasets.DatasetBuilder:
-        return _ask(
-            self._task, self._location, lambda: cache.builder(self._files.kind, split, paths, self._options(paths))
-        )
+        return cache.builder(self._files.kind, split, paths, self._options(paths))
+
+    def _asked(self, paths: Sequence[Path], question: Callable[[], T]) -> T:
+        """What `datasets` answers about some of the files."""
+        names = _listed([str(path.relative_to(self._folder)) for path in paths])
+        wanted = f"{self._files.ending} files in UTF-8 with the same columns in every row; correct the file"
+        return _ask(self._task, self._location, question, f"{names} in {self._folder}", wanted)
 
     def _options(self, paths: Sequence[Path]) -> dict[str, Any]:
         """How a table of texts is read: every cell is text as it stands, NA and None too."""
@@ -146,6 +152,11 @@ def opened(task: str, location: Location) -> Source:
     if not _is_declared(task, location):
         return Folder(task, location)
     _for_user(task, lambda: splits.require_files(folder))
+    if any(character in str(folder) for character in "*?["):
+        raise ValueError(
+            f"{task}: found one of * ? [ in the path {folder}, whose README lists its files by patterns, expected a "
+            "path without them; rename the folder"
+        )
     config = _pick_config(task, location)
     return Declared(task, location, _ask(task, location, lambda: cache.declared_builder(folder, config)))
 
@@ -226,11 +237,11 @@ def _is_cached(name: str) -> bool:
     return cache.is_dir() and any(plain(path.name) == plain(name) for path in cache.iterdir())
 
 
-def _first_columns(task: str, location: Location, builder: datasets.DatasetBuilder, split: str) -> list[str]:
+def _first_row_columns(builder: datasets.DatasetBuilder, split: str) -> list[str]:
     """The column names of a split's first row."""
     if builder.info.features is not None:
         return list(builder.info.features)
-    return _ask(task, location, lambda: list(next(iter(builder.as_streaming_dataset(split=split)), {})))
+    return list(next(iter(builder.as_streaming_dataset(split=split)), {}))
 
 
 def _for_user(task: str, question: Callable[[], T]) -> T:
@@ -246,16 +257,18 @@ def _listed(names: Sequence[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
-def _ask(task: str, location: Location, question: Callable[[], T]) -> T:
+def _ask(
+    task: str, location: Location, question: Callable[[], T], where: object = None, wanted: str | None = None
+) -> T:
     """What `datasets` answers; whatever goes wrong inside it becomes one line for the user."""
     try:
         return question()
     except Exception as error:
-        expected = "files of one format with the same columns in every split; correct the files"
+        expected = wanted or "files of one format with the same columns in every split; correct the files"
         if not location.folder:
             expected = f"the data set; where the hub cannot be reached, give a local folder as the source, or {FETCH}"
         reason = _unquoted(_reason(error), str(location.folder)) if location.folder else _reason(error)
-        raise ValueError(f"{task}: found {reason} while reading {location}, expected {expected}") from error
+        raise ValueError(f"{task}: found {reason} while reading {where or location}, expected {expected}") from error
 
 
 def _unquoted(reason: str, folder: str) -> str:
@@ -265,7 +278,7 @@ def _unquoted(reason: str, folder: str) -> str:
         inner = match.group(2)
         return match.group(0) if folder in inner or len(inner) <= SHORTEST_TEXT else "(not shown)"
 
-    return re.sub(r"(['\"])(.*?)(?:\1|$)", plain, reason)
+    return re.sub(r"(?<!\w)(['\"])(.*?)(?:\1(?!\w)|$)", plain, reason)
 
 
 def _reason(error: BaseException) -> str:

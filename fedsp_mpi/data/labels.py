@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
-from fedsp_mpi.data.cells import SHORTEST_TEXT, shown_label
+from fedsp_mpi.data.cells import shown_choices, shown_label
 
 Synonyms = tuple[tuple[str, ...], ...]  # for each choice, further names of its class, in lower case
 
@@ -185,9 +185,8 @@ def _order(names: tuple[str, ...], choices: tuple[str, ...], synonyms: Synonyms)
 
 
 def _other_classes(names: Sequence[str], choices: Sequence[str]) -> str:
-    """Name both orders; long choices are counted alone, because they are a client's text."""
-    wanted = ", ".join(choices) if all(len(choice) <= SHORTEST_TEXT for choice in choices) else "of the row"
+    """Name both orders."""
     return (
-        f"column 'label': found {len(names)} classes in the order {', '.join(names)}, expected the {len(choices)} "
-        f"choices {wanted}; name the classes after the choices, or choose another task"
+        f"column 'label': found {len(names)} classes in the order {shown_choices(names)}, expected the {len(choices)} "
+        f"choices {shown_choices(choices)}; name the classes after the choices, or choose another task"
     )

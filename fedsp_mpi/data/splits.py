@@ -157,7 +157,7 @@ def _require_one_source(folder: Path, split: str, words: Mapping[Path, str]) -> 
     stems: dict[str, Path] = {}
     for path, word in words.items():
         first.setdefault(word, path)
-        stem = str(path.relative_to(folder).with_name(_parts(path.name)[0]))
+        stem = str(path.relative_to(folder).with_name(_parts(path.name)[0])).casefold()
         other = stems.setdefault(stem, path)
         if other is not path:
             raise ValueError(

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import datasets
 
 from fedsp_mpi.data import examples, labels, sources
-from fedsp_mpi.data.cells import Row
+from fedsp_mpi.data.cells import Row, shown_choices
 from fedsp_mpi.data.examples import Example
 
 SPLITS = sources.SPLITS
@@ -148,7 +148,7 @@ def load(
             numbers = numbers[:most]
         chosen[split], remarks = _examples(task, tables[origin], origin, numbers, split)
         notes += remarks
-    return Splits(**chosen, notes=tuple(notes))
+    return Splits(**chosen, notes=tuple(dict.fromkeys(notes)))
 
 
 def check_columns(task: Task | str, source: str | None) -> None:
@@ -157,7 +157,7 @@ def check_columns(task: Task | str, source: str | None) -> None:
     sources.check(task.name, sources.locate(task.name, task.hub, source), task.column_sets)
 
 
-def test_rows(task: Task, source: str | None, seed: int, limit: int | None) -> tuple[datasets.Dataset, list[Example]]:
+def scored_rows(task: Task, source: str | None, seed: int, limit: int | None) -> tuple[datasets.Dataset, list[Example]]:
     """Return the rows of the test split that `load` keeps, with lm-eval's form of their answers, and their examples.
 
     Raises ValueError as `load` does.
@@ -201,11 +201,11 @@ def _examples(
     for rows, reason in ((unanswered, "without an answer"), (empty, "with an empty choice")):
         if rows:
             which = ", ".join(map(str, rows[:5])) + (", ..." if len(rows) > 5 else "")
-            notes.append(f"{split}: {len(rows)} rows {reason} left out ({origin} {which})")
+            notes.append(f"{split}: {len(rows)} row{'s' if len(rows) > 1 else ''} {reason} left out ({origin} {which})")
     if names and names.are_unknown:
         notes.append(
-            f"{split}: the classes of the column {task.columns[-1]!r} have other names than the choices "
-            f"({', '.join(names.texts)}); 0 was taken for the first choice, 1 for the second, and so on"
+            f"the classes of the column {task.columns[-1]!r} have other names than the task's choices "
+            f"({shown_choices(names.texts)}); 0 was taken for the first choice, 1 for the second, and so on"
         )
     return tuple(example for _, example in kept), notes
 
