@@ -282,7 +282,8 @@ def _own_task(materials: Materials, name: str, library: Any) -> dict[str, Any]:
 def _scored_rows(materials: Materials) -> tuple[Any, list[tasks.Example]]:
     """The rows of a run's test split, in its order, as a data set, and their examples, without those left out."""
     config = materials.config
-    return tasks.scored_rows(materials.task, materials.source, config.run.seed, config.data.limit.test)
+    data = config.data
+    return tasks.scored_rows(materials.task, materials.source, config.run.seed, data.limit.test, data.columns)
 
 
 # -- results -------------------------------------------------------------------------------------------------------

@@ -72,7 +72,7 @@ class Materials:
     def splits(self) -> tasks.Splits:
         limit = {name: most for name, most in asdict(self.config.data.limit).items() if most is not None}
         shots, seed = self.config.data.shots, self.config.run.seed
-        found = tasks.load(self.task, self.source, seed=seed, limit=limit)
+        found = tasks.load(self.task, self.source, seed=seed, limit=limit, columns=self.config.data.columns)
         if shots is None:
             return found
         self._require_classes(found, "data.shots", shots, "set data.limit.train instead")
@@ -283,7 +283,7 @@ class Materials:
         if not self.config.tunes_weights:
             auxiliary.require_cell(self.config.auxiliary, self.shape.num_layers, self.model_name)
         require_positions(self.num_prompt_tokens, self.shape.num_positions, self.model_name)
-        tasks.check_columns(self.task, self.source)
+        tasks.check_columns(self.task, self.source, self.config.data.columns)
         if self.fills_gaps:
             _ = masked.gap(self.tokenizer), self.test
         else:

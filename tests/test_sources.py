@@ -305,6 +305,24 @@ def test_a_table_is_text_as_it_stands(tmp_path):
     assert tasks.load("multiple_choice", tsv, seed=0).train[0].choices == ("a, b", "c")
 
 
+def test_columns_by_the_names_of_the_file(tmp_path):
+    text = "label,review,stars\nx,good film,positive\nx,bad film,0\n"
+    source = write(tmp_path / "own", train_csv=text, validation_csv=text, test_csv="label,review\nx,a film\n")
+    names = {"sentence": "review", "label": "stars"}
+    tasks.check_columns("sst2", source, names)
+    splits = tasks.load("sst2", source, seed=0, columns=names)
+    assert [example.gold[0] for example in splits.test] == [1, 0] and splits.test[0].context.startswith("good film\n")
+    for wrong, words in (
+        ({"text": "review"}, "data.columns: found 'text', expected one of the columns of sst2: sentence, label"),
+        (
+            {"sentence": "reviews"},
+            "data.columns.sentence: found 'reviews', which train of .* expected one of label, re",
+        ),
+    ):
+        with pytest.raises(ValueError, match=words):
+            tasks.check_columns("sst2", source, wrong)
+
+
 @pytest.mark.parametrize("form", ["csv", "jsonl", "parquet"])
 def test_a_test_split_without_labels_is_not_scored_in_any_format(tmp_path, form):
     source = as_files(tmp_path / "own", form, [0, 1] * 10)

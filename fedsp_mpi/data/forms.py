@@ -7,8 +7,8 @@ The splits train, validation and test go by many names (data/splits.py); local f
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
@@ -33,13 +33,14 @@ class Location:
     """A folder, or else the data set `name` on the hub.
 
     `config` is the configuration that was asked for (None: the only one); `usual` is the one that the task has on the
-    hub, taken from a folder that has it among several.
+    hub, taken from a folder that has it among several. `columns` says by the task's columns how the source calls them.
     """
 
     folder: Path | None
     name: str
     config: str | None
     usual: str | None = None
+    columns: Mapping[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         return str(self.folder) if self.folder else f"{self.name} on the hub"

@@ -27,22 +27,29 @@ Rows = tuple[str, Sequence[int]]  # a split of the source, and which of its rows
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
-def locate(task: str, hub: tuple[str, str | None] | None, source: str | None) -> Location:
+def locate(
+    task: str, hub: tuple[str, str | None] | None, source: str | None, columns: Mapping[str, str] | None = None
+) -> Location:
     """Decide what `source` means: None the task's own hub set, an existing folder, else a name on the hub.
+
+    `columns` says by the task's columns how the source calls them, where it has other names.
 
     Raises:
         ValueError: neither a folder nor a possible name, or a task without a hub set and no source.
     """
+    renames = columns or {}
     if source is None:
         if hub is None:
             raise ValueError(
                 f"{task}: found no source, expected a folder or a hub set; this task has no data of its own"
             )
-        return Location(None, *hub)
+        return Location(None, *hub, columns=renames)
     head, _, tail = source.rpartition(":")
     for text, config in ((source, None), (head, tail)):
         if text and Path(text).expanduser().is_dir():
-            return Location(Path(text).expanduser().resolve(), Path(text).name, config, hub[1] if hub else None)
+            return Location(
+                Path(text).expanduser().resolve(), Path(text).name, config, hub[1] if hub else None, renames
+            )
     name, _, config = source.partition(":")
     if Path(source).expanduser().exists():
         raise ValueError(f"{task}: found the file {source}, expected a folder with train.jsonl, ...; give its folder")
@@ -51,7 +58,7 @@ def locate(task: str, hub: tuple[str, str | None] | None, source: str | None) ->
             f"{task}: found no folder {Path(source).expanduser().absolute()}, expected one with train.jsonl, "
             "validation.jsonl, test.jsonl, or a hub name; correct the path"
         )
-    return Location(None, name, config or (hub[1] if hub and hub[0] == name else None))
+    return Location(None, name, config or (hub[1] if hub and hub[0] == name else None), columns=renames)
 
 
 def read(task: str, location: Location, column_sets: Sequence[Sequence[str]]) -> tuple[dict[str, Table], list[str]]:
@@ -64,8 +71,9 @@ def read(task: str, location: Location, column_sets: Sequence[Sequence[str]]) ->
     """
     with _quiet():
         source = opened(task, location)
-        _require_columns(task, location, source.columns(), column_sets)
+        _require_columns(task, location, _named(task, location, source.columns(), column_sets), column_sets)
         tables, notes = source.tables()
+        tables = {split: _in_task_words(table, location.columns) for split, table in tables.items()}
     _require_columns(task, location, {split: table.column_names for split, table in tables.items()}, column_sets)
     return tables, notes
 
@@ -90,7 +98,8 @@ def plain_text(source: str) -> Iterator[str]:
 def check(task: str, location: Location, column_sets: Sequence[Sequence[str]]) -> None:
     """The part of `read` that reads no more than the first row of each split; the same errors."""
     with _quiet():
-        _require_columns(task, location, opened(task, location).columns(), column_sets)
+        columns = _named(task, location, opened(task, location).columns(), column_sets)
+        _require_columns(task, location, columns, column_sets)
 
 
 def split_rows(
@@ -148,6 +157,38 @@ def _why_not_scored(test: Table | None, column_sets: Sequence[Sequence[str]]) ->
     if len(test) == 0 or any(answer not in (None, "", -1, "-1", []) for answer in test[answers]):
         return None
     return "the answers of the split 'test' are not public"
+
+
+def _named(
+    task: str, location: Location, found: Mapping[str, Sequence[str]], column_sets: Sequence[Sequence[str]]
+) -> dict[str, list[str]]:
+    """Split -> column names in the task's words. Raises ValueError if data.columns names a column that is not there."""
+    known = list(dict.fromkeys(name for columns in column_sets for name in columns))
+    for name, theirs in location.columns.items():
+        if name not in known:
+            raise ValueError(f"data.columns: found {name!r}, expected one of the columns of {task}: {', '.join(known)}")
+        for split, columns in found.items():
+            is_answer = any(name == wanted[-1] for wanted in column_sets)
+            if theirs not in columns and not (split == "test" and is_answer):
+                raise ValueError(
+                    f"data.columns.{name}: found {theirs!r}, which {split} of {location} does not have, expected one "
+                    f"of {', '.join(columns)}"
+                )
+    return {split: list(_new_names(columns, location.columns).values()) for split, columns in found.items()}
+
+
+def _new_names(columns: Sequence[str], theirs: Mapping[str, str]) -> dict[str, str]:
+    """The columns that stay, by their old names; one that has the name of a renamed one goes."""
+    renamed = {old: new for new, old in theirs.items() if old in columns}
+    return {name: renamed.get(name, name) for name in columns if name in renamed or name not in theirs}
+
+
+def _in_task_words(table: Table, theirs: Mapping[str, str]) -> Table:
+    """The table with the task's names of columns."""
+    if not theirs:
+        return table
+    names = _new_names(table.column_names, theirs)
+    return table.select_columns(list(names)).rename_columns(names)
 
 
 def _require_columns(

@@ -116,6 +116,7 @@ def load(
     *,
     seed: int,
     limit: Mapping[str, int | None] | None = None,
+    columns: Mapping[str, str] | None = None,
 ) -> Splits:
     """Read the examples of a task.
 
@@ -130,6 +131,7 @@ def load(
         seed: the experiment's seed; it matters only where validation is cut from train.
         limit: at most so many rows of "train", "validation", "test": the first ones in file order, as with lm-eval's
             `limit`. A cut validation keeps the file order too.
+        columns: by the task's columns, how the source calls them, where it has other names.
 
     Raises:
         ValueError: unknown task, no such folder or hub set, hub out of reach, missing column or split, empty split, or
@@ -137,7 +139,7 @@ def load(
     """
     task = find(task) if isinstance(task, str) else task
     limits = _limits(limit)
-    tables, notes = sources.read(task.name, sources.locate(task.name, task.hub, source), task.column_sets)
+    tables, notes = sources.read(task.name, sources.locate(task.name, task.hub, source, columns), task.column_sets)
     rows, decisions = sources.split_rows(task.name, tables, task.column_sets, seed)
     notes += decisions
     chosen: dict[str, tuple[Example, ...]] = {}
@@ -151,18 +153,20 @@ def load(
     return Splits(**chosen, notes=tuple(dict.fromkeys(notes)))
 
 
-def check_columns(task: Task | str, source: str | None) -> None:
+def check_columns(task: Task | str, source: str | None, columns: Mapping[str, str] | None = None) -> None:
     """Find out in a moment whether `load` would find its folder or hub set and its columns; ValueError if not."""
     task = find(task) if isinstance(task, str) else task
-    sources.check(task.name, sources.locate(task.name, task.hub, source), task.column_sets)
+    sources.check(task.name, sources.locate(task.name, task.hub, source, columns), task.column_sets)
 
 
-def scored_rows(task: Task, source: str | None, seed: int, limit: int | None) -> tuple[datasets.Dataset, list[Example]]:
+def scored_rows(
+    task: Task, source: str | None, seed: int, limit: int | None, columns: Mapping[str, str] | None = None
+) -> tuple[datasets.Dataset, list[Example]]:
     """Return the rows of the test split that `load` keeps, with lm-eval's form of their answers, and their examples.
 
     Raises ValueError as `load` does.
     """
-    tables, _ = sources.read(task.name, sources.locate(task.name, task.hub, source), task.column_sets)
+    tables, _ = sources.read(task.name, sources.locate(task.name, task.hub, source, columns), task.column_sets)
     origin, numbers = sources.split_rows(task.name, tables, task.column_sets, seed)[0]["test"]
     numbers = numbers[:limit]
     kept, _, _ = _sorted_out(_read_rows(task, tables[origin], origin, numbers), "test")
