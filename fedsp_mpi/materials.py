@@ -84,8 +84,10 @@ class Materials:
         return replace(found, train=tuple(found.train[i] for i in chosen), notes=notes)
 
     def _require_classes(self, splits: tasks.Splits, key: str, value: object, advice: str) -> None:
-        """Raise ConfigError if the right answers are no classes: a position among other choices in each row says
-        nothing of a text."""
+        """Raise ConfigError if the right answers are no classes.
+
+        A position among other choices in each row says nothing of a text.
+        """
         if len({example.choices for example in splits.train}) > 1 or self.task.metric != "multiple_choice":
             raise ConfigError(
                 f"{key}: found {value} with {self.config.data.task}, whose examples have no classes in common, "

@@ -263,7 +263,7 @@ def test_splits_by_their_other_names(tmp_path, form, name):
         source = write(tmp_path / "own", **parts)
     else:
         source = str(tmp_path / "own")
-        tables = {split: datasets.Dataset.from_list(some) for split, some in parts.items()}
+        tables = {split: datasets.Dataset.from_list(rows) for split, rows in parts.items()}
         datasets.DatasetDict(tables).save_to_disk(source)
     splits = tasks.load("multiple_choice", source, seed=0)
     assert [len(s) for s in (splits.train, splits.validation, splits.test)] == [4, 2, 3]

@@ -50,8 +50,8 @@ class Saved:
     """What `save_to_disk` wrote; a lone table is the train split."""
 
     def __init__(self, task: str, location: Location) -> None:
-        found = _ask(task, location, lambda: datasets.load_from_disk(str(location.folder)))
-        whole = dict(found) if isinstance(found, datasets.DatasetDict) else {"train": found}
+        stored = _ask(task, location, lambda: datasets.load_from_disk(str(location.folder)))
+        whole = dict(stored) if isinstance(stored, datasets.DatasetDict) else {"train": stored}
         self._tables = {split: whole[name] for split, name in _renamed(task, location, whole).items()}
 
     def columns(self) -> dict[str, list[str]]:

@@ -160,21 +160,21 @@ def _why_not_scored(test: Table | None, column_sets: Sequence[Sequence[str]]) ->
 
 
 def _named(
-    task: str, location: Location, found: Mapping[str, Sequence[str]], column_sets: Sequence[Sequence[str]]
+    task: str, location: Location, by_split: Mapping[str, Sequence[str]], column_sets: Sequence[Sequence[str]]
 ) -> dict[str, list[str]]:
     """Split -> column names in the task's words. Raises ValueError if data.columns names a column that is not there."""
     known = list(dict.fromkeys(name for columns in column_sets for name in columns))
     for name, theirs in location.columns.items():
         if name not in known:
             raise ValueError(f"data.columns: found {name!r}, expected one of the columns of {task}: {', '.join(known)}")
-        for split, columns in found.items():
+        for split, columns in by_split.items():
             is_answer = any(name == wanted[-1] for wanted in column_sets)
             if theirs not in columns and not (split == "test" and is_answer):
                 raise ValueError(
                     f"data.columns.{name}: found {theirs!r}, which {split} of {location} does not have, expected one "
                     f"of {', '.join(columns)}"
                 )
-    return {split: list(_new_names(columns, location.columns).values()) for split, columns in found.items()}
+    return {split: list(_new_names(columns, location.columns).values()) for split, columns in by_split.items()}
 
 
 def _new_names(columns: Sequence[str], theirs: Mapping[str, str]) -> dict[str, str]:

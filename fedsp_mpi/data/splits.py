@@ -102,9 +102,12 @@ def require_files(folder: Path) -> list[Path]:
 
 
 def are_shards(paths: Iterable[Path]) -> bool:
-    """Return whether several files are the pieces of one, by their names (-00000-of-00002)."""
-    pieces = [_SHARD.match(path.name) for path in paths]
-    return len({(piece.group(1), piece.group(3)) if piece else None for piece in pieces} - {None}) == 1 and all(pieces)
+    """Return whether several files are the pieces of one, by their folder and names (-00000-of-00002)."""
+    series = set()
+    for path in paths:
+        match = _SHARD.match(path.name)
+        series.add((path.parent, match.group(1), match.group(3)) if match else None)
+    return len(series) == 1 and None not in series
 
 
 def _data_files(folder: Path) -> Iterator[Path]:
