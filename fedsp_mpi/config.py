@@ -46,6 +46,7 @@ class DataConfig:
 
     task: str = "multiple_choice"
     source: str | None = None  # None: the task's own hub set; a folder; "hub/name[:configuration]"; "embedded"
+    columns: dict[str, str] = dataclasses.field(default_factory=dict)  # {task's: file's}, where names differ
     # The user's own words, for example "{sentence} It was {mask}." with columns of the task: data/wording.py.
     template: str | None = None  # None: the task's own, which is lm-eval's
     verbaliser: tuple[str, ...] = ()  # a word a class; none: the task's own

@@ -16,7 +16,7 @@ import torch
 from fedsp_mpi import __version__
 from fedsp_mpi.comm import Topology
 from fedsp_mpi.config import Config, ConfigError
-from fedsp_mpi.data import sources
+from fedsp_mpi.data import tasks
 from fedsp_mpi.log import Log, duration
 from fedsp_mpi.materials import Materials
 from fedsp_mpi.models import backbone
@@ -268,25 +268,22 @@ def _wanted(materials: Materials, options: Options, library: Any) -> tuple[str, 
 
 def _own_task(materials: Materials, name: str, library: Any) -> dict[str, Any]:
     """The run's task over its own test rows: in lm-eval's words where it has the task and the rows have its columns."""
-    table = _test_rows(materials)
+    table, examples = _scored_rows(materials)
     own_words = materials.is_reworded or (name == "race" and "problems" not in table.column_names)
     if name in library.ROOMS and not own_words:
         return library.inherited(name, table)
     metric, rows = materials.task.metric, []
-    for example in map(materials.task.example, table.to_list()):
+    for example in examples:
         gold: Any = list(example.gold) if metric == "exact_match" else example.gold[0]
         rows.append({"context": example.context, "choices": list(example.choices), "gold": gold})
     return library.standalone(name, metric, type(table).from_list(rows))
 
 
-def _test_rows(materials: Materials) -> Any:
-    """The rows of a run's test split, in its order, as a data set; those that the run left out are left out."""
-    task, config = materials.task, materials.config
-    columns = [names for names in (task.columns, task.other_columns) if names]
-    tables = sources.read(task.name, sources.locate(task.name, task.hub, materials.source), columns)
-    origin, numbers = sources.split_rows(task.name, tables, columns, config.run.seed)[0]["test"]
-    some = tables[origin].select(numbers[: config.data.limit.test])
-    return some.select([place for place, row in enumerate(some.to_list()) if task.example(row).choices])
+def _scored_rows(materials: Materials) -> tuple[Any, list[tasks.Example]]:
+    """The rows of a run's test split, in its order, as a data set, and their examples, without those left out."""
+    config = materials.config
+    data = config.data
+    return tasks.scored_rows(materials.task, materials.source, config.run.seed, data.limit.test, data.columns)
 
 
 # -- results -------------------------------------------------------------------------------------------------------

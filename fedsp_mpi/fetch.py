@@ -49,9 +49,8 @@ def _model(materials: Materials) -> list[Path]:
 def _data(materials: Materials) -> list[Path]:
     """The prepared files of the data set, whose rows are read once."""
     task = materials.task
-    location = sources.locate(task.name, task.hub, materials.source)
-    columns = [names for names in (task.columns, task.other_columns) if names]
-    tables = sources.read(task.name, location, columns)
+    location = sources.locate(task.name, task.hub, materials.source, materials.config.data.columns)
+    tables, _ = sources.read(task.name, location, task.column_sets)
     _ = materials.splits
     return [Path(file["filename"]) for table in tables.values() for file in table.cache_files]
 

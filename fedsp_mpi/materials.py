@@ -72,14 +72,10 @@ class Materials:
     def splits(self) -> tasks.Splits:
         limit = {name: most for name, most in asdict(self.config.data.limit).items() if most is not None}
         shots, seed = self.config.data.shots, self.config.run.seed
-        found = tasks.load(self.task, self.source, seed=seed, limit=limit)
+        found = tasks.load(self.task, self.source, seed=seed, limit=limit, columns=self.config.data.columns)
         if shots is None:
             return found
-        if len({example.choices for example in found.train}) > 1 or self.task.metric != "multiple_choice":
-            raise ConfigError(
-                f"data.shots: found {shots} with {self.config.data.task}, whose examples have no classes in common, "
-                "expected a task with one set of choices; set data.limit.train instead"
-            )
+        self._require_classes(found, "data.shots", shots, "set data.limit.train instead")
         try:
             chosen = np.sort(partition.few_shot([example.gold[0] for example in found.train], shots, seed))
         except ValueError as error:
@@ -87,10 +83,23 @@ class Materials:
         notes = (*found.notes, f"train = {shots} examples of each class, {len(chosen)} of {len(found.train)} (shots)")
         return replace(found, train=tuple(found.train[i] for i in chosen), notes=notes)
 
+    def _require_classes(self, splits: tasks.Splits, key: str, value: object, advice: str) -> None:
+        """Raise ConfigError if the right answers are no classes.
+
+        A position among other choices in each row says nothing of a text.
+        """
+        if len({example.choices for example in splits.train}) > 1 or self.task.metric != "multiple_choice":
+            raise ConfigError(
+                f"{key}: found {value} with {self.config.data.task}, whose examples have no classes in common, "
+                f"expected a task with one set of choices; {advice}"
+            )
+
     @cached_property
     def shards(self) -> list[np.ndarray]:
         """Rows of the training split by participant: the server's, then each client's."""
         data, clients, seed = self.config.data, self.config.federation.clients, self.config.run.seed
+        if data.partition == "labels":
+            self._require_classes(self.splits, "data.partition", data.partition, "take iid or quantity instead")
         labels = [example.gold[0] for example in self.splits.train]
         return partition.divide(labels, clients, seed, data.partition, data.alpha, data.server_share)
 
@@ -276,7 +285,7 @@ class Materials:
         if not self.config.tunes_weights:
             auxiliary.require_cell(self.config.auxiliary, self.shape.num_layers, self.model_name)
         require_positions(self.num_prompt_tokens, self.shape.num_positions, self.model_name)
-        tasks.check_columns(self.task, self.source)
+        tasks.check_columns(self.task, self.source, self.config.data.columns)
         if self.fills_gaps:
             _ = masked.gap(self.tokenizer), self.test
         else:

@@ -33,6 +33,11 @@ def parse(kind: Any, data: Any, where: str) -> Any:
         if not isinstance(data, (list, tuple)):
             raise ConfigError(f"{where}: found {data!r}, expected a list, such as [{_SOME[arguments[0]]}]")
         return tuple(parse(arguments[0], one, f"{where}[{place}]") for place, one in enumerate(data))
+    if origin is dict:
+        if not isinstance(data, dict):
+            raise ConfigError(f"{where}: found {type(data).__name__}, expected a section of names, such as {{a: b}}")
+        key_kind, value_kind = arguments
+        return {parse(key_kind, key, where): parse(value_kind, value, f"{where}.{key}") for key, value in data.items()}
     if origin is Literal:
         if data in arguments and type(data) is type(arguments[0]):
             return data

@@ -72,6 +72,8 @@ def another(start: Config, dotted: str, hint: object) -> object:
     """A value of a key's type that is not its default."""
     if typing.get_origin(hint) is tuple:
         return (another(start, dotted, typing.get_args(hint)[0]),)
+    if typing.get_origin(hint) is dict:
+        return {"new": "old"}
     kinds = [a for a in typing.get_args(hint) if a is not type(None)] or [hint]
     if typing.get_origin(kinds[0]) is typing.Literal:
         kinds = list(typing.get_args(kinds[0]))
@@ -422,7 +424,9 @@ def test_what_says_where_and_how_a_run_runs_may_differ_and_nothing_else(tmp_path
         before = dataclasses.asdict(start)
         told = config.changed_keys(before, merge(before, nested(dotted, new)))
         is_free = (dotted.split(".")[0] in FREE or dotted in FREE) and dotted != "run.seed"
-        assert told == ([] if is_free else [f"{dotted}: was {found(start, dotted)}, is {new}"])
+        is_section = typing.get_origin(hint) is dict  # of which each name is a key
+        changed = f"{dotted}.new: was None, is old" if is_section else f"{dotted}: was {found(start, dotted)}, is {new}"
+        assert told == ([] if is_free else [changed])
 
 
 def test_how_it_is_searched_counts_where_it_is(tmp_path):

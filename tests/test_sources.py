@@ -1,6 +1,7 @@
 """Where the rows come from: forms of a source, how they make three splits, and users' mistakes told in one line."""
 
 import contextlib
+import errno
 import gzip
 import http.server
 import json
@@ -197,6 +198,180 @@ def test_four_processes_may_load_at_once_and_nothing_is_written_into_the_source(
     assert list((tmp_path / "home").rglob("*.arrow"))
 
 
+# -- what real folders hold ----------------------------------------------------------------------------------------
+
+SST2 = "sentence,label\na,0\nb,1\nc,0\n"
+ALL = {"train_csv": SST2, "validation_csv": SST2, "test_csv": SST2}
+
+
+def gold(source: str, split: str = "train") -> list[int]:
+    return [example.gold[0] for example in getattr(tasks.load("sst2", source, seed=0), split)]
+
+
+def as_files(folder: Path, form: str, labels: list[int]) -> str:
+    """Three splits of sst2 in files of one size and one time, whatever the labels."""
+    folder.mkdir(exist_ok=True)
+    rows = [{"sentence": f"text {k}", "label": label} for k, label in enumerate(labels)]
+    for split in ("train", "validation", "test"):
+        path = folder / f"{split}.{'jsonl' if form == 'declared' else form}"
+        table = datasets.Dataset.from_list(rows)
+        if form == "parquet":
+            table.to_parquet(path)
+        elif form == "csv":
+            table.to_csv(path)
+        else:
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        os.utime(path, ns=(0, 0))
+    if form == "declared":
+        files = "".join(f"  - split: {split}\n    path: {split}.jsonl\n" for split in ("train", "validation", "test"))
+        (folder / "README.md").write_text(f"---\nconfigs:\n- config_name: default\n  data_files:\n{files}---\n")
+    return str(folder)
+
+
+@pytest.mark.parametrize("form", ["jsonl", "csv", "parquet", "declared"])
+def test_the_rows_that_are_there_are_read_whatever_the_time_of_the_file(tmp_path, form):
+    for labels in ([0, 1, 0], [1, 0, 1]):
+        assert gold(as_files(tmp_path / "own", form, labels)) == labels
+
+
+def test_several_files_of_a_split_are_named_with_their_rows(tmp_path):
+    source = write(tmp_path / "own", **ALL, train_old_csv=SST2 + "d,1\n", notes_csv=SST2)
+    splits = tasks.load("sst2", source, seed=0)
+    assert [example.gold[0] for example in splits.train] == [0, 1, 0, 0, 1, 0, 1]
+    assert splits.notes[0].startswith("train = 2 files: train.csv (3 rows), train.old.csv (4 rows)")
+    assert splits.notes[1] == "not read, because their names say no split: notes.csv"
+
+
+def test_shards_are_one_file_and_a_missing_one_is_named(tmp_path):
+    (tmp_path / "own" / "data").mkdir(parents=True)
+    for k in range(2):
+        (tmp_path / "own" / "data" / f"train-0000{k}-of-00002.csv").write_text(SST2)
+    source = write(tmp_path / "own", validation_csv=SST2, test_csv=SST2)
+    splits = tasks.load("sst2", source, seed=0)
+    assert (len(splits.train), splits.notes) == (6, ())
+    (tmp_path / "own" / "data" / "train-00000-of-00002.csv").unlink()
+    with pytest.raises(ValueError, match=r"found 1 of the 2 shards of train in .*number 0 is missing"):
+        tasks.load("sst2", source, seed=0)
+
+
+@pytest.mark.parametrize("form", ["files", "saved"])
+@pytest.mark.parametrize("name", ["dev", "valid", "val", "eval", "Validation"])
+def test_splits_by_their_other_names(tmp_path, form, name):
+    rows = [CHOICE_ROW] * 4
+    parts = {"training": rows, name: rows[:2], "test": rows[:3]}
+    if form == "files":
+        source = write(tmp_path / "own", **parts)
+    else:
+        source = str(tmp_path / "own")
+        tables = {split: datasets.Dataset.from_list(rows) for split, rows in parts.items()}
+        datasets.DatasetDict(tables).save_to_disk(source)
+    splits = tasks.load("multiple_choice", source, seed=0)
+    assert [len(s) for s in (splits.train, splits.validation, splits.test)] == [4, 2, 3]
+    assert splits.notes == ()
+
+
+def test_two_sources_for_a_split_are_refused(tmp_path):
+    def refusal(name: str, **files: str) -> str:
+        with pytest.raises(ValueError) as told:
+            tasks.load("sst2", write(tmp_path / name, **ALL, **files), seed=0)
+        return str(told.value)
+
+    assert "found dev.csv and validation.csv in" in refusal("dev", dev_csv=SST2)
+    assert "found Train.csv and train.csv in" in refusal("copy", Train_csv=SST2)
+    assert (
+        "train.tsv in" in (message := refusal("format", train_tsv=SST2)) and "expected files of one format" in message
+    )
+    assert "whose name says train and test, expected one split" in refusal("both", **{"train-test_csv": SST2})
+    table = datasets.Dataset.from_list([CHOICE_ROW])
+    datasets.DatasetDict(train=table, dev=table, validation=table).save_to_disk(tmp_path / "saved")
+    with pytest.raises(ValueError, match="found the splits dev and validation, which both mean validation"):
+        tasks.check_columns("multiple_choice", str(tmp_path / "saved"))
+
+
+def test_a_folder_whose_name_is_a_pattern(tmp_path):
+    assert gold(write(tmp_path / "my set [v2] *?", **ALL)) == [0, 1, 0]
+
+
+def test_a_table_is_text_as_it_stands(tmp_path):
+    """Words that pandas takes for nothing, numbers, lists; a blank label alone is none."""
+    words = ["NA", "None", "null", "nan", "", "7"]
+    text = "sentence,label\n" + "".join(f'"{word}",{k % 2}\n' for k, word in enumerate(words)) + "x,\ny,positive\n"
+    splits = tasks.load("sst2", write(tmp_path / "own", **ALL | {"train_csv": text}), seed=0)
+    assert [example.context.split("\n")[0] for example in splits.train] == [*words, "y"]
+    assert [example.gold[0] for example in splits.train] == [0, 1, 0, 1, 0, 1, 1]
+    assert splits.notes == ("train: 1 row without an answer left out (train 6)",)
+    text = 'context\tchoices\tlabel\nQ\t["a, b", "c"]\t1\n'
+    tsv = write(tmp_path / "tsv", **{f"{split}_tsv": text for split in ("train", "validation", "test")})
+    assert tasks.load("multiple_choice", tsv, seed=0).train[0].choices == ("a, b", "c")
+
+
+def test_columns_by_the_names_of_the_file(tmp_path):
+    text = "label,review,stars\nx,good film,positive\nx,bad film,0\n"
+    source = write(tmp_path / "own", train_csv=text, validation_csv=text, test_csv="label,review\nx,a film\n")
+    names = {"sentence": "review", "label": "stars"}
+    tasks.check_columns("sst2", source, names)
+    splits = tasks.load("sst2", source, seed=0, columns=names)
+    assert [example.gold[0] for example in splits.test] == [1, 0] and splits.test[0].context.startswith("good film\n")
+    for wrong, words in (
+        ({"text": "review"}, "data.columns: found 'text', expected one of the columns of sst2: sentence, label"),
+        (
+            {"sentence": "reviews"},
+            "data.columns.sentence: found 'reviews', which train of .* expected one of label, re",
+        ),
+    ):
+        with pytest.raises(ValueError, match=words):
+            tasks.check_columns("sst2", source, wrong)
+
+
+@pytest.mark.parametrize("form", ["csv", "jsonl", "parquet"])
+def test_a_test_split_without_labels_is_not_scored_in_any_format(tmp_path, form):
+    source = as_files(tmp_path / "own", form, [0, 1] * 10)
+    table = datasets.Dataset.from_list([{"sentence": "x"}] * 3)
+    path = tmp_path / "own" / f"test.{form}"
+    {"csv": table.to_csv, "jsonl": table.to_json, "parquet": table.to_parquet}[form](path)
+    tasks.check_columns("sst2", source)
+    splits = tasks.load("sst2", source, seed=0)
+    assert len(splits.test) == 20 and len(splits.validation) == 2
+    assert splits.notes[0] == "test = the split 'validation': the split 'test' has no column 'label'"
+
+
+def test_rows_with_an_empty_choice_are_left_out_and_named(tmp_path):
+    empty = CHOICE_ROW | {"choices": ["two", ""]}
+    source = write(tmp_path / "own", train=[CHOICE_ROW, empty], validation=[CHOICE_ROW], test=[empty, CHOICE_ROW])
+    splits = tasks.load("multiple_choice", source, seed=0)
+    assert len(splits.train) == len(splits.test) == 1
+    assert splits.notes[1] == "test: 1 row with an empty choice left out (test 0)"
+    answers = [{"context": "?", "answers": ["", "a"]}, {"context": "?", "answers": ["a"]}]  # "" begins every answer
+    assert (
+        len(tasks.load("question_answering", write(tmp_path / "qa", train=answers * 4, test=answers), seed=0).test) == 1
+    )
+
+
+def run_elsewhere(folder: Path, **variables: str) -> str:
+    """The one line of a run in a process of its own that cannot use the cache; within seconds, with status 2."""
+    env = {k: v for k, v in os.environ.items() if k not in ("HF_HOME", "HF_DATASETS_CACHE")} | variables
+    command = [sys.executable, "-m", "fedsp_mpi", "run", "--set", f"run.folder={folder / 'runs'}"]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
+    return done.stderr
+
+
+def test_a_cache_that_cannot_be_written(tmp_path):
+    message = run_elsewhere(tmp_path, HOME="/proc/none")
+    assert "cannot write /proc/none/.cache/huggingface/datasets" in message and "set HF_HOME or HF_" in message
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_cache_without_file_locks_is_named_and_nothing_waits(tmp_path, number):
+    (tmp_path / "sitecustomize.py").write_text(
+        f"import fcntl\n\ndef flock(file, operation):\n    raise OSError({number}, 'no')\n\nfcntl.flock = flock\n"
+    )
+    (tmp_path / "home" / "datasets").mkdir(parents=True)
+    path = os.pathsep.join([str(tmp_path), str(ROOT), os.environ.get("PYTHONPATH", "")])
+    message = run_elsewhere(tmp_path, HF_HOME=str(tmp_path / "home"), PYTHONPATH=path)
+    assert f"cannot lock {tmp_path}/home/datasets/.lock-" in message and "HF_HOME" in message
+
+
 # -- mistakes ------------------------------------------------------------------------------------------------------
 
 GOOD = {"train": [CHOICE_ROW] * 4, "validation": [CHOICE_ROW], "test": [CHOICE_ROW]}
@@ -212,7 +387,7 @@ MISTAKES = {
     ),
     "no column in test": (
         GOOD | {"test": [{"context": "a", "label": 1}]},
-        ["row 0 of test", "'choices': found NoneType"],
+        ["no column 'choices' in test", "which has context, label"],
     ),
     "a label too high": (
         GOOD | {"test": [CHOICE_ROW, CHOICE_ROW | {"label": 2}]},
@@ -223,10 +398,13 @@ MISTAKES = {
         {split: [CHOICE_ROW | {"label": label} for label in (False, True)] for split in GOOD},
         ["row 0 of train", "column 'label': found bool False", "expected a whole number from 0 to 1"],
     ),
-    "a label in words": (GOOD | {"test": [CHOICE_ROW | {"label": "two"}]}, ["found", "two"]),
+    "a label in words": (
+        GOOD | {"test": [CHOICE_ROW | {"label": "four"}]},
+        ["row 0 of test", "found 'four'", "0 to 1"],
+    ),
     "choices in one text": (
         {split: [CHOICE_ROW | {"choices": "two, three"}] * 2 for split in GOOD},
-        ["row 0 of train", "column 'choices': found str 'two, three'", "expected a list of texts"],
+        ["row 0 of train", "column 'choices': found str of 10 characters", "a list of texts", '["a", "b"]'],
     ),
     "a context that is a number": (
         {split: [CHOICE_ROW | {"context": 7}] * 2 for split in GOOD},
@@ -234,6 +412,10 @@ MISTAKES = {
     ),
     "not JSON": (GOOD | {"train": '{"context": "a"\n!'}, ["found ArrowInvalid: JSON parse error", "while reading"]),
     "two formats": ({"train": [CHOICE_ROW] * 4, "test_csv": "context,label\na,1\n"}, ["expected files of one format"]),
+    "broken lines with secrets": (
+        GOOD | {"train": '{"context": "a", "label": "secret"}\n{"context": ["secret"], "label": {"secret": 1}}\n!'},
+        ["while reading train.jsonl in", "expected .jsonl files"],
+    ),
     "nothing to teach": (GOOD | {"train": [CHOICE_ROW | {"choices": ["", "b"]}]}, ["no usable row in train (1 read)"]),
 }
 
@@ -247,7 +429,7 @@ def test_mistakes_in_the_files(tmp_path, mistake):
 
 
 def require_line(message: str, words: list[str]) -> None:
-    assert "\n" not in message and "multiple_choice" in message
+    assert "\n" not in message and "multiple_choice" in message and "secret" not in message
     assert all(word in message for word in words), message
 
 
@@ -255,6 +437,8 @@ def test_mistakes_in_the_call(tmp_path):
     source = write(tmp_path / "own", **GOOD)
     for call, words in (
         (lambda: tasks.load("multiple_chice", None, seed=0), "did you mean 'multiple_choice'?"),
+        (lambda: tasks.find("text_classification"), "is not known; expected one of arc_easy, "),
+        (lambda: tasks.find("text_classification"), "for data of your own, by columns, multiple_choice (context, choi"),
         (lambda: tasks.load("arc_easy", str(tmp_path / "nowhere"), seed=0), f"found no folder {tmp_path}/nowhere"),
         (lambda: tasks.load("arc_easy", f"{source}/train.jsonl", seed=0), "expected a folder"),
         (lambda: tasks.load("multiple_choice", None, seed=0), "found no source"),

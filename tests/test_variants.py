@@ -103,7 +103,11 @@ def test_few_examples_of_each_class(tmp_path):
 
 
 def test_bits_do_not_depend_on_the_number_of_ranks(tmp_path):
-    more = ("client.training=joint", "data.partition=labels", "data.alpha=0.3", "data.server_share=16")
+    source = tiny.gap_task_folder(tmp_path / "data")
+    more = (
+        *("client.training=joint", "data.partition=labels", "data.alpha=0.3", "data.server_share=16"),
+        *(f"data.source={source}", "data.limit.train=null"),
+    )
     for n in (0, 4):
         short_run(n, tmp_path, f"n{n}", *more)
     assert difference(read(tmp_path / "n0"), read(tmp_path / "n4")) == []
@@ -118,6 +122,10 @@ def test_bits_do_not_depend_on_the_number_of_ranks(tmp_path):
         (("data.server_share=-1",), "data.server_share: found -1.0, expected at least 0"),
         (("data.alpha=0",), "data.alpha: found 0.0, expected a number above 0"),
         (("data.shots=4",), "data.shots: found 4 with multiple_choice, whose examples have no classes in common"),
+        (
+            ("data.partition=labels",),
+            "data.partition: found labels with multiple_choice, whose examples have no classes",
+        ),
         (("data.shots=0",), "data.shots: found 0, expected at least 1"),
         (("data.server_share=62",), "found 64 examples for a server's share of 62 and 3 clients, expected at least 65"),
         (("distillation.text=/nowhere",), "found no text in '/nowhere', expected a .txt or .txt.gz file"),

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from string import Formatter
 
+from fedsp_mpi.data.cells import shown_choices
 from fedsp_mpi.data.tasks import Example, Row, Task
 from fedsp_mpi.plain import ConfigError
 
@@ -93,7 +94,7 @@ class Wording:
         if len(example.choices) != len(self._words):
             raise ValueError(
                 f"data.verbaliser: found {len(self._words)} words for {len(example.choices)} classes "
-                f"({', '.join(example.choices)}), expected one for each"
+                f"({shown_choices(example.choices)}), expected one for each"
             )
         if example.choices != self._choices:
             raise ValueError(

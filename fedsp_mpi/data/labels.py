@@ -1,0 +1,192 @@
+"""Labels of every form to the number of a choice: class numbers with names, numbers, words and letters.
+
+Public data sets write the right answer in many ways: a class number whose names stand in the file's schema, and in any
+order; "0" or 1.0 where a blank cell made texts or floats of a column; the words of the choices; letters A to D.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import string
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+from fedsp_mpi.data.cells import shown_choices, shown_label
+
+Synonyms = tuple[tuple[str, ...], ...]  # for each choice, further names of its class, in lower case
+
+_NUMBER = re.compile(r"\d+(\.0*)?", re.ASCII)
+_GENERIC = re.compile(r"\d+|[A-Za-z]", re.ASCII)  # class names that are positions or letters, not words
+
+
+class NoLabelError(ValueError):
+    """Raised where a row has no label at all; such a row is left out."""
+
+
+@dataclass
+class ClassNames:
+    """The names of the classes of a column, by number.
+
+    Attributes:
+        texts: name by class number.
+        are_unknown: whether labels were taken by number because no name is one of the choices; set by `position`.
+    """
+
+    texts: tuple[str, ...]
+    are_unknown: bool = field(default=False, compare=False)
+
+
+@dataclass(frozen=True)
+class ClassId:
+    """A class number of a column whose classes have names."""
+
+    number: int
+    names: ClassNames
+
+    @property
+    def name(self) -> str:
+        """The name of the class. Raises ValueError if the number has none."""
+        if not 0 <= self.number < len(self.names.texts):
+            raise ValueError(f"found class {self.number}, expected one below {len(self.names.texts)}; correct the row")
+        return self.names.texts[self.number]
+
+
+def is_missing(label: object) -> bool:
+    """Return whether a cell holds no label: null, a blank text, or not a number."""
+    if isinstance(label, str):
+        return not label.strip()
+    return label is None or (isinstance(label, float) and math.isnan(label))
+
+
+def position(label: object, choices: Sequence[str], synonyms: Synonyms = ()) -> int:
+    """Return the number of the choice that a label means.
+
+    Truth values are refused: among ("True", "False") the first option would be taken for the second one.
+
+    Args:
+        label: a number, a `ClassId`, or a text: a number, a choice's words, or its letter.
+        choices: of the row.
+        synonyms: of choices that are the same in every row, which are the task's classes.
+
+    Raises:
+        NoLabelError: the cell is empty.
+        ValueError: the label means no choice, or different ones; or the names of the classes are not the choices'.
+    """
+    if isinstance(label, ClassId):
+        return _of_class(label, tuple(choices), synonyms)
+    if is_missing(label):
+        raise NoLabelError(_refusal(label, choices))
+    if isinstance(label, float) and label.is_integer():
+        label = int(label)
+    if isinstance(label, int) and not isinstance(label, bool) and 0 <= label < len(choices):
+        return label
+    if not isinstance(label, str):
+        raise ValueError(_refusal(label, choices))
+    meanings = _meanings(label.strip(), choices, synonyms)
+    if len(set(meanings.values())) > 1:
+        means = ", ".join(f"choice {number} by its {kind}" for kind, number in meanings.items())
+        raise ValueError(
+            f"column 'label': found {shown_label(label)}, which means {means} (counted from 0), expected one meaning; "
+            "give the position as a number, not as a text"
+        )
+    if not meanings:
+        raise ValueError(_refusal(label, choices))
+    return next(iter(meanings.values()))
+
+
+def key(label: object) -> str:
+    """Return an answer key, such as "A" or "2", as text.
+
+    Raises:
+        NoLabelError: the cell is empty.
+        ValueError: the cell holds neither a text nor a whole number.
+    """
+    if is_missing(label):
+        raise NoLabelError("found no answer key, expected the label of the right option; correct the row")
+    if isinstance(label, ClassId):
+        return label.name
+    if isinstance(label, int) and not isinstance(label, bool):
+        return str(label)
+    if not isinstance(label, str):
+        raise ValueError(f"found the answer key {shown_label(label)}, expected text; correct the row")
+    return label.strip()
+
+
+def number_in_cell(cell: object) -> object:
+    """Return the whole number that a cell of a CSV file writes, where all is text; any other cell as it is."""
+    return int(float(cell)) if isinstance(cell, str) and _NUMBER.fullmatch(cell.strip()) else cell
+
+
+def _refusal(label: object, choices: Sequence[str]) -> str:
+    return (
+        f"column 'label': found {shown_label(label)}, expected a whole number from 0 to {len(choices) - 1}, the "
+        "position of the right choice (or the choice itself, or its letter); correct the row"
+    )
+
+
+def _meanings(text: str, choices: Sequence[str], synonyms: Synonyms) -> dict[str, int]:
+    """Return the choices that a text means, by the way of reading it."""
+    meanings = {}
+    if (word := _by_word(text, choices, synonyms)) is not None:
+        meanings["words"] = word
+    if _NUMBER.fullmatch(text) and float(text) < len(choices):
+        meanings["number"] = int(float(text))
+    letter = string.ascii_uppercase.find(text.upper()) if len(text) == 1 else -1
+    if 0 <= letter < len(choices):
+        meanings["letter"] = letter
+    return meanings
+
+
+def _by_word(text: str, choices: Sequence[str], synonyms: Synonyms) -> int | None:
+    """Return the only choice that a text equals: exactly, else without case and outer blanks, else by a synonym."""
+    plain = text.strip().casefold()
+    for same in (
+        [number for number, choice in enumerate(choices) if choice == text],
+        [number for number, choice in enumerate(choices) if choice.strip().casefold() == plain],
+        [number for number, names in enumerate(synonyms) if plain in names],
+    ):
+        if len(same) == 1:
+            return same[0]
+    return None
+
+
+def _of_class(label: ClassId, choices: tuple[str, ...], synonyms: Synonyms) -> int:
+    """Return the number of the choice that a class with a name means."""
+    names = label.names.texts
+    if all(_GENERIC.fullmatch(name) for name in names):
+        if synonyms and len(names) != len(choices):
+            raise ValueError(_other_classes(names, choices))
+        return position(label.name, choices, synonyms)
+    order = _order(names, choices, synonyms)
+    if order is None:
+        label.names.are_unknown = True
+        return position(label.number, choices)
+    _ = label.name  # raises if there is no such class
+    return order[label.number]
+
+
+@lru_cache(maxsize=1024)
+def _order(names: tuple[str, ...], choices: tuple[str, ...], synonyms: Synonyms) -> tuple[int, ...] | None:
+    """Return the choice of each class, or None where the names say nothing about it.
+
+    Raises ValueError if there are more or fewer classes than choices, or if the names fit only in part and otherwise.
+    """
+    if len(names) != len(choices):
+        raise ValueError(_other_classes(names, choices))
+    order = [_by_word(name, choices, synonyms) for name in names]
+    known = [number for number in order if number is not None]
+    if len(set(known)) == len(names):
+        return tuple(known)
+    if all(number is None or number == place for place, number in enumerate(order)):
+        return None
+    raise ValueError(_other_classes(names, choices))
+
+
+def _other_classes(names: Sequence[str], choices: Sequence[str]) -> str:
+    """Name both orders."""
+    return (
+        f"column 'label': found {len(names)} classes in the order {shown_choices(names)}, expected the {len(choices)} "
+        f"choices {shown_choices(choices)}; name the classes after the choices, or choose another task"
+    )
