@@ -253,13 +253,16 @@ def _read_rows(
 def _sorted_out(
     rows: Iterable[tuple[int, Example | None]], split: str
 ) -> tuple[list[tuple[int, Example]], list[int], list[int]]:
-    """The rows that can be used in `split`, and the numbers of those without an answer, and with an empty choice."""
+    """The rows that can be used in `split`, and the numbers of those without an answer, and with an empty choice.
+
+    An empty choice has no tokens to score and no length to divide by, which only the test split needs.
+    """
     kept, unanswered, empty = [], [], []
     for number, example in rows:
         if example is None or not example.choices or (split != "test" and not example.target.strip()):
             unanswered.append(number)
-        elif "" in example.choices:
-            empty.append(number)  # it has no tokens to score, and no length to divide by
+        elif "" in example.choices and split == "test":
+            empty.append(number)
         else:
             kept.append((number, example))
     return kept, unanswered, empty
