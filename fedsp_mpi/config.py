@@ -188,6 +188,7 @@ class Config:
 
     def check(self) -> None:
         """Raise ConfigError on the first value that cannot work, whatever the model and the data."""
+        self.run.check("run")
         self.auxiliary.check("auxiliary")
         self.server.tuning.check("server.tuning")
         self.server.translation.check("server.translation")
@@ -378,7 +379,7 @@ def checked(data: dict[str, Any]) -> Config:
 
 # What may differ when a run goes on: where and how it runs, not what comes of it.
 _FREE = (
-    *(f"run.{name}" for name in ("name", "folder", "if_exists", "resume", "label")),
+    *(f"run.{name}" for name in ("name", "folder", "if_exists", "resume", "label", "permissions")),
     *("topology.ranks", "deadlines.", "checkpoint.", "record.", "client.resident", "distillation.reuse", "recipe"),
 )
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from fedsp_mpi.ownership import require_plain_name, require_writable_path
+from fedsp_mpi.plain import ConfigError
+
 
 @dataclass(frozen=True)
 class RunConfig:
@@ -18,6 +21,17 @@ class RunConfig:
     resume: Literal["never", "must", "auto"] = "never"
     seed: int = 1
     label: str | None = None  # what tables call the method; None: its own name
+    # Of the run's folder and the files in it. private: its owner alone may read them; umask: as the shell's umask says.
+    permissions: Literal["private", "umask"] = "private"
+
+    def check(self, where: str) -> None:
+        """Raise ConfigError if the name is not one component of a path, or the locale cannot write it."""
+        try:
+            require_plain_name(f"{where}.name", self.name)
+            require_writable_path(f"{where}.name", self.name)
+            require_writable_path(f"{where}.folder", self.folder)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
 
 
 @dataclass(frozen=True)
@@ -42,6 +56,7 @@ class CheckpointConfig:
 
     every: int | None = 1  # rounds; None: only when the run is told to stop (SIGUSR1)
     keep: int = 2  # the newest ones, and that of the best round
+    keep_client_states: bool = False  # of a run that is complete; nothing goes on from them any more
     # Between two states of the distillation (with zero_stage 0); None: only when the run is told to stop.
     distillation_seconds: float | None = 600
 

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from fedsp_mpi.record import attack
-from fedsp_mpi.record.layout import Run
+from fedsp_mpi.record.layout import Run, resume_command
 from fedsp_mpi.record.rows import TRIGGERED
 from fedsp_mpi.record.text import (
     as_bytes,
@@ -43,7 +43,7 @@ def summary(run: Run) -> str:
     """One run as plain text, at most 100 columns wide: header, rounds, results and their verdict, wire, time."""
     parts = [_header(run), _rounds(run), _results(run), _wire(run), _seconds(run)]
     lines = [line for part in parts if part for line in [*part, ""]]
-    return "\n".join(clip(line) for line in [*lines, f"folder    {run.file.parent}"])
+    return "\n".join(clip(line) for line in [*lines, f"folder    {run.file.parent}", *_going_on(run)])
 
 
 def markdown(runs: Iterable[Run]) -> str:
@@ -74,6 +74,12 @@ def main_measure(row: np.void) -> tuple[str, float]:
 
 
 # --- summary ---
+
+
+def _going_on(run: Run) -> list[str]:
+    """The command that goes on with a run that somebody or something ended before its end."""
+    is_open = run.status in ("stopped", "failed") and (run.file.parent / "config.yaml").exists()
+    return [f"go on     {resume_command(run.file.parent, run.config)}"] if is_open else []
 
 
 def _header(run: Run) -> list[str]:
