@@ -34,7 +34,7 @@ def run(options: argparse.Namespace) -> int:
     """`run`: one experiment, from its start to its table."""
     chosen = {"run.name": options.name, "run.resume": options.resume}
     chosen["run.if_exists"] = "replace" if options.replace else None
-    settings = _settings_or_mistake(options, {key: text for key, text in chosen.items() if text})
+    settings = _settings_or_mistake(options, {key: text for key, text in chosen.items() if text is not None})
     from fedsp_mpi.run import execute
 
     log = _log(options)

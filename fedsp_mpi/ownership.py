@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 import stat
+import sys
 import tempfile
 import unicodedata
 from collections.abc import Iterator, Mapping
@@ -60,14 +61,15 @@ def require_plain_name(key: str, name: str) -> None:
         raise ValueError(f"{key}: found {name!r}, {trouble}; choose one plain name for the run's folder")
 
 
-def require_writable_path(key: str, text: str) -> None:
-    """Raise ValueError, naming the key, if the locale cannot say a path, in messages or to the file system."""
+def require_readable_path(key: str, text: str) -> None:
+    """Raise ValueError, naming the key, if a path is no text, or the locale cannot write it."""
     try:
+        text.encode()
         os.fsencode(text)
-    except UnicodeEncodeError as error:
+    except UnicodeEncodeError:
         raise ValueError(
-            f"{key}: found {text!r}, which the locale's encoding ({error.encoding}) cannot write, expected a path that "
-            "it can; set LC_ALL=C.UTF-8, or choose another name"
+            f"{key}: found {text!r}, which is no text in the encoding of the locale ({sys.getfilesystemencoding()}), "
+            "expected a path that the libraries can read; set LC_ALL=C.UTF-8, or choose another name"
         ) from None
 
 
@@ -210,7 +212,7 @@ def replace_picture(path: Path, image: bytes) -> None:
 
 
 def require_configuration(path: Path, line: str) -> None:
-    """Raise ValueError unless a file is absent, empty, or a resolved configuration with this line in its section run."""
+    """Raise ValueError unless a file is absent, empty, or a resolved configuration with this line in its run section."""
     if not path.exists():
         return
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []

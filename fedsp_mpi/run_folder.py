@@ -51,7 +51,8 @@ class RunFolder:
         from fedsp_mpi.record.run_record import require_free
 
         settings = self._config.run
-        ownership.require_plain_name("run.name", self.path.name)
+        for require in (ownership.require_readable_path, ownership.require_plain_name):
+            require("run.name", self.path.name)  # which may be that of the configuration's file
         ownership.require_apart(self.path, inputs)
         self._lock = RunLock.take(self.path, settings.permissions == "private")
         self.goes_on = settings.resume != "never" and (self.path / "run.h5").exists()

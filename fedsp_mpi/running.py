@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-from fedsp_mpi.ownership import require_plain_name, require_writable_path
+from fedsp_mpi.ownership import require_plain_name, require_readable_path
 from fedsp_mpi.plain import ConfigError
+
+_PATHS = ("run.folder", "run.name", "model.name", "model.tokenizer", "data.source", "distillation.text")
 
 
 @dataclass(frozen=True)
@@ -24,14 +27,20 @@ class RunConfig:
     # Of the run's folder and the files in it. private: its owner alone may read them; umask: as the shell's umask says.
     permissions: Literal["private", "umask"] = "private"
 
-    def check(self, where: str) -> None:
-        """Raise ConfigError if the name is not one component of a path, or the locale cannot write it."""
-        try:
-            require_plain_name(f"{where}.name", self.name)
-            require_writable_path(f"{where}.name", self.name)
-            require_writable_path(f"{where}.folder", self.folder)
-        except ValueError as error:
-            raise ConfigError(str(error)) from None
+
+def check_paths(value: Callable[[str], Any]) -> None:
+    """Raise ConfigError if the run's name is not one component of a path, or a path cannot be written in the locale.
+
+    Args:
+        value: of a dotted key.
+    """
+    try:
+        for key in _PATHS:
+            if (text := value(key)) is not None:
+                require_readable_path(key, text)
+        require_plain_name("run.name", value("run.name"))
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
 
 
 @dataclass(frozen=True)
