@@ -212,7 +212,7 @@ def replace_picture(path: Path, image: bytes) -> None:
 
 
 def require_configuration(path: Path, line: str) -> None:
-    """Raise ValueError unless a file is absent, empty, or a resolved configuration with this line in its run section."""
+    """Raise ValueError unless a file is absent, empty, or a resolved configuration with this line in `run`."""
     if not path.exists():
         return
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []

@@ -23,6 +23,7 @@ import numpy as np
 
 from fedsp_mpi.record import lock, rows
 
+KILLED = "it was killed: no process writes to it any more"  # what a reader finds out from the lock
 FORMAT, LAYOUT = "fedsp_mpi run", 1
 _TEXTS = ("reason", "config_text")
 _JSONS = ("config", "environment")
@@ -101,7 +102,7 @@ def read(folder_or_file: str | Path) -> Run:
             run, status="failed", reason=rows.clean(report.read_text(errors="replace").split("\n")[0])
         )
     if run.status == "running" and lock.is_abandoned(file.parent):
-        return dataclasses.replace(run, status="stopped", reason="it was killed: no process writes to it any more")
+        return dataclasses.replace(run, status="stopped", reason=KILLED)
     return run
 
 
