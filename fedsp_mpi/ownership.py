@@ -160,7 +160,7 @@ def place_model(part: Path, folder: Path) -> None:
     A file in `folder` that is not ours stays; where it has the name of a new one, it is set aside as NAME.1. The list
     goes first and comes last, so that a model in between is not taken for a whole one. Raises OSError.
     """
-    restrict(part)
+    give_rights(part)
     ours = {path.name for path in _in_model(folder)}
     for name in (MANIFEST, *sorted(ours - {MANIFEST})):
         if name in ours:
@@ -202,9 +202,7 @@ def replace_picture(path: Path, image: bytes) -> None:
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(image)
-        umask = os.umask(0o077)
-        os.umask(umask)
-        part.chmod(0o666 & ~umask)
+        part.chmod(0o666 & ~_umask())
         part.replace(path)
     except BaseException:
         part.unlink(missing_ok=True)
@@ -248,11 +246,11 @@ def file_mode(path: Path) -> int:
     return 0o666 & _rights(path.parent)
 
 
-def restrict(target: Path) -> None:
-    """Take from a file, or from the files in a folder, the rights that the folder around them does not give."""
+def give_rights(target: Path) -> None:
+    """Give a file, or the files in a folder, which a library wrote, the rights of a file that a run writes there."""
     for path in _files(target) if target.is_dir() else [target]:
         with suppress(OSError):
-            path.chmod(stat.S_IMODE(path.stat().st_mode) & file_mode(path))
+            path.chmod(file_mode(path) & ~_umask())
 
 
 def set_aside(path: Path, name: str) -> None:
@@ -328,6 +326,13 @@ def _files(folder: Path) -> list[Path]:
     with suppress(OSError):
         return [Path(entry.path) for entry in os.scandir(folder) if entry.is_file(follow_symlinks=False)]
     return []
+
+
+def _umask() -> int:
+    """The process's umask, which the system tells only by setting it."""
+    umask = os.umask(0o077)
+    os.umask(umask)
+    return umask
 
 
 def _json(path: Path) -> dict[str, Any]:

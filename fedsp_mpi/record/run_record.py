@@ -188,7 +188,7 @@ class RunRecord:
         part = files.part_of(self.run.file)
         with files.writing(self.run.file, self._kept, part):
             part.write_bytes(layout.run_image(self.run))
-            ownership.restrict(part)
+            ownership.give_rights(part)
             layout.fold_into(part, self.folder, self.run.prompt_rounds)
             files.sync(part)
             files.rename(part, self.run.file)
