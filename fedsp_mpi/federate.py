@@ -143,8 +143,11 @@ def save(round: int, wire: Wire | Solo, plan: Plan, here: ServerSide | None, cli
         answers = [] if last else wire.collect(_saved(clients), "checkpoint")
         if here is None or here.archive is None or answers is None:
             return
-        pieces = _saved_pieces(answers, here.archive.rank_of)
-        here.archive.checkpoints.commit(round, here.state(), pieces, plan.checkpoint.keep, here.best.round)
+        archive = here.archive
+        pieces = _saved_pieces(answers, archive.rank_of)
+        archive.checkpoints.commit(
+            round, here.state(), pieces, plan.checkpoint.keep, best=here.best.round, inputs=archive.inputs
+        )
         here.archive.seconds_checkpoints.append(time.perf_counter() - start)
 
 

@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
-import xxhash
 
+from fedsp_mpi import fingerprint, ownership
 from fedsp_mpi.record import files
 from fedsp_mpi.tensors import State
 
@@ -56,11 +56,13 @@ class Checkpoint:
         round: the last round that it knows of.
         server: the server's file.
         clients: client id -> its file, for those that have a state.
+        inputs: digest of all that the run reads; None in those of versions that wrote none.
     """
 
     round: int
     server: Piece
     clients: Mapping[int, Piece]
+    inputs: str | None = None
 
 
 class Checkpoints:
@@ -99,7 +101,13 @@ class Checkpoints:
                 files.sync(self.folder / name)
 
     def commit(
-        self, round: int, server: State, clients: Mapping[int, Piece], keep: int, best: int | None = None
+        self,
+        round: int,
+        server: State,
+        clients: Mapping[int, Piece],
+        keep: int,
+        best: int | None = None,
+        inputs: str | None = None,
     ) -> Checkpoint:
         """Write the server's state, then the mark; then remove the marks and the server's files that are not kept.
 
@@ -111,26 +119,27 @@ class Checkpoints:
             clients: the files of the clients, which are on disk.
             keep: so many checkpoints are kept, the newest ones;
             best: and this one.
+            inputs: digest of all that the run reads.
 
         Raises RecordError; the checkpoint before is still there then.
         """
         piece = self._write(server_file(round), round, server)
         mark = {"layout": LAYOUT, "round": round, "server": piece, "clients": {str(id): p for id, p in clients.items()}}
-        files.write(self.folder / _mark_file(round), [json.dumps(mark).encode()], _KEPT)
-        done = Checkpoint(round, piece, dict(clients))
+        files.write(self.folder / _mark_file(round), [fingerprint.seal({**mark, "inputs": inputs})], _KEPT)
+        done = Checkpoint(round, piece, dict(clients), inputs)
         self._sweep(done, keep, best)
         return done
 
     def write_distillation(self, step: int, state: State, recipe: Any) -> None:
         """Write how far a distillation is, in the place of what was written before. Raises RecordError."""
         piece = self._write(_distillation_file(step), step, state)
-        files.write(self.folder / _REST, [json.dumps({"recipe": recipe, "piece": piece}).encode()], _KEPT)
+        files.write(self.folder / _REST, [fingerprint.seal({"recipe": recipe, "piece": piece})], _KEPT)
         self._sweep_distillation(piece.round)
 
     def read_distillation(self, recipe: Any) -> State | None:
         """What `write_distillation` wrote for the same recipe; None if there is nothing that is whole."""
         try:
-            mark = json.loads((self.folder / _REST).read_bytes())
+            mark = fingerprint.open_sealed((self.folder / _REST).read_bytes())
             piece = Piece(*mark["piece"])
             return _unpack(self._image(_distillation_file(piece.round), piece)) if mark["recipe"] == recipe else None
         except (OSError, ValueError, KeyError, TypeError):
@@ -145,9 +154,22 @@ class Checkpoints:
     def _sweep_distillation(self, step: int | None) -> None:
         needed = None if step is None else _distillation_file(step)
         with files.writing(self.folder, _KEPT):
-            for path in self.folder.glob(_distillation_file("*")):
-                if path.name != needed:
+            for path in ownership.written_in(self.folder, "checkpoints"):
+                if path.name.startswith(_STEPS) and path.name not in (needed, _REST):
                     path.unlink()
+
+    def remove_clients(self) -> None:
+        """Take away the clients' states, and the checkpoints that need them: of a run that is complete.
+
+        Raises RecordError.
+        """
+        marks = [round for round in self._marks() if self._clients_of(round)]
+        gone = {_mark_file(round) for round in marks} | {server_file(round) for round in marks}
+        with files.writing(self.folder, "the run is complete all the same"):
+            for path in sorted(ownership.written_in(self.folder, "checkpoints"), key=lambda path: path.suffix):
+                if path.name in gone or path.name.startswith("client-"):  # marks first: *.json, *.safetensors
+                    path.unlink()
+            ownership.remove_if_empty(self.folder)
 
     def newest(self) -> tuple[Checkpoint | None, list[str]]:
         """The newest checkpoint that is whole, or None; and what is wrong with those that are newer."""
@@ -169,11 +191,9 @@ class Checkpoints:
                 (self.folder / _mark_file(later)).unlink()
 
     def _write(self, name: str, round: int, state: State, is_client: bool = False) -> Piece:
-        image, digest = _pack(state), xxhash.xxh3_64()
-        for part in image:
-            digest.update(part)
+        image = _pack(state)
         files.write(self.folder / name, image, _KEPT, sync=not is_client, bypass=is_client)
-        return Piece(round, sum(len(part) for part in image), digest.hexdigest())
+        return Piece(round, sum(len(part) for part in image), fingerprint.of_pieces(image))
 
     def _image(self, name: str, piece: Piece) -> memoryview:
         path = self.folder / name
@@ -185,7 +205,7 @@ class Checkpoints:
             ) from None
         if len(image) != piece.size:
             raise ValueError(f"{path}: found {len(image)} bytes, expected {piece.size}")
-        if (digest := xxhash.xxh3_64_hexdigest(image)) != piece.digest:
+        if (digest := fingerprint.of_pieces([image])) != piece.digest:
             raise ValueError(f"{path}: found digest {digest}, expected {piece.digest}: the file was damaged")
         return image
 
@@ -200,11 +220,11 @@ class Checkpoints:
     def _read_mark(self, round: int) -> Checkpoint:
         path = self.folder / _mark_file(round)
         try:
-            mark: dict[str, Any] = json.loads(path.read_bytes())
+            mark = fingerprint.open_sealed(path.read_bytes())
             if mark["layout"] != LAYOUT:
                 raise ValueError(f"layout {mark['layout']}, expected {LAYOUT}")
             clients = {int(id): Piece(*piece) for id, piece in mark["clients"].items()}
-            return Checkpoint(int(mark["round"]), Piece(*mark["server"]), clients)
+            return Checkpoint(int(mark["round"]), Piece(*mark["server"]), clients, mark.get("inputs"))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path}: found no checkpoint ({error}), expected one of layout {LAYOUT}") from None
 
@@ -216,8 +236,9 @@ class Checkpoints:
         with files.writing(self.folder, _KEPT):
             for round in set(marks) - kept:
                 (self.folder / _mark_file(round)).unlink()
-            for path in self.folder.glob("server-*" if newest.clients else "*-*"):
-                if path.name not in needed:
+            swept = ("server-",) if newest.clients else ("server-", "client-")
+            for path in ownership.written_in(self.folder, "checkpoints"):
+                if path.name.startswith(swept) and path.name not in needed:
                     path.unlink()
 
     def _clients_of(self, round: int) -> Mapping[int, Piece]:
@@ -262,8 +283,8 @@ def client_file(client: int, round: int) -> str:
     return f"client-{client:05d}-{round:04d}.safetensors"
 
 
-def _distillation_file(step: int | str) -> str:
-    return f"distillation-{step}.safetensors"
+def _distillation_file(step: int) -> str:
+    return f"{_STEPS}-{step}.safetensors"
 
 
 def _mark_file(round: int) -> str:
@@ -272,6 +293,7 @@ def _mark_file(round: int) -> str:
 
 _TYPES = {"<f4": "F32", "<f8": "F64", "<i8": "I64"}
 _KEPT = "the last checkpoint is still there"
+_STEPS = "distillation"
 _REST = "distillation.json"  # written last: which file is good, and for which recipe
 
 

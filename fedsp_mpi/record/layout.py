@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,8 +21,9 @@ from typing import Any
 import h5py
 import numpy as np
 
-from fedsp_mpi.record import rows
+from fedsp_mpi.record import lock, rows
 
+KILLED = "it was killed: no process writes to it any more"  # what a reader finds out from the lock
 FORMAT, LAYOUT = "fedsp_mpi run", 1
 _TEXTS = ("reason", "config_text")
 _JSONS = ("config", "environment")
@@ -99,7 +101,19 @@ def read(folder_or_file: str | Path) -> Run:
         return dataclasses.replace(
             run, status="failed", reason=rows.clean(report.read_text(errors="replace").split("\n")[0])
         )
+    if run.status == "running" and lock.is_abandoned(file.parent):
+        return dataclasses.replace(run, status="stopped", reason=KILLED)
     return run
+
+
+def resume_command(folder: Path, config: Mapping[str, Any]) -> str:
+    """What a user types to go on with the run in a folder, whatever the options of its start were."""
+    folder = folder if folder.name not in ("", "..") else folder.resolve()
+    words = ["python", "-m", "fedsp_mpi", "run", str(folder / "config.yaml"), "--name", folder.name, "--resume"]
+    runs = Path(str(config.get("run", {}).get("folder", ""))).expanduser()
+    if runs.resolve() != folder.parent.resolve():
+        words += ["--set", f"run.folder={folder.parent}"]
+    return shlex.join(words)
 
 
 def open_file(path: Path, mode: str = "r") -> h5py.File:
