@@ -14,8 +14,8 @@ PACKAGE = ROOT / "fedsp_mpi"
 ORDER = (
     {"fedsp_mpi"},
     {"plain"},
-    {"stages", "running"},
-    {"recipes", "threats"},
+    {"yaml_input", "stages", "running"},
+    {"recipes", "threats", "limits"},
     {"search"},
     {"tensors", "rng", "log", "config", "jobs"},
     {"comm", "models", "data", "aggregation", "record"},

@@ -136,7 +136,7 @@ def test_only_some_of_the_runs(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"seed": [1]}, "found an unknown key 'seed'; did you mean 'seeds'?"),
+        ({"seed": [1]}, "seed: found an unknown key; did you mean 'seeds'?"),
         ({"seeds": 3}, "seeds: found 3, expected a list of whole numbers"),
         ({"seeds": []}, "seeds: found [], expected a list"),
         ({"seeds": [1, True]}, "seeds: found [1, True], expected a list"),
