@@ -252,9 +252,10 @@ def _tell(archive: Archive, round: int, plan: Plan, elapsed: float) -> None:
     left_out = "".join(f", {some.count(kind)} of them {kind}" for kind in ("failed", "rejected") if kind in some)
     loss = row["control_validation_loss"]
     control = "" if math.isnan(loss) else f", server-only {loss:.4f}"
+    best = ", best so far" if row["is_best"] else ""
     left = duration(elapsed / (round - plan.done) * (rounds - round))
     archive.log.say(
-        f"round {round}/{rounds}  validation loss {row['validation_loss']:.4f}{' *' if row['is_best'] else ''}"
+        f"round {round}/{rounds}  validation loss {row['validation_loss']:.4f}{best}"
         f" (merged {row['validation_merged']:.4f}{control})  {row['num_clients']} clients{left_out}"
         f"  {duration(row['seconds_total'])}  {left} left"
     )

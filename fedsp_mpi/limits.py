@@ -44,7 +44,7 @@ _MOST_ROUNDS = 1_000_000
 _MOST_EXAMPLES = 1_000_000_000
 _MOST_TOKENS = 10_000_000
 _MOST_SECONDS = 1_000_000_000  # 30 years; clocks and timers overflow beyond
-_MOST_LAYERS = 1_000
+_MOST_LAYERS = 512
 _MOST = 1e30  # of what has no natural end; its square is no more finite in fp32
 
 _SECONDS = Range(0, _MOST_SECONDS)
@@ -93,7 +93,7 @@ RANGES: dict[str, Range] = {
     "distillation.zero_stage": Range(0, 3),
     "prompt.num_tokens": Range(1, 100_000),
     "prompt.init_std": Range(0, _MOST),
-    "prompt.projection": Range(1, 100_000),
+    "prompt.projection": Range(1, 16_384),
     "federation.clients": Range(0, 1_000_000),
     "federation.rounds": Range(1, _MOST_ROUNDS),
     "federation.min_clients": Range(1, 1_000_000),
