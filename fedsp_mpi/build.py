@@ -22,6 +22,7 @@ from fedsp_mpi.algorithms.translation import Translator
 from fedsp_mpi.comm import Handout
 from fedsp_mpi.data.tokens import Batches
 from fedsp_mpi.evaluation.scoring import score
+from fedsp_mpi.log import RoundProgress
 from fedsp_mpi.materials import Materials
 from fedsp_mpi.models import auxiliary, backbone
 from fedsp_mpi.models.backbone import LanguageModel
@@ -48,12 +49,13 @@ class Method:
             model, for a server that learns from what comes of it; the control has none.
         handout: from a server and the clients' model, what is handed out: the configuration of that model, tensors, and
             what may travel afterwards.
-        client: the clients of one process. The last argument is what the server answers to a client's question.
+        client: the clients of one process. The last two arguments are what the server answers to a client's question,
+            and what hears of their steps.
     """
 
     server: Callable[[Materials, LanguageModel, Compute, Team, LanguageModel | None], Server]
     handout: Callable[[Materials, Server, LanguageModel], tuple[Any, NamedTensors, Contract]]
-    client: Callable[[Materials, Compute, Handout, Sequence[int], Ask], Client]
+    client: Callable[[Materials, Compute, Handout, Sequence[int], Ask, RoundProgress], Client]
 
 
 def global_model(materials: Materials, compute: Compute) -> LanguageModel:
@@ -141,11 +143,19 @@ def server_side(
     return ServerSide(both.server, both.control, compute, *about)
 
 
-def client_side(materials: Materials, compute: Compute, given: Handout, ids: Sequence[int], ask: Ask) -> ClientSide:
+def client_side(
+    materials: Materials,
+    compute: Compute,
+    given: Handout,
+    ids: Sequence[int],
+    ask: Ask,
+    progress: RoundProgress | None = None,
+) -> ClientSide:
     """The clients of one process, from what the server handed out and their own text; `ask` asks it in a round."""
+    progress = progress or RoundProgress()
     plan, seed = materials.config.federation, materials.config.run.seed
     compute.begin()
-    client = METHODS[materials.config.method].client(materials, compute, given, ids, ask)
+    client = METHODS[materials.config.method].client(materials, compute, given, ids, ask, progress)
     privacy = materials.config.client.privacy
     if privacy.clip is not None and privacy.noise_scale is not None:
         client = Private(client, privacy.clip, privacy.noise_scale)
@@ -154,7 +164,7 @@ def client_side(materials: Materials, compute: Compute, given: Handout, ids: Seq
     shelf = Shelf(client.benches, Checkpoints(Path(given.meta["folder"])), materials.config.client.resident, mine)
     sizes = [len(shard) for shard in materials.shards[1:]]
     chosen = partial(participants, plan.sampling, plan.clients_per_round, sizes, seed)
-    return ClientSide(client, ids, compute, shelf, chosen)
+    return ClientSide(client, ids, compute, shelf, chosen, progress)
 
 
 def save(materials: Materials, server: Server, tuned: NamedTensors, folder: Path) -> None:
@@ -215,7 +225,9 @@ def _prompt_handout(materials: Materials, server: Server, small: LanguageModel) 
     return cell, tensors, Contract(prompts.schema, prompts.schema, (*fedsp.METRICS, *backdoor.METRICS))
 
 
-def _fedsp_client(materials: Materials, compute: Compute, given: Handout, ids: Sequence[int], ask: Ask) -> Client:
+def _fedsp_client(
+    materials: Materials, compute: Compute, given: Handout, ids: Sequence[int], ask: Ask, progress: RoundProgress
+) -> Client:
     config = materials.config
     stages = config.client
 
@@ -237,6 +249,7 @@ def _fedsp_client(materials: Materials, compute: Compute, given: Handout, ids: S
         config.federation.client_state == "kept",
         stages.training == "joint",
         config.federation.client_seconds,
+        progress,
     )
     return _watched(materials, client, model, prompt, ids)
 
@@ -252,7 +265,9 @@ def _weights_handout(materials: Materials, server: Server, small: LanguageModel)
     return small.model.config, NamedTensors.pack({}), Contract(schema, schema, (*finetune.METRICS, *backdoor.METRICS))
 
 
-def _weights_client(materials: Materials, compute: Compute, given: Handout, ids: Sequence[int], ask: Ask) -> Client:
+def _weights_client(
+    materials: Materials, compute: Compute, given: Handout, ids: Sequence[int], ask: Ask, progress: RoundProgress
+) -> Client:
     config = materials.config
     stage = config.client.tuning
     model = _clients_model(materials, compute, given)
@@ -263,6 +278,7 @@ def _weights_client(materials: Materials, compute: Compute, given: Handout, ids:
         config.federation.rounds,
         config.federation.client_state == "kept",
         config.federation.client_seconds,
+        progress,
     )
     return _watched(materials, client, model, None, ids)
 
@@ -325,10 +341,12 @@ def _subspace(materials: Materials, scale: float) -> Subspace:
     return Subspace(materials.prompt_spec, materials.config.search.dimension, scale, materials.config.run.seed)
 
 
-def _search_client(materials: Materials, compute: Compute, given: Handout, ids: Sequence[int], ask: Ask) -> Client:
+def _search_client(
+    materials: Materials, compute: Compute, given: Handout, ids: Sequence[int], ask: Ask, progress: RoundProgress
+) -> Client:
     config, depths = materials.config, materials.depth_map
     shards = {id: _usable(lambda id: materials.shard(id + 1), id) for id in ids}
-    about = (shards, materials.words, config.search, config.run.seed, config.federation.client_seconds)
+    about = (shards, materials.words, config.search, config.run.seed, config.federation.client_seconds, progress)
     if config.asks_server:
         return fedbpt.Client(forward.Asking(ask), *about)
     model = _clients_model(materials, compute, given)

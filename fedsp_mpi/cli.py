@@ -36,7 +36,7 @@ def run(options: argparse.Namespace) -> int:
     from fedsp_mpi.run import execute
 
     log = _log(options)
-    folder = execute(settings, Path(options.config).stem if options.config else "embedded", log)
+    folder = execute(settings, Path(options.config).stem if options.config else "embedded", log, Log(_show))
     if folder is not None:
         from fedsp_mpi.record import read, summary
 

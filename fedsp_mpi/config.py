@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import yaml
 
-from fedsp_mpi.limits import require_ranges
+from fedsp_mpi.limits import STAGES, require_ranges
 from fedsp_mpi.plain import ConfigError, differences, merge, message_line, parse, put
 from fedsp_mpi.recipes import AuxiliaryConfig, DistillationConfig, PromptConfig, Recipe, recipe
 from fedsp_mpi.running import CheckpointConfig, DeadlineConfig, RecordConfig, RunConfig, TopologyConfig
@@ -187,6 +187,8 @@ class Config:
     def check(self) -> None:
         """Raise ConfigError on the first value that cannot work, whatever the model and the data."""
         require_ranges(self)
+        for key in STAGES:
+            self._value(key).check(key)
         self.auxiliary.check("auxiliary")
         self.client.privacy.check("client.privacy")
         self.distillation.check("distillation")

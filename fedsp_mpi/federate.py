@@ -164,7 +164,9 @@ def local_work(clients: ClientSide, down: Down) -> Iterator[Update | Failure]:
     chosen = set(clients.chosen(down.round))
     mine = [id for id in clients.ids if id in chosen]
     clients.shelf.begin(mine)
-    for id in mine:
+    clients.progress.begin(down.round)
+    for place, id in enumerate(mine, 1):
+        clients.progress.client(id, place, len(mine))
         with guard.phase("local training", round=down.round, client=id):
             try:
                 clients.shelf.fetch(id)

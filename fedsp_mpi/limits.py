@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedsp_mpi.plain import ConfigError, shown
+from fedsp_mpi.stages import MOST_AT_ONCE
 
 
 @dataclass(frozen=True)
@@ -61,10 +62,10 @@ _OPTIMIZER = {
 _STAGE = {
     "steps": Range(0, 10_000_000),
     "batch_size": Range(1, 100_000),
-    "micro_batch": Range(1, 100_000),
+    "micro_batch": Range(1, MOST_AT_ONCE),
     **{f"optimizer.{name}": limits for name, limits in _OPTIMIZER.items()},
 }
-_STAGES = ("distillation.stage", "server.translation", "server.tuning", "client.alignment", "client.tuning")
+STAGES = ("distillation.stage", "server.translation", "server.tuning", "client.alignment", "client.tuning")
 
 RANGES: dict[str, Range] = {
     "run.seed": Range(-(2**63), 2**63 - 1),
@@ -81,7 +82,7 @@ RANGES: dict[str, Range] = {
     "auxiliary.layers_per_cell": Range(1, _MOST_LAYERS),
     "auxiliary.depth": Range(0, _MOST_LAYERS, above=True),
     "auxiliary.first_layers": Range(1, _MOST_LAYERS),
-    **{f"{stage}.{name}": limits for stage in _STAGES for name, limits in _STAGE.items()},
+    **{f"{stage}.{name}": limits for stage in STAGES for name, limits in _STAGE.items()},
     "client.tuning.steps": Range(1, 10_000_000),
     "distillation.bridge_texts": Range(1, _MOST_EXAMPLES),
     "distillation.bridge_ridge": _POSITIVE,
@@ -92,7 +93,7 @@ RANGES: dict[str, Range] = {
     "distillation.temperature": Range(0, 1e6, above=True),
     "distillation.zero_stage": Range(0, 3),
     "prompt.num_tokens": Range(1, 100_000),
-    "prompt.init_std": Range(0, _MOST),
+    "prompt.init_std": Range(0, 1_000),
     "prompt.projection": Range(1, 16_384),
     "federation.clients": Range(0, 1_000_000),
     "federation.rounds": Range(1, _MOST_ROUNDS),

@@ -13,7 +13,7 @@ from torch import nn
 from fedsp_mpi.aggregation.average import Updates
 from fedsp_mpi.data.tokens import Text
 from fedsp_mpi.evaluation.scoring import answer_loss_mean
-from fedsp_mpi.log import Log
+from fedsp_mpi.log import Log, RoundProgress
 from fedsp_mpi.models.backbone import LanguageModel
 from fedsp_mpi.models.prompts import Prompt
 from fedsp_mpi.record.checkpoint import Checkpoints, Keeper, Shelf
@@ -70,6 +70,7 @@ class ClientSide:
     compute: Compute
     shelf: Shelf
     chosen: Callable[[int], Sequence[int]]  # round -> the clients that take part in it
+    progress: RoundProgress = field(default_factory=RoundProgress)
 
 
 @dataclass

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from fedsp_mpi.plain import ConfigError
+
+MOST_AT_ONCE = 4096  # examples of one forward pass
 Dtype = Literal["float32", "bfloat16"]
 
 
@@ -29,6 +32,13 @@ class StageConfig:
     batch_size: int = 16
     micro_batch: int | None = None  # examples of a forward pass, of similar length; None: the whole batch
     optimizer: OptimizerConfig = OptimizerConfig()
+
+    def check(self, where: str) -> None:
+        if self.micro_batch is None and self.batch_size > MOST_AT_ONCE:
+            raise ConfigError(
+                f"{where}.batch_size: found {self.batch_size}, expected at most {MOST_AT_ONCE} examples of one forward "
+                f"pass; set {where}.micro_batch, which cuts a batch into pieces"
+            )
 
 
 @dataclass(frozen=True)

@@ -346,6 +346,9 @@ def test_numbers_that_are_not_finite(tmp_path, value):
 
 
 def test_what_does_not_go_together(tmp_path):
+    large = {"client": {"tuning": {"batch_size": 5000}}}
+    refused(lambda: load(tmp_path, large), "client.tuning.batch_size: found 5000", "set client.tuning.micro_batch")
+    assert load(tmp_path, large, "client.tuning.micro_batch=64").client.tuning.batch_size == 5000
     both = {"federation": {"clients": 3, "min_clients": 4}}
     refused(lambda: load(tmp_path, both), "federation.min_clients: found 4", "3 of federation.clients")
     nothing = {"distillation": {"hidden_weight": 0, "logits_weight": 0}}
