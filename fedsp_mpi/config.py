@@ -288,7 +288,7 @@ class Config:
         if self.prompt.encoder is not None and self.prompt.init == "text":
             raise ConfigError("prompt.init: found text with prompt.encoder, expected random")
         if not self.prompt.init_text.strip():
-            raise ConfigError("prompt.init_text: found no words, expected some; or set prompt.init=random")
+            raise ConfigError("prompt.init_text: found no words, expected at least one; or set prompt.init=random")
         shared = self.auxiliary.layers_per_cell not in (None, self.auxiliary.depth)
         if self.prompt.mapping == "same_layers" and shared and not self.tunes_weights:
             raise ConfigError(

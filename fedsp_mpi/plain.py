@@ -16,6 +16,7 @@ from typing import Any, Literal
 LONGEST_MESSAGE = 300  # characters of what is said about a configuration
 LONGEST_TEXT = 10_000  # characters of a value
 _LONGEST_NAME = 60  # characters of a key in a message
+_LONGEST_WORD, _LONGEST_ERROR = 256, 2_000  # characters of what another library or a path may add to a message
 _ITEMS = {int: "0, 1", str: "one, two"}  # what a list of them looks like
 _KINDS = {int: "a whole number", float: "a number that is finite", bool: "true or false", str: "a text"}
 _SWITCHES = {"yes": True, "no": False, "on": True, "off": False}  # texts to YAML 1.2, but plain enough
@@ -62,6 +63,12 @@ def message_line(text: str, longest: int = LONGEST_MESSAGE) -> str:
         return line
     tail = longest // 3
     return f"{line[: longest - tail - 3]}...{line[-tail:]}"
+
+
+def error_line(text: str) -> str:
+    """Write an error's text in one line, in which no word is longer than a path may be expected to be."""
+    words = (message_line(word, _LONGEST_WORD) for word in text[: 2 * _LONGEST_ERROR].split())
+    return message_line(" ".join(words), _LONGEST_ERROR)
 
 
 def require_text(text: str, where: str) -> None:

@@ -15,6 +15,7 @@ from fedsp_mpi import comm, environment, placement
 from fedsp_mpi.comm import guard
 from fedsp_mpi.config import Config, changed_keys, to_yaml
 from fedsp_mpi.log import Log, duration
+from fedsp_mpi.plain import error_line
 
 if TYPE_CHECKING:
     from fedsp_mpi.build import Servers
@@ -352,8 +353,8 @@ class ServerRun:
 
 
 def one_line(error: Exception) -> str:
-    """What an error says, in one line."""
-    return " ".join(str(error).split()) or type(error).__name__
+    """What an error says, in one line, with long values shortened."""
+    return error_line(str(error)) or type(error).__name__
 
 
 def _folder(config: Config, name: str) -> Path:

@@ -29,7 +29,7 @@ ORDER = (
     {"server_run", "helper_run"},
     {"run"},
     {"bench", "check", "evaluate", "fetch", "plan", "transfer", "sweep"},
-    {"plan_text"},
+    {"plan_text", "usage"},
     {"cli"},
     {"__main__"},
 )

@@ -17,6 +17,7 @@ from test_config import leaves
 
 from fedsp_mpi import config
 from fedsp_mpi.config import Config, ConfigError
+from fedsp_mpi.plain import error_line
 
 EXAMPLES = int(os.environ.get("FEDSP_EXAMPLES", "200"))
 SECONDS = 10  # a configuration takes milliseconds; a slow machine gets some room
@@ -138,6 +139,13 @@ def test_an_alias_that_is_no_bomb_is_what_it_stands_for(tmp_path):
     settings = config.load(tmp_path / "c.yaml")
     assert settings.client.tuning == settings.client.alignment
     assert (settings.server.tuning.steps, settings.server.tuning.optimizer.learning_rate) == (4, 0.5)
+
+
+def test_what_another_library_says_of_a_long_value_is_short():
+    """Not of a path of a usual length, which is to be copied; a terminal gets no control characters."""
+    path = "/lustre/" + "project/" * 25 + "set"
+    assert error_line(f"{path}: found no\n  folder \x1b[31m") == f"{path}: found no folder \\x1b[31m"
+    assert len(error_line("data.source: found " + "x" * 9000)) < 300
 
 
 # -- every key with every kind of value ----------------------------------------------------------------------------
