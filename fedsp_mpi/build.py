@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,17 +12,17 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from fedsp_mpi import participation
 from fedsp_mpi.aggregation.average import Updates, weighted_mean
 from fedsp_mpi.aggregation.robust import coordinate_median, without_outliers
-from fedsp_mpi.aggregation.sampling import participants
 from fedsp_mpi.algorithms import backdoor, fedbpt, fedsp, finetune, forward, prompt_tuning
 from fedsp_mpi.algorithms.benches import ShardError
 from fedsp_mpi.algorithms.privacy import Private
 from fedsp_mpi.algorithms.translation import Translator
 from fedsp_mpi.comm import Handout
-from fedsp_mpi.comm.inspection import Expected
 from fedsp_mpi.data.tokens import Batches
 from fedsp_mpi.evaluation.scoring import score
+from fedsp_mpi.log import RoundProgress
 from fedsp_mpi.materials import Materials
 from fedsp_mpi.models import auxiliary, backbone
 from fedsp_mpi.models.backbone import LanguageModel
@@ -49,12 +49,13 @@ class Method:
             model, for a server that learns from what comes of it; the control has none.
         handout: from a server and the clients' model, what is handed out: the configuration of that model, tensors, and
             what may travel afterwards.
-        client: the clients of one process. The last argument is what the server answers to a client's question.
+        client: the clients of one process. The last two arguments are what the server answers to a client's question,
+            and what hears of their steps.
     """
 
     server: Callable[[Materials, LanguageModel, Compute, Team, LanguageModel | None], Server]
     handout: Callable[[Materials, Server, LanguageModel], tuple[Any, NamedTensors, Contract]]
-    client: Callable[[Materials, Compute, Handout, Sequence[int], Ask], Client]
+    client: Callable[[Materials, Compute, Handout, Sequence[int], Ask, RoundProgress], Client]
 
 
 def global_model(materials: Materials, compute: Compute) -> LanguageModel:
@@ -142,39 +143,25 @@ def server_side(
     return ServerSide(both.server, both.control, compute, *about)
 
 
-def client_side(materials: Materials, compute: Compute, given: Handout, ids: Sequence[int], ask: Ask) -> ClientSide:
+def client_side(
+    materials: Materials,
+    compute: Compute,
+    given: Handout,
+    ids: Sequence[int],
+    ask: Ask,
+    progress: RoundProgress | None = None,
+) -> ClientSide:
     """The clients of one process, from what the server handed out and their own text; `ask` asks it in a round."""
+    progress = progress or RoundProgress()
     compute.begin()
-    client = METHODS[materials.config.method].client(materials, compute, given, ids, ask)
+    client = METHODS[materials.config.method].client(materials, compute, given, ids, ask, progress)
     privacy = materials.config.client.privacy
     if privacy.clip is not None and privacy.noise_scale is not None:
         client = Private(client, privacy.clip, privacy.noise_scale)
     states = {int(id): Piece(*piece) for id, piece in given.meta["states"].items()}
     mine = {id: piece for id, piece in states.items() if id in set(ids)}
     shelf = Shelf(client.benches, Checkpoints(Path(given.meta["folder"])), materials.config.client.resident, mine)
-    return ClientSide(client, ids, compute, shelf, partial(chosen, materials))
-
-
-def chosen(materials: Materials, round: int) -> list[int]:
-    """The clients that take part in a round, by id; the same on every rank."""
-    plan, sizes = materials.config.federation, [len(shard) for shard in materials.shards[1:]]
-    return participants(plan.sampling, plan.clients_per_round, sizes, materials.config.run.seed, round)
-
-
-def expected(materials: Materials, rank_of: Mapping[int, int], round: int) -> Expected:
-    """Who answers in a round, from which rank, and with how many samples at most.
-
-    A client that searches weighs as much as it has examples, poisoned copies among them; one that trains, as many as
-    its steps process.
-    """
-    config = materials.config
-    stage = config.client.tuning
-    clients = chosen(materials, round)
-    trained = float(stage.steps * stage.batch_size)
-    copies = {id: 2 if id in config.attack.clients else 1 for id in clients}
-    examples = {id: float(copies[id] * len(materials.shards[id + 1])) for id in clients}
-    samples = examples if config.searches else dict.fromkeys(clients, trained)
-    return Expected({id: rank_of[id] for id in clients}, samples)
+    return ClientSide(client, ids, compute, shelf, partial(participation.chosen, materials), progress)
 
 
 def save(materials: Materials, server: Server, tuned: NamedTensors, folder: Path) -> None:
@@ -235,7 +222,9 @@ def _prompt_handout(materials: Materials, server: Server, small: LanguageModel) 
     return cell, tensors, Contract(prompts.schema, prompts.schema, (*fedsp.METRICS, *backdoor.METRICS))
 
 
-def _fedsp_client(materials: Materials, compute: Compute, given: Handout, ids: Sequence[int], ask: Ask) -> Client:
+def _fedsp_client(
+    materials: Materials, compute: Compute, given: Handout, ids: Sequence[int], ask: Ask, progress: RoundProgress
+) -> Client:
     config = materials.config
     stages = config.client
 
@@ -257,6 +246,7 @@ def _fedsp_client(materials: Materials, compute: Compute, given: Handout, ids: S
         config.federation.client_state == "kept",
         stages.training == "joint",
         config.federation.client_seconds,
+        progress,
     )
     return _watched(materials, client, model, prompt, ids)
 
@@ -272,7 +262,9 @@ def _weights_handout(materials: Materials, server: Server, small: LanguageModel)
     return small.model.config, NamedTensors.pack({}), Contract(schema, schema, (*finetune.METRICS, *backdoor.METRICS))
 
 
-def _weights_client(materials: Materials, compute: Compute, given: Handout, ids: Sequence[int], ask: Ask) -> Client:
+def _weights_client(
+    materials: Materials, compute: Compute, given: Handout, ids: Sequence[int], ask: Ask, progress: RoundProgress
+) -> Client:
     config = materials.config
     stage = config.client.tuning
     model = _clients_model(materials, compute, given)
@@ -283,6 +275,7 @@ def _weights_client(materials: Materials, compute: Compute, given: Handout, ids:
         config.federation.rounds,
         config.federation.client_state == "kept",
         config.federation.client_seconds,
+        progress,
     )
     return _watched(materials, client, model, None, ids)
 
@@ -349,10 +342,12 @@ def _subspace(materials: Materials, scale: float) -> Subspace:
     return Subspace(materials.prompt_spec, materials.config.search.dimension, scale, materials.config.run.seed)
 
 
-def _search_client(materials: Materials, compute: Compute, given: Handout, ids: Sequence[int], ask: Ask) -> Client:
+def _search_client(
+    materials: Materials, compute: Compute, given: Handout, ids: Sequence[int], ask: Ask, progress: RoundProgress
+) -> Client:
     config, depths = materials.config, materials.depth_map
     shards = {id: _usable(lambda id: materials.shard(id + 1), id) for id in ids}
-    about = (shards, materials.words, config.search, config.run.seed, config.federation.client_seconds)
+    about = (shards, materials.words, config.search, config.run.seed, config.federation.client_seconds, progress)
     if config.asks_server:
         return fedbpt.Client(forward.Asking(ask), *about)
     model = _clients_model(materials, compute, given)

@@ -13,20 +13,25 @@ from pathlib import Path
 from fedsp_mpi import __version__, config
 from fedsp_mpi.comm import Refused, guard, launcher_rank, launcher_size
 from fedsp_mpi.log import Log
+from fedsp_mpi.plain import error_line
+from fedsp_mpi.usage import explained, number
 
 USAGE_ERROR = 2
+SECONDS, TFLOPS = number(float, 0, 1e9), number(float, 0, 1e9, above=True)
+COUNT, TOKENS = number(int, 1, 1e7), number(int, 2, 1e7)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a verb; returns the exit status: 0, 2 for a mistake of the user, or 75 for a run that was told to stop."""
     _print_anything()
-    options = _parser().parse_args(_with_verb(sys.argv[1:] if arguments is None else list(arguments)))
+    options = argparse.Namespace()
     try:
+        options = _parser().parse_args(_with_verb(sys.argv[1:] if arguments is None else list(arguments)))
         with guard(options.verb):
             return options.run(options)
     except Refused as error:
         if _speaks():
-            print(f"fedsp_mpi: {_named(str(error), options)}", file=sys.stderr, flush=True)
+            print(f"fedsp_mpi: {_named(error_line(str(error)), options)}", file=sys.stderr, flush=True)
         return error.exit_status
 
 
@@ -38,7 +43,7 @@ def run(options: argparse.Namespace) -> int:
     from fedsp_mpi.run import execute
 
     log = _log(options)
-    folder = execute(settings, Path(options.config).stem if options.config else "embedded", log)
+    folder = execute(settings, Path(options.config).stem if options.config else "embedded", log, Log(_show))
     if folder is not None:
         from fedsp_mpi.record import read, summary
 
@@ -74,8 +79,6 @@ def fetch(options: argparse.Namespace) -> int:
 
 def plan(options: argparse.Namespace) -> int:
     """`plan`: what configurations cost, from their sizes alone."""
-    if not options.tflops > 0:
-        raise Refused(f"--tflops: found {options.tflops:g}, expected a number above 0")
     every = [(path or "embedded", _settings(path, options.set)) for path in options.configs or [None]]
     from fedsp_mpi import plan as room
     from fedsp_mpi import plan_text
@@ -177,8 +180,6 @@ def bench(options: argparse.Namespace) -> int:
 def _bench_wire(log: Log, repeats: int) -> None:
     from fedsp_mpi.comm import bench as room
 
-    if repeats < 1:
-        raise Refused(f"--repeats: found {repeats}, expected at least 1 round that counts")
     if (launcher_size() or 1) < 2:
         raise Refused("bench wire: found one process, expected at least two; start it with mpirun -n 4")
     if found := room.measure(repeats=repeats):
@@ -262,10 +263,7 @@ class _Parser(argparse.ArgumentParser):
     """Says what is wrong once, whatever the number of ranks."""
 
     def error(self, message: str):
-        if _speaks():
-            self.print_usage(sys.stderr)
-            print(f"{self.prog}: {message}", file=sys.stderr)
-        sys.exit(USAGE_ERROR)
+        raise Refused(explained(message, self.prog), USAGE_ERROR)
 
     def _print_message(self, message, file=None):
         if _speaks():
@@ -302,8 +300,14 @@ def _parser() -> argparse.ArgumentParser:
     verb = verbs.add_parser("plan", help="what experiments cost: parameters, bytes, memory, FLOPs and hours")
     verb.add_argument("configs", nargs="*", metavar="CONFIG", help="YAML files; none is the embedded default")
     _add_settings(verb)
-    verb.add_argument("--tokens", type=int, metavar="N", help="tokens of a text (typical of the task)")
-    verb.add_argument("--tflops", type=float, default=40.0, metavar="X", help="10^12 FLOPs a second of a GPU (40)")
+    verb.add_argument("--tokens", type=TOKENS, metavar="N", help="tokens of a text (typical of the task)")
+    verb.add_argument(
+        "--tflops",
+        type=TFLOPS,
+        default=40.0,
+        metavar="X",
+        help="10^12 FLOPs a second of a GPU (40)",
+    )
     verb.add_argument("--markdown", action="store_true", help="two tables for all configurations")
     verb.set_defaults(run=plan)
 
@@ -319,8 +323,8 @@ def _parser() -> argparse.ArgumentParser:
     verb = verbs.add_parser("bench", help="measure the overhead against bare torch and bare mpi4py")
     verb.add_argument("what", choices=("local", "wire", "transfer"), help="wire: under mpirun; the others: one process")
     _add_configuration(verb)
-    verb.add_argument("--repeats", type=int, default=15, metavar="N", help="counted repetitions (15)")
-    verb.add_argument("--steps", type=int, default=20, metavar="N", help="of prompt tuning, for transfer (20)")
+    verb.add_argument("--repeats", type=COUNT, default=15, metavar="N", help="counted repetitions (15)")
+    verb.add_argument("--steps", type=COUNT, default=20, metavar="N", help="of prompt tuning, for transfer (20)")
     verb.set_defaults(run=bench)
     return parser
 
@@ -347,7 +351,7 @@ def _add_sweep(verbs: argparse._SubParsersAction) -> None:
     )
     verb.add_argument(
         "--jobs",
-        type=int,
+        type=number(int, -1e7, 1e7),
         default=1,
         metavar="N",
         help="runs at a time, with a share each of cores and GPUs; default: 1",
@@ -363,12 +367,12 @@ def _add_evaluate(verbs: argparse._SubParsersAction) -> None:
     )
     verb.add_argument("folder", metavar="RUN", help="folder of a complete run, or its run.h5")
     verb.add_argument("--tasks", metavar="A,B,C", help="lm-eval's names; without them the run's own task")
-    verb.add_argument("--limit", type=int, metavar="N", help="the first N questions of each task")
-    verb.add_argument("--batch-tokens", type=int, metavar="N", help="positions a forward pass (the run's own number)")
+    verb.add_argument("--limit", type=COUNT, metavar="N", help="the first N questions of each task")
+    verb.add_argument("--batch-tokens", type=COUNT, metavar="N", help="positions a forward pass (the run's own number)")
     verb.add_argument("--without-prompt", action="store_true", help="only the model as it was before the run")
     verb.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     verb.add_argument("--include", metavar="FOLDER", help="task files of your own, for lm-eval")
-    verb.add_argument("--every", type=float, default=5.0, metavar="S", help="seconds between progress lines (5)")
+    verb.add_argument("--every", type=SECONDS, default=5.0, metavar="S", help="seconds between progress lines (5)")
     verb.set_defaults(run=evaluate)
 
 
@@ -379,4 +383,4 @@ def _add_configuration(verb: argparse.ArgumentParser) -> None:
 
 def _add_settings(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="e.g. federation.rounds=10")
-    verb.add_argument("--every", type=float, default=5.0, metavar="S", help="seconds between progress lines (5)")
+    verb.add_argument("--every", type=SECONDS, default=5.0, metavar="S", help="seconds between progress lines (5)")

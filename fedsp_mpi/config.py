@@ -11,12 +11,14 @@ from typing import Any, Literal
 
 import yaml
 
-from fedsp_mpi.plain import ConfigError, differences, key_value, merge, parse, put, read_yaml
+from fedsp_mpi.limits import STAGES, require_ranges
+from fedsp_mpi.plain import ConfigError, differences, merge, message_line, parse, put
 from fedsp_mpi.recipes import AuxiliaryConfig, DistillationConfig, PromptConfig, Recipe, recipe
 from fedsp_mpi.running import CheckpointConfig, DeadlineConfig, RecordConfig, RunConfig, TopologyConfig, check_paths
 from fedsp_mpi.search import WITH_SEARCH, SearchConfig
-from fedsp_mpi.stages import ComputeConfig, Dtype, StageConfig, at_least
+from fedsp_mpi.stages import ComputeConfig, Dtype, StageConfig
 from fedsp_mpi.threats import AttackConfig, PrivacyConfig
+from fedsp_mpi.yaml_input import key_value, read_yaml, setting
 
 EMBEDDED = Path(__file__).parent / "resources" / "embedded.yaml"
 
@@ -63,15 +65,11 @@ class DataConfig:
     alpha: float = 0.5  # of the Dirichlet distribution that makes the skew: 0.1 is strong, 100 hardly any
 
     def check(self, where: str) -> None:
-        if self.server_share is not None:
-            at_least(where, "server_share", self.server_share, 0)
-            if self.server_share > 1 and self.server_share % 1:
-                raise ConfigError(
-                    f"{where}.server_share: found {self.server_share}, expected a fraction below 1, or a whole number "
-                    "of examples"
-                )
-        if not self.alpha > 0:
-            raise ConfigError(f"{where}.alpha: found {self.alpha}, expected a number above 0")
+        if self.server_share is not None and self.server_share > 1 and self.server_share % 1:
+            raise ConfigError(
+                f"{where}.server_share: found {self.server_share}, expected a fraction below 1, or a whole number "
+                "of examples"
+            )
 
 
 @dataclass(frozen=True)
@@ -190,23 +188,16 @@ class Config:
     def check(self) -> None:
         """Raise ConfigError on the first value that cannot work, whatever the model and the data."""
         check_paths(self._value)
+        require_ranges(self)
+        for key in STAGES:
+            self._value(key).check(key)
         self.auxiliary.check("auxiliary")
-        self.server.tuning.check("server.tuning")
-        self.server.translation.check("server.translation")
-        self.client.alignment.check("client.alignment")
-        self.client.tuning.check("client.tuning")
         self.client.privacy.check("client.privacy")
         self.distillation.check("distillation")
-        at_least("client.tuning", "steps", self.client.tuning.steps, 1)
         if self.model.name is None:
             raise ConfigError("model.name: found nothing, expected a hub name or the folder of a causal language model")
-        for key, low in LEAST.items():
-            section, _, name = key.rpartition(".")
-            if (value := self._value(key)) is not None:
-                at_least(section, name, value, low)
         self.data.check("data")
         self.attack.check("attack", self.federation.clients)
-        self.search.check("search")
         if self.searches:
             self._check_search()
         self._check_federation()
@@ -299,7 +290,7 @@ class Config:
         if self.prompt.encoder is not None and self.prompt.init == "text":
             raise ConfigError("prompt.init: found text with prompt.encoder, expected random")
         if not self.prompt.init_text.strip():
-            raise ConfigError("prompt.init_text: found no words, expected some; or set prompt.init=random")
+            raise ConfigError("prompt.init_text: found no words, expected at least one; or set prompt.init=random")
         shared = self.auxiliary.layers_per_cell not in (None, self.auxiliary.depth)
         if self.prompt.mapping == "same_layers" and shared and not self.tunes_weights:
             raise ConfigError(
@@ -318,69 +309,38 @@ class Config:
             )
 
 
-# The least value of what has one; None is always allowed where the type allows it.
-LEAST = {
-    "topology.ranks": 1,
-    "topology.server_ranks": 1,
-    "data.max_length": 2,
-    "data.shots": 1,
-    "data.limit.train": 1,
-    "data.limit.validation": 1,
-    "data.limit.test": 1,
-    "auxiliary.start_layer": 0,
-    "auxiliary.layers_per_cell": 1,
-    "auxiliary.first_layers": 1,
-    "prompt.num_tokens": 1,
-    "prompt.init_std": 0,
-    "prompt.projection": 1,
-    "federation.clients": 0,
-    "federation.rounds": 1,
-    "federation.min_clients": 1,
-    "federation.clients_per_round": 1,
-    "federation.client_seconds": 0,
-    "federation.outlier_deviations": 0,
-    "client.resident": 1,
-    "checkpoint.every": 1,
-    "checkpoint.keep": 1,
-    "checkpoint.distillation_seconds": 0,
-    "server.compute.threads": 1,
-    "client.compute.threads": 1,
-    "evaluation.batch_tokens": 1,
-    "deadlines.start_up": 0,
-    "deadlines.handout": 0,
-    "deadlines.broadcast": 0,
-    "deadlines.gather": 0,
-    "deadlines.finish": 0,
-    "deadlines.server": 0,
-}
-
-
 def load(path: str | Path | None, overrides: list[str] | None = None, values: dict[str, str] | None = None) -> Config:
     """Read a YAML file (None: the embedded default), apply overrides, check, freeze.
 
     `overrides` are `key=value`, whose value is YAML; `values` are texts as they stand.
     A file may say `extends: other.yaml`, or a list of files (relative to itself); the later win, and its own keys most.
     """
-    data = read_yaml(Path(path) if path is not None else EMBEDDED)
-    for item in overrides or []:
-        key, value = key_value(item)
-        put(data, key, value, f"--set {item}")
-    for key, text in (values or {}).items():
-        put(data, key, text, key)
+    try:
+        data = read_yaml(Path(path) if path is not None else EMBEDDED)
+        for item in overrides or []:
+            key, value = key_value(item)
+            put(data, key, value, setting(item))
+        for key, text in (values or {}).items():
+            put(data, key, text, key)
+    except ConfigError as error:
+        raise ConfigError(message_line(str(error))) from None
     return checked(data)
 
 
 def checked(data: dict[str, Any]) -> Config:
     """The configuration of plain data, laid over its recipe. Raises ConfigError on the first mistake."""
-    named = data.get("recipe")
-    config: Config = parse(Config, merge(recipe(Config.recipe if named is None else named), data), "")
-    config.check()
+    try:
+        named = data.get("recipe")
+        config: Config = parse(Config, merge(recipe(Config.recipe if named is None else named), data), "")
+        config.check()
+    except ConfigError as error:
+        raise ConfigError(message_line(str(error))) from None
     return config
 
 
 # What may differ when a run goes on: where and how it runs, not what comes of it.
 _FREE = (
-    *(f"run.{name}" for name in ("name", "folder", "if_exists", "resume", "label", "permissions")),
+    *(f"run.{name}" for name in ("name", "folder", "if_exists", "resume", "label", "task_label", "permissions")),
     *("topology.ranks", "deadlines.", "checkpoint.", "record.", "client.resident", "distillation.reuse", "recipe"),
 )
 

@@ -185,7 +185,9 @@ def local_work(clients: ClientSide, down: Down) -> Iterator[Update | Failure]:
     chosen = set(clients.chosen(down.round))
     mine = [id for id in clients.ids if id in chosen]
     clients.shelf.begin(mine)
-    for id in mine:
+    clients.progress.begin(down.round)
+    for place, id in enumerate(mine, 1):
+        clients.progress.client(id, place, len(mine))
         with guard.phase("local training", round=down.round, client=id):
             try:
                 clients.shelf.fetch(id)
@@ -273,9 +275,10 @@ def _tell(archive: Archive, round: int, plan: Plan, elapsed: float) -> None:
     left_out = "".join(f", {some.count(kind)} of them {kind}" for kind in ("failed", "rejected") if kind in some)
     loss = row["control_validation_loss"]
     control = "" if math.isnan(loss) else f", server-only {loss:.4f}"
+    best = ", best so far" if row["is_best"] else ""
     left = duration(elapsed / (round - plan.done) * (rounds - round))
     archive.log.say(
-        f"round {round}/{rounds}  validation loss {row['validation_loss']:.4f}{' *' if row['is_best'] else ''}"
+        f"round {round}/{rounds}  validation loss {row['validation_loss']:.4f}{best}"
         f" (merged {row['validation_merged']:.4f}{control})  {row['num_clients']} clients{left_out}"
         f"  {duration(row['seconds_total'])}  {left} left"
     )

@@ -1,7 +1,8 @@
-"""What a run tells its user while it goes on: lines, and progress with the time left. Where they go is the caller's."""
+"""What a run tells its user while it goes on: lines, and how far it is. Where they go is the caller's."""
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 
@@ -45,6 +46,40 @@ class Progress:
         left = (now - self._start) / self._done * (self._total - self._done)
         words = f"  {note()}" if note else ""
         self._say(f"{self._label} {self._done}/{self._total}{words}  {duration(left)} left")
+
+
+class RoundProgress:
+    """Says, now and then, how far the clients of one rank are within a round: short rounds pass without a word.
+
+    Args:
+        say: takes one line.
+        every: least seconds between two lines, and from the start of a round to its first; None: never a line.
+    """
+
+    def __init__(self, say: Callable[[str], None] = lambda line: None, every: float | None = None) -> None:
+        self._say, self._every = say, math.inf if every is None else every
+        self._where, self._unit, self._total, self._done = "", "step", 0, 0
+        self._last = time.monotonic()
+
+    def begin(self, round: int) -> None:
+        """Take note that a round begins."""
+        self._round, self._last = round, time.monotonic()
+
+    def client(self, client: int, place: int, num_clients: int) -> None:
+        """Take note that a client begins, the `place`-th of `num_clients` on this rank, counted from 1."""
+        others = f" ({place} of {num_clients} on this rank)" if num_clients > 1 else ""
+        self._where = f"round {self._round}: client {client}{others}"
+
+    def stage(self, unit: str, total: int) -> None:
+        """Take note that a client begins `total` steps of one kind, which `unit` names."""
+        self._unit, self._total, self._done = unit, total, 0
+
+    def step(self, *_: object) -> None:
+        """Count one step. It may cost next to nothing: it stands in the innermost loop of the training."""
+        self._done += 1
+        if (now := time.monotonic()) - self._last >= self._every:
+            self._last = now
+            self._say(f"{self._where} at {self._unit} {self._done} of {self._total}")
 
 
 def duration(seconds: float) -> str:

@@ -14,7 +14,7 @@ from fedsp_mpi import comm, placement
 from fedsp_mpi.comm import guard
 from fedsp_mpi.comm.inspection import require_fields
 from fedsp_mpi.config import Config
-from fedsp_mpi.log import Log
+from fedsp_mpi.log import Log, RoundProgress
 from fedsp_mpi.plain import differences
 from fedsp_mpi.server_run import ServerRun, one_line
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 Made = TypeVar("Made")
 
 
-def execute(config: Config | ValueError, name: str, log: Log) -> Path | None:
+def execute(config: Config | ValueError, name: str, log: Log, aside: Log | None = None) -> Path | None:
     """Run one experiment; every rank calls this. The server gets the run's folder, the others None.
 
     Heavy libraries are imported by the server at once and by the clients when the hand-out has come, so that ranks that
@@ -37,6 +37,7 @@ def execute(config: Config | ValueError, name: str, log: Log) -> Path | None:
         config: checked, the same on every rank; or what is wrong with it, which all ranks then hear.
         name: the configuration's name, for a run that has none.
         log: speaks on the server only.
+        aside: speaks on every rank; that of the first which plays clients says how far these are in a long round.
 
     Raises comm.Refused on every rank for a mistake of the user, before anything was trained where that is possible;
     with status 75 if the run was told to stop (SIGUSR1), and with 0 if there is nothing to go on with.
@@ -55,7 +56,7 @@ def execute(config: Config | ValueError, name: str, log: Log) -> Path | None:
             verdict = server.refusal(wire) if server else None
             met = wire.agree(verdict, "handout", server.meeting_point() if server and not verdict else None)
         helper = _helper(config, wire, met, server) if met else None
-        _train(config, wire, server, server or helper)
+        _train(config, wire, server, server or helper, aside or Log())
     except Exception as error:
         if server:
             server.give_up(error)
@@ -73,7 +74,9 @@ def connect(config: Config) -> Wire | Solo:
         raise comm.Refused(str(error)) from None
 
 
-def _train(config: Config, wire: Wire | Solo, server: ServerRun | None, role: ServerRun | HelperRun | None) -> None:
+def _train(
+    config: Config, wire: Wire | Solo, server: ServerRun | None, role: ServerRun | HelperRun | None, aside: Log
+) -> None:
     """`server` is rank 0's, `role` that of every rank of the server."""
     with guard.phase("distillation"):
         handout, verdict = role.prepare() if role else (None, None)
@@ -84,7 +87,7 @@ def _train(config: Config, wire: Wire | Solo, server: ServerRun | None, role: Se
     if server is None:
         guard.report_into(Path(given.meta["folder"]))
     guard.know_peers(given.meta["processes"])
-    clients = _client_side(config, wire, given, server)
+    clients = _client_side(config, wire, given, server, aside)
     here, done = role.side(given) if role else None, given.meta["done"]
     del given
     from fedsp_mpi.federate import Plan, federate
@@ -115,10 +118,15 @@ def _helper(config: Config, wire: Wire | Solo, met: list[Any], server: ServerRun
     return _in_turns(wire, turns, make, "helper", server)
 
 
-def _client_side(config: Config, wire: Wire | Solo, given: comm.Handout, server: ServerRun | None) -> ClientSide | None:
+def _client_side(
+    config: Config, wire: Wire | Solo, given: comm.Handout, server: ServerRun | None, aside: Log
+) -> ClientSide | None:
     """The clients of this rank, if it has any, once all ranks have theirs."""
     turns = reading_turns([host for host, _ in given.meta["processes"]])
-    mine = given.meta["assignment"][wire.topology.rank]
+    assignment = given.meta["assignment"]
+    mine = assignment[wire.topology.rank]
+    first = next((rank for rank, ids in enumerate(assignment) if ids), None)
+    every = config.record.progress_seconds if wire.topology.rank == first else None
 
     def make() -> ClientSide:
         from fedsp_mpi import build, inputs
@@ -127,7 +135,7 @@ def _client_side(config: Config, wire: Wire | Solo, given: comm.Handout, server:
 
         compute = Compute.of(config.client.compute, wire.topology)
         materials = server.materials if server else Materials(config)
-        side = build.client_side(materials, compute, given, mine, wire.ask)
+        side = build.client_side(materials, compute, given, mine, wire.ask, RoundProgress(aside.say, every))
         side.texts.update(inputs.of_clients(materials, mine))
         return side
 

@@ -24,6 +24,7 @@ class RunConfig:
     resume: Literal["never", "must", "auto"] = "never"
     seed: int = 1
     label: str | None = None  # what tables call the method; None: its own name
+    task_label: str | None = None  # what tables call the task; None: its own name
     # Of the run's folder and the files in it. private: its owner alone may read them; umask: as the shell's umask says.
     permissions: Literal["private", "umask"] = "private"
 
@@ -54,9 +55,11 @@ class TopologyConfig:
 
 @dataclass(frozen=True)
 class RecordConfig:
-    """What the record keeps beside its tables."""
+    """What the record keeps beside its tables, and how often a run says how far it is."""
 
     prompts: bool = True
+    # Least time between two lines on how far the clients of a round are; None: a line a round only.
+    progress_seconds: float | None = 60
 
 
 @dataclass(frozen=True)

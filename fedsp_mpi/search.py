@@ -5,9 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from fedsp_mpi.plain import ConfigError
-from fedsp_mpi.stages import at_least
-
 
 @dataclass(frozen=True)
 class SearchConfig:
@@ -62,18 +59,6 @@ class SearchConfig:
     def points(self) -> int:
         """Points that a client tries in a round, its own mean among them."""
         return self.iterations * self.population + (2 if self.compares else 1)
-
-    def check(self, where: str) -> None:
-        for name, low in (("dimension", 2), ("population", 2), ("iterations", 1), ("batch_tokens", 1)):
-            at_least(where, name, getattr(self, name), low)
-        for name in ("step_size", "spread"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{where}.{name}: found {getattr(self, name)}, expected a number above 0")
-        if not 0 < self.perturbation <= 1:
-            raise ConfigError(
-                f"{where}.perturbation: found {self.perturbation}, expected a share above 0 and at most 1; or set "
-                f"{where}.objective=loss, which needs none"
-            )
 
 
 # What a configuration must say with `method: fedbpt`, by key, and why.

@@ -13,6 +13,7 @@ from fedsp_mpi.comm import guard
 from fedsp_mpi.comm.inspection import require_fields
 from fedsp_mpi.config import Config, to_yaml
 from fedsp_mpi.log import Log, duration
+from fedsp_mpi.plain import error_line
 from fedsp_mpi.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -160,7 +161,7 @@ class ServerRun:
 
     def side(self, given: comm.Handout) -> ServerSide:
         """The server's side of the rounds, where an earlier stretch of the run has left it."""
-        from fedsp_mpi import build, inputs
+        from fedsp_mpi import build, inputs, participation
         from fedsp_mpi.record import Checkpoints
         from fedsp_mpi.record.rows import wire_rows
         from fedsp_mpi.sides import Archive
@@ -168,7 +169,7 @@ class ServerRun:
         ranks = {client: rank for rank, ids in enumerate(given.meta["assignment"]) for client in ids}
         checkpoints, keep = Checkpoints(self.folder), self.config.record.prompts and not self.config.tunes_weights
         carried = wire_rows(self.record.run.wire)
-        expected = partial(build.expected, self.materials, ranks)
+        expected = partial(participation.expected, self.materials, ranks)
         made_from = inputs.combined(self._inputs)
         self._archive = Archive(self.record, keep, ranks, expected, self.log, checkpoints, carried, made_from)
         here = build.server_side(self.materials, self._servers, self._compute, self._team, self._archive)
@@ -368,5 +369,5 @@ class ServerRun:
 
 
 def one_line(error: Exception) -> str:
-    """What an error says, in one line."""
-    return " ".join(str(error).split()) or type(error).__name__
+    """What an error says, in one line, with long values shortened."""
+    return error_line(str(error)) or type(error).__name__

@@ -14,7 +14,7 @@ from fedsp_mpi.aggregation.average import Updates
 from fedsp_mpi.comm.inspection import Expected
 from fedsp_mpi.data.tokens import Text
 from fedsp_mpi.evaluation.scoring import answer_loss_mean
-from fedsp_mpi.log import Log
+from fedsp_mpi.log import Log, RoundProgress
 from fedsp_mpi.models.backbone import LanguageModel
 from fedsp_mpi.models.prompts import Prompt
 from fedsp_mpi.record.checkpoint import Checkpoints, Keeper, Shelf
@@ -71,6 +71,7 @@ class ClientSide:
     compute: Compute
     shelf: Shelf
     chosen: Callable[[int], Sequence[int]]  # round -> the clients that take part in it
+    progress: RoundProgress = field(default_factory=RoundProgress)
     texts: dict[str, str] = field(default_factory=dict)  # digests of their tokenised texts, by name
 
 

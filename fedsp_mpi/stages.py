@@ -7,6 +7,7 @@ from typing import Literal
 
 from fedsp_mpi.plain import ConfigError
 
+MOST_AT_ONCE = 4096  # examples of one forward pass
 Dtype = Literal["float32", "bfloat16"]
 
 
@@ -22,19 +23,6 @@ class OptimizerConfig:
     warmup: float = 0.1  # fraction of all steps
     clip: float | None = None  # largest gradient norm; None: no clipping
 
-    def check(self, where: str) -> None:
-        at_least(where, "learning_rate", self.learning_rate, 0)
-        at_least(where, "weight_decay", self.weight_decay, 0)
-        if not 0 <= self.warmup <= 1:
-            raise ConfigError(f"{where}.warmup: found {self.warmup}, expected a fraction from 0 to 1")
-        for name in ("beta1", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ConfigError(f"{where}.{name}: found {getattr(self, name)}, expected 0 <= value < 1")
-        for name in ("epsilon", "clip"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ConfigError(f"{where}.{name}: found {value}, expected a number above 0")
-
 
 @dataclass(frozen=True)
 class StageConfig:
@@ -46,11 +34,11 @@ class StageConfig:
     optimizer: OptimizerConfig = OptimizerConfig()
 
     def check(self, where: str) -> None:
-        at_least(where, "steps", self.steps, 0)
-        at_least(where, "batch_size", self.batch_size, 1)
-        if self.micro_batch is not None:
-            at_least(where, "micro_batch", self.micro_batch, 1)
-        self.optimizer.check(f"{where}.optimizer")
+        if self.micro_batch is None and self.batch_size > MOST_AT_ONCE:
+            raise ConfigError(
+                f"{where}.batch_size: found {self.batch_size}, expected at most {MOST_AT_ONCE} examples of one forward "
+                f"pass; set {where}.micro_batch, which cuts a batch into pieces"
+            )
 
 
 @dataclass(frozen=True)
@@ -60,9 +48,3 @@ class ComputeConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Dtype = "float32"  # of the forward and backward pass; prompts, gradients' owners and optimizers are fp32
     threads: int | None = None  # None: a rank's share of the cores that it may run on
-
-
-def at_least(where: str, name: str, value: float, low: float) -> None:
-    """Raise ConfigError if a value is below `low`, or not a number; `where` is the dotted key of its section."""
-    if not value >= low:
-        raise ConfigError(f"{where}.{name}: found {value}, expected at least {low}")

@@ -17,7 +17,6 @@ ending. Seeds change last, so that a sweep that is stopped half-way has compared
 
 from __future__ import annotations
 
-import difflib
 import re
 import shlex
 import shutil
@@ -37,8 +36,9 @@ from fedsp_mpi.comm import Refused
 from fedsp_mpi.config import EMBEDDED, Config, changed_keys, checked, to_yaml
 from fedsp_mpi.jobs import Jobs, Place, last_words, places
 from fedsp_mpi.log import Log, duration
-from fedsp_mpi.plain import ConfigError, extended, key_value, merge, put, read_yaml
+from fedsp_mpi.plain import ConfigError, merge, put, shown, unknown_key
 from fedsp_mpi.record import Run, main_result, read
+from fedsp_mpi.yaml_input import extended, key_value, read_yaml, setting
 
 _KEYS = ("folder", "base", "seeds", "tasks", "methods")
 _GIVEN = ("run.folder", "run.name", "run.seed")  # to every cell, by the sweep itself
@@ -127,8 +127,8 @@ def cells_of(file: Path, overrides: Sequence[str] = ()) -> list[Cell]:
             for method, own in methods.items():
                 name = f"{task}-{method}-{seed}"
                 given = {"run": {"folder": content["folder"], "name": name, "seed": seed}}
-                layers = (base, its, {"run": {"label": method}}, own, over, given)
-                cells.append(Cell(name, task, method, _config(name, layers)))
+                named = ({"run": {"task_label": task}}, its, {"run": {"label": method}}, own)
+                cells.append(Cell(name, task, method, _config(name, (base, *named, over, given))))
     _require_distinct(cells, file)
     return cells
 
@@ -137,11 +137,9 @@ def _check_keys(content: Mapping[str, Any], file: Path) -> None:
     """Raise ConfigError unless a sweep's file has the form of one."""
     for key in content:
         if key not in _KEYS:
-            near = difflib.get_close_matches(str(key), _KEYS, 1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(_KEYS)}"
-            raise ConfigError(f"{file}: found an unknown key {key!r}; {hint}")
+            raise ConfigError(f"{file}: {unknown_key(key, _KEYS)}")
     if not isinstance(folder := content.get("folder"), str):
-        raise ConfigError(f"{file}: folder: found {folder!r}, expected the folder of all runs")
+        raise ConfigError(f"{file}: folder: found {shown(folder)}, expected the folder of all runs")
     _check_seeds(content.get("seeds"), file)
     for section in ("tasks", "methods"):
         _check_names(content.get(section), file, section)
@@ -149,19 +147,21 @@ def _check_keys(content: Mapping[str, Any], file: Path) -> None:
 
 def _check_seeds(seeds: Any, file: Path) -> None:
     if not (isinstance(seeds, list) and seeds and all(type(seed) is int for seed in seeds)):
-        raise ConfigError(f"{file}: seeds: found {seeds!r}, expected a list of whole numbers, for instance [1, 2, 3]")
+        raise ConfigError(
+            f"{file}: seeds: found {shown(seeds)}, expected a list of whole numbers, for instance [1, 2, 3]"
+        )
     if len(set(seeds)) < len(seeds):
-        raise ConfigError(f"{file}: seeds: found {seeds}, expected each once")
+        raise ConfigError(f"{file}: seeds: found {shown(seeds)}, expected each once")
 
 
 def _check_names(named: Any, file: Path, section: str) -> None:
     if not (isinstance(named, dict) and named):
-        raise ConfigError(f"{file}: {section}: found {named!r}, expected names, each with settings or a file")
+        raise ConfigError(f"{file}: {section}: found {shown(named)}, expected names, each with settings or a file")
     for name in named:
         if not _NAME.fullmatch(str(name)):
             raise ConfigError(
-                f"{file}: {section}: found the name {name!r}, expected letters, digits, '.', '_' and '-': it becomes a "
-                "part of file names"
+                f"{file}: {section}: found the name {shown(name)}, expected letters, digits, '.', '_' and '-': it "
+                "becomes a part of file names"
             )
 
 
@@ -174,7 +174,7 @@ def _layer(entry: Any, file: Path, where: str) -> dict[str, Any]:
     """The settings that an entry of the file stands for: its own, and those of files that it names."""
     entry = {"extends": entry} if isinstance(entry, (str, list)) else entry
     if not isinstance(entry, dict | None):
-        raise ConfigError(f"{file}: {where}: found {entry!r}, expected settings, a file, or a list of files")
+        raise ConfigError(f"{file}: {where}: found {shown(entry)}, expected settings, a file, or a list of files")
     return extended(entry or {}, file)
 
 
@@ -183,8 +183,8 @@ def _overrides(items: Iterable[str]) -> dict[str, Any]:
     for item in items:
         key, value = key_value(item)
         if key in _GIVEN:
-            raise ConfigError(f"--set {item}: found a key that the sweep gives to each run; change it in the file")
-        put(over, key, value, f"--set {item}")
+            raise ConfigError(f"{setting(item)}: found a key that the sweep gives to each run; change it in the file")
+        put(over, key, value, setting(item))
     return over
 
 

@@ -26,6 +26,7 @@ from fedsp_mpi.record import (
     draw_curves,
     gain_table,
     main_result,
+    markdown,
     read,
     read_all,
 )
@@ -126,6 +127,37 @@ def test_what_clients_bring_is_told_beside_what_all_text_in_one_place_would(tmp_
 
 def warnings(text: str) -> list[str]:
     return [line.removeprefix("- **Warning:** ") for line in text.splitlines() if "Warning" in line]
+
+
+def named(run: Run, task: str | None) -> Run:
+    """A run whose task has this name in tables."""
+    return replace(run, config={**run.config, "run": {**run.config["run"], "task_label": task}})
+
+
+def test_tables_show_the_names_that_a_sweep_gave_to_its_tasks(tmp_path):
+    """Two tasks on the user's own data are one kind of task from two folders; to the user they are trec and piqa."""
+    runs = [
+        named(
+            made(tmp_path / task, label, seed=seed, own=own, data={"task": "multiple_choice", "source": folder}),
+            task if seed == 1 else None,  # an earlier version of the package has begun this sweep
+        )
+        for folder, task in (("/d/a", "trec"), ("/d/b", "piqa"))
+        for label, own in (("FedSP", 0.7), ("FedPrompt", 0.8))
+        for seed in (1, 2)
+    ]
+    text = comparison_table(compare(runs))
+    assert rows(text)["method"][:2] == ["trec (acc)", "piqa (acc)"] and "/d/" not in text
+    assert all(f"{name} = " in text for name in ("holds, trains", "down + up", "client s", "peak memory"))
+    first = [run for run in runs if run.config["run"]["task_label"]]
+    named_rows = {line.split(" | ")[0] for line in markdown(first).splitlines()[2:]}
+    assert named_rows == {"| trec", "| piqa"}  # what sets methods apart is in the next column
+    alone = [run for run in first if run.config["run"]["label"] == "FedSP"]
+    assert {line.split(" | ")[0] for line in markdown(alone).splitlines()[2:]} == {"| trec, FedSP", "| piqa, FedSP"}
+    assert "less than two standard errors is no difference" in str(gain_table(compare(runs)))
+    assert "standard errors is no difference" not in str(gain_table(compare(first)))  # one seed has no such error
+    alike = [named(run, "mine") for run in runs]
+    assert rows(comparison_table(compare(alike)))["method"][:2] == ["mine, /d/a (acc)", "mine, /d/b (acc)"]
+    assert "data.source=/d/b" in markdown([named(run, "mine") for run in first])
 
 
 # -- the table -----------------------------------------------------------------------------------------------------

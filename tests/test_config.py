@@ -12,6 +12,7 @@ import yaml
 
 from fedsp_mpi import config
 from fedsp_mpi.config import Config, ConfigError
+from fedsp_mpi.limits import RANGES
 from fedsp_mpi.plain import merge
 
 MODEL = {"recipe": "paper", "model": {"name": "some/model"}}  # the recipe that changes no default
@@ -27,6 +28,11 @@ TOGETHER: dict[str, dict[str, object]] = {
     "client.privacy.clip": {"client.privacy.noise_scale": 1.5},
     "client.privacy.noise_scale": {"client.privacy.clip": 1.5},
     "topology.server_ranks": {"distillation.stage.batch_size": 3, "server.tuning.batch_size": 3},
+}
+# A key whose least value is refused without another one.
+LEAST_WITH: dict[str, dict[str, object]] = {
+    "data.server_share": {"server.tuning.steps": 0, "distillation.stage.steps": 0},
+    "distillation.hidden_weight": {"distillation.logits_weight": 1},
 }
 
 
@@ -301,37 +307,28 @@ def test_values_of_another_type(tmp_path, dotted, value, kind):
     refused(lambda: load(tmp_path, nested(dotted, value)), dotted, kind)
 
 
-TOO_SMALL = {**{key: low - 1 for key, low in config.LEAST.items()}, "server.tuning.steps": -1}
-OUT_OF_RANGE = [
-    *TOO_SMALL.items(),
-    ("client.tuning.batch_size", 0),
-    ("client.tuning.steps", 0),
-    ("client.alignment.micro_batch", 0),
-    ("client.alignment.optimizer.learning_rate", -1e-9),
-    ("client.tuning.optimizer.weight_decay", -0.1),
-    ("client.tuning.optimizer.warmup", 1.01),
-    ("client.tuning.optimizer.warmup", -0.01),
-    ("client.tuning.optimizer.beta1", 1.0),
-    ("client.tuning.optimizer.beta2", -0.1),
-    ("client.tuning.optimizer.epsilon", 0.0),
-    ("client.tuning.optimizer.clip", 0.0),
-    ("distillation.stage.steps", -1),
-    ("distillation.zero_stage", 4),
-    ("distillation.temperature", 0.0),
-    ("distillation.hidden_weight", -1.0),
-    ("distillation.logits_weight", -1.0),
-]
+def test_every_number_has_a_range():
+    numbers = {dotted for dotted, hint in leaves(Config) if {int, float} & {hint, *typing.get_args(hint)}}
+    assert numbers == {*RANGES, "attack.clients"}  # ids below federation.clients
 
 
-@pytest.mark.parametrize(("dotted", "value"), OUT_OF_RANGE)
-def test_values_out_of_range(tmp_path, dotted, value):
-    refused(lambda: load(tmp_path, nested(dotted, value)), f"{dotted}: found {value}")
+def test_values_out_of_range(tmp_path):
+    """The first whole number below each range and above it, and the ends that do not belong to it."""
+    for dotted, limits in RANGES.items():
+        low = limits.low if limits.above else limits.low - 1
+        high = limits.high if limits.below else limits.high * 10 + 10
+        for value in (low, high):
+            content = nested(dotted, value)
+            message = refused(functools.partial(load, tmp_path, content), f"{dotted}: found", "expected")
+            assert ("at most" in message or "below" in message) == (value > limits.low), message
 
 
-@pytest.mark.parametrize("key", config.LEAST)
-def test_the_least_value_itself_is_taken(tmp_path, key):
-    least = TOGETHER.get(key, {}) | {key: config.LEAST[key]}
-    assert found(load(tmp_path, settings(least)), key) == config.LEAST[key]
+def test_the_least_value_itself_is_taken(tmp_path):
+    for key, limits in RANGES.items():
+        if limits.above:
+            continue
+        least = TOGETHER.get(key, {}) | LEAST_WITH.get(key, {}) | {key: limits.low}
+        assert found(load(tmp_path, settings(least)), key) == limits.low, key
 
 
 @pytest.mark.parametrize("value", [".nan", "nan", ".inf"])
@@ -351,6 +348,9 @@ def test_numbers_that_are_not_finite(tmp_path, value):
 
 
 def test_what_does_not_go_together(tmp_path):
+    large = {"client": {"tuning": {"batch_size": 5000}}}
+    refused(lambda: load(tmp_path, large), "client.tuning.batch_size: found 5000", "set client.tuning.micro_batch")
+    assert load(tmp_path, large, "client.tuning.micro_batch=64").client.tuning.batch_size == 5000
     both = {"federation": {"clients": 3, "min_clients": 4}}
     refused(lambda: load(tmp_path, both), "federation.min_clients: found 4", "3 of federation.clients")
     nothing = {"distillation": {"hidden_weight": 0, "logits_weight": 0}}

@@ -830,7 +830,7 @@ def test_a_server_of_two_ranks_has_the_losses_of_one(tmp_path):
         (("search.population=1",), "search.population: found 1, expected at least 2"),
         (("search.iterations=0",), "search.iterations: found 0, expected at least 1"),
         (("search.step_size=0",), "search.step_size: found 0.0, expected a number above 0"),
-        (("search.perturbation=0",), "search.perturbation: found 0.0, expected a share above 0 and at most 1"),
+        (("search.perturbation=0",), "search.perturbation: found 0.0, expected a number above 0"),
         (("search.objective=ratio",), "search.objective: found 'ratio', expected one of loss, ratio_of_means"),
         (("search.sigma=1",), "search.sigma: found an unknown key"),
         (("method=fedbtp",), "did you mean 'fedbpt'?"),

@@ -88,6 +88,7 @@ def test_a_cell_is_base_task_method_and_seed(tmp_path):
         f"{t}-{m}-{s}" for s in (3, 1) for t in "ab" for m in ("plain", "own", "two")
     ]
     by_name = {cell.name: cell.config for cell in cells}
+    assert [by_name[name].run.task_label for name in ("a-plain-3", "b-own-1")] == ["a", "b"]
     assert [by_name[f"a-{m}-3"].run.label for m in ("plain", "own", "two")] == [
         "plain",
         "own",
@@ -136,12 +137,12 @@ def test_only_some_of_the_runs(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"seed": [1]}, "found an unknown key 'seed'; did you mean 'seeds'?"),
+        ({"seed": [1]}, "seed: found an unknown key; did you mean 'seeds'?"),
         ({"seeds": 3}, "seeds: found 3, expected a list of whole numbers"),
         ({"seeds": []}, "seeds: found [], expected a list"),
-        ({"seeds": [1, True]}, "seeds: found [1, True], expected a list"),
+        ({"seeds": [1, True]}, "seeds: found [1, true], expected a list"),
         ({"seeds": [1, 1]}, "seeds: found [1, 1], expected each once"),
-        ({"folder": None}, "folder: found None, expected the folder of all runs"),
+        ({"folder": None}, "folder: found null, expected the folder of all runs"),
         ({"tasks": {}}, "tasks: found {}, expected names, each with settings or a file"),
         ({"methods": ["a.yaml"]}, "methods: found ['a.yaml'], expected names"),
         ({"tasks": {"a/b": None}}, "tasks: found the name 'a/b', expected letters"),

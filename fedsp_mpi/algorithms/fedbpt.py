@@ -22,6 +22,7 @@ from fedsp_mpi.algorithms.forward import Forward, Limits, answered
 from fedsp_mpi.config import SearchConfig
 from fedsp_mpi.data.perturb import perturbed
 from fedsp_mpi.data.tokens import Text
+from fedsp_mpi.log import RoundProgress
 from fedsp_mpi.models.backbone import LanguageModel
 from fedsp_mpi.models.losses import LEAST, fitness
 from fedsp_mpi.models.prompts import Prompt
@@ -148,6 +149,7 @@ class Client:
         settings: of the search.
         seed: of the run.
         seconds: of one client's work in a round; when they are over, it ends after its iteration. None: no limit.
+        progress: hears of every iteration.
     """
 
     def __init__(
@@ -158,7 +160,9 @@ class Client:
         settings: SearchConfig,
         seed: int,
         seconds: float | None = None,
+        progress: RoundProgress | None = None,
     ) -> None:
+        self._progress = progress or RoundProgress()
         self._forward, self._shards, self._words = forward, shards, words
         self._settings, self._seed, self._seconds = settings, seed, seconds
         self.benches = NoBenches()
@@ -175,6 +179,7 @@ class Client:
         search, first, squares = Evolution.of(down), math.nan, 0.0
         search.generation = (round - 1) * settings.iterations if "step_path" in down else 0
         begun = time.perf_counter()
+        self._progress.stage("iteration", settings.iterations)
         for iteration in range(settings.iterations):
             squares += search.step_size**2
             key = rng.key(self._seed, "search", round, client, iteration)
@@ -182,6 +187,7 @@ class Client:
             values, losses = self._judge(client, points, groups)
             search.update(points, values)
             first = float(losses.mean()) if iteration == 0 else first
+            self._progress.step()
             if self._seconds is not None and time.perf_counter() >= start + self._seconds:
                 break
         state = search.state()

@@ -10,6 +10,7 @@ from fedsp_mpi import rng
 from fedsp_mpi.algorithms.benches import Bench, Benches, ShardError
 from fedsp_mpi.algorithms.prompt_tuning import tune
 from fedsp_mpi.config import StageConfig
+from fedsp_mpi.log import RoundProgress
 from fedsp_mpi.models.backbone import LanguageModel
 from fedsp_mpi.models.prompts import Prompt
 from fedsp_mpi.tensors import NamedTensors, Update
@@ -52,6 +53,7 @@ class Client:
         joint: both stages at once, in the steps of `tuning`, instead of one after the other.
         seconds: of one client's work in a round; when they are over, a stage ends after its step, the first one after
             its share of the steps. None: no limit.
+        progress: hears of every step.
 
     Attributes:
         benches: what the clients keep between rounds.
@@ -70,8 +72,10 @@ class Client:
         keep: bool,
         joint: bool = False,
         seconds: float | None = None,
+        progress: RoundProgress | None = None,
     ) -> None:
         self._model, self._prompt, self._shards, self._seconds = model, prompt, shards, seconds
+        self._progress = progress or RoundProgress()
         self._alignment, self._tuning, self._rounds = alignment, tuning, total_rounds
         self._seed, self._keep, self._joint = seed, keep, joint
         self.benches = Benches(model, handed_out, self._engines, joint or alignment.steps > 0, keep)
@@ -111,10 +115,13 @@ class Client:
         alignment, tuning = bench.engines["alignment"], bench.engines["tuning"]
         self._prompt.requires_grad_(False)
         self._model.train_weights(True)
-        model = tune(self._model, self._prompt, alignment, shard.alignment, self._alignment, round, middle)
+        self._progress.stage("alignment step", self._alignment.steps)
+        on_step = self._progress.step
+        model = tune(self._model, self._prompt, alignment, shard.alignment, self._alignment, round, middle, on_step)
         self._model.train_weights(False)
         self._prompt.requires_grad_(True)
-        return model, tune(self._model, self._prompt, tuning, shard.tuning, self._tuning, round, end)
+        self._progress.stage("tuning step", self._tuning.steps)
+        return model, tune(self._model, self._prompt, tuning, shard.tuning, self._tuning, round, end, on_step)
 
     def _both_at_once(self, bench: Bench, shard: Shard, round: int, start: float) -> tuple[Trace, Trace]:
         """Train auxiliary model and prompts on one loss; all of it is told as the second stage."""
@@ -122,7 +129,9 @@ class Client:
         self._prompt.requires_grad_(True)
         self._model.train_weights(True)
         together = Together(*bench.engines.values())
-        trace = tune(self._model, self._prompt, together, shard.tuning, self._tuning, round, end)
+        self._progress.stage("step", self._tuning.steps)
+        on_step = self._progress.step
+        trace = tune(self._model, self._prompt, together, shard.tuning, self._tuning, round, end, on_step)
         self._model.train_weights(False)
         return Trace(), trace
 

@@ -14,6 +14,7 @@ from fedsp_mpi.aggregation.average import Updates
 from fedsp_mpi.algorithms.benches import Benches, ShardError, arrays, tensors
 from fedsp_mpi.algorithms.prompt_tuning import tune
 from fedsp_mpi.config import StageConfig
+from fedsp_mpi.log import RoundProgress
 from fedsp_mpi.models import auxiliary
 from fedsp_mpi.models.backbone import LanguageModel
 from fedsp_mpi.tensors import NamedTensors, State, Update, join_states, part_of_state
@@ -103,6 +104,7 @@ class Client:
         total_rounds: length of the schedule, in rounds.
         keep: whether optimizers and schedules live on from round to round, at twice the model's size a client.
         seconds: of one client's work in a round; when they are over, it ends after its step. None: no limit.
+        progress: hears of every step.
 
     Attributes:
         benches: what the clients keep between rounds.
@@ -116,7 +118,9 @@ class Client:
         total_rounds: int,
         keep: bool,
         seconds: float | None = None,
+        progress: RoundProgress | None = None,
     ) -> None:
+        self._progress = progress or RoundProgress()
         self._model, self._shards, self._stage = model, shards, stage
         self._rounds, self._keep, self._seconds = total_rounds if keep else 1, keep, seconds
         self.benches = Benches(model, NamedTensors.pack({}), self._engines, trains=False, keep=keep)
@@ -136,7 +140,8 @@ class Client:
             engine.steps_done = (round - 1) * self._stage.steps if self._keep else 0
             self._model.train_weights(True)
             until = None if self._seconds is None else start + self._seconds
-            trace = tune(self._model, None, engine, shard, self._stage, round, until)
+            self._progress.stage("step", self._stage.steps)
+            trace = tune(self._model, None, engine, shard, self._stage, round, until, self._progress.step)
             weights = auxiliary.pack(self._model)
             if not weights.is_finite():
                 raise NonFiniteError("the trained model holds numbers that are not finite")

@@ -27,17 +27,18 @@ def tune(
     stage: StageConfig,
     round: int,
     until: float | None = None,
+    on_step: Callable[[Tensor], None] | None = None,
 ) -> Trace:
     """Take a round's steps on the answers' cross entropy; what moves is what the engine owns and needs a gradient.
 
-    A round's batches follow from its number, whoever took part in the rounds before. `until`: see `train`.
+    A round's batches follow from its number, whoever took part in the rounds before. `until`, `on_step`: see `train`.
     """
 
     def loss(batch: Batch) -> Tensor:
         return answer_loss(*model.answer_logits(batch, prompt))
 
     first = (round - 1) * stage.steps
-    return train(engine, batches, first, stage.steps, loss, num_answer_tokens, model.device, until=until)
+    return train(engine, batches, first, stage.steps, loss, num_answer_tokens, model.device, on_step, until)
 
 
 class Server:

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -95,6 +95,7 @@ def compare(runs: Sequence[Run]) -> Comparison:
             f"found {len(runs)} runs, none of which is complete and has a result, expected at least one; wait for "
             "them, or let them go on with --resume"
         )
+    complete = with_task_labels(complete)
     require_once(complete)
     names = task_names(complete)
     methods: dict[str, Method] = {}
@@ -136,24 +137,59 @@ def _attack(found: Comparison, row: Method, task: str) -> str:
 # -- tasks and methods ---------------------------------------------------------------------------------------------
 
 
-def task_names(runs: Sequence[Run]) -> dict[Path, str]:
-    """What each run's column is called, by its file: the task, and what else sets runs of it apart.
+class _Task(NamedTuple):
+    """What runs of one column have in common. `label` is what the user calls it; empty: nothing."""
 
-    Two runs are of one column if they have task, model, source and partition of the data in common. The partition does
-    not count where each method has one of its own, and there is no server-only control, which has that of its method.
+    label: str
+    task: str
+    model: str
+    source: str
+    partition: str
+
+    @property
+    def name(self) -> str:
+        return self.label or self.task
+
+
+def task_names(runs: Sequence[Run]) -> dict[Path, str]:
+    """What each run's column is called, by its file: the user's label or the task, and what else sets runs of it apart.
+
+    Two runs are of one column if they have label, task, model, source and partition of the data in common. The
+    partition does not count where each method has one of its own, and there is no server-only control, which has that
+    of its method.
     """
-    keys = {run.file: _task(run) for run in runs}
-    models = {model for _, model, *_ in keys.values()}
-    names, skews = {}, {(label_of(run), *keys[run.file][:3]): keys[run.file][3] for run in runs}
-    of_method = all(skews[label_of(run), *keys[run.file][:3]] == keys[run.file][3] for run in runs)
+    keys = {run.file: _task(run) for run in with_task_labels(runs)}
+    names, skews = {}, {(label_of(run), *keys[run.file][:4]): keys[run.file].partition for run in runs}
+    of_method = all(skews[label_of(run), *keys[run.file][:4]] == keys[run.file].partition for run in runs)
     of_method = of_method and not any(SERVER_ONLY in _tested(run) for run in runs)
-    for file, (task, model, source, skew) in keys.items():
-        alike = [key for key in keys.values() if key[:2] == (task, model)]
-        parts = [task] + ([Path(model).name] if len(models) > 1 else [])
-        parts += [source] if len({key[2] for key in alike}) > 1 else []
-        parts += [skew] if len({key[3] for key in alike}) > 1 and not of_method else []
+    for file, key in keys.items():
+        named = [other for other in keys.values() if other.name == key.name]
+        models = {other.model for other in (named if key.label else keys.values())}
+        alike = [other for other in named if other.model == key.model]
+        parts = [key.name] + ([key.task] if len({other.task for other in named}) > 1 and key.label else [])
+        parts += [Path(key.model).name] if len(models) > 1 else []
+        parts += [key.source] if len({other.source for other in alike}) > 1 else []
+        parts += [key.partition] if len({other.partition for other in alike}) > 1 and not of_method else []
         names[file] = ", ".join(parts)
     return names
+
+
+def with_task_labels(runs: Sequence[Run]) -> list[Run]:
+    """Give runs without a task's label that of the others on the same data, if those have one and the same.
+
+    A sweep that an earlier version has begun has runs of both kinds.
+    """
+    labels: dict[tuple[str, ...], set[str]] = {}
+    for run in runs:
+        if (key := _task(run)).label:
+            labels.setdefault(key[1:], set()).add(key.label)
+    return [_labelled(run, labels.get(_task(run)[1:], set())) for run in runs]
+
+
+def _labelled(run: Run, labels: set[str]) -> Run:
+    if _task(run).label or len(labels) != 1:
+        return run
+    return replace(run, config={**run.config, "run": {**run.config.get("run", {}), "task_label": min(labels)}})
 
 
 def label_of(run: Run) -> str:
@@ -171,16 +207,17 @@ def require_once(runs: Sequence[Run]) -> None:
         other = seen.setdefault((_task(run), label_of(run), seed_of(run)), run)
         if other is not run:
             raise ValueError(
-                f"found two runs of {label_of(run)} on {_task(run)[0]} with seed {seed_of(run)} ({other.file.parent} "
+                f"found two runs of {label_of(run)} on {_task(run).name} with seed {seed_of(run)} ({other.file.parent} "
                 f"and {run.file.parent}), expected one; leave one out, or give them names of their own (run.label)"
             )
 
 
-def _task(run: Run) -> tuple[str, str, str, str]:
+def _task(run: Run) -> _Task:
     data, model = run.config.get("data", {}), run.config.get("model", {})
     skew = str(data.get("partition", "iid"))
     skew += f" {data.get('alpha')}" if skew != "iid" else ""
-    return str(data.get("task", "all")), str(model.get("name", "")), str(data.get("source") or "hub"), skew
+    label, source = run.config.get("run", {}).get("task_label"), str(data.get("source") or "hub")
+    return _Task(str(label or ""), str(data.get("task", "all")), str(model.get("name", "")), source, skew)
 
 
 def _tested(run: Run) -> dict[str, np.void]:
@@ -303,7 +340,7 @@ def _facts(found: Comparison) -> list[str]:
     ]
     owners: dict[str, dict[str, None]] = {}
     for run in runs:
-        owners.setdefault(_task(run)[3], {})[label_of(run)] = None
+        owners.setdefault(_task(run).partition, {})[label_of(run)] = None
     if len(owners) > 1:
         lines += [f"- partition {skew}: {'; '.join(labels)}" for skew, labels in owners.items()]
     lines += [f"- {row.label}: {_listed(row.of)}" for row in found.methods if row.label.endswith("others)")]
@@ -344,12 +381,12 @@ def _warnings(tasks: Sequence[str], methods: Sequence[Method]) -> Iterator[str]:
 
 def _mixed(method: Method) -> Iterator[str]:
     """A sentence for each task on which a method's runs differ in more than their seed."""
-    firsts: dict[tuple[str, ...], Run] = {}
-    told: dict[tuple[str, ...], list[str]] = {}
+    firsts: dict[_Task, Run] = {}
+    told: dict[_Task, list[str]] = {}
     for run in method.runs:
         first = firsts.setdefault(_task(run), run)
         keys = [line.partition(":")[0] for line in changed_keys(first.config, run.config)]
         told.setdefault(_task(run), []).extend(key for key in keys if key != "run.seed")
     for task, keys in told.items():
         if keys:
-            yield f"{method.label} on {task[0]}: its runs differ in {_listed(dict.fromkeys(keys))}."
+            yield f"{method.label} on {task.name}: its runs differ in {_listed(dict.fromkeys(keys))}."

@@ -13,8 +13,8 @@ from fedsp_mpi.record.layout import Run
 
 COSTS = ("holds", "trains", "down + up", "client s", "peak memory")
 LEGEND = (
-    "Percent, mean ± standard deviation over seeds. Of a client: parameters that it holds and trains; bytes down and "
-    "up, and seconds of training, in a round; peak memory of a client's rank."
+    "Percent, mean ± standard deviation over seeds. Of a client: holds, trains = parameters; down + up = bytes of a "
+    "round; client s = seconds of training in a round; peak memory = that of a rank which plays clients."
 )
 
 

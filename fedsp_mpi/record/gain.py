@@ -26,7 +26,10 @@ def gain_table(found: Comparison) -> str | None:
     lines = [["gain", *found.tasks], ["---", *["---:"] * len(found.tasks)], *rows]
     table = ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]
     way = f"; in brackets, the part of the gap between it and {top.label} that this closes" if top else ""
-    return "\n".join([*table, "", f"Points above server-only, mean ± standard error over seeds{way}."])
+    legend = f"Points above server-only, mean ± standard error over seeds{way}."
+    if any("±" in cell for row in rows for cell in row[1:]):
+        legend += " A gain of less than two standard errors is no difference that these seeds can show."
+    return "\n".join([*table, "", legend])
 
 
 def _pairs(found: Comparison) -> Iterator[tuple[Method, Method]]:

@@ -57,7 +57,7 @@ def markdown(runs: Iterable[Run]) -> str:
     groups: dict[str, list[Run]] = {}
     for run in runs:
         groups.setdefault(json.dumps(_experiment(run), sort_keys=True), []).append(run)
-    labels = _labels([_flat(_experiment(members[0])) for members in groups.values()])
+    labels = _given(list(groups.values())) or _labels([_flat(_experiment(each[0])) for each in groups.values()])
     head = ["experiment", "method", "split", "seeds", "n", "acc", "acc_norm", "exact match", "val. loss", "gain"]
     studies = any(len(attack.successes(run)) for run in runs)
     head += ["attack success"] if studies else []
@@ -165,7 +165,9 @@ def _rounds(run: Run) -> list[str]:
     ]
     legend = (
         "losses in nats a token: client = last prompt steps, mean of the clients; server = last tuning step;",
-        "on the validation split: merged = before the server's tuning, tuned = after, control = server only",
+        "on the validation split: merged = before the server's tuning, tuned = after, control = server only;",
+        "seconds: wait s = until the last client's update, server s = the server's tuning, round s = in all;",
+        "best = the round of the lowest validation loss, whose prompts or weights are tested",
     )
     return [*table(head, body, num_left=0), *legend, *_failures(run)]
 
@@ -233,16 +235,24 @@ def _verdict(row: np.void, control: np.void) -> list[str]:
     text = f"{100 * gain:+.2f} points of {name}"
     text += "" if math.isnan(error) else f", standard error {100 * error:.2f} (unpaired)"
     if math.isnan(gain):
-        gain, error = float(control["loss"]) - float(row["loss"]), math.nan
-        text = f"validation loss lower by {gain:.4f}"
+        return _loss_verdict(row, control)
+    lines = [f"{method} against {other} ({split}): {text}"]
+    if gain == 0 or abs(gain) < 2 * error:
+        lines.append(f"    no difference that {row['n']} questions can show: less than two standard errors")
+    elif gain < 0:
+        beyond = "" if math.isnan(error) else ", by two standard errors or more"
+        lines.append(f"    {method} is worse than {other}{beyond}")
+    return lines
+
+
+def _loss_verdict(row: np.void, control: np.void) -> list[str]:
+    """Say by how much the loss is lower than that of one control; nothing where it is not known."""
+    gain = float(control["loss"]) - float(row["loss"])
     if math.isnan(gain):
         return []
-    lines = [f"{method} against {other} ({split}): {text}"]
-    if 0 < gain < 2 * error:
-        lines.append("    that is less than twice its standard error: it may be chance")
-    if gain <= 0 and other == SERVER_ONLY:
-        lines.append(f"{method} does not beat the server-only control ({split}): the federation brought nothing here")
-    return lines
+    direction = "lower" if gain > 0 else "higher"
+    text = f"validation loss {direction} by {abs(gain):.4f}" if gain else "the same validation loss"
+    return [f"{row['method']} against {control['method']} ({row['split']}): {text}"]
 
 
 def _wire(run: Run) -> list[str]:
@@ -279,10 +289,11 @@ def _seconds(run: Run) -> list[str]:
         if isinstance(value, (int, float)) and value > 0
     ]
     reused = ["distillation reused"] if "reused_from" in distillation else []
-    beyond = [_beyond_training(run, row) for row in run.rounds]
+    beyond, legend = [_beyond_training(run, row) for row in run.rounds], []
     if known_ones := [value for value in beyond if not math.isnan(value)]:
-        shown.append(f"a client beyond its training {1000 * statistics.median(known_ones):.1f} ms")
-    return wrapped("seconds   ", [*reused, *shown])
+        shown.append(f"overhead {as_seconds(statistics.median(known_ones))} a client and round")
+        legend = ["          overhead = local work other than training: loading and saving states, sending, waiting"]
+    return [*wrapped("seconds   ", [*reused, *shown]), *legend]
 
 
 def _beyond_training(run: Run, row: np.void) -> float:
@@ -342,6 +353,23 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in config.items():
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) and value else {f"{prefix}{key}": value}
     return flat
+
+
+def _given(groups: Sequence[Sequence[Run]]) -> list[str] | None:
+    """What the user calls each experiment: its task and its method, as far as they have labels.
+
+    None where an experiment has no such name, or one that is another's too.
+    """
+    names = [", ".join(filter(None, (_agreed(runs, key) for key in ("task_label", "label")))) for runs in groups]
+    if not all(names) or len(set(names)) < len(names):
+        return None
+    return names if len(groups) > 1 or _agreed(groups[0], "task_label") else None
+
+
+def _agreed(runs: Sequence[Run], key: str) -> str | None:
+    """The value of a key of the section `run`, if all of these runs have the same."""
+    values = {run.config.get("run", {}).get(key) for run in runs}
+    return values.pop() if len(values) == 1 else None
 
 
 def _labels(configs: Sequence[Mapping[str, Any]]) -> list[str]:
