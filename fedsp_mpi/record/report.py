@@ -81,6 +81,8 @@ def _header(run: Run) -> list[str]:
     lines = [f"run       {run.name}   {state}, {run.committed_rounds} rounds"]
     lines += wrapped("machine   ", [*machine(run.environment), *_clients(run)])
     lines.append(f"date      {date(run.created)} to {date(run.updated)} UTC")
+    if not run.has_digest:
+        lines.append("digest    none: an earlier version wrote this file, or it was changed; damage would not be seen")
     if run.environment.get("commit"):
         lines.append(f"commit    {run.environment['commit']}")
     named = {"global": run.config.get("model", {}).get("name", "")}
