@@ -11,9 +11,11 @@ from pathlib import Path
 
 from fedsp_mpi import __version__, config
 from fedsp_mpi.comm import Refused, guard, launcher_rank, launcher_size
+from fedsp_mpi.foreign import printable
 from fedsp_mpi.log import Log
 
 USAGE_ERROR = 2
+_KEPT = "\n\t"  # control characters that are shown as they are
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -24,7 +26,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return options.run(options)
     except Refused as error:
         if _speaks():
-            print(f"fedsp_mpi: {_named(str(error), options)}", file=sys.stderr, flush=True)
+            text = printable(_named(str(error), options), keep=_KEPT)
+            print(f"fedsp_mpi: {text}", file=sys.stderr, flush=True)
         return error.exit_status
 
 
@@ -229,7 +232,7 @@ def _named(text: str, options: argparse.Namespace) -> str:
 def _show(text: str) -> None:
     """Print; whoever reads may stop before the end (`| head`), which is no reason for a run to stop."""
     try:
-        print(text, flush=True)
+        print(printable(text, keep=_KEPT), flush=True)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter's end would say so again
 

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import xxhash
 
+from fedsp_mpi import foreign
 from fedsp_mpi.record import files
 from fedsp_mpi.tensors import State
 
@@ -120,10 +121,10 @@ class Checkpoints:
     def read_distillation(self, recipe: Any) -> State | None:
         """What `write_distillation` wrote for the same recipe; None if there is nothing that is whole."""
         try:
-            mark = json.loads((self.folder / _REST).read_bytes())
-            piece = Piece(*mark["piece"])
+            mark = _parsed(self.folder / _REST)
+            piece = _piece(mark["piece"])
             return _unpack(self._image(_distillation_file(piece.round), piece)) if mark["recipe"] == recipe else None
-        except (OSError, ValueError, KeyError, TypeError):
+        except _UNREADABLE:
             return None
 
     def remove_distillation(self) -> None:
@@ -168,13 +169,13 @@ class Checkpoints:
     def _image(self, name: str, piece: Piece) -> memoryview:
         path = self.folder / name
         try:
+            if (size := path.stat().st_size) != piece.size:
+                raise ValueError(f"{path}: found {size} bytes, expected {piece.size}")
             image = files.read(path)
         except OSError as error:
             raise ValueError(
                 f"{path}: found no readable file ({error.strerror}), expected {piece.size} bytes"
             ) from None
-        if len(image) != piece.size:
-            raise ValueError(f"{path}: found {len(image)} bytes, expected {piece.size}")
         if (digest := xxhash.xxh3_64_hexdigest(image)) != piece.digest:
             raise ValueError(f"{path}: found digest {digest}, expected {piece.digest}: the file was damaged")
         return image
@@ -190,12 +191,14 @@ class Checkpoints:
     def _read_mark(self, round: int) -> Checkpoint:
         path = self.folder / _mark_file(round)
         try:
-            mark: dict[str, Any] = json.loads(path.read_bytes())
+            mark = _parsed(path)
             if mark["layout"] != LAYOUT:
-                raise ValueError(f"layout {mark['layout']}, expected {LAYOUT}")
-            clients = {int(id): Piece(*piece) for id, piece in mark["clients"].items()}
-            return Checkpoint(int(mark["round"]), Piece(*mark["server"]), clients)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+                raise ValueError(f"layout {mark['layout']!r}, expected {LAYOUT}")
+            if mark["round"] != round:
+                raise ValueError(f"round {mark['round']!r}, expected {round}")
+            clients = {int(id): _piece(piece) for id, piece in mark["clients"].items()}
+            return Checkpoint(round, _piece(mark["server"]), clients)
+        except _UNREADABLE as error:
             raise ValueError(f"{path}: found no checkpoint ({error}), expected one of layout {LAYOUT}") from None
 
     def _sweep(self, newest: Checkpoint, keep: int, best: int | None) -> None:
@@ -215,6 +218,22 @@ class Checkpoints:
             return self._read_mark(round).clients
         except ValueError:
             return {}
+
+
+def _parsed(path: Path) -> dict[str, Any]:
+    """The mapping in a mark. Raises OSError, ValueError."""
+    mark = foreign.parse_json(foreign.read_bytes(path, _LONGEST_MARK))
+    if not isinstance(mark, dict):
+        raise ValueError(f"a {type(mark).__name__} where a mapping was written")
+    return mark
+
+
+def _piece(values: Any) -> Piece:
+    """A piece as a mark has it. Raises TypeError if it has other parts, ValueError if they are of other types."""
+    piece = Piece(*values)
+    if type(piece.round) is not int or type(piece.size) is not int or not isinstance(piece.digest, str):
+        raise ValueError(f"{values!r} as a file's round, size and digest")
+    return piece
 
 
 def _pack(state: State) -> list[files.Buffer]:
@@ -260,6 +279,8 @@ def _mark_file(round: int) -> str:
     return f"{round:04d}.json"
 
 
+_UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError)  # what a damaged mark can bring about
+_LONGEST_MARK = 1 << 30  # bytes; a client takes less than 100
 _TYPES = {"<f4": "F32", "<f8": "F64", "<i8": "I64"}
 _KEPT = "the last checkpoint is still there"
 _REST = "distillation.json"  # written last: which file is good, and for which recipe

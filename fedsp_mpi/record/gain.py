@@ -6,9 +6,11 @@ import math
 import statistics
 from collections.abc import Iterator
 
+from fedsp_mpi.foreign import printable
 from fedsp_mpi.record.comparison import Comparison, Method
 from fedsp_mpi.record.layout import Run
 from fedsp_mpi.record.report import main_measure
+from fedsp_mpi.record.text import markdown_row
 
 
 def gain_table(found: Comparison) -> str | None:
@@ -24,9 +26,10 @@ def gain_table(found: Comparison) -> str | None:
     if not rows:
         return None
     lines = [["gain", *found.tasks], ["---", *["---:"] * len(found.tasks)], *rows]
-    table = ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]
-    way = f"; in brackets, the part of the gap between it and {top.label} that this closes" if top else ""
-    return "\n".join([*table, "", f"Points above server-only, mean ± standard error over seeds{way}."])
+    way = f"; in brackets, the part of the gap between it and {printable(top.label)} that this closes" if top else ""
+    return "\n".join(
+        [*map(markdown_row, lines), "", f"Points above server-only, mean ± standard error over seeds{way}."]
+    )
 
 
 def _pairs(found: Comparison) -> Iterator[tuple[Method, Method]]:

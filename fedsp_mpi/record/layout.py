@@ -23,7 +23,7 @@ import h5py
 import numpy as np
 
 from fedsp_mpi import foreign
-from fedsp_mpi.record import reader, rows, trailer
+from fedsp_mpi.record import reader, rows, shapes, trailer
 
 FORMAT, LAYOUT = "fedsp_mpi run", 1
 _TEXTS = ("reason", "config_text")
@@ -227,11 +227,12 @@ def _restore(opened: reader.Opened) -> Run:
     sections = reader.texts(opened, "sections")
     parts: dict[str, Any] = {name: texts[name] for name in _TEXTS}
     parts |= {name: _mapping(name, texts[name]) for name in _JSONS}
+    parts["sections"] = {name: _mapping(name, text) for name, text in sections.items()}
+    shapes.require(parts["config"], parts["sections"])
     return Run(
         file=opened.path,
         **attributes,
         **parts,
-        sections={name: _mapping(name, text) for name, text in sections.items()},
         **tables,
         prompt_rounds=tuple(number for number in reader.round_numbers(opened) if number <= committed),
         has_digest=opened.trailer is not None,

@@ -6,6 +6,8 @@ import math
 import statistics
 from collections.abc import Sequence
 
+from fedsp_mpi.foreign import printable
+
 WIDTH = 100
 
 
@@ -29,6 +31,11 @@ def table(head: Sequence[str], body: Sequence[Sequence[str]], num_left: int) -> 
     ]
     rule = "  ".join("-" * w for w in widths)
     return [line.rstrip() for line in (aligned[0], rule, *aligned[1:])]
+
+
+def markdown_row(cells: Sequence[str]) -> str:
+    """One line of a Markdown table, in which no cell can end its cell, its line, or speak to the terminal."""
+    return "| " + " | ".join(printable(cell).replace("|", "\\|") for cell in cells) + " |"
 
 
 def wrapped(label: str, items: Sequence[str]) -> list[str]:
