@@ -7,7 +7,7 @@ from setuptools import find_packages, setup
 
 LOCAL = ["mpich"]  # an MPI as a wheel, for machines without one; a cluster uses its own
 EVALUATE = ["lm_eval>=0.4.12"]  # drives the verb `evaluate`
-PLOT = ["matplotlib"]  # pictures of `report`
+PLOT = ["matplotlib>=3.11"]  # pictures of `report`
 TEST = [*LOCAL, *EVALUATE, *PLOT, "pytest", "pytest-xdist", "hypothesis", "ruff", "mypy"]
 
 [VERSION] = re.findall(r'^__version__ = "(.+)"$', Path("fedsp_mpi/__init__.py").read_text(encoding="utf-8"), re.M)
@@ -21,22 +21,23 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["fedsp_mpi", "fedsp_mpi.*"]),
     package_data={"fedsp_mpi.resources": ["*.yaml", "recipes/*.yaml", "model/*", "data/*"]},
+    # Lower bounds: the minor versions of constraints.txt, which are those that the tests have run with.
     install_requires=[
         "mpi4py>=4.1",
-        "torch",
-        "transformers>=5",
-        "peft",
-        "tokenizers",
-        "datasets",
-        "huggingface_hub",
-        "deepspeed",
-        "h5py",
-        "safetensors",
-        "xxhash",
-        "cmaes",
-        "threadpoolctl",
-        "numpy",
-        "PyYAML",
+        "torch>=2.13",
+        "transformers>=5.23",
+        "peft>=0.21",
+        "tokenizers>=0.23",
+        "datasets>=5.2",
+        "huggingface_hub>=2.4",
+        "deepspeed>=0.19",
+        "h5py>=3.16",
+        "safetensors>=0.8",
+        "xxhash>=4.1",
+        "cmaes>=0.13",
+        "threadpoolctl>=3.8",
+        "numpy>=2.4",
+        "PyYAML>=6.0",
     ],
     extras_require={"local": LOCAL, "evaluate": EVALUATE, "plot": PLOT, "test": TEST},
 )

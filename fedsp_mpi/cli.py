@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import shlex
 import sys
@@ -20,6 +21,7 @@ _KEPT = "\n\t"  # control characters that are shown as they are
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a verb; returns the exit status: 0, 2 for a mistake of the user, or 75 for a run that was told to stop."""
+    _print_anything()
     options = _parser().parse_args(_with_verb(sys.argv[1:] if arguments is None else list(arguments)))
     try:
         with guard(options.verb):
@@ -35,7 +37,7 @@ def run(options: argparse.Namespace) -> int:
     """`run`: one experiment, from its start to its table."""
     chosen = {"run.name": options.name, "run.resume": options.resume}
     chosen["run.if_exists"] = "replace" if options.replace else None
-    settings = _settings_or_mistake(options, {key: text for key, text in chosen.items() if text})
+    settings = _settings_or_mistake(options, {key: text for key, text in chosen.items() if text is not None})
     from fedsp_mpi.run import execute
 
     log = _log(options)
@@ -227,6 +229,13 @@ def _named(text: str, options: argparse.Namespace) -> str:
         if setting.startswith(("model.", "data."))
     ]
     return text.replace("fetch CONFIG", "fetch " + " ".join(word for word in words if word))
+
+
+def _print_anything() -> None:
+    """Escape what the locale cannot write, such as a path that is not UTF-8, where printing would fail."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _show(text: str) -> None:

@@ -13,7 +13,7 @@ import yaml
 
 from fedsp_mpi.plain import ConfigError, differences, key_value, merge, parse, put, read_yaml
 from fedsp_mpi.recipes import AuxiliaryConfig, DistillationConfig, PromptConfig, Recipe, recipe
-from fedsp_mpi.running import CheckpointConfig, DeadlineConfig, RecordConfig, RunConfig, TopologyConfig
+from fedsp_mpi.running import CheckpointConfig, DeadlineConfig, RecordConfig, RunConfig, TopologyConfig, check_paths
 from fedsp_mpi.search import WITH_SEARCH, SearchConfig
 from fedsp_mpi.stages import ComputeConfig, Dtype, StageConfig, at_least
 from fedsp_mpi.threats import AttackConfig, PrivacyConfig
@@ -188,6 +188,7 @@ class Config:
 
     def check(self) -> None:
         """Raise ConfigError on the first value that cannot work, whatever the model and the data."""
+        check_paths(self._value)
         self.auxiliary.check("auxiliary")
         self.server.tuning.check("server.tuning")
         self.server.translation.check("server.translation")
@@ -378,7 +379,7 @@ def checked(data: dict[str, Any]) -> Config:
 
 # What may differ when a run goes on: where and how it runs, not what comes of it.
 _FREE = (
-    *(f"run.{name}" for name in ("name", "folder", "if_exists", "resume", "label")),
+    *(f"run.{name}" for name in ("name", "folder", "if_exists", "resume", "label", "permissions")),
     *("topology.ranks", "deadlines.", "checkpoint.", "record.", "client.resident", "distillation.reuse", "recipe"),
 )
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from fedsp_mpi import __version__
+from fedsp_mpi import __version__, fingerprint, ownership
 from fedsp_mpi.comm import Topology
 from fedsp_mpi.config import Config, ConfigError
 from fedsp_mpi.data import sources
@@ -29,7 +29,7 @@ from fedsp_mpi.training.device import Compute
 if TYPE_CHECKING:
     from fedsp_mpi.evaluation.lm_eval import Result
 
-FILE = "evaluation.json"
+FILE = ownership.EVALUATION
 ZERO_SHOT = "zero-shot"
 OTHER_NAMES = {"web_questions": "webqs"}  # what lm-eval calls a task of ours
 MEASURES = ("acc", "acc_norm", "exact_match")
@@ -114,6 +114,7 @@ def evaluate(run_folder: str | Path, options: Options, log: Log) -> Evaluation:
     options.check()
     run = read(run_folder)
     folder, materials = run.file.parent, Materials(_config(run, options))
+    ownership.require_evaluation(folder / FILE)
     _require_tuned(run, materials.config, folder, options)
     if materials.fills_gaps:
         family = materials.model_config.model_type
@@ -160,6 +161,7 @@ def write(found: Evaluation) -> Path:
     Raises ValueError if it cannot be written.
     """
     path, lines = found.folder / FILE, [asdict(line) for line in found.lines]
+    ownership.require_evaluation(path)
     text = json.dumps({**found.about, "results": _finite(lines)}, indent=2, ensure_ascii=False) + "\n"
     try:
         files.write(path, [text.encode()], "the run is as it was")
@@ -198,6 +200,10 @@ def _require_tuned(run: Run, config: Config, folder: Path, options: Options) -> 
         )
     if not (tuned := folder / ("model" if config.tunes_weights else "prompt")).is_dir():
         raise ValueError(f"{tuned}: found no such folder, expected what the run has tuned; copy it there, or {instead}")
+    try:
+        fingerprint.require_listed(tuned)
+    except ValueError as error:
+        raise ValueError(f"{error}; copy the whole run folder again, or {instead}") from None
 
 
 def _models(

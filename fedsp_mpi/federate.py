@@ -144,7 +144,10 @@ def save(round: int, wire: Wire | Solo, plan: Plan, here: ServerSide | None, cli
         if error := next((answer["error"] for answer in answers if answer["error"]), None):
             raise RecordError(error)
         pieces = {int(id): Piece(*piece) for answer in answers for id, piece in answer["states"].items()}
-        here.archive.checkpoints.commit(round, here.state(), pieces, plan.checkpoint.keep, here.best.round)
+        archive = here.archive
+        archive.checkpoints.commit(
+            round, here.state(), pieces, plan.checkpoint.keep, best=here.best.round, inputs=archive.inputs
+        )
         here.archive.seconds_checkpoints.append(time.perf_counter() - start)
 
 

@@ -39,6 +39,13 @@ class Materials:
         self.source = str(RESOURCES / "data") if source == "embedded" else source
         self._texts: dict[int, list[Text]] = {}
 
+    @property
+    def paths(self) -> dict[str, str | None]:
+        """What may be a file or a folder of the user, by the key that names it."""
+        settings = self.config
+        named = {"model.name": settings.model.name, "model.tokenizer": settings.model.tokenizer}
+        return named | {"data.source": settings.data.source, "distillation.text": settings.distillation.text}
+
     @cached_property
     def model_config(self) -> Any:
         return backbone.read_config(self.model_name, self.config.model.revision)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import json
 from collections.abc import Callable
@@ -12,6 +11,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from fedsp_mpi import fingerprint, ownership
 from fedsp_mpi.data.tokens import Batches
 from fedsp_mpi.log import Log, duration
 from fedsp_mpi.materials import Materials
@@ -37,6 +37,7 @@ def auxiliary_model(
     log: Log,
     stop: Stop,
     is_resumed: bool,
+    digest: str | None = None,
 ) -> tuple[LanguageModel, dict[str, Any]]:
     """The clients' model, which is the aligned auxiliary model, and the story of its distillation, on rank 0.
 
@@ -52,29 +53,31 @@ def auxiliary_model(
         folder: of the run; the auxiliary model is written into it, and looked for beside it.
         log: told what happens.
         stop: asked in each step of the distillation.
-        is_resumed: the run goes on; its auxiliary model is in `folder` then.
+        is_resumed: the run goes on; its auxiliary model is in `folder` then. A missing or damaged one is made anew.
+        digest: of the global model's weights, where it is known.
 
-    Raises StoppedError if `stop` said so, ValueError if a resumed run has lost its auxiliary model.
+    Raises StoppedError if `stop` said so.
     """
     config = materials.config
     if config.tunes_weights or config.asks_server:
         return model, {"engine": "none", "steps": 0}
-    recipe = _recipe(materials, model, compute)
-    target = folder / "auxiliary"
-    own = target if is_resumed or _has_recipe(target, recipe) else None
-    found = _find_auxiliary(folder.parent, recipe) if config.distillation.reuse and not own else None
-    distils, place = not own and not found, Checkpoints(folder)
+    recipe = _recipe(materials, model, compute, digest)
+    target, place = folder / "auxiliary", Checkpoints(folder)
+    is_mine = is_resumed or _has_recipe(target, recipe)
+    small, source = _reloaded(target, compute, log) if is_mine else None, target
+    if small is None and config.distillation.reuse:
+        small, source = _reused(folder.parent, recipe, compute, log)
+    distils = small is None
     start = place.read_distillation(recipe) if distils else None
     team.tell([distils, str(folder.resolve()) if start else None, recipe])
-    if own is not None:
-        small, notes = auxiliary.load(own, compute.dtype), auxiliary.read_recipe(own)
+    if small is not None and source == target:
+        notes = auxiliary.read_recipe(target)
         if notes["recipe"] != recipe:
             log.say("auxiliary model: made with other versions or on another device; equal bits are not promised")
         return small.beside(model), notes["distillation"]
-    if found is not None:
-        small = auxiliary.load(found, compute.dtype)
-        story = auxiliary.read_recipe(found)["distillation"] | {"reused_from": str(found)}
-        log.say(f"auxiliary model: taken from {found}, distilled by the same recipe (distillation.reuse)")
+    if small is not None:
+        story = auxiliary.read_recipe(source)["distillation"] | {"reused_from": str(source)}
+        log.say(f"auxiliary model: taken from {source}, distilled by the same recipe (distillation.reuse)")
     else:
         keep = partial(_put_away, place, recipe)
         progress = Progress(start, keep, config.checkpoint.distillation_seconds)
@@ -153,18 +156,15 @@ def _fitted_bridge(
     return {f"bridge_{key}": value for key, value in asdict(fit).items()}
 
 
-def _recipe(materials: Materials, model: LanguageModel, compute: Compute) -> dict[str, Any]:
+def _recipe(materials: Materials, model: LanguageModel, compute: Compute, digest: str | None) -> dict[str, Any]:
     """All that the weights of the auxiliary model depend on. Equal recipes give equal weights."""
     config = materials.config
-    digest = hashlib.sha256()
-    for text in materials.alignment_texts:
-        digest.update(len(text.ids).to_bytes(4, "little") + text.ids.tobytes())
     size = {"depth": materials.depth, "layers_per_cell": materials.layers_per_cell}
     recipe = {
-        "global_model": auxiliary.fingerprint(model),
+        "global_model": digest or fingerprint.of_weights(model.weights),
         "auxiliary": asdict(config.auxiliary) | size,
         "distillation": asdict(replace(config.distillation, reuse=True, text=None)),
-        "texts": digest.hexdigest()[:16],
+        "texts": fingerprint.of_texts(materials.alignment_texts),
         "seed": config.run.seed,
         "device": compute.device.type,
         "dtype": config.server.compute.dtype,
@@ -177,9 +177,31 @@ def _recipe(materials: Materials, model: LanguageModel, compute: Compute) -> dic
     return json.loads(json.dumps(recipe))
 
 
-def _find_auxiliary(runs: Path, recipe: dict[str, Any]) -> Path | None:
-    found = (path.parent for path in sorted(runs.glob(f"*/auxiliary/{auxiliary.RECIPE}"), reverse=True))
-    return next((folder for folder in found if _has_recipe(folder, recipe)), None)
+def _reused(runs: Path, recipe: dict[str, Any], compute: Compute, log: Log) -> tuple[LanguageModel | None, Path]:
+    """The auxiliary model of an earlier run of this user by the same recipe, if it is whole, and its folder."""
+    for path in sorted(runs.glob(f"*/auxiliary/{auxiliary.RECIPE}"), reverse=True):
+        source = path.parent
+        if not _has_recipe(source, recipe):
+            continue
+        if not ownership.is_by_this_user(source.parent, source, *source.iterdir()):
+            log.say(f"auxiliary model: {source} belongs to another user and is not taken")
+        elif not (source / ownership.MANIFEST).exists():
+            log.say(f"auxiliary model: {source} has no digests, which earlier versions did not write, and is not taken")
+        elif (small := _reloaded(source, compute, log)) is not None:
+            return small, source
+    return None, runs
+
+
+def _reloaded(source: Path, compute: Compute, log: Log) -> LanguageModel | None:
+    """The auxiliary model in a folder; None, with a line that says why, if its bytes are not what was written."""
+    try:
+        auxiliary.read_recipe(source)
+        if not fingerprint.require_listed(source):
+            log.say(f"auxiliary model: {source} has no digests, so damage to it would not be seen")
+        return auxiliary.load(source, compute.dtype)
+    except ValueError as error:
+        log.say(f"auxiliary model: {' '.join(str(error).split())}; it is not taken")
+        return None
 
 
 def _has_recipe(folder: Path, recipe: dict[str, Any]) -> bool:

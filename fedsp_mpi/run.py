@@ -120,13 +120,15 @@ def _client_side(config: Config, wire: Wire | Solo, given: comm.Handout, server:
     mine = given.meta["assignment"][wire.topology.rank]
 
     def make() -> ClientSide:
-        from fedsp_mpi import build
+        from fedsp_mpi import build, inputs
         from fedsp_mpi.materials import Materials
         from fedsp_mpi.training.device import Compute
 
         compute = Compute.of(config.client.compute, wire.topology)
         materials = server.materials if server else Materials(config)
-        return build.client_side(materials, compute, given, mine, wire.ask)
+        side = build.client_side(materials, compute, given, mine, wire.ask)
+        side.texts.update(inputs.of_clients(materials, mine))
+        return side
 
     return _in_turns(wire, turns, make if mine else None, "client", server)
 
@@ -143,7 +145,8 @@ def _in_turns(
                     made = make()
                 except ValueError as found:
                     error = f"rank {wire.topology.rank} on {platform.node()}: {one_line(found)}"
-            ready = wire.collect({"error": error, "seconds": time.perf_counter() - start})
+            texts = getattr(made, "texts", {})  # of clients: what they read
+            ready = wire.collect({"error": error, "seconds": time.perf_counter() - start, "texts": texts})
             wire.agree(server.heard(ready or [], who) if server else None)
     return made
 

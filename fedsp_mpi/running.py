@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
+
+from fedsp_mpi.ownership import require_plain_name, require_readable_path
+from fedsp_mpi.plain import ConfigError
+
+_PATHS = ("run.folder", "run.name", "model.name", "model.tokenizer", "data.source", "distillation.text")
 
 
 @dataclass(frozen=True)
@@ -18,6 +24,23 @@ class RunConfig:
     resume: Literal["never", "must", "auto"] = "never"
     seed: int = 1
     label: str | None = None  # what tables call the method; None: its own name
+    # Of the run's folder and the files in it. private: its owner alone may read them; umask: as the shell's umask says.
+    permissions: Literal["private", "umask"] = "private"
+
+
+def check_paths(value: Callable[[str], Any]) -> None:
+    """Raise ConfigError if the run's name is not one component of a path, or a path cannot be written in the locale.
+
+    Args:
+        value: of a dotted key.
+    """
+    try:
+        for key in _PATHS:
+            if (text := value(key)) is not None:
+                require_readable_path(key, text)
+        require_plain_name("run.name", value("run.name"))
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
 
 
 @dataclass(frozen=True)
@@ -42,6 +65,7 @@ class CheckpointConfig:
 
     every: int | None = 1  # rounds; None: only when the run is told to stop (SIGUSR1)
     keep: int = 2  # the newest ones, and that of the best round
+    keep_client_states: bool = False  # of a run that is complete; nothing goes on from them any more
     # Between two states of the distillation (with zero_stage 0); None: only when the run is told to stop.
     distillation_seconds: float | None = 600
 

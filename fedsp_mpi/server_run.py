@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import time
 from contextlib import suppress
 from dataclasses import asdict, replace
-from datetime import datetime
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedsp_mpi import comm, environment, placement
+from fedsp_mpi import comm, environment, ownership, placement
 from fedsp_mpi.comm import guard
-from fedsp_mpi.config import Config, changed_keys, to_yaml
+from fedsp_mpi.config import Config, to_yaml
 from fedsp_mpi.log import Log, duration
+from fedsp_mpi.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from fedsp_mpi.build import Servers
@@ -23,7 +20,6 @@ if TYPE_CHECKING:
     from fedsp_mpi.materials import Materials
     from fedsp_mpi.models.backbone import LanguageModel
     from fedsp_mpi.record import Checkpoint, RunRecord
-    from fedsp_mpi.record.lock import RunLock
     from fedsp_mpi.sides import ServerSide
     from fedsp_mpi.training.device import Compute
     from fedsp_mpi.training.team import Meeting, Team
@@ -36,13 +32,13 @@ class ServerRun:
 
     def __init__(self, config: Config, name: str, log: Log, hosts: list[dict[str, Any]] | None, begun: float) -> None:
         self.config, self.log, self.hosts, self._begun = config, log, hosts or [], begun
-        self.folder = _folder(config, name)
+        self._place, self._is_embedded = RunFolder(config, name), name == "embedded"
+        self.folder = self._place.path
         self.resumed: Checkpoint | None = None
         self._rounds_again = 0  # that clients have been asked for more than once
         self.materials: Materials
         self.record: RunRecord
-        self._lock: RunLock
-        self._goes_on = False
+        self._inputs: dict[str, str] = {}
         self._meeting: Meeting
         self._team: Team
         self._servers: Servers
@@ -63,10 +59,10 @@ class ServerRun:
             from fedsp_mpi.training.team import Meeting
 
             self.materials = Materials(self.config)
-            self._take_folder()
+            self._place.take(self.materials.paths)
             self.materials.check()
             self._compute = Compute.of(self.config.server.compute, wire.topology)
-            self._assignment = self._place(wire, expected_work(self.materials))
+            self._assignment = self._spread(wire, expected_work(self.materials))
             self._summary(wire)
             self._compute.begin()
             self._model = build.global_model(self.materials, self._compute)
@@ -74,7 +70,7 @@ class ServerRun:
             self._meeting = Meeting.open(self._num_servers, len(places) == 1)
             self._open_record()
         except (ValueError, OSError) as error:
-            self._give_back_folder()
+            self._place.give_back()
             return comm.Refused(one_line(error))
         except comm.Refused as nothing_to_do:
             return nothing_to_do
@@ -108,7 +104,12 @@ class ServerRun:
         resumed = self.resumed
         try:
             small, story = preparation.auxiliary_model(
-                *about, self.folder, self.log, lambda: guard.told_to_stop, resumed is not None
+                *about,
+                self.folder,
+                self.log,
+                lambda: guard.told_to_stop,
+                resumed is not None,
+                self._inputs["weights of model.name"],
             )
         except StoppedError as stopped:
             self.record.describe(distillation={"steps": stopped.kept})
@@ -130,19 +131,32 @@ class ServerRun:
 
     def stopped(self) -> comm.Refused:
         """What all ranks hear when the run was told to stop."""
+        from fedsp_mpi.record import resume_command
+
         rounds = self.record.run.committed_rounds
-        return comm.Refused(f"told to stop after round {rounds}; `run --resume` goes on from there", STOPPED)
+        again = resume_command(self.folder, self.record.run.config)
+        return comm.Refused(f"told to stop after round {rounds}; go on with {again}", STOPPED)
 
     def heard(self, ready: list[dict[str, Any]], who: str) -> comm.Refused | None:
-        """Take note that ranks are ready. The first mistake that one of them found, or None."""
+        """Take note that ranks are ready, and of what they read. The first mistake that one of them found, or None."""
+        if mistake := next((answer["error"] for answer in ready if answer["error"]), None):
+            return comm.Refused(mistake)
+        from fedsp_mpi import inputs
+
+        texts = {name: digest for answer in ready for name, digest in answer["texts"].items()}
+        try:
+            inputs.require_same(self.folder, self.record.run.sections.get(inputs.SECTION, {}), texts)
+        except ValueError as error:
+            return comm.Refused(one_line(error))
+        self._inputs |= texts
         seconds = max(answer["seconds"] for answer in ready)
-        self.record.describe(timing={f"seconds_{who}_setup": seconds})
+        self.record.describe(timing={f"seconds_{who}_setup": seconds}, **{inputs.SECTION: self._inputs})
         self.log.say(f"{who}s are ready after {duration(seconds)}")
-        return next((comm.Refused(answer["error"]) for answer in ready if answer["error"]), None)
+        return None
 
     def side(self, given: comm.Handout) -> ServerSide:
         """The server's side of the rounds, where an earlier stretch of the run has left it."""
-        from fedsp_mpi import build
+        from fedsp_mpi import build, inputs
         from fedsp_mpi.record import Checkpoints
         from fedsp_mpi.record.rows import wire_rows
         from fedsp_mpi.sides import Archive
@@ -150,7 +164,8 @@ class ServerRun:
         ranks = {client: rank for rank, ids in enumerate(given.meta["assignment"]) for client in ids}
         checkpoints, keep = Checkpoints(self.folder), self.config.record.prompts and not self.config.tunes_weights
         carried = wire_rows(self.record.run.wire)
-        self._archive = Archive(self.record, keep, ranks, self.log, checkpoints, carried)
+        made_from = inputs.combined(self._inputs)
+        self._archive = Archive(self.record, keep, ranks, self.log, checkpoints, carried, made_from)
         here = build.server_side(self.materials, self._servers, self._compute, self._team, self._archive)
         if self.resumed:
             here.load_state(checkpoints.read_server(self.resumed))
@@ -180,6 +195,8 @@ class ServerRun:
         spent = {"seconds_checkpoints": sum(checkpoints), "checkpoints": len(checkpoints)}
         self.record.describe(timing={"seconds": time.perf_counter() - self._begun, **spent})
         self.record.finish()
+        if not self.config.checkpoint.keep_client_states:
+            self._archive.checkpoints.remove_clients()
         return True
 
     def leave(self) -> None:
@@ -199,14 +216,14 @@ class ServerRun:
                 f"topology.server_ranks: found {servers} with {found} ranks, expected at least one rank more, for the "
                 f"clients; start {servers + 1} processes or more"
             )
-        self._place(wire, [1.0] * self.config.federation.clients)
+        self._spread(wire, [1.0] * self.config.federation.clients)
         if shared := [ranks for ranks in placement.shared_gpus(self.hosts[:servers]).values() if len(ranks) > 1]:
             raise ValueError(
                 f"topology.server_ranks: found ranks {shared[0]} on one GPU, expected one for each; start them where "
                 f"there are {servers} GPUs, or set server.compute.device=cpu"
             )
 
-    def _place(self, wire: Wire | Solo, work: list[float]) -> list[tuple[int, ...]]:
+    def _spread(self, wire: Wire | Solo, work: list[float]) -> list[tuple[int, ...]]:
         """Clients of every rank; the server's have none, unless there is one rank for all."""
         if not work:
             return [()] * wire.topology.size
@@ -215,51 +232,29 @@ class ServerRun:
         servers: list[tuple[int, ...]] = [()] * self._num_servers
         return servers + comm.spread(work, wire.topology.size - len(servers))
 
-    def _take_folder(self) -> None:
-        """Be the only job that writes to the run's folder, and find out whether there is a run to go on with."""
-        from fedsp_mpi.record.lock import RunLock
-        from fedsp_mpi.record.run_record import require_free
-
-        self._lock = RunLock.take(self.folder)
-        settings = self.config.run
-        self._goes_on = settings.resume != "never" and (self.folder / "run.h5").exists()
-        if settings.resume == "must" and not self._goes_on:
-            raise ValueError(
-                f"run.resume: found no run in {self.folder}, expected one to go on from; name it with --name, or take "
-                "--resume auto to begin it where there is none"
-            )
-        if self._goes_on:
-            self._require_unfinished()
-        elif settings.if_exists == "refuse":
-            require_free(self.folder)
-
-    def _require_unfinished(self) -> None:
-        from fedsp_mpi.record import read
-
-        run = read(self.folder)
-        if run.status == "complete":
-            raise comm.Refused(f"{self.folder}: this run is complete, there is nothing to go on with", 0)
-        if changed := changed_keys(run.config, asdict(self.config)):
-            raise ValueError(
-                f"{self.folder}: found another configuration than the run was begun with ({'; '.join(changed)}), "
-                "expected the same; take that back, or choose another run.name"
-            )
-
     def _open_record(self) -> None:
         """Begin a record, or go on with the one that is there."""
-        if self._goes_on:
+        from fedsp_mpi import inputs
+
+        self._inputs = inputs.of_server(self.materials, self._model)
+        if self._place.goes_on:
             self._go_on()
         else:
             self._begin()
 
     def _go_on(self) -> None:
-        from fedsp_mpi.record import Checkpoints, RunRecord
+        from fedsp_mpi import inputs
+        from fedsp_mpi.record import Checkpoints, RunRecord, read
 
+        before = read(self.folder).sections.get(inputs.SECTION, {})
+        inputs.require_same(self.folder, before, self._inputs)
+        ownership.remove_parts(self.folder)
         checkpoints = Checkpoints(self.folder)
         self.resumed, damaged = checkpoints.newest()
         for each in damaged:
             self.log.say(f"checkpoint is not usable: {each}")
         done = self.resumed.round if self.resumed else 0
+        self._require_own_checkpoint(before)
         self.record = RunRecord.open(self.folder)
         if done > (rounds := self.record.run.committed_rounds):
             raise ValueError(
@@ -280,17 +275,14 @@ class ServerRun:
     def _begin(self) -> None:
         from fedsp_mpi.record import RunRecord
 
+        self._place.clear()
         again: dict[str, Any] = {"name": self.folder.name, "if_exists": "refuse", "resume": "never"}
         self.record = RunRecord.create(
             self.folder,
             config=asdict(self.config),
             config_text=to_yaml(replace(self.config, run=replace(self.config.run, **again))),
             environment=environment.environment(self.hosts),
-            # What a run that goes on finds without a record was killed before it began.
-            if_exists="replace" if self.config.run.resume == "auto" else self.config.run.if_exists,
         )
-        for part in ("auxiliary", "prompt", "model", "checkpoints"):
-            shutil.rmtree(self.folder / part, ignore_errors=True)
         splits, shards = self.materials.splits, self.materials.shards
         self.record.describe(
             data={
@@ -303,8 +295,24 @@ class ServerRun:
                 "notes": list(splits.notes),
             },
             topology={"assignment": [list(ids) for ids in self._assignment]},
+            inputs=self._inputs,
             **self._privacy(),
         )
+
+    def _require_own_checkpoint(self, before: dict[str, Any]) -> None:
+        """Raise ValueError if the checkpoint was made from other inputs than the record; say so if it has no digest."""
+        from fedsp_mpi import inputs
+
+        if self.resumed is None:
+            return
+        if not before or self.resumed.inputs is None:
+            self.log.say("checkpoint: has no digests of texts and weights; whether they are the same is not checked")
+        elif self.resumed.inputs != inputs.combined(before):
+            raise ValueError(
+                f"{self.folder}: found a checkpoint of round {self.resumed.round} that was made from other texts or "
+                "weights than the record, expected them of one run; copy the whole run folder again, or choose another "
+                "run.name"
+            )
 
     def _privacy(self) -> dict[str, Any]:
         """What is promised to clients whose updates get noise: epsilon of a round, and of all if they are in each."""
@@ -316,12 +324,14 @@ class ServerRun:
             "privacy": asdict(settings) | {"epsilon": settings.epsilon, "epsilon_all": whole, "rounds_again": again}
         }
 
-    def _give_back_folder(self) -> None:
-        """After a refusal: leave nothing behind where there was nothing, so that the next try is not refused for it."""
-        if hasattr(self, "_lock"):
-            self._lock.release(delete=not (self.folder / "run.h5").exists())
-            with suppress(OSError):
-                self.folder.rmdir()
+    def _whose_settings(self) -> str:
+        """Where the settings come from, if they were made for another model than the one that is tuned."""
+        if not self._is_embedded or self.config.model.name == "embedded":
+            return ""
+        return (
+            ", with the settings of the embedded default, which suit its tiny model; for others begin from "
+            "configs/smollm2/arc_easy.yaml"
+        )
 
     def _summary(self, wire: Wire | Solo) -> None:
         say, config = self.log.say, self.config
@@ -338,6 +348,7 @@ class ServerRun:
         threads = environment.threads(self.hosts)
         say(f"clients   {config.federation.clients}, at most {most} on a rank; threads: {threads}")
         model, splits, shards = self.materials.model_config, self.materials.splits, self.materials.shards
+        say(f"recipe    {config.recipe}{self._whose_settings()}")
         say(f"model     {config.model.name}: {model.model_type}, {model.num_hidden_layers} layers")
         each = sum(map(len, shards[1:])) // max(1, len(shards) - 1)
         train = f"{len(splits.train)} train ({len(shards[0])} the server's, about {each} each client's)"
@@ -354,24 +365,3 @@ class ServerRun:
 def one_line(error: Exception) -> str:
     """What an error says, in one line."""
     return " ".join(str(error).split()) or type(error).__name__
-
-
-def _folder(config: Config, name: str) -> Path:
-    folder = Path(config.run.folder).expanduser()
-    if config.run.name != "auto":
-        return folder / config.run.name
-    if config.run.resume != "never" and (newest := _unfinished(folder, name)):
-        return newest
-    stamped = folder / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
-    return stamped if not stamped.exists() else stamped.with_name(f"{stamped.name}-{os.getpid()}")
-
-
-def _unfinished(folder: Path, name: str) -> Path | None:
-    """The newest run of a configuration that did not come to its end."""
-    from fedsp_mpi.record import read
-
-    for found in sorted(folder.glob(f"{name}-[0-9]*"), reverse=True):
-        with suppress(ValueError):
-            if read(found).status != "complete":
-                return found
-    return None

@@ -70,6 +70,7 @@ class ClientSide:
     compute: Compute
     shelf: Shelf
     chosen: Callable[[int], Sequence[int]]  # round -> the clients that take part in it
+    texts: dict[str, str] = field(default_factory=dict)  # digests of their tokenised texts, by name
 
 
 @dataclass
@@ -110,6 +111,7 @@ class Archive:
     log: Log
     checkpoints: Checkpoints
     carried: Sequence[WireRow] = ()  # the manifest of the run's earlier stretches
+    inputs: str | None = None  # digest of all that the run reads
     seconds_checkpoints: list[float] = field(default_factory=list)
 
 

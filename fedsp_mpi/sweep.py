@@ -32,6 +32,7 @@ from functools import reduce
 from pathlib import Path
 from typing import Any
 
+from fedsp_mpi import sweep_files
 from fedsp_mpi.comm import Refused
 from fedsp_mpi.config import EMBEDDED, Config, changed_keys, checked, to_yaml
 from fedsp_mpi.jobs import Jobs, Place, last_words, places
@@ -101,6 +102,7 @@ def sweep(
         raise ConfigError(f"--only {only}: found no run of that name in {_listed(files)}; --dry-run lists them")
     found = {cell.folder: _found(cell) for cell in cells}
     _require_same(cells, found)
+    sweep_files.require_ours(cell.folder for cell in cells)
     is_complete = {folder: run is not None and run.status == "complete" for folder, run in found.items()}
     log.say(f"{len(cells)} runs in {_listed(_homes(cells))}, {sum(is_complete.values())} of them complete")
     if is_dry:
@@ -108,7 +110,7 @@ def sweep(
         for cell in cells:
             log.say(f"{place[cell.folder]}  {_state(cell, found[cell.folder])}")
         return 0
-    _write_configs(cells)
+    sweep_files.write_configurations({cell.folder: to_yaml(cell.config) for cell in cells})
     return _run_all(cells, is_complete, words, at, log)
 
 
@@ -297,21 +299,6 @@ def _launch(text: str) -> list[str]:
     if words and shutil.which(words[0]) is None:
         raise ConfigError(f"--launch: found no command {words[0]!r}, expected one that starts a run's processes")
     return words
-
-
-def _write_configs(cells: Sequence[Cell]) -> None:
-    """Write each cell's configuration, whole. Raises ConfigError if the folder cannot be written."""
-    try:
-        for home in _homes(cells):
-            for room in ("configs", "logs"):
-                (home / room).mkdir(parents=True, exist_ok=True)
-        for cell in cells:
-            cell.beside("configs", ".yaml").write_text(to_yaml(cell.config), encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(
-            f"{error.filename}: found a folder that cannot be written ({error.strerror}), expected one for all runs; "
-            "no run was started"
-        ) from None
 
 
 def _run_all(

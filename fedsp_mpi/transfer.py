@@ -23,6 +23,7 @@ from fedsp_mpi.materials import Materials
 from fedsp_mpi.models.backbone import LanguageModel
 from fedsp_mpi.models.losses import answer_loss
 from fedsp_mpi.models.prompts import Prompt
+from fedsp_mpi.record.lock import RunLock
 from fedsp_mpi.tensors import Batch
 from fedsp_mpi.training.device import Compute
 from fedsp_mpi.training.engine import TorchEngine
@@ -74,7 +75,9 @@ def transfer(config: Config, steps: int, log: Log) -> list[Place]:
     compute.begin()
     large = build.global_model(materials, compute)
     folder = Path(config.run.folder) / FOLDER
+    lock = RunLock.take(folder, config.run.permissions == "private")
     small, _ = preparation.auxiliary_model(materials, large, compute, ALONE, folder, log, lambda: False, False)
+    lock.release()
     small.train_weights(False)
     return _Pair(materials, large, small, steps).places()
 

@@ -13,7 +13,8 @@ PACKAGE = ROOT / "fedsp_mpi"
 # A file imports from its own room and from the rows above, never from its neighbours.
 ORDER = (
     {"fedsp_mpi"},
-    {"plain", "foreign"},
+    {"ownership", "foreign"},
+    {"plain", "fingerprint"},
     {"stages", "running"},
     {"recipes", "threats"},
     {"search"},
@@ -23,9 +24,9 @@ ORDER = (
     {"algorithms", "evaluation"},
     {"sides", "materials", "placement", "environment"},
     {"federate"},
-    {"preparation", "capacity"},
+    {"preparation", "capacity", "inputs", "run_folder"},
     {"build"},
-    {"scores"},
+    {"scores", "sweep_files"},
     {"server_run", "helper_run"},
     {"run"},
     {"bench", "check", "evaluate", "fetch", "plan", "transfer", "sweep"},

@@ -137,9 +137,11 @@ def test_an_existing_run_is_refused_or_replaced(tmp_path: Path) -> None:
     make(tmp_path / "a")
     with pytest.raises(ValueError, match=r"found a run \(run.h5\), expected a new folder"):
         make(tmp_path / "a")
-    (tmp_path / "a" / "run.h5").unlink()
-    with pytest.raises(ValueError, match=r"config\.yaml"):
-        make(tmp_path / "a")
+    record = (tmp_path / "a" / "run.h5").rename(tmp_path / "run.h5")
+    for if_exists in ("refuse", "replace"):  # somebody's folder with a configuration in it
+        with pytest.raises(ValueError, match=r"config\.yaml"):
+            RunRecord.create(tmp_path / "a", config={}, config_text="", environment={}, if_exists=if_exists)
+    record.rename(tmp_path / "a" / "run.h5")
     (tmp_path / "a" / "slurm.out").write_text("kept")
     again = RunRecord.create(tmp_path / "a", config={}, config_text="", environment={}, if_exists="replace")
     assert again.run.committed_rounds == 0

@@ -2,7 +2,7 @@
 
 MPI does not end a job because one of its processes raised: the others wait for it for ever. The guard stands around
 everything the main thread does, from before the imports that can fail. This module therefore needs only the standard
-library, and takes MPI from those who imported it before.
+library (ownership.py too), and takes MPI from those who imported it before.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
+
+from fedsp_mpi import ownership
 
 from .topology import launcher_rank, launcher_size
 
@@ -149,7 +151,7 @@ class Guard:
         self._folder = Path(folder)
         old = self._folder / REPORT
         if _rank() == 0 and old.exists():
-            old.replace(self._folder / f"failure-{int(old.stat().st_mtime)}.txt")
+            ownership.set_aside(old, f"failure-{int(old.stat().st_mtime)}.txt")
 
     def know_peers(self, peers: Iterable[tuple[str, int]]) -> None:
         """Where every rank lives: (host, process id), by rank."""
@@ -195,8 +197,7 @@ class Guard:
         """Whether this rank's report is the one; if not, the rank that has it is ending the job meanwhile."""
         if self._folder is not None:
             try:
-                with (self._folder / REPORT).open("x", encoding="utf-8") as file:
-                    file.write(text)
+                ownership.write_new(self._folder / REPORT, text)
                 return True
             except FileExistsError:
                 time.sleep(_PATIENCE)

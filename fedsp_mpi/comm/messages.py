@@ -222,8 +222,9 @@ def slices(num_values: int, chunk: int) -> Iterator[slice]:
 
 
 def to_json(content: Any) -> bytes:
-    """UTF-8 bytes of anything that JSON can say."""
-    return json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode()
+    """UTF-8 bytes of anything that JSON can say; `json.loads` gives back paths that are not UTF-8 too."""
+    text = json.dumps(content, ensure_ascii=False, separators=(",", ":"))
+    return text.encode("utf-8", "surrogatepass")
 
 
 def handout_content(handout: Handout, chunk: int) -> dict[str, Any]:

@@ -8,10 +8,7 @@ layers end with into those that enter the last ones in the global model.
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
-import os
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +19,7 @@ import transformers
 from torch import Tensor, nn
 from transformers.initialization import no_init_weights
 
-from fedsp_mpi import foreign
+from fedsp_mpi import fingerprint, foreign, ownership
 from fedsp_mpi.config import AuxiliaryConfig
 from fedsp_mpi.models.backbone import LanguageModel
 from fedsp_mpi.models.families import FAMILIES, layers_of, model_class, without_dropout
@@ -157,28 +154,30 @@ def save(folder: Path, model: LanguageModel, layers_per_cell: int, tokenizer: An
 def write_model(folder: Path, model: Any, tokenizer: Any, notes: Mapping[str, str] | None = None) -> None:
     """Write a transformers model as a Hugging Face folder, with its tokenizer and with `notes`, texts by file name.
 
-    Written beside and renamed, so that the folder is whole or not there.
+    Written beside and renamed, so that the folder is whole or not there, with the list of its files' digests.
     """
-    part = folder.with_name(f"{folder.name}.part{os.getpid()}")
-    shutil.rmtree(part, ignore_errors=True)
+    part = ownership.begin_model(folder)
     model.save_pretrained(part)
     tokenizer.save_pretrained(part)
     for name, text in (notes or {}).items():
         (part / name).write_text(text, encoding="utf-8")
-    shutil.rmtree(folder, ignore_errors=True)
-    part.rename(folder)
+    fingerprint.list_folder(part)
+    ownership.place_model(part, folder)
 
 
 def load(folder: Path, dtype: torch.dtype = torch.float32, dropout: bool = False) -> LanguageModel:
     """Read an auxiliary model written by `save`, at its full depth. Raises ValueError if the folder holds none."""
     deep = read_recipe(folder)["depth"]
-    kind = model_class(transformers.AutoConfig.from_pretrained(folder))
-    model = kind.from_pretrained(folder, dtype=torch.float32)
-    _add_bridge(model)
-    for file in folder.glob("*.safetensors"):
-        with safetensors.safe_open(file, "pt") as tensors:
-            for name in filter(_is_of_bridge, tensors.keys()):
-                model.get_parameter(name).data.copy_(tensors.get_tensor(name))
+    try:
+        kind = model_class(transformers.AutoConfig.from_pretrained(folder))
+        model = kind.from_pretrained(folder, dtype=torch.float32)
+        _add_bridge(model)
+        for file in folder.glob("*.safetensors"):
+            with safetensors.safe_open(file, "pt") as tensors:
+                for name in filter(_is_of_bridge, tensors.keys()):
+                    model.get_parameter(name).data.copy_(tensors.get_tensor(name))
+    except (OSError, RuntimeError, KeyError, AttributeError, safetensors.SafetensorError) as error:
+        raise ValueError(f"{folder}: found no readable model ({error}), expected the one that was distilled") from None
     return LanguageModel(unroll(model, deep), dtype, dropout)
 
 
@@ -193,15 +192,6 @@ def read_recipe(folder: Path) -> dict[str, Any]:
     if not isinstance(recipe.get("distillation", {}), dict):
         raise ValueError(f"{folder}: found {RECIPE} without an account of the distillation, expected a mapping")
     return recipe
-
-
-def fingerprint(model: LanguageModel) -> str:
-    """A short digest of all weights, equal for equal models wherever they lie."""
-    digest = hashlib.sha256()
-    for name, parameter in model.weights.items():
-        digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
-        digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().data)
-    return digest.hexdigest()[:16]
 
 
 def _from_config(config: Any) -> Any:

@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from fedsp_mpi import rng
+from fedsp_mpi import fingerprint, ownership, rng
 from fedsp_mpi.plain import ConfigError
 from fedsp_mpi.tensors import NamedTensors
 
@@ -293,8 +293,9 @@ def write_adapter(folder: Path, tensors: NamedTensors, spec: PromptSpec, base: s
     prompt.load(tensors.torch())
     with torch.no_grad():
         matrix = prompt.matrix().contiguous()
-    folder.mkdir(parents=True, exist_ok=True)
-    safetensors.torch.save_file({"prompt_embeddings": matrix}, folder / "adapter_model.safetensors")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    part = ownership.begin_model(folder)
+    safetensors.torch.save_file({"prompt_embeddings": matrix}, part / "adapter_model.safetensors")
     prefix = {"encoder_hidden_size": spec.width, "prefix_projection": False} if spec.kind == "prefix" else {}
     settings = {
         "peft_type": "PREFIX_TUNING" if spec.kind == "prefix" else "PROMPT_TUNING",
@@ -308,7 +309,9 @@ def write_adapter(folder: Path, tensors: NamedTensors, spec: PromptSpec, base: s
         "num_layers": spec.num_layers,
         **prefix,
     }
-    (folder / "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    (part / "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    fingerprint.list_folder(part)
+    ownership.place_model(part, folder)
 
 
 def read_adapter(folder: Path) -> Tensor:

@@ -5,7 +5,7 @@ from fedsp_mpi.record.compare import difference
 from fedsp_mpi.record.comparison import compare, comparison_table, main_result, read_all
 from fedsp_mpi.record.files import RecordError
 from fedsp_mpi.record.gain import gain_table
-from fedsp_mpi.record.layout import Run, read
+from fedsp_mpi.record.layout import Run, read, resume_command
 from fedsp_mpi.record.plot import draw_bars, draw_curves
 from fedsp_mpi.record.report import markdown, summary
 from fedsp_mpi.record.rows import ClientRow, ResultRow, RoundRow, WireRow
@@ -31,5 +31,6 @@ __all__ = [
     "markdown",
     "read",
     "read_all",
+    "resume_command",
     "summary",
 ]

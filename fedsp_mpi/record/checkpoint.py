@@ -12,7 +12,6 @@ the client works again. A checkpoint is there when its mark is: a kill before le
 
 from __future__ import annotations
 
-import json
 from collections import deque
 from collections.abc import Collection, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,11 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-import numpy as np
-import xxhash
-
-from fedsp_mpi import foreign
-from fedsp_mpi.record import files
+from fedsp_mpi import fingerprint, foreign, ownership
+from fedsp_mpi.record import files, states
 from fedsp_mpi.tensors import State
 
 LAYOUT = 2
@@ -47,11 +43,13 @@ class Checkpoint:
         round: the last round that it knows of.
         server: the server's file.
         clients: client id -> its file, for those that have a state.
+        inputs: digest of all that the run reads; None in those of versions that wrote none.
     """
 
     round: int
     server: Piece
     clients: Mapping[int, Piece]
+    inputs: str | None = None
 
 
 class Checkpoints:
@@ -66,11 +64,11 @@ class Checkpoints:
 
     def read_client(self, client: int, piece: Piece) -> State:
         """What `write_client` wrote. Raises ValueError if the file is not what was written."""
-        return _unpack(self._image(client_file(client, piece.round), piece))
+        return states.unpack(self._image(client_file(client, piece.round), piece))
 
     def read_server(self, checkpoint: Checkpoint) -> State:
         """The server's state. Raises ValueError if the file is not what was written."""
-        return _unpack(self._image(server_file(checkpoint.round), checkpoint.server))
+        return states.unpack(self._image(server_file(checkpoint.round), checkpoint.server))
 
     def obsolete(self, written: Mapping[int, Collection[int]]) -> list[tuple[int, int]]:
         """Those of some clients' files, as (client, round), that no checkpoint needs and that are not the newest."""
@@ -90,7 +88,13 @@ class Checkpoints:
                 files.sync(self.folder / name)
 
     def commit(
-        self, round: int, server: State, clients: Mapping[int, Piece], keep: int, best: int | None = None
+        self,
+        round: int,
+        server: State,
+        clients: Mapping[int, Piece],
+        keep: int,
+        best: int | None = None,
+        inputs: str | None = None,
     ) -> Checkpoint:
         """Write the server's state, then the mark; then remove the marks and the server's files that are not kept.
 
@@ -102,20 +106,21 @@ class Checkpoints:
             clients: the files of the clients, which are on disk.
             keep: so many checkpoints are kept, the newest ones;
             best: and this one.
+            inputs: digest of all that the run reads.
 
         Raises RecordError; the checkpoint before is still there then.
         """
         piece = self._write(server_file(round), round, server)
         mark = {"layout": LAYOUT, "round": round, "server": piece, "clients": {str(id): p for id, p in clients.items()}}
-        files.write(self.folder / _mark_file(round), [json.dumps(mark).encode()], _KEPT)
-        done = Checkpoint(round, piece, dict(clients))
+        files.write(self.folder / _mark_file(round), [fingerprint.seal({**mark, "inputs": inputs})], _KEPT)
+        done = Checkpoint(round, piece, dict(clients), inputs)
         self._sweep(done, keep, best)
         return done
 
     def write_distillation(self, step: int, state: State, recipe: Any) -> None:
         """Write how far a distillation is, in the place of what was written before. Raises RecordError."""
         piece = self._write(_distillation_file(step), step, state)
-        files.write(self.folder / _REST, [json.dumps({"recipe": recipe, "piece": piece}).encode()], _KEPT)
+        files.write(self.folder / _REST, [fingerprint.seal({"recipe": recipe, "piece": piece})], _KEPT)
         self._sweep_distillation(piece.round)
 
     def read_distillation(self, recipe: Any) -> State | None:
@@ -123,7 +128,9 @@ class Checkpoints:
         try:
             mark = _parsed(self.folder / _REST)
             piece = _piece(mark["piece"])
-            return _unpack(self._image(_distillation_file(piece.round), piece)) if mark["recipe"] == recipe else None
+            return (
+                states.unpack(self._image(_distillation_file(piece.round), piece)) if mark["recipe"] == recipe else None
+            )
         except _UNREADABLE:
             return None
 
@@ -136,9 +143,22 @@ class Checkpoints:
     def _sweep_distillation(self, step: int | None) -> None:
         needed = None if step is None else _distillation_file(step)
         with files.writing(self.folder, _KEPT):
-            for path in self.folder.glob(_distillation_file("*")):
-                if path.name != needed:
+            for path in ownership.written_in(self.folder, "checkpoints"):
+                if path.name.startswith(_STEPS) and path.name not in (needed, _REST):
                     path.unlink()
+
+    def remove_clients(self) -> None:
+        """Take away the clients' states, and the checkpoints that need them: of a run that is complete.
+
+        Raises RecordError.
+        """
+        marks = [round for round in self._marks() if self._clients_of(round)]
+        gone = {_mark_file(round) for round in marks} | {server_file(round) for round in marks}
+        with files.writing(self.folder, "the run is complete all the same"):
+            for path in sorted(ownership.written_in(self.folder, "checkpoints"), key=lambda path: path.suffix):
+                if path.name in gone or path.name.startswith("client-"):  # marks first: *.json, *.safetensors
+                    path.unlink()
+            ownership.remove_if_empty(self.folder)
 
     def newest(self) -> tuple[Checkpoint | None, list[str]]:
         """The newest checkpoint that is whole, or None; and what is wrong with those that are newer."""
@@ -160,11 +180,9 @@ class Checkpoints:
                 (self.folder / _mark_file(later)).unlink()
 
     def _write(self, name: str, round: int, state: State, is_client: bool = False) -> Piece:
-        image, digest = _pack(state), xxhash.xxh3_64()
-        for part in image:
-            digest.update(part)
+        image = states.pack(state)
         files.write(self.folder / name, image, _KEPT, sync=not is_client, bypass=is_client)
-        return Piece(round, sum(len(part) for part in image), digest.hexdigest())
+        return Piece(round, sum(len(part) for part in image), fingerprint.of_pieces(image))
 
     def _image(self, name: str, piece: Piece) -> memoryview:
         path = self.folder / name
@@ -176,7 +194,7 @@ class Checkpoints:
             raise ValueError(
                 f"{path}: found no readable file ({error.strerror}), expected {piece.size} bytes"
             ) from None
-        if (digest := xxhash.xxh3_64_hexdigest(image)) != piece.digest:
+        if (digest := fingerprint.of_pieces([image])) != piece.digest:
             raise ValueError(f"{path}: found digest {digest}, expected {piece.digest}: the file was damaged")
         return image
 
@@ -197,7 +215,7 @@ class Checkpoints:
             if mark["round"] != round:
                 raise ValueError(f"round {mark['round']!r}, expected {round}")
             clients = {int(id): _piece(piece) for id, piece in mark["clients"].items()}
-            return Checkpoint(round, _piece(mark["server"]), clients)
+            return Checkpoint(round, _piece(mark["server"]), clients, mark.get("inputs"))
         except _UNREADABLE as error:
             raise ValueError(f"{path}: found no checkpoint ({error}), expected one of layout {LAYOUT}") from None
 
@@ -209,8 +227,9 @@ class Checkpoints:
         with files.writing(self.folder, _KEPT):
             for round in set(marks) - kept:
                 (self.folder / _mark_file(round)).unlink()
-            for path in self.folder.glob("server-*" if newest.clients else "*-*"):
-                if path.name not in needed:
+            swept = ("server-",) if newest.clients else ("server-", "client-")
+            for path in ownership.written_in(self.folder, "checkpoints"):
+                if path.name.startswith(swept) and path.name not in needed:
                     path.unlink()
 
     def _clients_of(self, round: int) -> Mapping[int, Piece]:
@@ -222,10 +241,7 @@ class Checkpoints:
 
 def _parsed(path: Path) -> dict[str, Any]:
     """The mapping in a mark. Raises OSError, ValueError."""
-    mark = foreign.parse_json(foreign.read_bytes(path, _LONGEST_MARK))
-    if not isinstance(mark, dict):
-        raise ValueError(f"a {type(mark).__name__} where a mapping was written")
-    return mark
+    return fingerprint.open_sealed(foreign.read_bytes(path, _LONGEST_MARK))
 
 
 def _piece(values: Any) -> Piece:
@@ -234,31 +250,6 @@ def _piece(values: Any) -> Piece:
     if type(piece.round) is not int or type(piece.size) is not int or not isinstance(piece.digest, str):
         raise ValueError(f"{values!r} as a file's round, size and digest")
     return piece
-
-
-def _pack(state: State) -> list[files.Buffer]:
-    """A safetensors file in parts: its header, and the arrays as they lie in memory."""
-    header, parts, end = {}, [], 0
-    for name, value in state.items():
-        flat = np.ascontiguousarray(value).reshape(-1).view(np.uint8)
-        header[name] = {"dtype": _TYPES[value.dtype.str], "shape": value.shape, "data_offsets": [end, end + flat.size]}
-        parts.append(flat.data)
-        end += flat.size
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    return [len(text).to_bytes(8, "little") + text, *parts]
-
-
-def _unpack(image: memoryview) -> State:
-    """The arrays of `_pack`, as writable views of the image."""
-    start = 8 + int.from_bytes(image[:8], "little")
-    names = {short: long for long, short in _TYPES.items()}
-    found = {}
-    for name, entry in json.loads(bytes(image[8:start])).items():
-        begin, end = entry["data_offsets"]
-        raw = image[start + begin : start + end]
-        found[name] = np.frombuffer(raw, names[entry["dtype"]]).reshape(entry["shape"])
-    return found
 
 
 def server_file(round: int) -> str:
@@ -271,8 +262,8 @@ def client_file(client: int, round: int) -> str:
     return f"client-{client:05d}-{round:04d}.safetensors"
 
 
-def _distillation_file(step: int | str) -> str:
-    return f"distillation-{step}.safetensors"
+def _distillation_file(step: int) -> str:
+    return f"{_STEPS}-{step}.safetensors"
 
 
 def _mark_file(round: int) -> str:
@@ -281,8 +272,8 @@ def _mark_file(round: int) -> str:
 
 _UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError)  # what a damaged mark can bring about
 _LONGEST_MARK = 1 << 30  # bytes; a client takes less than 100
-_TYPES = {"<f4": "F32", "<f8": "F64", "<i8": "I64"}
 _KEPT = "the last checkpoint is still there"
+_STEPS = "distillation"
 _REST = "distillation.json"  # written last: which file is good, and for which recipe
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from fedsp_mpi import ownership
 from fedsp_mpi.record import rows
 
 
@@ -38,7 +39,7 @@ def write(path: Path, image: Sequence[Buffer], left: str, sync: bool = True, byp
     """
     part = part_of(path)
     with writing(path, left, part):
-        path.parent.mkdir(exist_ok=True)
+        ownership.make_folder(path.parent)
         handle, is_direct = _open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, bypass)
         try:
             for each in _aligned(image) if is_direct else image:
@@ -68,8 +69,8 @@ def _open(path: Path, flags: int, bypass: bool) -> tuple[int, bool]:
     """A file's handle, and whether it goes past the page cache; not every file system can."""
     if bypass:
         with suppress(OSError):
-            return os.open(path, flags | os.O_DIRECT, 0o666), True
-    return os.open(path, flags, 0o666), False
+            return os.open(path, flags | os.O_DIRECT, ownership.file_mode(path)), True
+    return os.open(path, flags, ownership.file_mode(path)), False
 
 
 def _aligned(image: Sequence[Buffer]) -> Iterator[memoryview]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -23,8 +24,9 @@ import h5py
 import numpy as np
 
 from fedsp_mpi import foreign
-from fedsp_mpi.record import reader, rows, shapes, trailer
+from fedsp_mpi.record import lock, reader, rows, shapes, trailer
 
+KILLED = "it was killed: no process writes to it any more"  # what a reader finds out from the lock
 FORMAT, LAYOUT = "fedsp_mpi run", 1
 _TEXTS = ("reason", "config_text")
 _JSONS = ("config", "environment")
@@ -103,6 +105,8 @@ def read(folder_or_file: str | Path) -> Run:
     report = file.with_name("failure.txt")
     if run.status == "running" and report.exists():  # the job ended too fast for the record to be told
         return dataclasses.replace(run, status="failed", reason=_first_line(report))
+    if run.status == "running" and lock.is_abandoned(file.parent):
+        return dataclasses.replace(run, status="stopped", reason=KILLED)
     return run
 
 
@@ -111,6 +115,16 @@ def _first_line(report: Path) -> str:
         return rows.clean(foreign.read_bytes(report, _LONGEST_REPORT).decode(errors="replace").split("\n")[0])
     except (OSError, ValueError) as error:
         return f"{report.name} cannot be read ({error})"
+
+
+def resume_command(folder: Path, config: Mapping[str, Any]) -> str:
+    """What a user types to go on with the run in a folder, whatever the options of its start were."""
+    folder = folder if folder.name not in ("", "..") else folder.resolve()
+    words = ["python", "-m", "fedsp_mpi", "run", str(folder / "config.yaml"), "--name", folder.name, "--resume"]
+    runs = Path(str(config.get("run", {}).get("folder", ""))).expanduser()
+    if runs.resolve() != folder.parent.resolve():
+        words += ["--set", f"run.folder={folder.parent}"]
+    return shlex.join(words)
 
 
 def link_name(round: int) -> str:

@@ -1,4 +1,7 @@
-"""One run folder, one job: a lock that the kernel takes back when its owner dies, and a note of who that is."""
+"""One run folder, one job: a lock that the kernel takes back when its owner dies, and a note of who that is.
+
+The file is also the mark by which a folder is known as that of a run (ownership.py): it stays when the run has ended.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +10,17 @@ import fcntl
 import json
 import os
 import socket
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
+from fedsp_mpi import ownership
 from fedsp_mpi.record import files
 
-NAME = "lock"
+NAME = ownership.LOCK
+_TRIES, _PAUSE = 10, 0.05  # a reader that looks whether somebody holds the lock has it for microseconds
+_HELD = (errno.EWOULDBLOCK, errno.EACCES)
 
 
 class RunLock:
@@ -26,29 +34,30 @@ class RunLock:
         self._file = file
 
     @classmethod
-    def take(cls, folder: Path) -> RunLock:
+    def take(cls, folder: Path, private: bool = False) -> RunLock:
         """Take the folder, which is made if it is not there.
 
+        Args:
+            folder: of the run.
+            private: a folder that is new, or empty, is for its owner alone.
+
         Raises:
-            ValueError: another job writes to it; names its host, process and Slurm job.
+            ValueError: the folder is not that of a run; or another job writes to it: names its host, process and job.
             RecordError: the folder cannot be written.
         """
+        ownership.require_ours(folder)
         path = folder / NAME
         with files.writing(path, "no run was touched"):
-            folder.mkdir(parents=True, exist_ok=True)
-            file = path.open("a+", encoding="utf-8")
-        file.seek(0)
-        owner = _read(file.read())
-        if not _locked(file, owner):
-            file.close()
-            raise ValueError(
-                f"{folder}: found a run that {_name(owner)} is writing, expected to be alone; wait for that job, stop "
-                f"it, or choose another run.name (if it is gone for sure, delete {path})"
-            )
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            is_new = not folder.exists() or not any(folder.iterdir())
+            if is_new:
+                ownership.make_folder(folder, private)
+        file, owner = _opened(path)
         with files.writing(path, "no run was touched"):
-            file.truncate(0)
-            file.write(json.dumps(_me()))
-            file.flush()
+            listed = is_new or bool(owner.get(ownership.LISTED))
+            # In one write over the old note: a kill leaves the old or the new one, never an empty file.
+            note = json.dumps(_me() | {ownership.LISTED: listed})
+            os.pwrite(file.fileno(), note.encode().ljust(os.fstat(file.fileno()).st_size), 0)
         return cls(file)
 
     def release(self, delete: bool = False) -> None:
@@ -58,11 +67,57 @@ class RunLock:
         self._file.close()
 
 
+def is_abandoned(folder: Path) -> bool:
+    """Whether a run's folder has a lock that nobody holds. False where that cannot be known."""
+    path = folder / NAME
+    try:
+        with path.open(encoding="utf-8", errors="replace") as file:
+            owner = _read(file.read())
+            if not ownership.is_note(owner):
+                return False
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except OSError as error:
+                return error.errno not in _HELD and _is_gone(owner)
+            return True
+    except OSError:
+        return False
+
+
+def _opened(path: Path) -> tuple[IO[str], dict[str, Any]]:
+    """The lock's file, which is locked and still the one of that name, and the note of who had it before.
+
+    Raises ValueError if another job holds it, RecordError if it cannot be opened.
+    """
+    for attempt in range(_TRIES):
+        with files.writing(path, "no run was touched"):
+            handle = os.open(path, os.O_RDWR | os.O_CREAT, ownership.file_mode(path))
+            file = os.fdopen(handle, "r+", encoding="utf-8", errors="replace")
+        owner = _read(file.read())
+        is_locked = _locked(file, owner)
+        if is_locked and _is_at(file, path):
+            return file, owner
+        file.close()
+        if attempt < _TRIES - 1:
+            time.sleep(0 if is_locked else _PAUSE)
+    raise ValueError(
+        f"{path.parent}: found a run that {_name(owner)} is writing, expected to be alone; wait for that job, stop it, "
+        "or choose another run.name"
+    )
+
+
+def _is_at(file: IO[str], path: Path) -> bool:
+    """Whether an open file is the one of that name, and not one that was deleted or replaced meanwhile."""
+    with suppress(OSError):
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    return False
+
+
 def _locked(file: IO[str], owner: dict[str, Any]) -> bool:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+        if error.errno in _HELD:
             return False
         return not owner or _is_gone(owner)  # no locks here
     return True
@@ -80,10 +135,10 @@ def _me() -> dict[str, Any]:
 
 def _read(text: str) -> dict[str, Any]:
     try:
-        found = json.loads(text)
-    except ValueError:
+        note = json.loads(text)
+    except (ValueError, RecursionError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return note if isinstance(note, dict) else {}
 
 
 def _name(owner: dict[str, Any]) -> str:

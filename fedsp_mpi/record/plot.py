@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import statistics
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fedsp_mpi import ownership
 from fedsp_mpi.foreign import printable
 from fedsp_mpi.record import comparison, costs, report
 from fedsp_mpi.record.comparison import Comparison, Method
@@ -281,6 +283,7 @@ def _picture(path: str | Path) -> Iterator[Figure]:
     path = Path(path)
     if path.suffix.lower() not in ENDINGS:
         raise ValueError(f"{path}: found the ending {path.suffix!r}, expected {' or '.join(ENDINGS)}")
+    ownership.require_picture(path)
     try:
         import matplotlib
         from matplotlib.figure import Figure
@@ -292,7 +295,9 @@ def _picture(path: str | Path) -> Iterator[Figure]:
         figure = Figure(layout="constrained")
         yield figure
         try:
-            figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix.lower() == ".svg" else None)
+            ending, image = path.suffix.lower(), io.BytesIO()
+            figure.savefig(image, format=ending[1:], dpi=150, metadata=ownership.picture_mark(ending))
+            ownership.replace_picture(path, image.getvalue())
         except OSError as error:
             raise ValueError(f"{path}: found no place to write to ({error.strerror}), expected a file") from None
 

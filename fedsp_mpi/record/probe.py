@@ -12,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
+from fedsp_mpi import ownership
 from fedsp_mpi.record import files
 
 _PATIENCE = 3.0  # seconds until a network file system must show what another host wrote
@@ -50,9 +51,13 @@ class Probe:
         return _reads(self.folder / str(rank), str(rank))
 
     def remove(self) -> None:
-        """Take everything away, folders too that were not there before."""
+        """Take away what the ranks wrote, and the folders that were not there before."""
         self._lock.close()
-        shutil.rmtree(self.folder, ignore_errors=True)
+        for path in self.folder.glob("*"):
+            if path.name.isdecimal() or path.name.startswith("lock"):
+                with suppress(OSError):
+                    path.unlink()
+        ownership.remove_if_empty(self.folder)
         with suppress(OSError):  # others may have put something there
             for path in self._made:
                 path.rmdir()

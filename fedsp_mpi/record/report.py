@@ -21,7 +21,7 @@ import numpy as np
 
 from fedsp_mpi.foreign import printable
 from fedsp_mpi.record import attack
-from fedsp_mpi.record.layout import Run
+from fedsp_mpi.record.layout import KILLED, Run, resume_command
 from fedsp_mpi.record.rows import TRIGGERED
 from fedsp_mpi.record.text import (
     as_bytes,
@@ -37,6 +37,7 @@ from fedsp_mpi.record.text import (
     wrapped,
 )
 
+_RANKS = 16  # that are named after a kill
 ZERO_SHOT, SERVER_ONLY = "zero-shot", "server-only"
 _SAME_EXPERIMENT = ("run", "topology", "deadlines", "record")  # sections that do not change what is computed
 
@@ -45,7 +46,7 @@ def summary(run: Run) -> str:
     """One run as plain text, at most 100 columns wide: header, rounds, results and their verdict, wire, time."""
     parts = [_header(run), _rounds(run), _results(run), _wire(run), _seconds(run)]
     lines = [printable(line) for part in parts if part for line in [*part, ""]]
-    return "\n".join(clip(line) for line in [*lines, f"folder    {run.file.parent}"])
+    return "\n".join(clip(line) for line in [*lines, f"folder    {run.file.parent}", *_going_on(run)])
 
 
 def markdown(runs: Iterable[Run]) -> str:
@@ -78,6 +79,27 @@ def main_measure(row: np.void) -> tuple[str, float]:
 
 
 # --- summary ---
+
+
+def _going_on(run: Run) -> list[str]:
+    """The command that goes on with a run that ended before its end; after a kill, which process was which rank."""
+    if run.status not in ("stopped", "failed") or not (run.file.parent / "config.yaml").exists():
+        return []
+    ranks = wrapped("ranks     ", _processes(run)) if run.reason == KILLED else []
+    if ranks:
+        ranks.append("          the launcher's last lines name the process that was killed first")
+    return [*ranks, f"go on     {resume_command(run.file.parent, run.config)}"]
+
+
+def _processes(run: Run) -> list[str]:
+    """Rank and process of the run's last stretch, if there are several."""
+    resumes = run.sections.get("resumes", {})
+    last = resumes[max(resumes, key=int)].get("environment", {}) if resumes else run.environment
+    hosts = last.get("hosts")
+    known = [host for host in hosts if isinstance(host, Mapping)] if isinstance(hosts, list) else []
+    shown = [f"{rank} is process {host.get('pid')} on {host.get('host')}" for rank, host in enumerate(known)]
+    more = [f"and {len(shown) - _RANKS} more"] if len(shown) > _RANKS else []
+    return [*shown[:_RANKS], *more] if len(shown) > 1 else []
 
 
 def _header(run: Run) -> list[str]:

@@ -8,7 +8,6 @@ before a commit or after it, and a failed write changes neither the disk nor the
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -18,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from fedsp_mpi import ownership
 from fedsp_mpi.record import files, layout, rows, trailer
 from fedsp_mpi.record.files import RecordError
 from fedsp_mpi.record.layout import Run
@@ -52,10 +52,10 @@ class RunRecord:
         Args:
             config: the resolved configuration as plain data; `config_text` is the same as YAML.
             environment: host, ranks, versions, commit: anything that JSON can hold.
-            if_exists: "refuse", or "replace": delete what an earlier record of that name holds. Other files are left.
+            if_exists: "refuse", or "replace": delete what an earlier run of that name wrote. Other files are left.
 
         Raises:
-            ValueError: the folder holds a run already.
+            ValueError: the folder holds a run already, or is not that of a run.
             RecordError: it cannot be written.
         """
         assert if_exists in ("refuse", "replace"), if_exists
@@ -188,6 +188,7 @@ class RunRecord:
         part = files.part_of(self.run.file)
         with files.writing(self.run.file, self._kept, part):
             part.write_bytes(layout.run_image(self.run))
+            ownership.give_rights(part)
             try:
                 layout.fold_into(part, self.folder, self.run.prompt_rounds)
             except ValueError as error:  # a round's file that was damaged since; the others can be read where they are
@@ -195,7 +196,9 @@ class RunRecord:
             files.sync(part)
             files.rename(part, self.run.file)
         with files.writing(self.folder / "rounds", self._kept):
-            shutil.rmtree(self.folder / "rounds")
+            for path in ownership.written_in(self.folder / "rounds", "rounds"):
+                path.unlink()
+            ownership.remove_if_empty(self.folder / "rounds")
 
     def _save(self, run: Run) -> None:
         """Put `run` on disk; only then is it what the record holds."""
@@ -217,25 +220,23 @@ class RunRecord:
         known = {self.folder / layout.round_file(round) for round in self.run.prompt_rounds}
         folder = self.folder / "rounds"
         with files.writing(folder, self._kept):
-            for path in [*folder.glob("*.h5*"), *self.folder.glob("run.h5.part")]:
+            for path in ownership.written_in(folder, "rounds"):
                 if path not in known:
                     path.unlink()
+            (self.folder / "run.h5.part").unlink(missing_ok=True)
 
 
 def _claim(folder: Path, config_text: str, if_exists: str) -> None:
     """Take the folder for this run. config.yaml is made exclusively, so that of two processes one is refused."""
     if if_exists == "replace":
         with _creating(folder):
-            for name in ("run.h5", "run.h5.part", "config.yaml"):
-                (folder / name).unlink(missing_ok=True)
-            if (folder / "rounds").exists():
-                shutil.rmtree(folder / "rounds")
+            ownership.clear(folder)
     require_free(folder)
     try:
         with _creating(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            with (folder / "config.yaml").open("x", encoding="utf-8", errors="backslashreplace") as file:
-                file.write(config_text)
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            ownership.make_folder(folder)
+            ownership.write_new(folder / "config.yaml", config_text)
     except RecordError as error:
         if not isinstance(error.__cause__, FileExistsError):
             raise

@@ -52,9 +52,11 @@ def wrapped(label: str, items: Sequence[str]) -> list[str]:
 
 
 def clip(line: str) -> str:
-    """At most 100 printable ASCII characters."""
+    """At most 100 printable ASCII characters; all of a path and of a command, which are to be typed."""
+    if line.startswith(("folder ", "go on ")):
+        return line
     line = line.encode("ascii", "replace").decode()
-    return line if len(line) <= WIDTH or line.startswith("folder ") else line[: WIDTH - 3] + "..."
+    return line if len(line) <= WIDTH else line[: WIDTH - 3] + "..."
 
 
 def loss(value: float) -> str:
