@@ -43,7 +43,7 @@ def parse_json(text: str | bytes) -> Any:
         raise ValueError("JSON that is nested too deeply") from None
     level, depth = [value], 0
     while level:
-        if depth > _DEEPEST:
+        if depth >= _DEEPEST:
             raise ValueError(f"JSON of more than {_DEEPEST} levels")
         if any(isinstance(item, int) and abs(item) > _LARGEST for item in level):
             raise ValueError("JSON with a whole number of more than 70 bits")

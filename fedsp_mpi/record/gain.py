@@ -10,7 +10,7 @@ from fedsp_mpi.foreign import printable
 from fedsp_mpi.record.comparison import Comparison, Method
 from fedsp_mpi.record.layout import Run
 from fedsp_mpi.record.report import main_measure
-from fedsp_mpi.record.text import markdown_row
+from fedsp_mpi.record.text import deviation, markdown_row
 
 
 def gain_table(found: Comparison) -> str | None:
@@ -65,6 +65,6 @@ def _cell(control: dict[int, float], method: dict[int, float], top: dict[int, fl
         return "-"
     gains = [method[seed] - control[seed] for seed in seeds]
     gain = statistics.fmean(gains)
-    error = f" ± {statistics.stdev(gains) / math.sqrt(len(gains)):.2f}" if len(gains) > 1 else ""
+    error = f" ± {deviation(gains) / math.sqrt(len(gains)):.2f}" if len(gains) > 1 else ""
     gap = statistics.fmean([top[seed] - control[seed] for seed in seeds]) if top.keys() >= set(seeds) else 0.0
     return f"{gain:+.2f}{error}" + (f" ({gain / gap:.0%})" if gap > 0 else "")

@@ -15,7 +15,7 @@ import numpy as np
 
 from fedsp_mpi import ownership
 from fedsp_mpi.foreign import printable
-from fedsp_mpi.record import comparison, costs, report
+from fedsp_mpi.record import comparison, costs, report, text
 from fedsp_mpi.record.comparison import Comparison, Method
 from fedsp_mpi.record.layout import Run
 
@@ -121,7 +121,7 @@ def _draw_bars(
     places = [place for place, task in enumerate(tasks) if method.percents(task)]
     values = [method.percents(tasks[place]) for place in places]
     means = [statistics.fmean(some) for some in values]
-    errors = [statistics.stdev(some) if len(some) > 1 else 0.0 for some in values]
+    errors = [text.deviation(some) if len(some) > 1 else 0.0 for some in values]
     at = [place + offset for place in places]
     axes.bar(at, means, 0.92 * width, label=method.label, **look)
     several = [i for i, error in enumerate(errors) if error]

@@ -130,8 +130,9 @@ def table(opened: Opened, name: str) -> np.ndarray:
     data = _dataset(opened.h5, name)
     if data.ndim != 1 or not data.dtype.names:
         raise ValueError(f"data of {data.dtype} {data.shape} at {name}, which is a table in the record of a run")
+    places = _text_columns(data)
     _require_stored(data)
-    _require_texts(opened, data)
+    _require_texts(opened, data, places)
     return data[()]
 
 
@@ -166,7 +167,7 @@ def tensors(group: h5py.Group) -> dict[str, np.ndarray]:
         if each.dtype.kind not in "fiu":
             raise ValueError(f"data of {each.dtype} at {name}, which is a tensor in the record of a run")
     if (size := sum(map(_size, data.values()))) > _MOST_BYTES:
-        raise ValueError(f"prompts of {size} bytes, expected {_MOST_BYTES} at most")
+        raise ValueError(f"prompts of {size} bytes, more than any run writes")
     for each in data.values():
         _require_unpacked(each)
     order = sorted((int(each.attrs["position"]), name) for name, each in data.items())
@@ -242,24 +243,32 @@ def _require_stored(data: h5py.Dataset) -> None:
         raise ValueError(f"{size} bytes claimed at {data.name} where {stored} are stored")
 
 
-def _require_texts(opened: Opened, data: h5py.Dataset) -> None:
-    """Raise ValueError if a table has columns that are neither numbers nor texts, or claims more text than there is.
+def _text_columns(data: h5py.Dataset) -> list[int]:
+    """Where the texts of a table begin in each row, in bytes, as it lies in the file.
+
+    Raises ValueError if a column holds neither numbers nor texts.
+    """
+    kind, places = data.id.get_type(), list[int]()
+    for column in range(kind.get_nmembers()):
+        member = kind.get_member_type(column)
+        if isinstance(member, h5t.TypeStringID) and member.is_variable_str():
+            # HDF5 says how it lies in memory, where a text is an address of 8 bytes; in the file it takes 16.
+            places.append(kind.get_member_offset(column) + 8 * len(places))
+        elif member.get_class() not in _NUMBERS:
+            raise ValueError(f"a column in {data.name} that holds neither numbers nor texts")
+    return places
+
+
+def _require_texts(opened: Opened, data: h5py.Dataset, places: list[int]) -> None:
+    """Raise ValueError if a table claims more text than there is.
 
     Many cells may point to one text; a run writes each text by itself, so that all together they fit into the file.
     """
-    kind, lengths = data.id.get_type(), list[int]()
-    for column in range(kind.get_nmembers()):
-        member = kind.get_member_type(column)
-        if isinstance(member, h5t.TypeStringID):
-            if member.is_variable_str():  # HDF5 says how it lies in memory, as an address of 8 bytes; see below
-                lengths.append(kind.get_member_offset(column) + 8 * len(lengths))
-        elif member.get_class() not in _NUMBERS:
-            raise ValueError(f"a column in {data.name} that holds neither numbers nor texts")
-    width, claimed = kind.get_size() + 8 * len(lengths), 0
-    for start, num in _stored_rows(data, width) if lengths else ():
+    width, claimed = data.id.get_type().get_size() + 8 * len(places), 0
+    for start, num in _stored_rows(data, width) if places else ():
         opened.file.seek(start)
         rows = np.frombuffer(opened.file.read(num * width), np.uint8).reshape(-1, width)
-        for place in lengths:  # in the file, a text is its length in 4 bytes and its place in 12
+        for place in places:  # a text is its length, in 4 bytes, and where it lies, in 12
             claimed += int(np.ascontiguousarray(rows[:, place : place + 4]).view("<u4").sum(dtype=np.uint64))
     if claimed > (size := opened.file.seek(0, 2)):
         raise ValueError(f"{claimed} bytes of text claimed at {data.name} in a file of {size}")
@@ -294,7 +303,7 @@ def _require_unpacked(data: h5py.Dataset) -> None:
     for place in range(num):
         chunk = data.id.get_chunk_info(place)
         if chunk.size > size + size // 100 + 1024:
-            raise ValueError(f"a chunk of {chunk.size} bytes at {data.name}, expected {size} at most")
+            raise ValueError(f"a chunk of {chunk.size} bytes at {data.name} where {size} are enough")
         if deflate and not chunk.filter_mask & deflate:
             _, packed = data.id.read_direct_chunk(chunk.chunk_offset)
             if len(_unpacked(packed, size + 1)) != size:

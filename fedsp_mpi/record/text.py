@@ -11,13 +11,18 @@ from fedsp_mpi.foreign import printable
 WIDTH = 100
 
 
+def deviation(values: Sequence[float]) -> float:
+    """Sample standard deviation of at least two values; nan if one of them is not finite."""
+    return statistics.stdev(values) if all(map(math.isfinite, values)) else math.nan
+
+
 def spread(values: Sequence[float], digits: int = 2, sign: bool = False) -> str:
     """Mean ± sample standard deviation of the values that are known; without ± for a single one."""
     known = [value for value in values if not math.isnan(value)]
     if not known:
         return "-"
     mean = f"{statistics.fmean(known):{'+' if sign else ''}.{digits}f}"
-    return f"{mean} ± {statistics.stdev(known):.{digits}f}" if len(known) > 1 else mean
+    return f"{mean} ± {deviation(known):.{digits}f}" if len(known) > 1 else mean
 
 
 def table(head: Sequence[str], body: Sequence[Sequence[str]], num_left: int) -> list[str]:
