@@ -12,6 +12,7 @@ from pathlib import Path
 
 from fedsp_mpi import __version__, config
 from fedsp_mpi.comm import Refused, guard, launcher_rank, launcher_size
+from fedsp_mpi.foreign import printable
 from fedsp_mpi.log import Log
 from fedsp_mpi.plain import error_line
 from fedsp_mpi.usage import explained, number
@@ -19,6 +20,7 @@ from fedsp_mpi.usage import explained, number
 USAGE_ERROR = 2
 SECONDS, TFLOPS = number(float, 0, 1e9), number(float, 0, 1e9, above=True)
 COUNT, TOKENS = number(int, 1, 1e7), number(int, 2, 1e7)
+_KEPT = "\n\t"  # control characters that are shown as they are
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -31,7 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return options.run(options)
     except Refused as error:
         if _speaks():
-            print(f"fedsp_mpi: {_named(error_line(str(error)), options)}", file=sys.stderr, flush=True)
+            text = printable(_named(error_line(str(error)), options), keep=_KEPT)
+            print(f"fedsp_mpi: {text}", file=sys.stderr, flush=True)
         return error.exit_status
 
 
@@ -239,7 +242,7 @@ def _print_anything() -> None:
 def _show(text: str) -> None:
     """Print; whoever reads may stop before the end (`| head`), which is no reason for a run to stop."""
     try:
-        print(text, flush=True)
+        print(printable(text, keep=_KEPT), flush=True)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter's end would say so again
 

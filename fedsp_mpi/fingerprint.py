@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import xxhash
 
+from fedsp_mpi import foreign
 from fedsp_mpi.ownership import MANIFEST
 
 if TYPE_CHECKING:
@@ -117,7 +118,7 @@ def open_sealed(image: bytes) -> dict[str, Any]:
 
     Raises ValueError if the bytes are not what was written.
     """
-    content = json.loads(image)
+    content = foreign.parse_json(image)
     if not isinstance(content, dict):
         raise ValueError(f"a {type(content).__name__} where a mapping was written")
     digest = content.pop("digest", None)

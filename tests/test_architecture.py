@@ -13,7 +13,7 @@ PACKAGE = ROOT / "fedsp_mpi"
 # A file imports from its own room and from the rows above, never from its neighbours.
 ORDER = (
     {"fedsp_mpi"},
-    {"ownership"},
+    {"ownership", "foreign"},
     {"plain", "fingerprint"},
     {"yaml_input", "stages", "running"},
     {"recipes", "threats", "limits"},

@@ -22,8 +22,8 @@ from fedsp_mpi.record import (
     RoundRow,
     RunRecord,
     WireRow,
-    layout,
     read,
+    reader,
 )
 
 # --- round trip ---
@@ -77,15 +77,14 @@ def test_finish_folds_into_one_file(tmp_path: Path) -> None:
 
 def test_reading_prompts_while_they_are_folded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     record = make(tmp_path / "a")
-    run, open_file = read(tmp_path / "a"), layout.open_file
+    run, linked_round = read(tmp_path / "a"), reader.linked_round
 
-    def finish_after_opening(path: Path, mode: str = "r") -> h5py.File:
-        file = open_file(path, mode)
-        monkeypatch.setattr(layout, "open_file", open_file)
+    def finish_after_opening(opened: reader.Opened, name: str) -> Path | None:
+        monkeypatch.setattr(reader, "linked_round", linked_round)
         record.finish()  # the opened file still links to rounds/, which is gone now
-        return file
+        return linked_round(opened, name)
 
-    monkeypatch.setattr(layout, "open_file", finish_after_opening)
+    monkeypatch.setattr(reader, "linked_round", finish_after_opening)
     assert_same_bits(run.prompts(2), tensors(2))
     assert read(tmp_path / "a").status == "complete"
 
@@ -189,7 +188,7 @@ def other_columns(file: Path) -> None:
         (Path.unlink, "found no such file"),
         (lambda file: file.write_bytes(b""), "found 0 bytes"),
         (lambda file: file.write_bytes(b"{}"), "found 2 bytes"),
-        (lambda file: os.truncate(file, file.stat().st_size - 1), "truncated"),
+        (lambda file: os.truncate(file, file.stat().st_size - 1), "an end that is cut off"),
         (lambda file: os.truncate(file, 1000), "truncated"),
         (foreign, "something else .it holds weights."),
         (newer, "found layout 99, expected 1"),
@@ -215,7 +214,7 @@ def test_damaged_prompts_are_noticed(tmp_path: Path) -> None:
     data[chunk.byte_offset + chunk.size // 2] ^= 1
     file.write_bytes(data)
     run = read(tmp_path / "a")
-    with pytest.raises(ValueError, match="cannot be read"):
+    with pytest.raises(ValueError, match=r"0001\.h5: found bytes that are not what was written"):
         run.prompts(1)
     (tmp_path / "a" / "rounds" / "0002.h5").unlink()
     with pytest.raises(ValueError, match="rounds/ folder"):

@@ -19,7 +19,7 @@ import transformers
 from torch import Tensor, nn
 from transformers.initialization import no_init_weights
 
-from fedsp_mpi import fingerprint, ownership
+from fedsp_mpi import fingerprint, foreign, ownership
 from fedsp_mpi.config import AuxiliaryConfig
 from fedsp_mpi.models.backbone import LanguageModel
 from fedsp_mpi.models.families import FAMILIES, layers_of, model_class, without_dropout
@@ -27,6 +27,7 @@ from fedsp_mpi.plain import ConfigError
 from fedsp_mpi.tensors import NamedTensors
 
 RECIPE = "distillation.json"
+_LONGEST_RECIPE = 1 << 24  # bytes
 
 
 def cut(backbone: LanguageModel, settings: AuxiliaryConfig) -> nn.Module:
@@ -183,11 +184,13 @@ def load(folder: Path, dtype: torch.dtype = torch.float32, dropout: bool = False
 def read_recipe(folder: Path) -> dict[str, Any]:
     """The recipe beside an auxiliary model. Raises ValueError if there is none."""
     try:
-        recipe = json.loads((folder / RECIPE).read_text(encoding="utf-8"))
+        recipe = foreign.parse_json(foreign.read_bytes(folder / RECIPE, _LONGEST_RECIPE))
     except (OSError, ValueError) as error:
         raise ValueError(f"{folder}: found no auxiliary model ({error}), expected a readable {RECIPE}") from None
-    if not isinstance(recipe, dict) or "depth" not in recipe:
+    if not isinstance(recipe, dict) or not isinstance(recipe.get("depth"), int):
         raise ValueError(f"{folder}: found {RECIPE} without a depth, expected the one written beside the weights")
+    if not isinstance(recipe.get("distillation", {}), dict):
+        raise ValueError(f"{folder}: found {RECIPE} without an account of the distillation, expected a mapping")
     return recipe
 
 

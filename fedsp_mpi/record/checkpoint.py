@@ -12,7 +12,6 @@ the client works again. A checkpoint is there when its mark is: a kill before le
 
 from __future__ import annotations
 
-import json
 from collections import deque
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,10 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-import numpy as np
-
-from fedsp_mpi import fingerprint, ownership
-from fedsp_mpi.record import files
+from fedsp_mpi import fingerprint, foreign, ownership
+from fedsp_mpi.record import files, states
 from fedsp_mpi.tensors import State
 
 LAYOUT = 2
@@ -77,11 +74,11 @@ class Checkpoints:
 
     def read_client(self, client: int, piece: Piece) -> State:
         """What `write_client` wrote. Raises ValueError if the file is not what was written."""
-        return _unpack(self._image(client_file(client, piece.round), piece))
+        return states.unpack(self._image(client_file(client, piece.round), piece))
 
     def read_server(self, checkpoint: Checkpoint) -> State:
         """The server's state. Raises ValueError if the file is not what was written."""
-        return _unpack(self._image(server_file(checkpoint.round), checkpoint.server))
+        return states.unpack(self._image(server_file(checkpoint.round), checkpoint.server))
 
     def obsolete(self, written: Mapping[int, Collection[int]]) -> list[tuple[int, int]]:
         """Those of some clients' files, as (client, round), that no checkpoint needs and that are not the newest."""
@@ -139,10 +136,12 @@ class Checkpoints:
     def read_distillation(self, recipe: Any) -> State | None:
         """What `write_distillation` wrote for the same recipe; None if there is nothing that is whole."""
         try:
-            mark = fingerprint.open_sealed((self.folder / _REST).read_bytes())
-            piece = Piece(*mark["piece"])
-            return _unpack(self._image(_distillation_file(piece.round), piece)) if mark["recipe"] == recipe else None
-        except (OSError, ValueError, KeyError, TypeError):
+            mark = _parsed(self.folder / _REST)
+            piece = _piece(mark["piece"])
+            return (
+                states.unpack(self._image(_distillation_file(piece.round), piece)) if mark["recipe"] == recipe else None
+            )
+        except _UNREADABLE:
             return None
 
     def remove_distillation(self) -> None:
@@ -191,20 +190,20 @@ class Checkpoints:
                 (self.folder / _mark_file(later)).unlink()
 
     def _write(self, name: str, round: int, state: State, is_client: bool = False) -> Piece:
-        image = _pack(state)
+        image = states.pack(state)
         files.write(self.folder / name, image, _KEPT, sync=not is_client, bypass=is_client)
         return Piece(round, sum(len(part) for part in image), fingerprint.of_pieces(image))
 
     def _image(self, name: str, piece: Piece) -> memoryview:
         path = self.folder / name
         try:
+            if (size := path.stat().st_size) != piece.size:
+                raise ValueError(f"{path}: found {size} bytes, expected {piece.size}")
             image = files.read(path)
         except OSError as error:
             raise ValueError(
                 f"{path}: found no readable file ({error.strerror}), expected {piece.size} bytes"
             ) from None
-        if len(image) != piece.size:
-            raise ValueError(f"{path}: found {len(image)} bytes, expected {piece.size}")
         if (digest := fingerprint.of_pieces([image])) != piece.digest:
             raise ValueError(f"{path}: found digest {digest}, expected {piece.digest}: the file was damaged")
         return image
@@ -220,12 +219,14 @@ class Checkpoints:
     def _read_mark(self, round: int) -> Checkpoint:
         path = self.folder / _mark_file(round)
         try:
-            mark = fingerprint.open_sealed(path.read_bytes())
+            mark = _parsed(path)
             if mark["layout"] != LAYOUT:
-                raise ValueError(f"layout {mark['layout']}, expected {LAYOUT}")
-            clients = {int(id): Piece(*piece) for id, piece in mark["clients"].items()}
-            return Checkpoint(int(mark["round"]), Piece(*mark["server"]), clients, mark.get("inputs"))
-        except (OSError, ValueError, KeyError, TypeError) as error:
+                raise ValueError(f"layout {mark['layout']!r}, expected {LAYOUT}")
+            if mark["round"] != round:
+                raise ValueError(f"round {mark['round']!r}, expected {round}")
+            clients = {int(id): _piece(piece) for id, piece in mark["clients"].items()}
+            return Checkpoint(round, _piece(mark["server"]), clients, mark.get("inputs"))
+        except _UNREADABLE as error:
             raise ValueError(f"{path}: found no checkpoint ({error}), expected one of layout {LAYOUT}") from None
 
     def _sweep(self, newest: Checkpoint, keep: int, best: int | None) -> None:
@@ -248,29 +249,17 @@ class Checkpoints:
             return {}
 
 
-def _pack(state: State) -> list[files.Buffer]:
-    """A safetensors file in parts: its header, and the arrays as they lie in memory."""
-    header, parts, end = {}, [], 0
-    for name, value in state.items():
-        flat = np.ascontiguousarray(value).reshape(-1).view(np.uint8)
-        header[name] = {"dtype": _TYPES[value.dtype.str], "shape": value.shape, "data_offsets": [end, end + flat.size]}
-        parts.append(flat.data)
-        end += flat.size
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    return [len(text).to_bytes(8, "little") + text, *parts]
+def _parsed(path: Path) -> dict[str, Any]:
+    """The mapping in a mark. Raises OSError, ValueError."""
+    return fingerprint.open_sealed(foreign.read_bytes(path, _LONGEST_MARK))
 
 
-def _unpack(image: memoryview) -> State:
-    """The arrays of `_pack`, as writable views of the image."""
-    start = 8 + int.from_bytes(image[:8], "little")
-    names = {short: long for long, short in _TYPES.items()}
-    found = {}
-    for name, entry in json.loads(bytes(image[8:start])).items():
-        begin, end = entry["data_offsets"]
-        raw = image[start + begin : start + end]
-        found[name] = np.frombuffer(raw, names[entry["dtype"]]).reshape(entry["shape"])
-    return found
+def _piece(values: Any) -> Piece:
+    """A piece as a mark has it. Raises TypeError if it has other parts, ValueError if they are of other types."""
+    piece = Piece(*values)
+    if type(piece.round) is not int or type(piece.size) is not int or not isinstance(piece.digest, str):
+        raise ValueError(f"{values!r} as a file's round, size and digest")
+    return piece
 
 
 def server_file(round: int) -> str:
@@ -291,7 +280,8 @@ def _mark_file(round: int) -> str:
     return f"{round:04d}.json"
 
 
-_TYPES = {"<f4": "F32", "<f8": "F64", "<i8": "I64"}
+_UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError)  # what a damaged mark can bring about
+_LONGEST_MARK = 1 << 30  # bytes; a client takes less than 100
 _KEPT = "the last checkpoint is still there"
 _STEPS = "distillation"
 _REST = "distillation.json"  # written last: which file is good, and for which recipe

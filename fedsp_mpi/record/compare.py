@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from fedsp_mpi.foreign import printable
 from fedsp_mpi.record.layout import Run
 
 _OF_THE_MACHINE = ("seconds", "bytes", "rank", "reason")  # columns that may differ between equal runs
@@ -30,7 +31,7 @@ def difference(run_a: Run, run_b: Run) -> list[str]:
         if name != "results":
             a, b = a[a["round"] <= last], b[b["round"] <= last]
         lines += _table_differences(name, keys, a, b)
-    return lines
+    return [printable(line) for line in lines]
 
 
 def _prompt_differences(run_a: Run, run_b: Run) -> list[str]:

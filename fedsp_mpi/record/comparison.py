@@ -16,10 +16,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fedsp_mpi.config import changed_keys
+from fedsp_mpi.foreign import printable
 from fedsp_mpi.record import attack, report
 from fedsp_mpi.record.costs import COSTS, LEGEND, costs, span
 from fedsp_mpi.record.layout import Run, read
 from fedsp_mpi.record.report import SERVER_ONLY, ZERO_SHOT, main_measure
+from fedsp_mpi.record.text import markdown_row
 
 Results = dict[int, np.void]  # by seed
 
@@ -117,9 +119,8 @@ def comparison_table(found: Comparison) -> str:
     head += COSTS
     body = [[*line, *costs(row.runs)] for line, row in zip(body, found.methods)]
     lines = [head, ["---", *["---:"] * (len(head) - 1)], *body]
-    table = ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]
     warnings = [f"- **Warning:** {text}" for text in found.warnings]
-    return "\n".join([*table, "", LEGEND, "", *_facts(found), *warnings])
+    return "\n".join([*map(markdown_row, lines), "", LEGEND, "", *map(printable, [*_facts(found), *warnings])])
 
 
 def _attack(found: Comparison, row: Method, task: str) -> str:

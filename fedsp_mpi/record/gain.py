@@ -6,9 +6,11 @@ import math
 import statistics
 from collections.abc import Iterator
 
+from fedsp_mpi.foreign import printable
 from fedsp_mpi.record.comparison import Comparison, Method
 from fedsp_mpi.record.layout import Run
 from fedsp_mpi.record.report import main_measure
+from fedsp_mpi.record.text import deviation, markdown_row
 
 
 def gain_table(found: Comparison) -> str | None:
@@ -24,12 +26,11 @@ def gain_table(found: Comparison) -> str | None:
     if not rows:
         return None
     lines = [["gain", *found.tasks], ["---", *["---:"] * len(found.tasks)], *rows]
-    table = ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]
-    way = f"; in brackets, the part of the gap between it and {top.label} that this closes" if top else ""
+    way = f"; in brackets, the part of the gap between it and {printable(top.label)} that this closes" if top else ""
     legend = f"Points above server-only, mean ± standard error over seeds{way}."
     if any("±" in cell for row in rows for cell in row[1:]):
         legend += " A gain of less than two standard errors is no difference that these seeds can show."
-    return "\n".join([*table, "", legend])
+    return "\n".join([*map(markdown_row, lines), "", legend])
 
 
 def _pairs(found: Comparison) -> Iterator[tuple[Method, Method]]:
@@ -65,6 +66,6 @@ def _cell(control: dict[int, float], method: dict[int, float], top: dict[int, fl
         return "-"
     gains = [method[seed] - control[seed] for seed in seeds]
     gain = statistics.fmean(gains)
-    error = f" ± {statistics.stdev(gains) / math.sqrt(len(gains)):.2f}" if len(gains) > 1 else ""
+    error = f" ± {deviation(gains) / math.sqrt(len(gains)):.2f}" if len(gains) > 1 else ""
     gap = statistics.fmean([top[seed] - control[seed] for seed in seeds]) if top.keys() >= set(seeds) else 0.0
     return f"{gain:+.2f}{error}" + (f" ({gain / gap:.0%})" if gap > 0 else "")

@@ -5,6 +5,8 @@ Layout 1. Attributes of the root: format, layout, name, status, created, updated
     sections/<name>                              JSON
     rounds, clients, results, wire               tables, see rows.py
     prompts/<0007>/<tensor>                      one group a round; while a run goes on, a link to its own file
+
+The digest of the file's bytes follows the HDF5 file, see trailer.py.
 """
 
 from __future__ import annotations
@@ -21,12 +23,14 @@ from typing import Any
 import h5py
 import numpy as np
 
-from fedsp_mpi.record import lock, rows
+from fedsp_mpi import foreign
+from fedsp_mpi.record import lock, reader, rows, shapes, trailer
 
 KILLED = "it was killed: no process writes to it any more"  # what a reader finds out from the lock
 FORMAT, LAYOUT = "fedsp_mpi run", 1
 _TEXTS = ("reason", "config_text")
 _JSONS = ("config", "environment")
+_LONGEST_REPORT = 1 << 20  # bytes of failure.txt
 _ATTRIBUTES = ("name", "status", "created", "updated", "committed_rounds")  # in this order: the commit mark comes last
 # Level 1: on 24.6 MB of normal fp32 noise (GPT2-XL's prefix) 0.3 s for 10.4 % less; level 4 takes 0.5 s for 11.1 %.
 _PACKING = {"compression": "gzip", "compression_opts": 1, "shuffle": True, "fletcher32": True}
@@ -46,6 +50,7 @@ class Run:
         committed_rounds: number of the last round that is wholly on disk; nothing above it is shown.
         rounds, clients, results, wire: structured arrays [rows] with the fields of the row classes, read-only.
         prompt_rounds: the rounds whose prompts were kept.
+        has_digest: whether the file's bytes were compared with a digest; those of earlier versions have none.
     """
 
     file: Path
@@ -64,6 +69,7 @@ class Run:
     results: np.ndarray = field(default_factory=lambda: _empty("results"))
     wire: np.ndarray = field(default_factory=lambda: _empty("wire"))
     prompt_rounds: tuple[int, ...] = ()
+    has_digest: bool = True
 
     def methods(self) -> set[str]:
         """The methods that have a result."""
@@ -89,21 +95,26 @@ class Run:
 def read(folder_or_file: str | Path) -> Run:
     """Read a run folder or a run.h5; also while the run goes on, and after it was killed.
 
-    Raises ValueError if the file is missing, truncated, or not a record.
+    Raises ValueError if the file is missing, truncated, damaged, or not a record.
     """
     path = Path(folder_or_file)
     file = path / "run.h5" if path.is_dir() else path
-    with _reading(file), open_file(file) as h5:
-        _check_format(h5, file)
-        run = _restore(h5, file)
+    with _reading(file), reader.opened(file) as opened:
+        _check_format(opened.h5, file)
+        run = _restore(opened)
     report = file.with_name("failure.txt")
     if run.status == "running" and report.exists():  # the job ended too fast for the record to be told
-        return dataclasses.replace(
-            run, status="failed", reason=rows.clean(report.read_text(errors="replace").split("\n")[0])
-        )
+        return dataclasses.replace(run, status="failed", reason=_first_line(report))
     if run.status == "running" and lock.is_abandoned(file.parent):
         return dataclasses.replace(run, status="stopped", reason=KILLED)
     return run
+
+
+def _first_line(report: Path) -> str:
+    try:
+        return rows.clean(foreign.read_bytes(report, _LONGEST_REPORT).decode(errors="replace").split("\n")[0])
+    except (OSError, ValueError) as error:
+        return f"{report.name} cannot be read ({error})"
 
 
 def resume_command(folder: Path, config: Mapping[str, Any]) -> str:
@@ -114,11 +125,6 @@ def resume_command(folder: Path, config: Mapping[str, Any]) -> str:
     if runs.resolve() != folder.parent.resolve():
         words += ["--set", f"run.folder={folder.parent}"]
     return shlex.join(words)
-
-
-def open_file(path: Path, mode: str = "r") -> h5py.File:
-    """Open with locks where the file system has them: Lustre and NFS often do not."""
-    return h5py.File(path, mode, locking="best-effort")
 
 
 def link_name(round: int) -> str:
@@ -132,10 +138,10 @@ def round_file(round: int) -> str:
 
 
 def is_folded(file: Path) -> bool:
-    """Whether the prompts lie in `file` itself."""
-    with open_file(file) as h5:
-        group = h5["prompts"]
-        return any(not isinstance(group.get(name, getlink=True), h5py.ExternalLink) for name in group)
+    """Whether the prompts lie in `file` itself. Raises ValueError if it cannot be read."""
+    with _reading(file), reader.opened(file) as opened:
+        every = map(link_name, reader.round_numbers(opened))
+        return any(reader.linked_round(opened, name) is None for name in every)
 
 
 def plain(value: Any, where: str) -> Any:
@@ -158,7 +164,8 @@ def run_image(run: Run) -> bytes:
             _write_text(sections, name, json.dumps(section, ensure_ascii=False))
         for name in rows.TABLES:
             data = getattr(run, name)
-            table = h5.create_dataset(name, data.shape, data.dtype, maxshape=(None,), chunks=(max(64, len(data)),))
+            # A chunk of just these rows: HDF5 fills up a longer one with whatever lay in memory.
+            table = h5.create_dataset(name, data.shape, data.dtype, maxshape=(None,), chunks=(max(1, len(data)),))
             table[...] = data
         prompts = h5.create_group("prompts")
         for round in run.prompt_rounds:
@@ -189,42 +196,75 @@ def prompts_image(prompts: Mapping[str, np.ndarray]) -> bytes:
 
 
 def unfolded_image(file: Path, round: int) -> bytes:
-    """The bytes of one round's file, taken out of a folded run.h5."""
-    with open_file(file) as folded, h5py.File("prompts.h5", "w", driver="core", backing_store=False) as h5:
-        folded.copy(folded["prompts"][link_name(round)], h5, "prompt")
-        h5.flush()
-        return h5.id.get_file_image()
+    """The bytes of one round's file, taken out of a folded run.h5. Raises ValueError if they are damaged."""
+    name = link_name(round)
+    with _reading(file), reader.opened(file) as folded:
+        if folded.trailer is not None:
+            folded.trailer.require_round(folded.file, name)
+        prompts = reader.subgroup(folded.h5, "prompts")
+        with h5py.File("prompts.h5", "w", driver="core", backing_store=False) as h5:
+            folded.h5.copy(reader.subgroup(prompts, name), h5, "prompt")
+            h5.flush()
+            return h5.id.get_file_image()
 
 
 def fold_into(part: Path, folder: Path, prompt_rounds: tuple[int, ...]) -> None:
-    """Replace the links in `part` by what they point to, as it lies on disk. Raises OSError, KeyError, RuntimeError."""
-    with open_file(part, "r+") as h5:
+    """Replace the links in `part`, which has no trailer, by what they point to, as it lies on disk; add the trailer.
+
+    Raises ValueError if a round's file is damaged, OSError, KeyError or RuntimeError if one cannot be read or written.
+    """
+    with h5py.File(part, "r+", locking="best-effort") as h5:
         for round in prompt_rounds:
             del h5["prompts"][link_name(round)]
-            with open_file(folder / round_file(round)) as source:
-                source.copy(source["prompt"], h5["prompts"], link_name(round))
+            path = folder / round_file(round)
+            with _reading(path), reader.opened(path) as source:
+                source.h5.copy(reader.subgroup(source.h5, "prompt"), h5["prompts"], link_name(round))
+    with part.open("r+b") as file:
+        with h5py.File(file, "r") as h5:
+            extents = {name: reader.extents(h5["prompts"][name]) for name in map(link_name, prompt_rounds)}
+        end = trailer.of_file(file, extents)
+        file.seek(0, 2)
+        file.write(end)
 
 
-def _restore(h5: h5py.File, file: Path) -> Run:
+def _restore(opened: reader.Opened) -> Run:
     """The view of an open file; rows above the commit mark are not trusted."""
-    attributes: dict[str, Any] = {name: h5.attrs[name] for name in _ATTRIBUTES}
-    committed = attributes["committed_rounds"] = int(attributes["committed_rounds"])
-    tables: dict[str, Any] = {name: _read_table(h5, name) for name in rows.TABLES}
+    attributes = {name: reader.attribute(opened.h5, name) for name in _ATTRIBUTES}
+    committed = attributes["committed_rounds"]
+    for name, value in attributes.items():
+        if not isinstance(value, str if name != "committed_rounds" else int):
+            raise ValueError(f"{value!r} as attribute {name}")
+    tables: dict[str, Any] = {name: _read_table(opened, name) for name in rows.TABLES}
     for name in ("rounds", "clients"):
         tables[name] = rows.frozen(tables[name][tables[name]["round"] <= committed])
+    texts = reader.texts(opened, "/", (*_TEXTS, *_JSONS))
+    sections = reader.texts(opened, "sections")
+    parts: dict[str, Any] = {name: texts[name] for name in _TEXTS}
+    parts |= {name: _mapping(name, texts[name]) for name in _JSONS}
+    parts["sections"] = {name: _mapping(name, text) for name, text in sections.items()}
+    shapes.require(parts["config"], parts["sections"])
     return Run(
-        file=file,
+        file=opened.path,
         **attributes,
-        **{name: h5[name].asstr()[()] for name in _TEXTS},
-        **{name: json.loads(h5[name].asstr()[()]) for name in _JSONS},
-        sections={name: json.loads(item.asstr()[()]) for name, item in h5["sections"].items()},
+        **parts,
         **tables,
-        prompt_rounds=tuple(sorted(r for r in map(int, h5["prompts"]) if r <= committed)),
+        prompt_rounds=tuple(number for number in reader.round_numbers(opened) if number <= committed),
+        has_digest=opened.trailer is not None,
     )
 
 
-def _read_table(h5: h5py.File, name: str) -> np.ndarray:
-    stored, kind = h5[name][()], rows.table_type(rows.TABLES[name])
+def _mapping(name: str, text: str) -> dict[str, Any]:
+    try:
+        value = foreign.parse_json(text)
+    except ValueError as error:
+        raise ValueError(f"damaged text at {foreign.printable(name)} ({error})") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"a {type(value).__name__} at {foreign.printable(name)}, where a run writes a mapping")
+    return value
+
+
+def _read_table(opened: reader.Opened, name: str) -> np.ndarray:
+    stored, kind = reader.table(opened, name), rows.table_type(rows.TABLES[name])
     data = np.empty(len(stored), dtype=kind)
     for column in kind.names or ():
         if column not in (stored.dtype.names or ()):
@@ -232,51 +272,64 @@ def _read_table(h5: h5py.File, name: str) -> np.ndarray:
                 data[column] = rows.LATER[name][column]
                 continue
             raise KeyError(f"table {name} has no column {column}")
-        values = stored[column]
-        data[column] = [text.decode() for text in values] if kind[column].hasobject else values
+        values, is_text = stored[column], kind[column].hasobject
+        if is_text != values.dtype.hasobject or (not is_text and not np.can_cast(values.dtype, kind[column], "safe")):
+            raise ValueError(f"{values.dtype} in column {column} of table {name}, which a run writes as {kind[column]}")
+        data[column] = [text.decode() for text in values] if is_text else values
     return rows.frozen(data)
 
 
 def _read_prompts(file: Path, round: int) -> dict[str, np.ndarray]:
-    found: list[tuple[int, str, np.ndarray]] = []
-
-    def visit(name: str, item: Any) -> None:
-        if isinstance(item, h5py.Dataset):
-            found.append((int(item.attrs["position"]), name, np.asarray(item[()])))
-
-    with open_file(file) as h5:
-        h5["prompts"][link_name(round)].visititems(visit)
-    return {name: array for _, name, array in sorted(found, key=lambda one: one[0])}
+    name = link_name(round)
+    with reader.opened(file) as opened:
+        path = reader.linked_round(opened, name)
+        if path is None:
+            if opened.trailer is not None:
+                opened.trailer.require_round(opened.file, name)
+            return reader.tensors(reader.subgroup(reader.subgroup(opened.h5, "prompts"), name))
+    if not path.exists():
+        raise KeyError(f"no file {round_file(round)}")
+    with _reading(path), reader.opened(path) as alone:
+        return reader.tensors(reader.subgroup(alone.h5, "prompt"))
 
 
 def _check_format(h5: h5py.File, file: Path) -> None:
-    found, layout = h5.attrs.get("format"), h5.attrs.get("layout")
-    if found != FORMAT:
-        raise ValueError(
-            f"{file}: found an HDF5 file of something else (it holds {', '.join(list(h5)[:4]) or 'nothing'}), "
+    if reader.attribute(h5, "format") != FORMAT:
+        held = foreign.printable(", ".join(reader.names(h5)[:4])) or "nothing"
+        raise _Misnamed(
+            f"{file}: found an HDF5 file of something else (it holds {held}), "
             "expected the record of a run; name a run folder, or its run.h5"
         )
-    if layout != LAYOUT:
-        raise ValueError(
-            f"{file}: found layout {layout}, expected {LAYOUT}; read it with the version of fedsp_mpi that wrote it"
+    if (layout := reader.attribute(h5, "layout")) != LAYOUT:
+        raise _Misnamed(
+            f"{file}: found layout {layout!r}, expected {LAYOUT}; read it with the version of fedsp_mpi that wrote it"
         )
+
+
+class _Misnamed(ValueError):
+    """A whole sentence on a file that is none of ours."""
 
 
 @contextmanager
 def _reading(file: Path) -> Iterator[None]:
-    """Turn what HDF5 says about a bad file into one message for the user."""
+    """Turn what is wrong with a file, as reader.py or HDF5 says it, into one message for the user."""
     advice = "expected the record of a run"
     try:
         yield
+    except _Misnamed:
+        raise
     except FileNotFoundError:
-        raise ValueError(f"{file}: found no such file, {advice}; name a run folder, or its run.h5") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file}: found damaged text ({error}), {advice}; take a backup or run again") from error
-    except (OSError, RuntimeError, KeyError) as error:
+        raise _Misnamed(f"{file}: found no such file, {advice}; name a run folder, or its run.h5") from None
+    except (OSError, RuntimeError, KeyError, TypeError, OverflowError, MemoryError) as error:
         size = f"{file.stat().st_size} bytes" if file.is_file() else "no plain file"
-        raise ValueError(
+        raise _Misnamed(
             f"{file}: found {size} that cannot be read ({rows.first_line(error)}), {advice}; the file is truncated, is "
             "not HDF5, or was moved away from its rounds/ folder: copy the whole run folder again"
+        ) from error
+    except ValueError as error:
+        raise _Misnamed(
+            f"{file}: found {rows.first_line(error)}, {advice}; the file was damaged, or made by something else: copy "
+            "the run folder again, or leave this run out"
         ) from error
 
 

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fedsp_mpi import ownership
-from fedsp_mpi.record import comparison, costs, report
+from fedsp_mpi.foreign import printable
+from fedsp_mpi.record import comparison, costs, report, text
 from fedsp_mpi.record.comparison import Comparison, Method
 from fedsp_mpi.record.layout import Run
 
@@ -37,6 +38,7 @@ _STYLE: Any = {
     "axes.grid": True,
     "grid.color": "#E6E6E6",
     "legend.frameon": False,
+    "text.parse_math": False,  # a name with $ is no formula
     "svg.fonttype": "none",  # text stays text
     "svg.hashsalt": "fedsp_mpi",  # equal pictures are equal files
 }
@@ -56,7 +58,7 @@ def draw_bars(found: Comparison, path: str | Path) -> None:
         for axes, tasks in zip(every, parts):
             for place, (method, look) in enumerate(zip(found.methods, _bar_looks(found.methods))):
                 _draw_bars(axes, tasks, method, (place + 1) / num - 0.5, 1 / num, look)
-            axes.set_xticks(range(len(tasks)), tasks)
+            axes.set_xticks(range(len(tasks)), list(map(printable, tasks)))
             axes.set_xlim(-0.5, min(wide, len(found.tasks)) - 0.5)
             axes.tick_params(axis="x", length=0)
             axes.grid(visible=False, axis="x")
@@ -88,7 +90,7 @@ def draw_curves(runs: Sequence[Run], path: str | Path) -> None:
             for axes, panel in zip(row, _PANELS):
                 _draw_panel(axes, panel, drawn)
             row[0].set_ylabel("validation loss, nats a token")
-            row[0].set_title(title, loc="left", fontweight="bold")
+            row[0].set_title(printable(title), loc="left", fontweight="bold")
         _legend(figure, grid[:, 0], "outside lower center", 4)
 
 
@@ -119,7 +121,7 @@ def _draw_bars(
     places = [place for place, task in enumerate(tasks) if method.percents(task)]
     values = [method.percents(tasks[place]) for place in places]
     means = [statistics.fmean(some) for some in values]
-    errors = [statistics.stdev(some) if len(some) > 1 else 0.0 for some in values]
+    errors = [text.deviation(some) if len(some) > 1 else 0.0 for some in values]
     at = [place + offset for place in places]
     axes.bar(at, means, 0.92 * width, label=method.label, **look)
     several = [i for i, error in enumerate(errors) if error]
@@ -306,5 +308,5 @@ def _legend(figure: Figure, every: Iterable[Axes], place: Any, most: int) -> Non
     for axes in every:
         for handle, label in zip(*axes.get_legend_handles_labels()):
             found.setdefault(label, handle)
-    texts = [textwrap.fill(label, 40, break_on_hyphens=False) for label in found]
+    texts = [textwrap.fill(printable(label), 40, break_on_hyphens=False) for label in found]
     figure.legend(list(found.values()), texts, loc=place, ncols=min(most, len(texts)), handlelength=3)

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from fedsp_mpi.foreign import printable
 from fedsp_mpi.record import attack
 from fedsp_mpi.record.layout import KILLED, Run, resume_command
 from fedsp_mpi.record.rows import TRIGGERED
@@ -29,6 +30,7 @@ from fedsp_mpi.record.text import (
     clip,
     date,
     loss,
+    markdown_row,
     percent,
     spread,
     table,
@@ -43,7 +45,7 @@ _SAME_EXPERIMENT = ("run", "topology", "deadlines", "record")  # sections that d
 def summary(run: Run) -> str:
     """One run as plain text, at most 100 columns wide: header, rounds, results and their verdict, wire, time."""
     parts = [_header(run), _rounds(run), _results(run), _wire(run), _seconds(run)]
-    lines = [line for part in parts if part for line in [*part, ""]]
+    lines = [printable(line) for part in parts if part for line in [*part, ""]]
     return "\n".join(clip(line) for line in [*lines, f"folder    {run.file.parent}", *_going_on(run)])
 
 
@@ -63,8 +65,10 @@ def markdown(runs: Iterable[Run]) -> str:
     head += ["attack success"] if studies else []
     body = [line for label, members in zip(labels, groups.values()) for line in _group_rows(label, members)]
     lines = [head, ["---"] * 4 + ["---:"] * (len(head) - 4), *(line[: len(head)] for line in body)]
-    text = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
-    open_runs = [f"{run.name} ({run.status})" for run in runs if run.status != "complete" or not len(run.results)]
+    text = "\n".join(map(markdown_row, lines))
+    open_runs = [
+        printable(f"{run.name} ({run.status})") for run in runs if run.status != "complete" or not len(run.results)
+    ]
     return text + (f"\n\nNot complete: {', '.join(open_runs)}." if open_runs else "")
 
 
@@ -103,6 +107,8 @@ def _header(run: Run) -> list[str]:
     lines = [f"run       {run.name}   {state}, {run.committed_rounds} rounds"]
     lines += wrapped("machine   ", [*machine(run.environment), *_clients(run)])
     lines.append(f"date      {date(run.created)} to {date(run.updated)} UTC")
+    if not run.has_digest:
+        lines.append("digest    none: an earlier version wrote this file, or it was changed; damage would not be seen")
     if run.environment.get("commit"):
         lines.append(f"commit    {run.environment['commit']}")
     named = {"global": run.config.get("model", {}).get("name", "")}

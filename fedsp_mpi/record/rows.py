@@ -13,6 +13,8 @@ from typing import Any
 import h5py
 import numpy as np
 
+from fedsp_mpi import foreign
+
 NAN = math.nan
 TRIGGERED = "test+trigger"  # the split of a result that is an attack's success
 
@@ -156,7 +158,7 @@ def wire_rows(found: np.ndarray) -> list[WireRow]:
     rows = []
     for row in found:
         cells = {name: _plain(row[name]) for name in found.dtype.names or ()}
-        rows.append(WireRow(**{**cells, "shape": tuple(json.loads(cells["shape"]))}))
+        rows.append(WireRow(**{**cells, "shape": tuple(foreign.parse_json(cells["shape"]))}))
     return rows
 
 
@@ -189,5 +191,5 @@ def _cell(value: Any) -> Any:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, in one line."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """What an error says, in one line that is safe to show."""
+    return foreign.printable((str(error).strip() or type(error).__name__).splitlines()[0])

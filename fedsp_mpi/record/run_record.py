@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from fedsp_mpi import ownership
-from fedsp_mpi.record import files, layout, rows
+from fedsp_mpi.record import files, layout, rows, trailer
 from fedsp_mpi.record.files import RecordError
 from fedsp_mpi.record.layout import Run
 from fedsp_mpi.record.rows import ClientRow, ResultRow, RoundRow, WireRow
@@ -189,7 +189,10 @@ class RunRecord:
         with files.writing(self.run.file, self._kept, part):
             part.write_bytes(layout.run_image(self.run))
             ownership.give_rights(part)
-            layout.fold_into(part, self.folder, self.run.prompt_rounds)
+            try:
+                layout.fold_into(part, self.folder, self.run.prompt_rounds)
+            except ValueError as error:  # a round's file that was damaged since; the others can be read where they are
+                raise OSError(rows.first_line(error)) from error
             files.sync(part)
             files.rename(part, self.run.file)
         with files.writing(self.folder / "rounds", self._kept):
@@ -206,7 +209,7 @@ class RunRecord:
         self.run = run
 
     def _write(self, path: Path, image: bytes) -> None:
-        files.write(path, [image], self._kept)
+        files.write(path, [image, trailer.of_image(image)], self._kept)
 
     @property
     def _kept(self) -> str:

@@ -6,7 +6,14 @@ import math
 import statistics
 from collections.abc import Sequence
 
+from fedsp_mpi.foreign import printable
+
 WIDTH = 100
+
+
+def deviation(values: Sequence[float]) -> float:
+    """Sample standard deviation of at least two values; nan if one of them is not finite."""
+    return statistics.stdev(values) if all(map(math.isfinite, values)) else math.nan
 
 
 def spread(values: Sequence[float], digits: int = 2, sign: bool = False) -> str:
@@ -15,7 +22,7 @@ def spread(values: Sequence[float], digits: int = 2, sign: bool = False) -> str:
     if not known:
         return "-"
     mean = f"{statistics.fmean(known):{'+' if sign else ''}.{digits}f}"
-    return f"{mean} ± {statistics.stdev(known):.{digits}f}" if len(known) > 1 else mean
+    return f"{mean} ± {deviation(known):.{digits}f}" if len(known) > 1 else mean
 
 
 def table(head: Sequence[str], body: Sequence[Sequence[str]], num_left: int) -> list[str]:
@@ -29,6 +36,11 @@ def table(head: Sequence[str], body: Sequence[Sequence[str]], num_left: int) -> 
     ]
     rule = "  ".join("-" * w for w in widths)
     return [line.rstrip() for line in (aligned[0], rule, *aligned[1:])]
+
+
+def markdown_row(cells: Sequence[str]) -> str:
+    """One line of a Markdown table, in which no cell can end its cell, its line, or speak to the terminal."""
+    return "| " + " | ".join(printable(cell).replace("|", "\\|") for cell in cells) + " |"
 
 
 def wrapped(label: str, items: Sequence[str]) -> list[str]:
