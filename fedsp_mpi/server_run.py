@@ -300,7 +300,7 @@ class ServerRun:
                 "test": len(splits.test),
                 "server_shard": len(shards[0]),
                 "client_shards": [len(shard) for shard in shards[1:]],
-                "notes": list(splits.notes),
+                "notes": list(self.materials.notes),
             },
             topology={"assignment": [list(ids) for ids in self._assignment]},
             **self._privacy(),
@@ -342,7 +342,7 @@ class ServerRun:
         each = sum(map(len, shards[1:])) // max(1, len(shards) - 1)
         train = f"{len(splits.train)} train ({len(shards[0])} the server's, about {each} each client's)"
         say(f"data      {config.data.task}: {train}, {len(splits.validation)} validation, {len(splits.test)} test")
-        for note in splits.notes:
+        for note in self.materials.notes:
             say(f"          {note}")
         for told in self._privacy().values():
             say(f"privacy   an update's epsilon is {told['epsilon']:g}, of all rounds {told['epsilon_all']:g}")

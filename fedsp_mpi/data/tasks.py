@@ -12,7 +12,7 @@ import difflib
 import re
 import string
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import datasets
@@ -33,6 +33,7 @@ class Example:
         choices: the options without the leading blank; " " + choice is scored, len(choice) normalises (lm-eval).
         gold: indices of the right choices: one for multiple choice, all accepted answers for exact match.
         after: what follows the answer, for models that read both ways.
+        row: where it stands in the source, for messages: "row 5 of train".
     """
 
     context: str
@@ -40,6 +41,7 @@ class Example:
     choices: tuple[str, ...]
     gold: tuple[int, ...]
     after: str = ""
+    row: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True)
@@ -357,7 +359,10 @@ def _examples(
         except ValueError as error:
             raise ValueError(f"{task.name}, row {number} of {origin} (counted from 0): {error}") from error
         usable = example.choices and (split == "test" or example.target.strip())
-        (kept.append(example) if usable else left_out.append(number))
+        if usable:
+            kept.append(replace(example, row=f"row {number} of {origin}"))
+        else:
+            left_out.append(number)
     if not kept:
         raise ValueError(f"{task.name}: found no usable row in {origin} ({len(numbers)} read), expected at least 1")
     which = ", ".join(map(str, left_out[:5])) + (", ..." if len(left_out) > 5 else "")
