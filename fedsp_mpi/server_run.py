@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from fedsp_mpi.training.device import Compute
     from fedsp_mpi.training.team import Meeting, Team
 
+_SHOWN = 5  # lost clients that are named
 STOPPED = 75  # exit status: told to stop; run.resume goes on
 
 
@@ -180,7 +181,22 @@ class ServerRun:
         spent = {"seconds_checkpoints": sum(checkpoints), "checkpoints": len(checkpoints)}
         self.record.describe(timing={"seconds": time.perf_counter() - self._begun, **spent})
         self.record.finish()
+        self._name_lost_clients()
         return True
+
+    def _name_lost_clients(self) -> None:
+        """Say which clients took part and have no share in what was tuned: the run looks complete without them."""
+        from fedsp_mpi.record.rows import never_merged
+
+        lost = never_merged(self.record.run.clients)
+        if not lost:
+            return
+        self.log.say(
+            f"{len(lost)} of {self.config.federation.clients} clients took part, and in no round was their update "
+            "merged; correct what is wrong with them, and run again:"
+        )
+        for client, reason in sorted(lost.items())[:_SHOWN]:
+            self.log.say(f"  client {client}: {' '.join(reason.split())}")
 
     def leave(self) -> None:
         """End what the server's ranks do together."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -21,7 +22,18 @@ from fedsp_mpi.comm import (
     refuse_singletons,
     spread,
 )
-from fedsp_mpi.comm.messages import HEADER_BYTES, Header, Kind, require_update, slices, sort_answers
+from fedsp_mpi.comm.messages import (
+    HEADER_BYTES,
+    REASON_BYTES,
+    TEXT_BYTES,
+    Header,
+    Kind,
+    pack_answers,
+    require_update,
+    slices,
+    sort_answers,
+    unpack_answers,
+)
 from fedsp_mpi.comm.updates import reorder
 from fedsp_mpi.tensors import Contract, Failure, NamedTensors, Schema, SealedTensorError, Update, seal
 
@@ -149,6 +161,21 @@ def test_a_digest_that_ends_in_zeros_comes_back() -> None:
 def test_a_long_reason_is_cut_between_characters() -> None:
     failure = Header.unpack(Header.of(Failure(1, 2, "local", "ü" * 200), 2).pack(), "me").failure()
     assert failure == Failure(1, 2, "local", "ü" * 42)
+
+
+def test_a_long_reason_goes_on_behind_its_header() -> None:
+    """Whole, up to a limit, and cut between characters; a letter that is not what its headers say is refused."""
+    short, long, endless = (Failure(client, 2, "local", "ü" * size) for client, size in ((1, 3), (2, 900), (3, 9000)))
+    update = Update(4, 1.0, tensors(), {"loss": 0.5})
+    headers = [Header.of(item, 2) for item in (short, long, endless, update)]
+    letter = pack_answers(headers, CONTRACT.metrics)
+    assert len(letter) == 4 * HEADER_BYTES + (6 + 2 * 900 - TEXT_BYTES) + REASON_BYTES
+    reports, failures = sort_answers(unpack_answers(letter, "rank 3", CONTRACT.metrics))
+    assert (failures[:2], [report.client for report in reports]) == ([short, long], [4])
+    assert endless.reason.startswith(failures[2].reason) and len(failures[2].reason) == 42 + REASON_BYTES // 2
+    for wrong in (letter[:-1], letter[: HEADER_BYTES + 300], pack_answers([replace(headers[1], num_values=9999)], ())):
+        with pytest.raises(ValueError, match=r"rank 3: found .* expected"):
+            unpack_answers(wrong, "rank 3", CONTRACT.metrics)
 
 
 def test_a_foreign_header_is_refused() -> None:

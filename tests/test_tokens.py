@@ -15,7 +15,8 @@ from test_config import refused
 from test_variants import SHORT, short
 from transformers import PreTrainedTokenizerFast
 
-from fedsp_mpi import config
+from fedsp_mpi import config, run
+from fedsp_mpi.comm.messages import TEXT_BYTES
 from fedsp_mpi.data import answers, fit
 from fedsp_mpi.data.tasks import Example, Splits
 from fedsp_mpi.data.tokens import collate, encode, encode_pairs, pieces
@@ -23,6 +24,7 @@ from fedsp_mpi.evaluation.scoring import questions
 from fedsp_mpi.log import Log
 from fedsp_mpi.materials import Materials
 from fedsp_mpi.models.losses import answer_loss
+from fedsp_mpi.record import read
 
 
 def write(folder: Path, **splits: list[dict[str, Any]]) -> str:
@@ -127,12 +129,12 @@ def test_a_run_leaves_long_rows_out_and_check_finds_them(tmp_path, capsys):
         test=[*varied[:2], long_row, row("w4", ("nowhere", "unknown"))],
     )
     materials = of_model(tmp_path, tiny.tokenizer(), source)
-    run = short(
+    found = short(
         tmp_path / "runs",
         *(f"{name}={value}" for name, value in {"model.name": materials.model_name, "data.source": source}.items()),
         *("data.task=multiple_choice", "auxiliary.layers_per_cell=1", "prompt.num_tokens=4"),
     )
-    notes = run.sections["data"]["notes"]
+    notes = found.sections["data"]["notes"]
     assert [note.split(" (")[0] for note in notes] == [
         "train: 1 row left out of 25, whose answer is longer than the 60 tokens that fit",
         "validation: 1 row left out of 4, whose answer is longer than the 60 tokens that fit",
@@ -144,7 +146,7 @@ def test_a_run_leaves_long_rows_out_and_check_finds_them(tmp_path, capsys):
         f"row {number} of {split} (70 tokens)" in note
         for number, split, note in zip((5, 3, 2), ("train", "validation", "test"), notes)
     )
-    assert run.sections["data"]["train"] == 24 and not (run.rounds["num_failed"]).any()
+    assert found.sections["data"]["train"] == 24 and not found.rounds["num_failed"].any()
     assert sorted(np.concatenate(materials.shards).tolist()) == list(range(24))
     capsys.readouterr()
     settings = [
@@ -163,6 +165,35 @@ def test_a_run_leaves_long_rows_out_and_check_finds_them(tmp_path, capsys):
     assert cli.main(["check", *settings, "--set", f"run.folder={tmp_path / 'runs'}"]) in (0, None)
     warned = [line for line in capsys.readouterr().out.splitlines() if line.split()[:2] == ["warn", "rows"]]
     assert [line.split(maxsplit=2)[2] for line in warned] == list(notes)
+
+
+def test_a_client_that_is_lost_in_every_round_is_named_at_the_end_with_its_whole_reason(tmp_path):
+    """Its one row has an answer that this tokenizer makes nothing of, which only the client itself finds out."""
+    gone = tiny.tokenizer()
+    gone.backend_tokenizer.normalizer = tokenizers.normalizers.Replace("w95", "")
+    data = [row(f"w{place} w4", (f"w{place}", "w2 w3")) for place in range(24)]
+    source = write(tmp_path / "data", train=data, validation=data[:4], test=data[:4])
+    materials = of_model(tmp_path, gone, source)
+    place = int(materials.shards[2][0])
+    data[place]["choices"] = ["w95", "w1"]
+    write(tmp_path / "data", train=data)
+    names = (f"model.name={materials.model_name}", f"data.source={source}", "data.task=multiple_choice")
+    lines: list[str] = []
+    settings = [*SHORT, *names, "auxiliary.layers_per_cell=1", "prompt.num_tokens=4", f"run.folder={tmp_path / 'runs'}"]
+    folder = run.execute(config.load(None, settings), "lost", Log(lines.append))
+    assert folder is not None
+    found = read(folder)
+    reason = (
+        f"local training: its text cannot be used: row {place} of train: found an answer without a token, expected at "
+        "least one; correct the row, or name the tokenizer that belongs to the model in model.tokenizer"
+    )
+    failed = found.clients[found.clients["status"] == "failed"]
+    assert set(failed["client"].tolist()) == {1} and set(failed["reason"].tolist()) == {reason}
+    assert len(failed) == len(found.rounds) and found.status == "complete"
+    assert lines[-2].startswith("1 of 3 clients took part, and in no round was their update merged")
+    assert lines[-1] == f"  client 1: {reason}"
+    [entry] = [row for row in found.wire if row["name"] in (b"(reason)", "(reason)")]
+    assert entry["bytes"] == entry["count"] * (len(reason) - 1 - TEXT_BYTES) and entry["count"] == len(failed)
 
 
 # -- choices that are alike ----------------------------------------------------------------------------------------

@@ -20,14 +20,17 @@ from .messages import (
     Handout,
     Header,
     JsonPhase,
+    Kind,
     checked,
     down_header,
     handout_content,
     handout_from,
+    pack_answers,
     require_handout,
     slices,
     sort_answers,
     to_json,
+    unpack_answers,
 )
 from .topology import Topology
 from .updates import Columns, Updates
@@ -113,13 +116,13 @@ class Solo:
             contract = self._sealed()
             self._answer, self._asked = answer, {}
             items = sorted((checked(item, contract, round) for item in outgoing), key=lambda item: item.client)
-            # Through bytes and back, so that a failure's text is cut here as it is on the wire.
+            # Through bytes and back, so that what comes of a failure's text here is what comes of it on the wire.
             asked = self._asked
-            packed = [
-                Header.of(item, round, asked.get(item.client, NOTHING_ASKED)).pack(contract.metrics) for item in items
-            ]
-            reports, failures = sort_answers(Header.unpack(raw, "this process", contract.metrics) for raw in packed)
-            self._ledger.answers(contract, [r.client for r in reports], [f.client for f in failures], False, asked)
+            sent = [Header.of(item, round, asked.get(item.client, NOTHING_ASKED)) for item in items]
+            headers = unpack_answers(pack_answers(sent, contract.metrics), "this process", contract.metrics)
+            reports, failures = sort_answers(headers)
+            failed = {header.client: header.num_values for header in headers if header.kind is Kind.FAILURE}
+            self._ledger.answers(contract, [r.client for r in reports], failed, False, asked)
             flats = [item.tensors.flat for item in items if isinstance(item, Update)]
             return Updates(reports, failures, contract.up, self._columns(flats, contract.up.num_values))
 

@@ -34,11 +34,13 @@ from .messages import (
     down_header,
     handout_content,
     handout_from,
+    pack_answers,
     require_handout,
     require_update,
     slices,
     sort_answers,
     to_json,
+    unpack_answers,
 )
 from .topology import Topology
 from .updates import Columns, Updates, reorder
@@ -213,9 +215,9 @@ class Wire:
 
     def _give(self, round: int, mine: list[Update | Failure], contract: Contract, asked: Mapping[int, Asked]) -> None:
         headers = [Header.of(item, round, asked.get(item.client, NOTHING_ASKED)) for item in mine]
-        self._write(b"".join(header.pack(contract.metrics) for header in headers), _ANSWERS, "gather")
+        self._write(pack_answers(headers, contract.metrics), _ANSWERS, "gather")
         updates = [item for item in mine if isinstance(item, Update)]
-        failures = [item.client for item in mine if isinstance(item, Failure)]
+        failures = {header.client: header.num_values for header in headers if header.kind is Kind.FAILURE}
         flats = [update.tensors.flat for update in updates]
         for part in slices(contract.up.num_values, self._chunk):
             rows = flats[0][part] if len(flats) == 1 else np.concatenate([_NOTHING, *(flat[part] for flat in flats)])
@@ -228,13 +230,15 @@ class Wire:
     def _take(self, round: int, contract: Contract) -> Updates:
         headers: list[list[Header]] = [[] for _ in range(self.topology.size)]
         for rank, letter in self._read_all(_ANSWERS, "gather").items():
-            some = (Header.unpack(raw, f"rank {rank}", contract.metrics) for raw in _pieces(letter, rank))
+            some = unpack_answers(letter, f"rank {rank}", contract.metrics)
             headers[rank] = [require_update(header, contract, round, rank) for header in some]
         reports, failures = sort_answers(header for some in headers for header in some)
         clients = [[header.client for header in some if header.kind is Kind.UPDATE] for some in headers]
         self._open = Updates(reports, failures, contract.up, self._columns(clients, contract.up.num_values))
         asked = {header.client: header.asked for some in headers for header in some if header.asked.questions}
-        self._ledger.answers(contract, [r.client for r in reports], [f.client for f in failures], True, asked)
+        lengths = {header.client: header.num_values for some in headers for header in some}
+        failed = {failure.client: lengths[failure.client] for failure in failures}
+        self._ledger.answers(contract, [r.client for r in reports], failed, True, asked)
         return self._open
 
     def _columns(self, clients: list[list[int]], num_values: int) -> Iterator[Columns]:
@@ -352,8 +356,3 @@ def _open_json(letter: bytes, rank: int) -> dict[str, Any]:
     header = Header.unpack(letter[:HEADER_BYTES], f"rank {rank}").require(Kind.JSON, f"rank {rank}")
     assert len(letter) == HEADER_BYTES + header.num_values
     return json.loads(letter[HEADER_BYTES:])
-
-
-def _pieces(letter: bytes, rank: int) -> list[bytes]:
-    assert len(letter) % HEADER_BYTES == 0, f"rank {rank} sent {len(letter)} bytes, expected headers of {HEADER_BYTES}"
-    return [letter[start : start + HEADER_BYTES] for start in range(0, len(letter), HEADER_BYTES)]

@@ -25,6 +25,7 @@ from transformers.initialization import no_init_weights
 from fedsp_mpi.config import AuxiliaryConfig
 from fedsp_mpi.models.backbone import LanguageModel
 from fedsp_mpi.models.families import FAMILIES, layers_of, model_class, settle_origins, with_layers, without_dropout
+from fedsp_mpi.models.foreign import NO_CODE, NO_PICKLES, require_no_code
 from fedsp_mpi.plain import ConfigError
 from fedsp_mpi.tensors import NamedTensors
 
@@ -171,8 +172,9 @@ def write_model(folder: Path, model: Any, tokenizer: Any, notes: Mapping[str, st
 def load(folder: Path, dtype: torch.dtype = torch.float32, dropout: bool = False) -> LanguageModel:
     """Read an auxiliary model written by `save`, at its full depth. Raises ValueError if the folder holds none."""
     deep = read_recipe(folder)["depth"]
-    kind = model_class(transformers.AutoConfig.from_pretrained(folder))
-    model = kind.from_pretrained(folder, dtype=torch.float32)
+    require_no_code(folder, "auxiliary", str(folder))
+    kind = model_class(transformers.AutoConfig.from_pretrained(folder, **NO_CODE))
+    model = kind.from_pretrained(folder, dtype=torch.float32, **NO_PICKLES)
     settle_origins(model)
     _add_bridge(model)
     for file in folder.glob("*.safetensors"):
@@ -204,7 +206,7 @@ def fingerprint(model: LanguageModel) -> str:
 
 def _from_config(config: Any) -> Any:
     with no_init_weights():
-        model = model_class(config).from_config(config, dtype=torch.float32)
+        model = model_class(config).from_config(config, dtype=torch.float32, **NO_CODE)
     model.tie_weights()
     settle_origins(model)
     _add_bridge(model)
