@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from fedsp_mpi.config import AuxiliaryConfig
 from fedsp_mpi.models import auxiliary
 from fedsp_mpi.models.backbone import LanguageModel, layers_of
+from fedsp_mpi.models.prompts import Prompt, PromptSpec
 from fedsp_mpi.tensors import seal
 
 MIXED = ["full_attention", "sliding_attention", "full_attention", "sliding_attention"]
@@ -108,3 +109,20 @@ def test_nothing_else_of_a_layer_depends_on_its_place(folder):
 
     for layer, place in zip(layers_of(small.model), taken):
         assert plain(layer) == plain(layers_of(whole.model)[place]) != {}
+
+
+@pytest.mark.parametrize("window", [3, 8])
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "mistral", "phi3"])
+def test_a_prompt_longer_than_a_sliding_window_is_read_whole(family, window, tmp_path):
+    """Read once before its texts, or together with each of them; and as what a prefix begins with."""
+    mixed = {"use_sliding_window": True, "max_window_layers": 2} if family.startswith("qwen") else {}
+    model = tiny.load(tiny.model_folder(tmp_path, family, sliding_window=window, **mixed))
+    prompt, batch = Prompt(PromptSpec.of(model.shape, "input", 5, None)).initialise(1, 0.5), tiny.batch()
+    with torch.no_grad():
+        text = model.model.get_input_embeddings()(batch.input_ids)
+        together = torch.cat([prompt.matrix().expand(len(text), -1, -1), text], dim=1)
+        mask = torch.cat([batch.attention_mask.new_ones(len(text), 5), batch.attention_mask], dim=1)
+        wanted = model.model.base_model(inputs_embeds=together, attention_mask=mask, use_cache=False).last_hidden_state
+        read_first = model.hidden(batch, prompt)
+    assert (wanted[:, 5:] - read_first)[batch.attention_mask.bool()].abs().max() < 1e-5
+    assert model.keys_and_values(torch.arange(4, 11)).shape[3] == 7

@@ -179,7 +179,7 @@ class LanguageModel:
         if prompt.spec.kind == "prefix":
             return [(key, value) for key, value in key_values(prompt).to(self.dtype)]
         soft = prompt.matrices().to(self.model.get_input_embeddings().weight.dtype)
-        cache = self.model.base_model(inputs_embeds=soft, use_cache=True).past_key_values
+        cache = self.model.base_model(inputs_embeds=soft, **_keeping_all()).past_key_values
         return [(layer.keys, layer.values) for layer in cache.layers]
 
     def _reads_first(self, prompt: Prompt | Several, batch_size: int) -> bool:
@@ -227,7 +227,7 @@ class LanguageModel:
     def keys_and_values(self, ids: Tensor) -> Tensor:
         """What every layer makes of the tokens `ids` [tokens] alone, in the layout of `Prompt.key_values`, fp32."""
         with torch.no_grad(), self.computing(), self.evaluating():
-            cache = self.model.base_model(input_ids=ids[None].to(self.device), use_cache=True).past_key_values
+            cache = self.model.base_model(input_ids=ids[None].to(self.device), **_keeping_all()).past_key_values
         return torch.stack([torch.stack([layer.keys[0], layer.values[0]]) for layer in cache.layers]).float()
 
     def continue_from(
@@ -278,6 +278,11 @@ class LanguageModel:
     def num_parameters(self) -> int:
         """Weights held, shared ones counted once."""
         return sum(weight.numel() for weight in self.weights.values())
+
+
+def _keeping_all() -> dict[str, Any]:
+    """Arguments of a pass whose keys and values are all kept, where a layer's sliding window would drop the first."""
+    return {"use_cache": True, "past_key_values": transformers.DynamicCache()}
 
 
 def load_global(

@@ -143,6 +143,11 @@ def origins(config: Any) -> tuple[int, ...] | None:
     return tuple(places)
 
 
+def differs_by_layer(config: Any) -> bool:
+    """Return whether a model's layers compute differently by their place, or have different kinds of attention."""
+    return origins(config) is not None or len(set(getattr(config, "layer_types", None) or ())) > 1
+
+
 def with_layers(config: Any, taken: Sequence[int]) -> Any:
     """Set a configuration, in place, to be of the layers `taken` of its model: what differs by layer goes with them.
 
