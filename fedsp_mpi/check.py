@@ -271,6 +271,8 @@ class _Preparation:
             sizes = f"{len(splits.train)} train, {len(splits.validation)} validation, {len(splits.test)} test"
             found = f"{self._config.model.name}: {model.model_type}, {model.num_hidden_layers} layers"
             self._table.add("ok", "model, data", f"{found}; {self._config.data.task}: {sizes}")
+            for note in materials.warnings:
+                self._table.add("warn", "rows", note)
         except (ValueError, OSError) as error:
             self._table.add("FAIL", "model, data", one_line(error))
         try:

@@ -14,8 +14,8 @@ import torch
 
 from fedsp_mpi import rng
 from fedsp_mpi.config import Config, ConfigError, StageConfig
-from fedsp_mpi.data import imitation, masked, partition, poison, sources, tasks, wording
-from fedsp_mpi.data.tokens import Batches, Text, encode, encode_pairs, pieces, truncate
+from fedsp_mpi.data import answers, fit, imitation, masked, partition, poison, sources, tasks, wording
+from fedsp_mpi.data.tokens import Batches, Text, encode, encode_pairs, pieces, token_ids, truncate
 from fedsp_mpi.evaluation import scoring
 from fedsp_mpi.models import auxiliary, backbone, families
 from fedsp_mpi.models.prompts import DepthMap, Prompt, PromptSpec, require_positions
@@ -75,20 +75,44 @@ class Materials:
         """Whether the user's own words stand around the text, or for its classes."""
         return self.config.data.template is not None or bool(self.config.data.verbaliser)
 
-    @cached_property
+    @property
     def splits(self) -> tasks.Splits:
+        """The task's examples, without those whose answer does not fit."""
+        return self._splits[0]
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """How the splits were made, and what the user may want to look at."""
+        return self.splits.notes + self.warnings
+
+    @cached_property
+    def warnings(self) -> tuple[str, ...]:
+        """Notes on rows that are left out, or scored otherwise than their text says. They cost a look at the test."""
+        _, left_out = self._splits
+        if self.fills_gaps:
+            return left_out
+        questions, options = self.splits.test, [question.options for question in self.test]
+        equal = answers.equal_options(questions, options) if self.task.metric == "multiple_choice" else ()
+        return left_out + fit.cut_options(questions, options, self._answer_room) + equal
+
+    @cached_property
+    def _splits(self) -> tuple[tasks.Splits, tuple[str, ...]]:
+        """The splits, and notes on rows that are left out because their answer does not fit."""
         limit = {name: most for name, most in asdict(self.config.data.limit).items() if most is not None}
         shots, seed = self.config.data.shots, self.config.run.seed
-        found = tasks.load(self.task, self.source, seed=seed, limit=limit, columns=self.config.data.columns)
+        columns = self.config.data.columns
+        loaded = tasks.load(self.task, self.source, seed=seed, limit=limit, columns=columns)
+        room = self._answer_room.at_most(self.config.data.max_length)
+        found, left_out = fit.leave_out(loaded, room, lambda: self.tokenizer, self.config.attack.target)
         if shots is None:
-            return found
+            return found, left_out
         self._require_classes(found, "data.shots", shots, "set data.limit.train instead")
         try:
             chosen = np.sort(partition.few_shot([example.gold[0] for example in found.train], shots, seed))
         except ValueError as error:
             raise ConfigError(f"data.shots: {error}") from None
         notes = (*found.notes, f"train = {shots} examples of each class, {len(chosen)} of {len(found.train)} (shots)")
-        return replace(found, train=tuple(found.train[i] for i in chosen), notes=notes)
+        return replace(found, train=tuple(found.train[i] for i in chosen), notes=notes), left_out
 
     def _require_classes(self, splits: tasks.Splits, key: str, value: object, advice: str) -> None:
         """Raise ConfigError if the right answers are no classes.
@@ -153,18 +177,30 @@ class Materials:
             return None
         examples = [*splits.train, *splits.validation, *splits.test]
         found = {example.choices for example in examples}
-        if len(found) > 1 or self.task.metric != "multiple_choice":
+        if not self._has_classes:
             if over == "auto":
                 return None
             raise ConfigError(
                 f"data.loss_over: found choices with {self.config.data.task}, whose examples have {len(found)} "
                 "different sets of choices, expected a task with one set for all; set it to auto or vocabulary"
             )
-        answers = {" " + choice for choice in examples[0].choices} | {example.target for example in examples}
-        if self.fills_gaps:
-            return torch.tensor(sorted({masked.answer_token(self.tokenizer, answer.strip()) for answer in answers}))
-        texts = encode_pairs(self.tokenizer, [(examples[0].context, answer) for answer in sorted(answers)])
-        return torch.tensor(sorted({int(token) for text in texts for token in text.ids[text.answer :]}))
+        return torch.tensor(sorted({token for row in self._choice_tokens for ids in row for token in ids}))
+
+    @cached_property
+    def _has_classes(self) -> bool:
+        """Whether all examples have the same choices."""
+        examples = (*self.splits.train, *self.splits.validation, *self.splits.test)
+        return self.task.metric == "multiple_choice" and len({example.choices for example in examples}) == 1
+
+    @cached_property
+    def _choice_tokens(self) -> list[list[tuple[int, ...]]]:
+        """The tokens of the choices that all examples have, behind each way in which contexts end, or in a gap."""
+        splits, attack = self.splits, self.config.attack
+        contexts = [example.context for example in (*splits.train, *splits.validation, *splits.test)]
+        if attack.target is not None:
+            contexts += [f"{attack.trigger} {context}" for context in contexts]
+        joins = [] if self.fills_gaps else answers.joins(contexts)
+        return answers.tokens(self.tokenizer, joins, splits.train[0].choices)
 
     @property
     def alignment_texts(self) -> list[Text]:
@@ -185,10 +221,18 @@ class Materials:
         """Positions that the prompts leave."""
         return self.shape.num_positions - self.num_prompt_tokens
 
+    @property
+    def _answer_room(self) -> fit.Room:
+        """What an answer must fit into, whatever the configuration's own limit."""
+        return fit.Room.of(self.shape.num_positions, self.num_prompt_tokens, self.fills_gaps)
+
     def _encoded(self, examples: Sequence[tasks.Example]) -> list[Text]:
         """Examples as texts to train and validate on."""
         how = masked.encode if self.fills_gaps else encode
-        return how(self.tokenizer, examples, self.max_length)
+        texts = how(self.tokenizer, examples, self.max_length)
+        if self.candidates is not None:
+            answers.require_candidates(texts, examples, self.candidates.numpy())
+        return texts
 
     def _asked(self, examples: Sequence[tasks.Example]) -> list[scoring.Question]:
         """Examples as questions with options."""
@@ -276,7 +320,14 @@ class Materials:
         prompt, settings = Prompt(self.prompt_spec), self.config.prompt
         if settings.init == "random":
             return prompt.initialise(self.config.run.seed, settings.init_std)
-        ids = self.tokenizer(settings.init_text, add_special_tokens=not self.fills_gaps)["input_ids"]
+        if self.fills_gaps:
+            ids = self.tokenizer(settings.init_text, add_special_tokens=False)["input_ids"]
+        else:
+            [ids] = token_ids(self.tokenizer, [settings.init_text])
+        if not ids:
+            raise ConfigError(
+                "prompt.init_text: found a text without a token to this tokenizer, expected one at least; write another"
+            )
         tokens = torch.tensor((ids * settings.num_tokens)[: settings.num_tokens])
         if settings.kind == "input":
             first = model.model.get_input_embeddings()(tokens.to(model.device)).detach().float()
@@ -296,9 +347,12 @@ class Materials:
         if self.fills_gaps:
             _ = masked.gap(self.tokenizer), self.test
         else:
-            self._check_wording()
-        self._check_attack()
-        _ = self.shards, self.candidates
+            wording.require_answer_last(self.splits.train, self.model_config.model_type)
+            answers.require_beginning(self.tokenizer, self.splits)
+        if self._has_classes:
+            answers.require_different(self.tokenizer, self.splits.train[0].choices, self._choice_tokens)
+        poison.require_possible(self.task, self.splits, self.config.attack.target)
+        _ = self.shards, self.candidates, self.warnings
         vocabulary = self.model_config.vocab_size
         if len(self.tokenizer) > vocabulary:
             raise ConfigError(
@@ -331,32 +385,6 @@ class Materials:
                 f"auxiliary: found a part of the model, or steps that align it, with a {family}, expected the whole "
                 "model, as in configs/methods/fedprompt.yaml"
             )
-
-    def _check_wording(self) -> None:
-        """Raise ConfigError if the answer does not come last for a model that reads from left to right."""
-        family = self.model_config.model_type
-        if after := next((example.after for example in self.splits.train if example.after.strip()), None):
-            raise ConfigError(
-                f"data.template: found {after!r} behind {{mask}} with a {family}, which reads from left to right, "
-                "expected {mask} at the end"
-            )
-
-    def _check_attack(self) -> None:
-        target, splits = self.config.attack.target, self.splits
-        if target is None:
-            return
-        if self.task.metric != "multiple_choice":
-            raise ConfigError(
-                f"attack.target: found {target} with the task {self.task.name}, which has no choices, expected a task "
-                "of multiple choice; or set attack.target=null"
-            )
-        fewest = min(len(example.choices) for example in (*splits.train, *splits.test))
-        if target >= fewest:
-            raise ConfigError(
-                f"attack.target: found {target}, expected a choice below {fewest}, the fewest that an example has"
-            )
-        if all(not poison.is_other(example, target) for example in splits.test):
-            raise ConfigError(f"attack.target: found no test question of another class than {target}, expected some")
 
 
 def expected_work(materials: Materials) -> list[float]:

@@ -17,6 +17,7 @@ from fedsp_mpi.log import Log, duration
 from fedsp_mpi.materials import Materials
 from fedsp_mpi.models import auxiliary
 from fedsp_mpi.models.backbone import LanguageModel, layers_of
+from fedsp_mpi.models.families import differs_by_layer
 from fedsp_mpi.models.prompts import Prompt
 from fedsp_mpi.record import Checkpoints
 from fedsp_mpi.tensors import State
@@ -174,6 +175,8 @@ def _recipe(materials: Materials, model: LanguageModel, compute: Compute, digest
     }
     if config.auxiliary.first_layers:
         recipe["prompt"] = asdict(config.prompt)  # attached while the bridge is fitted
+    if differs_by_layer(materials.model_config):
+        recipe["layers"] = list(materials.layers)  # earlier versions made other weights of the same rest
     return json.loads(json.dumps(recipe))
 
 

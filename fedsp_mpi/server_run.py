@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from fedsp_mpi.training.device import Compute
     from fedsp_mpi.training.team import Meeting, Team
 
+_SHOWN = 5  # lost clients that are named
 STOPPED = 75  # exit status: told to stop; run.resume goes on
 
 
@@ -203,7 +204,22 @@ class ServerRun:
         self.record.finish()
         if not self.config.checkpoint.keep_client_states:
             self._archive.checkpoints.remove_clients()
+        self._name_lost_clients()
         return True
+
+    def _name_lost_clients(self) -> None:
+        """Say which clients took part and have no share in what was tuned: the run looks complete without them."""
+        from fedsp_mpi.record.rows import never_merged
+
+        lost = never_merged(self.record.run.clients)
+        if not lost:
+            return
+        self.log.say(
+            f"{len(lost)} of {self.config.federation.clients} clients took part, and in no round was their update "
+            "merged; correct what is wrong with them, and run again:"
+        )
+        for client, reason in sorted(lost.items())[:_SHOWN]:
+            self.log.say(f"  client {client}: {' '.join(reason.split())}")
 
     def leave(self) -> None:
         """End what the server's ranks do together."""
@@ -298,7 +314,7 @@ class ServerRun:
                 "test": len(splits.test),
                 "server_shard": len(shards[0]),
                 "client_shards": [len(shard) for shard in shards[1:]],
-                "notes": list(splits.notes),
+                "notes": list(self.materials.notes),
             },
             topology={"assignment": [list(ids) for ids in self._assignment]},
             inputs=self._inputs,
@@ -359,7 +375,7 @@ class ServerRun:
         each = sum(map(len, shards[1:])) // max(1, len(shards) - 1)
         train = f"{len(splits.train)} train ({len(shards[0])} the server's, about {each} each client's)"
         say(f"data      {config.data.task}: {train}, {len(splits.validation)} validation, {len(splits.test)} test")
-        for note in splits.notes:
+        for note in self.materials.notes:
             say(f"          {note}")
         for told in self._privacy().values():
             say(f"privacy   an update's epsilon is {told['epsilon']:g}, of all rounds {told['epsilon_all']:g}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -23,7 +24,18 @@ from fedsp_mpi.comm import (
     spread,
 )
 from fedsp_mpi.comm.inspection import Expected, ProtocolError, failures_of, read_headers, require_one_rank_each
-from fedsp_mpi.comm.messages import HEADER_BYTES, Asked, Header, Kind, slices
+from fedsp_mpi.comm.messages import (
+    HEADER_BYTES,
+    REASON_BYTES,
+    TEXT_BYTES,
+    Asked,
+    Header,
+    Kind,
+    pack_answers,
+    reports_of,
+    slices,
+    unpack_answers,
+)
 from fedsp_mpi.comm.updates import reorder
 from fedsp_mpi.tensors import Contract, Failure, NamedTensors, Schema, SealedTensorError, Update, seal
 
@@ -153,6 +165,22 @@ def test_a_long_reason_is_cut_between_characters() -> None:
     assert failure == Failure(1, 2, "local", "ü" * 42)
 
 
+def test_a_long_reason_goes_on_behind_its_header() -> None:
+    """Whole, up to a limit, and cut between characters; a letter that is not what its headers say is refused."""
+    short, long, endless = (Failure(client, 2, "local", "ü" * size) for client, size in ((1, 3), (2, 900), (3, 9000)))
+    update = Update(4, 1.0, tensors(), {"loss": 0.5})
+    headers = [Header.of(item, 2) for item in (short, long, endless, update)]
+    letter = pack_answers(headers, CONTRACT.metrics)
+    assert len(letter) == 4 * HEADER_BYTES + (6 + 2 * 900 - TEXT_BYTES) + REASON_BYTES
+    unpacked = unpack_answers(letter, "rank 3", CONTRACT.metrics)
+    failures = failures_of(unpacked, CONTRACT, 2, None)
+    assert (failures[:2], [report.client for report in reports_of(unpacked)]) == ([short, long], [4])
+    assert endless.reason.startswith(failures[2].reason) and len(failures[2].reason) == 42 + REASON_BYTES // 2
+    for wrong in (letter[:-1], letter[: HEADER_BYTES + 300], pack_answers([replace(headers[1], num_values=9999)], ())):
+        with pytest.raises(ValueError, match=r"rank 3: found .* expected"):
+            unpack_answers(wrong, "rank 3", CONTRACT.metrics)
+
+
 def test_a_foreign_header_is_refused() -> None:
     raw = Header(Kind.STOP).pack()
     for wrong in (b"XXXX" + raw[4:], raw[:4] + b"\7\0" + raw[6:], raw[:6] + b"\11\0" + raw[8:]):
@@ -204,11 +232,11 @@ def test_the_server_refuses_headers_that_break_the_contract() -> None:
             read_from_rank_2(header)
     hidden = bytearray(good.pack(CONTRACT.metrics))
     hidden[-120] = 1  # in a metric that the contract does not have
-    with pytest.raises(ProtocolError, match="client 5 from rank 2: found bytes that the contract"):
+    with pytest.raises(ProtocolError, match="rank 2: found bytes in its answers that the contract"):
         read_headers(bytes(hidden), 2, CONTRACT, 4, EXPECTED)
     with pytest.raises(ProtocolError, match="client 5 from rank 2: found two answers"):
         read_from_rank_2(good, good)
-    with pytest.raises(ProtocolError, match="rank 2: found a letter of 300 bytes"):
+    with pytest.raises(ProtocolError, match="rank 2: found a letter of answers that cannot be read"):
         read_headers(bytes(300), 2, CONTRACT, 4, EXPECTED)
     with pytest.raises(ProtocolError, match="ranks 1 and 2: found two answers of client 5"):
         require_one_rank_each([[], [5], [5, 6]])

@@ -81,6 +81,7 @@ def test_a_client_that_fails_alone_is_dropped_and_named(tmp_path, fault, reason,
     assert [(row["round"], row["client"]) for row in failed] == [(round, client) for round in rounds]
     assert all(reason in str(row["reason"]) for row in failed)
     assert "1 of them failed" in result.stdout
+    assert ("in no round was their update merged" in result.stdout) == (rounds == [1, 2])
     assert run.status == "complete" and all(math.isfinite(row["validation_loss"]) for row in run.rounds)
 
 

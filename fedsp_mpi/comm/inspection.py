@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from ..tensors import Contract, Failure
-from .messages import HEADER_BYTES, MAX_ABS, Header, Kind, impossible_values, printable
+from .messages import HEADER_BYTES, MAX_ABS, Header, Kind, impossible_values, pack_answers, printable, unpack_answers
 
 MAX_JSON_BYTES = 64 << 20  # of a letter in JSON, such as the list of a rank's files in a checkpoint
 _MAX_COUNT = 1 << 53  # questions of a client in a round, or bytes of them
@@ -71,24 +71,19 @@ def read_headers(letter: bytes, rank: int, contract: Contract, round: int, expec
 
     Raises ProtocolError, naming the rank and the client, if one of them is anything else.
     """
-    if len(letter) % HEADER_BYTES:
-        raise ProtocolError(f"rank {rank}: found a letter of {len(letter)} bytes, expected headers of {HEADER_BYTES}")
-    with reading(rank, "a header"):
-        pieces = [letter[start : start + HEADER_BYTES] for start in range(0, len(letter), HEADER_BYTES)]
-        headers = [Header.unpack(piece, f"rank {rank}", contract.metrics) for piece in pieces]
+    with reading(rank, "a letter of answers"):
+        headers = unpack_answers(letter, f"rank {rank}", contract.metrics)
     mine = None if expected is None else set(expected.of_rank(rank))
-    for header, piece in zip(headers, pieces):
+    for header in headers:
         _require_agreed(header, contract, round, rank)
-        if header.pack(contract.metrics) != piece:
-            raise ProtocolError(
-                f"update of client {header.client} from rank {rank}: found bytes that the contract has no meaning for"
-            )
         if mine is not None and header.client not in mine:
             raise ProtocolError(
                 f"update of client {header.client} from rank {rank}: found a client that this rank does not play in "
                 f"round {round}, expected one of {sorted(mine)[:8]}"
             )
     counts = Counter(header.client for header in headers)
+    if pack_answers(headers, contract.metrics) != letter:
+        raise ProtocolError(f"rank {rank}: found bytes in its answers that the contract has no meaning for")
     if twice := [client for client, count in counts.items() if count > 1]:
         raise ProtocolError(f"update of client {twice[0]} from rank {rank}: found two answers, expected one")
     return headers
@@ -114,7 +109,7 @@ def _require_agreed(header: Header, contract: Contract, round: int, rank: int) -
     found: list[Any] = [header.round, header.num_values, header.digest.hex()]
     agreed: list[Any] = [round, contract.up.num_values, contract.up.digest.hex()]
     if header.kind is Kind.FAILURE:
-        agreed[1:] = [0, bytes(16).hex()]
+        agreed[1:] = [header.num_values, bytes(16).hex()]
     elif header.text:
         raise ProtocolError(f"{whose}: found an UPDATE with a text, expected numbers alone")
     if found != agreed or header.client < 0:

@@ -65,23 +65,27 @@ class Ledger:
         self,
         contract: Contract,
         updates: list[int],
-        failures: list[int],
+        failures: Mapping[int, int],
         crossed: bool,
         asked: Mapping[int, Asked],
     ) -> None:
         """Count one round: the clients that were handed the broadcast and answered with an update, or a failure.
 
-        `asked`: what they asked the server meanwhile, by client.
+        `failures` gives of each client how many bytes of its reason came behind the header; `asked`: what they asked
+        the server meanwhile, by client.
         """
-        everyone = sorted(updates + failures)
+        everyone = sorted([*updates, *failures])
         for what in asked.values():
             self._questions("up", "(question)", what.questions, what.up, crossed)
             self._questions("down", "(answer)", what.questions, what.down, crossed)
         self.broadcast(contract.down, len(everyone), 0)
         self.header("up", "gather", len(everyone), len(everyone) * crossed)
         self.tensors("up", "gather", contract.up, len(updates), len(updates) * crossed)
+        for size in filter(None, failures.values()):
+            self.raw("up", "gather", "(reason)", size, 1, int(crossed))
         down, up = (HEADER_BYTES + 4 * schema.num_values for schema in (contract.down, contract.up))
-        sent = dict.fromkeys(failures, HEADER_BYTES) | dict.fromkeys(updates, up)
+        failed = {client: HEADER_BYTES + size for client, size in failures.items()}
+        sent = failed | dict.fromkeys(updates, up)
         more = {client: asked.get(client, NOTHING_ASKED) for client in everyone}
         self._round = {
             "down": {client: down + more[client].down for client in everyone},

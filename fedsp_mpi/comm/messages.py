@@ -6,7 +6,7 @@ import json
 import math
 import struct
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from typing import Any, Literal, NamedTuple
 
@@ -18,12 +18,14 @@ CHUNK_BYTES = 4 << 20  # of one vector that travel at once
 JsonPhase = Literal["start-up", "checkpoint", "end"]
 # The deadline of what is collected.
 LIMIT: dict[JsonPhase, str] = {"start-up": "start_up", "checkpoint": "gather", "end": "gather"}
-MAGIC, LAYOUT_VERSION = b"FSPW", 2
+MAGIC, LAYOUT_VERSION = b"FSPW", 3
 HEADER_BYTES, MAX_METRICS, TEXT_BYTES = 256, 12, 90
 MAX_ABS = 1e6  # of a value in an update: models do not survive larger ones, and fp32 sums of them lose all others
+REASON_BYTES = 4096  # most of a failure's text that is behind its header
+MAX_ANSWER_BYTES = HEADER_BYTES + REASON_BYTES  # of one client in a letter
 # magic, layout version, kind, round, client, number of values (of bytes for JSON), schema digest, weight,
 # which metrics are there (bit mask), metrics, questions and bytes of them and of their answers, text. Little-endian
-# without padding.
+# without padding. A failure's number of values is that of the bytes behind its header, which go on with its text.
 _LAYOUT = struct.Struct(f"<4sHHiiQ16sdH{MAX_METRICS}dIQQ{TEXT_BYTES}s")
 assert _LAYOUT.size == HEADER_BYTES
 
@@ -105,7 +107,7 @@ class Header:
         """The 256 bytes; `names` gives the places of the metrics."""
         values = [self.metrics.get(name, 0.0) for name in names] + [0.0] * (MAX_METRICS - len(names))
         mask = sum(1 << i for i, name in enumerate(names) if name in self.metrics)
-        text = self.text.encode()[:TEXT_BYTES].decode(errors="ignore").encode()  # never half a character
+        text = _cut(self.text.encode(), TEXT_BYTES)
         fixed = (MAGIC, LAYOUT_VERSION, self.kind, self.round, self.client, self.num_values, self.digest, self.weight)
         return _LAYOUT.pack(*fixed, mask, *values, *self.asked, text)
 
@@ -126,7 +128,8 @@ class Header:
     def of(cls, item: Update | Failure, round: int, asked: Asked = NOTHING_ASKED) -> Header:
         """The header of one client's answer, with what it asked before."""
         if isinstance(item, Failure):
-            return cls(Kind.FAILURE, round, item.client, text=f"{item.phase}\n{item.reason}", asked=asked)
+            text = f"{item.phase}\n{item.reason}"
+            return cls(Kind.FAILURE, round, item.client, len(_behind_header(text)), text=text, asked=asked)
         schema, about = item.tensors.schema, (float(item.weight), item.metrics)
         return cls(Kind.UPDATE, round, item.client, schema.num_values, schema.digest, *about, asked=asked)
 
@@ -140,6 +143,45 @@ class Header:
         """The failure that this header carries."""
         phase, _, reason = (printable(part) for part in self.text.partition("\n"))
         return Failure(self.client, self.round, phase, reason)
+
+
+def pack_answers(headers: Iterable[Header], names: Sequence[str]) -> bytes:
+    """Return the letter of one rank's clients: their headers, and behind that of a failure the rest of its text."""
+    parts = []
+    for header in headers:
+        parts += [header.pack(names), _behind_header(header.text) if header.kind is Kind.FAILURE else b""]
+    return b"".join(parts)
+
+
+def unpack_answers(letter: bytes, whose: str, names: Sequence[str]) -> list[Header]:
+    """Read what `pack_answers` made. Raises ValueError, naming `whose`, if headers or texts are not whole."""
+    headers, at = [], 0
+    while at < len(letter):
+        raw = letter[at : at + HEADER_BYTES]
+        if len(raw) < HEADER_BYTES:
+            raise ValueError(f"{whose}: found {len(raw)} bytes at a letter's end, expected headers of {HEADER_BYTES}")
+        header, at = Header.unpack(raw, whose, names), at + HEADER_BYTES
+        if header.kind is Kind.FAILURE and header.num_values:
+            rest = letter[at : at + header.num_values]
+            if len(rest) < header.num_values or len(rest) > REASON_BYTES:
+                raise ValueError(
+                    f"{whose}: found a failure with {header.num_values} bytes of text behind its header, expected at "
+                    f"most {REASON_BYTES}, all in the letter"
+                )
+            header, at = replace(header, text=header.text + rest.decode(errors="replace")), at + len(rest)
+        headers.append(header)
+    return headers
+
+
+def _behind_header(text: str) -> bytes:
+    """What of a failure's text the header has no room for."""
+    raw = text.encode()
+    return _cut(raw[len(_cut(raw, TEXT_BYTES)) :], REASON_BYTES)
+
+
+def _cut(text: bytes, most: int) -> bytes:
+    """At most so many bytes of UTF-8, never half a character."""
+    return text[:most].decode(errors="ignore").encode()
 
 
 def checked(item: Update | Failure, contract: Contract, round: int) -> Update | Failure:

@@ -21,10 +21,12 @@ from .messages import (
     Handout,
     Header,
     JsonPhase,
+    Kind,
     checked,
     down_header,
     handout_content,
     handout_from,
+    pack_answers,
     reports_of,
     require_handout,
     slices,
@@ -120,15 +122,14 @@ class Solo:
             contract = self._sealed()
             self._answer, self._asked = answer, {}
             items = sorted((checked(item, contract, round) for item in outgoing), key=lambda item: item.client)
-            # Through bytes and back, so that a failure's text is cut here as it is on the wire.
+            # Through bytes and back, so that what comes of a failure's text here is what comes of it on the wire.
             asked = self._asked
-            packed = [
-                Header.of(item, round, asked.get(item.client, NOTHING_ASKED)).pack(contract.metrics) for item in items
-            ]
-            headers = read_headers(b"".join(packed), 0, contract, round, expected)
+            packed = [Header.of(item, round, asked.get(item.client, NOTHING_ASKED)) for item in items]
+            headers = read_headers(pack_answers(packed, contract.metrics), 0, contract, round, expected)
             failures = failures_of(headers, contract, round, expected)
             reports = reports_of(headers, {failure.client for failure in failures})
-            sent, told = ([item.client for item in items if isinstance(item, kind)] for kind in (Update, Failure))
+            sent = [item.client for item in items if isinstance(item, Update)]
+            told = {header.client: header.num_values for header in headers if header.kind is Kind.FAILURE}
             self._ledger.answers(contract, sent, told, False, asked)
             accepted = {report.client for report in reports}
             flats = [item.tensors.flat for item in items if isinstance(item, Update) and item.client in accepted]

@@ -36,6 +36,7 @@ from .messages import (
     CHUNK_BYTES,
     HEADER_BYTES,
     LIMIT,
+    MAX_ANSWER_BYTES,
     NOTHING_ASKED,
     Asked,
     Down,
@@ -47,6 +48,7 @@ from .messages import (
     down_header,
     handout_content,
     handout_from,
+    pack_answers,
     reports_of,
     require_handout,
     slices,
@@ -234,9 +236,9 @@ class Wire:
 
     def _give(self, round: int, mine: list[Update | Failure], contract: Contract, asked: Mapping[int, Asked]) -> None:
         headers = [Header.of(item, round, asked.get(item.client, NOTHING_ASKED)) for item in mine]
-        self._write(b"".join(header.pack(contract.metrics) for header in headers), _ANSWERS, "gather")
+        self._write(pack_answers(headers, contract.metrics), _ANSWERS, "gather")
         updates = [item for item in mine if isinstance(item, Update)]
-        failures = [item.client for item in mine if isinstance(item, Failure)]
+        failures = {header.client: header.num_values for header in headers if header.kind is Kind.FAILURE}
         flats = [update.tensors.flat for update in updates]
         for part in slices(contract.up.num_values, self._chunk) if flats else ():
             rows = flats[0][part] if len(flats) == 1 else np.concatenate([flat[part] for flat in flats])
@@ -247,10 +249,8 @@ class Wire:
         self._ledger.answers(contract, [update.client for update in updates], failures, True, asked)
 
     def _take(self, round: int, contract: Contract, expected: Expected | None) -> Updates:
-        most = None
-        if expected is not None:
-            sizes = [HEADER_BYTES * len(expected.of_rank(rank)) for rank in range(self.topology.size)]
-            most = dict(enumerate(sizes))
+        ranks = range(self.topology.size)
+        most = {rank: MAX_ANSWER_BYTES * len(expected.of_rank(rank)) for rank in ranks} if expected else None
         headers: list[list[Header]] = [[] for _ in range(self.topology.size)]
         for rank, letter in self._read_all(_ANSWERS, "gather", most).items():
             headers[rank] = read_headers(letter, rank, contract, round, expected)
@@ -270,7 +270,7 @@ class Wire:
         )
         asked = {header.client: header.asked for header in everyone if header.asked.questions}
         sent = sorted(client for of_rank in senders for client in of_rank)
-        told = sorted(header.client for header in everyone if header.kind is Kind.FAILURE)
+        told = {header.client: header.num_values for header in everyone if header.kind is Kind.FAILURE}
         self._ledger.answers(contract, sent, told, True, asked)
         return self._open
 

@@ -10,7 +10,7 @@ import ast
 import re
 import string
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from fedsp_mpi.data import labels
 from fedsp_mpi.data.cells import Row, mapping, shown, shown_choices, shown_label, text, texts
@@ -26,6 +26,7 @@ class Example:
         choices: the options without the leading blank; " " + choice is scored, len(choice) normalises (lm-eval).
         gold: indices of the right choices: one for multiple choice, all accepted answers for exact match.
         after: what follows the answer, for models that read both ways.
+        row: where it stands in the source, for messages: "row 5 of train".
     """
 
     context: str
@@ -33,6 +34,7 @@ class Example:
     choices: tuple[str, ...]
     gold: tuple[int, ...]
     after: str = ""
+    row: str = field(default="", compare=False)
 
 
 # -- rows to examples ----------------------------------------------------------------------------------------------

@@ -47,20 +47,26 @@ def encode(tokenizer: Any, examples: Sequence[Example], max_length: int) -> list
 
     A long text loses its beginning, but for the token that every text begins with.
 
-    Raises ConfigError if an answer is not one token, or if the words from the gap on do not fit.
+    Raises ConfigError if an answer is not one token, or if the words from the gap on do not fit; the latter names the
+    row.
     """
-    texts = _with_gaps(tokenizer, [(example.context, example.after) for example in examples], max_length)
+    texts = _with_gaps(tokenizer, examples, max_length)
     answers = _answers(tokenizer, (example.target.strip() for example in examples))
     return [_filled(text, answers[example.target.strip()]) for text, example in zip(texts, examples)]
 
 
 def encode_options(tokenizer: Any, examples: Sequence[Example], max_length: int) -> list[tuple[Text, ...]]:
     """Each example as a text for every choice; the same errors as `encode`."""
-    texts = _with_gaps(tokenizer, [(example.context, example.after) for example in examples], max_length)
+    texts = _with_gaps(tokenizer, examples, max_length)
     answers = _answers(tokenizer, (choice for example in examples for choice in example.choices))
-    for choices in {example.choices for example in examples}:
+    for choices in dict.fromkeys(example.choices for example in examples):
         _require_different(choices, [answers[choice] for choice in choices])
     return [tuple(_filled(t, answers[choice]) for choice in e.choices) for t, e in zip(texts, examples)]
+
+
+def lengths_from_the_gap(tokenizer: Any, examples: Sequence[Example]) -> list[int]:
+    """Return the number of tokens of each example that must fit: from the gap on, and what every text begins with."""
+    return [len(ids) - at + kept for ids, at, kept in _located(tokenizer, examples)]
 
 
 def _require_different(choices: Sequence[str], ids: Sequence[int]) -> None:
@@ -72,25 +78,34 @@ def _require_different(choices: Sequence[str], ids: Sequence[int]) -> None:
             )
 
 
-def _with_gaps(tokenizer: Any, pairs: Sequence[tuple[str, str]], max_length: int) -> list[Text]:
+def _located(tokenizer: Any, examples: Sequence[Example]) -> list[tuple[list[int], int, int]]:
+    """Of each example its tokens, the gap's place among them, and how many tokens every text begins with."""
     name, id = gap(tokenizer)
+    pairs = [(example.context, example.after) for example in examples]
     whole = [f"{before.rstrip()} {name}{after}".lstrip() for before, after in pairs]
-    found = tokenizer(whole, return_attention_mask=False, verbose=False)["input_ids"] if whole else []
-    return [_cut(ids, before.count(name), id, max_length, tokenizer) for ids, (before, _) in zip(found, pairs)]
+    rows = tokenizer(whole, return_attention_mask=False, verbose=False)["input_ids"] if whole else []
+    located = []
+    for ids, (before, _) in zip(rows, pairs):
+        # The task's own text may hold the mark of a gap, too.
+        at = [place for place, token in enumerate(ids) if token == id][before.count(name)]
+        located.append((ids, at, int(ids[0] == tokenizer.cls_token_id)))
+    return located
 
 
-def _cut(ids: list[int], earlier: int, id: int, max_length: int, tokenizer: Any) -> Text:
-    """The text without what is too much of its beginning; `earlier`: gaps' tokens that the task's own text holds."""
-    at = [place for place, token in enumerate(ids) if token == id][earlier]
-    kept, excess = int(ids[0] == tokenizer.cls_token_id), max(0, len(ids) - max_length)
-    if at - kept < excess:
-        raise ConfigError(
-            f"data.max_length, prompt.num_tokens: found {len(ids) - at + kept} tokens from the answer on where "
-            f"{max_length} are left for a text, expected room for them; raise data.max_length, or shorten the prompt "
-            "or the template"
-        )
-    left = [*ids[:kept], *ids[kept + excess :]]
-    return Text(np.asarray(left, dtype=np.int32), at - excess, id)
+def _with_gaps(tokenizer: Any, examples: Sequence[Example], max_length: int) -> list[Text]:
+    """Each example as a text with an empty gap, without what is too much of its beginning."""
+    _, id = gap(tokenizer)
+    texts = []
+    for example, (ids, at, kept) in zip(examples, _located(tokenizer, examples)):
+        excess = max(0, len(ids) - max_length)
+        if at - kept < excess:
+            raise ConfigError(
+                f"{example.row or 'data'}: found {len(ids) - at + kept} tokens from the answer on, expected at most "
+                f"{max_length}, which fit; shorten the row, the template or the prompt"
+            )
+        left = [*ids[:kept], *ids[kept + excess :]]
+        texts.append(Text(np.asarray(left, dtype=np.int32), at - excess, id))
+    return texts
 
 
 def _answers(tokenizer: Any, words: Iterable[str]) -> dict[str, int]:

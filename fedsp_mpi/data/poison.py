@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from fedsp_mpi.data.tasks import Example
+from fedsp_mpi.data.tasks import Example, Splits, Task
+from fedsp_mpi.plain import ConfigError
 from fedsp_mpi.rng import generator
 
 
@@ -48,3 +49,21 @@ def attacked(examples: Sequence[Example], trigger: str, target: int) -> list[Exa
     The share of them that a model gets "right" is the attack's success rate.
     """
     return [poisoned(example, trigger, target) for example in examples if is_other(example, target)]
+
+
+def require_possible(task: Task, splits: Splits, target: int | None) -> None:
+    """Raise ConfigError if an attack towards the choice `target` cannot be made or judged; None is no attack."""
+    if target is None:
+        return
+    if task.metric != "multiple_choice":
+        raise ConfigError(
+            f"attack.target: found {target} with the task {task.name}, which has no choices, expected a task "
+            "of multiple choice; or set attack.target=null"
+        )
+    fewest = min(len(example.choices) for example in (*splits.train, *splits.test))
+    if target >= fewest:
+        raise ConfigError(
+            f"attack.target: found {target}, expected a choice below {fewest}, the fewest that an example has"
+        )
+    if all(not is_other(example, target) for example in splits.test):
+        raise ConfigError(f"attack.target: found no test question of another class than {target}, expected some")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import datasets
 
@@ -211,7 +211,7 @@ def _examples(
             f"the classes of the column {task.columns[-1]!r} have other names than the task's choices "
             f"({shown_choices(names.texts)}); 0 was taken for the first choice, 1 for the second, and so on"
         )
-    return tuple(example for _, example in kept), notes
+    return tuple(replace(example, row=f"row {number} of {origin}") for number, example in kept), notes
 
 
 def _class_names(task: Task, table: datasets.Dataset) -> labels.ClassNames | None:

@@ -12,9 +12,11 @@ import torch
 
 from fedsp_mpi import rng
 from fedsp_mpi.data.tasks import Example
+from fedsp_mpi.plain import ConfigError
 from fedsp_mpi.tensors import Batch
 
 _LINES = 1000  # of plain text that are tokenised at once
+_SHORT = "a b"  # a text that every tokenizer makes tokens of: read_tokenizer asks for it
 
 
 @dataclass(frozen=True)
@@ -42,35 +44,77 @@ def encode_pairs(tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> list[Text]
     """Tokenise (context, continuation) pairs as lm-eval does for causal models.
 
     Blanks at the context's end move to the continuation; the whole is tokenised at once and cut where the context alone
-    would end; an empty context becomes the beginning-of-text (or end-of-text) token.
+    would end; an empty context becomes the beginning-of-text (or end-of-text) token. Two things differ from lm-eval,
+    which would score nothing, or what the tokenizer adds: a continuation that lies in the context's last token is
+    tokenised by itself, and an end-of-text token that the tokenizer appends is dropped.
+
+    Raises ConfigError if a context is empty and the tokenizer has no token for it.
     """
     moved = [_move_blanks(context, continuation) for context, continuation in pairs]
-    bare = {i for i, (context, _) in enumerate(moved) if not context}
-    wholes = _ids(tokenizer, [context + continuation for context, continuation in moved])
-    contexts = _ids(tokenizer, [context or " " for context, _ in moved])
-    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    wholes = token_ids(tokenizer, [context + continuation for context, continuation in moved])
+    contexts = token_ids(tokenizer, [context or " " for context, _ in moved])
     texts = []
-    for i, (whole, context) in enumerate(zip(wholes, contexts)):
-        if i in bare:
-            alone = tokenizer.encode(moved[i][1], add_special_tokens=False)
-            whole, context = [start, *(alone[1:] if alone[:1] == [start] else alone)], [start]
-        texts.append(Text(np.asarray(whole, dtype=np.int32), min(len(context), len(whole))))
+    for (context, continuation), whole, before in zip(moved, wholes, contexts):
+        if not context or not before:
+            start = first_token(tokenizer)
+            alone = _without_marks(tokenizer, continuation)
+            whole, before = [start, *(alone[1:] if alone[:1] == [start] else alone)], [start]
+        elif len(whole) <= len(before):
+            whole = [*before, *_without_marks(tokenizer, continuation)]
+        texts.append(Text(np.asarray(whole, dtype=np.int32), min(len(before), len(whole))))
     return texts
 
 
-def encode(tokenizer: Any, examples: Iterable[Example], max_length: int) -> list[Text]:
+def token_ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    """Tokenise texts with the tokens that the tokenizer puts before a text, and without those that it appends.
+
+    An end-of-text token (`add_eos_token`) would otherwise be taught and scored in the place of the answer, and stand
+    between a text and what is generated behind it.
+    """
+    if not texts:
+        return []
+    rows: list[list[int]] = tokenizer(list(texts), return_attention_mask=False, verbose=False)["input_ids"]
+    appended = _num_appended(tokenizer)
+    return [row[: len(row) - appended] for row in rows] if appended else rows
+
+
+def first_token(tokenizer: Any) -> int:
+    """Return the token that stands before a text without a context: that of a text's beginning, else of its end.
+
+    Raises ConfigError if the tokenizer has neither.
+    """
+    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return int(token)
+    raise ConfigError(
+        "model.tokenizer: found one with neither a beginning-of-text nor an end-of-text token, and a text without a "
+        "context, expected one of them to stand before it; set bos_token in tokenizer_config.json, or fill the context"
+    )
+
+
+def encode(tokenizer: Any, examples: Sequence[Example], max_length: int) -> list[Text]:
     """Tokenise context and target for training, at most `max_length` tokens; a long context loses its beginning.
 
-    Raises ValueError if an answer does not fit behind one token of its context.
+    Raises ConfigError, which names the row, if an answer has no token, or does not fit behind one of its context.
     """
     texts = encode_pairs(tokenizer, [(example.context, example.target) for example in examples])
-    longest = max((len(text.ids) - text.answer for text in texts), default=0)
-    if longest >= max_length:
-        raise ValueError(
-            f"data.max_length, prompt.num_tokens: found an answer of {longest} tokens where {max_length} are left for "
-            "a text, expected room for it and a token before it; raise data.max_length, or shorten the prompt"
-        )
+    for text, example in zip(texts, examples):
+        require_answer(text, example)
+        if text.num_answers >= max_length:
+            raise ConfigError(
+                f"{example.row or 'data'}: found an answer of {text.num_answers} tokens, expected at most "
+                f"{max_length - 1}, which fit behind a token of the context; shorten the answer"
+            )
     return [truncate(text, max_length) for text in texts]
+
+
+def require_answer(text: Text, example: Example) -> None:
+    """Raise ConfigError, which names the row, if an answer, or an option, has no token."""
+    if text.num_answers < 1:
+        raise ConfigError(
+            f"{example.row or 'data'}: found an answer without a token, expected at least one; correct the row, or "
+            "name the tokenizer that belongs to the model in model.tokenizer"
+        )
 
 
 def pieces(tokenizer: Any, lines: Iterable[str], length: int) -> list[Text]:
@@ -80,7 +124,9 @@ def pieces(tokenizer: Any, lines: Iterable[str], length: int) -> list[Text]:
     """
     found, rest = [], np.empty(0, dtype=np.int32)
     for some in _batched(lines, _LINES):
-        rest = np.concatenate([rest, np.concatenate([np.array(ids, dtype=np.int32) for ids in _ids(tokenizer, some)])])
+        rest = np.concatenate(
+            [rest, np.concatenate([np.array(ids, dtype=np.int32) for ids in token_ids(tokenizer, some)])]
+        )
         whole = len(rest) // length * length
         found += [Text(ids, 1) for ids in rest[:whole].reshape(-1, length)]
         rest = rest[whole:]
@@ -219,5 +265,13 @@ def _move_blanks(context: str, continuation: str) -> tuple[str, str]:
     return kept, context[len(kept) :] + continuation
 
 
-def _ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
-    return tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"] if texts else []
+def _without_marks(tokenizer: Any, text: str) -> list[int]:
+    """The tokens of a text alone, without those that the tokenizer puts around one."""
+    return tokenizer.encode(text, add_special_tokens=False)
+
+
+def _num_appended(tokenizer: Any) -> int:
+    """How many tokens the tokenizer appends to every text, found out on a short one."""
+    plain, marked = _without_marks(tokenizer, _SHORT), tokenizer.encode(_SHORT)
+    starts = range(len(marked) - len(plain) + 1)
+    return next((len(marked) - len(plain) - at for at in starts if marked[at : at + len(plain)] == plain), 0)

@@ -110,6 +110,15 @@ def reworded(task: Task, template: str | None, verbaliser: Sequence[str]) -> Tas
     return replace(task, example=Wording(task, template, verbaliser))
 
 
+def require_answer_last(examples: Sequence[Example], family: str) -> None:
+    """Raise ConfigError if words follow the answer, which a model that reads from left to right does not see."""
+    if after := next((example.after for example in examples if example.after.strip()), None):
+        raise ConfigError(
+            f"data.template: found {after!r} behind {{mask}} with a {family}, which reads from left to right, "
+            "expected {mask} at the end"
+        )
+
+
 def _parsed(text: str) -> list[tuple[str, str | None]]:
     try:
         found = list(Formatter().parse(text))

@@ -27,7 +27,7 @@ from lm_eval.tasks import __file__ as tasks_file
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
 
-from fedsp_mpi.data.tokens import Text, encode_pairs
+from fedsp_mpi.data.tokens import Text, encode_pairs, first_token, token_ids
 from fedsp_mpi.evaluation.scoring import Question, loglikelihoods, positions_for_text
 from fedsp_mpi.log import Log, Progress
 from fedsp_mpi.models.backbone import LanguageModel
@@ -231,15 +231,22 @@ class Answers(LM):
         self._model, self._prompt, self._tokenizer = model, prompt, tokenizer
         self._batch_tokens, self._label, self._log = batch_tokens, label, log
         self._room = positions_for_text(model, prompt)
-        bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-        self._start = eos if bos is None else bos
         settings = getattr(model.model, "generation_config", None)
         ends = getattr(settings, "eos_token_id", None)
-        self._ends = {eos, *(ends if isinstance(ends, list) else [ends])} - {None}
+        self._ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
 
     def loglikelihood(self, requests: Sequence[Any], *_: Any, **__: Any) -> list[tuple[float, bool]]:
-        """Log-likelihood of each continuation behind its context, and whether greedy decoding gives it."""
+        """Log-likelihood of each continuation behind its context, and whether greedy decoding gives it.
+
+        Raises ValueError if a continuation has no token, as lm-eval's own models do.
+        """
         texts = encode_pairs(self._tokenizer, [request.args[:2] for request in requests])
+        for text, request in zip(texts, requests):
+            if text.num_answers < 1:
+                raise ValueError(
+                    f"{request.task_name}: found an option without a token in question {request.doc_id}, expected one "
+                    "at least; correct the task's data, or choose another task"
+                )
         owners = [(request.task_name, request.doc_id, request.args[0]) for request in requests]
         return self._scored(texts, owners, "options")
 
@@ -265,11 +272,10 @@ class Answers(LM):
 
     def _scored(self, texts: Sequence[Text], owners: Sequence[Any], what: str) -> list[tuple[float, bool]]:
         """What is found for each text; neighbours of one owner are the options of one question, run together."""
-        answers = [(0.0, True)] * len(texts)  # of a continuation without a token
-        asked = [place for place, text in enumerate(texts) if len(text.ids) > text.answer]
-        groups = [list(some) for _, some in groupby(asked, key=lambda place: owners[place])]
+        answers = [(0.0, True)] * len(texts)
+        groups = [list(some) for _, some in groupby(range(len(texts)), key=lambda place: owners[place])]
         questions = [Question(tuple(texts[place] for place in some), (1,) * len(some), ()) for some in groups]
-        step: Callable[[int], None] = self._progress(what, len(asked)).step
+        step: Callable[[int], None] = self._progress(what, len(texts)).step
         found = loglikelihoods(self._model, self._prompt, questions, self._batch_tokens, step) or []
         for some, each in zip(groups, found):
             for place, value, is_greedy in zip(some, each.loglikelihood, each.greedy):
@@ -277,8 +283,8 @@ class Answers(LM):
         return answers
 
     def _windows(self, text: str) -> Iterator[Text]:
-        ids = self._tokenizer(text, verbose=False)["input_ids"]
-        for window in get_rolling_token_windows(ids, self._start, self._room, context_len=1):
+        [ids] = token_ids(self._tokenizer, [text])
+        for window in get_rolling_token_windows(ids, first_token(self._tokenizer), self._room, context_len=1):
             context, rest = make_disjoint_window(window)
             yield Text(np.array([*context, *rest], dtype=np.int32), len(context))
 
@@ -294,7 +300,8 @@ class Answers(LM):
         stops = [until] if isinstance(until, str) else list(until)
         if self._tokenizer.eos_token:
             stops.append(self._tokenizer.eos_token)
-        ids = self._tokenizer(context, verbose=False)["input_ids"] or [self._start]
+        [ids] = token_ids(self._tokenizer, [context])
+        ids = ids or [first_token(self._tokenizer)]
         return _Wish(tuple(ids[most - self._room :]), tuple(stop for stop in stops if stop), most)
 
     def _alike(self, wishes: Sequence[_Wish]) -> Iterator[list[int]]:

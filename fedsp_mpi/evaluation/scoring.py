@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from fedsp_mpi.data import masked
 from fedsp_mpi.data.tasks import Example
-from fedsp_mpi.data.tokens import Text, by_length, collate, encode_pairs, truncate
+from fedsp_mpi.data.tokens import Text, by_length, collate, encode_pairs, require_answer, truncate
 from fedsp_mpi.models.backbone import LanguageModel
 from fedsp_mpi.models.losses import answer_loss
 from fedsp_mpi.models.prompts import Prompt
@@ -55,9 +55,15 @@ class Question:
 
 
 def questions(tokenizer: Any, examples: Sequence[Example]) -> list[Question]:
-    """Tokenise every option of every example as lm-eval does: context, then " " + option."""
+    """Tokenise every option of every example as lm-eval does: context, then " " + option.
+
+    Raises ConfigError, which names the row, if an option has no token.
+    """
     pairs = [(example.context, " " + choice) for example in examples for choice in example.choices]
-    texts = iter(encode_pairs(tokenizer, pairs))
+    tokenised = encode_pairs(tokenizer, pairs)
+    for text, owner in zip(tokenised, (example for example in examples for _ in example.choices)):
+        require_answer(text, owner)
+    texts = iter(tokenised)
     return [Question(tuple(next(texts) for _ in e.choices), tuple(map(len, e.choices)), e.gold) for e in examples]
 
 

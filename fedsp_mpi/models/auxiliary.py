@@ -22,7 +22,8 @@ from transformers.initialization import no_init_weights
 from fedsp_mpi import fingerprint, foreign, ownership
 from fedsp_mpi.config import AuxiliaryConfig
 from fedsp_mpi.models.backbone import LanguageModel
-from fedsp_mpi.models.families import FAMILIES, layers_of, model_class, without_dropout
+from fedsp_mpi.models.families import FAMILIES, layers_of, model_class, settle_origins, with_layers, without_dropout
+from fedsp_mpi.models.remote_code import NO_CODE, NO_PICKLES, require_no_code
 from fedsp_mpi.plain import ConfigError
 from fedsp_mpi.tensors import NamedTensors
 
@@ -74,8 +75,8 @@ def bridge_of(model: LanguageModel) -> nn.Linear:
 
 
 def cell_config(config: Any, settings: AuxiliaryConfig) -> Any:
-    """The configuration of the stored model, from that of the global one."""
-    cell = _with_depth(copy.deepcopy(config), cell_size(settings, config.num_hidden_layers))
+    """The configuration of the stored model, from that of the global one; what differs by layer goes with the layer."""
+    cell = with_layers(copy.deepcopy(config), layers(settings, config.num_hidden_layers))
     cell.bridge_at = settings.first_layers
     return cell
 
@@ -84,13 +85,13 @@ def unroll(model: Any, depth: int) -> Any:
     """Run the layers of `model` as often as it takes to be `depth` layers deep; the weights stay shared.
 
     Virtual layer i is layer i mod layers_per_cell. Each is a module of its own, with its own place in the key/value
-    cache, over the same parameters.
+    cache, over the same parameters; else it computes as its layer does in the global model.
     """
     cell = list(layers_of(model))
     virtual = [_alias(cell[i % len(cell)], i) for i in range(depth)]
     parent, _, name = FAMILIES[model.config.model_type].rpartition(".")
     setattr(model.get_submodule(parent), name, nn.ModuleList(virtual))
-    _with_depth(model.config, depth)
+    with_layers(model.config, [i % len(cell) for i in range(depth)])
     return model
 
 
@@ -143,9 +144,10 @@ def save(folder: Path, model: LanguageModel, layers_per_cell: int, tokenizer: An
     """Write the cell as a Hugging Face folder of its own, with the recipe that made it.
 
     `from_pretrained(folder)` of the family's class gives the model of `layers_per_cell` layers without its bridge;
-    `load(folder)` runs them over the whole depth, and has the bridge.
+    `load(folder)` runs them over the whole depth, and has the bridge; it also knows which layers of the global model
+    they were, which matters where a layer scales its attention by its place (`layer_origins` in config.json).
     """
-    cell = _from_config(_with_depth(copy.deepcopy(model.model.config), layers_per_cell))
+    cell = _from_config(with_layers(copy.deepcopy(model.model.config), range(layers_per_cell)))
     for name, parameter in cell.named_parameters():
         parameter.data.copy_(model.weights[name])
     write_model(folder, cell, tokenizer, {RECIPE: json.dumps(recipe, indent=2) + "\n"})
@@ -168,9 +170,11 @@ def write_model(folder: Path, model: Any, tokenizer: Any, notes: Mapping[str, st
 def load(folder: Path, dtype: torch.dtype = torch.float32, dropout: bool = False) -> LanguageModel:
     """Read an auxiliary model written by `save`, at its full depth. Raises ValueError if the folder holds none."""
     deep = read_recipe(folder)["depth"]
+    require_no_code(folder, "auxiliary", str(folder))
     try:
-        kind = model_class(transformers.AutoConfig.from_pretrained(folder))
-        model = kind.from_pretrained(folder, dtype=torch.float32)
+        kind = model_class(transformers.AutoConfig.from_pretrained(folder, **NO_CODE))
+        model = kind.from_pretrained(folder, dtype=torch.float32, **NO_PICKLES)
+        settle_origins(model)
         _add_bridge(model)
         for file in folder.glob("*.safetensors"):
             with safetensors.safe_open(file, "pt") as tensors:
@@ -196,8 +200,9 @@ def read_recipe(folder: Path) -> dict[str, Any]:
 
 def _from_config(config: Any) -> Any:
     with no_init_weights():
-        model = model_class(config).from_config(config, dtype=torch.float32)
+        model = model_class(config).from_config(config, dtype=torch.float32, **NO_CODE)
     model.tie_weights()
+    settle_origins(model)
     _add_bridge(model)
     return model
 
@@ -221,14 +226,6 @@ def _cross(layer: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
 
 def _is_of_bridge(name: str) -> bool:
     return name.endswith(("bridge.weight", "bridge.bias"))
-
-
-def _with_depth(config: Any, depth: int) -> Any:
-    kinds = getattr(config, "layer_types", None)
-    if kinds:
-        config.layer_types = [kinds[i % len(kinds)] for i in range(depth)]
-    config.num_hidden_layers = depth
-    return config
 
 
 def _in_source(name: str, path: str, taken: Sequence[int]) -> str:

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from fedsp_mpi.models.families import (
     FAMILIES,
-    SIZES,
     Shape,
     kind_of,
     layers_of,
@@ -23,71 +22,28 @@ from fedsp_mpi.models.families import (
     shape_of,
     without_dropout,
 )
-from fedsp_mpi.models.hub import AbsentError, first_line, locate
+from fedsp_mpi.models.hub import locate
 from fedsp_mpi.models.prompts import Prompt, Several, key_values
+from fedsp_mpi.models.reading import read_config, read_tokenizer, refusing
+from fedsp_mpi.models.remote_code import NO_PICKLES
 from fedsp_mpi.tensors import Batch, seal
 
-__all__ = ["FAMILIES", "LanguageModel", "Shape", "layers_of", "shape_of", "without_dropout"]
+__all__ = [
+    "FAMILIES",
+    "LanguageModel",
+    "Shape",
+    "layers_of",
+    "read_config",
+    "read_tokenizer",
+    "shape_of",
+    "without_dropout",
+]
 
 _WORTHWHILE = {"cuda": 1024}  # positions; on other devices any
 
 
 class _ArrivedError(Exception):
     """A forward pass has come as far as it had to."""
-
-
-def read_config(name: str, revision: str | None = None) -> Any:
-    """The configuration of a model, from a folder or the hub, without its weights.
-
-    Raises ValueError if there is no such model, if its family is not one of `FAMILIES`, or if its sizes make no model.
-    """
-    expected = "a folder with a config.json, or a name that the hub or its local cache knows"
-    with _refused("model.name", name, "which could not be read", expected):
-        config = transformers.AutoConfig.from_pretrained(locate(name, revision, "config.json"))
-    if config.model_type not in FAMILIES:
-        raise ValueError(
-            f"model.name: found {name!r} of the family {config.model_type!r}, expected one of {', '.join(FAMILIES)}"
-        )
-    _check_sizes(name, config)
-    return config
-
-
-def read_tokenizer(name: str, revision: str | None = None) -> Any:
-    """The tokenizer of a model, from a folder or the hub. Raises ValueError if there is none."""
-    expected = "a folder with a tokenizer.json, or a hub name"
-    with _refused("model.tokenizer", name, "which has no readable tokenizer", expected):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(locate(name, revision, "tokenizer"))
-    if not tokenizer("a b", add_special_tokens=False)["input_ids"]:  # what transformers makes up where there is none
-        raise ValueError(
-            f"model.tokenizer: found {name!r}, whose tokenizer turns a text into nothing; expected a folder with the "
-            "tokenizer.json that belongs to the model"
-        )
-    return tokenizer
-
-
-def _check_sizes(name: str, config: Any) -> None:
-    for size in SIZES:
-        value = getattr(config, size, None)
-        if value is not None and (not isinstance(value, int) or value < 1):
-            key = config.attribute_map.get(size, size)
-            raise ValueError(f"model.name: found {name!r} with {key} {value!r} in its config.json, expected at least 1")
-    heads, groups = config.num_attention_heads, shape_of(config).num_kv_heads
-    if heads % groups:
-        raise ValueError(
-            f"model.name: found {name!r} with {heads} heads over {groups} of keys and values in its config.json, "
-            "expected a multiple of them"
-        )
-
-
-@contextmanager
-def _refused(key: str, name: str, what: str, expected: str) -> Iterator[None]:
-    """Turn into one ValueError what transformers throws at files that are not as they should be: nearly anything."""
-    try:
-        yield
-    except AbsentError as error:
-        raise ValueError(f"{key}: {error}") from None
-    except Exception as error:
-        raise ValueError(f"{key}: found {name!r}, {what} ({first_line(error)}); expected {expected}") from None
 
 
 class LanguageModel:
@@ -223,7 +179,7 @@ class LanguageModel:
         if prompt.spec.kind == "prefix":
             return [(key, value) for key, value in key_values(prompt).to(self.dtype)]
         soft = prompt.matrices().to(self.model.get_input_embeddings().weight.dtype)
-        cache = self.model.base_model(inputs_embeds=soft, use_cache=True).past_key_values
+        cache = self.model.base_model(inputs_embeds=soft, **_keeping_all()).past_key_values
         return [(layer.keys, layer.values) for layer in cache.layers]
 
     def _reads_first(self, prompt: Prompt | Several, batch_size: int) -> bool:
@@ -271,7 +227,7 @@ class LanguageModel:
     def keys_and_values(self, ids: Tensor) -> Tensor:
         """What every layer makes of the tokens `ids` [tokens] alone, in the layout of `Prompt.key_values`, fp32."""
         with torch.no_grad(), self.computing(), self.evaluating():
-            cache = self.model.base_model(input_ids=ids[None].to(self.device), use_cache=True).past_key_values
+            cache = self.model.base_model(input_ids=ids[None].to(self.device), **_keeping_all()).past_key_values
         return torch.stack([torch.stack([layer.keys[0], layer.values[0]]) for layer in cache.layers]).float()
 
     def continue_from(
@@ -324,6 +280,11 @@ class LanguageModel:
         return sum(weight.numel() for weight in self.weights.values())
 
 
+def _keeping_all() -> dict[str, Any]:
+    """Arguments of a pass whose keys and values are all kept, where a layer's sliding window would drop the first."""
+    return {"use_cache": True, "past_key_values": transformers.DynamicCache()}
+
+
 def load_global(
     name: str,
     *,
@@ -367,9 +328,9 @@ def _weights(name: str, revision: str | None, device: torch.device, dtype: torch
     config = read_config(name, revision)
     settled = without_dropout(config) if checkpointing else config
     expected = "those of its config.json, whole; copy the folder again"
-    with _refused("model.name", name, "whose weights could not be read", expected):
+    with refusing("model.name", name, "whose weights could not be read", expected):
         folder, kind = locate(name, revision, "weights"), model_class(config)
-        model, info = kind.from_pretrained(folder, dtype=dtype, config=settled, output_loading_info=True)
+        model, info = kind.from_pretrained(folder, dtype=dtype, config=settled, output_loading_info=True, **NO_PICKLES)
     if missing := sorted(info["missing_keys"]):  # which transformers fills with noise
         raise ValueError(
             f"model.name: found {name!r} without {len(missing)} of its weights ({missing[0]}, ...), expected "

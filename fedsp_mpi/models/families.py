@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -129,6 +130,48 @@ def logits_of(model: Any, hidden: Tensor) -> Tensor:
     if getattr(model.config, "scale_decoder_outputs", False):
         hidden = hidden * model.config.d_model**-0.5
     return model.get_output_embeddings()(hidden)
+
+
+def origins(config: Any) -> tuple[int, ...] | None:
+    """Return of each layer its place in the model that it comes from, where a layer computes by its place, else None.
+
+    `layer_origins` says so in the configuration of a part of a model; in one of a whole model each place is its own.
+    """
+    if not getattr(config, "scale_attn_by_inverse_layer_idx", False):
+        return None
+    places = getattr(config, "layer_origins", None) or range(config.num_hidden_layers)
+    return tuple(places)
+
+
+def differs_by_layer(config: Any) -> bool:
+    """Return whether a model's layers compute differently by their place, or have different kinds of attention."""
+    return origins(config) is not None or len(set(getattr(config, "layer_types", None) or ())) > 1
+
+
+def with_layers(config: Any, taken: Sequence[int]) -> Any:
+    """Set a configuration, in place, to be of the layers `taken` of its model: what differs by layer goes with them.
+
+    Places beyond the last layer begin again with the first.
+    """
+    kinds, places = getattr(config, "layer_types", None), origins(config)
+    if kinds:
+        config.layer_types = [kinds[place % len(kinds)] for place in taken]
+    if places:
+        config.layer_origins = [places[place % len(places)] for place in taken]
+    config.num_hidden_layers = len(taken)
+    return config
+
+
+def settle_origins(model: Any) -> None:
+    """Let the layers of a part of a GPT-2 scale their attention by the places that they have in the whole model.
+
+    transformers divides by the layer's own place when it makes one, which is another one in a part of the model.
+    """
+    places = origins(model.config)
+    for layer, place in zip(layers_of(model), places or ()):
+        attention: Any = layer.attn
+        usual = attention.head_dim**-0.5 if attention.scale_attn_weights else 1.0
+        attention.scaling = usual / float(place + 1)
 
 
 def without_dropout(config: Any) -> Any:

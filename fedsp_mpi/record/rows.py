@@ -153,6 +153,18 @@ def table(row: type, rows: Iterable[Any] = ()) -> np.ndarray:
     return frozen(np.array(values, dtype=table_type(row)))
 
 
+def never_merged(clients: np.ndarray) -> dict[int, str]:
+    """Return the clients that took part in rounds and of which no update was ever merged, each with its last reason.
+
+    Args:
+        clients: the table of that name.
+    """
+    is_ok = clients["status"] == "ok"
+    lost = np.setdiff1d(clients["client"], clients["client"][is_ok])
+    rows = clients[np.isin(clients["client"], lost)]
+    return {int(row["client"]): _plain(row["reason"]) for row in rows}
+
+
 def wire_rows(found: np.ndarray) -> list[WireRow]:
     """The rows of the table `wire` as objects again."""
     rows = []
