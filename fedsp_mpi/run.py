@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from fedsp_mpi import comm, placement
 from fedsp_mpi.comm import guard
-from fedsp_mpi.comm.inspection import require_fields
+from fedsp_mpi.comm.inspection import ProtocolError, require_fields
 from fedsp_mpi.config import Config
 from fedsp_mpi.log import Log, RoundProgress
 from fedsp_mpi.plain import differences
@@ -192,6 +192,9 @@ def _first_mistake(hosts: list[dict[str, Any]]) -> comm.Refused | None:
             {"error": str} if "error" in host else {"pid": int, "device": str, "devices": dict, "config": dict}
         )
         require_fields(host, rank, {"host": str, **about})
+        # The guard signals these processes when a rank hangs; 0 and negative numbers would mean whole groups of them.
+        if host.get("pid", 2) < 2 or not host["host"].isprintable():
+            raise ProtocolError(f"rank {rank}: found process {host.get('pid')} on {host['host']!r}, which cannot be")
     if error := next((host["error"] for host in hosts if "error" in host), None):
         return comm.Refused(error)
     configs = [host.pop("config") for host in hosts]
