@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from fedsp_mpi import config, run
 from fedsp_mpi.comm.messages import TEXT_BYTES
-from fedsp_mpi.data import answers, fit
+from fedsp_mpi.data import answers, fit, masked
 from fedsp_mpi.data.tasks import Example, Splits
 from fedsp_mpi.data.tokens import collate, encode, encode_pairs, pieces
 from fedsp_mpi.evaluation.scoring import questions
@@ -167,6 +167,20 @@ def test_a_run_leaves_long_rows_out_and_check_finds_them(tmp_path, capsys):
     assert [line.split(maxsplit=2)[2] for line in warned] == list(notes)
 
 
+def test_what_must_fit_of_a_text_with_a_gap_is_all_from_the_gap_on():
+    tokenizer = tiny.gap_tokenizer("bert")
+    examples = [
+        Example(long(9), " w1", ("w1", "w2"), (0,), f" {long(size)}", row=f"row {size} of test") for size in (2, 8, 7)
+    ]
+    room = fit.Room.of(14, 4, True)  # <s>, the gap, seven words and </s>
+    kept, notes = fit.leave_out(Splits(tuple(examples), tuple(examples), (), ()), room, lambda: tokenizer)
+    assert kept.train == kept.validation == (examples[0], examples[2])
+    assert "train: 1 row left out of 3, whose text from the answer on is longer than the 10 tokens" in notes[0]
+    assert "row 8 of test (11 tokens)" in notes[0]
+    assert [len(text.ids) for text in masked.encode(tokenizer, kept.train, 10)] == [10, 10]
+    refused(lambda: masked.encode_options(tokenizer, examples, 10), "row 8 of test: found 11 tokens from the answer on")
+
+
 def test_a_client_that_is_lost_in_every_round_is_named_at_the_end_with_its_whole_reason(tmp_path):
     """Its one row has an answer that this tokenizer makes nothing of, which only the client itself finds out."""
     gone = tiny.tokenizer()
@@ -197,6 +211,13 @@ def test_a_client_that_is_lost_in_every_round_is_named_at_the_end_with_its_whole
 
 
 # -- choices that are alike ----------------------------------------------------------------------------------------
+
+
+def test_choices_in_a_gap_are_told_apart_by_the_same_check():
+    tokenizer = tiny.gap_tokenizer("bert")
+    answers.require_different(tokenizer, ("w1", "w2"), answers.tokens(tokenizer, [], ("w1", "w2")))
+    same = answers.tokens(tokenizer, [], ("w1", "w2", "w1"))
+    refused(lambda: answers.require_different(tokenizer, ("w1", "w2", "w1"), same), "'w1' and 'w1'", "(w1)")
 
 
 @pytest.mark.parametrize("over", ["auto", "vocabulary"])

@@ -117,7 +117,8 @@ def test_mistakes_are_found_before_weights_are_loaded(films):
 def test_a_run_is_trained_and_scored_in_the_users_words(tmp_path, films):
     own = ('data.template="{sentence} Answer: {mask}"', "data.verbaliser=[grey, blue]")
     run = short(tmp_path / "run", *FEDPROMPT, *settings(films, *own))
-    usual = short(tmp_path / "usual", *FEDPROMPT, *settings(films))
+    other = ('data.template="{sentence} Answer: {mask}"', "data.verbaliser=[cat, dog]")  # its own are unknown here
+    usual = short(tmp_path / "usual", *FEDPROMPT, *settings(films, *other))
     assert run.config["data"]["verbaliser"] == ["grey", "blue"]
     assert run.results["loss"].tolist() != usual.results["loss"].tolist()
     materials = Materials(config.load(Path(run.file.parent) / "config.yaml"))
