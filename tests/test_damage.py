@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 import pytest
 import tiny
@@ -19,7 +20,7 @@ from fedsp_mpi import fingerprint
 from fedsp_mpi.models import auxiliary
 from fedsp_mpi.models.backbone import LanguageModel
 from fedsp_mpi.models.prompts import Prompt, PromptSpec, read_adapter, write_adapter
-from fedsp_mpi.record import Checkpoint, Checkpoints, WireRow, read
+from fedsp_mpi.record import Checkpoint, Checkpoints, RunRecord, WireRow, read
 from fedsp_mpi.tensors import NamedTensors
 
 # 60 damages of each kind of file with every commit, 500 where minutes do not matter.
@@ -91,6 +92,22 @@ def test_a_damaged_record_is_never_read_as_another(tmp_path, kind, number):
             return "seen" if str(error).count("\n") == 0 and ": found " in str(error) else f"said badly ({error})"
 
     require_seen(outcomes(files, number, look, seed=1), number, at_least=0.99)
+
+
+def test_a_value_without_a_checksum_of_its_own_is_covered_by_the_digest_of_its_round(tmp_path):
+    make(tmp_path / "a", rounds=2).finish()
+    file = tmp_path / "a" / "run.h5"
+    with h5py.File(file) as h5:
+        place = h5["prompts/0001/a/scale"].id.get_offset()
+    image = bytearray(file.read_bytes())
+    image[place] ^= 1
+    file.write_bytes(image)
+    run = read(file)  # tables do not wait for prompts to be read
+    assert len(run.prompts(2)) == 3
+    with pytest.raises(ValueError, match="found prompts of round 0001 that are not what was written"):
+        run.prompts(1)
+    with pytest.raises(ValueError, match="found prompts of round 0001"):
+        RunRecord.open(tmp_path / "a")
 
 
 # --- checkpoints ---

@@ -113,7 +113,7 @@ WRITERS = {
     ("ownership.py", "write_new"): "a file that is not there yet (O_EXCL)",
     ("record/lock.py", "_opened"): "the lock, in a folder that is ours",
     ("record/files.py", "_open"): "the part of a file, for `write`",
-    ("record/layout.py", "open_file"): "the part of run.h5, for `_fold`",
+    ("record/layout.py", "fold_into"): "the part of run.h5, for `_fold`",
     ("jobs.py", "_start"): "adds to the end of a log",
     ("record/probe.py", "_begin"): "in a folder that this process has just made",
     ("record/probe.py", "_lock_trouble"): "opens the probe's own file, and writes nothing",
@@ -140,7 +140,7 @@ def opens_for_writing(node: ast.Call) -> bool:
         return False
     text = ast.unparse(node)
     modes = [argument.value for argument in node.args if isinstance(argument, ast.Constant)]
-    is_mode = any(isinstance(mode, str) and set(mode) <= set("wax+b") and mode for mode in modes)
+    is_mode = any(isinstance(mode, str) and set(mode) <= set("rwax+b") and set(mode) & set("wax+") for mode in modes)
     in_memory = "backing_store=False" in text
     return (is_mode and not in_memory) or "O_WRONLY" in text or "O_RDWR" in text or "flags" in text or "mode" in text
 

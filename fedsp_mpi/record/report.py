@@ -161,7 +161,7 @@ def _rounds(run: Run) -> list[str]:
     body = [
         [
             str(row["round"]),
-            f"{row['num_clients'] - row['num_failed']}/{row['num_clients']}",
+            f"{int(row['num_clients']) - int(row['num_failed'])}/{row['num_clients']}",
             loss(means.get(int(row["round"]), math.nan)),
             *(loss(row[name]) for name in ("server_loss_last", *_VALIDATION)),
             *(as_seconds(row[name]) for name in ("seconds_clients", "seconds_server", "seconds_total")),

@@ -76,7 +76,7 @@ def as_seconds(value: float) -> str:
 
 def percent(value: float) -> str:
     """A fraction as percent, without the sign; empty for what is not known."""
-    return "" if math.isnan(value) else f"{100 * value:.2f}"
+    return "" if math.isnan(value) else f"{100 * float(value):.2f}"
 
 
 def as_bytes(num: float) -> str:
