@@ -501,6 +501,11 @@ def test_a_refused_resume_names_the_command_that_goes_on(runs, capsys, monkeypat
     assert status == 0 and difference(read(runs / "whole"), read(folder)) == []
 
 
+def test_a_refused_run_leaves_nothing_where_there_was_nothing(tmp_path, capsys):
+    assert here(capsys, *words(tmp_path, "a", "data.task=sst2", "data.source=embedded"))[0] == 2
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_run_that_is_held_is_running(tmp_path):
     make(tmp_path / "a")
     assert read(tmp_path / "a").status == "running"  # no lock: nobody can know

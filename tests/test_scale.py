@@ -21,7 +21,8 @@ def test_merging_needs_a_chunk_of_every_update_and_two_prompts():
 def test_a_tenth_of_many_clients_each_round(tmp_path: Path):
     more = ("federation.clients=60", "federation.clients_per_round=6", "federation.rounds=3", "data.limit.train=560")
     for n in (0, 4):
-        short_run(n, tmp_path, f"n{n}", *more, "client.resident=1", "checkpoint.keep=3")
+        kept = ("checkpoint.keep=3", "checkpoint.keep_client_states=true")
+        short_run(n, tmp_path, f"n{n}", *more, "client.resident=1", *kept)
     run = read(tmp_path / "n4")
     assert difference(read(tmp_path / "n0"), run) == []
     assert run.rounds["num_clients"].tolist() == [6, 6, 6]

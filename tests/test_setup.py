@@ -76,3 +76,13 @@ def test_the_version_stands_in_one_place():
     assert done.stdout.strip() == fedsp_mpi.__version__, done.stderr
     constants = [node.value for node in ast.walk(SETUP) if isinstance(node, ast.Constant)]
     assert fedsp_mpi.__version__ not in constants and "fedsp_mpi" in constants
+
+
+def test_lower_bounds_are_what_was_tested():
+    """Each requirement names a least version, of the same minor line as the pinned one."""
+    pins = dict(re.findall(r"^([\w.-]+)==([\w.]+)$", (ROOT / "constraints.txt").read_text(encoding="utf-8"), re.M))
+    tested = {normal(name): version.split(".")[:2] for name, version in pins.items()}
+    keywords = [node for node in ast.walk(SETUP) if isinstance(node, ast.keyword)]
+    [listed] = [keyword.value for keyword in keywords if keyword.arg == "install_requires"]
+    bounds = {normal(item): item.partition(">=")[2].split(".") for item in ast.literal_eval(listed)}
+    assert bounds == {name: tested[name] for name in bounds}

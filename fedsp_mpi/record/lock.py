@@ -30,8 +30,8 @@ class RunLock:
     process of this host that is gone, or an earlier start of the same Slurm job, has left it behind.
     """
 
-    def __init__(self, file: IO[str]) -> None:
-        self._file = file
+    def __init__(self, file: IO[str], path: Path) -> None:
+        self._file, self._path = file, path
 
     @classmethod
     def take(cls, folder: Path, private: bool = False) -> RunLock:
@@ -58,12 +58,12 @@ class RunLock:
             # In one write over the old note: a kill leaves the old or the new one, never an empty file.
             note = json.dumps(_me() | {ownership.LISTED: listed})
             os.pwrite(file.fileno(), note.encode().ljust(os.fstat(file.fileno()).st_size), 0)
-        return cls(file)
+        return cls(file, path)
 
     def release(self, delete: bool = False) -> None:
         """Give the folder back; with `delete` as if it had never been taken."""
         if delete:
-            Path(self._file.name).unlink(missing_ok=True)
+            self._path.unlink(missing_ok=True)
         self._file.close()
 
 
