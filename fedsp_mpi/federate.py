@@ -198,7 +198,10 @@ def local_work(clients: ClientSide, down: Down) -> Iterator[Update | Failure]:
 
 
 def require_quorum(updates: Updates, plan: FederationConfig) -> None:
-    """Raise ClientFailedError if the run should not go on with the updates that there are."""
+    """Raise ClientFailedError if the run should not go on with the updates that there are.
+
+    Asked before the rule of aggregation and after it: an update that the rule rejected does not count.
+    """
     who = [f"client {f.client} in {f.phase}: {f.reason}" for f in updates.failures]
     if who and plan.on_failure == "stop":
         raise ClientFailedError(f"{'; '.join(who)} (federation.on_failure=stop; =drop goes on without them)")

@@ -84,7 +84,7 @@ class Best:
     loss: float = math.inf
 
     def offer(self, tuned: NamedTensors, round: int, loss: float) -> bool:
-        """Take this if it is better. A loss that is not a number never is."""
+        """Take this if it is better: of equal losses the first stays, and one that is not a number never is better."""
         if not loss < self.loss:
             return False
         self.tuned, self.round, self.loss = tuned, round, loss
