@@ -75,7 +75,7 @@ class Materials:
         """Whether the user's own words stand around the text, or for its classes."""
         return self.config.data.template is not None or bool(self.config.data.verbaliser)
 
-    @property
+    @cached_property
     def splits(self) -> tasks.Splits:
         """The task's examples, without those whose answer does not fit."""
         return self._splits[0]
