@@ -8,6 +8,7 @@ import struct
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -366,7 +367,8 @@ def panels(runs: Sequence[Run]) -> list[Any]:
 
     before, Figure.savefig = Figure.savefig, keep
     try:
-        plot.draw_curves(runs, "never.png")
+        with TemporaryDirectory() as folder:
+            plot.draw_curves(runs, Path(folder) / "curves.png")
     finally:
         Figure.savefig = before
     return figures[0].axes
