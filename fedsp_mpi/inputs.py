@@ -11,11 +11,13 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from fedsp_mpi import fingerprint
+from fedsp_mpi.comm.inspection import ProtocolError
 from fedsp_mpi.materials import Materials
 from fedsp_mpi.models.backbone import LanguageModel
 
 SECTION = "inputs"  # of the record
 _CLIENTS = "texts of client"
+_LONGEST = 64  # signs of a digest
 _SHOWN = 8  # names in a message
 UNUSABLE = "unusable"  # in the place of the digest of a text that could not be read
 
@@ -48,6 +50,16 @@ def _of_client(materials: Materials, id: int) -> str:
         return fingerprint.of_texts(materials.shard(id + 1))
     except ValueError:  # the client fails in its first round, and is named there
         return UNUSABLE
+
+
+def require_own(digests: Mapping[str, Any], rank: int, ids: Iterable[int]) -> None:
+    """Raise ProtocolError unless what a rank sends are digests of texts of clients that it plays."""
+    names = {f"{_CLIENTS} {id}" for id in ids}
+    for name, digest in digests.items():
+        if name not in names or not isinstance(digest, str) or len(digest) > _LONGEST:
+            raise ProtocolError(
+                f"rank {rank}: found digests that are not of texts of its clients, expected those alone"
+            )
 
 
 def combined(digests: Mapping[str, str]) -> str:

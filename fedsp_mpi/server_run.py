@@ -149,6 +149,8 @@ class ServerRun:
             return comm.Refused(mistake)
         from fedsp_mpi import inputs
 
+        for rank, answer in enumerate(ready):
+            inputs.require_own(answer["texts"], rank, self._assignment[rank])
         texts = {name: digest for answer in ready for name, digest in answer["texts"].items()}
         try:
             inputs.require_same(self.folder, self.record.run.sections.get(inputs.SECTION, {}), texts)
