@@ -37,6 +37,7 @@ setup(
         "cmaes>=0.13",
         "threadpoolctl>=3.8",
         "numpy>=2.4",
+        "pandas>=3.1",
         "PyYAML>=6.0",
     ],
     extras_require={"local": LOCAL, "evaluate": EVALUATE, "plot": PLOT, "test": TEST},

@@ -283,8 +283,8 @@ def _stranger(folder: Path) -> str | None:
         names = sorted(entry.name for entry in os.scandir(folder))
     except FileNotFoundError:
         return None
-    except NotADirectoryError:
-        return folder.name
+    except NotADirectoryError:  # a file stands there, or in the place of a folder around it, which nobody can make
+        return folder.name if os.path.lexists(folder) else None
     lock = folder / LOCK
     if not names or _is_marked(folder):
         return None

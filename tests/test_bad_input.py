@@ -85,6 +85,8 @@ def test_another_number_of_ranks_than_expected(tmp_path, ranks):
 def test_existing_run_without_a_decision(tmp_path):
     (tmp_path / "runs" / "taken").mkdir(parents=True)
     (tmp_path / "runs" / "taken" / "config.yaml").write_text("")
+    assert "no sign that a run wrote it" in refused(0, "run.name=taken", folder=tmp_path)
+    (tmp_path / "runs" / "taken" / "lock").write_text('{"host": "other", "pid": 7, "job": null}\n')
     line = refused(0, "run.name=taken", folder=tmp_path)
     assert "taken" in line and "replace" in line
 

@@ -13,6 +13,7 @@ import pytest
 import tiny
 import torch
 from mpi import both_ends, run_mpi
+from test_fedbpt import FEDBPT
 
 from fedsp_mpi import capacity, check, config, placement
 from fedsp_mpi.comm import Refused
@@ -23,6 +24,8 @@ from fedsp_mpi.models import auxiliary, backbone
 from fedsp_mpi.record import read
 from fedsp_mpi.record.probe import Probe, look
 from fedsp_mpi.tensors import seal
+
+SEARCH = (*FEDBPT, "search.batch_tokens=10000000")  # more than a machine of this decade has memory for
 
 LAUNCHERS = ("PMI_", "PMIX_", "OMPI_COMM_WORLD_", "SLURM_")
 GIB = 2**30
@@ -163,7 +166,7 @@ def test_a_number_of_ranks_that_would_stop_a_run(tmp_path, setting, words):
         (["topology.ranks=5"], "world: found 1 ranks, expected topology.ranks=5"),
         (["model.name=/nowhere"], "model, data: model.name: found '/nowhere'"),
         (["federation.clients=100", "data.limit.train=50"], "model, data: found 50 "),
-        (["server.tuning.batch_size=100000000"], "memory: host "),
+        ([*SEARCH, "search.forward=server"], "memory: host "),
         (["run.folder=/proc/runs"], "run folder: /proc/runs/"),
     ],
 )
@@ -181,10 +184,10 @@ def test_several_failures_are_counted(tmp_path):
 
 
 def test_a_memory_plan_that_exceeds_what_is_free_names_both(tmp_path):
-    _, refused = alone(tmp_path, "client.tuning.batch_size=100000000")
+    _, refused = alone(tmp_path, *SEARCH)
     need, free = (float(number) for number in re.findall(r"about (\S+) GiB needed, (\S+) GiB free", refused)[0])
-    # 32 values of 4 bytes for each of 3 layers, 128 units and at least 20 tokens of each example.
-    assert need > 1e8 * 32 * 4 * 3 * 128 * 20 / GIB and 0 < free < need
+    # 4 bytes for each of 128 units of ten million tokens, many times over.
+    assert need > 1e7 * 128 * 4 * 10 / GIB and 0 < free < need
 
 
 def test_a_folder_that_one_rank_does_not_share(tmp_path):

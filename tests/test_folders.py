@@ -183,7 +183,7 @@ def test_other_names_are_taken(name):
 
 @pytest.mark.parametrize("key", ["run.folder", "model.name", "model.tokenizer", "data.source", "distillation.text"])
 def test_a_path_that_is_no_text_is_refused(key):
-    with pytest.raises(ConfigError, match=rf"^{key}: found '/x.udcff', which is no text .* set LC_ALL"):
+    with pytest.raises(ConfigError, match=rf"^{key}: found '/x.udcff', expected text .* set LC_ALL"):
         load(None, [f"{key}=/x\udcff"])
 
 

@@ -106,7 +106,7 @@ def test_bits_do_not_depend_on_the_number_of_ranks(tmp_path):
     source = tiny.gap_task_folder(tmp_path / "data")
     more = (
         *("client.training=joint", "data.partition=labels", "data.alpha=0.3", "data.server_share=16"),
-        *(f"data.source={source}", "data.limit.train=null"),
+        *(f"data.source={source}", "data.limit.train=null", "data.verbaliser=[grey, blue]"),
     )
     for n in (0, 4):
         short_run(n, tmp_path, f"n{n}", *more)

@@ -299,7 +299,7 @@ class Wire:
                         target = np.empty(size, dtype=np.uint8)
                     flowing[rank] = message.Irecv([target, self._mpi.BYTE])
                 if flowing[rank].Test():
-                    waiting.remove(rank)
+                    waiting.discard(rank)
             return not waiting
 
         self._wait(look, "gather", moving=True, missing=lambda: waiting)
