@@ -66,7 +66,7 @@ def measure_waiting(seconds: float = 1.0, repeats: int = 5) -> dict[str, float]:
     """
     from mpi4py import MPI
 
-    wire = Wire(MPI.COMM_WORLD)
+    wire = Wire(MPI.COMM_WORLD, 1 << 18)  # several pieces: the server takes the first at once, the others wait for it
     _hand_out(wire, 1 << 18)
     work = _work(seconds) if wire.is_server else (lambda: 0.0)
     vector = np.zeros(1 << 18, dtype=np.float32)
