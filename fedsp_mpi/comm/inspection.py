@@ -17,8 +17,9 @@ from typing import Any
 
 import numpy as np
 
+from ..foreign import printable
 from ..tensors import Contract, Failure
-from .messages import HEADER_BYTES, MAX_ABS, Header, Kind, impossible_values, pack_answers, printable, unpack_answers
+from .messages import HEADER_BYTES, MAX_ABS, Header, Kind, impossible_values, pack_answers, unpack_answers
 
 MAX_JSON_BYTES = 64 << 20  # of a letter in JSON, such as the list of a rank's files in a checkpoint
 _MAX_COUNT = 1 << 53  # questions of a client in a round, or bytes of them

@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from ..foreign import printable
 from ..tensors import Contract, Failure, NamedTensors, Schema, Update, seal
 
 CHUNK_BYTES = 4 << 20  # of one vector that travel at once
@@ -253,11 +254,6 @@ def slices(num_values: int, chunk: int) -> Iterator[slice]:
     """Cut a vector into pieces of `chunk` values; the last may be shorter."""
     for start in range(0, num_values, chunk):
         yield slice(start, min(start + chunk, num_values))
-
-
-def printable(text: str) -> str:
-    """A text of somebody else for a line of a log: control characters are written out."""
-    return "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in text)
 
 
 def to_json(content: Any) -> bytes:
