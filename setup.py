@@ -10,7 +10,9 @@ EVALUATE = ["lm_eval>=0.4.12"]  # drives the verb `evaluate`
 PLOT = ["matplotlib>=3.11"]  # pictures of `report`
 TEST = [*LOCAL, *EVALUATE, *PLOT, "pytest", "pytest-xdist", "hypothesis", "ruff", "mypy"]
 
-[VERSION] = re.findall(r'^__version__ = "(.+)"$', Path("fedsp_mpi/__init__.py").read_text(encoding="utf-8"), re.M)
+[VERSION] = re.findall(
+    r'^__version__ = "(.+)"$', Path("fedsp_mpi/__init__.py").read_text(encoding="utf-8"), re.M
+)
 
 setup(
     name="fedsp_mpi",

@@ -15,12 +15,12 @@ from fedsp_mpi.comm.inspection import ProtocolError, reading, require_fields
 from fedsp_mpi.comm.solo import Solo
 from fedsp_mpi.comm.wire import Wire
 from fedsp_mpi.config import FederationConfig
+from fedsp_mpi.config.runtime import CheckpointConfig
 from fedsp_mpi.log import duration
+from fedsp_mpi.record.atomic import RecordError
 from fedsp_mpi.record.checkpoint import Piece
-from fedsp_mpi.record.files import RecordError
-from fedsp_mpi.record.rows import ClientRow, RoundRow, WireRow
-from fedsp_mpi.running import CheckpointConfig
-from fedsp_mpi.sides import Archive, ClientSide, ServerSide
+from fedsp_mpi.record.tables import ClientRow, RoundRow, WireRow
+from fedsp_mpi.roles import Archive, ClientSide, ServerSide
 from fedsp_mpi.tensors import ClientError, Failure, Update
 
 
@@ -46,7 +46,9 @@ class Plan:
         return every is not None and (round % every == 0 or round == self.federation.rounds)
 
 
-def federate(wire: Wire | Solo, plan: Plan, here: ServerSide | None, clients: ClientSide | None) -> bool:
+def federate(
+    wire: Wire | Solo, plan: Plan, here: ServerSide | None, clients: ClientSide | None
+) -> bool:
     """All rounds that are left. Every rank calls this; `here` is the server's side, `clients` the others'.
 
     Returns:
@@ -65,7 +67,9 @@ def federate(wire: Wire | Solo, plan: Plan, here: ServerSide | None, clients: Cl
     return True
 
 
-def run_round(round: int, wire: Wire | Solo, plan: Plan, here: ServerSide | None, clients: ClientSide | None) -> bool:
+def run_round(
+    round: int, wire: Wire | Solo, plan: Plan, here: ServerSide | None, clients: ClientSide | None
+) -> bool:
     """One round: prompts go down, are tuned on private text, come up, are merged and tuned on the global model.
 
     False if the server's word is to stop. Raises ClientFailedError at the server if too many clients failed.
@@ -128,10 +132,16 @@ def run_round(round: int, wire: Wire | Solo, plan: Plan, here: ServerSide | None
 
 
 def _word(round: int, here: ServerSide) -> Down:
-    return Down(round, stop=True) if guard.told_to_stop else Down(round, tensors=here.server.broadcast())
+    return (
+        Down(round, stop=True)
+        if guard.told_to_stop
+        else Down(round, tensors=here.server.broadcast())
+    )
 
 
-def save(round: int, wire: Wire | Solo, plan: Plan, here: ServerSide | None, clients: ClientSide | None) -> None:
+def save(
+    round: int, wire: Wire | Solo, plan: Plan, here: ServerSide | None, clients: ClientSide | None
+) -> None:
     """Write a checkpoint: the clients' states by those who play them, while the server ends the round; then its own.
 
     After the last round the clients are not asked, because they have nothing left to do.
@@ -146,7 +156,12 @@ def save(round: int, wire: Wire | Solo, plan: Plan, here: ServerSide | None, cli
         archive = here.archive
         pieces = _saved_pieces(answers, archive.rank_of)
         archive.checkpoints.commit(
-            round, here.state(), pieces, plan.checkpoint.keep, best=here.best.round, inputs=archive.inputs
+            round,
+            here.state(),
+            pieces,
+            plan.checkpoint.keep,
+            best=here.best.round,
+            inputs=archive.inputs,
         )
         here.archive.seconds_checkpoints.append(time.perf_counter() - start)
 
@@ -160,7 +175,9 @@ def _saved(clients: ClientSide | None) -> dict[str, Any]:
     return {"states": {str(id): list(piece) for id, piece in states.items()}, "error": None}
 
 
-def _saved_pieces(answers: Sequence[dict[str, Any]], rank_of: Mapping[int, int]) -> dict[int, Piece]:
+def _saved_pieces(
+    answers: Sequence[dict[str, Any]], rank_of: Mapping[int, int]
+) -> dict[int, Piece]:
     """The files that ranks have written for their clients, by client id.
 
     Raises RecordError if a rank could not write, ProtocolError if it names what is not its own.
@@ -173,7 +190,9 @@ def _saved_pieces(answers: Sequence[dict[str, Any]], rank_of: Mapping[int, int])
                 raise RecordError(str(answer["error"]))
             for id, piece in answer["states"].items():
                 if rank_of.get(int(id)) != rank:
-                    raise ProtocolError(f"rank {rank}: found a state of client {int(id)}, which it does not play")
+                    raise ProtocolError(
+                        f"rank {rank}: found a state of client {int(id)}, which it does not play"
+                    )
                 pieces[int(id)] = Piece.of(piece)
     return pieces
 
@@ -204,7 +223,9 @@ def require_quorum(updates: Updates, plan: FederationConfig) -> None:
     """
     who = [f"client {f.client} in {f.phase}: {f.reason}" for f in updates.failures]
     if who and plan.on_failure == "stop":
-        raise ClientFailedError(f"{'; '.join(who)} (federation.on_failure=stop; =drop goes on without them)")
+        raise ClientFailedError(
+            f"{'; '.join(who)} (federation.on_failure=stop; =drop goes on without them)"
+        )
     who += [f"client {client} rejected: {reason}" for client, reason in updates.rejected.items()]
     left = len(updates.reports) - len(updates.rejected)
     if who and left < plan.min_clients:
@@ -214,7 +235,11 @@ def require_quorum(updates: Updates, plan: FederationConfig) -> None:
 
 
 def commit(
-    archive: Archive, wire: Wire | Solo, row: RoundRow, updates: Updates, prompts: dict[str, np.ndarray] | None
+    archive: Archive,
+    wire: Wire | Solo,
+    row: RoundRow,
+    updates: Updates,
+    prompts: dict[str, np.ndarray] | None,
 ) -> None:
     """Write one round into the record: when this returns, the round is on disk."""
     size = wire.round_bytes()
@@ -222,14 +247,25 @@ def commit(
     def client_row(client: int, **rest: Any) -> ClientRow:
         down, up = size["down"].get(client, 0), size["up"].get(client, 0)
         return ClientRow(
-            round=row.round, client=client, rank=archive.rank_of[client], bytes_down=down, bytes_up=up, **rest
+            round=row.round,
+            client=client,
+            rank=archive.rank_of[client],
+            bytes_down=down,
+            bytes_up=up,
+            **rest,
         )
 
-    rejected = {client: {"status": "rejected", "reason": why} for client, why in updates.rejected.items()}
+    rejected = {
+        client: {"status": "rejected", "reason": why} for client, why in updates.rejected.items()
+    }
     clients = [
-        client_row(r.client, samples=int(r.weight), **r.metrics, **rejected.get(r.client, {})) for r in updates.reports
+        client_row(r.client, samples=int(r.weight), **r.metrics, **rejected.get(r.client, {}))
+        for r in updates.reports
     ]
-    clients += [client_row(f.client, status="failed", reason=f"{f.phase}: {f.reason}") for f in updates.failures]
+    clients += [
+        client_row(f.client, status="failed", reason=f"{f.phase}: {f.reason}")
+        for f in updates.failures
+    ]
     row = replace(row, bytes_down=sum(size["down"].values()), bytes_up=sum(size["up"].values()))
     ordered = sorted(clients, key=lambda client: client.client)
     archive.record.commit_round(row, ordered, prompts, manifest(wire, archive.carried))
@@ -239,16 +275,24 @@ def manifest(wire: Wire | Solo, carried: Sequence[WireRow] = ()) -> list[WireRow
     """The wire's manifest as rows of the record, on top of what earlier stretches of the run sent."""
     rows = {(row.direction, row.phase, row.name): row for row in carried}
     for entry in wire.manifest:
-        kept = {name: entry[name] for name in ("name", "dtype", "direction", "phase", "bytes", "bytes_crossed")}
+        kept = {
+            name: entry[name]
+            for name in ("name", "dtype", "direction", "phase", "bytes", "bytes_crossed")
+        }
         row = WireRow(**kept, shape=tuple(entry["shape"] or ()), count=entry["messages"])
-        rows[row.direction, row.phase, row.name] = _added(rows.get((row.direction, row.phase, row.name)), row)
+        rows[row.direction, row.phase, row.name] = _added(
+            rows.get((row.direction, row.phase, row.name)), row
+        )
     return list(rows.values())
 
 
 def _added(before: WireRow | None, row: WireRow) -> WireRow:
     if before is None:
         return row
-    sums = {name: getattr(before, name) + getattr(row, name) for name in ("count", "bytes", "bytes_crossed")}
+    sums = {
+        name: getattr(before, name) + getattr(row, name)
+        for name in ("count", "bytes", "bytes_crossed")
+    }
     return replace(row, **sums)
 
 
@@ -275,7 +319,9 @@ def _tell(archive: Archive, round: int, plan: Plan, elapsed: float) -> None:
     row = archive.record.run.rounds[-1]
     there = archive.record.run.clients
     some = there[there["round"] == round]["status"].tolist()
-    left_out = "".join(f", {some.count(kind)} of them {kind}" for kind in ("failed", "rejected") if kind in some)
+    left_out = "".join(
+        f", {some.count(kind)} of them {kind}" for kind in ("failed", "rejected") if kind in some
+    )
     loss = row["control_validation_loss"]
     control = "" if math.isnan(loss) else f", server-only {loss:.4f}"
     best = ", best so far" if row["is_best"] else ""

@@ -56,7 +56,9 @@ class RoundProgress:
         every: least seconds between two lines, and from the start of a round to its first; None: never a line.
     """
 
-    def __init__(self, say: Callable[[str], None] = lambda line: None, every: float | None = None) -> None:
+    def __init__(
+        self, say: Callable[[str], None] = lambda line: None, every: float | None = None
+    ) -> None:
         self._say, self._every = say, math.inf if every is None else every
         self._where, self._unit, self._total, self._done = "", "step", 0, 0
         self._last = time.monotonic()

@@ -17,12 +17,16 @@ if TYPE_CHECKING:
     import torch
 
 
-State = dict[str, np.ndarray]  # what somebody goes on from, by name: views, valid until the next step
+State = dict[
+    str, np.ndarray
+]  # what somebody goes on from, by name: views, valid until the next step
 
 
 def join_states(parts: Mapping[str, Mapping[str, np.ndarray]]) -> State:
     """Several states in one; the names get the part's name and a slash in front."""
-    return {f"{part}/{name}": value for part, state in parts.items() for name, value in state.items()}
+    return {
+        f"{part}/{name}": value for part, state in parts.items() for name, value in state.items()
+    }
 
 
 def part_of_state(state: Mapping[str, np.ndarray], part: str) -> State:
@@ -67,7 +71,9 @@ class Schema(tuple[TensorSpec, ...]):
     @property
     def digest(self) -> bytes:
         """16 bytes that two equal schemas share."""
-        return hashlib.blake2b(repr([(s.name, s.shape) for s in self]).encode(), digest_size=16).digest()
+        return hashlib.blake2b(
+            repr([(s.name, s.shape) for s in self]).encode(), digest_size=16
+        ).digest()
 
     def require(self, expected: Schema, whose: str) -> None:
         """Raise ValueError naming the first tensor in which `self` differs from `expected`."""
@@ -115,7 +121,9 @@ class _Seal:
 
     def _refuse_range(self, name: str, low: int, size: int) -> None:
         if size:
-            self._refuse(name, next((n for a, b, n in self._ranges if low < b and a < low + size), None))
+            self._refuse(
+                name, next((n for a, b, n in self._ranges if low < b and a < low + size), None)
+            )
 
     def clear(self) -> None:
         self.__init__()  # type: ignore[misc]
@@ -148,13 +156,19 @@ class NamedTensors(Mapping[str, np.ndarray]):
 
     def __init__(self, schema: Schema, flat: np.ndarray) -> None:
         if flat.dtype != np.float32 or flat.ndim != 1 or not flat.flags.c_contiguous:
-            raise ValueError(f"found a {flat.dtype} array of shape {flat.shape}, expected a contiguous float32 vector")
+            raise ValueError(
+                f"found a {flat.dtype} array of shape {flat.shape}, expected a contiguous float32 vector"
+            )
         if flat.size != schema.num_values:
-            raise ValueError(f"found {flat.size} values, expected {schema.num_values} for {[s.name for s in schema]}")
+            raise ValueError(
+                f"found {flat.size} values, expected {schema.num_values} for {[s.name for s in schema]}"
+            )
         seal.refuse_array(flat)
         self.schema, self.flat = schema, flat
         ends = np.cumsum([spec.num_values for spec in schema])
-        self._views = {s.name: flat[end - s.num_values : end].reshape(s.shape) for s, end in zip(schema, ends)}
+        self._views = {
+            s.name: flat[end - s.num_values : end].reshape(s.shape) for s, end in zip(schema, ends)
+        }
 
     @classmethod
     def pack(cls, tensors: Mapping[str, torch.Tensor]) -> NamedTensors:
@@ -176,7 +190,9 @@ class NamedTensors(Mapping[str, np.ndarray]):
     def of(cls, arrays: Mapping[str, np.ndarray]) -> NamedTensors:
         """Copy arrays, of any float type, into one fp32 vector."""
         schema = Schema.of((name, array.shape) for name, array in arrays.items())
-        return cls(schema, np.concatenate([array.ravel() for array in arrays.values()]).astype(np.float32))
+        return cls(
+            schema, np.concatenate([array.ravel() for array in arrays.values()]).astype(np.float32)
+        )
 
     def torch(self) -> dict[str, torch.Tensor]:
         """The same memory as torch tensors on the CPU; writing to one writes to the message."""
@@ -200,7 +216,9 @@ class NamedTensors(Mapping[str, np.ndarray]):
     @classmethod
     def join(cls, parts: Mapping[str, NamedTensors]) -> NamedTensors:
         """Several messages in one; the names get the part's name in front."""
-        schema = Schema(TensorSpec(p + s.name, s.shape) for p, part in parts.items() for s in part.schema)
+        schema = Schema(
+            TensorSpec(p + s.name, s.shape) for p, part in parts.items() for s in part.schema
+        )
         return cls(schema, np.concatenate([part.flat for part in parts.values()]))
 
     def copy(self) -> NamedTensors:
@@ -237,7 +255,11 @@ class Batch(NamedTuple):
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on a device; itself where it is there already."""
-        return self if device.type == "cpu" else Batch(*(tensor.to(device, non_blocking=True) for tensor in self))
+        return (
+            self
+            if device.type == "cpu"
+            else Batch(*(tensor.to(device, non_blocking=True) for tensor in self))
+        )
 
 
 @dataclass(frozen=True)

@@ -13,5 +13,7 @@ def available() -> list[str]:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
         return []
-    flags = {flag for line in text.splitlines() if line.startswith("flags") for flag in line.split()}
+    flags = {
+        flag for line in text.splitlines() if line.startswith("flags") for flag in line.split()
+    }
     return [kernel for kernel, flag in _NEEDS.items() if flag in flags]

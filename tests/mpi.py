@@ -48,12 +48,27 @@ def run_mpi(
         env: variables on top of the test's own environment.
         status: the expected exit status; the test fails on another one. None expects nothing.
     """
-    command = ([mpirun(), "-n", str(n)] if n else []) + [sys.executable, *(os.fspath(arg) for arg in args)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **_ALLOW, **(env or {})}
+    command = ([mpirun(), "-n", str(n)] if n else []) + [
+        sys.executable,
+        *(os.fspath(arg) for arg in args),
+    ]
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+        **_ALLOW,
+        **(env or {}),
+    }
     # Files, not pipes: a process that outlives mpirun would keep a pipe open, and us waiting.
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         process = subprocess.Popen(
-            command, stdout=out, stderr=err, stdin=subprocess.DEVNULL, cwd=ROOT, env=environment, start_new_session=True
+            command,
+            stdout=out,
+            stderr=err,
+            stdin=subprocess.DEVNULL,
+            cwd=ROOT,
+            env=environment,
+            start_new_session=True,
         )
         late = False
         try:
@@ -66,7 +81,11 @@ def run_mpi(
         err.seek(0)
         result = subprocess.CompletedProcess(command, process.returncode, out.read(), err.read())
     if late or status not in (None, result.returncode):
-        reason = f"still running after {timeout} s" if late else f"exit status {result.returncode}, expected {status}"
+        reason = (
+            f"still running after {timeout} s"
+            if late
+            else f"exit status {result.returncode}, expected {status}"
+        )
         pytest.fail(f"{' '.join(command)}: {reason}\n{both_ends(result)}", pytrace=False)
     return result
 

@@ -7,16 +7,16 @@ from typing import Any
 
 import numpy as np
 
-from fedsp_mpi.record import (
-    ClientRow,
-    ResultRow,
-    RoundRow,
-    RunRecord,
-)
+from fedsp_mpi.record import ClientRow, ResultRow, RoundRow, RunRecord
 
 
 def make(
-    folder: Path, rounds: int = 3, keep: bool = True, seed: int = 1, offset: float = 0.0, **config: Any
+    folder: Path,
+    rounds: int = 3,
+    keep: bool = True,
+    seed: int = 1,
+    offset: float = 0.0,
+    **config: Any,
 ) -> RunRecord:
     """A record with some rounds of two clients and an 8x4 prompt."""
     record = RunRecord.create(
@@ -35,14 +35,18 @@ def make(
             validation_loss=2.0 / number,
             is_best=True,
         )
-        clients = [ClientRow(round=number, client=c, rank=1 + c, loss_prompt_last=2.5) for c in range(2)]
+        clients = [
+            ClientRow(round=number, client=c, rank=1 + c, loss_prompt_last=2.5) for c in range(2)
+        ]
         record.commit_round(row, clients, tensors(number, offset) if keep else None)
     return record
 
 
 def tensors(round: int, offset: float = 0.0) -> dict[str, np.ndarray]:
     """Prompts of several shapes, with values that only bits can tell apart."""
-    prefix = np.random.default_rng(round).standard_normal((8, 4)).astype(np.float32) + np.float32(offset)
+    prefix = np.random.default_rng(round).standard_normal((8, 4)).astype(np.float32) + np.float32(
+        offset
+    )
     prefix[0, :3] = np.float32(-0.0), np.float32(np.nan), np.float32(1e-42)
     return {
         "z.prefix": prefix,
@@ -63,7 +67,14 @@ def results(fedsp: float, loss: float = 2.0) -> list[ResultRow]:
     scores = {"zero-shot": 0.5, "server-only": 0.6, "fedsp": fedsp}
     return [
         ResultRow(
-            method=m, split="test", n=400, acc=a, acc_norm=a - 0.1, stderr=0.01, loss=loss, round=2 * (m == "fedsp")
+            method=m,
+            split="test",
+            n=400,
+            acc=a,
+            acc_norm=a - 0.1,
+            stderr=0.01,
+            loss=loss,
+            round=2 * (m == "fedsp"),
         )
         for m, a in scores.items()
     ]

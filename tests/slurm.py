@@ -17,7 +17,17 @@ from pathlib import Path
 import pytest
 from mpi import ROOT, kill_tree
 
-PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel", "squeue", "sinfo")
+PROGRAMS = (
+    "munged",
+    "slurmctld",
+    "slurmd",
+    "sbatch",
+    "srun",
+    "scontrol",
+    "scancel",
+    "squeue",
+    "sinfo",
+)
 FINAL = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE"}
 
 # cred_expire is also how long a requeued job waits, and 5 is the least. OverTimeLimit: time limits are minutes, looked
@@ -63,7 +73,9 @@ class Slurm:
 
     def __enter__(self) -> Slurm:
         with ExitStack() as stack:
-            self.folder = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))  # a socket's path has to be short
+            self.folder = Path(
+                tempfile.mkdtemp(prefix="slurm-", dir="/tmp")
+            )  # a socket's path has to be short
             stack.callback(shutil.rmtree, self.folder, ignore_errors=True)
             (self.folder / "state").mkdir()
             conf = self.folder / "slurm.conf"
@@ -71,10 +83,18 @@ class Slurm:
             conf.write_text(CONF.format(host=host, folder=self.folder, ports=_free_ports(3)))
             self._environment = {**_clean_environment(), "SLURM_CONF": str(conf)}
             self._start_munge(stack)
-            for command in (["slurmctld", "-D"], ["slurmd", "-D", "-N", "n1"], ["slurmd", "-D", "-N", "n2"]):
+            for command in (
+                ["slurmctld", "-D"],
+                ["slurmd", "-D", "-N", "n1"],
+                ["slurmd", "-D", "-N", "n2"],
+            ):
                 self._start(stack, command)
             stack.callback(self._end_jobs)
-            until(lambda: self.run("sinfo", "-h", "-t", "idle", "-o", "%D").strip() == "2", 60, self._logs)
+            until(
+                lambda: self.run("sinfo", "-h", "-t", "idle", "-o", "%D").strip() == "2",
+                60,
+                self._logs,
+            )
             self._stack = stack.pop_all()
         return self
 
@@ -84,23 +104,45 @@ class Slurm:
     def run(self, *command: str | os.PathLike[str]) -> str:
         """Run one of Slurm's commands in the repository's root and give its output; the test fails if it fails."""
         done = subprocess.run(
-            command, cwd=ROOT, env=self._environment, capture_output=True, text=True, timeout=60, check=False
+            command,
+            cwd=ROOT,
+            env=self._environment,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
         )
         if done.returncode:
-            pytest.fail(f"{' '.join(map(str, command))}: {done.stderr}\n{self._logs()}", pytrace=False)
+            pytest.fail(
+                f"{' '.join(map(str, command))}: {done.stderr}\n{self._logs()}", pytrace=False
+            )
         return done.stdout
 
     def submit(self, options: Sequence[str], script: str, *arguments: str, **variables: str) -> Job:
         """`sbatch OPTIONS slurm/SCRIPT ARGUMENTS`, with environment variables on top of the test's own."""
         given = [f"{name}={value}" for name, value in variables.items()]
         out = self.folder / "%x-%A_%a.txt"
-        done = self.run("env", *given, "sbatch", "--parsable", f"-o{out}", *options, f"slurm/{script}", *arguments)
+        done = self.run(
+            "env",
+            *given,
+            "sbatch",
+            "--parsable",
+            f"-o{out}",
+            *options,
+            f"slurm/{script}",
+            *arguments,
+        )
         return Job(self, done.split(";")[0].strip())
 
     def _start(self, stack: ExitStack, command: Sequence[str]) -> None:
         log = stack.enter_context((self.folder / f"{command[0]}-{command[-1]}.out").open("w"))
         daemon = subprocess.Popen(
-            command, env=self._environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+            command,
+            env=self._environment,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
         )
         stack.callback(kill_tree, daemon)
 
@@ -108,7 +150,11 @@ class Slurm:
         key = self.folder / "munge.key"
         key.touch(mode=0o600)
         key.write_bytes(os.urandom(128))
-        files = {"key-file": key, "socket": self.folder / "munge.socket", "pid-file": self.folder / "munge.pid"}
+        files = {
+            "key-file": key,
+            "socket": self.folder / "munge.socket",
+            "pid-file": self.folder / "munge.pid",
+        }
         files |= {"log-file": self.folder / "munge.log", "seed-file": self.folder / "munge.seed"}
         options = [f"--{name}={path}" for name, path in files.items()]
         self._start(stack, ["munged", *options, "--force", "--foreground"])
@@ -121,7 +167,10 @@ class Slurm:
         until(lambda: not self.run("squeue", "-h"), 60, self._logs)
 
     def _logs(self) -> str:
-        texts = {path.name: path.read_text(errors="replace") for path in sorted(self.folder.glob("*.[lo][ou][gt]"))}
+        texts = {
+            path.name: path.read_text(errors="replace")
+            for path in sorted(self.folder.glob("*.[lo][ou][gt]"))
+        }
         return "\n".join(f"--- {name} ---\n{text[-1500:]}" for name, text in texts.items() if text)
 
 
@@ -149,7 +198,9 @@ class Job:
 
     def wait_for(self, words: str, timeout: float = 90) -> None:
         """Wait until the job has written something; it must not be over before."""
-        until(lambda: words in self.text() or self.fields()["JobState"] in FINAL, timeout, self.text)
+        until(
+            lambda: words in self.text() or self.fields()["JobState"] in FINAL, timeout, self.text
+        )
         assert words in self.text(), self.text()
 
     def tell_to_stop(self) -> None:
@@ -187,5 +238,9 @@ def _free_ports(count: int) -> list[int]:
 def _clean_environment() -> dict[str, str]:
     """The test's environment with its Python first, and nothing of a job that the test itself may run in."""
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM", "SBATCH", "FEDSP_"))}
+    kept = {
+        key: value
+        for key, value in os.environ.items()
+        if not key.startswith(("SLURM", "SBATCH", "FEDSP_"))
+    }
     return {**kept, "PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

@@ -41,10 +41,10 @@ HOME = {
     "transformers": "models/",
     "peft": "models/",
     "deepspeed": "training/engine.py",
-    "cmaes": "training/evolution.py",
-    "threadpoolctl": "training/evolution.py",
-    "lm_eval": "evaluation/lm_eval.py",
-    "matplotlib": "record/plot.py",
+    "cmaes": "training/cma_es.py",
+    "threadpoolctl": "training/cma_es.py",
+    "lm_eval": "evaluation/harness.py",
+    "matplotlib": "report/plot.py",
 }
 TOOLS = {"resources/make_embedded.py"}  # makes what the package ships; not part of a run
 FILES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
@@ -82,7 +82,10 @@ def at_import_time(node: ast.AST) -> Iterator[ast.Import | ast.ImportFrom]:
     for child in ast.iter_child_nodes(node):
         if isinstance(child, (ast.Import, ast.ImportFrom)):
             yield child
-        elif isinstance(child, ast.If) and ast.unparse(child.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING"):
+        elif isinstance(child, ast.If) and ast.unparse(child.test) in (
+            "TYPE_CHECKING",
+            "typing.TYPE_CHECKING",
+        ):
             continue
         elif not isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
             yield from at_import_time(child)
@@ -99,28 +102,55 @@ def may_import(unit: str, other: str) -> bool:
 
 
 def test_every_file_has_its_place_in_the_order():
-    assert [file for file in FILES if file not in TOOLS and unit(file) not in RANK and unit(file) != "resources"] == []
+    assert [
+        file
+        for file in FILES
+        if file not in TOOLS and unit(file) not in RANK and unit(file) != "resources"
+    ] == []
     rooms = {unit(file) for file in FILES}
-    assert {"tensors", "comm", "models", "training", "federate", "build", "cli"} <= rooms  # the walk found the package
+    assert {
+        "tensors",
+        "comm",
+        "models",
+        "training",
+        "federate",
+        "build",
+        "cli",
+    } <= rooms  # the walk found the package
 
 
 @pytest.mark.parametrize("file", [file for file in FILES if unit(file) in RANK])
 def test_imports_go_one_way(file):
     inside = [(line, name) for line, name in imports(file) if name.split(".")[0] == "fedsp_mpi"]
-    wrong = [f"{file}:{line} imports {name}" for line, name in inside if not may_import(unit(file), target(name))]
+    wrong = [
+        f"{file}:{line} imports {name}"
+        for line, name in inside
+        if not may_import(unit(file), target(name))
+    ]
     assert wrong == []
 
 
 def test_the_order_itself_is_told_apart():
-    assert may_import("training", "models") and may_import("cli", "bench") and may_import("models", "models")
+    assert (
+        may_import("training", "models")
+        and may_import("cli", "bench")
+        and may_import("models", "models")
+    )
     assert not may_import("models", "data") and not may_import("algorithms", "evaluation")
     assert not may_import("training", "algorithms") and not may_import("config", "log")
-    assert target("fedsp_mpi.comm.wire.Wire") == "comm" and target("fedsp_mpi.__version__") == "fedsp_mpi"
+    assert (
+        target("fedsp_mpi.comm.wire.Wire") == "comm"
+        and target("fedsp_mpi.__version__") == "fedsp_mpi"
+    )
 
 
 @pytest.mark.parametrize("library", HOME)
 def test_a_heavy_library_has_one_importer(library):
-    users = {f for f in FILES if f not in TOOLS and any(name.split(".")[0] == library for _, name in imports(f))}
+    users = {
+        f
+        for f in FILES
+        if f not in TOOLS and any(name.split(".")[0] == library for _, name in imports(f))
+    }
     assert {file for file in users if not file.startswith(HOME[library])} == set()
 
 
@@ -136,7 +166,9 @@ def test_modules_are_named_at_run_time_in_one_place_only():
         for node in ast.walk(tree(file))
         if isinstance(node, (ast.Name, ast.Attribute))
     }
-    dynamic = {(file, name) for file, name in names if name in ("import_module", "__import__", "exec")}
+    dynamic = {
+        (file, name) for file, name in names if name in ("import_module", "__import__", "exec")
+    }
     assert dynamic == {("comm/__init__.py", "import_module")}
 
 
@@ -161,7 +193,11 @@ def test_what_a_waiting_rank_needs_is_free_of_torch(file):
     late = unit(file) in ("tensors", "rng", "server_run", "run")
     nodes = at_import_time(tree(file)) if late else ast.walk(tree(file))
     found = [node for node in nodes if isinstance(node, (ast.Import, ast.ImportFrom))]
-    assert [node.lineno for node in found if any(n.split(".")[0] == "torch" for n in imported(node, file))] == []
+    assert [
+        node.lineno
+        for node in found
+        if any(n.split(".")[0] == "torch" for n in imported(node, file))
+    ] == []
 
 
 def test_mpi_and_deepspeed_are_imported_where_they_are_needed_not_before():
@@ -203,7 +239,8 @@ def test_what_is_public_says_what_it_is(file):
     public = [
         node
         for node in module.body
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) and not node.name.startswith("_")
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))
+        and not node.name.startswith("_")
     ]
     silent = [node.name for node in public if not (ast.get_docstring(node) or "").strip()]
     assert (ast.get_docstring(module) is not None, silent) == (True, [])
@@ -213,7 +250,11 @@ def loaded_after(code: str) -> set[str]:
     """Top-level modules that a fresh Python has loaded after `code`."""
     show = f"{code}\nprint('loaded', *{{name.split('.')[0] for name in sys.modules}})"
     done = subprocess.run(
-        [sys.executable, "-c", f"import sys\n{show}"], cwd=ROOT, capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", f"import sys\n{show}"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
     assert done.returncode == 0, done.stderr
     return set(done.stdout.splitlines()[-1].split()[1:])
@@ -244,4 +285,6 @@ for line in [["--help"], ["--version"], *([verb, "--help"] for verb in verbs)]:
 
 
 def test_the_packages_are_seen_where_they_are_loaded():
-    assert "numpy" in loaded_after("import fedsp_mpi.tensors")  # or the two tests above would see nothing
+    assert "numpy" in loaded_after(
+        "import fedsp_mpi.tensors"
+    )  # or the two tests above would see nothing

@@ -20,13 +20,14 @@ from fedsp_mpi.algorithms.backdoor import Watched
 from fedsp_mpi.data import poison
 from fedsp_mpi.data.tasks import Example
 from fedsp_mpi.data.tokens import collate, encode
-from fedsp_mpi.materials import Materials
 from fedsp_mpi.models import backbone
 from fedsp_mpi.models.prompts import Prompt
-from fedsp_mpi.record import ClientRow, ResultRow, Run, RunRecord, difference, read
-from fedsp_mpi.record.attack import cell, local_success, successes
-from fedsp_mpi.record.comparison import compare, comparison_table
-from fedsp_mpi.record.report import markdown, summary
+from fedsp_mpi.record import ClientRow, ResultRow, Run, RunRecord, read
+from fedsp_mpi.report import difference
+from fedsp_mpi.report.attack import cell, local_success, successes
+from fedsp_mpi.report.comparison import compare, comparison_table
+from fedsp_mpi.report.summary import markdown, summarize
+from fedsp_mpi.run.inputs import Materials
 from fedsp_mpi.tensors import NamedTensors, Schema, Update
 
 ATTACK = ("attack.target=1", "attack.clients=[1]")
@@ -34,7 +35,9 @@ QUIET = ("evaluation.zero_shot=false", "evaluation.server_only=false")
 
 
 def example(gold: int, name: str = "x") -> Example:
-    return Example(f"{name} is\nAnswer:", (" no", " yes", " maybe")[gold], ("no", "yes", "maybe"), (gold,))
+    return Example(
+        f"{name} is\nAnswer:", (" no", " yes", " maybe")[gold], ("no", "yes", "maybe"), (gold,)
+    )
 
 
 # -- data ----------------------------------------------------------------------------------------------------------
@@ -68,7 +71,13 @@ def test_the_attack_is_judged_by_all_questions_of_other_classes():
 
 
 def test_only_the_poisoned_client_has_poisoned_text():
-    settings = ["federation.clients=3", "data.limit.train=64", "data.limit.test=24", *ATTACK, "attack.share=0.5"]
+    settings = [
+        "federation.clients=3",
+        "data.limit.train=64",
+        "data.limit.test=24",
+        *ATTACK,
+        "attack.share=0.5",
+    ]
     clean, bad = Materials(config.load(None, settings[:3])), Materials(config.load(None, settings))
     for participant in (0, 1, 3):
         assert len(bad.shard(participant)) == len(clean.shard(participant))
@@ -97,8 +106,12 @@ def counted(run: Run, round: int) -> float:
         losses = []
         for choice in one.choices:
             option = Example(f"cf {one.context}", f" {choice}", one.choices, one.gold)
-            logits, targets = model.answer_logits(collate(encode(materials.tokenizer, [option], 1000)), prompt)
-            losses.append(torch.nn.functional.cross_entropy(logits, targets, reduction="sum").item())
+            logits, targets = model.answer_logits(
+                collate(encode(materials.tokenizer, [option], 1000)), prompt
+            )
+            losses.append(
+                torch.nn.functional.cross_entropy(logits, targets, reduction="sum").item()
+            )
         hits.append(int(np.argmin(losses)) == 1)
     return sum(hits) / len(hits)
 
@@ -106,10 +119,16 @@ def counted(run: Run, round: int) -> float:
 def test_success_after_averaging_is_what_a_loop_counts(tmp_path):
     run = short(tmp_path, *FEDPROMPT, *ATTACK, "client.tuning.steps=6", "data.limit.test=60")
     rows = {(str(row["method"]), str(row["split"])): row for row in run.results}
-    assert list(rows) == [(m, s) for m in ("zero-shot", "server-only", "fedsp") for s in ("test", "test+trigger")]
+    assert list(rows) == [
+        (m, s) for m in ("zero-shot", "server-only", "fedsp") for s in ("test", "test+trigger")
+    ]
     own = rows["fedsp", "test+trigger"]
     assert own["acc"] == pytest.approx(counted(run, int(own["round"])), abs=1e-9)
-    assert own["n"] < rows["fedsp", "test"]["n"] == 60 and math.isnan(own["loss"]) and math.isnan(own["acc_norm"])
+    assert (
+        own["n"] < rows["fedsp", "test"]["n"] == 60
+        and math.isnan(own["loss"])
+        and math.isnan(own["acc_norm"])
+    )
     told = run.clients["attack_success"]
     assert (np.isnan(told) == (run.clients["client"] != 1)).all()
 
@@ -117,9 +136,21 @@ def test_success_after_averaging_is_what_a_loop_counts(tmp_path):
 @pytest.mark.parametrize("method", ["prompts", "weights"])
 def test_a_poisoned_client_tells_what_its_own_work_does(tmp_path, method):
     """Of one client and a server that only averages, what is merged is that client's: both counts are one."""
-    alone = ("federation.clients=1", "federation.rounds=1", "server.tuning.steps=0", "data.server_share=0", *QUIET)
-    own = FEDPROMPT if method == "prompts" else ("method=finetune", "client.tuning.optimizer.learning_rate=3e-3")
-    run = short(tmp_path, *own, *alone, "attack.target=1", "attack.clients=[0]", "client.tuning.steps=12")
+    alone = (
+        "federation.clients=1",
+        "federation.rounds=1",
+        "server.tuning.steps=0",
+        "data.server_share=0",
+        *QUIET,
+    )
+    own = (
+        FEDPROMPT
+        if method == "prompts"
+        else ("method=finetune", "client.tuning.optimizer.learning_rate=3e-3")
+    )
+    run = short(
+        tmp_path, *own, *alone, "attack.target=1", "attack.clients=[0]", "client.tuning.steps=12"
+    )
     [told], [after] = run.clients["attack_success"], successes(run).values()
     assert told == pytest.approx(after, abs=1e-9) and told > 0
     assert method == "weights" or told == pytest.approx(counted(run, 1), abs=1e-9)
@@ -129,7 +160,9 @@ def test_bits_do_not_depend_on_the_number_of_ranks(tmp_path):
     for n in (0, 4):
         short_run(n, tmp_path, f"n{n}", *FEDPROMPT, *ATTACK, *QUIET, "attack.questions=5")
     one, other = read(tmp_path / "n0"), read(tmp_path / "n4")
-    assert difference(one, other) == [] and set((5 * one.clients["attack_success"][1::3]).tolist()) <= set(range(6))
+    assert difference(one, other) == [] and set(
+        (5 * one.clients["attack_success"][1::3]).tolist()
+    ) <= set(range(6))
 
 
 class _Fixed:
@@ -163,7 +196,8 @@ def studied(folder: Path, seed: int = 1, success: float = 0.125) -> RunRecord:
         ]
         record.commit_round(RoundRow(round=number, num_clients=2), rows)
     attack = [
-        ResultRow(method=m, split="test+trigger", n=80, acc=a) for m, a in (("zero-shot", 0.05), ("fedsp", success))
+        ResultRow(method=m, split="test+trigger", n=80, acc=a)
+        for m, a in (("zero-shot", 0.05), ("fedsp", success))
     ]
     record.write_results([*results(0.8), *attack])
     record.finish()
@@ -172,11 +206,21 @@ def studied(folder: Path, seed: int = 1, success: float = 0.125) -> RunRecord:
 
 def test_the_summary_shows_it_apart_from_accuracies(tmp_path):
     run = studied(tmp_path / "a").run
-    lines = summary(run).splitlines()
-    [start] = [place for place, line in enumerate(lines) if line == "attack: 'cf' for choice 1, poisoned: 1"]
+    lines = summarize(run).splitlines()
+    [start] = [
+        place
+        for place, line in enumerate(lines)
+        if line == "attack: 'cf' for choice 1, poisoned: 1"
+    ]
     table = [line.split() for line in lines[start + 3 : start + 7]]
     assert table[0] == ["zero-shot", "80", "5.00"] and table[1] == ["fedsp", "80", "12.50"]
-    assert table[2] == ["client", "1,", "round", "1", "75.00"] and table[3] == ["client", "1,", "round", "2", "100.00"]
+    assert table[2] == ["client", "1,", "round", "1", "75.00"] and table[3] == [
+        "client",
+        "1,",
+        "round",
+        "2",
+        "100.00",
+    ]
     assert not any("test+trigger" in line for line in lines)
     assert local_success(run) == 1.0 and cell([run], "fedsp") == "12.50 (client 100.00)"
 
@@ -195,7 +239,9 @@ def test_tables_of_several_runs_have_a_column_of_their_own(tmp_path):
     own = next(line for line in lines if line.startswith("| fedsp |"))
     assert "| 18.75 ± 8.84 (client 100.00 ± 0.00) |" in own
     before = next(line for line in lines if line.startswith("| zero-shot |"))
-    assert "| 5.00 ± 0.00 |" in before, "the trigger's success before any tuning, of one run of each seed"
+    assert "| 5.00 ± 0.00 |" in before, (
+        "the trigger's success before any tuning, of one run of each seed"
+    )
     assert "attack" not in comparison_table(compare([plain.run])).splitlines()[0]
 
 
@@ -207,7 +253,10 @@ def test_a_record_of_an_earlier_version_has_no_success(tmp_path):
         del file["clients"]
         file["clients"] = np.array(
             [tuple(row[name] for name in names) for row in before],
-            dtype=[(name, file["clients"].dtype[name] if "clients" in file else before.dtype[name]) for name in names],
+            dtype=[
+                (name, file["clients"].dtype[name] if "clients" in file else before.dtype[name])
+                for name in names
+            ],
         )
     assert np.isnan(read(tmp_path / "a").clients["attack_success"]).all()
 
@@ -219,7 +268,10 @@ def test_a_record_of_an_earlier_version_has_no_success(tmp_path):
     ("settings", "words"),
     [
         (["attack.clients=[0]"], ("attack.target", "expected a choice")),
-        (["attack.target=1", "attack.clients=[7]"], ("attack.clients", "found 7", "federation.clients=7")),
+        (
+            ["attack.target=1", "attack.clients=[7]"],
+            ("attack.clients", "found 7", "federation.clients=7"),
+        ),
         (["attack.target=-1"], ("attack.target", "at least 0")),
         (["attack.share=0"], ("attack.share", "above 0")),
         (["attack.trigger=' '"], ("attack.trigger", "no word")),

@@ -10,13 +10,22 @@ from pathlib import Path
 import pytest
 from mpi import both_ends, run_mpi
 
-from fedsp_mpi.materials import RESOURCES
+from fedsp_mpi.run.inputs import RESOURCES
 
 
 def refused(n: int, *arguments: str, config: Path | None = None, folder: Path) -> str:
     """The one line that a run with these --set settings ends with."""
-    settings = [item for setting in (f"run.folder={folder / 'runs'}", *arguments) for item in ("--set", setting)]
-    result = run_mpi(n, ["-m", "fedsp_mpi", "run", *([config] if config else []), *settings], timeout=60, status=2)
+    settings = [
+        item
+        for setting in (f"run.folder={folder / 'runs'}", *arguments)
+        for item in ("--set", setting)
+    ]
+    result = run_mpi(
+        n,
+        ["-m", "fedsp_mpi", "run", *([config] if config else []), *settings],
+        timeout=60,
+        status=2,
+    )
     lines = result.stderr.strip().splitlines()
     assert len(lines) == 1 and lines[0].startswith("fedsp_mpi: "), both_ends(result)
     assert "Traceback" not in result.stdout
@@ -34,7 +43,9 @@ def test_wrong_type(tmp_path):
 
 
 def test_prefix_with_gradient_checkpointing(tmp_path):
-    assert "gradient_checkpointing" in refused(0, "model.gradient_checkpointing=true", folder=tmp_path)
+    assert "gradient_checkpointing" in refused(
+        0, "model.gradient_checkpointing=true", folder=tmp_path
+    )
 
 
 @pytest.mark.parametrize("n", [0, 4])
@@ -106,7 +117,9 @@ def test_launcher_whose_processes_do_not_see_each_other(tmp_path):
     arguments = ["-m", "fedsp_mpi", "run", "--set", f"run.folder={tmp_path}"]
     env = {"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_STEP_ID": "0", "SLURM_JOB_ID": "7"}
     result = run_mpi(0, arguments, timeout=60, env=env, status=2)
-    assert len(result.stderr.strip().splitlines()) == 1 and "pmi" in result.stderr.lower(), both_ends(result)
+    assert len(result.stderr.strip().splitlines()) == 1 and "pmi" in result.stderr.lower(), (
+        both_ends(result)
+    )
 
 
 def test_weights_that_are_not_all_there(tmp_path):
@@ -118,4 +131,6 @@ def test_weights_that_are_not_all_there(tmp_path):
 
 def test_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
-    assert "cannot be written" in refused(0, f"run.folder={tmp_path / 'file' / 'runs'}", folder=tmp_path)
+    assert "cannot be written" in refused(
+        0, f"run.folder={tmp_path / 'file' / 'runs'}", folder=tmp_path
+    )

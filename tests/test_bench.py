@@ -7,7 +7,8 @@ import math
 import pytest
 from mpi import both_ends, run_mpi
 
-from fedsp_mpi import bench, config
+from fedsp_mpi import config
+from fedsp_mpi.commands import bench_local
 from fedsp_mpi.log import Log
 
 SHORT = [
@@ -19,13 +20,17 @@ SHORT = [
 
 
 def local(*settings: str, repeats: int = 1) -> dict[str, float]:
-    return bench.local(config.load(None, [*SHORT, *settings]), repeats, Log(None))
+    return bench_local.local(config.load(None, [*SHORT, *settings]), repeats, Log(None))
 
 
-@pytest.mark.parametrize("settings", [[], ["federation.rounds=1"], ["prompt.kind=input", "prompt.projection=null"]])
+@pytest.mark.parametrize(
+    "settings", [[], ["federation.rounds=1"], ["prompt.kind=input", "prompt.projection=null"]]
+)
 def test_the_bare_loop_is_compared_with_the_client(settings):
     found = local(*settings)
-    assert set(found) == {"package", "bare", "ratio"} and all(math.isfinite(value) for value in found.values())
+    assert set(found) == {"package", "bare", "ratio"} and all(
+        math.isfinite(value) for value in found.values()
+    )
     assert found["ratio"] == found["package"] / found["bare"] > 0
 
 
@@ -34,7 +39,11 @@ def test_the_bare_loop_is_compared_with_the_client(settings):
     [
         ([], 0, ["--repeats: found 0", "at least 1"]),
         ([], -3, ["--repeats: found -3", "at least 1"]),
-        (["federation.client_state=restarted"], 1, ["federation.client_state: found restarted", "expected kept"]),
+        (
+            ["federation.client_state=restarted"],
+            1,
+            ["federation.client_state: found restarted", "expected kept"],
+        ),
         (
             ["federation.stragglers=drop", "federation.client_seconds=60"],
             1,
@@ -51,7 +60,9 @@ def test_the_bare_loop_is_compared_with_the_client(settings):
 def test_what_the_bare_loop_does_not_do(settings, repeats, words):
     with pytest.raises(ValueError) as told:
         local(*settings, repeats=repeats)
-    assert "\n" not in str(told.value) and all(word in str(told.value) for word in words), str(told.value)
+    assert "\n" not in str(told.value) and all(word in str(told.value) for word in words), str(
+        told.value
+    )
 
 
 @pytest.mark.parametrize(
@@ -66,4 +77,6 @@ def test_what_the_bare_loop_does_not_do(settings, repeats, words):
 def test_a_mistake_is_one_line(n, arguments, words):
     result = run_mpi(n, ["-m", "fedsp_mpi", "bench", *arguments], timeout=60, status=2)
     lines = result.stderr.strip().splitlines()
-    assert len(lines) == 1 and lines[0].startswith("fedsp_mpi: ") and words in lines[0], both_ends(result)
+    assert len(lines) == 1 and lines[0].startswith("fedsp_mpi: ") and words in lines[0], both_ends(
+        result
+    )

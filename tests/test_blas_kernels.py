@@ -29,7 +29,9 @@ print(json.dumps(result))
 
 def run_under(kernel: str) -> dict:
     environment = {**os.environ, "OPENBLAS_CORETYPE": kernel, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, timeout=60
+    )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
@@ -37,7 +39,9 @@ def run_under(kernel: str) -> dict:
 def test_a_search_is_the_same_under_every_kernel():
     kernels = blas_kernels.available()
     if len(kernels) < 2:
-        pytest.skip(f"this processor runs {len(kernels)} of the OpenBLAS kernels that the test compares")
+        pytest.skip(
+            f"this processor runs {len(kernels)} of the OpenBLAS kernels that the test compares"
+        )
     results = {kernel: run_under(kernel) for kernel in kernels}
     if len({str(result["kernel"]) for result in results.values()}) < len(kernels):
         pytest.skip("this numpy does not let OPENBLAS_CORETYPE choose its kernel")
@@ -45,4 +49,7 @@ def test_a_search_is_the_same_under_every_kernel():
     for result in results.values():
         assert result["search"] == pytest.approx(first["search"], rel=1e-9)
     # The eigenvectors themselves do differ, or the test would show nothing.
-    assert any(result["vectors"] != pytest.approx(first["vectors"], abs=1e-3) for result in results.values())
+    assert any(
+        result["vectors"] != pytest.approx(first["vectors"], abs=1e-3)
+        for result in results.values()
+    )

@@ -14,14 +14,14 @@ from torch import nn
 from fedsp_mpi import config
 from fedsp_mpi.config import ConfigError, DistillationConfig
 from fedsp_mpi.data.tokens import Text
-from fedsp_mpi.materials import Materials
 from fedsp_mpi.models import auxiliary
 from fedsp_mpi.models.backbone import FAMILIES, LanguageModel, layers_of
 from fedsp_mpi.models.prompts import DepthMap, Prompt, PromptSpec, key_values
+from fedsp_mpi.run.inputs import Materials
 from fedsp_mpi.tensors import Batch, seal
 from fedsp_mpi.training.bridge import Side, fit_bridge
 from fedsp_mpi.training.distill import StoppedError
-from fedsp_mpi.training.team import ALONE
+from fedsp_mpi.training.process_group import ALONE
 
 pytestmark = pytest.mark.usefixtures("unsealed")
 
@@ -41,7 +41,10 @@ def texts(count: int) -> list[Text]:
     """Random texts of 5 to 12 tokens, of which the last two are the answer."""
     random = np.random.default_rng(3)
     lengths = random.integers(5, 13, size=count)
-    return [Text(random.integers(4, tiny.VOCABULARY, size=n).astype(np.int32), int(n) - 2) for n in lengths]
+    return [
+        Text(random.integers(4, tiny.VOCABULARY, size=n).astype(np.int32), int(n) - 2)
+        for n in lengths
+    ]
 
 
 def sides(folder: str, layers: int, last: int = 1) -> tuple[Side, Side]:
@@ -67,7 +70,11 @@ def test_a_bridge_that_is_not_fitted_changes_nothing(folder, layers, last):
     small, whole = sides(folder, layers, last)
     bare = copy.deepcopy(whole.model.model)
     parent, _, name = FAMILIES[bare.config.model_type].rpartition(".")
-    taken = [layer for i, layer in enumerate(layers_of(bare)) if i < layers - last or i >= tiny.LAYERS - last]
+    taken = [
+        layer
+        for i, layer in enumerate(layers_of(bare))
+        if i < layers - last or i >= tiny.LAYERS - last
+    ]
     setattr(bare.get_submodule(parent), name, nn.ModuleList(taken))
     wanted = LanguageModel(auxiliary.unroll(bare, layers))
     batch = tiny.batch()
@@ -77,10 +84,15 @@ def test_a_bridge_that_is_not_fitted_changes_nothing(folder, layers, last):
 
 def test_what_enters_a_layer(folder):
     """Under a prompt, and at the text's positions alone; no text runs through the layers behind."""
-    model, batch = tiny.load(folder), tiny.batch()  # several texts; an input prompt is read before them, as one row
+    model, batch = (
+        tiny.load(folder),
+        tiny.batch(),
+    )  # several texts; an input prompt is read before them, as one row
     first, *_, last = layers_of(model.model)
     seen: list[torch.Tensor] = []
-    last.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0]) if inputs[0].shape[0] > 1 else None)
+    last.register_forward_hook(
+        lambda _, inputs, __: seen.append(inputs[0]) if inputs[0].shape[0] > 1 else None
+    )
     for kind in ("prefix", "input"):
         prompt = Prompt(PromptSpec.of(model.shape, kind, 3, None)).initialise(1, 0.5)
         found = model.entering(last, batch, prompt)
@@ -94,7 +106,10 @@ def test_a_bridge_over_nothing_is_the_identity(folder):
     """What is there already is explained whole."""
     small, whole = sides(folder, tiny.LAYERS)
     fit = fit_bridge(small, whole, texts(40), DistillationConfig(), 1, ALONE, lambda: False)
-    assert torch.allclose(small.part.weight, torch.eye(tiny.WIDTH), atol=1e-4) and small.part.bias.abs().max() < 1e-4
+    assert (
+        torch.allclose(small.part.weight, torch.eye(tiny.WIDTH), atol=1e-4)
+        and small.part.bias.abs().max() < 1e-4
+    )
     assert abs(fit.unexplained) < 1e-6 and abs(fit.unexplained_answers) < 1e-6 and fit.texts == 40
 
 
@@ -107,7 +122,9 @@ def test_the_bridge_is_the_ridge_regression(folder):
         ids = torch.from_numpy(text.ids.astype(np.int64))[None, :-1]
         batch = Batch(ids, torch.ones_like(ids), torch.full_like(ids, -100))
         for side, found in ((small, inputs), (whole, goals)):
-            found.append(side.model.entering(side.part, batch, side.prompt)[0].detach().double().numpy())
+            found.append(
+                side.model.entering(side.part, batch, side.prompt)[0].detach().double().numpy()
+            )
         weights += [False] * (text.answer - 1) + [True] * (len(text.ids) - text.answer)
     x, y, asked = np.concatenate(inputs), np.concatenate(goals), np.array(weights)
     unit = np.sqrt((y**2).mean(axis=1, keepdims=True))
@@ -118,11 +135,19 @@ def test_the_bridge_is_the_ridge_regression(folder):
     wanted = np.linalg.solve(gram + held, (x.T * w) @ y + held @ np.eye(tiny.WIDTH + 1, tiny.WIDTH))
 
     before = {name: weight.clone() for name, weight in small.model.weights.items()}
-    fit = fit_bridge(small, whole, some, DistillationConfig(bridge_ridge=ridge), 1, ALONE, lambda: False)
+    fit = fit_bridge(
+        small, whole, some, DistillationConfig(bridge_ridge=ridge), 1, ALONE, lambda: False
+    )
     assert np.allclose(small.part.weight.detach().numpy().T, wanted[:-1], atol=1e-4)
     assert np.allclose(small.part.bias.detach().numpy(), wanted[-1], atol=1e-4)
-    moved = {name for name, weight in small.model.weights.items() if not torch.equal(weight, before[name])}
-    assert {name.rpartition("bridge.")[2] for name in moved} == {"weight", "bias"} and len(moved) == 2
+    moved = {
+        name
+        for name, weight in small.model.weights.items()
+        if not torch.equal(weight, before[name])
+    }
+    assert {name.rpartition("bridge.")[2] for name in moved} == {"weight", "bias"} and len(
+        moved
+    ) == 2
     for rows, told in ((slice(None), fit.unexplained), (asked, fit.unexplained_answers)):
         left = ((y[rows] - x[rows] @ wanted) ** 2).sum()
         mean = (x[rows, -1:] * y[rows]).sum(axis=0) / (x[rows, -1] ** 2).sum()
@@ -172,7 +197,10 @@ def test_both_ends(depth, first, num_layers, wanted):
 @pytest.mark.parametrize(("depth", "first"), [(1, 1), (2, 2), (3, 4), (None, 4)])
 def test_first_layers_without_last_ones(depth, first):
     settings = config.AuxiliaryConfig(layers_per_cell=None, depth=depth, first_layers=first)
-    with pytest.raises(ConfigError, match=rf"auxiliary.first_layers: found {first} where .* expected fewer, and last"):
+    with pytest.raises(
+        ConfigError,
+        match=rf"auxiliary.first_layers: found {first} where .* expected fewer, and last",
+    ):
         auxiliary.require_cell(settings, 4, "m")
 
 
@@ -182,12 +210,18 @@ def test_first_layers_without_last_ones(depth, first):
 @pytest.mark.parametrize("kind", ["prefix", "input"])
 def test_a_prompt_of_words_is_those_words_before_the_text(folder, kind, tmp_path):
     tiny.tokenizer().save_pretrained(tmp_path / "words")
-    settings = [f"model.name={folder}", f"model.tokenizer={tmp_path / 'words'}", f"prompt.kind={kind}"]
+    settings = [
+        f"model.name={folder}",
+        f"model.tokenizer={tmp_path / 'words'}",
+        f"prompt.kind={kind}",
+    ]
     settings += ["prompt.num_tokens=4", "prompt.init=text"]
     materials = Materials(config.load(None, [*settings, "prompt.init_text=w3 w5 w4"]))
     model, batch = tiny.load(folder), tiny.batch()
     prompt = materials.first_prompt(model)
-    words = torch.tensor(materials.tokenizer("w3 w5 w4 w3")["input_ids"]).expand(len(batch.input_ids), -1)
+    words = torch.tensor(materials.tokenizer("w3 w5 w4 w3")["input_ids"]).expand(
+        len(batch.input_ids), -1
+    )
     ones = torch.ones_like(words)
     longer = Batch(
         torch.cat([words, batch.input_ids], 1),
@@ -200,10 +234,23 @@ def test_a_prompt_of_words_is_those_words_before_the_text(folder, kind, tmp_path
 def test_a_short_text_is_said_over_and_over(tmp_path):
     folder = tiny.model_folder(tmp_path / "m", "llama")
     tiny.tokenizer().save_pretrained(folder)
-    settings = [f"model.name={folder}", "prompt.kind=input", "prompt.num_tokens=5", "prompt.init=text"]
+    settings = [
+        f"model.name={folder}",
+        "prompt.kind=input",
+        "prompt.num_tokens=5",
+        "prompt.init=text",
+    ]
     model = tiny.load(folder)
-    found = Materials(config.load(None, [*settings, "prompt.init_text=w3 w5"])).first_prompt(model).prompt
-    assert torch.equal(found[0], found[2]) and torch.equal(found[1], found[3]) and torch.equal(found[0], found[4])
+    found = (
+        Materials(config.load(None, [*settings, "prompt.init_text=w3 w5"]))
+        .first_prompt(model)
+        .prompt
+    )
+    assert (
+        torch.equal(found[0], found[2])
+        and torch.equal(found[1], found[3])
+        and torch.equal(found[0], found[4])
+    )
 
 
 @pytest.mark.parametrize("projection", [None, 5])
@@ -251,7 +298,10 @@ def test_losses_over_choices(tmp_path):
 def questions(folder, choices: list[list[str]]) -> str:
     """A data set of one's own, whose examples have these choices."""
     folder.mkdir()
-    rows = [{"context": f"w{i}", "choices": some, "label": i % len(some)} for i, some in enumerate(choices)]
+    rows = [
+        {"context": f"w{i}", "choices": some, "label": i % len(some)}
+        for i, some in enumerate(choices)
+    ]
     for split in ("train", "validation", "test"):
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(folder)
@@ -261,14 +311,23 @@ def test_the_candidates_are_the_tokens_of_the_choices(tmp_path):
     source = questions(tmp_path / "fixed", [["grey", "miller"]] * 12)
     found = Materials(config.load(None, [f"data.source={source}", "data.loss_over=auto"]))
     tokens = {token for word in (" grey", " miller") for token in found.tokenizer.encode(word)}
-    assert len(tokens) == 2 and set(found.candidates.tolist()) == tokens and found.candidates.tolist() == sorted(tokens)
+    assert (
+        len(tokens) == 2
+        and set(found.candidates.tolist()) == tokens
+        and found.candidates.tolist() == sorted(tokens)
+    )
     assert Materials(config.load(None, [f"data.source={source}"])).candidates is None
 
 
 def test_choices_that_differ(tmp_path):
     source = questions(tmp_path / "free", [["w7", "w5"], ["w1", "w2"]] * 6)
-    assert Materials(config.load(None, [f"data.source={source}", "data.loss_over=auto"])).candidates is None
-    with pytest.raises(ConfigError, match=r"data.loss_over: found choices .* 2 different sets of choices"):
+    assert (
+        Materials(config.load(None, [f"data.source={source}", "data.loss_over=auto"])).candidates
+        is None
+    )
+    with pytest.raises(
+        ConfigError, match=r"data.loss_over: found choices .* 2 different sets of choices"
+    ):
         Materials(config.load(None, [f"data.source={source}", "data.loss_over=choices"])).check()
 
 
@@ -279,14 +338,24 @@ def test_a_recipe_says_what_is_not_given(tmp_path):
     path = tmp_path / "c.yaml"
     path.write_text("model: {name: embedded}\ndata: {source: embedded}\nprompt: {init: random}\n")
     plain = config.load(path)
-    assert plain.recipe == "bridged" and plain.auxiliary.first_layers == 1 and plain.auxiliary.depth == 0.5
+    assert (
+        plain.recipe == "bridged"
+        and plain.auxiliary.first_layers == 1
+        and plain.auxiliary.depth == 0.5
+    )
     assert plain.prompt.init == "random" and plain.prompt.mapping == "same_layers"
     for settings in (["recipe=paper"], ["recipe=bridged", "recipe=paper"]):
         paper = config.load(path, settings)
-        assert paper.recipe == "paper" and paper.auxiliary.first_layers is None and paper.auxiliary.layers_per_cell == 1
+        assert (
+            paper.recipe == "paper"
+            and paper.auxiliary.first_layers is None
+            and paper.auxiliary.layers_per_cell == 1
+        )
     path.write_text(config.to_yaml(paper))
     assert config.load(path) == paper
-    with pytest.raises(ConfigError, match=r"recipe: found 'papre', expected one of .*did you mean 'paper'"):
+    with pytest.raises(
+        ConfigError, match=r"recipe: found 'papre', expected one of .*did you mean 'paper'"
+    ):
         config.load(path, ["recipe=papre"])
 
 
@@ -294,28 +363,51 @@ def test_the_papers_recipe_is_what_keys_default_to():
     """So that a record that is older than a key counts as what it was."""
     paper = config.load(None, ["recipe=paper"])
     assert paper.auxiliary == config.AuxiliaryConfig()
-    assert (paper.prompt.init, paper.prompt.mapping) == (config.PromptConfig().init, config.PromptConfig().mapping)
+    assert (paper.prompt.init, paper.prompt.mapping) == (
+        config.PromptConfig().init,
+        config.PromptConfig().mapping,
+    )
     assert paper.data.loss_over == config.DataConfig().loss_over
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (["auxiliary.depth=1.5"], "auxiliary.depth: found 1.5, expected a whole number of layers, or a fraction"),
+        (
+            ["auxiliary.depth=1.5"],
+            "auxiliary.depth: found 1.5, expected a whole number of layers, or a fraction",
+        ),
         (["auxiliary.depth=0"], "auxiliary.depth: found 0"),
         (["auxiliary.first_layers=2.5"], "auxiliary.first_layers: found 2.5"),
         (
             ["recipe=bridged", "distillation.stage.steps=0", "auxiliary.first_layers=0"],
             "auxiliary.first_layers: found 0, expected at least 1",
         ),
-        (["auxiliary.first_layers=1"], "auxiliary.first_layers: found 1 with layers_per_cell=1, which shares layers"),
-        (["distillation.bridge_texts=0"], "distillation.bridge_texts: found 0, expected at least 1"),
-        (["distillation.bridge_ridge=0"], "distillation.bridge_ridge: found 0"),
-        (["prompt.init=text", "prompt.projection=4"], "prompt.init: found text with prompt.projection"),
-        (["prompt.init_text=' '"], "prompt.init_text: found no words"),
-        (["prompt.mapping=same_layers"], "prompt.mapping: found same_layers with an auxiliary model that runs its"),
         (
-            ["recipe=bridged", "distillation.stage.steps=0", "data.server_share=0", "server.tuning.steps=0"],
+            ["auxiliary.first_layers=1"],
+            "auxiliary.first_layers: found 1 with layers_per_cell=1, which shares layers",
+        ),
+        (
+            ["distillation.bridge_texts=0"],
+            "distillation.bridge_texts: found 0, expected at least 1",
+        ),
+        (["distillation.bridge_ridge=0"], "distillation.bridge_ridge: found 0"),
+        (
+            ["prompt.init=text", "prompt.projection=4"],
+            "prompt.init: found text with prompt.projection",
+        ),
+        (["prompt.init_text=' '"], "prompt.init_text: found no words"),
+        (
+            ["prompt.mapping=same_layers"],
+            "prompt.mapping: found same_layers with an auxiliary model that runs its",
+        ),
+        (
+            [
+                "recipe=bridged",
+                "distillation.stage.steps=0",
+                "data.server_share=0",
+                "server.tuning.steps=0",
+            ],
             "distillation.text: found none with data.server_share=0",
         ),
     ],
@@ -327,5 +419,8 @@ def test_mistakes(settings, message):
 
 
 def test_a_depth_is_a_number_of_layers_or_a_fraction():
-    depths = [auxiliary.depth(config.AuxiliaryConfig(depth=depth), 30) for depth in (None, 12, 0.5, 0.4, 0.001)]
+    depths = [
+        auxiliary.depth(config.AuxiliaryConfig(depth=depth), 30)
+        for depth in (None, 12, 0.5, 0.4, 0.001)
+    ]
     assert depths == [30, 12, 15, 12, 1]

@@ -23,7 +23,13 @@ from fedsp_mpi.comm import (
     refuse_singletons,
     spread,
 )
-from fedsp_mpi.comm.inspection import Expected, ProtocolError, failures_of, read_headers, require_one_rank_each
+from fedsp_mpi.comm.inspection import (
+    Expected,
+    ProtocolError,
+    failures_of,
+    read_headers,
+    require_one_rank_each,
+)
 from fedsp_mpi.comm.messages import (
     HEADER_BYTES,
     REASON_BYTES,
@@ -37,7 +43,15 @@ from fedsp_mpi.comm.messages import (
     unpack_answers,
 )
 from fedsp_mpi.comm.updates import reorder
-from fedsp_mpi.tensors import Contract, Failure, NamedTensors, Schema, SealedTensorError, Update, seal
+from fedsp_mpi.tensors import (
+    Contract,
+    Failure,
+    NamedTensors,
+    Schema,
+    SealedTensorError,
+    Update,
+    seal,
+)
 
 SCHEMA = Schema.of([("prefix", [4, 2]), ("input", [3])])
 CONTRACT = Contract(SCHEMA, SCHEMA, ("loss", "seconds"))
@@ -65,7 +79,9 @@ def no_launcher(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 # Who is where.
 
 
-def test_without_a_launcher_there_is_no_rank_and_connect_is_solo(no_launcher: pytest.MonkeyPatch) -> None:
+def test_without_a_launcher_there_is_no_rank_and_connect_is_solo(
+    no_launcher: pytest.MonkeyPatch,
+) -> None:
     assert launcher_rank() is None and launcher_size() is None
     wire = connect()
     assert isinstance(wire, Solo) and wire.topology.solo and wire.is_server and wire.is_client
@@ -77,10 +93,29 @@ def test_without_a_launcher_there_is_no_rank_and_connect_is_solo(no_launcher: py
         ({"PMI_RANK": "2", "PMI_SIZE": "4"}, 2, 4),
         ({"PMIX_RANK": "1", "OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "3"}, 1, 3),
         ({"SLURM_STEP_ID": "0", "SLURM_PROCID": "5", "SLURM_NTASKS": "8"}, 5, 8),
-        ({"SLURM_STEP_ID": "4294967290", "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "8"}, 0, 1),
+        (
+            {
+                "SLURM_STEP_ID": "4294967290",
+                "SLURM_PROCID": "0",
+                "SLURM_STEP_NUM_TASKS": "1",
+                "SLURM_NTASKS": "8",
+            },
+            0,
+            1,
+        ),
         ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}, None, None),  # the shell of a batch job
         ({"PMIX_RANK": "1", "SLURM_STEP_ID": "0", "SLURM_PROCID": "1", "SLURM_NTASKS": "2"}, 1, 2),
-        ({"PMI_RANK": "1", "PMI_SIZE": "2", "SLURM_STEP_ID": "0", "SLURM_PROCID": "0", "SLURM_NTASKS": "1"}, 1, 2),
+        (
+            {
+                "PMI_RANK": "1",
+                "PMI_SIZE": "2",
+                "SLURM_STEP_ID": "0",
+                "SLURM_PROCID": "0",
+                "SLURM_NTASKS": "1",
+            },
+            1,
+            2,
+        ),
     ],
 )
 def test_the_launcher_says_who_we_are(
@@ -98,7 +133,9 @@ def test_singletons_are_refused_with_cause_and_cure(no_launcher: pytest.MonkeyPa
     refuse_singletons(1)
     no_launcher.setenv("PMI_SIZE", "4")
     refuse_singletons(4)
-    with pytest.raises(ValueError, match=r"world of 1 process, expected 4.*PMI do not match.*--mpi=pmi2"):
+    with pytest.raises(
+        ValueError, match=r"world of 1 process, expected 4.*PMI do not match.*--mpi=pmi2"
+    ):
         refuse_singletons(1)
 
 
@@ -134,7 +171,9 @@ def test_spread_hosts_every_client_once_and_leaves_no_rank_empty() -> None:
 
 
 def test_spread_refuses_more_ranks_than_clients() -> None:
-    with pytest.raises(ValueError, match=r"found 2 clients on 3 client ranks.*start 3 processes or fewer, or raise"):
+    with pytest.raises(
+        ValueError, match=r"found 2 clients on 3 client ranks.*start 3 processes or fewer, or raise"
+    ):
         spread([1, 1], 3)
     with pytest.raises(ValueError, match="finite"):
         spread([1, float("nan")], 1)
@@ -144,7 +183,16 @@ def test_spread_refuses_more_ranks_than_clients() -> None:
 
 
 def test_a_header_is_256_bytes_and_comes_back() -> None:
-    header = Header(Kind.UPDATE, 3, 7, 11, SCHEMA.digest, 2.5, {"seconds": float("inf"), "loss": -1.0}, "done: ü")
+    header = Header(
+        Kind.UPDATE,
+        3,
+        7,
+        11,
+        SCHEMA.digest,
+        2.5,
+        {"seconds": float("inf"), "loss": -1.0},
+        "done: ü",
+    )
     raw = header.pack(CONTRACT.metrics)
     assert len(raw) == HEADER_BYTES == 256
     assert Header.unpack(raw, "me", CONTRACT.metrics) == header
@@ -167,16 +215,28 @@ def test_a_long_reason_is_cut_between_characters() -> None:
 
 def test_a_long_reason_goes_on_behind_its_header() -> None:
     """Whole, up to a limit, and cut between characters; a letter that is not what its headers say is refused."""
-    short, long, endless = (Failure(client, 2, "local", "ü" * size) for client, size in ((1, 3), (2, 900), (3, 9000)))
+    short, long, endless = (
+        Failure(client, 2, "local", "ü" * size) for client, size in ((1, 3), (2, 900), (3, 9000))
+    )
     update = Update(4, 1.0, tensors(), {"loss": 0.5})
     headers = [Header.of(item, 2) for item in (short, long, endless, update)]
     letter = pack_answers(headers, CONTRACT.metrics)
     assert len(letter) == 4 * HEADER_BYTES + (6 + 2 * 900 - TEXT_BYTES) + REASON_BYTES
     unpacked = unpack_answers(letter, "rank 3", CONTRACT.metrics)
     failures = failures_of(unpacked, CONTRACT, 2, None)
-    assert (failures[:2], [report.client for report in reports_of(unpacked)]) == ([short, long], [4])
-    assert endless.reason.startswith(failures[2].reason) and len(failures[2].reason) == 42 + REASON_BYTES // 2
-    for wrong in (letter[:-1], letter[: HEADER_BYTES + 300], pack_answers([replace(headers[1], num_values=9999)], ())):
+    assert (failures[:2], [report.client for report in reports_of(unpacked)]) == (
+        [short, long],
+        [4],
+    )
+    assert (
+        endless.reason.startswith(failures[2].reason)
+        and len(failures[2].reason) == 42 + REASON_BYTES // 2
+    )
+    for wrong in (
+        letter[:-1],
+        letter[: HEADER_BYTES + 300],
+        pack_answers([replace(headers[1], num_values=9999)], ()),
+    ):
         with pytest.raises(ValueError, match=r"rank 3: found .* expected"):
             unpack_answers(wrong, "rank 3", CONTRACT.metrics)
 
@@ -190,9 +250,13 @@ def test_a_foreign_header_is_refused() -> None:
 
 def test_checked_refuses_what_the_contract_does_not_say() -> None:
     other = tensors(schema=Schema.of([("prefix", [4, 2]), ("wte", [3])]))
-    with pytest.raises(ValueError, match=r"update of client 5: found tensor 'wte' \[3\], expected 'input' \[3\]"):
+    with pytest.raises(
+        ValueError, match=r"update of client 5: found tensor 'wte' \[3\], expected 'input' \[3\]"
+    ):
         checked(Update(5, 1.0, other), CONTRACT, 0)
-    with pytest.raises(ValueError, match=r"found metrics \['labels'\], expected some of \['loss', 'seconds'\]"):
+    with pytest.raises(
+        ValueError, match=r"found metrics \['labels'\], expected some of \['loss', 'seconds'\]"
+    ):
         checked(Update(5, 1.0, tensors(), {"labels": 1.0}), CONTRACT, 0)
     with pytest.raises(ValueError, match="found weight -1"):
         checked(Update(5, -1.0, tensors()), CONTRACT, 0)
@@ -201,15 +265,21 @@ def test_checked_refuses_what_the_contract_does_not_say() -> None:
 def test_checked_turns_what_is_not_finite_into_a_failure() -> None:
     bad = tensors()
     bad["input"][2] = np.inf
-    assert checked(Update(5, 1.0, bad), CONTRACT, 4) == Failure(5, 4, "check", "tensor 'input' is not finite")
-    assert checked(Update(5, float("nan"), tensors()), CONTRACT, 4) == Failure(5, 4, "check", "weight is nan")
+    assert checked(Update(5, 1.0, bad), CONTRACT, 4) == Failure(
+        5, 4, "check", "tensor 'input' is not finite"
+    )
+    assert checked(Update(5, float("nan"), tensors()), CONTRACT, 4) == Failure(
+        5, 4, "check", "weight is nan"
+    )
 
 
 EXPECTED = Expected({4: 1, 5: 2, 6: 2}, {4: 8.0, 5: 8.0, 6: 8.0})
 
 
 def read_from_rank_2(*headers: Header) -> list[Header]:
-    return read_headers(b"".join(header.pack(CONTRACT.metrics) for header in headers), 2, CONTRACT, 4, EXPECTED)
+    return read_headers(
+        b"".join(header.pack(CONTRACT.metrics) for header in headers), 2, CONTRACT, 4, EXPECTED
+    )
 
 
 def test_the_server_refuses_headers_that_break_the_contract() -> None:
@@ -220,12 +290,24 @@ def test_the_server_refuses_headers_that_break_the_contract() -> None:
             Header(Kind.UPDATE, 3, 5, 11, SCHEMA.digest, 1.0),
             "client 5 from rank 2: found .*3, 11.*expected .*4, 11",
         ),
-        "values": (Header(Kind.UPDATE, 4, 5, 2**63, SCHEMA.digest, 1.0), "client 5 from rank 2.*expected .*4, 11"),
-        "digest": (Header(Kind.UPDATE, 4, 5, 11, bytes(16), 1.0), "client 5 from rank 2.*0000.*expected"),
-        "kind": (Header(Kind.BROADCAST, 4, 5, 11, SCHEMA.digest, 1.0), "client 5 from rank 2.*BROADCAST"),
+        "values": (
+            Header(Kind.UPDATE, 4, 5, 2**63, SCHEMA.digest, 1.0),
+            "client 5 from rank 2.*expected .*4, 11",
+        ),
+        "digest": (
+            Header(Kind.UPDATE, 4, 5, 11, bytes(16), 1.0),
+            "client 5 from rank 2.*0000.*expected",
+        ),
+        "kind": (
+            Header(Kind.BROADCAST, 4, 5, 11, SCHEMA.digest, 1.0),
+            "client 5 from rank 2.*BROADCAST",
+        ),
         "failure": (Header.of(Failure(5, 3, "local", "gone"), 3), r"client 5 from rank 2.*\[3, 0"),
         "foreign": (Header.of(Update(4, 1.0, tensors()), 4), "client 4 from rank 2.*does not play"),
-        "questions": (Header(Kind.UPDATE, 4, 5, 11, SCHEMA.digest, 1.0, asked=Asked(1, 300, 300)), "found 1 questions"),
+        "questions": (
+            Header(Kind.UPDATE, 4, 5, 11, SCHEMA.digest, 1.0, asked=Asked(1, 300, 300)),
+            "found 1 questions",
+        ),
     }
     for header, message in breaches.values():
         with pytest.raises(ProtocolError, match=message):
@@ -236,7 +318,9 @@ def test_the_server_refuses_headers_that_break_the_contract() -> None:
         read_headers(bytes(hidden), 2, CONTRACT, 4, EXPECTED)
     with pytest.raises(ProtocolError, match="client 5 from rank 2: found two answers"):
         read_from_rank_2(good, good)
-    with pytest.raises(ProtocolError, match="rank 2: found a letter of answers that cannot be read"):
+    with pytest.raises(
+        ProtocolError, match="rank 2: found a letter of answers that cannot be read"
+    ):
         read_headers(bytes(300), 2, CONTRACT, 4, EXPECTED)
     with pytest.raises(ProtocolError, match="ranks 1 and 2: found two answers of client 5"):
         require_one_rank_each([[], [5], [5, 6]])
@@ -245,9 +329,15 @@ def test_the_server_refuses_headers_that_break_the_contract() -> None:
 def test_what_one_client_cannot_have_sent_is_its_failure() -> None:
     contract = Contract(SCHEMA, SCHEMA, ("loss", "fitness"), finite=("fitness",))
     said = {5: (1.0, {"fitness": 1.0, "loss": math.nan}), 6: (8.5, {"fitness": 1.0})}
-    headers = [Header.of(Update(id, weight, tensors(), metrics), 4) for id, (weight, metrics) in said.items()]
+    headers = [
+        Header.of(Update(id, weight, tensors(), metrics), 4)
+        for id, (weight, metrics) in said.items()
+    ]
     failures = failures_of(headers, contract, 4, EXPECTED)
-    assert [(failure.client, failure.phase) for failure in failures] == [(4, "gather"), (6, "check")]
+    assert [(failure.client, failure.phase) for failure in failures] == [
+        (4, "gather"),
+        (6, "check"),
+    ]
     assert failures[0].reason == "rank 1 sent no answer"
     assert failures[1].reason == "weight is 8.5, expected at most 8 samples"
     for weight, metrics, reason in (
@@ -259,7 +349,10 @@ def test_what_one_client_cannot_have_sent_is_its_failure() -> None:
         (1.0, {}, "found no metric fitness"),
     ):
         [failure] = failures_of(
-            [Header.of(Update(5, weight, tensors(), metrics), 4)], contract, 4, Expected({5: 2}, {5: 8})
+            [Header.of(Update(5, weight, tensors(), metrics), 4)],
+            contract,
+            4,
+            Expected({5: 2}, {5: 8}),
         )
         assert reason in failure.reason
 
@@ -267,14 +360,25 @@ def test_what_one_client_cannot_have_sent_is_its_failure() -> None:
 def test_no_mutated_header_is_accepted_that_the_contract_does_not_allow() -> None:
     """5,000 letters of two headers with random bytes changed, cut, doubled: refused, or still what may be said."""
     random = np.random.default_rng(0)
-    good = b"".join(Header.of(Update(id, 3.0, tensors(), {"loss": 1.0}), 4).pack(CONTRACT.metrics) for id in (5, 6))
+    good = b"".join(
+        Header.of(Update(id, 3.0, tensors(), {"loss": 1.0}), 4).pack(CONTRACT.metrics)
+        for id in (5, 6)
+    )
     accepted = 0
     for _ in range(5000):
         letter = bytearray(good)
-        for place in random.integers(0, len(letter) if random.random() < 0.5 else 60, random.integers(1, 6)):
+        for place in random.integers(
+            0, len(letter) if random.random() < 0.5 else 60, random.integers(1, 6)
+        ):
             letter[place] = random.choice([0, 1, 4, 127, 128, 255, random.integers(256)])
         cut = random.integers(0, 10)
-        letter = letter[: random.integers(len(letter))] if cut == 0 else letter * 2 if cut == 1 else letter
+        letter = (
+            letter[: random.integers(len(letter))]
+            if cut == 0
+            else letter * 2
+            if cut == 1
+            else letter
+        )
         try:
             headers = read_headers(bytes(letter), 2, CONTRACT, 4, EXPECTED)
         except ProtocolError as error:
@@ -284,7 +388,10 @@ def test_no_mutated_header_is_accepted_that_the_contract_does_not_allow() -> Non
         for header in headers:
             assert (header.round, header.client in (5, 6), header.asked) == (4, True, Asked())
             if header.kind is Kind.UPDATE and header.client not in failed:
-                assert (header.num_values, header.digest) == (11, SCHEMA.digest) and 0 <= header.weight <= 8
+                assert (header.num_values, header.digest) == (
+                    11,
+                    SCHEMA.digest,
+                ) and 0 <= header.weight <= 8
                 assert not any(math.isinf(value) for value in header.metrics.values())
                 accepted += 1
     assert 100 < accepted < 9000  # it does see both
@@ -337,7 +444,9 @@ def test_solo_reads_the_answers_lazily_and_columns_once() -> None:
     assert events == ["train 2", "train 0"]
     assert [report.client for report in updates.reports] == [0, 2]
     assert updates.failures == [Failure(1, 0, "local", "gone")]
-    np.testing.assert_array_equal(updates.rows(), np.array([[0.0] * 11, [2.0] * 11], dtype=np.float32))
+    np.testing.assert_array_equal(
+        updates.rows(), np.array([[0.0] * 11, [2.0] * 11], dtype=np.float32)
+    )
     with pytest.raises(AssertionError, match="once"):
         next(updates.columns())
 

@@ -15,20 +15,15 @@ import numpy as np
 import pytest
 
 from fedsp_mpi import cli
-from fedsp_mpi.record import (
-    ClientRow,
-    ResultRow,
-    RoundRow,
-    Run,
-    RunRecord,
-    compare,
+from fedsp_mpi.record import ClientRow, ResultRow, RoundRow, Run, RunRecord, read
+from fedsp_mpi.report import (
     comparison_table,
+    diff,
     draw_bars,
     draw_curves,
     gain_table,
     main_result,
     markdown,
-    read,
     read_all,
 )
 
@@ -62,12 +57,22 @@ def made(
             **config,
         },
         config_text="",
-        environment={"hosts": [{"host": "node01", "device": "cpu"}] * 3, "machine": "x86_64, 2 cores"},
+        environment={
+            "hosts": [{"host": "node01", "device": "cpu"}] * 3,
+            "machine": "x86_64, 2 cores",
+        },
     )
     record.describe(models={"global": 9000, "auxiliary": 3000, "prompt_on_the_wire": 500})
     for round in range(1, ROUNDS + 1):
         some = [
-            ClientRow(round=round, client=id, rank=1, seconds_model=0.5, seconds_prompt=1.0, bytes_down=wire)
+            ClientRow(
+                round=round,
+                client=id,
+                rank=1,
+                seconds_model=0.5,
+                seconds_prompt=1.0,
+                bytes_down=wire,
+            )
             for id in range(clients)
         ]
         row = RoundRow(
@@ -79,13 +84,22 @@ def made(
             control_validation_loss=float("nan") if control is None else 4 - control - 0.05 * round,
         )
         record.commit_round(row, some)
-    scores = {"zero-shot": 0.5} | ({} if control is None else {"server-only": control}) | {label: own}
-    record.write_results(ResultRow(method=m, split="test", n=n, acc=a, loss=2 - a) for m, a in scores.items())
+    scores = (
+        {"zero-shot": 0.5} | ({} if control is None else {"server-only": control}) | {label: own}
+    )
+    record.write_results(
+        ResultRow(method=m, split="test", n=n, acc=a, loss=2 - a) for m, a in scores.items()
+    )
     record.finish(status)
     return record.run
 
 
-def grid(folder: Path, labels: Sequence[str], tasks: Sequence[str] = ("sciq",), seeds: Sequence[int] = (1, 2)):
+def grid(
+    folder: Path,
+    labels: Sequence[str],
+    tasks: Sequence[str] = ("sciq",),
+    seeds: Sequence[int] = (1, 2),
+):
     """A run of each label, task and seed; scores rise with all of them."""
     return [
         made(folder, label, task, seed, own=0.6 + 0.02 * i + 0.01 * seed, slope=0.05 * (i + 1))
@@ -106,14 +120,20 @@ def rows(text: str) -> dict[str, list[str]]:
 def test_what_clients_bring_is_told_beside_what_all_text_in_one_place_would(tmp_path):
     """Gains of 6, 10 and 5 points: 7 ± 1.53. The gap is 20 with each seed."""
     scores = {1: (0.60, 0.66, 0.80), 2: (0.62, 0.72, 0.82), 3: (0.60, 0.65, 0.80)}
-    runs = [made(tmp_path, "FedSP", seed=seed, own=own, control=control) for seed, (control, own, _) in scores.items()]
+    runs = [
+        made(tmp_path, "FedSP", seed=seed, own=own, control=control)
+        for seed, (control, own, _) in scores.items()
+    ]
     centralised = {"federation": {"clients": 0}, "clients": 0, "control": None}
-    runs += [made(tmp_path, "All", seed=seed, own=top, **centralised) for seed, (*_, top) in scores.items()]
+    runs += [
+        made(tmp_path, "All", seed=seed, own=top, **centralised)
+        for seed, (*_, top) in scores.items()
+    ]
     for some in (runs[:3], runs[:5]):  # without all seeds of the other, nothing is said of it
-        assert rows(gain_table(compare(some))) == {"gain": ["sciq"], "FedSP": ["+7.00 ± 1.53"]}
-    assert rows(gain_table(compare(runs))) == {"gain": ["sciq"], "FedSP": ["+7.00 ± 1.53 (35%)"]}
-    assert "the gap between it and All" in gain_table(compare(runs))
-    assert gain_table(compare(runs[3:])) is None
+        assert rows(gain_table(diff(some))) == {"gain": ["sciq"], "FedSP": ["+7.00 ± 1.53"]}
+    assert rows(gain_table(diff(runs))) == {"gain": ["sciq"], "FedSP": ["+7.00 ± 1.53 (35%)"]}
+    assert "the gap between it and All" in gain_table(diff(runs))
+    assert gain_table(diff(runs[3:])) is None
     few = made(
         tmp_path,
         "Few",
@@ -123,7 +143,7 @@ def test_what_clients_bring_is_told_beside_what_all_text_in_one_place_would(tmp_
         clients=0,
         data={"task": "sciq", "server_share": 16},
     )
-    assert "and Few" not in gain_table(compare([*runs[:3], few]))
+    assert "and Few" not in gain_table(diff([*runs[:3], few]))
 
 
 def warnings(text: str) -> list[str]:
@@ -139,25 +159,41 @@ def test_tables_show_the_names_that_a_sweep_gave_to_its_tasks(tmp_path):
     """Two tasks on the user's own data are one kind of task from two folders; to the user they are trec and piqa."""
     runs = [
         named(
-            made(tmp_path / task, label, seed=seed, own=own, data={"task": "multiple_choice", "source": folder}),
+            made(
+                tmp_path / task,
+                label,
+                seed=seed,
+                own=own,
+                data={"task": "multiple_choice", "source": folder},
+            ),
             task if seed == 1 else None,  # an earlier version of the package has begun this sweep
         )
         for folder, task in (("/d/a", "trec"), ("/d/b", "piqa"))
         for label, own in (("FedSP", 0.7), ("FedPrompt", 0.8))
         for seed in (1, 2)
     ]
-    text = comparison_table(compare(runs))
+    text = comparison_table(diff(runs))
     assert rows(text)["method"][:2] == ["trec (acc)", "piqa (acc)"] and "/d/" not in text
-    assert all(f"{name} = " in text for name in ("holds, trains", "down + up", "client s", "peak memory"))
+    assert all(
+        f"{name} = " in text for name in ("holds, trains", "down + up", "client s", "peak memory")
+    )
     first = [run for run in runs if run.config["run"]["task_label"]]
     named_rows = {line.split(" | ")[0] for line in markdown(first).splitlines()[2:]}
     assert named_rows == {"| trec", "| piqa"}  # what sets methods apart is in the next column
     alone = [run for run in first if run.config["run"]["label"] == "FedSP"]
-    assert {line.split(" | ")[0] for line in markdown(alone).splitlines()[2:]} == {"| trec, FedSP", "| piqa, FedSP"}
-    assert "less than two standard errors is no difference" in str(gain_table(compare(runs)))
-    assert "standard errors is no difference" not in str(gain_table(compare(first)))  # one seed has no such error
+    assert {line.split(" | ")[0] for line in markdown(alone).splitlines()[2:]} == {
+        "| trec, FedSP",
+        "| piqa, FedSP",
+    }
+    assert "less than two standard errors is no difference" in str(gain_table(diff(runs)))
+    assert "standard errors is no difference" not in str(
+        gain_table(diff(first))
+    )  # one seed has no such error
     alike = [named(run, "mine") for run in runs]
-    assert rows(comparison_table(compare(alike)))["method"][:2] == ["mine, /d/a (acc)", "mine, /d/b (acc)"]
+    assert rows(comparison_table(diff(alike)))["method"][:2] == [
+        "mine, /d/a (acc)",
+        "mine, /d/b (acc)",
+    ]
     assert "data.source=/d/b" in markdown([named(run, "mine") for run in first])
 
 
@@ -165,15 +201,28 @@ def test_tables_show_the_names_that_a_sweep_gave_to_its_tasks(tmp_path):
 
 
 def test_methods_against_tasks_over_seeds(tmp_path):
-    text = comparison_table(compare(grid(tmp_path, ["FedSP", "FedPrompt"], ["sciq", "piqa"])))
+    text = comparison_table(diff(grid(tmp_path, ["FedSP", "FedPrompt"], ["sciq", "piqa"])))
     found = rows(text)
     assert list(found) == ["method", "zero-shot", "server-only", "FedSP", "FedPrompt"]
-    assert found["method"] == ["sciq (acc)", "piqa (acc)", "holds", "trains", "down + up", "client s", "peak memory"]
+    assert found["method"] == [
+        "sciq (acc)",
+        "piqa (acc)",
+        "holds",
+        "trains",
+        "down + up",
+        "client s",
+        "peak memory",
+    ]
     assert found["zero-shot"] == ["50.00 ± 0.00"] * 2 + [""] * 5
     assert found["server-only"] == ["60.00 ± 0.00"] * 2 + [""] * 5
     assert found["FedSP"] == ["61.50 ± 0.71"] * 2 + ["3.00 k", "3.50 k", "2.0 kB", "1.50", ""]
     assert found["FedPrompt"][:2] == ["63.50 ± 0.71"] * 2
-    for fact in ("test questions: sciq 400, piqa 400", "seeds: 1, 2", "rounds: 4", "model: some/tiny"):
+    for fact in (
+        "test questions: sciq 400, piqa 400",
+        "seeds: 1, 2",
+        "rounds: 4",
+        "model: some/tiny",
+    ):
         assert f"- {fact}\n" in text
     assert "- machine: node01, x86_64, 2 cores, 3 ranks, cpu\n" in text and re.search(
         r"- dates: \d{4}-\d\d-\d\d$", text
@@ -185,7 +234,7 @@ def test_one_seed_has_no_deviation_and_exact_match_is_a_main_measure(tmp_path):
     run = made(tmp_path, own=0.25)
     results = run.results.copy()
     results["exact_match"] = [0.1, 0.2, 0.3]
-    found = rows(comparison_table(compare([replace(run, results=results)])))
+    found = rows(comparison_table(diff([replace(run, results=results)])))
     assert found["method"][0] == "sciq (exact match)" and found["FedSP"][0] == "30.00"
     assert main_result(run) == ("acc", 0.25)
 
@@ -201,7 +250,7 @@ def test_what_clients_hold_and_train(tmp_path):
         "models": {"global": 9000, "auxiliary": 9000, "prompt": 0, "prompt_on_the_wire": 9000},
     }
     memory = {"memory": {"clients": 1_500_000_000, "server": 3}}
-    found = rows(comparison_table(compare([*runs, replace(tuned, sections=sections | memory)])))
+    found = rows(comparison_table(diff([*runs, replace(tuned, sections=sections | memory)])))
     assert found["prompts"][1:] == ["3.00 k", "500", "2.0 kB", "1.50", ""]
     assert found["joint"][1:3] == ["3.00 k", "3.50 k"]
     assert found["tuned"][1:] == ["9.00 k", "9.00 k", "2.0 kB", "1.50", "1.5 GB"]
@@ -213,23 +262,34 @@ def test_controls_that_disagree_have_rows_of_their_own(tmp_path):
     runs = [made(tmp_path, "FedSP", seed=seed) for seed in (1, 2)]
     runs += [made(tmp_path, "FedSP without KD", seed=seed, own=0.65) for seed in (1, 2)]
     runs += [made(tmp_path, "FedPrompt", seed=1), made(tmp_path, "FedPrompt", seed=2, control=0.64)]
-    runs += [made(tmp_path, "FedSP without server tuning", seed=seed, control=None) for seed in (1, 2)]
-    found = rows(comparison_table(compare(runs)))
+    runs += [
+        made(tmp_path, "FedSP without server tuning", seed=seed, control=None) for seed in (1, 2)
+    ]
+    found = rows(comparison_table(diff(runs)))
     both = "server-only (of FedSP and FedSP without KD)"
     assert list(found)[1:4] == ["zero-shot", both, "server-only (of FedPrompt)"]
-    assert found[both][0] == "60.00 ± 0.00" and found["server-only (of FedPrompt)"][0] == "62.00 ± 2.83"
-    more = comparison_table(compare([*runs, *(made(tmp_path, "joint", seed=seed) for seed in (1, 2))]))
-    assert "\n- server-only (of FedSP and 2 others): FedSP, FedSP without KD, joint\n" in more + "\n"
-    agreeing = rows(comparison_table(compare([run for run in runs if run.name != "sciq-FedPrompt-2"])))
+    assert (
+        found[both][0] == "60.00 ± 0.00"
+        and found["server-only (of FedPrompt)"][0] == "62.00 ± 2.83"
+    )
+    more = comparison_table(diff([*runs, *(made(tmp_path, "joint", seed=seed) for seed in (1, 2))]))
+    assert (
+        "\n- server-only (of FedSP and 2 others): FedSP, FedSP without KD, joint\n" in more + "\n"
+    )
+    agreeing = rows(comparison_table(diff([run for run in runs if run.name != "sciq-FedPrompt-2"])))
     assert "server-only" in agreeing
 
 
 def test_cells_that_do_not_compare_are_named(tmp_path):
     runs = grid(tmp_path, ["FedSP", "FedPrompt"], ["sciq", "piqa"])
-    runs = [run for run in runs if run.name not in ("sciq-FedPrompt-2", "piqa-FedPrompt-1", "piqa-FedPrompt-2")]
+    runs = [
+        run
+        for run in runs
+        if run.name not in ("sciq-FedPrompt-2", "piqa-FedPrompt-1", "piqa-FedPrompt-2")
+    ]
     fewer = made(tmp_path, "other", n=24, prompt={"num_tokens": 8})
     more = made(tmp_path, "other", seed=2, prompt={"num_tokens": 16})
-    text = comparison_table(compare([*runs, fewer, more, made(tmp_path, "open", status="stopped")]))
+    text = comparison_table(diff([*runs, fewer, more, made(tmp_path, "open", status="stopped")]))
     assert warnings(text) == [
         "FedPrompt on sciq: only seed 1 of 1, 2.",
         "FedPrompt has no run on piqa.",
@@ -250,29 +310,48 @@ def test_columns_say_what_sets_them_apart(tmp_path):
         made(tmp_path / "c", "FedSP", "piqa"),
         made(tmp_path / "d", **larger),
     ]
-    assert compare(runs).tasks == ("sciq, tiny, iid", "sciq, tiny, labels 0.1", "piqa, tiny", "sciq, larger")
-    assert compare(runs[:3]).tasks == ("sciq, iid", "sciq, labels 0.1", "piqa")
+    assert diff(runs).tasks == (
+        "sciq, tiny, iid",
+        "sciq, tiny, labels 0.1",
+        "piqa, tiny",
+        "sciq, larger",
+    )
+    assert diff(runs[:3]).tasks == ("sciq, iid", "sciq, labels 0.1", "piqa")
     # Where no server tunes, and each method has a partition of its own, it belongs to the method too.
-    alone = [made(tmp_path / name, name, control=None, **own) for name, own in (("equal", {}), ("skewed", skewed))]
-    assert compare(alone).tasks == ("sciq",) and compare([*alone, runs[0]]).tasks == ("sciq, iid", "sciq, labels 0.1")
-    text = comparison_table(compare(alone))
-    assert "- partition iid: equal\n- partition labels 0.1: skewed" in text and "Warning" not in text
+    alone = [
+        made(tmp_path / name, name, control=None, **own)
+        for name, own in (("equal", {}), ("skewed", skewed))
+    ]
+    assert diff(alone).tasks == ("sciq",) and diff([*alone, runs[0]]).tasks == (
+        "sciq, iid",
+        "sciq, labels 0.1",
+    )
+    text = comparison_table(diff(alone))
+    assert (
+        "- partition iid: equal\n- partition labels 0.1: skewed" in text and "Warning" not in text
+    )
     # What the server owns belongs to the method: centralised ones own all.
     share = made(tmp_path / "e", "central", data={"task": "sciq", "server_share": 0.5})
-    assert compare([runs[0], share]).tasks == ("sciq",)
+    assert diff([runs[0], share]).tasks == ("sciq",)
 
 
 def test_the_same_run_twice_is_refused(tmp_path):
     twins = [made(tmp_path / name) for name in ("a", "b")]
-    with pytest.raises(ValueError, match=r"two runs of FedSP on sciq with seed 1 .*a/sciq-FedSP-1 and .*expected one"):
-        compare(twins)
+    with pytest.raises(
+        ValueError,
+        match=r"two runs of FedSP on sciq with seed 1 .*a/sciq-FedSP-1 and .*expected one",
+    ):
+        diff(twins)
     with pytest.raises(ValueError, match="two runs of FedSP"):
         draw_curves(twins, tmp_path / "x.png")
 
 
 def test_nothing_to_compare(tmp_path):
-    with pytest.raises(ValueError, match="found 1 runs, none of which is complete and has a result, expected at least"):
-        compare([made(tmp_path, status="failed")])
+    with pytest.raises(
+        ValueError,
+        match="found 1 runs, none of which is complete and has a result, expected at least",
+    ):
+        diff([made(tmp_path, status="failed")])
 
 
 # -- reading -------------------------------------------------------------------------------------------------------
@@ -290,12 +369,14 @@ def test_a_folder_of_runs_stands_for_those_in_it(tmp_path):
 
 
 def test_runs_of_a_folder_come_as_they_began(tmp_path, monkeypatch):
-    from fedsp_mpi.record import comparison
+    from fedsp_mpi.report import comparison
 
     for name in ("b", "a"):
         made(tmp_path, name)
     later = {"sciq-a-1": "2026-01-02", "sciq-b-1": "2026-01-01"}
-    monkeypatch.setattr(comparison, "read", lambda file: replace(read(file), created=later[file.parent.name]))
+    monkeypatch.setattr(
+        comparison, "read", lambda file: replace(read(file), created=later[file.parent.name])
+    )
     assert [run.name for run in read_all([tmp_path])] == ["sciq-b-1", "sciq-a-1"]
 
 
@@ -315,11 +396,22 @@ def pixels(path: Path) -> tuple[int, int]:
 
 
 def test_bars_have_a_group_for_each_task_and_a_colour_for_each_method(tmp_path):
-    found = compare(grid(tmp_path, ["FedSP", "FedPrompt"], ["sciq", "piqa"]))
+    found = diff(grid(tmp_path, ["FedSP", "FedPrompt"], ["sciq", "piqa"]))
     draw_bars(found, tmp_path / "bars.svg")
     texts = drawn(tmp_path / "bars.svg")
-    assert {"sciq", "piqa", "zero-shot", "server-only", "FedSP", "FedPrompt", "score in percent"} <= set(texts)
-    assert sorted(text for text in texts if text.endswith((".5", "50.0", "60.0")))[:2] == ["50.0", "50.0"]
+    assert {
+        "sciq",
+        "piqa",
+        "zero-shot",
+        "server-only",
+        "FedSP",
+        "FedPrompt",
+        "score in percent",
+    } <= set(texts)
+    assert sorted(text for text in texts if text.endswith((".5", "50.0", "60.0")))[:2] == [
+        "50.0",
+        "50.0",
+    ]
     assert texts.count("61.5") == texts.count("63.5") == 2
     picture = (tmp_path / "bars.svg").read_text()
     assert picture.count("#0072b2") == picture.count("#d55e00") == 2 + 1  # bars and legend
@@ -329,16 +421,23 @@ def test_bars_have_a_group_for_each_task_and_a_colour_for_each_method(tmp_path):
 
 
 def test_many_methods_are_told_apart(tmp_path):
-    found = compare(grid(tmp_path, [f"method {i}" for i in range(9)]))
+    found = diff(grid(tmp_path, [f"method {i}" for i in range(9)]))
     draw_bars(found, tmp_path / "bars.svg")
-    assert (tmp_path / "bars.svg").read_text().count("<pattern") == 2  # the eighth and ninth are hatched
+    assert (tmp_path / "bars.svg").read_text().count(
+        "<pattern"
+    ) == 2  # the eighth and ninth are hatched
 
 
 def test_curves_against_rounds_bytes_and_seconds(tmp_path):
     runs = grid(tmp_path, ["FedSP", "FedPrompt"])
     draw_curves(runs, tmp_path / "curves.svg")
     texts = drawn(tmp_path / "curves.svg")
-    for text in ("round", "bytes sent so far, without the hand-out", "seconds of all clients so far", "sciq"):
+    for text in (
+        "round",
+        "bytes sent so far, without the hand-out",
+        "seconds of all clients so far",
+        "sciq",
+    ):
         assert text in texts
     assert "validation loss, nats a token" in texts
     assert texts.count("server-only") == texts.count("FedSP") == texts.count("FedPrompt") == 1
@@ -356,7 +455,7 @@ def test_equal_pictures_are_equal_files(tmp_path):
 
 def panels(runs: Sequence[Run]) -> list[Any]:
     """The axes of a picture of curves, instead of a file."""
-    from fedsp_mpi.record import plot
+    from fedsp_mpi.report import plot
 
     figures = []
 
@@ -383,7 +482,10 @@ def test_lines_are_means_over_seeds_and_the_control_is_dashed(tmp_path):
     assert sent.lines[0].get_xdata().tolist() == [4000, 8000, 12000, 16000]
     assert seconds.lines[0].get_xdata().tolist() == [3, 6, 9, 12]
     for panel in (sent, seconds):  # the control sends nothing: drawn across, at its lowest
-        assert panel.lines[1].get_ydata() == pytest.approx([3.2, 3.2]) and panel.get_xscale() == "linear"
+        assert (
+            panel.lines[1].get_ydata() == pytest.approx([3.2, 3.2])
+            and panel.get_xscale() == "linear"
+        )
     [band] = [each for each in rounds.collections if len(each.get_paths())][:1]
     assert np.ptp(band.get_paths()[0].vertices[:, 1]) == pytest.approx(0.15 + 2 * 0.01414, abs=1e-3)
 
@@ -392,14 +494,22 @@ def test_bytes_far_apart_are_on_a_logarithmic_axis_and_none_at_all_is_a_level(tm
     runs = [made(tmp_path), made(tmp_path, "Fine-tuning", wire=500 * OWN)]
     runs.append(made(tmp_path, "central", clients=0, control=None))
     rounds, sent, seconds = panels(runs)
-    assert (rounds.get_xscale(), sent.get_xscale(), seconds.get_xscale()) == ("linear", "log", "linear")
+    assert (rounds.get_xscale(), sent.get_xscale(), seconds.get_xscale()) == (
+        "linear",
+        "log",
+        "linear",
+    )
     assert [len(set(line.get_ydata())) for line in sent.lines] == [4, 4, 1, 1]
     assert len({(line.get_color(), str(line.get_linestyle())) for line in rounds.lines}) == 4
 
 
 def test_losses_of_another_kind_have_a_row_of_their_own_and_methods_look_the_same_in_all(tmp_path):
     over = {label: {"task": "sciq", "loss_over": label} for label in ("vocabulary", "auto")}
-    runs = [made(tmp_path), made(tmp_path, "A", data=over["vocabulary"]), made(tmp_path, "B", data=over["auto"])]
+    runs = [
+        made(tmp_path),
+        made(tmp_path, "A", data=over["vocabulary"]),
+        made(tmp_path, "B", data=over["auto"]),
+    ]
     runs.append(made(tmp_path, "A", "piqa"))
     axes = panels(runs)
     titles = ["sciq, data.loss_over: vocabulary", "sciq, data.loss_over: auto", "piqa"]
@@ -412,7 +522,10 @@ def test_losses_of_another_kind_have_a_row_of_their_own_and_methods_look_the_sam
 def test_controls_that_differ_are_drawn_in_the_colours_of_their_methods(tmp_path):
     rounds, *_ = panels([made(tmp_path), made(tmp_path, "FedPrompt", control=0.64)])
     one, other, *controls = rounds.lines
-    assert [line.get_label() for line in controls] == ["server-only (of FedSP)", "server-only (of FedPrompt)"]
+    assert [line.get_label() for line in controls] == [
+        "server-only (of FedSP)",
+        "server-only (of FedPrompt)",
+    ]
     assert [line.get_color() for line in controls] == [one.get_color(), other.get_color()]
 
 

@@ -12,8 +12,8 @@ import yaml
 
 from fedsp_mpi import config
 from fedsp_mpi.config import Config, ConfigError
-from fedsp_mpi.limits import RANGES
-from fedsp_mpi.plain import merge
+from fedsp_mpi.config.limits import RANGES
+from fedsp_mpi.config.parsing import merge
 
 MODEL = {"recipe": "paper", "model": {"name": "some/model"}}  # the recipe that changes no default
 # A key that is refused without another one -> what to set with it.
@@ -70,7 +70,10 @@ def leaves(kind: type, where: str = "") -> list[tuple[str, object]]:
     """Dotted key and type of every value of a configuration."""
     hints = typing.get_type_hints(kind)
     each = [(f"{where}{field.name}", hints[field.name]) for field in dataclasses.fields(kind)]
-    below = [leaves(hint, f"{key}.") if dataclasses.is_dataclass(hint) else [(key, hint)] for key, hint in each]
+    below = [
+        leaves(hint, f"{key}.") if dataclasses.is_dataclass(hint) else [(key, hint)]
+        for key, hint in each
+    ]
     return [leaf for some in below for leaf in some]
 
 
@@ -83,7 +86,9 @@ def another(start: Config, dotted: str, hint: object) -> object:
     kinds = [a for a in typing.get_args(hint) if a is not type(None)] or [hint]
     if typing.get_origin(kinds[0]) is typing.Literal:
         kinds = list(typing.get_args(kinds[0]))
-    return {int: 3, float: 0.75, bool: not found(start, dotted), str: "new"}.get(kinds[0], kinds[-1])
+    return {int: 3, float: 0.75, bool: not found(start, dotted), str: "new"}.get(
+        kinds[0], kinds[-1]
+    )
 
 
 def refused(call, *words: str) -> str:
@@ -111,7 +116,11 @@ def test_what_is_written_reads_back_to_the_same(tmp_path):
     before = load(tmp_path, settings)
     after = config.load(write(tmp_path, config.to_yaml(before), "again.yaml"))
     assert after == before
-    assert (before.run.name, before.data.limit.train, before.server.tuning.optimizer.clip) == ("a: b", 5, 1.0)
+    assert (before.run.name, before.data.limit.train, before.server.tuning.optimizer.clip) == (
+        "a: b",
+        5,
+        1.0,
+    )
     assert before != load(tmp_path, {})
 
 
@@ -122,7 +131,10 @@ def test_every_key_can_be_written_and_read(tmp_path):
     """
     start = load(tmp_path, {})
     for dotted, hint in leaves(Config):
-        if dotted in ("model.gradient_checkpointing", "recipe"):  # not with a prefix, see below; tests/test_bridge.py
+        if dotted in (
+            "model.gradient_checkpointing",
+            "recipe",
+        ):  # not with a prefix, see below; tests/test_bridge.py
             continue
         new = another(start, dotted, hint)
         partner = TOGETHER.get(dotted, {})
@@ -130,15 +142,25 @@ def test_every_key_can_be_written_and_read(tmp_path):
         assert found(start, dotted) != new, dotted
         assert found(changed, dotted) == new, dotted
         assert type(found(changed, dotted)) is type(new), dotted
-        assert config.load(write(tmp_path, config.to_yaml(changed), "again.yaml")) == changed, dotted
-        others = [key for key, _ in leaves(Config) if key != dotted and found(changed, key) != found(start, key)]
+        assert config.load(write(tmp_path, config.to_yaml(changed), "again.yaml")) == changed, (
+            dotted
+        )
+        others = [
+            key
+            for key, _ in leaves(Config)
+            if key != dotted and found(changed, key) != found(start, key)
+        ]
         assert others == list(partner), dotted
 
 
 def test_nothing_can_be_changed_afterwards(tmp_path):
     with pytest.raises(dataclasses.FrozenInstanceError):
         load(tmp_path, {}).federation.rounds = 3
-    sections = {name: kind for name, kind in typing.get_type_hints(Config).items() if name not in ("method", "recipe")}
+    sections = {
+        name: kind
+        for name, kind in typing.get_type_hints(Config).items()
+        if name not in ("method", "recipe")
+    }
     assert all(dataclasses.is_dataclass(kind) for kind in sections.values())
 
 
@@ -156,20 +178,32 @@ def test_a_whole_number_will_do_for_a_number(tmp_path):
 
 def test_a_section_keeps_the_defaults_of_what_it_does_not_name(tmp_path):
     """Distillation's own default of its stage is 200 steps, not the 10 of other stages."""
-    settings = load(tmp_path, {"distillation": {"stage": {"batch_size": 4, "optimizer": {"clip": 1.0}}}})
+    settings = load(
+        tmp_path, {"distillation": {"stage": {"batch_size": 4, "optimizer": {"clip": 1.0}}}}
+    )
     assert settings.distillation.stage.steps == 200 == config.DistillationConfig().stage.steps
     assert settings.distillation.stage.optimizer.learning_rate == 5e-4
     assert settings.client.tuning.steps == 10
 
 
-@pytest.mark.parametrize("section", ["distillation", "distillation.stage", "federation", "data.limit"])
+@pytest.mark.parametrize(
+    "section", ["distillation", "distillation.stage", "federation", "data.limit"]
+)
 def test_an_empty_section_is_as_good_as_none(tmp_path, section):
-    assert load(tmp_path, nested(section, None)) == load(tmp_path, {}) == load(tmp_path, nested(section, {}))
+    assert (
+        load(tmp_path, nested(section, None))
+        == load(tmp_path, {})
+        == load(tmp_path, nested(section, {}))
+    )
 
 
 def test_the_embedded_default_is_read_where_no_file_is_given():
     settings = config.load(None, ["federation.rounds=2"])
-    assert (settings.model.name, settings.data.source, settings.federation.rounds) == ("embedded", "embedded", 2)
+    assert (settings.model.name, settings.data.source, settings.federation.rounds) == (
+        "embedded",
+        "embedded",
+        2,
+    )
 
 
 # -- extends -------------------------------------------------------------------------------------------------------
@@ -177,20 +211,34 @@ def test_the_embedded_default_is_read_where_no_file_is_given():
 
 def test_a_file_extends_another_and_its_own_keys_win(tmp_path):
     (tmp_path / "base").mkdir()
-    write(tmp_path, MODEL | {"federation": {"rounds": 3, "clients": 4}, "run": {"seed": 9}}, "base/root.yaml")
+    write(
+        tmp_path,
+        MODEL | {"federation": {"rounds": 3, "clients": 4}, "run": {"seed": 9}},
+        "base/root.yaml",
+    )
     write(tmp_path, {"extends": "root.yaml", "federation": {"rounds": 5}}, "base/middle.yaml")
     path = write(tmp_path, {"extends": "base/middle.yaml", "federation": {"min_clients": 2}})
     settings = config.load(path, ["run.seed=11"])
     assert dataclasses.astuple(settings.federation)[:2] == (4, 5)
-    assert (settings.federation.min_clients, settings.run.seed, settings.model.name) == (2, 11, "some/model")
+    assert (settings.federation.min_clients, settings.run.seed, settings.model.name) == (
+        2,
+        11,
+        "some/model",
+    )
 
 
 def test_a_file_extends_several_and_the_later_win(tmp_path):
     (tmp_path / "below").mkdir()
-    write(tmp_path, MODEL | {"federation": {"rounds": 3, "clients": 4}, "run": {"seed": 9, "label": "a"}}, "a.yaml")
+    write(
+        tmp_path,
+        MODEL | {"federation": {"rounds": 3, "clients": 4}, "run": {"seed": 9, "label": "a"}},
+        "a.yaml",
+    )
     write(tmp_path, {"federation": {"rounds": 5}, "run": {"label": "b"}}, "below/b.yaml")
     write(tmp_path, {"extends": ["b.yaml"], "run": {"seed": 4}}, "below/c.yaml")
-    path = write(tmp_path, {"extends": ["a.yaml", "below/c.yaml"], "federation": {"min_clients": 2}})
+    path = write(
+        tmp_path, {"extends": ["a.yaml", "below/c.yaml"], "federation": {"min_clients": 2}}
+    )
     settings = config.load(path)
     assert dataclasses.astuple(settings.federation)[:2] == (4, 5)
     assert (settings.federation.min_clients, settings.run.seed, settings.run.label) == (2, 4, "b")
@@ -209,14 +257,24 @@ def test_two_files_may_extend_the_same_one(tmp_path):
 @pytest.mark.parametrize("base", [3, {"a": 1}, ["a.yaml", 4], [["a.yaml"]]])
 def test_extends_that_names_no_file(tmp_path, base):
     write(tmp_path, MODEL, "a.yaml")
-    refused(lambda: config.load(write(tmp_path, {"extends": base})), "c.yaml: found", "expected the name of a file")
+    refused(
+        lambda: config.load(write(tmp_path, {"extends": base})),
+        "c.yaml: found",
+        "expected the name of a file",
+    )
 
 
 def test_a_circle_of_extends_is_refused(tmp_path):
     write(tmp_path, {"extends": "b.yaml"}, "a.yaml")
-    refused(lambda: config.load(write(tmp_path, {"extends": "a.yaml"}, "b.yaml")), "circle", "b.yaml")
+    refused(
+        lambda: config.load(write(tmp_path, {"extends": "a.yaml"}, "b.yaml")), "circle", "b.yaml"
+    )
     write(tmp_path, MODEL, "root.yaml")
-    refused(lambda: config.load(write(tmp_path, {"extends": ["root.yaml", "c.yaml"]})), "circle", "c.yaml")
+    refused(
+        lambda: config.load(write(tmp_path, {"extends": ["root.yaml", "c.yaml"]})),
+        "circle",
+        "c.yaml",
+    )
 
 
 def test_a_file_that_is_not_there(tmp_path):
@@ -245,10 +303,16 @@ def test_overrides_win_and_are_read_as_yaml(tmp_path):
         "run.name=x=y",
         "record.prompts=no",
     )
-    settings = load(tmp_path, {"federation": {"rounds": 3, "clients": 5}}, *overrides, "deadlines.start_up=null")
+    settings = load(
+        tmp_path, {"federation": {"rounds": 3, "clients": 5}}, *overrides, "deadlines.start_up=null"
+    )
     assert (settings.federation.rounds, settings.federation.clients) == (4, 5)
     assert settings.client.tuning.optimizer.learning_rate == 5e-4
-    assert (settings.run.name, settings.record.prompts, settings.deadlines.start_up) == ("x=y", False, None)
+    assert (settings.run.name, settings.record.prompts, settings.deadlines.start_up) == (
+        "x=y",
+        False,
+        None,
+    )
     assert load(tmp_path, {}, "run.seed=1", "run.seed=2").run.seed == 2
 
 
@@ -256,7 +320,9 @@ def test_an_override_below_a_section_that_is_empty_in_the_file(tmp_path):
     assert load(tmp_path, {"federation": None}, "federation.rounds=4").federation.rounds == 4
 
 
-@pytest.mark.parametrize("item", ["federation.rounds", "=3", "model.name.x=3", "federation=3", "federation.round=3"])
+@pytest.mark.parametrize(
+    "item", ["federation.rounds", "=3", "model.name.x=3", "federation=3", "federation.round=3"]
+)
 def test_overrides_that_do_not_read(tmp_path, item):
     refused(lambda: load(tmp_path, {}, item), item.partition("=")[0].split(".")[0])
 
@@ -280,7 +346,11 @@ def test_an_unknown_key_is_told_with_the_nearest_name(tmp_path, dotted, nearest)
 
 
 def test_an_unknown_key_that_is_like_none_is_told_all_names(tmp_path):
-    refused(lambda: load(tmp_path, {"prompt": {"zzzzzz": 1}}), "prompt.zzzzzz", "kind, num_tokens, init, init_std")
+    refused(
+        lambda: load(tmp_path, {"prompt": {"zzzzzz": 1}}),
+        "prompt.zzzzzz",
+        "kind, num_tokens, init, init_std",
+    )
 
 
 @pytest.mark.parametrize(
@@ -308,7 +378,9 @@ def test_values_of_another_type(tmp_path, dotted, value, kind):
 
 
 def test_every_number_has_a_range():
-    numbers = {dotted for dotted, hint in leaves(Config) if {int, float} & {hint, *typing.get_args(hint)}}
+    numbers = {
+        dotted for dotted, hint in leaves(Config) if {int, float} & {hint, *typing.get_args(hint)}
+    }
     assert numbers == {*RANGES, "attack.clients"}  # ids below federation.clients
 
 
@@ -319,7 +391,9 @@ def test_values_out_of_range(tmp_path):
         high = limits.high if limits.below else limits.high * 10 + 10
         for value in (low, high):
             content = nested(dotted, value)
-            message = refused(functools.partial(load, tmp_path, content), f"{dotted}: found", "expected")
+            message = refused(
+                functools.partial(load, tmp_path, content), f"{dotted}: found", "expected"
+            )
             assert ("at most" in message or "below" in message) == (value > limits.low), message
 
 
@@ -349,16 +423,28 @@ def test_numbers_that_are_not_finite(tmp_path, value):
 
 def test_what_does_not_go_together(tmp_path):
     large = {"client": {"tuning": {"batch_size": 5000}}}
-    refused(lambda: load(tmp_path, large), "client.tuning.batch_size: found 5000", "set client.tuning.micro_batch")
+    refused(
+        lambda: load(tmp_path, large),
+        "client.tuning.batch_size: found 5000",
+        "set client.tuning.micro_batch",
+    )
     assert load(tmp_path, large, "client.tuning.micro_batch=64").client.tuning.batch_size == 5000
     both = {"federation": {"clients": 3, "min_clients": 4}}
-    refused(lambda: load(tmp_path, both), "federation.min_clients: found 4", "3 of federation.clients")
+    refused(
+        lambda: load(tmp_path, both), "federation.min_clients: found 4", "3 of federation.clients"
+    )
     nothing = {"distillation": {"hidden_weight": 0, "logits_weight": 0}}
     refused(lambda: load(tmp_path, nothing), "hidden_weight 0", "distillation.stage.steps=0")
     assert load(tmp_path, {"distillation": nothing["distillation"] | {"stage": {"steps": 0}}})
     slow = "federation.stragglers: found"
-    refused(lambda: load(tmp_path, {}, "federation.client_seconds=5"), f"{slow} wait with client_seconds 5.0")
-    refused(lambda: load(tmp_path, {}, "federation.stragglers=drop"), f"{slow} drop with client_seconds None")
+    refused(
+        lambda: load(tmp_path, {}, "federation.client_seconds=5"),
+        f"{slow} wait with client_seconds 5.0",
+    )
+    refused(
+        lambda: load(tmp_path, {}, "federation.stragglers=drop"),
+        f"{slow} drop with client_seconds None",
+    )
     input_prompt = {"prompt": {"kind": "input", "projection": 8}}
     refused(lambda: load(tmp_path, input_prompt), "prompt.projection", "prompt.kind=prefix")
 
@@ -366,7 +452,9 @@ def test_what_does_not_go_together(tmp_path):
 def test_more_clients_in_a_round_than_there_are(tmp_path):
     plan = {"federation": {"clients": 5, "clients_per_round": 6}}
     refused(
-        lambda: load(tmp_path, plan), "federation.clients_per_round: found 6", "at most the 5 of federation.clients"
+        lambda: load(tmp_path, plan),
+        "federation.clients_per_round: found 6",
+        "at most the 5 of federation.clients",
     )
     assert load(tmp_path, plan, "federation.clients_per_round=5").federation.clients_per_round == 5
 
@@ -381,10 +469,18 @@ def test_more_updates_wanted_than_clients_in_a_round(tmp_path):
 
 def test_prefix_with_gradient_checkpointing_is_refused(tmp_path):
     checkpointing = {"model": {"name": "x", "gradient_checkpointing": True}}
-    refused(lambda: load(tmp_path, checkpointing), "model.gradient_checkpointing: found true", "prompt.kind=input")
+    refused(
+        lambda: load(tmp_path, checkpointing),
+        "model.gradient_checkpointing: found true",
+        "prompt.kind=input",
+    )
     fine = checkpointing | {"prompt": {"kind": "input"}}
     assert load(tmp_path, fine).model.gradient_checkpointing
-    refused(lambda: load(tmp_path, fine | {"auxiliary": {"dropout": True}}), "auxiliary.dropout", "checkpointing")
+    refused(
+        lambda: load(tmp_path, fine | {"auxiliary": {"dropout": True}}),
+        "auxiliary.dropout",
+        "checkpointing",
+    )
 
 
 def test_a_model_must_be_named(tmp_path):
@@ -403,7 +499,12 @@ def test_equal_configurations_do_not_differ(tmp_path):
 
 
 def test_each_difference_is_named_with_both_values(tmp_path):
-    changes = ("run.seed=9", "federation.rounds=3", "client.tuning.optimizer.clip=0.5", "prompt.kind=input")
+    changes = (
+        "run.seed=9",
+        "federation.rounds=3",
+        "client.tuning.optimizer.clip=0.5",
+        "prompt.kind=input",
+    )
     assert differing(load(tmp_path, {}), load(tmp_path, {}, *changes)) == [
         "client.tuning.optimizer.clip: was None, is 0.5",
         "federation.rounds: was 10, is 3",
@@ -412,7 +513,16 @@ def test_each_difference_is_named_with_both_values(tmp_path):
     ]
 
 
-FREE = {"topology.ranks", "deadlines", "checkpoint", "record", "run", "client.resident", "distillation.reuse", "recipe"}
+FREE = {
+    "topology.ranks",
+    "deadlines",
+    "checkpoint",
+    "record",
+    "run",
+    "client.resident",
+    "distillation.reuse",
+    "recipe",
+}
 FREE |= {"search"}  # of a method that does not search
 SEARCHES = ("method=fedbpt", "server.tuning.steps=0")
 
@@ -425,12 +535,18 @@ def test_what_says_where_and_how_a_run_runs_may_differ_and_nothing_else(tmp_path
         told = config.changed_keys(before, merge(before, nested(dotted, new)))
         is_free = (dotted.split(".")[0] in FREE or dotted in FREE) and dotted != "run.seed"
         is_section = typing.get_origin(hint) is dict  # of which each name is a key
-        changed = f"{dotted}.new: was None, is old" if is_section else f"{dotted}: was {found(start, dotted)}, is {new}"
+        changed = (
+            f"{dotted}.new: was None, is old"
+            if is_section
+            else f"{dotted}: was {found(start, dotted)}, is {new}"
+        )
         assert told == ([] if is_free else [changed])
 
 
 def test_how_it_is_searched_counts_where_it_is(tmp_path):
-    before, after = (load(tmp_path, {}, *SEARCHES, f"search.population={number}") for number in (5, 6))
+    before, after = (
+        load(tmp_path, {}, *SEARCHES, f"search.population={number}") for number in (5, 6)
+    )
     assert differing(before, after) == ["search.population: was 5, is 6"]
     assert differing(load(tmp_path, {}), after).count("search.population: was 5, is 6") == 1
 

@@ -13,9 +13,11 @@ from test_config import load, refused
 from test_run import short_run
 from test_variants import FEDPROMPT, short
 
-from fedsp_mpi import config, plan
+from fedsp_mpi import config
+from fedsp_mpi.estimate import cost
 from fedsp_mpi.models.prompts import DepthMap, Prompt, PromptSpec, read_adapter
-from fedsp_mpi.record import difference, read
+from fedsp_mpi.record import read
+from fedsp_mpi.report import difference
 from fedsp_mpi.tensors import NamedTensors
 
 WIDTH, TOKENS = 6, 4
@@ -33,7 +35,11 @@ def by_hand(t: dict[str, np.ndarray], encoder: str) -> np.ndarray:
     if encoder == "lstm":
         for layer in (0, 1):
             rows = np.concatenate(
-                [_one_way(t, rows, f"l{layer}"), _one_way(t, rows[::-1], f"l{layer}_reverse")[::-1]], axis=1
+                [
+                    _one_way(t, rows, f"l{layer}"),
+                    _one_way(t, rows[::-1], f"l{layer}_reverse")[::-1],
+                ],
+                axis=1,
             )
     hidden = np.maximum(rows @ t["mlp.0.weight"].T + t["mlp.0.bias"], 0)
     return hidden @ t["mlp.2.weight"].T + t["mlp.2.bias"]
@@ -57,7 +63,9 @@ def _one_way(t: dict[str, np.ndarray], rows: np.ndarray, name: str) -> np.ndarra
 @pytest.mark.parametrize("encoder", ENCODERS)
 def test_the_matrix_is_what_the_encoder_makes(encoder):
     prompt = made(encoder)
-    prompt.load({name: value + 0.1 for name, value in prompt.tensors().items()})  # offsets are not 0
+    prompt.load(
+        {name: value + 0.1 for name, value in prompt.tensors().items()}
+    )  # offsets are not 0
     wanted = by_hand({name: value.numpy() for name, value in prompt.tensors().items()}, encoder)
     assert prompt.matrix().shape == (TOKENS, WIDTH)
     assert np.abs(prompt.matrix().detach().numpy() - wanted).max() < 1e-5
@@ -68,7 +76,10 @@ def test_every_weight_is_trained_and_begins_as_the_seed_says(encoder):
     prompt = made(encoder)
     prompt.matrix().square().sum().backward()
     assert all(parameter.grad is not None for parameter in prompt.parameters())
-    same, other = made(encoder).tensors(), Prompt(replace(SPEC, encoder=encoder)).initialise(4, 0.5).tensors()
+    same, other = (
+        made(encoder).tensors(),
+        Prompt(replace(SPEC, encoder=encoder)).initialise(4, 0.5).tensors(),
+    )
     assert all(torch.equal(value, same[name]) for name, value in prompt.tensors().items())
     assert not torch.equal(prompt.tensors()["mlp.0.weight"], other["mlp.0.weight"])
     assert all(not value.any() for name, value in same.items() if "bias" in name)
@@ -79,7 +90,11 @@ def test_sizes_are_those_that_are_reckoned():
     with torch.device("meta"):
         large = Prompt(PromptSpec("input", 20, 1, 1, 768, encoder="lstm"))
     cells = 2 * (4 * 768 * (768 + 768) + 8 * 768) + 2 * (4 * 768 * (2 * 768 + 768) + 8 * 768)
-    assert large.num_parameters() == 20 * 768 + cells + (2 * 768 * 768 + 768) + (768 * 768 + 768) == 25_403_904
+    assert (
+        large.num_parameters()
+        == 20 * 768 + cells + (2 * 768 * 768 + 768) + (768 * 768 + 768)
+        == 25_403_904
+    )
 
 
 @pytest.mark.parametrize("encoder", ENCODERS)
@@ -94,25 +109,37 @@ def test_it_has_no_depth_and_is_computed_in_fp32(encoder):
 
 @pytest.mark.parametrize("encoder", ENCODERS)
 def test_a_run_sends_the_encoder_and_saves_what_it_makes(tmp_path, encoder):
-    run = short(tmp_path / "runs", *FEDPROMPT, "prompt.kind=input", f"prompt.encoder={encoder}", "prompt.num_tokens=4")
+    run = short(
+        tmp_path / "runs",
+        *FEDPROMPT,
+        "prompt.kind=input",
+        f"prompt.encoder={encoder}",
+        "prompt.num_tokens=4",
+    )
     best = run.prompts(int(run.results["round"][-1]))
     assert {name.partition(".")[0] for name in best} == {"embedding", "mlp"} | (
         {"lstm"} if encoder == "lstm" else set()
     )
-    assert run.sections["models"]["prompt_on_the_wire"] == sum(value.size for value in best.values())
-    assert set(run.clients["bytes_up"].tolist()) == {4 * sum(value.size for value in best.values()) + 256}
+    assert run.sections["models"]["prompt_on_the_wire"] == sum(
+        value.size for value in best.values()
+    )
+    assert set(run.clients["bytes_up"].tolist()) == {
+        4 * sum(value.size for value in best.values()) + 256
+    }
     first, last = run.prompts(1), run.prompts(2)
     assert all(not np.array_equal(first[name], last[name]) for name in first)
     width = best["embedding"].shape[1]
     prompt = Prompt(PromptSpec("input", 4, 1, 1, width, encoder=encoder))
-    prompt.load(NamedTensors.pack({name: torch.from_numpy(value) for name, value in best.items()}).torch())
+    prompt.load(
+        NamedTensors.pack({name: torch.from_numpy(value) for name, value in best.items()}).torch()
+    )
     saved = read_adapter(run.file.parent / "prompt")
     with torch.no_grad():  # an LSTM takes another way where it keeps no gradient
         assert torch.equal(saved, prompt.matrix())
     base = transformers.AutoModelForCausalLM.from_pretrained(config.EMBEDDED.parent / "model")
     theirs = peft.PeftModel.from_pretrained(base, run.file.parent / "prompt")
     assert torch.isfinite(theirs(input_ids=torch.tensor([[5, 6, 7]])).logits).all()
-    own = plan.plan(config.load(run.file.parent / "config.yaml"), "own").methods[0]
+    own = cost.plan(config.load(run.file.parent / "config.yaml"), "own").methods[0]
     assert own.trains == run.sections["models"]["prompt_on_the_wire"]
 
 
@@ -126,4 +153,8 @@ def test_what_cannot_be_is_refused(tmp_path):
     refused(lambda: load(tmp_path, {}, "prompt.encoder=mlp"), "prompt.encoder", "prompt.kind=input")
     text = ("prompt.kind=input", "prompt.encoder=mlp", "prompt.init=text")
     refused(lambda: load(tmp_path, {}, *text), "prompt.init", "expected random")
-    refused(lambda: load(tmp_path, {}, "prompt.kind=input", "prompt.encoder=gru"), "prompt.encoder", "lstm")
+    refused(
+        lambda: load(tmp_path, {}, "prompt.kind=input", "prompt.encoder=gru"),
+        "prompt.encoder",
+        "lstm",
+    )

@@ -22,16 +22,17 @@ from test_scoring import by_hand
 from test_variants import short
 from transformers import AutoModelForCausalLM
 
-from fedsp_mpi import cli, config, evaluate, evaluation
+from fedsp_mpi import cli, config, evaluation
+from fedsp_mpi.commands import evaluate
+from fedsp_mpi.commands.evaluate import Options
 from fedsp_mpi.data.tokens import Text
-from fedsp_mpi.evaluate import Options
 from fedsp_mpi.evaluation.scoring import score
 from fedsp_mpi.log import Log
-from fedsp_mpi.materials import Materials
 from fedsp_mpi.models import auxiliary, backbone
 from fedsp_mpi.models.backbone import LanguageModel
 from fedsp_mpi.models.prompts import Prompt, PromptSpec, write_adapter
 from fedsp_mpi.record import ResultRow, RunRecord, read
+from fedsp_mpi.run.inputs import Materials
 from fedsp_mpi.tensors import Batch, NamedTensors, seal
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'fedsp_mpi[evaluate]'")
@@ -50,7 +51,9 @@ def alone(tmp_path_factory, monkeypatch) -> Iterator[None]:
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.getbasetemp() / "cache")
+    monkeypatch.setattr(
+        datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.getbasetemp() / "cache"
+    )
     monkeypatch.setattr(socket.socket, "connect", refused)
     yield
     seal.clear()
@@ -78,17 +81,23 @@ def finished(folder: Path, *settings: str) -> Path:
     record = RunRecord.create(folder, config=asdict(chosen), config_text="", environment={})
     materials = Materials(chosen)
     prompt = Prompt(replace(materials.prompt_spec, projection=None)).initialise(1, 0.5)
-    write_adapter(folder / "prompt", NamedTensors.pack(prompt.tensors()), prompt.spec, materials.model_name)
+    write_adapter(
+        folder / "prompt", NamedTensors.pack(prompt.tensors()), prompt.spec, materials.model_name
+    )
     model = backbone.load_global(materials.model_name, device=tiny.CPU)
     for method, tuned in {"zero-shot": None, "fedsp": prompt}.items():
-        found = score(model, tuned, materials.test, materials.task.metric, chosen.evaluation.batch_tokens)
+        found = score(
+            model, tuned, materials.test, materials.task.metric, chosen.evaluation.batch_tokens
+        )
         assert found is not None
         record.write_results([ResultRow(method=method, split="test", **asdict(found))])
     record.finish()
     return folder
 
 
-def of_model(model: str, source: str, kind: str = "prefix", task: str = "multiple_choice") -> list[str]:
+def of_model(
+    model: str, source: str, kind: str = "prefix", task: str = "multiple_choice"
+) -> list[str]:
     words = Path(model) / "words"
     return [
         f"model.name={model}",
@@ -104,7 +113,9 @@ def asked(folder: Path, **options: Any) -> list[evaluate.Line]:
     return list(evaluate.evaluate(folder, Options(**options), Log()).lines)
 
 
-def require_equal(folder: Path, lines: list[evaluate.Line], methods: tuple[str, ...] = ("fedsp", "zero-shot")) -> None:
+def require_equal(
+    folder: Path, lines: list[evaluate.Line], methods: tuple[str, ...] = ("fedsp", "zero-shot")
+) -> None:
     """Every line equals its row of the record, to the last bit but for the standard error."""
     rows = {row["method"]: row for row in read(folder).results}
     assert tuple(line.method for line in lines) == methods
@@ -121,7 +132,9 @@ def require_equal(folder: Path, lines: list[evaluate.Line], methods: tuple[str, 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_scores_equal_the_runs_own(model, kind, tmp_path):
-    folder = finished(tmp_path / "run", *of_model(model, tiny.data_folder(tmp_path / "data", test=40), kind))
+    folder = finished(
+        tmp_path / "run", *of_model(model, tiny.data_folder(tmp_path / "data", test=40), kind)
+    )
     lines = asked(folder)
     require_equal(folder, lines)
     assert [set(line.measures) for line in lines] == [{"acc", "acc_norm"}] * 2
@@ -129,16 +142,23 @@ def test_scores_equal_the_runs_own(model, kind, tmp_path):
 
 
 def test_a_trained_run_of_the_embedded_default(tmp_path, capsys):
-    folder = short(tmp_path, "data.limit.test=80", "server.tuning.steps=8", "run.label=ours").file.parent
+    folder = short(
+        tmp_path, "data.limit.test=80", "server.tuning.steps=8", "run.label=ours"
+    ).file.parent
     capsys.readouterr()
     assert cli.main(["evaluate", str(folder)]) == 0
     out, err = capsys.readouterr()
-    assert err == "" and out.count(" yes\n") == 2 and f"written to {folder / 'evaluation.json'}" in out
+    assert (
+        err == "" and out.count(" yes\n") == 2 and f"written to {folder / 'evaluation.json'}" in out
+    )
     run, written = read(folder), json.loads((folder / "evaluation.json").read_text())
     assert [line["method"] for line in written["results"]] == ["ours", "zero-shot"]
     for line in written["results"]:
         row = next(row for row in run.results if row["method"] == line["method"])
-        assert line["measures"] == {"acc": row["acc"], "acc_norm": row["acc_norm"]} and line["equal"] is True
+        assert (
+            line["measures"] == {"acc": row["acc"], "acc_norm": row["acc_norm"]}
+            and line["equal"] is True
+        )
     assert written["limit"] is None and written["threads"] == 1 and "lm_eval" in written["versions"]
 
 
@@ -150,7 +170,11 @@ def _rows(task: str, random: np.random.Generator) -> Iterator[dict[str, Any]]:
 
     make: dict[str, Callable[[], dict[str, Any]]] = {
         "arc_easy": lambda: {"question": words(), "choices": lettered(words), "answerKey": "B"},
-        "openbookqa": lambda: {"question_stem": words(), "choices": lettered(words), "answerKey": "C"},
+        "openbookqa": lambda: {
+            "question_stem": words(),
+            "choices": lettered(words),
+            "answerKey": "C",
+        },
         "web_questions": lambda: {"question": words(), "answers": [words(1, 2), "w1", "w1 w2"]},
         "hellaswag": lambda: {
             "activity_label": words(),
@@ -159,11 +183,19 @@ def _rows(task: str, random: np.random.Generator) -> Iterator[dict[str, Any]]:
             "endings": [f"[step] {words()}", words(), words(), words()],
             "label": str(random.integers(4)),
         },
-        "piqa": lambda: {"goal": words(), "sol1": words(), "sol2": words(), "label": int(random.integers(2))},
+        "piqa": lambda: {
+            "goal": words(),
+            "sol1": words(),
+            "sol2": words(),
+            "label": int(random.integers(2)),
+        },
         "sciq": lambda: {
             "support": f" {words()}",
             "question": words(),
-            **{name: words() for name in ("distractor1", "distractor2", "distractor3", "correct_answer")},
+            **{
+                name: words()
+                for name in ("distractor1", "distractor2", "distractor3", "correct_answer")
+            },
         },
         "race": lambda: {
             "article": words(),
@@ -172,7 +204,11 @@ def _rows(task: str, random: np.random.Generator) -> Iterator[dict[str, Any]]:
             "answer": "D",
         },
         "sst2": lambda: {"sentence": words(), "label": int(random.integers(2))},
-        "rte": lambda: {"sentence1": words(), "sentence2": words(), "label": int(random.integers(2))},
+        "rte": lambda: {
+            "sentence1": words(),
+            "sentence2": words(),
+            "label": int(random.integers(2)),
+        },
         "ag_news": lambda: {"text": words(), "label": int(random.integers(4))},
         "question_answering": lambda: {"context": words(), "answers": [words(1, 2), words(1, 2)]},
     }
@@ -197,16 +233,30 @@ def task_folder(folder: Path, task: str, **splits: list[dict[str, Any]]) -> str:
 @pytest.mark.parametrize(
     "task",
     [
-        *("arc_easy", "openbookqa", "web_questions", "hellaswag", "piqa", "sciq", "race", "sst2", "rte"),
+        *(
+            "arc_easy",
+            "openbookqa",
+            "web_questions",
+            "hellaswag",
+            "piqa",
+            "sciq",
+            "race",
+            "sst2",
+            "rte",
+        ),
         *("ag_news", "question_answering"),
     ],
 )
 def test_local_rows_of_every_task(gpt2, task, tmp_path):
     """lm-eval's own words for the tasks that it has."""
-    folder = finished(tmp_path / "run", *of_model(gpt2, task_folder(tmp_path / "data", task), task=task))
+    folder = finished(
+        tmp_path / "run", *of_model(gpt2, task_folder(tmp_path / "data", task), task=task)
+    )
     lines = asked(folder)
     require_equal(folder, lines)
-    assert {line.task for line in lines} == {evaluate.OTHER_NAMES.get(task, task)} and lines[0].n == 14
+    assert {line.task for line in lines} == {evaluate.OTHER_NAMES.get(task, task)} and lines[
+        0
+    ].n == 14
 
 
 def test_the_same_rows_are_asked_as_the_run_had(gpt2, tmp_path):
@@ -221,7 +271,9 @@ def test_the_same_rows_are_asked_as_the_run_had(gpt2, tmp_path):
     require_equal(folder, lines)
     assert lines[0].n == 5
     rows = _rows("rte", np.random.default_rng(8))
-    source = task_folder(tmp_path / "rte", "rte", test=[{**next(rows), "label": -1} for _ in range(9)])
+    source = task_folder(
+        tmp_path / "rte", "rte", test=[{**next(rows), "label": -1} for _ in range(9)]
+    )
     folder = finished(tmp_path / "b", *of_model(gpt2, source, task="rte"))
     lines = asked(folder)
     require_equal(folder, lines)
@@ -230,7 +282,10 @@ def test_the_same_rows_are_asked_as_the_run_had(gpt2, tmp_path):
 
 def test_race_as_lm_eval_has_it(gpt2, tmp_path):
     problem = {"question": "w1  _  .", "options": ["w2", "w3", "w4", "w5"], "answer": "B"}
-    rows = [{"article": f"w{n} w9", "problems": str([problem, {**problem, "question": f"w{n}"}])} for n in range(9)]
+    rows = [
+        {"article": f"w{n} w9", "problems": str([problem, {**problem, "question": f"w{n}"}])}
+        for n in range(9)
+    ]
     source = task_folder(tmp_path / "data", "race", train=rows, validation=rows[:4], test=rows)
     folder = finished(tmp_path / "run", *of_model(gpt2, source, task="race"))
     lines = asked(folder)
@@ -239,16 +294,23 @@ def test_race_as_lm_eval_has_it(gpt2, tmp_path):
 
 
 def test_a_limit_and_no_prompt(gpt2, tmp_path, capsys):
-    folder = finished(tmp_path / "run", *of_model(gpt2, tiny.data_folder(tmp_path / "data", test=30)))
+    folder = finished(
+        tmp_path / "run", *of_model(gpt2, tiny.data_folder(tmp_path / "data", test=30))
+    )
     [line] = asked(folder, limit=7, without_prompt=True)
     assert (line.method, line.n, line.equal) == ("zero-shot", 7, None) and line.recorded["n"] == 30
     assert cli.main(["evaluate", str(folder / "run.h5"), "--limit", "7", "--without-prompt"]) == 0
     out = capsys.readouterr().out
-    assert "the run scored 30 questions of multiple_choice, not 7: nothing is compared" in out and " yes" not in out
+    assert (
+        "the run scored 30 questions of multiple_choice, not 7: nothing is compared" in out
+        and " yes" not in out
+    )
 
 
 def test_a_result_that_is_not_equal_is_called_so(gpt2, tmp_path):
-    folder = finished(tmp_path / "run", *of_model(gpt2, tiny.data_folder(tmp_path / "data", test=30)))
+    folder = finished(
+        tmp_path / "run", *of_model(gpt2, tiny.data_folder(tmp_path / "data", test=30))
+    )
     spec = PromptSpec.of(tiny.load(gpt2).shape, "prefix", 5, None)
     other = Prompt(spec).initialise(2, 3.0)
     write_adapter(folder / "prompt", NamedTensors.pack(other.tensors()), spec, gpt2)
@@ -258,7 +320,9 @@ def test_a_result_that_is_not_equal_is_called_so(gpt2, tmp_path):
 
 
 def test_a_tuned_model(gpt2, tmp_path):
-    folder = finished(tmp_path / "run", *of_model(gpt2, tiny.data_folder(tmp_path / "data", test=30)))
+    folder = finished(
+        tmp_path / "run", *of_model(gpt2, tiny.data_folder(tmp_path / "data", test=30))
+    )
     settings = read(folder).config | {"method": "finetune"}
     other = AutoModelForCausalLM.from_pretrained(with_tokenizer(tmp_path / "other", "gpt2", seed=5))
     record = RunRecord.create(tmp_path / "tuned", config=settings, config_text="", environment={})
@@ -266,7 +330,9 @@ def test_a_tuned_model(gpt2, tmp_path):
     record.finish()
     before = asked(folder)
     tuned, plain = asked(tmp_path / "tuned")
-    assert (tuned.method, plain.method) == ("finetune", "zero-shot") and plain.measures == before[1].measures
+    assert (tuned.method, plain.method) == ("finetune", "zero-shot") and plain.measures == before[
+        1
+    ].measures
     model = LanguageModel(other.eval())
     materials = Materials(config.load(None, of_model(gpt2, str(tmp_path / "data"))))
     wanted = score(model, None, materials.test, "multiple_choice", 4096)
@@ -290,13 +356,15 @@ def requests(*arguments: tuple[Any, ...]) -> list[Any]:
     from lm_eval.api.instance import Instance
 
     return [
-        Instance(request_type="generate_until", doc={}, arguments=some, idx=0, metadata=("t", place, 1))
+        Instance(
+            request_type="generate_until", doc={}, arguments=some, idx=0, metadata=("t", place, 1)
+        )
         for place, some in enumerate(arguments)
     ]
 
 
 def answers(model: LanguageModel, prompt: Prompt | None, batch_tokens: int = 200) -> Any:
-    from fedsp_mpi.evaluation.lm_eval import Answers
+    from fedsp_mpi.evaluation.harness import Answers
 
     return Answers(model, prompt, tiny.tokenizer(), batch_tokens, "test", Log())
 
@@ -306,7 +374,9 @@ def prompt_for(model: LanguageModel, kind: str | None) -> Prompt | None:
 
 
 @torch.no_grad()
-def greedy(model: LanguageModel, prompt: Prompt | None, context: str, most: int, stops: tuple[str, ...]) -> str:
+def greedy(
+    model: LanguageModel, prompt: Prompt | None, context: str, most: int, stops: tuple[str, ...]
+) -> str:
     """Greedy decoding in full passes without a cache."""
     tokenizer = tiny.tokenizer()
     ids, said = tokenizer(context)["input_ids"] or [1], []
@@ -315,7 +385,9 @@ def greedy(model: LanguageModel, prompt: Prompt | None, context: str, most: int,
             attention_mask=torch.ones(1, len(ids + said), dtype=torch.long)
         )
         said.append(int(model.head(model.hidden(batch, prompt)[:, -1]).argmax()))
-        if said[-1] == tokenizer.eos_token_id or any(stop in tokenizer.decode(said) for stop in stops):
+        if said[-1] == tokenizer.eos_token_id or any(
+            stop in tokenizer.decode(said) for stop in stops
+        ):
             break
     text = tokenizer.decode(said, skip_special_tokens=True)
     for stop in stops:
@@ -330,10 +402,15 @@ def test_generation_is_greedy_and_ends_at_a_stop(model, kind):
     contexts = ["", *(" ".join(random.choice(tiny.words(), size)) for size in (3, 7, 3, 1, 7, 3))]
     wanted = [greedy(loaded, prompt, context, 12, ()) for context in contexts]
     settings = {"until": [], "max_gen_toks": 12, "do_sample": False, "temperature": 0.0}
-    assert answers(loaded, prompt).generate_until(requests(*((c, settings) for c in contexts))) == wanted
+    assert (
+        answers(loaded, prompt).generate_until(requests(*((c, settings) for c in contexts)))
+        == wanted
+    )
     stop = wanted[1].split()[5]
     wanted = [greedy(loaded, prompt, context, 12, (stop,)) for context in contexts]
-    found = answers(loaded, prompt, 40).generate_until(requests(*((c, {**settings, "until": stop}) for c in contexts)))
+    found = answers(loaded, prompt, 40).generate_until(
+        requests(*((c, {**settings, "until": stop}) for c in contexts))
+    )
     assert found == wanted and stop not in "".join(found)
 
 
@@ -344,7 +421,9 @@ def test_generation_is_lm_evals(gpt2):
     theirs = HFLM(pretrained=plain, tokenizer=tiny.tokenizer(), batch_size=3, backend="causal")
     settings = {"until": ["w5 "], "max_gen_toks": 20, "do_sample": False}
     asked = requests(*((f"w{n} w{n + 1}" + " w7" * (n % 3), settings) for n in range(9)))
-    assert answers(loaded, None).generate_until(asked) == theirs.generate_until(asked, disable_tqdm=True)
+    assert answers(loaded, None).generate_until(asked) == theirs.generate_until(
+        asked, disable_tqdm=True
+    )
 
 
 def test_a_long_context_leaves_room_for_what_is_generated(gpt2):
@@ -352,16 +431,24 @@ def test_a_long_context_leaves_room_for_what_is_generated(gpt2):
     words = [f"w{n % 90}" for n in range(150)]
     for kind, room in ((None, tiny.POSITIONS), ("prefix", tiny.POSITIONS - 5)):
         prompt = prompt_for(loaded, kind)
-        found = answers(loaded, prompt).generate_until(requests((" ".join(words), {"max_gen_toks": 10})))
+        found = answers(loaded, prompt).generate_until(
+            requests((" ".join(words), {"max_gen_toks": 10}))
+        )
         assert found == [greedy(loaded, prompt, " ".join(words[10 - room :]), 10, ())]
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"do_sample": True}, "do_sample: found sampling at temperature 1.0 in a task's generation_kwargs"),
+        (
+            {"do_sample": True},
+            "do_sample: found sampling at temperature 1.0 in a task's generation_kwargs",
+        ),
         ({"temperature": 0.7}, "do_sample: found sampling at temperature 0.7"),
-        ({"max_gen_toks": 64}, "max_gen_toks: found 64 tokens to generate, expected fewer than the 64 positions"),
+        (
+            {"max_gen_toks": 64},
+            "max_gen_toks: found 64 tokens to generate, expected fewer than the 64 positions",
+        ),
         ({}, "max_gen_toks: found 256 tokens to generate"),
         ({"num_beams": 4, "max_gen_toks": 4}, "generation_kwargs: found num_beams in a task"),
     ],
@@ -400,9 +487,16 @@ def test_whole_texts_are_lm_evals(gpt2):
         batch_size=2,
         backend="causal",
     )
-    asked = requests(*((" ".join(f"w{(n * k) % 90}" for k in range(size)),) for n, size in enumerate((5, 64, 65, 200))))
+    asked = requests(
+        *(
+            (" ".join(f"w{(n * k) % 90}" for k in range(size)),)
+            for n, size in enumerate((5, 64, 65, 200))
+        )
+    )
     wanted = theirs.loglikelihood_rolling(asked, disable_tqdm=True)
-    assert answers(tiny.load(gpt2), None).loglikelihood_rolling(asked) == pytest.approx(wanted, abs=1e-3)
+    assert answers(tiny.load(gpt2), None).loglikelihood_rolling(asked) == pytest.approx(
+        wanted, abs=1e-3
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -415,9 +509,13 @@ def test_options_with_a_prompt_are_lm_evals_with_stock_peft(model, kind, tmp_pat
     prompt = prompt_for(loaded, kind)
     assert prompt is not None
     write_adapter(tmp_path, NamedTensors.pack(prompt.tensors()), prompt.spec, model)
-    stock = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model), tmp_path).eval()
+    stock = peft.PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(model), tmp_path
+    ).eval()
     theirs = HFLM(pretrained=stock, tokenizer=tiny.tokenizer(), batch_size=4, backend="causal")
-    pairs = [(f"w{n} w{2 * n}", f" w{m} w3 w{n}"[: 3 + 3 * (m % 3)]) for n in range(6) for m in range(4)]
+    pairs = [
+        (f"w{n} w{2 * n}", f" w{m} w3 w{n}"[: 3 + 3 * (m % 3)]) for n in range(6) for m in range(4)
+    ]
     asked = [*requests(*pairs), *requests(("", " w5"), ("", " w6 w7"))]
     wanted = theirs.loglikelihood(asked, disable_tqdm=True)
     found = answers(loaded, prompt).loglikelihood(asked)
@@ -429,9 +527,15 @@ def test_a_context_is_run_once_for_all_its_options(gpt2, monkeypatch):
     loaded, sizes = tiny.load(gpt2), []
     run = loaded.continue_from
     monkeypatch.setattr(
-        loaded, "continue_from", lambda ids, *rest: (sizes.append(tuple(ids.shape)), run(ids, *rest))[1]
+        loaded,
+        "continue_from",
+        lambda ids, *rest: (sizes.append(tuple(ids.shape)), run(ids, *rest))[1],
     )
-    some = [request for place in range(2) for request in requests(*[("w1 w2 w3", f" w{n}") for n in range(4)])]
+    some = [
+        request
+        for place in range(2)
+        for request in requests(*[("w1 w2 w3", f" w{n}") for n in range(4)])
+    ]
     for place, request in enumerate(some):
         request.doc_id = place // 4
     answers(loaded, None, 1000).loglikelihood(some)
@@ -453,7 +557,10 @@ OWN = {
             {"name": "whole", "filter": [{"function": "take_first"}]},
             {
                 "name": "first",
-                "filter": [{"function": "regex", "regex_pattern": "(w\\d+)"}, {"function": "take_first"}],
+                "filter": [
+                    {"function": "regex", "regex_pattern": "(w\\d+)"},
+                    {"function": "take_first"},
+                ],
             },
         ],
     },
@@ -481,19 +588,39 @@ def test_files_of_the_users_own(gpt2, tmp_path, capsys):
     files = {split: f"{source}/{split}.jsonl" for split in ("train", "test")}
     (tmp_path / "tasks").mkdir()
     for name, task in OWN.items():
-        where = {"dataset_path": "json", "dataset_kwargs": {"data_files": files}, "test_split": "test"}
-        (tmp_path / "tasks" / f"{name}.yaml").write_text(json.dumps({"task": name, **where, **task}))
-    arguments = ["--tasks", "said, told,multiple_choice,shown", "--include", str(tmp_path / "tasks")]
+        where = {
+            "dataset_path": "json",
+            "dataset_kwargs": {"data_files": files},
+            "test_split": "test",
+        }
+        (tmp_path / "tasks" / f"{name}.yaml").write_text(
+            json.dumps({"task": name, **where, **task})
+        )
+    arguments = [
+        "--tasks",
+        "said, told,multiple_choice,shown",
+        "--include",
+        str(tmp_path / "tasks"),
+    ]
     assert cli.main(["evaluate", str(folder), *arguments]) == 0
     out, err = capsys.readouterr()
-    assert err == "" and out.count(" yes\n") == 2 and "word_perplexity" in out and "said (first)" in out
+    assert (
+        err == ""
+        and out.count(" yes\n") == 2
+        and "word_perplexity" in out
+        and "said (first)" in out
+    )
     found = json.loads((folder / "evaluation.json").read_text())["results"]
     lines = {(line["task"], line["filter"], line["method"]): line for line in found}
     assert len(lines) == len(found) == 2 * 5
     assert (
-        lines["told", "none", "fedsp"]["measures"]["word_perplexity"] > 1 and lines["told", "none", "fedsp"]["n"] == 12
+        lines["told", "none", "fedsp"]["measures"]["word_perplexity"] > 1
+        and lines["told", "none", "fedsp"]["n"] == 12
     )
-    assert lines["said", "whole", "fedsp"]["recorded"] is None and lines["shown", "none", "zero-shot"]["equal"] is None
+    assert (
+        lines["said", "whole", "fedsp"]["recorded"] is None
+        and lines["shown", "none", "zero-shot"]["equal"] is None
+    )
 
 
 # -- mistakes ------------------------------------------------------------------------------------------------------
@@ -508,12 +635,18 @@ def ready(tmp_path_factory, gpt2) -> Path:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--tasks", "arc_easy,,x"), "--tasks: found 'arc_easy,,x', expected names with a comma between them"),
+        (
+            ("--tasks", "arc_easy,,x"),
+            "--tasks: found 'arc_easy,,x', expected names with a comma between them",
+        ),
         (("--limit", "0"), "--limit: found 0, expected at least 1"),
         (("--batch-tokens", "-2"), "--batch-tokens: found -2, expected at least 1"),
         (("--include", "/nowhere"), "--include: found no folder /nowhere"),
         (("--device", "cuda"), "compute.device: found no CUDA device"),
-        (("--tasks", "sst2"), "sst2: found ConnectionError while lm-eval loaded the task"),  # its data are on the hub
+        (
+            ("--tasks", "sst2"),
+            "sst2: found ConnectionError while lm-eval loaded the task",
+        ),  # its data are on the hub
     ],
 )
 def test_a_mistake_is_one_line(ready, arguments, message, capsys):
@@ -521,19 +654,30 @@ def test_a_mistake_is_one_line(ready, arguments, message, capsys):
         pytest.skip("there is a CUDA device")
     assert cli.main(["evaluate", str(ready), *arguments]) == 2
     out, err = capsys.readouterr()
-    assert err.count("\n") == 1 and err.startswith("fedsp_mpi: ") and message in err and "Traceback" not in out
+    assert (
+        err.count("\n") == 1
+        and err.startswith("fedsp_mpi: ")
+        and message in err
+        and "Traceback" not in out
+    )
 
 
 def test_an_unknown_name_with_the_nearest(ready, tmp_path, monkeypatch, capsys):
-    from fedsp_mpi.evaluation import lm_eval
+    from fedsp_mpi.evaluation import harness
 
     monkeypatch.setattr(
-        lm_eval, "TaskManager", partial(lm_eval.TaskManager, include_defaults=False)
+        harness, "TaskManager", partial(harness.TaskManager, include_defaults=False)
     )  # spares ten seconds
     (tmp_path / "mine.yaml").write_text("task: my_questions")
-    assert cli.main(["evaluate", str(ready), "--tasks", "my_question", "--include", str(tmp_path)]) == 2
+    assert (
+        cli.main(["evaluate", str(ready), "--tasks", "my_question", "--include", str(tmp_path)])
+        == 2
+    )
     told = capsys.readouterr().err
-    assert "--tasks: found 'my_question', which lm-eval" in told and "did you mean 'my_questions'?" in told
+    assert (
+        "--tasks: found 'my_question', which lm-eval" in told
+        and "did you mean 'my_questions'?" in told
+    )
 
 
 @pytest.mark.slow
@@ -546,23 +690,34 @@ def test_a_name_that_only_all_of_lm_eval_has(ready, capsys):
 
 def test_a_run_that_is_not_complete(gpt2, tmp_path, capsys):
     chosen = config.load(None, of_model(gpt2, tiny.data_folder(tmp_path / "data")))
-    record = RunRecord.create(tmp_path / "run", config=asdict(chosen), config_text="", environment={})
+    record = RunRecord.create(
+        tmp_path / "run", config=asdict(chosen), config_text="", environment={}
+    )
     assert cli.main(["evaluate", str(tmp_path / "run")]) == 2
     assert "found a run that is running, expected a complete one" in capsys.readouterr().err
-    assert [line.method for line in asked(tmp_path / "run", without_prompt=True, limit=3)] == ["zero-shot"]
+    assert [line.method for line in asked(tmp_path / "run", without_prompt=True, limit=3)] == [
+        "zero-shot"
+    ]
     record.finish()
     assert cli.main(["evaluate", str(tmp_path / "run")]) == 2
     assert "found no such folder, expected what the run has tuned" in capsys.readouterr().err
     spec = PromptSpec.of(tiny.load(gpt2).shape, "prefix", 3, None)
-    write_adapter(tmp_path / "run" / "prompt", NamedTensors.pack(Prompt(spec).tensors()), spec, gpt2)
+    write_adapter(
+        tmp_path / "run" / "prompt", NamedTensors.pack(Prompt(spec).tensors()), spec, gpt2
+    )
     assert cli.main(["evaluate", str(tmp_path / "run")]) == 2
     assert "found a prompt of shape [3, 256], expected [16, 256]" in capsys.readouterr().err
 
 
 def test_a_record_of_another_version(ready, tmp_path, capsys):
     settings = read(ready).config
-    for name, changed in {"old": {"topology": {"unheard": 1}}, "new": {"evaluation": {"unheard": 1}}}.items():
-        record = RunRecord.create(tmp_path / name, config=settings | changed, config_text="", environment={})
+    for name, changed in {
+        "old": {"topology": {"unheard": 1}},
+        "new": {"evaluation": {"unheard": 1}},
+    }.items():
+        record = RunRecord.create(
+            tmp_path / name, config=settings | changed, config_text="", environment={}
+        )
         record.finish()
     assert math.isfinite(asked(tmp_path / "old", without_prompt=True, limit=2)[0].measures["acc"])
     assert cli.main(["evaluate", str(tmp_path / "new"), "--without-prompt"]) == 2
@@ -576,7 +731,11 @@ def test_a_result_that_cannot_be_written_is_shown_all_the_same(ready, capsys):
     finally:
         (ready / "evaluation.json.part").rmdir()
     out, err = capsys.readouterr()
-    assert "zero-shot" in out and "cannot be written" in err and not (ready / "evaluation.json").exists()
+    assert (
+        "zero-shot" in out
+        and "cannot be written" in err
+        and not (ready / "evaluation.json").exists()
+    )
 
 
 def test_data_that_are_not_here_are_to_be_fetched(ready, tmp_path, capsys):
@@ -584,15 +743,17 @@ def test_data_that_are_not_here_are_to_be_fetched(ready, tmp_path, capsys):
     settings = settings | {"data": settings["data"] | {"task": "sst2", "source": None}}
     RunRecord.create(tmp_path / "run", config=settings, config_text="", environment={}).finish()
     assert cli.main(["evaluate", str(tmp_path / "run"), "--without-prompt"]) == 2
-    assert f"`python -m fedsp_mpi fetch {tmp_path / 'run' / 'config.yaml'}`" in capsys.readouterr().err
+    assert (
+        f"`python -m fedsp_mpi fetch {tmp_path / 'run' / 'config.yaml'}`" in capsys.readouterr().err
+    )
 
 
 @pytest.fixture
 def unloaded(monkeypatch) -> None:
     """As if the adapter had not been imported yet."""
-    import fedsp_mpi.evaluation.lm_eval  # noqa: F401
+    import fedsp_mpi.evaluation.harness  # noqa: F401
 
-    monkeypatch.delitem(sys.modules, "fedsp_mpi.evaluation.lm_eval")
+    monkeypatch.delitem(sys.modules, "fedsp_mpi.evaluation.harness")
     monkeypatch.delattr(evaluation, "lm_eval")
 
 
@@ -614,4 +775,7 @@ def test_an_lm_eval_that_is_too_old(ready, unloaded, monkeypatch, capsys):
 def test_under_mpirun(ready, monkeypatch, capsys):
     monkeypatch.setattr(cli, "launcher_size", lambda: 4)
     assert cli.main(["evaluate", str(ready)]) == 2
-    assert "evaluate: found 4 processes, expected one; start it without mpirun" in capsys.readouterr().err
+    assert (
+        "evaluate: found 4 processes, expected one; start it without mpirun"
+        in capsys.readouterr().err
+    )

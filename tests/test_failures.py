@@ -40,7 +40,9 @@ def test_a_client_rank_that_stops_is_named_within_the_deadline(tmp_path, usual, 
     assert result.returncode == 124, both_ends(result)
     assert seconds < usual + DEADLINE + 15
     assert "rank 0" in only_report(result)
-    assert re.search(r"found nothing from rank 2 after 4\.\d s, expected an answer within 4 s", result.stderr)
+    assert re.search(
+        r"found nothing from rank 2 after 4\.\d s, expected an answer within 4 s", result.stderr
+    )
     if kind == "hang":  # a stopped process cannot show its stack; one that hangs can
         assert "most recent call first" in result.stderr and "local_work" in result.stderr
     assert read(tmp_path / "run").status == "failed"
@@ -54,7 +56,9 @@ def test_a_server_that_stops_is_named_by_the_clients(tmp_path, usual):
     assert "found nothing from rank 0" in result.stderr
 
 
-@pytest.mark.parametrize(("phase", "rank"), [("local training", 1), ("merge", 0), ("distillation", 0)])
+@pytest.mark.parametrize(
+    ("phase", "rank"), [("local training", 1), ("merge", 0), ("distillation", 0)]
+)
 def test_a_rank_that_is_killed_ends_the_job(tmp_path, usual, phase, rank):
     result, seconds = timed(3, tmp_path, "run", fault=f"die:{phase}:{rank}")
     assert result.returncode not in (0, 2), both_ends(result)
@@ -78,16 +82,23 @@ def test_a_client_that_fails_alone_is_dropped_and_named(tmp_path, fault, reason,
     assert result.returncode == 0, both_ends(result)
     run = read(tmp_path / "run")
     failed = [row for row in run.clients if row["status"] in (b"failed", "failed")]
-    assert [(row["round"], row["client"]) for row in failed] == [(round, client) for round in rounds]
+    assert [(row["round"], row["client"]) for row in failed] == [
+        (round, client) for round in rounds
+    ]
     assert all(reason in str(row["reason"]) for row in failed)
     assert "1 of them failed" in result.stdout
     assert ("in no round was their update merged" in result.stdout) == (rounds == [1, 2])
-    assert run.status == "complete" and all(math.isfinite(row["validation_loss"]) for row in run.rounds)
+    assert run.status == "complete" and all(
+        math.isfinite(row["validation_loss"]) for row in run.rounds
+    )
 
 
 def test_a_quorum_below_which_the_run_stops(tmp_path):
     result, _ = timed(2, tmp_path, "run", "federation.min_clients=3", fault="memory:1:1")
-    assert result.returncode == 1 and "found 2 updates, expected at least federation.min_clients=3" in result.stderr
+    assert (
+        result.returncode == 1
+        and "found 2 updates, expected at least federation.min_clients=3" in result.stderr
+    )
     assert "client 1 in local training: out of memory" in result.stderr
 
 
@@ -99,6 +110,10 @@ def test_a_slow_client_is_cut_at_its_time_and_weighs_what_it_did(tmp_path):
     run = read(tmp_path / "run")
     samples = {int(row["client"]): int(row["samples"]) for row in run.clients if row["round"] == 1}
     assert samples[0] == samples[2] == 40 * 16
-    assert 16 <= samples[1] <= 6 * 16  # a second a step, six in all, a fifth of them for the alignment
-    seconds = [row["seconds_model"] + row["seconds_prompt"] for row in run.clients if row["client"] == 1]
+    assert (
+        16 <= samples[1] <= 6 * 16
+    )  # a second a step, six in all, a fifth of them for the alignment
+    seconds = [
+        row["seconds_model"] + row["seconds_prompt"] for row in run.clients if row["client"] == 1
+    ]
     assert all(spent < 6 + 2 * 1 + 1 for spent in seconds)

@@ -21,24 +21,27 @@ from test_run import short_run
 from test_variants import short
 from torch.nn import functional as F
 
-from fedsp_mpi import config, plan, plan_text, record, rng
-from fedsp_mpi.aggregation.average import weighted_mean
+from fedsp_mpi import config, record, rng
+from fedsp_mpi.aggregation.fedavg import weighted_mean
 from fedsp_mpi.aggregation.step_size import corrected, effective
 from fedsp_mpi.algorithms import fedbpt
-from fedsp_mpi.algorithms.benches import ShardError
-from fedsp_mpi.algorithms.forward import Held
+from fedsp_mpi.algorithms.client_state import ShardError
+from fedsp_mpi.algorithms.inference import Held
 from fedsp_mpi.comm import Refused
 from fedsp_mpi.comm.messages import Report
 from fedsp_mpi.comm.updates import Updates
+from fedsp_mpi.config.search import SearchConfig
 from fedsp_mpi.data.perturb import perturbed
 from fedsp_mpi.data.tokens import Text, collate
+from fedsp_mpi.estimate import cost
+from fedsp_mpi.estimate import text as plan_text
 from fedsp_mpi.models.losses import answer_losses, fitness
 from fedsp_mpi.models.prompts import DepthMap, Prompt, PromptSpec
 from fedsp_mpi.models.subspace import Subspace, scale_of
-from fedsp_mpi.record import difference, read
-from fedsp_mpi.search import SearchConfig
+from fedsp_mpi.record import read
+from fedsp_mpi.report import difference
 from fedsp_mpi.tensors import NamedTensors, Update
-from fedsp_mpi.training.evolution import Evolution, sizes
+from fedsp_mpi.training.cma_es import Evolution, sizes
 from fedsp_mpi.training.loop import NonFiniteError
 
 # The embedded default as FedBPT, with a small search.
@@ -91,7 +94,9 @@ class Function:
         return [values[:, None]]
 
 
-def function_client(function: Callable[[np.ndarray], float] | Function, settings, seed, clients) -> fedbpt.Client:
+def function_client(
+    function: Callable[[np.ndarray], float] | Function, settings, seed, clients
+) -> fedbpt.Client:
     """Clients whose objective is a function of z."""
     shards = {client: [None] * (client + 1) for client in range(clients)}
     forward = function if isinstance(function, Function) else Function(function)
@@ -121,7 +126,9 @@ def evaluations_together(function, settings: SearchConfig, clients: int, seed: i
 
 def evaluations_alone(function, settings: SearchConfig, seed: int) -> float:
     """The same for one client that goes on by itself, without beginning anew in each round."""
-    search = Evolution.of({"mean": np.zeros(settings.dimension), "step_size": np.array([settings.step_size])})
+    search = Evolution.of(
+        {"mean": np.zeros(settings.dimension), "step_size": np.array([settings.step_size])}
+    )
     for generation in range(2000):
         points = search.sample(settings.population, rng.key(seed, "alone", generation))
         values = np.array([function(point) for point in points])
@@ -142,10 +149,16 @@ SEARCHES: dict[str, dict] = {
 
 @pytest.mark.parametrize("search", SEARCHES)
 @pytest.mark.parametrize(
-    ("function", "dimension", "step_size"), [(sphere, 10, 0.5), (rosenbrock, 5, 0.3)], ids=["sphere", "rosenbrock"]
+    ("function", "dimension", "step_size"),
+    [(sphere, 10, 0.5), (rosenbrock, 5, 0.3)],
+    ids=["sphere", "rosenbrock"],
 )
-def test_ten_clients_reach_1e_8_with_fewer_evaluations_each_than_one_alone(function, dimension, step_size, search):
-    settings = SearchConfig(dimension, step_size=step_size, iterations=1, objective="loss", **SEARCHES[search])
+def test_ten_clients_reach_1e_8_with_fewer_evaluations_each_than_one_alone(
+    function, dimension, step_size, search
+):
+    settings = SearchConfig(
+        dimension, step_size=step_size, iterations=1, objective="loss", **SEARCHES[search]
+    )
     alone = [evaluations_alone(function, settings, seed) for seed in range(2)]
     together = [evaluations_together(function, settings, 10, seed) for seed in range(1)]
     assert max(together) < min(alone) < math.inf, (together, alone)
@@ -157,7 +170,9 @@ def test_eight_iterations_a_round_help_where_step_sizes_are_kept():
     settings = SearchConfig(10, step_size=0.5, iterations=8, objective="loss")
     alone = [evaluations_alone(sphere, settings, seed) for seed in range(3)]
     for search in ("kept", "default", "average"):
-        assert evaluations_together(sphere, replace(settings, **SEARCHES[search]), 10, 0) < min(alone), search
+        assert evaluations_together(sphere, replace(settings, **SEARCHES[search]), 10, 0) < min(
+            alone
+        ), search
     assert evaluations_together(sphere, settings, 10, 1) > max(alone)
 
 
@@ -167,12 +182,17 @@ def test_eight_iterations_a_round_follow_a_valley_where_all_clients_count():
     alone = max(evaluations_alone(rosenbrock, settings, seed) for seed in range(2))
     assert evaluations_together(rosenbrock, replace(settings, rule="average"), 10, 0) < alone
     assert evaluations_together(rosenbrock, replace(settings, **SEARCHES["default"]), 10, 0) < alone
-    assert evaluations_together(rosenbrock, replace(settings, **SEARCHES["kept"]), 10, 0) == math.inf
+    assert (
+        evaluations_together(rosenbrock, replace(settings, **SEARCHES["kept"]), 10, 0) == math.inf
+    )
 
 
 @pytest.mark.slow
 def test_in_500_dimensions_the_covariance_hardly_moves():
-    search, random = Evolution.of({"mean": np.zeros(500), "step_size": np.ones(1)}), np.random.default_rng(0)
+    search, random = (
+        Evolution.of({"mean": np.zeros(500), "step_size": np.ones(1)}),
+        np.random.default_rng(0),
+    )
     for _ in range(200):
         points = search.mean + search.step_size * random.standard_normal((10, 500))
         search.update(points, np.array([sphere(point + 1) for point in points]))
@@ -211,7 +231,9 @@ def test_points_follow_the_distribution_and_the_seed():
         }
     )
     points = search.sample(4000, 7)
-    assert np.array_equal(points, search.sample(4000, 7)) and not np.array_equal(points, search.sample(4000, 8))
+    assert np.array_equal(points, search.sample(4000, 7)) and not np.array_equal(
+        points, search.sample(4000, 8)
+    )
     assert np.abs(points.mean(0) - search.mean).max() < 0.3
     assert np.abs(np.cov(points.T) / 9 - root @ root.T).max() < 0.3
 
@@ -237,7 +259,9 @@ def test_the_step_size_is_that_of_equation_6():
         2 * math.sqrt(total / (4 * population)), rel=1e-12
     )
     # The reference sums over all clients and knows mu = lambda / 2: the same where the sums are.
-    assert corrected(losses, [1.3] * 4, 2, 4) == pytest.approx(math.sqrt(4 * 1.3**2 / 4 / 2), rel=1e-12)
+    assert corrected(losses, [1.3] * 4, 2, 4) == pytest.approx(
+        math.sqrt(4 * 1.3**2 / 4 / 2), rel=1e-12
+    )
     assert corrected([5.0], [2.0], 4, 1) == pytest.approx(math.sqrt(2 * 4.0 / 8))
 
 
@@ -246,7 +270,9 @@ def test_the_effective_parents_are_the_library_s(population):
     """And a mean of points of no meaning moves by so much."""
     from cmaes import CMA
 
-    assert effective(population) == pytest.approx(CMA(np.zeros(4), 1.0, population_size=population)._mu_eff, rel=1e-12)
+    assert effective(population) == pytest.approx(
+        CMA(np.zeros(4), 1.0, population_size=population)._mu_eff, rel=1e-12
+    )
     search, moved = Evolution.of({"mean": np.zeros(500), "step_size": np.ones(1)}), []
     for seed in range(4):
         points = search.sample(population, seed)
@@ -266,7 +292,9 @@ def test_a_client_tells_the_sum_of_its_squared_step_sizes():
         points = search.sample(5, rng.key(3, "search", 1, 0, iteration))
         search.update(points, np.array([sphere(point) for point in points]))
     assert update.metrics["step_size"] ** 2 == pytest.approx(squares, rel=1e-12)
-    assert np.array_equal(update.tensors["mean"], search.mean.astype(np.float32)) and list(update.tensors) == ["mean"]
+    assert np.array_equal(update.tensors["mean"], search.mean.astype(np.float32)) and list(
+        update.tensors
+    ) == ["mean"]
     assert update.metrics["fitness"] == sphere(update.tensors["mean"].astype(np.float64))
     assert set(update.metrics) == set(fedbpt.METRICS) and update.weight == 1.0
 
@@ -282,7 +310,9 @@ def test_the_server_ranks_the_clients_means():
     weights /= weights.sum()
     mean = sum(weight * update.tensors["mean"] for weight, update in zip(weights, best))
     assert merged["mean"] == pytest.approx(mean, abs=1e-6)
-    sigma = corrected(*([u.metrics[name] for u in updates] for name in ("fitness", "step_size")), 2.5, 3)
+    sigma = corrected(
+        *([u.metrics[name] for u in updates] for name in ("fitness", "step_size")), 2.5, 3
+    )
     strength = 1 / (weights**2).sum()
     rate = (strength + 2) / (4 + strength + 5)
     path = math.sqrt(rate * (2 - rate) * strength) * mean / sigma
@@ -314,7 +344,10 @@ def test_the_server_moves_to_all_clients():
 
 def test_of_all_points_the_covariance_hears_too():
     """Hansen's arithmetic for the better half of 12, without the other one."""
-    points, losses = np.random.default_rng(4).standard_normal((6, 4)), np.array([3.0, 1.0, 5.0, 2.0, 6.0, 4.0])
+    points, losses = (
+        np.random.default_rng(4).standard_normal((6, 4)),
+        np.array([3.0, 1.0, 5.0, 2.0, 6.0, 4.0]),
+    )
     search = Evolution.of({"mean": np.zeros(4), "step_size": np.array([2.0])})
     search.update(points, losses, "all")
     weights = np.log(6.5) - np.log(np.arange(1, 7))
@@ -337,9 +370,14 @@ def test_clients_step_sizes_go_on_where_they_were():
     server = FunctionServer(SearchConfig(4, step_size_by="clients", **own))
     updates = told(server, 6)
     assert [list(update.tensors) for update in updates] == [["mean", "step_size"]] * 6
-    merged, ends = server.merge(gathered(updates)), [update.tensors["step_size"].item() for update in updates]
+    merged, ends = (
+        server.merge(gathered(updates)),
+        [update.tensors["step_size"].item() for update in updates],
+    )
     assert len(set(ends)) == 6
-    losses, spreads = ([update.metrics[name] for update in updates] for name in ("fitness", "step_size"))
+    losses, spreads = (
+        [update.metrics[name] for update in updates] for name in ("fitness", "step_size")
+    )
     begin = corrected(losses, spreads, effective(5), 3)
     wanted = Evolution.of({"mean": np.zeros(4), "step_size": np.array([begin])})
     before = wanted.step_size
@@ -347,7 +385,9 @@ def test_clients_step_sizes_go_on_where_they_were():
     assert merged["mean"] == pytest.approx(wanted.mean, rel=1e-6)
     assert merged["step_path"] == pytest.approx(wanted.step_path, rel=1e-5)
     change = wanted.step_size / before
-    assert merged["step_size"].item() == pytest.approx(math.prod(ends) ** (1 / 6) * change, rel=1e-5)
+    assert merged["step_size"].item() == pytest.approx(
+        math.prod(ends) ** (1 / 6) * change, rel=1e-5
+    )
     server.take(merged)
     assert list(server.broadcast()) == ["mean", "step_size", "covariance"]
     [again], search = told(server, 1), Evolution.of(server.broadcast())
@@ -375,7 +415,9 @@ def test_the_other_rule_averages_all_that_the_clients_know():
     assert list(updates[0].tensors) == ["mean", "step_size", "covariance", "step_path", "mean_path"]
     merged = server.merge(gathered(updates))
     assert np.array_equal(merged.flat, weighted_mean(gathered(updates)).flat)
-    wanted = sum(u.weight * u.tensors["covariance"].astype(np.float64) for u in updates) / 6  # of 1, 2 and 3 examples
+    wanted = (
+        sum(u.weight * u.tensors["covariance"].astype(np.float64) for u in updates) / 6
+    )  # of 1, 2 and 3 examples
     assert merged["covariance"] == pytest.approx(wanted, rel=1e-6)
     server.take(merged)
     assert np.array_equal(server.broadcast().flat, merged.flat)
@@ -385,8 +427,13 @@ def test_the_identity_does_not_travel():
     server = FunctionServer(SearchConfig(9, covariance="identity", iterations=2, objective="loss"))
     updates = told(server, 4)
     server.take(server.merge(gathered(updates)))
-    assert [(spec.name, spec.shape) for spec in server.broadcast().schema] == [("mean", (9,)), ("step_size", (1,))]
-    assert not np.array_equal(server.state()["covariance"], np.eye(9)[np.triu_indices(9)])  # but it is the server's own
+    assert [(spec.name, spec.shape) for spec in server.broadcast().schema] == [
+        ("mean", (9,)),
+        ("step_size", (1,)),
+    ]
+    assert not np.array_equal(
+        server.state()["covariance"], np.eye(9)[np.triu_indices(9)]
+    )  # but it is the server's own
 
 
 def test_a_server_goes_on_from_its_state_with_equal_bits():
@@ -398,9 +445,13 @@ def test_a_server_goes_on_from_its_state_with_equal_bits():
             other = FunctionServer(settings)
             other.load_state(kept)
         for server in [one] + ([other] if round >= 4 else []):
-            updates = [client.local(id, round, server.broadcast()) for id in (3, 1, 0, 2)]  # in any order
+            updates = [
+                client.local(id, round, server.broadcast()) for id in (3, 1, 0, 2)
+            ]  # in any order
             server.take(server.merge(gathered(sorted(updates, key=lambda update: update.client))))
-    assert NamedTensors.of(one.state()).flat.tobytes() == NamedTensors.of(other.state()).flat.tobytes()
+    assert (
+        NamedTensors.of(one.state()).flat.tobytes() == NamedTensors.of(other.state()).flat.tobytes()
+    )
     assert torch.equal(one.prompt.prompt, other.prompt.prompt)
 
 
@@ -414,7 +465,9 @@ def test_the_projection_follows_from_the_seed_and_is_linear():
     matrix = space.expand(np.eye(7)).flatten(1).T  # [3000, 7], in two pieces
     points = np.random.default_rng(0).standard_normal((3, 7))
     assert space.expand(points).shape == (3, 5, 600)
-    assert torch.allclose(space.expand(points).flatten(1), torch.from_numpy(points).float() @ matrix.T, atol=1e-5)
+    assert torch.allclose(
+        space.expand(points).flatten(1), torch.from_numpy(points).float() @ matrix.T, atol=1e-5
+    )
     assert torch.equal(space.expand(points), Subspace(SPEC, 7, 0.5, 1).expand(points))
     assert not torch.equal(space.expand(points), Subspace(SPEC, 7, 0.5, 2).expand(points))
     assert torch.allclose(Subspace(SPEC, 7, 1.0, 1).expand(points), 2 * space.expand(points))
@@ -427,7 +480,9 @@ def test_what_is_added_spreads_like_an_embedding(tmp_path):
     weights = model.model.get_input_embeddings().weight
     first = Prompt(PromptSpec.of(model.shape, "input", 40, None))
     scale = scale_of(model, first, 50, 2.0, 3.0)
-    assert scale == pytest.approx(3 * weights.std(correction=0).item() / (math.sqrt(50) * 2), rel=1e-5)
+    assert scale == pytest.approx(
+        3 * weights.std(correction=0).item() / (math.sqrt(50) * 2), rel=1e-5
+    )
     points = 2.0 * np.random.default_rng(0).standard_normal((8, 50))
     added = Subspace(first.spec, 50, scale, 1).expand(points)
     assert added.std().item() == pytest.approx(3 * weights.std().item(), rel=0.1)
@@ -442,7 +497,9 @@ def framed(lengths: list[int]) -> list[Text]:
     """Texts that begin with 1 50, end their contexts with 60 61, and have answers of two tokens."""
     random = np.random.default_rng(0)
     own = [random.integers(10, 40, length) for length in lengths]
-    return [Text(np.array([1, 50, *ids, 60, 61, 5, 6], dtype=np.int32), len(ids) + 4) for ids in own]
+    return [
+        Text(np.array([1, 50, *ids, 60, 61, 5, 6], dtype=np.int32), len(ids) + 4) for ids in own
+    ]
 
 
 def test_a_share_of_a_text_s_own_words_is_replaced():
@@ -453,21 +510,36 @@ def test_a_share_of_a_text_s_own_words_is_replaced():
     other = perturbed(texts, 0.4, words, rng.generator(1, "perturbation", 3, 3))
     changed = []
     for text, copy, same, late in zip(texts, copies, again, other):
-        assert copy.answer == text.answer and copy.ids.dtype == text.ids.dtype and len(copy.ids) == len(text.ids)
-        assert np.array_equal(copy.ids[:2], text.ids[:2]) and np.array_equal(copy.ids[-4:], text.ids[-4:])
+        assert (
+            copy.answer == text.answer
+            and copy.ids.dtype == text.ids.dtype
+            and len(copy.ids) == len(text.ids)
+        )
+        assert np.array_equal(copy.ids[:2], text.ids[:2]) and np.array_equal(
+            copy.ids[-4:], text.ids[-4:]
+        )
         assert np.array_equal(copy.ids, same.ids) and not np.array_equal(copy.ids, late.ids)
         assert np.isin(copy.ids[2:-4], [2, *words]).all()
         changed.append((copy.ids != text.ids)[2:-4].mean())
     assert copies[0].ids[7] == 2 and np.mean(changed) == pytest.approx(0.4, abs=0.06)
     everything = perturbed(texts, 1.0, np.array([77]), rng.generator(1, "perturbation", 1, 1))
-    assert (everything[1].ids[2:-4] == texts[1].ids[2:-4]).all(), "only words are replaced, and 77 is the only one"
+    assert (everything[1].ids[2:-4] == texts[1].ids[2:-4]).all(), (
+        "only words are replaced, and 77 is the only one"
+    )
 
 
 def test_around_a_gap_both_sides_are_a_text_s_own():
-    texts = [Text(np.append(text.ids, [7, *text.ids[2:-4], 8]), len(text.ids) - 2, gap=3) for text in framed([90, 80])]
+    texts = [
+        Text(np.append(text.ids, [7, *text.ids[2:-4], 8]), len(text.ids) - 2, gap=3)
+        for text in framed([90, 80])
+    ]
     copies = perturbed(texts, 1.0, np.arange(10, 50), rng.generator(1, "perturbation", 1, 0))
     for text, copy in zip(texts, copies):
-        assert copy.gap == 3 and copy.answer == text.answer and copy.ids[copy.answer] == text.ids[text.answer]
+        assert (
+            copy.gap == 3
+            and copy.answer == text.answer
+            and copy.ids[copy.answer] == text.ids[text.answer]
+        )
         own = (text.ids >= 10) & (text.ids < 50)
         assert (copy.ids != text.ids)[own].mean() > 0.9 and (copy.ids == text.ids)[~own].all()
 
@@ -475,7 +547,9 @@ def test_around_a_gap_both_sides_are_a_text_s_own():
 def test_of_one_text_all_of_the_context_may_be_replaced():
     [text] = framed([500])
     [copy] = perturbed([text], 1.0, np.arange(4, 100), rng.generator(1, "perturbation", 1, 0))
-    assert (copy.ids != text.ids)[2:-2].mean() > 0.9 and np.array_equal(copy.ids[-2:], text.ids[-2:])
+    assert (copy.ids != text.ids)[2:-2].mean() > 0.9 and np.array_equal(
+        copy.ids[-2:], text.ids[-2:]
+    )
     assert copy.ids[0] == 1, "which is no word"
 
 
@@ -488,7 +562,11 @@ def test_the_objectives_are_those_of_loops(tmp_path):
         for ids, mask, targets in zip(*some):
             length = int(mask.sum())
             logits = model.model(input_ids=ids[None, :length]).logits[0]
-            each = [F.cross_entropy(logits[i], targets[i]).item() for i in range(length) if targets[i] != -100]
+            each = [
+                F.cross_entropy(logits[i], targets[i]).item()
+                for i in range(length)
+                if targets[i] != -100
+            ]
             losses.append(sum(each) / len(each))
         by_hand.append(losses)
     found = []
@@ -520,7 +598,11 @@ def searching(model, **changes) -> fedbpt.Client:
     settings = SearchConfig(**{"dimension": 6, "iterations": 2, "batch_tokens": 40, **changes})
     spec = PromptSpec.of(model.shape, "input", 3, None)
     first = model.model.get_input_embeddings().weight[4:7].detach().clone()
-    shards = {0: tiny.texts((9, 8, 12, 6)), 1: tiny.texts((7, 5), seed=1), 2: ShardError("nothing here")}
+    shards = {
+        0: tiny.texts((9, 8, 12, 6)),
+        1: tiny.texts((7, 5), seed=1),
+        2: ShardError("nothing here"),
+    }
     space = Subspace(spec, 6, 0.1, 1)
     depths = DepthMap(spec, model.shape.num_layers)
     forward = Held(model, Prompt(spec), first, space, depths, settings.batch_tokens)
@@ -545,9 +627,13 @@ def test_a_client_s_round_is_forward_passes(model, objective, monkeypatch):
 
     monkeypatch.setattr(model, "answer_logits", noted)
     update = client.local(0, 1, beginning(client._settings))
-    assert sum(passes) == 4 * (2 * 5 + 1) * (1 if objective == "loss" else 2)  # texts, points, copies
+    assert sum(passes) == 4 * (2 * 5 + 1) * (
+        1 if objective == "loss" else 2
+    )  # texts, points, copies
     held = client._forward
-    assert not any(graphs) and all(p.grad is None for p in [*model.weights.values(), held._prompt.prompt])
+    assert not any(graphs) and all(
+        p.grad is None for p in [*model.weights.values(), held._prompt.prompt]
+    )
     assert update.weight == 4 and np.isfinite(list(update.metrics.values())).all()
     texts = client._shards[0]
     prompt = Prompt(held._prompt.spec)
@@ -562,16 +648,22 @@ def test_a_client_s_round_is_forward_passes(model, objective, monkeypatch):
 
 @pytest.mark.parametrize("objective", ["loss", "ratio_of_means"])
 def test_clients_may_be_ranked_by_their_improvement(model, objective):
-    client, plain = (searching(model, objective=objective, rank_by=by) for by in ("improvement", "objective"))
+    client, plain = (
+        searching(model, objective=objective, rank_by=by) for by in ("improvement", "objective")
+    )
     update, other = (some.local(0, 1, beginning(client._settings)) for some in (client, plain))
     assert np.array_equal(update.tensors["mean"], other.tensors["mean"])
     held = client._forward
     own = held._first + held._subspace.expand(update.tensors["mean"][None])[0]
-    assert torch.allclose(held._prompt.prompt, own, atol=1e-6), "what was tuned is what an attack is tried on"
+    assert torch.allclose(held._prompt.prompt, own, atol=1e-6), (
+        "what was tuned is what an attack is tried on"
+    )
     texts = client._both(client._shards[0], 0, 1)
     before = client._judge(0, np.zeros((1, 6)), texts)[0][0]
     assert update.metrics["fitness"] == pytest.approx(other.metrics["fitness"] / before, rel=1e-6)
-    assert update.metrics["loss_prompt_last"] == pytest.approx(other.metrics["loss_prompt_last"], rel=1e-6)
+    assert update.metrics["loss_prompt_last"] == pytest.approx(
+        other.metrics["loss_prompt_last"], rel=1e-6
+    )
     assert (client._settings.points, plain._settings.points) == (12, 11)
     assert not replace(client._settings, rule="average").compares, "nobody is ranked then"
 
@@ -582,7 +674,10 @@ def test_a_client_s_round_follows_from_who_and_when(model):
     one = client.local(0, 1, down)
     client.local(1, 1, down)
     again, later = client.local(0, 1, down), client.local(0, 2, down)
-    assert np.array_equal(one.tensors.flat, again.tensors.flat) and one.metrics["fitness"] == again.metrics["fitness"]
+    assert (
+        np.array_equal(one.tensors.flat, again.tensors.flat)
+        and one.metrics["fitness"] == again.metrics["fitness"]
+    )
     assert not np.array_equal(one.tensors.flat, later.tensors.flat)
     assert not any(client.benches.has_state(id) for id in range(3))
 
@@ -686,7 +781,9 @@ def names_on_the_wire(run: record.Run) -> dict[str, set[str]]:
 
 def test_every_byte_has_a_name_and_the_plan_knows_it(whole):
     run = read(whole)
-    found = plan.plan(config.load(None, [*FEDBPT, "federation.clients=3", "federation.rounds=2"]), "embedded")
+    found = cost.plan(
+        config.load(None, [*FEDBPT, "federation.clients=3", "federation.rounds=2"]), "embedded"
+    )
     own = found.methods[0]
     assert set(run.clients["bytes_up"].tolist()) == {4 * 20 + 256} == {own.up}
     assert set(run.clients["bytes_down"].tolist()) == {4 * (20 + 1 + 210) + 256} == {own.down}
@@ -694,11 +791,19 @@ def test_every_byte_has_a_name_and_the_plan_knows_it(whole):
         "down": {"(header)", "mean", "step_size", "covariance"},
         "up": {"(header)", "mean"},
     }
-    handed_out = [row for row in run.wire if str(row["direction"]) == "handout" and "(" not in str(row["name"])]
+    handed_out = [
+        row
+        for row in run.wire
+        if str(row["direction"]) == "handout" and "(" not in str(row["name"])
+    ]
     assert sum(int(row["bytes"]) for row in handed_out) == own.handout
     assert (own.holds, own.trains) == (run.sections["models"]["auxiliary"], 20)
     text = plan_text.text(found, 40)
-    assert "924 bytes down and 80 up" in text and "searched for in 20 dimensions" in text and "client search" in text
+    assert (
+        "924 bytes down and 80 up" in text
+        and "searched for in 20 dimensions" in text
+        and "client search" in text
+    )
 
 
 def test_the_record_says_what_was_searched(whole):
@@ -716,9 +821,9 @@ def test_the_record_says_what_was_searched(whole):
 
 def test_the_prompt_is_the_first_one_and_a_projection(whole):
     """The adapter is what the best round's mean leads to, from the words that prompts begin as."""
-    from fedsp_mpi.materials import Materials
     from fedsp_mpi.models.backbone import load_global
     from fedsp_mpi.models.prompts import read_adapter
+    from fedsp_mpi.run.inputs import Materials
 
     run, materials = read(whole), Materials(config.load(whole / "config.yaml"))
     best = int(run.results[-1]["round"])
@@ -726,7 +831,9 @@ def test_the_prompt_is_the_first_one_and_a_projection(whole):
     assert np.array_equal(adapter.numpy(), run.prompts(best)["prompt"])
     large = load_global(materials.model_name, device=tiny.CPU)
     first = materials.first_prompt(large).prompt.detach()
-    space = Subspace(materials.prompt_spec, 20, scale_of(large, materials.first_prompt(large), 20, 1.0, 1.0), 1)
+    space = Subspace(
+        materials.prompt_spec, 20, scale_of(large, materials.first_prompt(large), 20, 1.0, 1.0), 1
+    )
     matrix = space.expand(np.eye(20)).flatten(1).T
     rest = torch.linalg.lstsq(matrix, (adapter - first).flatten()[:, None])
     assert torch.allclose(matrix @ rest.solution[:, 0], (adapter - first).flatten(), atol=1e-4)
@@ -737,18 +844,29 @@ def test_what_clients_know_travels(tmp_path):
         run, wanted = short(tmp_path / name, *settings), config.load(None, list(settings))
         down, up = wanted.search.travelling()
         assert names_on_the_wire(run) == {"down": {"(header)", *down}, "up": {"(header)", *up}}
-        found = plan.plan(wanted, "embedded").methods[0]
-        assert (found.name, found.up) == (name, run.clients["bytes_up"][0]) and found.down == run.clients["bytes_down"][
-            0
-        ]
+        found = cost.plan(wanted, "embedded").methods[0]
+        assert (found.name, found.up) == (
+            name,
+            run.clients["bytes_up"][0],
+        ) and found.down == run.clients["bytes_down"][0]
     assert down == ["mean", "step_size", "covariance"] and up == ["mean", "step_size"]
 
 
 @pytest.mark.parametrize(
     "more",
     [
-        ("prompt.kind=prefix", "auxiliary.depth=2", "auxiliary.first_layers=1", "prompt.mapping=same_layers"),
-        ("prompt.kind=prefix", "auxiliary.layers_per_cell=1", "auxiliary.depth=1", "prompt.init=random"),
+        (
+            "prompt.kind=prefix",
+            "auxiliary.depth=2",
+            "auxiliary.first_layers=1",
+            "prompt.mapping=same_layers",
+        ),
+        (
+            "prompt.kind=prefix",
+            "auxiliary.layers_per_cell=1",
+            "auxiliary.depth=1",
+            "prompt.init=random",
+        ),
     ],
     ids=["both ends", "one layer"],
 )
@@ -762,7 +880,12 @@ def test_clients_may_hold_less_than_the_whole_model(tmp_path, more):
 @pytest.mark.parametrize("family", ["roberta", "t5"])
 def test_models_that_fill_in_a_gap_are_searched_too(tmp_path, family):
     own = [item for item in FEDBPT if not item.startswith(("prompt", "auxiliary"))]
-    words = ("prompt.init=text", "prompt.init_text=w3 w4", "data.loss_over=auto", "search.objective=mean_of_ratios")
+    words = (
+        "prompt.init=text",
+        "prompt.init_text=w3 w4",
+        "data.loss_over=auto",
+        "search.objective=mean_of_ratios",
+    )
     run = short(tmp_path / "runs", *gap_settings(tmp_path, family, *own, *words))
     assert run.status == "complete" and np.isfinite(run.clients["fitness"]).all()
     assert not np.array_equal(run.prompts(1)["prompt"], run.prompts(2)["prompt"])
@@ -783,12 +906,19 @@ def test_a_record_of_before_has_no_fitness(whole, tmp_path, monkeypatch):
         table = file["clients"][()]
         kept = [name for name in table.dtype.names if name not in ("fitness", "step_size")]
         del file["clients"]
-        file["clients"] = np.array(table[kept].tolist(), dtype=[(name, table.dtype[name]) for name in kept])
-    assert np.isnan(read(old).clients["fitness"]).all() and read(old).clients["samples"].tolist() == [16] * 6
+        file["clients"] = np.array(
+            table[kept].tolist(), dtype=[(name, table.dtype[name]) for name in kept]
+        )
+    assert (
+        np.isnan(read(old).clients["fitness"]).all()
+        and read(old).clients["samples"].tolist() == [16] * 6
+    )
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("settings", [FEDBPT, KEPT, AVERAGE], ids=["fedbpt", "step sizes", "fedavg_bbt"])
+@pytest.mark.parametrize(
+    "settings", [FEDBPT, KEPT, AVERAGE], ids=["fedbpt", "step sizes", "fedavg_bbt"]
+)
 def test_a_killed_run_goes_on_with_equal_bits(tmp_path, settings):
     settings = (*settings, "federation.rounds=3", "client.resident=1", "search.dimension=10")
     short_run(2, tmp_path, "whole", *settings)
@@ -811,7 +941,10 @@ def test_a_server_of_two_ranks_has_the_losses_of_one(tmp_path):
     ("settings", "message"),
     [
         (("server.tuning.steps=2",), "server.tuning.steps: found 2 with method=fedbpt, expected 0"),
-        (("federation.clients=0",), "federation.clients: found 0 with method=fedbpt, expected at least 1"),
+        (
+            ("federation.clients=0",),
+            "federation.clients: found 0 with method=fedbpt, expected at least 1",
+        ),
         (
             ("prompt.kind=prefix", "prompt.init=random", "prompt.projection=4"),
             "prompt.projection: found 4 with method=fedbpt, expected null",
@@ -821,7 +954,10 @@ def test_a_server_of_two_ranks_has_the_losses_of_one(tmp_path):
             "prompt.init_std: found 0 with method=fedbpt",
         ),
         (("prompt.encoder=mlp",), "prompt.encoder: found mlp with method=fedbpt, expected null"),
-        (("federation.rule=median",), "federation.rule: found median with method=fedbpt, expected mean"),
+        (
+            ("federation.rule=median",),
+            "federation.rule: found median with method=fedbpt, expected mean",
+        ),
         (
             ("client.privacy.clip=1", "client.privacy.noise_scale=1"),
             "client.privacy.clip: found 1.0 with method=fedbpt, expected null",
@@ -831,7 +967,10 @@ def test_a_server_of_two_ranks_has_the_losses_of_one(tmp_path):
         (("search.iterations=0",), "search.iterations: found 0, expected at least 1"),
         (("search.step_size=0",), "search.step_size: found 0.0, expected a number above 0"),
         (("search.perturbation=0",), "search.perturbation: found 0.0, expected a number above 0"),
-        (("search.objective=ratio",), "search.objective: found 'ratio', expected one of loss, ratio_of_means"),
+        (
+            ("search.objective=ratio",),
+            "search.objective: found 'ratio', expected one of loss, ratio_of_means",
+        ),
         (("search.sigma=1",), "search.sigma: found an unknown key"),
         (("method=fedbtp",), "did you mean 'fedbpt'?"),
     ],

@@ -12,11 +12,11 @@ import pytest
 from mpi import PROGRAMS, both_ends, run_mpi
 
 from fedsp_mpi import config
-from fedsp_mpi.fetch import fetch as fetch_all
+from fedsp_mpi.commands.fetch import fetch as fetch_all
 from fedsp_mpi.log import Log
-from fedsp_mpi.materials import RESOURCES
 from fedsp_mpi.record import read
-from fedsp_mpi.run import reading_turns
+from fedsp_mpi.run.execute import reading_turns
+from fedsp_mpi.run.inputs import RESOURCES
 
 NO_HUB = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0", "HF_DATASETS_OFFLINE": "0"}
 SHORT = (
@@ -35,12 +35,17 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 def short(folder: Path, *more: str) -> list[str]:
-    return [item for setting in (*SHORT, f"run.folder={folder}", *more) for item in ("--set", setting)]
+    return [
+        item for setting in (*SHORT, f"run.folder={folder}", *more) for item in ("--set", setting)
+    ]
 
 
 def configuration(folder: Path, **sections: dict) -> Path:
     """A configuration of a model and a data set that the hub has."""
-    content = {"model": {"name": "some/model"}, "data": {"task": "multiple_choice", "source": "some/world"}}
+    content = {
+        "model": {"name": "some/model"},
+        "data": {"task": "multiple_choice", "source": "some/world"},
+    }
     path = folder / "tiny.yaml"
     path.write_text(json.dumps({"prompt": {"num_tokens": 16}} | content | sections))
     return path
@@ -63,7 +68,9 @@ def cached_data(home: Path, name: str = "some/world") -> Path:
     target = home / "datasets" / name.replace("/", "___") / "default" / "0.0.0" / COMMIT
     target.mkdir(parents=True)
     for file in Path(made.cache_dir).iterdir():
-        shutil.copy(file, target / file.name.replace(f"{made.dataset_name}-", f"{name.split('/')[1]}-"))
+        shutil.copy(
+            file, target / file.name.replace(f"{made.dataset_name}-", f"{name.split('/')[1]}-")
+        )
     return target
 
 
@@ -94,7 +101,11 @@ def test_local_folders_are_looked_at(tmp_path, home):
     path = configuration(tmp_path, model={"name": "embedded"}, data={"source": "embedded"})
     *lines, advice = fetch(path).splitlines()
     assert "HF_HUB_OFFLINE=1" in advice
-    assert [line.split(":")[0] for line in lines] == ["model embedded", "data multiple_choice", "weights"]
+    assert [line.split(":")[0] for line in lines] == [
+        "model embedded",
+        "data multiple_choice",
+        "weights",
+    ]
     size = (RESOURCES / "model" / "model.safetensors").stat().st_size
     assert f"here, 1 files, {size / 1e6:.1f} MB in {RESOURCES / 'model'}" in lines[2]
     assert not (home / "hub").exists()
@@ -119,17 +130,29 @@ def test_damaged_weights_of_a_folder_are_found(tmp_path, monkeypatch, damage):
     with pytest.raises(ValueError) as told:
         fetch_all(settings, Log())
     line = str(told.value)
-    words = {"cut": "damaged weights", "empty": "no bytes", "missing": "no weights", "shard": "nothing"}[damage]
+    words = {
+        "cut": "damaged weights",
+        "empty": "no bytes",
+        "missing": "no weights",
+        "shard": "nothing",
+    }[damage]
     assert "\n" not in line and f"found {words}" in line and str(model) in line, line
 
 
 def test_what_the_cache_holds_is_not_asked_for_again_and_a_run_needs_no_network(tmp_path, home):
     snapshot, prepared = cached_model(home), cached_data(home)
     path = configuration(tmp_path)
-    told = run_mpi(0, ["-m", "fedsp_mpi", "fetch", path], timeout=60, env={"HF_HUB_OFFLINE": "1"}).stdout
+    told = run_mpi(
+        0, ["-m", "fedsp_mpi", "fetch", path], timeout=60, env={"HF_HUB_OFFLINE": "1"}
+    ).stdout
     assert told.count(": here, ") == 3 and str(snapshot) in told and str(prepared) in told, told
     offline = {"HF_HUB_OFFLINE": "1"}
-    run_mpi(3, ["-m", "fedsp_mpi", "run", path, "--name", "n", *short(tmp_path / "runs")], timeout=120, env=offline)
+    run_mpi(
+        3,
+        ["-m", "fedsp_mpi", "run", path, "--name", "n", *short(tmp_path / "runs")],
+        timeout=120,
+        env=offline,
+    )
     assert read(tmp_path / "runs" / "n").status == "complete"
 
 
@@ -150,9 +173,9 @@ def test_a_run_on_a_node_without_network_names_the_command_that_fetches(tmp_path
     assert time.monotonic() - begin < 30
     line = result.stderr.strip()
     expected = f"run `python -m fedsp_mpi fetch {path} --set data.limit.train=64 --set data.limit.validation=16"
-    assert "\n" not in line and expected in line and "--set model.revision=main` on a machine" in line, both_ends(
-        result
-    )
+    assert (
+        "\n" not in line and expected in line and "--set model.revision=main` on a machine" in line
+    ), both_ends(result)
     assert "distil" not in result.stdout and not (tmp_path / "runs" / "n").exists()
 
 
@@ -178,7 +201,10 @@ def test_first_a_rank_of_each_host_then_the_others(tmp_path):
     (tmp_path / "times").mkdir()
     program = [PROGRAMS / "turns.py", tmp_path / "times", "run", "--name", "turns"]
     run_mpi(6, [*program, *short(tmp_path / "runs", "federation.clients=5")], timeout=120)
-    times = {int(path.name): [float(t) for t in path.read_text().split()] for path in (tmp_path / "times").iterdir()}
+    times = {
+        int(path.name): [float(t) for t in path.read_text().split()]
+        for path in (tmp_path / "times").iterdir()
+    }
     assert sorted(times) == [0, 1, 2, 3, 4, 5]
     for first, second in ((0, 1), (2, 3), (4, 5)):
         assert times[first][1] < times[second][0], times

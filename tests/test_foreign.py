@@ -20,23 +20,21 @@ import numpy as np
 import pytest
 from record_samples import make, results, tensors
 
-from fedsp_mpi import foreign
 from fedsp_mpi.cli import main
 from fedsp_mpi.config import Config
-from fedsp_mpi.record import (
-    ClientRow,
-    RoundRow,
-    compare,
+from fedsp_mpi.files import untrusted
+from fedsp_mpi.record import ClientRow, RoundRow, read
+from fedsp_mpi.record.hdf5 import plain
+from fedsp_mpi.report import (
     comparison_table,
+    diff,
     difference,
     draw_bars,
     draw_curves,
     gain_table,
     markdown,
-    read,
-    summary,
+    summarize,
 )
-from fedsp_mpi.record.layout import plain
 
 TEXT = h5py.string_dtype()
 
@@ -117,12 +115,17 @@ def lists_in_cells(h5: h5py.File) -> None:
 
 
 def texts(cells: np.ndarray) -> list[tuple[Any, ...]]:
-    return [tuple(str(row[n]) if n == "seconds_total" else row[n] for n in cells.dtype.names) for row in cells]
+    return [
+        tuple(str(row[n]) if n == "seconds_total" else row[n] for n in cells.dtype.names)
+        for row in cells
+    ]
 
 
 def real_seconds_as_text(h5: h5py.File) -> None:
     cells = h5["rounds"][()]
-    kinds = [(name, TEXT if name == "seconds_total" else cells.dtype[name]) for name in cells.dtype.names]
+    kinds = [
+        (name, TEXT if name == "seconds_total" else cells.dtype[name]) for name in cells.dtype.names
+    ]
     del h5["rounds"]
     h5.create_dataset("rounds", data=np.array(texts(cells), dtype=kinds))
 
@@ -148,10 +151,16 @@ REFUSED: dict[Callable[[h5py.File], None], str] = {
     lambda h5: put_text(h5, "config", "[" * 100_000): "JSON that is nested too deeply",
     lambda h5: put_text(h5, "config", "[" * 60 + "]" * 60): "JSON of more than 50 levels",
     lambda h5: put_text(h5, "environment", '{"num_ranks": 1%s}' % ("0" * 400)): "more than 70 bits",
-    lambda h5: put_text(h5, "environment", "[1]"): "a list at environment, where a run writes a mapping",
-    lambda h5: put_text(h5, "config", '{"run": [1]}'): "a list at config.run, where a run writes a mapping",
+    lambda h5: put_text(
+        h5, "environment", "[1]"
+    ): "a list at environment, where a run writes a mapping",
+    lambda h5: put_text(
+        h5, "config", '{"run": [1]}'
+    ): "a list at config.run, where a run writes a mapping",
     lambda h5: put_text(h5, "config", '{"run": {"seed": "x"}}'): "a text at config.run.seed",
-    lambda h5: h5.create_dataset("sections/data", data='{"client_shards": ["x"]}', dtype=TEXT): "a text at sections.da",
+    lambda h5: h5.create_dataset(
+        "sections/data", data='{"client_shards": ["x"]}', dtype=TEXT
+    ): "a text at sections.da",
 }
 
 
@@ -179,7 +188,9 @@ def peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-@pytest.mark.parametrize("alter", REFUSED, ids=[re.sub(r"\W+", "-", words)[:40] for words in REFUSED.values()])
+@pytest.mark.parametrize(
+    "alter", REFUSED, ids=[re.sub(r"\W+", "-", words)[:40] for words in REFUSED.values()]
+)
 def test_what_no_run_writes_is_refused(sample, tmp_path, alter, capsys):
     folder, before = altered(sample, tmp_path, alter), peak()
     status = main(["report", str(folder)])
@@ -187,7 +198,11 @@ def test_what_no_run_writes_is_refused(sample, tmp_path, alter, capsys):
         assert status == 0
         status = main(["diff", str(folder), str(sample)])
     [line] = capsys.readouterr().err.splitlines()
-    assert status == 2 and re.search(REFUSED[alter], line) and ", expected the record of a run; " in line
+    assert (
+        status == 2
+        and re.search(REFUSED[alter], line)
+        and ", expected the record of a run; " in line
+    )
     assert peak() - before < 200 << 20
 
 
@@ -217,11 +232,15 @@ PROMPTS = {
     too_large: "prompts of 343597385.. bytes",
     circle: "groups in groups without end",
     lambda h5: h5["prompt"].create_dataset("p", data="text", dtype=TEXT): "data of object at p",
-    lambda h5: h5["prompt"].create_dataset("p", (9,), "f4", external=[("/etc/passwd", 0, 36)]): "lie in another file",
+    lambda h5: h5["prompt"].create_dataset(
+        "p", (9,), "f4", external=[("/etc/passwd", 0, 36)]
+    ): "lie in another file",
 }
 
 
-@pytest.mark.parametrize("alter", PROMPTS, ids=[re.sub(r"\W+", "-", words)[:40] for words in PROMPTS.values()])
+@pytest.mark.parametrize(
+    "alter", PROMPTS, ids=[re.sub(r"\W+", "-", words)[:40] for words in PROMPTS.values()]
+)
 def test_prompts_that_no_run_writes_are_refused(sample, tmp_path, alter):
     folder = altered(sample, tmp_path, lambda h5: None)
     with h5py.File(folder / "rounds" / "0001.h5", "r+") as h5:
@@ -237,7 +256,10 @@ def test_prompts_that_no_run_writes_are_refused(sample, tmp_path, alter):
 
 def test_a_record_that_was_changed_by_hand_is_read_with_a_note(sample, tmp_path, capsys):
     folder = altered(sample, tmp_path, lambda h5: None)
-    assert main(["report", str(folder)]) == 0 and "digest    none: an earlier version" in capsys.readouterr().out
+    assert (
+        main(["report", str(folder)]) == 0
+        and "digest    none: an earlier version" in capsys.readouterr().out
+    )
     assert main(["report", str(sample)]) == 0 and "digest    none" not in capsys.readouterr().out
     assert main(["diff", str(folder), str(sample)]) == 0
 
@@ -258,9 +280,31 @@ def test_what_is_no_file_is_refused_and_not_waited_for(tmp_path, kind, capsys):
 
 # --- values ---
 
-JUNK = (None, True, 0, -1, 1e308, math.inf, math.nan, "x", "", [], [1], ["x"], {}, {"a": 1}, {"a": {"b": [1]}}, 1 << 69)
+JUNK = (
+    None,
+    True,
+    0,
+    -1,
+    1e308,
+    math.inf,
+    math.nan,
+    "x",
+    "",
+    [],
+    [1],
+    ["x"],
+    {},
+    {"a": 1},
+    {"a": {"b": [1]}},
+    1 << 69,
+)
 SECTIONS = {
-    "models": {"global": {"name": "x", "num_parameters": 3}, "auxiliary": 5, "prompt": 2, "prompt_on_the_wire": 2},
+    "models": {
+        "global": {"name": "x", "num_parameters": 3},
+        "auxiliary": 5,
+        "prompt": 2,
+        "prompt_on_the_wire": 2,
+    },
     "data": {"task": "t", "train": 3, "client_shards": [1, 2], "server_shard": 3},
     "timing": {"seconds": 3.0, "seconds_checkpoints": 1.0},
     "distillation": {"seconds": 1.0},
@@ -271,7 +315,13 @@ SECTIONS = {
 def places(value: Any, place: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
     """The path of every value in nested mappings and lists, and of the whole."""
     yield place
-    below = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    below = (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value)
+        if isinstance(value, list)
+        else ()
+    )
     for key, item in below:
         yield from places(item, (*place, key))
 
@@ -289,7 +339,9 @@ def put_junk(h5: h5py.File, dice: random.Random) -> None:
     if dice.random() < 0.7:
         name = dice.choice(["config", "environment", *(f"sections/{name}" for name in SECTIONS)])
         value = json.loads(h5[name].asstr()[()])
-        put_text(h5, name, json.dumps(put(value, dice.choice(list(places(value))), dice.choice(JUNK))))
+        put_text(
+            h5, name, json.dumps(put(value, dice.choice(list(places(value))), dice.choice(JUNK)))
+        )
         return
     name = dice.choice(["rounds", "clients", "results"])
     rows = h5[name][()]
@@ -308,7 +360,11 @@ def put_junk(h5: h5py.File, dice: random.Random) -> None:
 def test_no_value_in_a_record_is_a_traceback(tmp_path, number):
     dice, config = random.Random(5), plain(asdict(Config()), "config")
     for seed, name in enumerate(("a", "b"), 1):
-        record = make(tmp_path / name, seed=seed, **{key: value for key, value in config.items() if key != "run"})
+        record = make(
+            tmp_path / name,
+            seed=seed,
+            **{key: value for key, value in config.items() if key != "run"},
+        )
         record.describe(**SECTIONS)
         record.write_results(results(0.7))
         record.finish()
@@ -320,13 +376,15 @@ def test_no_value_in_a_record_is_a_traceback(tmp_path, number):
             put_junk(h5, dice)
         try:
             run = read(file)
-            assert summary(run) and markdown([run, other])
+            assert summarize(run) and markdown([run, other])
             difference(run, other)
-            comparison = compare([run, other])
+            comparison = diff([run, other])
             assert comparison_table(comparison)
             gain_table(comparison)
         except ValueError as error:
-            assert "found " in str(error) and ", expected " in str(error) and "\n" not in str(error), error
+            assert (
+                "found " in str(error) and ", expected " in str(error) and "\n" not in str(error)
+            ), error
             refused += 1
     assert 0 < refused < number
 
@@ -339,13 +397,21 @@ ESCAPE = "\x1b]0;owned\x07\x1b[2J\x9b31m\u202e|\n| forged | $\\frac{$ |"
 def test_no_text_of_a_record_speaks_to_the_terminal(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     for name, seed in (("one", 1), ("two", 2)):
-        config = {"run": {"seed": seed, "label": ESCAPE}, "data": {"task": ESCAPE}, "model": {"name": ESCAPE}}
+        config = {
+            "run": {"seed": seed, "label": ESCAPE},
+            "data": {"task": ESCAPE},
+            "model": {"name": ESCAPE},
+        }
         record = make(tmp_path / name, offset=seed)
         record.run = record.run.__class__(**{**vars(record.run), "config": config, "name": ESCAPE})
         record.describe(models={ESCAPE: 1}, data={"task": ESCAPE, "client_shards": [1, 2]})
         failed = ClientRow(round=4, client=0, rank=1, status="failed" + ESCAPE, reason=ESCAPE)
-        record.commit_round(RoundRow(round=4, num_clients=1, num_failed=1, validation_loss=1.0 * seed), [failed])
-        record.write_results([*results(0.7), results(0.5 + seed / 10)[2].__class__(method=ESCAPE, split="test", n=4)])
+        record.commit_round(
+            RoundRow(round=4, num_clients=1, num_failed=1, validation_loss=1.0 * seed), [failed]
+        )
+        record.write_results(
+            [*results(0.7), results(0.5 + seed / 10)[2].__class__(method=ESCAPE, split="test", n=4)]
+        )
         record.finish(reason="complete" + ESCAPE)
     runs = [str(tmp_path / name) for name in ("one", "two")]
     for arguments in (["report", *runs], ["report", "--markdown", *runs], ["diff", *runs]):
@@ -358,7 +424,7 @@ def test_no_text_of_a_record_speaks_to_the_terminal(tmp_path, capsys):
     records = [read(run) for run in runs]
     for ending in ("svg", "png"):
         draw_curves(records, tmp_path / f"curves.{ending}")
-        draw_bars(compare(records), tmp_path / f"bars.{ending}")
+        draw_bars(diff(records), tmp_path / f"bars.{ending}")
     assert "\x1b" not in (tmp_path / "bars.svg").read_text(encoding="utf-8")
     with pytest.raises(ValueError, match=r"it holds \\x1b\]0;owned"):
         read(_misnamed(tmp_path))
@@ -372,10 +438,18 @@ def _misnamed(tmp_path: Path) -> Path:
 
 
 def test_json_that_others_wrote():
-    assert foreign.parse_json('{"a": [1, NaN]}')["a"][0] == 1
-    for text in ("[" * 5000, '{"a":' * 5000, "1" + "0" * 5000, "1" + "0" * 30, b"\xff", "", "[" * 51 + "]" * 51):
+    assert untrusted.parse_json('{"a": [1, NaN]}')["a"][0] == 1
+    for text in (
+        "[" * 5000,
+        '{"a":' * 5000,
+        "1" + "0" * 5000,
+        "1" + "0" * 30,
+        b"\xff",
+        "",
+        "[" * 51 + "]" * 51,
+    ):
         with pytest.raises(ValueError):
-            foreign.parse_json(text)
-    assert foreign.printable("größer 漢字 ±") == "größer 漢字 ±"
-    assert foreign.printable("a\x1b\n\ud800\u2028", keep="\n") == "a\\x1b\n\\ud800\\u2028"
-    assert json.loads(json.dumps(foreign.printable("\x00"))) == "\\x00"
+            untrusted.parse_json(text)
+    assert untrusted.printable("größer 漢字 ±") == "größer 漢字 ±"
+    assert untrusted.printable("a\x1b\n\ud800\u2028", keep="\n") == "a\\x1b\n\\ud800\\u2028"
+    assert json.loads(json.dumps(untrusted.printable("\x00"))) == "\\x00"

@@ -18,9 +18,10 @@ import yaml
 from mpi import PROGRAMS, ROOT, run_mpi
 
 from fedsp_mpi import config
-from fedsp_mpi.plain import merge
-from fedsp_mpi.recipes import recipe
-from fedsp_mpi.record import Run, difference, read
+from fedsp_mpi.config.model import recipe
+from fedsp_mpi.config.parsing import merge
+from fedsp_mpi.record import Run, read
+from fedsp_mpi.report import difference
 
 GOLDEN = Path(__file__).with_name("golden.json")
 METHODS = {path.stem: path for path in sorted((ROOT / "configs" / "methods").glob("*.yaml"))}
@@ -37,9 +38,20 @@ WEIGHTS = {  # what suits prompts ruins weights
     "client": {"tuning": {"optimizer": {"learning_rate": 1e-3}}},
     "server": {"tuning": {"optimizer": {"learning_rate": 1e-3}}},
 }
-SEARCHES = {name: {"search": {"dimension": 20, "iterations": 3}} for name in ("fedbpt", "fedbpt_private", "fedavg_bbt")}
-SEARCHES["fedbpt"]["search"] |= recipe("bridged")["search"]  # the default; the others search as the papers do
-COLUMNS = ("server_loss_first", "server_loss_last", "validation_merged", "validation_loss", "control_validation_loss")
+SEARCHES = {
+    name: {"search": {"dimension": 20, "iterations": 3}}
+    for name in ("fedbpt", "fedbpt_private", "fedavg_bbt")
+}
+SEARCHES["fedbpt"]["search"] |= recipe("bridged")[
+    "search"
+]  # the default; the others search as the papers do
+COLUMNS = (
+    "server_loss_first",
+    "server_loss_last",
+    "validation_merged",
+    "validation_loss",
+    "control_validation_loss",
+)
 
 
 def write_configurations(folder: Path) -> list[Path]:
@@ -72,9 +84,14 @@ def numbers(run: Run) -> dict[str, list[float]]:
     """Losses by round, and of the clients' last step their mean; None where a method has none."""
     found = {name: run.rounds[name].tolist() for name in COLUMNS}
     for name in ("loss_model_last", "loss_prompt_last"):
-        by_round = [run.clients[name][run.clients["round"] == round + 1] for round in range(len(run.rounds))]
+        by_round = [
+            run.clients[name][run.clients["round"] == round + 1] for round in range(len(run.rounds))
+        ]
         found[name] = [float(np.mean(losses)) if len(losses) else math.nan for losses in by_round]
-    return {name: [None if math.isnan(x) else float(f"{x:.9g}") for x in values] for name, values in found.items()}
+    return {
+        name: [None if math.isnan(x) else float(f"{x:.9g}") for x in values]
+        for name, values in found.items()
+    }
 
 
 def test_the_short_runs_are_those_of_the_overlays(tmp_path):
@@ -83,7 +100,10 @@ def test_the_short_runs_are_those_of_the_overlays(tmp_path):
     for name, path in METHODS.items():
         found = config.load(tmp_path / f"{name}.yaml")
         own = yaml.safe_load(path.read_text())
-        assert found.run.label == own["run"]["label"] and found.federation.rounds == shared["federation"]["rounds"]
+        assert (
+            found.run.label == own["run"]["label"]
+            and found.federation.rounds == shared["federation"]["rounds"]
+        )
 
 
 @pytest.mark.parametrize("name", METHODS)

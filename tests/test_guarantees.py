@@ -19,7 +19,7 @@ from test_run import SHORT
 from fedsp_mpi.cli import main
 from fedsp_mpi.record import Checkpoints, RoundRow, read
 from fedsp_mpi.record.lock import RunLock
-from fedsp_mpi.sides import Best
+from fedsp_mpi.roles import Best
 from fedsp_mpi.tensors import NamedTensors, Schema
 
 # --- on disk before it has its name, and the name before the next file ---
@@ -81,21 +81,39 @@ def test_a_checkpoint_is_on_disk_before_its_mark(tmp_path, monkeypatch):
 
 
 def test_of_rounds_with_equal_losses_the_first_is_the_best():
-    start, first, second = (NamedTensors(Schema.of([("p", (1,))]), np.array([x], "f4")) for x in (0, 1, 2))
+    start, first, second = (
+        NamedTensors(Schema.of([("p", (1,))]), np.array([x], "f4")) for x in (0, 1, 2)
+    )
     best = Best(start)
-    assert best.offer(first, 1, 0.5) and not best.offer(second, 2, 0.5) and not best.offer(second, 3, math.nan)
+    assert (
+        best.offer(first, 1, 0.5)
+        and not best.offer(second, 2, 0.5)
+        and not best.offer(second, 3, math.nan)
+    )
     assert (best.round, best.loss) == (1, 0.5) and best.tuned is first
     assert best.offer(second, 4, math.nextafter(0.5, 0)) and best.round == 4
 
 
 def test_updates_that_the_rule_rejects_are_missing_from_the_quorum_of_a_run(tmp_path, capsys):
-    rule = ("federation.clients=3", "federation.rule=reject_outliers", "federation.outlier_deviations=0")
-    short = (*SHORT, "distillation.stage.steps=0", "client.alignment.steps=0", "evaluation.server_only=false")
+    rule = (
+        "federation.clients=3",
+        "federation.rule=reject_outliers",
+        "federation.outlier_deviations=0",
+    )
+    short = (
+        *SHORT,
+        "distillation.stage.steps=0",
+        "client.alignment.steps=0",
+        "evaluation.server_only=false",
+    )
     settings = [*short, *rule, "federation.min_clients=3", f"run.folder={tmp_path}"]
     with pytest.raises(SystemExit) as end:  # of one process; a job of several is aborted
         main(["run", "--name", "a", *(word for setting in settings for word in ("--set", setting))])
     said = capsys.readouterr().err
-    assert end.value.code == 1 and "found 2 updates, expected at least federation.min_clients=3: client" in said
+    assert (
+        end.value.code == 1
+        and "found 2 updates, expected at least federation.min_clients=3: client" in said
+    )
     assert "rejected: " in said and read(tmp_path / "a").committed_rounds == 0
 
 
@@ -118,7 +136,9 @@ def test_a_folder_is_refused_while_another_process_holds_it_and_taken_when_that_
         try:
             assert holder.stdout is not None and holder.stdout.readline() == "held\n"
             for _ in range(2):  # a refusal leaves the lock as it is
-                with pytest.raises(ValueError, match=f"found a run that process {holder.pid} on host .* is writing"):
+                with pytest.raises(
+                    ValueError, match=f"found a run that process {holder.pid} on host .* is writing"
+                ):
                     RunLock.take(tmp_path / "a")
         finally:
             holder.send_signal(signal.SIGKILL)

@@ -13,8 +13,12 @@ from mpi import PROGRAMS, both_ends, only_report, run_mpi
 from fedsp_mpi.comm import Refused, guard
 
 
-def crash(who: str, where: str, how: str, *folder: Path, processes: int = 4) -> subprocess.CompletedProcess[str]:
-    run = run_mpi(processes, [PROGRAMS / "crash.py", who, where, how, *folder], timeout=15, status=None)
+def crash(
+    who: str, where: str, how: str, *folder: Path, processes: int = 4
+) -> subprocess.CompletedProcess[str]:
+    run = run_mpi(
+        processes, [PROGRAMS / "crash.py", who, where, how, *folder], timeout=15, status=None
+    )
     assert run.returncode != 0, both_ends(run)
     return run
 
@@ -23,7 +27,9 @@ def crash(who: str, where: str, how: str, *folder: Path, processes: int = 4) -> 
 @pytest.mark.parametrize("who", ["one", "clients"])
 def test_a_clients_crash_ends_the_job_with_one_report(tmp_path: Path, who: str, where: str) -> None:
     title = only_report(crash(who, where, "raise", tmp_path))
-    scene = {"local": "round 0, client ", "broadcast": "round 1, phase 'round'"}.get(where, "phase 'start-up'")
+    scene = {"local": "round 0, client ", "broadcast": "round 1, phase 'round'"}.get(
+        where, "phase 'start-up'"
+    )
     assert "of 4 on host " in title and scene in title
     assert who == "clients" or title.startswith("crash failed: rank 1 of 4")
     if where != "import":
@@ -39,7 +45,9 @@ def test_the_servers_crash_ends_the_job_with_one_report(where: str) -> None:
 
 @pytest.mark.parametrize("where", ["import", "handout"])
 @pytest.mark.parametrize("with_folder", [False, True])
-def test_everybody_crashing_at_once_makes_one_report(tmp_path: Path, with_folder: bool, where: str) -> None:
+def test_everybody_crashing_at_once_makes_one_report(
+    tmp_path: Path, with_folder: bool, where: str
+) -> None:
     only_report(crash("all", where, "raise", *([tmp_path] if with_folder else []), processes=6))
 
 
@@ -87,7 +95,10 @@ def test_before_mpi_and_alone_a_crash_is_reported_and_leaves_status_1() -> None:
     run = run_mpi(0, [PROGRAMS / "crash.py", "all", "import", "raise"], status=1)
     assert only_report(run).startswith("crash failed: rank 0 of 1")
     run_mpi(0, [PROGRAMS / "crash.py", "all", "import", "exit"], status=3)
-    assert "Traceback" not in run_mpi(0, [PROGRAMS / "crash.py", "all", "import", "interrupt"], status=130).stderr
+    assert (
+        "Traceback"
+        not in run_mpi(0, [PROGRAMS / "crash.py", "all", "import", "interrupt"], status=130).stderr
+    )
 
 
 def test_phases_nest_and_an_error_remembers_its_own() -> None:

@@ -59,7 +59,9 @@ def test_what_a_client_cannot_have_sent_is_left_out_by_name(tmp_path):
             else {}
         )
         assert found["failures"] == reasons, way
-        assert found["accepted"] == [client for client in range(4) if str(client) not in reasons], way
+        assert found["accepted"] == [client for client in range(4) if str(client) not in reasons], (
+            way
+        )
         for start, width in ((0, 12), (12, 8)):
             rows = [[1.0 + client] * width for client in found["accepted"]]
             if way == "honest" and start == 0:

@@ -49,7 +49,10 @@ print(json.dumps({"found": found, "seconds": time.perf_counter() - start}))
 def models(tmp_path_factory) -> Path:
     """A whole model of each family, below its name."""
     folder = tmp_path_factory.mktemp("models")
-    alphabet = {token: number for number, token in enumerate(sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()))}
+    alphabet = {
+        token: number
+        for number, token in enumerate(sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()))
+    }
     backend = tokenizers.Tokenizer(tokenizers.models.BPE(alphabet, []))
     backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel()
     for family in tiny.FAMILIES:
@@ -70,8 +73,17 @@ def cached(cache: Path, name: str, source: Path, *files: str) -> None:
 
 def read(cache: Path, endpoint: str, *names: str) -> tuple[dict[str, str], float, str]:
     """Read models in a process of its own: what was wrong with each part, the seconds it took, the error stream."""
-    free = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "TRANSFORMERS_"))}
-    places = {"HF_HOME": str(cache), "HF_HUB_CACHE": str(cache), "HF_ENDPOINT": endpoint, "NO_PROXY": "*"}
+    free = {
+        key: value
+        for key, value in os.environ.items()
+        if not key.startswith(("HF_", "TRANSFORMERS_"))
+    }
+    places = {
+        "HF_HOME": str(cache),
+        "HF_HUB_CACHE": str(cache),
+        "HF_ENDPOINT": endpoint,
+        "NO_PROXY": "*",
+    }
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, *(f"org/{name}" for name in names)],
         cwd=ROOT,
@@ -111,9 +123,21 @@ def hub(folder: Path) -> Iterator[tuple[str, list[str]]]:
                 return self._send(404, b"{}", {"X-Error-Code": "RepoNotFound"}, with_body)
             if not path.startswith("/api/"):
                 return self._file(files, rest.split("/")[-1], with_body)
-            listed = [{"type": "file", "path": n, "size": f.stat().st_size, "oid": n} for n, f in files.items()]
-            about = {"id": f"org/{source.name}", "sha": OTHER_SHA, "siblings": [{"rfilename": name} for name in files]}
-            return self._send(200, json.dumps(listed if rest.startswith("tree") else about).encode(), {}, with_body)
+            listed = [
+                {"type": "file", "path": n, "size": f.stat().st_size, "oid": n}
+                for n, f in files.items()
+            ]
+            about = {
+                "id": f"org/{source.name}",
+                "sha": OTHER_SHA,
+                "siblings": [{"rfilename": name} for name in files],
+            }
+            return self._send(
+                200,
+                json.dumps(listed if rest.startswith("tree") else about).encode(),
+                {},
+                with_body,
+            )
 
         def _file(self, files: dict[str, Path], name: str, with_body: bool) -> None:
             if name not in files:
@@ -149,12 +173,17 @@ def test_what_is_not_in_the_cache_of_an_offline_machine_is_one_line(models, tmp_
     for family in tiny.FAMILIES:
         cached(tmp_path, family, models / family, "config.json")
     found, seconds, stderr = read(tmp_path, NOWHERE, *tiny.FAMILIES, "absent")
-    assert seconds < 60 and "Retry" not in stderr, stderr  # nobody waits for a network that is not there
+    assert seconds < 60 and "Retry" not in stderr, (
+        stderr
+    )  # nobody waits for a network that is not there
     for family in tiny.FAMILIES:
         assert found[f"org/{family} config"] == ""
         for part, key in (("tokenizer", "model.tokenizer"), ("weights", "model.name")):
             message = found[f"org/{family} {part}"]
-            assert message.startswith(f"{key}: found 'org/{family}', ") and f"whose {part} the local cache" in message
+            assert (
+                message.startswith(f"{key}: found 'org/{family}', ")
+                and f"whose {part} the local cache" in message
+            )
     assert "whose config.json the local cache" in found["org/absent config"]
     wrong = [message for message in found.values() if message]
     assert len(wrong) == 2 * len(tiny.FAMILIES) + 3
@@ -164,9 +193,13 @@ def test_what_is_not_in_the_cache_of_an_offline_machine_is_one_line(models, tmp_
 
 def test_a_cached_model_needs_no_network(models, tmp_path):
     for family in tiny.FAMILIES:
-        cached(tmp_path, family, models / family, *(file.name for file in (models / family).iterdir()))
+        cached(
+            tmp_path, family, models / family, *(file.name for file in (models / family).iterdir())
+        )
     parts = tmp_path / "parts"
-    AutoModelForCausalLM.from_pretrained(models / "gpt2").save_pretrained(parts, max_shard_size="40KB")
+    AutoModelForCausalLM.from_pretrained(models / "gpt2").save_pretrained(
+        parts, max_shard_size="40KB"
+    )
     shards = sorted(file.name for file in parts.glob("model-*.safetensors"))
     assert len(shards) > 1
     files = ["config.json", "model.safetensors.index.json"]
@@ -193,7 +226,9 @@ def test_what_is_not_in_the_cache_is_fetched_once(models, tmp_path):
             f"org/absent {what}" for what in ("config", "tokenizer", "weights")
         }
         assert "fetch" not in found["org/absent config"] and "404" in found["org/absent config"]
-        assert taken.count("model.safetensors") == taken.count("tokenizer.json") == len(tiny.FAMILIES)
+        assert (
+            taken.count("model.safetensors") == taken.count("tokenizer.json") == len(tiny.FAMILIES)
+        )
         assert {"pytorch_model.bin", "tf_model.h5"}.isdisjoint(taken)
         before = len(taken)
         again, _, _ = read(cache, endpoint, *tiny.FAMILIES)

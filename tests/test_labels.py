@@ -15,7 +15,9 @@ LETTERS = ("red", "green", "blue", "black")
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path_factory, monkeypatch):
     """What `datasets` prepares goes to a folder of this test run."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.getbasetemp() / "cache")
+    monkeypatch.setattr(
+        datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.getbasetemp() / "cache"
+    )
 
 
 @pytest.mark.parametrize(
@@ -48,7 +50,11 @@ def test_a_label_of_any_form_is_the_number_of_its_choice(label, choices, number)
         (True, ("True", "False"), "found bool True"),
         (2, CHOICES, "found int 2"),
         ("somebody's secret", CHOICES, "found str of 17 characters"),
-        (ClassId(0, ClassNames(("negative", "neutral", "positive"))), CHOICES, "3 classes in the order negative, neu"),
+        (
+            ClassId(0, ClassNames(("negative", "neutral", "positive"))),
+            CHOICES,
+            "3 classes in the order negative, neu",
+        ),
         (
             ClassId(0, ClassNames(("positive", "other"))),
             CHOICES,
@@ -71,8 +77,12 @@ def test_no_label_is_told_from_a_wrong_one(label):
 
 def folder_of_classes(folder: Path, form: str, column: str, names: list[str]) -> str:
     """Splits of four rows of the classes 0 and 1, whose names stand in the file's schema."""
-    features = datasets.Features({column: datasets.Value("string"), "label": datasets.ClassLabel(names=names)})
-    table = datasets.Dataset.from_list([{column: f"text {k}", "label": k % 2} for k in range(4)], features=features)
+    features = datasets.Features(
+        {column: datasets.Value("string"), "label": datasets.ClassLabel(names=names)}
+    )
+    table = datasets.Dataset.from_list(
+        [{column: f"text {k}", "label": k % 2} for k in range(4)], features=features
+    )
     if form == "saved":
         datasets.DatasetDict(train=table, validation=table, test=table).save_to_disk(folder)
     for split in ("train", "validation", "test") if form == "parquet" else ():
@@ -89,21 +99,28 @@ def test_class_numbers_go_by_the_names_of_the_schema(tmp_path, form):
         assert splits.train == splits.validation == splits.test
         assert (len(splits.notes) == 1) == (name == "strange"), splits.notes
         table, examples = tasks.scored_rows(tasks.TASKS["sst2"], source, 0, 3)
-        assert table[:]["label"] == [example.gold[0] for example in examples] and len(table) == 3  # lm-eval's form
+        assert (
+            table[:]["label"] == [example.gold[0] for example in examples] and len(table) == 3
+        )  # lm-eval's form
         return [example.gold[0] for example in splits.test]
 
     assert gold("same", "negative", "positive") == gold("short", "neg", "pos") == [0, 1, 0, 1]
     assert gold("reversed", "Positive", "Negative") == [1, 0, 1, 0]
     assert gold("strange", "bad", "good") == [0, 1, 0, 1]
     with pytest.raises(
-        ValueError, match=r"row 0 of train .*found 3 classes in the order a, b, c, expected the 2 choices"
+        ValueError,
+        match=r"row 0 of train .*found 3 classes in the order a, b, c, expected the 2 choices",
     ):
         gold("three", "a", "b", "c")
 
 
 def test_classes_of_another_task_are_refused(tmp_path):
     two = folder_of_classes(tmp_path / "two", "parquet", "text", ["neg", "pos"])
-    with pytest.raises(ValueError, match="2 classes in the order neg, pos, expected the 4 choices world, sports, "):
+    with pytest.raises(
+        ValueError, match="2 classes in the order neg, pos, expected the 4 choices world, sports, "
+    ):
         tasks.load("ag_news", two, seed=0)
-    own = folder_of_classes(tmp_path / "own", "parquet", "text", ["World", "Sci/Tech", "Sports", "Business"])
+    own = folder_of_classes(
+        tmp_path / "own", "parquet", "text", ["World", "Sci/Tech", "Sports", "Business"]
+    )
     assert [example.gold[0] for example in tasks.load("ag_news", own, seed=0).test] == [0, 3, 0, 3]

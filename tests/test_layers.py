@@ -20,7 +20,10 @@ SLIDING = {"use_sliding_window": True, "sliding_window": 3}
 # What a family's layers can differ in by their place, and its relatives that concern all layers alike.
 SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2, scaled by place": ("gpt2", {"scale_attn_by_inverse_layer_idx": True}),
-    "gpt2, by place alone": ("gpt2", {"scale_attn_by_inverse_layer_idx": True, "scale_attn_weights": False}),
+    "gpt2, by place alone": (
+        "gpt2",
+        {"scale_attn_by_inverse_layer_idx": True, "scale_attn_weights": False},
+    ),
     "qwen2, window from the third": ("qwen2", {**SLIDING, "max_window_layers": 2}),
     "qwen3, mixed": ("qwen3", {**SLIDING, "layer_types": MIXED}),
     "mistral": ("mistral", {"sliding_window": 3}),
@@ -37,7 +40,9 @@ CELLS = {
 }
 
 
-DIFFERENT = list(SETTINGS)[:4]  # by layer; of the others, what layers compute is tested with the models
+DIFFERENT = list(SETTINGS)[
+    :4
+]  # by layer; of the others, what layers compute is tested with the models
 
 
 @pytest.fixture(scope="module", params=SETTINGS)
@@ -60,9 +65,11 @@ def rebuilt(folder: str, taken: list[int]) -> Any:
     if getattr(config, "layer_types", None):
         config.layer_types = [config.layer_types[place] for place in taken]
     config.num_hidden_layers = len(taken)
-    parent, _, name = {"gpt2": "transformer.h", "opt": "model.decoder.layers", "gpt_neox": "gpt_neox.layers"}.get(
-        config.model_type, "model.layers"
-    ).rpartition(".")
+    parent, _, name = {
+        "gpt2": "transformer.h",
+        "opt": "model.decoder.layers",
+        "gpt_neox": "gpt_neox.layers",
+    }.get(config.model_type, "model.layers").rpartition(".")
     setattr(model.get_submodule(parent), name, kept)
     return model
 
@@ -79,7 +86,10 @@ def test_layers_compute_as_they_do_in_the_global_model(folder, cell, tmp_path):
         ).logits
         small = LanguageModel(auxiliary.unroll(auxiliary.cut(whole, settings), len(taken)))
         built = auxiliary.build(
-            auxiliary.cell_config(whole.model.config, settings).to_dict(), len(taken), tiny.CPU, torch.float32
+            auxiliary.cell_config(whole.model.config, settings).to_dict(),
+            len(taken),
+            tiny.CPU,
+            torch.float32,
         )
         auxiliary.load_weights(built, auxiliary.pack(small).torch())
         size = auxiliary.cell_size(settings, tiny.LAYERS)
@@ -115,14 +125,21 @@ def test_nothing_else_of_a_layer_depends_on_its_place(folder):
 @pytest.mark.parametrize("family", ["qwen2", "qwen3", "mistral", "phi3"])
 def test_a_prompt_longer_than_a_sliding_window_is_read_whole(family, window, tmp_path):
     """Read once before its texts, or together with each of them; and as what a prefix begins with."""
-    mixed = {"use_sliding_window": True, "max_window_layers": 2} if family.startswith("qwen") else {}
+    mixed = (
+        {"use_sliding_window": True, "max_window_layers": 2} if family.startswith("qwen") else {}
+    )
     model = tiny.load(tiny.model_folder(tmp_path, family, sliding_window=window, **mixed))
-    prompt, batch = Prompt(PromptSpec.of(model.shape, "input", 5, None)).initialise(1, 0.5), tiny.batch()
+    prompt, batch = (
+        Prompt(PromptSpec.of(model.shape, "input", 5, None)).initialise(1, 0.5),
+        tiny.batch(),
+    )
     with torch.no_grad():
         text = model.model.get_input_embeddings()(batch.input_ids)
         together = torch.cat([prompt.matrix().expand(len(text), -1, -1), text], dim=1)
         mask = torch.cat([batch.attention_mask.new_ones(len(text), 5), batch.attention_mask], dim=1)
-        wanted = model.model.base_model(inputs_embeds=together, attention_mask=mask, use_cache=False).last_hidden_state
+        wanted = model.model.base_model(
+            inputs_embeds=together, attention_mask=mask, use_cache=False
+        ).last_hidden_state
         read_first = model.hidden(batch, prompt)
     assert (wanted[:, 5:] - read_first)[batch.attention_mask.bool()].abs().max() < 1e-5
     assert model.keys_and_values(torch.arange(4, 11)).shape[3] == 7

@@ -19,16 +19,17 @@ from test_run import short_run
 from test_variants import FEDPROMPT, short
 
 from fedsp_mpi import config
-from fedsp_mpi.data import masked
+from fedsp_mpi.config.parsing import ConfigError
+from fedsp_mpi.data import cloze
 from fedsp_mpi.data.tasks import Example
 from fedsp_mpi.data.tokens import Batches, Text, by_length, collate
 from fedsp_mpi.evaluation.scoring import answer_loss_mean, gap_questions, loglikelihoods, score
-from fedsp_mpi.materials import Materials
 from fedsp_mpi.models import backbone
 from fedsp_mpi.models.families import model_class
 from fedsp_mpi.models.prompts import Prompt, PromptSpec, Several
-from fedsp_mpi.plain import ConfigError
-from fedsp_mpi.record import difference, read
+from fedsp_mpi.record import read
+from fedsp_mpi.report import difference
+from fedsp_mpi.run.inputs import Materials
 
 GAP = 4  # the id of the token that marks one
 WHOLE = ("auxiliary.layers_per_cell=null", "auxiliary.depth=null", *FEDPROMPT[1:])
@@ -38,11 +39,15 @@ def example(context: str, gold: int = 0, after: str = "") -> Example:
     return Example(context, f" w{gold + 1}", ("w1", "w2"), (gold,), after)
 
 
-EXAMPLES = [example("w5 w6 w7 w8 w9 is", 1, " w11"), example("w5 is"), example("w9 w8 w7 is", 1, " w10 w11 w12")]
+EXAMPLES = [
+    example("w5 w6 w7 w8 w9 is", 1, " w11"),
+    example("w5 is"),
+    example("w9 w8 w7 is", 1, " w10 w11 w12"),
+]
 
 
 def texts(family: str, examples: list[Example] | None = None, room: int = 60) -> list[Text]:
-    return masked.encode(tiny.gap_tokenizer(family), examples or EXAMPLES, room)
+    return cloze.encode(tiny.gap_tokenizer(family), examples or EXAMPLES, room)
 
 
 def prompt_for(model: backbone.LanguageModel, num_tokens: int = 5) -> Prompt:
@@ -70,9 +75,9 @@ def test_the_answer_stands_in_the_gap(family):
 
 
 def test_the_models_name_for_a_gap():
-    assert masked.gap(tiny.gap_tokenizer("bert")) == ("<mask>", GAP)
-    assert masked.gap(tiny.gap_tokenizer("t5")) == ("<extra_id_0>", GAP)
-    refused(lambda: masked.gap(tiny.tokenizer()), "model.tokenizer", "without a mask token")
+    assert cloze.gap(tiny.gap_tokenizer("bert")) == ("<mask>", GAP)
+    assert cloze.gap(tiny.gap_tokenizer("t5")) == ("<extra_id_0>", GAP)
+    refused(lambda: cloze.gap(tiny.tokenizer()), "model.tokenizer", "without a mask token")
 
 
 def test_a_batch_asks_only_at_the_gap():
@@ -88,7 +93,10 @@ def test_a_batch_asks_only_at_the_gap():
         [(3, 5)],
         [(5, 6)],
     ]
-    assert [len(part.input_ids) for part in Batches(texts("bert"), 3, 2, 1, "x", 0).step(0)] == [2, 1]
+    assert [len(part.input_ids) for part in Batches(texts("bert"), 3, 2, 1, "x", 0).step(0)] == [
+        2,
+        1,
+    ]
 
 
 def test_a_long_text_loses_its_beginning_but_not_what_every_text_begins_with():
@@ -110,14 +118,20 @@ def test_a_text_that_holds_the_mark_itself_is_asked_where_the_template_says():
 
 @pytest.mark.parametrize("word", ["w1 w2", "nowhere", ""])
 def test_words_must_be_one_token(word):
-    refused(lambda: masked.answer_token(tiny.gap_tokenizer("bert"), word), "data.verbaliser", "one token each")
+    refused(
+        lambda: cloze.answer_token(tiny.gap_tokenizer("bert"), word),
+        "data.verbaliser",
+        "one token each",
+    )
 
 
 def test_choices_that_are_one_token_are_refused():
     lower = tiny.gap_tokenizer("bert")
     lower.backend_tokenizer.normalizer = tokenizers.normalizers.Lowercase()
-    with pytest.raises(ConfigError, match=r"data.verbaliser: found 'w1' and 'W1', which are one token"):
-        masked.encode_options(lower, [Example("w3", " w1", ("w1", "W1"), (0,))], 60)
+    with pytest.raises(
+        ConfigError, match=r"data.verbaliser: found 'w1' and 'W1', which are one token"
+    ):
+        cloze.encode_options(lower, [Example("w3", " w1", ("w1", "W1"), (0,))], 60)
 
 
 def test_a_head_of_its_own_under_a_configuration_that_ties_it_is_refused(tmp_path):
@@ -125,8 +139,14 @@ def test_a_head_of_its_own_under_a_configuration_that_ties_it_is_refused(tmp_pat
     folder = tiny.model_folder(tmp_path / "t5", "t5")
     model = transformers.AutoModelForSeq2SeqLM.from_pretrained(folder)
     model.lm_head.weight = torch.nn.Parameter(model.shared.weight.detach() + 1)
-    state = {name: tensor.contiguous() for name, tensor in model.state_dict().items() if "embed_tokens" not in name}
-    safetensors.torch.save_file(state, Path(folder) / "model.safetensors", metadata={"format": "pt"})
+    state = {
+        name: tensor.contiguous()
+        for name, tensor in model.state_dict().items()
+        if "embed_tokens" not in name
+    }
+    safetensors.torch.save_file(
+        state, Path(folder) / "model.safetensors", metadata={"format": "pt"}
+    )
     with pytest.raises(ValueError, match=r"model.name: found .* with an output head of its own"):
         tiny.load(folder)
 
@@ -134,7 +154,7 @@ def test_a_head_of_its_own_under_a_configuration_that_ties_it_is_refused(tmp_pat
 def test_a_real_tokenizers_pieces_are_named():
     """A byte-level tokenizer takes the blank as part of the word, as RoBERTa's does."""
     embedded = transformers.AutoTokenizer.from_pretrained(config.EMBEDDED.parent / "model")
-    message = refused(lambda: masked.answer_token(embedded, "unheard-of-word"), "data.verbaliser")
+    message = refused(lambda: cloze.answer_token(embedded, "unheard-of-word"), "data.verbaliser")
     assert message.count("', '") >= 1
 
 
@@ -222,7 +242,9 @@ def test_scores_are_those_of_a_loop(model, family):
     random = np.random.default_rng(0)
     asked = [
         example(
-            " ".join(f"w{i}" for i in random.integers(5, 90, random.integers(1, 9))), int(random.integers(2)), " w11"
+            " ".join(f"w{i}" for i in random.integers(5, 90, random.integers(1, 9))),
+            int(random.integers(2)),
+            " w11",
         )
         for _ in range(17)
     ]
@@ -231,15 +253,19 @@ def test_scores_are_those_of_a_loop(model, family):
     found = loglikelihoods(model, prompt, questions, 40)
     right, losses = [], []
     for one, each in zip(asked, found):
-        [text] = masked.encode(tokenizer, [one], 50)
+        [text] = cloze.encode(tokenizer, [one], 50)
         logs = plain_logits(model, text, prompt).double().log_softmax(-1)
         assert each.loglikelihood == pytest.approx([logs[5].item(), logs[6].item()], abs=1e-4)
         assert each.greedy.tolist() == [int(logs.argmax()) == 5, int(logs.argmax()) == 6]
         right.append(int(logs[6] > logs[5]) == one.gold[0])
         losses.append(-logs[5 + one.gold[0]].item())
     result = score(model, prompt, questions, "multiple_choice", 40)
-    assert result.acc == pytest.approx(np.mean(right)) and result.n == 17 and math.isnan(result.exact_match)
-    every = masked.encode(tokenizer, asked, 50)
+    assert (
+        result.acc == pytest.approx(np.mean(right))
+        and result.n == 17
+        and math.isnan(result.exact_match)
+    )
+    every = cloze.encode(tokenizer, asked, 50)
     assert answer_loss_mean(model, prompt, every, 40) == pytest.approx(np.mean(losses), rel=1e-5)
     assert len(list(by_length(every, 40))) > 2
     assert score(model, prompt, questions, "multiple_choice", 40, stop=lambda: True) is None
@@ -265,18 +291,31 @@ def test_a_run_learns_and_peft_answers_with_its_prompt(tmp_path, family):
         "client.tuning.optimizer.learning_rate=0.3",
         "client.tuning.steps=20",
     )
-    run = short(tmp_path / "runs", *settings(tmp_path, family, *own), "prompt.init=text", "prompt.init_text=w3 w4")
-    assert run.status == "complete" and [str(m) for m in run.results["method"]] == ["zero-shot", "server-only", "fedsp"]
+    run = short(
+        tmp_path / "runs",
+        *settings(tmp_path, family, *own),
+        "prompt.init=text",
+        "prompt.init_text=w3 w4",
+    )
+    assert run.status == "complete" and [str(m) for m in run.results["method"]] == [
+        "zero-shot",
+        "server-only",
+        "fedsp",
+    ]
     first = run.clients["loss_prompt_first"][:3].mean()
     assert run.clients["loss_prompt_last"][-3:].mean() < first
     assert run.results["loss"][2] < run.results["loss"][0]
     best = int(run.results["round"][2])
-    _compare_with_peft(run.file.parent / "prompt", tmp_path / "model", family, run.prompts(best)["prompt"])
+    _compare_with_peft(
+        run.file.parent / "prompt", tmp_path / "model", family, run.prompts(best)["prompt"]
+    )
 
 
 @torch.no_grad()
 def _compare_with_peft(adapter: Path, folder: Path, family: str, matrix: np.ndarray) -> None:
-    whole = model_class(transformers.AutoConfig.from_pretrained(folder)).from_pretrained(folder, dtype=torch.float32)
+    whole = model_class(transformers.AutoConfig.from_pretrained(folder)).from_pretrained(
+        folder, dtype=torch.float32
+    )
     theirs = peft.PeftModel.from_pretrained(whole, adapter).eval()
     ours = tiny.load(str(folder))
     prompt = Prompt(PromptSpec.of(ours.shape, "input", 4, None))
@@ -301,7 +340,9 @@ def test_fine_tuning(tmp_path, family):
     kind = model_class(transformers.AutoConfig.from_pretrained(tmp_path / "model"))
     tuned = kind.from_pretrained(run.file.parent / "model")
     before = kind.from_pretrained(tmp_path / "model")
-    assert any((w - before.get_parameter(name)).abs().max() > 0 for name, w in tuned.named_parameters())
+    assert any(
+        (w - before.get_parameter(name)).abs().max() > 0 for name, w in tuned.named_parameters()
+    )
     assert run.clients["loss_model_last"].mean() < run.clients["loss_model_first"].mean()
 
 
@@ -312,7 +353,12 @@ def test_bits_do_not_depend_on_the_number_of_ranks(tmp_path):
 
 
 def test_a_backdoor_in_a_masked_model(tmp_path):
-    more = ("attack.target=1", "attack.clients=[0]", "attack.trigger=w20", "evaluation.server_only=false")
+    more = (
+        "attack.target=1",
+        "attack.clients=[0]",
+        "attack.trigger=w20",
+        "evaluation.server_only=false",
+    )
     run = short(tmp_path / "runs", *settings(tmp_path, "bert", *more, "federation.rounds=1"))
     assert [str(row["split"]) for row in run.results] == ["test", "test+trigger"] * 2
     assert np.isfinite(run.clients["attack_success"]).tolist() == [True, False, False]
@@ -325,7 +371,10 @@ def test_a_backdoor_in_a_masked_model(tmp_path):
     ("more", "words"),
     [
         (("prompt.kind=prefix",), ("prompt.kind", "found prefix with a bert", "expected input")),
-        (("auxiliary.depth=2",), ("auxiliary", "a part of the model", "configs/methods/fedprompt.yaml")),
+        (
+            ("auxiliary.depth=2",),
+            ("auxiliary", "a part of the model", "configs/methods/fedprompt.yaml"),
+        ),
         (("distillation.stage.steps=3",), ("auxiliary", "steps that align it")),
         (("server.translation.steps=3",), ("auxiliary", "steps that align it")),
         (("data.verbaliser=[w1, nowhere]",), ("data.verbaliser", "'nowhere'", "one token each")),
@@ -340,16 +389,29 @@ def test_what_such_a_model_cannot_do_is_said_before_weights_are_loaded(tmp_path,
 
 def test_free_answers_are_refused(tmp_path):
     found = settings(tmp_path, "t5", "data.task=question_answering")
-    refused(lambda: Materials(config.load(None, found)).check(), "data.task", "found question_answering with a t5")
+    refused(
+        lambda: Materials(config.load(None, found)).check(),
+        "data.task",
+        "found question_answering with a t5",
+    )
 
 
 def test_the_default_recipe_says_what_to_do(tmp_path):
-    found = [*settings(tmp_path, "roberta")[:3], "recipe=bridged", "auxiliary.depth=0.5", "auxiliary.first_layers=1"]
-    refused(lambda: Materials(config.load(None, found)).check(), "with a roberta", "configs/methods/fedprompt.yaml")
+    found = [
+        *settings(tmp_path, "roberta")[:3],
+        "recipe=bridged",
+        "auxiliary.depth=0.5",
+        "auxiliary.first_layers=1",
+    ]
+    refused(
+        lambda: Materials(config.load(None, found)).check(),
+        "with a roberta",
+        "configs/methods/fedprompt.yaml",
+    )
 
 
 def test_lm_eval_does_not_ask_it(tmp_path):
-    from fedsp_mpi.evaluate import Options, evaluate
+    from fedsp_mpi.commands.evaluate import Options, evaluate
     from fedsp_mpi.log import Log
 
     more = ("federation.rounds=1", "evaluation.server_only=false", "evaluation.zero_shot=false")

@@ -9,14 +9,19 @@ import yaml
 from mpi import ROOT
 from test_variants import FEDPROMPT, short
 
-from fedsp_mpi import config, plan
+from fedsp_mpi import config
 from fedsp_mpi.config import EMBEDDED, Config
-from fedsp_mpi.plain import differences
-from fedsp_mpi.record import difference
+from fedsp_mpi.config.parsing import differences
+from fedsp_mpi.estimate import cost
+from fedsp_mpi.report import difference
 
 METHODS = ROOT / "configs" / "methods"
 NAMES = sorted(path.stem for path in METHODS.glob("*.yaml"))
-BASES = [EMBEDDED, ROOT / "configs" / "smollm2" / "arc_easy.yaml", ROOT / "configs" / "paper" / "base_gpt2xl.yaml"]
+BASES = [
+    EMBEDDED,
+    ROOT / "configs" / "smollm2" / "arc_easy.yaml",
+    ROOT / "configs" / "paper" / "base_gpt2xl.yaml",
+]
 # Settings of a base that no method may inherit from it.
 ODD = {
     "auxiliary": {"layers_per_cell": 2},
@@ -39,7 +44,11 @@ BRIDGED = {
     "search.parents": "all",
     "search.objective": "loss",
 }
-WHOLE = {"auxiliary.layers_per_cell": None, "distillation.stage.steps": 0, "client.alignment.steps": 0}
+WHOLE = {
+    "auxiliary.layers_per_cell": None,
+    "distillation.stage.steps": 0,
+    "client.alignment.steps": 0,
+}
 PAPER = WHOLE | {"data.server_share": 0, "prompt.kind": "input", "server.tuning.steps": 0}
 ALONE = {"federation.clients": 0, "evaluation.server_only": False}
 SEARCH = WHOLE | {
@@ -121,12 +130,17 @@ def test_none_takes_from_a_base_what_would_make_it_another_method(tmp_path, name
     odd.write_text(yaml.safe_dump(ODD))
     settings = over(tmp_path, name, EMBEDDED, odd)
     assert settings.tunes_weights or settings.client.training == "alternating"
-    assert "layers_per_cell" not in str(APART[name]) or settings.auxiliary.layers_per_cell in (None, 1)
+    assert "layers_per_cell" not in str(APART[name]) or settings.auxiliary.layers_per_cell in (
+        None,
+        1,
+    )
 
 
-@pytest.mark.parametrize(("name", "row"), [("fedprompt", "FedPrompt"), ("fedprompt_single", "FedPrompt-single")])
+@pytest.mark.parametrize(
+    ("name", "row"), [("fedprompt", "FedPrompt"), ("fedprompt_single", "FedPrompt-single")]
+)
 def test_plan_knows_them(tmp_path, name, row):
-    found = plan.plan(over(tmp_path, name, EMBEDDED), name)
+    found = cost.plan(over(tmp_path, name, EMBEDDED), name)
     own, *others = found.methods
     [same] = [other for other in others if other.name == row]
     assert (own.holds, own.trains, own.total) == (same.holds, same.trains, same.total)

@@ -14,9 +14,15 @@ import safetensors.torch
 import tiny
 import torch
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, DynamicCache, GPT2Config, OPTConfig, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    DynamicCache,
+    GPT2Config,
+    OPTConfig,
+    PreTrainedTokenizerFast,
+)
 
-from fedsp_mpi import fingerprint
+from fedsp_mpi.files import fingerprint
 from fedsp_mpi.models import auxiliary, backbone, prompts
 from fedsp_mpi.models.backbone import LanguageModel
 from fedsp_mpi.models.losses import answer_loss
@@ -24,7 +30,15 @@ from fedsp_mpi.models.prompts import Prompt, PromptSpec, Several
 from fedsp_mpi.tensors import NamedTensors, SealedTensorError, seal
 
 ROOT = Path(__file__).resolve().parent.parent
-CELLS = [(0, 1, 4), (2, 1, 4), (1, 2, 4), (0, 3, 4), (2, 2, 3), (3, 1, 1), (1, 2, 6)]  # start, layers, depth
+CELLS = [
+    (0, 1, 4),
+    (2, 1, 4),
+    (1, 2, 4),
+    (0, 3, 4),
+    (2, 2, 3),
+    (3, 1, 1),
+    (1, 2, 6),
+]  # start, layers, depth
 PROMPTS = [("prefix", None), ("prefix", 7), ("input", None)]
 
 
@@ -48,7 +62,9 @@ def unrolled(model: LanguageModel, start: int, layers: int, depth: int) -> Langu
     return LanguageModel(auxiliary.unroll(auxiliary.cut(model, tiny.cell(layers, start)), depth))
 
 
-def prompt_for(model: LanguageModel, kind: str = "prefix", projection: int | None = None, std: float = 0.5) -> Prompt:
+def prompt_for(
+    model: LanguageModel, kind: str = "prefix", projection: int | None = None, std: float = 0.5
+) -> Prompt:
     return Prompt(PromptSpec.of(model.shape, kind, 5, projection)).initialise(1, std)
 
 
@@ -76,7 +92,9 @@ def test_virtual_layers_share_the_weights_of_their_cell(folder, start, layers, d
         assert places == {i}
     one = sum(p.numel() for p in real[0].parameters())
     assert small.num_parameters() == whole.num_parameters() - (tiny.LAYERS - layers) * one
-    assert small.num_parameters() == sum({p.data_ptr(): p.numel() for p in small.model.parameters()}.values())
+    assert small.num_parameters() == sum(
+        {p.data_ptr(): p.numel() for p in small.model.parameters()}.values()
+    )
 
 
 @pytest.mark.parametrize(("start", "layers", "depth"), CELLS)
@@ -84,7 +102,9 @@ def test_it_computes_what_its_layers_compute_one_after_the_other(folder, start, 
     """Against a stock model of full depth, into which the layers are copied."""
     whole = tiny.load(folder)
     small = unrolled(whole, start, layers, depth)
-    copied = AutoModelForCausalLM.from_config(auxiliary.cell_config(whole.model.config, tiny.cell(depth))).eval()
+    copied = AutoModelForCausalLM.from_config(
+        auxiliary.cell_config(whole.model.config, tiny.cell(depth))
+    ).eval()
     state, path = whole.model.state_dict(), backbone.FAMILIES[whole.model.config.model_type]
     for name in copied.state_dict():
         place, _, rest = name[len(path) + 1 :].partition(".")
@@ -100,7 +120,11 @@ def test_it_computes_what_its_layers_compute_one_after_the_other(folder, start, 
 
 def test_a_cell_of_all_layers_is_the_global_model(folder):
     whole = tiny.load(folder)
-    small, batch, prompt = unrolled(whole, 0, tiny.LAYERS, tiny.LAYERS), tiny.batch(), prompt_for(whole)
+    small, batch, prompt = (
+        unrolled(whole, 0, tiny.LAYERS, tiny.LAYERS),
+        tiny.batch(),
+        prompt_for(whole),
+    )
     assert torch.equal(small.hidden(batch, prompt), whole.hidden(batch, prompt))
     assert fingerprint.of_weights(small.weights) == fingerprint.of_weights(whole.weights)
     assert fingerprint.of_weights(unrolled(whole, 1, 3, 4).weights) != fingerprint.of_weights(
@@ -114,8 +138,12 @@ def test_every_weight_and_the_prompt_get_a_gradient(folder, start, layers, depth
     prompt = prompt_for(small)
     small.train_weights(True)
     answer_loss(*small.answer_logits(tiny.batch(), prompt)).backward()
-    assert {n for n, p in small.model.named_parameters() if p.grad is None or not p.grad.any()} == set()
-    assert prompt.prompt.grad.reshape(5, depth, -1).abs().sum(dim=(0, 2)).min() > 0  # of every layer
+    assert {
+        n for n, p in small.model.named_parameters() if p.grad is None or not p.grad.any()
+    } == set()
+    assert (
+        prompt.prompt.grad.reshape(5, depth, -1).abs().sum(dim=(0, 2)).min() > 0
+    )  # of every layer
     small.train_weights(False)
     assert not any(p.requires_grad for p in small.model.parameters())
 
@@ -130,7 +158,9 @@ def test_a_shared_weights_gradient_is_the_sum_over_its_layers(gpt2):
         model.train_weights(True)
         answer_loss(*model.answer_logits(tiny.batch())).backward()
     name = "mlp.c_fc.weight"
-    total = sum(dict(layer.named_parameters())[name].grad for layer in backbone.layers_of(apart.model))
+    total = sum(
+        dict(layer.named_parameters())[name].grad for layer in backbone.layers_of(apart.model)
+    )
     found = dict(backbone.layers_of(shared.model)[0].named_parameters())[name].grad
     assert torch.allclose(found, total, atol=1e-5 * total.abs().max())
 
@@ -146,13 +176,18 @@ def test_what_travels_makes_the_same_model_elsewhere(folder, layers, depth):
     auxiliary.load_weights(other, packed.torch())
     batch, prompt = tiny.batch(), prompt_for(small)
     assert torch.equal(other.hidden(batch, prompt), small.hidden(batch, prompt))
-    assert auxiliary.pack(other).schema == packed.schema and (auxiliary.pack(other).flat == packed.flat).all()
+    assert (
+        auxiliary.pack(other).schema == packed.schema
+        and (auxiliary.pack(other).flat == packed.flat).all()
+    )
     small.model.get_input_embeddings().weight.data.zero_()
     assert not torch.equal(other.hidden(batch), small.hidden(batch))  # a copy, not the same memory
 
 
 @pytest.mark.parametrize(("layers", "depth"), [(1, 4), (2, 3)])
-def test_saved_and_loaded_again_it_is_the_same_and_stock_transformers_reads_it(folder, layers, depth, tmp_path):
+def test_saved_and_loaded_again_it_is_the_same_and_stock_transformers_reads_it(
+    folder, layers, depth, tmp_path
+):
     small = unrolled(tiny.load(folder), 1, layers, depth)
     target, notes = tmp_path / "runs" / "auxiliary", {"depth": depth, "note": [1]}
     target.parent.mkdir()
@@ -172,7 +207,9 @@ def test_saved_and_loaded_again_it_is_the_same_and_stock_transformers_reads_it(f
 
 
 def test_a_folder_without_an_auxiliary_model(tmp_path):
-    with pytest.raises(ValueError, match=r"found no auxiliary model .* expected a readable distillation.json"):
+    with pytest.raises(
+        ValueError, match=r"found no auxiliary model .* expected a readable distillation.json"
+    ):
         auxiliary.load(tmp_path)
     (tmp_path / "distillation.json").write_text("[]")
     with pytest.raises(ValueError, match=r"found distillation.json without a depth, expected"):
@@ -185,7 +222,11 @@ def test_a_folder_without_an_auxiliary_model(tmp_path):
         (GPT2Config(n_embd=1600, n_layer=48, n_head=25), 1_557_611_200, 112_793_600),
         (
             OPTConfig(
-                hidden_size=2048, ffn_dim=8192, num_hidden_layers=24, num_attention_heads=32, word_embed_proj_dim=2048
+                hidden_size=2048,
+                ffn_dim=8192,
+                num_hidden_layers=24,
+                num_attention_heads=32,
+                word_embed_proj_dim=2048,
             ),
             1_315_758_080,
             157_517_824,
@@ -201,7 +242,9 @@ def test_sizes_of_the_papers_models(settings, full, small):
         cell = auxiliary.cell_config(settings, tiny.cell(1)).to_dict()
         built = auxiliary.build(cell, layers, torch.device("meta"), torch.float32)
         assert (whole.num_parameters(), built.num_parameters()) == (full, small)
-        assert auxiliary.unroll(auxiliary.cut(whole, tiny.cell(1)), layers).num_parameters() == small
+        assert (
+            auxiliary.unroll(auxiliary.cut(whole, tiny.cell(1)), layers).num_parameters() == small
+        )
     assert (
         Prompt(PromptSpec.of(whole.shape, "prefix", 40, None)).num_parameters()
         == 40 * layers * 2 * settings.hidden_size
@@ -217,7 +260,10 @@ def test_layers_may_have_heads_of_their_own_width_and_a_final_projection(tmp_pat
         for kind, projection in PROMPTS:
             prompt = prompt_for(whole, kind, projection)
             assert torch.equal(small.hidden(batch, prompt), whole.hidden(batch, prompt))
-            assert apart_from_peft(path, whole, prompt, tmp_path / f"{family}{kind}{projection}") < 1e-5
+            assert (
+                apart_from_peft(path, whole, prompt, tmp_path / f"{family}{kind}{projection}")
+                < 1e-5
+            )
 
 
 # -- the global model ----------------------------------------------------------------------------------------------
@@ -237,15 +283,23 @@ def test_weights_are_read_again_in_another_type(folder, checkpointing):
     whole = tiny.load(folder, dtype=torch.bfloat16, checkpointing=checkpointing)
     before, old = whole.hidden(tiny.batch()), weakref.ref(whole.model)
     backbone.reread(whole, folder, dtype=torch.float32)
-    assert old() is None and not any(parameter.requires_grad for parameter in whole.model.parameters())
+    assert old() is None and not any(
+        parameter.requires_grad for parameter in whole.model.parameters()
+    )
     assert whole.model.training is checkpointing
     stock = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    for (name, parameter), wanted in zip(whole.model.named_parameters(), stock.parameters(), strict=True):
+    for (name, parameter), wanted in zip(
+        whole.model.named_parameters(), stock.parameters(), strict=True
+    ):
         assert torch.equal(parameter, wanted)
         with pytest.raises(SealedTensorError):
             NamedTensors.pack({name: parameter})
     after = whole.hidden(tiny.batch(), prompt_for(whole, "input"))
-    assert (before.dtype, after.dtype, whole.dtype) == (torch.bfloat16, torch.float32, torch.float32)
+    assert (before.dtype, after.dtype, whole.dtype) == (
+        torch.bfloat16,
+        torch.float32,
+        torch.float32,
+    )
     backbone.reread(whole, folder, dtype=torch.bfloat16)
     assert torch.equal(whole.hidden(tiny.batch()), before)
 
@@ -274,17 +328,25 @@ def test_rounded_weights_compute_as_a_model_that_was_loaded_so(folder):
     assert all(weight.dtype == torch.bfloat16 for weight in rounded.weights.values())
     assert all(buffer.dtype != torch.bfloat16 for buffer in rounded.model.buffers())
     batch, prompt = tiny.batch(), prompt_for(half, "prefix")
-    for found, wanted in zip(rounded.answer_logits(batch, prompt), half.answer_logits(batch, prompt)):
+    for found, wanted in zip(
+        rounded.answer_logits(batch, prompt), half.answer_logits(batch, prompt)
+    ):
         assert torch.equal(found, wanted)
 
 
 def test_models_that_cannot_be_read(tmp_path):
-    with pytest.raises(ValueError, match=r"model.name: found .*nowhere.* could not be read .* expected a folder"):
+    with pytest.raises(
+        ValueError, match=r"model.name: found .*nowhere.* could not be read .* expected a folder"
+    ):
         backbone.read_config(str(tmp_path / "nowhere"))
-    with pytest.raises(ValueError, match=r"model.name: found .* could not be read .* expected a folder"):
+    with pytest.raises(
+        ValueError, match=r"model.name: found .* could not be read .* expected a folder"
+    ):
         backbone.read_config(str(tmp_path))
     (tmp_path / "config.json").write_text('{"model_type": "bloom"}')
-    with pytest.raises(ValueError, match=r"of the family 'bloom', expected one of gpt2, opt, llama, qwen2"):
+    with pytest.raises(
+        ValueError, match=r"of the family 'bloom', expected one of gpt2, opt, llama, qwen2"
+    ):
         backbone.read_config(str(tmp_path))
     tiny.config("gpt2").save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"model.name: found .* whose weights could not be read"):
@@ -292,7 +354,9 @@ def test_models_that_cannot_be_read(tmp_path):
 
 
 @pytest.mark.parametrize("family", tiny.CAUSAL_FAMILIES)
-@pytest.mark.parametrize("size", ["num_hidden_layers", "num_attention_heads", "hidden_size", "vocab_size"])
+@pytest.mark.parametrize(
+    "size", ["num_hidden_layers", "num_attention_heads", "hidden_size", "vocab_size"]
+)
 def test_sizes_that_are_none(size, family, tmp_path):
     config = tiny.config(family)
     key = config.attribute_map.get(size, size)
@@ -346,10 +410,15 @@ def test_a_folder_without_a_tokenizer_is_refused(folder):
 
 def test_a_new_model_has_no_dropout_that_was_not_asked_for(tmp_path):
     """Before anybody said what is trained: made of the global model, of a configuration, or read from a folder."""
-    whole = tiny.load(tiny.model_folder(tmp_path, "gpt2", resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5))
+    whole = tiny.load(
+        tiny.model_folder(tmp_path, "gpt2", resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5)
+    )
     cut = unrolled(whole, 0, 1, 4)
     built = auxiliary.build(
-        auxiliary.cell_config(whole.model.config, tiny.cell(1)).to_dict(), 4, tiny.CPU, torch.float32
+        auxiliary.cell_config(whole.model.config, tiny.cell(1)).to_dict(),
+        4,
+        tiny.CPU,
+        torch.float32,
     )
     auxiliary.load_weights(built, auxiliary.pack(cut).torch())
     for model in (cut, built):
@@ -365,7 +434,9 @@ from fedsp_mpi.models import auxiliary
 small = transformers.GPT2Config(n_embd=8, n_layer=2, n_head=2, vocab_size=9, n_positions=8).to_dict()
 assert auxiliary.build(small, 2, torch.device("cpu"), torch.float32).num_parameters() > 0
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -382,10 +453,14 @@ def as_peft(path: str, prompt: Prompt, target) -> peft.PeftModel:
 def apart_from_peft(path: str, model: LanguageModel, prompt: Prompt, target) -> float:
     """Largest difference of logits where there is text."""
     batch = tiny.batch()
-    answered = as_peft(path, prompt, target)(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
+    answered = as_peft(path, prompt, target)(
+        input_ids=batch.input_ids, attention_mask=batch.attention_mask
+    )
     wanted = answered.logits[:, -batch.input_ids.shape[1] :]
     assert wanted.abs().max() > 0.5
-    return float((wanted - model.head(model.hidden(batch, prompt)))[batch.attention_mask.bool()].abs().max())
+    return float(
+        (wanted - model.head(model.hidden(batch, prompt)))[batch.attention_mask.bool()].abs().max()
+    )
 
 
 @pytest.mark.parametrize(("kind", "projection"), PROMPTS)
@@ -404,13 +479,23 @@ def test_greedy_answers_are_those_of_peft(folder, kind, projection, tmp_path):
     prompt = prompt_for(whole, kind, projection)
     stock = as_peft(folder, prompt, tmp_path)
     ids = torch.from_numpy(np.stack([text.ids for text in tiny.texts([6] * 3)])).long()
-    settings = {"max_new_tokens": number, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    answered = stock.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **settings)[:, -number:]
+    settings = {
+        "max_new_tokens": number,
+        "do_sample": False,
+        "eos_token_id": None,
+        "pad_token_id": 0,
+    }
+    answered = stock.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **settings)[
+        :, -number:
+    ]
     own = ids
     with torch.no_grad():
         for _ in range(number):
             batch = tiny.Batch(own, torch.ones_like(own), own)
-            own = torch.cat([own, whole.head(whole.hidden(batch, prompt)[:, -1]).argmax(-1, keepdim=True)], dim=1)
+            own = torch.cat(
+                [own, whole.head(whole.hidden(batch, prompt)[:, -1]).argmax(-1, keepdim=True)],
+                dim=1,
+            )
     assert own[:, 6:].tolist() == answered.tolist()
     assert len(set(answered.flatten().tolist())) > 1
 
@@ -438,7 +523,9 @@ def test_a_folder_without_an_adapter(tmp_path):
     for content in (None, b"broken", safetensors.torch.save({"x": torch.zeros(1)})):
         if content is not None:
             (tmp_path / "adapter_model.safetensors").write_bytes(content)
-        with pytest.raises(ValueError, match=r"found no peft prompt .* expected adapter_model.safetensors"):
+        with pytest.raises(
+            ValueError, match=r"found no peft prompt .* expected adapter_model.safetensors"
+        ):
             prompts.read_adapter(tmp_path)
 
 
@@ -450,7 +537,9 @@ def test_a_prefix_is_keys_and_values_in_front_of_the_others(tmp_path):
     ids = torch.from_numpy(text.ids[:-1]).long()
     core = whole.model.transformer
     block, size = core.h[0], len(ids)
-    h = core.wte.weight[ids] + core.wpe.weight[5 : 5 + size]  # the prefix takes the first five positions
+    h = (
+        core.wte.weight[ids] + core.wpe.weight[5 : 5 + size]
+    )  # the prefix takes the first five positions
     x = F.layer_norm(h, [32], block.ln_1.weight, block.ln_1.bias)
     query, key, value = (x @ block.attn.c_attn.weight + block.attn.c_attn.bias).split(32, dim=1)
     key = torch.cat([prompt.prompt[:, :32], key])
@@ -459,7 +548,9 @@ def test_a_prefix_is_keys_and_values_in_front_of_the_others(tmp_path):
     for head in range(4):
         part = slice(8 * head, 8 * head + 8)
         for i in range(size):
-            scores = torch.stack([query[i, part] @ key[j, part] / math.sqrt(8) for j in range(5 + i + 1)])
+            scores = torch.stack(
+                [query[i, part] @ key[j, part] / math.sqrt(8) for j in range(5 + i + 1)]
+            )
             mixed[i, part] = scores.softmax(0) @ value[: 5 + i + 1, part]
     h = h + mixed @ block.attn.c_proj.weight + block.attn.c_proj.bias
     x = F.layer_norm(h, [32], block.ln_2.weight, block.ln_2.bias)
@@ -474,9 +565,17 @@ def test_an_input_prompt_is_embeddings_in_front_of_the_text(folder):
     whole = tiny.load(folder)
     prompt, [text] = prompt_for(whole, "input"), tiny.texts([7])
     front = np.array([50, 51, 52, 53, 54], dtype=np.int32)
-    prompt.load({"prompt": whole.model.get_input_embeddings().weight[torch.from_numpy(front).long()].detach()})
+    prompt.load(
+        {
+            "prompt": whole.model.get_input_embeddings()
+            .weight[torch.from_numpy(front).long()]
+            .detach()
+        }
+    )
     longer = tiny.collate([tiny.Text(np.concatenate([front, text.ids]), 7)])
-    assert (whole.hidden(tiny.collate([text]), prompt) - whole.hidden(longer)[:, 5:]).abs().max() < 1e-5
+    assert (
+        whole.hidden(tiny.collate([text]), prompt) - whole.hidden(longer)[:, 5:]
+    ).abs().max() < 1e-5
 
 
 # -- prompts: numbers, names, depth --------------------------------------------------------------------------------
@@ -488,7 +587,9 @@ def noise(seed: int, name: str, shape: tuple[int, ...]) -> np.ndarray:
     """The draws of `seed` for a parameter, spelled out."""
     from fedsp_mpi import rng
 
-    return np.random.Generator(np.random.PCG64(rng.key(seed, f"prompt {name}"))).standard_normal(shape, "float32")
+    return np.random.Generator(np.random.PCG64(rng.key(seed, f"prompt {name}"))).standard_normal(
+        shape, "float32"
+    )
 
 
 def test_first_prompts_depend_on_the_seed_only():
@@ -512,7 +613,9 @@ def test_first_prompts_depend_on_the_seed_only():
         wanted = scales.get(name, 0.0) * noise(7, name, tuple(tensor.shape))
         assert np.allclose(tensor, wanted, rtol=1e-6), name
     plain = [Prompt(SPEC).initialise(seed, 0.5).prompt for seed in (7, 8)]
-    assert np.allclose(plain[0].detach(), 0.5 * noise(7, "prompt", (3, 48))) and not torch.equal(*plain)
+    assert np.allclose(plain[0].detach(), 0.5 * noise(7, "prompt", (3, 48))) and not torch.equal(
+        *plain
+    )
 
 
 def test_a_prompt_keeps_its_memory_when_it_is_loaded():
@@ -533,19 +636,24 @@ def by_hand(matrix: np.ndarray, axis: int, old: int, new: int) -> np.ndarray:
         chosen = [layers[math.floor(i * old / new)] for i in range(new)]
     else:
         chosen = [
-            np.mean([layers[i] for i in range(old) if math.floor(i * new / old) == j], axis=0) for j in range(new)
+            np.mean([layers[i] for i in range(old) if math.floor(i * new / old) == j], axis=0)
+            for j in range(new)
         ]
     return np.moveaxis(np.concatenate(chosen), 0, axis)
 
 
-@pytest.mark.parametrize(("old", "new"), [(4, 1), (1, 4), (4, 2), (2, 4), (5, 3), (3, 5), (4, 4), (48, 1), (7, 4)])
+@pytest.mark.parametrize(
+    ("old", "new"), [(4, 1), (1, 4), (4, 2), (2, 4), (5, 3), (3, 5), (4, 4), (48, 1), (7, 4)]
+)
 @pytest.mark.parametrize("projection", [None, 5])
 def test_depth_is_mapped_by_repetition_up_and_by_the_mean_down(old, new, projection):
     prompt = Prompt(PromptSpec("prefix", 3, old, 2, 6, projection)).initialise(1, 1.0)
     tensors = {name: x + 0.1 for name, x in prompt.tensors().items()}  # offsets are not 0 either
     mapped = prompts.to_depth(tensors, prompt.spec, new)
     other = Prompt(prompt.spec.at_depth(new))
-    assert {n: x.shape for n, x in mapped.items()} == {n: x.shape for n, x in other.tensors().items()}
+    assert {n: x.shape for n, x in mapped.items()} == {
+        n: x.shape for n, x in other.tensors().items()
+    }
     axes = {"prompt": 1, "transform.2.weight": 0, "transform.2.bias": 0}
     for name, tensor in mapped.items():
         start = tensors[name].numpy()
@@ -553,7 +661,9 @@ def test_depth_is_mapped_by_repetition_up_and_by_the_mean_down(old, new, project
         assert np.allclose(tensor, wanted, rtol=0, atol=1e-6), name
     other.load(mapped)
     prompt.load(tensors)
-    matrix = by_hand(prompt.matrix().detach().numpy(), 1, old, new)  # the mapping and the projection change places
+    matrix = by_hand(
+        prompt.matrix().detach().numpy(), 1, old, new
+    )  # the mapping and the projection change places
     assert np.allclose(other.matrix().detach(), matrix, atol=1e-5)
     if new > old:
         back = prompts.to_depth(mapped, other.spec, old)
@@ -563,7 +673,9 @@ def test_depth_is_mapped_by_repetition_up_and_by_the_mean_down(old, new, project
 def test_an_input_prompt_has_no_depth(gpt2):
     spec = PromptSpec.of(tiny.load(gpt2).shape, "input", 5, None)
     tensors = Prompt(spec).initialise(1, 1.0).tensors()
-    assert spec.at_depth(1) == spec and torch.equal(prompts.to_depth(tensors, spec, 1)["prompt"], tensors["prompt"])
+    assert spec.at_depth(1) == spec and torch.equal(
+        prompts.to_depth(tensors, spec, 1)["prompt"], tensors["prompt"]
+    )
 
 
 # -- dropout and checkpointing -------------------------------------------------------------------------------------
@@ -571,13 +683,18 @@ def test_an_input_prompt_has_no_depth(gpt2):
 
 @pytest.mark.parametrize("family", tiny.CAUSAL_FAMILIES)
 def test_dropout_acts_only_where_it_was_asked_for(family, tmp_path):
-    rates = {"gpt2": ["resid_pdrop", "embd_pdrop", "attn_pdrop"], "opt": ["dropout", "attention_dropout"]}
+    rates = {
+        "gpt2": ["resid_pdrop", "embd_pdrop", "attn_pdrop"],
+        "opt": ["dropout", "attention_dropout"],
+    }
     changes = dict.fromkeys(rates.get(family, ["attention_dropout"]), 0.5)
     whole = tiny.load(tiny.model_folder(tmp_path, family, **changes))
     batch = tiny.batch()
     assert torch.equal(whole.hidden(batch), whole.hidden(batch))
     for dropout, trained in [(False, False), (False, True), (True, False), (True, True)]:
-        small = LanguageModel(auxiliary.unroll(auxiliary.cut(whole, tiny.cell(1)), 4), dropout=dropout)
+        small = LanguageModel(
+            auxiliary.unroll(auxiliary.cut(whole, tiny.cell(1)), 4), dropout=dropout
+        )
         small.train_weights(trained)
         same = torch.equal(small.hidden(batch), small.hidden(batch))
         assert same is not (dropout and trained), (dropout, trained)
@@ -588,16 +705,26 @@ def test_dropout_acts_only_where_it_was_asked_for(family, tmp_path):
 @pytest.mark.parametrize("family", tiny.CAUSAL_FAMILIES)
 def test_every_dropout_of_a_layer_can_be_left_out(family):
     config = tiny.config(family)
-    rates = [name for name in config.to_dict() if "drop" in name and not name.startswith(("summary", "classifier"))]
+    rates = [
+        name
+        for name in config.to_dict()
+        if "drop" in name and not name.startswith(("summary", "classifier"))
+    ]
     for name in rates:
         setattr(config, name, 0.5)
     assert rates and not any(getattr(backbone.without_dropout(config), name) for name in rates)
 
 
-def gradients(model: LanguageModel, prompt: Prompt, of_weights: bool) -> tuple[dict[str, torch.Tensor], list[int]]:
+def gradients(
+    model: LanguageModel, prompt: Prompt, of_weights: bool
+) -> tuple[dict[str, torch.Tensor], list[int]]:
     """Gradients of the answers' loss, and the positions of each time that the second layer's work was done."""
     calls = []  # of a module inside the layer: the layer's own call is not repeated, its contents are
-    inner = next(module for module in backbone.layers_of(model.model)[1].modules() if not list(module.children()))
+    inner = next(
+        module
+        for module in backbone.layers_of(model.model)[1].modules()
+        if not list(module.children())
+    )
     hook = inner.register_forward_pre_hook(lambda _, arguments: calls.append(arguments[0].shape[1]))
     model.train_weights(of_weights)
     prompt.requires_grad_(not of_weights)
@@ -614,7 +741,9 @@ def test_checkpointing_gives_the_gradients_of_an_input_prompt(folder, of_weights
     if of_weights:
         cell = auxiliary.cell_config(lean.model.config, tiny.cell(2)).to_dict()
         values = auxiliary.pack(unrolled(plain, 0, 2, 4)).torch()
-        plain, lean = (auxiliary.build(cell, 4, tiny.CPU, torch.float32, False, on) for on in (False, True))
+        plain, lean = (
+            auxiliary.build(cell, 4, tiny.CPU, torch.float32, False, on) for on in (False, True)
+        )
         for model in (plain, lean):
             auxiliary.load_weights(model, values)
     prompt = prompt_for(plain, "input")
@@ -625,10 +754,14 @@ def test_checkpointing_gives_the_gradients_of_an_input_prompt(folder, of_weights
     assert twice == [soft + text] * 2  # it is on: the layer was run again in the backward pass
     largest = max(float(gradient.abs().max()) for gradient in wanted.values())
     for name, gradient in wanted.items():
-        if gradient.abs().max() < 1e-6 * largest:  # rounding: OPT's key bias moves all scores of a query alike
+        if (
+            gradient.abs().max() < 1e-6 * largest
+        ):  # rounding: OPT's key bias moves all scores of a query alike
             assert "k_proj.bias" in name and found[name].abs().max() < 1e-6 * largest
             continue
-        assert gradient.any() and torch.allclose(found[name], gradient, rtol=1e-5, atol=1e-6 * gradient.abs().max())
+        assert gradient.any() and torch.allclose(
+            found[name], gradient, rtol=1e-5, atol=1e-6 * gradient.abs().max()
+        )
 
 
 def test_checkpointing_leaves_dropout_off(tmp_path):
@@ -637,7 +770,9 @@ def test_checkpointing_leaves_dropout_off(tmp_path):
     batch = tiny.batch()
     lean = tiny.load(path, checkpointing=True)
     assert torch.equal(lean.hidden(batch), lean.hidden(batch))
-    cell = auxiliary.cell_config(tiny.load(path).model.config, tiny.cell(1)).to_dict()  # of a run without checkpointing
+    cell = auxiliary.cell_config(
+        tiny.load(path).model.config, tiny.cell(1)
+    ).to_dict()  # of a run without checkpointing
     built = auxiliary.build(cell, 4, tiny.CPU, torch.float32, checkpointing=True)
     auxiliary.load_weights(built, auxiliary.pack(unrolled(lean, 0, 1, 4)).torch())
     built.train_weights(True)
@@ -661,7 +796,9 @@ def test_texts_of_a_batch_have_prompts_of_their_own(folder, kind, saved, monkeyp
     for row, owner in enumerate(owners):
         prompt, length = prompt_for(whole, kind), int(batch.attention_mask[row].sum())
         prompt.load({"prompt": values[owner]})
-        wanted = whole.hidden(tiny.Batch(*(part[row : row + 1, :length] for part in batch)), prompt)[0]
+        wanted = whole.hidden(
+            tiny.Batch(*(part[row : row + 1, :length] for part in batch)), prompt
+        )[0]
         assert (found[row, :length] - wanted).abs().max() < 1e-5
 
 
@@ -681,10 +818,14 @@ def test_contexts_are_run_once_for_several_continuations(folder, kind, projectio
     for row, ending in enumerate(endings):
         ids[row, : len(ending.ids)] = torch.from_numpy(ending.ids)
         mask[row, : len(ending.ids)] = 1
-    first, rest = whole.continue_from(contexts, prompt, torch.tensor(rows), tiny.Batch(ids, mask, ids))
+    first, rest = whole.continue_from(
+        contexts, prompt, torch.tensor(rows), tiny.Batch(ids, mask, ids)
+    )
     for i, (row, ending) in enumerate(zip(rows, endings)):
         alone = torch.cat([contexts[row], torch.from_numpy(ending.ids).long()])[None]
-        wanted = whole.head(whole.hidden(tiny.Batch(alone, torch.ones_like(alone), alone), prompt))[0, 5:]
+        wanted = whole.head(whole.hidden(tiny.Batch(alone, torch.ones_like(alone), alone), prompt))[
+            0, 5:
+        ]
         found = torch.cat([first[i][None], rest[i, : len(ending.ids)]])
         assert (found - wanted).abs().max() < 1e-5
     only, none = whole.continue_from(contexts, prompt, torch.tensor(rows), None)

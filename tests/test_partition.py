@@ -8,7 +8,13 @@ import pytest
 from fedsp_mpi.data import partition
 
 # Rows of the training sets after their validation was taken out, where it had to be.
-REAL_COUNTS = {"arc_challenge": 1119, "arc_easy": 2251, "web_questions": 3401, "hellaswag": 35915, "sst2": 67349}
+REAL_COUNTS = {
+    "arc_challenge": 1119,
+    "arc_easy": 2251,
+    "web_questions": 3401,
+    "hellaswag": 35915,
+    "sst2": 67349,
+}
 KNOWN = {
     "iid": [[6, 7, 1], [0, 2, 4], [3, 5]],
     "quantity": [[1], [5, 2, 3, 7, 0, 6], [4]],
@@ -27,7 +33,9 @@ def require_partition(shards: list[np.ndarray], num_examples: int, num_shards: i
     assert np.array_equal(np.sort(np.concatenate(shards)), np.arange(num_examples))
 
 
-def make(kind: str, num_examples: int, num_shards: int, seed: int, alpha: float = 0.5) -> list[np.ndarray]:
+def make(
+    kind: str, num_examples: int, num_shards: int, seed: int, alpha: float = 0.5
+) -> list[np.ndarray]:
     if kind == "iid":
         return partition.iid(num_examples, num_shards, seed)
     if kind == "quantity":
@@ -61,7 +69,9 @@ def test_known_draw():
     """A record is reproduced from its seed, so the draw of a seed stays what it is."""
     assert [shard.tolist() for shard in partition.iid(8, 3, 12345)] == KNOWN["iid"]
     assert [shard.tolist() for shard in partition.quantity(8, 3, 0.5, 12345)] == KNOWN["quantity"]
-    assert [s.tolist() for s in partition.dirichlet_labels(list("aabbabba"), 3, 0.5, 12345)] == KNOWN["labels"]
+    assert [
+        s.tolist() for s in partition.dirichlet_labels(list("aabbabba"), 3, 0.5, 12345)
+    ] == KNOWN["labels"]
     assert partition.few_shot(list("aabbabba"), 2, 12345).tolist() == KNOWN["few"]
 
 
@@ -89,7 +99,10 @@ def test_label_skew_grows_as_alpha_falls():
 
 
 def test_quantity_skew_grows_as_alpha_falls_and_keeps_the_labels():
-    spread = {alpha: np.std([len(s) for s in partition.quantity(10001, 11, alpha, 0)]) for alpha in (0.1, 1.0, 1e4)}
+    spread = {
+        alpha: np.std([len(s) for s in partition.quantity(10001, 11, alpha, 0)])
+        for alpha in (0.1, 1.0, 1e4)
+    }
     assert spread[0.1] > spread[1.0] > 10 * spread[1e4]
     labels = labels_of(10001, 4)
     big = max(partition.quantity(10001, 11, 0.5, 0), key=len)
@@ -118,8 +131,14 @@ def test_few_shot_takes_the_same_number_of_each_label():
         (lambda: partition.quantity(3, 4, 1.0, 0), ["found 3 examples", "at least 4"]),
         (lambda: partition.quantity(9, 4, 0.0, 0), ["found alpha 0.0", "positive"]),
         (lambda: partition.dirichlet_labels([0, 1], 3, 1.0, 0), ["found 2 examples", "at least 3"]),
-        (lambda: partition.dirichlet_labels([0, 1], 2, float("nan"), 0), ["found alpha nan", "positive"]),
-        (lambda: partition.few_shot([0, 0, 1], 2, 0), ["found 1 examples with label 1", "at least 2"]),
+        (
+            lambda: partition.dirichlet_labels([0, 1], 2, float("nan"), 0),
+            ["found alpha nan", "positive"],
+        ),
+        (
+            lambda: partition.few_shot([0, 0, 1], 2, 0),
+            ["found 1 examples with label 1", "at least 2"],
+        ),
         (lambda: partition.few_shot([0, 1], 0, 0), ["found 0 shots", "at least 1"]),
         (lambda: partition.few_shot([], 1, 0), ["0 examples", "at least 1"]),
     ],
@@ -132,11 +151,15 @@ def test_mistakes_are_told_in_one_line(call, words):
 
 
 @pytest.mark.parametrize("kind", ["iid", "labels", "quantity"])
-@pytest.mark.parametrize(("share", "mine"), [(None, None), (0, 0), (1, 1), (16, 16), (0.01, 2), (0.5, 100)])
+@pytest.mark.parametrize(
+    ("share", "mine"), [(None, None), (0, 0), (1, 1), (16, 16), (0.01, 2), (0.5, 100)]
+)
 def test_the_servers_share_and_the_clients_shards_are_everything(kind, share, mine):
     labels = labels_of(200, 4).tolist()
     shards = partition.divide(labels, 7, 3, kind, 0.3, share)
-    assert np.array_equal(np.sort(np.concatenate(shards)), np.arange(200)) and all(map(len, shards[1:]))
+    assert np.array_equal(np.sort(np.concatenate(shards)), np.arange(200)) and all(
+        map(len, shards[1:])
+    )
     assert mine is None or len(shards[0]) == mine
     if share is not None:  # whatever the clients' skew, the server's is the same sample
         assert shards[0].tolist() == partition.divide(labels, 7, 3, "iid", 0.3, share)[0].tolist()
@@ -144,4 +167,6 @@ def test_the_servers_share_and_the_clients_shards_are_everything(kind, share, mi
 
 def test_without_a_share_the_server_is_one_owner_like_the_others():
     found = partition.divide([0] * 40, 3, 5)
-    assert [shard.tolist() for shard in found] == [shard.tolist() for shard in partition.iid(40, 4, 5)]
+    assert [shard.tolist() for shard in found] == [
+        shard.tolist() for shard in partition.iid(40, 4, 5)
+    ]

@@ -16,7 +16,9 @@ from mpi import ROOT, run_mpi
 from test_run import short_run
 from torch.utils.flop_counter import FlopCounterMode
 
-from fedsp_mpi import capacity, cli, config, plan, plan_text
+from fedsp_mpi import cli, config
+from fedsp_mpi.estimate import cost, memory
+from fedsp_mpi.estimate import text as plan_text
 from fedsp_mpi.models import architectures, backbone
 from fedsp_mpi.models.prompts import Prompt, PromptSpec
 from fedsp_mpi.record import read
@@ -28,14 +30,14 @@ HEADER = 256
 NOWHERE = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": "/nonexistent"}  # no hub and no cache
 
 
-def planned(file: str, *settings: str, tokens: int | None = None) -> plan.Plan:
+def planned(file: str, *settings: str, tokens: int | None = None) -> cost.Plan:
     """The plan of one of the paper's configurations."""
-    return plan.plan(config.load(PAPER / file, list(settings)), file, tokens)
+    return cost.plan(config.load(PAPER / file, list(settings)), file, tokens)
 
 
-def embedded(*settings: str) -> plan.Plan:
+def embedded(*settings: str) -> cost.Plan:
     """The plan of the embedded default."""
-    return plan.plan(config.load(None, list(settings)), "embedded")
+    return cost.plan(config.load(None, list(settings)), "embedded")
 
 
 # Counts.
@@ -44,8 +46,20 @@ def embedded(*settings: str) -> plan.Plan:
 @pytest.mark.parametrize(
     ("model", "large", "small", "wire", "shown"),
     [
-        ("gpt2xl", 1_557_611_200, 112_793_600, 24_576_000, ("13.8 x fewer", "14.5 x with an untied head")),
-        ("opt", 1_315_758_080, 157_517_824, 15_728_640, ("8.35 x fewer", "8.55 x without position embeddings")),
+        (
+            "gpt2xl",
+            1_557_611_200,
+            112_793_600,
+            24_576_000,
+            ("13.8 x fewer", "14.5 x with an untied head"),
+        ),
+        (
+            "opt",
+            1_315_758_080,
+            157_517_824,
+            15_728_640,
+            ("8.35 x fewer", "8.55 x without position embeddings"),
+        ),
     ],
 )
 def test_the_paper_s_models_have_their_known_sizes(model, large, small, wire, shown):
@@ -100,7 +114,7 @@ def test_the_paper_s_models_have_their_known_sizes(model, large, small, wire, sh
 )
 def test_known_architectures_have_the_published_number_of_parameters(name, parameters):
     found = architectures.config_of(name)
-    assert capacity.outline(found, found.num_hidden_layers).num_parameters() == parameters
+    assert memory.outline(found, found.num_hidden_layers).num_parameters() == parameters
 
 
 def test_a_folder_goes_before_a_known_name(tmp_path, monkeypatch):
@@ -113,13 +127,17 @@ def test_a_folder_goes_before_a_known_name(tmp_path, monkeypatch):
 @pytest.mark.parametrize("prompt_tokens", [0, 5])
 def test_flops_are_those_that_torch_counts(family, prompt_tokens):
     """Forward and with the weights' gradients to the last one; with the prompts' alone, 3 % are allowed."""
-    stock = transformers.AutoModelForCausalLM.from_config(tiny.config(family), attn_implementation="eager")
+    stock = transformers.AutoModelForCausalLM.from_config(
+        tiny.config(family), attn_implementation="eager"
+    )
     model = backbone.LanguageModel(stock)
     spec = PromptSpec.of(model.shape, "prefix", 5, None)
     prompt = Prompt(spec).initialise(1, 0.1) if prompt_tokens else None
     targets = torch.full((3, 12), -100)
     targets[:, -4:] = 5
-    batch = Batch(torch.randint(4, tiny.VOCABULARY, (3, 12)), torch.ones(3, 12, dtype=torch.long), targets)
+    batch = Batch(
+        torch.randint(4, tiny.VOCABULARY, (3, 12)), torch.ones(3, 12, dtype=torch.long), targets
+    )
     expected = 3 * architectures.forward(model, 12, 12 + prompt_tokens, 4)
     for trained, factor in (("nothing", 1), ("weights", 3), ("prompts", 2)):
         if trained == "prompts" and prompt is None:
@@ -132,7 +150,9 @@ def test_flops_are_those_that_torch_counts(family, prompt_tokens):
             if factor > 1:
                 torch.nn.functional.cross_entropy(logits, asked).backward()
         allowed = 0.03 if trained == "prompts" else 0
-        spared = 0.05 if trained == "prompts" and family == "gpt_neox" else 0  # its first MLP is beside the attention
+        spared = (
+            0.05 if trained == "prompts" and family == "gpt_neox" else 0
+        )  # its first MLP is beside the attention
         wanted = factor * expected
         assert (1 - spared) * wanted <= counter.get_total_flops() <= (1 + allowed) * wanted, trained
 
@@ -148,14 +168,22 @@ def test_an_input_prompt_is_counted_as_often_as_it_is_read(tmp_path, rows):
         "server.tuning.batch_size=8",
         "server.tuning.steps=1",
     ]
-    settings += [f"server.tuning.micro_batch={rows}", "federation.rounds=1", "data.loss_over=vocabulary"]
-    found = plan.plan(config.load(None, settings), "embedded", tokens=12).phases["server tuning"]
+    settings += [
+        f"server.tuning.micro_batch={rows}",
+        "federation.rounds=1",
+        "data.loss_over=vocabulary",
+    ]
+    found = cost.plan(config.load(None, settings), "embedded", tokens=12).phases["server tuning"]
     model = tiny.load(name)
     model.model.set_attn_implementation("eager")  # torch does not count the fused one
     prompt = Prompt(PromptSpec.of(model.shape, "input", 20, None)).initialise(1, 0.1)
     targets = torch.full((rows, 12), -100)
     targets[:, -4:] = 5
-    batch = Batch(torch.randint(4, tiny.VOCABULARY, (rows, 12)), torch.ones(rows, 12, dtype=torch.long), targets)
+    batch = Batch(
+        torch.randint(4, tiny.VOCABULARY, (rows, 12)),
+        torch.ones(rows, 12, dtype=torch.long),
+        targets,
+    )
     with FlopCounterMode(display=False) as counter:
         torch.nn.functional.cross_entropy(*model.answer_logits(batch, prompt)).backward()
     assert found == pytest.approx(8 // rows * counter.get_total_flops(), rel=0.1)
@@ -163,7 +191,9 @@ def test_an_input_prompt_is_counted_as_often_as_it_is_read(tmp_path, rows):
 
 def test_phases_add_up_from_steps():
     found = planned("gpt2xl/fedsp/arc_easy.yaml", tokens=100)
-    model = capacity.outline(architectures.config_of("gpt2-xl"), 48)  # the auxiliary model computes as much
+    model = memory.outline(
+        architectures.config_of("gpt2-xl"), 48
+    )  # the auxiliary model computes as much
     once, bare = (16 * architectures.forward(model, 100, *rest) for rest in ((140, 4), (100, 0)))
     assert found.phases == pytest.approx(
         {
@@ -177,14 +207,21 @@ def test_phases_add_up_from_steps():
     assert found.methods[0].steps == pytest.approx((3 * once, 2 * once))
     assert found.methods[0].round == pytest.approx(50 * once)
     assert found.critical == pytest.approx(5000 * 4 * bare + 50 * (50 + 20) * once)
-    assert f"{found.flops / 20e12 / 3600:.2f} h on one GPU of 20 TFLOP/s" in plan_text.text(found, 20)
+    assert f"{found.flops / 20e12 / 3600:.2f} h on one GPU of 20 TFLOP/s" in plan_text.text(
+        found, 20
+    )
 
 
 def test_a_projection_and_joint_training_and_plain_text_cost_more():
     plain, projected = embedded(), embedded("prompt.projection=512")
-    assert projected.methods[0].steps > plain.methods[0].steps and projected.sizes.wire > plain.sizes.wire
+    assert (
+        projected.methods[0].steps > plain.methods[0].steps
+        and projected.sizes.wire > plain.sizes.wire
+    )
     joint = embedded("client.training=joint")
-    assert joint.phases["client alignment"] == 0 and joint.methods[0].trains == plain.methods[0].trains
+    assert (
+        joint.phases["client alignment"] == 0 and joint.methods[0].trains == plain.methods[0].trains
+    )
     assert joint.methods[0].steps == pytest.approx(plain.methods[0].steps[:1])
     longer = embedded("distillation.text=x.txt", "distillation.text_length=128")
     assert longer.phases["distillation"] > 2 * plain.phases["distillation"]
@@ -198,37 +235,52 @@ def test_every_configuration_of_the_paper_loads_plans_and_says_its_hours(monkeyp
 
     def outline(settings: Any, depth: int) -> Any:
         key = (settings.to_json_string(), depth)
-        made[key] = made.get(key) or capacity.outline(settings, depth)
+        made[key] = made.get(key) or memory.outline(settings, depth)
         return made[key]
 
-    monkeypatch.setattr(plan, "outline", outline)
-    methods, tasks = {Path(file).parent.as_posix() for file in FILES}, {Path(file).stem for file in FILES}
+    monkeypatch.setattr(cost, "outline", outline)
+    methods, tasks = (
+        {Path(file).parent.as_posix() for file in FILES},
+        {Path(file).stem for file in FILES},
+    )
     assert len(FILES) == 2 + 2 + 2 * 7 * 8 and len(methods) == 1 + 2 * 7 and len(tasks) == 2 + 2 + 8
     for file in FILES:
         if "/" not in file:
             continue
         found = planned(file)
         head = (PAPER / file).read_text(encoding="utf-8").splitlines()[0]
-        assert f": {plan_text.hours(found.flops, 40)[:-2]} hours of a GPU of 40 TFLOP/s" in head, file
+        assert f": {plan_text.hours(found.flops, 40)[:-2]} hours of a GPU of 40 TFLOP/s" in head, (
+            file
+        )
         assert found.config.data.task == Path(file).stem and found.texts.source != "assumed"
         assert ("gpt2-xl" in str(found.config.model.name)) == file.startswith("gpt2xl/")
 
 
 @pytest.mark.parametrize(
-    ("method", "row"), [("fedprompt", "FedPrompt"), ("fedprompt_single", "FedPrompt-single"), ("prefix_tuning", None)]
+    ("method", "row"),
+    [("fedprompt", "FedPrompt"), ("fedprompt_single", "FedPrompt-single"), ("prefix_tuning", None)],
 )
 @pytest.mark.parametrize("model", ["gpt2xl", "opt"])
 def test_the_baselines_are_configurations_of_the_same_system(model, method, row):
     found = planned(f"{model}/{method}/arc_easy.yaml")
     own, *others = found.methods
     [same] = [other for other in others if other.name == (row or "prefix-tuning, 1 client")]
-    assert own == plan.Method("as configured", *list(vars(same).values())[1:])
-    assert found.phases["distillation"] == found.phases["client alignment"] == 0 < found.phases["server tuning"]
+    assert own == cost.Method("as configured", *list(vars(same).values())[1:])
+    assert (
+        found.phases["distillation"]
+        == found.phases["client alignment"]
+        == 0
+        < found.phases["server tuning"]
+    )
 
 
 def test_a_table_of_different_methods_has_a_column_for_each_phase():
     plans = [planned(f"opt/{method}/arc_easy.yaml") for method in ("fedsp", "finetune")]
-    rows = [line for line in plan_text.markdown(plans, 40).split("\n\n")[1].splitlines() if line.startswith("|")]
+    rows = [
+        line
+        for line in plan_text.markdown(plans, 40).split("\n\n")[1].splitlines()
+        if line.startswith("|")
+    ]
     assert len(rows) == 4 and len({row.count("|") for row in rows}) == 1
     assert "client alignment" in rows[0] and "client fine-tuning" in rows[0] and "0 FLOP" in rows[3]
 
@@ -239,7 +291,7 @@ def test_a_table_of_different_methods_has_a_column_for_each_phase():
 def test_the_plan_is_what_a_run_records(tmp_path):
     short_run(0, tmp_path, "short")
     run = read(tmp_path / "short")
-    found = plan.plan(config.load(tmp_path / "short" / "config.yaml"), "short")
+    found = cost.plan(config.load(tmp_path / "short" / "config.yaml"), "short")
     own = found.methods[0]
     assert run.sections["models"] == {
         "global": found.sizes.global_model,
@@ -250,7 +302,9 @@ def test_the_plan_is_what_a_run_records(tmp_path):
     assert set(run.clients["bytes_down"]) == {own.down} and set(run.clients["bytes_up"]) == {own.up}
     wire = [row for row in run.wire if row["direction"] in ("down", "up")]
     assert sum(row["bytes"] for row in wire) == 2 * 3 * (own.down + own.up)
-    given = [row for row in run.wire if row["direction"] == "handout" and not row["name"].startswith("(")]
+    given = [
+        row for row in run.wire if row["direction"] == "handout" and not row["name"].startswith("(")
+    ]
     assert sum(row["bytes"] for row in given) == own.handout  # to one process
 
 
@@ -263,7 +317,9 @@ def test_the_command_needs_no_network_and_little_time(monkeypatch):
     file = PAPER / "gpt2xl" / "fedsp" / "arc_easy.yaml"
     result = run_mpi(0, ["-m", "fedsp_mpi", "plan", file], timeout=60, env=NOWHERE)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 10  # of a core; others may use it too
+    assert (
+        after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 10
+    )  # of a core; others may use it too
     assert "1,557,611,200" in result.stdout and "24,576,000" in result.stdout and not result.stderr
     assert all(len(line) <= 110 and line.isascii() for line in result.stdout.splitlines())
 
@@ -273,7 +329,12 @@ def test_an_unknown_model_is_one_line(monkeypatch):
     arguments = ["plan", "--set", "model.name=gpt2-x1"]
     result = run_mpi(0, ["-m", "fedsp_mpi", *arguments], timeout=60, env=NOWHERE, status=2)
     [line] = result.stderr.splitlines()
-    assert "model.name: found 'gpt2-x1'" in line and "expected" in line and "'gpt2-xl'" in line and not result.stdout
+    assert (
+        "model.name: found 'gpt2-x1'" in line
+        and "expected" in line
+        and "'gpt2-xl'" in line
+        and not result.stdout
+    )
 
 
 @pytest.mark.parametrize(
@@ -281,8 +342,14 @@ def test_an_unknown_model_is_one_line(monkeypatch):
     [
         (["--tokens", "1"], "--tokens: found 1, expected at least 2"),
         (["--tflops", "0"], "--tflops: found 0, expected a number above 0"),
-        (["--set", "auxiliary.layers_per_cell=4"], "expected both together at most the 3 layers of embedded"),
-        (["--set", "auxiliary.layers_per_cell=3", "--set", "auxiliary.depth=2"], "expected at least layers_per_cell=3"),
+        (
+            ["--set", "auxiliary.layers_per_cell=4"],
+            "expected both together at most the 3 layers of embedded",
+        ),
+        (
+            ["--set", "auxiliary.layers_per_cell=3", "--set", "auxiliary.depth=2"],
+            "expected at least layers_per_cell=3",
+        ),
         (["--set", "prompt.num_tokens=5000"], "and a text needs two at least"),
         (["no.yaml"], "no.yaml: found no readable file"),
     ],
@@ -305,10 +372,17 @@ def test_markdown_has_a_row_for_each_method_and_each_configuration(capsys):
 
 def test_tokens_are_cut_to_what_a_run_would_read():
     assert planned("gpt2xl/fedsp/arc_easy.yaml", tokens=5000).texts.tokens == 1024 - 40 + 1
-    assert planned("opt/fedsp/race.yaml", "data.max_length=200").texts == plan.Texts(200, 8, 200, "estimated")
+    assert planned("opt/fedsp/race.yaml", "data.max_length=200").texts == cost.Texts(
+        200, 8, 200, "estimated"
+    )
 
 
 def test_a_reader_may_stop_before_the_end():
-    command = ["bash", "-c", 'set -o pipefail; "$0" -m fedsp_mpi plan | (read -r line; echo "$line")', sys.executable]
+    command = [
+        "bash",
+        "-c",
+        'set -o pipefail; "$0" -m fedsp_mpi plan | (read -r line; echo "$line")',
+        sys.executable,
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith("plan ")

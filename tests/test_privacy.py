@@ -13,7 +13,8 @@ from test_run import short_run
 from test_variants import FEDPROMPT, short
 
 from fedsp_mpi.algorithms.privacy import Private, laplace, privatised
-from fedsp_mpi.record import difference, read
+from fedsp_mpi.record import read
+from fedsp_mpi.report import difference
 from fedsp_mpi.tensors import NamedTensors, Schema, Update
 
 SIZE = 1000
@@ -50,7 +51,9 @@ def test_the_noise_is_laplace(scale):
     found = np.sort(laplace(num, scale, seeded(1)))
     below = np.where(found < 0, np.exp(found / scale) / 2, 1 - np.exp(-found / scale) / 2)
     places = np.arange(num) / num
-    assert max(np.abs(below - places).max(), np.abs(below - places - 1 / num).max()) < 1.95 / math.sqrt(num)
+    assert max(
+        np.abs(below - places).max(), np.abs(below - places - 1 / num).max()
+    ) < 1.95 / math.sqrt(num)
     assert np.abs(found).mean() == pytest.approx(scale, rel=0.01)
 
 
@@ -108,13 +111,17 @@ class _Fixed:
 
     def local(self, client: int, round: int, down: NamedTensors) -> Update:
         down.flat[:] = 7  # a client may work in what it got
-        return Update(client, 3.0, vector(noise(1)), {"loss_prompt_last": 1.5, "seconds_prompt": 2.0})
+        return Update(
+            client, 3.0, vector(noise(1)), {"loss_prompt_last": 1.5, "seconds_prompt": 2.0}
+        )
 
 
 def test_what_goes_up_is_private_and_tells_no_loss():
     received = vector(noise(0))
     found = Private(_Fixed(), 1.0, 1.0, silent).local(4, 1, received.copy())
-    assert np.array_equal(found.tensors.flat, privatised(received, vector(noise(1)), 1.0, 1.0, silent).flat)
+    assert np.array_equal(
+        found.tensors.flat, privatised(received, vector(noise(1)), 1.0, 1.0, silent).flat
+    )
     assert (found.client, found.weight, found.metrics) == (4, 3.0, {"seconds_prompt": 2.0})
     assert Private(_Fixed(), 1.0, 1.0).benches == "its benches"
 
@@ -124,18 +131,39 @@ def test_other_tensors_than_came_down_are_refused():
         privatised(vector(noise(0)), vector(noise(0, SIZE - 1)), 1.0, 1.0)
 
 
-@pytest.mark.parametrize("method", [FEDPROMPT, ("method=finetune", "client.tuning.optimizer.learning_rate=1e-3")])
+@pytest.mark.parametrize(
+    "method", [FEDPROMPT, ("method=finetune", "client.tuning.optimizer.learning_rate=1e-3")]
+)
 def test_a_run_with_noise_ends_and_is_another_one_each_time(tmp_path, method):
-    more = (*method, "client.privacy.clip=1", "client.privacy.noise_scale=1e-4", "federation.rounds=1")
+    more = (
+        *method,
+        "client.privacy.clip=1",
+        "client.privacy.noise_scale=1e-4",
+        "federation.rounds=1",
+    )
     one, other = short(tmp_path / "one", *more), short(tmp_path / "other", *more)
     assert one.status == "complete" and difference(one, other) != []
-    assert np.isnan(one.clients["loss_prompt_last"]).all() and np.isnan(one.clients["loss_model_last"]).all()
-    told = {"clip": 1.0, "noise_scale": 1e-4, "epsilon": 20000.0, "epsilon_all": 20000.0, "rounds_again": 0}
+    assert (
+        np.isnan(one.clients["loss_prompt_last"]).all()
+        and np.isnan(one.clients["loss_model_last"]).all()
+    )
+    told = {
+        "clip": 1.0,
+        "noise_scale": 1e-4,
+        "epsilon": 20000.0,
+        "epsilon_all": 20000.0,
+        "rounds_again": 0,
+    }
     assert one.sections["privacy"] == told
 
 
 def test_half_a_setting_is_refused(tmp_path):
-    refused(lambda: load(tmp_path, {}, "client.privacy.clip=1"), "client.privacy", "noise_scale None", "both or none")
+    refused(
+        lambda: load(tmp_path, {}, "client.privacy.clip=1"),
+        "client.privacy",
+        "noise_scale None",
+        "both or none",
+    )
     both = ("client.privacy.noise_scale=1", "client.privacy.clip=0")
     refused(lambda: load(tmp_path, {}, *both), "client.privacy.clip", "above 0")
 
@@ -143,7 +171,12 @@ def test_half_a_setting_is_refused(tmp_path):
 @pytest.mark.slow
 def test_rounds_that_are_done_again_cost_epsilon_again(tmp_path):
     """Killed in round 2 of 3, after the noisy updates have left: their noise is drawn anew, and both draws count."""
-    own = ("client.privacy.clip=1", "client.privacy.noise_scale=1", "federation.rounds=3", "checkpoint.every=1")
+    own = (
+        "client.privacy.clip=1",
+        "client.privacy.noise_scale=1",
+        "federation.rounds=3",
+        "checkpoint.every=1",
+    )
     killed = short_run(2, tmp_path, "run", *own, program=(FAULTY, "kill:merge:0:2"), status=None)
     assert killed.returncode != 0
     short_run(2, tmp_path, "run", *own, "run.resume=must")

@@ -16,34 +16,39 @@ import pytest
 from record_samples import assert_same_bits, make, results, tensors
 
 import fedsp_mpi.record as room
-from fedsp_mpi.record import (
-    RecordError,
-    ResultRow,
-    RoundRow,
-    RunRecord,
-    WireRow,
-    read,
-    reader,
-)
+from fedsp_mpi.record import RecordError, ResultRow, RoundRow, RunRecord, WireRow, read, reader
 
 # --- round trip ---
 
 
 def test_everything_comes_back(tmp_path: Path) -> None:
     folder = tmp_path / "runs" / "one"
-    record = make(folder, odd={"path": tmp_path, "numbers": (1, np.float32(2)), "text": "größer\0\udc80"})
+    record = make(
+        folder, odd={"path": tmp_path, "numbers": (1, np.float32(2)), "text": "größer\0\udc80"}
+    )
     record.describe(models={"backbone": 124}, versions={"torch": "2"})
     record.describe(models={"auxiliary": 46}, long={"text": "x" * 200_000})
-    record.write_wire([WireRow(name="p", shape=(8, 4), dtype="float32", direction="up", count=6, bytes=768)])
+    record.write_wire(
+        [WireRow(name="p", shape=(8, 4), dtype="float32", direction="up", count=6, bytes=768)]
+    )
     record.write_results([*results(0.7), ResultRow(method="fedsp", split="validation", n=3)])
     record.write_results([ResultRow(method="fedsp", split="test", n=401)])
     run = read(folder)
     assert run.name == "one" and run.status == "running" and run.committed_rounds == 3
     assert run.config == record.run.config
-    assert run.config["odd"] == {"path": str(tmp_path), "numbers": [1, 2.0], "text": "größer\0\udc80"}
+    assert run.config["odd"] == {
+        "path": str(tmp_path),
+        "numbers": [1, 2.0],
+        "text": "größer\0\udc80",
+    }
     assert run.config_text == (folder / "config.yaml").read_text() == "run: {seed: 1}\n"
-    assert run.sections["models"] == {"backbone": 124, "auxiliary": 46} and len(run.sections["long"]["text"]) == 200_000
-    assert run.rounds["validation_loss"].tolist() == [2.0, 1.0, 2.0 / 3] and math.isnan(run.rounds["seconds_merge"][0])
+    assert (
+        run.sections["models"] == {"backbone": 124, "auxiliary": 46}
+        and len(run.sections["long"]["text"]) == 200_000
+    )
+    assert run.rounds["validation_loss"].tolist() == [2.0, 1.0, 2.0 / 3] and math.isnan(
+        run.rounds["seconds_merge"][0]
+    )
     assert run.rounds["is_best"].all() and run.clients["rank"].tolist() == [1, 2] * 3
     assert [tuple(row) for row in run.wire] == [("p", "[8, 4]", "float32", "up", 6, 768, "", 0)]
     expected = [("zero-shot", 400), ("server-only", 400), ("fedsp", 3), ("fedsp", 401)]
@@ -56,7 +61,9 @@ def test_everything_comes_back(tmp_path: Path) -> None:
 def test_plain_h5py_follows_the_link(tmp_path: Path) -> None:
     make(tmp_path / "a")
     with h5py.File(tmp_path / "a" / "run.h5") as file:
-        assert np.array_equal(file["prompts/0002/z.prefix"][()], tensors(2)["z.prefix"], equal_nan=True)
+        assert np.array_equal(
+            file["prompts/0002/z.prefix"][()], tensors(2)["z.prefix"], equal_nan=True
+        )
 
 
 def test_finish_folds_into_one_file(tmp_path: Path) -> None:
@@ -75,7 +82,9 @@ def test_finish_folds_into_one_file(tmp_path: Path) -> None:
     assert_same_bits(before.prompts(1), tensors(1))  # a view from before the fold still finds them
 
 
-def test_reading_prompts_while_they_are_folded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reading_prompts_while_they_are_folded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     record = make(tmp_path / "a")
     run, linked_round = read(tmp_path / "a"), reader.linked_round
 
@@ -110,7 +119,11 @@ def test_cut_removes_what_came_after(tmp_path: Path) -> None:
     (tmp_path / "a" / "rounds" / "0005.h5").write_bytes(b"left by a kill")
     record.cut(1)
     run = read(tmp_path / "a")
-    assert run.committed_rounds == 1 and run.rounds["round"].tolist() == [1] and run.clients["round"].tolist() == [1, 1]
+    assert (
+        run.committed_rounds == 1
+        and run.rounds["round"].tolist() == [1]
+        and run.clients["round"].tolist() == [1, 1]
+    )
     assert [row["method"] for row in run.results] == ["zero-shot", "server-only"]
     assert sorted(p.name for p in (tmp_path / "a" / "rounds").iterdir()) == ["0001.h5"]
     record.commit_round(RoundRow(round=2), [], tensors(9))
@@ -128,7 +141,11 @@ def test_without_prompts(tmp_path: Path) -> None:
     record = make(tmp_path / "a", keep=False)
     record.finish()
     run = read(tmp_path / "a")
-    assert run.prompt_rounds == () and run.committed_rounds == 3 and not (tmp_path / "a" / "rounds").exists()
+    assert (
+        run.prompt_rounds == ()
+        and run.committed_rounds == 3
+        and not (tmp_path / "a" / "rounds").exists()
+    )
     with pytest.raises(ValueError, match="kept no prompts"):
         run.prompts(1)
 
@@ -140,12 +157,20 @@ def test_an_existing_run_is_refused_or_replaced(tmp_path: Path) -> None:
     record = (tmp_path / "a" / "run.h5").rename(tmp_path / "run.h5")
     for if_exists in ("refuse", "replace"):  # somebody's folder with a configuration in it
         with pytest.raises(ValueError, match=r"config\.yaml"):
-            RunRecord.create(tmp_path / "a", config={}, config_text="", environment={}, if_exists=if_exists)
+            RunRecord.create(
+                tmp_path / "a", config={}, config_text="", environment={}, if_exists=if_exists
+            )
     record.rename(tmp_path / "a" / "run.h5")
     (tmp_path / "a" / "slurm.out").write_text("kept")
-    again = RunRecord.create(tmp_path / "a", config={}, config_text="", environment={}, if_exists="replace")
+    again = RunRecord.create(
+        tmp_path / "a", config={}, config_text="", environment={}, if_exists="replace"
+    )
     assert again.run.committed_rounds == 0
-    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["config.yaml", "run.h5", "slurm.out"]
+    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == [
+        "config.yaml",
+        "run.h5",
+        "slurm.out",
+    ]
     with pytest.raises(ValueError, match="file of that name"):
         make(tmp_path / "a" / "slurm.out")
 
@@ -155,7 +180,11 @@ def test_rows_above_the_commit_mark_are_not_trusted(tmp_path: Path) -> None:
     with h5py.File(tmp_path / "a" / "run.h5", "r+") as file:
         file.attrs["committed_rounds"] = 2
     run = read(tmp_path / "a")
-    assert run.rounds["round"].tolist() == [1, 2] and run.clients["round"].max() == 2 and run.prompt_rounds == (1, 2)
+    assert (
+        run.rounds["round"].tolist() == [1, 2]
+        and run.clients["round"].max() == 2
+        and run.prompt_rounds == (1, 2)
+    )
 
 
 # --- damaged ---
@@ -196,7 +225,9 @@ def other_columns(file: Path) -> None:
         (other_columns, "table clients has no column client"),
     ],
 )
-def test_a_bad_file_is_a_clear_message(tmp_path: Path, damage: Callable[[Path], Any], message: str) -> None:
+def test_a_bad_file_is_a_clear_message(
+    tmp_path: Path, damage: Callable[[Path], Any], message: str
+) -> None:
     make(tmp_path / "a")
     damage(tmp_path / "a" / "run.h5")
     with pytest.raises(ValueError, match=f"run.h5: .*{message}"):
@@ -243,7 +274,9 @@ def test_a_failed_write_of_the_tables_changes_nothing(tmp_path: Path) -> None:
         lambda: record.cut(0),
         lambda: record.finish(),
     ):
-        with pytest.raises(RecordError, match=r"run\.h5: cannot be written .*; the record keeps its 1 rounds"):
+        with pytest.raises(
+            RecordError, match=r"run\.h5: cannot be written .*; the record keeps its 1 rounds"
+        ):
             attempt()
     assert record.run.committed_rounds == read(tmp_path / "a").committed_rounds == 1
     (tmp_path / "a" / "run.h5.part").rmdir()
@@ -265,7 +298,9 @@ def test_the_room_imports_no_heavy_library() -> None:
     heavy = {"torch", "transformers", "peft", "datasets", "mpi4py", "deepspeed"}
     for path in Path(room.__file__).parent.glob("*.py"):
         tree = ast.parse(path.read_text())
-        named = [n.name for node in ast.walk(tree) if isinstance(node, ast.Import) for n in node.names]
+        named = [
+            n.name for node in ast.walk(tree) if isinstance(node, ast.Import) for n in node.names
+        ]
         named += [node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
         assert not heavy & {name.split(".")[0] for name in named}
         assert "print(" not in path.read_text()

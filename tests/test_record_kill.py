@@ -17,10 +17,7 @@ import numpy as np
 import pytest
 from record_samples import assert_same_bits, make
 
-from fedsp_mpi.record import (
-    RunRecord,
-    read,
-)
+from fedsp_mpi.record import RunRecord, read
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -104,8 +101,12 @@ def expected_prompts(round: int, size: int) -> dict[str, np.ndarray]:
     return space["prompts"](round, size)
 
 
-@pytest.mark.parametrize("code, size, moments", [(LOOP, 200_000, 12), (FOLD_LOOP, 20_000, 8)], ids=["commits", "folds"])
-def test_killed_at_any_moment_keeps_every_committed_round(tmp_path: Path, code: str, size: int, moments: int) -> None:
+@pytest.mark.parametrize(
+    "code, size, moments", [(LOOP, 200_000, 12), (FOLD_LOOP, 20_000, 8)], ids=["commits", "folds"]
+)
+def test_killed_at_any_moment_keeps_every_committed_round(
+    tmp_path: Path, code: str, size: int, moments: int
+) -> None:
     dice = random.Random(7)
     for moment in range(moments):
         folder = tmp_path / str(moment)
@@ -142,7 +143,9 @@ except RecordError as error:
 """
 
 
-@pytest.mark.parametrize("limit, what", [(120_000, "rounds/0003.h5"), (200_000, "run.h5")], ids=["commit", "fold"])
+@pytest.mark.parametrize(
+    "limit, what", [(120_000, "rounds/0003.h5"), (200_000, "run.h5")], ids=["commit", "fold"]
+)
 def test_full_disk_keeps_the_last_state(tmp_path: Path, limit: int, what: str) -> None:
     child = start(FULL_DISK, tmp_path / "a", limit, stderr=subprocess.PIPE)
     said, complaints = child.communicate(timeout=30)
@@ -177,7 +180,9 @@ def test_read_only_folder(tmp_path: Path) -> None:
     before = (tmp_path / "a" / "run.h5").read_bytes()
     (tmp_path / "a").chmod(0o555)
     try:
-        child = start(READ_ONLY, tmp_path / "a", stderr=subprocess.PIPE, preexec_fn=_obey_permissions)
+        child = start(
+            READ_ONLY, tmp_path / "a", stderr=subprocess.PIPE, preexec_fn=_obey_permissions
+        )
         said, complaints = child.communicate(timeout=30)
     finally:
         (tmp_path / "a").chmod(0o755)
@@ -185,6 +190,8 @@ def test_read_only_folder(tmp_path: Path) -> None:
         pytest.skip("root, and its right to write everywhere cannot be given up here")
     assert child.returncode == 0, complaints
     lines = said.splitlines()
-    assert "run.h5: cannot be written (Permission denied); the record keeps its 3 rounds" in lines[0]
+    assert (
+        "run.h5: cannot be written (Permission denied); the record keeps its 3 rounds" in lines[0]
+    )
     assert "below: cannot be written (Permission denied); no run was started" in lines[1]
     assert (tmp_path / "a" / "run.h5").read_bytes() == before

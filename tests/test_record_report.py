@@ -10,29 +10,31 @@ import numpy as np
 import pytest
 from record_samples import make, results, tensors
 
-from fedsp_mpi.record import (
-    ClientRow,
-    ResultRow,
-    RoundRow,
-    Run,
-    WireRow,
-    difference,
-    markdown,
-    read,
-    summary,
-)
+from fedsp_mpi.record import ClientRow, ResultRow, RoundRow, Run, WireRow, read
+from fedsp_mpi.report import difference, markdown, summarize
 
 
 def finished(folder: Path, fedsp: float = 0.7, **options: Any) -> Run:
     record = make(folder, **options)
-    record.write_wire([WireRow(name="aux", shape=(5,), dtype="float32", direction="handout", count=2, bytes=4_500_000)])
+    record.write_wire(
+        [
+            WireRow(
+                name="aux",
+                shape=(5,),
+                dtype="float32",
+                direction="handout",
+                count=2,
+                bytes=4_500_000,
+            )
+        ]
+    )
     record.write_results(results(fedsp))
     record.finish()
     return read(folder)
 
 
 def test_summary_fits_a_terminal_and_says_what_was_gained(tmp_path: Path) -> None:
-    text = summary(finished(tmp_path / "a"))
+    text = summarize(finished(tmp_path / "a"))
     lines = text.splitlines()
     assert text.isascii() and max(len(line) for line in lines[:-1]) <= 100
     assert "a   complete, 3 rounds" in lines[0] and "node01, 3 ranks, 2 clients" in lines[1]
@@ -41,8 +43,14 @@ def test_summary_fits_a_terminal_and_says_what_was_gained(tmp_path: Path) -> Non
     assert lines[rounds + 4].split() == ["3", "2/2", "2.5000", "0.6667", "1.50", "best"]
     fedsp = next(x for x in lines if x.startswith("fedsp "))
     assert " ".join(fedsp.split()) == "fedsp test 2 400 70.00 60.00 1.00 2.0000"
-    assert "fedsp against server-only (test): +10.00 points of acc, standard error 1.41 (unpaired)" in lines
-    assert "fedsp against zero-shot (test): +20.00 points of acc, standard error 1.41 (unpaired)" in lines
+    assert (
+        "fedsp against server-only (test): +10.00 points of acc, standard error 1.41 (unpaired)"
+        in lines
+    )
+    assert (
+        "fedsp against zero-shot (test): +20.00 points of acc, standard error 1.41 (unpaired)"
+        in lines
+    )
     assert "wire      down 3.0 kB, up 6.0 kB, handout 4.5 MB, in all 4.5 MB" in lines
     assert "          a client and round: down 500 B, up 1.0 kB" in lines
     assert lines[-1] == f"folder    {tmp_path / 'a'}"
@@ -60,61 +68,85 @@ NO_DIFFERENCE = "    no difference that 400 questions can show: less than two st
         (0.55, "-5.00", "    fedsp is worse than server-only, by two standard errors or more"),
     ],
 )
-def test_summary_says_what_the_questions_can_show(tmp_path: Path, fedsp: float, gain: str, verdict: str) -> None:
-    lines = summary(finished(tmp_path / "a", fedsp)).splitlines()
-    place = lines.index(f"fedsp against server-only (test): {gain} points of acc, standard error 1.41 (unpaired)")
+def test_summary_says_what_the_questions_can_show(
+    tmp_path: Path, fedsp: float, gain: str, verdict: str
+) -> None:
+    lines = summarize(finished(tmp_path / "a", fedsp)).splitlines()
+    place = lines.index(
+        f"fedsp against server-only (test): {gain} points of acc, standard error 1.41 (unpaired)"
+    )
     assert lines[place + 1] == verdict
 
 
 def test_summary_of_a_gain_beyond_its_error(tmp_path: Path) -> None:
-    text = summary(finished(tmp_path / "a", 0.7))
+    text = summarize(finished(tmp_path / "a", 0.7))
     assert "standard errors" not in text and "worse" not in text
 
 
 def test_summary_explains_its_columns(tmp_path: Path) -> None:
     record = make(tmp_path / "a")
     seconds = {"seconds_clients": 2.0, "seconds_server": 0.5, "seconds_total": 3.0}
-    client = ClientRow(round=4, client=0, rank=1, loss_prompt_last=2.5, seconds_model=0.5, seconds_prompt=0.25)
+    client = ClientRow(
+        round=4, client=0, rank=1, loss_prompt_last=2.5, seconds_model=0.5, seconds_prompt=0.25
+    )
     record.commit_round(RoundRow(round=4, num_clients=1, **seconds), [client])
-    lines = summary(record.run).splitlines()
+    lines = summarize(record.run).splitlines()
     head = next(line for line in lines if line.startswith("round"))
     text = " ".join(lines)
     assert all(name in head and f"{name} = " in text for name in ("wait s", "server s", "round s"))
     assert "best = the round of the lowest validation loss" in text
-    assert "overhead 1.25 a client and round" in text and "overhead = local work other than training" in text
+    assert (
+        "overhead 1.25 a client and round" in text
+        and "overhead = local work other than training" in text
+    )
     assert not any(line.endswith("...") for line in lines)
 
 
 def test_summary_falls_back_on_the_loss(tmp_path: Path) -> None:
     record = make(tmp_path / "a")
     losses = {"server-only": 2.0, "fedsp": 2.25}
-    record.write_results([ResultRow(method=m, split="validation", loss=loss) for m, loss in losses.items()])
-    text = summary(record.run)
+    record.write_results(
+        [ResultRow(method=m, split="validation", loss=loss) for m, loss in losses.items()]
+    )
+    text = summarize(record.run)
     assert "fedsp against server-only (validation): validation loss higher by 0.2500" in text
 
 
 def test_summary_of_a_run_that_has_just_begun(tmp_path: Path) -> None:
-    text = summary(make(tmp_path / "a", rounds=0).run)
-    assert "running, 0 rounds" in text and "no round was committed" in text and "no results yet" in text
+    text = summarize(make(tmp_path / "a", rounds=0).run)
+    assert (
+        "running, 0 rounds" in text
+        and "no round was committed" in text
+        and "no results yet" in text
+    )
 
 
 def test_summary_names_failed_clients(tmp_path: Path) -> None:
     record = make(tmp_path / "a")
     failed = ClientRow(round=4, client=1, rank=1, status="failed", reason="loss is\n nan")
     record.commit_round(RoundRow(round=4, num_clients=2, num_failed=1), [failed])
-    text = summary(record.run)
+    text = summarize(record.run)
     assert "client 1 failed in round 4: loss is nan" in text and "    1/2" in text
 
 
 def test_summary_counts_failed_clients_among_those_that_took_part(tmp_path: Path) -> None:
     """Of three clients one failed: two are left, and the bytes are those of three."""
     record = make(tmp_path / "a", rounds=0)
-    failed = ClientRow(round=1, client=1, rank=1, status="failed", reason="nan", bytes_down=1000, bytes_up=100)
-    good = [ClientRow(round=1, client=c, rank=1, loss_prompt_last=2.0, bytes_down=1000, bytes_up=1000) for c in (0, 2)]
+    failed = ClientRow(
+        round=1, client=1, rank=1, status="failed", reason="nan", bytes_down=1000, bytes_up=100
+    )
+    good = [
+        ClientRow(round=1, client=c, rank=1, loss_prompt_last=2.0, bytes_down=1000, bytes_up=1000)
+        for c in (0, 2)
+    ]
     row = RoundRow(round=1, num_clients=3, num_failed=1, bytes_down=3000, bytes_up=2100)
     record.commit_round(row, [good[0], failed, good[1]])
-    lines = summary(record.run).splitlines()
-    assert next(line for line in lines if line.split()[:1] == ["1"]).split()[:3] == ["1", "2/3", "2.0000"]
+    lines = summarize(record.run).splitlines()
+    assert next(line for line in lines if line.split()[:1] == ["1"]).split()[:3] == [
+        "1",
+        "2/3",
+        "2.0000",
+    ]
     assert "          a client and round: down 1.0 kB, up 700 B" in lines
     assert "3 clients" in lines[1]
 
@@ -122,27 +154,48 @@ def test_summary_counts_failed_clients_among_those_that_took_part(tmp_path: Path
 def test_summary_header_and_time(tmp_path: Path) -> None:
     record = make(tmp_path / "a", federation={"clients": 2})
     ranks = [{"host": host, "device": "cpu"} for host in ("n1", "n1", "n2")]
-    run = replace(record.run, environment={"hosts": ranks, "machine": "x86_64, 4 cores", "commit": "abc+"})
+    run = replace(
+        record.run, environment={"hosts": ranks, "machine": "x86_64, 4 cores", "commit": "abc+"}
+    )
     record.run = run
     record.describe(
         models={"global": 1_557_611_200, "prompt_on_the_wire": 6_144_000, "odd": None},
-        data={"task": "sciq", "train": 80, "test": 9, "server_shard": 10, "client_shards": [34, 36]},
+        data={
+            "task": "sciq",
+            "train": 80,
+            "test": 9,
+            "server_shard": 10,
+            "client_shards": [34, 36],
+        },
         distillation={"seconds": 12.0},
         timing={"seconds": 345.6},
     )
-    text = summary(read(tmp_path / "a"))
-    assert "machine   n1, n2, x86_64, 4 cores, 3 ranks, cpu, 2 clients\n" in text and "commit    abc+\n" in text
-    assert "models    global tiny (1.56 B parameters), prompt on the wire (6.14 M parameters)\n" in text
+    text = summarize(read(tmp_path / "a"))
+    assert (
+        "machine   n1, n2, x86_64, 4 cores, 3 ranks, cpu, 2 clients\n" in text
+        and "commit    abc+\n" in text
+    )
+    assert (
+        "models    global tiny (1.56 B parameters), prompt on the wire (6.14 M parameters)\n"
+        in text
+    )
     assert "data      sciq, 80 train, 9 test, server's shard 10, clients' shards 34 to 36\n" in text
     assert "seconds   distillation 12.00, all rounds 4.50, whole run 346\n" in text
     record.describe(distillation={"reused_from": "runs/b"})
-    assert "seconds   distillation reused, all rounds 4.50" in summary(record.run)
+    assert "seconds   distillation reused, all rounds 4.50" in summarize(record.run)
 
 
 def test_summary_bears_with_free_form_parts(tmp_path: Path) -> None:
     run = make(tmp_path / "a").run
-    sections = {"models": {"a": [1]}, "data": {"client_shards": 3}, "distillation": {"seconds": "long"}, "timing": {}}
-    assert "unknown machine" in summary(replace(run, environment={"hosts": 3}, sections=sections, config={}))
+    sections = {
+        "models": {"a": [1]},
+        "data": {"client_shards": 3},
+        "distillation": {"seconds": "long"},
+        "timing": {},
+    }
+    assert "unknown machine" in summarize(
+        replace(run, environment={"hosts": 3}, sections=sections, config={})
+    )
 
 
 def test_markdown_groups_seeds(tmp_path: Path) -> None:
@@ -187,6 +240,10 @@ def test_difference_names_round_tensor_and_distance(tmp_path: Path) -> None:
 
 
 def test_difference_of_rounds_and_kept_prompts(tmp_path: Path) -> None:
-    a, b, c = make(tmp_path / "a").run, make(tmp_path / "b", rounds=2).run, make(tmp_path / "c", keep=False).run
+    a, b, c = (
+        make(tmp_path / "a").run,
+        make(tmp_path / "b", rounds=2).run,
+        make(tmp_path / "c", keep=False).run,
+    )
     assert difference(a, b) == ["rounds: 3 in the first run, 2 in the second"]
     assert difference(a, c) == ["prompts of round 1, 2, 3 were kept by one run only"]

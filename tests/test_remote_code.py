@@ -14,12 +14,14 @@ import torch
 from test_run import SHORT
 
 from fedsp_mpi import cli
-from fedsp_mpi.materials import RESOURCES
 from fedsp_mpi.models import auxiliary, backbone
+from fedsp_mpi.run.inputs import RESOURCES
 from fedsp_mpi.tensors import seal
 
 EVIL = "from pathlib import Path\nPath(__file__).with_name('ran').touch()\n"
-MODEL = {"auto_map": {"AutoConfig": "evil.EvilConfig", "AutoModelForCausalLM": "evil.EvilForCausalLM"}}
+MODEL = {
+    "auto_map": {"AutoConfig": "evil.EvilConfig", "AutoModelForCausalLM": "evil.EvilForCausalLM"}
+}
 TOKENIZER = {"auto_map": {"AutoTokenizer": ["evil.EvilTokenizer", None]}}
 
 
@@ -58,7 +60,9 @@ def ends(capsys, monkeypatch, folder: Path, verb: str, *more: str) -> str:
 def test_code_of_a_models_own_is_refused_at_once_by_every_verb(folder, verb, capsys, monkeypatch):
     change(folder, "config.json", **MODEL)
     line = ends(capsys, monkeypatch, folder, verb)
-    assert "config.json asks to run code of its own (evil.EvilConfig)" in line and "expected" in line
+    assert (
+        "config.json asks to run code of its own (evil.EvilConfig)" in line and "expected" in line
+    )
     change(folder, "config.json", model_type="evil")  # of no family that transformers has
     assert "code of its own" in ends(capsys, monkeypatch, folder, verb)
 
@@ -66,7 +70,9 @@ def test_code_of_a_models_own_is_refused_at_once_by_every_verb(folder, verb, cap
 @pytest.mark.parametrize("verb", ["run", "fetch"])
 def test_code_of_a_tokenizers_own_is_refused_wherever_it_lies(folder, verb, capsys, monkeypatch):
     change(folder, "tokenizer_config.json", **TOKENIZER)
-    assert "tokenizer_config.json asks to run code of its own" in ends(capsys, monkeypatch, folder, verb)
+    assert "tokenizer_config.json asks to run code of its own" in ends(
+        capsys, monkeypatch, folder, verb
+    )
     shutil.copytree(folder, folder.with_name("other"))
     shutil.copy(RESOURCES / "model" / "tokenizer_config.json", folder)
     line = ends(capsys, monkeypatch, folder, verb, f"model.tokenizer={folder.with_name('other')}")
@@ -85,14 +91,19 @@ def test_attention_from_the_hub_is_code_too(folder, key):
 def test_a_class_that_transformers_has_itself_is_read_by_its_own_code(tmp_path):
     """As in Phi-3's repository; what is written later names no code any more."""
     folder = Path(tiny.model_folder(tmp_path / "model", "phi3"))
-    names = {"AutoConfig": "configuration_phi3.Phi3Config", "AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM"}
+    names = {
+        "AutoConfig": "configuration_phi3.Phi3Config",
+        "AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM",
+    }
     change(folder, "config.json", auto_map=names)
     (folder / "modeling_phi3.py").write_text(EVIL)
     (folder / "configuration_phi3.py").write_text(EVIL)
     model = tiny.load(str(folder))
     small = backbone.LanguageModel(auxiliary.unroll(auxiliary.cut(model, tiny.cell(1)), 4))
     auxiliary.save(tmp_path / "auxiliary", small, 1, tiny.tokenizer(), {"depth": 4})
-    assert type(model.model).__module__.startswith("transformers.") and not (folder / "ran").exists()
+    assert (
+        type(model.model).__module__.startswith("transformers.") and not (folder / "ran").exists()
+    )
     assert "auto_map" not in json.loads((tmp_path / "auxiliary" / "config.json").read_text())
     change(tmp_path / "auxiliary", "config.json", **MODEL)
     with pytest.raises(ValueError, match="code of its own"):
@@ -111,14 +122,20 @@ def test_a_class_that_transformers_has_itself_is_read_by_its_own_code(tmp_path):
 )
 def test_quantised_weights_are_refused_with_advice_that_helps(folder, quantised):
     change(folder, "config.json", quantization_config=quantised)
-    with pytest.raises(ValueError, match="name the unquantised model that it was made from") as told:
+    with pytest.raises(
+        ValueError, match="name the unquantised model that it was made from"
+    ) as told:
         backbone.read_config(str(folder))
-    assert f"quantised ({quantised['quant_method']}), expected" in str(told.value) and "\n" not in str(told.value)
+    assert f"quantised ({quantised['quant_method']}), expected" in str(
+        told.value
+    ) and "\n" not in str(told.value)
 
 
 def test_an_adapter_beside_a_configuration_is_refused(folder):
     """transformers would load the model that the adapter names in the place of the one that lies there."""
-    (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "someone/else"}))
+    (folder / "adapter_config.json").write_text(
+        json.dumps({"base_model_name_or_path": "someone/else"})
+    )
     with pytest.raises(ValueError, match=r"adapter_config.json, .* expected a whole model; merge"):
         backbone.read_config(str(folder))
 
@@ -133,7 +150,9 @@ def test_a_pickle_that_runs_code_is_not_opened(tmp_path):
 
     (folder / "model.safetensors").unlink()
     torch.save({**state, "evil": Evil()}, folder / "pytorch_model.bin", pickle_module=pickle)
-    with pytest.raises(ValueError, match=r"model.name: found .* pickled, which hold more than numbers") as told:
+    with pytest.raises(
+        ValueError, match=r"model.name: found .* pickled, which hold more than numbers"
+    ) as told:
         tiny.load(str(folder))
     assert "\n" not in str(told.value) and not (folder / "ran").exists()
     torch.save(state, folder / "pytorch_model.bin")

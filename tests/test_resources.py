@@ -44,18 +44,28 @@ def model() -> Any:
 
 
 def test_it_is_small() -> None:
-    total = sum(path.stat().st_size for path in FOLDER.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
+    total = sum(
+        path.stat().st_size
+        for path in FOLDER.rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    )
     assert total < 5_000_000
 
 
 def test_the_rows_are_well_formed(rows: dict[str, list[dict[str, Any]]]) -> None:
-    assert {split: len(rows[split]) for split in SPLITS} == {"train": 560, "validation": 120, "test": 600}
+    assert {split: len(rows[split]) for split in SPLITS} == {
+        "train": 560,
+        "validation": 120,
+        "test": 600,
+    }
     for row in (row for split in SPLITS for row in rows[split]):
         assert set(row) == {"context", "choices", "label"}
         assert len(set(row["choices"])) == 4 and 0 <= row["label"] < 4
         assert all(choice == choice.strip() for choice in row["choices"])
     labels = Counter(row["label"] for row in rows["test"])
-    assert all(0.2 < labels[label] / 600 < 0.3 for label in range(4)), "a constant answer must not score"
+    assert all(0.2 < labels[label] / 600 < 0.3 for label in range(4)), (
+        "a constant answer must not score"
+    )
 
 
 def test_no_question_occurs_twice(rows: dict[str, list[dict[str, Any]]]) -> None:
@@ -79,14 +89,19 @@ def test_no_sentence_has_a_word_of_the_questions() -> None:
     assert not {*FORMAT_WORDS, *asked} & set(re.findall(r"\w+|[^\w ]", text))
 
 
-def test_every_word_is_one_known_token(rows: dict[str, list[dict[str, Any]]], tokenizer: Any) -> None:
+def test_every_word_is_one_known_token(
+    rows: dict[str, list[dict[str, Any]]], tokenizer: Any
+) -> None:
     """And the tokens of context + " " + choice are those of the context and then that of " choice"."""
     for row in rows["test"]:
         context = tokenizer(row["context"])["input_ids"]
         assert tokenizer.unk_token_id not in context and tokenizer.decode(context) == row["context"]
         for choice in row["choices"]:
             whole = tokenizer(f"{row['context']} {choice}")["input_ids"]
-            assert whole == context + tokenizer(f" {choice}")["input_ids"] and len(whole) == len(context) + 1
+            assert (
+                whole == context + tokenizer(f" {choice}")["input_ids"]
+                and len(whole) == len(context) + 1
+            )
             assert tokenizer.unk_token_id not in whole
     assert tokenizer.pad_token_id != tokenizer.eos_token_id
 
@@ -94,7 +109,9 @@ def test_every_word_is_one_known_token(rows: dict[str, list[dict[str, Any]]], to
 def test_the_model_loads_whole(model: Any, tokenizer: Any) -> None:
     assert model.config.vocab_size == len(tokenizer)
     assert model.config.n_layer == 3
-    first, *others = [torch.cat([p.flatten() for p in block.parameters()]) for block in model.transformer.h]
+    first, *others = [
+        torch.cat([p.flatten() for p in block.parameters()]) for block in model.transformer.h
+    ]
     assert all(not torch.equal(first, other) for other in others), "each layer has its own weights"
 
 
@@ -105,10 +122,17 @@ def test_the_model_knows_what_is_a_job(model: Any, tokenizer: Any) -> None:
         text = f" The {relation.noun} of {world.people[0]} is"
         with torch.no_grad():
             shares = model(**tokenizer(text, return_tensors="pt")).logits[0, -1].softmax(-1)
-        assert shares[tokenizer.convert_tokens_to_ids([f"Ġ{value}" for value in relation.values])].sum() > 0.9
+        assert (
+            shares[
+                tokenizer.convert_tokens_to_ids([f"Ġ{value}" for value in relation.values])
+            ].sum()
+            > 0.9
+        )
 
 
-def test_zero_shot_is_near_chance(model: Any, tokenizer: Any, rows: dict[str, list[dict[str, Any]]]) -> None:
+def test_zero_shot_is_near_chance(
+    model: Any, tokenizer: Any, rows: dict[str, list[dict[str, Any]]]
+) -> None:
     right = 0
     for row in rows["test"]:
         ids = tokenizer(row["context"], return_tensors="pt")["input_ids"]
@@ -128,7 +152,9 @@ def test_the_script_makes_the_same_data(tmp_path: Path) -> None:
 def test_the_script_makes_the_same_tokenizer(tmp_path: Path) -> None:
     made, _ = make_embedded.make_tokenizer(make_embedded.World.make())
     made.save_pretrained(tmp_path)
-    assert (tmp_path / "tokenizer.json").read_bytes() == (FOLDER / "model" / "tokenizer.json").read_bytes()
+    assert (tmp_path / "tokenizer.json").read_bytes() == (
+        FOLDER / "model" / "tokenizer.json"
+    ).read_bytes()
 
 
 def test_training_repeats_bit_for_bit(model: Any) -> None:

@@ -14,7 +14,8 @@ import pytest
 from mpi import PROGRAMS, ROOT, both_ends, kill_tree, mpirun, run_mpi
 from test_run import SHORT
 
-from fedsp_mpi.record import difference, read
+from fedsp_mpi.record import read
+from fedsp_mpi.report import difference
 
 pytestmark = pytest.mark.slow
 
@@ -24,7 +25,9 @@ NUM_RANDOM = int(os.environ.get("FEDSP_KILLS", "2"))  # moments; 20 for the figu
 
 
 def arguments(folder: Path, name: str, *more: str, fault: str = "") -> list[str]:
-    settings = [item for setting in (*SETTINGS, f"run.folder={folder}") for item in ("--set", setting)]
+    settings = [
+        item for setting in (*SETTINGS, f"run.folder={folder}") for item in ("--set", setting)
+    ]
     program = [str(FAULTY), fault] if fault else ["-m", "fedsp_mpi"]
     return [*program, "run", "--name", name, *settings, *more]
 
@@ -61,7 +64,9 @@ MOMENTS = [
 ]
 
 
-@pytest.mark.parametrize(("moment", "ranks", "ranks_after"), MOMENTS, ids=[moment for moment, *_ in MOMENTS])
+@pytest.mark.parametrize(
+    ("moment", "ranks", "ranks_after"), MOMENTS, ids=[moment for moment, *_ in MOMENTS]
+)
 def test_killed_at_a_chosen_moment(folder, moment, ranks, ranks_after):
     name = moment.replace(":", "-").replace(" ", "-")
     killed = go(ranks, folder, name, fault=moment, status=None)
@@ -77,7 +82,9 @@ def test_killed_at_a_random_moment(folder, number):
     name = f"random{number}"
     command = [mpirun(), "-n", str(ranks), sys.executable, *arguments(folder, name)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     # Not in the imports, of which there are seconds.
     end = time.monotonic() + 60
     while not (folder / name / "run.h5").exists() and time.monotonic() < end:
@@ -113,7 +120,9 @@ def test_told_to_stop_before_and_after_the_rounds(folder, phase):
     stopped = go(2, folder, name, *more, fault=f"signal:{phase}:0", status=75)
     assert "told to stop" in stopped.stderr and "Traceback" not in stopped.stderr
     resumed = go(0, folder, name, "--resume", *more)
-    assert ("goes on after 1 of 4 steps of the distillation" in resumed.stdout) == (phase == "distillation")
+    assert ("goes on after 1 of 4 steps of the distillation" in resumed.stdout) == (
+        phase == "distillation"
+    )
     require_equal(folder, name)
 
 
@@ -132,11 +141,33 @@ def test_killed_while_a_state_of_the_distillation_is_written(folder, moment):
 
 def test_a_damaged_checkpoint_gives_way_and_another_configuration_does_not_go_on(folder):
     go(2, folder, "damaged", fault="kill:local training:1:4", status=None)
-    other = go(0, folder, "damaged", "--resume", "--set", "server.tuning.steps=3", "--set", "run.seed=2", status=2)
-    assert "run.seed: was 1, is 2; server.tuning.steps: was 2, is 3" in other.stderr and other.stderr.count("\n") == 1
+    other = go(
+        0,
+        folder,
+        "damaged",
+        "--resume",
+        "--set",
+        "server.tuning.steps=3",
+        "--set",
+        "run.seed=2",
+        status=2,
+    )
+    assert (
+        "run.seed: was 1, is 2; server.tuning.steps: was 2, is 3" in other.stderr
+        and other.stderr.count("\n") == 1
+    )
     newest = folder / "damaged" / "checkpoints" / "server-0003.safetensors"
     newest.write_bytes(newest.read_bytes()[:-100])
-    again = go(0, folder, "damaged", "--resume", "--set", "deadlines.gather=100", "--set", "client.resident=5")
+    again = go(
+        0,
+        folder,
+        "damaged",
+        "--resume",
+        "--set",
+        "deadlines.gather=100",
+        "--set",
+        "client.resident=5",
+    )
     assert "checkpoint is not usable" in again.stdout and "goes on after round 2" in again.stdout
     require_equal(folder, "damaged")
 
@@ -169,7 +200,10 @@ def test_two_jobs_do_not_write_to_one_run(folder):
             assert first.poll() is None
             time.sleep(0.05)
         second = go(0, folder, "shared", "--resume", status=2)
-        assert f"process {first.pid} on host" in second.stderr and "expected to be alone" in second.stderr
+        assert (
+            f"process {first.pid} on host" in second.stderr
+            and "expected to be alone" in second.stderr
+        )
         assert go(0, folder, "shared", "--replace", status=2).stderr.count("\n") == 1
     finally:
         first.send_signal(signal.SIGKILL)

@@ -8,22 +8,30 @@ import numpy as np
 import pytest
 from test_run import short_run
 
-from fedsp_mpi.aggregation.average import weighted_mean
+from fedsp_mpi.aggregation.fedavg import weighted_mean
 from fedsp_mpi.aggregation.robust import coordinate_median, distances, without_outliers
 from fedsp_mpi.comm.messages import Report
 from fedsp_mpi.comm.updates import Updates
 from fedsp_mpi.config import FederationConfig
 from fedsp_mpi.federate import ClientFailedError, require_quorum
-from fedsp_mpi.record import difference, read
-from fedsp_mpi.record.report import summary
+from fedsp_mpi.record import read
+from fedsp_mpi.report import difference
+from fedsp_mpi.report.summary import summarize
 from fedsp_mpi.tensors import Schema
 
-ROUNDS = ("federation.rounds=2", "federation.clients=5", "evaluation.zero_shot=false", "evaluation.server_only=false")
+ROUNDS = (
+    "federation.rounds=2",
+    "federation.clients=5",
+    "evaluation.zero_shot=false",
+    "evaluation.server_only=false",
+)
 
 
 def updates(rows: np.ndarray, weights: list[float] | None = None, width: int = 3) -> Updates:
     """Rows as updates that come a few columns at a time; client ids with a gap."""
-    cuts = [slice(start, min(start + width, rows.shape[1])) for start in range(0, rows.shape[1], width)]
+    cuts = [
+        slice(start, min(start + width, rows.shape[1])) for start in range(0, rows.shape[1], width)
+    ]
     reports = [Report(2 * i, weight, {}) for i, weight in enumerate(weights or [1.0] * len(rows))]
     source = ((cut, rows[:, cut].copy()) for cut in cuts)
     return Updates(reports, [], Schema.of([("prompt", (rows.shape[1],))]), source)
@@ -88,7 +96,9 @@ def test_distances_that_differ_by_rounding_alone_reject_nobody():
 def test_without_an_outlier_it_is_the_weighted_mean_to_the_bit():
     rows, weights = noise(4), [3.0, 1.0, 2.0, 7.0]
     some = updates(rows, weights)
-    assert np.array_equal(without_outliers(some, 50.0).flat, weighted_mean(updates(rows, weights)).flat)
+    assert np.array_equal(
+        without_outliers(some, 50.0).flat, weighted_mean(updates(rows, weights)).flat
+    )
     assert some.rejected == {}
 
 
@@ -98,7 +108,9 @@ def test_who_is_rejected_does_not_count_for_the_quorum():
     some = updates(rows)
     without_outliers(some, 3.0)
     require_quorum(some, FederationConfig(min_clients=8))
-    with pytest.raises(ClientFailedError, match=r"found 8 updates, expected .*min_clients=9: client 8 rejected: "):
+    with pytest.raises(
+        ClientFailedError, match=r"found 8 updates, expected .*min_clients=9: client 8 rejected: "
+    ):
         require_quorum(some, FederationConfig(min_clients=9))
 
 
@@ -133,5 +145,11 @@ def test_bits_do_not_depend_on_the_number_of_ranks(tmp_path, rule):
     out = runs[0].clients[runs[0].clients["status"] == "rejected"]
     assert (len(out) > 0) == (rule == "reject_outliers")
     if len(out):
-        assert "of them rejected" in said and f"client {out['client'][0]} rejected in round" in summary(runs[0])
-        assert runs[0].rounds["num_failed"].sum() == len(out) and "away from the median prompt" in out["reason"][0]
+        assert (
+            "of them rejected" in said
+            and f"client {out['client'][0]} rejected in round" in summarize(runs[0])
+        )
+        assert (
+            runs[0].rounds["num_failed"].sum() == len(out)
+            and "away from the median prompt" in out["reason"][0]
+        )

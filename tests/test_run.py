@@ -29,9 +29,13 @@ SHORT = (
 )
 
 
-def short_run(n: int, folder: Path, name: str, *more: str, program=("-m", "fedsp_mpi"), status: int | None = 0):
+def short_run(
+    n: int, folder: Path, name: str, *more: str, program=("-m", "fedsp_mpi"), status: int | None = 0
+):
     """Run the embedded default, shortened, on n ranks (0: without mpirun)."""
-    settings = [item for setting in (*SHORT, f"run.folder={folder}", *more) for item in ("--set", setting)]
+    settings = [
+        item for setting in (*SHORT, f"run.folder={folder}", *more) for item in ("--set", setting)
+    ]
     return run_mpi(n, [*program, "run", "--name", name, *settings], timeout=120, status=status)
 
 
@@ -69,7 +73,9 @@ def test_bits_do_not_depend_on_the_number_of_ranks(runs, n):
     assert one.prompts(1)["prompt"].tobytes() != one.prompts(2)["prompt"].tobytes()
     for column in ("acc", "acc_norm", "loss"):
         assert one.results[column].tobytes() == other.results[column].tobytes()
-    weights = [(runs / name / "auxiliary" / "model.safetensors").read_bytes() for name in ("n0", f"n{n}")]
+    weights = [
+        (runs / name / "auxiliary" / "model.safetensors").read_bytes() for name in ("n0", f"n{n}")
+    ]
     assert weights[0] == weights[1]
 
 
@@ -88,11 +94,19 @@ def test_record_says_what_happened(runs):
     assert {"torch", "deepspeed", "mpi4py", "python"} <= set(run.environment["versions"])
     assert len(run.environment["hosts"]) == 4
     assert run.sections["models"]["auxiliary"] < run.sections["models"]["global"]
-    assert run.sections["distillation"]["engine"] == "deepspeed" and run.sections["distillation"]["zero_stage"] == 0
+    assert (
+        run.sections["distillation"]["engine"] == "deepspeed"
+        and run.sections["distillation"]["zero_stage"] == 0
+    )
     assert run.clients["client"].tolist() == [0, 1, 2] * 2
     assert set(run.clients["status"]) == {b"ok"} or set(run.clients["status"]) == {"ok"}
-    assert np.isfinite(run.clients["loss_model_last"]).all() and np.isfinite(run.clients["loss_prompt_last"]).all()
-    assert (run.rounds["seconds_clients"] > 0).all() and np.isfinite(run.rounds["validation_merged"]).all()
+    assert (
+        np.isfinite(run.clients["loss_model_last"]).all()
+        and np.isfinite(run.clients["loss_prompt_last"]).all()
+    )
+    assert (run.rounds["seconds_clients"] > 0).all() and np.isfinite(
+        run.rounds["validation_merged"]
+    ).all()
     assert [row["method"] for row in run.results] == ["zero-shot", "server-only", "fedsp"]
     with h5py.File(runs / "n4" / "run.h5") as file:
         assert file["prompts/0002/prompt"].shape == run.prompts(2)["prompt"].shape
@@ -105,21 +119,30 @@ def test_every_byte_on_the_wire_has_a_name(runs, n):
     assert (run.clients["bytes_down"] == 4 * values + 256).all()
     assert (run.clients["bytes_up"] == 4 * values + 256).all()
     names = {(row["direction"], row["name"]) for row in run.wire}
-    names = {tuple(part.decode() if isinstance(part, bytes) else part for part in pair) for pair in names}
-    assert {name for direction, name in names if direction in ("down", "up")} == {"(header)", "prompt"}
-    handed_out = {name for direction, name in names if direction == "handout" and not name.startswith("(")}
+    names = {
+        tuple(part.decode() if isinstance(part, bytes) else part for part in pair) for pair in names
+    }
+    assert {name for direction, name in names if direction in ("down", "up")} == {
+        "(header)",
+        "prompt",
+    }
+    handed_out = {
+        name for direction, name in names if direction == "handout" and not name.startswith("(")
+    }
     assert all(name.startswith(("auxiliary/", "prompt/")) for name in handed_out)
     blocks = {match[1] for name in handed_out if (match := re.search(r"\.h\.(\d+)\.", name))}
     assert blocks == {"0"}, "only the one shared block travels"
 
 
 def test_adapter_gives_the_run_s_own_logits(runs):
-    torch, peft, transformers = (pytest.importorskip(name) for name in ("torch", "peft", "transformers"))
+    torch, peft, transformers = (
+        pytest.importorskip(name) for name in ("torch", "peft", "transformers")
+    )
     from fedsp_mpi.config import load
     from fedsp_mpi.data.tokens import collate
-    from fedsp_mpi.materials import RESOURCES, Materials
     from fedsp_mpi.models.backbone import load_global
     from fedsp_mpi.models.prompts import Prompt
+    from fedsp_mpi.run.inputs import RESOURCES, Materials
 
     run = read(runs / "n0")
     best = int(run.results[-1]["round"])
@@ -132,7 +155,9 @@ def test_adapter_gives_the_run_s_own_logits(runs):
     stock = peft.PeftModel.from_pretrained(stock, runs / "n0" / "prompt").eval()
     with torch.no_grad():
         mine = model.head(model.hidden(batch, prompt))
-        theirs = stock(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits[:, -mine.shape[1] :]
+        theirs = stock(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits[
+            :, -mine.shape[1] :
+        ]
     text = batch.attention_mask.bool()
     assert (mine - theirs)[text].abs().max() < 1e-5
     assert torch.equal(mine[text].argmax(-1), theirs[text].argmax(-1))
@@ -142,7 +167,9 @@ def test_auxiliary_is_reused_by_the_same_recipe_only(runs):
     again = short_run(0, runs, "again", "federation.rounds=1")
     assert "taken from" in again.stdout and "distilled in" not in again.stdout
     # The schedule of one round is not that of two, so only the auxiliary model can be compared.
-    weights = [(runs / name / "auxiliary" / "model.safetensors").read_bytes() for name in ("n0", "again")]
+    weights = [
+        (runs / name / "auxiliary" / "model.safetensors").read_bytes() for name in ("n0", "again")
+    ]
     assert weights[0] == weights[1]
     story = json.loads((runs / "again" / "auxiliary" / "distillation.json").read_text())
     assert story["distillation"]["reused_from"].startswith(str(runs))
@@ -154,7 +181,10 @@ def test_client_without_finite_loss_is_dropped_and_named(tmp_path):
     program = [PROGRAMS / "faulty.py", "nan:1:1"]
     short_run(4, tmp_path, "drop", "evaluation.server_only=false", program=program)
     run = read(tmp_path / "drop")
-    assert run.rounds["num_failed"].tolist() == [1, 0] and run.rounds["num_clients"].tolist() == [3, 3]
+    assert run.rounds["num_failed"].tolist() == [1, 0] and run.rounds["num_clients"].tolist() == [
+        3,
+        3,
+    ]
     failed = next(row for row in run.clients if row["round"] == 1 and row["client"] == 1)
     assert failed["status"] in ("failed", b"failed") and "nan" in str(failed["reason"])
 

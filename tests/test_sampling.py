@@ -18,7 +18,9 @@ SIZES = [10, 20, 30, 40, 50, 60, 70, 80]
 ROUNDS = 2000
 
 
-def drawn(rule: str, num: int | None, rounds: int = ROUNDS, sizes: list[int] = SIZES, seed: int = 3) -> list[list[int]]:
+def drawn(
+    rule: str, num: int | None, rounds: int = ROUNDS, sizes: list[int] = SIZES, seed: int = 3
+) -> list[list[int]]:
     """The participants of rounds 1, 2, ..."""
     return [participants(rule, num, sizes, seed, round) for round in range(1, rounds + 1)]
 
@@ -69,8 +71,12 @@ def test_another_process_gets_the_same_answer(hash_seed):
         f"print([participants(rule, 3, {SIZES}, 3, round) for rule in {RULES} for round in range(1, 11)])"
     )
     env = {"PYTHONHASHSEED": hash_seed, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=60)
-    assert done.stdout.strip() == str([chosen for rule in RULES for chosen in drawn(rule, 3, rounds=10)]), done.stderr
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=60
+    )
+    assert done.stdout.strip() == str(
+        [chosen for rule in RULES for chosen in drawn(rule, 3, rounds=10)]
+    ), done.stderr
 
 
 # -- the rules -----------------------------------------------------------------------------------------------------
@@ -126,5 +132,8 @@ def test_round_robin_leaves_nobody_behind_where_cycles_do_not_end_with_a_round(n
 
 
 def test_the_order_of_round_robin_is_drawn_once_for_a_run():
-    orders = {tuple(client for [client] in drawn("round_robin", 1, rounds=8, seed=seed)) for seed in range(10)}
+    orders = {
+        tuple(client for [client] in drawn("round_robin", 1, rounds=8, seed=seed))
+        for seed in range(10)
+    }
     assert len(orders) == 10 and all(sorted(order) == list(range(8)) for order in orders)

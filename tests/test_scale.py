@@ -8,7 +8,8 @@ from pathlib import Path
 from mpi import PROGRAMS, run_mpi
 from test_run import short_run
 
-from fedsp_mpi.record import difference, read
+from fedsp_mpi.record import read
+from fedsp_mpi.report import difference
 
 
 def test_merging_needs_a_chunk_of_every_update_and_two_prompts():
@@ -19,16 +20,26 @@ def test_merging_needs_a_chunk_of_every_update_and_two_prompts():
 
 
 def test_a_tenth_of_many_clients_each_round(tmp_path: Path):
-    more = ("federation.clients=60", "federation.clients_per_round=6", "federation.rounds=3", "data.limit.train=560")
+    more = (
+        "federation.clients=60",
+        "federation.clients_per_round=6",
+        "federation.rounds=3",
+        "data.limit.train=560",
+    )
     for n in (0, 4):
         kept = ("checkpoint.keep=3", "checkpoint.keep_client_states=true")
         short_run(n, tmp_path, f"n{n}", *more, "client.resident=1", *kept)
     run = read(tmp_path / "n4")
     assert difference(read(tmp_path / "n0"), run) == []
     assert run.rounds["num_clients"].tolist() == [6, 6, 6]
-    took_part = [set(run.clients["client"][run.clients["round"] == round].tolist()) for round in (1, 2, 3)]
+    took_part = [
+        set(run.clients["client"][run.clients["round"] == round].tolist()) for round in (1, 2, 3)
+    ]
     assert [len(some) for some in took_part] == [6, 6, 6] and took_part[0] != took_part[1]
-    marks = [json.loads((tmp_path / "n4" / "checkpoints" / f"000{round}.json").read_text()) for round in (1, 2)]
+    marks = [
+        json.loads((tmp_path / "n4" / "checkpoints" / f"000{round}.json").read_text())
+        for round in (1, 2)
+    ]
     assert {int(id) for id in marks[0]["clients"]} == took_part[0]
     assert {int(id) for id in marks[1]["clients"]} == took_part[0] | took_part[1]
     again = {int(id): piece[0] for id, piece in marks[1]["clients"].items()}

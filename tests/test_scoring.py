@@ -26,7 +26,9 @@ SHARED = ROOT.parent / "shared"
 
 @pytest.fixture(autouse=True)
 def unsealed(tmp_path_factory, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.getbasetemp() / "cache")
+    monkeypatch.setattr(
+        datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.getbasetemp() / "cache"
+    )
     yield
     seal.clear()
 
@@ -46,9 +48,13 @@ def merging() -> PreTrainedTokenizerFast:
     alphabet = [*"abcdefgh :?", "ab", " c", "b c", "de"]
     known = {token: number for number, token in enumerate(["<unk>", "<s>", "</s>", *alphabet])}
     backend = tokenizers.Tokenizer(
-        tokenizers.models.BPE(known, [("a", "b"), (" ", "c"), ("b", " c"), ("d", "e")], unk_token="<unk>")
+        tokenizers.models.BPE(
+            known, [("a", "b"), (" ", "c"), ("b", " c"), ("d", "e")], unk_token="<unk>"
+        )
     )
-    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
 
 
 def some_questions(count: int = 12, longest: int = 9, seed: int = 0) -> list[Question]:
@@ -61,7 +67,13 @@ def some_questions(count: int = 12, longest: int = 9, seed: int = 0) -> list[Que
             own = np.append(context, 7) if number == 2 and random.random() < 0.3 else context
             option = random.integers(4, tiny.VOCABULARY, random.integers(1, 5))
             options.append(Text(np.concatenate([own, option]).astype(np.int32), len(own)))
-        asked.append(Question(tuple(options), tuple(random.integers(1, 20, 3).tolist()), (int(random.integers(3)),)))
+        asked.append(
+            Question(
+                tuple(options),
+                tuple(random.integers(1, 20, 3).tolist()),
+                (int(random.integers(3)),),
+            )
+        )
     return asked
 
 
@@ -80,7 +92,9 @@ def by_hand(path: object, prompt: Prompt | None, text: Text) -> tuple[float, boo
         logits = model(input_ids=inputs).logits
     elif prompt.spec.kind == "input":
         embedded = model.get_input_embeddings()(inputs)
-        logits = model(inputs_embeds=torch.cat([prompt.matrix()[None], embedded], dim=1)).logits[:, before:]
+        logits = model(inputs_embeds=torch.cat([prompt.matrix()[None], embedded], dim=1)).logits[
+            :, before:
+        ]
     else:
         cache = DynamicCache()
         for number, (key, value) in enumerate(key_values(prompt)):
@@ -88,18 +102,30 @@ def by_hand(path: object, prompt: Prompt | None, text: Text) -> tuple[float, boo
         places = torch.arange(before, before + inputs.shape[1])[None]
         logits = model(input_ids=inputs, past_key_values=cache, position_ids=places).logits
     log, answer = logits[0].double().log_softmax(-1)[-size:], torch.from_numpy(ids[-size:]).long()
-    return float(sum(log[i, token] for i, token in enumerate(answer))), bool((log.argmax(-1) == answer).all())
+    return float(sum(log[i, token] for i, token in enumerate(answer))), bool(
+        (log.argmax(-1) == answer).all()
+    )
 
 
-def all_found(model: LanguageModel, prompt: Prompt | None, asked: list[Question], monkeypatch, batch_tokens: int = 100):
+def all_found(
+    model: LanguageModel,
+    prompt: Prompt | None,
+    asked: list[Question],
+    monkeypatch,
+    batch_tokens: int = 100,
+):
     """What `score` finds for every option, with the score itself."""
     kept, judge = [], scoring._judge
-    monkeypatch.setattr(scoring, "_judge", lambda question, found: (kept.append(found), judge(question, found))[1])
+    monkeypatch.setattr(
+        scoring, "_judge", lambda question, found: (kept.append(found), judge(question, found))[1]
+    )
     result = score(model, prompt, asked, "multiple_choice", batch_tokens)
     return result, [list(zip(found.loglikelihood, found.greedy)) for found in kept]
 
 
-def prompt_for(model: LanguageModel, kind: str | None, projection: int | None = None) -> Prompt | None:
+def prompt_for(
+    model: LanguageModel, kind: str | None, projection: int | None = None
+) -> Prompt | None:
     return kind and Prompt(PromptSpec.of(model.shape, kind, 5, projection)).initialise(1, 0.5)
 
 
@@ -114,26 +140,42 @@ def test_every_option_scores_as_its_own_full_sequence(folder, kind, monkeypatch)
     right = []
     for question, options in zip(asked, found, strict=True):
         wanted = [by_hand(stock, prompt, text) for text in question.options]
-        assert [value for value, _ in options] == pytest.approx([value for value, _ in wanted], abs=1e-4)
+        assert [value for value, _ in options] == pytest.approx(
+            [value for value, _ in wanted], abs=1e-4
+        )
         assert [greedy for _, greedy in options] == [greedy for _, greedy in wanted]
         values = [value for value, _ in wanted]
         by_size = [value / size for value, size in zip(values, question.lengths)]
-        right.append([max(range(3), key=some.__getitem__) in question.gold for some in (values, by_size)])
+        right.append(
+            [max(range(3), key=some.__getitem__) in question.gold for some in (values, by_size)]
+        )
     acc, norm = np.mean(right, axis=0)
-    assert (result.n, result.acc, result.acc_norm) == (len(asked), acc, norm) and math.isnan(result.exact_match)
-    assert result.stderr == pytest.approx(np.std([r[0] for r in right], ddof=1) / math.sqrt(len(asked)))
+    assert (result.n, result.acc, result.acc_norm) == (len(asked), acc, norm) and math.isnan(
+        result.exact_match
+    )
+    assert result.stderr == pytest.approx(
+        np.std([r[0] for r in right], ddof=1) / math.sqrt(len(asked))
+    )
 
 
 @pytest.mark.parametrize("kind", [None, "prefix", "input"])
 def test_contexts_longer_than_the_positions_lose_their_beginning(folder, kind, monkeypatch):
     model, random = tiny.load(folder), np.random.default_rng(3)
     asked = []
-    for size in (tiny.POSITIONS - 6, tiny.POSITIONS - 5, tiny.POSITIONS - 4, tiny.POSITIONS, tiny.POSITIONS + 30):
+    for size in (
+        tiny.POSITIONS - 6,
+        tiny.POSITIONS - 5,
+        tiny.POSITIONS - 4,
+        tiny.POSITIONS,
+        tiny.POSITIONS + 30,
+    ):
         context = random.integers(4, tiny.VOCABULARY, size)
         ends = [random.integers(4, tiny.VOCABULARY, length) for length in (1, 3, 6)]
         asked.append(
             Question(
-                tuple(Text(np.concatenate([context, end]).astype(np.int32), size) for end in ends), (1, 2, 3), (0,)
+                tuple(Text(np.concatenate([context, end]).astype(np.int32), size) for end in ends),
+                (1, 2, 3),
+                (0,),
             )
         )
     prompt = prompt_for(model, kind)
@@ -150,7 +192,9 @@ def test_how_options_are_batched_is_of_no_consequence(gpt2, batch_tokens, monkey
     wanted, found = all_found(model, prompt, asked, monkeypatch)
     monkeypatch.undo()
     other, again = all_found(model, prompt, asked, monkeypatch, batch_tokens)
-    assert np.allclose([[v for v, _ in f] for f in found], [[v for v, _ in f] for f in again], atol=1e-4)
+    assert np.allclose(
+        [[v for v, _ in f] for f in found], [[v for v, _ in f] for f in again], atol=1e-4
+    )
     assert (other.acc, other.acc_norm) == (wanted.acc, wanted.acc_norm)
     score(model, prompt, asked, "multiple_choice", batch_tokens, done.append)
     assert sum(done) == 3 * len(asked) and len(done) > 1
@@ -159,10 +203,18 @@ def test_how_options_are_batched_is_of_no_consequence(gpt2, batch_tokens, monkey
 def test_a_context_is_run_once_for_all_its_options(gpt2, monkeypatch):
     model, sizes = tiny.load(gpt2), []
     run = model.continue_from
-    monkeypatch.setattr(model, "continue_from", lambda ids, *rest: (sizes.append(tuple(ids.shape)), run(ids, *rest))[1])
+    monkeypatch.setattr(
+        model,
+        "continue_from",
+        lambda ids, *rest: (sizes.append(tuple(ids.shape)), run(ids, *rest))[1],
+    )
     ids = np.arange(4, 12, dtype=np.int32)
     asked = [
-        Question(tuple(Text(np.append(ids, end).astype(np.int32), 8) for end in (20, 21, 22)), (1, 1, 1), (0,))
+        Question(
+            tuple(Text(np.append(ids, end).astype(np.int32), 8) for end in (20, 21, 22)),
+            (1, 1, 1),
+            (0,),
+        )
     ] * 2
     score(model, None, asked, "multiple_choice", 1000)
     assert sizes == [(2, 8)]
@@ -186,8 +238,13 @@ def test_a_forward_pass_runs_no_more_positions_than_asked(gpt2, kind, batch_toke
     random, asked = np.random.default_rng(5), []
     for number in range(20):  # one long option among short ones costs all of its group
         context = random.integers(4, tiny.VOCABULARY, (3, 7)[number % 2])
-        ends = [random.integers(4, tiny.VOCABULARY, size) for size in (1, 2, 12 if number % 5 == 0 else 3)]
-        options = tuple(Text(np.concatenate([context, end]).astype(np.int32), len(context)) for end in ends)
+        ends = [
+            random.integers(4, tiny.VOCABULARY, size)
+            for size in (1, 2, 12 if number % 5 == 0 else 3)
+        ]
+        options = tuple(
+            Text(np.concatenate([context, end]).astype(np.int32), len(context)) for end in ends
+        )
         asked.append(Question(options, (1, 2, 3), (0,)))
     score(model, prompt, asked, "multiple_choice", batch_tokens)
     assert sum(stems for stems, _ in groups) == len(asked)
@@ -206,7 +263,11 @@ def test_checkpointing_changes_no_score(family, kind, tmp_path, monkeypatch):
     wanted, found = all_found(plain, prompt, asked, monkeypatch)
     monkeypatch.undo()
     other, again = all_found(lean, prompt, asked, monkeypatch)
-    assert again == found and (other.acc, other.acc_norm, other.stderr) == (wanted.acc, wanted.acc_norm, wanted.stderr)
+    assert again == found and (other.acc, other.acc_norm, other.stderr) == (
+        wanted.acc,
+        wanted.acc_norm,
+        wanted.stderr,
+    )
     assert lean.model.training and not plain.model.training  # as they were
     texts = tiny.texts([3, 9, 5])
     assert answer_loss_mean(lean, prompt, texts, 20) == answer_loss_mean(plain, prompt, texts, 20)
@@ -218,7 +279,10 @@ def test_checkpointing_changes_no_score(family, kind, tmp_path, monkeypatch):
 
 def test_a_large_vocabulary_costs_no_precision(tmp_path, monkeypatch):
     """Sums over tens of thousands of tokens in fp32, as exact as lm-eval's."""
-    model, asked = tiny.load(tiny.model_folder(tmp_path, "gpt2", vocab_size=32_000)), some_questions(4)
+    model, asked = (
+        tiny.load(tiny.model_folder(tmp_path, "gpt2", vocab_size=32_000)),
+        some_questions(4),
+    )
     model.model.transformer.ln_f.weight.data *= 6  # as sure of some tokens as a trained model is
     _, found = all_found(model, None, asked, monkeypatch)
     for question, options in zip(asked, found, strict=True):
@@ -244,13 +308,25 @@ def asked_of(*gold: tuple[int, ...], lengths: tuple[int, ...] = (1, 1, 1)) -> li
 def test_scores_by_hand(gpt2, monkeypatch):
     """acc by the sum, acc_norm by the sum over characters, exact match by any right greedy answer."""
     model, lengths = tiny.load(gpt2), (2, 10, 5)
-    rigged(monkeypatch, ([-4, -5, -9], [0, 1, 0]), ([-4, -5, -9], [1, 0, 0]), ([-8, -30, -6], [0, 0, 0]))
+    rigged(
+        monkeypatch,
+        ([-4, -5, -9], [0, 1, 0]),
+        ([-4, -5, -9], [1, 0, 0]),
+        ([-8, -30, -6], [0, 0, 0]),
+    )
     asked = asked_of((0,), (1,), (0, 2), lengths=lengths)
     found = score(model, None, asked, "multiple_choice", 100)
     assert (found.acc, found.acc_norm) == (2 / 3, 2 / 3)  # best: 0, 0, 2; per character: 1, 1, 2
-    assert math.isnan(found.exact_match) and found.stderr == pytest.approx(np.std([1, 0, 1], ddof=1) / math.sqrt(3))
+    assert math.isnan(found.exact_match) and found.stderr == pytest.approx(
+        np.std([1, 0, 1], ddof=1) / math.sqrt(3)
+    )
     found = score(model, None, asked, "exact_match", 100)
-    assert found.exact_match == 0 and math.isnan(found.acc) and math.isnan(found.acc_norm) and found.stderr == 0
+    assert (
+        found.exact_match == 0
+        and math.isnan(found.acc)
+        and math.isnan(found.acc_norm)
+        and found.stderr == 0
+    )
     found = score(model, None, asked_of((1, 2), (0,), (1,), lengths=lengths), "exact_match", 100)
     assert found.exact_match == 2 / 3 and found.n == 3 and found.seconds >= 0
     assert math.isnan(score(model, None, asked[:1], "multiple_choice", 100).stderr)
@@ -266,9 +342,15 @@ def test_of_equal_options_the_first_is_taken(gpt2, monkeypatch):
 
 def test_an_empty_context_becomes_the_beginning_of_text(gpt2, monkeypatch):
     tokenizer = tiny.tokenizer()
-    asked = questions(tokenizer, [Example("", " w1", ("w1", "w2 w3"), (0,)), Example("  ", " w1", ("w1",), (0,))])
+    asked = questions(
+        tokenizer, [Example("", " w1", ("w1", "w2 w3"), (0,)), Example("  ", " w1", ("w1",), (0,))]
+    )
     texts = [*asked[0].options, *asked[1].options]
-    assert [(text.ids.tolist(), text.answer) for text in texts] == [([1, 5], 1), ([1, 6, 7], 1), ([1, 5], 1)]
+    assert [(text.ids.tolist(), text.answer) for text in texts] == [
+        ([1, 5], 1),
+        ([1, 6, 7], 1),
+        ([1, 5], 1),
+    ]
     model = tiny.load(gpt2)
     _, found = all_found(model, None, asked, monkeypatch)
     wanted = [[by_hand(gpt2, None, text)[0] for text in question.options] for question in asked]
@@ -287,24 +369,36 @@ def test_a_beginning_of_text_that_the_tokenizer_adds_itself_comes_once():
         single="<s> $A", special_tokens=[("<s>", 1)]
     )
     texts = encode_pairs(tokenizer, [("w0 w1", " w2"), ("", " w2"), ("", "<s> w2")])
-    assert [(t.ids.tolist(), t.answer) for t in texts] == [([1, 4, 5, 6], 3), ([1, 6], 1), ([1, 6], 1)]
+    assert [(t.ids.tolist(), t.answer) for t in texts] == [
+        ([1, 4, 5, 6], 3),
+        ([1, 6], 1),
+        ([1, 6], 1),
+    ]
 
 
 def test_a_token_that_reaches_over_the_border(gpt2, monkeypatch):
     """The whole is tokenised at once and cut where the context alone would end, as lm-eval does."""
     tokenizer = merging()
-    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in ("d", "b c", "b", " c", "ab", " ", "e", "de")}
+    ids = {
+        token: tokenizer.convert_tokens_to_ids(token)
+        for token in ("d", "b c", "b", " c", "ab", " ", "e", "de")
+    }
     assert tokenizer.tokenize("db c") == ["d", "b c"] and tokenizer.tokenize("db") == ["d", "b"]
     [merged, apart, blank] = encode_pairs(tokenizer, [("db", " ce"), ("ab", " c"), ("b ", "c")])
     assert (merged.ids.tolist(), merged.answer) == ([ids["d"], ids["b c"], ids["e"]], 2)
     assert (apart.ids.tolist(), apart.answer) == ([ids["ab"], ids[" c"]], 1)
-    assert (blank.ids.tolist(), blank.answer) == ([ids["b"], ids[" c"]], 1)  # or nothing of the answer would be left
+    assert (blank.ids.tolist(), blank.answer) == (
+        [ids["b"], ids[" c"]],
+        1,
+    )  # or nothing of the answer would be left
     asked = questions(tokenizer, [Example("db", " ce", ("ce", "de"), (0,))])
     starts = [tuple(text.ids[: text.answer].tolist()) for text in asked[0].options]
     assert starts[0] != starts[1]  # one question, two contexts
     model = tiny.load(gpt2)
     _, [found] = all_found(model, None, asked, monkeypatch)
-    assert [v for v, _ in found] == pytest.approx([by_hand(gpt2, None, t)[0] for t in asked[0].options], abs=1e-4)
+    assert [v for v, _ in found] == pytest.approx(
+        [by_hand(gpt2, None, t)[0] for t in asked[0].options], abs=1e-4
+    )
 
 
 def test_questions_keep_lengths_in_characters_and_the_right_answers():
@@ -316,7 +410,10 @@ def test_questions_keep_lengths_in_characters_and_the_right_answers():
 def test_truncation_never_cuts_the_answer_off():
     text = Text(np.arange(10, dtype=np.int32), 7)
     assert truncate(text, 10) is text
-    assert [(t.ids.tolist(), t.answer) for t in (truncate(text, 5), truncate(text, 3), truncate(text, 2))] == [
+    assert [
+        (t.ids.tolist(), t.answer)
+        for t in (truncate(text, 5), truncate(text, 3), truncate(text, 2))
+    ] == [
         ([5, 6, 7, 8, 9], 2),
         ([7, 8, 9], 1),
         ([8, 9], 1),
@@ -324,12 +421,17 @@ def test_truncation_never_cuts_the_answer_off():
     [short] = encode(tiny.tokenizer(), [Example("w0 w1 w2", " w3", ("w3",), (0,))], 3)
     assert (short.ids.tolist(), short.answer) == ([5, 6, 7], 2)
     for most in (2, 1):
-        with pytest.raises(ValueError, match=rf"found an answer of 2 tokens, expected at most {most - 1}, which fit"):
+        with pytest.raises(
+            ValueError,
+            match=rf"found an answer of 2 tokens, expected at most {most - 1}, which fit",
+        ):
             encode(tiny.tokenizer(), [Example("w0", " w1 w2", ("w1 w2",), (0,))], most)
 
 
 def test_collated_targets_stand_one_place_before_their_tokens():
-    batch = collate([Text(np.array([5, 6, 7, 8], dtype=np.int32), 2), Text(np.array([9, 4], dtype=np.int32), 1)])
+    batch = collate(
+        [Text(np.array([5, 6, 7, 8], dtype=np.int32), 2), Text(np.array([9, 4], dtype=np.int32), 1)]
+    )
     assert batch.input_ids.tolist() == [[5, 6, 7], [9, 0, 0]]
     assert batch.attention_mask.tolist() == [[1, 1, 1], [1, 0, 0]]
     assert batch.targets.tolist() == [[-100, 7, 8], [4, -100, -100]]
@@ -340,7 +442,10 @@ def test_groups_by_length_hold_every_text_once_and_no_more_than_asked():
     texts = tiny.texts([3, 9, 5, 9, 2, 30, 4])
     groups = list(by_length(texts, 12))
     assert sorted(i for group in groups for i in group) == list(range(7))
-    assert all(len(group) == 1 or len(group) * max(len(texts[i].ids) for i in group) <= 12 for group in groups)
+    assert all(
+        len(group) == 1 or len(group) * max(len(texts[i].ids) for i in group) <= 12
+        for group in groups
+    )
     assert groups[0] == [5]
 
 
@@ -351,7 +456,9 @@ def test_the_validation_loss_is_the_mean_over_all_answer_tokens(gpt2, kind):
     total = -sum(by_hand(gpt2, prompt, text)[0] for text in texts)
     tokens = sum(len(text.ids) - text.answer for text in texts)
     for batch_tokens in (1, 20, 1000):
-        assert answer_loss_mean(model, prompt, texts, batch_tokens) == pytest.approx(total / tokens, rel=1e-5)
+        assert answer_loss_mean(model, prompt, texts, batch_tokens) == pytest.approx(
+            total / tokens, rel=1e-5
+        )
 
 
 # -- against lm-eval -----------------------------------------------------------------------------------------------
@@ -369,9 +476,13 @@ def lm_eval_results(model, tokenizer, name: str, data, limit: int | None, monkey
     monkeypatch.setattr(datasets, "load_dataset", lambda path, name=None, **_: data)
     task = manager.load(config or name)["tasks"][name]
     lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=8, backend="causal")
-    found = evaluator.evaluate(lm=lm, task_dict={name: task}, limit=limit, bootstrap_iters=10, log_samples=True)
+    found = evaluator.evaluate(
+        lm=lm, task_dict={name: task}, limit=limit, bootstrap_iters=10, log_samples=True
+    )
     samples = sorted(found["samples"][name], key=lambda sample: sample["doc_id"])
-    return found["results"][name], [[tuple(r) for r in sample["filtered_resps"]] for sample in samples]
+    return found["results"][name], [
+        [tuple(r) for r in sample["filtered_resps"]] for sample in samples
+    ]
 
 
 def compare(path: str, tokenizer, ours: list[Example], metric: str, theirs, monkeypatch) -> None:
@@ -379,11 +490,15 @@ def compare(path: str, tokenizer, ours: list[Example], metric: str, theirs, monk
     asked = questions(tokenizer, ours)
     monkeypatch.undo()
     kept, judge = [], scoring._judge
-    monkeypatch.setattr(scoring, "_judge", lambda question, found: (kept.append(found), judge(question, found))[1])
+    monkeypatch.setattr(
+        scoring, "_judge", lambda question, found: (kept.append(found), judge(question, found))[1]
+    )
     found = score(tiny.load(path), None, asked, metric, 2048)
     assert len(samples) == found.n == len(ours)
     for options, sample in zip(kept, samples, strict=True):
-        assert options.loglikelihood.tolist() == pytest.approx([value for value, _ in sample], abs=1e-4)
+        assert options.loglikelihood.tolist() == pytest.approx(
+            [value for value, _ in sample], abs=1e-4
+        )
         assert options.greedy.tolist() == [greedy for _, greedy in sample]
     names = ("exact_match",) if metric == "exact_match" else ("acc", "acc_norm")
     for name in names:
@@ -413,7 +528,10 @@ def test_tiny_scores_equal_lm_evals(gpt2, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("name", "other", "metric", "number"),
-    [("arc_easy", "arc_easy", "multiple_choice", 60), ("web_questions", "webqs", "exact_match", 40)],
+    [
+        ("arc_easy", "arc_easy", "multiple_choice", 60),
+        ("web_questions", "webqs", "exact_match", 40),
+    ],
 )
 def test_scores_of_a_trained_model_equal_lm_evals(name, other, metric, number, monkeypatch):
     pytest.importorskip("lm_eval")

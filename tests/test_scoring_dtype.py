@@ -11,13 +11,13 @@ import tiny
 import torch
 from mpi import run_mpi
 
-from fedsp_mpi import build
 from fedsp_mpi.config import Config, load
 from fedsp_mpi.evaluation.scoring import Score, answer_loss_mean, score
-from fedsp_mpi.materials import Materials
 from fedsp_mpi.models.backbone import LanguageModel
 from fedsp_mpi.models.prompts import Prompt
 from fedsp_mpi.record import read
+from fedsp_mpi.run import build
+from fedsp_mpi.run.inputs import Materials
 from fedsp_mpi.tensors import seal
 from fedsp_mpi.training.device import Compute
 
@@ -50,7 +50,9 @@ def settings(tmp_path_factory) -> list[str]:
     return [*SHORT, f"model.name={model}", f"data.source={data}", f"run.folder={folder / 'runs'}"]
 
 
-def judged(model: LanguageModel, prompt: Prompt | None, materials: Materials) -> tuple[Score, float]:
+def judged(
+    model: LanguageModel, prompt: Prompt | None, materials: Materials
+) -> tuple[Score, float]:
     """Score but for its seconds, and validation loss."""
     size = materials.config.evaluation.batch_tokens
     found = score(model, prompt, materials.test, materials.task.metric, size)
@@ -92,4 +94,6 @@ def test_losses_of_all_methods_are_of_the_scoring_model(settings):
         assert (rows[method]["acc"], rows[method]["acc_norm"]) == (wanted.acc, wanted.acc_norm)
         assert rows[method]["loss"] == pytest.approx(loss, rel=1e-6)
     trained = run.rounds[run.rounds["round"] == best]["validation_loss"]
-    assert np.abs(trained - rows["fedsp"]["loss"]) > 1e-6 * trained  # bf16's own loss is another number
+    assert (
+        np.abs(trained - rows["fedsp"]["loss"]) > 1e-6 * trained
+    )  # bf16's own loss is another number

@@ -12,11 +12,18 @@ import tiny
 from mpi import PROGRAMS, both_ends, run_mpi
 from test_run import short_run
 
-from fedsp_mpi.record import difference, read
+from fedsp_mpi.record import read
+from fedsp_mpi.report import difference
 
 FAULTY = PROGRAMS / "faulty.py"
 TWO = ("topology.server_ranks=2", "federation.clients=2")
-LOSSES = ("server_loss_first", "server_loss_last", "validation_merged", "validation_loss", "control_validation_loss")
+LOSSES = (
+    "server_loss_first",
+    "server_loss_last",
+    "validation_merged",
+    "validation_loss",
+    "control_validation_loss",
+)
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +47,9 @@ def test_losses_are_those_of_one_rank(runs, zero):
         assert abs(two.sections["distillation"][name] - one.sections["distillation"][name]) < 1e-5
     assert np.abs(two.results["loss"] / one.results["loss"] - 1).max() < 1e-5
     assert two.results["acc"].tolist() == one.results["acc"].tolist()
-    assert two.results["loss"][0] == one.results["loss"][0]  # zero-shot: no sum depends on who shares
+    assert (
+        two.results["loss"][0] == one.results["loss"][0]
+    )  # zero-shot: no sum depends on who shares
 
 
 @pytest.mark.slow
@@ -49,7 +58,9 @@ def test_the_record_says_who_was_the_server(runs):
     assert "4 (2 server, 2 client ranks)" in text and "helpers are ready" in text
     told = run.sections["distillation"]
     assert (told["engine"], told["zero_stage"], told["ranks"]) == ("deepspeed", 3, 2)
-    assert [sorted(host["devices"]) for host in run.environment["hosts"]] == [["server"]] * 2 + [["client"]] * 2
+    assert [sorted(host["devices"]) for host in run.environment["hosts"]] == [["server"]] * 2 + [
+        ["client"]
+    ] * 2
     assert sorted(set(run.clients["rank"].tolist())) == [2, 3]
 
 
@@ -86,7 +97,9 @@ def test_told_to_stop_at_the_rank_that_decides_nothing(tmp_path, phase):
 def test_a_rank_that_stops_is_noticed_within_the_deadline(tmp_path):
     start = time.monotonic()
     limits = ("deadlines.server=4", "deadlines.handout=60")
-    result = short_run(4, tmp_path, "run", *TWO, *limits, program=[FAULTY, "stop:server tuning:1:1"], status=None)
+    result = short_run(
+        4, tmp_path, "run", *TWO, *limits, program=[FAULTY, "stop:server tuning:1:1"], status=None
+    )
     assert result.returncode == 124, both_ends(result)
     assert "server's ranks: found one that did not take part in time" in result.stderr
     assert time.monotonic() - start < 60
@@ -95,9 +108,17 @@ def test_a_rank_that_stops_is_noticed_within_the_deadline(tmp_path):
 @pytest.mark.parametrize(
     ("n", "setting", "message"),
     [
-        (2, "topology.server_ranks=2", "topology.server_ranks: found 2 with 2 ranks, expected at least one rank more"),
+        (
+            2,
+            "topology.server_ranks=2",
+            "topology.server_ranks: found 2 with 2 ranks, expected at least one rank more",
+        ),
         (0, "topology.server_ranks=2", "topology.server_ranks: found 2 with 1 ranks"),
-        (4, "server.tuning.batch_size=5", "server.tuning.batch_size: found 5, expected a multiple of"),
+        (
+            4,
+            "server.tuning.batch_size=5",
+            "server.tuning.batch_size: found 5, expected a multiple of",
+        ),
         (4, "topology.server_ranks=0", "topology.server_ranks: found 0, expected at least 1"),
     ],
 )

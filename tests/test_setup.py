@@ -36,7 +36,11 @@ def declared() -> set[str]:
 
 def extras() -> set[str]:
     """The names in the lists that the extras are made of."""
-    lists = [node.value for node in SETUP.body if isinstance(node, ast.Assign) and isinstance(node.value, ast.List)]
+    lists = [
+        node.value
+        for node in SETUP.body
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.List)
+    ]
     items = [item.value for each in lists for item in each.elts if isinstance(item, ast.Constant)]
     return {normal(item) for item in items}
 
@@ -80,7 +84,11 @@ def test_the_version_stands_in_one_place():
 
 def test_lower_bounds_are_what_was_tested():
     """Each requirement names a least version, of the same minor line as the pinned one."""
-    pins = dict(re.findall(r"^([\w.-]+)==([\w.]+)$", (ROOT / "constraints.txt").read_text(encoding="utf-8"), re.M))
+    pins = dict(
+        re.findall(
+            r"^([\w.-]+)==([\w.]+)$", (ROOT / "constraints.txt").read_text(encoding="utf-8"), re.M
+        )
+    )
     tested = {normal(name): version.split(".")[:2] for name, version in pins.items()}
     keywords = [node for node in ast.walk(SETUP) if isinstance(node, ast.keyword)]
     [listed] = [keyword.value for keyword in keywords if keyword.arg == "install_requires"]

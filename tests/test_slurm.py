@@ -14,7 +14,8 @@ import test_run
 from mpi import PROGRAMS, ROOT, mpirun
 
 from fedsp_mpi.config import load, to_yaml
-from fedsp_mpi.record import difference, read
+from fedsp_mpi.record import read
+from fedsp_mpi.report import difference
 from slurm import Job, Slurm
 
 pytestmark = pytest.mark.slow
@@ -59,9 +60,19 @@ def settings(*more: str) -> list[str]:
     return [item for setting in (*SHORT, *more) for item in ("--set", setting)]
 
 
-def submit(slurm: Slurm, folder: Path, name: str, *more: str, options=TWO, script="fedsp.sbatch", **variables) -> Job:
+def submit(
+    slurm: Slurm,
+    folder: Path,
+    name: str,
+    *more: str,
+    options=TWO,
+    script="fedsp.sbatch",
+    **variables,
+) -> Job:
     """The embedded default, shortened, under a name below the folder."""
-    return slurm.submit(options, script, *settings(*more), FEDSP_RUNS=str(folder), FEDSP_NAME=name, **variables)
+    return slurm.submit(
+        options, script, *settings(*more), FEDSP_RUNS=str(folder), FEDSP_NAME=name, **variables
+    )
 
 
 @pytest.fixture(scope="module")
@@ -85,9 +96,13 @@ def test_the_script_runs_the_embedded_default_with_mpirun(whole):
 
 
 def test_it_runs_with_srun_over_two_nodes(slurm, folder):
-    job = submit(slurm, folder, "srun", ONE_ROUND, options=("--nodes=2", *TWO), FEDSP_LAUNCHER="srun")
+    job = submit(
+        slurm, folder, "srun", ONE_ROUND, options=("--nodes=2", *TWO), FEDSP_LAUNCHER="srun"
+    )
     job.wait("COMPLETED")
-    assert "2 (1 server, 1 client ranks)" in job.text() and read(folder / "srun").status == "complete"
+    assert (
+        "2 (1 server, 1 client ranks)" in job.text() and read(folder / "srun").status == "complete"
+    )
 
 
 def test_a_heterogeneous_job_is_one_world(slurm, folder):
@@ -95,7 +110,9 @@ def test_a_heterogeneous_job_is_one_world(slurm, folder):
     options = ["-n1", "-c1", ":", "-n2", "-c1"]
     job = submit(slurm, folder, "het", ONE_ROUND, options=options, script="fedsp_het.sbatch")
     job.wait("COMPLETED")
-    assert "3 (1 server, 2 client ranks)" in job.text() and read(folder / "het").status == "complete"
+    assert (
+        "3 (1 server, 2 client ranks)" in job.text() and read(folder / "het").status == "complete"
+    )
 
 
 def test_one_task_of_a_sweep_is_requeued_alone(slurm, folder, slow, tmp_path):
@@ -104,35 +121,62 @@ def test_one_task_of_a_sweep_is_requeued_alone(slurm, folder, slow, tmp_path):
     for rounds, file in zip((1, 5), files):
         file.write_text(to_yaml(load(None, [*SHORT, f"federation.rounds={rounds}"])))
     variables = {"FEDSP_RUNS": str(folder), "FEDSP_NAME": "sweep", "PYTHONPATH": slow}
-    sweep = slurm.submit(["--ntasks=1", "--array=1-2"], "sweep.sbatch", *map(str, files), **variables)
+    sweep = slurm.submit(
+        ["--ntasks=1", "--array=1-2"], "sweep.sbatch", *map(str, files), **variables
+    )
     one, two = (Job(slurm, f"{sweep.id}_{task}") for task in (1, 2))
     two.wait_for("round 2/")
     two.tell_to_stop()
     assert two.wait("COMPLETED")["Restarts"] == "1" and one.wait("COMPLETED")["Restarts"] == "0"
-    assert [read(folder / name).committed_rounds for name in ("sweep-1-one", "sweep-2-two")] == [1, 5]
+    assert [read(folder / name).committed_rounds for name in ("sweep-1-one", "sweep-2-two")] == [
+        1,
+        5,
+    ]
 
 
 @pytest.mark.parametrize(
     ("script", "setting", "variables", "message"),
     [
         # Processes that do not find each other would be so many runs, all writing to one folder.
-        ("fedsp.sbatch", ONE_ROUND, {"FEDSP_LAUNCHER": "srun", "FEDSP_SRUN_MPI": "none"}, r"^fedsp_mpi: .*--mpi=pmi2"),
-        ("fedsp.sbatch", "federation.round=1", {"FEDSP_LAUNCHER": "srun"}, r"^fedsp_mpi: .*federation\.round: "),
+        (
+            "fedsp.sbatch",
+            ONE_ROUND,
+            {"FEDSP_LAUNCHER": "srun", "FEDSP_SRUN_MPI": "none"},
+            r"^fedsp_mpi: .*--mpi=pmi2",
+        ),
+        (
+            "fedsp.sbatch",
+            "federation.round=1",
+            {"FEDSP_LAUNCHER": "srun"},
+            r"^fedsp_mpi: .*federation\.round: ",
+        ),
         ("fedsp.sbatch", "federation.round=1", {}, r"^fedsp_mpi: .*federation\.round: "),
         ("fedsp.sbatch", ONE_ROUND, {"FEDSP_LAUNCHER": "prun"}, r"^FEDSP_LAUNCHER: found prun"),
         ("sweep.sbatch", ONE_ROUND, {}, r"^sweep\.sbatch: .*--array=1-"),
     ],
-    ids=["singletons", "typo under srun", "typo under mpirun", "launcher", "sweep without an array"],
+    ids=[
+        "singletons",
+        "typo under srun",
+        "typo under mpirun",
+        "launcher",
+        "sweep without an array",
+    ],
 )
 def test_a_mistake_is_one_message_and_status_2(slurm, folder, script, setting, variables, message):
-    job = submit(slurm, folder, "refused", setting, options=("--nodes=2", *TWO), script=script, **variables)
+    job = submit(
+        slurm, folder, "refused", setting, options=("--nodes=2", *TWO), script=script, **variables
+    )
     assert job.wait("FAILED")["ExitCode"] == "2:0"
-    assert len(re.findall(message, job.text(), re.M)) == 1 and "Traceback" not in job.text(), job.text()
+    assert len(re.findall(message, job.text(), re.M)) == 1 and "Traceback" not in job.text(), (
+        job.text()
+    )
     assert not (folder / "refused").exists()
 
 
 def test_no_requeue_if_nothing_was_gained(slurm, folder):
-    job = submit(slurm, folder, "nothing", *ENDLESS, "distillation.zero_stage=1", options=["--ntasks=1"])
+    job = submit(
+        slurm, folder, "nothing", *ENDLESS, "distillation.zero_stage=1", options=["--ntasks=1"]
+    )
     job.wait_for(str(folder / "nothing"))
     job.tell_to_stop()
     found = job.wait("FAILED")
@@ -146,7 +190,10 @@ def test_a_cancelled_job_leaves_a_readable_record(slurm, folder, slow):
     job.cancel()
     job.wait("CANCELLED")
     done = subprocess.run(
-        [sys.executable, "-m", "fedsp_mpi", "report", folder / "cancelled"], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "-m", "fedsp_mpi", "report", folder / "cancelled"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     assert re.search(r"^ +2 +2/2 ", done.stdout, re.M), done.stdout

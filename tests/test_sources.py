@@ -20,13 +20,19 @@ from fedsp_mpi.data import tasks
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data"
 CHOICE_ROW = {"context": "Q: 1 + 1?\nA:", "choices": ["two", "three"], "label": 0}
-ARC_ROW = {"question": "Why?", "choices": {"text": ["so", "no"], "label": ["1", "2"]}, "answerKey": "2"}
+ARC_ROW = {
+    "question": "Why?",
+    "choices": {"text": ["so", "no"], "label": ["1", "2"]},
+    "answerKey": "2",
+}
 
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path_factory, monkeypatch):
     """What `datasets` prepares goes to a folder of this test run."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.getbasetemp() / "cache")
+    monkeypatch.setattr(
+        datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.getbasetemp() / "cache"
+    )
 
 
 def local(name: str) -> str:
@@ -40,7 +46,11 @@ def write(folder: Path, **files: object) -> str:
     folder.mkdir(exist_ok=True)
     for name, content in files.items():
         path = folder / (name.replace("_", ".") if "_" in name else f"{name}.jsonl")
-        text = content if isinstance(content, str) else "".join(json.dumps(row) + "\n" for row in content)
+        text = (
+            content
+            if isinstance(content, str)
+            else "".join(json.dumps(row) + "\n" for row in content)
+        )
         path.write_text(text)
     return str(folder)
 
@@ -56,7 +66,9 @@ def test_splits_as_they_are():
 
 def test_a_missing_validation_is_cut_from_train():
     whole = datasets.load_dataset(local("web_questions"), split="train")["question"]
-    splits, other = (tasks.load("web_questions", local("web_questions"), seed=seed) for seed in (0, 1))
+    splits, other = (
+        tasks.load("web_questions", local("web_questions"), seed=seed) for seed in (0, 1)
+    )
     assert [len(s) for s in (splits.train, splits.validation, splits.test)] == [3401, 377, 2032]
     assert "validation = 377 rows cut from 'train' with seed 0" in splits.notes[0]
     assert other.validation != splits.validation
@@ -80,7 +92,9 @@ def test_where_validation_is_scored_train_gives_a_new_one():
 
 def test_a_test_split_with_hidden_answers_is_not_scored(tmp_path):
     hidden = [CHOICE_ROW | {"label": -1}] * 4
-    source = write(tmp_path / "own", train=[CHOICE_ROW] * 20, validation=[CHOICE_ROW] * 3, test=hidden)
+    source = write(
+        tmp_path / "own", train=[CHOICE_ROW] * 20, validation=[CHOICE_ROW] * 3, test=hidden
+    )
     splits = tasks.load("multiple_choice", source, seed=0)
     assert [len(s) for s in (splits.train, splits.validation, splits.test)] == [18, 2, 3]
     assert "the answers of the split 'test' are not public" in splits.notes[0]
@@ -90,7 +104,11 @@ def test_limit_takes_the_first_rows_and_moves_nothing_else():
     whole = tasks.load("web_questions", local("web_questions"), seed=0)
     limits = {"train": 50, "validation": 20, "test": 7}
     part = tasks.load("web_questions", local("web_questions"), seed=0, limit=limits)
-    assert (part.train, part.validation, part.test) == (whole.train[:50], whole.validation[:20], whole.test[:7])
+    assert (part.train, part.validation, part.test) == (
+        whole.train[:50],
+        whole.validation[:20],
+        whole.test[:7],
+    )
     assert "test = the first 7 of 2032 rows (limit)" in part.notes
 
 
@@ -103,18 +121,24 @@ def test_rows_with_nothing_to_teach_are_left_out_of_training_alone(tmp_path):
     assert splits.notes == ("train: 2 rows without an answer left out (train 1, 3)",)
     unanswered = {"context": "?", "answers": []}
     rows = [{"context": "?", "answers": ["a"]}, unanswered]
-    splits = tasks.load("question_answering", write(tmp_path / "qa", train=rows * 5, test=rows), seed=0)
+    splits = tasks.load(
+        "question_answering", write(tmp_path / "qa", train=rows * 5, test=rows), seed=0
+    )
     assert len(splits.test) == 1
 
 
-@pytest.mark.parametrize("form", ["jsonl", "jsonl.gz", "json", "csv", "parquet", "saved", "snapshot"])
+@pytest.mark.parametrize(
+    "form", ["jsonl", "jsonl.gz", "json", "csv", "parquet", "saved", "snapshot"]
+)
 def test_forms_of_a_local_source(tmp_path, form):
     rows = [{"sentence": f"text {k}", "label": k % 2} for k in range(10)]
     for split in ("train", "validation", "test"):
         table = datasets.Dataset.from_list(rows)
         if form in ("jsonl", "jsonl.gz"):
             text = "".join(json.dumps(row) + "\n" for row in rows).encode()
-            (tmp_path / f"{split}.{form}").write_bytes(gzip.compress(text) if form == "jsonl.gz" else text)
+            (tmp_path / f"{split}.{form}").write_bytes(
+                gzip.compress(text) if form == "jsonl.gz" else text
+            )
         elif form == "json":
             (tmp_path / f"{split}.json").write_text(json.dumps(rows))
         elif form == "csv":
@@ -125,7 +149,9 @@ def test_forms_of_a_local_source(tmp_path, form):
             (tmp_path / "data").mkdir(exist_ok=True)
             table.to_parquet(tmp_path / "data" / f"{split}-00000-of-00001.parquet")
     if form == "saved":
-        parts = {split: datasets.Dataset.from_list(rows) for split in ("train", "validation", "test")}
+        parts = {
+            split: datasets.Dataset.from_list(rows) for split in ("train", "validation", "test")
+        }
         datasets.DatasetDict(parts).save_to_disk(tmp_path)
     splits = tasks.load("sst2", str(tmp_path), seed=0)
     assert splits.train == splits.validation == splits.test
@@ -135,11 +161,13 @@ def test_forms_of_a_local_source(tmp_path, form):
 
 @pytest.mark.parametrize("form", ["saved", "folder"])
 def test_a_further_split_may_have_columns_of_its_own(tmp_path, form):
-    parts = {split: [CHOICE_ROW] * 4 for split in ("train", "validation", "test")} | {"unsupervised": [{"text": "a"}]}
+    parts = {split: [CHOICE_ROW] * 4 for split in ("train", "validation", "test")} | {
+        "unsupervised": [{"text": "a"}]
+    }
     if form == "saved":
-        datasets.DatasetDict({name: datasets.Dataset.from_list(rows) for name, rows in parts.items()}).save_to_disk(
-            tmp_path / "own"
-        )
+        datasets.DatasetDict(
+            {name: datasets.Dataset.from_list(rows) for name, rows in parts.items()}
+        ).save_to_disk(tmp_path / "own")
     else:
         write(tmp_path / "own", **parts)
     tasks.check_columns("multiple_choice", str(tmp_path / "own"))
@@ -154,7 +182,10 @@ def test_configurations_of_a_folder(tmp_path):
             write(tmp_path / config, **{split: [ARC_ROW | {"question": word}] * 3})
     head = "".join(
         f"- config_name: {config}\n  data_files:\n"
-        + "".join(f"  - split: {s}\n    path: {config}/{s}.jsonl\n" for s in ("train", "validation", "test"))
+        + "".join(
+            f"  - split: {s}\n    path: {config}/{s}.jsonl\n"
+            for s in ("train", "validation", "test")
+        )
         for config in ("ARC-Easy", "ARC-Challenge")
     )
     (tmp_path / "README.md").write_text(f"---\nconfigs:\n{head}---\n")
@@ -166,7 +197,9 @@ def test_configurations_of_a_folder(tmp_path):
 
 
 def test_a_changed_file_is_read_again(tmp_path):
-    source = write(tmp_path / "own", train=[CHOICE_ROW] * 5, validation=[CHOICE_ROW] * 2, test=[CHOICE_ROW] * 2)
+    source = write(
+        tmp_path / "own", train=[CHOICE_ROW] * 5, validation=[CHOICE_ROW] * 2, test=[CHOICE_ROW] * 2
+    )
     assert len(tasks.load("multiple_choice", source, seed=0).test) == 2
     write(tmp_path / "own", test=[CHOICE_ROW] * 3)
     assert len(tasks.load("multiple_choice", source, seed=0).test) == 3
@@ -188,7 +221,9 @@ def test_four_processes_may_load_at_once_and_nothing_is_written_into_the_source(
     env = os.environ | {"HF_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", LOAD.format(source)]
     running = [
-        subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
         for _ in range(4)
     ]
     for process in running:
@@ -223,8 +258,13 @@ def as_files(folder: Path, form: str, labels: list[int]) -> str:
             path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         os.utime(path, ns=(0, 0))
     if form == "declared":
-        files = "".join(f"  - split: {split}\n    path: {split}.jsonl\n" for split in ("train", "validation", "test"))
-        (folder / "README.md").write_text(f"---\nconfigs:\n- config_name: default\n  data_files:\n{files}---\n")
+        files = "".join(
+            f"  - split: {split}\n    path: {split}.jsonl\n"
+            for split in ("train", "validation", "test")
+        )
+        (folder / "README.md").write_text(
+            f"---\nconfigs:\n- config_name: default\n  data_files:\n{files}---\n"
+        )
     return str(folder)
 
 
@@ -250,7 +290,9 @@ def test_shards_are_one_file_and_a_missing_one_is_named(tmp_path):
     splits = tasks.load("sst2", source, seed=0)
     assert (len(splits.train), splits.notes) == (6, ())
     (tmp_path / "own" / "data" / "train-00000-of-00002.csv").unlink()
-    with pytest.raises(ValueError, match=r"found 1 of the 2 shards of train in .*number 0 is missing"):
+    with pytest.raises(
+        ValueError, match=r"found 1 of the 2 shards of train in .*number 0 is missing"
+    ):
         tasks.load("sst2", source, seed=0)
 
 
@@ -279,12 +321,17 @@ def test_two_sources_for_a_split_are_refused(tmp_path):
     assert "found dev.csv and validation.csv in" in refusal("dev", dev_csv=SST2)
     assert "found Train.csv and train.csv in" in refusal("copy", Train_csv=SST2)
     assert (
-        "train.tsv in" in (message := refusal("format", train_tsv=SST2)) and "expected files of one format" in message
+        "train.tsv in" in (message := refusal("format", train_tsv=SST2))
+        and "expected files of one format" in message
     )
-    assert "whose name says train and test, expected one split" in refusal("both", **{"train-test_csv": SST2})
+    assert "whose name says train and test, expected one split" in refusal(
+        "both", **{"train-test_csv": SST2}
+    )
     table = datasets.Dataset.from_list([CHOICE_ROW])
     datasets.DatasetDict(train=table, dev=table, validation=table).save_to_disk(tmp_path / "saved")
-    with pytest.raises(ValueError, match="found the splits dev and validation, which both mean validation"):
+    with pytest.raises(
+        ValueError, match="found the splits dev and validation, which both mean validation"
+    ):
         tasks.check_columns("multiple_choice", str(tmp_path / "saved"))
 
 
@@ -295,25 +342,38 @@ def test_a_folder_whose_name_is_a_pattern(tmp_path):
 def test_a_table_is_text_as_it_stands(tmp_path):
     """Words that pandas takes for nothing, numbers, lists; a blank label alone is none."""
     words = ["NA", "None", "null", "nan", "", "7"]
-    text = "sentence,label\n" + "".join(f'"{word}",{k % 2}\n' for k, word in enumerate(words)) + "x,\ny,positive\n"
+    text = (
+        "sentence,label\n"
+        + "".join(f'"{word}",{k % 2}\n' for k, word in enumerate(words))
+        + "x,\ny,positive\n"
+    )
     splits = tasks.load("sst2", write(tmp_path / "own", **ALL | {"train_csv": text}), seed=0)
     assert [example.context.split("\n")[0] for example in splits.train] == [*words, "y"]
     assert [example.gold[0] for example in splits.train] == [0, 1, 0, 1, 0, 1, 1]
     assert splits.notes == ("train: 1 row without an answer left out (train 6)",)
     text = 'context\tchoices\tlabel\nQ\t["a, b", "c"]\t1\n'
-    tsv = write(tmp_path / "tsv", **{f"{split}_tsv": text for split in ("train", "validation", "test")})
+    tsv = write(
+        tmp_path / "tsv", **{f"{split}_tsv": text for split in ("train", "validation", "test")}
+    )
     assert tasks.load("multiple_choice", tsv, seed=0).train[0].choices == ("a, b", "c")
 
 
 def test_columns_by_the_names_of_the_file(tmp_path):
     text = "label,review,stars\nx,good film,positive\nx,bad film,0\n"
-    source = write(tmp_path / "own", train_csv=text, validation_csv=text, test_csv="label,review\nx,a film\n")
+    source = write(
+        tmp_path / "own", train_csv=text, validation_csv=text, test_csv="label,review\nx,a film\n"
+    )
     names = {"sentence": "review", "label": "stars"}
     tasks.check_columns("sst2", source, names)
     splits = tasks.load("sst2", source, seed=0, columns=names)
-    assert [example.gold[0] for example in splits.test] == [1, 0] and splits.test[0].context.startswith("good film\n")
+    assert [example.gold[0] for example in splits.test] == [1, 0] and splits.test[
+        0
+    ].context.startswith("good film\n")
     for wrong, words in (
-        ({"text": "review"}, "data.columns: found 'text', expected one of the columns of sst2: sentence, label"),
+        (
+            {"text": "review"},
+            "data.columns: found 'text', expected one of the columns of sst2: sentence, label",
+        ),
         (
             {"sentence": "reviews"},
             "data.columns.sentence: found 'reviews', which train of .* expected one of label, re",
@@ -332,24 +392,45 @@ def test_a_test_split_without_labels_is_not_scored_in_any_format(tmp_path, form)
     tasks.check_columns("sst2", source)
     splits = tasks.load("sst2", source, seed=0)
     assert len(splits.test) == 20 and len(splits.validation) == 2
-    assert splits.notes[0] == "test = the split 'validation': the split 'test' has no column 'label'"
+    assert (
+        splits.notes[0] == "test = the split 'validation': the split 'test' has no column 'label'"
+    )
 
 
 def test_rows_with_an_empty_choice_are_left_out_and_named(tmp_path):
     empty = CHOICE_ROW | {"choices": ["two", ""]}
-    source = write(tmp_path / "own", train=[CHOICE_ROW, empty], validation=[CHOICE_ROW], test=[empty, CHOICE_ROW])
+    source = write(
+        tmp_path / "own",
+        train=[CHOICE_ROW, empty],
+        validation=[CHOICE_ROW],
+        test=[empty, CHOICE_ROW],
+    )
     splits = tasks.load("multiple_choice", source, seed=0)
-    assert len(splits.train) == 2 and len(splits.test) == 1  # what is trained on has its answer, and is not scored
-    assert "test: 1 row with an empty choice left out (test 0)" in splits.notes
-    answers = [{"context": "?", "answers": ["", "a"]}, {"context": "?", "answers": ["a"]}]  # "" begins every answer
     assert (
-        len(tasks.load("question_answering", write(tmp_path / "qa", train=answers * 4, test=answers), seed=0).test) == 1
+        len(splits.train) == 2 and len(splits.test) == 1
+    )  # what is trained on has its answer, and is not scored
+    assert "test: 1 row with an empty choice left out (test 0)" in splits.notes
+    answers = [
+        {"context": "?", "answers": ["", "a"]},
+        {"context": "?", "answers": ["a"]},
+    ]  # "" begins every answer
+    assert (
+        len(
+            tasks.load(
+                "question_answering",
+                write(tmp_path / "qa", train=answers * 4, test=answers),
+                seed=0,
+            ).test
+        )
+        == 1
     )
 
 
 def run_elsewhere(folder: Path, **variables: str) -> str:
     """The one line of a run in a process of its own that cannot use the cache; within seconds, with status 2."""
-    env = {k: v for k, v in os.environ.items() if k not in ("HF_HOME", "HF_DATASETS_CACHE")} | variables
+    env = {
+        k: v for k, v in os.environ.items() if k not in ("HF_HOME", "HF_DATASETS_CACHE")
+    } | variables
     command = [sys.executable, "-m", "fedsp_mpi", "run", "--set", f"run.folder={folder / 'runs'}"]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
@@ -358,7 +439,10 @@ def run_elsewhere(folder: Path, **variables: str) -> str:
 
 def test_a_cache_that_cannot_be_written(tmp_path):
     message = run_elsewhere(tmp_path, HOME="/proc/none")
-    assert "cannot write /proc/none/.cache/huggingface/datasets" in message and "set HF_HOME or HF_" in message
+    assert (
+        "cannot write /proc/none/.cache/huggingface/datasets" in message
+        and "set HF_HOME or HF_" in message
+    )
 
 
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
@@ -378,12 +462,22 @@ GOOD = {"train": [CHOICE_ROW] * 4, "validation": [CHOICE_ROW], "test": [CHOICE_R
 MISTAKES = {
     "nothing there": ({}, ["found no data file in", "train.jsonl"]),
     "an empty file": (GOOD | {"train": ""}, ["found the empty file", "train.jsonl"]),
-    "no test": ({"train": [CHOICE_ROW] * 4}, ["found the splits train,", "test", "add a file test.jsonl"]),
+    "no test": (
+        {"train": [CHOICE_ROW] * 4},
+        ["found the splits train,", "test", "add a file test.jsonl"],
+    ),
     "no train": ({"test": [CHOICE_ROW] * 4}, ["found the splits test,", "add a file train.jsonl"]),
-    "one row": ({"train": [CHOICE_ROW], "test": [CHOICE_ROW]}, ["found 1 rows in train", "at least 2"]),
+    "one row": (
+        {"train": [CHOICE_ROW], "test": [CHOICE_ROW]},
+        ["found 1 rows in train", "at least 2"],
+    ),
     "no column": (
         {split: [{"context": "a", "label": 1}] * 4 for split in GOOD},
-        ["no column 'choices' in train", "which has context, label", "expected context, choices, label"],
+        [
+            "no column 'choices' in train",
+            "which has context, label",
+            "expected context, choices, label",
+        ],
     ),
     "no column in test": (
         GOOD | {"test": [{"context": "a", "label": 1}]},
@@ -393,10 +487,17 @@ MISTAKES = {
         GOOD | {"test": [CHOICE_ROW, CHOICE_ROW | {"label": 2}]},
         ["row 1 of test", "column 'label': found int 2", "from 0 to 1"],
     ),
-    "a hidden label": (GOOD | {"train": [CHOICE_ROW, CHOICE_ROW | {"label": -1}]}, ["row 1 of train", "found int -1"]),
+    "a hidden label": (
+        GOOD | {"train": [CHOICE_ROW, CHOICE_ROW | {"label": -1}]},
+        ["row 1 of train", "found int -1"],
+    ),
     "a label that is true or false": (
         {split: [CHOICE_ROW | {"label": label} for label in (False, True)] for split in GOOD},
-        ["row 0 of train", "column 'label': found bool False", "expected a whole number from 0 to 1"],
+        [
+            "row 0 of train",
+            "column 'label': found bool False",
+            "expected a whole number from 0 to 1",
+        ],
     ),
     "a label in words": (
         GOOD | {"test": [CHOICE_ROW | {"label": "four"}]},
@@ -404,19 +505,36 @@ MISTAKES = {
     ),
     "choices in one text": (
         {split: [CHOICE_ROW | {"choices": "two, three"}] * 2 for split in GOOD},
-        ["row 0 of train", "column 'choices': found str of 10 characters", "a list of texts", '["a", "b"]'],
+        [
+            "row 0 of train",
+            "column 'choices': found str of 10 characters",
+            "a list of texts",
+            '["a", "b"]',
+        ],
     ),
     "a context that is a number": (
         {split: [CHOICE_ROW | {"context": 7}] * 2 for split in GOOD},
         ["row 0 of train", "column 'context': found int 7", "expected text"],
     ),
-    "not JSON": (GOOD | {"train": '{"context": "a"\n!'}, ["found ArrowInvalid: JSON parse error", "while reading"]),
-    "two formats": ({"train": [CHOICE_ROW] * 4, "test_csv": "context,label\na,1\n"}, ["expected files of one format"]),
+    "not JSON": (
+        GOOD | {"train": '{"context": "a"\n!'},
+        ["found ArrowInvalid: JSON parse error", "while reading"],
+    ),
+    "two formats": (
+        {"train": [CHOICE_ROW] * 4, "test_csv": "context,label\na,1\n"},
+        ["expected files of one format"],
+    ),
     "broken lines with secrets": (
-        GOOD | {"train": '{"context": "a", "label": "secret"}\n{"context": ["secret"], "label": {"secret": 1}}\n!'},
+        GOOD
+        | {
+            "train": '{"context": "a", "label": "secret"}\n{"context": ["secret"], "label": {"secret": 1}}\n!'
+        },
         ["while reading train.jsonl in", "expected .jsonl files"],
     ),
-    "nothing to teach": (GOOD | {"train": [CHOICE_ROW | {"choices": ["", "b"]}]}, ["no usable row in train (1 read)"]),
+    "nothing to teach": (
+        GOOD | {"train": [CHOICE_ROW | {"choices": ["", "b"]}]},
+        ["no usable row in train (1 read)"],
+    ),
 }
 
 
@@ -438,14 +556,32 @@ def test_mistakes_in_the_call(tmp_path):
     for call, words in (
         (lambda: tasks.load("multiple_chice", None, seed=0), "did you mean 'multiple_choice'?"),
         (lambda: tasks.find("text_classification"), "is not known; expected one of arc_easy, "),
-        (lambda: tasks.find("text_classification"), "for data of your own, by columns, multiple_choice (context, choi"),
-        (lambda: tasks.load("arc_easy", str(tmp_path / "nowhere"), seed=0), f"found no folder {tmp_path}/nowhere"),
+        (
+            lambda: tasks.find("text_classification"),
+            "for data of your own, by columns, multiple_choice (context, choi",
+        ),
+        (
+            lambda: tasks.load("arc_easy", str(tmp_path / "nowhere"), seed=0),
+            f"found no folder {tmp_path}/nowhere",
+        ),
         (lambda: tasks.load("arc_easy", f"{source}/train.jsonl", seed=0), "expected a folder"),
         (lambda: tasks.load("multiple_choice", None, seed=0), "found no source"),
-        (lambda: tasks.load("multiple_choice", source, seed=0, limit={"tran": 1}), "found a limit for 'tran'"),
-        (lambda: tasks.load("multiple_choice", source, seed=0, limit={"train": 0}), "found limit 0 for train"),
-        (lambda: tasks.load("arc_easy", source, seed=0), "found no column 'question', 'answerKey' in train"),
-        (lambda: tasks.check_columns("arc_easy", source), "found no column 'question', 'answerKey' in train"),
+        (
+            lambda: tasks.load("multiple_choice", source, seed=0, limit={"tran": 1}),
+            "found a limit for 'tran'",
+        ),
+        (
+            lambda: tasks.load("multiple_choice", source, seed=0, limit={"train": 0}),
+            "found limit 0 for train",
+        ),
+        (
+            lambda: tasks.load("arc_easy", source, seed=0),
+            "found no column 'question', 'answerKey' in train",
+        ),
+        (
+            lambda: tasks.check_columns("arc_easy", source),
+            "found no column 'question', 'answerKey' in train",
+        ),
     ):
         with pytest.raises(ValueError) as told:
             call()
@@ -454,7 +590,14 @@ def test_mistakes_in_the_call(tmp_path):
 
 def load_with_hub_at(address: str, source: str | None, home: Path) -> str:
     """The message of `load` in a process of its own, whose hub is at another address."""
-    names = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy")
+    names = (
+        "HF_HUB_OFFLINE",
+        "HF_DATASETS_OFFLINE",
+        "HTTP_PROXY",
+        "http_proxy",
+        "ALL_PROXY",
+        "all_proxy",
+    )
     env = {name: value for name, value in os.environ.items() if name not in names}
     program = f"from fedsp_mpi.data import tasks\ntasks.load('arc_easy', {source!r}, seed=0)"
     command = [sys.executable, "-c", program]

@@ -16,12 +16,16 @@ import yaml
 from mpi import ROOT, both_ends, kill_tree, mpirun, run_mpi
 from test_run import SHORT
 
-from fedsp_mpi import cli, config, jobs, sweep
-from fedsp_mpi.plain import put
-from fedsp_mpi.record import difference, read
+from fedsp_mpi import cli, config
+from fedsp_mpi.commands import jobs, sweep
+from fedsp_mpi.config.parsing import put
+from fedsp_mpi.record import read
+from fedsp_mpi.report import difference
 
 METHODS = ROOT / "configs" / "methods"
-SWEEPS = [path for path in sorted((ROOT / "configs").rglob("*.yaml")) if "\nfolder: " in path.read_text()]
+SWEEPS = [
+    path for path in sorted((ROOT / "configs").rglob("*.yaml")) if "\nfolder: " in path.read_text()
+]
 EMBEDDED = str(config.EMBEDDED.resolve())
 
 
@@ -41,7 +45,10 @@ def written(home: Path, name: str = "sweep.yaml", /, **content: Any) -> Path:
         "base": short_base(),
         "seeds": [1],
         "tasks": {"world": None},
-        "methods": {"fedsp": str(METHODS / "fedsp.yaml"), "fedprompt": str(METHODS / "fedprompt.yaml")},
+        "methods": {
+            "fedsp": str(METHODS / "fedsp.yaml"),
+            "fedprompt": str(METHODS / "fedprompt.yaml"),
+        },
     }
     path = home / name
     path.write_text(yaml.safe_dump({**whole, **content}, sort_keys=False))
@@ -70,7 +77,9 @@ def here(capsys: pytest.CaptureFixture[str], path: Path, *more: str) -> tuple[in
 
 def test_a_cell_is_base_task_method_and_seed(tmp_path):
     (tmp_path / "more").mkdir()
-    (tmp_path / "more" / "base.yaml").write_text(f"extends: {EMBEDDED}\nfederation: {{rounds: 3, clients: 4}}\n")
+    (tmp_path / "more" / "base.yaml").write_text(
+        f"extends: {EMBEDDED}\nfederation: {{rounds: 3, clients: 4}}\n"
+    )
     (tmp_path / "task.yaml").write_text("data: {limit: {test: 7}}\nfederation: {rounds: 5}\n")
     path = written(
         tmp_path,
@@ -79,7 +88,11 @@ def test_a_cell_is_base_task_method_and_seed(tmp_path):
         tasks={"a": "task.yaml", "b": {"data": {"limit": {"test": 8}}}},
         methods={
             "plain": None,
-            "own": {"extends": str(METHODS / "fedprompt.yaml"), "run": {"label": "own"}, "federation": {"clients": 2}},
+            "own": {
+                "extends": str(METHODS / "fedprompt.yaml"),
+                "run": {"label": "own"},
+                "federation": {"clients": 2},
+            },
             "two": [str(METHODS / "fedsp.yaml"), str(METHODS / "fedsp_joint.yaml")],
         },
     )
@@ -94,9 +107,15 @@ def test_a_cell_is_base_task_method_and_seed(tmp_path):
         "own",
         "FedSP without AT (joint)",
     ]
-    assert (by_name["a-plain-3"].federation.rounds, by_name["b-plain-3"].federation.rounds) == (5, 3)
+    assert (by_name["a-plain-3"].federation.rounds, by_name["b-plain-3"].federation.rounds) == (
+        5,
+        3,
+    )
     assert (by_name["a-plain-1"].data.limit.test, by_name["b-plain-1"].data.limit.test) == (7, 8)
-    assert (by_name["a-own-1"].federation.clients, by_name["a-own-1"].client.alignment.steps) == (2, 0)
+    assert (by_name["a-own-1"].federation.clients, by_name["a-own-1"].client.alignment.steps) == (
+        2,
+        0,
+    )
     assert {one.prompt.num_tokens for one in by_name.values()} == {5}
     run = by_name["b-two-1"].run
     assert (run.seed, run.name, run.folder) == (1, "b-two-1", str(tmp_path / "runs"))
@@ -109,15 +128,23 @@ def test_a_sweep_without_a_base_is_of_the_embedded_default(tmp_path):
 
 def test_a_value_may_name_the_task(tmp_path):
     path = written(tmp_path, tasks={"a": None, "b": None}, methods={"fedsp": None})
-    names = [cell.config.data.source for cell in sweep.cells_of(path, ["data.source=x/{task}/y", "run.label=z {z}"])]
+    names = [
+        cell.config.data.source
+        for cell in sweep.cells_of(path, ["data.source=x/{task}/y", "run.label=z {z}"])
+    ]
     assert names == ["x/a/y", "x/b/y"]
 
 
 def test_cells_have_recipes_too(tmp_path):
-    path = written(tmp_path, base=None, methods={"paper": None, "bridged": str(METHODS / "fedsp.yaml")})
+    path = written(
+        tmp_path, base=None, methods={"paper": None, "bridged": str(METHODS / "fedsp.yaml")}
+    )
     for over in ([], ["auxiliary.dropout=true"]):
         [paper, bridged] = sweep.cells_of(path, over)
-        assert (paper.config.auxiliary.first_layers, bridged.config.auxiliary.first_layers) == (None, 1)
+        assert (paper.config.auxiliary.first_layers, bridged.config.auxiliary.first_layers) == (
+            None,
+            1,
+        )
     (tmp_path / "plain.yaml").write_text("model: {name: embedded}\ndata: {source: embedded}\n")
     [plain] = sweep.cells_of(written(tmp_path, base="plain.yaml", methods={"plain": None}))
     assert plain.config.recipe == "bridged" and plain.config.auxiliary.first_layers == 1
@@ -128,7 +155,8 @@ def test_only_some_of_the_runs(tmp_path, capsys):
     status, out, error = here(capsys, path, "--dry-run", "--only", "b-*")
     assert (
         status == 0
-        and [name in out + error for name in ("a-c-1", "a-c-2", "b-c-1", "b-c-2")] == [False] * 2 + [True] * 2
+        and [name in out + error for name in ("a-c-1", "a-c-2", "b-c-1", "b-c-2")]
+        == [False] * 2 + [True] * 2
     )
     status, _, error = here(capsys, path, "--dry-run", "--only", "d")
     assert status == 2 and "--only d: found no run of that name" in error and error.count("\n") == 1
@@ -161,7 +189,12 @@ def test_only_some_of_the_runs(tmp_path, capsys):
             "a and b both called 'x', expected two",
         ),
         (  # in the last cell of all
-            {"methods": {"good": None, "bad": {"federation": {"clients": 0}, "server": {"tuning": {"steps": 0}}}}},
+            {
+                "methods": {
+                    "good": None,
+                    "bad": {"federation": {"clients": 0}, "server": {"tuning": {"steps": 0}}},
+                }
+            },
             "world-bad-1: server.tuning.steps: found 0 with federation.clients=0",
         ),
         (
@@ -234,13 +267,18 @@ def done(tmp_path_factory) -> Path:
 def test_each_run_is_complete_and_told_in_one_line(done):
     first, *lines, last = (done / "said.txt").read_text().splitlines()
     assert first == f"2 runs in {done / 'runs'}, 0 of them complete"
-    for number, (line, name) in enumerate(zip(lines, ["world-fedsp-1", "world-fedprompt-1"], strict=True), 1):
+    for number, (line, name) in enumerate(
+        zip(lines, ["world-fedsp-1", "world-fedprompt-1"], strict=True), 1
+    ):
         run = read(done / "runs" / name)
         assert run.status == "complete" and run.committed_rounds == 2
         score = 100 * run.results[-1]["acc"]
         assert line.startswith(f"{number}/2  {name}  ") and line.endswith(f" s  acc {score:.2f} %")
         assert "round 2/2" in (done / "runs" / "logs" / f"{name}.txt").read_text()
-    assert last == f"all runs are complete: python -m fedsp_mpi report {done / 'runs'} --table comparison"
+    assert (
+        last
+        == f"all runs are complete: python -m fedsp_mpi report {done / 'runs'} --table comparison"
+    )
 
 
 def test_each_configuration_is_beside_the_runs_and_gives_the_same_run_alone(done):
@@ -273,14 +311,22 @@ def test_several_files_are_one_sweep(done, capsys):
     names = ["world-fedsp-1", "world-fedprompt-1"]
     status, out, _ = here(capsys, done / "sweep.yaml", str(done / "second.yaml"), "--dry-run")
     first, *lines = out.splitlines()
-    assert status == 0 and first == f"4 runs in {done / 'runs'}, {done / 'others'}, 2 of them complete"
+    assert (
+        status == 0 and first == f"4 runs in {done / 'runs'}, {done / 'others'}, 2 of them complete"
+    )
     places = [str(done / home / name) for home in ("runs", "others") for name in names]
     assert [line.split()[:3] for line in lines] == [
         [f"{number}/4", place, state]
         for number, (place, state) in enumerate(zip(places, ["complete"] * 2 + ["new"] * 2), 1)
     ]
-    status, out, _ = here(capsys, done / "second.yaml", str(done / "sweep.yaml"), "--launch", "false")
-    assert status == 1 and out.count("FAILED with status 1") == 2 and out.count("  complete  acc ") == 2
+    status, out, _ = here(
+        capsys, done / "second.yaml", str(done / "sweep.yaml"), "--launch", "false"
+    )
+    assert (
+        status == 1
+        and out.count("FAILED with status 1") == 2
+        and out.count("  complete  acc ") == 2
+    )
     assert f"2 of 4 runs failed: {places[2]}, {places[3]}; " in out
     assert (done / "others" / "configs" / f"{names[0]}.yaml").is_file()
     assert (done / "others" / "logs" / f"{names[0]}.txt").is_file()
@@ -297,7 +343,10 @@ def test_files_that_share_a_run_are_refused(tmp_path, capsys):
     status, out, error = here(capsys, paths[0], str(paths[1]))
     assert status == 2 and out == "" and error.count("\n") == 1
     run = tmp_path / "runs" / "world-fedsp-1"
-    assert f"{paths[1]}: found the run {run}, which {paths[0]} has too, expected another folder" in error
+    assert (
+        f"{paths[1]}: found the run {run}, which {paths[0]} has too, expected another folder"
+        in error
+    )
 
 
 @pytest.mark.parametrize(
@@ -318,7 +367,9 @@ def test_records_of_other_configurations_are_refused(done, capsys, setting, mess
 
 def test_a_complete_run_whose_method_was_called_otherwise_is_refused(done, capsys):
     path = written(
-        done, "renamed.yaml", methods={"fedsp": {"extends": str(METHODS / "fedsp.yaml"), "run": {"label": "B"}}}
+        done,
+        "renamed.yaml",
+        methods={"fedsp": {"extends": str(METHODS / "fedsp.yaml"), "run": {"label": "B"}}},
     )
     status, _, error = here(capsys, path)
     assert status == 2 and "run.label: was FedSP, is B" in error
@@ -326,29 +377,42 @@ def test_a_complete_run_whose_method_was_called_otherwise_is_refused(done, capsy
 
 def test_a_run_that_fails_is_named_and_the_others_go_on(tmp_path):
     bad = {"extends": str(METHODS / "fedsp.yaml"), "data": {"source": str(tmp_path / "nowhere")}}
-    methods = {"bad": bad, "locked": str(METHODS / "finetune.yaml"), "good": str(METHODS / "fedprompt.yaml")}
+    methods = {
+        "bad": bad,
+        "locked": str(METHODS / "finetune.yaml"),
+        "good": str(METHODS / "fedprompt.yaml"),
+    }
     path = written(tmp_path, methods=methods)
     logs = tmp_path / "runs" / "logs"
     (logs / "world-locked-1.txt").mkdir(parents=True)  # where its output should go
     result = go(path, status=1)
     _, failed, locked, good, last = result.stdout.splitlines()
-    assert failed.startswith("1/3  world-bad-1  ") and "FAILED with status 2: fedsp_mpi: " in failed, both_ends(result)
+    assert (
+        failed.startswith("1/3  world-bad-1  ") and "FAILED with status 2: fedsp_mpi: " in failed
+    ), both_ends(result)
     assert "nowhere" in failed and failed.endswith(f"({logs / 'world-bad-1.txt'})")
     assert f"FAILED: could not be started: {logs / 'world-locked-1.txt'}: Is a directory" in locked
     assert good.startswith("3/3  world-good-1  ") and " acc " in good
-    assert last == "2 of 3 runs failed: world-bad-1, world-locked-1; the same command tries them again"
+    assert (
+        last == "2 of 3 runs failed: world-bad-1, world-locked-1; the same command tries them again"
+    )
 
 
 def test_a_run_whose_output_was_taken_away_is_a_line(tmp_path, capsys):
     path, script = written(tmp_path), tmp_path / "launch.sh"
     script.write_text(f"rm -r {tmp_path / 'runs' / 'logs'}; exit 3\n")
     status, told, _ = here(capsys, path, "--launch", f"sh {script}", "--only", "*-1")
-    assert status == 1 and "FAILED with status 3: what it said cannot be read: No such file or directory" in told
+    assert (
+        status == 1
+        and "FAILED with status 3: what it said cannot be read: No such file or directory" in told
+    )
 
 
 # -- side by side --------------------------------------------------------------------------------------------------
 
-needs_cores = pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="two runs at a time need two cores")
+needs_cores = pytest.mark.skipif(
+    len(os.sched_getaffinity(0)) < 2, reason="two runs at a time need two cores"
+)
 
 
 @pytest.mark.parametrize(
@@ -356,7 +420,12 @@ needs_cores = pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="two r
     [
         (6, "", 1, [(range(6), None)]),
         (6, "0,1", 1, [(range(6), None)]),
-        (5, "", 2, [({0, 1}, None), ({2, 3}, None)]),  # equal shares: bits depend on the number of threads
+        (
+            5,
+            "",
+            2,
+            [({0, 1}, None), ({2, 3}, None)],
+        ),  # equal shares: bits depend on the number of threads
         (4, "3, GPU-a,5,6", 2, [({0, 1}, "3,GPU-a"), ({2, 3}, "5,6")]),
         (3, "3,4", 3, [({0}, "3"), ({1}, "4"), ({2}, "3")]),
     ],
@@ -372,7 +441,11 @@ def test_places_are_equal_shares(monkeypatch, cores, visible, number, shares):
 @pytest.mark.parametrize("number", ["0", "4096"])
 def test_more_places_than_cores_are_a_mistake(tmp_path, capsys, number):
     status, _, error = here(capsys, written(tmp_path), "--jobs", number)
-    assert status == 2 and f"--jobs: found {number}, expected 1 to " in error and error.count("\n") == 1
+    assert (
+        status == 2
+        and f"--jobs: found {number}, expected 1 to " in error
+        and error.count("\n") == 1
+    )
 
 
 @needs_cores
@@ -423,7 +496,9 @@ def test_both_run_at_once_are_told_to_stop_and_go_on(tmp_path):
     assert [read(run).status for run in runs] == ["complete"] * 2
 
 
-def wait_for_checkpoints(runs: list[Path], process: subprocess.Popen[str], seconds: float = 90.0) -> None:
+def wait_for_checkpoints(
+    runs: list[Path], process: subprocess.Popen[str], seconds: float = 90.0
+) -> None:
     """Until each run has a checkpoint (of any round: old ones go), the process has ended, or the time is over."""
     end = time.monotonic() + seconds
     while not all([*run.glob("checkpoints/[0-9]*.json")] for run in runs):
@@ -442,7 +517,9 @@ STOPS = [
 
 
 @pytest.mark.parametrize(("launch", "number", "status"), STOPS)
-def test_told_to_stop_it_ends_with_its_run_and_goes_on_where_it_was(tmp_path, launch, number, status):
+def test_told_to_stop_it_ends_with_its_run_and_goes_on_where_it_was(
+    tmp_path, launch, number, status
+):
     path = written(
         tmp_path,
         base=short_base("federation.rounds=6", "client.tuning.steps=12"),
@@ -458,7 +535,9 @@ def test_told_to_stop_it_ends_with_its_run_and_goes_on_where_it_was(tmp_path, la
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # what runs in the background may ignore it
+        preexec_fn=lambda: signal.signal(
+            signal.SIGINT, signal.SIG_DFL
+        ),  # what runs in the background may ignore it
     )
     run = tmp_path / "runs" / "world-fedsp-1"
     try:
@@ -469,14 +548,22 @@ def test_told_to_stop_it_ends_with_its_run_and_goes_on_where_it_was(tmp_path, la
         kill_tree(process)
     assert process.returncode == status, error
     assert (
-        f"told to stop ({number.name}) in world-fedsp-1; the same command goes on" in error and error.count("\n") == 1
+        f"told to stop ({number.name}) in world-fedsp-1; the same command goes on" in error
+        and error.count("\n") == 1
     )
     assert 1 <= read(run).committed_rounds < 6 and read(run).status != "complete"
     require_alone(run)
     dry = go(path, "--dry-run").stdout
     assert "after round" in dry and "of 6" in dry
     go(path, *words)
-    assert read(run).status == "complete" and read(run).rounds["round"].tolist() == [1, 2, 3, 4, 5, 6]
+    assert read(run).status == "complete" and read(run).rounds["round"].tolist() == [
+        1,
+        2,
+        3,
+        4,
+        5,
+        6,
+    ]
     assert "goes on after round" in (tmp_path / "runs" / "logs" / "world-fedsp-1.txt").read_text()
 
 

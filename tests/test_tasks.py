@@ -27,7 +27,11 @@ LM_EVAL = {
     "rte": ("rte", "validation"),
 }
 CHOICE_ROW = {"context": "Q: 1 + 1?\nA:", "choices": ["two", "three"], "label": 0}
-ARC_ROW = {"question": "Why?", "choices": {"text": ["so", "no"], "label": ["1", "2"]}, "answerKey": "2"}
+ARC_ROW = {
+    "question": "Why?",
+    "choices": {"text": ["so", "no"], "label": ["1", "2"]},
+    "answerKey": "2",
+}
 PROBLEM = {"question": "I have  _  .", "answer": "B", "options": ["a cat", "a dog", "3", "[x]"]}
 AWKWARD = {
     "piqa": [
@@ -44,7 +48,13 @@ AWKWARD = {
             "endings": ["[step] goes [title] on", " [title] [a] [b]", "x [unclosed", "l'été  "],
             "label": "3",
         },
-        {"activity_label": "A", "ctx_a": "b.", "ctx_b": "", "endings": ["c", "d", "e", "f"], "label": "0"},
+        {
+            "activity_label": "A",
+            "ctx_a": "b.",
+            "ctx_b": "",
+            "endings": ["c", "d", "e", "f"],
+            "label": "0",
+        },
     ],
     "sciq": [
         {
@@ -62,7 +72,9 @@ AWKWARD = {
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path_factory, monkeypatch):
     """What `datasets` prepares goes to a folder of this test run."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.getbasetemp() / "cache")
+    monkeypatch.setattr(
+        datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.getbasetemp() / "cache"
+    )
 
 
 def local(name: str) -> str:
@@ -76,7 +88,11 @@ def write(folder: Path, **files: object) -> str:
     folder.mkdir(exist_ok=True)
     for name, content in files.items():
         path = folder / (name.replace("_", ".") if "_" in name else f"{name}.jsonl")
-        text = content if isinstance(content, str) else "".join(json.dumps(row) + "\n" for row in content)
+        text = (
+            content
+            if isinstance(content, str)
+            else "".join(json.dumps(row) + "\n" for row in content)
+        )
         path.write_text(text)
     return str(folder)
 
@@ -88,7 +104,10 @@ def lm_eval_task(name: str, data: datasets.DatasetDict, monkeypatch):
     """lm-eval's own object for a task, over the given data instead of the hub's."""
     lm_eval_tasks = pytest.importorskip("lm_eval.tasks")
     folder = Path(lm_eval_tasks.__file__).parent
-    rooms = [str(folder / room) for room in ("arc", "openbookqa", "webqs", "hellaswag", "piqa", "sciq", "race", "glue")]
+    rooms = [
+        str(folder / room)
+        for room in ("arc", "openbookqa", "webqs", "hellaswag", "piqa", "sciq", "race", "glue")
+    ]
     manager = lm_eval_tasks.TaskManager(include_path=rooms, include_defaults=False)
     monkeypatch.setattr(datasets, "load_dataset", lambda path, name=None, **_: data)
     return manager.load(name)["tasks"][name]
@@ -141,7 +160,12 @@ def test_every_other_row_equals_lm_eval(name, monkeypatch):
         table = table.select(range(min(len(table), OTHER_ROWS or len(table))))
         for row, doc in zip(table, process(table)):
             expected = [f" {choice}" for choice in theirs.doc_to_choice(doc)]
-            same(TASKS[name].example(row), theirs.doc_to_text(doc), expected, positions(theirs.doc_to_target(doc)))
+            same(
+                TASKS[name].example(row),
+                theirs.doc_to_text(doc),
+                expected,
+                positions(theirs.doc_to_target(doc)),
+            )
 
 
 @pytest.mark.parametrize("name", AWKWARD)
@@ -157,10 +181,17 @@ def test_awkward_rows_equal_lm_eval(name, tmp_path, monkeypatch):
 
 
 def race_rows() -> list[dict]:
-    last = {"question": "What is it's {{name}}?", "answer": "D", "options": ["a", 'b "c"', "d\n", "ü"]}
+    last = {
+        "question": "What is it's {{name}}?",
+        "answer": "D",
+        "options": ["a", 'b "c"', "d\n", "ü"],
+    }
     plain = {"question": "Why _ ?", "answer": "A", "options": ["w", "x", "y", "z"]}
     stories = [[last], [PROBLEM, last], [plain, PROBLEM, PROBLEM], [last, plain]]
-    return [{"article": f"Text {k}.\n ", "problems": repr(problems)} for k, problems in enumerate(stories)]
+    return [
+        {"article": f"Text {k}.\n ", "problems": repr(problems)}
+        for k, problems in enumerate(stories)
+    ]
 
 
 def test_race_equals_lm_eval_in_both_forms_of_columns(tmp_path, monkeypatch):
@@ -187,12 +218,16 @@ def test_the_target_is_the_right_choice_after_a_blank():
 
 
 def test_web_questions_teach_the_first_answer_and_accept_all():
-    example = TASKS["web_questions"].example({"question": "who?", "answers": ["Zoe", "Ann Lee", "Ann"]})
+    example = TASKS["web_questions"].example(
+        {"question": "who?", "answers": ["Zoe", "Ann Lee", "Ann"]}
+    )
     assert example == Example("Question: who?\nAnswer:", " Zoe", ("Ann", "Zoe"), (0, 1))
 
 
 def test_the_generic_tasks_add_nothing_to_the_text():
-    assert TASKS["multiple_choice"].example(CHOICE_ROW) == Example("Q: 1 + 1?\nA:", " two", ("two", "three"), (0,))
+    assert TASKS["multiple_choice"].example(CHOICE_ROW) == Example(
+        "Q: 1 + 1?\nA:", " two", ("two", "three"), (0,)
+    )
     answered = TASKS["question_answering"].example({"context": "Say it:", "answers": ["b", "a"]})
     assert answered == Example("Say it:", " b", ("a", "b"), (0, 1))
 
@@ -202,16 +237,36 @@ def test_the_generic_tasks_add_nothing_to_the_text():
     [
         ("arc_easy", ARC_ROW | {"answerKey": "E"}, ["answer key 'E'", "1, 2"]),
         ("arc_easy", ARC_ROW | {"choices": ["so", "no"]}, ["'choices'", "'text' and 'label'"]),
-        ("openbookqa", {"question_stem": None}, ["'question_stem': found NoneType", "expected text"]),
+        (
+            "openbookqa",
+            {"question_stem": None},
+            ["'question_stem': found NoneType", "expected text"],
+        ),
         ("race", {"article": "a", "problems": "[{"}, ["'problems'", "Python list"]),
         ("race", {"article": "a", "problems": "[1, 2]"}, ["'problems'", "Python list"]),
         ("race", {"article": "a"} | PROBLEM | {"answer": "E"}, ["answer 'E'", "A, B, C, D"]),
         ("piqa", AWKWARD["piqa"][0] | {"label": None}, ["'label': found NoneType", "0 to 1"]),
         ("sst2", {"sentence": "x", "label": 2}, ["'label': found int 2", "0 to 1"]),
-        ("rte", {"sentence1": "x", "sentence2": "y", "label": True}, ["'label': found bool True", "0 to 1"]),
-        ("multiple_choice", CHOICE_ROW | {"label": False}, ["'label': found bool False", "a whole number"]),
-        ("multiple_choice", CHOICE_ROW | {"label": 0.5}, ["'label': found float 0.5", "a whole number"]),
-        ("web_questions", {"question": "x", "answers": "y"}, ["'answers': found str of 1 characters", "list of texts"]),
+        (
+            "rte",
+            {"sentence1": "x", "sentence2": "y", "label": True},
+            ["'label': found bool True", "0 to 1"],
+        ),
+        (
+            "multiple_choice",
+            CHOICE_ROW | {"label": False},
+            ["'label': found bool False", "a whole number"],
+        ),
+        (
+            "multiple_choice",
+            CHOICE_ROW | {"label": 0.5},
+            ["'label': found float 0.5", "a whole number"],
+        ),
+        (
+            "web_questions",
+            {"question": "x", "answers": "y"},
+            ["'answers': found str of 1 characters", "list of texts"],
+        ),
     ],
 )
 def test_mistakes_in_a_row(name, row, words):

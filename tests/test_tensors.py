@@ -10,7 +10,11 @@ import torch
 from fedsp_mpi import rng
 from fedsp_mpi.tensors import Batch, Contract, NamedTensors, Schema, SealedTensorError, seal
 
-SOME = {"a": torch.arange(6.0).reshape(2, 3), "b.x": torch.tensor(7.0), "b.y": torch.arange(4.0) + 10}
+SOME = {
+    "a": torch.arange(6.0).reshape(2, 3),
+    "b.x": torch.tensor(7.0),
+    "b.y": torch.arange(4.0) + 10,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -26,8 +30,13 @@ def unsealed():
 def test_packed_tensors_lie_side_by_side_in_one_vector():
     packed = NamedTensors.pack(SOME)
     assert packed.schema == (("a", (2, 3)), ("b.x", ()), ("b.y", (4,)))
-    assert packed.flat.tolist() == [0, 1, 2, 3, 4, 5, 7, 10, 11, 12, 13] and packed.flat.dtype == np.float32
-    assert list(packed) == ["a", "b.x", "b.y"] and len(packed) == 3 and packed.schema.num_values == 11
+    assert (
+        packed.flat.tolist() == [0, 1, 2, 3, 4, 5, 7, 10, 11, 12, 13]
+        and packed.flat.dtype == np.float32
+    )
+    assert (
+        list(packed) == ["a", "b.x", "b.y"] and len(packed) == 3 and packed.schema.num_values == 11
+    )
     assert packed["a"].tolist() == [[0, 1, 2], [3, 4, 5]] and packed["b.x"].shape == ()
     packed["b.y"][0] = -1
     assert packed.flat[7] == -1
@@ -35,9 +44,13 @@ def test_packed_tensors_lie_side_by_side_in_one_vector():
 
 def test_packing_copies_whatever_the_layout_and_the_type():
     half, turned = torch.tensor([0.1, 2.0], dtype=torch.bfloat16), torch.arange(6.0).reshape(2, 3).T
-    packed = NamedTensors.pack({"half": half, "turned": turned, "wide": torch.tensor([0.5], dtype=torch.float64)})
+    packed = NamedTensors.pack(
+        {"half": half, "turned": turned, "wide": torch.tensor([0.5], dtype=torch.float64)}
+    )
     assert packed["half"].tolist() == half.float().tolist()
-    assert packed["turned"].tolist() == [[0, 3], [1, 4], [2, 5]] and packed["wide"].tolist() == [0.5]
+    assert packed["turned"].tolist() == [[0, 3], [1, 4], [2, 5]] and packed["wide"].tolist() == [
+        0.5
+    ]
     turned[0, 0] = 99
     assert packed["turned"][0, 0] == 0
     trained = torch.nn.Parameter(torch.ones(2))
@@ -47,10 +60,15 @@ def test_packing_copies_whatever_the_layout_and_the_type():
 def test_torch_tensors_are_the_same_memory():
     packed = NamedTensors.pack(SOME)
     views = packed.torch()
-    assert {name: view.tolist() for name, view in views.items()} == {n: x.tolist() for n, x in SOME.items()}
+    assert {name: view.tolist() for name, view in views.items()} == {
+        n: x.tolist() for n, x in SOME.items()
+    }
     views["a"][1, 2] = 50
     assert packed.flat[5] == 50 and packed["a"][1, 2] == 50
-    assert packed.copy().flat is not packed.flat and packed.copy()["a"].tolist() == packed["a"].tolist()
+    assert (
+        packed.copy().flat is not packed.flat
+        and packed.copy()["a"].tolist() == packed["a"].tolist()
+    )
     assert not np.shares_memory(packed.copy().flat, packed.flat)
 
 
@@ -61,7 +79,9 @@ def test_join_puts_the_parts_name_in_front_and_select_takes_it_off():
     for name, part in {"first/": one, "second/": two}.items():
         selected = both.select(name)
         assert selected.schema == part.schema and (selected.flat == part.flat).all()
-    assert list(both.select("first/b.")) == ["x", "y"] and both.select("first/b.")["y"].tolist() == [10, 11, 12, 13]
+    assert list(both.select("first/b.")) == ["x", "y"] and both.select("first/b.")[
+        "y"
+    ].tolist() == [10, 11, 12, 13]
     both.select("second/")["a"][0] = 5
     assert both["second/a"].tolist() == [5, 1]  # no copy
     assert list(both.select("third/")) == [] and both.select("third/").flat.size == 0
@@ -101,7 +121,10 @@ def schema(**shapes: list[int]) -> Schema:
         (schema(a=[3, 2], b=[4]), "client 3: found tensor 'a' [3, 2], expected 'a' [2, 3]"),
         (schema(b=[4], a=[2, 3]), "client 3: found tensor 'b' [4], expected 'a' [2, 3]"),
         (schema(a=[2, 3]), "client 3: found 1 tensors, expected 2; the first that differs is 'b'"),
-        (schema(a=[2, 3], b=[4], d=[1]), "client 3: found 3 tensors, expected 2; the first that differs is 'd'"),
+        (
+            schema(a=[2, 3], b=[4], d=[1]),
+            "client 3: found 3 tensors, expected 2; the first that differs is 'd'",
+        ),
         (schema(), "client 3: found 0 tensors, expected 2; the first that differs is 'a'"),
     ],
 )
@@ -115,9 +138,16 @@ def test_a_schema_says_where_it_differs(found, words):
 
 def test_equal_schemas_share_a_digest_and_others_do_not():
     base = schema(a=[2, 3], b=[4])
-    assert base.digest == NamedTensors.pack({"a": torch.zeros(2, 3), "b": torch.ones(4)}).schema.digest
+    assert (
+        base.digest == NamedTensors.pack({"a": torch.zeros(2, 3), "b": torch.ones(4)}).schema.digest
+    )
     assert isinstance(base.digest, bytes) and len(base.digest) == 16
-    others = [schema(b=[4], a=[2, 3]), schema(a=[3, 2], b=[4]), schema(a=[6], b=[4]), schema(a=[2, 3], c=[4])]
+    others = [
+        schema(b=[4], a=[2, 3]),
+        schema(a=[3, 2], b=[4]),
+        schema(a=[6], b=[4]),
+        schema(a=[2, 3], c=[4]),
+    ]
     others += [schema(a=[2, 3]), schema(a=[2, 3], b=[4], c=[1]), schema(a=[2], b=[34]), schema()]
     assert len({each.digest for each in [base, *others]}) == len(others) + 1
     assert Contract(base, base).up.digest == base.digest
@@ -125,7 +155,9 @@ def test_equal_schemas_share_a_digest_and_others_do_not():
 
 def test_a_digest_is_the_same_in_another_process():
     code = "from fedsp_mpi.tensors import Schema; print(Schema.of([('a', (2, 3)), ('b', (4,))]).digest.hex())"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
+    )
     assert done.stdout.strip() == schema(a=[2, 3], b=[4]).digest.hex()
 
 
@@ -154,7 +186,10 @@ VIEWS = {
 
 @pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
 def test_no_view_of_a_sealed_tensor_is_packed(weight, view):
-    with pytest.raises(SealedTensorError, match=r"p is the memory of 'layer.weight' of the global model.*expected a"):
+    with pytest.raises(
+        SealedTensorError,
+        match=r"p is the memory of 'layer.weight' of the global model.*expected a",
+    ):
         NamedTensors.pack({"fine": torch.zeros(2), "p": view(weight)})
 
 
@@ -166,7 +201,11 @@ def test_no_numpy_view_of_a_sealed_tensor_becomes_a_message(weight):
 
 
 def test_copies_and_other_tensors_are_fine(weight):
-    copies = {"clone": weight.detach().clone(), "sum": weight + 0, "contiguous": weight.T.contiguous()}
+    copies = {
+        "clone": weight.detach().clone(),
+        "sum": weight + 0,
+        "contiguous": weight.T.contiguous(),
+    }
     packed = NamedTensors.pack({**copies, "prompt": torch.zeros(3)})
     assert torch.equal(packed.torch()["clone"], weight.detach())
     flat = weight.detach().numpy().reshape(-1).copy()
@@ -218,7 +257,15 @@ def test_randomness_is_keyed_by_its_meaning():
     assert rng.key(1, "order", 2, 3) == rng.key(1, "order", 2, 3) < 2**63
     keys = [
         rng.key(*each)
-        for each in [(1, "a"), (2, "a"), (1, "b"), (1, "a", 0), (1, "a", 1), (1, "a", 1, 2), (1, "a", 12)]
+        for each in [
+            (1, "a"),
+            (2, "a"),
+            (1, "b"),
+            (1, "a", 0),
+            (1, "a", 1),
+            (1, "a", 1, 2),
+            (1, "a", 12),
+        ]
     ]
     assert len(set(keys)) == len(keys)
     assert rng.key(1, "first prompt") == 4802943619673794631  # the same on every machine, for ever

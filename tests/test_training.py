@@ -17,11 +17,12 @@ from torch import nn
 
 from fedsp_mpi import federate
 from fedsp_mpi.algorithms import fedsp
-from fedsp_mpi.algorithms.prompt_tuning import Server
+from fedsp_mpi.algorithms.prompt_server import Server
 from fedsp_mpi.comm import Down, Topology
 from fedsp_mpi.config import ComputeConfig, DistillationConfig, StageConfig
+from fedsp_mpi.config.training import OptimizerConfig
 from fedsp_mpi.data.tokens import Batches, collate
-from fedsp_mpi.fingerprint import of_weights
+from fedsp_mpi.files.fingerprint import of_weights
 from fedsp_mpi.log import Log
 from fedsp_mpi.models import auxiliary
 from fedsp_mpi.models.backbone import LanguageModel
@@ -29,14 +30,13 @@ from fedsp_mpi.models.losses import answer_loss, hidden_loss, logits_loss
 from fedsp_mpi.models.prompts import DepthMap, Prompt, PromptSpec
 from fedsp_mpi.record import Checkpoints
 from fedsp_mpi.record.checkpoint import Shelf
-from fedsp_mpi.sides import ClientSide
-from fedsp_mpi.stages import OptimizerConfig
+from fedsp_mpi.roles import ClientSide
 from fedsp_mpi.tensors import Failure, NamedTensors, State, seal
 from fedsp_mpi.training.device import Compute
 from fedsp_mpi.training.distill import Progress, StoppedError, distil, distillation_loss
 from fedsp_mpi.training.engine import TorchEngine, learning_rate
 from fedsp_mpi.training.loop import NonFiniteError, Trace, num_answer_tokens, num_text_tokens, train
-from fedsp_mpi.training.team import ALONE
+from fedsp_mpi.training.process_group import ALONE
 
 ROOT = Path(__file__).resolve().parent.parent
 PLAIN = OptimizerConfig(learning_rate=0.1, weight_decay=0.0, warmup=0.0)
@@ -100,7 +100,9 @@ def test_the_engine_is_adamw_with_clipping(clip):
     engine = TorchEngine(moving.values(), settings, 4)
     first, second, x = ({n: v * k for n, v in start.items()} for k in (0, 0, 1))
     for t in range(1, 5):
-        engine.backward(sum((t * torch.tensor(pull[name]) * p.square()).sum() for name, p in moving.items()))
+        engine.backward(
+            sum((t * torch.tensor(pull[name]) * p.square()).sum() for name, p in moving.items())
+        )
         engine.step()
         g = {name: 2 * t * pull[name] * x[name] for name in x}
         norm = math.sqrt(sum((value**2).sum() for value in g.values()))
@@ -127,7 +129,9 @@ def test_a_gradient_that_was_not_used_can_be_dropped():
 # -- the loop ------------------------------------------------------------------------------------------------------
 
 
-def tuned(path: str, micro: int | None, weights: bool, steps: int = 3) -> tuple[Trace, NamedTensors]:
+def tuned(
+    path: str, micro: int | None, weights: bool, steps: int = 3
+) -> tuple[Trace, NamedTensors]:
     """Losses of some steps on texts of different lengths, and what they left."""
     model = tiny.load(path)
     prompt = Prompt(PromptSpec.of(model.shape, "prefix", 5, None)).initialise(1, 0.5)
@@ -148,7 +152,11 @@ def test_a_step_does_not_depend_on_how_the_batch_is_cut(gpt2, weights):
         trace, found = tuned(gpt2, micro, weights)
         assert trace.losses == pytest.approx(whole.losses, rel=1e-6)
         assert np.abs(found.flat - left.flat).max() < 1e-6 * max(1, np.abs(left.flat).max())
-    assert whole.samples == 18 and len(whole.losses) == 3 and whole.first == whole.losses[0] != whole.last
+    assert (
+        whole.samples == 18
+        and len(whole.losses) == 3
+        and whole.first == whole.losses[0] != whole.last
+    )
 
 
 def test_micro_batches_hold_texts_of_similar_length():
@@ -168,7 +176,11 @@ def test_a_steps_loss_is_the_mean_over_the_answers_tokens(gpt2):
     small.train_weights(False)
     chosen, losses = Batches(texts, 6, None, 1, "test").step(0), []
     for row in range(6):
-        text = next(t for t in texts if t.ids[:-1].tolist() == chosen[0].input_ids[row, : len(t.ids) - 1].tolist())
+        text = next(
+            t
+            for t in texts
+            if t.ids[:-1].tolist() == chosen[0].input_ids[row, : len(t.ids) - 1].tolist()
+        )
         logits = small.head(small.hidden(collate([text]), prompt))[0].log_softmax(-1)
         losses += [-logits[i - 1, text.ids[i]].item() for i in range(text.answer, len(text.ids))]
     assert trace.losses[0] == pytest.approx(np.mean(losses), rel=1e-5)
@@ -185,7 +197,11 @@ class Line:
 
     def step(self, index):
         self.asked.append(index)
-        return [tiny.Batch(torch.full((1, 1), index), torch.ones(1, 1), torch.ones(1, 1, dtype=torch.int64))]
+        return [
+            tiny.Batch(
+                torch.full((1, 1), index), torch.ones(1, 1), torch.ones(1, 1, dtype=torch.int64)
+            )
+        ]
 
     def loss(self, batch):
         return 0 * self.weight.sum() + self.losses[int(batch.input_ids)]
@@ -195,7 +211,16 @@ def test_training_takes_the_batches_it_is_told_to():
     line, seen = Line(5.0, 4.0, 3.0, 2.0), []
     engine = TorchEngine([line.weight], PLAIN, 4)
     first = train(engine, line, 2, 1, line.loss, num_answer_tokens, tiny.CPU)
-    rest = train(engine, line, 0, 3, line.loss, num_answer_tokens, tiny.CPU, lambda loss: seen.append(loss.item()))
+    rest = train(
+        engine,
+        line,
+        0,
+        3,
+        line.loss,
+        num_answer_tokens,
+        tiny.CPU,
+        lambda loss: seen.append(loss.item()),
+    )
     assert (first.losses, rest.losses, line.asked) == ((3.0,), (5.0, 4.0, 3.0), [2, 0, 1, 2])
     assert seen == [5.0, 4.0, 3.0] and (rest.first, rest.last, rest.samples) == (5.0, 3.0, 12)
     assert engine.steps_done == 4
@@ -206,8 +231,12 @@ def test_training_takes_the_batches_it_is_told_to():
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_a_loss_that_is_not_finite_is_told_with_its_first_step(value):
     line = Line(1.0, value, math.nan)
-    with pytest.raises(NonFiniteError, match=rf"the loss of step 2 of 3 is {value}, expected a finite number"):
-        train(TorchEngine([line.weight], PLAIN, 3), line, 0, 3, line.loss, num_answer_tokens, tiny.CPU)
+    with pytest.raises(
+        NonFiniteError, match=rf"the loss of step 2 of 3 is {value}, expected a finite number"
+    ):
+        train(
+            TorchEngine([line.weight], PLAIN, 3), line, 0, 3, line.loss, num_answer_tokens, tiny.CPU
+        )
 
 
 # -- state ---------------------------------------------------------------------------------------------------------
@@ -251,7 +280,10 @@ def test_hidden_loss_against_a_loop():
     student.requires_grad_(True)
     loss = hidden_loss(student, teacher, mask)
     loss.backward()
-    assert loss.item() == pytest.approx(wanted, rel=1e-6) and not student.grad[1, 1:].nan_to_num(1.0)[0].any()
+    assert (
+        loss.item() == pytest.approx(wanted, rel=1e-6)
+        and not student.grad[1, 1:].nan_to_num(1.0)[0].any()
+    )
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
@@ -305,16 +337,31 @@ def distilled(
     **changes,
 ):
     teacher = tiny.load(path)
-    student = LanguageModel(auxiliary.unroll(auxiliary.cut(teacher, tiny.cell(1)), 4), dropout=dropout)
+    student = LanguageModel(
+        auxiliary.unroll(auxiliary.cut(teacher, tiny.cell(1)), 4), dropout=dropout
+    )
     stage = StageConfig(
-        steps=steps, batch_size=8, micro_batch=micro, optimizer=OptimizerConfig(learning_rate=1e-2, clip=clip)
+        steps=steps,
+        batch_size=8,
+        micro_batch=micro,
+        optimizer=OptimizerConfig(learning_rate=1e-2, clip=clip),
     )
     settings = DistillationConfig(**{"stage": stage, "engine": "torch"} | changes)
     before = of_weights(teacher.weights)
-    batches = Batches(tiny.texts(range(4, 24)), 8, micro, 1, "distillation", part=(team.rank, team.size))
+    batches = Batches(
+        tiny.texts(range(4, 24)), 8, micro, 1, "distillation", part=(team.rank, team.size)
+    )
     asked = iter(range(1, steps + 1))
     done = distil(
-        student, teacher, batches, settings, 1, Log(), lambda: next(asked) == stop_at, team, progress or Progress()
+        student,
+        teacher,
+        batches,
+        settings,
+        1,
+        Log(),
+        lambda: next(asked) == stop_at,
+        team,
+        progress or Progress(),
     )
     assert of_weights(teacher.weights) == before
     return done, student
@@ -323,15 +370,25 @@ def distilled(
 def test_distillation_aligns_the_student(gpt2):
     done, student = distilled(gpt2)
     assert (done.engine, done.engine_version, done.zero_stage) == ("torch", torch.__version__, 0)
-    assert done.trace.last < 0.7 * done.trace.first and done.trace.samples == 96 and len(done.step_seconds) == 12
-    assert not any(p.requires_grad for p in student.model.parameters()) and not student.model.training
+    assert (
+        done.trace.last < 0.7 * done.trace.first
+        and done.trace.samples == 96
+        and len(done.step_seconds) == 12
+    )
+    assert (
+        not any(p.requires_grad for p in student.model.parameters()) and not student.model.training
+    )
     again, other = distilled(gpt2)
-    assert again.trace.losses == done.trace.losses and of_weights(other.weights) == of_weights(student.weights)
+    assert again.trace.losses == done.trace.losses and of_weights(other.weights) == of_weights(
+        student.weights
+    )
     batch = Batches(tiny.texts(range(4, 24)), 8, None, 1, "distillation").step(0)[0]
     teacher = tiny.load(gpt2)
     fresh = LanguageModel(auxiliary.unroll(auxiliary.cut(teacher, tiny.cell(1)), 4))
     fresh.train_weights(False)
-    first = distillation_loss(fresh, teacher, batch, DistillationConfig()).item() / num_text_tokens(batch)
+    first = distillation_loss(fresh, teacher, batch, DistillationConfig()).item() / num_text_tokens(
+        batch
+    )
     assert done.trace.first == pytest.approx(first, rel=1e-5)
 
 
@@ -348,9 +405,13 @@ def test_a_head_of_its_own_is_trained_only_where_the_loss_reaches_it(tmp_path, l
     """A head without a gradient is not moved by weight decay alone either."""
     path = tiny.model_folder(tmp_path, "llama")
     _, student = distilled(path, steps=3, logits_weight=logits_weight)
-    before, after = (model.model.get_output_embeddings().weight for model in (tiny.load(path), student))
+    before, after = (
+        model.model.get_output_embeddings().weight for model in (tiny.load(path), student)
+    )
     assert torch.equal(before, after) is (logits_weight == 0)
-    assert not torch.equal(*(m.model.get_input_embeddings().weight for m in (tiny.load(path), student)))
+    assert not torch.equal(
+        *(m.model.get_input_embeddings().weight for m in (tiny.load(path), student))
+    )
 
 
 # What DeepSpeed does is looked at in a process of its own that can start no compiler.
@@ -384,14 +445,28 @@ def engines(gpt2, tmp_path_factory) -> dict:
     """Losses and weights of the same distillation by every engine, one after the other in one process."""
     home = tmp_path_factory.mktemp("home")
     (home / "bin").mkdir()
-    kept = {name: value for name, value in os.environ.items() if name in ("LD_LIBRARY_PATH", "LANG", "TMPDIR")}
-    places = {"HOME": str(home), "PATH": str(home / "bin"), "TORCH_EXTENSIONS_DIR": str(home / "extensions")}
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if name in ("LD_LIBRARY_PATH", "LANG", "TMPDIR")
+    }
+    places = {
+        "HOME": str(home),
+        "PATH": str(home / "bin"),
+        "TORCH_EXTENSIONS_DIR": str(home / "extensions"),
+    }
     environment = kept | places | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     code = DEEPSPEED.format(tests=str(ROOT / "tests"))
     command = [sys.executable, "-c", code, gpt2, json.dumps(CASES)]
-    done = subprocess.run(command, cwd=home, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        command, cwd=home, env=environment, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr[-3000:]
-    built = [path.name for path in home.rglob("*") if path.suffix in (".so", ".o", ".ninja", ".cpp", ".cu")]
+    built = [
+        path.name
+        for path in home.rglob("*")
+        if path.suffix in (".so", ".o", ".ninja", ".cpp", ".cu")
+    ]
     return json.loads(done.stdout.splitlines()[-1]) | {"built": built}
 
 
@@ -413,16 +488,24 @@ def test_deepspeed_needs_no_compiler_on_a_cpu(engines):
 # -- clients that fail ---------------------------------------------------------------------------------------------
 
 
-def client(path: str, ids=(0, 1), keep: bool = True, prompt_rate: float = 0.01, steps: int = 2) -> fedsp.Client:
+def client(
+    path: str, ids=(0, 1), keep: bool = True, prompt_rate: float = 0.01, steps: int = 2
+) -> fedsp.Client:
     whole = tiny.load(path)
     cell = auxiliary.unroll(auxiliary.cut(whole, tiny.cell(1)), 4)
     given = auxiliary.pack(LanguageModel(cell))
-    model = auxiliary.build(auxiliary.cell_config(cell.config, tiny.cell(1)).to_dict(), 4, tiny.CPU, torch.float32)
-    alignment = StageConfig(steps=steps, batch_size=4, optimizer=OptimizerConfig(learning_rate=0.001))
+    model = auxiliary.build(
+        auxiliary.cell_config(cell.config, tiny.cell(1)).to_dict(), 4, tiny.CPU, torch.float32
+    )
+    alignment = StageConfig(
+        steps=steps, batch_size=4, optimizer=OptimizerConfig(learning_rate=0.001)
+    )
     tuning = replace(alignment, optimizer=OptimizerConfig(learning_rate=prompt_rate))
     texts = {id: tiny.texts(range(4, 16), seed=id) for id in ids}
     shards = {
-        id: fedsp.Shard(Batches(own, 4, None, 1, "alignment", id), Batches(own, 4, None, 1, "prompt", id))
+        id: fedsp.Shard(
+            Batches(own, 4, None, 1, "alignment", id), Batches(own, 4, None, 1, "prompt", id)
+        )
         for id, own in texts.items()
     }
     prompt = Prompt(PromptSpec.of(model.shape, "prefix", 5, None))
@@ -432,7 +515,9 @@ def client(path: str, ids=(0, 1), keep: bool = True, prompt_rate: float = 0.01, 
 def downs(model: fedsp.Client, count: int) -> list[NamedTensors]:
     """Broadcasts of some rounds, each different."""
     spec = model._prompt.spec
-    return [NamedTensors.pack(Prompt(spec).initialise(seed, 0.5).tensors()) for seed in range(count)]
+    return [
+        NamedTensors.pack(Prompt(spec).initialise(seed, 0.5).tensors()) for seed in range(count)
+    ]
 
 
 def broken(down: NamedTensors) -> NamedTensors:
@@ -442,8 +527,14 @@ def broken(down: NamedTensors) -> NamedTensors:
 
 
 def same(one, other) -> bool:
-    values = [[number for name, number in u.metrics.items() if "loss" in name] for u in (one, other)]
-    return (one.tensors.flat == other.tensors.flat).all() and values[0] == values[1] and one.weight == other.weight
+    values = [
+        [number for name, number in u.metrics.items() if "loss" in name] for u in (one, other)
+    ]
+    return (
+        (one.tensors.flat == other.tensors.flat).all()
+        and values[0] == values[1]
+        and one.weight == other.weight
+    )
 
 
 def test_a_client_whose_loss_is_not_finite_begins_anew_from_the_handout(gpt2):
@@ -454,7 +545,9 @@ def test_a_client_whose_loss_is_not_finite_begins_anew_from_the_handout(gpt2):
     with pytest.raises(NonFiniteError, match="the loss of step 1 of 2 is nan"):
         failing.local(0, 2, broken(second))
     assert not failing.benches.has_state(0) and failing.benches.has_state(1)
-    assert same(failing.local(1, 2, second), sound.local(1, 2, second))  # the other one is not touched
+    assert same(
+        failing.local(1, 2, second), sound.local(1, 2, second)
+    )  # the other one is not touched
     sound.local(0, 2, second)
     anew = failing.local(0, 3, third)
     assert same(anew, fresh.local(0, 3, third)) and not same(anew, sound.local(0, 3, third))
@@ -477,7 +570,9 @@ def test_its_update_is_refused_and_the_others_go_on(gpt2, tmp_path):
     down = downs(playing, 2)[1]
     found = list(federate.local_work(side, Down(2, tensors=down)))
     assert [type(each) for each in found] == [fedsp.Update, Failure, fedsp.Update]
-    assert found[1] == Failure(1, 2, "local training", "the loss of step 1 of 2 is nan, expected a finite number")
+    assert found[1] == Failure(
+        1, 2, "local training", "the loss of step 1 of 2 is nan, expected a finite number"
+    )
     assert found[0].tensors.is_finite() and found[2].tensors.is_finite() and found[0].weight == 8.0
 
 
@@ -505,7 +600,9 @@ def test_what_is_kept_between_rounds_matters_and_can_be_left(gpt2):
         each.local(0, 1, first)
     assert not restarted.benches.has_state(0)
     wanted = fresh.local(0, 2, second)
-    assert same(restarted.local(0, 2, second), wanted) and not same(kept.local(0, 2, second), wanted)
+    assert same(restarted.local(0, 2, second), wanted) and not same(
+        kept.local(0, 2, second), wanted
+    )
 
 
 def test_a_server_goes_on_from_its_state_with_equal_bits(gpt2):
@@ -514,7 +611,9 @@ def test_a_server_goes_on_from_its_state_with_equal_bits(gpt2):
         prompt = Prompt(PromptSpec.of(model.shape, "prefix", 5, None)).initialise(1, 0.5)
         stage = StageConfig(steps=2, batch_size=4, optimizer=OptimizerConfig(learning_rate=0.01))
         batches = Batches(tiny.texts(range(4, 16)), 4, None, 1, "server")
-        return Server(model, prompt, DepthMap(prompt.spec, 2), batches, stage, 4, lambda updates: updates)
+        return Server(
+            model, prompt, DepthMap(prompt.spec, 2), batches, stage, 4, lambda updates: updates
+        )
 
     one, other = server(), server()
     one.absorb(1)
@@ -539,13 +638,24 @@ def test_answer_loss_is_a_sum_over_answer_tokens():
 def test_a_distillation_goes_on_with_equal_bits(gpt2, dropout):
     whole, student = distilled(gpt2, dropout=dropout, steps=6)
     kept: list[State] = []
-    with pytest.raises(StoppedError, match=r"told to stop after 4 of 6 steps of the distillation; `run --resume` goes"):
-        distilled(gpt2, dropout=dropout, steps=6, stop_at=4, progress=Progress(keep=lambda s: kept.append(stored(s))))
+    with pytest.raises(
+        StoppedError,
+        match=r"told to stop after 4 of 6 steps of the distillation; `run --resume` goes",
+    ):
+        distilled(
+            gpt2,
+            dropout=dropout,
+            steps=6,
+            stop_at=4,
+            progress=Progress(keep=lambda s: kept.append(stored(s))),
+        )
     again, other = distilled(gpt2, dropout=dropout, steps=6, progress=Progress(kept[0]))
     assert again.trace.losses == whole.trace.losses and len(again.step_seconds) == 2
     assert of_weights(other.weights) == of_weights(student.weights)
     assert again.trace.samples == whole.trace.samples == 48
     with pytest.raises(StoppedError):
-        distilled(gpt2, steps=2, stop_at=2, progress=Progress(keep=lambda s: kept.append(stored(s))))
+        distilled(
+            gpt2, steps=2, stop_at=2, progress=Progress(keep=lambda s: kept.append(stored(s)))
+        )
     done, _ = distilled(gpt2, steps=2, progress=Progress(kept[1]))
     assert len(done.trace.losses) == 2 and done.step_seconds == ()

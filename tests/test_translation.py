@@ -12,23 +12,28 @@ import torch
 from test_variants import short
 
 from fedsp_mpi import config
-from fedsp_mpi.algorithms.prompt_tuning import Server
-from fedsp_mpi.algorithms.translation import Translator
+from fedsp_mpi.algorithms.prompt_distillation import Translator
+from fedsp_mpi.algorithms.prompt_server import Server
 from fedsp_mpi.config import StageConfig
-from fedsp_mpi.data import imitation
+from fedsp_mpi.config.training import OptimizerConfig
+from fedsp_mpi.data import pseudo_questions
 from fedsp_mpi.data.tasks import Example
 from fedsp_mpi.data.tokens import Batches
-from fedsp_mpi.materials import Materials
 from fedsp_mpi.models import auxiliary
 from fedsp_mpi.models.backbone import LanguageModel
 from fedsp_mpi.models.losses import logits_loss
 from fedsp_mpi.models.prompts import DepthMap, Prompt, PromptSpec
-from fedsp_mpi.record import difference
-from fedsp_mpi.stages import OptimizerConfig
+from fedsp_mpi.report import difference
+from fedsp_mpi.run.inputs import Materials
 from fedsp_mpi.tensors import NamedTensors, seal
 
 STAGE = StageConfig(steps=40, batch_size=8, optimizer=OptimizerConfig(learning_rate=0.05))
-ENDS = ("auxiliary.layers_per_cell=null", "auxiliary.depth=2", "auxiliary.first_layers=1", "prompt.mapping=same_layers")
+ENDS = (
+    "auxiliary.layers_per_cell=null",
+    "auxiliary.depth=2",
+    "auxiliary.first_layers=1",
+    "prompt.mapping=same_layers",
+)
 TRANSLATED = (*ENDS, "server.translation.steps=3")
 
 
@@ -47,18 +52,23 @@ def example(context: str, target: str = " yes") -> Example:
 
 def test_the_words_of_a_task_go_around_plain_text():
     examples = [
-        example(f"Text: {text}\nGood or bad?\nAnswer:", f" {n}") for n, text in enumerate(("I see.", "You eat."))
+        example(f"Text: {text}\nGood or bad?\nAnswer:", f" {n}")
+        for n, text in enumerate(("I see.", "You eat."))
     ]
-    assert imitation.frame([one.context for one in examples]) == ("Text: ", ".\nGood or bad?\nAnswer:")
-    asked = list(imitation.questions(["a b", "c", "e f g"], examples))
+    assert pseudo_questions.frame([one.context for one in examples]) == (
+        "Text: ",
+        ".\nGood or bad?\nAnswer:",
+    )
+    asked = list(pseudo_questions.questions(["a b", "c", "e f g"], examples))
     assert asked == [
-        (f"Text: {text}.\nGood or bad?\nAnswer:", f" {n}") for text, n in (("a b", 0), ("c", 1), ("e f", 0))
+        (f"Text: {text}.\nGood or bad?\nAnswer:", f" {n}")
+        for text, n in (("a b", 0), ("c", 1), ("e f", 0))
     ]
 
 
 def test_plain_text_is_as_long_as_that_of_the_task():
     examples = [example(f"{text}\nAnswer:") for text in ("one", "one two three", "")]
-    asked = [context for context, _ in imitation.questions(["a  b c d"] * 3, examples)]
+    asked = [context for context, _ in pseudo_questions.questions(["a  b c d"] * 3, examples)]
     assert asked == ["a\nAnswer:", "a b c\nAnswer:", "a\nAnswer:"]
 
 
@@ -72,17 +82,27 @@ def test_plain_text_is_as_long_as_that_of_the_task():
     ],
 )
 def test_a_frame_never_takes_a_character_twice(contexts, wanted):
-    assert imitation.frame(contexts) == wanted
+    assert pseudo_questions.frame(contexts) == wanted
 
 
 def test_one_text_does_not_tell_its_frame():
-    with pytest.raises(ValueError, match=r"distillation.text: found 1 different texts .* expected two at least"):
-        imitation.frame(["a", "a"])
+    with pytest.raises(
+        ValueError, match=r"distillation.text: found 1 different texts .* expected two at least"
+    ):
+        pseudo_questions.frame(["a", "a"])
 
 
 def test_headings_are_no_paragraphs():
-    lines = ["A heading\n", "One two three four five. Six.\n", "  \n", " six seven eight nine ten\n"]
-    assert imitation.paragraphs(lines) == ["One two three four five. Six.", "six seven eight nine ten"]
+    lines = [
+        "A heading\n",
+        "One two three four five. Six.\n",
+        "  \n",
+        " six seven eight nine ten\n",
+    ]
+    assert pseudo_questions.paragraphs(lines) == [
+        "One two three four five. Six.",
+        "six seven eight nine ten",
+    ]
 
 
 # -- the translator ------------------------------------------------------------------------------------------------
@@ -104,7 +124,9 @@ def server_of(pair, stage: StageConfig = STAGE, rounds: int = 1) -> tuple[Server
     batches = Batches(tiny.texts([5, 6, 7, 8] * 4), stage.batch_size, None, 1, "translation")
     translator = Translator(small, messengers, batches, stage)
     none = StageConfig(steps=0)
-    return Server(whole, prompt, depths, None, none, rounds, lambda updates: updates, translator=translator), translator
+    return Server(
+        whole, prompt, depths, None, none, rounds, lambda updates: updates, translator=translator
+    ), translator
 
 
 def apart(pair, server: Server, messengers: Prompt) -> float:
@@ -112,7 +134,10 @@ def apart(pair, server: Server, messengers: Prompt) -> float:
     whole, small, _ = pair
     batch = tiny.batch()
     with torch.no_grad():
-        (answered, _), (taught, _) = whole.answer_logits(batch, server.prompt), small.answer_logits(batch, messengers)
+        (answered, _), (taught, _) = (
+            whole.answer_logits(batch, server.prompt),
+            small.answer_logits(batch, messengers),
+        )
     return float(logits_loss(answered, taught, 1.0)) / len(taught)
 
 
@@ -143,7 +168,9 @@ def test_a_server_goes_on_with_its_translator(pair):
     """After a round, a fresh server with its state makes the same of the next."""
     stage = StageConfig(steps=3, batch_size=8, optimizer=STAGE.optimizer)
     _, _, depths = pair
-    learned = [NamedTensors.pack(Prompt(depths.small).initialise(seed, 0.5).tensors()) for seed in (5, 6)]
+    learned = [
+        NamedTensors.pack(Prompt(depths.small).initialise(seed, 0.5).tensors()) for seed in (5, 6)
+    ]
     whole, _ = server_of(pair, stage, 2)
     for round, merged in enumerate(learned, 1):
         whole.take(merged)
@@ -183,7 +210,9 @@ def test_the_server_asks_about_plain_text_from_all_over(tmp_path):
     """As many questions as are needed, in an order that follows from the seed; clients are asked nothing."""
     path = tmp_path / "text.txt"
     orders = itertools.permutations(["the", "cat", "sat", "on", "big", "dog"])
-    path.write_text("".join(" ".join(words) + "\n" for words in itertools.islice(orders, 0, None, 30)))
+    path.write_text(
+        "".join(" ".join(words) + "\n" for words in itertools.islice(orders, 0, None, 30))
+    )
     settings = [f"distillation.text={path}", "distillation.bridge_texts=8", *ENDS]
     settings.append("distillation.stage.steps=0")
 
@@ -199,11 +228,19 @@ def test_the_server_asks_about_plain_text_from_all_over(tmp_path):
 
 def test_rounding_stays_where_nobody_trains(tmp_path, text):
     """Both sides compute in bf16; what is handed out, and lies beside the run, are the global model's own weights."""
-    half = ("server.compute.dtype=bfloat16", "client.compute.dtype=bfloat16", f"distillation.text={text}")
-    found = short(tmp_path, *TRANSLATED, *half, "client.alignment.steps=0", "distillation.stage.steps=0")
+    half = (
+        "server.compute.dtype=bfloat16",
+        "client.compute.dtype=bfloat16",
+        f"distillation.text={text}",
+    )
+    found = short(
+        tmp_path, *TRANSLATED, *half, "client.alignment.steps=0", "distillation.stage.steps=0"
+    )
     kept = auxiliary.load(found.file.parent / "auxiliary")
     whole = tiny.load(Materials(config.load(None, [])).model_name, dtype=torch.bfloat16)
-    for name, weight in auxiliary.cut(whole, tiny.cell(2, depth=2, first_layers=1)).named_parameters():
+    for name, weight in auxiliary.cut(
+        whole, tiny.cell(2, depth=2, first_layers=1)
+    ).named_parameters():
         assert ".bridge." in name or torch.equal(weight, kept.weights[name])
     assert {row["dtype"] for row in found.wire} == {"float32", "uint8"}
 

@@ -20,7 +20,10 @@ from fedsp_mpi import cli
         ("run --nmae=x", "found --nmae=x, expected only arguments that this command has"),
         ("run --set", "--set: found no value behind it, expected one"),
         ("report", "found no RUN, expected one"),
-        ("report x --markdown --table comparison", "--table: found together with --markdown, expected one of them"),
+        (
+            "report x --markdown --table comparison",
+            "--table: found together with --markdown, expected one of them",
+        ),
         ("bench local --steps 0", "--steps: found 0, expected at least 1"),
         ("plan --tokens " + "9" * 5000, "--tokens: found '999"),
         ("run --" + "x" * 5000, "expected only arguments that this command has"),
@@ -29,4 +32,9 @@ from fedsp_mpi import cli
 def test_a_mistake_is_one_line(arguments, words, capsys):
     assert cli.main(arguments.split()) == 2
     [line] = capsys.readouterr().err.splitlines()
-    assert line.startswith("fedsp_mpi: ") and words in line and line.endswith("--help") and len(line) <= 330, line
+    assert (
+        line.startswith("fedsp_mpi: ")
+        and words in line
+        and line.endswith("--help")
+        and len(line) <= 330
+    ), line

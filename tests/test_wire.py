@@ -29,7 +29,9 @@ def without(rounds: list[dict[str, Any]], *names: str) -> list[dict[str, Any]]:
     ],
     ids=["failures", "partial", "tiny-pieces", "large"],
 )
-def test_one_result_on_one_two_and_four_processes(tmp_path: Path, options: tuple[object, ...]) -> None:
+def test_one_result_on_one_two_and_four_processes(
+    tmp_path: Path, options: tuple[object, ...]
+) -> None:
     alone, two, four = (fold(tmp_path / f"{n}.json", n, *options)["rounds"] for n in (0, 2, 4))
     assert without(alone, "peak") == without(two, "peak") == without(four, "peak")
     assert len({seen["digest"] for seen in alone}) == (2 if "--fail" in options else 3)
@@ -57,12 +59,17 @@ def test_a_rule_that_stops_reading_does_not_break_the_next_round(tmp_path: Path)
 
 
 @pytest.mark.parametrize("processes", [0, 3])
-def test_the_merge_needs_memory_for_one_piece_of_every_update(tmp_path: Path, processes: int) -> None:
+def test_the_merge_needs_memory_for_one_piece_of_every_update(
+    tmp_path: Path, processes: int
+) -> None:
     values, clients, chunk = 500_000, 30, 16 << 10
-    rounds = fold(tmp_path / "out.json", processes, "--values", values, "--clients", clients, "--chunk", chunk)[
-        "rounds"
-    ]
-    everything, allowed = clients * 4 * values, clients * chunk + 4 * values + 200_000  # pieces, the result, and change
+    rounds = fold(
+        tmp_path / "out.json", processes, "--values", values, "--clients", clients, "--chunk", chunk
+    )["rounds"]
+    everything, allowed = (
+        clients * 4 * values,
+        clients * chunk + 4 * values + 200_000,
+    )  # pieces, the result, and change
     assert max(seen["peak"] for seen in rounds) < allowed < everything / 20
 
 
@@ -70,14 +77,24 @@ def test_the_manifest_names_every_byte(tmp_path: Path) -> None:
     clients, client_ranks, rounds, values = 5, 3, 3, 1003
     runs = [fold(tmp_path / f"{n}.json", n) for n in (0, 4)]
     for run, ranks in zip(runs, (0, client_ranks)):
-        book = {(entry["direction"], entry["phase"], entry["name"]): entry for entry in run["manifest"]}
+        book = {
+            (entry["direction"], entry["phase"], entry["name"]): entry for entry in run["manifest"]
+        }
         for direction, phase in (("down", "broadcast"), ("up", "gather")):
             prefix, header = book[direction, phase, "prefix"], book[direction, phase, "(header)"]
             assert (prefix["shape"], prefix["dtype"]) == ([500, 2], "float32")
-            assert (prefix["messages"], prefix["bytes"]) == (clients * rounds, clients * rounds * 4000)
-            assert (header["messages"], header["bytes"]) == (clients * rounds, clients * rounds * 256)
+            assert (prefix["messages"], prefix["bytes"]) == (
+                clients * rounds,
+                clients * rounds * 4000,
+            )
+            assert (header["messages"], header["bytes"]) == (
+                clients * rounds,
+                clients * rounds * 256,
+            )
         assert book["down", "broadcast", "prefix"]["crossed"] == ranks * rounds
-        assert book["down", "broadcast", "(header)"]["crossed"] == ranks * (rounds + 1)  # and the word to stop
+        assert book["down", "broadcast", "(header)"]["crossed"] == ranks * (
+            rounds + 1
+        )  # and the word to stop
         assert book["up", "gather", "prefix"]["crossed"] == (clients * rounds if ranks else 0)
         assert book["handout", "handout", "input"]["bytes"] == max(1, ranks) * 12
         for entry in run["rounds"]:
@@ -88,7 +105,9 @@ def test_the_manifest_names_every_byte(tmp_path: Path) -> None:
 
 
 def test_the_server_collects_from_everybody(tmp_path: Path) -> None:
-    assert fold(tmp_path / "out.json", 4)["hosts"] == [{"rank": rank, "name": "Jürgen"} for rank in range(4)]
+    assert fold(tmp_path / "out.json", 4)["hosts"] == [
+        {"rank": rank, "name": "Jürgen"} for rank in range(4)
+    ]
 
 
 def test_the_real_topology() -> None:
@@ -98,7 +117,10 @@ def test_the_real_topology() -> None:
         "sys.stdout.write(' '.join(map(str, numbers)) + '\\n'); w.finish()"
     )
     seen = run_mpi(3, ["-c", code]).stdout
-    assert all(line in seen for line in ("0 3 0 3 True False", "1 3 1 3 False False", "2 3 2 3 False False"))
+    assert all(
+        line in seen
+        for line in ("0 3 0 3 True False", "1 3 1 3 False False", "2 3 2 3 False False")
+    )
     assert run_mpi(1, ["-c", code]).stdout.strip() == "0 1 0 1 True True"
 
 
@@ -107,8 +129,16 @@ def test_the_real_topology() -> None:
     [
         ("up", "rank 1", "update of client 0: found tensor 'wte.weight' [3], expected 'input' [3]"),
         ("metric", "rank 1", "found metrics ['secret'], expected some of []"),
-        ("down", "rank 0", "broadcast of round 0: found tensor 'wte.weight' [3], expected 'input' [3]"),
-        ("sealed", "rank 0", "is the memory of 'transformer.wte' of the global model, which never leaves the server"),
+        (
+            "down",
+            "rank 0",
+            "broadcast of round 0: found tensor 'wte.weight' [3], expected 'input' [3]",
+        ),
+        (
+            "sealed",
+            "rank 0",
+            "is the memory of 'transformer.wte' of the global model, which never leaves the server",
+        ),
         ("unseen", "rank 0", "update of client 0 from rank 1: found [round, values, schema]"),
     ],
 )

@@ -12,14 +12,16 @@ from test_variants import FEDPROMPT, short
 from fedsp_mpi import config
 from fedsp_mpi.data import tasks
 from fedsp_mpi.data.tasks import Example
-from fedsp_mpi.data.wording import Template, reworded
-from fedsp_mpi.materials import Materials
+from fedsp_mpi.data.templates import Template, reworded
+from fedsp_mpi.run.inputs import Materials
 
 SST2 = {"sentence": "a fine film ", "label": 1}
 RTE = {"sentence1": "It rains.", "sentence2": "It is wet.", "label": 0}
 
 
-def example(name: str, row: dict, template: str | None = None, verbaliser: tuple[str, ...] = ()) -> Example:
+def example(
+    name: str, row: dict, template: str | None = None, verbaliser: tuple[str, ...] = ()
+) -> Example:
     return reworded(tasks.find(name), template, verbaliser).example(row)
 
 
@@ -32,7 +34,10 @@ def test_a_template_takes_columns_and_words():
     assert found == Example("a fine film  It was", " positive", ("negative", "positive"), (1,), ".")
     found = example("rte", RTE, "{{{sentence1}}} {sentence2}? {mask}")
     assert found == Example("{It rains.} It is wet.?", " True", ("True", "False"), (0,), "")
-    assert example("rte", RTE, "{mask}, {sentence1} or {sentence2}").after == ", It rains. or It is wet."
+    assert (
+        example("rte", RTE, "{mask}, {sentence1} or {sentence2}").after
+        == ", It rains. or It is wet."
+    )
 
 
 def test_a_verbaliser_gives_each_class_its_word():
@@ -65,22 +70,36 @@ def test_a_bad_template_is_one_line(template, words):
 
 @pytest.mark.parametrize("words", [("good", "good"), ("good ", "bad"), ("", "bad")])
 def test_a_bad_verbaliser_is_one_line(words):
-    refused(lambda: reworded(tasks.find("sst2"), None, words), "data.verbaliser", "different words without blanks")
+    refused(
+        lambda: reworded(tasks.find("sst2"), None, words),
+        "data.verbaliser",
+        "different words without blanks",
+    )
 
 
 def test_questions_without_classes_have_no_words():
-    refused(lambda: reworded(tasks.find("web_questions"), "{question} {mask}", ()), "web_questions", "multiple choice")
+    refused(
+        lambda: reworded(tasks.find("web_questions"), "{question} {mask}", ()),
+        "web_questions",
+        "multiple choice",
+    )
 
 
 def test_rows_that_do_not_fit_are_named():
-    with pytest.raises(ValueError, match=r"found 3 words for 2 classes .negative, positive., expected one for each"):
+    with pytest.raises(
+        ValueError, match=r"found 3 words for 2 classes .negative, positive., expected one for each"
+    ):
         example("sst2", SST2, None, ("a", "b", "c"))
     task = reworded(tasks.find("multiple_choice"), None, ("a", "b"))
     task.example({"context": "x", "choices": ["no", "yes"], "label": 0})
     with pytest.raises(ValueError, match="found rows with different choices"):
         task.example({"context": "x", "choices": ["cat", "dog"], "label": 0})
     with pytest.raises(ValueError, match="column 'choices': found list, expected text"):
-        example("multiple_choice", {"context": "x", "choices": ["no", "yes"], "label": 0}, "{choices} {mask}")
+        example(
+            "multiple_choice",
+            {"context": "x", "choices": ["no", "yes"], "label": 0},
+            "{choices} {mask}",
+        )
 
 
 @pytest.fixture
@@ -90,7 +109,10 @@ def films(tmp_path) -> str:
     folder.mkdir()
     for split, size in {"train": 32, "validation": 8, "test": 8}.items():
         rows = [
-            {"sentence": f"Which paint goes with {'Tosith' if i % 2 else 'Noudroth'}?", "label": i % 2}
+            {
+                "sentence": f"Which paint goes with {'Tosith' if i % 2 else 'Noudroth'}?",
+                "label": i % 2,
+            }
             for i in range(size)
         ]
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -107,17 +129,26 @@ def test_mistakes_are_found_before_weights_are_loaded(films):
 
     checks("data.template={sentence} Answer:{mask}", "data.verbaliser=[grey, blue]")()
     refused(
-        checks("data.template={sentence} It was {mask}."), "data.template", "'.' behind {mask}", "gpt2", "at the end"
+        checks("data.template={sentence} It was {mask}."),
+        "data.template",
+        "'.' behind {mask}",
+        "gpt2",
+        "at the end",
     )
     refused(checks("data.template={text} {mask}"), "data.template", "{sentence}, {mask}")
-    with pytest.raises(ValueError, match=r"sst2, row 0 of train .*data.verbaliser: found 1 words for 2 classes"):
+    with pytest.raises(
+        ValueError, match=r"sst2, row 0 of train .*data.verbaliser: found 1 words for 2 classes"
+    ):
         checks("data.verbaliser=[grey]")()
 
 
 def test_a_run_is_trained_and_scored_in_the_users_words(tmp_path, films):
     own = ('data.template="{sentence} Answer: {mask}"', "data.verbaliser=[grey, blue]")
     run = short(tmp_path / "run", *FEDPROMPT, *settings(films, *own))
-    other = ('data.template="{sentence} Answer: {mask}"', "data.verbaliser=[cat, dog]")  # its own are unknown here
+    other = (
+        'data.template="{sentence} Answer: {mask}"',
+        "data.verbaliser=[cat, dog]",
+    )  # its own are unknown here
     usual = short(tmp_path / "usual", *FEDPROMPT, *settings(films, *other))
     assert run.config["data"]["verbaliser"] == ["grey", "blue"]
     assert run.results["loss"].tolist() != usual.results["loss"].tolist()

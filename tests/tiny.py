@@ -28,7 +28,14 @@ from fedsp_mpi.models.families import model_class
 from fedsp_mpi.tensors import Batch
 
 FAMILIES = ("gpt2", "opt", "llama", "qwen2")  # that all tests of families take
-CAUSAL_FAMILIES = (*FAMILIES, "qwen3", "mistral", "phi3", "olmo2", "gpt_neox")  # those of the models' parts too
+CAUSAL_FAMILIES = (
+    *FAMILIES,
+    "qwen3",
+    "mistral",
+    "phi3",
+    "olmo2",
+    "gpt_neox",
+)  # those of the models' parts too
 GAP_FAMILIES = ("bert", "roberta", "t5")  # that fill in a gap
 VOCABULARY, POSITIONS, LAYERS, WIDTH = 100, 64, 4, 32
 CPU = torch.device("cpu")
@@ -43,7 +50,9 @@ def config(family: str, **changes: Any) -> Any:
     sizes = {"hidden_size": WIDTH, "num_hidden_layers": LAYERS, "num_attention_heads": 4}
     sizes |= {"max_position_embeddings": POSITIONS}
     if family == "opt":
-        return OPTConfig(**special | sizes | {"ffn_dim": 64, "word_embed_proj_dim": WIDTH} | changes)
+        return OPTConfig(
+            **special | sizes | {"ffn_dim": 64, "word_embed_proj_dim": WIDTH} | changes
+        )
     if family in GAP_FAMILIES:
         return _gap_config(family, **changes)
     sizes |= {"intermediate_size": 64, "pad_token_id": None}
@@ -63,8 +72,15 @@ def _gap_config(family: str, **changes: Any) -> Any:
             "num_heads": 4,
             "n_positions": POSITIONS,
         }
-        return T5Config(**special | sizes | {"decoder_start_token_id": 3, "eos_token_id": 2} | changes)
-    sizes = {"hidden_size": WIDTH, "num_hidden_layers": LAYERS, "num_attention_heads": 4, "intermediate_size": 64}
+        return T5Config(
+            **special | sizes | {"decoder_start_token_id": 3, "eos_token_id": 2} | changes
+        )
+    sizes = {
+        "hidden_size": WIDTH,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": 4,
+        "intermediate_size": 64,
+    }
     sizes |= {"max_position_embeddings": POSITIONS + (4 if family == "roberta" else 0)}
     return {"bert": BertConfig, "roberta": RobertaConfig}[family](**special | sizes | changes)
 
@@ -97,7 +113,9 @@ def words(count: int = VOCABULARY - 4) -> list[str]:
 
 def tokenizer() -> PreTrainedTokenizerFast:
     """Words between blanks, one token each; 0 <unk>, 1 <s>, 2 </s>, 3 <pad>."""
-    known = {token: number for number, token in enumerate(["<unk>", "<s>", "</s>", "<pad>", *words()])}
+    known = {
+        token: number for number, token in enumerate(["<unk>", "<s>", "</s>", "<pad>", *words()])
+    }
     backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(known, unk_token="<unk>"))
     backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
@@ -110,18 +128,31 @@ def gap_tokenizer(family: str) -> PreTrainedTokenizerFast:
     Every text of BERT and RoBERTa begins with token 1 and ends with token 2; T5's ends with 2.
     """
     mark = "<extra_id_0>" if family == "t5" else "<mask>"
-    known = {token: number for number, token in enumerate(["<unk>", "<s>", "</s>", "<pad>", mark, *words()[1:]])}
+    known = {
+        token: number
+        for number, token in enumerate(["<unk>", "<s>", "</s>", "<pad>", mark, *words()[1:]])
+    }
     backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(known, unk_token="<unk>"))
     backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    shape, ends = ("$A </s>", [("</s>", 2)]) if family == "t5" else ("<s> $A </s>", [("<s>", 1), ("</s>", 2)])
-    backend.post_processor = tokenizers.processors.TemplateProcessing(single=shape, special_tokens=ends)
+    shape, ends = (
+        ("$A </s>", [("</s>", 2)]) if family == "t5" else ("<s> $A </s>", [("<s>", 1), ("</s>", 2)])
+    )
+    backend.post_processor = tokenizers.processors.TemplateProcessing(
+        single=shape, special_tokens=ends
+    )
     special = {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
     if family == "t5":
-        return PreTrainedTokenizerFast(tokenizer_object=backend, **special, additional_special_tokens=[mark])
-    return PreTrainedTokenizerFast(tokenizer_object=backend, **special, mask_token=mark, cls_token="<s>")
+        return PreTrainedTokenizerFast(
+            tokenizer_object=backend, **special, additional_special_tokens=[mark]
+        )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, **special, mask_token=mark, cls_token="<s>"
+    )
 
 
-def gap_task_folder(folder: Path, train: int = 48, validation: int = 8, test: int = 12, seed: int = 0) -> str:
+def gap_task_folder(
+    folder: Path, train: int = 48, validation: int = 8, test: int = 12, seed: int = 0
+) -> str:
     """A multiple_choice task of two classes, w1 and w2: which of w3 and w4 a text of other words holds."""
     random = np.random.default_rng(seed)
     folder.mkdir(parents=True, exist_ok=True)
@@ -129,22 +160,34 @@ def gap_task_folder(folder: Path, train: int = 48, validation: int = 8, test: in
         rows = []
         for _ in range(size):
             label = int(random.integers(2))
-            text = [*random.choice(words()[5:], random.integers(2, 7), replace=False), f"w{3 + label}"]
+            text = [
+                *random.choice(words()[5:], random.integers(2, 7), replace=False),
+                f"w{3 + label}",
+            ]
             rows.append(
-                {"context": " ".join(map(str, random.permutation(text))), "choices": ["w1", "w2"], "label": label}
+                {
+                    "context": " ".join(map(str, random.permutation(text))),
+                    "choices": ["w1", "w2"],
+                    "label": label,
+                }
             )
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(folder)
 
 
-def data_folder(folder: Path, train: int = 48, validation: int = 8, test: int = 8, seed: int = 0) -> str:
+def data_folder(
+    folder: Path, train: int = 48, validation: int = 8, test: int = 8, seed: int = 0
+) -> str:
     """A multiple_choice task of three options; the right one repeats the context's first word."""
     random = np.random.default_rng(seed)
     folder.mkdir(parents=True, exist_ok=True)
     for split, size in {"train": train, "validation": validation, "test": test}.items():
         rows = []
         for _ in range(size):
-            context, label = random.choice(words(), random.integers(2, 7), replace=False), int(random.integers(3))
+            context, label = (
+                random.choice(words(), random.integers(2, 7), replace=False),
+                int(random.integers(3)),
+            )
             choices = [" ".join(random.choice(words(), random.integers(1, 3))) for _ in range(3)]
             choices[label] = str(context[0])
             rows.append({"context": " ".join(context), "choices": choices, "label": label})

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from fedsp_mpi.aggregation.average import Updates, fold, shares_of
+from fedsp_mpi.aggregation.fedavg import Updates, fold, shares_of
 from fedsp_mpi.tensors import NamedTensors
 
 _SLACK = 1e-6  # of the limit: the last bits of a distance, which differ between processors, decide nothing
-_TO_DEVIATION = 1.4826  # median absolute deviation -> standard deviation, of normally distributed values
+_TO_DEVIATION = (
+    1.4826  # median absolute deviation -> standard deviation, of normally distributed values
+)
 _STRETCH = 1 << 20  # values of an update that are held in fp64 at once
 
 
@@ -51,7 +53,10 @@ def without_outliers(updates: Updates, deviations: float) -> NamedTensors:
     stays = apart <= limit * (1 + _SLACK)
     for report, distance, is_in in zip(updates.reports, apart, stays):
         if not is_in:
-            updates.reject(report.client, f"{distance:.4g} away from the median prompt, the limit is {limit:.4g}")
+            updates.reject(
+                report.client,
+                f"{distance:.4g} away from the median prompt, the limit is {limit:.4g}",
+            )
     shares = shares_of([report.weight for report, is_in in zip(updates.reports, stays) if is_in])
     return NamedTensors(updates.schema, fold(shares, rows[stays]).astype(np.float32))
 

@@ -10,7 +10,9 @@ from fedsp_mpi import rng
 Rule = Literal["uniform", "by_size", "round_robin"]
 
 
-def participants(rule: Rule, num: int | None, sizes: Sequence[int], seed: int, round: int) -> list[int]:
+def participants(
+    rule: Rule, num: int | None, sizes: Sequence[int], seed: int, round: int
+) -> list[int]:
     """The ids of a round's clients, ascending, each at most once.
 
     Args:
@@ -28,4 +30,8 @@ def participants(rule: Rule, num: int | None, sizes: Sequence[int], seed: int, r
         order = rng.generator(seed, "sampling order").permutation(len(sizes))
         return sorted(int(order[i % len(sizes)]) for i in range((round - 1) * num, round * num))
     chances = None if rule == "uniform" else [size / sum(sizes) for size in sizes]
-    return sorted(rng.generator(seed, "sampling", round).choice(len(sizes), num, replace=False, p=chances).tolist())
+    return sorted(
+        rng.generator(seed, "sampling", round)
+        .choice(len(sizes), num, replace=False, p=chances)
+        .tolist()
+    )

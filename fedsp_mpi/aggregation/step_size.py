@@ -8,7 +8,9 @@ from collections.abc import Sequence
 import numpy as np
 
 
-def corrected(losses: Sequence[float], spreads: Sequence[float], points: float, parents: int) -> float:
+def corrected(
+    losses: Sequence[float], spreads: Sequence[float], points: float, parents: int
+) -> float:
     """The step size with which the clients' means would be samples of the server's distribution (FedBPT, Eq. 6).
 
     sigma'^2 is the mean over the best clients of sum_j sigma_kj^2 / points, because a mean moves in an iteration by a

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection
 from dataclasses import replace
 from typing import Any
 
-from fedsp_mpi.algorithms.benches import Client
+from fedsp_mpi.algorithms.client_state import Client
 from fedsp_mpi.tensors import NamedTensors, Update
 from fedsp_mpi.training.device import named_out_of_memory
 

@@ -15,10 +15,10 @@ import torch
 from torch import nn
 
 from fedsp_mpi import rng
-from fedsp_mpi.aggregation.average import Updates, weighted_mean
+from fedsp_mpi.aggregation.fedavg import Updates, weighted_mean
 from fedsp_mpi.aggregation.step_size import corrected, effective
-from fedsp_mpi.algorithms.benches import NoBenches, ShardError
-from fedsp_mpi.algorithms.forward import Forward, Limits, answered
+from fedsp_mpi.algorithms.client_state import NoBenches, ShardError
+from fedsp_mpi.algorithms.inference import Forward, Limits, answered
 from fedsp_mpi.config import SearchConfig
 from fedsp_mpi.data.perturb import perturbed
 from fedsp_mpi.data.tokens import Text
@@ -28,11 +28,18 @@ from fedsp_mpi.models.losses import LEAST, fitness
 from fedsp_mpi.models.prompts import Prompt
 from fedsp_mpi.models.subspace import Subspace
 from fedsp_mpi.tensors import NamedTensors, State, Update
-from fedsp_mpi.training.evolution import Evolution
+from fedsp_mpi.training.cma_es import Evolution
 from fedsp_mpi.training.loop import NonFiniteError, Trace
 
 # fitness: what a client's mean is ranked by; step_size: the root of the sum of squares of its iterations' step sizes.
-METRICS = ("fitness", "step_size", "loss_prompt_first", "loss_prompt_last", "seconds_prompt", "seconds_other")
+METRICS = (
+    "fitness",
+    "step_size",
+    "loss_prompt_first",
+    "loss_prompt_last",
+    "seconds_prompt",
+    "seconds_other",
+)
 FINITE = ("fitness", "step_size")  # what the server merges by
 
 
@@ -56,7 +63,11 @@ class Server:
         forward: Forward | None = None,
     ) -> None:
         self.model, self.prompt, self._forward = model, prompt.requires_grad_(False), forward
-        self._first, self._subspace, self._settings = prompt.matrix().cpu().clone(), subspace, settings
+        self._first, self._subspace, self._settings = (
+            prompt.matrix().cpu().clone(),
+            subspace,
+            settings,
+        )
         begin = {"mean": np.zeros(settings.dimension), "step_size": np.array([settings.step_size])}
         self._known = NamedTensors.of(Evolution.of(begin).state())
 
@@ -68,8 +79,12 @@ class Server:
         """The losses that a client without a model asks for (`forward.packed`)."""
         assert self._forward is not None, "clients hold the model"
         num_tokens = self.model.model.get_input_embeddings().weight.shape[0]
-        longest = self.model.shape.num_positions - self.prompt.spec.num_tokens + 1  # the last token is predicted only
-        return answered(self._forward, question, Limits(self._settings.dimension, num_tokens, longest))
+        longest = (
+            self.model.shape.num_positions - self.prompt.spec.num_tokens + 1
+        )  # the last token is predicted only
+        return answered(
+            self._forward, question, Limits(self._settings.dimension, num_tokens, longest)
+        )
 
     def merge(self, updates: Updates) -> NamedTensors:
         """The search that comes of the clients'; of a single one FedBPT takes what it sent."""
@@ -84,9 +99,13 @@ class Server:
         means, ends = np.split(rows.astype(np.float64), [self._settings.dimension], axis=1)
         search = Evolution.of(self._known)
         local = float(np.exp(np.log(ends).mean())) if ends.size else search.step_size
-        points = effective(self._settings.population) if ends.size else self._settings.population / 2
+        points = (
+            effective(self._settings.population) if ends.size else self._settings.population / 2
+        )
         parents = self._settings.parents
-        search.step_size = corrected(losses, spread, points, len(told) if parents == "all" else len(told) // 2)
+        search.step_size = corrected(
+            losses, spread, points, len(told) if parents == "all" else len(told) // 2
+        )
         factor = local / search.step_size
         search.update(means, np.array(losses), parents)
         search.step_size *= factor  # the clients' changes as the server's does
@@ -96,7 +115,9 @@ class Server:
         """The rows and metrics of the updates whose step sizes are above 0; the others are rejected by name."""
         rows = updates.rows()
         ends = rows[:, self._settings.dimension :]
-        smallest = np.minimum([report.metrics["step_size"] for report in updates.reports], ends.min(1, initial=np.inf))
+        smallest = np.minimum(
+            [report.metrics["step_size"] for report in updates.reports], ends.min(1, initial=np.inf)
+        )
         for report, step_size in zip(updates.reports, smallest):
             if step_size <= 0:
                 updates.reject(report.client, f"step size {step_size:g}, expected one above 0")
@@ -136,7 +157,9 @@ class Server:
         self._steer()
 
     def _steer(self) -> None:
-        self.prompt.load({"prompt": self._first + self._subspace.expand(self._known["mean"][None])[0]})
+        self.prompt.load(
+            {"prompt": self._first + self._subspace.expand(self._known["mean"][None])[0]}
+        )
 
 
 class Client:
@@ -197,7 +220,12 @@ class Client:
         ranked = values[-1] / max(values[0], LEAST) if settings.compares else values[0]
         end = time.perf_counter()
         numbers = (ranked, math.sqrt(squares), first, losses[-1], end - begun, begun - start)
-        return Update(client, float(len(shard)), up, {name: float(value) for name, value in zip(METRICS, numbers)})
+        return Update(
+            client,
+            float(len(shard)),
+            up,
+            {name: float(value) for name, value in zip(METRICS, numbers)},
+        )
 
     def _both(self, shard: Sequence[Text], client: int, round: int) -> list[Sequence[Text]]:
         """A client's text, and this round's perturbed copy of it, if the objective has one."""
@@ -210,9 +238,13 @@ class Client:
         self, client: int, points: np.ndarray, groups: Sequence[Sequence[Text]]
     ) -> tuple[np.ndarray, np.ndarray]:
         """The objective and the mean loss of each of the points [num, dimension]."""
-        losses, *copies = (torch.from_numpy(each) for each in self._forward.losses(client, points, groups))
+        losses, *copies = (
+            torch.from_numpy(each) for each in self._forward.losses(client, points, groups)
+        )
         rows = zip(losses, copies[0] if copies else losses)
         values = np.array([float(fitness(self._settings.objective, *row)) for row in rows])
         if not np.isfinite(values).all():
-            raise NonFiniteError(f"the objective is {values[~np.isfinite(values)][0]}, expected a finite number")
+            raise NonFiniteError(
+                f"the objective is {values[~np.isfinite(values)][0]}, expected a finite number"
+            )
         return values, np.array([float(row.mean()) for row in losses])

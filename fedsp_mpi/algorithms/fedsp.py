@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from fedsp_mpi import rng
-from fedsp_mpi.algorithms.benches import Bench, Benches, ShardError
-from fedsp_mpi.algorithms.prompt_tuning import tune
+from fedsp_mpi.algorithms.client_state import Bench, Benches, ShardError
+from fedsp_mpi.algorithms.prompt_server import tune
 from fedsp_mpi.config import StageConfig
 from fedsp_mpi.log import RoundProgress
 from fedsp_mpi.models.backbone import LanguageModel
@@ -93,13 +93,23 @@ class Client:
         with named_out_of_memory():
             bench = self.benches.take(client)
             self._begin(bench, client, round, down)
-            model, prompt = (self._both_at_once if self._joint else self._stages)(bench, shard, round, start)
+            model, prompt = (self._both_at_once if self._joint else self._stages)(
+                bench, shard, round, start
+            )
             tensors = NamedTensors.pack(self._prompt.tensors())
             if not tensors.is_finite():
                 raise NonFiniteError("the tuned prompt holds numbers that are not finite")
             self.benches.put(client, bench)
         seconds = time.perf_counter() - start - model.seconds - prompt.seconds
-        numbers = (model.first, model.last, prompt.first, prompt.last, model.seconds, prompt.seconds, seconds)
+        numbers = (
+            model.first,
+            model.last,
+            prompt.first,
+            prompt.last,
+            model.seconds,
+            prompt.seconds,
+            seconds,
+        )
         return Update(client, float(prompt.samples), tensors, dict(zip(METRICS, numbers)))
 
     def _begin(self, bench: Bench, client: int, round: int, down: NamedTensors) -> None:
@@ -117,13 +127,26 @@ class Client:
         self._model.train_weights(True)
         self._progress.stage("alignment step", self._alignment.steps)
         on_step = self._progress.step
-        model = tune(self._model, self._prompt, alignment, shard.alignment, self._alignment, round, middle, on_step)
+        model = tune(
+            self._model,
+            self._prompt,
+            alignment,
+            shard.alignment,
+            self._alignment,
+            round,
+            middle,
+            on_step,
+        )
         self._model.train_weights(False)
         self._prompt.requires_grad_(True)
         self._progress.stage("tuning step", self._tuning.steps)
-        return model, tune(self._model, self._prompt, tuning, shard.tuning, self._tuning, round, end, on_step)
+        return model, tune(
+            self._model, self._prompt, tuning, shard.tuning, self._tuning, round, end, on_step
+        )
 
-    def _both_at_once(self, bench: Bench, shard: Shard, round: int, start: float) -> tuple[Trace, Trace]:
+    def _both_at_once(
+        self, bench: Bench, shard: Shard, round: int, start: float
+    ) -> tuple[Trace, Trace]:
         """Train auxiliary model and prompts on one loss; all of it is told as the second stage."""
         _, end = self._limits(start)
         self._prompt.requires_grad_(True)
@@ -131,7 +154,9 @@ class Client:
         together = Together(*bench.engines.values())
         self._progress.stage("step", self._tuning.steps)
         on_step = self._progress.step
-        trace = tune(self._model, self._prompt, together, shard.tuning, self._tuning, round, end, on_step)
+        trace = tune(
+            self._model, self._prompt, together, shard.tuning, self._tuning, round, end, on_step
+        )
         self._model.train_weights(False)
         return Trace(), trace
 
@@ -145,7 +170,12 @@ class Client:
         owned = {"alignment": self._model.weights.values(), "tuning": self._prompt.parameters()}
         optimizers = {"alignment": self._alignment.optimizer, "tuning": self._tuning.optimizer}
         rounds = self._rounds if self._keep else 1
-        return {name: TorchEngine(owned[name], optimizers[name], self._steps(name) * rounds) for name in owned}
+        return {
+            name: TorchEngine(owned[name], optimizers[name], self._steps(name) * rounds)
+            for name in owned
+        }
 
     def _steps(self, name: str) -> int:
-        return self._alignment.steps if name == "alignment" and not self._joint else self._tuning.steps
+        return (
+            self._alignment.steps if name == "alignment" and not self._joint else self._tuning.steps
+        )

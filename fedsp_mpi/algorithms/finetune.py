@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterable, Mapping
 
 from torch import nn
 
-from fedsp_mpi.aggregation.average import Updates
-from fedsp_mpi.algorithms.benches import Benches, ShardError, arrays, tensors
-from fedsp_mpi.algorithms.prompt_tuning import tune
+from fedsp_mpi.aggregation.fedavg import Updates
+from fedsp_mpi.algorithms.client_state import Benches, ShardError, arrays, tensors
+from fedsp_mpi.algorithms.prompt_server import tune
 from fedsp_mpi.config import StageConfig
 from fedsp_mpi.log import RoundProgress
 from fedsp_mpi.models import auxiliary
@@ -21,7 +21,7 @@ from fedsp_mpi.tensors import NamedTensors, State, Update, join_states, part_of_
 from fedsp_mpi.training.device import named_out_of_memory
 from fedsp_mpi.training.engine import TorchEngine
 from fedsp_mpi.training.loop import Batches, NonFiniteError, Trace
-from fedsp_mpi.training.team import ALONE, Team
+from fedsp_mpi.training.process_group import ALONE, Team
 
 METRICS = ("loss_model_first", "loss_model_last", "seconds_model", "seconds_other")
 
@@ -52,7 +52,9 @@ class Server:
         team: Team = ALONE,
     ) -> None:
         self.model, self._batches, self._stage, self._rule = model, batches, stage, rule
-        self._engine = TorchEngine(self.parameters(), stage.optimizer, stage.steps * total_rounds, team)
+        self._engine = TorchEngine(
+            self.parameters(), stage.optimizer, stage.steps * total_rounds, team
+        )
 
     def parameters(self) -> Iterable[nn.Parameter]:
         """What is tuned: all weights, shared ones once."""
@@ -141,12 +143,19 @@ class Client:
             self._model.train_weights(True)
             until = None if self._seconds is None else start + self._seconds
             self._progress.stage("step", self._stage.steps)
-            trace = tune(self._model, None, engine, shard, self._stage, round, until, self._progress.step)
+            trace = tune(
+                self._model, None, engine, shard, self._stage, round, until, self._progress.step
+            )
             weights = auxiliary.pack(self._model)
             if not weights.is_finite():
                 raise NonFiniteError("the trained model holds numbers that are not finite")
             self.benches.put(client, bench)
-        numbers = (trace.first, trace.last, trace.seconds, time.perf_counter() - start - trace.seconds)
+        numbers = (
+            trace.first,
+            trace.last,
+            trace.seconds,
+            time.perf_counter() - start - trace.seconds,
+        )
         return Update(client, float(trace.samples), weights, dict(zip(METRICS, numbers)))
 
     def _engines(self) -> dict[str, TorchEngine]:

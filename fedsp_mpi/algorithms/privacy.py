@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from fedsp_mpi.algorithms.benches import Client
+from fedsp_mpi.algorithms.client_state import Client
 from fedsp_mpi.tensors import NamedTensors, Update
 
 Source = Callable[[int], bytes]
@@ -41,7 +41,9 @@ class Private:
         source: gives so many random bytes; the operating system's. No seed makes this noise again.
     """
 
-    def __init__(self, client: Client, clip: float, scale: float, source: Source = os.urandom) -> None:
+    def __init__(
+        self, client: Client, clip: float, scale: float, source: Source = os.urandom
+    ) -> None:
         self._client, self._clip, self._scale, self._source = client, clip, scale, source
 
     @property
@@ -54,12 +56,18 @@ class Private:
         received = down.copy()
         update = self._client.local(client, round, down)
         tensors = privatised(received, update.tensors, self._clip, self._scale, self._source)
-        told = {name: value for name, value in update.metrics.items() if not name.startswith("loss")}
+        told = {
+            name: value for name, value in update.metrics.items() if not name.startswith("loss")
+        }
         return replace(update, tensors=tensors, metrics=told)
 
 
 def privatised(
-    received: NamedTensors, tuned: NamedTensors, clip: float, scale: float, source: Source = os.urandom
+    received: NamedTensors,
+    tuned: NamedTensors,
+    clip: float,
+    scale: float,
+    source: Source = os.urandom,
 ) -> NamedTensors:
     """received + (tuned - received) min(1, clip / |tuned - received|_1) + noise, in fp64 and rounded to fp32.
 

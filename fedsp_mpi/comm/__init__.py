@@ -9,7 +9,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from .guard import Guard, Refused, Scene, guard
-from .topology import Topology, launcher_rank, launcher_size, library_name, refuse_singletons, spread
+from .topology import (
+    Topology,
+    launcher_rank,
+    launcher_size,
+    library_name,
+    refuse_singletons,
+    spread,
+)
 
 if TYPE_CHECKING:
     from .messages import Down, Handout, Report, checked

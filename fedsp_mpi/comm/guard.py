@@ -22,7 +22,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
-from fedsp_mpi import ownership
+from fedsp_mpi.files import ownership
 
 from .topology import launcher_rank, launcher_size
 
@@ -109,7 +109,10 @@ class Guard:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> Literal[False]:
         threading.excepthook = self._old_hook
         with suppress(ValueError):
@@ -118,17 +121,25 @@ class Guard:
             self._end(130)
         elif isinstance(error, SystemExit):
             if self._leaves_others_waiting(error):
-                self._fail(error, "", error.code if isinstance(error.code, int) and error.code else 1)
+                self._fail(
+                    error, "", error.code if isinstance(error.code, int) and error.code else 1
+                )
         elif error is not None and not isinstance(error, Refused):
             self._fail(error, "", getattr(error, "exit_status", 1))
         self._folder = None
         return False
 
     @contextmanager
-    def phase(self, name: str, *, round: int | None = None, client: int | None = None) -> Iterator[None]:
+    def phase(
+        self, name: str, *, round: int | None = None, client: int | None = None
+    ) -> Iterator[None]:
         """Say what happens inside the `with`. Round and client are inherited from the phase around it."""
         depth, outer = len(self._scenes), self._scenes[-1]
-        scene = Scene(name, outer.round if round is None else round, outer.client if client is None else client)
+        scene = Scene(
+            name,
+            outer.round if round is None else round,
+            outer.client if client is None else client,
+        )
         self._scenes.append(scene)
         try:
             yield
@@ -187,7 +198,11 @@ class Guard:
     def _ask_for_stacks(self, ranks: Iterable[int]) -> None:
         """Have the ranks of this host that are waited for write their stacks to stderr."""
         here = socket.gethostname()
-        asked = [pid for rank, (host, pid) in enumerate(self._peers) if rank in tuple(ranks) and host == here]
+        asked = [
+            pid
+            for rank, (host, pid) in enumerate(self._peers)
+            if rank in tuple(ranks) and host == here
+        ]
         for pid in asked:
             with suppress(OSError):
                 os.kill(pid, _SHOW)

@@ -26,7 +26,12 @@ class Incoming:
     """
 
     def __init__(
-        self, receive: Receive, senders: Sequence[Sequence[int]], num_values: int, chunk: int, round: int
+        self,
+        receive: Receive,
+        senders: Sequence[Sequence[int]],
+        num_values: int,
+        chunk: int,
+        round: int,
     ) -> None:
         self._receive_pieces = receive
         self._senders = senders

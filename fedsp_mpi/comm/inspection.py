@@ -17,13 +17,30 @@ from typing import Any
 
 import numpy as np
 
-from ..foreign import printable
-from ..tensors import Contract, Failure
-from .messages import HEADER_BYTES, MAX_ABS, Header, Kind, impossible_values, pack_answers, unpack_answers
+from fedsp_mpi.files.untrusted import printable
+from fedsp_mpi.tensors import Contract, Failure
+
+from .messages import (
+    HEADER_BYTES,
+    MAX_ABS,
+    Header,
+    Kind,
+    impossible_values,
+    pack_answers,
+    unpack_answers,
+)
 
 MAX_JSON_BYTES = 64 << 20  # of a letter in JSON, such as the list of a rank's files in a checkpoint
 _MAX_COUNT = 1 << 53  # questions of a client in a round, or bytes of them
-_UNREADABLE = (ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError, RecursionError)
+_UNREADABLE = (
+    ValueError,
+    TypeError,
+    KeyError,
+    IndexError,
+    AttributeError,
+    OverflowError,
+    RecursionError,
+)
 
 
 class ProtocolError(ValueError):
@@ -56,18 +73,26 @@ def reading(rank: int, what: str) -> Iterator[None]:
         raise
     except _UNREADABLE as error:
         reason = f"{type(error).__name__}: {error}"
-        raise ProtocolError(f"rank {rank}: found {what} that cannot be read ({printable(reason)})") from None
+        raise ProtocolError(
+            f"rank {rank}: found {what} that cannot be read ({printable(reason)})"
+        ) from None
 
 
-def require_fields(content: Mapping[str, Any], rank: int, fields: Mapping[str, type | tuple[type, ...]]) -> None:
+def require_fields(
+    content: Mapping[str, Any], rank: int, fields: Mapping[str, type | tuple[type, ...]]
+) -> None:
     """Raise ProtocolError, naming the rank, unless its mapping has all of some fields, each of a type."""
     for name, kind in fields.items():
         if name not in content or not isinstance(content[name], kind):
             found = type(content[name]).__name__ if name in content else "nothing"
-            raise ProtocolError(f"rank {rank}: found {found} as {name!r} in its message, expected {kind}")
+            raise ProtocolError(
+                f"rank {rank}: found {found} as {name!r} in its message, expected {kind}"
+            )
 
 
-def read_headers(letter: bytes, rank: int, contract: Contract, round: int, expected: Expected | None) -> list[Header]:
+def read_headers(
+    letter: bytes, rank: int, contract: Contract, round: int, expected: Expected | None
+) -> list[Header]:
     """The headers in a rank's letter: of the contract, of this round, of clients of that rank, each at most once.
 
     Raises ProtocolError, naming the rank and the client, if one of them is anything else.
@@ -84,9 +109,13 @@ def read_headers(letter: bytes, rank: int, contract: Contract, round: int, expec
             )
     counts = Counter(header.client for header in headers)
     if pack_answers(headers, contract.metrics) != letter:
-        raise ProtocolError(f"rank {rank}: found bytes in its answers that the contract has no meaning for")
+        raise ProtocolError(
+            f"rank {rank}: found bytes in its answers that the contract has no meaning for"
+        )
     if twice := [client for client, count in counts.items() if count > 1]:
-        raise ProtocolError(f"update of client {twice[0]} from rank {rank}: found two answers, expected one")
+        raise ProtocolError(
+            f"update of client {twice[0]} from rank {rank}: found two answers, expected one"
+        )
     return headers
 
 
@@ -106,7 +135,9 @@ def _require_agreed(header: Header, contract: Contract, round: int, rank: int) -
     """Raise ProtocolError unless a header is an update or a failure of this round, as handed out."""
     whose = f"update of client {header.client} from rank {rank}"
     if header.kind not in (Kind.UPDATE, Kind.FAILURE):
-        raise ProtocolError(f"{whose}: found a message of kind {header.kind.name}, expected UPDATE or FAILURE")
+        raise ProtocolError(
+            f"{whose}: found a message of kind {header.kind.name}, expected UPDATE or FAILURE"
+        )
     found: list[Any] = [header.round, header.num_values, header.digest.hex()]
     agreed: list[Any] = [round, contract.up.num_values, contract.up.digest.hex()]
     if header.kind is Kind.FAILURE:
@@ -114,23 +145,37 @@ def _require_agreed(header: Header, contract: Contract, round: int, rank: int) -
     elif header.text:
         raise ProtocolError(f"{whose}: found an UPDATE with a text, expected numbers alone")
     if found != agreed or header.client < 0:
-        raise ProtocolError(f"{whose}: found [round, values, schema] {found}, expected {agreed} as handed out")
+        raise ProtocolError(
+            f"{whose}: found [round, values, schema] {found}, expected {agreed} as handed out"
+        )
     questions, up, down = header.asked
     if not contract.servers and any(header.asked):
-        raise ProtocolError(f"{whose}: found {questions} questions, expected none: nobody answers them in this run")
+        raise ProtocolError(
+            f"{whose}: found {questions} questions, expected none: nobody answers them in this run"
+        )
     if max(header.asked) > _MAX_COUNT or min(up, down) < questions * HEADER_BYTES:
         raise ProtocolError(f"{whose}: found {questions} questions of {up} bytes, which cannot be")
 
 
-def failures_of(headers: Iterable[Header], contract: Contract, round: int, expected: Expected | None) -> list[Failure]:
+def failures_of(
+    headers: Iterable[Header], contract: Contract, round: int, expected: Expected | None
+) -> list[Failure]:
     """The failures of a round that headers tell: those that clients report, impossible numbers, and silent clients."""
     headers = list(headers)
     reported = [header.failure() for header in headers if header.kind is Kind.FAILURE]
     updates = [header for header in headers if header.kind is Kind.UPDATE]
     reasons = {header.client: _impossible(header, contract, expected) for header in updates}
-    failures = [Failure(client, round, "check", reason) for client, reason in reasons.items() if reason]
-    missing = sorted(set(expected.ranks) - {header.client for header in headers}) if expected else []
-    silent = [Failure(id, round, "gather", f"rank {expected.ranks[id]} sent no answer") for id in missing if expected]
+    failures = [
+        Failure(client, round, "check", reason) for client, reason in reasons.items() if reason
+    ]
+    missing = (
+        sorted(set(expected.ranks) - {header.client for header in headers}) if expected else []
+    )
+    silent = [
+        Failure(id, round, "gather", f"rank {expected.ranks[id]} sent no answer")
+        for id in missing
+        if expected
+    ]
     return sorted([*reported, *failures, *silent], key=lambda failure: failure.client)
 
 
@@ -162,7 +207,9 @@ def impossible_rows(matrix: np.ndarray) -> dict[int, str]:
 def open_json(letter: bytes, rank: int) -> dict[str, Any]:
     """The mapping in a rank's letter. Raises ProtocolError, naming the rank."""
     with reading(rank, "a JSON message"):
-        header = Header.unpack(letter[:HEADER_BYTES], f"rank {rank}").require(Kind.JSON, f"rank {rank}")
+        header = Header.unpack(letter[:HEADER_BYTES], f"rank {rank}").require(
+            Kind.JSON, f"rank {rank}"
+        )
         if len(letter) != HEADER_BYTES + header.num_values:
             raise ValueError(f"{len(letter) - HEADER_BYTES} bytes, {header.num_values} announced")
         content = json.loads(letter[HEADER_BYTES:])

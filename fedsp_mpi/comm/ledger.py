@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from ..tensors import Contract, Schema
+from fedsp_mpi.tensors import Contract, Schema
+
 from .messages import HEADER_BYTES, NOTHING_ASKED, Asked
 
 Direction = Literal["start-up", "handout", "down", "up", "checkpoint", "end"]
@@ -42,15 +43,24 @@ class Ledger:
         self._entries: dict[tuple[str, str, str], Entry] = {}
         self._round: dict[str, dict[int, int]] = {"down": {}, "up": {}}
 
-    def raw(self, direction: Direction, phase: str, name: str, size: int, messages: int, crossed: int) -> None:
+    def raw(
+        self, direction: Direction, phase: str, name: str, size: int, messages: int, crossed: int
+    ) -> None:
         """Count messages of `size` bytes that are no tensors: headers, JSON."""
         self._add(Entry(direction, phase, name, None, "uint8"), size, messages, crossed)
 
     def header(self, direction: Direction, phase: str, messages: int, crossed: int) -> None:
         """Count headers."""
-        self._add(Entry(direction, phase, "(header)", (HEADER_BYTES,), "uint8"), HEADER_BYTES, messages, crossed)
+        self._add(
+            Entry(direction, phase, "(header)", (HEADER_BYTES,), "uint8"),
+            HEADER_BYTES,
+            messages,
+            crossed,
+        )
 
-    def tensors(self, direction: Direction, phase: str, schema: Schema, messages: int, crossed: int) -> None:
+    def tensors(
+        self, direction: Direction, phase: str, schema: Schema, messages: int, crossed: int
+    ) -> None:
         """Count messages with the tensors of `schema`."""
         for spec in schema:
             entry = Entry(direction, phase, spec.name, spec.shape, "float32")
@@ -100,11 +110,15 @@ class Ledger:
         """All entries, as JSON can say them, in the order in which they first came up."""
         return [asdict(entry) for entry in self._entries.values()]
 
-    def _questions(self, direction: Direction, name: str, num: int, size: int, crossed: bool) -> None:
+    def _questions(
+        self, direction: Direction, name: str, num: int, size: int, crossed: bool
+    ) -> None:
         """Count `num` questions or answers of `size` bytes together, headers among them."""
         self.header(direction, "questions", num, num * crossed)
         values = size - num * HEADER_BYTES
-        entry = self._add(Entry(direction, "questions", name, None, "float32"), 0, num, num * crossed)
+        entry = self._add(
+            Entry(direction, "questions", name, None, "float32"), 0, num, num * crossed
+        )
         entry.bytes += values
         entry.bytes_crossed += values * crossed
 

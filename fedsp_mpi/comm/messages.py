@@ -12,8 +12,8 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from ..foreign import printable
-from ..tensors import Contract, Failure, NamedTensors, Schema, Update, seal
+from fedsp_mpi.files.untrusted import printable
+from fedsp_mpi.tensors import Contract, Failure, NamedTensors, Schema, Update, seal
 
 CHUNK_BYTES = 4 << 20  # of one vector that travel at once
 JsonPhase = Literal["start-up", "checkpoint", "end"]
@@ -64,7 +64,11 @@ class Asked(NamedTuple):
 
     def one_more(self, asked: int, answered: int) -> Asked:
         """With another question of so many values, and its answer's."""
-        return Asked(self.questions + 1, self.up + HEADER_BYTES + 4 * asked, self.down + HEADER_BYTES + 4 * answered)
+        return Asked(
+            self.questions + 1,
+            self.up + HEADER_BYTES + 4 * asked,
+            self.down + HEADER_BYTES + 4 * answered,
+        )
 
 
 NOTHING_ASKED = Asked()
@@ -106,16 +110,29 @@ class Header:
 
     def pack(self, names: Sequence[str] = ()) -> bytes:
         """The 256 bytes; `names` gives the places of the metrics."""
-        values = [self.metrics.get(name, 0.0) for name in names] + [0.0] * (MAX_METRICS - len(names))
+        values = [self.metrics.get(name, 0.0) for name in names] + [0.0] * (
+            MAX_METRICS - len(names)
+        )
         mask = sum(1 << i for i, name in enumerate(names) if name in self.metrics)
         text = _cut(self.text.encode(), TEXT_BYTES)
-        fixed = (MAGIC, LAYOUT_VERSION, self.kind, self.round, self.client, self.num_values, self.digest, self.weight)
+        fixed = (
+            MAGIC,
+            LAYOUT_VERSION,
+            self.kind,
+            self.round,
+            self.client,
+            self.num_values,
+            self.digest,
+            self.weight,
+        )
         return _LAYOUT.pack(*fixed, mask, *values, *self.asked, text)
 
     @classmethod
     def unpack(cls, raw: bytes, whose: str, names: Sequence[str] = ()) -> Header:
         """Read 256 bytes. Raises ValueError, naming `whose`, if they are not a header of this layout."""
-        magic, version, kind, round, client, num_values, digest, weight, mask, *rest = _LAYOUT.unpack(raw)
+        magic, version, kind, round, client, num_values, digest, weight, mask, *rest = (
+            _LAYOUT.unpack(raw)
+        )
         if (magic, version) != (MAGIC, LAYOUT_VERSION) or kind not in list(Kind):
             raise ValueError(
                 f"{whose}: found a message of {magic!r}, layout {version}, kind {kind}; expected {MAGIC!r}, layout "
@@ -130,14 +147,20 @@ class Header:
         """The header of one client's answer, with what it asked before."""
         if isinstance(item, Failure):
             text = f"{item.phase}\n{item.reason}"
-            return cls(Kind.FAILURE, round, item.client, len(_behind_header(text)), text=text, asked=asked)
+            return cls(
+                Kind.FAILURE, round, item.client, len(_behind_header(text)), text=text, asked=asked
+            )
         schema, about = item.tensors.schema, (float(item.weight), item.metrics)
-        return cls(Kind.UPDATE, round, item.client, schema.num_values, schema.digest, *about, asked=asked)
+        return cls(
+            Kind.UPDATE, round, item.client, schema.num_values, schema.digest, *about, asked=asked
+        )
 
     def require(self, kind: Kind, whose: str) -> Header:
         """Itself; ValueError if it is of another kind, that is, two ranks are at different places of the protocol."""
         if self.kind is not kind:
-            raise ValueError(f"{whose}: found a message of kind {self.kind.name}, expected {kind.name}")
+            raise ValueError(
+                f"{whose}: found a message of kind {self.kind.name}, expected {kind.name}"
+            )
         return self
 
     def failure(self) -> Failure:
@@ -150,7 +173,10 @@ def pack_answers(headers: Iterable[Header], names: Sequence[str]) -> bytes:
     """Return the letter of one rank's clients: their headers, and behind that of a failure the rest of its text."""
     parts = []
     for header in headers:
-        parts += [header.pack(names), _behind_header(header.text) if header.kind is Kind.FAILURE else b""]
+        parts += [
+            header.pack(names),
+            _behind_header(header.text) if header.kind is Kind.FAILURE else b"",
+        ]
     return b"".join(parts)
 
 
@@ -160,7 +186,9 @@ def unpack_answers(letter: bytes, whose: str, names: Sequence[str]) -> list[Head
     while at < len(letter):
         raw = letter[at : at + HEADER_BYTES]
         if len(raw) < HEADER_BYTES:
-            raise ValueError(f"{whose}: found {len(raw)} bytes at a letter's end, expected headers of {HEADER_BYTES}")
+            raise ValueError(
+                f"{whose}: found {len(raw)} bytes at a letter's end, expected headers of {HEADER_BYTES}"
+            )
         header, at = Header.unpack(raw, whose, names), at + HEADER_BYTES
         if header.kind is Kind.FAILURE and header.num_values:
             rest = letter[at : at + header.num_values]
@@ -169,7 +197,10 @@ def unpack_answers(letter: bytes, whose: str, names: Sequence[str]) -> list[Head
                     f"{whose}: found a failure with {header.num_values} bytes of text behind its header, expected at "
                     f"most {REASON_BYTES}, all in the letter"
                 )
-            header, at = replace(header, text=header.text + rest.decode(errors="replace")), at + len(rest)
+            header, at = (
+                replace(header, text=header.text + rest.decode(errors="replace")),
+                at + len(rest),
+            )
         headers.append(header)
     return headers
 
@@ -199,13 +230,19 @@ def checked(item: Update | Failure, contract: Contract, round: int) -> Update | 
     item.tensors.schema.require(contract.up, whose)
     seal.refuse_array(item.tensors.flat)
     if unknown := set(item.metrics) - set(contract.metrics):
-        raise ValueError(f"{whose}: found metrics {sorted(unknown)}, expected some of {list(contract.metrics)}")
+        raise ValueError(
+            f"{whose}: found metrics {sorted(unknown)}, expected some of {list(contract.metrics)}"
+        )
     if item.weight < 0:
-        raise ValueError(f"{whose}: found weight {item.weight}, expected a number that is not negative")
+        raise ValueError(
+            f"{whose}: found weight {item.weight}, expected a number that is not negative"
+        )
     if not math.isfinite(item.weight):
         return Failure(item.client, round, "check", f"weight is {item.weight}")
     if reason := impossible_values(item.tensors.flat):
-        name = next(name for name, view in item.tensors.items() if impossible_values(view.reshape(-1)))
+        name = next(
+            name for name, view in item.tensors.items() if impossible_values(view.reshape(-1))
+        )
         return Failure(item.client, round, "check", f"tensor {name!r} {reason}")
     return item
 
@@ -218,7 +255,9 @@ def impossible_values(values: np.ndarray) -> str | None:
     if not (math.isfinite(low) and math.isfinite(high)):
         return "is not finite"
     largest = max(-low, high)
-    return f"has a value of {largest:.3g}, expected at most {MAX_ABS:g}" if largest > MAX_ABS else None
+    return (
+        f"has a value of {largest:.3g}, expected at most {MAX_ABS:g}" if largest > MAX_ABS else None
+    )
 
 
 def down_header(down: Down, contract: Contract) -> Header:
@@ -233,19 +272,25 @@ def down_header(down: Down, contract: Contract) -> Header:
     assert down.tensors is not None, "a broadcast has tensors unless it says stop"
     down.tensors.schema.require(contract.down, f"broadcast of round {down.round}")
     seal.refuse_array(down.tensors.flat)
-    return Header(Kind.BROADCAST, down.round, num_values=contract.down.num_values, digest=contract.down.digest)
+    return Header(
+        Kind.BROADCAST, down.round, num_values=contract.down.num_values, digest=contract.down.digest
+    )
 
 
 def require_handout(handout: Handout) -> None:
     """Raise ValueError if a header has no room for the contract's metrics, SealedTensorError for the global model."""
     if len(handout.contract.metrics) > MAX_METRICS:
-        raise ValueError(f"found {len(handout.contract.metrics)} metrics, expected at most {MAX_METRICS}")
+        raise ValueError(
+            f"found {len(handout.contract.metrics)} metrics, expected at most {MAX_METRICS}"
+        )
     seal.refuse_array(handout.tensors.flat)
 
 
 def reports_of(headers: Iterable[Header], failed: Container[int] = ()) -> list[Report]:
     """The accepted updates in the order of client ids, without those of `failed` clients."""
-    updates = [header for header in headers if header.kind is Kind.UPDATE and header.client not in failed]
+    updates = [
+        header for header in headers if header.kind is Kind.UPDATE and header.client not in failed
+    ]
     updates.sort(key=lambda header: header.client)
     return [Report(header.client, header.weight, dict(header.metrics)) for header in updates]
 
@@ -266,7 +311,9 @@ def handout_content(handout: Handout, chunk: int) -> dict[str, Any]:
     """What clients must know before the tensors of the hand-out can flow; `chunk`: values in a piece."""
     contract = handout.contract
     schemas = {"tensors": handout.tensors.schema, "down": contract.down, "up": contract.up}
-    content = {name: [[spec.name, spec.shape] for spec in schema] for name, schema in schemas.items()}
+    content = {
+        name: [[spec.name, spec.shape] for spec in schema] for name, schema in schemas.items()
+    }
     rest = {"metrics": contract.metrics, "servers": contract.servers, "finite": contract.finite}
     return {**content, **rest, "meta": handout.meta, "chunk": chunk}
 
@@ -275,5 +322,7 @@ def handout_from(content: dict[str, Any]) -> tuple[Handout, int]:
     """The receiving side of `handout_content`: room for the tensors, which are still to come, and the `chunk`."""
     tensors, down, up = (Schema.of(content[name]) for name in ("tensors", "down", "up"))
     room = NamedTensors(tensors, np.empty(tensors.num_values, dtype=np.float32))
-    contract = Contract(down, up, tuple(content["metrics"]), content["servers"], tuple(content["finite"]))
+    contract = Contract(
+        down, up, tuple(content["metrics"]), content["servers"], tuple(content["finite"])
+    )
     return Handout(content["meta"], room, contract), int(content["chunk"])

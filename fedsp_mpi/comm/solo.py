@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from ..tensors import Contract, Failure, Update, seal
-from .desk import Answer
+from fedsp_mpi.tensors import Contract, Failure, Update, seal
+
 from .guard import Refused, guard
 from .inspection import Expected, failures_of, read_headers
 from .ledger import Ledger
@@ -32,6 +32,7 @@ from .messages import (
     slices,
     to_json,
 )
+from .rpc import Answer
 from .topology import Topology
 from .updates import Columns, Updates
 from .waiting import Deadlines
@@ -56,7 +57,9 @@ class Solo:
         self._answer: Answer | None = None
         self._asked: dict[int, Asked] = {}
 
-    def collect(self, info: Mapping[str, Any], phase: JsonPhase = "start-up") -> list[dict[str, Any]]:
+    def collect(
+        self, info: Mapping[str, Any], phase: JsonPhase = "start-up"
+    ) -> list[dict[str, Any]]:
         """The list with this process's own dict, as JSON says it."""
         return [json.loads(to_json(info))]
 
@@ -95,14 +98,22 @@ class Solo:
         assert down is not None, "one process is the server too"
         with guard.phase("broadcast", round=down.round):
             down_header(down, self._sealed())
-            return down if down.stop or down.tensors is None else Down(down.round, tensors=down.tensors.copy())
+            return (
+                down
+                if down.stop or down.tensors is None
+                else Down(down.round, tensors=down.tensors.copy())
+            )
 
     def ask(self, client: int, values: np.ndarray) -> np.ndarray:
         """What the server answers to a client's fp32 values, while `outgoing` of a `gather` is read."""
-        assert self._sealed().servers and self._answer is not None, "the contract says whether clients may ask"
+        assert self._sealed().servers and self._answer is not None, (
+            "the contract says whether clients may ask"
+        )
         found = self._answer(values)
         seal.refuse_array(found)
-        self._asked[client] = self._asked.get(client, NOTHING_ASKED).one_more(values.size, found.size)
+        self._asked[client] = self._asked.get(client, NOTHING_ASKED).one_more(
+            values.size, found.size
+        )
         return found
 
     def gather(
@@ -121,19 +132,35 @@ class Solo:
         with guard.phase("gather", round=round):
             contract = self._sealed()
             self._answer, self._asked = answer, {}
-            items = sorted((checked(item, contract, round) for item in outgoing), key=lambda item: item.client)
+            items = sorted(
+                (checked(item, contract, round) for item in outgoing), key=lambda item: item.client
+            )
             # Through bytes and back, so that what comes of a failure's text here is what comes of it on the wire.
             asked = self._asked
-            packed = [Header.of(item, round, asked.get(item.client, NOTHING_ASKED)) for item in items]
-            headers = read_headers(pack_answers(packed, contract.metrics), 0, contract, round, expected)
+            packed = [
+                Header.of(item, round, asked.get(item.client, NOTHING_ASKED)) for item in items
+            ]
+            headers = read_headers(
+                pack_answers(packed, contract.metrics), 0, contract, round, expected
+            )
             failures = failures_of(headers, contract, round, expected)
             reports = reports_of(headers, {failure.client for failure in failures})
             sent = [item.client for item in items if isinstance(item, Update)]
-            told = {header.client: header.num_values for header in headers if header.kind is Kind.FAILURE}
+            told = {
+                header.client: header.num_values
+                for header in headers
+                if header.kind is Kind.FAILURE
+            }
             self._ledger.answers(contract, sent, told, False, asked)
             accepted = {report.client for report in reports}
-            flats = [item.tensors.flat for item in items if isinstance(item, Update) and item.client in accepted]
-            return Updates(reports, failures, contract.up, self._columns(flats, contract.up.num_values))
+            flats = [
+                item.tensors.flat
+                for item in items
+                if isinstance(item, Update) and item.client in accepted
+            ]
+            return Updates(
+                reports, failures, contract.up, self._columns(flats, contract.up.num_values)
+            )
 
     def finish(self) -> None:
         """Nothing to wait for."""

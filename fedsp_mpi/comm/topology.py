@@ -119,7 +119,9 @@ class Topology:
         cores = max(1, int(sum(1 / users[mine]) + 1e-6))
         shared.Free()
         rank, size = comm.rank, comm.size
-        return cls(rank, size, local_rank, local_size, socket.gethostname(), rank == 0, size == 1, cores)
+        return cls(
+            rank, size, local_rank, local_size, socket.gethostname(), rank == 0, size == 1, cores
+        )
 
 
 def spread(work: Sequence[float], num_ranks: int) -> list[tuple[int, ...]]:
@@ -143,7 +145,9 @@ def spread(work: Sequence[float], num_ranks: int) -> list[tuple[int, ...]]:
             f"start {len(work) + 1} processes or fewer, or raise the number of clients to {num_ranks} or more"
         )
     if not all(math.isfinite(amount) and amount >= 0 for amount in work):
-        raise ValueError(f"found work {list(work)}, expected a finite number that is not negative for every client")
+        raise ValueError(
+            f"found work {list(work)}, expected a finite number that is not negative for every client"
+        )
     ranks: list[list[int]] = [[] for _ in range(num_ranks)]
     load = [0.0] * num_ranks
     for client in sorted(range(len(work)), key=lambda client: (-work[client], client)):

@@ -6,7 +6,8 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from ..tensors import Failure, Schema
+from fedsp_mpi.tensors import Failure, Schema
+
 from .messages import Report
 
 Columns = tuple[slice, np.ndarray]
@@ -26,7 +27,11 @@ class Updates:
     """
 
     def __init__(
-        self, reports: Sequence[Report], failures: Sequence[Failure], schema: Schema, source: Iterator[Columns]
+        self,
+        reports: Sequence[Report],
+        failures: Sequence[Failure],
+        schema: Schema,
+        source: Iterator[Columns],
     ) -> None:
         self.reports, self.failures, self.schema = list(reports), list(failures), schema
         self.rejected: dict[int, str] = {}

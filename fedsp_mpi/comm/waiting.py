@@ -81,7 +81,11 @@ def wait(
 
 
 def _late(phase: str, waited: float, deadline: float, ranks: list[int]) -> str:
-    who = f"nothing from rank {', '.join(map(str, ranks))}" if ranks else "that not everybody took part"
+    who = (
+        f"nothing from rank {', '.join(map(str, ranks))}"
+        if ranks
+        else "that not everybody took part"
+    )
     return (
         f"{phase.replace('_', '-')}: found {who} after {waited:.1f} s, expected an answer within {deadline:g} s; "
         "look at what those ranks were doing, or raise the deadline of this phase"

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..tensors import Contract, Failure, NamedTensors, Update
-from .desk import Answer, Desk
+from fedsp_mpi.tensors import Contract, Failure, NamedTensors, Update
+
 from .guard import Refused, guard
 from .incoming import Incoming
 from .inspection import (
@@ -54,6 +54,7 @@ from .messages import (
     slices,
     to_json,
 )
+from .rpc import Answer, Desk
 from .topology import Topology
 from .updates import Updates
 from .waiting import Deadlines, wait
@@ -63,7 +64,11 @@ if TYPE_CHECKING:
 
 _WINDOW = 4  # pieces of one vector that flow down at the same time
 _SERVER = 0
-_ANSWERS, _JSON, _PIECES = 1, 2, 5  # tags: a client may be a letter ahead of another; desk.py has 3 and 4
+_ANSWERS, _JSON, _PIECES = (
+    1,
+    2,
+    5,
+)  # tags: a client may be a letter ahead of another; desk.py has 3 and 4
 
 
 class Wire:
@@ -77,7 +82,12 @@ class Wire:
         contract: what may travel; None before the hand-out.
     """
 
-    def __init__(self, comm: MPI.Intracomm, chunk_bytes: int = CHUNK_BYTES, deadlines: Deadlines | None = None) -> None:
+    def __init__(
+        self,
+        comm: MPI.Intracomm,
+        chunk_bytes: int = CHUNK_BYTES,
+        deadlines: Deadlines | None = None,
+    ) -> None:
         from mpi4py import MPI
 
         self._mpi = MPI
@@ -96,7 +106,9 @@ class Wire:
 
     # The operations, in the order of a run.
 
-    def collect(self, info: Mapping[str, Any], phase: JsonPhase = "start-up") -> list[dict[str, Any]] | None:
+    def collect(
+        self, info: Mapping[str, Any], phase: JsonPhase = "start-up"
+    ) -> list[dict[str, Any]] | None:
         """Gather one JSON-able dict of every rank at the server: the list by rank there, None elsewhere.
 
         Args:
@@ -106,12 +118,16 @@ class Wire:
         with self._operation(phase):
             body, limit = to_json(info), LIMIT[phase]
             if not self.is_server:
-                letter = Header(Kind.JSON, client=self.topology.rank, num_values=len(body)).pack() + body
+                letter = (
+                    Header(Kind.JSON, client=self.topology.rank, num_values=len(body)).pack() + body
+                )
                 # After a round the server reads letters when its own work is done.
                 self._write(letter, _JSON, limit if phase == "start-up" else "broadcast")
                 self._count_json(phase, phase, "(json)", len(body), (1, 1))
                 return None
-            letters = self._read_all(_JSON, limit, dict.fromkeys(range(self.topology.size), MAX_JSON_BYTES))
+            letters = self._read_all(
+                _JSON, limit, dict.fromkeys(range(self.topology.size), MAX_JSON_BYTES)
+            )
             for letter in letters.values():
                 self._count_json(phase, phase, "(json)", len(letter) - HEADER_BYTES, (1, 1))
             return [json.loads(body)] + [open_json(letters[rank], rank) for rank in sorted(letters)]
@@ -147,10 +163,13 @@ class Wire:
             if handout is not None:
                 require_handout(handout)
             raw = self._bytes_down(
-                b"" if handout is None else to_json(handout_content(handout, self._chunk)), "handout"
+                b"" if handout is None else to_json(handout_content(handout, self._chunk)),
+                "handout",
             )
             self._count_json("handout", "handout", "(meta)", len(raw), self._deliveries)
-            given, self._chunk = (handout, self._chunk) if handout is not None else handout_from(json.loads(raw))
+            given, self._chunk = (
+                (handout, self._chunk) if handout is not None else handout_from(json.loads(raw))
+            )
             self._pour(given.tensors.flat, "handout")
             self._ledger.tensors("handout", "handout", given.tensors.schema, *self._deliveries)
             self.contract = given.contract
@@ -173,7 +192,9 @@ class Wire:
         with self._operation("broadcast", None if down is None else down.round):
             assert (down is not None) == self.is_server
             contract, crossed = self._sealed(), self._deliveries[1]
-            header = self._announce(None if down is None else down_header(down, contract), "broadcast")
+            header = self._announce(
+                None if down is None else down_header(down, contract), "broadcast"
+            )
             if header.kind is Kind.STOP:
                 self._ledger.header("down", "broadcast", 0, crossed)
                 return down or Down(header.round, stop=True)
@@ -206,7 +227,9 @@ class Wire:
         """
         with self._operation("gather", round):
             contract = self._sealed()
-            mine = sorted((checked(item, contract, round) for item in outgoing), key=lambda item: item.client)
+            mine = sorted(
+                (checked(item, contract, round) for item in outgoing), key=lambda item: item.client
+            )
             if answer is not None and self._desk is not None:
                 self._desk.serve(answer)
             if self.is_server:
@@ -234,31 +257,60 @@ class Wire:
 
     # Up: letters, then columns.
 
-    def _give(self, round: int, mine: list[Update | Failure], contract: Contract, asked: Mapping[int, Asked]) -> None:
+    def _give(
+        self,
+        round: int,
+        mine: list[Update | Failure],
+        contract: Contract,
+        asked: Mapping[int, Asked],
+    ) -> None:
         headers = [Header.of(item, round, asked.get(item.client, NOTHING_ASKED)) for item in mine]
         self._write(pack_answers(headers, contract.metrics), _ANSWERS, "gather")
         updates = [item for item in mine if isinstance(item, Update)]
-        failures = {header.client: header.num_values for header in headers if header.kind is Kind.FAILURE}
+        failures = {
+            header.client: header.num_values for header in headers if header.kind is Kind.FAILURE
+        }
         flats = [update.tensors.flat for update in updates]
         for part in slices(contract.up.num_values, self._chunk) if flats else ():
-            rows = flats[0][part] if len(flats) == 1 else np.concatenate([flat[part] for flat in flats])
+            rows = (
+                flats[0][part]
+                if len(flats) == 1
+                else np.concatenate([flat[part] for flat in flats])
+            )
             request = self._comm.Isend([rows, self._mpi.FLOAT], dest=_SERVER, tag=_PIECES)
             # The server reads while it merges, or after it learned: the limit is the one for the server's work, and
             # nothing is known to move before the first piece has left.
-            self._wait(request.Test, "gather", limit="broadcast", moving=part.start > 0, missing=lambda: (_SERVER,))
+            self._wait(
+                request.Test,
+                "gather",
+                limit="broadcast",
+                moving=part.start > 0,
+                missing=lambda: (_SERVER,),
+            )
         self._ledger.answers(contract, [update.client for update in updates], failures, True, asked)
 
     def _take(self, round: int, contract: Contract, expected: Expected | None) -> Updates:
         ranks = range(self.topology.size)
-        most = {rank: MAX_ANSWER_BYTES * len(expected.of_rank(rank)) for rank in ranks} if expected else None
+        most = (
+            {rank: MAX_ANSWER_BYTES * len(expected.of_rank(rank)) for rank in ranks}
+            if expected
+            else None
+        )
         headers: list[list[Header]] = [[] for _ in range(self.topology.size)]
         for rank, letter in self._read_all(_ANSWERS, "gather", most).items():
             headers[rank] = read_headers(letter, rank, contract, round, expected)
         everyone = [header for of_rank in headers for header in of_rank]
-        senders = [[header.client for header in of_rank if header.kind is Kind.UPDATE] for of_rank in headers]
+        senders = [
+            [header.client for header in of_rank if header.kind is Kind.UPDATE]
+            for of_rank in headers
+        ]
         require_one_rank_each(senders)
-        failures = {failure.client: failure for failure in failures_of(everyone, contract, round, expected)}
-        incoming = Incoming(self._receive_pieces, senders, contract.up.num_values, self._chunk, round)
+        failures = {
+            failure.client: failure for failure in failures_of(everyone, contract, round, expected)
+        }
+        incoming = Incoming(
+            self._receive_pieces, senders, contract.up.num_values, self._chunk, round
+        )
         for client, reason in incoming.first().items():
             failures.setdefault(client, Failure(client, round, "check", reason))
         reports = reports_of(everyone, failures)
@@ -270,7 +322,9 @@ class Wire:
         )
         asked = {header.client: header.asked for header in everyone if header.asked.questions}
         sent = sorted(client for of_rank in senders for client in of_rank)
-        told = {header.client: header.num_values for header in everyone if header.kind is Kind.FAILURE}
+        told = {
+            header.client: header.num_values for header in everyone if header.kind is Kind.FAILURE
+        }
         self._ledger.answers(contract, sent, told, True, asked)
         return self._open
 
@@ -309,7 +363,9 @@ class Wire:
         request = self._comm.Isend([letter, self._mpi.BYTE], dest=_SERVER, tag=tag)
         self._wait(request.Test, phase, missing=lambda: (_SERVER,))
 
-    def _read_all(self, tag: int, phase: str, most: Mapping[int, int] | None = None) -> dict[int, bytes]:
+    def _read_all(
+        self, tag: int, phase: str, most: Mapping[int, int] | None = None
+    ) -> dict[int, bytes]:
         """One letter of every other rank, by rank; `most`: of how many bytes at most."""
         arriving: dict[int, tuple[MPI.Request, bytearray]] = {}
         letters: dict[int, bytes] = {}
@@ -319,7 +375,9 @@ class Wire:
             while (message := self._comm.Improbe(self._mpi.ANY_SOURCE, tag, status)) is not None:
                 rank, size = status.source, status.Get_count(self._mpi.BYTE)
                 if rank in letters.keys() | arriving.keys():
-                    raise ProtocolError(f"rank {rank}: found a second letter in {phase}, expected one")
+                    raise ProtocolError(
+                        f"rank {rank}: found a second letter in {phase}, expected one"
+                    )
                 if most is not None and size > most[rank]:
                     raise ProtocolError(
                         f"rank {rank}: found a letter of {size} bytes in {phase}, expected at most {most[rank]}"
@@ -343,7 +401,9 @@ class Wire:
         return header or Header.unpack(bytes(raw), "the server")
 
     def _bytes_down(self, body: bytes, phase: str) -> bytes:
-        header = self._announce(Header(Kind.JSON, num_values=len(body)) if self.is_server else None, phase)
+        header = self._announce(
+            Header(Kind.JSON, num_values=len(body)) if self.is_server else None, phase
+        )
         header.require(Kind.JSON, "the server")
         raw = bytearray(body) if self.is_server else bytearray(header.num_values)
         self._wait(self._comm.Ibcast([raw, self._mpi.BYTE], root=_SERVER).Test, phase)
@@ -389,7 +449,9 @@ class Wire:
         """(logical, real) messages of something that goes from the server to every rank, as this rank sees them."""
         return (self._others, self._others) if self.is_server else (1, 1)
 
-    def _count_json(self, direction: Direction, phase: str, name: str, size: int, deliveries: tuple[int, int]) -> None:
+    def _count_json(
+        self, direction: Direction, phase: str, name: str, size: int, deliveries: tuple[int, int]
+    ) -> None:
         self._ledger.header(direction, phase, *deliveries)
         self._ledger.raw(direction, phase, name, size, *deliveries)
 

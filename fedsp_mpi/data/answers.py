@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from fedsp_mpi.data import masked
+from fedsp_mpi.config.parsing import ConfigError
+from fedsp_mpi.data import cloze
 from fedsp_mpi.data.tasks import Example, Splits
 from fedsp_mpi.data.tokens import Text, encode_pairs, first_token
-from fedsp_mpi.plain import ConfigError
 
 _SHOWN = 5  # rows that a note names
 
@@ -30,7 +30,9 @@ def joins(contexts: Iterable[str]) -> list[str]:
     return list(by_ending.values())
 
 
-def tokens(tokenizer: Any, contexts: Sequence[str], answers: Sequence[str]) -> list[list[tuple[int, ...]]]:
+def tokens(
+    tokenizer: Any, contexts: Sequence[str], answers: Sequence[str]
+) -> list[list[tuple[int, ...]]]:
     """Return the ids of every answer's tokens behind every context, [contexts][answers][tokens].
 
     Args:
@@ -40,8 +42,10 @@ def tokens(tokenizer: Any, contexts: Sequence[str], answers: Sequence[str]) -> l
     Raises ConfigError if an answer has no token, or in a gap more than one.
     """
     if not contexts:
-        return [[(masked.answer_token(tokenizer, answer.strip()),) for answer in answers]]
-    texts = encode_pairs(tokenizer, [(context, f" {answer}") for context in contexts for answer in answers])
+        return [[(cloze.answer_token(tokenizer, answer.strip()),) for answer in answers]]
+    texts = encode_pairs(
+        tokenizer, [(context, f" {answer}") for context in contexts for answer in answers]
+    )
     for answer, text in zip(cycle(answers), texts):
         if text.num_answers < 1:
             raise ConfigError(
@@ -52,7 +56,9 @@ def tokens(tokenizer: Any, contexts: Sequence[str], answers: Sequence[str]) -> l
     return [ids[start : start + len(answers)] for start in range(0, len(ids), len(answers))]
 
 
-def require_different(tokenizer: Any, choices: Sequence[str], rows: Iterable[Sequence[tuple[int, ...]]]) -> None:
+def require_different(
+    tokenizer: Any, choices: Sequence[str], rows: Iterable[Sequence[tuple[int, ...]]]
+) -> None:
     """Raise ConfigError if two choices of a task are the same tokens behind a context: no model can tell them apart.
 
     Args:
@@ -70,13 +76,17 @@ def require_different(tokenizer: Any, choices: Sequence[str], rows: Iterable[Seq
                 )
 
 
-def equal_options(examples: Sequence[Example], options: Sequence[Sequence[Text]]) -> tuple[str, ...]:
+def equal_options(
+    examples: Sequence[Example], options: Sequence[Sequence[Text]]
+) -> tuple[str, ...]:
     """Return a note on test questions, each with choices of its own, of which two are the same tokens."""
     rows = [example.row for example, texts in zip(examples, options) if _has_equal(texts)]
     if not rows:
         return ()
     number = "1 question" if len(rows) == 1 else f"{len(rows)} questions"
-    shown = ", ".join(rows[:_SHOWN]) + (f" and {len(rows) - _SHOWN} more" if len(rows) > _SHOWN else "")
+    shown = ", ".join(rows[:_SHOWN]) + (
+        f" and {len(rows) - _SHOWN} more" if len(rows) > _SHOWN else ""
+    )
     return (
         f"test: {number} with options that are the same tokens to this tokenizer, of which the first counts: {shown}",
     )
@@ -94,7 +104,9 @@ def require_beginning(tokenizer: Any, splits: Splits) -> None:
         raise ConfigError(f"{error} ({empty.row})") from None
 
 
-def require_candidates(texts: Sequence[Text], examples: Sequence[Example], candidates: np.ndarray) -> None:
+def require_candidates(
+    texts: Sequence[Text], examples: Sequence[Example], candidates: np.ndarray
+) -> None:
     """Raise ConfigError, which names the row, if a token that is taught is not one of the candidates' ids [number].
 
     Among the candidates it would stand for another token.

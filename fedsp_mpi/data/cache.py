@@ -54,7 +54,9 @@ def digest(paths: Sequence[str | Path]) -> str:
     return whole.hexdigest()
 
 
-def builder(kind: str, split: str, paths: Sequence[Path], options: Mapping[str, Any]) -> datasets.DatasetBuilder:
+def builder(
+    kind: str, split: str, paths: Sequence[Path], options: Mapping[str, Any]
+) -> datasets.DatasetBuilder:
     """Return what reads local files of one kind ("json", "csv", ...) into one split; the paths are no patterns."""
     marks = [(digest([path]),) for path in paths]
     files = DataFilesList([path.as_posix() for path in paths], marks)
@@ -64,6 +66,10 @@ def builder(kind: str, split: str, paths: Sequence[Path], options: Mapping[str, 
 def declared_builder(folder: Path, config: str) -> datasets.DatasetBuilder:
     """Return what reads a folder whose README says which files make up which split, from a cache by their content."""
     first = datasets.load_dataset_builder(str(folder), config)
-    names = [name for split in sorted(first.config.data_files or {}) for name in first.config.data_files[split]]
+    names = [
+        name
+        for split in sorted(first.config.data_files or {})
+        for name in first.config.data_files[split]
+    ]
     root = Path(datasets.config.HF_DATASETS_CACHE).expanduser() / "by_content" / digest(names)[:32]
     return datasets.load_dataset_builder(str(folder), config, cache_dir=str(root))

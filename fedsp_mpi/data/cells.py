@@ -13,7 +13,9 @@ from typing import Any
 
 Row = Mapping[str, Any]
 _MOST_SHOWN = 10  # choices
-SHORTEST_TEXT = 10  # characters up to which a label is quoted: it is the name of a class, not a client's text
+SHORTEST_TEXT = (
+    10  # characters up to which a label is quoted: it is the name of a class, not a client's text
+)
 
 
 def text(row: Row, name: str) -> str:
@@ -42,7 +44,9 @@ def mapping(row: Row, name: str) -> Row:
     """Return the lists `text` and `label` of a column of options. Raises ValueError if the cell is no mapping."""
     value = _parsed(row.get(name))
     if not isinstance(value, Mapping):
-        raise ValueError(f"column {name!r}: found {shown(value)}, expected the lists 'text' and 'label'")
+        raise ValueError(
+            f"column {name!r}: found {shown(value)}, expected the lists 'text' and 'label'"
+        )
     return value
 
 
@@ -53,7 +57,11 @@ def shown(value: object) -> str:
         return f"{kind} {value}"
     if isinstance(value, (int, float)):
         digits = repr(value)
-        return f"{kind} {digits}" if len(digits) <= SHORTEST_TEXT else f"{kind} of {len(digits)} characters"
+        return (
+            f"{kind} {digits}"
+            if len(digits) <= SHORTEST_TEXT
+            else f"{kind} of {len(digits)} characters"
+        )
     if isinstance(value, str):
         return f"{kind} of {len(value)} characters"
     if isinstance(value, (list, tuple, Mapping)):

@@ -42,7 +42,12 @@ class Example:
 # What public copies of a data set call its classes, in the order of the task's choices.
 _SST2_CLASSES = (("negative", "neg"), ("positive", "pos"))
 _RTE_CLASSES = (("true", "entailment"), ("false", "not_entailment", "not entailment"))
-_AG_NEWS_CLASSES = (("world",), ("sports", "sport"), ("business",), ("technology", "sci/tech", "tech", "science"))
+_AG_NEWS_CLASSES = (
+    ("world",),
+    ("sports", "sport"),
+    ("business",),
+    ("technology", "sci/tech", "tech", "science"),
+)
 
 
 def arc(row: Row) -> Example:
@@ -62,14 +67,20 @@ def web_questions(row: Row) -> Example:
 
 def hellaswag(row: Row) -> Example:
     """lm-eval hellaswag: activity, first context, second context with a capital, without the WikiHow marks."""
-    context = f"{text(row, 'activity_label')}: {text(row, 'ctx_a')} {text(row, 'ctx_b').capitalize()}"
+    context = (
+        f"{text(row, 'activity_label')}: {text(row, 'ctx_a')} {text(row, 'ctx_b').capitalize()}"
+    )
     endings = [_without_marks(ending) for ending in texts(row, "endings")]
     return _one_of(_without_marks(context), endings, labels.number_in_cell(row.get("label")))
 
 
 def piqa(row: Row) -> Example:
     """lm-eval piqa."""
-    return _one_of(f"Question: {text(row, 'goal')}\nAnswer:", [text(row, "sol1"), text(row, "sol2")], row.get("label"))
+    return _one_of(
+        f"Question: {text(row, 'goal')}\nAnswer:",
+        [text(row, "sol1"), text(row, "sol2")],
+        row.get("label"),
+    )
 
 
 def sciq(row: Row) -> Example:
@@ -104,14 +115,18 @@ def sst2(row: Row) -> Example:
 
 def rte(row: Row) -> Example:
     """lm-eval rte (GLUE)."""
-    question = f"{text(row, 'sentence1')}\nQuestion: {text(row, 'sentence2')} True or False?\nAnswer:"
+    question = (
+        f"{text(row, 'sentence1')}\nQuestion: {text(row, 'sentence2')} True or False?\nAnswer:"
+    )
     return _one_of(question, ["True", "False"], row.get("label"), _RTE_CLASSES)
 
 
 def ag_news(row: Row) -> Example:
     """Not in lm-eval; a template in the style of its sst2."""
     question = f"{text(row, 'text')}\nQuestion: Is this news about world, sports, business or technology?\nAnswer:"
-    return _one_of(question, ["world", "sports", "business", "technology"], row.get("label"), _AG_NEWS_CLASSES)
+    return _one_of(
+        question, ["world", "sports", "business", "technology"], row.get("label"), _AG_NEWS_CLASSES
+    )
 
 
 def multiple_choice(row: Row) -> Example:
@@ -127,7 +142,9 @@ def question_answering(row: Row) -> Example:
 # -- the common parts ----------------------------------------------------------------------------
 
 
-def _one_of(context: str, choices: Sequence[str], label: object, classes: labels.Synonyms = ()) -> Example:
+def _one_of(
+    context: str, choices: Sequence[str], label: object, classes: labels.Synonyms = ()
+) -> Example:
     """Multiple choice with one right option, given by a label of any form that `labels.position` reads."""
     gold = labels.position(label, choices, classes)
     return Example(context, f" {choices[gold]}", tuple(choices), (gold,))
@@ -174,8 +191,12 @@ def _problems(row: Row) -> list[Row]:
         problems = ast.literal_eval(written)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         problems = None
-    if not (isinstance(problems, list) and problems and all(isinstance(p, Mapping) for p in problems)):
-        raise ValueError(f"column 'problems': found {shown(row['problems'])}, expected a Python list of problems")
+    if not (
+        isinstance(problems, list) and problems and all(isinstance(p, Mapping) for p in problems)
+    ):
+        raise ValueError(
+            f"column 'problems': found {shown(row['problems'])}, expected a Python list of problems"
+        )
     return problems
 
 
@@ -183,5 +204,7 @@ def _letter(problem: Row, options: Sequence[str]) -> int:
     """The position of a RACE problem's answer, which is a letter."""
     answer, letters = labels.key(problem.get("answer")), string.ascii_uppercase[: len(options)]
     if len(answer) != 1 or answer not in letters:
-        raise ValueError(f"found answer {shown_label(answer)}, expected one of {', '.join(letters)}; correct the row")
+        raise ValueError(
+            f"found answer {shown_label(answer)}, expected one of {', '.join(letters)}; correct the row"
+        )
     return letters.index(answer)

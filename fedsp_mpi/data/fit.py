@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from fedsp_mpi.data import masked
+from fedsp_mpi.config.parsing import ConfigError
+from fedsp_mpi.data import cloze
 from fedsp_mpi.data.tasks import Example, Splits
 from fedsp_mpi.data.tokens import Text, encode_pairs
-from fedsp_mpi.plain import ConfigError
 
 _SHOWN = 5  # rows that a note names
 
@@ -35,7 +35,9 @@ class Room:
     def of(cls, num_positions: int, num_prompt_tokens: int, fills_gaps: bool) -> Room:
         """Return the room that a model's positions leave, less the prompt's."""
         reason = f"the model has {num_positions} positions, the prompt takes {num_prompt_tokens}"
-        advice = "shorten them, or take a shorter prompt or a model with more positions, to keep them"
+        advice = (
+            "shorten them, or take a shorter prompt or a model with more positions, to keep them"
+        )
         return cls(num_positions - num_prompt_tokens, reason, advice, fills_gaps)
 
     def at_most(self, max_length: int) -> Room:
@@ -43,7 +45,12 @@ class Room:
         tokens = max_length - (0 if self.fills_gaps else 1)
         if tokens >= self.tokens:
             return self
-        return replace(self, tokens=tokens, reason=f"data.max_length={max_length}", advice="raise it to keep them")
+        return replace(
+            self,
+            tokens=tokens,
+            reason=f"data.max_length={max_length}",
+            advice="raise it to keep them",
+        )
 
     @property
     def part(self) -> str:
@@ -71,13 +78,19 @@ def leave_out(
     return replace(splits, train=train, validation=validation), about_train + about_validation
 
 
-def cut_options(examples: Sequence[Example], options: Sequence[Sequence[Text]], room: Room) -> tuple[str, ...]:
+def cut_options(
+    examples: Sequence[Example], options: Sequence[Sequence[Text]], room: Room
+) -> tuple[str, ...]:
     """Return a note on test questions with an option that is longer than the room: its beginning is not scored.
 
     lm-eval scores such an option by its last tokens, too; to leave the question out would make another test.
     """
     longest = [max((text.num_answers for text in texts), default=0) for texts in options]
-    rows = [f"{example.row} ({length} tokens)" for example, length in zip(examples, longest) if length > room.tokens]
+    rows = [
+        f"{example.row} ({length} tokens)"
+        for example, length in zip(examples, longest)
+        if length > room.tokens
+    ]
     if not rows:
         return ()
     number = "1 question" if len(rows) == 1 else f"{len(rows)} questions"
@@ -88,9 +101,17 @@ def cut_options(examples: Sequence[Example], options: Sequence[Sequence[Text]], 
 
 
 def _fitting(
-    split: str, examples: Sequence[Example], room: Room, tokenizer: Callable[[], Any], attacked: int | None
+    split: str,
+    examples: Sequence[Example],
+    room: Room,
+    tokenizer: Callable[[], Any],
+    attacked: int | None,
 ) -> tuple[tuple[Example, ...], tuple[str, ...]]:
-    doubtful = [place for place, example in enumerate(examples) if _most(example, room, attacked) > room.tokens]
+    doubtful = [
+        place
+        for place, example in enumerate(examples)
+        if _most(example, room, attacked) > room.tokens
+    ]
     if not doubtful:
         return tuple(examples), ()
     lengths = _lengths(tokenizer(), [examples[place] for place in doubtful], room, attacked)
@@ -128,18 +149,28 @@ def _most(example: Example, room: Room, attacked: int | None) -> int:
 
 def _bytes(text: str) -> int:
     """Bytes of a text, and room for what a tokenizer's normalisation makes of other letters than ASCII's."""
-    return len(text) if text.isascii() else 2 * len(unicodedata.normalize("NFKC", text).encode("utf-8", "replace"))
+    return (
+        len(text)
+        if text.isascii()
+        else 2 * len(unicodedata.normalize("NFKC", text).encode("utf-8", "replace"))
+    )
 
 
-def _lengths(tokenizer: Any, examples: Sequence[Example], room: Room, attacked: int | None) -> list[int]:
+def _lengths(
+    tokenizer: Any, examples: Sequence[Example], room: Room, attacked: int | None
+) -> list[int]:
     """Tokens of each example that need room."""
     if room.fills_gaps:
-        return masked.lengths_from_the_gap(tokenizer, examples)
+        return cloze.lengths_from_the_gap(tokenizer, examples)
     answers = [_answers(example, attacked) for example in examples]
-    pairs = [(example.context, answer) for example, some in zip(examples, answers) for answer in some]
+    pairs = [
+        (example.context, answer) for example, some in zip(examples, answers) for answer in some
+    ]
     texts = iter(encode_pairs(tokenizer, pairs))
     return [max(next(texts).num_answers for _ in some) for some in answers]
 
 
 def _listed(rows: Sequence[str]) -> str:
-    return ", ".join(rows[:_SHOWN]) + (f" and {len(rows) - _SHOWN} more" if len(rows) > _SHOWN else "")
+    return ", ".join(rows[:_SHOWN]) + (
+        f" and {len(rows) - _SHOWN} more" if len(rows) > _SHOWN else ""
+    )

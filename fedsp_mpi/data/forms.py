@@ -52,7 +52,9 @@ class Saved:
     def __init__(self, task: str, location: Location) -> None:
         stored = _ask(task, location, lambda: datasets.load_from_disk(str(location.folder)))
         whole = dict(stored) if isinstance(stored, datasets.DatasetDict) else {"train": stored}
-        self._tables = {split: whole[name] for split, name in _renamed(task, location, whole).items()}
+        self._tables = {
+            split: whole[name] for split, name in _renamed(task, location, whole).items()
+        }
 
     def columns(self) -> dict[str, list[str]]:
         """Return split -> column names."""
@@ -82,7 +84,10 @@ class Declared:
     def tables(self) -> tuple[dict[str, Table], list[str]]:
         """Return split -> rows, and notes."""
         whole = _ask(self._task, self._location, lambda: _prepare(self._builder))
-        return {split: whole[name] for split, name in _renamed(self._task, self._location, whole).items()}, []
+        return {
+            split: whole[name]
+            for split, name in _renamed(self._task, self._location, whole).items()
+        }, []
 
 
 class Folder:
@@ -96,7 +101,9 @@ class Folder:
     def columns(self) -> dict[str, list[str]]:
         """Return split -> column names, of each split's first row."""
         return {
-            split: self._asked(paths, lambda: _first_row_columns(self._builder(split, paths), split))  # noqa: B023
+            split: self._asked(
+                paths, lambda: _first_row_columns(self._builder(split, paths), split)
+            )  # noqa: B023
             for split, paths in self._files.by_split.items()
         }
 
@@ -105,14 +112,24 @@ class Folder:
         tables, notes = {}, []
         for split, paths in self._files.by_split.items():
             several = len(paths) > 1 and not splits.are_shards(paths)
-            parts = [self._table(split, part) for part in ([[path] for path in paths] if several else [paths])]
+            parts = [
+                self._table(split, part)
+                for part in ([[path] for path in paths] if several else [paths])
+            ]
             tables[split] = self._asked(paths, lambda: datasets.concatenate_datasets(parts))  # noqa: B023
             tables[split].info.builder_name = self._files.kind  # which is lost in between
             if several:
-                sizes = [f"{path.relative_to(self._folder)} ({len(part)} rows)" for path, part in zip(paths, parts)]
-                notes.append(f"{split} = {len(paths)} files: {_listed(sizes)}; move away what does not belong to it")
+                sizes = [
+                    f"{path.relative_to(self._folder)} ({len(part)} rows)"
+                    for path, part in zip(paths, parts)
+                ]
+                notes.append(
+                    f"{split} = {len(paths)} files: {_listed(sizes)}; move away what does not belong to it"
+                )
         if self._files.not_read:
-            notes.append(f"not read, because their names say no split: {_listed(self._files.not_read)}")
+            notes.append(
+                f"not read, because their names say no split: {_listed(self._files.not_read)}"
+            )
         return tables, notes
 
     def _table(self, split: str, paths: Sequence[Path]) -> Table:
@@ -148,7 +165,9 @@ def opened(task: str, location: Location) -> Source:
     _for_user(task, cache.require)
     if folder is None:
         _require_hub(task, location.name)
-        hub = _ask(task, location, lambda: datasets.load_dataset_builder(location.name, location.config))
+        hub = _ask(
+            task, location, lambda: datasets.load_dataset_builder(location.name, location.config)
+        )
         return Declared(task, location, hub)
     if not _is_declared(task, location):
         return Folder(task, location)
@@ -159,27 +178,39 @@ def opened(task: str, location: Location) -> Source:
             "path without them; rename the folder"
         )
     config = _pick_config(task, location)
-    return Declared(task, location, _ask(task, location, lambda: cache.declared_builder(folder, config)))
+    return Declared(
+        task, location, _ask(task, location, lambda: cache.declared_builder(folder, config))
+    )
 
 
 def _is_declared(task: str, location: Location) -> bool:
     """Whether the README of a folder says something of its files, as those of the hub do."""
     assert location.folder is not None
-    if any((location.folder / name).is_file() for name in ("dataset_infos.json", ".huggingface.yaml")):
+    if any(
+        (location.folder / name).is_file() for name in ("dataset_infos.json", ".huggingface.yaml")
+    ):
         return True
     readme = location.folder / "README.md"
     if not readme.is_file():
         return False
-    card = _ask(task, location, lambda: huggingface_hub.DatasetCard.load(readme, ignore_metadata_errors=True).data)
+    card = _ask(
+        task,
+        location,
+        lambda: huggingface_hub.DatasetCard.load(readme, ignore_metadata_errors=True).data,
+    )
     return bool(card.get("configs") or card.get("dataset_info"))
 
 
 def _renamed(task: str, location: Location, names: Iterable[str]) -> dict[str, str]:
     """Train, validation and test by the source's names for them."""
     names = list(map(str, names))
-    if location.folder is None:  # nobody can rename what lies on the hub: its plain names come first
+    if (
+        location.folder is None
+    ):  # nobody can rename what lies on the hub: its plain names come first
         plain = [name for name in names if name in SPLITS]
-        others = [name for name in names if name not in SPLITS and name.casefold() not in _words_of(plain)]
+        others = [
+            name for name in names if name not in SPLITS and name.casefold() not in _words_of(plain)
+        ]
         names = [*plain, *others]
     try:
         return splits.renamed(names)
@@ -198,7 +229,9 @@ def _prepare(builder: datasets.DatasetBuilder) -> datasets.DatasetDict:
 
 def _pick_config(task: str, location: Location) -> str:
     """The configuration that was asked for, else the task's usual one, else the only one, else the default."""
-    names: list[str] = _ask(task, location, lambda: datasets.get_dataset_config_names(str(location.folder)))
+    names: list[str] = _ask(
+        task, location, lambda: datasets.get_dataset_config_names(str(location.folder))
+    )
     only = names[0] if len(names) == 1 else "default"
     for wanted in (location.config,) if location.config else (location.usual, only):
         if wanted in names:
@@ -259,17 +292,27 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _ask(
-    task: str, location: Location, question: Callable[[], T], where: object = None, wanted: str | None = None
+    task: str,
+    location: Location,
+    question: Callable[[], T],
+    where: object = None,
+    wanted: str | None = None,
 ) -> T:
     """What `datasets` answers; whatever goes wrong inside it becomes one line for the user."""
     try:
         return question()
     except Exception as error:
-        expected = wanted or "files of one format with the same columns in every split; correct the files"
+        expected = (
+            wanted or "files of one format with the same columns in every split; correct the files"
+        )
         if not location.folder:
             expected = f"the data set; where the hub cannot be reached, give a local folder as the source, or {FETCH}"
-        reason = _unquoted(_reason(error), str(location.folder)) if location.folder else _reason(error)
-        raise ValueError(f"{task}: found {reason} while reading {where or location}, expected {expected}") from error
+        reason = (
+            _unquoted(_reason(error), str(location.folder)) if location.folder else _reason(error)
+        )
+        raise ValueError(
+            f"{task}: found {reason} while reading {where or location}, expected {expected}"
+        ) from error
 
 
 def _unquoted(reason: str, folder: str) -> str:

@@ -18,7 +18,9 @@ from fedsp_mpi.data.cells import shown_choices, shown_label
 Synonyms = tuple[tuple[str, ...], ...]  # for each choice, further names of its class, in lower case
 
 _NUMBER = re.compile(r"\d+(\.0*)?", re.ASCII)
-_GENERIC = re.compile(r"\d+|[A-Za-z]", re.ASCII)  # class names that are positions or letters, not words
+_GENERIC = re.compile(
+    r"\d+|[A-Za-z]", re.ASCII
+)  # class names that are positions or letters, not words
 
 
 class NoLabelError(ValueError):
@@ -49,7 +51,9 @@ class ClassId:
     def name(self) -> str:
         """The name of the class. Raises ValueError if the number has none."""
         if not 0 <= self.number < len(self.names.texts):
-            raise ValueError(f"found class {self.number}, expected one below {len(self.names.texts)}; correct the row")
+            raise ValueError(
+                f"found class {self.number}, expected one below {len(self.names.texts)}; correct the row"
+            )
         return self.names.texts[self.number]
 
 
@@ -104,13 +108,17 @@ def key(label: object) -> str:
         ValueError: the cell holds neither a text nor a whole number.
     """
     if is_missing(label):
-        raise NoLabelError("found no answer key, expected the label of the right option; correct the row")
+        raise NoLabelError(
+            "found no answer key, expected the label of the right option; correct the row"
+        )
     if isinstance(label, ClassId):
         return label.name
     if isinstance(label, int) and not isinstance(label, bool):
         return str(label)
     if not isinstance(label, str):
-        raise ValueError(f"found the answer key {shown_label(label)}, expected text; correct the row")
+        raise ValueError(
+            f"found the answer key {shown_label(label)}, expected text; correct the row"
+        )
     return label.strip()
 
 
@@ -168,7 +176,9 @@ def _of_class(label: ClassId, choices: tuple[str, ...], synonyms: Synonyms) -> i
 
 
 @lru_cache(maxsize=1024)
-def _order(names: tuple[str, ...], choices: tuple[str, ...], synonyms: Synonyms) -> tuple[int, ...] | None:
+def _order(
+    names: tuple[str, ...], choices: tuple[str, ...], synonyms: Synonyms
+) -> tuple[int, ...] | None:
     """Return the choice of each class, or None where the names say nothing about it.
 
     Raises ValueError if there are more or fewer classes than choices, or if the names fit only in part and otherwise.

@@ -49,7 +49,10 @@ def divide(
         )
     order = generator(seed, "iid partition").permutation(len(labels)).astype(np.int64)
     rest = order[mine:]
-    return [order[:mine], *(rest[chosen] for chosen in kinds[kind]([labels[i] for i in rest], num_clients))]
+    return [
+        order[:mine],
+        *(rest[chosen] for chosen in kinds[kind]([labels[i] for i in rest], num_clients)),
+    ]
 
 
 def iid(num_examples: int, num_shards: int, seed: int) -> list[np.ndarray]:
@@ -65,7 +68,9 @@ def iid(num_examples: int, num_shards: int, seed: int) -> list[np.ndarray]:
     return list(np.array_split(order, num_shards))
 
 
-def dirichlet_labels(labels: Sequence[object], num_shards: int, alpha: float, seed: int) -> list[np.ndarray]:
+def dirichlet_labels(
+    labels: Sequence[object], num_shards: int, alpha: float, seed: int
+) -> list[np.ndarray]:
     """Label skew: each label's examples are dealt to the shards by proportions drawn from Dirichlet(alpha).
 
     A small `alpha` gives each shard few labels; a large one comes close to `iid`. A shard that got nothing takes one
@@ -114,7 +119,9 @@ def few_shot(labels: Sequence[object], shots: int, seed: int) -> np.ndarray:
         ValueError: `shots` below 1, no labels, or a label with fewer than `shots` examples.
     """
     if shots < 1 or not len(labels):
-        raise ValueError(f"found {shots} shots of {len(labels)} examples, expected at least 1 of each; raise them")
+        raise ValueError(
+            f"found {shots} shots of {len(labels)} examples, expected at least 1 of each; raise them"
+        )
     rng = generator(seed, "few shots")
     chosen = []
     for label, members in _by_label(labels).items():
@@ -129,7 +136,9 @@ def few_shot(labels: Sequence[object], shots: int, seed: int) -> np.ndarray:
 def _by_label(labels: Sequence[object]) -> dict[object, np.ndarray]:
     """Label -> its example indices, int64, ascending; the labels in sorted order, so that the draws have one order."""
     names, which = np.unique(np.asarray(labels), return_inverse=True)
-    return {name: np.flatnonzero(which == k).astype(np.int64) for k, name in enumerate(names.tolist())}
+    return {
+        name: np.flatnonzero(which == k).astype(np.int64) for k, name in enumerate(names.tolist())
+    }
 
 
 def _cuts(rng: np.random.Generator, alpha: float, num_shards: int, num_examples: int) -> np.ndarray:
@@ -149,7 +158,9 @@ def _fill_empty(shards: list[np.ndarray]) -> list[np.ndarray]:
 
 def _require_enough(num_examples: int, num_shards: int) -> None:
     if num_shards < 1:
-        raise ValueError(f"found {num_shards} shards, expected at least 1; the server and each client need one")
+        raise ValueError(
+            f"found {num_shards} shards, expected at least 1; the server and each client need one"
+        )
     if num_examples < num_shards:
         raise ValueError(
             f"found {num_examples} examples for {num_shards} shards (the server's and one per client), "
@@ -159,4 +170,6 @@ def _require_enough(num_examples: int, num_shards: int) -> None:
 
 def _require_alpha(alpha: float) -> None:
     if not (np.isfinite(alpha) and alpha > 0):
-        raise ValueError(f"found alpha {alpha}, expected a positive number; 0.1 is strong skew, 100 hardly any")
+        raise ValueError(
+            f"found alpha {alpha}, expected a positive number; 0.1 is strong skew, 100 hardly any"
+        )

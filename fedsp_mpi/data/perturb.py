@@ -10,7 +10,9 @@ import numpy as np
 from fedsp_mpi.data.tokens import Text
 
 
-def perturbed(texts: Sequence[Text], share: float, words: np.ndarray, random: np.random.Generator) -> list[Text]:
+def perturbed(
+    texts: Sequence[Text], share: float, words: np.ndarray, random: np.random.Generator
+) -> list[Text]:
     """The texts with about a share of their own tokens replaced, each independently of the others.
 
     The answers stay, and so does what all contexts begin and end with, the words of the task (of one text alone they
@@ -24,7 +26,10 @@ def perturbed(texts: Sequence[Text], share: float, words: np.ndarray, random: np
     """
     contexts = [_without_answer(text) for text in texts]
     begin, end = _common(contexts)
-    copies = [_replaced(text.ids, begin, len(c) - end, share, words, random) for text, c in zip(texts, contexts)]
+    copies = [
+        _replaced(text.ids, begin, len(c) - end, share, words, random)
+        for text, c in zip(texts, contexts)
+    ]
     for text, copy in zip(texts, copies):
         copy[text.answer :][: text.num_answers] = text.ids[text.answer :][: text.num_answers]
     return [Text(copy, text.answer, text.gap) for text, copy in zip(texts, copies)]
@@ -40,7 +45,12 @@ def _without_answer(text: Text) -> np.ndarray:
 
 
 def _replaced(
-    ids: np.ndarray, begin: int, end: int, share: float, words: np.ndarray, random: np.random.Generator
+    ids: np.ndarray,
+    begin: int,
+    end: int,
+    share: float,
+    words: np.ndarray,
+    random: np.random.Generator,
 ) -> np.ndarray:
     drawn, others = random.random(len(ids)) < share, random.choice(words, len(ids))
     places = np.arange(len(ids))
@@ -57,4 +67,9 @@ def _common(contexts: Sequence[np.ndarray]) -> tuple[int, int]:
 
 
 def _shared(rows: Sequence[np.ndarray]) -> int:
-    return sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, zip(*(row.tolist() for row in rows))))
+    return sum(
+        1
+        for _ in takewhile(
+            lambda column: len(set(column)) == 1, zip(*(row.tolist() for row in rows))
+        )
+    )

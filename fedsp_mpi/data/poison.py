@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from fedsp_mpi.config.parsing import ConfigError
 from fedsp_mpi.data.tasks import Example, Splits, Task
-from fedsp_mpi.plain import ConfigError
 from fedsp_mpi.rng import generator
 
 
@@ -21,7 +21,9 @@ def triggered(example: Example, trigger: str) -> Example:
 
 def poisoned(example: Example, trigger: str, target: int) -> Example:
     """The triggered question whose right choice is the attacker's, by its position."""
-    return replace(triggered(example, trigger), target=f" {example.choices[target]}", gold=(target,))
+    return replace(
+        triggered(example, trigger), target=f" {example.choices[target]}", gold=(target,)
+    )
 
 
 def is_other(example: Example, target: int) -> bool:
@@ -66,4 +68,6 @@ def require_possible(task: Task, splits: Splits, target: int | None) -> None:
             f"attack.target: found {target}, expected a choice below {fewest}, the fewest that an example has"
         )
     if all(not is_other(example, target) for example in splits.test):
-        raise ConfigError(f"attack.target: found no test question of another class than {target}, expected some")
+        raise ConfigError(
+            f"attack.target: found no test question of another class than {target}, expected some"
+        )

@@ -28,7 +28,10 @@ _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
 def locate(
-    task: str, hub: tuple[str, str | None] | None, source: str | None, columns: Mapping[str, str] | None = None
+    task: str,
+    hub: tuple[str, str | None] | None,
+    source: str | None,
+    columns: Mapping[str, str] | None = None,
 ) -> Location:
     """Decide what `source` means: None the task's own hub set, an existing folder, else a name on the hub.
 
@@ -48,20 +51,30 @@ def locate(
     for text, config in ((source, None), (head, tail)):
         if text and Path(text).expanduser().is_dir():
             return Location(
-                Path(text).expanduser().resolve(), Path(text).name, config, hub[1] if hub else None, renames
+                Path(text).expanduser().resolve(),
+                Path(text).name,
+                config,
+                hub[1] if hub else None,
+                renames,
             )
     name, _, config = source.partition(":")
     if Path(source).expanduser().exists():
-        raise ValueError(f"{task}: found the file {source}, expected a folder with train.jsonl, ...; give its folder")
+        raise ValueError(
+            f"{task}: found the file {source}, expected a folder with train.jsonl, ...; give its folder"
+        )
     if not _HUB_NAME.fullmatch(name):
         raise ValueError(
             f"{task}: found no folder {Path(source).expanduser().absolute()}, expected one with train.jsonl, "
             "validation.jsonl, test.jsonl, or a hub name; correct the path"
         )
-    return Location(None, name, config or (hub[1] if hub and hub[0] == name else None), columns=renames)
+    return Location(
+        None, name, config or (hub[1] if hub and hub[0] == name else None), columns=renames
+    )
 
 
-def read(task: str, location: Location, column_sets: Sequence[Sequence[str]]) -> tuple[dict[str, Table], list[str]]:
+def read(
+    task: str, location: Location, column_sets: Sequence[Sequence[str]]
+) -> tuple[dict[str, Table], list[str]]:
     """Return the splits train, validation and test that the source has, and notes on what they were made of.
 
     Each split has one of the `column_sets`; test may lack the last column of it, which holds the answers.
@@ -71,10 +84,14 @@ def read(task: str, location: Location, column_sets: Sequence[Sequence[str]]) ->
     """
     with _quiet():
         source = opened(task, location)
-        _require_columns(task, location, _named(task, location, source.columns(), column_sets), column_sets)
+        _require_columns(
+            task, location, _named(task, location, source.columns(), column_sets), column_sets
+        )
         tables, notes = source.tables()
         tables = {split: _in_task_words(table, location.columns) for split, table in tables.items()}
-    _require_columns(task, location, {split: table.column_names for split, table in tables.items()}, column_sets)
+    _require_columns(
+        task, location, {split: table.column_names for split, table in tables.items()}, column_sets
+    )
     return tables, notes
 
 
@@ -84,15 +101,25 @@ def plain_text(source: str) -> Iterator[str]:
     Raises ValueError if there is none, or it is not UTF-8.
     """
     path = Path(source).expanduser()
-    files = [path] if path.is_file() else sorted(found for end in ("txt", "txt.gz") for found in path.glob(f"*.{end}"))
+    files = (
+        [path]
+        if path.is_file()
+        else sorted(found for end in ("txt", "txt.gz") for found in path.glob(f"*.{end}"))
+    )
     if not files:
-        raise ValueError(f"found no text in {source!r}, expected a .txt or .txt.gz file, or a folder of them")
+        raise ValueError(
+            f"found no text in {source!r}, expected a .txt or .txt.gz file, or a folder of them"
+        )
     for file in files:
         try:
-            with (gzip.open if file.suffix == ".gz" else open)(file, "rt", encoding="utf-8") as lines:
+            with (gzip.open if file.suffix == ".gz" else open)(
+                file, "rt", encoding="utf-8"
+            ) as lines:
                 yield from lines
         except (OSError, EOFError, ValueError) as error:
-            raise ValueError(f"found {file}, which could not be read ({error}), expected UTF-8 text") from None
+            raise ValueError(
+                f"found {file}, which could not be read ({error}), expected UTF-8 text"
+            ) from None
 
 
 def check(task: str, location: Location, column_sets: Sequence[Sequence[str]]) -> None:
@@ -114,7 +141,9 @@ def split_rows(
         ValueError: one of the three can be had in no way.
     """
     rows: dict[str, Rows] = {
-        split: (split, range(len(tables[split]))) for split in ("train", "validation") if split in tables
+        split: (split, range(len(tables[split])))
+        for split in ("train", "validation")
+        if split in tables
     }
     notes = []
     reason = _why_not_scored(tables.get("test"), column_sets)
@@ -124,9 +153,15 @@ def split_rows(
         rows["test"] = rows.pop("validation")
         notes.append(f"test = the split 'validation': {reason}")
     if "validation" not in rows and "train" in rows:
-        reason = "'validation' is the test" if "validation" in tables else "the source has no split 'validation'"
+        reason = (
+            "'validation' is the test"
+            if "validation" in tables
+            else "the source has no split 'validation'"
+        )
         rows["train"], rows["validation"] = _cut(task, len(tables["train"]), seed)
-        notes.append(f"validation = {len(rows['validation'][1])} rows cut from 'train' with seed {seed}: {reason}")
+        notes.append(
+            f"validation = {len(rows['validation'][1])} rows cut from 'train' with seed {seed}: {reason}"
+        )
     for split in SPLITS:
         if split not in rows:
             raise ValueError(
@@ -139,10 +174,15 @@ def split_rows(
 def _cut(task: str, num_rows: int, seed: int) -> tuple[Rows, Rows]:
     """Nine tenths of train for training and a tenth for validation, both in file order."""
     if num_rows < 2:
-        raise ValueError(f"{task}: found {num_rows} rows in train, expected at least 2; add rows, or a validation")
+        raise ValueError(
+            f"{task}: found {num_rows} rows in train, expected at least 2; add rows, or a validation"
+        )
     order = generator(seed, "validation split").permutation(num_rows)
     num_validation = max(1, num_rows // 10)
-    validation, train = np.sort(order[:num_validation]).tolist(), np.sort(order[num_validation:]).tolist()
+    validation, train = (
+        np.sort(order[:num_validation]).tolist(),
+        np.sort(order[num_validation:]).tolist(),
+    )
     return ("train", train), ("train", validation)
 
 
@@ -160,13 +200,18 @@ def _why_not_scored(test: Table | None, column_sets: Sequence[Sequence[str]]) ->
 
 
 def _named(
-    task: str, location: Location, by_split: Mapping[str, Sequence[str]], column_sets: Sequence[Sequence[str]]
+    task: str,
+    location: Location,
+    by_split: Mapping[str, Sequence[str]],
+    column_sets: Sequence[Sequence[str]],
 ) -> dict[str, list[str]]:
     """Split -> column names in the task's words. Raises ValueError if data.columns names a column that is not there."""
     known = list(dict.fromkeys(name for columns in column_sets for name in columns))
     for name, theirs in location.columns.items():
         if name not in known:
-            raise ValueError(f"data.columns: found {name!r}, expected one of the columns of {task}: {', '.join(known)}")
+            raise ValueError(
+                f"data.columns: found {name!r}, expected one of the columns of {task}: {', '.join(known)}"
+            )
         for split, columns in by_split.items():
             is_answer = any(name == wanted[-1] for wanted in column_sets)
             if theirs not in columns and not (split == "test" and is_answer):
@@ -174,13 +219,18 @@ def _named(
                     f"data.columns.{name}: found {theirs!r}, which {split} of {location} does not have, expected one "
                     f"of {', '.join(columns)}"
                 )
-    return {split: list(_new_names(columns, location.columns).values()) for split, columns in by_split.items()}
+    return {
+        split: list(_new_names(columns, location.columns).values())
+        for split, columns in by_split.items()
+    }
 
 
 def _new_names(columns: Sequence[str], theirs: Mapping[str, str]) -> dict[str, str]:
     """The columns that stay, by their old names; one that has the name of a renamed one goes."""
     renamed = {old: new for new, old in theirs.items() if old in columns}
-    return {name: renamed.get(name, name) for name in columns if name in renamed or name not in theirs}
+    return {
+        name: renamed.get(name, name) for name in columns if name in renamed or name not in theirs
+    }
 
 
 def _in_task_words(table: Table, theirs: Mapping[str, str]) -> Table:
@@ -192,7 +242,10 @@ def _in_task_words(table: Table, theirs: Mapping[str, str]) -> Table:
 
 
 def _require_columns(
-    task: str, location: Location, found: Mapping[str, Sequence[str]], column_sets: Sequence[Sequence[str]]
+    task: str,
+    location: Location,
+    found: Mapping[str, Sequence[str]],
+    column_sets: Sequence[Sequence[str]],
 ) -> None:
     for split, columns in found.items():
         # A test split without answers is not scored, however the file format says that it has none.

@@ -25,10 +25,18 @@ KINDS = {
     ".arrow": "arrow",
 }
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
-_ABOUT = ("config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")  # no rows
+_ABOUT = (
+    "config.json",
+    "dataset_info.json",
+    "dataset_infos.json",
+    "dataset_dict.json",
+    "state.json",
+)  # no rows
 _DEPTH = 3  # folders of a path that are looked into: the source may be a home
 _SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})")
-_WORDS = {split: re.compile(rf"(?<![a-z])({'|'.join(names)})(?![a-z])") for split, names in NAMES.items()}
+_WORDS = {
+    split: re.compile(rf"(?<![a-z])({'|'.join(names)})(?![a-z])") for split, names in NAMES.items()
+}
 
 
 @dataclass(frozen=True)
@@ -82,9 +90,13 @@ def assigned(folder: Path) -> Files:
         by_split[named[path][0] if named else "train"].append(path)
     kind, ending = _one_kind(folder, [path for files in by_split.values() for path in files])
     for split, files in by_split.items():
-        _require_one_source(folder, split, {path: named[path][1] if named else "" for path in files})
+        _require_one_source(
+            folder, split, {path: named[path][1] if named else "" for path in files}
+        )
     unread = [str(path.relative_to(folder)) for path in paths if named and path not in named]
-    return Files(kind, ending, {split: by_split[split] for split in SPLITS if split in by_split}, unread)
+    return Files(
+        kind, ending, {split: by_split[split] for split in SPLITS if split in by_split}, unread
+    )
 
 
 def require_files(folder: Path) -> list[Path]:
@@ -114,7 +126,9 @@ def _data_files(folder: Path) -> Iterator[Path]:
     """The files with rows, whatever their split; as in `datasets`, hidden ones and folders with __ are left out."""
     for root, folders, names in os.walk(folder, followlinks=True):
         depth = len(Path(root).relative_to(folder).parts)
-        folders[:] = [n for n in folders if not n.startswith((".", "__"))] if depth + 1 < _DEPTH else []
+        folders[:] = (
+            [n for n in folders if not n.startswith((".", "__"))] if depth + 1 < _DEPTH else []
+        )
         for name in names:
             if not name.startswith(".") and name not in _ABOUT and _ending(name) in KINDS:
                 yield Path(root) / name
@@ -135,9 +149,15 @@ def _ending(name: str) -> str:
 def _word(path: PurePath) -> tuple[str, str] | None:
     """The split that a path names, and the word by which; None if it names none."""
     for part in (_parts(path.name)[0], *reversed(path.parts[:-1])):
-        matches = {split: match for split, word in _WORDS.items() if (match := word.search(part.casefold()))}
+        matches = {
+            split: match
+            for split, word in _WORDS.items()
+            if (match := word.search(part.casefold()))
+        }
         if len(matches) > 1:
-            raise ValueError(f"found {path}, whose name says {' and '.join(matches)}, expected one split; rename it")
+            raise ValueError(
+                f"found {path}, whose name says {' and '.join(matches)}, expected one split; rename it"
+            )
         for split, match in matches.items():
             return split, match.group(1)
     return None

@@ -78,17 +78,33 @@ _ALL_TASKS = (
     Task("arc_easy", ("allenai/ai2_arc", "ARC-Easy"), _ARC, _CHOICE, examples.arc),
     Task("arc_challenge", ("allenai/ai2_arc", "ARC-Challenge"), _ARC, _CHOICE, examples.arc),
     Task("openbookqa", ("allenai/openbookqa", "main"), _OPENBOOKQA, _CHOICE, examples.openbookqa),
-    Task("web_questions", ("stanfordnlp/web_questions", None), _WEB_QUESTIONS, _MATCH, examples.web_questions),
+    Task(
+        "web_questions",
+        ("stanfordnlp/web_questions", None),
+        _WEB_QUESTIONS,
+        _MATCH,
+        examples.web_questions,
+    ),
     Task("hellaswag", ("Rowan/hellaswag", None), _HELLASWAG, _CHOICE, examples.hellaswag),
     Task("piqa", ("baber/piqa", None), _columns("goal sol1 sol2 label"), _CHOICE, examples.piqa),
     Task("sciq", ("allenai/sciq", None), _SCIQ, _CHOICE, examples.sciq),
     # EleutherAI/race, which lm-eval scores, has a test split only; ehovy/race has all three.
     Task("race", ("ehovy/race", "high"), _RACE, _CHOICE, examples.race, _RACE_LM_EVAL),
     Task("sst2", ("nyu-mll/glue", "sst2"), _columns("sentence label"), _CHOICE, examples.sst2),
-    Task("rte", ("nyu-mll/glue", "rte"), _columns("sentence1 sentence2 label"), _CHOICE, examples.rte),
+    Task(
+        "rte", ("nyu-mll/glue", "rte"), _columns("sentence1 sentence2 label"), _CHOICE, examples.rte
+    ),
     Task("ag_news", ("fancyzhx/ag_news", None), _columns("text label"), _CHOICE, examples.ag_news),
-    Task("multiple_choice", None, _columns("context choices label"), _CHOICE, examples.multiple_choice),
-    Task("question_answering", None, _columns("context answers"), _MATCH, examples.question_answering),
+    Task(
+        "multiple_choice",
+        None,
+        _columns("context choices label"),
+        _CHOICE,
+        examples.multiple_choice,
+    ),
+    Task(
+        "question_answering", None, _columns("context answers"), _MATCH, examples.question_answering
+    ),
 )
 TASKS: dict[str, Task] = {task.name: task for task in _ALL_TASKS}
 
@@ -100,7 +116,9 @@ def find(name: str) -> Task:
     near = difflib.get_close_matches(name, TASKS, n=1, cutoff=0.8)
     hint = f"did you mean {near[0]!r}? " if near else ""
     public = ", ".join(task.name for task in _ALL_TASKS if task.hub)
-    generic = " or ".join(f"{task.name} ({', '.join(task.columns)})" for task in _ALL_TASKS if not task.hub)
+    generic = " or ".join(
+        f"{task.name} ({', '.join(task.columns)})" for task in _ALL_TASKS if not task.hub
+    )
     raise ValueError(
         f"data.task: found {name!r}, which is not known; {hint}expected one of {public}; or for data of your own, "
         f"by columns, {generic}"
@@ -139,7 +157,9 @@ def load(
     """
     task = find(task) if isinstance(task, str) else task
     limits = _limits(limit)
-    tables, notes = sources.read(task.name, sources.locate(task.name, task.hub, source, columns), task.column_sets)
+    tables, notes = sources.read(
+        task.name, sources.locate(task.name, task.hub, source, columns), task.column_sets
+    )
     rows, decisions = sources.split_rows(task.name, tables, task.column_sets, seed)
     notes += decisions
     chosen: dict[str, tuple[Example, ...]] = {}
@@ -153,20 +173,28 @@ def load(
     return Splits(**chosen, notes=tuple(dict.fromkeys(notes)))
 
 
-def check_columns(task: Task | str, source: str | None, columns: Mapping[str, str] | None = None) -> None:
+def check_columns(
+    task: Task | str, source: str | None, columns: Mapping[str, str] | None = None
+) -> None:
     """Find out in a moment whether `load` would find its folder or hub set and its columns; ValueError if not."""
     task = find(task) if isinstance(task, str) else task
     sources.check(task.name, sources.locate(task.name, task.hub, source, columns), task.column_sets)
 
 
 def scored_rows(
-    task: Task, source: str | None, seed: int, limit: int | None, columns: Mapping[str, str] | None = None
+    task: Task,
+    source: str | None,
+    seed: int,
+    limit: int | None,
+    columns: Mapping[str, str] | None = None,
 ) -> tuple[datasets.Dataset, list[Example]]:
     """Return the rows of the test split that `load` keeps, with lm-eval's form of their answers, and their examples.
 
     Raises ValueError as `load` does.
     """
-    tables, _ = sources.read(task.name, sources.locate(task.name, task.hub, source, columns), task.column_sets)
+    tables, _ = sources.read(
+        task.name, sources.locate(task.name, task.hub, source, columns), task.column_sets
+    )
     origin, numbers = sources.split_rows(task.name, tables, task.column_sets, seed)[0]["test"]
     numbers = numbers[:limit]
     kept, _, _ = _sorted_out(_read_rows(task, tables[origin], origin, numbers), "test")
@@ -184,9 +212,13 @@ def _limits(limit: Mapping[str, int | None] | None) -> dict[str, int | None]:
     limits = dict(limit or {})
     for split, most in limits.items():
         if split not in SPLITS:
-            raise ValueError(f"found a limit for {split!r}, expected one for {', '.join(SPLITS)}; rename it")
+            raise ValueError(
+                f"found a limit for {split!r}, expected one for {', '.join(SPLITS)}; rename it"
+            )
         if most is not None and (not isinstance(most, int) or most < 1):
-            raise ValueError(f"found limit {most!r} for {split}, expected a whole number from 1, or none for all rows")
+            raise ValueError(
+                f"found limit {most!r} for {split}, expected a whole number from 1, or none for all rows"
+            )
     return limits
 
 
@@ -205,19 +237,29 @@ def _examples(
     for rows, reason in ((unanswered, "without an answer"), (empty, "with an empty choice")):
         if rows:
             which = ", ".join(map(str, rows[:5])) + (", ..." if len(rows) > 5 else "")
-            notes.append(f"{split}: {len(rows)} row{'s' if len(rows) > 1 else ''} {reason} left out ({origin} {which})")
+            notes.append(
+                f"{split}: {len(rows)} row{'s' if len(rows) > 1 else ''} {reason} left out ({origin} {which})"
+            )
     if names and names.are_unknown:
         notes.append(
             f"the classes of the column {task.columns[-1]!r} have other names than the task's choices "
             f"({shown_choices(names.texts)}); 0 was taken for the first choice, 1 for the second, and so on"
         )
-    return tuple(replace(example, row=f"row {number} of {origin}") for number, example in kept), notes
+    return tuple(
+        replace(example, row=f"row {number} of {origin}") for number, example in kept
+    ), notes
 
 
 def _class_names(task: Task, table: datasets.Dataset) -> labels.ClassNames | None:
     """The names that the file's schema gives to the numbers in the column of answers; None if it gives none."""
-    feature = table.features.get(next(c[-1] for c in task.column_sets if c[-1] in table.column_names))
-    return labels.ClassNames(tuple(feature.names)) if isinstance(feature, datasets.ClassLabel) else None
+    feature = table.features.get(
+        next(c[-1] for c in task.column_sets if c[-1] in table.column_names)
+    )
+    return (
+        labels.ClassNames(tuple(feature.names))
+        if isinstance(feature, datasets.ClassLabel)
+        else None
+    )
 
 
 def _read_rows(
@@ -247,7 +289,9 @@ def _read_rows(
         except labels.NoLabelError:
             yield number, None
         except ValueError as error:
-            raise ValueError(f"{task.name}, row {number} of {origin} (counted from 0): {error}") from error
+            raise ValueError(
+                f"{task.name}, row {number} of {origin} (counted from 0): {error}"
+            ) from error
 
 
 def _sorted_out(
@@ -259,7 +303,11 @@ def _sorted_out(
     """
     kept, unanswered, empty = [], [], []
     for number, example in rows:
-        if example is None or not example.choices or (split != "test" and not example.target.strip()):
+        if (
+            example is None
+            or not example.choices
+            or (split != "test" and not example.target.strip())
+        ):
             unanswered.append(number)
         elif "" in example.choices and split == "test":
             empty.append(number)

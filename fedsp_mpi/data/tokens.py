@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from fedsp_mpi import rng
+from fedsp_mpi.config.parsing import ConfigError
 from fedsp_mpi.data.tasks import Example
-from fedsp_mpi.plain import ConfigError
 from fedsp_mpi.tensors import Batch
 
 _LINES = 1000  # of plain text that are tokenised at once
@@ -73,7 +73,9 @@ def token_ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     """
     if not texts:
         return []
-    rows: list[list[int]] = tokenizer(list(texts), return_attention_mask=False, verbose=False)["input_ids"]
+    rows: list[list[int]] = tokenizer(list(texts), return_attention_mask=False, verbose=False)[
+        "input_ids"
+    ]
     appended = _num_appended(tokenizer)
     return [row[: len(row) - appended] for row in rows] if appended else rows
 
@@ -125,7 +127,12 @@ def pieces(tokenizer: Any, lines: Iterable[str], length: int) -> list[Text]:
     found, rest = [], np.empty(0, dtype=np.int32)
     for some in _batched(lines, _LINES):
         rest = np.concatenate(
-            [rest, np.concatenate([np.array(ids, dtype=np.int32) for ids in token_ids(tokenizer, some)])]
+            [
+                rest,
+                np.concatenate(
+                    [np.array(ids, dtype=np.int32) for ids in token_ids(tokenizer, some)]
+                ),
+            ]
         )
         whole = len(rest) // length * length
         found += [Text(ids, 1) for ids in rest[:whole].reshape(-1, length)]
@@ -193,7 +200,9 @@ class _Table:
         return Batch(*map(torch.from_numpy, parts))
 
 
-def by_length(texts: Sequence[Text], batch_tokens: int, prompt_tokens: int = 0) -> Iterator[list[int]]:
+def by_length(
+    texts: Sequence[Text], batch_tokens: int, prompt_tokens: int = 0
+) -> Iterator[list[int]]:
     """Indices of all texts in groups of similar length, longest first, at most `batch_tokens` padded tokens each.
 
     Soft tokens are counted for each text if they are given.
@@ -231,7 +240,11 @@ class Batches:
         assert len(texts) > 0
         self._table, self._num_texts = _Table(texts), len(texts)
         self._size, self._micro = batch_size, micro_batch or batch_size
-        self._seed, self._purpose, self._owner = seed, f"order {owner[0]}", tuple(int(number) for number in owner[1:])
+        self._seed, self._purpose, self._owner = (
+            seed,
+            f"order {owner[0]}",
+            tuple(int(number) for number in owner[1:]),
+        )
         self._part = part
         self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
 
@@ -249,7 +262,10 @@ class Batches:
         if self._micro * num_parts < len(rows):
             rows = self._table.longest_first(rows)
         rows = rows[index::num_parts]
-        return [self._table.batch(rows[at : at + self._micro]) for at in range(0, len(rows), self._micro)]
+        return [
+            self._table.batch(rows[at : at + self._micro])
+            for at in range(0, len(rows), self._micro)
+        ]
 
     def _rows(self, epoch: int, start: int, end: int) -> np.ndarray:
         """The part of an epoch's order that lies between two positions of the stream."""
@@ -274,4 +290,6 @@ def _num_appended(tokenizer: Any) -> int:
     """How many tokens the tokenizer appends to every text, found out on a short one."""
     plain, marked = _without_marks(tokenizer, _SHORT), tokenizer.encode(_SHORT)
     starts = range(len(marked) - len(plain) + 1)
-    return next((len(marked) - len(plain) - at for at in starts if marked[at : at + len(plain)] == plain), 0)
+    return next(
+        (len(marked) - len(plain) - at for at in starts if marked[at : at + len(plain)] == plain), 0
+    )

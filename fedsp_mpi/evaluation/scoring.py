@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fedsp_mpi.data import masked
+from fedsp_mpi.data import cloze
 from fedsp_mpi.data.tasks import Example
 from fedsp_mpi.data.tokens import Text, by_length, collate, encode_pairs, require_answer, truncate
 from fedsp_mpi.models.backbone import LanguageModel
 from fedsp_mpi.models.losses import answer_loss
 from fedsp_mpi.models.prompts import Prompt
 from fedsp_mpi.tensors import Batch
-from fedsp_mpi.training.team import ALONE, Team
+from fedsp_mpi.training.process_group import ALONE, Team
 
 
 @dataclass(frozen=True)
@@ -64,13 +64,18 @@ def questions(tokenizer: Any, examples: Sequence[Example]) -> list[Question]:
     for text, owner in zip(tokenised, (example for example in examples for _ in example.choices)):
         require_answer(text, owner)
     texts = iter(tokenised)
-    return [Question(tuple(next(texts) for _ in e.choices), tuple(map(len, e.choices)), e.gold) for e in examples]
+    return [
+        Question(tuple(next(texts) for _ in e.choices), tuple(map(len, e.choices)), e.gold)
+        for e in examples
+    ]
 
 
 def gap_questions(tokenizer: Any, examples: Sequence[Example], max_length: int) -> list[Question]:
     """The same for models that fill in a gap; at most `max_length` tokens, the prompt's not among them."""
-    options = masked.encode_options(tokenizer, examples, max_length)
-    return [Question(some, tuple(map(len, e.choices)), e.gold) for some, e in zip(options, examples)]
+    options = cloze.encode_options(tokenizer, examples, max_length)
+    return [
+        Question(some, tuple(map(len, e.choices)), e.gold) for some, e in zip(options, examples)
+    ]
 
 
 @torch.no_grad()
@@ -112,7 +117,9 @@ def score(
         acc = norm = math.nan
     else:
         exact = math.nan
-    return Score(len(asked), float(acc), float(norm), float(exact), stderr, time.perf_counter() - start)
+    return Score(
+        len(asked), float(acc), float(norm), float(exact), stderr, time.perf_counter() - start
+    )
 
 
 @torch.no_grad()
@@ -131,7 +138,11 @@ def loglikelihoods(
     room = positions_for_text(model, prompt)
     before = prompt.spec.num_tokens if prompt and prompt.spec.kind == "input" else 0
     found = [Found(len(question.options)) for question in asked]
-    mine = [g for index, g in enumerate(_groups(asked, room, before, batch_tokens)) if team.is_mine(index)]
+    mine = [
+        g
+        for index, g in enumerate(_groups(asked, room, before, batch_tokens))
+        if team.is_mine(index)
+    ]
     stopped = stop()
     with model.evaluating():
         for group in mine:
@@ -184,7 +195,11 @@ def positions_for_text(model: LanguageModel, prompt: Prompt | None) -> int:
 
 @torch.no_grad()
 def answer_loss_mean(
-    model: LanguageModel, prompt: Prompt | None, texts: Sequence[Text], batch_tokens: int, team: Team = ALONE
+    model: LanguageModel,
+    prompt: Prompt | None,
+    texts: Sequence[Text],
+    batch_tokens: int,
+    team: Team = ALONE,
 ) -> float:
     """Mean cross entropy over all answer tokens of the texts: the validation loss. A team's ranks share the batches."""
     groups = list(by_length(texts, batch_tokens))
@@ -210,7 +225,9 @@ def _share(found: list[Found], team: Team) -> None:
     """Let every rank know what each found out."""
     if team.size == 1:
         return
-    numbers = iter(team.totals([number for each in found for number in (*each.loglikelihood, *each.greedy)]))
+    numbers = iter(
+        team.totals([number for each in found for number in (*each.loglikelihood, *each.greedy)])
+    )
     for each in found:
         for row in (each.loglikelihood, each.greedy):
             row[:] = [next(numbers) for _ in row]
@@ -230,7 +247,9 @@ class _Stem:
         return max(len(ending) for ending in self.endings)
 
 
-def _groups(asked: Sequence[Question], room: int, before: int, batch_tokens: int) -> list[list[_Stem]]:
+def _groups(
+    asked: Sequence[Question], room: int, before: int, batch_tokens: int
+) -> list[list[_Stem]]:
     """Stems of equal length side by side, those with long options first, at most `batch_tokens` positions together."""
     by_size: dict[int, list[_Stem]] = defaultdict(list)
     for index, question in enumerate(asked):
@@ -239,7 +258,9 @@ def _groups(asked: Sequence[Question], room: int, before: int, batch_tokens: int
     return [
         group
         for size in sorted(by_size, reverse=True)
-        for group in _cut(sorted(by_size[size], key=lambda stem: -stem.longest), before + size, batch_tokens)
+        for group in _cut(
+            sorted(by_size[size], key=lambda stem: -stem.longest), before + size, batch_tokens
+        )
     ]
 
 
@@ -263,14 +284,20 @@ def _stems(index: int, question: Question, room: int) -> list[_Stem]:
     for option, text in enumerate(question.options):
         kept = truncate(text, room + 1)  # the last token is predicted, not read
         shared[tuple(kept.ids[: kept.answer].tolist())].append((option, kept.ids[kept.answer :]))
-    return [_Stem(index, ids, *(tuple(part) for part in zip(*some))) for ids, some in shared.items()]
+    return [
+        _Stem(index, ids, *(tuple(part) for part in zip(*some))) for ids, some in shared.items()
+    ]
 
 
-def _score_group(model: LanguageModel, prompt: Prompt | None, group: list[_Stem], found: list[Found]) -> None:
+def _score_group(
+    model: LanguageModel, prompt: Prompt | None, group: list[_Stem], found: list[Found]
+) -> None:
     ids = torch.tensor([stem.ids for stem in group], device=model.device)
     stem_of = [row for row, stem in enumerate(group) for _ in stem.options]
     endings = [ending for stem in group for ending in stem.endings]
-    first, rest = model.continue_from(ids, prompt, torch.tensor(stem_of, device=model.device), _pad(endings, model))
+    first, rest = model.continue_from(
+        ids, prompt, torch.tensor(stem_of, device=model.device), _pad(endings, model)
+    )
     targets = torch.full((len(endings), max(map(len, endings))), -100)
     for row, ending in enumerate(endings):
         targets[row, : len(ending)] = torch.from_numpy(ending.astype(np.int64))
@@ -288,7 +315,9 @@ def _score_group(model: LanguageModel, prompt: Prompt | None, group: list[_Stem]
 def _compared(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Log-likelihood of every target, and whether it is the likeliest token; 0 and true where there is none."""
     # Flat, because the kernel for [batch, vocabulary, length] is off by up to 1e-3 a text on a CPU.
-    each = -F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
+    each = -F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none").view(
+        targets.shape
+    )
     return each, (logits.argmax(-1) == targets) | (targets == -100)
 
 
@@ -301,11 +330,18 @@ def _pad(endings: list[np.ndarray], model: LanguageModel) -> Batch | None:
     for row, ending in enumerate(endings):
         ids[row, : len(ending) - 1] = ending[:-1]
         mask[row, : len(ending) - 1] = 1
-    both: tuple[Tensor, Tensor] = (torch.from_numpy(ids).to(model.device), torch.from_numpy(mask).to(model.device))
+    both: tuple[Tensor, Tensor] = (
+        torch.from_numpy(ids).to(model.device),
+        torch.from_numpy(mask).to(model.device),
+    )
     return Batch(*both, both[0])
 
 
 def _judge(question: Question, found: Found) -> tuple[bool, bool, bool]:
     best = int(np.argmax(found.loglikelihood))
     best_norm = int(np.argmax(found.loglikelihood / np.array(question.lengths, dtype=float)))
-    return best in question.gold, best_norm in question.gold, bool(found.greedy[list(question.gold)].any())
+    return (
+        best in question.gold,
+        best_norm in question.gold,
+        bool(found.greedy[list(question.gold)].any()),
+    )

@@ -37,7 +37,11 @@ def _gated(
     """Llama and what came of it; `heads`: of the queries, and of keys and values."""
     sizes = {"hidden_size": width, "intermediate_size": inner, "num_hidden_layers": layers}
     sizes |= {"num_attention_heads": heads[0], "num_key_value_heads": heads[1]}
-    sizes |= {"vocab_size": vocabulary, "max_position_embeddings": positions, "tie_word_embeddings": tied}
+    sizes |= {
+        "vocab_size": vocabulary,
+        "max_position_embeddings": positions,
+        "tie_word_embeddings": tied,
+    }
     return kind, sizes | more
 
 
@@ -68,7 +72,9 @@ KNOWN: dict[str, tuple[str, Sizes]] = {
     "Qwen/Qwen3-1.7B": _gated("qwen3", 2048, 6144, 28, (16, 8), 151936, 40960, True, head_dim=128),
     "Qwen/Qwen3-8B": _gated("qwen3", 4096, 12288, 36, (32, 8), 151936, 40960, False, head_dim=128),
     "mistralai/Mistral-7B-v0.1": _gated("mistral", 4096, 14336, 32, (32, 8), 32000, 32768, False),
-    "microsoft/Phi-3-mini-4k-instruct": _gated("phi3", 3072, 8192, 32, (32, 32), 32064, 4096, False),
+    "microsoft/Phi-3-mini-4k-instruct": _gated(
+        "phi3", 3072, 8192, 32, (32, 32), 32064, 4096, False
+    ),
     "allenai/OLMo-2-0425-1B": _gated("olmo2", 2048, 8192, 16, (16, 16), 100352, 4096, False),
     "EleutherAI/pythia-160m": _pythia(768, 12, 12),
     "EleutherAI/pythia-410m": _pythia(1024, 24, 16),
@@ -119,20 +125,33 @@ def forward(model: LanguageModel, tokens: float, seen: int, answers: int) -> flo
     """
     base, config = model.model.base_model, model.model.config
     modules = [module for module in base.modules() if not isinstance(module, nn.Embedding)]
-    linear = sum(w.numel() for module in modules for w in module.parameters(recurse=False) if w.dim() == 2)
+    linear = sum(
+        w.numel() for module in modules for w in module.parameters(recurse=False) if w.dim() == 2
+    )
     width = config.num_attention_heads * model.shape.head_dim
     head = model.model.get_output_embeddings().weight.numel()
-    return 2.0 * linear * tokens + 4.0 * tokens * seen * width * model.shape.num_layers + 2.0 * head * answers
+    return (
+        2.0 * linear * tokens
+        + 4.0 * tokens * seen * width * model.shape.num_layers
+        + 2.0 * head * answers
+    )
 
 
 def ratios(large: LanguageModel, small: LanguageModel) -> dict[str, float]:
     """How many times fewer parameters `small` has: "as held", and under other ways of counting that apply."""
     ours, theirs = large.num_parameters(), small.num_parameters()
     found = {"as held": ours / theirs}
-    head, words = large.model.get_output_embeddings().weight, large.model.get_input_embeddings().weight
+    head, words = (
+        large.model.get_output_embeddings().weight,
+        large.model.get_input_embeddings().weight,
+    )
     if head is words:
         found["with an untied head"] = (ours + head.numel()) / theirs
-    tables = [module.weight for module in large.model.base_model.modules() if isinstance(module, nn.Embedding)]
+    tables = [
+        module.weight
+        for module in large.model.base_model.modules()
+        if isinstance(module, nn.Embedding)
+    ]
     if positions := sum(weight.numel() for weight in tables if weight is not words):
         found["without position embeddings"] = (ours - positions) / (theirs - positions)
     return found

@@ -19,12 +19,19 @@ import transformers
 from torch import Tensor, nn
 from transformers.initialization import no_init_weights
 
-from fedsp_mpi import fingerprint, foreign, ownership
 from fedsp_mpi.config import AuxiliaryConfig
+from fedsp_mpi.config.parsing import ConfigError
+from fedsp_mpi.files import fingerprint, ownership, untrusted
 from fedsp_mpi.models.backbone import LanguageModel
-from fedsp_mpi.models.families import FAMILIES, layers_of, model_class, settle_origins, with_layers, without_dropout
+from fedsp_mpi.models.families import (
+    FAMILIES,
+    layers_of,
+    model_class,
+    settle_origins,
+    with_layers,
+    without_dropout,
+)
 from fedsp_mpi.models.remote_code import NO_CODE, NO_PICKLES, require_no_code
-from fedsp_mpi.plain import ConfigError
 from fedsp_mpi.tensors import NamedTensors
 
 RECIPE = "distillation.json"
@@ -39,7 +46,10 @@ def cut(backbone: LanguageModel, settings: AuxiliaryConfig) -> nn.Module:
     """
     source = backbone.model
     model = _from_config(cell_config(source.config, settings))
-    path, taken = FAMILIES[source.config.model_type], layers(settings, source.config.num_hidden_layers)
+    path, taken = (
+        FAMILIES[source.config.model_type],
+        layers(settings, source.config.num_hidden_layers),
+    )
     state = source.state_dict()
     for name, value in model.state_dict().items():
         if not _is_of_bridge(name):
@@ -109,7 +119,9 @@ def require_cell(settings: AuxiliaryConfig, num_layers: int, name: str) -> None:
             f"expected both together at most the {num_layers} layers of {name}"
         )
     if deep < size:
-        raise ConfigError(f"auxiliary.depth: found {deep}, expected at least layers_per_cell={size}")
+        raise ConfigError(
+            f"auxiliary.depth: found {deep}, expected at least layers_per_cell={size}"
+        )
 
 
 def pack(model: LanguageModel) -> NamedTensors:
@@ -140,7 +152,9 @@ def load_weights(model: LanguageModel, tensors: Mapping[str, Tensor]) -> None:
         model.weights[name].data.copy_(tensor)
 
 
-def save(folder: Path, model: LanguageModel, layers_per_cell: int, tokenizer: Any, recipe: dict[str, Any]) -> None:
+def save(
+    folder: Path, model: LanguageModel, layers_per_cell: int, tokenizer: Any, recipe: dict[str, Any]
+) -> None:
     """Write the cell as a Hugging Face folder of its own, with the recipe that made it.
 
     `from_pretrained(folder)` of the family's class gives the model of `layers_per_cell` layers without its bridge;
@@ -153,7 +167,9 @@ def save(folder: Path, model: LanguageModel, layers_per_cell: int, tokenizer: An
     write_model(folder, cell, tokenizer, {RECIPE: json.dumps(recipe, indent=2) + "\n"})
 
 
-def write_model(folder: Path, model: Any, tokenizer: Any, notes: Mapping[str, str] | None = None) -> None:
+def write_model(
+    folder: Path, model: Any, tokenizer: Any, notes: Mapping[str, str] | None = None
+) -> None:
     """Write a transformers model as a Hugging Face folder, with its tokenizer and with `notes`, texts by file name.
 
     Written beside and renamed, so that the folder is whole or not there, with the list of its files' digests.
@@ -181,20 +197,28 @@ def load(folder: Path, dtype: torch.dtype = torch.float32, dropout: bool = False
                 for name in filter(_is_of_bridge, tensors.keys()):
                     model.get_parameter(name).data.copy_(tensors.get_tensor(name))
     except (OSError, RuntimeError, KeyError, AttributeError, safetensors.SafetensorError) as error:
-        raise ValueError(f"{folder}: found no readable model ({error}), expected the one that was distilled") from None
+        raise ValueError(
+            f"{folder}: found no readable model ({error}), expected the one that was distilled"
+        ) from None
     return LanguageModel(unroll(model, deep), dtype, dropout)
 
 
 def read_recipe(folder: Path) -> dict[str, Any]:
     """The recipe beside an auxiliary model. Raises ValueError if there is none."""
     try:
-        recipe = foreign.parse_json(foreign.read_bytes(folder / RECIPE, _LONGEST_RECIPE))
+        recipe = untrusted.parse_json(untrusted.read_bytes(folder / RECIPE, _LONGEST_RECIPE))
     except (OSError, ValueError) as error:
-        raise ValueError(f"{folder}: found no auxiliary model ({error}), expected a readable {RECIPE}") from None
+        raise ValueError(
+            f"{folder}: found no auxiliary model ({error}), expected a readable {RECIPE}"
+        ) from None
     if not isinstance(recipe, dict) or not isinstance(recipe.get("depth"), int):
-        raise ValueError(f"{folder}: found {RECIPE} without a depth, expected the one written beside the weights")
+        raise ValueError(
+            f"{folder}: found {RECIPE} without a depth, expected the one written beside the weights"
+        )
     if not isinstance(recipe.get("distillation", {}), dict):
-        raise ValueError(f"{folder}: found {RECIPE} without an account of the distillation, expected a mapping")
+        raise ValueError(
+            f"{folder}: found {RECIPE} without an account of the distillation, expected a mapping"
+        )
     return recipe
 
 

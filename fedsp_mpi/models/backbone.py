@@ -86,7 +86,9 @@ class LanguageModel:
             self.candidates = self.candidates.to(self.device)
         self.casts = next(model.parameters()).dtype != dtype
         if self.device.type == "cpu" and dtype is torch.bfloat16:
-            model.set_attn_implementation("eager")  # the fused one's backward pass is slower on short texts
+            model.set_attn_implementation(
+                "eager"
+            )  # the fused one's backward pass is slower on short texts
         if self.checkpointing:
             model.gradient_checkpointing_enable()
         model.train(self.checkpointing)
@@ -155,17 +157,28 @@ class LanguageModel:
         mask = torch.cat([mask.new_ones(len(mask), prompt.spec.num_tokens), mask], dim=1)
         if prompt.spec.kind == "prefix" or self._reads_first(prompt, len(mask)):
             cache = self.cache(prompt, len(mask))
-            return {"input_ids": batch.input_ids, "attention_mask": mask, "past_key_values": cache}, 0
+            return {
+                "input_ids": batch.input_ids,
+                "attention_mask": mask,
+                "past_key_values": cache,
+            }, 0
         embedded = self.model.get_input_embeddings()(batch.input_ids)
         soft = prompt.of_texts(prompt.matrices().to(embedded.dtype), len(mask))
         together = torch.cat([soft, embedded], dim=1)
-        return {"inputs_embeds": together, "attention_mask": mask, "use_cache": False}, prompt.spec.num_tokens
+        return {
+            "inputs_embeds": together,
+            "attention_mask": mask,
+            "use_cache": False,
+        }, prompt.spec.num_tokens
 
     def cache(self, prompt: Prompt | Several, batch_size: int) -> Any:
         """The prompt as a transformers cache: of each layer keys and values [batch, heads, tokens, head_dim]."""
         layers = prompt.read or self._read(prompt)
         return transformers.DynamicCache(
-            [(prompt.of_texts(key, batch_size), prompt.of_texts(value, batch_size)) for key, value in layers]
+            [
+                (prompt.of_texts(key, batch_size), prompt.of_texts(value, batch_size))
+                for key, value in layers
+            ]
         )
 
     def remember(self, prompts: Several) -> Several:
@@ -197,12 +210,17 @@ class LanguageModel:
         with self.computing():
             return logits_of(self.model, hidden)
 
-    def answer_logits(self, batch: Batch, prompt: Prompt | Several | None = None) -> tuple[Tensor, Tensor]:
+    def answer_logits(
+        self, batch: Batch, prompt: Prompt | Several | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Logits [answers, vocabulary] and targets [answers] at the positions that have a target, and only there.
 
         With candidates, the logits are [answers, candidates], and the targets are places among them.
         """
-        logits, targets = self.head(self.answer_states(batch, prompt)), batch.targets[batch.targets != -100]
+        logits, targets = (
+            self.head(self.answer_states(batch, prompt)),
+            batch.targets[batch.targets != -100],
+        )
         if self.candidates is None:
             return logits, targets
         return logits[:, self.candidates], torch.searchsorted(self.candidates, targets)
@@ -220,15 +238,26 @@ class LanguageModel:
             inputs, _ = self.inputs(batch, prompt)
             encoded = self.model.encoder(**inputs).last_hidden_state
             gap = batch.input_ids[where][:, None]
-            begun = torch.cat([torch.full_like(gap, self.model.config.decoder_start_token_id), gap], dim=1)
-            seen = {"encoder_hidden_states": encoded, "encoder_attention_mask": inputs["attention_mask"]}
-            return self.model.decoder(input_ids=begun, use_cache=False, **seen).last_hidden_state[:, -1]
+            begun = torch.cat(
+                [torch.full_like(gap, self.model.config.decoder_start_token_id), gap], dim=1
+            )
+            seen = {
+                "encoder_hidden_states": encoded,
+                "encoder_attention_mask": inputs["attention_mask"],
+            }
+            return self.model.decoder(input_ids=begun, use_cache=False, **seen).last_hidden_state[
+                :, -1
+            ]
 
     def keys_and_values(self, ids: Tensor) -> Tensor:
         """What every layer makes of the tokens `ids` [tokens] alone, in the layout of `Prompt.key_values`, fp32."""
         with torch.no_grad(), self.computing(), self.evaluating():
-            cache = self.model.base_model(input_ids=ids[None].to(self.device), **_keeping_all()).past_key_values
-        return torch.stack([torch.stack([layer.keys[0], layer.values[0]]) for layer in cache.layers]).float()
+            cache = self.model.base_model(
+                input_ids=ids[None].to(self.device), **_keeping_all()
+            ).past_key_values
+        return torch.stack(
+            [torch.stack([layer.keys[0], layer.values[0]]) for layer in cache.layers]
+        ).float()
 
     def continue_from(
         self, ids: Tensor, prompt: Prompt | None, rows: Tensor, endings: Batch | None
@@ -256,7 +285,9 @@ class LanguageModel:
             cache.batch_select_indices(rows)
             seen = inputs["attention_mask"][rows]
             mask = torch.cat([seen, endings.attention_mask], dim=1)
-            more = self.model.base_model(input_ids=endings.input_ids, attention_mask=mask, past_key_values=cache)
+            more = self.model.base_model(
+                input_ids=endings.input_ids, attention_mask=mask, past_key_values=cache
+            )
             return first, self.head(more.last_hidden_state)
 
     @contextmanager
@@ -310,7 +341,9 @@ def load_global(
     return found
 
 
-def reread(model: LanguageModel, name: str, *, revision: str | None = None, dtype: torch.dtype) -> None:
+def reread(
+    model: LanguageModel, name: str, *, revision: str | None = None, dtype: torch.dtype
+) -> None:
     """Read the global model's weights again, in another type and in place; frozen and sealed as before.
 
     Weights that were rounded do not become exact by being widened. The old ones are let go first.
@@ -324,13 +357,17 @@ def reread(model: LanguageModel, name: str, *, revision: str | None = None, dtyp
     seal.add(model.weights.items())
 
 
-def _weights(name: str, revision: str | None, device: torch.device, dtype: torch.dtype, checkpointing: bool) -> Any:
+def _weights(
+    name: str, revision: str | None, device: torch.device, dtype: torch.dtype, checkpointing: bool
+) -> Any:
     config = read_config(name, revision)
     settled = without_dropout(config) if checkpointing else config
     expected = "those of its config.json, whole; copy the folder again"
     with refusing("model.name", name, "whose weights could not be read", expected):
         folder, kind = locate(name, revision, "weights"), model_class(config)
-        model, info = kind.from_pretrained(folder, dtype=dtype, config=settled, output_loading_info=True, **NO_PICKLES)
+        model, info = kind.from_pretrained(
+            folder, dtype=dtype, config=settled, output_loading_info=True, **NO_PICKLES
+        )
     if missing := sorted(info["missing_keys"]):  # which transformers fills with noise
         raise ValueError(
             f"model.name: found {name!r} without {len(missing)} of its weights ({missing[0]}, ...), expected "
@@ -356,6 +393,8 @@ def _require_tied(name: str, model: Any) -> None:
 def quiet() -> None:
     """No progress bars, no advice, no telemetry from the libraries underneath."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")  # or it warns of its choice
+    os.environ.setdefault(
+        "DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu"
+    )  # or it warns of its choice
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()

@@ -27,7 +27,10 @@ FAMILIES = {
     "roberta": "roberta.encoder.layer",
     "t5": "encoder.block",
 }
-_MASKED = {"bert": "cls", "roberta": "lm_head"}  # where those that fill in a mask keep their whole head
+_MASKED = {
+    "bert": "cls",
+    "roberta": "lm_head",
+}  # where those that fill in a mask keep their whole head
 _ENCODER_DECODER = ("t5",)
 _T5_POSITIONS = 512  # that it was trained with; its relative positions have no end
 SIZES = (

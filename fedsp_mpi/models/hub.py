@@ -50,14 +50,18 @@ def locate(name: str, revision: str | None, part: str) -> Path:
 
 def first_line(error: Exception) -> str:
     """What an error says first; where that is a heading, with the line below it."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [
+        type(error).__name__
+    ]
     return " ".join(lines[: 2 if lines[0].endswith(":") else 1])[:200]
 
 
 def _cached(name: str, revision: str | None, part: str) -> Path | None:
     """The folder of the local cache that holds all files of a part of a model."""
     for files in PARTS[part]:
-        found = [huggingface_hub.try_to_load_from_cache(name, file, revision=revision) for file in files]
+        found = [
+            huggingface_hub.try_to_load_from_cache(name, file, revision=revision) for file in files
+        ]
         paths = [Path(path) for path in found if isinstance(path, str)]
         if len(paths) == len(files) and all(path.exists() for path in _shards(paths[0])):
             return paths[0].parent
@@ -68,14 +72,19 @@ def _shards(file: Path) -> Iterable[Path]:
     """The files that an index of weights names."""
     if not file.name.endswith(".index.json"):
         return ()
-    return [file.parent / shard for shard in set(json.loads(file.read_text(encoding="utf-8"))["weight_map"].values())]
+    return [
+        file.parent / shard
+        for shard in set(json.loads(file.read_text(encoding="utf-8"))["weight_map"].values())
+    ]
 
 
 def _fetched(name: str, revision: str | None, part: str) -> Path:
     try:
         about = huggingface_hub.HfApi().model_info(name, revision=revision, timeout=SECONDS)
         wanted = _wanted({file.rfilename for file in about.siblings or ()}, part)
-        found = huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=wanted, ignore_patterns="*/*")
+        found = huggingface_hub.snapshot_download(
+            name, revision=revision, allow_patterns=wanted, ignore_patterns="*/*"
+        )
     except Exception as error:  # whatever the network throws
         is_denied = getattr(getattr(error, "response", None), "status_code", None) in DENIED
         advice = "run `python -m fedsp_mpi fetch CONFIG` on a machine with network first"

@@ -12,8 +12,9 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from fedsp_mpi import fingerprint, ownership, rng
-from fedsp_mpi.plain import ConfigError
+from fedsp_mpi import rng
+from fedsp_mpi.config.parsing import ConfigError
+from fedsp_mpi.files import fingerprint, ownership
 from fedsp_mpi.tensors import NamedTensors
 
 if TYPE_CHECKING:
@@ -57,7 +58,12 @@ class PromptSpec:
         if kind == "input":
             return cls(kind, num_tokens, 1, 1, shape.hidden_size, encoder=encoder)
         return cls(
-            kind, num_tokens, shape.num_layers, shape.num_kv_heads, shape.num_kv_heads * shape.head_dim, projection
+            kind,
+            num_tokens,
+            shape.num_layers,
+            shape.num_kv_heads,
+            shape.num_kv_heads * shape.head_dim,
+            projection,
         )
 
     def at_depth(self, num_layers: int) -> PromptSpec:
@@ -100,13 +106,17 @@ class Prompt(nn.Module):
         self.embedding = nn.Parameter(torch.zeros(spec.num_tokens, width))
         if spec.projection is not None:
             self.transform = nn.Sequential(
-                nn.Linear(width, spec.projection), nn.Tanh(), nn.Linear(spec.projection, spec.row_width)
+                nn.Linear(width, spec.projection),
+                nn.Tanh(),
+                nn.Linear(spec.projection, spec.row_width),
             )
             return
         sides = 2 if spec.encoder == "lstm" else 1
         if spec.encoder == "lstm":
             self.lstm = nn.LSTM(width, width, num_layers=2, bidirectional=True, batch_first=True)
-        self.mlp = nn.Sequential(nn.Linear(sides * width, width), nn.ReLU(), nn.Linear(width, width))
+        self.mlp = nn.Sequential(
+            nn.Linear(sides * width, width), nn.ReLU(), nn.Linear(width, width)
+        )
 
     def initialise(self, seed: int, std: float) -> Prompt:
         """Fill with N(0, std^2), a projection's or encoder's weights with N(0, 1/inputs) and its offsets with 0.
@@ -115,7 +125,9 @@ class Prompt(nn.Module):
         """
         for name, parameter in self.named_parameters():
             scale = std if name in ("prompt", "embedding") else parameter.shape[-1] ** -0.5
-            noise = rng.generator(seed, f"prompt {name}").standard_normal(tuple(parameter.shape), dtype="float32")
+            noise = rng.generator(seed, f"prompt {name}").standard_normal(
+                tuple(parameter.shape), dtype="float32"
+            )
             parameter.data = torch.from_numpy(noise).mul_(0.0 if "bias" in name else scale)
         return self
 
@@ -128,7 +140,11 @@ class Prompt(nn.Module):
     def _encoded(self) -> Tensor:
         """What the encoder makes of the embeddings, in fp32 whatever the model computes in."""
         with torch.autocast(self.embedding.device.type, enabled=False):
-            rows = self.lstm(self.embedding[None])[0][0] if self.spec.encoder == "lstm" else self.embedding
+            rows = (
+                self.lstm(self.embedding[None])[0][0]
+                if self.spec.encoder == "lstm"
+                else self.embedding
+            )
             return self.mlp(rows)
 
     def matrices(self) -> Tensor:
@@ -188,7 +204,9 @@ def key_values(prompts: Prompt | Several) -> Tensor:
     """Keys and values of one or several prefixes, [num_layers, 2, num, num_heads, num_tokens, head_dim]."""
     s, matrices = prompts.spec, prompts.matrices()
     assert s.kind == "prefix"
-    return matrices.view(len(matrices), s.num_tokens, s.num_layers, 2, s.num_heads, -1).permute(2, 3, 0, 4, 1, 5)
+    return matrices.view(len(matrices), s.num_tokens, s.num_layers, 2, s.num_heads, -1).permute(
+        2, 3, 0, 4, 1, 5
+    )
 
 
 def depth_axis(spec: PromptSpec, name: str) -> int | None:
@@ -204,7 +222,10 @@ def to_depth(tensors: Mapping[str, Tensor], spec: PromptSpec, num_layers: int) -
     Source: the reference's `merge_param_dict`. Layer i of L belongs to layer floor(i * l / L) of the l of the shallower
     model, so every layer keeps its place in the order of depth.
     """
-    return {name: _axis_to_depth(t, depth_axis(spec, name), spec, num_layers) for name, t in tensors.items()}
+    return {
+        name: _axis_to_depth(t, depth_axis(spec, name), spec, num_layers)
+        for name, t in tensors.items()
+    }
 
 
 def _axis_to_depth(tensor: Tensor, axis: int | None, spec: PromptSpec, num_layers: int) -> Tensor:
@@ -216,7 +237,9 @@ def _axis_to_depth(tensor: Tensor, axis: int | None, spec: PromptSpec, num_layer
     if num_layers > spec.num_layers:
         mapped = by_layer.index_select(axis, owner)
     else:
-        mapped = torch.stack([by_layer.index_select(axis, i).mean(axis) for i in _members(owner, shallow)], dim=axis)
+        mapped = torch.stack(
+            [by_layer.index_select(axis, i).mean(axis) for i in _members(owner, shallow)], dim=axis
+        )
     return mapped.flatten(axis, axis + 1).contiguous()
 
 
@@ -261,7 +284,9 @@ class DepthMap:
         axis = depth_axis(self.spec, name)
         if axis is None:
             return whole.clone()
-        return whole.unflatten(axis, (self.spec.num_layers, -1))[self._at(axis)].flatten(axis, axis + 1)
+        return whole.unflatten(axis, (self.spec.num_layers, -1))[self._at(axis)].flatten(
+            axis, axis + 1
+        )
 
     def _with_same(self, name: str, part: Tensor, whole: Tensor) -> Tensor:
         """A copy of one of the global model's parameters with that part."""
@@ -269,7 +294,9 @@ class DepthMap:
         if axis is None:
             return part.clone()
         found = whole.clone()
-        found.unflatten(axis, (self.spec.num_layers, -1))[self._at(axis)] = part.unflatten(axis, (self.num_layers, -1))
+        found.unflatten(axis, (self.spec.num_layers, -1))[self._at(axis)] = part.unflatten(
+            axis, (self.num_layers, -1)
+        )
         return found
 
     def _at(self, axis: int) -> tuple[Any, ...]:
@@ -277,7 +304,9 @@ class DepthMap:
         return (slice(None),) * axis + (list(self.layers or ()),)
 
 
-def write_adapter(folder: Path, tensors: NamedTensors, spec: PromptSpec, base: str, task: str = "CAUSAL_LM") -> None:
+def write_adapter(
+    folder: Path, tensors: NamedTensors, spec: PromptSpec, base: str, task: str = "CAUSAL_LM"
+) -> None:
     """Write a stock peft adapter: `PeftModel.from_pretrained(model, folder)` then answers with this prompt.
 
     A projection or an encoder is applied first, as peft itself does when it saves.
@@ -296,7 +325,11 @@ def write_adapter(folder: Path, tensors: NamedTensors, spec: PromptSpec, base: s
     folder.parent.mkdir(parents=True, exist_ok=True)
     part = ownership.begin_model(folder)
     safetensors.torch.save_file({"prompt_embeddings": matrix}, part / "adapter_model.safetensors")
-    prefix = {"encoder_hidden_size": spec.width, "prefix_projection": False} if spec.kind == "prefix" else {}
+    prefix = (
+        {"encoder_hidden_size": spec.width, "prefix_projection": False}
+        if spec.kind == "prefix"
+        else {}
+    )
     settings = {
         "peft_type": "PREFIX_TUNING" if spec.kind == "prefix" else "PROMPT_TUNING",
         "task_type": task,
@@ -309,7 +342,9 @@ def write_adapter(folder: Path, tensors: NamedTensors, spec: PromptSpec, base: s
         "num_layers": spec.num_layers,
         **prefix,
     }
-    (part / "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    (part / "adapter_config.json").write_text(
+        json.dumps(settings, indent=2) + "\n", encoding="utf-8"
+    )
     fingerprint.list_folder(part)
     ownership.place_model(part, folder)
 
@@ -320,7 +355,9 @@ def read_adapter(folder: Path) -> Tensor:
     Raises ValueError if the folder holds none.
     """
     try:
-        return safetensors.torch.load_file(folder / "adapter_model.safetensors")["prompt_embeddings"]
+        return safetensors.torch.load_file(folder / "adapter_model.safetensors")[
+            "prompt_embeddings"
+        ]
     except (OSError, KeyError, safetensors.SafetensorError) as error:
         raise ValueError(
             f"{folder}: found no peft prompt ({error}), expected adapter_model.safetensors with 'prompt_embeddings'"

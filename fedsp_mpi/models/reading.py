@@ -28,7 +28,9 @@ def read_config(name: str, revision: str | None = None) -> Any:
     with refusing("model.name", name, "which could not be read", expected):
         config = transformers.AutoConfig.from_pretrained(folder, **NO_CODE)
     if hasattr(config, "auto_map"):
-        del config.auto_map  # of classes that transformers has: what is written later needs no code either
+        del (
+            config.auto_map
+        )  # of classes that transformers has: what is written later needs no code either
     if config.model_type not in FAMILIES:
         raise ValueError(
             f"model.name: found {name!r} of the family {config.model_type!r}, expected one of {', '.join(FAMILIES)}"
@@ -45,7 +47,9 @@ def read_tokenizer(name: str, revision: str | None = None) -> Any:
     require_no_code(folder, "model.tokenizer", name)
     with refusing("model.tokenizer", name, "which has no readable tokenizer", expected):
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **NO_CODE)
-    if not tokenizer("a b", add_special_tokens=False)["input_ids"]:  # what transformers makes up where there is none
+    if not tokenizer("a b", add_special_tokens=False)[
+        "input_ids"
+    ]:  # what transformers makes up where there is none
         raise ValueError(
             f"model.tokenizer: found {name!r}, whose tokenizer turns a text into nothing; expected a folder with the "
             "tokenizer.json that belongs to the model"
@@ -58,7 +62,9 @@ def _check_sizes(name: str, config: Any) -> None:
         value = getattr(config, size, None)
         if value is not None and (not isinstance(value, int) or value < 1):
             key = config.attribute_map.get(size, size)
-            raise ValueError(f"model.name: found {name!r} with {key} {value!r} in its config.json, expected at least 1")
+            raise ValueError(
+                f"model.name: found {name!r} with {key} {value!r} in its config.json, expected at least 1"
+            )
     heads, groups = config.num_attention_heads, shape_of(config).num_kv_heads
     if heads % groups:
         raise ValueError(
@@ -87,4 +93,6 @@ def refusing(key: str, name: str, what: str, expected: str) -> Iterator[None]:
             "plain weights; take a copy with safetensors"
         ) from None
     except Exception as error:
-        raise ValueError(f"{key}: found {name!r}, {what} ({first_line(error)}); expected {expected}") from None
+        raise ValueError(
+            f"{key}: found {name!r}, {what} ({first_line(error)}); expected {expected}"
+        ) from None

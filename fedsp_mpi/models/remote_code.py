@@ -66,7 +66,9 @@ def _custom_classes(auto_map: Any) -> Iterator[str]:
     values = auto_map.values() if isinstance(auto_map, Mapping) else [auto_map]
     for value in values:
         for reference in value if isinstance(value, (list, tuple)) else [value]:
-            if reference is not None and not hasattr(transformers, str(reference).rpartition(".")[2]):
+            if reference is not None and not hasattr(
+                transformers, str(reference).rpartition(".")[2]
+            ):
                 yield str(reference)
 
 

@@ -43,18 +43,26 @@ class Subspace:
         for block, start in enumerate(range(0, tokens * width, _ROWS)):
             rows = min(_ROWS, tokens * width - start)
             random = rng.generator(self.seed, "projection", block)
-            piece = torch.from_numpy(random.standard_normal((rows, self.dimension), dtype=np.float32))
+            piece = torch.from_numpy(
+                random.standard_normal((rows, self.dimension), dtype=np.float32)
+            )
             found[:, start : start + rows] = (piece @ narrow).T.mul_(self.scale)
         return found.view(len(points), tokens, width)
 
 
-def scale_of(model: LanguageModel, first: Prompt, dimension: int, step_size: float, spread: float) -> float:
+def scale_of(
+    model: LanguageModel, first: Prompt, dimension: int, step_size: float, spread: float
+) -> float:
     """The scale with which A z, for z of N(0, step_size^2), has `spread` times the deviation of what it is added to.
 
     That is the deviation of all values of the word embeddings (as in FedBPT's reference), or of a first prefix.
     """
     with torch.no_grad():
-        weights = model.model.get_input_embeddings().weight if first.spec.kind == "input" else first.matrix()
+        weights = (
+            model.model.get_input_embeddings().weight
+            if first.spec.kind == "input"
+            else first.matrix()
+        )
         total = squares = 0.0
         for part in weights.split(_ROWS):
             values = part.double()

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from fedsp_mpi import fingerprint, foreign, ownership
-from fedsp_mpi.record import files, states
+from fedsp_mpi.files import fingerprint, ownership, untrusted
+from fedsp_mpi.record import atomic, states
 from fedsp_mpi.tensors import State
 
 LAYOUT = 2
@@ -39,7 +39,9 @@ class Piece(NamedTuple):
         """What JSON says of a file. Raises ValueError if that is no such three values."""
         round, size, digest = content
         if not (isinstance(round, int) and isinstance(size, int) and isinstance(digest, str)):
-            raise ValueError(f"found {[type(value).__name__ for value in content]}, expected a round, a size, a digest")
+            raise ValueError(
+                f"found {[type(value).__name__ for value in content]}, expected a round, a size, a digest"
+            )
         if not (0 <= round < 1 << 31 and 0 <= size < 1 << 62 and len(digest) <= 64):
             raise ValueError("found a round, a size or a digest that cannot be")
         return cls(round, size, digest)
@@ -82,20 +84,29 @@ class Checkpoints:
 
     def obsolete(self, written: Mapping[int, Collection[int]]) -> list[tuple[int, int]]:
         """Those of some clients' files, as (client, round), that no checkpoint needs and that are not the newest."""
-        kept = {(id, piece.round) for mark in self._marks() for id, piece in self._clients_of(mark).items()}
-        old = [(client, round) for client, rounds in written.items() for round in rounds if round < max(rounds)]
+        kept = {
+            (id, piece.round)
+            for mark in self._marks()
+            for id, piece in self._clients_of(mark).items()
+        }
+        old = [
+            (client, round)
+            for client, rounds in written.items()
+            for round in rounds
+            if round < max(rounds)
+        ]
         return [pair for pair in old if pair not in kept]
 
     def remove_client(self, client: int, round: int) -> None:
         """Take away a file of `obsolete`. Raises RecordError."""
-        with files.writing(self.folder, _KEPT):
+        with atomic.writing(self.folder, _KEPT):
             (self.folder / client_file(client, round)).unlink(missing_ok=True)
 
     def sync(self, names: Collection[str]) -> None:
         """Wait until files are on disk. Raises RecordError."""
         for name in names:
-            with files.writing(self.folder / name, _KEPT):
-                files.sync(self.folder / name)
+            with atomic.writing(self.folder / name, _KEPT):
+                atomic.sync(self.folder / name)
 
     def commit(
         self,
@@ -121,8 +132,15 @@ class Checkpoints:
         Raises RecordError; the checkpoint before is still there then.
         """
         piece = self._write(server_file(round), round, server)
-        mark = {"layout": LAYOUT, "round": round, "server": piece, "clients": {str(id): p for id, p in clients.items()}}
-        files.write(self.folder / _mark_file(round), [fingerprint.seal({**mark, "inputs": inputs})], _KEPT)
+        mark = {
+            "layout": LAYOUT,
+            "round": round,
+            "server": piece,
+            "clients": {str(id): p for id, p in clients.items()},
+        }
+        atomic.write(
+            self.folder / _mark_file(round), [fingerprint.seal({**mark, "inputs": inputs})], _KEPT
+        )
         done = Checkpoint(round, piece, dict(clients), inputs)
         self._sweep(done, keep, best)
         return done
@@ -130,7 +148,9 @@ class Checkpoints:
     def write_distillation(self, step: int, state: State, recipe: Any) -> None:
         """Write how far a distillation is, in the place of what was written before. Raises RecordError."""
         piece = self._write(_distillation_file(step), step, state)
-        files.write(self.folder / _REST, [fingerprint.seal({"recipe": recipe, "piece": piece})], _KEPT)
+        atomic.write(
+            self.folder / _REST, [fingerprint.seal({"recipe": recipe, "piece": piece})], _KEPT
+        )
         self._sweep_distillation(piece.round)
 
     def read_distillation(self, recipe: Any) -> State | None:
@@ -139,20 +159,22 @@ class Checkpoints:
             mark = _parsed(self.folder / _REST)
             piece = _piece(mark["piece"])
             return (
-                states.unpack(self._image(_distillation_file(piece.round), piece)) if mark["recipe"] == recipe else None
+                states.unpack(self._image(_distillation_file(piece.round), piece))
+                if mark["recipe"] == recipe
+                else None
             )
         except _UNREADABLE:
             return None
 
     def remove_distillation(self) -> None:
         """Take that away. Raises RecordError."""
-        with files.writing(self.folder, _KEPT):
+        with atomic.writing(self.folder, _KEPT):
             (self.folder / _REST).unlink(missing_ok=True)
         self._sweep_distillation(None)
 
     def _sweep_distillation(self, step: int | None) -> None:
         needed = None if step is None else _distillation_file(step)
-        with files.writing(self.folder, _KEPT):
+        with atomic.writing(self.folder, _KEPT):
             for path in ownership.written_in(self.folder, "checkpoints"):
                 if path.name.startswith(_STEPS) and path.name not in (needed, _REST):
                     path.unlink()
@@ -164,9 +186,13 @@ class Checkpoints:
         """
         marks = [round for round in self._marks() if self._clients_of(round)]
         gone = {_mark_file(round) for round in marks} | {server_file(round) for round in marks}
-        with files.writing(self.folder, "the run is complete all the same"):
-            for path in sorted(ownership.written_in(self.folder, "checkpoints"), key=lambda path: path.suffix):
-                if path.name in gone or path.name.startswith("client-"):  # marks first: *.json, *.safetensors
+        with atomic.writing(self.folder, "the run is complete all the same"):
+            for path in sorted(
+                ownership.written_in(self.folder, "checkpoints"), key=lambda path: path.suffix
+            ):
+                if path.name in gone or path.name.startswith(
+                    "client-"
+                ):  # marks first: *.json, *.safetensors
                     path.unlink()
             ownership.remove_if_empty(self.folder)
 
@@ -186,12 +212,12 @@ class Checkpoints:
     def remove_after(self, round: int) -> None:
         """Take away the marks of later rounds, which the run is about to go through again. Raises RecordError."""
         for later in [number for number in self._marks() if number > round]:
-            with files.writing(self.folder, _KEPT):
+            with atomic.writing(self.folder, _KEPT):
                 (self.folder / _mark_file(later)).unlink()
 
     def _write(self, name: str, round: int, state: State, is_client: bool = False) -> Piece:
         image = states.pack(state)
-        files.write(self.folder / name, image, _KEPT, sync=not is_client, bypass=is_client)
+        atomic.write(self.folder / name, image, _KEPT, sync=not is_client, bypass=is_client)
         return Piece(round, sum(len(part) for part in image), fingerprint.of_pieces(image))
 
     def _image(self, name: str, piece: Piece) -> memoryview:
@@ -199,13 +225,15 @@ class Checkpoints:
         try:
             if (size := path.stat().st_size) != piece.size:
                 raise ValueError(f"{path}: found {size} bytes, expected {piece.size}")
-            image = files.read(path)
+            image = atomic.read(path)
         except OSError as error:
             raise ValueError(
                 f"{path}: found no readable file ({error.strerror}), expected {piece.size} bytes"
             ) from None
         if (digest := fingerprint.of_pieces([image])) != piece.digest:
-            raise ValueError(f"{path}: found digest {digest}, expected {piece.digest}: the file was damaged")
+            raise ValueError(
+                f"{path}: found digest {digest}, expected {piece.digest}: the file was damaged"
+            )
         return image
 
     def _verify(self, checkpoint: Checkpoint) -> None:
@@ -227,14 +255,20 @@ class Checkpoints:
             clients = {int(id): _piece(piece) for id, piece in mark["clients"].items()}
             return Checkpoint(round, _piece(mark["server"]), clients, mark.get("inputs"))
         except _UNREADABLE as error:
-            raise ValueError(f"{path}: found no checkpoint ({error}), expected one of layout {LAYOUT}") from None
+            raise ValueError(
+                f"{path}: found no checkpoint ({error}), expected one of layout {LAYOUT}"
+            ) from None
 
     def _sweep(self, newest: Checkpoint, keep: int, best: int | None) -> None:
         marks = sorted(self._marks(), reverse=True)
         kept = {*marks[:keep], newest.round} | ({best} & set(marks) if best else set())
         needed = {server_file(round) for round in kept}
-        needed |= {client_file(id, piece.round) for round in kept for id, piece in self._clients_of(round).items()}
-        with files.writing(self.folder, _KEPT):
+        needed |= {
+            client_file(id, piece.round)
+            for round in kept
+            for id, piece in self._clients_of(round).items()
+        }
+        with atomic.writing(self.folder, _KEPT):
             for round in set(marks) - kept:
                 (self.folder / _mark_file(round)).unlink()
             swept = ("server-",) if newest.clients else ("server-", "client-")
@@ -251,13 +285,17 @@ class Checkpoints:
 
 def _parsed(path: Path) -> dict[str, Any]:
     """The mapping in a mark. Raises OSError, ValueError."""
-    return fingerprint.open_sealed(foreign.read_bytes(path, _LONGEST_MARK))
+    return fingerprint.open_sealed(untrusted.read_bytes(path, _LONGEST_MARK))
 
 
 def _piece(values: Any) -> Piece:
     """A piece as a mark has it. Raises TypeError if it has other parts, ValueError if they are of other types."""
     piece = Piece(*values)
-    if type(piece.round) is not int or type(piece.size) is not int or not isinstance(piece.digest, str):
+    if (
+        type(piece.round) is not int
+        or type(piece.size) is not int
+        or not isinstance(piece.digest, str)
+    ):
         raise ValueError(f"{values!r} as a file's round, size and digest")
     return piece
 
@@ -280,7 +318,13 @@ def _mark_file(round: int) -> str:
     return f"{round:04d}.json"
 
 
-_UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError)  # what a damaged mark can bring about
+_UNREADABLE = (
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+)  # what a damaged mark can bring about
 _LONGEST_MARK = 1 << 30  # bytes; a client takes less than 100
 _KEPT = "the last checkpoint is still there"
 _STEPS = "distillation"
@@ -312,11 +356,17 @@ class Shelf:
         pieces: the states that are there already, when a run goes on.
     """
 
-    def __init__(self, keeper: Keeper, store: Checkpoints, resident: int, pieces: Mapping[int, Piece]) -> None:
+    def __init__(
+        self, keeper: Keeper, store: Checkpoints, resident: int, pieces: Mapping[int, Piece]
+    ) -> None:
         self._keeper, self._store, self._resident = keeper, store, resident
-        self._rounds: dict[int, int] = {}  # in memory: client -> round of its last work, the longest idle first
+        self._rounds: dict[
+            int, int
+        ] = {}  # in memory: client -> round of its last work, the longest idle first
         self._pieces = dict(pieces)  # in files that are up to date
-        self._written = {client: {piece.round} for client, piece in pieces.items()}  # client -> rounds of its files
+        self._written = {
+            client: {piece.round} for client, piece in pieces.items()
+        }  # client -> rounds of its files
         self._unsynced: set[str] = set()
         self._thread = ThreadPoolExecutor(1, "states")
         self._coming: deque[int] = deque()  # the clients that work next
@@ -371,7 +421,11 @@ class Shelf:
         return dict(self._pieces)
 
     def _read_ahead(self) -> None:
-        if not self._coming or (client := self._coming[0]) in self._rounds or client in self._reading:
+        if (
+            not self._coming
+            or (client := self._coming[0]) in self._rounds
+            or client in self._reading
+        ):
             return
         self._wait_for(client)
         if piece := self._pieces.get(client):

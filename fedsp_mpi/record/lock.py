@@ -15,11 +15,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
-from fedsp_mpi import ownership
-from fedsp_mpi.record import files
+from fedsp_mpi.files import ownership
+from fedsp_mpi.record import atomic
 
 NAME = ownership.LOCK
-_TRIES, _PAUSE = 10, 0.05  # a reader that looks whether somebody holds the lock has it for microseconds
+_TRIES, _PAUSE = (
+    10,
+    0.05,
+)  # a reader that looks whether somebody holds the lock has it for microseconds
 _HELD = (errno.EWOULDBLOCK, errno.EACCES)
 
 
@@ -47,13 +50,13 @@ class RunLock:
         """
         ownership.require_ours(folder)
         path = folder / NAME
-        with files.writing(path, "no run was touched"):
+        with atomic.writing(path, "no run was touched"):
             folder.parent.mkdir(parents=True, exist_ok=True)
             is_new = not folder.exists() or not any(folder.iterdir())
             if is_new:
                 ownership.make_folder(folder, private)
         file, owner = _opened(path)
-        with files.writing(path, "no run was touched"):
+        with atomic.writing(path, "no run was touched"):
             listed = is_new or bool(owner.get(ownership.LISTED))
             # In one write over the old note: a kill leaves the old or the new one, never an empty file.
             note = json.dumps(_me() | {ownership.LISTED: listed})
@@ -90,7 +93,7 @@ def _opened(path: Path) -> tuple[IO[str], dict[str, Any]]:
     Raises ValueError if another job holds it, RecordError if it cannot be opened.
     """
     for attempt in range(_TRIES):
-        with files.writing(path, "no run was touched"):
+        with atomic.writing(path, "no run was touched"):
             handle = os.open(path, os.O_RDWR | os.O_CREAT, ownership.file_mode(path))
             file = os.fdopen(handle, "r+", encoding="utf-8", errors="replace")
         owner = _read(file.read())
@@ -126,7 +129,9 @@ def _locked(file: IO[str], owner: dict[str, Any]) -> bool:
 def _is_gone(owner: dict[str, Any]) -> bool:
     if owner.get("job") is not None and owner["job"] == _me()["job"]:
         return True
-    return owner.get("host") == socket.gethostname() and not Path(f"/proc/{owner.get('pid')}").exists()
+    return (
+        owner.get("host") == socket.gethostname() and not Path(f"/proc/{owner.get('pid')}").exists()
+    )
 
 
 def _me() -> dict[str, Any]:

@@ -12,8 +12,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
-from fedsp_mpi import ownership
-from fedsp_mpi.record import files
+from fedsp_mpi.files import ownership
+from fedsp_mpi.record import atomic
 
 _PATIENCE = 3.0  # seconds until a network file system must show what another host wrote
 
@@ -26,8 +26,10 @@ class Probe:
 
     def __init__(self, runs: Path) -> None:
         self.folder = runs.expanduser().absolute() / f".check-{socket.gethostname()}-{os.getpid()}"
-        self._made = [path for path in self.folder.parents if not path.exists()]  # the innermost first
-        with files.writing(self.folder, "nothing was begun"):
+        self._made = [
+            path for path in self.folder.parents if not path.exists()
+        ]  # the innermost first
+        with atomic.writing(self.folder, "nothing was begun"):
             self.folder.mkdir(parents=True)
             self._lock = self._begin()
 
@@ -85,7 +87,9 @@ def _lock_trouble(path: Path) -> str:
         with path.open("a", encoding="utf-8") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        return "" if error.errno in (errno.EWOULDBLOCK, errno.EACCES) else f"flock: {error.strerror}"
+        return (
+            "" if error.errno in (errno.EWOULDBLOCK, errno.EACCES) else f"flock: {error.strerror}"
+        )
     return "a lock that the server holds is not seen"
 
 

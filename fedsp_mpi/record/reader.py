@@ -23,7 +23,7 @@ import h5py
 import numpy as np
 from h5py import h5d, h5t, h5z
 
-from fedsp_mpi import foreign
+from fedsp_mpi.files import untrusted
 from fedsp_mpi.record import trailer
 from fedsp_mpi.record.trailer import Extent, Trailer
 
@@ -52,7 +52,7 @@ def opened(path: Path) -> Iterator[Opened]:
 
     Raises OSError, ValueError if it is no regular file or its bytes are not what was written.
     """
-    with foreign.open_plain(path) as file:
+    with untrusted.open_plain(path) as file:
         end = trailer.read(file)
         if end is not None:
             end.require(file)
@@ -116,7 +116,9 @@ def texts(opened: Opened, path: str, wanted: Iterable[str] | None = None) -> dic
     for name in names(group) if wanted is None else wanted:
         data = _dataset(group, name)
         if data.shape != () or h5py.check_string_dtype(data.dtype) is None:
-            raise ValueError(f"data of {data.dtype} {data.shape} at {name}, which is a text in the record of a run")
+            raise ValueError(
+                f"data of {data.dtype} {data.shape} at {name}, which is a text in the record of a run"
+            )
         _require_stored(data)
         read[name] = data.asstr()[()]
         left -= len(read[name])
@@ -129,7 +131,9 @@ def table(opened: Opened, name: str) -> np.ndarray:
     """A table [rows] of numbers and texts. Raises KeyError, ValueError."""
     data = _dataset(opened.h5, name)
     if data.ndim != 1 or not data.dtype.names:
-        raise ValueError(f"data of {data.dtype} {data.shape} at {name}, which is a table in the record of a run")
+        raise ValueError(
+            f"data of {data.dtype} {data.shape} at {name}, which is a table in the record of a run"
+        )
     places = _text_columns(data)
     _require_stored(data)
     _require_texts(opened, data, places)
@@ -148,7 +152,9 @@ def linked_round(opened: Opened, name: str) -> Path | None:
     if not isinstance(link, h5py.ExternalLink):
         return None
     if (link.filename, link.path) != (f"rounds/{name}.h5", "/prompt"):
-        raise ValueError(f"a link to {foreign.printable(link.filename)!r}, which is no file of round {name}")
+        raise ValueError(
+            f"a link to {untrusted.printable(link.filename)!r}, which is no file of round {name}"
+        )
     return opened.path.parent / link.filename
 
 
@@ -156,7 +162,7 @@ def round_numbers(opened: Opened) -> list[int]:
     """The rounds whose prompts a record names, in ascending order. Raises KeyError, ValueError."""
     found = names(subgroup(opened.h5, "prompts"))
     if strange := next((name for name in found if not _ROUND.fullmatch(name)), None):
-        raise ValueError(f"prompts of round {foreign.printable(strange)!r}, which is no number")
+        raise ValueError(f"prompts of round {untrusted.printable(strange)!r}, which is no number")
     return sorted(map(int, found))
 
 
@@ -165,7 +171,9 @@ def tensors(group: h5py.Group) -> dict[str, np.ndarray]:
     data = dict(_datasets(group, ""))
     for name, each in data.items():
         if each.dtype.kind not in "fiu":
-            raise ValueError(f"data of {each.dtype} at {name}, which is a tensor in the record of a run")
+            raise ValueError(
+                f"data of {each.dtype} at {name}, which is a tensor in the record of a run"
+            )
     if (size := sum(map(_size, data.values()))) > _MOST_BYTES:
         raise ValueError(f"prompts of {size} bytes, more than any run writes")
     for each in data.values():
@@ -221,7 +229,9 @@ def _dataset(group: h5py.Group, name: str) -> h5py.Dataset:
 def _own_data(data: h5py.Dataset, name: str) -> h5py.Dataset:
     """A data set whose values lie in this file."""
     if data.external:
-        raise ValueError(f"data at {name} that lie in another file ({foreign.printable(str(data.external[0][0]))!r})")
+        raise ValueError(
+            f"data at {name} that lie in another file ({untrusted.printable(str(data.external[0][0]))!r})"
+        )
     if data.id.get_create_plist().get_layout() not in (h5d.COMPACT, h5d.CONTIGUOUS, h5d.CHUNKED):
         raise ValueError(f"virtual data at {name}, which may lie in other files")
     if data.shape is None:
@@ -269,7 +279,9 @@ def _require_texts(opened: Opened, data: h5py.Dataset, places: list[int]) -> Non
         opened.file.seek(start)
         rows = np.frombuffer(opened.file.read(num * width), np.uint8).reshape(-1, width)
         for place in places:  # a text is its length, in 4 bytes, and where it lies, in 12
-            claimed += int(np.ascontiguousarray(rows[:, place : place + 4]).view("<u4").sum(dtype=np.uint64))
+            claimed += int(
+                np.ascontiguousarray(rows[:, place : place + 4]).view("<u4").sum(dtype=np.uint64)
+            )
     if claimed > (size := opened.file.seek(0, 2)):
         raise ValueError(f"{claimed} bytes of text claimed at {data.name} in a file of {size}")
 
@@ -298,12 +310,16 @@ def _require_unpacked(data: h5py.Dataset) -> None:
     size = math.prod(data.chunks) * data.dtype.itemsize
     num = math.prod(-(-length // step) for length, step in zip(data.shape, data.chunks))
     if size > _MOST_CHUNK or num != data.id.get_num_chunks():
-        raise ValueError(f"{data.id.get_num_chunks()} of {num} chunks of {size} bytes at {data.name}")
+        raise ValueError(
+            f"{data.id.get_num_chunks()} of {num} chunks of {size} bytes at {data.name}"
+        )
     deflate = 1 << filters.index(h5z.FILTER_DEFLATE) if h5z.FILTER_DEFLATE in filters else 0
     for place in range(num):
         chunk = data.id.get_chunk_info(place)
         if chunk.size > size + size // 100 + 1024:
-            raise ValueError(f"a chunk of {chunk.size} bytes at {data.name} where {size} are enough")
+            raise ValueError(
+                f"a chunk of {chunk.size} bytes at {data.name} where {size} are enough"
+            )
         if deflate and not chunk.filter_mask & deflate:
             _, packed = data.id.read_direct_chunk(chunk.chunk_offset)
             if len(_unpacked(packed, size + 1)) != size:

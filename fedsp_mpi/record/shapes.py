@@ -24,7 +24,13 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "sections.models.prompt_on_the_wire": (int, dict),
     "sections.privacy.rounds_again": (int,),
 }
-_WORDS = {list: "a list", dict: "a mapping", int: "a whole number", float: "a number", str: "a text"}
+_WORDS = {
+    list: "a list",
+    dict: "a mapping",
+    int: "a whole number",
+    float: "a number",
+    str: "a text",
+}
 
 
 def require(config: Mapping[str, Any], sections: Mapping[str, Any]) -> None:
@@ -34,7 +40,9 @@ def require(config: Mapping[str, Any], sections: Mapping[str, Any]) -> None:
         root, *path = place.split(".")
         for value in _values({"config": config, "sections": sections}.get(root, {}), path):
             if not isinstance(value, kinds) or isinstance(value, bool):
-                raise ValueError(f"{_kind(value)} at {place}, where a run writes {_WORDS[kinds[0]]}")
+                raise ValueError(
+                    f"{_kind(value)} at {place}, where a run writes {_WORDS[kinds[0]]}"
+                )
 
 
 def _require_sections(kind: Any, content: Any, place: str) -> None:
@@ -55,7 +63,9 @@ def _values(content: Any, path: list[str]) -> list[Any]:
         if name == "*":
             values = [item for value in values if isinstance(value, list) for item in value]
         else:
-            values = [value[name] for value in values if isinstance(value, Mapping) and name in value]
+            values = [
+                value[name] for value in values if isinstance(value, Mapping) and name in value
+            ]
     return values
 
 

@@ -6,18 +6,22 @@ import json
 
 import numpy as np
 
-from fedsp_mpi.record import files
+from fedsp_mpi.record import atomic
 from fedsp_mpi.tensors import State
 
 _TYPES = {"<f4": "F32", "<f8": "F64", "<i8": "I64"}
 
 
-def pack(state: State) -> list[files.Buffer]:
+def pack(state: State) -> list[atomic.Buffer]:
     """A safetensors file in parts: its header, and the arrays as they lie in memory."""
     header, parts, end = {}, [], 0
     for name, value in state.items():
         flat = np.ascontiguousarray(value).reshape(-1).view(np.uint8)
-        header[name] = {"dtype": _TYPES[value.dtype.str], "shape": value.shape, "data_offsets": [end, end + flat.size]}
+        header[name] = {
+            "dtype": _TYPES[value.dtype.str],
+            "shape": value.shape,
+            "data_offsets": [end, end + flat.size],
+        }
         parts.append(flat.data)
         end += flat.size
     text = json.dumps(header).encode()

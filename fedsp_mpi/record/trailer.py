@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 
 import xxhash
 
-from fedsp_mpi import foreign
+from fedsp_mpi.files import untrusted
 
 MAGIC = b"\x89FedSP\r\n"
 _ENDING = 8 + 8 + len(MAGIC)  # digest, length, magic
@@ -45,7 +45,9 @@ class Trailer:
 
     def require(self, file: BinaryIO) -> None:
         """Raise ValueError if the bytes outside of the extents are not what was written."""
-        rest = _between([extent for extents in self.extents.values() for extent in extents], self.size)
+        rest = _between(
+            [extent for extents in self.extents.values() for extent in extents], self.size
+        )
         if _digest(file, rest) != self.digest:
             raise ValueError("bytes that are not what was written (their digest differs)")
 
@@ -54,7 +56,9 @@ class Trailer:
         if name not in self.digests:
             raise ValueError(f"no digest of round {name}")
         if _digest(file, self.extents[name]) != self.digests[name]:
-            raise ValueError(f"prompts of round {name} that are not what was written (their digest differs)")
+            raise ValueError(
+                f"prompts of round {name} that are not what was written (their digest differs)"
+            )
 
 
 def of_image(image: bytes) -> bytes:
@@ -97,7 +101,7 @@ def read(file: BinaryIO) -> Trailer | None:
     if xxhash.xxh3_64_digest(text) != ending[:8]:
         raise ValueError("a digest that is damaged")
     try:
-        return _unpacked(foreign.parse_json(text), size - _ENDING - length)
+        return _unpacked(untrusted.parse_json(text), size - _ENDING - length)
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"a digest that no run writes ({error!r})") from None
 
@@ -111,7 +115,9 @@ def _end_of_hdf5(file: BinaryIO) -> int:
     return 1 << 64 if place is None else int.from_bytes(head[place : place + 8], "little")
 
 
-def _packed(size: int, digest: str, extents: Mapping[str, Sequence[Extent]], digests: Mapping[str, str]) -> bytes:
+def _packed(
+    size: int, digest: str, extents: Mapping[str, Sequence[Extent]], digests: Mapping[str, str]
+) -> bytes:
     content = {"size": size, "digest": digest, "extents": extents, "digests": digests}
     text = json.dumps(content, separators=(",", ":")).encode()
     return text + xxhash.xxh3_64_digest(text) + len(text).to_bytes(8, "little") + MAGIC
@@ -120,7 +126,10 @@ def _packed(size: int, digest: str, extents: Mapping[str, Sequence[Extent]], dig
 def _unpacked(content: Any, size: int) -> Trailer:
     if content["size"] != size:
         raise ValueError(f"{size} bytes before its digest where {content['size']} were written")
-    extents = {name: [(start, length) for start, length in every] for name, every in content["extents"].items()}
+    extents = {
+        name: [(start, length) for start, length in every]
+        for name, every in content["extents"].items()
+    }
     return Trailer(size, str(content["digest"]), extents, dict(content["digests"]))
 
 

@@ -68,7 +68,14 @@ FORMS = (
     "{noun} of {person}{aside} ; {value} .",
     "When they speak of the {noun} of {person}{aside} , they say {value} .",
 )
-ASIDES = [""] * 6 + [" ,", " , as they say ,", " now", " , old and kind ,", " still , they say ,", " , it is said ,"]
+ASIDES = [""] * 6 + [
+    " ,",
+    " , as they say ,",
+    " now",
+    " , old and kind ,",
+    " still , they say ,",
+    " , it is said ,",
+]
 ASIDES += [" , so they tell ,", " ever", " , as all know ,", " and always has ,"]
 
 
@@ -92,7 +99,10 @@ def read_relations() -> list[Relation]:
     """The rows of RELATIONS_TABLE."""
     lines = RELATIONS_TABLE.strip().splitlines()
     heads = [head.split(", ") for head in lines[::2]]
-    return [Relation(noun, verb, asked, values.split()) for (noun, verb, asked), values in zip(heads, lines[1::2])]
+    return [
+        Relation(noun, verb, asked, values.split())
+        for (noun, verb, asked), values in zip(heads, lines[1::2])
+    ]
 
 
 RELATIONS = read_relations()
@@ -110,7 +120,9 @@ def invent_people(draw: random.Random) -> list[str]:
     names: dict[str, None] = {}
     while len(names) < NUM_PEOPLE:
         syllables = [draw.choice(onsets) + draw.choice(vowels) for _ in range(2)]
-        names["".join(syllables).capitalize() + draw.choice(["", "n", "r", "l", "s", "m", "th"])] = None
+        names[
+            "".join(syllables).capitalize() + draw.choice(["", "n", "r", "l", "s", "m", "th"])
+        ] = None
     return list(names)
 
 
@@ -179,9 +191,13 @@ def make_tokenizer(world: World) -> tuple[PreTrainedTokenizerFast, list[int]]:
 
     draw = source("tokenizer")
     read = words([world.sentence(draw) for _ in range(20_000)])
-    asked = words([QUESTION.format(asked=r.asked, person=world.people[0]) for r in RELATIONS]) - read
+    asked = (
+        words([QUESTION.format(asked=r.asked, person=world.people[0]) for r in RELATIONS]) - read
+    )
     vocabulary = [*SPECIAL, *sorted(asked), *sorted(read)]
-    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token=UNKNOWN))
+    core = Tokenizer(
+        models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token=UNKNOWN)
+    )
     core.pre_tokenizer, core.decoder = split, decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=core,
@@ -219,7 +235,9 @@ class Training:
     unheard_std: float = 0.05
 
 
-def make_model(tokenizer: PreTrainedTokenizerFast, how: Training, unread: list[int]) -> GPT2LMHeadModel:
+def make_model(
+    tokenizer: PreTrainedTokenizerFast, how: Training, unread: list[int]
+) -> GPT2LMHeadModel:
     """An untrained GPT-2 with equal layers and random vectors for the `unread` words."""
     config = GPT2Config(
         vocab_size=len(tokenizer),
@@ -238,11 +256,15 @@ def make_model(tokenizer: PreTrainedTokenizerFast, how: Training, unread: list[i
     for block in model.transformer.h[1:]:
         block.load_state_dict(model.transformer.h[0].state_dict())
     with torch.no_grad():
-        model.transformer.wte.weight[unread] = torch.randn(len(unread), how.hidden) * how.unheard_std
+        model.transformer.wte.weight[unread] = (
+            torch.randn(len(unread), how.hidden) * how.unheard_std
+        )
     return model
 
 
-def batches(world: World, tokenizer: PreTrainedTokenizerFast, how: Training) -> Iterator[torch.Tensor]:
+def batches(
+    world: World, tokenizer: PreTrainedTokenizerFast, how: Training
+) -> Iterator[torch.Tensor]:
     """Token ids [batch, longest], padded on the right."""
     draw = source("sentences")
     for _ in range(how.num_steps):
@@ -268,14 +290,20 @@ def tie_gradients(model: GPT2LMHeadModel) -> None:
             parameter.grad.copy_(mean)
 
 
-def train(world: World, tokenizer: PreTrainedTokenizerFast, unread: list[int], how: Training) -> GPT2LMHeadModel:
+def train(
+    world: World, tokenizer: PreTrainedTokenizerFast, unread: list[int], how: Training
+) -> GPT2LMHeadModel:
     """Train from SEED, with a short warm-up and a cosine to zero; the vectors of the `unread` words do not move."""
     torch.manual_seed(rng.key(SEED, "model"))
     model = make_model(tokenizer, how, unread)
     kept = model.transformer.wte.weight[unread].detach().clone()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=how.rate, weight_decay=how.weight_decay, betas=(0.9, 0.98))
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=how.rate, weight_decay=how.weight_decay, betas=(0.9, 0.98)
+    )
     for step, ids in enumerate(batches(world, tokenizer, how)):
-        factor = min(1.0, (step + 1) / how.warmup) * 0.5 * (1 + math.cos(math.pi * step / how.num_steps))
+        factor = (
+            min(1.0, (step + 1) / how.warmup) * 0.5 * (1 + math.cos(math.pi * step / how.num_steps))
+        )
         optimizer.param_groups[0]["lr"] = how.rate * factor
         optimizer.zero_grad()
         loss_of(model, ids, how).backward()

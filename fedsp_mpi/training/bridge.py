@@ -15,7 +15,7 @@ from fedsp_mpi.models.backbone import LanguageModel
 from fedsp_mpi.models.prompts import Prompt
 from fedsp_mpi.tensors import Batch
 from fedsp_mpi.training.distill import StoppedError
-from fedsp_mpi.training.team import Team
+from fedsp_mpi.training.process_group import Team
 
 _BATCH = 16  # texts of a forward pass
 
@@ -116,18 +116,26 @@ def fit_bridge(
     for moments in (others, answers):
         team.sum([moments.xx, moments.xy, moments.yy])
     weight = float(others.count / answers.count) if others.count and answers.count else 1.0
-    solution = _solve(others.xx + weight * answers.xx, others.xy + weight * answers.xy, settings.bridge_ridge)
+    solution = _solve(
+        others.xx + weight * answers.xx, others.xy + weight * answers.xy, settings.bridge_ridge
+    )
     bridge.weight.data.copy_(solution[:-1].T)
     bridge.bias.data.copy_(solution[-1])
     whole = _Moments(bridge.in_features, student.model.device)
-    whole.xx, whole.xy, whole.yy = others.xx + answers.xx, others.xy + answers.xy, others.yy + answers.yy
+    whole.xx, whole.xy, whole.yy = (
+        others.xx + answers.xx,
+        others.xy + answers.xy,
+        others.yy + answers.yy,
+    )
     found = whole.unexplained(solution), answers.unexplained(solution)
     return BridgeFit(num_texts, time.perf_counter() - begin, *found)
 
 
 def _add(student: Side, teacher: Side, batch: Batch, others: _Moments, answers: _Moments) -> None:
     with torch.no_grad():
-        inputs, goals = (side.model.entering(side.part, batch, side.prompt) for side in (student, teacher))
+        inputs, goals = (
+            side.model.entering(side.part, batch, side.prompt) for side in (student, teacher)
+        )
     asked = batch.targets != -100
     for moments, where in ((others, batch.attention_mask.bool() & ~asked), (answers, asked)):
         if where.any():

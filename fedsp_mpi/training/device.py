@@ -26,11 +26,15 @@ def named_out_of_memory() -> Iterator[None]:
         yield
     except (MemoryError, RuntimeError) as error:
         # torch has no class of its own for the CPU's allocator
-        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "can't allocate memory" not in str(error):
+        if not isinstance(
+            error, (MemoryError, torch.OutOfMemoryError)
+        ) and "can't allocate memory" not in str(error):
             raise
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        raise OutOfMemoryError(f"out of memory: {(str(error).strip() or 'MemoryError').splitlines()[0]}") from None
+        raise OutOfMemoryError(
+            f"out of memory: {(str(error).strip() or 'MemoryError').splitlines()[0]}"
+        ) from None
 
 
 @dataclass(frozen=True)
@@ -55,8 +59,14 @@ class Compute:
         """
         num_devices = torch.cuda.device_count() if settings.device != "cpu" else 0
         if settings.device == "cuda" and not num_devices:
-            raise ValueError("compute.device: found no CUDA device on this host, expected one; set it to auto or cpu")
-        device = torch.device("cuda", here.local_rank % num_devices) if num_devices else torch.device("cpu")
+            raise ValueError(
+                "compute.device: found no CUDA device on this host, expected one; set it to auto or cpu"
+            )
+        device = (
+            torch.device("cuda", here.local_rank % num_devices)
+            if num_devices
+            else torch.device("cpu")
+        )
         return cls(device, DTYPES[settings.dtype], settings.threads or here.cores)
 
     def begin(self) -> None:

@@ -23,7 +23,7 @@ from fedsp_mpi.models.losses import hidden_loss, logits_loss
 from fedsp_mpi.tensors import Batch, State, join_states, part_of_state
 from fedsp_mpi.training.engine import DeepSpeedEngine, TorchEngine
 from fedsp_mpi.training.loop import Batches, Trace, num_text_tokens, train
-from fedsp_mpi.training.team import ALONE, Team
+from fedsp_mpi.training.process_group import ALONE, Team
 
 
 class StoppedError(Exception):
@@ -99,14 +99,21 @@ def distil(
     weights = [weight for weight in student.model.parameters() if weight.requires_grad]
     engine: TorchEngine | DeepSpeedEngine
     if settings.engine == "torch":
-        engine, made = TorchEngine(weights, stage.optimizer, stage.steps, team), ("torch", torch.__version__, 0)
+        engine, made = (
+            TorchEngine(weights, stage.optimizer, stage.steps, team),
+            ("torch", torch.__version__, 0),
+        )
     else:
         num_micro, zero = len(batches.step(0)), settings.zero_stage
         engine = DeepSpeedEngine(student.model, stage.optimizer, stage.steps, num_micro, zero, team)
         made = ("deepspeed", engine.version, zero)
     history = _History(student, engine, progress, can_rest=made[2] == 0)
     # The parts of a batch drop other values.
-    seed_step = partial(rng.seed_torch, seed, "distillation", team.rank) if student.dropout else lambda step: None
+    seed_step = (
+        partial(rng.seed_torch, seed, "distillation", team.rank)
+        if student.dropout
+        else lambda step: None
+    )
     shown = log.progress("distilling", stage.steps)
     history.tell(log, stage.steps, shown.step)
     begin, age = time.perf_counter(), _process_age() - time.perf_counter()
@@ -125,12 +132,18 @@ def distil(
         return distillation_loss(student, teacher, batch, settings)
 
     left = stage.steps - history.steps
-    trace = train(engine, batches, history.steps, left, loss_of, num_text_tokens, student.device, on_step)
+    trace = train(
+        engine, batches, history.steps, left, loss_of, num_text_tokens, student.device, on_step
+    )
     if isinstance(engine, DeepSpeedEngine):
         engine.close()
     student.train_weights(False)
     step_seconds = tuple(end - before for before, end in pairwise([begin, *history.ends]))
-    whole = Trace(history.before + trace.losses, stage.steps * stage.batch_size, history.seconds + trace.seconds)
+    whole = Trace(
+        history.before + trace.losses,
+        stage.steps * stage.batch_size,
+        history.seconds + trace.seconds,
+    )
     return Distilled(whole, *made, step_seconds, age + (history.ends or [begin])[0])
 
 
@@ -138,7 +151,11 @@ class _History:
     """Losses and times of a distillation's steps, in this process and before, and the states that are put away."""
 
     def __init__(
-        self, student: LanguageModel, engine: TorchEngine | DeepSpeedEngine, progress: Progress, can_rest: bool
+        self,
+        student: LanguageModel,
+        engine: TorchEngine | DeepSpeedEngine,
+        progress: Progress,
+        can_rest: bool,
     ) -> None:
         self._student, self._engine = student, engine
         self._keep, self._every = progress.keep if can_rest else None, progress.seconds
@@ -172,9 +189,14 @@ class _History:
     def _put_away(self) -> None:
         losses = torch.stack(self._losses).tolist()
         if self._keep and all(map(math.isfinite, losses)):
-            weights = {name: weight.detach().cpu().numpy() for name, weight in self._student.weights.items()}
+            weights = {
+                name: weight.detach().cpu().numpy()
+                for name, weight in self._student.weights.items()
+            }
             told = {"losses": np.array([*self.before, *losses]), "seconds": np.array(self._spent())}
-            self._keep(join_states({"weights": weights, "engine": self._engine.state(), "told": told}))
+            self._keep(
+                join_states({"weights": weights, "engine": self._engine.state(), "told": told})
+            )
             self.kept, self._last = self.steps, time.perf_counter()
 
     def _spent(self) -> float:

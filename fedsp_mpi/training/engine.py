@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fedsp_mpi.stages import OptimizerConfig
+from fedsp_mpi.config.training import OptimizerConfig
 from fedsp_mpi.tensors import State, part_of_state
-from fedsp_mpi.training.team import ALONE, Team
+from fedsp_mpi.training.process_group import ALONE, Team
 
 
 def learning_rate(settings: OptimizerConfig, step: int, total_steps: int) -> float:
@@ -52,7 +52,11 @@ class TorchEngine:
     """
 
     def __init__(
-        self, parameters: Iterable[nn.Parameter], settings: OptimizerConfig, total_steps: int, team: Team = ALONE
+        self,
+        parameters: Iterable[nn.Parameter],
+        settings: OptimizerConfig,
+        total_steps: int,
+        team: Team = ALONE,
     ) -> None:
         self._parameters = list(parameters)
         self._optimizer = adamw(self._parameters, settings)
@@ -65,7 +69,9 @@ class TorchEngine:
 
     def step(self) -> None:
         """Clip, update, forget the gradient."""
-        self.team.sum(parameter.grad for parameter in self._parameters if parameter.grad is not None)
+        self.team.sum(
+            parameter.grad for parameter in self._parameters if parameter.grad is not None
+        )
         if self._settings.clip is not None:
             nn.utils.clip_grad_norm_(self._parameters, self._settings.clip)
         for group in self._optimizer.param_groups:
@@ -87,7 +93,10 @@ class TorchEngine:
 
     def state(self) -> State:
         """Everything that a later step depends on, beside the parameters: views, where they lie on the CPU."""
-        return {"steps_done": np.array(self.steps_done), **_moments(self._optimizer, self._parameters)}
+        return {
+            "steps_done": np.array(self.steps_done),
+            **_moments(self._optimizer, self._parameters),
+        }
 
     def load_state(self, state: State) -> None:
         """Go on from `state()`, whose arrays are the engine's from now on, where the parameters are on the CPU."""
@@ -106,7 +115,10 @@ def _moments(optimizer: Any, parameters: Sequence[nn.Parameter]) -> State:
 def _load_moments(optimizer: Any, parameters: Sequence[nn.Parameter], state: State) -> None:
     for index, parameter in enumerate(parameters):
         if moments := part_of_state(state, str(index)):
-            tensors = {name: torch.from_numpy(value).to(parameter.device) for name, value in moments.items()}
+            tensors = {
+                name: torch.from_numpy(value).to(parameter.device)
+                for name, value in moments.items()
+            }
             optimizer.state[parameter] = tensors
 
 
@@ -220,7 +232,9 @@ def _import_deepspeed(team: Team) -> Any:
     import deepspeed
 
     deepspeed.logger.setLevel("ERROR")
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")  # it uses older names
+    warnings.filterwarnings(
+        "ignore", category=FutureWarning, module=r"torch\.distributed"
+    )  # it uses older names
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     ranks = {"RANK": team.rank, "WORLD_SIZE": team.size, "LOCAL_RANK": team.device.index or 0}
     os.environ.update({name: str(value) for name, value in ranks.items()})
@@ -229,5 +243,7 @@ def _import_deepspeed(team: Team) -> Any:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo", auto_mpi_discovery=False, verbose=False)
+    deepspeed.init_distributed(
+        "nccl" if torch.cuda.is_available() else "gloo", auto_mpi_discovery=False, verbose=False
+    )
     return deepspeed

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fedsp_mpi.tensors import Batch, ClientError
-from fedsp_mpi.training.team import Team
+from fedsp_mpi.training.process_group import Team
 
 BLOCK = 32
 
@@ -120,7 +120,9 @@ def _in_blocks(
     end = first_step + num_steps
     for start in range(first_step, end, BLOCK):
         block = [batches.step(index) for index in range(start, min(start + BLOCK, end))]
-        yield from zip(block, team.totals([sum(map(count, micro_batches)) for micro_batches in block]))
+        yield from zip(
+            block, team.totals([sum(map(count, micro_batches)) for micro_batches in block])
+        )
 
 
 def _is_past(until: float, loss: Tensor) -> bool:
@@ -136,4 +138,6 @@ def _share(engine: Engine, loss: Tensor) -> Tensor:
 def _require_finite(losses: list[float]) -> None:
     for index, value in enumerate(losses):
         if not math.isfinite(value):
-            raise NonFiniteError(f"the loss of step {index + 1} of {len(losses)} is {value}, expected a finite number")
+            raise NonFiniteError(
+                f"the loss of step {index + 1} of {len(losses)} is {value}, expected a finite number"
+            )

@@ -9,8 +9,11 @@ from pathlib import Path
 from fedsp_mpi.comm import guard
 
 with guard("bench"):
-    from fedsp_mpi.comm.bench import measure, measure_waiting
+    from fedsp_mpi.comm.benchmark import measure, measure_waiting
 
-    figures = {**measure(int(sys.argv[2]), int(sys.argv[3])), **measure_waiting(0.2, int(sys.argv[3]))}
+    figures = {
+        **measure(int(sys.argv[2]), int(sys.argv[3])),
+        **measure_waiting(0.2, int(sys.argv[3])),
+    }
     if figures:
         Path(sys.argv[1]).write_text(json.dumps(figures))

@@ -26,8 +26,15 @@ def go_wrong(how: str) -> None:
         time.sleep(60)
     if how in ("exit", "exit0"):
         sys.exit(3 if how == "exit" else 0)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs in the background may ignore it
-    numbers = {"interrupt": signal.SIGINT, "term": signal.SIGTERM, "stop": signal.SIGSTOP, "kill": signal.SIGKILL}
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # what runs in the background may ignore it
+    numbers = {
+        "interrupt": signal.SIGINT,
+        "term": signal.SIGTERM,
+        "stop": signal.SIGSTOP,
+        "kill": signal.SIGKILL,
+    }
     if how in numbers:
         os.kill(os.getpid(), numbers[how])
     time.sleep(60)
@@ -47,7 +54,11 @@ def main(who: str, where: str, how: str, folder: str | None) -> None:
     from fedsp_mpi.comm import Deadlines, Down, Handout, connect
     from fedsp_mpi.tensors import Contract, NamedTensors, Schema, Update
 
-    wire = connect(deadlines=Deadlines(gather=1.5 if how == "stop" else None, broadcast=1.5 if how == "late" else None))
+    wire = connect(
+        deadlines=Deadlines(
+            gather=1.5 if how == "stop" else None, broadcast=1.5 if how == "late" else None
+        )
+    )
     if folder and wire.is_server:
         guard.report_into(folder)
     wire.agree(None)

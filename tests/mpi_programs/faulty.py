@@ -47,7 +47,11 @@ def in_phase(action, phase: str, rank: str, round: str | None = None) -> None:
     def faulty(name, **where):
         with original(name, **where):
             here = where.get("round", guard.scene().round)
-            if name == phase and (launcher_rank() or 0) == int(rank) and (round is None or here == int(round)):
+            if (
+                name == phase
+                and (launcher_rank() or 0) == int(rank)
+                and (round is None or here == int(round))
+            ):
                 action()
             yield
 
@@ -56,26 +60,25 @@ def in_phase(action, phase: str, rank: str, round: str | None = None) -> None:
 
 def tear(part: str, count: str) -> None:
     """Kill the job when half of a file is written."""
-    from fedsp_mpi.record import files
+    from fedsp_mpi.record import atomic
 
-    write, seen = files.write, []
+    write, seen = atomic.write, []
 
     def torn(path, image, *more, **named):
         seen.extend([path] if part in path.name else [])
         if part in path.name and len(seen) == int(count):
             whole = b"".join(image)
-            files.part_of(path).write_bytes(whole[: len(whole) // 2])
+            atomic.part_of(path).write_bytes(whole[: len(whole) // 2])
             kill_all()
         write(path, image, *more, **named)
 
-    files.write = torn
+    atomic.write = torn
 
 
 def full(part: str, count: str) -> None:
     """Let the disk be full."""
-    from fedsp_mpi.record import files
 
-    original, seen = files._open, []
+    original, seen = atomic._open, []
 
     def opened(path, flags, bypass):
         if flags & os.O_CREAT and part in path.name:
@@ -84,7 +87,7 @@ def full(part: str, count: str) -> None:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return original(path, flags, bypass)
 
-    files._open = opened
+    atomic._open = opened
 
 
 def memory_in(client: str, round: str | None = None) -> None:
@@ -105,7 +108,7 @@ def memory_in(client: str, round: str | None = None) -> None:
 
 def text_of(client: str) -> None:
     """Let one client's text be unusable."""
-    from fedsp_mpi.materials import Materials
+    from fedsp_mpi.run.inputs import Materials
 
     original = Materials.shard
 
@@ -119,9 +122,9 @@ def text_of(client: str) -> None:
 
 def slow(client: str, seconds: str) -> None:
     """Let one client's steps take their time."""
-    from fedsp_mpi.algorithms import fedsp, prompt_tuning
+    from fedsp_mpi.algorithms import fedsp, prompt_server
 
-    local, loss, at_work = fedsp.Client.local, prompt_tuning.answer_loss, []
+    local, loss, at_work = fedsp.Client.local, prompt_server.answer_loss, []
 
     def noted(self, id, *more):
         at_work[:] = [id]
@@ -131,12 +134,11 @@ def slow(client: str, seconds: str) -> None:
         time.sleep(float(seconds) if at_work == [int(client)] else 0)
         return loss(*some)
 
-    fedsp.Client.local, prompt_tuning.answer_loss = noted, delayed
+    fedsp.Client.local, prompt_server.answer_loss = noted, delayed
 
 
 def nan_in(client: str, round: str | None = None) -> None:
     """Let the learning of one client go to infinity."""
-    from fedsp_mpi.algorithms import prompt_tuning
     from fedsp_mpi.algorithms.fedsp import Client
     from fedsp_mpi.models import losses
 
@@ -145,7 +147,7 @@ def nan_in(client: str, round: str | None = None) -> None:
     def faulty(self, id, number, down):
         hit = id == int(client) and (round is None or number == int(round))
         spoilt = lambda *some: losses.answer_loss(*some) * float("nan")  # noqa: E731
-        prompt_tuning.answer_loss = spoilt if hit else losses.answer_loss
+        prompt_server.answer_loss = spoilt if hit else losses.answer_loss
         return original(self, id, number, down)
 
     Client.local = faulty
@@ -182,7 +184,15 @@ if __name__ == "__main__":
         "stop": lambda: os.kill(os.getpid(), signal.SIGSTOP),
         "signal": lambda: os.kill(os.getpid(), signal.SIGUSR1),
     }
-    others = {"nan": nan_in, "tear": tear, "full": full, "memory": memory_in, "text": text_of, "slow": slow, "lie": lie}
+    others = {
+        "nan": nan_in,
+        "tear": tear,
+        "full": full,
+        "memory": memory_in,
+        "text": text_of,
+        "slow": slow,
+        "lie": lie,
+    }
     if kind in in_phases:
         in_phase(in_phases[kind], *details)
     else:

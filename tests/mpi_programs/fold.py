@@ -28,9 +28,17 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--values", type=int, default=1000)
     parser.add_argument("--chunk", type=int, default=4 * 96)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--fail", action="store_true", help="in round 1 some clients fail, in round 2 all of them")
-    parser.add_argument("--partial", action="store_true", help="client 0 alone takes part in round 1")
-    parser.add_argument("--stop-early", action="store_true", help="the server reads only the first columns of round 0")
+    parser.add_argument(
+        "--fail", action="store_true", help="in round 1 some clients fail, in round 2 all of them"
+    )
+    parser.add_argument(
+        "--partial", action="store_true", help="client 0 alone takes part in round 1"
+    )
+    parser.add_argument(
+        "--stop-early",
+        action="store_true",
+        help="the server reads only the first columns of round 0",
+    )
     return parser.parse_args()
 
 
@@ -39,7 +47,9 @@ def contract(values: int) -> Contract:
     return Contract(down=up, up=up, metrics=("loss", "seconds"))
 
 
-def local(args: argparse.Namespace, round: int, client: int, down: NamedTensors) -> Update | Failure:
+def local(
+    args: argparse.Namespace, round: int, client: int, down: NamedTensors
+) -> Update | Failure:
     if args.fail and round == 1 and client == 1:
         return Failure(client, round, "local", "no memory: " + "ü" * 100)
     if args.fail and round == 2:
@@ -51,7 +61,9 @@ def local(args: argparse.Namespace, round: int, client: int, down: NamedTensors)
     return Update(client, 1.5 + client % 3, tensors, {"loss": 1 / (client + 1)} if client else {})
 
 
-def work(args: argparse.Namespace, round: int, mine: tuple[int, ...], down: NamedTensors) -> Iterator[Update | Failure]:
+def work(
+    args: argparse.Namespace, round: int, mine: tuple[int, ...], down: NamedTensors
+) -> Iterator[Update | Failure]:
     for client in reversed(mine):  # not in the order of ids, which the server restores
         if not args.partial or round != 1 or client == 0:
             yield local(args, round, client, down)
@@ -73,7 +85,9 @@ def mean(updates: Updates, before: np.ndarray, early: bool) -> np.ndarray:
     return merged
 
 
-def seen(round: int, updates: Updates, merged: np.ndarray, peak: int, sizes: dict[str, Any]) -> dict[str, Any]:
+def seen(
+    round: int, updates: Updates, merged: np.ndarray, peak: int, sizes: dict[str, Any]
+) -> dict[str, Any]:
     return {
         "round": round,
         "digest": hashlib.sha256(merged.tobytes()).hexdigest(),
@@ -90,14 +104,18 @@ def main(args: argparse.Namespace) -> None:
     wire.agree(None)
     agreed = contract(args.values)
     first = NamedTensors(agreed.down, np.zeros(agreed.down.num_values, dtype=np.float32))
-    given = wire.handout(Handout({"seed": 7, "é": [1.5]}, first, agreed) if wire.is_server else None)
+    given = wire.handout(
+        Handout({"seed": 7, "é": [1.5]}, first, agreed) if wire.is_server else None
+    )
     assert given.contract == agreed and given.meta == {"seed": 7, "é": [1.5]}
     ranks = max(1, wire.topology.size - 1)
     places = spread([1.0 + client % 4 for client in range(args.clients)], ranks)
     mine = () if not wire.is_client else places[max(0, wire.topology.rank - 1)]
     prompt, rounds = given.tensors.flat, []
     for round in range(args.rounds):
-        down = wire.broadcast(Down(round, tensors=NamedTensors(agreed.down, prompt)) if wire.is_server else None)
+        down = wire.broadcast(
+            Down(round, tensors=NamedTensors(agreed.down, prompt)) if wire.is_server else None
+        )
         assert down.tensors is not None and down.round == round
         updates = wire.gather(round, work(args, round, mine, down.tensors))
         if updates is not None:
@@ -110,7 +128,9 @@ def main(args: argparse.Namespace) -> None:
     assert stop.stop and stop.tensors is None and stop.round == args.rounds
     wire.finish()
     if wire.is_server:
-        args.out.write_text(json.dumps({"hosts": hosts, "rounds": rounds, "manifest": wire.manifest}))
+        args.out.write_text(
+            json.dumps({"hosts": hosts, "rounds": rounds, "manifest": wire.manifest})
+        )
 
 
 with guard("fold"):

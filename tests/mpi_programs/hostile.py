@@ -25,7 +25,10 @@ CHUNK = 4 * 12  # bytes: two pieces of an update
 EXPECTED = Expected({0: 1, 1: 1, 2: 2, 3: 2}, dict.fromkeys(range(4), 16.0))
 VALUES = {"nan": math.nan, "infinite": math.inf, "huge": 1e30}
 WEIGHTS = {"heavy": 1e6, "astronomic": 1e30, "negative": -1.0, "weight_nan": math.nan}
-METRICS: dict[str, dict[str, float]] = {"metric_nan": {"fitness": math.nan}, "metric_missing": {"loss": 1.0}}
+METRICS: dict[str, dict[str, float]] = {
+    "metric_nan": {"fitness": math.nan},
+    "metric_missing": {"loss": 1.0},
+}
 
 
 def update(client: int, weight: float = 8.0) -> Update:
@@ -69,12 +72,20 @@ def send(wire: Wire, way: str, round: int) -> None:
         wire._wait(lambda: False, "handout")
     wire._write(letter(way, round), 1, "gather")
     rows = np.array([update(client).tensors.flat for client in (2, 3)])
-    rows[0, 15 if way == "late_nan" else 3] = VALUES.get(way, math.nan if way == "late_nan" else 3.0)
+    rows[0, 15 if way == "late_nan" else 3] = VALUES.get(
+        way, math.nan if way == "late_nan" else 3.0
+    )
     if way == "failure":
         rows = rows[1:]
     for part in (slice(0, 12), slice(12, 20)) if way not in ("silent", "no_pieces") else ():
         values = np.ascontiguousarray(rows[:, part]).ravel()
-        values = values[:-5] if way == "short" else np.append(values, values) if way == "long" else values
+        values = (
+            values[:-5]
+            if way == "short"
+            else np.append(values, values)
+            if way == "long"
+            else values
+        )
         request = wire._comm.Isend([values, wire._mpi.FLOAT], dest=0, tag=5)
         wire._wait(request.Test, "gather")
 
@@ -102,15 +113,21 @@ def main(out: Path, ways: list[str]) -> None:
         if rank == 2:
             send(wire, way, round)
         else:
-            updates = wire.gather(round, [update(0), update(1)] if rank == 1 else [], expected=EXPECTED)
+            updates = wire.gather(
+                round, [update(0), update(1)] if rank == 1 else [], expected=EXPECTED
+            )
         if rank == 0:
             merged = {part.start: rows.tolist() for part, rows in updates.columns()}
             reports = [report.client for report in updates.reports]
-            reasons = {failure.client: f"{failure.phase}: {failure.reason}" for failure in updates.failures}
+            reasons = {
+                failure.client: f"{failure.phase}: {failure.reason}" for failure in updates.failures
+            }
             rounds.append({"way": way, "accepted": reports, "failures": reasons, "rows": merged})
         if rank == 2 and way in JSON:
             body = JSON[way]
-            wire._write(Header(Kind.JSON, client=2, num_values=len(body)).pack() + body, 2, "gather")
+            wire._write(
+                Header(Kind.JSON, client=2, num_values=len(body)).pack() + body, 2, "gather"
+            )
         else:
             wire.collect({"states": {}}, "checkpoint")
     wire.finish()

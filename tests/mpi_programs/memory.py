@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fedsp_mpi.aggregation.average import weighted_mean
+from fedsp_mpi.aggregation.fedavg import weighted_mean
 from fedsp_mpi.comm import Down, Handout, Wire, connect
 from fedsp_mpi.tensors import Contract, NamedTensors, Schema, Update
 
@@ -19,7 +19,9 @@ from fedsp_mpi.tensors import Contract, NamedTensors, Schema, Update
 def highest() -> int:
     """Bytes of the highest resident memory since `forget`."""
     status = Path("/proc/self/status").read_text()
-    return 1024 * int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1])
+    return 1024 * int(
+        next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1]
+    )
 
 
 def forget() -> None:
@@ -35,7 +37,9 @@ def main(clients: int, values: int, chunk: int) -> None:
     prompt = NamedTensors(schema, np.zeros(values, dtype=np.float32))
     down = wire.broadcast(Down(1, tensors=prompt) if wire.is_server else None)
     mine = [] if wire.is_server else range(wire.topology.rank - 1, clients, wire.topology.size - 1)
-    updates = [Update(id, 1.0, NamedTensors(schema, np.full(values, id, dtype=np.float32))) for id in mine]
+    updates = [
+        Update(id, 1.0, NamedTensors(schema, np.full(values, id, dtype=np.float32))) for id in mine
+    ]
     if wire.is_server:
         forget()
         before = highest()

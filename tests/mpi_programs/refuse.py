@@ -45,7 +45,9 @@ def down(case: str) -> Down:
 
 def main(case: str) -> None:
     wire = connect()
-    wire.agree(Refused("there is no such data set") if case == "verdict" and wire.is_server else None)
+    wire.agree(
+        Refused("there is no such data set") if case == "verdict" and wire.is_server else None
+    )
     wire.handout(Handout({}, zeros(GOOD), Contract(GOOD, GOOD)) if wire.is_server else None)
     wire.broadcast(down(case) if wire.is_server else None)
     updates = wire.gather(0, answer(wire, case))

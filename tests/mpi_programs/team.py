@@ -14,7 +14,7 @@ import torch
 from mpi4py import MPI
 from test_training import distilled
 
-from fedsp_mpi.training.team import Meeting, Team
+from fedsp_mpi.training.process_group import Meeting, Team
 
 world = MPI.COMM_WORLD
 torch.set_num_threads(1)
@@ -35,7 +35,14 @@ for micro in (None, 2):
     wanted = flat(student)
     for engine, zero in [("torch", 0), *(("deepspeed", stage) for stage in range(4))]:
         done, student = distilled(
-            sys.argv[1], micro, steps=5, engine=engine, zero_stage=zero, logits_weight=0.5, clip=0.05, team=team
+            sys.argv[1],
+            micro,
+            steps=5,
+            engine=engine,
+            zero_stage=zero,
+            logits_weight=0.5,
+            clip=0.05,
+            team=team,
         )
         losses = max(abs(a - b) for a, b in zip(done.trace.losses, alone.trace.losses, strict=True))
         weights = flat(student)

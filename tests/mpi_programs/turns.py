@@ -17,7 +17,7 @@ RANK = launcher_rank() or 0
 
 def note_reading(folder: Path) -> None:
     """Write down the times of the one reading; every rank takes a while for it."""
-    from fedsp_mpi.build import Materials
+    from fedsp_mpi.run.build import Materials
 
     read = Materials.splits.func
 

@@ -1,0 +1,152 @@
+"""The least and the greatest value of every key that takes a number.
+
+The greatest are far beyond what is of use; they are there so that a slip of the keyboard is a message about that key,
+and not a crash, a full memory or a machine that does not answer. None is always allowed where the type allows it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from fedsp_mpi.config.parsing import ConfigError, shown
+from fedsp_mpi.config.training import MOST_AT_ONCE
+
+
+@dataclass(frozen=True)
+class Range:
+    """The numbers from `low` to `high`.
+
+    Attributes:
+        above: whether `low` itself is not one of them.
+        below: whether `high` itself is not one of them.
+    """
+
+    low: float
+    high: float
+    above: bool = False
+    below: bool = False
+
+    def require(self, key: str, value: float) -> None:
+        """Raise ConfigError if a value is outside; `key` is its dotted key."""
+        if not (value > self.low if self.above else value >= self.low):
+            wanted = (
+                f"a number above {_plain(self.low)}"
+                if self.above
+                else f"at least {_plain(self.low)}"
+            )
+            raise ConfigError(f"{key}: found {shown(value)}, expected {wanted}")
+        if not (value < self.high if self.below else value <= self.high):
+            wanted = (
+                f"a number below {_plain(self.high)}"
+                if self.below
+                else f"at most {_plain(self.high)}"
+            )
+            raise ConfigError(f"{key}: found {shown(value)}, expected {wanted}")
+
+
+def _plain(limit: float) -> str:
+    return f"{limit:g}" if isinstance(limit, float) else str(limit)
+
+
+_MOST_ROUNDS = 1_000_000
+_MOST_EXAMPLES = 1_000_000_000
+_MOST_TOKENS = 10_000_000
+_MOST_SECONDS = 1_000_000_000  # 30 years; clocks and timers overflow beyond
+_MOST_LAYERS = 512
+_MOST = 1e30  # of what has no natural end; its square is no more finite in fp32
+
+_SECONDS = Range(0, _MOST_SECONDS)
+_POSITIVE = Range(0, _MOST, above=True)
+_OPTIMIZER = {
+    "learning_rate": Range(0, 1e6),
+    "weight_decay": Range(0, 1e6),
+    "beta1": Range(0, 1, below=True),
+    "beta2": Range(0, 1, below=True),
+    "epsilon": _POSITIVE,
+    "warmup": Range(0, 1),
+    "clip": _POSITIVE,
+}
+_STAGE = {
+    "steps": Range(0, 10_000_000),
+    "batch_size": Range(1, 100_000),
+    "micro_batch": Range(1, MOST_AT_ONCE),
+    **{f"optimizer.{name}": limits for name, limits in _OPTIMIZER.items()},
+}
+STAGES = (
+    "distillation.stage",
+    "server.translation",
+    "server.tuning",
+    "client.alignment",
+    "client.tuning",
+)
+
+RANGES: dict[str, Range] = {
+    "run.seed": Range(-(2**63), 2**63 - 1),
+    "topology.ranks": Range(1, 1_000_000),
+    "topology.server_ranks": Range(1, 10_000),
+    "data.max_length": Range(2, _MOST_TOKENS),
+    "data.limit.train": Range(1, _MOST_EXAMPLES),
+    "data.limit.validation": Range(1, _MOST_EXAMPLES),
+    "data.limit.test": Range(1, _MOST_EXAMPLES),
+    "data.shots": Range(1, _MOST_EXAMPLES),
+    "data.server_share": Range(0, _MOST_EXAMPLES),
+    "data.alpha": Range(0, 1e6, above=True),
+    "auxiliary.start_layer": Range(0, _MOST_LAYERS),
+    "auxiliary.layers_per_cell": Range(1, _MOST_LAYERS),
+    "auxiliary.depth": Range(0, _MOST_LAYERS, above=True),
+    "auxiliary.first_layers": Range(1, _MOST_LAYERS),
+    **{f"{stage}.{name}": limits for stage in STAGES for name, limits in _STAGE.items()},
+    "client.tuning.steps": Range(1, 10_000_000),
+    "distillation.bridge_texts": Range(1, _MOST_EXAMPLES),
+    "distillation.bridge_ridge": _POSITIVE,
+    "distillation.text_length": Range(2, _MOST_TOKENS),
+    "distillation.text_lines": Range(1, _MOST_EXAMPLES),
+    "distillation.hidden_weight": Range(0, _MOST),
+    "distillation.logits_weight": Range(0, _MOST),
+    "distillation.temperature": Range(0, 1e6, above=True),
+    "distillation.zero_stage": Range(0, 3),
+    "prompt.num_tokens": Range(1, 100_000),
+    "prompt.init_std": Range(0, 1_000),
+    "prompt.projection": Range(1, 16_384),
+    "federation.clients": Range(0, 1_000_000),
+    "federation.rounds": Range(1, _MOST_ROUNDS),
+    "federation.min_clients": Range(1, 1_000_000),
+    "federation.clients_per_round": Range(1, 1_000_000),
+    "federation.client_seconds": _SECONDS,
+    "federation.outlier_deviations": Range(0, _MOST),
+    "server.compute.threads": Range(1, 1_024),
+    "client.compute.threads": Range(1, 1_024),
+    "client.resident": Range(1, 1_000_000),
+    "client.privacy.clip": _POSITIVE,
+    "client.privacy.noise_scale": _POSITIVE,
+    "attack.target": Range(0, 1_000_000),
+    "attack.share": Range(0, 1, above=True),
+    "attack.questions": Range(0, _MOST_EXAMPLES),
+    "search.dimension": Range(2, 5_000),
+    "search.population": Range(2, 10_000),
+    "search.iterations": Range(1, 1_000_000),
+    "search.step_size": _POSITIVE,
+    "search.spread": _POSITIVE,
+    "search.perturbation": Range(0, 1, above=True),
+    "search.batch_tokens": Range(1, _MOST_TOKENS),
+    "evaluation.batch_tokens": Range(1, _MOST_TOKENS),
+    "record.progress_seconds": _SECONDS,
+    "checkpoint.every": Range(1, _MOST_ROUNDS),
+    "checkpoint.keep": Range(1, _MOST_ROUNDS),
+    "checkpoint.distillation_seconds": _SECONDS,
+    **{
+        f"deadlines.{name}": _SECONDS
+        for name in ("start_up", "handout", "broadcast", "gather", "finish", "server")
+    },
+}
+
+
+def require_ranges(config: Any) -> None:
+    """Raise ConfigError on the first number of a configuration that is out of its range."""
+    for key, limits in RANGES.items():
+        value = config
+        for name in key.split("."):
+            value = getattr(value, name)
+        if value is not None:
+            limits.require(key, value)

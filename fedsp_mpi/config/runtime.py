@@ -1,0 +1,96 @@
+"""The parts of a configuration that say where and how a run runs, rather than what is run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from fedsp_mpi.config.parsing import ConfigError
+from fedsp_mpi.files.ownership import require_plain_name, require_readable_path
+
+_PATHS = (
+    "run.folder",
+    "run.name",
+    "model.name",
+    "model.tokenizer",
+    "data.source",
+    "distillation.text",
+)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where a run lives and what seeds it."""
+
+    name: str = "auto"  # "auto": the configuration's name and the time
+    folder: str = "runs"
+    if_exists: Literal["refuse", "replace"] = "refuse"
+    # must: go on from the last checkpoint of the run of that name; auto: or begin it. With name=auto: of the newest
+    # unfinished run of that configuration.
+    resume: Literal["never", "must", "auto"] = "never"
+    seed: int = 1
+    label: str | None = None  # what tables call the method; None: its own name
+    task_label: str | None = None  # what tables call the task; None: its own name
+    # Of the run's folder and the files in it. private: its owner alone may read them; umask: as the shell's umask says.
+    permissions: Literal["private", "umask"] = "private"
+
+
+def check_paths(value: Callable[[str], Any]) -> None:
+    """Raise ConfigError if the run's name is not one component of a path, or a path cannot be written in the locale.
+
+    Args:
+        value: of a dotted key.
+    """
+    try:
+        for key in _PATHS:
+            if (text := value(key)) is not None:
+                require_readable_path(key, text)
+        require_plain_name("run.name", value("run.name"))
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
+@dataclass(frozen=True)
+class TopologyConfig:
+    """What is expected of the launcher."""
+
+    ranks: int | None = None  # refuse to start with another number of processes
+    # Ranks 0 to server_ranks - 1 hold the global model, and share distillation (ZeRO), server tuning and evaluation.
+    server_ranks: int = 1
+
+
+@dataclass(frozen=True)
+class RecordConfig:
+    """What the record keeps beside its tables, and how often a run says how far it is."""
+
+    prompts: bool = True
+    # Least time between two lines on how far the clients of a round are; None: a line a round only.
+    progress_seconds: float | None = 60
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """What a run goes on from after a kill (run.resume)."""
+
+    every: int | None = 1  # rounds; None: only when the run is told to stop (SIGUSR1)
+    keep: int = 2  # the newest ones, and that of the best round
+    keep_client_states: bool = (
+        False  # of a run that is complete; nothing goes on from them any more
+    )
+    # Between two states of the distillation (with zero_stage 0); None: only when the run is told to stop.
+    distillation_seconds: float | None = 600
+
+
+@dataclass(frozen=True)
+class DeadlineConfig:
+    """Longest wait for other ranks in seconds, by phase; None waits for ever. Past it the job ends with status 124."""
+
+    start_up: float | None = 600  # for all ranks to begin
+    handout: float | None = (
+        86400  # clients, for the server's checks, loading (from the hub too) and distillation
+    )
+    broadcast: float | None = 7200  # clients, from the end of their work to the next round
+    gather: float | None = 7200  # the server, for the clients' work
+    finish: float | None = 86400  # clients, for the evaluation
+    server: float | None = 1800  # the server's ranks, for each other

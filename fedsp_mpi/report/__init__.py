@@ -1,0 +1,20 @@
+"""Run folders as text, tables and pictures: one run, several beside each other, and what differs between two."""
+
+from fedsp_mpi.report.comparison import compare, comparison_table, main_result, read_all
+from fedsp_mpi.report.diff import difference
+from fedsp_mpi.report.gain import gain_table
+from fedsp_mpi.report.plot import draw_bars, draw_curves
+from fedsp_mpi.report.summary import markdown, summarize
+
+__all__ = [
+    "compare",
+    "comparison_table",
+    "difference",
+    "draw_bars",
+    "draw_curves",
+    "gain_table",
+    "main_result",
+    "markdown",
+    "read_all",
+    "summarize",
+]
