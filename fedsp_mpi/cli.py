@@ -24,7 +24,9 @@ _KEPT = "\n\t"  # control characters that are shown as they are
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a verb; returns the exit status: 0, 2 for a mistake of the user, or 75 for a run that was told to stop."""
+    """Run a verb; returns the exit status: 0, 2 for a mistake of the user, or 75 for a run that was
+    told to stop.
+    """
     _print_anything()
     options = argparse.Namespace()
     try:
@@ -70,7 +72,9 @@ def check(options: argparse.Namespace) -> int:
 
 
 def fetch(options: argparse.Namespace) -> int:
-    """`fetch`: models and data of configurations into the local cache, for runs on nodes without a network."""
+    """`fetch`: models and data of configurations into the local cache, for runs on nodes without a
+    network.
+    """
     if (launcher_size() or 1) > 1:
         raise Refused(
             f"fetch: found {launcher_size()} processes, expected one; start it without mpirun"
@@ -79,7 +83,8 @@ def fetch(options: argparse.Namespace) -> int:
     paths = options.configs or ([None] if options.set else [])
     if not paths:
         log.say(
-            "nothing to fetch: no configuration was named, and the embedded default has all it needs"
+            "nothing to fetch: no configuration was named, and the embedded default has "
+            "all it needs"
         )
         return 0
     every = [_settings(path, options.set) for path in paths]
@@ -88,7 +93,8 @@ def fetch(options: argparse.Namespace) -> int:
     for settings in every:
         _user(room.fetch, settings, log)
     log.say(
-        "on nodes without a network, export HF_HUB_OFFLINE=1: the libraries would try to reach the hub for a while"
+        "on nodes without a network, export HF_HUB_OFFLINE=1: the libraries would try "
+        "to reach the hub for a while"
     )
     return 0
 
@@ -131,7 +137,9 @@ def report(options: argparse.Namespace) -> int:
 
 
 def sweep(options: argparse.Namespace) -> int:
-    """`sweep`: every task with every method and seed of each file, a run each; status 1 if one of them failed."""
+    """`sweep`: every task with every method and seed of each file, a run each; status 1 if one of
+    them failed.
+    """
     if (launcher_size() or 1) > 1:
         raise Refused(
             f"sweep: found {launcher_size()} processes, expected one; give mpirun to --launch"
@@ -191,7 +199,9 @@ def diff(options: argparse.Namespace) -> int:
 
 
 def bench(options: argparse.Namespace) -> int:
-    """`bench`: ratios against the bare libraries, in one run; and what prompts of the auxiliary model are worth."""
+    """`bench`: ratios against the bare libraries, in one run; and what prompts of the auxiliary
+    model are worth.
+    """
     log = _log(options)
     if options.what == "wire":
         _bench_wire(log, options.repeats)
@@ -278,14 +288,18 @@ def _named(text: str, options: argparse.Namespace) -> str:
 
 
 def _print_anything() -> None:
-    """Escape what the locale cannot write, such as a path that is not UTF-8, where printing would fail."""
+    """Escape what the locale cannot write, such as a path that is not UTF-8, where printing would
+    fail.
+    """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
 
 
 def _show(text: str) -> None:
-    """Print; whoever reads may stop before the end (`| head`), which is no reason for a run to stop."""
+    """Print; whoever reads may stop before the end (`| head`), which is no reason for a run to
+    stop.
+    """
     try:
         print(printable(text, keep=_KEPT), flush=True)
     except BrokenPipeError:
@@ -340,7 +354,8 @@ def _parser() -> argparse.ArgumentParser:
         nargs="?",
         const="must",
         choices=("must", "auto"),
-        help="go on from the last checkpoint of a run, on any number of ranks; auto: or begin it if there is none",
+        help="go on from the last checkpoint of a run, on any number of ranks; auto: or "
+        "begin it if there is none",
     )
     verb.set_defaults(run=run)
 

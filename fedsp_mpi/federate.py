@@ -1,4 +1,6 @@
-"""The federation: one round, written once, for the server, for the clients, and for one process that is both."""
+"""The federation: one round, written once, for the server, for the clients, and for one process
+that is both.
+"""
 
 from __future__ import annotations
 
@@ -49,10 +51,12 @@ class Plan:
 def federate(
     wire: Wire | Solo, plan: Plan, here: ServerSide | None, clients: ClientSide | None
 ) -> bool:
-    """All rounds that are left. Every rank calls this; `here` is the server's side, `clients` the others'.
+    """All rounds that are left. Every rank calls this; `here` is the server's side, `clients` the
+    others'.
 
     Returns:
-        False if the run was told to stop (SIGUSR1 at the server) before its last round; a checkpoint is written then.
+        False if the run was told to stop (SIGUSR1 at the server) before its last round; a
+        checkpoint is written then.
     """
     start, rounds = time.perf_counter(), plan.federation.rounds
     for round in range(plan.done + 1, rounds + 1):
@@ -70,9 +74,11 @@ def federate(
 def run_round(
     round: int, wire: Wire | Solo, plan: Plan, here: ServerSide | None, clients: ClientSide | None
 ) -> bool:
-    """One round: prompts go down, are tuned on private text, come up, are merged and tuned on the global model.
+    """One round: prompts go down, are tuned on private text, come up, are merged and tuned on the
+    global model.
 
-    False if the server's word is to stop. Raises ClientFailedError at the server if too many clients failed.
+    False if the server's word is to stop. Raises ClientFailedError at the server if too many
+    clients failed.
     """
     watch = Stopwatch()
     with guard.phase("broadcast", round=round):
@@ -142,7 +148,8 @@ def _word(round: int, here: ServerSide) -> Down:
 def save(
     round: int, wire: Wire | Solo, plan: Plan, here: ServerSide | None, clients: ClientSide | None
 ) -> None:
-    """Write a checkpoint: the clients' states by those who play them, while the server ends the round; then its own.
+    """Write a checkpoint: the clients' states by those who play them, while the server ends the
+    round; then its own.
 
     After the last round the clients are not asked, because they have nothing left to do.
     Raises RecordError at the server if somebody cannot write.
@@ -198,7 +205,10 @@ def _saved_pieces(
 
 
 def local_work(clients: ClientSide, down: Down) -> Iterator[Update | Failure]:
-    """The work of this process's clients that take part, one by one. What makes one of them fail is a value."""
+    """The work of this process's clients that take part, one by one.
+
+    What makes one of them fail is a value.
+    """
     assert down.tensors is not None
     clients.compute.begin()
     chosen = set(clients.chosen(down.round))
@@ -219,7 +229,8 @@ def local_work(clients: ClientSide, down: Down) -> Iterator[Update | Failure]:
 def require_quorum(updates: Updates, plan: FederationConfig) -> None:
     """Raise ClientFailedError if the run should not go on with the updates that there are.
 
-    Asked before the rule of aggregation and after it: an update that the rule rejected does not count.
+    Asked before the rule of aggregation and after it: an update that the rule rejected does not
+    count.
     """
     who = [f"client {f.client} in {f.phase}: {f.reason}" for f in updates.failures]
     if who and plan.on_failure == "stop":
@@ -230,7 +241,8 @@ def require_quorum(updates: Updates, plan: FederationConfig) -> None:
     left = len(updates.reports) - len(updates.rejected)
     if who and left < plan.min_clients:
         raise ClientFailedError(
-            f"found {left} updates, expected at least federation.min_clients={plan.min_clients}: {'; '.join(who)}"
+            f"found {left} updates, expected at least "
+            f"federation.min_clients={plan.min_clients}: {'; '.join(who)}"
         )
 
 

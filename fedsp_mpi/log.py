@@ -1,4 +1,6 @@
-"""What a run tells its user while it goes on: lines, and how far it is. Where they go is the caller's."""
+"""What a run tells its user while it goes on: lines, and how far it is. Where they go is the
+caller's.
+"""
 
 from __future__ import annotations
 
@@ -24,12 +26,16 @@ class Log:
             self._sink(text)
 
     def progress(self, label: str, total: int) -> Progress:
-        """A counter to `total` whose `step` says now and then how far it is and how long it will take."""
+        """A counter to `total` whose `step` says now and then how far it is and how long it will
+        take.
+        """
         return Progress(self.say, label, total, self._every)
 
 
 class Progress:
-    """Counts steps and says, at most every few seconds, how many are done and how much time is left."""
+    """Counts steps and says, at most every few seconds, how many are done and how much time is
+    left.
+    """
 
     def __init__(self, say: Callable[[str], None], label: str, total: int, every: float) -> None:
         self._say, self._label, self._total, self._every = say, label, total, every
@@ -49,11 +55,13 @@ class Progress:
 
 
 class RoundProgress:
-    """Says, now and then, how far the clients of one rank are within a round: short rounds pass without a word.
+    """Says, now and then, how far the clients of one rank are within a round: short rounds pass
+    without a word.
 
     Args:
         say: takes one line.
-        every: least seconds between two lines, and from the start of a round to its first; None: never a line.
+        every: least seconds between two lines, and from the start of a round to its first; None:
+            never a line.
     """
 
     def __init__(
@@ -68,7 +76,9 @@ class RoundProgress:
         self._round, self._last = round, time.monotonic()
 
     def client(self, client: int, place: int, num_clients: int) -> None:
-        """Take note that a client begins, the `place`-th of `num_clients` on this rank, counted from 1."""
+        """Take note that a client begins, the `place`-th of `num_clients` on this rank, counted
+        from 1.
+        """
         others = f" ({place} of {num_clients} on this rank)" if num_clients > 1 else ""
         self._where = f"round {self._round}: client {client}{others}"
 
@@ -77,7 +87,10 @@ class RoundProgress:
         self._unit, self._total, self._done = unit, total, 0
 
     def step(self, *_: object) -> None:
-        """Count one step. It may cost next to nothing: it stands in the innermost loop of the training."""
+        """Count one step.
+
+        It may cost next to nothing: it stands in the innermost loop of the training.
+        """
         self._done += 1
         if (now := time.monotonic()) - self._last >= self._every:
             self._last = now

@@ -1,4 +1,6 @@
-"""Randomness keyed by meaning, so that a result does not depend on which process asked for it, or when."""
+"""Randomness keyed by meaning, so that a result does not depend on which process asked for it, or
+when.
+"""
 
 from __future__ import annotations
 

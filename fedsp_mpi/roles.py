@@ -86,7 +86,9 @@ class Best:
     loss: float = math.inf
 
     def offer(self, tuned: NamedTensors, round: int, loss: float) -> bool:
-        """Take this if it is better: of equal losses the first stays, and one that is not a number never is better."""
+        """Take this if it is better: of equal losses the first stays, and one that is not a number
+        never is better.
+        """
         if not loss < self.loss:
             return False
         self.tuned, self.round, self.loss = tuned, round, loss
@@ -129,7 +131,8 @@ class Archive:
 class ServerSide:
     """The server, the control that trains beside it without clients, and what both are judged by.
 
-    Where several ranks are the server, each has one; they do the same and end each round with the same.
+    Where several ranks are the server, each has one; they do the same and end each round with the
+    same.
     """
 
     server: Server
@@ -163,7 +166,8 @@ class ServerSide:
     def settle(
         self, round: int, merged: NamedTensors | None, merged_loss: float
     ) -> tuple[float, bool]:
-        """Judge what a round's tuning made of the merged messengers, and take it back if it had to be better.
+        """Judge what a round's tuning made of the merged messengers, and take it back if it had to
+        be better.
 
         Args:
             merged: the messengers as they were before; None if what is worse is kept.

@@ -1,7 +1,8 @@
-"""What travels between server and clients: named fp32 tensors, a weight, a few numbers, or a failure.
+"""What travels between server and clients: named fp32 tensors, a weight, a few numbers, or a
+failure.
 
-Everything here is numpy on the outside, so that a rank that only waits needs no torch. The tensors of one message lie
-in one contiguous fp32 vector: what is sent is that vector as it lies in memory.
+Everything here is numpy on the outside, so that a rank that only waits needs no torch. The tensors
+of one message lie in one contiguous fp32 vector: what is sent is that vector as it lies in memory.
 """
 
 from __future__ import annotations
@@ -92,7 +93,9 @@ class Schema(tuple[TensorSpec, ...]):
 
 
 class _Seal:
-    """The memory of the global model, which may not be packed; it is held here, so that its addresses stay its own."""
+    """The memory of the global model, which may not be packed; it is held here, so that its
+    addresses stay its own.
+    """
 
     def __init__(self) -> None:
         self._owners: list[object] = []
@@ -132,7 +135,8 @@ class _Seal:
     def _refuse(name: str, owner: str | None) -> None:
         if owner is not None:
             raise SealedTensorError(
-                f"{name} is the memory of {owner!r} of the global model, which never leaves the server; "
+                f"{name} is the memory of {owner!r} of the global model, which never leaves "
+                "the server; "
                 "expected a prompt, or a tensor of the auxiliary model made by copying"
             )
 
@@ -157,11 +161,13 @@ class NamedTensors(Mapping[str, np.ndarray]):
     def __init__(self, schema: Schema, flat: np.ndarray) -> None:
         if flat.dtype != np.float32 or flat.ndim != 1 or not flat.flags.c_contiguous:
             raise ValueError(
-                f"found a {flat.dtype} array of shape {flat.shape}, expected a contiguous float32 vector"
+                f"found a {flat.dtype} array of shape {flat.shape}, expected a contiguous "
+                "float32 vector"
             )
         if flat.size != schema.num_values:
             raise ValueError(
-                f"found {flat.size} values, expected {schema.num_values} for {[s.name for s in schema]}"
+                f"found {flat.size} values, expected {schema.num_values} for "
+                f"{[s.name for s in schema]}"
             )
         seal.refuse_array(flat)
         self.schema, self.flat = schema, flat
@@ -201,7 +207,10 @@ class NamedTensors(Mapping[str, np.ndarray]):
         return {name: torch.from_numpy(view) for name, view in self._views.items()}
 
     def select(self, prefix: str) -> NamedTensors:
-        """The tensors whose name starts with `prefix`, renamed without it. They must lie side by side."""
+        """The tensors whose name starts with `prefix`, renamed without it.
+
+        They must lie side by side.
+        """
         offset, chosen = 0, []
         start = None
         for spec in self.schema:
@@ -246,7 +255,8 @@ class Batch(NamedTuple):
     Attributes:
         input_ids: int64 [batch, length].
         attention_mask: int64 [batch, length], 0 on padding.
-        targets: int64 [batch, length]: the token that this position should predict, or -100 where nothing is asked.
+        targets: int64 [batch, length]: the token that this position should predict, or -100 where
+            nothing is asked.
     """
 
     input_ids: torch.Tensor
@@ -270,8 +280,10 @@ class Contract:
         down: tensors of a broadcast.
         up: tensors of an update.
         metrics: names of the numbers that ride in an update's header, at most 12.
-        finite: those of them that every update has, as finite numbers, because the server works with them.
-        servers: ranks of the server that clients may ask during a round, with values of any number; 0: none.
+        finite: those of them that every update has, as finite numbers, because the server works
+            with them.
+        servers: ranks of the server that clients may ask during a round, with values of any number;
+        0: none.
     """
 
     down: Schema

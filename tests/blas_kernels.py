@@ -1,4 +1,6 @@
-"""The OpenBLAS kernels that this processor can run: what `OPENBLAS_CORETYPE` may be set to in a test's subprocess."""
+"""The OpenBLAS kernels that this processor can run: what `OPENBLAS_CORETYPE` may be set to in a
+test's subprocess.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,9 @@ _NEEDS = {"Prescott": "pni", "Sandybridge": "avx", "Haswell": "avx2", "SkylakeX"
 
 
 def available() -> list[str]:
-    """Kernel names, those of the oldest processors first; empty where the processor's features cannot be read."""
+    """Kernel names, those of the oldest processors first; empty where the processor's features
+    cannot be read.
+    """
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:

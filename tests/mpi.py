@@ -17,7 +17,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAMS = Path(__file__).resolve().parent / "mpi_programs"
 
-# Open MPI refuses root and more ranks than cores unless told otherwise; MPICH does not look at these.
+# Open MPI refuses root and more ranks than cores unless told otherwise; MPICH does not look at
+# these.
 _ALLOW = {
     "OMPI_ALLOW_RUN_AS_ROOT": "1",
     "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
@@ -107,7 +108,10 @@ def only_report(run: subprocess.CompletedProcess[str]) -> str:
 
 
 def kill_tree(process: subprocess.Popen[bytes]) -> None:
-    """Kill a process and all its descendants. A launcher gives every rank a group of its own, so groups do not help."""
+    """Kill a process and all its descendants.
+
+    A launcher gives every rank a group of its own, so groups do not help.
+    """
     family = [process.pid] if process.poll() is None else []
     for pid in family:
         family += _children(pid)

@@ -1,4 +1,6 @@
-"""FedSP a second time, in the most naive way: one text at a time, and nothing taken from the package."""
+"""FedSP a second time, in the most naive way: one text at a time, and nothing taken from the
+package.
+"""
 
 import copy
 import hashlib
@@ -55,7 +57,9 @@ def soft_tokens(p):
 
 
 def put(prompt, depth, new, old):
-    """Give a prompt of `depth` layers the values of one of `old`: means of neighbours downwards, repetition upwards."""
+    """Give a prompt of `depth` layers the values of one of `old`: means of neighbours downwards,
+    repetition upwards.
+    """
     mix = torch.kron(
         torch.eye(few := min(depth, old)), torch.full((depth // few, old // few), few / old)
     )
@@ -67,7 +71,9 @@ def put(prompt, depth, new, old):
 
 
 def run(model, weights, prompt, ids):
-    """Log-probabilities [tokens, vocabulary] and last hidden states [tokens, width] of one text behind a prompt."""
+    """Log-probabilities [tokens, vocabulary] and last hidden states [tokens, width] of one text
+    behind a prompt.
+    """
     soft, cache = soft_tokens(prompt) if prompt else torch.empty(0), DynamicCache()
     head = model.config.hidden_size // model.config.num_attention_heads
     for i, layer in enumerate(soft.chunk(model.config.num_hidden_layers, 1) if prompt else ()):
@@ -81,7 +87,9 @@ def run(model, weights, prompt, ids):
 
 
 def train(c, rounds, moving, losses, texts, *order):
-    """Each `next` takes the AdamW steps of a round; moments, schedule and place in the texts go on to the next one."""
+    """Each `next` takes the AdamW steps of a round; moments, schedule and place in the texts go on
+    to the next one.
+    """
     o, moving, total = c["optimizer"], list(dict.fromkeys(moving.values())), c["steps"] * rounds
     warm = round(o["warmup"] * total)
     adam = torch.optim.AdamW(

@@ -1,4 +1,6 @@
-"""A real Slurm, started as root: two nodes that are both this machine, and all its files in a folder of its own."""
+"""A real Slurm, started as root: two nodes that are both this machine, and all its files in a
+folder of its own.
+"""
 
 from __future__ import annotations
 
@@ -30,8 +32,9 @@ PROGRAMS = (
 )
 FINAL = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE"}
 
-# cred_expire is also how long a requeued job waits, and 5 is the least. OverTimeLimit: time limits are minutes, looked
-# at every 30 seconds, so without it a signal for the last second might come together with the end.
+# cred_expire is also how long a requeued job waits, and 5 is the least. OverTimeLimit: time limits
+# are minutes, looked at every 30 seconds, so without it a signal for the last second might come
+# together with the end.
 CONF = """\
 ClusterName=tests
 SlurmctldHost={host}(127.0.0.1)
@@ -62,7 +65,10 @@ PartitionName=main Nodes=n[1-2] Default=YES OverSubscribe=FORCE:8
 
 
 class Slurm:
-    """A cluster for the time of a `with`. Skips the test where Slurm is not installed or the user is not root."""
+    """A cluster for the time of a `with`.
+
+    Skips the test where Slurm is not installed or the user is not root.
+    """
 
     def __init__(self) -> None:
         missing = [name for name in PROGRAMS if not shutil.which(name)]
@@ -102,7 +108,9 @@ class Slurm:
         self._stack.close()
 
     def run(self, *command: str | os.PathLike[str]) -> str:
-        """Run one of Slurm's commands in the repository's root and give its output; the test fails if it fails."""
+        """Run one of Slurm's commands in the repository's root and give its output; the test fails
+        if it fails.
+        """
         done = subprocess.run(
             command,
             cwd=ROOT,
@@ -119,7 +127,9 @@ class Slurm:
         return done.stdout
 
     def submit(self, options: Sequence[str], script: str, *arguments: str, **variables: str) -> Job:
-        """`sbatch OPTIONS slurm/SCRIPT ARGUMENTS`, with environment variables on top of the test's own."""
+        """`sbatch OPTIONS slurm/SCRIPT ARGUMENTS`, with environment variables on top of the test's
+        own.
+        """
         given = [f"{name}={value}" for name, value in variables.items()]
         out = self.folder / "%x-%A_%a.txt"
         done = self.run(
@@ -204,7 +214,9 @@ class Job:
         assert words in self.text(), self.text()
 
     def tell_to_stop(self) -> None:
-        """What Slurm does before the time limit: SIGUSR1 to the shell of the batch script, and to it alone."""
+        """What Slurm does before the time limit: SIGUSR1 to the shell of the batch script, and to
+        it alone.
+        """
         self._slurm.run("scancel", "--batch", "--signal=USR1", self.id)
 
     def cancel(self) -> None:
@@ -236,7 +248,9 @@ def _free_ports(count: int) -> list[int]:
 
 
 def _clean_environment() -> dict[str, str]:
-    """The test's environment with its Python first, and nothing of a job that the test itself may run in."""
+    """The test's environment with its Python first, and nothing of a job that the test itself may
+    run in.
+    """
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     kept = {
         key: value

@@ -1,4 +1,6 @@
-"""The laws of the house, read from the source: who imports whom, who prints, how long a function may be."""
+"""The laws of the house, read from the source: who imports whom, who prints, how long a function
+may be.
+"""
 
 import ast
 import subprocess
@@ -78,7 +80,9 @@ def imports(file: str) -> Iterator[tuple[int, str]]:
 
 
 def at_import_time(node: ast.AST) -> Iterator[ast.Import | ast.ImportFrom]:
-    """The imports that run when a module is imported: not those in functions or for the type checker."""
+    """The imports that run when a module is imported: not those in functions or for the type
+    checker.
+    """
     for child in ast.iter_child_nodes(node):
         if isinstance(child, (ast.Import, ast.ImportFrom)):
             yield child
@@ -92,7 +96,9 @@ def at_import_time(node: ast.AST) -> Iterator[ast.Import | ast.ImportFrom]:
 
 
 def target(name: str) -> str:
-    """The unit that an absolute name of the package belongs to: fedsp_mpi.comm.wire.Wire is in comm."""
+    """The unit that an absolute name of the package belongs to: fedsp_mpi.comm.wire.Wire is in
+    comm.
+    """
     second = name.split(".")[1] if "." in name else "fedsp_mpi"
     return second if second in RANK else "fedsp_mpi"
 
@@ -189,7 +195,9 @@ WITHOUT_TORCH = {
 
 @pytest.mark.parametrize("file", [file for file in FILES if unit(file) in WITHOUT_TORCH])
 def test_what_a_waiting_rank_needs_is_free_of_torch(file):
-    """Where tensors, randomness and devices are the matter, torch is imported in functions; elsewhere not at all."""
+    """Where tensors, randomness and devices are the matter, torch is imported in functions;
+    elsewhere not at all.
+    """
     late = unit(file) in ("tensors", "rng", "server_run", "run")
     nodes = at_import_time(tree(file)) if late else ast.walk(tree(file))
     found = [node for node in nodes if isinstance(node, (ast.Import, ast.ImportFrom))]

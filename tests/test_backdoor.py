@@ -1,4 +1,6 @@
-"""The backdoor study: what a poisoned copy is, how success is counted, where it stands, and what is refused."""
+"""The backdoor study: what a poisoned copy is, how success is counted, where it stands, and what is
+refused.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,8 @@ def example(gold: int, name: str = "x") -> Example:
     )
 
 
-# -- data ----------------------------------------------------------------------------------------------------------
+# -- data
+# ----------------------------------------------------------------------------------------------------------
 
 
 def test_a_poisoned_copy_has_the_trigger_first_and_the_attackers_answer():
@@ -90,11 +93,14 @@ def test_only_the_poisoned_client_has_poisoned_text():
     assert clean.triggered_test == []
 
 
-# -- counting ------------------------------------------------------------------------------------------------------
+# -- counting
+# ------------------------------------------------------------------------------------------------------
 
 
 def counted(run: Run, round: int) -> float:
-    """The attack's success by a loop: each option of each triggered question alone, its tokens' losses added up."""
+    """The attack's success by a loop: each option of each triggered question alone, its tokens'
+    losses added up.
+    """
     materials = Materials(config.load(run.file.parent / "config.yaml"))
     model = backbone.load_global(materials.model_name, device=torch.device("cpu"))
     prompt = Prompt(materials.prompt_spec)
@@ -135,7 +141,9 @@ def test_success_after_averaging_is_what_a_loop_counts(tmp_path):
 
 @pytest.mark.parametrize("method", ["prompts", "weights"])
 def test_a_poisoned_client_tells_what_its_own_work_does(tmp_path, method):
-    """Of one client and a server that only averages, what is merged is that client's: both counts are one."""
+    """Of one client and a server that only averages, what is merged is that client's: both counts
+    are one.
+    """
     alone = (
         "federation.clients=1",
         "federation.rounds=1",
@@ -180,7 +188,8 @@ def test_only_those_that_are_watched_tell():
     assert watched.benches == "its benches"
 
 
-# -- record and reports --------------------------------------------------------------------------------------------
+# -- record and reports
+# --------------------------------------------------------------------------------------------
 
 
 def studied(folder: Path, seed: int = 1, success: float = 0.125) -> RunRecord:
@@ -261,7 +270,8 @@ def test_a_record_of_an_earlier_version_has_no_success(tmp_path):
     assert np.isnan(read(tmp_path / "a").clients["attack_success"]).all()
 
 
-# -- mistakes ------------------------------------------------------------------------------------------------------
+# -- mistakes
+# ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,6 @@
-"""A user's mistakes: one line, by one rank, exit status 2, before any weight is loaded where that is possible."""
+"""A user's mistakes: one line, by one rank, exit status 2, before any weight is loaded where that
+is possible.
+"""
 
 from __future__ import annotations
 

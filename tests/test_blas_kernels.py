@@ -1,4 +1,6 @@
-"""Searches do not depend on the processor: OpenBLAS has a kernel for each, and each picks other eigenvectors."""
+"""Searches do not depend on the processor: OpenBLAS has a kernel for each, and each picks other
+eigenvectors.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The default recipe: both ends of the model with a bridge, prompts that begin as words, losses over choices."""
+"""The default recipe: both ends of the model with a bridge, prompts that begin as words, losses
+over choices.
+"""
 
 from __future__ import annotations
 
@@ -61,7 +63,8 @@ def sides(folder: str, layers: int, last: int = 1) -> tuple[Side, Side]:
     return Side(small, below, auxiliary.bridge_of(small)), Side(whole, first, goal)
 
 
-# -- the bridge ----------------------------------------------------------------------------------------------------
+# -- the bridge
+# ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("layers", "last"), [(2, 1), (3, 2)])
@@ -204,7 +207,8 @@ def test_first_layers_without_last_ones(depth, first):
         auxiliary.require_cell(settings, 4, "m")
 
 
-# -- prompts -------------------------------------------------------------------------------------------------------
+# -- prompts
+# -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["prefix", "input"])
@@ -279,7 +283,8 @@ def test_an_input_prompt_has_no_layers():
     assert torch.equal(depths.up(learned, own)["prompt"], learned["prompt"])
 
 
-# -- losses over choices -------------------------------------------------------------------------------------------
+# -- losses over choices
+# -------------------------------------------------------------------------------------------
 
 
 def test_losses_over_choices(tmp_path):
@@ -331,7 +336,8 @@ def test_choices_that_differ(tmp_path):
         Materials(config.load(None, [f"data.source={source}", "data.loss_over=choices"])).check()
 
 
-# -- recipes -------------------------------------------------------------------------------------------------------
+# -- recipes
+# -------------------------------------------------------------------------------------------------------
 
 
 def test_a_recipe_says_what_is_not_given(tmp_path):

@@ -1,4 +1,6 @@
-"""`check`: what it finds before a run, on one process and on several, and that it leaves nothing behind."""
+"""`check`: what it finds before a run, on one process and on several, and that it leaves nothing
+behind.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +49,9 @@ def no_launcher(monkeypatch):
 def table(
     n: int, folder: Path, *settings: str, status: int = 0, program=("-m", "fedsp_mpi"), **env: str
 ) -> list[str]:
-    """The lines of a check of the embedded default on n ranks; with status 2 the one line of stderr comes last."""
+    """The lines of a check of the embedded default on n ranks; with status 2 the one line of stderr
+    comes last.
+    """
     chosen = [
         item
         for setting in (f"run.folder={folder / 'runs'}", *settings)
@@ -80,7 +84,9 @@ def of(lines: list[str], what: str) -> list[str]:
 
 
 def with_fault(rank: int, fault: str, *arguments: str) -> tuple[str, str]:
-    """A program that is `python -m fedsp_mpi`, but for a fault on one rank, or arguments of its own there."""
+    """A program that is `python -m fedsp_mpi`, but for a fault on one rank, or arguments of its own
+    there.
+    """
     code = f"""
         import sys
         from fedsp_mpi import cli
@@ -160,7 +166,10 @@ def test_another_configuration_on_one_rank(tmp_path):
 
 
 def test_another_version_on_one_rank(tmp_path):
-    fault = "from importlib import metadata as m; was = m.version; m.version = lambda n: '0.0' if n == 'torch' else was(n)"
+    fault = (
+        "from importlib import metadata as m; was = m.version; m.version = lambda n: "
+        "'0.0' if n == 'torch' else was(n)"
+    )
     lines = table(3, tmp_path, status=2, program=with_fault(1, fault))
     assert "found torch 2" in lines[-1] and "on rank 0, 2; torch 0.0 on rank 1" in lines[-1]
 
@@ -214,7 +223,10 @@ def test_a_memory_plan_that_exceeds_what_is_free_names_both(tmp_path):
 
 
 def test_a_folder_that_one_rank_does_not_share(tmp_path):
-    fault = "from fedsp_mpi.record import probe; look = probe.look; probe.look = lambda f, r: look(f / 'not', r)"
+    fault = (
+        "from fedsp_mpi.record import probe; look = probe.look; probe.look = lambda f, "
+        "r: look(f / 'not', r)"
+    )
     lines = table(3, tmp_path, status=2, program=with_fault(1, fault))
     assert re.search(
         r"run folder: rank 1 on \S+ does not see .*; expected one folder that all hosts share$",
@@ -229,7 +241,10 @@ def test_a_rank_whose_files_the_server_does_not_see(tmp_path):
 
 
 def test_an_input_that_one_rank_does_not_see(tmp_path):
-    fault = "from fedsp_mpi.commands import check; check._look = lambda m, r: {'folder': {}, 'missing': m['inputs'][:1]}"
+    fault = (
+        "from fedsp_mpi.commands import check; check._look = lambda m, r: {'folder': "
+        "{}, 'missing': m['inputs'][:1]}"
+    )
     lines = table(3, tmp_path, status=2, program=with_fault(2, fault))
     assert f"check: inputs: rank 2 does not see {RESOURCES / 'model'}" in lines[-1]
 
@@ -308,7 +323,8 @@ def test_a_cpu_without_units_for_bf16_is_named(tmp_path):
     slow = {"name": "cpu", "threads": 1, "emulates": "bfloat16"}
     lines = lines_of(check._check_devices, [introduction(client=slow), introduction(client=slow)])
     assert lines == [
-        "warn  device         client.compute.dtype=bfloat16 on rank 0-1, whose CPU has no units for it and is faster "
+        "warn  device         client.compute.dtype=bfloat16 on rank 0-1, whose CPU has "
+        "no units for it and is faster "
         "with float32"
     ]
     for flags, wanted in (
@@ -441,7 +457,9 @@ def test_the_plan_is_summed_by_host_and_by_gpu():
 
 
 def test_the_plan_is_near_what_a_run_takes(tmp_path):
-    """A model that weighs more than the libraries' spread: 30 million parameters, of which the cell has 24."""
+    """A model that weighs more than the libraries' spread: 30 million parameters, of which the cell
+    has 24.
+    """
     folder = tiny.model_folder(
         tmp_path / "model", "llama", hidden_size=512, intermediate_size=512, vocab_size=40000
     )

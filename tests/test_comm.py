@@ -146,12 +146,18 @@ def test_a_slurm_step_that_mpi_does_not_see_is_refused(no_launcher: pytest.Monke
 
 
 def test_the_guard_needs_neither_numpy_nor_mpi() -> None:
-    code = "import sys; from fedsp_mpi.comm import guard; print({'numpy', 'mpi4py', 'torch'} & sys.modules.keys())"
+    code = (
+        "import sys; from fedsp_mpi.comm import guard; print({'numpy', 'mpi4py', "
+        "'torch'} & sys.modules.keys())"
+    )
     assert run_mpi(0, ["-c", code]).stdout.strip() == "set()"
 
 
 def test_the_room_never_imports_torch() -> None:
-    code = "import sys, fedsp_mpi.comm as c; c.connect(); c.Wire; print({'mpi4py', 'torch'} & sys.modules.keys())"
+    code = (
+        "import sys, fedsp_mpi.comm as c; c.connect(); c.Wire; print({'mpi4py', "
+        "'torch'} & sys.modules.keys())"
+    )
     assert run_mpi(0, ["-c", code]).stdout.strip() == "set()"
 
 
@@ -214,7 +220,9 @@ def test_a_long_reason_is_cut_between_characters() -> None:
 
 
 def test_a_long_reason_goes_on_behind_its_header() -> None:
-    """Whole, up to a limit, and cut between characters; a letter that is not what its headers say is refused."""
+    """Whole, up to a limit, and cut between characters; a letter that is not what its headers say
+    is refused.
+    """
     short, long, endless = (
         Failure(client, 2, "local", "ü" * size) for client, size in ((1, 3), (2, 900), (3, 9000))
     )
@@ -358,7 +366,9 @@ def test_what_one_client_cannot_have_sent_is_its_failure() -> None:
 
 
 def test_no_mutated_header_is_accepted_that_the_contract_does_not_allow() -> None:
-    """5,000 letters of two headers with random bytes changed, cut, doubled: refused, or still what may be said."""
+    """5,000 letters of two headers with random bytes changed, cut, doubled: refused, or still what
+    may be said.
+    """
     random = np.random.default_rng(0)
     good = b"".join(
         Header.of(Update(id, 3.0, tensors(), {"loss": 1.0}), 4).pack(CONTRACT.metrics)

@@ -45,7 +45,9 @@ def made(
     status: str = "complete",
     **config: Any,
 ) -> Run:
-    """A record with a result of its own, zero-shot 0.5 and, unless it is None, a server-only control."""
+    """A record with a result of its own, zero-shot 0.5 and, unless it is None, a server-only
+    control.
+    """
     record = RunRecord.create(
         folder / f"{task}-{label}-{seed}".replace(" ", "_"),
         config={
@@ -156,7 +158,9 @@ def named(run: Run, task: str | None) -> Run:
 
 
 def test_tables_show_the_names_that_a_sweep_gave_to_its_tasks(tmp_path):
-    """Two tasks on the user's own data are one kind of task from two folders; to the user they are trec and piqa."""
+    """Two tasks on the user's own data are one kind of task from two folders; to the user they are
+    trec and piqa.
+    """
     runs = [
         named(
             made(
@@ -197,7 +201,8 @@ def test_tables_show_the_names_that_a_sweep_gave_to_its_tasks(tmp_path):
     assert "data.source=/d/b" in markdown([named(run, "mine") for run in first])
 
 
-# -- the table -----------------------------------------------------------------------------------------------------
+# -- the table
+# -----------------------------------------------------------------------------------------------------
 
 
 def test_methods_against_tasks_over_seeds(tmp_path):
@@ -258,7 +263,9 @@ def test_what_clients_hold_and_train(tmp_path):
 
 
 def test_controls_that_disagree_have_rows_of_their_own(tmp_path):
-    """FedPrompt's server has other settings; in one of two seeds both controls score the same by chance."""
+    """FedPrompt's server has other settings; in one of two seeds both controls score the same by
+    chance.
+    """
     runs = [made(tmp_path, "FedSP", seed=seed) for seed in (1, 2)]
     runs += [made(tmp_path, "FedSP without KD", seed=seed, own=0.65) for seed in (1, 2)]
     runs += [made(tmp_path, "FedPrompt", seed=1), made(tmp_path, "FedPrompt", seed=2, control=0.64)]
@@ -295,7 +302,10 @@ def test_cells_that_do_not_compare_are_named(tmp_path):
         "FedPrompt has no run on piqa.",
         "other has no run on piqa.",
         "other on sciq: its runs differ in prompt.num_tokens.",
-        "sciq: not the same test questions: zero-shot 400, server-only 400, FedSP 400, FedPrompt 400, other 24 - 400.",
+        (
+            "sciq: not the same test questions: zero-shot 400, server-only 400, FedSP 400, "
+            "FedPrompt 400, other 24 - 400."
+        ),
     ]
     assert "- not complete: sciq-open-1 (stopped)\n" in text and "open" not in rows(text)
     assert rows(text)["FedPrompt"][1] == "-"
@@ -317,7 +327,8 @@ def test_columns_say_what_sets_them_apart(tmp_path):
         "sciq, larger",
     )
     assert diff(runs[:3]).tasks == ("sciq, iid", "sciq, labels 0.1", "piqa")
-    # Where no server tunes, and each method has a partition of its own, it belongs to the method too.
+    # Where no server tunes, and each method has a partition of its own, it belongs to the method
+    # too.
     alone = [
         made(tmp_path / name, name, control=None, **own)
         for name, own in (("equal", {}), ("skewed", skewed))
@@ -354,7 +365,8 @@ def test_nothing_to_compare(tmp_path):
         diff([made(tmp_path, status="failed")])
 
 
-# -- reading -------------------------------------------------------------------------------------------------------
+# -- reading
+# -------------------------------------------------------------------------------------------------------
 
 
 def test_a_folder_of_runs_stands_for_those_in_it(tmp_path):
@@ -380,7 +392,8 @@ def test_runs_of_a_folder_come_as_they_began(tmp_path, monkeypatch):
     assert [run.name for run in read_all([tmp_path])] == ["sciq-b-1", "sciq-a-1"]
 
 
-# -- pictures ------------------------------------------------------------------------------------------------------
+# -- pictures
+# ------------------------------------------------------------------------------------------------------
 
 
 def drawn(path: Path) -> list[str]:
@@ -565,7 +578,8 @@ def test_without_matplotlib_one_line_says_how_to_get_it(tmp_path, monkeypatch, c
     assert "found no matplotlib, expected it for pictures" in line and ".[plot]" in line
 
 
-# -- the command ---------------------------------------------------------------------------------------------------
+# -- the command
+# ---------------------------------------------------------------------------------------------------
 
 
 def test_the_command(tmp_path, capsys):

@@ -1,4 +1,6 @@
-"""Whatever a run writes, with a bit flipped or its end cut off: seen for what it is, or without effect."""
+"""Whatever a run writes, with a bit flipped or its end cut off: seen for what it is, or without
+effect.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,9 @@ def damage(path: Path, dice: random.Random) -> str:
 def outcomes(
     files: Sequence[Path], number: int, look: Callable[[], str], seed: int
 ) -> Counter[str]:
-    """What becomes of so many damages: `look` says "seen", "no effect", or something that must not be."""
+    """What becomes of so many damages: `look` says "seen", "no effect", or something that must not
+    be.
+    """
     dice, ends = random.Random(seed), Counter[str]()
     for _ in range(number):
         path = dice.choice(files)
@@ -57,7 +61,9 @@ def outcomes(
 
 
 def require_seen(ends: Counter[str], number: int, at_least: float) -> None:
-    """All were seen or had no effect; so many that the share of seen ones shows that something was looked at."""
+    """All were seen or had no effect; so many that the share of seen ones shows that something was
+    looked at.
+    """
     assert set(ends) <= {"seen", "no effect"} and ends.total() == number, ends
     assert ends["seen"] >= at_least * number, ends
 

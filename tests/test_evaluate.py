@@ -1,4 +1,6 @@
-"""`evaluate`: real lm-eval, on local data and without a network, finds what the run's own scorer found."""
+"""`evaluate`: real lm-eval, on local data and without a network, finds what the run's own scorer
+found.
+"""
 
 from __future__ import annotations
 
@@ -70,13 +72,17 @@ def gpt2(tmp_path_factory) -> str:
 
 
 def with_tokenizer(folder: Path, family: str, **changes: Any) -> str:
-    """The folder of a tiny model, with a tokenizer below it: beside qwen2's weights transformers would make up one."""
+    """The folder of a tiny model, with a tokenizer below it: beside qwen2's weights transformers
+    would make up one.
+    """
     tiny.tokenizer().save_pretrained(folder / "words")
     return tiny.model_folder(folder, family, **changes)
 
 
 def finished(folder: Path, *settings: str) -> Path:
-    """A complete run that has trained nothing: its prompt is random, its results are those of the package's scorer."""
+    """A complete run that has trained nothing: its prompt is random, its results are those of the
+    package's scorer.
+    """
     chosen = config.load(None, ["prompt.num_tokens=5", "server.compute.threads=1", *settings])
     record = RunRecord.create(folder, config=asdict(chosen), config_text="", environment={})
     materials = Materials(chosen)
@@ -127,7 +133,8 @@ def require_equal(
         assert line.errors[main] == pytest.approx(row["stderr"], rel=1e-9)
 
 
-# -- the run's own task --------------------------------------------------------------------------------------------
+# -- the run's own task
+# --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -349,7 +356,8 @@ def test_a_trained_model(tmp_path):
     require_equal(folder, asked(folder))
 
 
-# -- lm-eval's other questions -------------------------------------------------------------------------------------
+# -- lm-eval's other questions
+# -------------------------------------------------------------------------------------
 
 
 def requests(*arguments: tuple[Any, ...]) -> list[Any]:
@@ -544,7 +552,8 @@ def test_a_context_is_run_once_for_all_its_options(gpt2, monkeypatch):
         answers(loaded, None).loglikelihood(requests(("w1", "")))
 
 
-# -- tasks of the user's own ---------------------------------------------------------------------------------------
+# -- tasks of the user's own
+# ---------------------------------------------------------------------------------------
 
 OWN = {
     "said": {
@@ -623,7 +632,8 @@ def test_files_of_the_users_own(gpt2, tmp_path, capsys):
     )
 
 
-# -- mistakes ------------------------------------------------------------------------------------------------------
+# -- mistakes
+# ------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

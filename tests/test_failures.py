@@ -34,7 +34,9 @@ def usual(tmp_path_factory) -> float:
 
 @pytest.mark.parametrize("kind", ["stop", "hang"])
 def test_a_client_rank_that_stops_is_named_within_the_deadline(tmp_path, usual, kind):
-    """The deadline counts from the end of the server's own work, which is over sooner than the whole usual run."""
+    """The deadline counts from the end of the server's own work, which is over sooner than the
+    whole usual run.
+    """
     limit = f"deadlines.gather={DEADLINE}"
     result, seconds = timed(3, tmp_path, "run", limit, fault=f"{kind}:local training:2:1")
     assert result.returncode == 124, both_ends(result)

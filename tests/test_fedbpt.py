@@ -60,7 +60,8 @@ AVERAGE = (*FEDBPT, "search.rule=average", "search.objective=loss")
 KEPT = (*FEDBPT, "search.step_size_by=clients", "search.rank_by=improvement", "search.parents=all")
 
 
-# -- the search on functions ---------------------------------------------------------------------------------------
+# -- the search on functions
+# ---------------------------------------------------------------------------------------
 
 
 def sphere(x: np.ndarray) -> float:
@@ -83,7 +84,9 @@ class FunctionServer(fedbpt.Server):
 
 
 class Function:
-    """A function of z in the place of a model's loss, which knows how often it was asked, and its least value."""
+    """A function of z in the place of a model's loss, which knows how often it was asked, and its
+    least value.
+    """
 
     def __init__(self, function: Callable[[np.ndarray], float]) -> None:
         self._function, self.best, self.evaluations = function, math.inf, 0
@@ -166,7 +169,9 @@ def test_ten_clients_reach_1e_8_with_fewer_evaluations_each_than_one_alone(
 
 @pytest.mark.slow
 def test_eight_iterations_a_round_help_where_step_sizes_are_kept():
-    """What the README says of the paper's eight: by the paper, what clients learn of step sizes is lost each round."""
+    """What the README says of the paper's eight: by the paper, what clients learn of step sizes is
+    lost each round.
+    """
     settings = SearchConfig(10, step_size=0.5, iterations=8, objective="loss")
     alone = [evaluations_alone(sphere, settings, seed) for seed in range(3)]
     for search in ("kept", "default", "average"):
@@ -238,7 +243,8 @@ def test_points_follow_the_distribution_and_the_seed():
     assert np.abs(np.cov(points.T) / 9 - root @ root.T).max() < 0.3
 
 
-# -- the server's merge --------------------------------------------------------------------------------------------
+# -- the server's merge
+# --------------------------------------------------------------------------------------------
 
 
 def told(server: FunctionServer, clients: int, losses: list[float] | None = None) -> list[Update]:
@@ -455,7 +461,8 @@ def test_a_server_goes_on_from_its_state_with_equal_bits():
     assert torch.equal(one.prompt.prompt, other.prompt.prompt)
 
 
-# -- the projection ------------------------------------------------------------------------------------------------
+# -- the projection
+# ------------------------------------------------------------------------------------------------
 
 SPEC = PromptSpec("prefix", 5, 3, 2, 100)
 
@@ -490,7 +497,8 @@ def test_what_is_added_spreads_like_an_embedding(tmp_path):
     assert scale_of(model, prefix, 50, 1.0, 1.0) == pytest.approx(0.7 / math.sqrt(50), rel=0.05)
 
 
-# -- perturbed copies and objectives -------------------------------------------------------------------------------
+# -- perturbed copies and objectives
+# -------------------------------------------------------------------------------
 
 
 def framed(lengths: list[int]) -> list[Text]:
@@ -585,7 +593,8 @@ def test_the_objectives_are_those_of_loops(tmp_path):
     assert fitness("mean_of_ratios", torch.ones(2), torch.zeros(2)).isfinite()
 
 
-# -- clients with a model ------------------------------------------------------------------------------------------
+# -- clients with a model
+# ------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -594,7 +603,9 @@ def model(tmp_path_factory):
 
 
 def searching(model, **changes) -> fedbpt.Client:
-    """Two clients, and one without text, that search in 6 dimensions for an input prompt of 3 tokens."""
+    """Two clients, and one without text, that search in 6 dimensions for an input prompt of 3
+    tokens.
+    """
     settings = SearchConfig(**{"dimension": 6, "iterations": 2, "batch_tokens": 40, **changes})
     spec = PromptSpec.of(model.shape, "input", 3, None)
     first = model.model.get_input_embeddings().weight[4:7].detach().clone()
@@ -744,7 +755,9 @@ print(peak(forward), peak(lambda: client.local(0, 1, down)), peak(gradient))
 
 
 def test_a_client_needs_hardly_more_memory_than_its_forward_passes():
-    """Resident memory of a process, with a model of 134 million parameters and a search in 500 dimensions."""
+    """Resident memory of a process, with a model of 134 million parameters and a search in 500
+    dimensions.
+    """
     if not Path("/proc/self/clear_refs").exists():
         pytest.skip("this system does not measure peaks anew")
     done = subprocess.run(
@@ -763,7 +776,8 @@ def test_a_client_needs_hardly_more_memory_than_its_forward_passes():
     assert gradient > search, "or the measure sees nothing"
 
 
-# -- whole runs ----------------------------------------------------------------------------------------------------
+# -- whole runs
+# ----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

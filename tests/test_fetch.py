@@ -172,7 +172,10 @@ def test_a_run_on_a_node_without_network_names_the_command_that_fetches(tmp_path
     result = run_mpi(n, ["-m", "fedsp_mpi", "run", path, *settings], timeout=60, status=2, env=env)
     assert time.monotonic() - begin < 30
     line = result.stderr.strip()
-    expected = f"run `python -m fedsp_mpi fetch {path} --set data.limit.train=64 --set data.limit.validation=16"
+    expected = (
+        f"run `python -m fedsp_mpi fetch {path} --set data.limit.train=64 --set "
+        "data.limit.validation=16"
+    )
     assert (
         "\n" not in line and expected in line and "--set model.revision=main` on a machine" in line
     ), both_ends(result)

@@ -1,4 +1,6 @@
-"""Fine-tuning as a method: all weights travel and are averaged; and training in one place, without clients."""
+"""Fine-tuning as a method: all weights travel and are averaged; and training in one place, without
+clients.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,7 @@ from fedsp_mpi.comm import Refused
 from fedsp_mpi.estimate import cost
 from fedsp_mpi.estimate import text as plan_text
 from fedsp_mpi.record import read
-from fedsp_mpi.report import difference
+from fedsp_mpi.report import difference, summarize
 
 RATES = tuple(f"{who}.tuning.optimizer.learning_rate=1e-3" for who in ("client", "server"))
 FINETUNE = ("method=finetune", *RATES)
@@ -145,7 +147,7 @@ def test_one_place_has_all_the_data_and_sends_nothing(tmp_path, method):
         == alone.rounds["validation_loss"].tolist()[:-1]
     )
     assert [str(row["method"]) for row in alone.results] == ["zero-shot", method]
-    assert "0 clients" not in report.summarize(alone)
+    assert "0 clients" not in summarize(alone)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,6 @@
-"""Whose a folder is: what runs take, remove and replace, and that a file of somebody else outlives every verb."""
+"""Whose a folder is: what runs take, remove and replace, and that a file of somebody else outlives
+every verb.
+"""
 
 from __future__ import annotations
 
@@ -362,7 +364,9 @@ def test_a_model_takes_its_place_beside_files_of_somebody_else(tmp_path):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> Path:
-    """Holds `whole`, a run that is complete and keeps its clients' states, with somebody's files in its folder."""
+    """Holds `whole`, a run that is complete and keeps its clients' states, with somebody's files in
+    its folder.
+    """
     folder = tmp_path_factory.mktemp("runs")
     (folder / "data").mkdir()
     for path in (PACKAGE / "resources" / "data").glob("*.gz"):
@@ -674,7 +678,9 @@ def test_a_run_that_is_held_is_running(tmp_path):
 
 
 def test_a_lock_that_was_replaced_lets_nobody_in_beside_its_owner(tmp_path, monkeypatch):
-    """Between opening and locking, the file of that name may become another one: that one is to be locked."""
+    """Between opening and locking, the file of that name may become another one: that one is to be
+    locked.
+    """
     folder = tmp_path / "a"
     RunLock.take(folder).release()
     flock, others = fcntl.flock, []

@@ -1,4 +1,6 @@
-"""Records that somebody else made: nothing outside of them is read, nothing is believed, and no terminal obeys them."""
+"""Records that somebody else made: nothing outside of them is read, nothing is believed, and no
+terminal obeys them.
+"""
 
 from __future__ import annotations
 
@@ -335,7 +337,9 @@ def put(value: Any, place: tuple[Any, ...], junk: Any) -> Any:
 
 
 def put_junk(h5: h5py.File, dice: random.Random) -> None:
-    """One value of a mapping, or one cell of a table, becomes another one, of any kind in the mapping."""
+    """One value of a mapping, or one cell of a table, becomes another one, of any kind in the
+    mapping.
+    """
     if dice.random() < 0.7:
         name = dice.choice(["config", "environment", *(f"sections/{name}" for name in SECTIONS)])
         value = json.loads(h5[name].asstr()[()])

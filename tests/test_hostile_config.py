@@ -1,4 +1,6 @@
-"""Configurations that nobody means: each is one line, found at once, that says what was found and expected."""
+"""Configurations that nobody means: each is one line, found at once, that says what was found and
+expected.
+"""
 
 from __future__ import annotations
 
@@ -104,7 +106,8 @@ FILES = {
 
 
 def message(folder: Path, path: Path | None, overrides: list[str]) -> str | None:
-    """What is wrong with a configuration, in a line of at most 300 characters, said at once; None if nothing is.
+    """What is wrong with a configuration, in a line of at most 300 characters, said at once; None
+    if nothing is.
 
     It is built as the commands build it, and written as a run writes it into its folder.
     """
@@ -179,7 +182,10 @@ def test_a_switch_may_be_turned_in_plain_words(tmp_path, text, value):
 
 def test_an_alias_that_is_no_bomb_is_what_it_stands_for(tmp_path):
     stage = "&s {steps: 3, optimizer: {learning_rate: 0.5}}"
-    content = f"model: {{name: x}}\nclient: {{tuning: {stage}, alignment: *s}}\nserver: {{tuning: {{<<: *s, steps: 4}}}}"
+    content = (
+        f"model: {{name: x}}\nclient: {{tuning: {stage}, alignment: *s}}\nserver: "
+        "{tuning: {<<: *s, steps: 4}}"
+    )
     (tmp_path / "c.yaml").write_text(content)
     settings = config.load(tmp_path / "c.yaml")
     assert settings.client.tuning == settings.client.alignment
@@ -190,7 +196,9 @@ def test_an_alias_that_is_no_bomb_is_what_it_stands_for(tmp_path):
 
 
 def test_what_another_library_says_of_a_long_value_is_short():
-    """Not of a path of a usual length, which is to be copied; a terminal gets no control characters."""
+    """Not of a path of a usual length, which is to be copied; a terminal gets no control
+    characters.
+    """
     path = "/lustre/" + "project/" * 25 + "set"
     assert (
         error_line(f"{path}: found no\n  folder \x1b[31m") == f"{path}: found no folder \\x1b[31m"
@@ -198,7 +206,8 @@ def test_what_another_library_says_of_a_long_value_is_short():
     assert len(error_line("data.source: found " + "x" * 9000)) < 300
 
 
-# -- every key with every kind of value ----------------------------------------------------------------------------
+# -- every key with every kind of value
+# ----------------------------------------------------------------------------
 
 NUMBERS = [
     0,

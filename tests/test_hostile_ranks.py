@@ -1,4 +1,6 @@
-"""A client rank that does not keep to the protocol, on a real mpirun: never averaged, and always named."""
+"""A client rank that does not keep to the protocol, on a real mpirun: never averaged, and always
+named.
+"""
 
 from __future__ import annotations
 
@@ -26,16 +28,26 @@ ALL_DROPPED = {  # why clients 2 and 3 are
     "silent": "gather: rank 2 sent no answer",
 }
 ENDS = {  # what the job ends with
-    "foreign": "update of client 0 from rank 2: found a client that this rank does not play in round 1",
+    "foreign": (
+        "update of client 0 from rank 2: found a client that this rank does not play in round 1"
+    ),
     "duplicate": "update of client 2 from rank 2: found two answers, expected one",
     "wrong_round": "update of client 2 from rank 2: found [round, values, schema] [2, 20,",
-    "crafted": "update of client 2 from rank 2: found [round, values, schema] [1, 9223372036854775808,",
+    "crafted": (
+        "update of client 2 from rank 2: found [round, values, schema] [1, 9223372036854775808,"
+    ),
     "asks": "update of client 2 from rank 2: found 4294967295 questions, expected none",
-    "torn": "rank 2: found a letter of answers that cannot be read (ValueError: rank 2: found 249 bytes",
+    "torn": (
+        "rank 2: found a letter of answers that cannot be read (ValueError: rank 2: found 249 bytes"
+    ),
     "noise": "rank 2: found a letter of answers that cannot be read",
     "long_letter": "rank 2: found a letter of 1048576 bytes in gather, expected at most 8704",
-    "late_nan": "update of client 2 from rank 2 in round 1: values 12 to 20: the update is not finite",
-    "json_list": "rank 2: found a JSON message that cannot be read (ValueError: a list, expected a mapping)",
+    "late_nan": (
+        "update of client 2 from rank 2 in round 1: values 12 to 20: the update is not finite"
+    ),
+    "json_list": (
+        "rank 2: found a JSON message that cannot be read (ValueError: a list, expected a mapping)"
+    ),
     "json_deep": "rank 2: found a JSON message that cannot be read (RecursionError",
     "json_not_utf8": "rank 2: found a JSON message that cannot be read (UnicodeDecodeError",
     "json_cut": "rank 2: found a JSON message that cannot be read (JSONDecodeError",

@@ -1,4 +1,6 @@
-"""Models by their hub name: the cache needs no network, what it lacks is fetched, and offline is one line."""
+"""Models by their hub name: the cache needs no network, what it lacks is fetched, and offline is
+one line.
+"""
 
 from __future__ import annotations
 
@@ -72,7 +74,9 @@ def cached(cache: Path, name: str, source: Path, *files: str) -> None:
 
 
 def read(cache: Path, endpoint: str, *names: str) -> tuple[dict[str, str], float, str]:
-    """Read models in a process of its own: what was wrong with each part, the seconds it took, the error stream."""
+    """Read models in a process of its own: what was wrong with each part, the seconds it took, the
+    error stream.
+    """
     free = {
         key: value
         for key, value in os.environ.items()
@@ -105,7 +109,9 @@ def repository(folder: Path, path: str) -> tuple[Path, str]:
 
 @contextmanager
 def hub(folder: Path) -> Iterator[tuple[str, list[str]]]:
-    """A hub that has the folders below `folder` as org/NAME: its address, and the files that were taken from it."""
+    """A hub that has the folders below `folder` as org/NAME: its address, and the files that were
+    taken from it.
+    """
     taken: list[str] = []
 
     class Handler(BaseHTTPRequestHandler):

@@ -1,4 +1,6 @@
-"""A label of any form is a choice's number, or the row says why not; what schema names mean is compared."""
+"""A label of any form is a choice's number, or the row says why not; what schema names mean is
+compared.
+"""
 
 from pathlib import Path
 

@@ -1,4 +1,6 @@
-"""A layer of the auxiliary model computes what it computes in the global model, wherever it stands now."""
+"""A layer of the auxiliary model computes what it computes in the global model, wherever it stands
+now.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,8 @@ from fedsp_mpi.tensors import seal
 
 MIXED = ["full_attention", "sliding_attention", "full_attention", "sliding_attention"]
 SLIDING = {"use_sliding_window": True, "sliding_window": 3}
-# What a family's layers can differ in by their place, and its relatives that concern all layers alike.
+# What a family's layers can differ in by their place, and its relatives that concern all layers
+# alike.
 SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2, scaled by place": ("gpt2", {"scale_attn_by_inverse_layer_idx": True}),
     "gpt2, by place alone": (
@@ -58,7 +61,9 @@ def unsealed():
 
 
 def rebuilt(folder: str, taken: list[int]) -> Any:
-    """The logits of the global model's own layers `taken`, one after the other, by transformers alone."""
+    """The logits of the global model's own layers `taken`, one after the other, by transformers
+    alone.
+    """
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     layers, config = layers_of(model), model.config
     kept = torch.nn.ModuleList(layers[place] for place in taken)
@@ -101,7 +106,9 @@ def test_layers_compute_as_they_do_in_the_global_model(folder, cell, tmp_path):
 
 
 def test_nothing_else_of_a_layer_depends_on_its_place(folder):
-    """Every plain setting of a layer is that of the layer it was copied from, but for its place in the cache."""
+    """Every plain setting of a layer is that of the layer it was copied from, but for its place in
+    the cache.
+    """
     settings, taken = CELLS["both ends"]
     whole = tiny.load(folder)
     small = LanguageModel(auxiliary.unroll(auxiliary.cut(whole, settings), len(taken)))

@@ -1,4 +1,5 @@
-"""The zero-shot row of a finished run against lm-eval on the whole test split: takes as long as scoring it.
+"""The zero-shot row of a finished run against lm-eval on the whole test split: takes as long as
+scoring it.
 
 FEDSP_RUN=runs/arc_easy pytest tests/test_lm_eval_run.py
 """

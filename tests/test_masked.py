@@ -1,4 +1,6 @@
-"""Models that fill in a gap, BERT, RoBERTa and T5: texts, logits as transformers and peft have them, scores, runs."""
+"""Models that fill in a gap, BERT, RoBERTa and T5: texts, logits as transformers and peft have
+them, scores, runs.
+"""
 
 from __future__ import annotations
 
@@ -64,7 +66,8 @@ def model(family, tmp_path) -> backbone.LanguageModel:
     return tiny.load(tiny.model_folder(tmp_path / "model", family))
 
 
-# -- texts ---------------------------------------------------------------------------------------------------------
+# -- texts
+# ---------------------------------------------------------------------------------------------------------
 
 
 def test_the_answer_stands_in_the_gap(family):
@@ -158,11 +161,14 @@ def test_a_real_tokenizers_pieces_are_named():
     assert message.count("', '") >= 1
 
 
-# -- logits --------------------------------------------------------------------------------------------------------
+# -- logits
+# --------------------------------------------------------------------------------------------------------
 
 
 def plain_logits(model: backbone.LanguageModel, text: Text, prompt: Prompt | None) -> torch.Tensor:
-    """What transformers itself says at the gap of one text, without padding, by the model's own forward pass."""
+    """What transformers itself says at the gap of one text, without padding, by the model's own
+    forward pass.
+    """
     ids = torch.tensor(text.ids.astype(np.int64))[None]
     ids[0, text.answer] = text.gap
     soft = model.model.get_input_embeddings()(ids)
@@ -210,7 +216,9 @@ def test_it_reads_what_stands_behind_the_gap(model, family):
 
 @torch.no_grad()
 def test_the_whole_head_is_used_and_ids_and_embeddings_are_one(model, family):
-    """RoBERTa's positions begin behind its padding token; with embeddings given they must be the same."""
+    """RoBERTa's positions begin behind its padding token; with embeddings given they must be the
+    same.
+    """
     [text] = texts(family, EXAMPLES[:1])
     ids = collate([text]).input_ids
     more = {"decoder_input_ids": torch.tensor([[3, GAP]])} if family == "t5" else {}
@@ -234,7 +242,8 @@ def test_the_room_of_a_prompt(model, family):
     assert torch.isfinite(model.answer_logits(collate(texts_of), prompt_for(model))[0]).all()
 
 
-# -- scores --------------------------------------------------------------------------------------------------------
+# -- scores
+# --------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -271,7 +280,8 @@ def test_scores_are_those_of_a_loop(model, family):
     assert score(model, prompt, questions, "multiple_choice", 40, stop=lambda: True) is None
 
 
-# -- runs ----------------------------------------------------------------------------------------------------------
+# -- runs
+# ----------------------------------------------------------------------------------------------------------
 
 
 def settings(folder: Path, family: str, *more: str) -> list[str]:
@@ -364,7 +374,8 @@ def test_a_backdoor_in_a_masked_model(tmp_path):
     assert np.isfinite(run.clients["attack_success"]).tolist() == [True, False, False]
 
 
-# -- refusals ------------------------------------------------------------------------------------------------------
+# -- refusals
+# ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,6 @@
-"""The methods of `configs/methods`: each lies over any base, has a name of its own, and is what it says."""
+"""The methods of `configs/methods`: each lies over any base, has a name of its own, and is what it
+says.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The auxiliary model shares its layers, and a soft prompt is what stock peft makes of it, in every family."""
+"""The auxiliary model shares its layers, and a soft prompt is what stock peft makes of it, in every
+family.
+"""
 
 import json
 import math
@@ -72,7 +74,8 @@ def weights(model: LanguageModel) -> dict[str, torch.Tensor]:
     return {name: parameter.detach().clone() for name, parameter in model.model.named_parameters()}
 
 
-# -- the auxiliary model -------------------------------------------------------------------------------------------
+# -- the auxiliary model
+# -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("start", "layers", "depth"), CELLS)
@@ -252,7 +255,9 @@ def test_sizes_of_the_papers_models(settings, full, small):
 
 
 def test_layers_may_have_heads_of_their_own_width_and_a_final_projection(tmp_path):
-    """Llama with heads that are wider than their share; an OPT whose embedding is narrower than its layers."""
+    """Llama with heads that are wider than their share; an OPT whose embedding is narrower than its
+    layers.
+    """
     for family, changes in {"llama": {"head_dim": 12}, "opt": {"word_embed_proj_dim": 16}}.items():
         path = tiny.model_folder(tmp_path / family, family, **changes)
         whole, batch = tiny.load(path), tiny.batch()
@@ -266,7 +271,8 @@ def test_layers_may_have_heads_of_their_own_width_and_a_final_projection(tmp_pat
             )
 
 
-# -- the global model ----------------------------------------------------------------------------------------------
+# -- the global model
+# ----------------------------------------------------------------------------------------------
 
 
 def test_the_global_model_is_frozen_and_sealed(folder):
@@ -279,7 +285,9 @@ def test_the_global_model_is_frozen_and_sealed(folder):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_weights_are_read_again_in_another_type(folder, checkpointing):
-    """In place, frozen and sealed as before, of the files' own precision, and the old ones are let go."""
+    """In place, frozen and sealed as before, of the files' own precision, and the old ones are let
+    go.
+    """
     whole = tiny.load(folder, dtype=torch.bfloat16, checkpointing=checkpointing)
     before, old = whole.hidden(tiny.batch()), weakref.ref(whole.model)
     backbone.reread(whole, folder, dtype=torch.float32)
@@ -403,13 +411,17 @@ def test_sizes_that_do_not_fit_together(tmp_path):
 
 
 def test_a_folder_without_a_tokenizer_is_refused(folder):
-    """transformers itself makes one up for most families, which turns every text into no tokens at all."""
+    """transformers itself makes one up for most families, which turns every text into no tokens at
+    all.
+    """
     with pytest.raises(ValueError, match=r"model.tokenizer: found .*tokenizer.* expected"):
         backbone.read_tokenizer(folder)
 
 
 def test_a_new_model_has_no_dropout_that_was_not_asked_for(tmp_path):
-    """Before anybody said what is trained: made of the global model, of a configuration, or read from a folder."""
+    """Before anybody said what is trained: made of the global model, of a configuration, or read
+    from a folder.
+    """
     whole = tiny.load(
         tiny.model_folder(tmp_path, "gpt2", resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5)
     )
@@ -440,7 +452,8 @@ assert auxiliary.build(small, 2, torch.device("cpu"), torch.float32).num_paramet
     assert done.returncode == 0, done.stderr
 
 
-# -- prompts against stock peft ------------------------------------------------------------------------------------
+# -- prompts against stock peft
+# ------------------------------------------------------------------------------------
 
 
 def as_peft(path: str, prompt: Prompt, target) -> peft.PeftModel:
@@ -531,7 +544,9 @@ def test_a_folder_without_an_adapter(tmp_path):
 
 @torch.no_grad()
 def test_a_prefix_is_keys_and_values_in_front_of_the_others(tmp_path):
-    """One GPT-2 layer by hand: keys and values are concatenated, and every token sees the whole prefix."""
+    """One GPT-2 layer by hand: keys and values are concatenated, and every token sees the whole
+    prefix.
+    """
     whole = tiny.load(tiny.model_folder(tmp_path, "gpt2", n_layer=1))
     prompt, [text] = prompt_for(whole), tiny.texts([8])
     ids = torch.from_numpy(text.ids[:-1]).long()
@@ -578,7 +593,8 @@ def test_an_input_prompt_is_embeddings_in_front_of_the_text(folder):
     ).abs().max() < 1e-5
 
 
-# -- prompts: numbers, names, depth --------------------------------------------------------------------------------
+# -- prompts: numbers, names, depth
+# --------------------------------------------------------------------------------
 
 SPEC = PromptSpec("prefix", 3, 4, 2, 6)
 
@@ -630,7 +646,9 @@ def test_a_prompt_keeps_its_memory_when_it_is_loaded():
 
 
 def by_hand(matrix: np.ndarray, axis: int, old: int, new: int) -> np.ndarray:
-    """Layers of a prompt along `axis`: to fewer by the mean, to more by repetition; one layer at a time."""
+    """Layers of a prompt along `axis`: to fewer by the mean, to more by repetition; one layer at a
+    time.
+    """
     layers = np.split(np.moveaxis(matrix, axis, 0).astype(np.float64), old)
     if new >= old:
         chosen = [layers[math.floor(i * old / new)] for i in range(new)]
@@ -678,7 +696,8 @@ def test_an_input_prompt_has_no_depth(gpt2):
     )
 
 
-# -- dropout and checkpointing -------------------------------------------------------------------------------------
+# -- dropout and checkpointing
+# -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", tiny.CAUSAL_FAMILIES)
@@ -718,8 +737,11 @@ def test_every_dropout_of_a_layer_can_be_left_out(family):
 def gradients(
     model: LanguageModel, prompt: Prompt, of_weights: bool
 ) -> tuple[dict[str, torch.Tensor], list[int]]:
-    """Gradients of the answers' loss, and the positions of each time that the second layer's work was done."""
-    calls = []  # of a module inside the layer: the layer's own call is not repeated, its contents are
+    """Gradients of the answers' loss, and the positions of each time that the second layer's work
+    was done.
+    """
+    # of a module inside the layer: the layer's own call is not repeated, its contents are
+    calls = []
     inner = next(
         module
         for module in backbone.layers_of(model.model)[1].modules()
@@ -765,7 +787,9 @@ def test_checkpointing_gives_the_gradients_of_an_input_prompt(folder, of_weights
 
 
 def test_checkpointing_leaves_dropout_off(tmp_path):
-    """transformers checkpoints in training mode only, so rates in a configuration must not come alive with it."""
+    """transformers checkpoints in training mode only, so rates in a configuration must not come
+    alive with it.
+    """
     path = tiny.model_folder(tmp_path, "gpt2", resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5)
     batch = tiny.batch()
     lean = tiny.load(path, checkpointing=True)
@@ -779,7 +803,8 @@ def test_checkpointing_leaves_dropout_off(tmp_path):
     assert torch.equal(built.hidden(batch), built.hidden(batch))
 
 
-# -- a prompt for each text ----------------------------------------------------------------------------------------
+# -- a prompt for each text
+# ----------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -802,7 +827,8 @@ def test_texts_of_a_batch_have_prompts_of_their_own(folder, kind, saved, monkeyp
         assert (found[row, :length] - wanted).abs().max() < 1e-5
 
 
-# -- several continuations of one context --------------------------------------------------------------------------
+# -- several continuations of one context
+# --------------------------------------------------------------------------
 
 
 @torch.no_grad()

@@ -1,4 +1,6 @@
-"""Two rounds of the package against `oracle.py`, which derives them a second time and shares no code with it."""
+"""Two rounds of the package against `oracle.py`, which derives them a second time and shares no
+code with it.
+"""
 
 import copy
 import json
@@ -47,7 +49,8 @@ SIZES: dict[str, Any] = {
     "num_attention_heads": 4,
     "max_position_embeddings": 64,
 }
-# One with a tied head; and one with an untied head, and keys and values for half of its attention heads.
+# One with a tied head; and one with an untied head, and keys and values for half of its attention
+# heads.
 GPT2 = transformers.GPT2Config(
     **SIZES, vocab_size=40, initializer_range=0.1, bos_token_id=1, eos_token_id=1
 )
@@ -69,7 +72,10 @@ def merged(base: dict, over: dict) -> dict:
 
 
 def stage(steps: int, batch_size: int, learning_rate: float, clip: float | None) -> dict:
-    """A stage as the YAML file has it. With so large an epsilon no rounding noise is blown up to a step."""
+    """A stage as the YAML file has it.
+
+    With so large an epsilon no rounding noise is blown up to a step.
+    """
     beta = {"beta1": 0.8, "beta2": 0.99, "epsilon": 1e-2}
     optimizer = {
         "learning_rate": learning_rate,
@@ -141,7 +147,9 @@ def write_model(folder: Path, model: transformers.PretrainedConfig) -> None:
 
 
 def write_rows(folder: Path) -> None:
-    """22 rows to train on: shards of 6, 6, 5 and 5. Contexts of 3 to 16 words, some with blanks at their end."""
+    """22 rows to train on: shards of 6, 6, 5 and 5. Contexts of 3 to 16 words, some with blanks at
+    their end.
+    """
     folder.mkdir()
     chance = random.Random(5)
 

@@ -1,4 +1,6 @@
-"""Who gets which examples: every index once, no empty shard, the same everywhere, skew where skew was asked for."""
+"""Who gets which examples: every index once, no empty shard, the same everywhere, skew where skew
+was asked for.
+"""
 
 from collections import Counter
 

@@ -1,4 +1,6 @@
-"""`plan`: its counts against the paper's models, a real run and torch's own counter; the paper's configurations."""
+"""`plan`: its counts against the paper's models, a real run and torch's own counter; the paper's
+configurations.
+"""
 
 from __future__ import annotations
 
@@ -126,7 +128,9 @@ def test_a_folder_goes_before_a_known_name(tmp_path, monkeypatch):
 @pytest.mark.parametrize("family", tiny.CAUSAL_FAMILIES)
 @pytest.mark.parametrize("prompt_tokens", [0, 5])
 def test_flops_are_those_that_torch_counts(family, prompt_tokens):
-    """Forward and with the weights' gradients to the last one; with the prompts' alone, 3 % are allowed."""
+    """Forward and with the weights' gradients to the last one; with the prompts' alone, 3 % are
+    allowed.
+    """
     stock = transformers.AutoModelForCausalLM.from_config(
         tiny.config(family), attn_implementation="eager"
     )
@@ -159,7 +163,9 @@ def test_flops_are_those_that_torch_counts(family, prompt_tokens):
 
 @pytest.mark.parametrize("rows", [1, 8])
 def test_an_input_prompt_is_counted_as_often_as_it_is_read(tmp_path, rows):
-    """By a plan, and by torch: the soft tokens do not see the text, which is a little less than the plan says."""
+    """By a plan, and by torch: the soft tokens do not see the text, which is a little less than the
+    plan says.
+    """
     name = tiny.model_folder(tmp_path, "llama")
     settings = [
         f"model.name={name}",

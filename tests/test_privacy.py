@@ -1,4 +1,6 @@
-"""Clipped and noisy updates: the noise's distribution, the bound that epsilon rests on, and a run with them."""
+"""Clipped and noisy updates: the noise's distribution, the bound that epsilon rests on, and a run
+with them.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,9 @@ def noise(seed: int, size: int = SIZE) -> np.ndarray:
 
 @pytest.mark.parametrize("scale", [0.5, 3.0])
 def test_the_noise_is_laplace(scale):
-    """Against its distribution function; a Kolmogorov-Smirnov distance of 1.95 / sqrt(n) has a chance of 1 in 1000."""
+    """Against its distribution function; a Kolmogorov-Smirnov distance of 1.95 / sqrt(n) has a
+    chance of 1 in 1000.
+    """
     num = 200_000
     found = np.sort(laplace(num, scale, seeded(1)))
     below = np.where(found < 0, np.exp(found / scale) / 2, 1 - np.exp(-found / scale) / 2)
@@ -170,7 +174,9 @@ def test_half_a_setting_is_refused(tmp_path):
 
 @pytest.mark.slow
 def test_rounds_that_are_done_again_cost_epsilon_again(tmp_path):
-    """Killed in round 2 of 3, after the noisy updates have left: their noise is drawn anew, and both draws count."""
+    """Killed in round 2 of 3, after the noisy updates have left: their noise is drawn anew, and
+    both draws count.
+    """
     own = (
         "client.privacy.clip=1",
         "client.privacy.noise_scale=1",

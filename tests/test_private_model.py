@@ -1,4 +1,6 @@
-"""Clients that hold no model: their forward passes run at the server, which answers what they ask in a round."""
+"""Clients that hold no model: their forward passes run at the server, which answers what they ask
+in a round.
+"""
 
 from __future__ import annotations
 
@@ -137,7 +139,9 @@ def test_texts_and_points_come_through():
 
 
 def test_a_question_that_is_none_is_refused_before_it_is_answered():
-    """Whatever a client sends: a ValueError, or points and texts within the limits; and no memory for what is not."""
+    """Whatever a client sends: a ValueError, or points and texts within the limits; and no memory
+    for what is not.
+    """
     limits, random = Limits(3, 100, 4), np.random.default_rng(0)
     points = random.standard_normal((2, 3)).astype(np.float32)
     good = packed(

@@ -53,7 +53,9 @@ def test_every_stage_of_fedsp_says_how_far_it_is(tmp_path):
 
 
 def test_one_rank_says_how_far_a_search_is(tmp_path):
-    """Of three ranks the server plays no client and two play one each: the first of them speaks, and it alone."""
+    """Of three ranks the server plays no client and two play one each: the first of them speaks,
+    and it alone.
+    """
     more = ("method=fedbpt", "server.tuning.steps=0", "federation.clients=2", "federation.rounds=1")
     more += (
         "search.iterations=3",

@@ -1,4 +1,6 @@
-"""The run record: what goes in comes back, also after a cut, a fold and a resume; damaged files are clear messages."""
+"""The run record: what goes in comes back, also after a cut, a fold and a resume; damaged files are
+clear messages.
+"""
 
 from __future__ import annotations
 

@@ -75,7 +75,9 @@ while True:
 
 
 def kill_at(code: str, folder: Path, delay: float) -> list[str]:
-    """Start the writer, SIGKILL it `delay` seconds after it has made its record, return what it said."""
+    """Start the writer, SIGKILL it `delay` seconds after it has made its record, return what it
+    said.
+    """
     child = start(code, folder)
     assert child.stdout is not None
     said = []
@@ -170,7 +172,9 @@ for attempt in (lambda: commit(RunRecord.open(folder), 10), lambda: create(folde
 
 
 def _obey_permissions() -> None:
-    """Root writes where it likes; without CAP_DAC_OVERRIDE (1) in its bounding set the next program does not."""
+    """Root writes where it likes; without CAP_DAC_OVERRIDE (1) in its bounding set the next program
+    does not.
+    """
     if os.geteuid() == 0 and ctypes.CDLL(None).prctl(24, 1, 0, 0, 0):
         os._exit(77)
 

@@ -232,10 +232,16 @@ def test_difference_names_round_tensor_and_distance(tmp_path: Path) -> None:
     record.write_results(results(0.71))
     lines = difference(a, record.run)
     assert lines == [
-        "round 2, the first whose prompts differ: tensor 'z.prefix': 2 of 32 values, largest difference 0.5",
+        (
+            "round 2, the first whose prompts differ: tensor 'z.prefix': 2 of 32 values, "
+            "largest difference 0.5"
+        ),
         "prompts differ in 2 of 3 rounds",
         "results: acc differs first at method fedsp, split test: 0.7 and 0.71",
-        f"results: acc_norm differs first at method fedsp, split test: {0.7 - 0.1} and {0.71 - 0.1}",
+        (
+            f"results: acc_norm differs first at method fedsp, split test: {0.7 - 0.1} and "
+            f"{0.71 - 0.1}"
+        ),
     ]
 
 

@@ -1,4 +1,6 @@
-"""Model folders that bring code, quantised weights or pickles: refused at once, by every verb, and nothing is run."""
+"""Model folders that bring code, quantised weights or pickles: refused at once, by every verb, and
+nothing is run.
+"""
 
 from __future__ import annotations
 
@@ -132,7 +134,9 @@ def test_quantised_weights_are_refused_with_advice_that_helps(folder, quantised)
 
 
 def test_an_adapter_beside_a_configuration_is_refused(folder):
-    """transformers would load the model that the adapter names in the place of the one that lies there."""
+    """transformers would load the model that the adapter names in the place of the one that lies
+    there.
+    """
     (folder / "adapter_config.json").write_text(
         json.dumps({"base_model_name_or_path": "someone/else"})
     )

@@ -1,4 +1,6 @@
-"""The embedded default is small, whole, what its script makes, and not to be answered without a prompt."""
+"""The embedded default is small, whole, what its script makes, and not to be answered without a
+prompt.
+"""
 
 from __future__ import annotations
 
@@ -158,7 +160,9 @@ def test_the_script_makes_the_same_tokenizer(tmp_path: Path) -> None:
 
 
 def test_training_repeats_bit_for_bit(model: Any) -> None:
-    """Three steps twice give the same bits; the vectors that training leaves alone are those of the model shipped."""
+    """Three steps twice give the same bits; the vectors that training leaves alone are those of the
+    model shipped.
+    """
     world = make_embedded.World.make()
     made, unread = make_embedded.make_tokenizer(world)
     how = replace(make_embedded.Training(), num_steps=3, num_tied=2)

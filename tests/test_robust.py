@@ -122,7 +122,9 @@ def test_of_one_or_two_nobody_is_rejected(num):
 
 
 def test_mean_and_standard_deviation_taken_literally_reject_nobody():
-    """Why the robust forms are used: of ten distances, one as large as can be is not three deviations from the mean."""
+    """Why the robust forms are used: of ten distances, one as large as can be is not three
+    deviations from the mean.
+    """
     apart = np.array([1.0] * 9 + [1e9])
     assert (apart[-1] - apart.mean()) / apart.std(ddof=1) == pytest.approx(9 / 10**0.5)
 

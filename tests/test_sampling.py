@@ -1,4 +1,6 @@
-"""Who takes part in a round: the same for everybody who asks, fair over many rounds, as the rule says."""
+"""Who takes part in a round: the same for everybody who asks, fair over many rounds, as the rule
+says.
+"""
 
 from __future__ import annotations
 
@@ -68,7 +70,8 @@ def test_seed_and_round_change_the_answer(rule):
 def test_another_process_gets_the_same_answer(hash_seed):
     code = (
         "from fedsp_mpi.aggregation.sampling import participants\n"
-        f"print([participants(rule, 3, {SIZES}, 3, round) for rule in {RULES} for round in range(1, 11)])"
+        f"print([participants(rule, 3, {SIZES}, 3, round) for rule in {RULES} for round "
+        "in range(1, 11)])"
     )
     env = {"PYTHONHASHSEED": hash_seed, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
@@ -79,7 +82,8 @@ def test_another_process_gets_the_same_answer(hash_seed):
     ), done.stderr
 
 
-# -- the rules -----------------------------------------------------------------------------------------------------
+# -- the rules
+# -----------------------------------------------------------------------------------------------------
 
 
 def test_uniform_is_fair_whatever_the_sizes():

@@ -44,7 +44,9 @@ def gpt2(tmp_path_factory) -> str:
 
 
 def merging() -> PreTrainedTokenizerFast:
-    """A tokenizer without word borders: "b c" and "ab" are tokens too, so texts may merge where they meet."""
+    """A tokenizer without word borders: "b c" and "ab" are tokens too, so texts may merge where
+    they meet.
+    """
     alphabet = [*"abcdefgh :?", "ab", " c", "b c", "de"]
     known = {token: number for number, token in enumerate(["<unk>", "<s>", "</s>", *alphabet])}
     backend = tokenizers.Tokenizer(
@@ -79,9 +81,11 @@ def some_questions(count: int = 12, longest: int = 9, seed: int = 0) -> list[Que
 
 @torch.no_grad()
 def by_hand(path: object, prompt: Prompt | None, text: Text) -> tuple[float, bool]:
-    """Summed log-likelihood of a text's answer and whether it is greedy: stock model, whole sequence, no batch.
+    """Summed log-likelihood of a text's answer and whether it is greedy: stock model, whole
+    sequence, no batch.
 
-    The last tokens that fit into the model behind the prompt are read; the very last token is predicted, not read.
+    The last tokens that fit into the model behind the prompt are read; the very last token is
+    predicted, not read.
     """
     model = AutoModelForCausalLM.from_pretrained(path).eval() if isinstance(path, str) else path
     before = prompt.spec.num_tokens if prompt else 0
@@ -129,7 +133,8 @@ def prompt_for(
     return kind and Prompt(PromptSpec.of(model.shape, kind, 5, projection)).initialise(1, 0.5)
 
 
-# -- against every option on its own -------------------------------------------------------------------------------
+# -- against every option on its own
+# -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", [None, "prefix", "input"])
@@ -223,7 +228,9 @@ def test_a_context_is_run_once_for_all_its_options(gpt2, monkeypatch):
 @pytest.mark.parametrize("kind", [None, "prefix", "input"])
 @pytest.mark.parametrize("batch_tokens", [1, 30, 60, 200])
 def test_a_forward_pass_runs_no_more_positions_than_asked(gpt2, kind, batch_tokens, monkeypatch):
-    """Padding counts, and what an input prompt adds; more only where one context and its options are longer."""
+    """Padding counts, and what an input prompt adds; more only where one context and its options
+    are longer.
+    """
     model, groups = tiny.load(gpt2), []
     prompt, run = prompt_for(model, kind), model.continue_from
     before = 5 if kind == "input" else 0
@@ -337,7 +344,8 @@ def test_of_equal_options_the_first_is_taken(gpt2, monkeypatch):
     assert score(tiny.load(gpt2), None, asked_of((0,), (1,)), "multiple_choice", 100).acc == 0.5
 
 
-# -- texts to tokens -----------------------------------------------------------------------------------------------
+# -- texts to tokens
+# -----------------------------------------------------------------------------------------------
 
 
 def test_an_empty_context_becomes_the_beginning_of_text(gpt2, monkeypatch):
@@ -461,11 +469,14 @@ def test_the_validation_loss_is_the_mean_over_all_answer_tokens(gpt2, kind):
         )
 
 
-# -- against lm-eval -----------------------------------------------------------------------------------------------
+# -- against lm-eval
+# -----------------------------------------------------------------------------------------------
 
 
 def lm_eval_results(model, tokenizer, name: str, data, limit: int | None, monkeypatch, config=None):
-    """lm-eval's scores and log-likelihoods of a task over the given data, through its own model class, in fp32."""
+    """lm-eval's scores and log-likelihoods of a task over the given data, through its own model
+    class, in fp32.
+    """
     evaluator = pytest.importorskip("lm_eval.evaluator")
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager

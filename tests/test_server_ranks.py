@@ -1,4 +1,6 @@
-"""A server of several ranks: the same losses as one rank, whatever is shared; it stops, dies and resumes like one."""
+"""A server of several ranks: the same losses as one rank, whatever is shared; it stops, dies and
+resumes like one.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The batch scripts in a real Slurm: they run, stop in time, go on after a requeue, and refuse what cannot work."""
+"""The batch scripts in a real Slurm: they run, stop in time, go on after a requeue, and refuse what
+cannot work.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,8 @@ ONE_ROUND = "federation.rounds=1"
 ENDLESS = ("distillation.stage.steps=1000000", "distillation.reuse=false")
 TWO = ("--ntasks=2",)
 
-# Python runs this at its start. A round takes at least four seconds then, on any machine, until the job is requeued.
+# Python runs this at its start. A round takes at least four seconds then, on any machine, until the
+# job is requeued.
 SLOW = f"""
 import os, sys, time
 if "SLURM_RESTART_COUNT" not in os.environ:
@@ -77,14 +80,19 @@ def submit(
 
 @pytest.fixture(scope="module")
 def limited(slurm, folder, slow) -> Job:
-    """A job whose rounds alone need the two minutes that it has; what is left needs far less after a requeue."""
+    """A job whose rounds alone need the two minutes that it has; what is left needs far less after
+    a requeue.
+    """
     options = (*TWO, "--time=2", "--signal=B:USR1@1")
     return submit(slurm, folder, "limited", options=options, PYTHONPATH=slow)
 
 
 @pytest.fixture(scope="module")
 def whole(slurm, folder, limited) -> Path:
-    """The same run without a disturbance. The limited one has begun before, because it waits most of the time."""
+    """The same run without a disturbance.
+
+    The limited one has begun before, because it waits most of the time.
+    """
     submit(slurm, folder, "whole").wait("COMPLETED")
     return folder / "whole"
 
@@ -106,7 +114,9 @@ def test_it_runs_with_srun_over_two_nodes(slurm, folder):
 
 
 def test_a_heterogeneous_job_is_one_world(slurm, folder):
-    """What the script asks for is too much for this machine; the command line takes its place, part by part."""
+    """What the script asks for is too much for this machine; the command line takes its place, part
+    by part.
+    """
     options = ["-n1", "-c1", ":", "-n2", "-c1"]
     job = submit(slurm, folder, "het", ONE_ROUND, options=options, script="fedsp_het.sbatch")
     job.wait("COMPLETED")

@@ -1,4 +1,6 @@
-"""Where the rows come from: forms of a source, how they make three splits, and users' mistakes told in one line."""
+"""Where the rows come from: forms of a source, how they make three splits, and users' mistakes told
+in one line.
+"""
 
 import contextlib
 import errno
@@ -55,7 +57,8 @@ def write(folder: Path, **files: object) -> str:
     return str(folder)
 
 
-# -- splits, limits, forms of a source -----------------------------------------------------------------------------
+# -- splits, limits, forms of a source
+# -----------------------------------------------------------------------------
 
 
 def test_splits_as_they_are():
@@ -233,7 +236,8 @@ def test_four_processes_may_load_at_once_and_nothing_is_written_into_the_source(
     assert list((tmp_path / "home").rglob("*.arrow"))
 
 
-# -- what real folders hold ----------------------------------------------------------------------------------------
+# -- what real folders hold
+# ----------------------------------------------------------------------------------------
 
 SST2 = "sentence,label\na,0\nb,1\nc,0\n"
 ALL = {"train_csv": SST2, "validation_csv": SST2, "test_csv": SST2}
@@ -427,7 +431,9 @@ def test_rows_with_an_empty_choice_are_left_out_and_named(tmp_path):
 
 
 def run_elsewhere(folder: Path, **variables: str) -> str:
-    """The one line of a run in a process of its own that cannot use the cache; within seconds, with status 2."""
+    """The one line of a run in a process of its own that cannot use the cache; within seconds, with
+    status 2.
+    """
     env = {
         k: v for k, v in os.environ.items() if k not in ("HF_HOME", "HF_DATASETS_CACHE")
     } | variables
@@ -448,7 +454,8 @@ def test_a_cache_that_cannot_be_written(tmp_path):
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
 def test_a_cache_without_file_locks_is_named_and_nothing_waits(tmp_path, number):
     (tmp_path / "sitecustomize.py").write_text(
-        f"import fcntl\n\ndef flock(file, operation):\n    raise OSError({number}, 'no')\n\nfcntl.flock = flock\n"
+        f"import fcntl\n\ndef flock(file, operation):\n    raise OSError({number}, "
+        "'no')\n\nfcntl.flock = flock\n"
     )
     (tmp_path / "home" / "datasets").mkdir(parents=True)
     path = os.pathsep.join([str(tmp_path), str(ROOT), os.environ.get("PYTHONPATH", "")])
@@ -456,7 +463,8 @@ def test_a_cache_without_file_locks_is_named_and_nothing_waits(tmp_path, number)
     assert f"cannot lock {tmp_path}/home/datasets/.lock-" in message and "HF_HOME" in message
 
 
-# -- mistakes ------------------------------------------------------------------------------------------------------
+# -- mistakes
+# ------------------------------------------------------------------------------------------------------
 
 GOOD = {"train": [CHOICE_ROW] * 4, "validation": [CHOICE_ROW], "test": [CHOICE_ROW]}
 MISTAKES = {
@@ -527,7 +535,10 @@ MISTAKES = {
     "broken lines with secrets": (
         GOOD
         | {
-            "train": '{"context": "a", "label": "secret"}\n{"context": ["secret"], "label": {"secret": 1}}\n!'
+            "train": (
+                '{"context": "a", "label": "secret"}\n{"context": ["secret"], "label": '
+                '{"secret": 1}}\n!'
+            )
         },
         ["while reading train.jsonl in", "expected .jsonl files"],
     ),

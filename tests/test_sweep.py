@@ -1,4 +1,6 @@
-"""Sweeps: cells from layers, real small runs one after another, and what happens when one fails or all are stopped."""
+"""Sweeps: cells from layers, real small runs one after another, and what happens when one fails or
+all are stopped.
+"""
 
 from __future__ import annotations
 
@@ -72,7 +74,8 @@ def here(capsys: pytest.CaptureFixture[str], path: Path, *more: str) -> tuple[in
     return status, captured.out, captured.err
 
 
-# -- cells ---------------------------------------------------------------------------------------------------------
+# -- cells
+# ---------------------------------------------------------------------------------------------------------
 
 
 def test_a_cell_is_base_task_method_and_seed(tmp_path):
@@ -242,7 +245,8 @@ def test_it_is_not_for_mpirun(tmp_path, capsys, monkeypatch):
         ("\n one \n two\n\n", " two"),
         ("x\nfedsp_mpi: found, expected\nAbort(2) on node 0\n", "fedsp_mpi: found, expected"),
         (
-            "x\nTraceback (most recent call last):\n  File\nKeyError: 1\n\nDuring\nTraceback (most recent call last):\n"
+            "x\nTraceback (most recent call last):\n  File\nKeyError: "
+            "1\n\nDuring\nTraceback (most recent call last):\n"
             "  File\n    here\nRuntimeError: why\nAbort(1) on node 1\n",
             "RuntimeError: why",
         ),
@@ -252,7 +256,8 @@ def test_last_words_are_those_that_say_why(text, words):
     assert jobs.last_words(text) == words
 
 
-# -- real runs -----------------------------------------------------------------------------------------------------
+# -- real runs
+# -----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -354,7 +359,10 @@ def test_files_that_share_a_run_are_refused(tmp_path, capsys):
     [
         (
             "federation.rounds=3",
-            "world-fedsp-1: found a run (complete) of another configuration (federation.rounds: was 2",
+            (
+                "world-fedsp-1: found a run (complete) of another configuration "
+                "(federation.rounds: was 2"
+            ),
         ),
         ("run.label=null", "fedsp and fedprompt both called 'fedsp'"),
     ],
@@ -408,7 +416,8 @@ def test_a_run_whose_output_was_taken_away_is_a_line(tmp_path, capsys):
     )
 
 
-# -- side by side --------------------------------------------------------------------------------------------------
+# -- side by side
+# --------------------------------------------------------------------------------------------------
 
 needs_cores = pytest.mark.skipif(
     len(os.sched_getaffinity(0)) < 2, reason="two runs at a time need two cores"
@@ -499,7 +508,9 @@ def test_both_run_at_once_are_told_to_stop_and_go_on(tmp_path):
 def wait_for_checkpoints(
     runs: list[Path], process: subprocess.Popen[str], seconds: float = 90.0
 ) -> None:
-    """Until each run has a checkpoint (of any round: old ones go), the process has ended, or the time is over."""
+    """Until each run has a checkpoint (of any round: old ones go), the process has ended, or the
+    time is over.
+    """
     end = time.monotonic() + seconds
     while not all([*run.glob("checkpoints/[0-9]*.json")] for run in runs):
         if process.poll() is not None or time.monotonic() > end:
@@ -507,7 +518,8 @@ def wait_for_checkpoints(
         time.sleep(0.01)
 
 
-# -- stopped -------------------------------------------------------------------------------------------------------
+# -- stopped
+# -------------------------------------------------------------------------------------------------------
 
 STOPS = [
     pytest.param("mpirun", signal.SIGTERM, 143, id="mpirun"),

@@ -1,4 +1,6 @@
-"""Contexts, choices and answers equal lm-eval's on every local data set; a row that does not read says why."""
+"""Contexts, choices and answers equal lm-eval's on every local data set; a row that does not read
+says why.
+"""
 
 import json
 import os
@@ -12,7 +14,8 @@ from fedsp_mpi.data.tasks import TASKS, Example
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data"
-# FULL_LM_EVAL=1 compares every row of every split; else the scored split whole and the first rows of the others.
+# FULL_LM_EVAL=1 compares every row of every split; else the scored split whole and the first rows
+# of the others.
 OTHER_ROWS = None if os.environ.get("FULL_LM_EVAL") else 300
 
 # Package task -> (lm-eval task, the split that both score in the local copy).
@@ -97,7 +100,8 @@ def write(folder: Path, **files: object) -> str:
     return str(folder)
 
 
-# -- equality with lm-eval -----------------------------------------------------------------------------------------
+# -- equality with lm-eval
+# -----------------------------------------------------------------------------------------
 
 
 def lm_eval_task(name: str, data: datasets.DatasetDict, monkeypatch):
@@ -114,7 +118,9 @@ def lm_eval_task(name: str, data: datasets.DatasetDict, monkeypatch):
 
 
 def requests_of(task) -> list[tuple[str, list[str], tuple[int, ...]]]:
-    """What lm-eval sends to a model for each document it scores: context, continuations; and the right ones."""
+    """What lm-eval sends to a model for each document it scores: context, continuations; and the
+    right ones.
+    """
     task.build_all_requests(limit=None, rank=0, world_size=1)
     by_doc: dict[int, tuple] = {}
     for instance in task.instances:
@@ -170,7 +176,9 @@ def test_every_other_row_equals_lm_eval(name, monkeypatch):
 
 @pytest.mark.parametrize("name", AWKWARD)
 def test_awkward_rows_equal_lm_eval(name, tmp_path, monkeypatch):
-    """What the local copies do not show: WikiHow marks, numbered labels, blanks, quotes, braces, a whole data set."""
+    """What the local copies do not show: WikiHow marks, numbered labels, blanks, quotes, braces, a
+    whole data set.
+    """
     rows = AWKWARD[name]
     source = write(tmp_path / name, train=rows * 10, validation=rows, test=rows)
     theirs = requests_of(lm_eval_task(name, datasets.load_dataset(source), monkeypatch))
@@ -207,7 +215,8 @@ def test_race_equals_lm_eval_in_both_forms_of_columns(tmp_path, monkeypatch):
     assert ours[1].context == "Article: Text 1.\n \n\nI have a dog\nWhat is it's {{name}}?"
 
 
-# -- what is taught ------------------------------------------------------------------------------------------------
+# -- what is taught
+# ------------------------------------------------------------------------------------------------
 
 
 def test_the_target_is_the_right_choice_after_a_blank():

@@ -1,4 +1,6 @@
-"""What travels: named fp32 views of one vector, schemas that say where they differ, and the global model's seal."""
+"""What travels: named fp32 views of one vector, schemas that say where they differ, and the global
+model's seal.
+"""
 
 import subprocess
 import sys
@@ -24,7 +26,8 @@ def unsealed():
     seal.clear()
 
 
-# -- named tensors -------------------------------------------------------------------------------------------------
+# -- named tensors
+# -------------------------------------------------------------------------------------------------
 
 
 def test_packed_tensors_lie_side_by_side_in_one_vector():
@@ -107,7 +110,8 @@ def test_finite(value):
     assert not packed.is_finite()
 
 
-# -- schemas -------------------------------------------------------------------------------------------------------
+# -- schemas
+# -------------------------------------------------------------------------------------------------------
 
 
 def schema(**shapes: list[int]) -> Schema:
@@ -154,14 +158,18 @@ def test_equal_schemas_share_a_digest_and_others_do_not():
 
 
 def test_a_digest_is_the_same_in_another_process():
-    code = "from fedsp_mpi.tensors import Schema; print(Schema.of([('a', (2, 3)), ('b', (4,))]).digest.hex())"
+    code = (
+        "from fedsp_mpi.tensors import Schema; print(Schema.of([('a', (2, 3)), ('b', "
+        "(4,))]).digest.hex())"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
     )
     assert done.stdout.strip() == schema(a=[2, 3], b=[4]).digest.hex()
 
 
-# -- the seal ------------------------------------------------------------------------------------------------------
+# -- the seal
+# ------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -243,7 +251,8 @@ def test_tied_weights_are_sealed_under_their_first_name_and_forgotten_when_the_s
     assert NamedTensors.pack({"p": tied})["p"].tolist() == [0, 0, 0, 0]
 
 
-# -- batches, randomness -------------------------------------------------------------------------------------------
+# -- batches, randomness
+# -------------------------------------------------------------------------------------------
 
 
 def test_a_batch_on_the_cpu_stays_itself():

@@ -1,4 +1,6 @@
-"""Answers and what a tokenizer makes of them: rows that do not fit, choices that are alike, marks that it adds."""
+"""Answers and what a tokenizer makes of them: rows that do not fit, choices that are alike, marks
+that it adds.
+"""
 
 from __future__ import annotations
 
@@ -71,7 +73,9 @@ def appending(mark: str = "</s>") -> PreTrainedTokenizerFast:
 
 
 def joining() -> PreTrainedTokenizerFast:
-    """Characters, and ": p" and "pos" as tokens: the first one reaches over the join of "x:" and " pos"."""
+    """Characters, and ": p" and "pos" as tokens: the first one reaches over the join of "x:" and "
+    pos".
+    """
     merges = [(":", " "), (": ", "p"), ("p", "o"), ("po", "s")]
     known = ["<unk>", "<s>", "</s>", "<pad>", *"xyneg:ops ", ": ", ": p", "po", "pos"]
     backend = tokenizers.Tokenizer(
@@ -82,7 +86,8 @@ def joining() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
 
 
-# -- rows that do not fit ------------------------------------------------------------------------------------------
+# -- rows that do not fit
+# ------------------------------------------------------------------------------------------
 
 ROOM = fit.Room.of(64, 4, False)  # 60 tokens
 
@@ -103,8 +108,10 @@ def test_a_row_whose_answer_does_not_fit_is_left_out_and_named():
         "row 2 of train"
     ] and kept.test == splits.test
     assert notes[0] == (
-        "train: 2 rows left out of 4, whose answer is longer than the 60 tokens that fit (the model has 64 positions, "
-        "the prompt takes 4): row 61 of train (61 tokens), row 80 of train (80 tokens); shorten them, or take a "
+        "train: 2 rows left out of 4, whose answer is longer than the 60 tokens that "
+        "fit (the model has 64 positions, "
+        "the prompt takes 4): row 61 of train (61 tokens), row 80 of train (80 "
+        "tokens); shorten them, or take a "
         "shorter prompt or a model with more positions, to keep them"
     )
     assert [len(text.ids) for text in encode(tiny.tokenizer(), kept.train, 61)] == [
@@ -177,7 +184,8 @@ def test_a_run_leaves_long_rows_out_and_check_finds_them(tmp_path, capsys):
         "train: 1 row left out of 25, whose answer is longer than the 60 tokens that fit",
         "validation: 1 row left out of 4, whose answer is longer than the 60 tokens that fit",
         "test: 1 question with an option that is longer than the 60 tokens that fit",
-        "test: 1 question with options that are the same tokens to this tokenizer, of which the first counts: row 3 of "
+        "test: 1 question with options that are the same tokens to this tokenizer, of "
+        "which the first counts: row 3 of "
         "test",
     ]
     assert all(
@@ -233,7 +241,9 @@ def test_what_must_fit_of_a_text_with_a_gap_is_all_from_the_gap_on():
 
 
 def test_a_client_that_is_lost_in_every_round_is_named_at_the_end_with_its_whole_reason(tmp_path):
-    """Its one row has an answer that this tokenizer makes nothing of, which only the client itself finds out."""
+    """Its one row has an answer that this tokenizer makes nothing of, which only the client itself
+    finds out.
+    """
     gone = tiny.tokenizer()
     gone.backend_tokenizer.normalizer = tokenizers.normalizers.Replace("w95", "")
     data = [row(f"w{place} w4", (f"w{place}", "w2 w3")) for place in range(24)]
@@ -259,8 +269,10 @@ def test_a_client_that_is_lost_in_every_round_is_named_at_the_end_with_its_whole
     assert folder is not None
     found = read(folder)
     reason = (
-        f"local training: its text cannot be used: row {place} of train: found an answer without a token, expected at "
-        "least one; correct the row, or name the tokenizer that belongs to the model in model.tokenizer"
+        f"local training: its text cannot be used: row {place} of train: found an "
+        "answer without a token, expected at "
+        "least one; correct the row, or name the tokenizer that belongs to the model "
+        "in model.tokenizer"
     )
     failed = found.clients[found.clients["status"] == "failed"]
     assert set(failed["client"].tolist()) == {1} and set(failed["reason"].tolist()) == {reason}
@@ -273,7 +285,8 @@ def test_a_client_that_is_lost_in_every_round_is_named_at_the_end_with_its_whole
     ] == len(failed)
 
 
-# -- choices that are alike ----------------------------------------------------------------------------------------
+# -- choices that are alike
+# ----------------------------------------------------------------------------------------
 
 
 def test_choices_in_a_gap_are_told_apart_by_the_same_check():
@@ -302,7 +315,8 @@ def test_choices_that_are_the_same_tokens_are_refused_before_weights_are_read(tm
         refused(materials.check, *words)
 
 
-# -- candidates ----------------------------------------------------------------------------------------------------
+# -- candidates
+# ----------------------------------------------------------------------------------------------------
 
 
 def lines() -> PreTrainedTokenizerFast:
@@ -322,7 +336,9 @@ def lines() -> PreTrainedTokenizerFast:
 
 
 def test_candidates_are_those_of_every_way_in_which_contexts_end(tmp_path):
-    """The first context ends in a word; the last row alone in a line's end, and its answers begin with that."""
+    """The first context ends in a word; the last row alone in a line's end, and its answers begin
+    with that.
+    """
     data = [*rows(23), row("w4\n", label=1)]
     source = write(
         tmp_path / "data", train=data, validation=rows(4, "\n"), test=[row(""), row("w9 ", label=1)]
@@ -352,7 +368,8 @@ def test_a_context_stands_for_all_that_end_like_it():
     assert answers.joins(contexts) == ["a b:", "c b: ", "c d:", "", " ", "x"]
 
 
-# -- tokens that a tokenizer adds ----------------------------------------------------------------------------------
+# -- tokens that a tokenizer adds
+# ----------------------------------------------------------------------------------
 
 
 def test_an_ending_that_the_tokenizer_appends_is_neither_taught_nor_scored(tmp_path):
@@ -412,7 +429,8 @@ def test_lm_eval_is_asked_without_an_appended_ending(tmp_path):
     assert asked(plain) == asked(marking)
 
 
-# -- tokens over the join ------------------------------------------------------------------------------------------
+# -- tokens over the join
+# ------------------------------------------------------------------------------------------
 
 
 def test_an_answer_within_the_contexts_last_token_is_tokenised_by_itself(tmp_path):
@@ -436,7 +454,8 @@ def test_an_option_without_a_token_is_refused_by_its_row():
     refused(lambda: questions(silent, [example]), "row 3 of test", "an answer without a token")
 
 
-# -- a tokenizer without a beginning and an end --------------------------------------------------------------------
+# -- a tokenizer without a beginning and an end
+# --------------------------------------------------------------------
 
 
 def test_an_empty_context_without_a_token_in_its_place_is_refused(tmp_path):

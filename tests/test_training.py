@@ -1,4 +1,6 @@
-"""The schedule, the engines and the loop against formulas; distillation against a loop over tokens; failing clients."""
+"""The schedule, the engines and the loop against formulas; distillation against a loop over tokens;
+failing clients.
+"""
 
 import json
 import math
@@ -53,7 +55,8 @@ def unsealed():
     seal.clear()
 
 
-# -- schedule ------------------------------------------------------------------------------------------------------
+# -- schedule
+# ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -92,7 +95,9 @@ def test_the_engine_steps_by_the_schedule():
 
 @pytest.mark.parametrize("clip", [None, 0.5, 100.0])
 def test_the_engine_is_adamw_with_clipping(clip):
-    """Loshchilov and Hutter (2019), algorithm 2, in numpy; the gradient is cut to the norm over all parameters."""
+    """Loshchilov and Hutter (2019), algorithm 2, in numpy; the gradient is cut to the norm over all
+    parameters.
+    """
     settings = OptimizerConfig(0.1, 0.2, 0.8, 0.9, 1e-3, 0.0, clip)
     start = {"a": np.array([1.0, -2.0]), "b": np.array([[0.5]])}
     pull = {"a": np.array([0.3, 2.0]), "b": np.array([[-1.5]])}
@@ -126,7 +131,8 @@ def test_a_gradient_that_was_not_used_can_be_dropped():
     assert weight.tolist() == [1, 1]
 
 
-# -- the loop ------------------------------------------------------------------------------------------------------
+# -- the loop
+# ------------------------------------------------------------------------------------------------------
 
 
 def tuned(
@@ -187,7 +193,9 @@ def test_a_steps_loss_is_the_mean_over_the_answers_tokens(gpt2):
 
 
 class Line:
-    """Batches of nothing, each by its step; the loss is a number of that step times the one weight, 0 by nature."""
+    """Batches of nothing, each by its step; the loss is a number of that step times the one weight,
+    0 by nature.
+    """
 
     batch_size = 4
 
@@ -239,7 +247,8 @@ def test_a_loss_that_is_not_finite_is_told_with_its_first_step(value):
         )
 
 
-# -- state ---------------------------------------------------------------------------------------------------------
+# -- state
+# ---------------------------------------------------------------------------------------------------------
 
 
 def stored(state: State) -> State:
@@ -267,7 +276,8 @@ def test_an_engine_goes_on_from_its_state_with_equal_bits():
     assert again.steps_done == 4 and pull(other, again, 5) == wanted
 
 
-# -- distillation --------------------------------------------------------------------------------------------------
+# -- distillation
+# --------------------------------------------------------------------------------------------------
 
 
 def test_hidden_loss_against_a_loop():
@@ -306,7 +316,9 @@ SETTINGS = [
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=["hidden", "logits", "both"])
 def test_padding_has_no_part_in_the_distillation_loss(gpt2, settings):
-    """Texts side by side cost what they cost alone, by the formulas above; the teacher gets no gradient."""
+    """Texts side by side cost what they cost alone, by the formulas above; the teacher gets no
+    gradient.
+    """
     teacher = tiny.load(gpt2)
     student = LanguageModel(auxiliary.unroll(auxiliary.cut(teacher, tiny.cell(1)), 4))
     student.train_weights(True)
@@ -442,7 +454,9 @@ CASES = [
 
 @pytest.fixture(scope="module")
 def engines(gpt2, tmp_path_factory) -> dict:
-    """Losses and weights of the same distillation by every engine, one after the other in one process."""
+    """Losses and weights of the same distillation by every engine, one after the other in one
+    process.
+    """
     home = tmp_path_factory.mktemp("home")
     (home / "bin").mkdir()
     kept = {
@@ -485,7 +499,8 @@ def test_deepspeed_needs_no_compiler_on_a_cpu(engines):
     assert "error" not in engines[str(["deepspeed", 0, None])] and engines["built"] == []
 
 
-# -- clients that fail ---------------------------------------------------------------------------------------------
+# -- clients that fail
+# ---------------------------------------------------------------------------------------------
 
 
 def client(

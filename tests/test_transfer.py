@@ -1,4 +1,6 @@
-"""The gradients of auxiliary and global model beside each other: equal where the models are, and told as a table."""
+"""The gradients of auxiliary and global model beside each other: equal where the models are, and
+told as a table.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""What the messengers mean, told to the global model: questions about plain text, answered by the auxiliary model."""
+"""What the messengers mean, told to the global model: questions about plain text, answered by the
+auxiliary model.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,8 @@ def unsealed():
     seal.clear()
 
 
-# -- questions about plain text ------------------------------------------------------------------------------------
+# -- questions about plain text
+# ------------------------------------------------------------------------------------
 
 
 def example(context: str, target: str = " yes") -> Example:
@@ -105,7 +108,8 @@ def test_headings_are_no_paragraphs():
     ]
 
 
-# -- the translator ------------------------------------------------------------------------------------------------
+# -- the translator
+# ------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(params=tiny.FAMILIES)
@@ -187,7 +191,8 @@ def test_a_server_goes_on_with_its_translator(pair):
     assert np.array_equal(again.tuned()["prompt"], whole.tuned()["prompt"])
 
 
-# -- in a run ------------------------------------------------------------------------------------------------------
+# -- in a run
+# ------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -207,7 +212,9 @@ def test_a_server_without_text_of_its_own_learns_from_its_clients(tmp_path, text
 
 
 def test_the_server_asks_about_plain_text_from_all_over(tmp_path):
-    """As many questions as are needed, in an order that follows from the seed; clients are asked nothing."""
+    """As many questions as are needed, in an order that follows from the seed; clients are asked
+    nothing.
+    """
     path = tmp_path / "text.txt"
     orders = itertools.permutations(["the", "cat", "sat", "on", "big", "dog"])
     path.write_text(
@@ -227,7 +234,9 @@ def test_the_server_asks_about_plain_text_from_all_over(tmp_path):
 
 
 def test_rounding_stays_where_nobody_trains(tmp_path, text):
-    """Both sides compute in bf16; what is handed out, and lies beside the run, are the global model's own weights."""
+    """Both sides compute in bf16; what is handed out, and lies beside the run, are the global
+    model's own weights.
+    """
     half = (
         "server.compute.dtype=bfloat16",
         "client.compute.dtype=bfloat16",
@@ -259,7 +268,10 @@ def test_rounding_stays_where_nobody_trains(tmp_path, text):
                 "distillation.stage.steps=0",
                 "auxiliary.first_layers=null",
             ],
-            "distillation.text: found none with data.server_share=0, expected a file of plain text to ask about",
+            (
+                "distillation.text: found none with data.server_share=0, expected a file of "
+                "plain text to ask about"
+            ),
         ),
     ],
 )

@@ -1,4 +1,6 @@
-"""FedSP's ablations, systems that are configurations of it, and servers with more, little or no text of their own."""
+"""FedSP's ablations, systems that are configurations of it, and servers with more, little or no
+text of their own.
+"""
 
 from __future__ import annotations
 
@@ -176,7 +178,9 @@ def test_what_cannot_be_is_refused(tmp_path, settings, message):
 
 
 def test_tuning_that_makes_it_worse_is_taken_back(tmp_path):
-    """With a learning rate that ruins prompts, the merged ones stay; and what is broadcast next is what was kept."""
+    """With a learning rate that ruins prompts, the merged ones stay; and what is broadcast next is
+    what was kept.
+    """
     wild = (
         "server.tuning.optimizer.learning_rate=50",
         "server.tuning.steps=2",

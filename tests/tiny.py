@@ -42,7 +42,9 @@ CPU = torch.device("cpu")
 
 
 def config(family: str, **changes: Any) -> Any:
-    """A configuration of four layers of four heads (llama and later: two key/value heads), 32 wide, 64 positions."""
+    """A configuration of four layers of four heads (llama and later: two key/value heads), 32 wide,
+    64 positions.
+    """
     special = {"bos_token_id": 1, "eos_token_id": 2, "vocab_size": VOCABULARY}
     if family == "gpt2":
         sizes = {"n_positions": POSITIONS, "n_embd": WIDTH, "n_layer": LAYERS, "n_head": 4}
@@ -153,7 +155,9 @@ def gap_tokenizer(family: str) -> PreTrainedTokenizerFast:
 def gap_task_folder(
     folder: Path, train: int = 48, validation: int = 8, test: int = 12, seed: int = 0
 ) -> str:
-    """A multiple_choice task of two classes, w1 and w2: which of w3 and w4 a text of other words holds."""
+    """A multiple_choice task of two classes, w1 and w2: which of w3 and w4 a text of other words
+    holds.
+    """
     random = np.random.default_rng(seed)
     folder.mkdir(parents=True, exist_ok=True)
     for split, size in {"train": train, "validation": validation, "test": test}.items():

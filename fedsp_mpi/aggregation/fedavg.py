@@ -42,8 +42,8 @@ class Updates(Protocol):
 def weighted_mean(updates: Updates) -> NamedTensors:
     """sum_k (n_k / sum n) P_k over the clients k, in the order of their ids.
 
-    Every stretch of values is summed client by client in fp64 and rounded to fp32 once, so the result depends neither
-    on the placement of the clients nor on the length of the stretches.
+    Every stretch of values is summed client by client in fp64 and rounded to fp32 once, so the
+    result depends neither on the placement of the clients nor on the length of the stretches.
 
     Raises ValueError if no weight is above zero.
     """
@@ -55,7 +55,10 @@ def weighted_mean(updates: Updates) -> NamedTensors:
 
 
 def shares_of(weights: Sequence[float]) -> np.ndarray:
-    """Each weight's part of their sum, fp64 [updates]. Raises ValueError if no weight is above zero."""
+    """Each weight's part of their sum, fp64 [updates].
+
+    Raises ValueError if no weight is above zero.
+    """
     found = np.array(weights, dtype=np.float64)
     if not found.sum() > 0:
         raise ValueError(

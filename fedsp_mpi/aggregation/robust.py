@@ -1,4 +1,6 @@
-"""Rules that a minority of poisoned updates cannot steer: the coordinate-wise median, and the rejection of outliers."""
+"""Rules that a minority of poisoned updates cannot steer: the coordinate-wise median, and the
+rejection of outliers.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,8 @@ import numpy as np
 from fedsp_mpi.aggregation.fedavg import Updates, fold, shares_of
 from fedsp_mpi.tensors import NamedTensors
 
-_SLACK = 1e-6  # of the limit: the last bits of a distance, which differ between processors, decide nothing
+# of the limit: the last bits of a distance, which differ between processors, decide nothing
+_SLACK = 1e-6
 _TO_DEVIATION = (
     1.4826  # median absolute deviation -> standard deviation, of normally distributed values
 )
@@ -15,10 +18,11 @@ _STRETCH = 1 << 20  # values of an update that are held in fp64 at once
 
 
 def coordinate_median(updates: Updates) -> NamedTensors:
-    """The median of every value over the clients (Yin et al., 2018, arXiv 1803.01498, algorithm 1, option I).
+    """The median of every value over the clients (Yin et al., 2018, arXiv 1803.01498, algorithm 1,
+    option I).
 
-    Every update counts once, whatever its weight; of an even number, it is the mean of the middle two. Computed in fp64
-    and rounded to fp32 once, a stretch of values at a time.
+    Every update counts once, whatever its weight; of an even number, it is the mean of the middle
+    two. Computed in fp64 and rounded to fp32 once, a stretch of values at a time.
 
     Raises ValueError if there is no update.
     """
@@ -30,18 +34,21 @@ def coordinate_median(updates: Updates) -> NamedTensors:
 
 
 def without_outliers(updates: Updates, deviations: float) -> NamedTensors:
-    """The weighted mean of the updates that do not lie far from the others; those that do are rejected by name.
+    """The weighted mean of the updates that do not lie far from the others; those that do are
+    rejected by name.
 
-    The defence that FedPrompt (arXiv 2208.12268) names for future work is to reject outliers by mean and standard
-    deviation. Taken literally it rejects nobody: no one of n numbers is more than (n - 1) / sqrt(n) sample standard
-    deviations above their mean, 2.85 of ten. So the robust forms of both are used here: a distance is the Euclidean one
-    to the coordinate-wise median, and too far is more than median + `deviations` x 1.4826 x median absolute deviation
-    of all distances. At least half of the updates always stay, and with one or two updates all do.
+    The defence that FedPrompt (arXiv 2208.12268) names for future work is to reject outliers by
+    mean and standard deviation. Taken literally it rejects nobody: no one of n numbers is more than
+    (n - 1) / sqrt(n) sample standard deviations above their mean, 2.85 of ten. So the robust forms
+    of both are used here: a distance is the Euclidean one to the coordinate-wise median, and too
+    far is more than median + `deviations` x 1.4826 x median absolute deviation of all distances. At
+    least half of the updates always stay, and with one or two updates all do.
 
     Holds all updates of the round in memory, as `Updates.rows` does.
 
     Args:
-        deviations: how many standard deviations, estimated like that, an update may be further away than the middle.
+        deviations: how many standard deviations, estimated like that, an update may be further away
+            than the middle.
 
     Raises ValueError if there is no update, or if those that stay have no weight above zero.
     """

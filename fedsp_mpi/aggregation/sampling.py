@@ -16,9 +16,9 @@ def participants(
     """The ids of a round's clients, ascending, each at most once.
 
     Args:
-        rule: "uniform", each client is as likely as any other (McMahan et al., 2017, algorithm 1); "by_size", drawn one
-            after the other with a chance that is proportional to its shard; "round_robin", in an order that is drawn
-            once, `num` after `num`.
+        rule: "uniform", each client is as likely as any other (McMahan et al., 2017, algorithm 1);
+            "by_size", drawn one after the other with a chance that is proportional to its shard;
+            "round_robin", in an order that is drawn once, `num` after `num`.
         num: clients in a round; None takes all.
         sizes: examples of every client, by id.
         seed: of the run.

@@ -1,4 +1,6 @@
-"""How well a poisoned client's own work does what the attacker wants, before it is averaged with that of others."""
+"""How well a poisoned client's own work does what the attacker wants, before it is averaged with
+that of others.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +16,14 @@ METRICS = ("attack_success",)
 
 
 class Watched:
-    """Clients of any method, some of which are poisoned and tell how often the trigger works on what they tuned.
+    """Clients of any method, some of which are poisoned and tell how often the trigger works on
+    what they tuned.
 
     Args:
         client: does the work.
         who: the ids of the poisoned ones.
-        measure: the attack's success rate, a fraction, on what `client` has just tuned and still holds.
+        measure: the attack's success rate, a fraction, on what `client` has just tuned and still
+            holds.
     """
 
     def __init__(self, client: Client, who: Collection[int], measure: Callable[[], float]) -> None:
@@ -31,7 +35,10 @@ class Watched:
         return self._client.benches
 
     def local(self, client: int, round: int, down: NamedTensors) -> Update:
-        """One client's round, with the attack's success if it is a poisoned one. The same errors as without."""
+        """One client's round, with the attack's success if it is a poisoned one.
+
+        The same errors as without.
+        """
         update = self._client.local(client, round, down)
         if client not in self._who:
             return update

@@ -1,4 +1,6 @@
-"""What the clients of one process keep between rounds: their model's weights, if they train them, and optimizers."""
+"""What the clients of one process keep between rounds: their model's weights, if they train them,
+and optimizers.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ from fedsp_mpi.training.engine import TorchEngine
 
 
 class Client(Protocol):
-    """The clients of any method, as those see them that stand around their work: noise, an attack that is watched."""
+    """The clients of any method, as those see them that stand around their work: noise, an attack
+    that is watched.
+    """
 
     @property
     def benches(self) -> Any: ...
@@ -49,7 +53,8 @@ class Benches:
         handed_out: where every client begins.
         engines: makes the optimizers of a client that begins.
         trains: whether clients train the weights; otherwise all have those that were handed out.
-        keep: whether anything lives on from round to round; otherwise every round begins from the hand-out.
+        keep: whether anything lives on from round to round; otherwise every round begins from the
+            hand-out.
     """
 
     def __init__(
@@ -66,7 +71,10 @@ class Benches:
         self._is_fresh = False  # the model holds what was handed out
 
     def take(self, client: int) -> Bench:
-        """Have the client's weights in the model, and its optimizers at hand. It keeps nothing until `put`."""
+        """Have the client's weights in the model, and its optimizers at hand.
+
+        It keeps nothing until `put`.
+        """
         bench = self._there.pop(client, None) or Bench(self._handed_out, self._engines())
         if not self._is_fresh:
             auxiliary.load_weights(self._model, bench.weights)
@@ -77,7 +85,9 @@ class Benches:
         return bench
 
     def put(self, client: int, bench: Bench) -> None:
-        """Keep what the client's work made of its bench, off the device; the hand-out itself stays as it was."""
+        """Keep what the client's work made of its bench, off the device; the hand-out itself stays
+        as it was.
+        """
         if not self._keep:
             return
         for engine in bench.engines.values():

@@ -1,7 +1,9 @@
-"""FedBPT (Sun et al., 2023, arXiv 2310.01467): prompts that are searched for, by forward passes alone.
+"""FedBPT (Sun et al., 2023, arXiv 2310.01467): prompts that are searched for, by forward passes
+alone.
 
-A prompt is the first one + A z, with a random A that follows from the seed (models/subspace.py). Clients search for z
-by CMA-ES, and the server searches among what they found by a CMA-ES of its own. Up go z and a few numbers.
+A prompt is the first one + A z, with a random A that follows from the seed (models/subspace.py).
+Clients search for z by CMA-ES, and the server searches among what they found by a CMA-ES of its
+own. Up go z and a few numbers.
 """
 
 from __future__ import annotations
@@ -31,7 +33,8 @@ from fedsp_mpi.tensors import NamedTensors, State, Update
 from fedsp_mpi.training.cma_es import Evolution
 from fedsp_mpi.training.loop import NonFiniteError, Trace
 
-# fitness: what a client's mean is ranked by; step_size: the root of the sum of squares of its iterations' step sizes.
+# fitness: what a client's mean is ranked by; step_size: the root of the sum of squares of its
+# iterations' step sizes.
 METRICS = (
     "fitness",
     "step_size",
@@ -44,7 +47,8 @@ FINITE = ("fitness", "step_size")  # what the server merges by
 
 
 class Server:
-    """Owns the global model and the search. All that it knows is fp32, as it travels, so that both sides know the same.
+    """Owns the global model and the search. All that it knows is fp32, as it travels, so that both
+    sides know the same.
 
     Args:
         model: the frozen global model.
@@ -112,7 +116,9 @@ class Server:
         return NamedTensors.of(search.state())
 
     def _with_step_sizes(self, updates: Updates) -> tuple[np.ndarray, list[Mapping[str, float]]]:
-        """The rows and metrics of the updates whose step sizes are above 0; the others are rejected by name."""
+        """The rows and metrics of the updates whose step sizes are above 0; the others are rejected
+        by name.
+        """
         rows = updates.rows()
         ends = rows[:, self._settings.dimension :]
         smallest = np.minimum(
@@ -171,7 +177,8 @@ class Client:
         words: sorted ids of the tokens that are words, which perturbed copies are made of.
         settings: of the search.
         seed: of the run.
-        seconds: of one client's work in a round; when they are over, it ends after its iteration. None: no limit.
+        seconds: of one client's work in a round; when they are over, it ends after its iteration.
+        None: no limit.
         progress: hears of every iteration.
     """
 
@@ -193,7 +200,8 @@ class Client:
     def local(self, client: int, round: int, down: NamedTensors) -> Update:
         """One client's iterations, and the mean that comes of them; forward passes only.
 
-        Raises ClientError: NonFiniteError if an objective is not finite, OutOfMemoryError, ShardError.
+        Raises ClientError: NonFiniteError if an objective is not finite, OutOfMemoryError,
+        ShardError.
         """
         start, shard, settings = time.perf_counter(), self._shards[client], self._settings
         if isinstance(shard, ShardError):

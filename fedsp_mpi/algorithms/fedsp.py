@@ -1,4 +1,6 @@
-"""FedSP (Dong et al., 2023, arXiv 2311.06805): soft prompts as messengers between a large model and private text."""
+"""FedSP (Dong et al., 2023, arXiv 2311.06805): soft prompts as messengers between a large model and
+private text.
+"""
 
 from __future__ import annotations
 
@@ -38,21 +40,22 @@ class Shard:
 
 
 class Client:
-    """Any number of owners of text that share one process: each aligns its auxiliary model, then tunes the prompts.
+    """Any number of owners of text that share one process: each aligns its auxiliary model, then
+    tunes the prompts.
 
     Args:
         model: the auxiliary model, one for all.
         handed_out: the weights that the server handed out, where every client begins.
         prompt: the prompts while a client works on them, of the auxiliary model's depth.
-        shards: text by client id, or why it cannot be trained on.
-        alignment, tuning: the two stages of a round; without steps of `alignment` the model stays as handed out.
+        shards: text by client id, or why it cannot be trained on. alignment, tuning: the two stages
+            of a round; without steps of `alignment` the model stays as handed out.
         total_rounds: length of the schedules, in rounds.
         seed: of dropout.
-        keep: whether auxiliary weights, optimizers and schedules live on from round to round; otherwise every round
-            begins from the hand-out, with a schedule of its own.
+        keep: whether auxiliary weights, optimizers and schedules live on from round to round;
+            otherwise every round begins from the hand-out, with a schedule of its own.
         joint: both stages at once, in the steps of `tuning`, instead of one after the other.
-        seconds: of one client's work in a round; when they are over, a stage ends after its step, the first one after
-            its share of the steps. None: no limit.
+        seconds: of one client's work in a round; when they are over, a stage ends after its step,
+            the first one after its share of the steps. None: no limit.
         progress: hears of every step.
 
     Attributes:
@@ -83,9 +86,11 @@ class Client:
     def local(self, client: int, round: int, down: NamedTensors) -> Update:
         """One client's round, and the prompts that come of it.
 
-        What the client keeps is renewed only when all went well; after an error it begins anew from the hand-out.
+        What the client keeps is renewed only when all went well; after an error it begins anew from
+        the hand-out.
 
-        Raises ClientError: NonFiniteError if a loss or the tuned prompt is not finite, OutOfMemoryError, ShardError.
+        Raises ClientError: NonFiniteError if a loss or the tuned prompt is not finite,
+        OutOfMemoryError, ShardError.
         """
         start, shard = time.perf_counter(), self._shards[client]
         if isinstance(shard, ShardError):
@@ -120,7 +125,9 @@ class Client:
             rng.seed_torch(self._seed, "client", round, client)
 
     def _stages(self, bench: Bench, shard: Shard, round: int, start: float) -> tuple[Trace, Trace]:
-        """Align the auxiliary model with the prompts frozen, then tune the prompts with the auxiliary model frozen."""
+        """Align the auxiliary model with the prompts frozen, then tune the prompts with the
+        auxiliary model frozen.
+        """
         middle, end = self._limits(start)
         alignment, tuning = bench.engines["alignment"], bench.engines["tuning"]
         self._prompt.requires_grad_(False)

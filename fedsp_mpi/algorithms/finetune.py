@@ -1,6 +1,8 @@
-"""Fine-tuning by federated averaging (McMahan et al., 2017, algorithm 1): the messengers are the model's own weights.
+"""Fine-tuning by federated averaging (McMahan et al., 2017, algorithm 1): the messengers are the
+model's own weights.
 
-Nothing stays secret here: every client gets the global model. It is what prompts as messengers are compared with.
+Nothing stays secret here: every client gets the global model. It is what prompts as messengers are
+compared with.
 """
 
 from __future__ import annotations
@@ -104,8 +106,10 @@ class Client:
         shards: text by client id, or why it cannot be trained on.
         stage: a round's training.
         total_rounds: length of the schedule, in rounds.
-        keep: whether optimizers and schedules live on from round to round, at twice the model's size a client.
-        seconds: of one client's work in a round; when they are over, it ends after its step. None: no limit.
+        keep: whether optimizers and schedules live on from round to round, at twice the model's
+            size a client.
+        seconds: of one client's work in a round; when they are over, it ends after its step. None:
+            no limit.
         progress: hears of every step.
 
     Attributes:
@@ -130,7 +134,8 @@ class Client:
     def local(self, client: int, round: int, down: NamedTensors) -> Update:
         """One client's round, and the weights that come of it.
 
-        Raises ClientError: NonFiniteError if a loss or a weight is not finite, OutOfMemoryError, ShardError.
+        Raises ClientError: NonFiniteError if a loss or a weight is not finite, OutOfMemoryError,
+        ShardError.
         """
         start, shard = time.perf_counter(), self._shards[client]
         if isinstance(shard, ShardError):

@@ -1,4 +1,6 @@
-"""Forward passes for a search: on the model that a client holds, or on the server's, for clients that hold none."""
+"""Forward passes for a search: on the model that a client holds, or on the server's, for clients
+that hold none.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,8 @@ class Forward(Protocol):
     """Whose losses they are does not matter."""
 
     def losses(self, client: int, points: np.ndarray, groups: Sequence[Group]) -> list[np.ndarray]:
-        """For each group of texts the mean loss of each text's answer under each point, fp64 [points, texts].
+        """For each group of texts the mean loss of each text's answer under each point, fp64
+        [points, texts].
 
         Args:
             client: whose texts they are.
@@ -35,7 +38,8 @@ class Forward(Protocol):
 
 
 class Held:
-    """On a model in this process, with the prompts first + A z, those of several points in one pass.
+    """On a model in this process, with the prompts first + A z, those of several points in one
+    pass.
 
     Args:
         model: frozen.
@@ -95,7 +99,8 @@ class Held:
 
 
 class Asking:
-    """On the server's model: points and texts go there, and losses come back; what a client of a private model has.
+    """On the server's model: points and texts go there, and losses come back; what a client of a
+    private model has.
 
     Args:
         ask: what the server answers to a client's values.
@@ -110,7 +115,8 @@ class Asking:
         found = self._ask(client, packed(points, groups))
         if found.size != len(points) * sum(counts):
             raise ValueError(
-                f"found {found.size} losses from the server, expected {len(points)} x {sum(counts)} for client {client}"
+                f"found {found.size} losses from the server, expected {len(points)} x "
+                f"{sum(counts)} for client {client}"
             )
         columns = found.astype(np.float64).reshape(len(points), sum(counts))
         return np.split(columns, np.cumsum(counts)[:-1], axis=1)
@@ -131,7 +137,8 @@ class Limits(NamedTuple):
 
 
 def answered(forward: Forward, question: np.ndarray, limits: Limits) -> np.ndarray:
-    """The losses that a client asks for, fp32, one point after the other, each over all of its texts.
+    """The losses that a client asks for, fp32, one point after the other, each over all of its
+    texts.
 
     Raises ValueError if the values are no question: see `unpacked`.
     """
@@ -142,8 +149,8 @@ def answered(forward: Forward, question: np.ndarray, limits: Limits) -> np.ndarr
 def packed(points: np.ndarray, groups: Sequence[Group]) -> np.ndarray:
     """Points and texts as fp32 values, which hold every token id below 2^24 exactly.
 
-    Layout: number of points, dimension, number of groups, texts of each group; the points; of each text its length,
-    answer, and gap (-1: none), and its ids.
+    Layout: number of points, dimension, number of groups, texts of each group; the points; of each
+    text its length, answer, and gap (-1: none), and its ids.
     """
     head = [*points.shape, len(groups), *map(len, groups)]
     texts = [part for group in groups for text in group for part in (_about(text), text.ids)]
@@ -179,7 +186,8 @@ def _text(values: _Values, limits: Limits) -> Text:
     gap = values.take(1)[0]
     if not 0 < length <= limits.max_length or answer >= length:
         raise ValueError(
-            f"found a text of {length} tokens whose answer begins at {answer}, expected at most {limits.max_length} "
+            f"found a text of {length} tokens whose answer begins at {answer}, expected at "
+            f"most {limits.max_length} "
             "tokens, the answer among them"
         )
     ids = np.array(values.numbers(length), dtype=np.int32)
@@ -190,7 +198,9 @@ def _text(values: _Values, limits: Limits) -> Text:
 
 
 class _Values:
-    """Reads fp32 values from the front; ValueError where there are not as many, or where one is no count."""
+    """Reads fp32 values from the front; ValueError where there are not as many, or where one is no
+    count.
+    """
 
     def __init__(self, values: np.ndarray) -> None:
         self._values, self._place = values, 0
@@ -213,7 +223,8 @@ class _Values:
     def require_end(self) -> None:
         if self._place != self._values.size:
             raise ValueError(
-                f"found {self._values.size - self._place} values behind the last text, expected none"
+                f"found {self._values.size - self._place} values behind the last text, "
+                "expected none"
             )
 
 

@@ -1,17 +1,19 @@
 """Local differential privacy of what a client sends: its update is clipped, and gets Laplace noise.
 
-What it promises: whatever text a client has, an update clipped to an L1 norm of C differs by at most 2 C in that norm
-from what any other text would have made of it. So with Laplace noise of scale b on every value, the tensors that go
-up in a round are epsilon-differentially private with epsilon = 2 C / b, for the client's whole text (Dwork et al.,
-2006; Dwork and Roth, 2014, theorem 3.6), before the server or anybody else sees them. Over the rounds that a client
-takes part in, epsilons add up. Laplace noise is calibrated to the L1 norm; with a bound of the L2 norm, epsilon would
-grow with the root of the number of values, so that is not what is clipped here.
+What it promises: whatever text a client has, an update clipped to an L1 norm of C differs by at
+most 2 C in that norm from what any other text would have made of it. So with Laplace noise of scale
+b on every value, the tensors that go up in a round are epsilon-differentially private with epsilon
+= 2 C / b, for the client's whole text (Dwork et al., 2006; Dwork and Roth, 2014, theorem 3.6),
+before the server or anybody else sees them. Over the rounds that a client takes part in, epsilons
+add up. Laplace noise is calibrated to the L1 norm; with a bound of the L2 norm, epsilon would grow
+with the root of the number of values, so that is not what is clipped here.
 
-What it does not: how many samples a client used, how many seconds it took, and whether it failed go up as they are,
-and so does what poisoned clients tell about their attack, in the study of one; losses are left out. Noise is computed
-in fp64 and rounded with the sum to fp32, so the attack on the last bits of floating point (Mironov, 2012) is not
-excluded. Nothing is promised about what a client keeps between rounds, its optimizer's moments, which lie in the run's
-folder as they are (federation.client_state=restarted keeps nothing), and the server's own text, on which it tunes and
+What it does not: how many samples a client used, how many seconds it took, and whether it failed go
+up as they are, and so does what poisoned clients tell about their attack, in the study of one;
+losses are left out. Noise is computed in fp64 and rounded with the sum to fp32, so the attack on
+the last bits of floating point (Mironov, 2012) is not excluded. Nothing is promised about what a
+client keeps between rounds, its optimizer's moments, which lie in the run's folder as they are
+(federation.client_state=restarted keeps nothing), and the server's own text, on which it tunes and
 validates, has no noise. The scale that FedPrompt's table V was made with is not stated there.
 """
 
@@ -52,7 +54,10 @@ class Private:
         return self._client.benches
 
     def local(self, client: int, round: int, down: NamedTensors) -> Update:
-        """One client's round, its tensors clipped and noisy, and without its losses. The same errors as without."""
+        """One client's round, its tensors clipped and noisy, and without its losses.
+
+        The same errors as without.
+        """
         received = down.copy()
         update = self._client.local(client, round, down)
         tensors = privatised(received, update.tensors, self._clip, self._scale, self._source)
@@ -69,7 +74,8 @@ def privatised(
     scale: float,
     source: Source = os.urandom,
 ) -> NamedTensors:
-    """received + (tuned - received) min(1, clip / |tuned - received|_1) + noise, in fp64 and rounded to fp32.
+    """received + (tuned - received) min(1, clip / |tuned - received|_1) + noise, in fp64 and
+    rounded to fp32.
 
     Raises ValueError if names or shapes differ.
     """
@@ -85,7 +91,8 @@ def privatised(
 
 
 def laplace(num: int, scale: float, source: Source = os.urandom) -> np.ndarray:
-    """`num` draws of the Laplace distribution around 0, density exp(-|x| / scale) / (2 scale); fp64 [num].
+    """`num` draws of the Laplace distribution around 0, density exp(-|x| / scale) / (2 scale); fp64
+    [num].
 
     Of each value's 64 random bits, 53 make a number u of (0, 1], and one the sign of scale ln u.
     """

@@ -1,9 +1,11 @@
-"""The messengers' way into the global model: it learns to answer as the auxiliary model does under the merged prompts.
+"""The messengers' way into the global model: it learns to answer as the auxiliary model does under
+the merged prompts.
 
-A prompt steers the model that it was tuned on; in another one of other depth it steers less well. But the server holds
-both models, so it can ask the auxiliary one, under the merged prompts, about text of its own, and tune the global
-model's prompts towards those answers: distillation (Hinton et al., 2015) from a weak teacher into a strong student
-(Burns et al., 2023, arXiv 2312.09390), in which the strong one keeps what it knows better. Not in the FedSP paper.
+A prompt steers the model that it was tuned on; in another one of other depth it steers less well.
+But the server holds both models, so it can ask the auxiliary one, under the merged prompts, about
+text of its own, and tune the global model's prompts towards those answers: distillation (Hinton et
+al., 2015) from a weak teacher into a strong student (Burns et al., 2023, arXiv 2312.09390), in
+which the strong one keeps what it knows better. Not in the FedSP paper.
 """
 
 from __future__ import annotations
@@ -22,13 +24,16 @@ from fedsp_mpi.training.loop import Batches, Trace, num_answer_tokens, train
 
 
 class Translator:
-    """The auxiliary model at the server, under the merged prompts, as the teacher of the global model's prompts.
+    """The auxiliary model at the server, under the merged prompts, as the teacher of the global
+    model's prompts.
 
     Args:
         teacher: the auxiliary model as it was handed out, frozen.
         messengers: prompts of its depth; what is in them goes down to the clients.
-        batches: questions about the server's own text; their targets only say where an answer is due.
-        stage: steps of a round. Each round has a schedule of its own, because the last messengers are the best ones.
+        batches: questions about the server's own text; their targets only say where an answer is
+            due.
+        stage: steps of a round. Each round has a schedule of its own, because the last messengers
+            are the best ones.
     """
 
     def __init__(
@@ -39,7 +44,9 @@ class Translator:
         teacher.train_weights(False)
 
     def translate(self, model: LanguageModel, prompt: Prompt, round: int) -> Trace:
-        """Tune `prompt` on the global model towards the teacher's answers; the loss is their KL divergence."""
+        """Tune `prompt` on the global model towards the teacher's answers; the loss is their KL
+        divergence.
+        """
         engine = TorchEngine(prompt.parameters(), self._stage.optimizer, self._stage.steps)
 
         def loss(batch: Batch) -> Tensor:

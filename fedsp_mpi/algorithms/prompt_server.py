@@ -1,4 +1,6 @@
-"""Tuning a soft prompt against a model, and the server of every method whose messengers are prompts."""
+"""Tuning a soft prompt against a model, and the server of every method whose messengers are
+prompts.
+"""
 
 from __future__ import annotations
 
@@ -29,9 +31,11 @@ def tune(
     until: float | None = None,
     on_step: Callable[[Tensor], None] | None = None,
 ) -> Trace:
-    """Take a round's steps on the answers' cross entropy; what moves is what the engine owns and needs a gradient.
+    """Take a round's steps on the answers' cross entropy; what moves is what the engine owns and
+    needs a gradient.
 
-    A round's batches follow from its number, whoever took part in the rounds before. `until`, `on_step`: see `train`.
+    A round's batches follow from its number, whoever took part in the rounds before. `until`,
+    `on_step`: see `train`.
     """
 
     def loss(batch: Batch) -> Tensor:
@@ -44,9 +48,11 @@ def tune(
 
 
 class Server:
-    """Owns the global model and the prompts: merges what the clients learned, then tunes it on the global model.
+    """Owns the global model and the prompts: merges what the clients learned, then tunes it on the
+    global model.
 
-    Run without clients it is the server-only control: the same steps, on the same batches, from the same first prompts.
+    Run without clients it is the server-only control: the same steps, on the same batches, from the
+    same first prompts.
 
     Args:
         model: the frozen global model.
@@ -57,8 +63,9 @@ class Server:
         total_rounds: length of the schedule, in rounds.
         rule: makes one prompt of many updates.
         team: the ranks that tune together, each on its part of the batches.
-        translator: tells the global model what the merged prompts mean on the auxiliary one; None: they have to speak
-            for themselves. With it, what goes down again is what was merged, and the server's own tuning stays here.
+        translator: tells the global model what the merged prompts mean on the auxiliary one; None:
+            they have to speak for themselves. With it, what goes down again is what was merged, and
+            the server's own tuning stays here.
     """
 
     def __init__(
@@ -96,7 +103,8 @@ class Server:
             self._translator.hear(merged)
 
     def absorb(self, round: int) -> Trace:
-        """Tune the prompts on the frozen global model: towards the messengers' answers, then on the server's shard.
+        """Tune the prompts on the frozen global model: towards the messengers' answers, then on the
+        server's shard.
 
         The trace is that of the latter.
         """

@@ -1,6 +1,7 @@
 """Communication: the only room that knows MPI.
 
-Names are loaded when they are asked for, so that the guard can stand before numpy and MPI are imported.
+Names are loaded when they are asked for, so that the guard can stand before numpy and MPI are
+imported.
 """
 
 from __future__ import annotations
@@ -72,8 +73,9 @@ def connect(*, chunk_bytes: int | None = None, deadlines: Deadlines | None = Non
     Collective. Without a launcher MPI is not even imported.
 
     Args:
-        chunk_bytes: size of the pieces in which one vector travels, default 4 MiB. The server needs this much memory
-            per update while it merges. The server's choice counts from the hand-out on.
+        chunk_bytes: size of the pieces in which one vector travels, default 4 MiB. The server needs
+            this much memory per update while it merges. The server's choice counts from the
+            hand-out on.
         deadlines: how long waiting may take, per phase; default: for ever.
 
     Raises:

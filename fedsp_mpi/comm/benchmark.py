@@ -1,4 +1,6 @@
-"""What the wire costs: against the bare MPI calls, and for a server that computes while others wait."""
+"""What the wire costs: against the bare MPI calls, and for a server that computes while others
+wait.
+"""
 
 from __future__ import annotations
 
@@ -20,18 +22,20 @@ if TYPE_CHECKING:
 
 
 def measure(num_values: int = 6_144_000, repeats: int = 15) -> dict[str, float]:
-    """Time one round's broadcast and gather through the wire against blocking `Bcast` and `Gather` of bare buffers.
+    """Time one round's broadcast and gather through the wire against blocking `Bcast` and `Gather`
+    of bare buffers.
 
-    Collective: run by every rank of an MPI world of two or more, one client on each rank but the server. The two take
-    turns in one run, after one round that is not counted.
+    Collective: run by every rank of an MPI world of two or more, one client on each rank but the
+    server. The two take turns in one run, after one round that is not counted.
 
     Args:
-        num_values: fp32 values of one message; the default is a GPT2-XL prompt of 40 tokens (48 layers x 2 x 1600).
+        num_values: fp32 values of one message; the default is a GPT2-XL prompt of 40 tokens (48
+            layers x 2 x 1600).
         repeats: rounds that are counted.
 
     Returns:
-        On the server: "ranks", "num_values", "wire_seconds" and "bare_seconds" (medians of a round), "ratio" (of the
-        medians). Elsewhere an empty dict.
+        On the server: "ranks", "num_values", "wire_seconds" and "bare_seconds" (medians of a
+        round), "ratio" (of the medians). Elsewhere an empty dict.
     """
     from mpi4py import MPI
 
@@ -56,18 +60,21 @@ def measure(num_values: int = 6_144_000, repeats: int = 15) -> dict[str, float]:
 
 
 def measure_waiting(seconds: float = 1.0, repeats: int = 5) -> dict[str, float]:
-    """Time matrix products on the server while all other ranks wait for it, against the same while they are asleep.
+    """Time matrix products on the server while all other ranks wait for it, against the same while
+    they are asleep.
 
-    Collective. "Wait" is both kinds: for a broadcast that does not come, and in a gather that is not read.
+    Collective. "Wait" is both kinds: for a broadcast that does not come, and in a gather that is
+    not read.
 
     Args:
         seconds: about how long the work of one measurement takes.
         repeats: measurements of each kind.
 
     Returns:
-        On the server: "ranks", "broadcast_slowdown", "gather_slowdown" (ratios of medians, 1 = waiting is free), and
-        "waiting_cores", the part of a core that one rank uses while it waits for a broadcast (the highest median),
-        which unlike the slow-downs does not depend on what else the machine does. Elsewhere an empty dict.
+        On the server: "ranks", "broadcast_slowdown", "gather_slowdown" (ratios of medians, 1 =
+        waiting is free), and "waiting_cores", the part of a core that one rank uses while it waits
+        for a broadcast (the highest median), which unlike the slow-downs does not depend on what
+        else the machine does. Elsewhere an empty dict.
     """
     from mpi4py import MPI
 

@@ -1,4 +1,6 @@
-"""What ranks find out before a run: their memory, the MPI library, the speed of the wire between them, their clocks."""
+"""What ranks find out before a run: their memory, the MPI library, the speed of the wire between
+them, their clocks.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ def contract(num_values: int) -> Contract:
 
 
 def library(wire: Wire | Solo) -> dict[str, str]:
-    """The MPI library's name and version, and the thread level that it gives: {"library": ..., "level": ...}."""
+    """The MPI library's name and version, and the thread level that it gives: {"library": ...,
+    "level": ...}.
+    """
     if isinstance(wire, Solo):
         return {"library": "none, one process", "level": "none"}
     from mpi4py import MPI
@@ -39,11 +43,12 @@ def library(wire: Wire | Solo) -> dict[str, str]:
 def speed(wire: Wire | Solo, repeats: int = 5) -> dict[str, float]:
     """Time broadcasts of the contract's tensor to all client ranks, and gathers of one from each.
 
-    Collective, after a hand-out with `contract`. A broadcast counts until the server has heard from everybody.
+    Collective, after a hand-out with `contract`. A broadcast counts until the server has heard from
+    everybody.
 
     Returns:
-        On the server the medians "broadcast_seconds" and "gather_seconds"; the first round is not counted. Elsewhere,
-        and where nothing travels, an empty dict.
+        On the server the medians "broadcast_seconds" and "gather_seconds"; the first round is not
+        counted. Elsewhere, and where nothing travels, an empty dict.
     """
     if isinstance(wire, Solo):
         return {}
@@ -66,9 +71,11 @@ def speed(wire: Wire | Solo, repeats: int = 5) -> dict[str, float]:
 
 
 def clocks(wire: Wire | Solo, repeats: int = 5) -> list[tuple[float, float]]:
-    """How far every rank's clock is ahead of the server's, from the quickest of some questions to all of them.
+    """How far every rank's clock is ahead of the server's, from the quickest of some questions to
+    all of them.
 
-    Collective. Returns, on the server, (seconds ahead, largest error of that number) by rank; elsewhere nothing.
+    Collective. Returns, on the server, (seconds ahead, largest error of that number) by rank;
+    elsewhere nothing.
     """
     best: list[tuple[float, float]] = []
     for _ in range(repeats):
@@ -85,7 +92,9 @@ def clocks(wire: Wire | Solo, repeats: int = 5) -> list[tuple[float, float]]:
 def free_memory(
     groups: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")
 ) -> int:
-    """Bytes that this process can still get: of the host, or of a control group (a Slurm job's) that has less."""
+    """Bytes that this process can still get: of the host, or of a control group (a Slurm job's)
+    that has less.
+    """
     lines = Path("/proc/meminfo").read_text().splitlines()
     available = next(
         int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")

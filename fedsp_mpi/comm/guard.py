@@ -1,8 +1,9 @@
 """One failure, one report, and the whole job ends within seconds.
 
-MPI does not end a job because one of its processes raised: the others wait for it for ever. The guard stands around
-everything the main thread does, from before the imports that can fail. This module therefore needs only the standard
-library (ownership.py too), and takes MPI from those who imported it before.
+MPI does not end a job because one of its processes raised: the others wait for it for ever. The
+guard stands around everything the main thread does, from before the imports that can fail. This
+module therefore needs only the standard library (ownership.py too), and takes MPI from those who
+imported it before.
 """
 
 from __future__ import annotations
@@ -35,11 +36,12 @@ _STOP, _SHOW = signal.SIGUSR1, signal.SIGUSR2
 
 
 class Refused(Exception):
-    """The run does not begin, or does not go on, and nothing is broken. Every rank raises it: one line, no crash.
+    """The run does not begin, or does not go on, and nothing is broken. Every rank raises it: one
+    line, no crash.
 
     Attributes:
-        exit_status: 2, if the user asked for something that cannot be run; 75 (try again), if the run was told to stop;
-            0, if there is nothing to do.
+        exit_status: 2, if the user asked for something that cannot be run; 75 (try again), if the
+            run was told to stop; 0, if there is nothing to do.
     """
 
     def __init__(self, text: str, exit_status: int = 2) -> None:
@@ -49,7 +51,9 @@ class Refused(Exception):
 
 @dataclass(frozen=True)
 class Scene:
-    """What was going on: the innermost phase, with the round and the client of the nearest phase that knows them."""
+    """What was going on: the innermost phase, with the round and the client of the nearest phase
+    that knows them.
+    """
 
     phase: str = "start-up"
     round: int | None = None
@@ -67,22 +71,24 @@ class Guard:
     There is one in a process, `guard`, because a process has one main thread and one job to end:
 
         with guard("run"):                          # before any import that can fail
-            guard.report_into(folder)               # as soon as there is a run folder; on rank 0 first
-            with guard.phase("merge", round=3):     # phases nest
+            guard.report_into(folder)               # as soon as there is a run folder; on rank 0
+            first with guard.phase("merge", round=3):     # phases nest
                 ...
 
     What happens to an exception that leaves the `with`, on the main thread or on another one:
-        Exception: report on stderr (and in `failure.txt`), MPI abort with status 1. No other rank needs to do anything.
+        Exception: report on stderr (and in `failure.txt`), MPI abort with status 1. No other rank
+        needs to do anything.
         Refused: passes through; every rank has it and the caller prints one line.
-        SystemExit: passes through where it harms nobody: one process, status 0 between phases, or after a Refused.
-            Elsewhere the other ranks would wait for this one, so it is reported like any other error.
+        SystemExit: passes through where it harms nobody: one process, status 0 between phases, or
+            after a Refused. Elsewhere the other ranks would wait for this one, so it is reported
+            like any other error.
         KeyboardInterrupt: the job ends without a report.
-    A DeadlineError ends the job with its own status, after the ranks of this host that did not report have been asked
-    for their stacks (SIGUSR2), which they write to stderr even from inside a blocking call.
-    SIGUSR1 sets `told_to_stop`; what becomes of that is the main thread's business. After the `with` it is ignored: a
-    process that is about to end must not be killed by a request to stop.
-    SIGTERM keeps its default action, which ends a process at once even in the middle of a long computation; the
-    launcher ends the others.
+    A DeadlineError ends the job with its own status, after the ranks of this host that did not
+    report have been asked for their stacks (SIGUSR2), which they write to stderr even from inside a
+    blocking call. SIGUSR1 sets `told_to_stop`; what becomes of that is the main thread's business.
+    After the `with` it is ignored: a process that is about to end must not be killed by a request
+    to stop. SIGTERM keeps its default action, which ends a process at once even in the middle of a
+    long computation; the launcher ends the others.
     """
 
     def __init__(self) -> None:
@@ -133,7 +139,10 @@ class Guard:
     def phase(
         self, name: str, *, round: int | None = None, client: int | None = None
     ) -> Iterator[None]:
-        """Say what happens inside the `with`. Round and client are inherited from the phase around it."""
+        """Say what happens inside the `with`.
+
+        Round and client are inherited from the phase around it.
+        """
         depth, outer = len(self._scenes), self._scenes[-1]
         scene = Scene(
             name,
@@ -155,7 +164,8 @@ class Guard:
         return getattr(error, _SCENE, self._scenes[-1])
 
     def report_into(self, folder: str | os.PathLike[str]) -> None:
-        """From now on a report also goes to `failure.txt` in `folder`, and of several failing ranks one reports.
+        """From now on a report also goes to `failure.txt` in `folder`, and of several failing ranks
+        one reports.
 
         Rank 0 moves the report of an earlier run out of the way; the others call this after it did.
         """
@@ -191,7 +201,8 @@ class Guard:
             sys.stderr.write(text)
             sys.stderr.flush()
             self._ask_for_stacks(getattr(error, "missing", ()))
-            # The text goes through the launcher, which throws away what it has not read when it hears of the abort.
+            # The text goes through the launcher, which throws away what it has not read when it
+            # hears of the abort.
             time.sleep(_CARRY if _size() > 1 else 0)
         self._end(status, hard)
 
@@ -209,7 +220,9 @@ class Guard:
         time.sleep(_STACKS if asked else 0)
 
     def _may_speak(self, text: str) -> bool:
-        """Whether this rank's report is the one; if not, the rank that has it is ending the job meanwhile."""
+        """Whether this rank's report is the one; if not, the rank that has it is ending the job
+        meanwhile.
+        """
         if self._folder is not None:
             try:
                 ownership.write_new(self._folder / REPORT, text)
@@ -219,19 +232,23 @@ class Guard:
                 return False
             except OSError:
                 pass  # a full or lost disk must not hide the error: go on as without a folder
-        # The lowest failing rank speaks, and ends the others before their turn: launchers need up to 0.3 s for that.
+        # The lowest failing rank speaks, and ends the others before their turn: launchers need up
+        # to 0.3 s for that.
         time.sleep(min(0.5 * _rank(), 2.0))
         return True
 
     def _end(self, status: int, hard: bool = False) -> None:
-        """End the job with `status`; a process that is alone leaves by SystemExit, or hard from another thread."""
+        """End the job with `status`; a process that is alone leaves by SystemExit, or hard from
+        another thread.
+        """
         sys.stdout.flush()
         mpi = _running_mpi()
         if mpi is not None and mpi.COMM_WORLD.size > 1:
             mpi.COMM_WORLD.Abort(status)
             os._exit(status)
         if _size() > 1 and not _mpi_is_over():
-            # The others wait for us in MPI's start. Launchers end a job for a signal, not all of them for a status.
+            # The others wait for us in MPI's start. Launchers end a job for a signal, not all of
+            # them for a status.
             os.kill(os.getpid(), signal.SIGKILL)
         if hard:
             os._exit(status)

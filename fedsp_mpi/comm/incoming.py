@@ -17,8 +17,8 @@ class Incoming:
     """The updates of a round on their way: a piece of each at a time, in memory that is reused.
 
     Args:
-        receive: fills each rank's memory with its next piece, and returns the number of bytes that a rank sent where
-            that is another one.
+        receive: fills each rank's memory with its next piece, and returns the number of bytes that
+            a rank sent where that is another one.
         senders: the clients whose updates a rank sends, in the order of sending, by rank.
         num_values: of an update.
         chunk: values in a piece.
@@ -56,7 +56,8 @@ class Incoming:
     def columns(self, accepted: set[int]) -> Iterator[Columns]:
         """Yield the pieces of the accepted updates, and let the others arrive.
 
-        Raises ProtocolError if a later piece of an accepted update cannot be averaged: those before it already are.
+        Raises ProtocolError if a later piece of an accepted update cannot be averaged: those before
+        it already are.
         """
         rows = [row for row, client in enumerate(self._clients) if client in accepted]
         for part in self._parts:
@@ -66,13 +67,17 @@ class Incoming:
                 matrix, reasons = self._receive(part)
                 for client in sorted(accepted & reasons.keys()):
                     raise ProtocolError(
-                        f"update of client {client} from rank {self._rank_of(client)} in round {self._round}: values "
-                        f"{part.start} to {part.stop}: {reasons[client]}; those before them were averaged already"
+                        f"update of client {client} from rank {self._rank_of(client)} in round "
+                        f"{self._round}: values "
+                        f"{part.start} to {part.stop}: {reasons[client]}; those before them were "
+                        "averaged already"
                     )
             yield part, matrix if len(rows) == len(matrix) else matrix[rows]
 
     def _receive(self, part: slice) -> tuple[np.ndarray, dict[int, str]]:
-        """The matrix [updates, values of the piece], in the order of client ids, and why rows cannot be averaged."""
+        """The matrix [updates, values of the piece], in the order of client ids, and why rows
+        cannot be averaged.
+        """
         width = part.stop - part.start
         matrix = self._room[: len(self._landed) * width].reshape(len(self._landed), width)
         targets: dict[int, np.ndarray] = {}
@@ -84,7 +89,10 @@ class Incoming:
         reasons: dict[int, str] = {}
         for rank, size in self._receive_pieces(targets).items():
             clients = self._senders[rank]
-            why = f"rank {rank} sent {size} bytes for {describe(clients)}, expected {targets[rank].nbytes}"
+            why = (
+                f"rank {rank} sent {size} bytes for {describe(clients)}, expected "
+                f"{targets[rank].nbytes}"
+            )
             targets[rank][...] = 0  # what was there before is nobody's
             reasons |= dict.fromkeys(clients, why)
         reorder(matrix, self._order)

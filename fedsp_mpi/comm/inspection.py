@@ -1,8 +1,10 @@
-"""What the server accepts of a client rank: nothing is averaged, allocated or recorded because a rank says so.
+"""What the server accepts of a client rank: nothing is averaged, allocated or recorded because a
+rank says so.
 
-What can be tied to one client becomes its Failure, which counts for the quorum like any other: a value, weight or
-metric that cannot be, or no answer at all. What breaks the protocol itself ends the job, with a ProtocolError that
-names the rank: the server could not tell what that rank would send next.
+What can be tied to one client becomes its Failure, which counts for the quorum like any other: a
+value, weight or metric that cannot be, or no answer at all. What breaks the protocol itself ends
+the job, with a ProtocolError that names the rank: the server could not tell what that rank would
+send next.
 """
 
 from __future__ import annotations
@@ -66,7 +68,9 @@ class Expected:
 
 @contextmanager
 def reading(rank: int, what: str) -> Iterator[None]:
-    """Turn whatever goes wrong while a rank's message is read into a ProtocolError that names the rank."""
+    """Turn whatever goes wrong while a rank's message is read into a ProtocolError that names the
+    rank.
+    """
     try:
         yield
     except ProtocolError:
@@ -81,7 +85,9 @@ def reading(rank: int, what: str) -> Iterator[None]:
 def require_fields(
     content: Mapping[str, Any], rank: int, fields: Mapping[str, type | tuple[type, ...]]
 ) -> None:
-    """Raise ProtocolError, naming the rank, unless its mapping has all of some fields, each of a type."""
+    """Raise ProtocolError, naming the rank, unless its mapping has all of some fields, each of a
+    type.
+    """
     for name, kind in fields.items():
         if name not in content or not isinstance(content[name], kind):
             found = type(content[name]).__name__ if name in content else "nothing"
@@ -93,7 +99,8 @@ def require_fields(
 def read_headers(
     letter: bytes, rank: int, contract: Contract, round: int, expected: Expected | None
 ) -> list[Header]:
-    """The headers in a rank's letter: of the contract, of this round, of clients of that rank, each at most once.
+    """The headers in a rank's letter: of the contract, of this round, of clients of that rank, each
+    at most once.
 
     Raises ProtocolError, naming the rank and the client, if one of them is anything else.
     """
@@ -104,7 +111,8 @@ def read_headers(
         _require_agreed(header, contract, round, rank)
         if mine is not None and header.client not in mine:
             raise ProtocolError(
-                f"update of client {header.client} from rank {rank}: found a client that this rank does not play in "
+                f"update of client {header.client} from rank {rank}: found a client that this "
+                "rank does not play in "
                 f"round {round}, expected one of {sorted(mine)[:8]}"
             )
     counts = Counter(header.client for header in headers)
@@ -127,7 +135,8 @@ def require_one_rank_each(senders: Sequence[Sequence[int]]) -> None:
             other = rank_of.setdefault(client, rank)
             if other != rank:
                 raise ProtocolError(
-                    f"ranks {other} and {rank}: found two answers of client {client} in one round, expected one"
+                    f"ranks {other} and {rank}: found two answers of client {client} in one round, "
+                    "expected one"
                 )
 
 
@@ -160,7 +169,9 @@ def _require_agreed(header: Header, contract: Contract, round: int, rank: int) -
 def failures_of(
     headers: Iterable[Header], contract: Contract, round: int, expected: Expected | None
 ) -> list[Failure]:
-    """The failures of a round that headers tell: those that clients report, impossible numbers, and silent clients."""
+    """The failures of a round that headers tell: those that clients report, impossible numbers, and
+    silent clients.
+    """
     headers = list(headers)
     reported = [header.failure() for header in headers if header.kind is Kind.FAILURE]
     updates = [header for header in headers if header.kind is Kind.UPDATE]
@@ -195,7 +206,9 @@ def _impossible(header: Header, contract: Contract, expected: Expected | None) -
 
 
 def impossible_rows(matrix: np.ndarray) -> dict[int, str]:
-    """What cannot be averaged, by row of an fp32 matrix [updates, values]; one pass over it where all is well."""
+    """What cannot be averaged, by row of an fp32 matrix [updates, values]; one pass over it where
+    all is well.
+    """
     flat = matrix.reshape(-1)
     with np.errstate(over="ignore", invalid="ignore"):
         if float(np.dot(flat, flat)) <= MAX_ABS**2:  # no value is larger than the norm of all

@@ -18,11 +18,12 @@ class Entry:
     """One name in one phase, summed over the run.
 
     Attributes:
-        direction, phase, name: what it is; names in parentheses are not tensors.
-        shape, dtype: of one tensor; bytes without a shape are `uint8` of varying length.
-        messages, bytes: logical: one message per client a round, however the clients are placed; at start-up and at
+        direction, phase, name: what it is; names in parentheses are not tensors. shape, dtype: of
+            one tensor; bytes without a shape are `uint8` of varying length. messages, bytes: logical:
+            one message per client a round, however the clients are placed; at start-up and at
             the hand-out one per client rank (one in all where there is a single process).
-        crossed, bytes_crossed: what really went from one process to another, pieces of a message not counted apart.
+        crossed, bytes_crossed: what really went from one process to another, pieces of a message
+            not counted apart.
     """
 
     direction: Direction
@@ -37,7 +38,9 @@ class Entry:
 
 
 class Ledger:
-    """Adds up messages by (direction, phase, name), and remembers the last round's bytes per client."""
+    """Adds up messages by (direction, phase, name), and remembers the last round's bytes per
+    client.
+    """
 
     def __init__(self) -> None:
         self._entries: dict[tuple[str, str, str], Entry] = {}
@@ -67,7 +70,9 @@ class Ledger:
             self._add(entry, 4 * spec.num_values, messages, crossed)
 
     def broadcast(self, schema: Schema, messages: int, crossed: int) -> None:
-        """Count broadcasts: logical ones when it is known which clients answer, real ones when they leave."""
+        """Count broadcasts: logical ones when it is known which clients answer, real ones when they
+        leave.
+        """
         self.header("down", "broadcast", messages, crossed)
         self.tensors("down", "broadcast", schema, messages, crossed)
 
@@ -79,10 +84,11 @@ class Ledger:
         crossed: bool,
         asked: Mapping[int, Asked],
     ) -> None:
-        """Count one round: the clients that were handed the broadcast and answered with an update, or a failure.
+        """Count one round: the clients that were handed the broadcast and answered with an update,
+        or a failure.
 
-        `failures` gives of each client how many bytes of its reason came behind the header; `asked`: what they asked
-        the server meanwhile, by client.
+        `failures` gives of each client how many bytes of its reason came behind the header;
+        `asked`: what they asked the server meanwhile, by client.
         """
         everyone = sorted([*updates, *failures])
         for what in asked.values():

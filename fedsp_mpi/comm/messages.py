@@ -1,4 +1,6 @@
-"""What the loop hands to the wire and gets from it, and the 256-byte header that goes in front of every message."""
+"""What the loop hands to the wire and gets from it, and the 256-byte header that goes in front of
+every message.
+"""
 
 from __future__ import annotations
 
@@ -21,12 +23,14 @@ JsonPhase = Literal["start-up", "checkpoint", "end"]
 LIMIT: dict[JsonPhase, str] = {"start-up": "start_up", "checkpoint": "gather", "end": "gather"}
 MAGIC, LAYOUT_VERSION = b"FSPW", 3
 HEADER_BYTES, MAX_METRICS, TEXT_BYTES = 256, 12, 90
-MAX_ABS = 1e6  # of a value in an update: models do not survive larger ones, and fp32 sums of them lose all others
+# of a value in an update: models do not survive larger ones, and fp32 sums of them lose all others
+MAX_ABS = 1e6
 REASON_BYTES = 4096  # most of a failure's text that is behind its header
 MAX_ANSWER_BYTES = HEADER_BYTES + REASON_BYTES  # of one client in a letter
-# magic, layout version, kind, round, client, number of values (of bytes for JSON), schema digest, weight,
-# which metrics are there (bit mask), metrics, questions and bytes of them and of their answers, text. Little-endian
-# without padding. A failure's number of values is that of the bytes behind its header, which go on with its text.
+# magic, layout version, kind, round, client, number of values (of bytes for JSON), schema digest,
+# weight, which metrics are there (bit mask), metrics, questions and bytes of them and of their
+# answers, text. Little-endian without padding. A failure's number of values is that of the bytes
+# behind its header, which go on with its text.
 _LAYOUT = struct.Struct(f"<4sHHiiQ16sdH{MAX_METRICS}dIQQ{TEXT_BYTES}s")
 assert _LAYOUT.size == HEADER_BYTES
 
@@ -48,7 +52,9 @@ class Handout:
 
 @dataclass(frozen=True)
 class Down:
-    """The broadcast of one round: the prompts that clients start from, or the word to stop (without tensors)."""
+    """The broadcast of one round: the prompts that clients start from, or the word to stop (without
+    tensors).
+    """
 
     round: int
     stop: bool = False
@@ -56,7 +62,9 @@ class Down:
 
 
 class Asked(NamedTuple):
-    """What a client asked the server in a round: how often, and bytes up and down, headers among them."""
+    """What a client asked the server in a round: how often, and bytes up and down, headers among
+    them.
+    """
 
     questions: int = 0
     up: int = 0
@@ -83,7 +91,9 @@ class Report(NamedTuple):
 
 
 class Kind(IntEnum):
-    """What follows a header: fp32 values (BROADCAST, UPDATE, QUESTION, ANSWER), JSON bytes (JSON), or nothing."""
+    """What follows a header: fp32 values (BROADCAST, UPDATE, QUESTION, ANSWER), JSON bytes (JSON),
+    or nothing.
+    """
 
     BROADCAST = 1
     STOP = 2
@@ -129,13 +139,17 @@ class Header:
 
     @classmethod
     def unpack(cls, raw: bytes, whose: str, names: Sequence[str] = ()) -> Header:
-        """Read 256 bytes. Raises ValueError, naming `whose`, if they are not a header of this layout."""
+        """Read 256 bytes.
+
+        Raises ValueError, naming `whose`, if they are not a header of this layout.
+        """
         magic, version, kind, round, client, num_values, digest, weight, mask, *rest = (
             _LAYOUT.unpack(raw)
         )
         if (magic, version) != (MAGIC, LAYOUT_VERSION) or kind not in list(Kind):
             raise ValueError(
-                f"{whose}: found a message of {magic!r}, layout {version}, kind {kind}; expected {MAGIC!r}, layout "
+                f"{whose}: found a message of {magic!r}, layout {version}, kind {kind}; "
+                f"expected {MAGIC!r}, layout "
                 f"{LAYOUT_VERSION}; start all ranks with one version of fedsp_mpi"
             )
         metrics = {name: rest[i] for i, name in enumerate(names) if mask >> i & 1}
@@ -156,7 +170,9 @@ class Header:
         )
 
     def require(self, kind: Kind, whose: str) -> Header:
-        """Itself; ValueError if it is of another kind, that is, two ranks are at different places of the protocol."""
+        """Itself; ValueError if it is of another kind, that is, two ranks are at different places
+        of the protocol.
+        """
         if self.kind is not kind:
             raise ValueError(
                 f"{whose}: found a message of kind {self.kind.name}, expected {kind.name}"
@@ -170,7 +186,9 @@ class Header:
 
 
 def pack_answers(headers: Iterable[Header], names: Sequence[str]) -> bytes:
-    """Return the letter of one rank's clients: their headers, and behind that of a failure the rest of its text."""
+    """Return the letter of one rank's clients: their headers, and behind that of a failure the rest
+    of its text.
+    """
     parts = []
     for header in headers:
         parts += [
@@ -181,20 +199,25 @@ def pack_answers(headers: Iterable[Header], names: Sequence[str]) -> bytes:
 
 
 def unpack_answers(letter: bytes, whose: str, names: Sequence[str]) -> list[Header]:
-    """Read what `pack_answers` made. Raises ValueError, naming `whose`, if headers or texts are not whole."""
+    """Read what `pack_answers` made.
+
+    Raises ValueError, naming `whose`, if headers or texts are not whole.
+    """
     headers, at = [], 0
     while at < len(letter):
         raw = letter[at : at + HEADER_BYTES]
         if len(raw) < HEADER_BYTES:
             raise ValueError(
-                f"{whose}: found {len(raw)} bytes at a letter's end, expected headers of {HEADER_BYTES}"
+                f"{whose}: found {len(raw)} bytes at a letter's end, expected headers of "
+                f"{HEADER_BYTES}"
             )
         header, at = Header.unpack(raw, whose, names), at + HEADER_BYTES
         if header.kind is Kind.FAILURE and header.num_values:
             rest = letter[at : at + header.num_values]
             if len(rest) < header.num_values or len(rest) > REASON_BYTES:
                 raise ValueError(
-                    f"{whose}: found a failure with {header.num_values} bytes of text behind its header, expected at "
+                    f"{whose}: found a failure with {header.num_values} bytes of text behind its "
+                    "header, expected at "
                     f"most {REASON_BYTES}, all in the letter"
                 )
             header, at = (
@@ -217,10 +240,12 @@ def _cut(text: bytes, most: int) -> bytes:
 
 
 def checked(item: Update | Failure, contract: Contract, round: int) -> Update | Failure:
-    """What a client may send: `item`, or a Failure in its place if its weight or a value cannot be averaged.
+    """What a client may send: `item`, or a Failure in its place if its weight or a value cannot be
+    averaged.
 
     Raises:
-        ValueError: tensors, metrics or weight are not what the contract says; names the first tensor that differs.
+        ValueError: tensors, metrics or weight are not what the contract says; names the first
+        tensor that differs.
         SealedTensorError: the tensors are memory of the global model.
     """
     whose = f"update of client {item.client}"
@@ -278,7 +303,9 @@ def down_header(down: Down, contract: Contract) -> Header:
 
 
 def require_handout(handout: Handout) -> None:
-    """Raise ValueError if a header has no room for the contract's metrics, SealedTensorError for the global model."""
+    """Raise ValueError if a header has no room for the contract's metrics, SealedTensorError for
+    the global model.
+    """
     if len(handout.contract.metrics) > MAX_METRICS:
         raise ValueError(
             f"found {len(handout.contract.metrics)} metrics, expected at most {MAX_METRICS}"
@@ -302,13 +329,17 @@ def slices(num_values: int, chunk: int) -> Iterator[slice]:
 
 
 def to_json(content: Any) -> bytes:
-    """UTF-8 bytes of anything that JSON can say; `json.loads` gives back paths that are not UTF-8 too."""
+    """UTF-8 bytes of anything that JSON can say; `json.loads` gives back paths that are not UTF-8
+    too.
+    """
     text = json.dumps(content, ensure_ascii=False, separators=(",", ":"))
     return text.encode("utf-8", "surrogatepass")
 
 
 def handout_content(handout: Handout, chunk: int) -> dict[str, Any]:
-    """What clients must know before the tensors of the hand-out can flow; `chunk`: values in a piece."""
+    """What clients must know before the tensors of the hand-out can flow; `chunk`: values in a
+    piece.
+    """
     contract = handout.contract
     schemas = {"tensors": handout.tensors.schema, "down": contract.down, "up": contract.up}
     content = {
@@ -319,7 +350,9 @@ def handout_content(handout: Handout, chunk: int) -> dict[str, Any]:
 
 
 def handout_from(content: dict[str, Any]) -> tuple[Handout, int]:
-    """The receiving side of `handout_content`: room for the tensors, which are still to come, and the `chunk`."""
+    """The receiving side of `handout_content`: room for the tensors, which are still to come, and
+    the `chunk`.
+    """
     tensors, down, up = (Schema.of(content[name]) for name in ("tensors", "down", "up"))
     room = NamedTensors(tensors, np.empty(tensors.num_values, dtype=np.float32))
     contract = Contract(

@@ -1,7 +1,8 @@
 """Questions during a round: clients that hold no model ask, and the server's ranks answer.
 
-Each client rank asks one rank of the server, always the same, and says when it has no more questions in this round. A
-question and its answer are a header and fp32 values; both sides of it stand next to each other here.
+Each client rank asks one rank of the server, always the same, and says when it has no more
+questions in this round. A question and its answer are a header and fp32 values; both sides of it
+stand next to each other here.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ class Desk:
     def ask(self, client: int, values: np.ndarray) -> np.ndarray:
         """What the server answers to a client's fp32 values [any number]; fp32 [any number].
 
-        Raises DeadlineError if that takes longer than the deadline of the broadcast, ValueError if it is no answer.
+        Raises DeadlineError if that takes longer than the deadline of the broadcast, ValueError if
+        it is no answer.
         """
         assert not self._is_server, "the server answers"
         self._send(
@@ -71,15 +73,18 @@ class Desk:
     def serve(self, answer: Answer) -> None:
         """Answer one question after the other, until all ranks that ask here have no more.
 
-        Raises DeadlineError if none of them is heard of within the deadline of the gather, ProtocolError, naming the
-        rank, for what is no question, SealedTensorError for an answer in the memory of the global model.
+        Raises DeadlineError if none of them is heard of within the deadline of the gather,
+        ProtocolError, naming the rank, for what is no question, SealedTensorError for an answer in
+        the memory of the global model.
         """
         left = set(self._askers)
         while left:
             header, rank = self._header(self._mpi.ANY_SOURCE, "gather", lambda: left)
             if rank not in left or header.kind is not Kind.QUESTION:
                 raise ProtocolError(
-                    f"rank {rank}: found a message of kind {header.kind.name}, expected a QUESTION, from one of the "
+                    f"rank {rank}: found a message of kind {header.kind.name}, expected "
+                    "a QUESTION, "
+                    "from one of the "
                     f"ranks {sorted(left)}"
                 )
             if not header.num_values:
@@ -115,7 +120,10 @@ class Desk:
             return Header.unpack(bytes(raw), f"rank {status.source}"), status.source
 
     def _receive(self, header: Header, rank: int, limit: str) -> np.ndarray:
-        """The values that a header announces. Raises ProtocolError if another number of them comes."""
+        """The values that a header announces.
+
+        Raises ProtocolError if another number of them comes.
+        """
         status, messages = self._mpi.Status(), []
 
         def look() -> bool:
@@ -129,7 +137,8 @@ class Desk:
         )  # memory is taken for what is there, not for what a header says
         if size != 4 * header.num_values:
             raise ProtocolError(
-                f"rank {rank}: found {size} bytes behind a header that announces {header.num_values} values"
+                f"rank {rank}: found {size} bytes behind a header that announces "
+                f"{header.num_values} values"
             )
         values = np.empty(header.num_values, dtype=np.float32)
         request = messages[0].Irecv([values, self._mpi.FLOAT])

@@ -1,4 +1,6 @@
-"""The wire's interface in one process, which is the server and every client in turn: notebooks, tests, one machine."""
+"""The wire's interface in one process, which is the server and every client in turn: notebooks,
+tests, one machine.
+"""
 
 from __future__ import annotations
 
@@ -39,10 +41,11 @@ from .waiting import Deadlines
 
 
 class Solo:
-    """Same operations as `Wire`, same checks, same pieces, same logical bytes in the books; nothing crosses.
+    """Same operations as `Wire`, same checks, same pieces, same logical bytes in the books; nothing
+    crosses.
 
-    What is handed out or broadcast is a copy, so that clients cannot write into the server's memory. `deadlines` are
-    kept for the sake of the same interface: there is nobody to wait for.
+    What is handed out or broadcast is a copy, so that clients cannot write into the server's
+    memory. `deadlines` are kept for the sake of the same interface: there is nobody to wait for.
     """
 
     is_server = True
@@ -105,7 +108,9 @@ class Solo:
             )
 
     def ask(self, client: int, values: np.ndarray) -> np.ndarray:
-        """What the server answers to a client's fp32 values, while `outgoing` of a `gather` is read."""
+        """What the server answers to a client's fp32 values, while `outgoing` of a `gather` is
+        read.
+        """
         assert self._sealed().servers and self._answer is not None, (
             "the contract says whether clients may ask"
         )
@@ -123,7 +128,8 @@ class Solo:
         answer: Answer | None = None,
         expected: Expected | None = None,
     ) -> Updates:
-        """All clients' answers; `outgoing` may do the local work while it is read, and ask for what `answer` makes.
+        """All clients' answers; `outgoing` may do the local work while it is read, and ask for what
+        `answer` makes.
 
         Raises:
             ValueError: an answer is not what the contract says.
@@ -135,7 +141,8 @@ class Solo:
             items = sorted(
                 (checked(item, contract, round) for item in outgoing), key=lambda item: item.client
             )
-            # Through bytes and back, so that what comes of a failure's text here is what comes of it on the wire.
+            # Through bytes and back, so that what comes of a failure's text here is what comes of
+            # it on the wire.
             asked = self._asked
             packed = [
                 Header.of(item, round, asked.get(item.client, NOTHING_ASKED)) for item in items
@@ -171,7 +178,9 @@ class Solo:
         return self._ledger.manifest()
 
     def round_bytes(self) -> dict[str, dict[int, int]]:
-        """Logical bytes of the last round by client, {"down": {client: bytes}, "up": {client: bytes}}."""
+        """Logical bytes of the last round by client, {"down": {client: bytes}, "up": {client:
+        bytes}}.
+        """
         return self._ledger.round_bytes()
 
     def _sealed(self) -> Contract:

@@ -1,6 +1,7 @@
 """Who am I: the server or a client rank, on which host, and which virtual clients live where.
 
-Nothing here imports MPI when the module is loaded: help texts, reports and the guard ask the launcher's environment.
+Nothing here imports MPI when the module is loaded: help texts, reports and the guard ask the
+launcher's environment.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-# (rank, number of ranks) as each process manager tells them; the first pair that is there counts, because an mpirun
-# inside a Slurm step is nearer to us than the step itself.
+# (rank, number of ranks) as each process manager tells them; the first pair that is there counts,
+# because an mpirun inside a Slurm step is nearer to us than the step itself.
 _LAUNCHERS = (
     ("PMI_RANK", "PMI_SIZE"),
     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
@@ -37,16 +38,21 @@ def _slurm(name: str) -> int | None:
 
 
 def launcher_rank() -> int | None:
-    """Rank of this process as the launcher (mpirun, srun) tells it, without starting MPI; None without a launcher."""
+    """Rank of this process as the launcher (mpirun, srun) tells it, without starting MPI; None
+    without a launcher.
+    """
     ranks = [_number(rank) for rank, _ in _LAUNCHERS] + [_slurm("SLURM_PROCID")]
     return next((rank for rank in ranks if rank is not None), None)
 
 
 def launcher_size() -> int | None:
-    """Number of processes that the launcher started, without starting MPI; None if no launcher says so."""
+    """Number of processes that the launcher started, without starting MPI; None if no launcher says
+    so.
+    """
     if launcher_rank() is None:
         return None
-    # SLURM_STEP_NUM_TASKS first: inside an interactive step SLURM_NTASKS is the size of the allocation.
+    # SLURM_STEP_NUM_TASKS first: inside an interactive step SLURM_NTASKS is the size of the
+    # allocation.
     slurm = (_slurm("SLURM_STEP_NUM_TASKS"), _slurm("SLURM_NTASKS"))
     sizes = [_number(size) for rank, size in _LAUNCHERS if _number(rank) is not None]
     return next((size for size in (*sizes, *slurm) if size is not None), None)
@@ -61,7 +67,8 @@ def library_name() -> str:
 
 
 def refuse_singletons(world_size: int, library: str = "") -> None:
-    """Raise ValueError if the launcher started several processes and each of them believes that it is alone.
+    """Raise ValueError if the launcher started several processes and each of them believes that it
+    is alone.
 
     Args:
         world_size: size of MPI's world as this process sees it.
@@ -70,9 +77,12 @@ def refuse_singletons(world_size: int, library: str = "") -> None:
     tasks = launcher_size()
     if tasks is not None and tasks > 1 and world_size == 1:
         raise ValueError(
-            f"found an MPI world of 1 process, expected {tasks}: the launcher started {tasks} processes that do not "
-            f"see each other, because the MPI library that mpi4py loads ({library or 'unknown'}) and the "
-            "launcher's PMI do not match; start them with the mpirun of that library, or with srun --mpi=pmi2 (MPICH) "
+            f"found an MPI world of 1 process, expected {tasks}: the launcher started "
+            f"{tasks} processes that do not "
+            "see each other, because the MPI library that mpi4py loads "
+            f"({library or 'unknown'}) and the "
+            "launcher's PMI do not match; start them with the mpirun of that library, or "
+            "with srun --mpi=pmi2 (MPICH) "
             "or srun --mpi=pmix (Open MPI); srun --mpi=list shows what this Slurm has"
         )
 
@@ -85,8 +95,8 @@ class Topology:
         rank, size: in the world; rank 0 is the server.
         local_rank, local_size: among the processes that share this host's memory.
         host: name of the machine.
-        cores: this process's share of the cores that it may run on, at least one: a core that other processes of this
-            host may run on counts for each of them in part.
+        cores: this process's share of the cores that it may run on, at least one: a core that other
+            processes of this host may run on counts for each of them in part.
         is_server: this process aggregates.
         solo: there is no other process: server and clients take turns here.
     """
@@ -125,15 +135,16 @@ class Topology:
 
 
 def spread(work: Sequence[float], num_ranks: int) -> list[tuple[int, ...]]:
-    """Virtual clients over client ranks: the largest first, each to the rank with the least work so far.
+    """Virtual clients over client ranks: the largest first, each to the rank with the least work so
+    far.
 
     Args:
         work: expected work per client, in any one unit; the index is the client id.
         num_ranks: number of client ranks.
 
     Returns:
-        Per client rank (the first is MPI rank 1) its client ids, ascending; no rank is without one. The same arguments
-        give the same answer on every machine.
+        Per client rank (the first is MPI rank 1) its client ids, ascending; no rank is without one.
+        The same arguments give the same answer on every machine.
 
     Raises:
         ValueError: fewer clients than ranks, or work that is negative or not finite.
@@ -141,12 +152,15 @@ def spread(work: Sequence[float], num_ranks: int) -> list[tuple[int, ...]]:
     assert num_ranks >= 1
     if len(work) < num_ranks:
         raise ValueError(
-            f"found {len(work)} clients on {num_ranks} client ranks, expected at least one client for each rank; "
-            f"start {len(work) + 1} processes or fewer, or raise the number of clients to {num_ranks} or more"
+            f"found {len(work)} clients on {num_ranks} client ranks, expected at least one "
+            "client for each rank; "
+            f"start {len(work) + 1} processes or fewer, or raise the number of clients to "
+            f"{num_ranks} or more"
         )
     if not all(math.isfinite(amount) and amount >= 0 for amount in work):
         raise ValueError(
-            f"found work {list(work)}, expected a finite number that is not negative for every client"
+            f"found work {list(work)}, expected a finite number that is not negative for "
+            "every client"
         )
     ranks: list[list[int]] = [[] for _ in range(num_ranks)]
     load = [0.0] * num_ranks

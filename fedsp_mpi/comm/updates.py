@@ -1,4 +1,6 @@
-"""The updates of one round as the server sees them: in the order of client ids, a few columns at a time."""
+"""The updates of one round as the server sees them: in the order of client ids, a few columns at a
+time.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +18,8 @@ Columns = tuple[slice, np.ndarray]
 class Updates:
     """What came up in one round.
 
-    The tensors are still on their way when the loop gets this: a rule that reads `columns()` once needs memory for one
-    piece of every update, not for all of them.
+    The tensors are still on their way when the loop gets this: a rule that reads `columns()` once
+    needs memory for one piece of every update, not for all of them.
 
     Attributes:
         reports: client, weight and metrics of every accepted update, in the order of client ids.
@@ -39,18 +41,22 @@ class Updates:
         self._begun = False
 
     def columns(self) -> Iterator[Columns]:
-        """Yield (slice of the vector, fp32 matrix [number of accepted updates, columns]); rows as in `reports`.
+        """Yield (slice of the vector, fp32 matrix [number of accepted updates, columns]); rows as
+        in `reports`.
 
-        Can be read once. The matrix is reused: it is valid until the next one is asked for, and may be overwritten.
+        Can be read once. The matrix is reused: it is valid until the next one is asked for, and may
+        be overwritten.
         """
         assert not self._begun, "the columns of a round can be read once"
         self._begun = True
-        # Not `yield from`: leaving the loop early would close the source, and others still send what is left.
+        # Not `yield from`: leaving the loop early would close the source, and others still send
+        # what is left.
         for piece in self._source:  # noqa: UP028
             yield piece
 
     def rows(self) -> np.ndarray:
-        """All updates as one fp32 matrix [number of accepted updates, number of values], for rules that need all.
+        """All updates as one fp32 matrix [number of accepted updates, number of values], for rules
+        that need all.
 
         Memory: every update of the round at once.
         """

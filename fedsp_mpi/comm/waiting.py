@@ -1,7 +1,7 @@
 """Waiting without burning the core that somebody else computes on, and without waiting for ever.
 
-MPI's blocking calls spin: a few waiting ranks make the server's training several times slower. And MPI has no
-time-outs.
+MPI's blocking calls spin: a few waiting ranks make the server's training several times slower. And
+MPI has no time-outs.
 """
 
 from __future__ import annotations
@@ -17,7 +17,10 @@ _MOVING = 0.05  # seconds without completion after which payload no longer count
 
 
 class DeadlineError(RuntimeError):
-    """A phase took longer than its deadline. Names the phase and, where they are known, the ranks that are missing."""
+    """A phase took longer than its deadline.
+
+    Names the phase and, where they are known, the ranks that are missing.
+    """
 
     exit_status = 124
 
@@ -61,8 +64,9 @@ def wait(
         done: looks once, and lets MPI make progress.
         phase: name for the error.
         deadline: seconds; None waits for ever.
-        moving: payload is moving, so look again at once (after giving the core away) and begin to sleep only after
-            50 ms. Otherwise sleep for a twentieth of the time waited so far, from 10 us up to 50 ms.
+        moving: payload is moving, so look again at once (after giving the core away) and begin to
+            sleep only after 50 ms. Otherwise sleep for a twentieth of the time waited so far, from
+            10 us up to 50 ms.
         missing: the ranks that are waited for, where known.
 
     Raises:
@@ -87,6 +91,7 @@ def _late(phase: str, waited: float, deadline: float, ranks: list[int]) -> str:
         else "that not everybody took part"
     )
     return (
-        f"{phase.replace('_', '-')}: found {who} after {waited:.1f} s, expected an answer within {deadline:g} s; "
+        f"{phase.replace('_', '-')}: found {who} after {waited:.1f} s, expected an "
+        f"answer within {deadline:g} s; "
         "look at what those ranks were doing, or raise the deadline of this phase"
     )

@@ -1,11 +1,12 @@
 """Server and clients over MPI. Both sides of each step of the protocol stand next to each other.
 
-Every rank calls the same operations in the same order, and inside them the same collectives: how many there are
-follows from the contract alone. What says who sends how much (headers) goes from client to server as letters, so that
-the server knows who has not reported yet. Payload is fp32 straight from and to the vectors' memory, never pickled.
-Updates are gathered piece by piece, with sends whose size the server looks at before it receives: MPI's own gather
-leaves the server's memory as it was where a rank sends less than it announced, and that would be averaged. What a
-client rank says is inspected (inspection.py) before anything follows from it.
+Every rank calls the same operations in the same order, and inside them the same collectives: how
+many there are follows from the contract alone. What says who sends how much (headers) goes from
+client to server as letters, so that the server knows who has not reported yet. Payload is fp32
+straight from and to the vectors' memory, never pickled. Updates are gathered piece by piece, with
+sends whose size the server looks at before it receives: MPI's own gather leaves the server's memory
+as it was where a rank sends less than it announced, and that would be averaged. What a client rank
+says is inspected (inspection.py) before anything follows from it.
 """
 
 from __future__ import annotations
@@ -109,11 +110,13 @@ class Wire:
     def collect(
         self, info: Mapping[str, Any], phase: JsonPhase = "start-up"
     ) -> list[dict[str, Any]] | None:
-        """Gather one JSON-able dict of every rank at the server: the list by rank there, None elsewhere.
+        """Gather one JSON-able dict of every rank at the server: the list by rank there, None
+        elsewhere.
 
         Args:
             info: this rank's own.
-            phase: for the manifest and the deadline: "start-up", "checkpoint" at the end of a round, or "end".
+            phase: for the manifest and the deadline: "start-up", "checkpoint" at the end of a
+                round, or "end".
         """
         with self._operation(phase):
             body, limit = to_json(info), LIMIT[phase]
@@ -133,7 +136,8 @@ class Wire:
             return [json.loads(body)] + [open_json(letters[rank], rank) for rank in sorted(letters)]
 
     def agree(self, verdict: Refused | None, phase: str = "start_up", note: Any = None) -> Any:
-        """The server says whether the run goes on; other ranks pass None. `phase` names the deadline.
+        """The server says whether the run goes on; other ranks pass None. `phase` names the
+        deadline.
 
         Returns:
             On every rank the server's `note`, which is anything that JSON can say.
@@ -178,12 +182,15 @@ class Wire:
             return given
 
     def ask(self, client: int, values: np.ndarray) -> np.ndarray:
-        """What the server answers to a client's fp32 values, while `outgoing` of a `gather` is read."""
+        """What the server answers to a client's fp32 values, while `outgoing` of a `gather` is
+        read.
+        """
         assert self._desk is not None, "the contract says whether clients may ask"
         return self._desk.ask(client, values)
 
     def broadcast(self, down: Down | None) -> Down:
-        """The server's tensors of a round, or its word to stop, for everybody; other ranks pass None.
+        """The server's tensors of a round, or its word to stop, for everybody; other ranks pass
+        None.
 
         Raises:
             ValueError: the tensors are not those of the contract.
@@ -211,18 +218,22 @@ class Wire:
         answer: Answer | None = None,
         expected: Expected | None = None,
     ) -> Updates | None:
-        """The answers of this rank's clients for the server; the server passes nothing and gets the Updates.
+        """The answers of this rank's clients for the server; the server passes nothing and gets the
+        Updates.
 
-        Where the contract lets clients ask, the server's ranks pass what makes an `answer`. The server also passes who
-        is `expected` to answer; without it, what follows from that is not looked at.
+        Where the contract lets clients ask, the server's ranks pass what makes an `answer`. The
+        server also passes who is `expected` to answer; without it, what follows from that is not
+        looked at.
 
-        The local work may happen while `outgoing` is read. Updates are kept until they have left: they must not share
-        memory with each other. An update that cannot be averaged goes up as a Failure. If one comes up all the same, or
-        a client is silent, or a piece is of another length, the server makes a Failure of it.
+        The local work may happen while `outgoing` is read. Updates are kept until they have left:
+        they must not share memory with each other. An update that cannot be averaged goes up as a
+        Failure. If one comes up all the same, or a client is silent, or a piece is of another
+        length, the server makes a Failure of it.
 
         Raises:
             ValueError: an answer is not what the contract says; on the sender.
-            ProtocolError: the same at the server, where that means that it cannot tell what the rank sends next.
+            ProtocolError: the same at the server, where that means that it cannot tell what the
+            rank sends next.
             SealedTensorError: tensors in the memory of the global model.
         """
         with self._operation("gather", round):
@@ -245,13 +256,17 @@ class Wire:
 
     @property
     def manifest(self) -> list[dict[str, Any]]:
-        """Everything that travelled so far, as this rank saw it: the entries of `ledger.Entry`, JSON-able."""
+        """Everything that travelled so far, as this rank saw it: the entries of `ledger.Entry`,
+        JSON-able.
+        """
         return self._ledger.manifest()
 
     def round_bytes(self) -> dict[str, dict[int, int]]:
-        """Logical bytes of the last round by client, {"down": {client: bytes}, "up": {client: bytes}}.
+        """Logical bytes of the last round by client, {"down": {client: bytes}, "up": {client:
+        bytes}}.
 
-        A client is handed the broadcast once a round even where its rank hosts several: 4 bytes a value and a header.
+        A client is handed the broadcast once a round even where its rank hosts several: 4 bytes a
+        value and a header.
         """
         return self._ledger.round_bytes()
 
@@ -278,8 +293,8 @@ class Wire:
                 else np.concatenate([flat[part] for flat in flats])
             )
             request = self._comm.Isend([rows, self._mpi.FLOAT], dest=_SERVER, tag=_PIECES)
-            # The server reads while it merges, or after it learned: the limit is the one for the server's work, and
-            # nothing is known to move before the first piece has left.
+            # The server reads while it merges, or after it learned: the limit is the one for the
+            # server's work, and nothing is known to move before the first piece has left.
             self._wait(
                 request.Test,
                 "gather",
@@ -332,8 +347,8 @@ class Wire:
         """Receive the next piece of each rank into contiguous fp32 memory of its own.
 
         Returns:
-            The number of bytes that a rank sent, for those that sent another number than there is memory for. What
-            they sent is thrown away.
+            The number of bytes that a rank sent, for those that sent another number than there is
+            memory for. What they sent is thrown away.
         """
         flowing: dict[int, MPI.Request] = {}
         wrong: dict[int, int] = {}
@@ -380,7 +395,8 @@ class Wire:
                     )
                 if most is not None and size > most[rank]:
                     raise ProtocolError(
-                        f"rank {rank}: found a letter of {size} bytes in {phase}, expected at most {most[rank]}"
+                        f"rank {rank}: found a letter of {size} bytes in {phase}, expected at most "
+                        f"{most[rank]}"
                     )
                 letter = bytearray(size)
                 arriving[rank] = (message.Irecv([letter, self._mpi.BYTE]), letter)
@@ -446,7 +462,9 @@ class Wire:
 
     @property
     def _deliveries(self) -> tuple[int, int]:
-        """(logical, real) messages of something that goes from the server to every rank, as this rank sees them."""
+        """(logical, real) messages of something that goes from the server to every rank, as this
+        rank sees them.
+        """
         return (self._others, self._others) if self.is_server else (1, 1)
 
     def _count_json(

@@ -24,17 +24,19 @@ from fedsp_mpi.training.engine import adamw, learning_rate
 
 
 def local(config: Config, repeats: int, log: Log) -> dict[str, float]:
-    """Time a client's local rounds, one after the other, against a bare PyTorch loop over the same batches.
+    """Time a client's local rounds, one after the other, against a bare PyTorch loop over the same
+    batches.
 
-    The bare loop has its batches ready and knows no client state, no record and no failure; it makes the same forward
-    passes and ends with the same prompts, which is checked. The two take turns, and turns at being first.
+    The bare loop has its batches ready and knows no client state, no record and no failure; it
+    makes the same forward passes and ends with the same prompts, which is checked. The two take
+    turns, and turns at being first.
 
     Returns:
         Medians in seconds ("package", "bare") and their "ratio"; the first round is not counted.
 
     Raises:
-        ValueError: no repetition, a mistake in model or data, or a configuration that asks for what the bare loop does
-            not do.
+        ValueError: no repetition, a mistake in model or data, or a configuration that asks for what
+            the bare loop does not do.
         AssertionError: the two disagree in the prompts.
     """
     _require_comparable(config, repeats)
@@ -79,7 +81,8 @@ def _require_comparable(config: Config, repeats: int) -> None:
         if found != expected:
             shown = [str(value).lower() for value in (found, expected)]
             raise ValueError(
-                f"{key}: found {shown[0]}, expected {shown[1]}, all that the bare loop does; set it for the comparison"
+                f"{key}: found {shown[0]}, expected {shown[1]}, all that the bare loop does; "
+                "set it for the comparison"
             )
 
 
@@ -127,7 +130,9 @@ def _timed(action: Callable[[], Any]) -> tuple[float, Any]:
 
 
 class _BareLoop:
-    """The loop as one would write it in a notebook: first the weights, then the prompt, round after round."""
+    """The loop as one would write it in a notebook: first the weights, then the prompt, round after
+    round.
+    """
 
     def __init__(self, model: LanguageModel, prompt: Prompt, config: Config) -> None:
         self._model, self._prompt, self._rounds = model, prompt, config.federation.rounds

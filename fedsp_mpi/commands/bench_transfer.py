@@ -1,7 +1,9 @@
-"""Whether the auxiliary model points prompts the right way: its gradients beside the global model's.
+"""Whether the auxiliary model points prompts the right way: its gradients beside the global
+model's.
 
-Prompts that are tuned on the auxiliary model help the global one only if both models want them moved the same way. So
-the gradients of both are compared at the same prompts, on the same text, before and after some steps on either model.
+Prompts that are tuned on the auxiliary model help the global one only if both models want them
+moved the same way. So the gradients of both are compared at the same prompts, on the same text,
+before and after some steps on either model.
 """
 
 from __future__ import annotations
@@ -38,11 +40,11 @@ class Place:
     """What is found at some prompts.
 
     Attributes:
-        name: which prompts.
-        loss, auxiliary_loss: on the validation split, of the global model and of the auxiliary one, nats a token.
+        name: which prompts. loss, auxiliary_loss: on the validation split, of the global model and
+            of the auxiliary one, nats a token.
         cosine: of the two models' gradients by the prompts, at the auxiliary model's depth.
-        ceiling: of the global model's own gradients on two halves of the text (four batches; the halves are alike if
-            client 0 owns less): more cannot be hoped for.
+        ceiling: of the global model's own gradients on two halves of the text (four batches; the
+            halves are alike if client 0 owns less): more cannot be hoped for.
     """
 
     name: str
@@ -53,10 +55,11 @@ class Place:
 
 
 def transfer(config: Config, steps: int, log: Log) -> list[Place]:
-    """Compare both models at the first prompts, and after `steps` of client.tuning on either, on client 0's text.
+    """Compare both models at the first prompts, and after `steps` of client.tuning on either, on
+    client 0's text.
 
-    The auxiliary model is made as a run makes it, into `FOLDER` below run.folder, where later runs of the same recipe
-    find it.
+    The auxiliary model is made as a run makes it, into `FOLDER` below run.folder, where later runs
+    of the same recipe find it.
 
     Raises ValueError for a mistake in model, data or steps, or if a run lives in that folder.
     """
@@ -64,11 +67,13 @@ def transfer(config: Config, steps: int, log: Log) -> list[Place]:
         raise ValueError(f"--steps: found {steps}, expected at least 1")
     if config.tunes_weights or not config.federation.clients:
         raise ValueError(
-            "method, federation.clients: found no clients with prompts, whose transfer could be measured"
+            "method, federation.clients: found no clients with prompts, whose transfer "
+            "could be measured"
         )
     if (Path(config.run.folder) / FOLDER / "run.h5").exists():
         raise ValueError(
-            f"{Path(config.run.folder) / FOLDER}: found a run, expected a folder for the auxiliary model of `bench "
+            f"{Path(config.run.folder) / FOLDER}: found a run, expected a folder for the "
+            "auxiliary model of `bench "
             "transfer`; choose another run.folder"
         )
     materials = Materials(config)
@@ -132,7 +137,9 @@ class _Pair:
         return Place(name, *losses, cosine(whole, own), cosine(*parts))
 
     def _fitted(self, prompt: Prompt, model: LanguageModel) -> Prompt:
-        """The same prompts at the depth of a model; layers that only the global model has keep the first prompts."""
+        """The same prompts at the depth of a model; layers that only the global model has keep the
+        first prompts.
+        """
         depths = self._materials.depth_map
         tensors, spec = prompt.tensors(), depths.small if model is self._small else depths.spec
         if prompt.spec != spec:
@@ -184,7 +191,8 @@ def table(places: Sequence[Place]) -> str:
         for p in places
     ]
     legend = (
-        "losses on the validation split, nats a token; cosine of both models' gradients by the prompts, on the same\n"
+        "losses on the validation split, nats a token; cosine of both models' "
+        "gradients by the prompts, on the same\n"
         "text; ceiling: of the global model's own, on two halves of that text"
     )
     return "\n".join([head, *rows, legend])

@@ -1,4 +1,6 @@
-"""Before training: what would stop a run, slow it down or change its bits, found by all ranks together in seconds."""
+"""Before training: what would stop a run, slow it down or change its bits, found by all ranks
+together in seconds.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +47,9 @@ class Table:
         self.warnings = 0
 
     def add(self, mark: Mark, what: str, found: str) -> None:
-        """Tell one finding; `warn`: a run works, but slower or less safely than it could; `FAIL`: it would not work."""
+        """Tell one finding; `warn`: a run works, but slower or less safely than it could; `FAIL`:
+        it would not work.
+        """
         self.failures += [f"{what}: {found}"] if mark == "FAIL" else []
         self.warnings += mark == "warn"
         self._log.say(f"{mark:<6}{what:<15}{found}")
@@ -158,12 +162,18 @@ def _check_world(table: Table, config: Config, size: int) -> None:
     elif rest > clients > 0:
         mark, found = (
             "FAIL",
-            f"found {found}, expected a client for each; start {clients + servers} processes or fewer",
+            (
+                f"found {found}, expected a client for each; start {clients + servers} "
+                "processes or fewer"
+            ),
         )
     elif servers > 1 and rest < 1:
         mark, found = (
             "FAIL",
-            f"found {found}, expected one for clients at least; start {servers + 1} processes or more",
+            (
+                f"found {found}, expected one for clients at least; start {servers + 1} "
+                "processes or more"
+            ),
         )
     elif idle and size == 1:
         found += f", in the shell of a Slurm job of {tasks} tasks; start all of them with srun or mpirun before python"
@@ -213,7 +223,9 @@ def _name_of(role: str, device: dict[str, Any]) -> str:
 
 
 def _check_devices(table: Table, ranks: list[dict[str, Any]]) -> None:
-    """Devices that are not there, GPUs that several ranks share, and CPUs that have no units for a type."""
+    """Devices that are not there, GPUs that several ranks share, and CPUs that have no units for a
+    type.
+    """
     slow: dict[str, list[int]] = {}
     for number, rank in enumerate(ranks):
         for role, device in rank["devices"].items():
@@ -222,7 +234,10 @@ def _check_devices(table: Table, ranks: list[dict[str, Any]]) -> None:
             if "emulates" in device:
                 slow.setdefault(f"{role}.compute.dtype={device['emulates']}", []).append(number)
     for setting, some in slow.items():
-        found = f"{setting} on rank {spans(some)}, whose CPU has no units for it and is faster with float32"
+        found = (
+            f"{setting} on rank {spans(some)}, whose CPU has no units for it and is faster "
+            "with float32"
+        )
         table.add("warn", "device", found)
     for uuid, some in placement.shared_gpus(ranks).items():
         servers = [number for number in some if "server" in ranks[number]["devices"]]
@@ -236,7 +251,9 @@ def _check_devices(table: Table, ranks: list[dict[str, Any]]) -> None:
 
 
 def _check_threads(table: Table, ranks: list[dict[str, Any]]) -> None:
-    """Threads that the configuration asks for against the cores that each rank, and each host's ranks, may use."""
+    """Threads that the configuration asks for against the cores that each rank, and each host's
+    ranks, may use.
+    """
     hosts: dict[str, list[int]] = {}
     for number, rank in enumerate(ranks):
         hosts.setdefault(rank["host"], []).append(number)
@@ -267,7 +284,8 @@ def _check_configuration(table: Table, ranks: list[dict[str, Any]]) -> bool:
             table.add(
                 "FAIL",
                 "configuration",
-                f"rank {number} on {rank['host']} found another one than the server ({'; '.join(changed)}), expected "
+                f"rank {number} on {rank['host']} found another one than the server "
+                f"({'; '.join(changed)}), expected "
                 "the same on every rank; put the file where all hosts see it",
             )
             return False
@@ -277,7 +295,9 @@ def _check_configuration(table: Table, ranks: list[dict[str, Any]]) -> bool:
 
 
 class _Preparation:
-    """The server's own part of the check: model and data, the plans of memory and disk, the run folder."""
+    """The server's own part of the check: model and data, the plans of memory and disk, the run
+    folder.
+    """
 
     def __init__(self, table: Table, config: Config, ranks: list[dict[str, Any]]) -> None:
         from fedsp_mpi.run.inputs import Materials
@@ -304,7 +324,10 @@ class _Preparation:
         return Handout(meta, nothing, diagnostics.contract(sizes.wire if sizes else 1))
 
     def _check_inputs(self) -> Sizes | None:
-        """Model and data as a run checks them, without weights. None if the model's sizes are not known."""
+        """Model and data as a run checks them, without weights.
+
+        None if the model's sizes are not known.
+        """
         from fedsp_mpi.estimate.memory import Sizes
 
         materials, length = self._materials, 0
@@ -312,7 +335,10 @@ class _Preparation:
             materials.check()
             length = max(len(text.ids) for text in (*materials.shard(0), *materials.validation))
             model, splits = materials.model_config, materials.splits
-            sizes = f"{len(splits.train)} train, {len(splits.validation)} validation, {len(splits.test)} test"
+            sizes = (
+                f"{len(splits.train)} train, {len(splits.validation)} validation, "
+                f"{len(splits.test)} test"
+            )
             found = (
                 f"{self._config.model.name}: {model.model_type}, {model.num_hidden_layers} layers"
             )
@@ -349,6 +375,7 @@ class _Preparation:
         self._table.add(mark, "memory", found)
 
     def _check_folder(self, sizes: Sizes | None) -> None:
+        from fedsp_mpi.estimate import memory
 
         try:
             self._probe = probe.Probe(Path(self._config.run.folder))
@@ -432,7 +459,8 @@ def _check_wire(
     table.add(
         "ok",
         "speed",
-        f"prompts of {size / 1e6:.2f} MB and {others} client ranks: {said('broadcast')}; {said('gather')}",
+        f"prompts of {size / 1e6:.2f} MB and {others} client ranks: "
+        f"{said('broadcast')}; {said('gather')}",
     )
     worst = max(range(len(ahead)), key=lambda number: abs(ahead[number][0]))
     skew, error = ahead[worst]

@@ -1,4 +1,6 @@
-"""The final test of a finished run once more, driven by lm-eval: with what was tuned, and without it."""
+"""The final test of a finished run once more, driven by lm-eval: with what was tuned, and without
+it.
+"""
 
 from __future__ import annotations
 
@@ -74,7 +76,8 @@ class Options:
             )
         if self.include is not None and not self.include.is_dir():
             raise ValueError(
-                f"--include: found no folder {self.include}, expected one with task files for lm-eval"
+                f"--include: found no folder {self.include}, expected one with task "
+                "files for lm-eval"
             )
 
 
@@ -84,9 +87,10 @@ class Line:
 
     Attributes:
         method: "zero-shot", or what the run's tables call its method.
-        recorded: what the run's own scorer found for this method on the run's own task: n, and those of `MEASURES` that
-            it has; None where there is nothing of the kind.
-        equal: whether all measures that both have are equal; None where the two did not answer the same questions.
+        recorded: what the run's own scorer found for this method on the run's own task: n, and
+            those of `MEASURES` that it has; None where there is nothing of the kind.
+        equal: whether all measures that both have are equal; None where the two did not answer the
+            same questions.
     """
 
     task: str
@@ -109,17 +113,18 @@ class Evaluation:
 
 
 def evaluate(run_folder: str | Path, options: Options, log: Log) -> Evaluation:
-    """Let lm-eval ask the global model with the tuned prompt and without, or the tuned model and the one it was.
+    """Let lm-eval ask the global model with the tuned prompt and without, or the tuned model and
+    the one it was.
 
-    The run's own task asks the run's own test questions, from wherever the run had them; other tasks bring their data,
-    from the local cache or the hub.
+    The run's own task asks the run's own test questions, from wherever the run had them; other
+    tasks bring their data, from the local cache or the hub.
 
     Args:
         run_folder: the folder of a complete run, or its run.h5.
         log: told of the progress.
 
-    Raises ValueError if lm-eval is not installed or too old, the run is not complete or its parts are not there, or a
-    task cannot be had.
+    Raises ValueError if lm-eval is not installed or too old, the run is not complete or its parts
+    are not there, or a task cannot be had.
     """
     start = time.perf_counter()
     options.check()
@@ -130,7 +135,8 @@ def evaluate(run_folder: str | Path, options: Options, log: Log) -> Evaluation:
     if materials.fills_gaps:
         family = materials.model_config.model_type
         raise ValueError(
-            f"{folder}: found a run with a {family}, expected a causal model, which is what lm-eval asks"
+            f"{folder}: found a run with a {family}, expected a causal model, which is what "
+            "lm-eval asks"
         )
     library = _library()
     own, wanted = _wanted(materials, options, library)
@@ -188,7 +194,8 @@ def text(found: Evaluation) -> str:
 
 
 def write(found: Evaluation) -> Path:
-    """Write evaluation.json into the run's folder, whole or not at all; a file of before is replaced.
+    """Write evaluation.json into the run's folder, whole or not at all; a file of before is
+    replaced.
 
     Raises ValueError if it cannot be written.
     """
@@ -204,11 +211,14 @@ def write(found: Evaluation) -> Path:
     return path
 
 
-# -- the run -------------------------------------------------------------------------------------------------------
+# -- the run
+# -------------------------------------------------------------------------------------------------------
 
 
 def _config(run: Run, options: Options) -> Config:
-    """The part of a run's configuration that its test depends on; other keys of other versions do no harm."""
+    """The part of a run's configuration that its test depends on; other keys of other versions do
+    no harm.
+    """
     found = run.config
     kept = {key: found[key] for key in _SECTIONS if key in found}
     kept["run"] = {
@@ -237,12 +247,14 @@ def _require_tuned(run: Run, config: Config, folder: Path, options: Options) -> 
     instead = "give --without-prompt to test the model as it was"
     if run.status != "complete":
         raise ValueError(
-            f"{folder}: found a run that is {run.status}, expected a complete one; go on with it by run --resume, or "
+            f"{folder}: found a run that is {run.status}, expected a complete one; go on "
+            "with it by run --resume, or "
             f"{instead}"
         )
     if not (tuned := folder / ("model" if config.tunes_weights else "prompt")).is_dir():
         raise ValueError(
-            f"{tuned}: found no such folder, expected what the run has tuned; copy it there, or {instead}"
+            f"{tuned}: found no such folder, expected what the run has tuned; copy it "
+            f"there, or {instead}"
         )
     try:
         fingerprint.require_listed(tuned)
@@ -279,8 +291,10 @@ def _prompt(materials: Materials, folder: Path) -> Prompt:
     )
     if tuple(matrix.shape) != (spec.num_tokens, spec.row_width):
         raise ValueError(
-            f"{folder}: found a prompt of shape {list(matrix.shape)}, expected {[spec.num_tokens, spec.row_width]}, "
-            f"a {spec.kind} of {spec.num_tokens} tokens for {materials.model_name}; copy the whole run folder again"
+            f"{folder}: found a prompt of shape {list(matrix.shape)}, expected "
+            f"{[spec.num_tokens, spec.row_width]}, "
+            f"a {spec.kind} of {spec.num_tokens} tokens for {materials.model_name}; copy "
+            "the whole run folder again"
         )
     prompt = Prompt(spec)
     prompt.load({"prompt": matrix.to(torch.float32)})
@@ -296,7 +310,8 @@ def _recorded(run: Run, method: str) -> dict[str, float] | None:
     return None
 
 
-# -- tasks ---------------------------------------------------------------------------------------------------------
+# -- tasks
+# ---------------------------------------------------------------------------------------------------------
 
 
 def _library() -> Any:
@@ -317,7 +332,9 @@ def _library() -> Any:
 def _wanted(
     materials: Materials, options: Options, library: Any
 ) -> tuple[str, dict[str, dict[str, Any] | None]]:
-    """The run's own task by lm-eval's name, and all that are asked for, by name, with the own one's description."""
+    """The run's own task by lm-eval's name, and all that are asked for, by name, with the own one's
+    description.
+    """
     ours = materials.task.name
     own = OTHER_NAMES.get(ours, ours)
     names = [own if name == ours else name for name in options.tasks or (ours,)]
@@ -327,7 +344,9 @@ def _wanted(
 
 
 def _own_task(materials: Materials, name: str, library: Any) -> dict[str, Any]:
-    """The run's task over its own test rows: in lm-eval's words where it has the task and the rows have its columns."""
+    """The run's task over its own test rows: in lm-eval's words where it has the task and the rows
+    have its columns.
+    """
     table, examples = _scored_rows(materials)
     own_words = materials.is_reworded or (name == "race" and "problems" not in table.column_names)
     if name in library.ROOMS and not own_words:
@@ -340,7 +359,9 @@ def _own_task(materials: Materials, name: str, library: Any) -> dict[str, Any]:
 
 
 def _scored_rows(materials: Materials) -> tuple[Any, list[tasks.Example]]:
-    """The rows of a run's test split, in its order, as a data set, and their examples, without those left out."""
+    """The rows of a run's test split, in its order, as a data set, and their examples, without
+    those left out.
+    """
     config = materials.config
     data = config.data
     return tasks.scored_rows(
@@ -348,7 +369,8 @@ def _scored_rows(materials: Materials) -> tuple[Any, list[tasks.Example]]:
     )
 
 
-# -- results -------------------------------------------------------------------------------------------------------
+# -- results
+# -------------------------------------------------------------------------------------------------------
 
 
 def _line(result: Result, method: str, recorded: dict[str, float] | None) -> Line:
@@ -415,7 +437,10 @@ def _remarks(found: Evaluation) -> list[str]:
     for line in found.lines:
         if line.recorded and line.recorded["n"] != line.n:
             return [
-                f"the run scored {line.recorded['n']} questions of {line.task}, not {line.n}: nothing is compared"
+                (
+                    f"the run scored {line.recorded['n']} questions of {line.task}, not {line.n}: "
+                    "nothing is compared"
+                )
             ]
     return []
 

@@ -18,7 +18,8 @@ from fedsp_mpi.run.inputs import Materials
 
 
 def fetch(config: Config, log: Log) -> None:
-    """Have all that a run of this configuration reads, and find out that it reads; folders are only looked at.
+    """Have all that a run of this configuration reads, and find out that it reads; folders are only
+    looked at.
 
     Afterwards such a run needs no network (HF_HUB_OFFLINE=1 keeps the libraries from trying).
 
@@ -60,7 +61,10 @@ def _data(materials: Materials) -> list[Path]:
 
 
 def _weights(folder: Path) -> list[Path]:
-    """The files of weights that transformers would read. Raises ValueError if one is missing or damaged."""
+    """The files of weights that transformers would read.
+
+    Raises ValueError if one is missing or damaged.
+    """
     kinds = [files[0] for files in hub.PARTS["weights"]]
     name = next((kind for kind in kinds if (folder / kind).exists()), None)
     if name is None:
@@ -77,7 +81,9 @@ def _weights(folder: Path) -> list[Path]:
 
 
 def _require_whole(path: Path) -> None:
-    """Raise ValueError if a file is missing or empty, or not as long as its safetensors header says."""
+    """Raise ValueError if a file is missing or empty, or not as long as its safetensors header
+    says.
+    """
     size = path.stat().st_size if path.exists() else None
     trouble = "nothing" if size is None else "" if size else "no bytes"
     if path.suffix == ".safetensors" and not trouble:
@@ -88,7 +94,8 @@ def _require_whole(path: Path) -> None:
             trouble = f"damaged weights ({hub.first_line(error)})"
     if trouble:
         raise ValueError(
-            f"model.name: found {trouble} at {path}, expected a whole file; delete it and fetch again"
+            f"model.name: found {trouble} at {path}, expected a whole file; delete it "
+            "and fetch again"
         )
 
 
@@ -101,6 +108,7 @@ def _tell(log: Log, what: str, look: Callable[[], Iterable[Path]]) -> None:
     seconds = f" in {duration(time.perf_counter() - start)}" if new else ""
     size = sum(stat.st_size for stat in stats.values())
     log.say(
-        f"{what}: {'written' if new else 'here'}{seconds}, {len(stats)} files, {size / 1e6:.1f} MB in "
+        f"{what}: {'written' if new else 'here'}{seconds}, {len(stats)} files, "
+        f"{size / 1e6:.1f} MB in "
         f"{', '.join(folders)}"
     )

@@ -1,4 +1,6 @@
-"""Processes beside each other, each with its share of cores and GPUs; a signal to this process goes to all of them."""
+"""Processes beside each other, each with its share of cores and GPUs; a signal to this process goes
+to all of them.
+"""
 
 from __future__ import annotations
 
@@ -22,14 +24,17 @@ _VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 @dataclass(frozen=True)
 class Place:
-    """What one of the processes may use: cores, and the value of CUDA_VISIBLE_DEVICES; None leaves that as it is."""
+    """What one of the processes may use: cores, and the value of CUDA_VISIBLE_DEVICES; None leaves
+    that as it is.
+    """
 
     cores: frozenset[int]
     devices: str | None = None
 
 
 def places(number: int) -> list[Place]:
-    """Equal shares of the cores that this process may use, and of its GPUs; places share GPUs if there are too few.
+    """Equal shares of the cores that this process may use, and of its GPUs; places share GPUs if
+    there are too few.
 
     Raises:
         ConfigError: there are fewer cores than places.
@@ -37,7 +42,8 @@ def places(number: int) -> list[Place]:
     cores = sorted(os.sched_getaffinity(0))
     if not 1 <= number <= len(cores):
         raise ConfigError(
-            f"--jobs: found {number}, expected 1 to {len(cores)}, the cores that this process may use"
+            f"--jobs: found {number}, expected 1 to {len(cores)}, the cores that this "
+            "process may use"
         )
     if number == 1:
         return [Place(frozenset(cores))]
@@ -61,9 +67,11 @@ def _devices() -> list[str]:
 
 
 class Jobs:
-    """Runs commands, each at a place that is free, and passes signals on to them; `told` is the last that came.
+    """Runs commands, each at a place that is free, and passes signals on to them; `told` is the
+    last that came.
 
-    Once a signal came, nothing is started any more. `run` may be called by as many threads as there are places.
+    Once a signal came, nothing is started any more. `run` may be called by as many threads as there
+    are places.
 
     Args:
         at: the places, all of them free.
@@ -97,9 +105,11 @@ class Jobs:
                 child.send_signal(number)
 
     def run(self, command: Sequence[str], log: Path) -> tuple[int | None, float]:
-        """The exit status of a command, None if it was not started, and its seconds. Not for the main thread.
+        """The exit status of a command, None if it was not started, and its seconds. Not for the
+        main thread.
 
-        Its output is added to `log`. The command has a process group of its own: Ctrl-C would reach it twice.
+        Its output is added to `log`. The command has a process group of its own: Ctrl-C would reach
+        it twice.
         """
         place, begun = self._free.get(), time.monotonic()
         try:
@@ -131,7 +141,8 @@ class Jobs:
 
 
 def last_words(text: str) -> str:
-    """The line of a failed run's output that says why: of its traceback, of the package, or just the last one.
+    """The line of a failed run's output that says why: of its traceback, of the package, or just
+    the last one.
 
     What launchers say of a failing rank comes after it.
     """

@@ -1,18 +1,21 @@
 """Many experiments from one file or several: every task with every method and every seed.
 
     folder: runs/paper            # of all runs, relative to where the command is given
-    base: ../smollm2/base.yaml    # or a list of files, relative to this one; without it the embedded default
+    base: ../smollm2/base.yaml    # or a list of files, relative to this one; without it the
+    embedded default
     seeds: [1, 2, 3]
     tasks:
       arc_easy: {data: {task: arc_easy}}
       sciq: sciq.yaml
     methods:
       fedsp: ../methods/fedsp.yaml
-      fedprompt: {extends: ../methods/fedprompt.yaml, client: {tuning: {optimizer: {learning_rate: 5.0e-2}}}}
+      fedprompt: {extends: ../methods/fedprompt.yaml, client: {tuning: {optimizer: {learning_rate:
+      5.0e-2}}}}
 
-A cell is one task with one method and one seed, called TASK-METHOD-SEED: the base, the task laid over it, the method
-over both, and `--set` over all, where {task} stands for the task's name and {file} for that of the file, without its
-ending. Seeds change last, so that a sweep that is stopped half-way has compared all methods.
+A cell is one task with one method and one seed, called TASK-METHOD-SEED: the base, the task laid
+over it, the method over both, and `--set` over all, where {task} stands for the task's name and
+{file} for that of the file, without its ending. Seeds change last, so that a sweep that is stopped
+half-way has compared all methods.
 """
 
 from __future__ import annotations
@@ -80,7 +83,8 @@ def sweep(
     only: str = "*",
     side_by_side: int = 1,
 ) -> int:
-    """Run all cells of the files that have no complete record yet. Returns the exit status: 1 if one of them failed.
+    """Run all cells of the files that have no complete record yet. Returns the exit status: 1 if
+    one of them failed.
 
     Args:
         files: of which no two have a run of the same folder and name.
@@ -92,7 +96,8 @@ def sweep(
         side_by_side: runs at a time, each with its share of this process's cores and GPUs.
 
     Raises:
-        ValueError: a mistake in the file, in a cell, or a record of another configuration; nothing was started then.
+        ValueError: a mistake in the file, in a cell, or a record of another configuration; nothing
+        was started then.
         Refused: a signal came; it was passed on to the runs, which have ended.
     """
     words, at = _launch(launch), places(side_by_side)
@@ -110,7 +115,8 @@ def sweep(
         folder: run is not None and run.status == "complete" for folder, run in found.items()
     }
     log.say(
-        f"{len(cells)} runs in {_listed(_homes(cells))}, {sum(is_complete.values())} of them complete"
+        f"{len(cells)} runs in {_listed(_homes(cells))}, {sum(is_complete.values())} of "
+        "them complete"
     )
     if is_dry:
         place = _places(cells)
@@ -122,7 +128,10 @@ def sweep(
 
 
 def cells_of(file: Path, overrides: Sequence[str] = ()) -> list[Cell]:
-    """The cells of a sweep's file, in the order in which they run. Raises ConfigError on the first mistake."""
+    """The cells of a sweep's file, in the order in which they run.
+
+    Raises ConfigError on the first mistake.
+    """
     content = read_yaml(file)
     _check_keys(content, file)
     base = _layer(content.get("base") or str(EMBEDDED.resolve()), file, "base")
@@ -157,7 +166,8 @@ def _check_keys(content: Mapping[str, Any], file: Path) -> None:
 def _check_seeds(seeds: Any, file: Path) -> None:
     if not (isinstance(seeds, list) and seeds and all(type(seed) is int for seed in seeds)):
         raise ConfigError(
-            f"{file}: seeds: found {shown(seeds)}, expected a list of whole numbers, for instance [1, 2, 3]"
+            f"{file}: seeds: found {shown(seeds)}, expected a list of whole numbers, for "
+            "instance [1, 2, 3]"
         )
     if len(set(seeds)) < len(seeds):
         raise ConfigError(f"{file}: seeds: found {shown(seeds)}, expected each once")
@@ -171,7 +181,8 @@ def _check_names(named: Any, file: Path, section: str) -> None:
     for name in named:
         if not _NAME.fullmatch(str(name)):
             raise ConfigError(
-                f"{file}: {section}: found the name {shown(name)}, expected letters, digits, '.', '_' and '-': it "
+                f"{file}: {section}: found the name {shown(name)}, expected letters, digits, "
+                "'.', '_' and '-': it "
                 "becomes a part of file names"
             )
 
@@ -200,7 +211,8 @@ def _overrides(items: Iterable[str]) -> dict[str, Any]:
         key, value = key_value(item)
         if key in _GIVEN:
             raise ConfigError(
-                f"{setting(item)}: found a key that the sweep gives to each run; change it in the file"
+                f"{setting(item)}: found a key that the sweep gives to each run; change "
+                "it in the file"
             )
         put(over, key, value, setting(item))
     return over
@@ -214,7 +226,9 @@ def _config(name: str, layers: Sequence[dict[str, Any]]) -> Config:
 
 
 def _require_distinct(cells: Sequence[Cell], file: Path) -> None:
-    """Raise ConfigError if two cells have one name, or two methods of a task are called the same in tables."""
+    """Raise ConfigError if two cells have one name, or two methods of a task are called the same in
+    tables.
+    """
     names: dict[str, Cell] = {}
     labels: dict[tuple[str, str], str] = {}
     for cell in cells:
@@ -225,7 +239,8 @@ def _require_distinct(cells: Sequence[Cell], file: Path) -> None:
             )
         if (method := labels.setdefault((cell.task, cell.label), cell.method)) != cell.method:
             raise ConfigError(
-                f"{file}: methods: found {method} and {cell.method} both called {cell.label!r}, expected two names in "
+                f"{file}: methods: found {method} and {cell.method} both called {cell.label!r}, "
+                "expected two names in "
                 f"tables; give one of them a run: {{label: ...}}"
             )
 
@@ -237,7 +252,8 @@ def _require_apart(by_file: Mapping[Path, Sequence[Cell]]) -> None:
         for cell in cells:
             if (other := whose.setdefault(cell.folder, file)) != file:
                 raise ConfigError(
-                    f"{file}: found the run {cell.folder}, which {other} has too, expected another folder"
+                    f"{file}: found the run {cell.folder}, which {other} has too, expected "
+                    "another folder"
                 )
 
 
@@ -251,7 +267,9 @@ def _listed(paths: Iterable[Path]) -> str:
 
 
 def _names(cells: Sequence[Cell]) -> dict[Path, str]:
-    """What each run is called, by its folder: by its name, or by its folder where they lie in several."""
+    """What each run is called, by its folder: by its name, or by its folder where they lie in
+    several.
+    """
     are_together = len(_homes(cells)) == 1
     return {cell.folder: cell.name if are_together else str(cell.folder) for cell in cells}
 
@@ -264,7 +282,8 @@ def _places(cells: Sequence[Cell]) -> dict[Path, str]:
     }
 
 
-# -- what is there already -----------------------------------------------------------------------------------------
+# -- what is there already
+# -----------------------------------------------------------------------------------------
 
 
 def _found(cell: Cell) -> Run | None:
@@ -286,13 +305,16 @@ def _require_same(cells: Sequence[Cell], found: Mapping[Path, Run | None]) -> No
         else ""
     )
     raise ConfigError(
-        f"{cell.folder}: found a run ({run.status}) of another configuration ({'; '.join(changed)}), expected the same"
+        f"{cell.folder}: found a run ({run.status}) of another configuration "
+        f"({'; '.join(changed)}), expected the same"
         f"{others}; take that back, choose another folder, or delete the run"
     )
 
 
 def _changed(cell: Cell, run: Run) -> list[str]:
-    """What keeps a record from being that of a cell; of a complete one, what its method is called too."""
+    """What keeps a record from being that of a cell; of a complete one, what its method is called
+    too.
+    """
     changed = changed_keys(run.config, asdict(cell.config))
     before = run.config.get("run", {}).get("label") or run.config.get("method")
     if run.status == "complete" and before != cell.label:
@@ -315,7 +337,8 @@ def _score(run: Run) -> str:
     return "no result" if found is None else f"{found[0]} {100 * found[1]:.2f} %"
 
 
-# -- running -------------------------------------------------------------------------------------------------------
+# -- running
+# -------------------------------------------------------------------------------------------------------
 
 
 def _launch(text: str) -> list[str]:
@@ -362,7 +385,8 @@ def _run_all(
         raise _stopped(stopped, jobs.told)
     if failed:
         log.say(
-            f"{len(failed)} of {len(cells)} runs failed: {', '.join(failed)}; the same command tries them again"
+            f"{len(failed)} of {len(cells)} runs failed: {', '.join(failed)}; the same "
+            "command tries them again"
         )
         return 1
     folders = shlex.join(map(str, _homes(cells)))
@@ -372,7 +396,8 @@ def _run_all(
 
 @dataclass(frozen=True)
 class _Ended:
-    """A cell whose run has ended: exit status, None if it was not to start, and where its part of the log begins.
+    """A cell whose run has ended: exit status, None if it was not to start, and where its part of
+    the log begins.
 
     `error` says why it could not be started.
     """

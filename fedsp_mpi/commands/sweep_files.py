@@ -15,7 +15,8 @@ ROOMS = ("configs", "logs")
 
 
 def require_ours(runs: Iterable[Path]) -> None:
-    """Raise ConfigError, naming it, if a run's folder or its configuration's file holds what is not of the sweep.
+    """Raise ConfigError, naming it, if a run's folder or its configuration's file holds what is not
+    of the sweep.
 
     Args:
         runs: the folders of all runs.
@@ -45,7 +46,8 @@ def write_configurations(texts: Mapping[Path, str]) -> None:
         raise ConfigError(str(error)) from None
     except OSError as error:
         raise ConfigError(
-            f"{error.filename}: found a folder that cannot be written ({error.strerror}), expected one for all runs; "
+            f"{error.filename}: found a folder that cannot be written ({error.strerror}), "
+            "expected one for all runs; "
             "no run was started"
         ) from None
 

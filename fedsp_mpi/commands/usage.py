@@ -1,4 +1,6 @@
-"""What argparse says about a mistake on the command line, in the words of all other messages; and numbers in bounds."""
+"""What argparse says about a mistake on the command line, in the words of all other messages; and
+numbers in bounds.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,9 @@ _WORDS = (
 
 
 def explained(message: str, program: str) -> str:
-    """Say what argparse found wrong, in one line: what was found, what was expected, where to read more."""
+    """Say what argparse found wrong, in one line: what was found, what was expected, where to read
+    more.
+    """
     text = message
     for pattern, words in _WORDS:
         if (match := re.fullmatch(pattern, message, re.DOTALL)) is not None:
@@ -42,7 +46,9 @@ def explained(message: str, program: str) -> str:
 def number(
     kind: type[int] | type[float], low: float, high: float, above: bool = False
 ) -> Callable[[str], float]:
-    """Make a type of argparse: numbers from `low` to `high`, without `low` itself if they are to be `above` it."""
+    """Make a type of argparse: numbers from `low` to `high`, without `low` itself if they are to be
+    `above` it.
+    """
     name = "a whole number" if kind is int else "a number"
 
     def of_text(text: str) -> float:

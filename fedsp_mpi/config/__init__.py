@@ -1,4 +1,6 @@
-"""YAML to frozen dataclasses: unknown keys are refused with the nearest name, values are checked before a run."""
+"""YAML to frozen dataclasses: unknown keys are refused with the nearest name, values are checked
+before a run.
+"""
 
 from fedsp_mpi.config.experiment import (
     EMBEDDED,

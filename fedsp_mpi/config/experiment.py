@@ -1,4 +1,6 @@
-"""YAML to frozen dataclasses: unknown keys are refused with the nearest name, values are checked before a run."""
+"""YAML to frozen dataclasses: unknown keys are refused with the nearest name, values are checked
+before a run.
+"""
 
 from __future__ import annotations
 
@@ -60,7 +62,8 @@ class DataConfig:
     columns: dict[str, str] = dataclasses.field(
         default_factory=dict
     )  # {task's: file's}, where names differ
-    # The user's own words, for example "{sentence} It was {mask}." with columns of the task: data/templates.py.
+    # The user's own words, for example "{sentence} It was {mask}." with columns of the task:
+    # data/templates.py.
     template: str | None = None  # None: the task's own, which is lm-eval's
     verbaliser: tuple[str, ...] = ()  # a word a class; none: the task's own
     max_length: int = 1024  # tokens of a training text; longer contexts lose their beginning
@@ -68,14 +71,14 @@ class DataConfig:
     shots: int | None = (
         None  # few-shot: so many examples of each class, drawn by the seed, are all of train
     )
-    # What of the training split the server owns: None: a shard like every client's; a fraction below 1; from 1 on, so
-    # many examples; 0: nothing, so that what clients learn is all there is.
+    # What of the training split the server owns: None: a shard like every client's; a fraction
+    # below 1; from 1 on, so many examples; 0: nothing, so that what clients learn is all there is.
     server_share: float | None = None
     partition: Literal["iid", "labels", "quantity"] = (
         "iid"  # among the owners: equal, label skew, quantity skew
     )
-    # What an answer's cross entropy runs over: all tokens, or those that the task's choices are made of. auto: the
-    # choices where every example has the same ones, else the vocabulary.
+    # What an answer's cross entropy runs over: all tokens, or those that the task's choices are
+    # made of. auto: the choices where every example has the same ones, else the vocabulary.
     loss_over: Literal["vocabulary", "choices", "auto"] = "vocabulary"
     alpha: float = (
         0.5  # of the Dirichlet distribution that makes the skew: 0.1 is strong, 100 hardly any
@@ -84,7 +87,8 @@ class DataConfig:
     def check(self, where: str) -> None:
         if self.server_share is not None and self.server_share > 1 and self.server_share % 1:
             raise ConfigError(
-                f"{where}.server_share: found {self.server_share}, expected a fraction below 1, or a whole number "
+                f"{where}.server_share: found {self.server_share}, expected a fraction below 1, "
+                "or a whole number "
                 "of examples"
             )
 
@@ -93,19 +97,23 @@ class DataConfig:
 class FederationConfig:
     """Rounds, clients, and what happens when one of them fails."""
 
-    clients: int = 7  # 0: centralised, the server tunes alone, on all data unless data.server_share says otherwise
+    # 0: centralised, the server tunes alone, on all data unless data.server_share says otherwise
+    clients: int = 7
     rounds: int = 10
-    # Auxiliary model, optimizers and schedules between rounds; restarted: each round begins from the hand-out.
+    # Auxiliary model, optimizers and schedules between rounds; restarted: each round begins from
+    # the hand-out.
     client_state: Literal["kept", "restarted"] = "kept"
     on_failure: Literal["drop", "stop"] = "drop"  # a client whose loss or update is not finite
     min_clients: int = 1  # fewer updates than this in a round stop the run
     clients_per_round: int | None = None  # None: all
     sampling: Literal["uniform", "by_size", "round_robin"] = "uniform"  # who they are
-    # drop: a client's work is cut after client_seconds, and it counts for what it did. Bits then depend on the clock.
+    # drop: a client's work is cut after client_seconds, and it counts for what it did. Bits then
+    # depend on the clock.
     stragglers: Literal["wait", "drop"] = "wait"
     client_seconds: float | None = None
-    # What makes one update of many: the mean weighted by samples, each value's median, or the mean of those that lie no
-    # more than so many deviations further from the median than the others do (aggregation/robust.py).
+    # What makes one update of many: the mean weighted by samples, each value's median, or the mean
+    # of those that lie no more than so many deviations further from the median than the others do
+    # (aggregation/robust.py).
     rule: Literal["mean", "median", "reject_outliers"] = "mean"
     outlier_deviations: float = 3.0
 
@@ -114,11 +122,12 @@ class FederationConfig:
 class ServerConfig:
     """The owner of the global model."""
 
-    # Before the tuning: towards the answers of the auxiliary model under the merged prompts, to questions about
-    # distillation.text, or about the server's shard.
+    # Before the tuning: towards the answers of the auxiliary model under the merged prompts, to
+    # questions about distillation.text, or about the server's shard.
     translation: StageConfig = StageConfig(steps=0)
     tuning: StageConfig = StageConfig()
-    # better: a round's tuning that makes the validation loss worse is taken back, the control's too.
+    # better: a round's tuning that makes the validation loss worse is taken back, the control's
+    # too.
     accept: Literal["always", "better"] = "always"
     compute: ComputeConfig = ComputeConfig()
 
@@ -127,13 +136,15 @@ class ServerConfig:
 class ClientConfig:
     """An owner of text: tunes its auxiliary model, then the prompts (FedSP, alternative training)."""
 
-    # joint: both at once, in the steps of `tuning`, each with its own optimizer (FedSP without alternative training).
+    # joint: both at once, in the steps of `tuning`, each with its own optimizer (FedSP without
+    # alternative training).
     training: Literal["alternating", "joint"] = "alternating"
     alignment: StageConfig = StageConfig()
     tuning: StageConfig = StageConfig()
     privacy: PrivacyConfig = PrivacyConfig()
     compute: ComputeConfig = ComputeConfig()
-    resident: int = 8  # clients of a rank whose state stays in memory between rounds; that of the others goes to disk
+    # clients of a rank whose state stays in memory between rounds; that of the others goes to disk
+    resident: int = 8
 
 
 @dataclass(frozen=True)
@@ -153,8 +164,8 @@ class Config:
     """One experiment."""
 
     recipe: Recipe = "bridged"  # values of keys that are not given: resources/recipes
-    # fedsp: prompts are the messengers; finetune: the global model's own weights are; fedbpt: prompts are searched for
-    # without gradients, as `search` says (algorithms/).
+    # fedsp: prompts are the messengers; finetune: the global model's own weights are; fedbpt:
+    # prompts are searched for without gradients, as `search` says (algorithms/).
     method: Literal["fedsp", "finetune", "fedbpt"] = "fedsp"
     run: RunConfig = RunConfig()
     topology: TopologyConfig = TopologyConfig()
@@ -175,12 +186,16 @@ class Config:
 
     @property
     def tunes_weights(self) -> bool:
-        """Whether the global model's own weights are tuned and travel; there is no prompt then, and no small model."""
+        """Whether the global model's own weights are tuned and travel; there is no prompt then, and
+        no small model.
+        """
         return self.method == "finetune"
 
     @property
     def searches(self) -> bool:
-        """Whether prompts are searched for without gradients: clients run forward passes, and the server merges."""
+        """Whether prompts are searched for without gradients: clients run forward passes, and the
+        server merges.
+        """
         return self.method == "fedbpt"
 
     @property
@@ -221,7 +236,8 @@ class Config:
         self.distillation.check("distillation")
         if self.model.name is None:
             raise ConfigError(
-                "model.name: found nothing, expected a hub name or the folder of a causal language model"
+                "model.name: found nothing, expected a hub name or the folder of a causal "
+                "language model"
             )
         self.data.check("data")
         self.attack.check("attack", self.federation.clients)
@@ -235,10 +251,13 @@ class Config:
         return reduce(getattr, key.split("."), self)
 
     def _check_search(self) -> None:
-        """What a search does without: the server's steps, its control, prompts of several matrices, another merge."""
+        """What a search does without: the server's steps, its control, prompts of several matrices,
+        another merge.
+        """
         if self.federation.clients == 0:
             raise ConfigError(
-                "federation.clients: found 0 with method=fedbpt, expected at least 1: clients search"
+                "federation.clients: found 0 with method=fedbpt, expected at least 1: "
+                "clients search"
             )
         for key, (wanted, why) in WITH_SEARCH.items():
             if (value := self._value(key)) != wanted:
@@ -252,7 +271,8 @@ class Config:
             and not self.prompt.init_std
         ):
             raise ConfigError(
-                "prompt.init_std: found 0 with method=fedbpt, expected a number above 0, which the search's scale "
+                "prompt.init_std: found 0 with method=fedbpt, expected a number above 0, which "
+                "the search's scale "
                 "follows from; or set prompt.init=text"
             )
 
@@ -263,7 +283,8 @@ class Config:
             return
         if (plan.clients_per_round or 1) > plan.clients:
             raise ConfigError(
-                f"federation.clients_per_round: found {plan.clients_per_round}, expected at most the {plan.clients} of "
+                f"federation.clients_per_round: found {plan.clients_per_round}, expected at "
+                f"most the {plan.clients} of "
                 "federation.clients"
             )
         if plan.min_clients > (plan.clients_per_round or plan.clients):
@@ -274,14 +295,16 @@ class Config:
             )
         if (plan.stragglers == "drop") != (plan.client_seconds is not None):
             raise ConfigError(
-                f"federation.stragglers: found {plan.stragglers} with client_seconds {plan.client_seconds}, expected "
+                f"federation.stragglers: found {plan.stragglers} with client_seconds "
+                f"{plan.client_seconds}, expected "
                 "drop with a number of seconds, or wait without one"
             )
 
     def _check_centralised(self) -> None:
         if not self.server.tuning.steps:
             raise ConfigError(
-                "server.tuning.steps: found 0 with federation.clients=0, expected at least 1: the server tunes alone"
+                "server.tuning.steps: found 0 with federation.clients=0, expected at least 1: "
+                "the server tunes alone"
             )
         if self.federation.clients_per_round is not None:
             raise ConfigError(
@@ -292,22 +315,27 @@ class Config:
         if self.data.server_share == 0:
             if self.server.tuning.steps:
                 raise ConfigError(
-                    f"server.tuning.steps: found {self.server.tuning.steps} with data.server_share=0, expected 0: "
+                    f"server.tuning.steps: found {self.server.tuning.steps} with "
+                    "data.server_share=0, expected 0: "
                     "a server without examples only averages"
                 )
             if self.distils and self.distillation.text is None:
                 raise ConfigError(
-                    "distillation.text: found none with data.server_share=0, expected a file of plain text; or set "
+                    "distillation.text: found none with data.server_share=0, expected a file of "
+                    "plain text; or set "
                     "distillation.stage.steps=0 and auxiliary.first_layers=null"
                 )
         if self.translates and self.topology.server_ranks > 1:
             raise ConfigError(
-                f"server.translation.steps: found {self.server.translation.steps} with topology.server_ranks="
-                f"{self.topology.server_ranks}, expected one rank of the server; or set server.translation.steps=0"
+                f"server.translation.steps: found {self.server.translation.steps} with "
+                "topology.server_ranks="
+                f"{self.topology.server_ranks}, expected one rank of the server; or set "
+                "server.translation.steps=0"
             )
         if self.translates and self.data.server_share == 0 and self.distillation.text is None:
             raise ConfigError(
-                "distillation.text: found none with data.server_share=0, expected a file of plain text to ask about; "
+                "distillation.text: found none with data.server_share=0, expected a file of "
+                "plain text to ask about; "
                 "or set server.translation.steps=0"
             )
         for key, stage in (
@@ -316,7 +344,8 @@ class Config:
         ):
             if stage.batch_size % self.topology.server_ranks:
                 raise ConfigError(
-                    f"{key}.batch_size: found {stage.batch_size}, expected a multiple of topology.server_ranks="
+                    f"{key}.batch_size: found {stage.batch_size}, expected a multiple of "
+                    "topology.server_ranks="
                     f"{self.topology.server_ranks}, so that each of them gets an equal part"
                 )
 
@@ -340,18 +369,22 @@ class Config:
         shared = self.auxiliary.layers_per_cell not in (None, self.auxiliary.depth)
         if self.prompt.mapping == "same_layers" and shared and not self.tunes_weights:
             raise ConfigError(
-                "prompt.mapping: found same_layers with an auxiliary model that runs its layers more than once "
-                f"(auxiliary.layers_per_cell={self.auxiliary.layers_per_cell}), expected repeat; or set "
+                "prompt.mapping: found same_layers with an auxiliary model that runs its "
+                "layers more than once "
+                f"(auxiliary.layers_per_cell={self.auxiliary.layers_per_cell}), expected "
+                "repeat; or set "
                 "auxiliary.layers_per_cell=null"
             )
         if self.model.gradient_checkpointing and self.prompt.kind == "prefix":
             raise ConfigError(
-                "model.gradient_checkpointing: found true with prompt.kind=prefix, which trains silently wrong "
+                "model.gradient_checkpointing: found true with prompt.kind=prefix, which "
+                "trains silently wrong "
                 "(checkpointed layers drop the prefix); set it to false, or prompt.kind=input"
             )
         if self.model.gradient_checkpointing and self.auxiliary.dropout:
             raise ConfigError(
-                "auxiliary.dropout: found true with model.gradient_checkpointing=true, expected one of them false"
+                "auxiliary.dropout: found true with model.gradient_checkpointing=true, "
+                "expected one of them false"
             )
 
 
@@ -362,8 +395,9 @@ def load(
 ) -> Config:
     """Read a YAML file (None: the embedded default), apply overrides, check, freeze.
 
-    `overrides` are `key=value`, whose value is YAML; `values` are texts as they stand.
-    A file may say `extends: other.yaml`, or a list of files (relative to itself); the later win, and its own keys most.
+    `overrides` are `key=value`, whose value is YAML; `values` are texts as they stand. A file may
+    say `extends: other.yaml`, or a list of files (relative to itself); the later win, and its own
+    keys most.
     """
     try:
         data = read_yaml(Path(path) if path is not None else EMBEDDED)
@@ -378,7 +412,10 @@ def load(
 
 
 def checked(data: dict[str, Any]) -> Config:
-    """The configuration of plain data, laid over its recipe. Raises ConfigError on the first mistake."""
+    """The configuration of plain data, laid over its recipe.
+
+    Raises ConfigError on the first mistake.
+    """
     try:
         named = data.get("recipe")
         config: Config = parse(
@@ -411,8 +448,8 @@ _FREE = (
 def changed_keys(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """The keys that keep a run from going on under another configuration: "key: was ..., is ...".
 
-    A key that one of them does not have counts as its default: it was not there yet when a run began. How FedBPT
-    searches keeps no other method from anything.
+    A key that one of them does not have counts as its default: it was not there yet when a run
+    began. How FedBPT searches keeps no other method from anything.
     """
     with suppress(ConfigError):  # a key that is there no more; it is named as a difference then
         before, now = (dataclasses.asdict(parse(Config, each, "")) for each in (before, now))

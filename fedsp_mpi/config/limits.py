@@ -1,7 +1,8 @@
 """The least and the greatest value of every key that takes a number.
 
-The greatest are far beyond what is of use; they are there so that a slip of the keyboard is a message about that key,
-and not a crash, a full memory or a machine that does not answer. None is always allowed where the type allows it.
+The greatest are far beyond what is of use; they are there so that a slip of the keyboard is a
+message about that key, and not a crash, a full memory or a machine that does not answer. None is
+always allowed where the type allows it.
 """
 
 from __future__ import annotations

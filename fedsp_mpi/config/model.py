@@ -1,6 +1,8 @@
-"""The parts of a configuration that a recipe decides: the auxiliary model, its alignment, the prompts; and the recipes.
+"""The parts of a configuration that a recipe decides: the auxiliary model, its alignment, the
+prompts; and the recipes.
 
-A recipe is a file of values for keys that a configuration does not give. The defaults below are the paper's.
+A recipe is a file of values for keys that a configuration does not give. The defaults below are the
+paper's.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ def recipe(name: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class AuxiliaryConfig:
-    """The clients' model: a cell of the global model's layers, shared across depth (FedSP, cross-layer sharing).
+    """The clients' model: a cell of the global model's layers, shared across depth (FedSP,
+    cross-layer sharing).
 
     A depth below 1 is a fraction of the global model's.
     """
@@ -32,26 +35,30 @@ class AuxiliaryConfig:
     start_layer: int = 0
     layers_per_cell: int | None = 1  # None: as many as it is deep, so that none is shared
     depth: float | None = None  # layers; None: as deep as the global model
-    # So many of them are the global model's first ones, the others its last ones, with a linear bridge between; None:
-    # they lie side by side, and there is no bridge.
+    # So many of them are the global model's first ones, the others its last ones, with a linear
+    # bridge between; None: they lie side by side, and there is no bridge.
     first_layers: int | None = None
     dropout: bool = False  # the model's own dropout while its weights are trained
 
     def check(self, where: str) -> None:
         if self.depth is not None and self.depth > 1 and self.depth % 1:
             raise ConfigError(
-                f"{where}.depth: found {self.depth}, expected a whole number of layers, or a fraction between 0 and 1"
+                f"{where}.depth: found {self.depth}, expected a whole number of layers, or a "
+                "fraction between 0 and 1"
             )
         if self.first_layers is not None and self.layers_per_cell not in (None, self.depth):
             raise ConfigError(
-                f"{where}.first_layers: found {self.first_layers} with layers_per_cell={self.layers_per_cell}, "
+                f"{where}.first_layers: found {self.first_layers} with "
+                f"layers_per_cell={self.layers_per_cell}, "
                 f"which shares layers; expected null, or {where}.layers_per_cell=null"
             )
 
 
 @dataclass(frozen=True)
 class DistillationConfig:
-    """Aligns the auxiliary model with the global one before the first round: its bridge first, then all its weights."""
+    """Aligns the auxiliary model with the global one before the first round: its bridge first, then
+    all its weights.
+    """
 
     bridge_texts: int = 800  # that a bridge is fitted to, by least squares
     bridge_ridge: float = (
@@ -73,7 +80,8 @@ class DistillationConfig:
     def check(self, where: str) -> None:
         if self.stage.steps and not (self.hidden_weight or self.logits_weight):
             raise ConfigError(
-                f"{where}: found hidden_weight 0 and logits_weight 0 with {self.stage.steps} steps, "
+                f"{where}: found hidden_weight 0 and logits_weight 0 with "
+                f"{self.stage.steps} steps, "
                 f"expected one of them above 0; set {where}.stage.steps=0 to leave distillation out"
             )
 
@@ -84,12 +92,13 @@ class PromptConfig:
 
     kind: Literal["prefix", "input"] = "prefix"
     num_tokens: int = 40
-    # Where it begins: noise, or what the global model makes of the words of init_text, over and over.
+    # Where it begins: noise, or what the global model makes of the words of init_text, over and
+    # over.
     init: Literal["random", "text"] = "random"
     init_std: float = 0.02
     init_text: str = "Read the text carefully and answer the question about it. Choose the answer that fits best."
-    # Between models of different depth: repeat up and average down; or layer by layer, where the auxiliary model's
-    # layers are some of the global one's.
+    # Between models of different depth: repeat up and average down; or layer by layer, where the
+    # auxiliary model's layers are some of the global one's.
     mapping: Literal["repeat", "same_layers"] = "repeat"
     projection: int | None = (
         None  # width of the re-parameterisation's hidden layer; None: no projection

@@ -1,4 +1,6 @@
-"""Plain data, as YAML gives it, to frozen dataclasses: unknown keys and wrong types are refused by their dotted key."""
+"""Plain data, as YAML gives it, to frozen dataclasses: unknown keys and wrong types are refused by
+their dotted key.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,8 @@ _SWITCHES = {
     "on": True,
     "off": False,
 }  # texts to YAML 1.2, but plain enough
-# What no text of a configuration may hold: control characters other than line ends and tabs, and halves of characters.
+# What no text of a configuration may hold: control characters other than line ends and tabs, and
+# halves of characters.
 _UNFIT = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
 
 
@@ -62,12 +65,16 @@ class _Brief(reprlib.Repr):
 
 
 def shown(value: Any) -> str:
-    """Write a value for a message, in about 60 characters at most; long texts and collections are shortened."""
+    """Write a value for a message, in about 60 characters at most; long texts and collections are
+    shortened.
+    """
     return message_line(_Brief().repr(value), 2 * _LONGEST_NAME)
 
 
 def message_line(text: str, longest: int = LONGEST_MESSAGE) -> str:
-    """Write a text in one line of at most `longest` printable characters; the middle of a longer one is left out."""
+    """Write a text in one line of at most `longest` printable characters; the middle of a longer
+    one is left out.
+    """
     if len(text) > 10 * longest:
         text = f"{text[: 5 * longest]} {text[-5 * longest :]}"
     words = " ".join(text.split())
@@ -79,27 +86,34 @@ def message_line(text: str, longest: int = LONGEST_MESSAGE) -> str:
 
 
 def error_line(text: str) -> str:
-    """Write an error's text in one line, in which no word is longer than a path may be expected to be."""
+    """Write an error's text in one line, in which no word is longer than a path may be expected to
+    be.
+    """
     words = (message_line(word, _LONGEST_WORD) for word in text[: 2 * _LONGEST_ERROR].split())
     return message_line(" ".join(words), _LONGEST_ERROR)
 
 
 def require_text(text: str, where: str) -> None:
-    """Raise ConfigError if a text is too long, or holds characters that neither a path nor a prompt may have."""
+    """Raise ConfigError if a text is too long, or holds characters that neither a path nor a prompt
+    may have.
+    """
     if len(text) > LONGEST_TEXT:
         raise ConfigError(
-            f"{where}: found a text of {len(text)} characters, expected at most {LONGEST_TEXT}; put less there"
+            f"{where}: found a text of {len(text)} characters, expected at most "
+            f"{LONGEST_TEXT}; put less there"
         )
     if not (unfit := _UNFIT.search(text)):
         return
     character = unfit.group()
     if "\ud800" <= character <= "\udfff":
         raise ConfigError(
-            f"{where}: found {shown(text)}, expected text in UTF-8; correct the bytes, or set LC_ALL=C.UTF-8 if the "
+            f"{where}: found {shown(text)}, expected text in UTF-8; correct the bytes, or "
+            "set LC_ALL=C.UTF-8 if the "
             "terminal's locale is what spoils them"
         )
     raise ConfigError(
-        f"{where}: found {shown(text)} with the control character {character!a}, expected a text without; leave it out"
+        f"{where}: found {shown(text)} with the control character {character!a}, "
+        "expected a text without; leave it out"
     )
 
 
@@ -123,7 +137,8 @@ def parse(kind: Any, data: Any, where: str) -> Any:
     if origin is dict:
         if not isinstance(data, dict):
             raise ConfigError(
-                f"{where}: found {type(data).__name__}, expected a section of names, such as {{a: b}}"
+                f"{where}: found {type(data).__name__}, expected a section of names, "
+                "such as {a: b}"
             )
         key_kind, value_kind = arguments
         return {
@@ -242,7 +257,9 @@ def _number_hint(kind: Any, data: Any) -> str:
 
 
 def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """`base` with `over` laid on it, section by section, of which an empty one changes nothing; neither is changed."""
+    """`base` with `over` laid on it, section by section, of which an empty one changes nothing;
+    neither is changed.
+    """
     merged = dict(base)
     for key, value in over.items():
         if isinstance(merged.get(key), dict) and (value is None or isinstance(value, dict)):

@@ -26,18 +26,20 @@ class RunConfig:
     name: str = "auto"  # "auto": the configuration's name and the time
     folder: str = "runs"
     if_exists: Literal["refuse", "replace"] = "refuse"
-    # must: go on from the last checkpoint of the run of that name; auto: or begin it. With name=auto: of the newest
-    # unfinished run of that configuration.
+    # must: go on from the last checkpoint of the run of that name; auto: or begin it. With
+    # name=auto: of the newest unfinished run of that configuration.
     resume: Literal["never", "must", "auto"] = "never"
     seed: int = 1
     label: str | None = None  # what tables call the method; None: its own name
     task_label: str | None = None  # what tables call the task; None: its own name
-    # Of the run's folder and the files in it. private: its owner alone may read them; umask: as the shell's umask says.
+    # Of the run's folder and the files in it. private: its owner alone may read them; umask: as the
+    # shell's umask says.
     permissions: Literal["private", "umask"] = "private"
 
 
 def check_paths(value: Callable[[str], Any]) -> None:
-    """Raise ConfigError if the run's name is not one component of a path, or a path cannot be written in the locale.
+    """Raise ConfigError if the run's name is not one component of a path, or a path cannot be
+    written in the locale.
 
     Args:
         value: of a dotted key.
@@ -56,7 +58,8 @@ class TopologyConfig:
     """What is expected of the launcher."""
 
     ranks: int | None = None  # refuse to start with another number of processes
-    # Ranks 0 to server_ranks - 1 hold the global model, and share distillation (ZeRO), server tuning and evaluation.
+    # Ranks 0 to server_ranks - 1 hold the global model, and share distillation (ZeRO), server
+    # tuning and evaluation.
     server_ranks: int = 1
 
 
@@ -78,13 +81,16 @@ class CheckpointConfig:
     keep_client_states: bool = (
         False  # of a run that is complete; nothing goes on from them any more
     )
-    # Between two states of the distillation (with zero_stage 0); None: only when the run is told to stop.
+    # Between two states of the distillation (with zero_stage 0); None: only when the run is told to
+    # stop.
     distillation_seconds: float | None = 600
 
 
 @dataclass(frozen=True)
 class DeadlineConfig:
-    """Longest wait for other ranks in seconds, by phase; None waits for ever. Past it the job ends with status 124."""
+    """Longest wait for other ranks in seconds, by phase; None waits for ever. Past it the job ends
+    with status 124.
+    """
 
     start_up: float | None = 600  # for all ranks to begin
     handout: float | None = (

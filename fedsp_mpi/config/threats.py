@@ -1,4 +1,6 @@
-"""The parts of a configuration that say what clients are afraid of, and what is to be feared from them."""
+"""The parts of a configuration that say what clients are afraid of, and what is to be feared from
+them.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +11,11 @@ from fedsp_mpi.config.parsing import ConfigError
 
 @dataclass(frozen=True)
 class PrivacyConfig:
-    """Local differential privacy of updates (algorithms/privacy.py): epsilon is 2 clip / noise_scale a round.
+    """Local differential privacy of updates (algorithms/privacy.py): epsilon is 2 clip /
+    noise_scale a round.
 
-    The noise comes from the operating system: the one case in which two runs with the same seed differ.
+    The noise comes from the operating system: the one case in which two runs with the same seed
+    differ.
     """
 
     clip: float | None = None  # largest L1 norm of an update; None: updates are sent as they are
@@ -25,14 +29,16 @@ class PrivacyConfig:
     def check(self, where: str) -> None:
         if (self.clip is None) != (self.noise_scale is None):
             raise ConfigError(
-                f"{where}: found clip {self.clip} with noise_scale {self.noise_scale}, expected both or "
+                f"{where}: found clip {self.clip} with noise_scale {self.noise_scale}, "
+                "expected both or "
                 "none: noise hides only what is bounded; set the other one"
             )
 
 
 @dataclass(frozen=True)
 class AttackConfig:
-    """The backdoor study of FedPrompt (arXiv 2208.12268): poisoned clients, and how often the trigger works.
+    """The backdoor study of FedPrompt (arXiv 2208.12268): poisoned clients, and how often the
+    trigger works.
 
     A text that data.max_length cuts loses its beginning, and the trigger with it.
     """
@@ -52,11 +58,13 @@ class AttackConfig:
     def check(self, where: str, num_clients: int) -> None:
         if self.target is None and self.clients:
             raise ConfigError(
-                f"{where}.target: found none with {where}.clients, expected a choice, counted from 0"
+                f"{where}.target: found none with {where}.clients, expected a choice, "
+                "counted from 0"
             )
         if not self.trigger.strip():
             raise ConfigError(f"{where}.trigger: found no word, expected at least one")
         if strange := [client for client in self.clients if not 0 <= client < num_clients]:
             raise ConfigError(
-                f"{where}.clients: found {strange[0]}, expected ids from 0, below federation.clients={num_clients}"
+                f"{where}.clients: found {strange[0]}, expected ids from 0, below "
+                f"federation.clients={num_clients}"
             )

@@ -1,4 +1,6 @@
-"""The parts of a configuration that several roles have: a stage of training, its optimizer, what it computes with."""
+"""The parts of a configuration that several roles have: a stage of training, its optimizer, what it
+computes with.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,8 @@ class StageConfig:
     def check(self, where: str) -> None:
         if self.micro_batch is None and self.batch_size > MOST_AT_ONCE:
             raise ConfigError(
-                f"{where}.batch_size: found {self.batch_size}, expected at most {MOST_AT_ONCE} examples of one forward "
+                f"{where}.batch_size: found {self.batch_size}, expected at most {MOST_AT_ONCE} "
+                "examples of one forward "
                 f"pass; set {where}.micro_batch, which cuts a batch into pieces"
             )
 
@@ -48,5 +51,6 @@ class ComputeConfig:
     """What one role computes with. Equal bits are promised for equal numbers of threads."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    dtype: Dtype = "float32"  # of the forward and backward pass; prompts, gradients' owners and optimizers are fp32
+    # of the forward and backward pass; prompts, gradients' owners and optimizers are fp32
+    dtype: Dtype = "float32"
     threads: int | None = None  # None: a rank's share of the cores that it may run on

@@ -1,7 +1,8 @@
-"""YAML files and `key=value` to plain data, within bounds: nothing in a file can hang, exhaust or confuse the reader.
+"""YAML files and `key=value` to plain data, within bounds: nothing in a file can hang, exhaust or
+confuse the reader.
 
-Scalars are those of YAML 1.2 as far as 1.1 agrees: `yes`, `010`, `1:30` and `2024-01-01` are texts. What
-`yaml.safe_dump` writes (YAML 1.1) therefore reads back to the same.
+Scalars are those of YAML 1.2 as far as 1.1 agrees: `yes`, `010`, `1:30` and `2024-01-01` are texts.
+What `yaml.safe_dump` writes (YAML 1.1) therefore reads back to the same.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ _PLAIN_TAGS = (None, "!", f"{_TAG}str")
 
 
 class _Loader(yaml.SafeLoader):
-    """Builds plain data only, and raises ConfigError before it gets too deep, too large, or ambiguous.
+    """Builds plain data only, and raises ConfigError before it gets too deep, too large, or
+    ambiguous.
 
     Args:
         text: the YAML.
@@ -48,7 +50,8 @@ class _Loader(yaml.SafeLoader):
             event, yaml.AliasEvent
         ):
             raise yaml.YAMLError(
-                f"the tag {shown(event.tag.replace(_TAG, '!!'))} in line {event.start_mark.line + 1}"
+                f"the tag {shown(event.tag.replace(_TAG, '!!'))} in line "
+                f"{event.start_mark.line + 1}"
             )
         self._level += 1
         if self._level > _MOST_LEVELS:
@@ -71,7 +74,8 @@ class _Loader(yaml.SafeLoader):
             name, line = (key.tag, key.value), key.start_mark.line + 1
             if name in lines:
                 raise ConfigError(
-                    f"{self._source}: found the key {shown(key.value)} in line {lines[name]} and again in line {line}, "
+                    f"{self._source}: found the key {shown(key.value)} in line {lines[name]} and "
+                    f"again in line {line}, "
                     "expected it once; put all that belongs to it in one place"
                 )
             lines[name] = line
@@ -81,7 +85,8 @@ class _Loader(yaml.SafeLoader):
         if isinstance(event, yaml.AliasEvent):
             if id(node) not in self._sizes:
                 raise ConfigError(
-                    f"{self._source}: found *{event.anchor} within &{event.anchor}, expected no circle"
+                    f"{self._source}: found *{event.anchor} within &{event.anchor}, "
+                    "expected no circle"
                 )
             return
         parts: list[Any] = [] if isinstance(node, yaml.ScalarNode) else node.value
@@ -90,7 +95,8 @@ class _Loader(yaml.SafeLoader):
         self._sizes[id(node)] = size = 1 + sum(self._sizes[id(part)] for part in parts)
         if size > _MOST_VALUES:
             raise ConfigError(
-                f"{self._source}: found more than {_MOST_VALUES} values, those behind an alias (*name) counted where "
+                f"{self._source}: found more than {_MOST_VALUES} values, those behind an alias "
+                "(*name) counted where "
                 "it stands, expected fewer; leave some out"
             )
 
@@ -99,7 +105,8 @@ class _Loader(yaml.SafeLoader):
         digits = node.value.replace("_", "")
         if len(digits) > _MOST_DIGITS:
             raise ConfigError(
-                f"{self._source}: found a number of {len(digits)} digits in line {node.start_mark.line + 1}, expected "
+                f"{self._source}: found a number of {len(digits)} digits in line "
+                f"{node.start_mark.line + 1}, expected "
                 f"at most {_MOST_DIGITS}"
             )
         return int(digits, 0)
@@ -146,8 +153,8 @@ def parse_yaml(text: str, source: str) -> Any:
     """Build the plain data of one YAML document.
 
     Raises:
-        ConfigError: it is too large, too deep, or says something twice; `source` begins the message.
-        yaml.YAMLError: it is no YAML.
+        ConfigError: it is too large, too deep, or says something twice; `source` begins the
+        message. yaml.YAMLError: it is no YAML.
     """
     if len(text) > MOST_BYTES:
         raise ConfigError(f"{source}: found {len(text)} characters, expected at most {MOST_BYTES}")
@@ -168,7 +175,10 @@ class _Reading:
 def read_yaml(
     path: Path, seen: tuple[Path, ...] = (), reading: _Reading | None = None
 ) -> dict[str, Any]:
-    """Read the mapping in a YAML file, laid over those that it extends. Raises ConfigError on the first mistake."""
+    """Read the mapping in a YAML file, laid over those that it extends.
+
+    Raises ConfigError on the first mistake.
+    """
     reading = reading or _Reading()
     reading.files += 1
     if reading.files > MOST_FILES:
@@ -203,7 +213,10 @@ def _reason(error: Exception) -> str:
 
 
 def _content(path: Path) -> str:
-    """Read a regular file of a bounded size. Raises ConfigError for any other, without opening it."""
+    """Read a regular file of a bounded size.
+
+    Raises ConfigError for any other, without opening it.
+    """
     about = path.stat()
     if not stat.S_ISREG(about.st_mode):
         kind = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe"}.get(
@@ -212,7 +225,8 @@ def _content(path: Path) -> str:
         raise ConfigError(f"{path}: found {kind}, expected a YAML file")
     if about.st_size > MOST_BYTES:
         raise ConfigError(
-            f"{path}: found a file of {about.st_size} bytes, expected a YAML configuration of at most {MOST_BYTES}"
+            f"{path}: found a file of {about.st_size} bytes, expected a YAML configuration "
+            f"of at most {MOST_BYTES}"
         )
     return path.read_text(encoding="utf-8")
 
@@ -220,9 +234,11 @@ def _content(path: Path) -> str:
 def extended(
     data: dict[str, Any], path: Path, seen: tuple[Path, ...] = (), reading: _Reading | None = None
 ) -> dict[str, Any]:
-    """Lay a mapping that stands in the file `path` over the files that its `extends` names; it is not changed.
+    """Lay a mapping that stands in the file `path` over the files that its `extends` names; it is
+    not changed.
 
-    `extends` is one file or a list of them, relative to `path`: the later win over the earlier, the mapping over all.
+    `extends` is one file or a list of them, relative to `path`: the later win over the earlier, the
+    mapping over all.
     """
     entry = data.get("extends")
     names = entry if isinstance(entry, list) else [entry] if entry is not None else []
@@ -230,7 +246,8 @@ def extended(
     for name in names:
         if not isinstance(name, str):
             raise ConfigError(
-                f"{path}: found {shown(name)} in `extends`, expected the name of a file, or a list of them"
+                f"{path}: found {shown(name)} in `extends`, expected the name of a file, or a "
+                "list of them"
             )
         require_text(name, f"{path}: extends")
         base = merge(base, read_yaml(path.parent / name, seen, reading))

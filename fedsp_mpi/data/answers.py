@@ -1,4 +1,6 @@
-"""What a task's answers are to a tokenizer: tokens that differ, and are the candidates that losses choose among."""
+"""What a task's answers are to a tokenizer: tokens that differ, and are the candidates that losses
+choose among.
+"""
 
 from __future__ import annotations
 
@@ -17,10 +19,11 @@ _SHOWN = 5  # rows that a note names
 
 
 def joins(contexts: Iterable[str]) -> list[str]:
-    """Return one context for each way in which contexts end: the last word and the blanks behind it.
+    """Return one context for each way in which contexts end: the last word and the blanks behind
+    it.
 
-    An answer's tokens depend on nothing else of its context: blanks go over to the answer, and a tokenizer may join
-    the last word with what follows.
+    An answer's tokens depend on nothing else of its context: blanks go over to the answer, and a
+    tokenizer may join the last word with what follows.
     """
     by_ending: dict[tuple[str, str], str] = {}
     for context in contexts:
@@ -36,7 +39,8 @@ def tokens(
     """Return the ids of every answer's tokens behind every context, [contexts][answers][tokens].
 
     Args:
-        contexts: one for each ending, from `joins`; none for a model that fills in a gap, where answers are one token.
+        contexts: one for each ending, from `joins`; none for a model that fills in a gap, where
+            answers are one token.
         answers: without the leading blank.
 
     Raises ConfigError if an answer has no token, or in a gap more than one.
@@ -49,7 +53,8 @@ def tokens(
     for answer, text in zip(cycle(answers), texts):
         if text.num_answers < 1:
             raise ConfigError(
-                f"data.verbaliser: found the choice {answer!r}, which has no token to this tokenizer, expected one at "
+                f"data.verbaliser: found the choice {answer!r}, which has no token to this "
+                "tokenizer, expected one at "
                 "least; give each class a word that it knows"
             )
     ids = [tuple(map(int, text.ids[text.answer :])) for text in texts]
@@ -59,7 +64,8 @@ def tokens(
 def require_different(
     tokenizer: Any, choices: Sequence[str], rows: Iterable[Sequence[tuple[int, ...]]]
 ) -> None:
-    """Raise ConfigError if two choices of a task are the same tokens behind a context: no model can tell them apart.
+    """Raise ConfigError if two choices of a task are the same tokens behind a context: no model can
+    tell them apart.
 
     Args:
         choices: the task's.
@@ -70,8 +76,11 @@ def require_different(
             if (first := row.index(ids)) != place:
                 names = " ".join(map(str, tokenizer.convert_ids_to_tokens(list(ids))))
                 raise ConfigError(
-                    f"data.verbaliser: found the choices {choices[first]!r} and {choices[place]!r}, which are the same "
-                    f"to this tokenizer ({names}), expected choices that it tells apart; give each class another word, "
+                    f"data.verbaliser: found the choices {choices[first]!r} and "
+                    f"{choices[place]!r}, "
+                    "which are the same "
+                    f"to this tokenizer ({names}), expected choices that it tells apart; give each "
+                    "class another word, "
                     "or take the tokenizer that belongs to the model"
                 )
 
@@ -79,7 +88,9 @@ def require_different(
 def equal_options(
     examples: Sequence[Example], options: Sequence[Sequence[Text]]
 ) -> tuple[str, ...]:
-    """Return a note on test questions, each with choices of its own, of which two are the same tokens."""
+    """Return a note on test questions, each with choices of its own, of which two are the same
+    tokens.
+    """
     rows = [example.row for example, texts in zip(examples, options) if _has_equal(texts)]
     if not rows:
         return ()
@@ -88,12 +99,17 @@ def equal_options(
         f" and {len(rows) - _SHOWN} more" if len(rows) > _SHOWN else ""
     )
     return (
-        f"test: {number} with options that are the same tokens to this tokenizer, of which the first counts: {shown}",
+        (
+            f"test: {number} with options that are the same tokens to this tokenizer, of "
+            f"which the first counts: {shown}"
+        ),
     )
 
 
 def require_beginning(tokenizer: Any, splits: Splits) -> None:
-    """Raise ConfigError, which names the row, if a context is empty and the tokenizer has no token in its place."""
+    """Raise ConfigError, which names the row, if a context is empty and the tokenizer has no token
+    in its place.
+    """
     examples = (*splits.train, *splits.validation, *splits.test)
     empty = next((example for example in examples if not example.context.strip()), None)
     if empty is None:
@@ -107,14 +123,16 @@ def require_beginning(tokenizer: Any, splits: Splits) -> None:
 def require_candidates(
     texts: Sequence[Text], examples: Sequence[Example], candidates: np.ndarray
 ) -> None:
-    """Raise ConfigError, which names the row, if a token that is taught is not one of the candidates' ids [number].
+    """Raise ConfigError, which names the row, if a token that is taught is not one of the
+    candidates' ids [number].
 
     Among the candidates it would stand for another token.
     """
     for text, example in zip(texts, examples):
         if not np.isin(text.ids[text.answer :][: text.num_answers], candidates).all():
             raise ConfigError(
-                f"{example.row or 'data'}: found an answer with a token that no choice has behind other contexts, "
+                f"{example.row or 'data'}: found an answer with a token that no choice has "
+                "behind other contexts, "
                 "expected the choices' own tokens; set data.loss_over=vocabulary"
             )
 

@@ -1,7 +1,8 @@
-"""The cache of `datasets` under HF_HOME, and local files by their content: the same path may hold other rows today.
+"""The cache of `datasets` under HF_HOME, and local files by their content: the same path may hold
+other rows today.
 
-`datasets` tells files apart by path and time of change, and takes rsync -t, an unpacked archive or a restored backup
-for the old file; here the digest of the content counts.
+`datasets` tells files apart by path and time of change, and takes rsync -t, an unpacked archive or
+a restored backup for the old file; here the digest of the content counts.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ def require() -> None:
         file = tempfile.NamedTemporaryFile(dir=root, prefix=".lock-")  # noqa: SIM115
     except OSError as error:
         raise ValueError(
-            f"cannot write {root} ({os.strerror(error.errno or errno.EIO)}), where prepared data go, expected a folder "
+            f"cannot write {root} ({os.strerror(error.errno or errno.EIO)}), where prepared "
+            "data go, expected a folder "
             f"for it; {_SET} that can be written"
         ) from None
     with file:
@@ -40,13 +42,17 @@ def require() -> None:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise ValueError(
-                f"cannot lock {file.name} ({os.strerror(error.errno or errno.EIO)}), expected file locks where "
+                f"cannot lock {file.name} ({os.strerror(error.errno or errno.EIO)}), expected "
+                "file locks where "
                 f"prepared data go; {_SET} whose file system has flock, such as one of this node"
             ) from None
 
 
 def digest(paths: Sequence[str | Path]) -> str:
-    """Return the SHA-256 digest of the contents of files, in this order, in hexadecimal. Raises OSError."""
+    """Return the SHA-256 digest of the contents of files, in this order, in hexadecimal.
+
+    Raises OSError.
+    """
     whole = hashlib.sha256()
     for path in paths:
         with Path(path).open("rb") as file:
@@ -57,14 +63,18 @@ def digest(paths: Sequence[str | Path]) -> str:
 def builder(
     kind: str, split: str, paths: Sequence[Path], options: Mapping[str, Any]
 ) -> datasets.DatasetBuilder:
-    """Return what reads local files of one kind ("json", "csv", ...) into one split; the paths are no patterns."""
+    """Return what reads local files of one kind ("json", "csv", ...) into one split; the paths are
+    no patterns.
+    """
     marks = [(digest([path]),) for path in paths]
     files = DataFilesList([path.as_posix() for path in paths], marks)
     return datasets.load_dataset_builder(kind, data_files={split: files}, **options)
 
 
 def declared_builder(folder: Path, config: str) -> datasets.DatasetBuilder:
-    """Return what reads a folder whose README says which files make up which split, from a cache by their content."""
+    """Return what reads a folder whose README says which files make up which split, from a cache by
+    their content.
+    """
     first = datasets.load_dataset_builder(str(folder), config)
     names = [
         name

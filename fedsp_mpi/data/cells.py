@@ -1,6 +1,7 @@
 """The cells of a row: texts, lists and mappings, whatever the file format could hold of them.
 
-A message describes a cell by its type and size and never quotes it: what it holds is a client's text.
+A message describes a cell by its type and size and never quotes it: what it holds is a client's
+text.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ def text(row: Row, name: str) -> str:
 
 
 def texts(row: Row, name: str) -> tuple[str, ...]:
-    """Return the list of texts of a column; in CSV, which has no lists, the cell is one written out.
+    """Return the list of texts of a column; in CSV, which has no lists, the cell is one written
+    out.
 
     Raises ValueError if the cell holds something else.
     """
@@ -36,12 +38,18 @@ def texts(row: Row, name: str) -> tuple[str, ...]:
         return tuple(value)
     advice = "correct the row"
     if isinstance(value, str):
-        advice = 'a CSV cell cannot hold a list: write it as a JSON list, ["a", "b"], or use JSON lines or Parquet'
+        advice = (
+            'a CSV cell cannot hold a list: write it as a JSON list, ["a", "b"], or use '
+            "JSON lines or Parquet"
+        )
     raise ValueError(f"column {name!r}: found {shown(value)}, expected a list of texts; {advice}")
 
 
 def mapping(row: Row, name: str) -> Row:
-    """Return the lists `text` and `label` of a column of options. Raises ValueError if the cell is no mapping."""
+    """Return the lists `text` and `label` of a column of options.
+
+    Raises ValueError if the cell is no mapping.
+    """
     value = _parsed(row.get(name))
     if not isinstance(value, Mapping):
         raise ValueError(
@@ -51,7 +59,9 @@ def mapping(row: Row, name: str) -> Row:
 
 
 def shown(value: object) -> str:
-    """Describe a cell for a message: numbers and truth values as they are, the rest by type and size."""
+    """Describe a cell for a message: numbers and truth values as they are, the rest by type and
+    size.
+    """
     kind = type(value).__name__
     if value is None or isinstance(value, bool):
         return f"{kind} {value}"
@@ -77,14 +87,18 @@ def shown_label(value: object) -> str:
 
 
 def shown_choices(choices: Sequence[str]) -> str:
-    """Describe choices: in words where they are short, which is how classes are named; else by their number."""
+    """Describe choices: in words where they are short, which is how classes are named; else by
+    their number.
+    """
     if all(len(choice) <= SHORTEST_TEXT for choice in choices[:_MOST_SHOWN]):
         return ", ".join(choices[:_MOST_SHOWN]) + (", ..." if len(choices) > _MOST_SHOWN else "")
     return f"{len(choices)} texts"
 
 
 def _parsed(value: object) -> object:
-    """Return the list or mapping that a text writes out, as JSON or as Python does; any other value as it is."""
+    """Return the list or mapping that a text writes out, as JSON or as Python does; any other value
+    as it is.
+    """
     if not isinstance(value, str) or value.lstrip()[:1] not in ("[", "{"):
         return value
     for read in (json.loads, ast.literal_eval):

@@ -1,7 +1,8 @@
-"""Texts with a gap, for models that fill it in: masked ones at a mask token, T5 at its first sentinel.
+"""Texts with a gap, for models that fill it in: masked ones at a mask token, T5 at its first
+sentinel.
 
-A text is the task's words before the answer, the gap, and those behind it. The answer is one token, as FedPrompt's
-one-to-one verbalisers have it (arXiv 2208.12268).
+A text is the task's words before the answer, the gap, and those behind it. The answer is one token,
+as FedPrompt's one-to-one verbalisers have it (arXiv 2208.12268).
 """
 
 from __future__ import annotations
@@ -24,19 +25,24 @@ def gap(tokenizer: Any) -> tuple[str, int]:
     found = tokenizer.convert_tokens_to_ids(name)
     if found is None or found == tokenizer.unk_token_id:
         raise ConfigError(
-            f"model.tokenizer: found one without a mask token and without {_SENTINEL}, expected the one that belongs "
+            f"model.tokenizer: found one without a mask token and without {_SENTINEL}, "
+            "expected the one that belongs "
             "to the model"
         )
     return name, int(found)
 
 
 def answer_token(tokenizer: Any, word: str) -> int:
-    """The one token that a word is, with a blank before it. Raises ConfigError if it is several, or unknown."""
+    """The one token that a word is, with a blank before it.
+
+    Raises ConfigError if it is several, or unknown.
+    """
     ids = tokenizer(f" {word}", add_special_tokens=False)["input_ids"]
     if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
         pieces = ", ".join(map(repr, tokenizer.convert_ids_to_tokens(ids)))
         raise ConfigError(
-            f"data.verbaliser: found {word!r}, which is {pieces or 'nothing'} to this tokenizer, expected words that "
+            f"data.verbaliser: found {word!r}, which is {pieces or 'nothing'} to this "
+            "tokenizer, expected words that "
             "are one token each; choose others"
         )
     return int(ids[0])
@@ -47,8 +53,8 @@ def encode(tokenizer: Any, examples: Sequence[Example], max_length: int) -> list
 
     A long text loses its beginning, but for the token that every text begins with.
 
-    Raises ConfigError if an answer is not one token, or if the words from the gap on do not fit; the latter names the
-    row.
+    Raises ConfigError if an answer is not one token, or if the words from the gap on do not fit;
+    the latter names the row.
     """
     texts = _with_gaps(tokenizer, examples, max_length)
     answers = _answers(tokenizer, (example.target.strip() for example in examples))
@@ -71,7 +77,9 @@ def encode_options(
 
 
 def lengths_from_the_gap(tokenizer: Any, examples: Sequence[Example]) -> list[int]:
-    """Return the number of tokens of each example that must fit: from the gap on, and what every text begins with."""
+    """Return the number of tokens of each example that must fit: from the gap on, and what every
+    text begins with.
+    """
     return [len(ids) - at + kept for ids, at, kept in _located(tokenizer, examples)]
 
 
@@ -79,13 +87,16 @@ def _require_different(choices: Sequence[str], ids: Sequence[int]) -> None:
     for choice, id in zip(choices, ids):
         if (other := choices[ids.index(id)]) != choice:
             raise ConfigError(
-                f"data.verbaliser: found {other!r} and {choice!r}, which are one token to this tokenizer, expected "
+                f"data.verbaliser: found {other!r} and {choice!r}, which are one token to this "
+                "tokenizer, expected "
                 "words that it tells apart; choose others"
             )
 
 
 def _located(tokenizer: Any, examples: Sequence[Example]) -> list[tuple[list[int], int, int]]:
-    """Of each example its tokens, the gap's place among them, and how many tokens every text begins with."""
+    """Of each example its tokens, the gap's place among them, and how many tokens every text begins
+    with.
+    """
     name, id = gap(tokenizer)
     pairs = [(example.context, example.after) for example in examples]
     whole = [f"{before.rstrip()} {name}{after}".lstrip() for before, after in pairs]
@@ -108,7 +119,8 @@ def _with_gaps(tokenizer: Any, examples: Sequence[Example], max_length: int) -> 
         excess = max(0, len(ids) - max_length)
         if at - kept < excess:
             raise ConfigError(
-                f"{example.row or 'data'}: found {len(ids) - at + kept} tokens from the answer on, expected at most "
+                f"{example.row or 'data'}: found {len(ids) - at + kept} tokens from the answer "
+                "on, expected at most "
                 f"{max_length}, which fit; shorten the row, the template or the prompt"
             )
         left = [*ids[:kept], *ids[kept + excess :]]

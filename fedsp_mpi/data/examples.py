@@ -1,7 +1,8 @@
-"""A row of a data set to context, target and choices: one small function each task, in lm-eval's words.
+"""A row of a data set to context, target and choices: one small function each task, in lm-eval's
+words.
 
-Templates, choices and right answers are those of lm-eval 0.4.13 (the tasks of the same names; `web_questions` is its
-`webqs`), so that a score of this package is a score of lm-eval.
+Templates, choices and right answers are those of lm-eval 0.4.13 (the tasks of the same names;
+`web_questions` is its `webqs`), so that a score of this package is a score of lm-eval.
 """
 
 from __future__ import annotations
@@ -23,8 +24,10 @@ class Example:
     Attributes:
         context: what the model is given, for instance "Question: ...\\nAnswer:".
         target: what training teaches, with its leading blank: " Paris".
-        choices: the options without the leading blank; " " + choice is scored, len(choice) normalises (lm-eval).
-        gold: indices of the right choices: one for multiple choice, all accepted answers for exact match.
+        choices: the options without the leading blank; " " + choice is scored, len(choice)
+            normalises (lm-eval).
+        gold: indices of the right choices: one for multiple choice, all accepted answers for exact
+            match.
         after: what follows the answer, for models that read both ways.
         row: where it stands in the source, for messages: "row 5 of train".
     """
@@ -37,7 +40,8 @@ class Example:
     row: str = field(default="", compare=False)
 
 
-# -- rows to examples ----------------------------------------------------------------------------------------------
+# -- rows to examples
+# ----------------------------------------------------------------------------------------------
 
 # What public copies of a data set call its classes, in the order of the task's choices.
 _SST2_CLASSES = (("negative", "neg"), ("positive", "pos"))
@@ -66,7 +70,9 @@ def web_questions(row: Row) -> Example:
 
 
 def hellaswag(row: Row) -> Example:
-    """lm-eval hellaswag: activity, first context, second context with a capital, without the WikiHow marks."""
+    """lm-eval hellaswag: activity, first context, second context with a capital, without the
+    WikiHow marks.
+    """
     context = (
         f"{text(row, 'activity_label')}: {text(row, 'ctx_a')} {text(row, 'ctx_b').capitalize()}"
     )
@@ -91,9 +97,11 @@ def sciq(row: Row) -> Example:
 
 
 def race(row: Row) -> Example:
-    """lm-eval race: the article, its earlier problems with their answers, and the last problem's question.
+    """lm-eval race: the article, its earlier problems with their answers, and the last problem's
+    question.
 
-    Reads the columns of EleutherAI/race (all problems of an article in one string) and of ehovy/race (one per row).
+    Reads the columns of EleutherAI/race (all problems of an article in one string) and of
+    ehovy/race (one per row).
     """
     *earlier, last = _problems(row)
     context = f"Article: {text(row, 'article')}\n\n"
@@ -123,7 +131,10 @@ def rte(row: Row) -> Example:
 
 def ag_news(row: Row) -> Example:
     """Not in lm-eval; a template in the style of its sst2."""
-    question = f"{text(row, 'text')}\nQuestion: Is this news about world, sports, business or technology?\nAnswer:"
+    question = (
+        f"{text(row, 'text')}\nQuestion: Is this news about world, sports, business or "
+        "technology?\nAnswer:"
+    )
     return _one_of(
         question, ["world", "sports", "business", "technology"], row.get("label"), _AG_NEWS_CLASSES
     )
@@ -145,19 +156,25 @@ def question_answering(row: Row) -> Example:
 def _one_of(
     context: str, choices: Sequence[str], label: object, classes: labels.Synonyms = ()
 ) -> Example:
-    """Multiple choice with one right option, given by a label of any form that `labels.position` reads."""
+    """Multiple choice with one right option, given by a label of any form that `labels.position`
+    reads.
+    """
     gold = labels.position(label, choices, classes)
     return Example(context, f" {choices[gold]}", tuple(choices), (gold,))
 
 
 def _lettered(row: Row, context: str) -> Example:
-    """Multiple choice whose options have labels, A, B, ... or 1, 2, ...; the answer key is one of them."""
+    """Multiple choice whose options have labels, A, B, ...
+
+    or 1, 2, ...; the answer key is one of them.
+    """
     options = mapping(row, "choices")
     choices, letters = texts(options, "text"), texts(options, "label")
     answer = labels.key(row.get("answerKey"))
     if answer not in letters[: len(choices)]:
         raise ValueError(
-            f"found answer key {shown_label(answer)}, expected one of {shown_choices(letters)}; correct the row"
+            f"found answer key {shown_label(answer)}, expected one of "
+            f"{shown_choices(letters)}; correct the row"
         )
     gold = letters.index(answer)
     return Example(context, f" {choices[gold]}", choices, (gold,))
@@ -166,8 +183,8 @@ def _lettered(row: Row, context: str) -> Example:
 def _answers(context: str, answers: Sequence[str]) -> Example:
     """Exact match with one of several answers.
 
-    The choices are sorted and lose every answer that begins with another one, as in lm-eval's webqs: whoever continues
-    with the longer one has also given the shorter one.
+    The choices are sorted and lose every answer that begins with another one, as in lm-eval's
+    webqs: whoever continues with the longer one has also given the shorter one.
     """
     choices: list[str] = []
     for answer in sorted(answers):
@@ -183,7 +200,9 @@ def _without_marks(text: str) -> str:
 
 
 def _problems(row: Row) -> list[Row]:
-    """The problems of a RACE row: of its string `problems`, or the one that lies in its own columns."""
+    """The problems of a RACE row: of its string `problems`, or the one that lies in its own
+    columns.
+    """
     if "problems" not in row:
         return [row]
     written = text(row, "problems")
@@ -205,6 +224,7 @@ def _letter(problem: Row, options: Sequence[str]) -> int:
     answer, letters = labels.key(problem.get("answer")), string.ascii_uppercase[: len(options)]
     if len(answer) != 1 or answer not in letters:
         raise ValueError(
-            f"found answer {shown_label(answer)}, expected one of {', '.join(letters)}; correct the row"
+            f"found answer {shown_label(answer)}, expected one of {', '.join(letters)}; "
+            "correct the row"
         )
     return letters.index(answer)

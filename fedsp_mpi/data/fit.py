@@ -1,4 +1,6 @@
-"""Rows that leave no room for their answer: they are left out, with a note, before anybody trains on them."""
+"""Rows that leave no room for their answer: they are left out, with a note, before anybody trains
+on them.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,9 @@ class Room:
         return cls(num_positions - num_prompt_tokens, reason, advice, fills_gaps)
 
     def at_most(self, max_length: int) -> Room:
-        """Return the room in a text of at most `max_length` tokens, of which one stands before an answer."""
+        """Return the room in a text of at most `max_length` tokens, of which one stands before an
+        answer.
+        """
         tokens = max_length - (0 if self.fills_gaps else 1)
         if tokens >= self.tokens:
             return self
@@ -61,7 +65,8 @@ class Room:
 def leave_out(
     splits: Splits, room: Room, tokenizer: Callable[[], Any], attacked: int | None = None
 ) -> tuple[Splits, tuple[str, ...]]:
-    """Leave rows of train and validation out whose answer does not fit; return the others, and a note a split.
+    """Leave rows of train and validation out whose answer does not fit; return the others, and a
+    note a split.
 
     Only rows that are long enough to be doubtful are tokenised: no token is shorter than a byte.
 
@@ -69,7 +74,8 @@ def leave_out(
         splits: of a task.
         room: what must fit into what.
         tokenizer: gives the tokenizer, if there is a doubtful row.
-        attacked: position of the choice that an attacker may put in the place of a training row's answer, or None.
+        attacked: position of the choice that an attacker may put in the place of a training row's
+            answer, or None.
 
     Raises ConfigError if no row of a split is left.
     """
@@ -81,9 +87,11 @@ def leave_out(
 def cut_options(
     examples: Sequence[Example], options: Sequence[Sequence[Text]], room: Room
 ) -> tuple[str, ...]:
-    """Return a note on test questions with an option that is longer than the room: its beginning is not scored.
+    """Return a note on test questions with an option that is longer than the room: its beginning is
+    not scored.
 
-    lm-eval scores such an option by its last tokens, too; to leave the question out would make another test.
+    lm-eval scores such an option by its last tokens, too; to leave the question out would make
+    another test.
     """
     longest = [max((text.num_answers for text in texts), default=0) for texts in options]
     rows = [
@@ -95,7 +103,8 @@ def cut_options(
         return ()
     number = "1 question" if len(rows) == 1 else f"{len(rows)} questions"
     return (
-        f"test: {number} with an option that is longer than the {room.tokens} tokens that fit ({room.reason}), scored "
+        f"test: {number} with an option that is longer than the {room.tokens} tokens "
+        f"that fit ({room.reason}), scored "
         f"by its last tokens as in lm-eval: {_listed(rows)}",
     )
 
@@ -122,12 +131,14 @@ def _fitting(
     kept = tuple(example for place, example in enumerate(examples) if place not in out)
     if not kept:
         raise ConfigError(
-            f"data.max_length, prompt.num_tokens: found no row of {split} whose {room.part} fits, expected at most "
+            f"data.max_length, prompt.num_tokens: found no row of {split} whose {room.part} "
+            "fits, expected at most "
             f"{room.tokens} tokens ({room.reason}): {rows}; {room.advice}"
         )
     number = "1 row" if len(out) == 1 else f"{len(out)} rows"
     return kept, (
-        f"{split}: {number} left out of {len(examples)}, whose {room.part} is longer than the {room.tokens} tokens "
+        f"{split}: {number} left out of {len(examples)}, whose {room.part} is longer "
+        f"than the {room.tokens} tokens "
         f"that fit ({room.reason}): {rows}; {room.advice}",
     )
 
@@ -148,7 +159,9 @@ def _most(example: Example, room: Room, attacked: int | None) -> int:
 
 
 def _bytes(text: str) -> int:
-    """Bytes of a text, and room for what a tokenizer's normalisation makes of other letters than ASCII's."""
+    """Bytes of a text, and room for what a tokenizer's normalisation makes of other letters than
+    ASCII's.
+    """
     return (
         len(text)
         if text.isascii()

@@ -1,7 +1,9 @@
-"""The forms of a source: what `save_to_disk` wrote, a set with a README as on the hub, a folder of the user's files.
+"""The forms of a source: what `save_to_disk` wrote, a set with a README as on the hub, a folder of
+the user's files.
 
-The splits train, validation and test go by many names (data/splits.py); local files are known by their content
-(data/cache.py). Whatever goes wrong inside `datasets` becomes one line, which quotes no cell.
+The splits train, validation and test go by many names (data/splits.py); local files are known by
+their content (data/cache.py). Whatever goes wrong inside `datasets` becomes one line, which quotes
+no cell.
 """
 
 from __future__ import annotations
@@ -32,8 +34,9 @@ _HUB_SECONDS = 5.0  # for one answer of the hub; a cluster's nodes often reach n
 class Location:
     """A folder, or else the data set `name` on the hub.
 
-    `config` is the configuration that was asked for (None: the only one); `usual` is the one that the task has on the
-    hub, taken from a folder that has it among several. `columns` says by the task's columns how the source calls them.
+    `config` is the configuration that was asked for (None: the only one); `usual` is the one that
+    the task has on the hub, taken from a folder that has it among several. `columns` says by the
+    task's columns how the source calls them.
     """
 
     folder: Path | None
@@ -66,7 +69,9 @@ class Saved:
 
 
 class Declared:
-    """A hub set, or a copy of one: its README, or its names of files on the hub, say which files are which split."""
+    """A hub set, or a copy of one: its README, or its names of files on the hub, say which files
+    are which split.
+    """
 
     def __init__(self, task: str, location: Location, builder: datasets.DatasetBuilder) -> None:
         self._task, self._location, self._builder = task, location, builder
@@ -91,7 +96,10 @@ class Declared:
 
 
 class Folder:
-    """Files of the user's own, whose names say which split they are. Each split may have further columns."""
+    """Files of the user's own, whose names say which split they are.
+
+    Each split may have further columns.
+    """
 
     def __init__(self, task: str, location: Location) -> None:
         assert location.folder is not None
@@ -100,15 +108,20 @@ class Folder:
 
     def columns(self) -> dict[str, list[str]]:
         """Return split -> column names, of each split's first row."""
-        return {
-            split: self._asked(
-                paths, lambda: _first_row_columns(self._builder(split, paths), split)
-            )  # noqa: B023
-            for split, paths in self._files.by_split.items()
-        }
+        columns = {}
+        for split, paths in self._files.by_split.items():
+            columns[split] = self._asked(
+                paths,
+                lambda split=split, paths=paths: _first_row_columns(
+                    self._builder(split, paths), split
+                ),
+            )
+        return columns
 
     def tables(self) -> tuple[dict[str, Table], list[str]]:
-        """Return split -> rows, and notes on splits of several files, and on files that are not read."""
+        """Return split -> rows, and notes on splits of several files, and on files that are not
+        read.
+        """
         tables, notes = {}, []
         for split, paths in self._files.by_split.items():
             several = len(paths) > 1 and not splits.are_shards(paths)
@@ -124,7 +137,8 @@ class Folder:
                     for path, part in zip(paths, parts)
                 ]
                 notes.append(
-                    f"{split} = {len(paths)} files: {_listed(sizes)}; move away what does not belong to it"
+                    f"{split} = {len(paths)} files: {_listed(sizes)}; move away what does not "
+                    "belong to it"
                 )
         if self._files.not_read:
             notes.append(
@@ -141,7 +155,10 @@ class Folder:
     def _asked(self, paths: Sequence[Path], question: Callable[[], T]) -> T:
         """What `datasets` answers about some of the files."""
         names = _listed([str(path.relative_to(self._folder)) for path in paths])
-        wanted = f"{self._files.ending} files in UTF-8 with the same columns in every row; correct the file"
+        wanted = (
+            f"{self._files.ending} files in UTF-8 with the same columns in every row; "
+            "correct the file"
+        )
         return _ask(self._task, self._location, question, f"{names} in {self._folder}", wanted)
 
     def _options(self, paths: Sequence[Path]) -> dict[str, Any]:
@@ -158,7 +175,10 @@ Source = Saved | Declared | Folder
 
 
 def opened(task: str, location: Location) -> Source:
-    """Return the form that a source has. Raises ValueError if it cannot be reached, or the cache cannot be used."""
+    """Return the form that a source has.
+
+    Raises ValueError if it cannot be reached, or the cache cannot be used.
+    """
     folder = location.folder
     if folder and any((folder / mark).exists() for mark in ("dataset_dict.json", "state.json")):
         return Saved(task, location)
@@ -174,7 +194,8 @@ def opened(task: str, location: Location) -> Source:
     _for_user(task, lambda: splits.require_files(folder))
     if any(character in str(folder) for character in "*?["):
         raise ValueError(
-            f"{task}: found one of * ? [ in the path {folder}, whose README lists its files by patterns, expected a "
+            f"{task}: found one of * ? [ in the path {folder}, whose README lists its files "
+            "by patterns, expected a "
             "path without them; rename the folder"
         )
     config = _pick_config(task, location)
@@ -228,7 +249,9 @@ def _prepare(builder: datasets.DatasetBuilder) -> datasets.DatasetDict:
 
 
 def _pick_config(task: str, location: Location) -> str:
-    """The configuration that was asked for, else the task's usual one, else the only one, else the default."""
+    """The configuration that was asked for, else the task's usual one, else the only one, else the
+    default.
+    """
     names: list[str] = _ask(
         task, location, lambda: datasets.get_dataset_config_names(str(location.folder))
     )
@@ -237,13 +260,15 @@ def _pick_config(task: str, location: Location) -> str:
         if wanted in names:
             return wanted
     raise ValueError(
-        f"{task}: found the configurations {', '.join(names)} in {location}, expected {location.config or 'only one'}; "
+        f"{task}: found the configurations {', '.join(names)} in {location}, expected "
+        f"{location.config or 'only one'}; "
         f"write {location}:{names[0]} to take the first"
     )
 
 
 def _require_hub(task: str, name: str) -> None:
-    """One short question to the hub, because `datasets` goes on asking for half a minute. Not for what is cached.
+    """One short question to the hub, because `datasets` goes on asking for half a minute. Not for
+    what is cached.
 
     Where the hub is cut off and the data are cached, HF_HUB_OFFLINE=1 spares that wait.
     """
@@ -259,7 +284,8 @@ def _require_hub(task: str, name: str) -> None:
         ) from error
     except Exception as error:
         raise ValueError(
-            f"{found}, and this node cannot reach the hub for {name} ({_reason(error)}), expected one of them; {advice}"
+            f"{found}, and this node cannot reach the hub for {name} ({_reason(error)}), "
+            f"expected one of them; {advice}"
         ) from error
 
 
@@ -306,7 +332,10 @@ def _ask(
             wanted or "files of one format with the same columns in every split; correct the files"
         )
         if not location.folder:
-            expected = f"the data set; where the hub cannot be reached, give a local folder as the source, or {FETCH}"
+            expected = (
+                "the data set; where the hub cannot be reached, give a local folder as the "
+                f"source, or {FETCH}"
+            )
         reason = (
             _unquoted(_reason(error), str(location.folder)) if location.folder else _reason(error)
         )
@@ -316,7 +345,9 @@ def _ask(
 
 
 def _unquoted(reason: str, folder: str) -> str:
-    """A library's message without what it quotes of the files; paths in the folder and short names stay."""
+    """A library's message without what it quotes of the files; paths in the folder and short names
+    stay.
+    """
 
     def plain(match: re.Match[str]) -> str:
         inner = match.group(2)

@@ -1,7 +1,9 @@
-"""Labels of every form to the number of a choice: class numbers with names, numbers, words and letters.
+"""Labels of every form to the number of a choice: class numbers with names, numbers, words and
+letters.
 
-Public data sets write the right answer in many ways: a class number whose names stand in the file's schema, and in any
-order; "0" or 1.0 where a blank cell made texts or floats of a column; the words of the choices; letters A to D.
+Public data sets write the right answer in many ways: a class number whose names stand in the file's
+schema, and in any order; "0" or 1.0 where a blank cell made texts or floats of a column; the words
+of the choices; letters A to D.
 """
 
 from __future__ import annotations
@@ -33,7 +35,8 @@ class ClassNames:
 
     Attributes:
         texts: name by class number.
-        are_unknown: whether labels were taken by number because no name is one of the choices; set by `position`.
+        are_unknown: whether labels were taken by number because no name is one of the choices; set
+            by `position`.
     """
 
     texts: tuple[str, ...]
@@ -52,7 +55,8 @@ class ClassId:
         """The name of the class. Raises ValueError if the number has none."""
         if not 0 <= self.number < len(self.names.texts):
             raise ValueError(
-                f"found class {self.number}, expected one below {len(self.names.texts)}; correct the row"
+                f"found class {self.number}, expected one below {len(self.names.texts)}; "
+                "correct the row"
             )
         return self.names.texts[self.number]
 
@@ -67,7 +71,8 @@ def is_missing(label: object) -> bool:
 def position(label: object, choices: Sequence[str], synonyms: Synonyms = ()) -> int:
     """Return the number of the choice that a label means.
 
-    Truth values are refused: among ("True", "False") the first option would be taken for the second one.
+    Truth values are refused: among ("True", "False") the first option would be taken for the second
+    one.
 
     Args:
         label: a number, a `ClassId`, or a text: a number, a choice's words, or its letter.
@@ -76,7 +81,8 @@ def position(label: object, choices: Sequence[str], synonyms: Synonyms = ()) -> 
 
     Raises:
         NoLabelError: the cell is empty.
-        ValueError: the label means no choice, or different ones; or the names of the classes are not the choices'.
+        ValueError: the label means no choice, or different ones; or the names of the classes are
+        not the choices'.
     """
     if isinstance(label, ClassId):
         return _of_class(label, tuple(choices), synonyms)
@@ -92,7 +98,8 @@ def position(label: object, choices: Sequence[str], synonyms: Synonyms = ()) -> 
     if len(set(meanings.values())) > 1:
         means = ", ".join(f"choice {number} by its {kind}" for kind, number in meanings.items())
         raise ValueError(
-            f"column 'label': found {shown_label(label)}, which means {means} (counted from 0), expected one meaning; "
+            f"column 'label': found {shown_label(label)}, which means {means} (counted from "
+            "0), expected one meaning; "
             "give the position as a number, not as a text"
         )
     if not meanings:
@@ -123,13 +130,16 @@ def key(label: object) -> str:
 
 
 def number_in_cell(cell: object) -> object:
-    """Return the whole number that a cell of a CSV file writes, where all is text; any other cell as it is."""
+    """Return the whole number that a cell of a CSV file writes, where all is text; any other cell
+    as it is.
+    """
     return int(float(cell)) if isinstance(cell, str) and _NUMBER.fullmatch(cell.strip()) else cell
 
 
 def _refusal(label: object, choices: Sequence[str]) -> str:
     return (
-        f"column 'label': found {shown_label(label)}, expected a whole number from 0 to {len(choices) - 1}, the "
+        f"column 'label': found {shown_label(label)}, expected a whole number from 0 to "
+        f"{len(choices) - 1}, the "
         "position of the right choice (or the choice itself, or its letter); correct the row"
     )
 
@@ -148,7 +158,9 @@ def _meanings(text: str, choices: Sequence[str], synonyms: Synonyms) -> dict[str
 
 
 def _by_word(text: str, choices: Sequence[str], synonyms: Synonyms) -> int | None:
-    """Return the only choice that a text equals: exactly, else without case and outer blanks, else by a synonym."""
+    """Return the only choice that a text equals: exactly, else without case and outer blanks, else
+    by a synonym.
+    """
     plain = text.strip().casefold()
     for same in (
         [number for number, choice in enumerate(choices) if choice == text],
@@ -181,7 +193,8 @@ def _order(
 ) -> tuple[int, ...] | None:
     """Return the choice of each class, or None where the names say nothing about it.
 
-    Raises ValueError if there are more or fewer classes than choices, or if the names fit only in part and otherwise.
+    Raises ValueError if there are more or fewer classes than choices, or if the names fit only in
+    part and otherwise.
     """
     if len(names) != len(choices):
         raise ValueError(_other_classes(names, choices))
@@ -197,6 +210,8 @@ def _order(
 def _other_classes(names: Sequence[str], choices: Sequence[str]) -> str:
     """Name both orders."""
     return (
-        f"column 'label': found {len(names)} classes in the order {shown_choices(names)}, expected the {len(choices)} "
-        f"choices {shown_choices(choices)}; name the classes after the choices, or choose another task"
+        f"column 'label': found {len(names)} classes in the order "
+        f"{shown_choices(names)}, expected the {len(choices)} "
+        f"choices {shown_choices(choices)}; name the classes after the choices, or "
+        "choose another task"
     )

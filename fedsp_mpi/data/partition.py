@@ -1,8 +1,8 @@
 """Who gets which examples: pure functions from counts or labels and a seed to index arrays.
 
-A partition is a list of `num_shards` int64 arrays; shard 0 is the server's, shard k + 1 is client k's. Every index
-occurs exactly once, no client's shard is empty, and each stays in shuffled order. The same arguments give the same
-arrays on every machine, whoever asks.
+A partition is a list of `num_shards` int64 arrays; shard 0 is the server's, shard k + 1 is client
+k's. Every index occurs exactly once, no client's shard is empty, and each stays in shuffled order.
+The same arguments give the same arrays on every machine, whoever asks.
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ def divide(
         labels: one label per example, [num_examples]; only "labels" looks at them.
         kind: "iid", "labels" or "quantity": see `iid`, `dirichlet_labels`, `quantity`.
         alpha: of the skew.
-        share: the server's: None for a shard like a client's; otherwise it is drawn first, without skew: so many
-            examples, or, below 1, that fraction of all, at least one; 0 leaves it without any.
+        share: the server's: None for a shard like a client's; otherwise it is drawn first, without
+            skew: so many examples, or, below 1, that fraction of all, at least one; 0 leaves it
+            without any.
 
     Raises:
         ValueError: fewer examples than owners, or an alpha that is not a positive number.
@@ -44,7 +45,8 @@ def divide(
     mine = int(share) if share >= 1 else max(1, round(share * len(labels))) if share else 0
     if len(labels) < mine + num_clients:
         raise ValueError(
-            f"found {len(labels)} examples for a server's share of {mine} and {num_clients} clients, expected at least "
+            f"found {len(labels)} examples for a server's share of {mine} and {num_clients} "
+            "clients, expected at least "
             f"{mine + num_clients}; lower data.server_share, or take fewer clients or more data"
         )
     order = generator(seed, "iid partition").permutation(len(labels)).astype(np.int64)
@@ -56,9 +58,11 @@ def divide(
 
 
 def iid(num_examples: int, num_shards: int, seed: int) -> list[np.ndarray]:
-    """Shuffle once and cut into nearly equal shards; sizes differ by one at most, the first shards are the larger ones.
+    """Shuffle once and cut into nearly equal shards; sizes differ by one at most, the first shards
+    are the larger ones.
 
-    Source: FedSP's reference code, which cuts the training set into num_clients + 1 shards, the first for the server.
+    Source: FedSP's reference code, which cuts the training set into num_clients + 1 shards, the
+    first for the server.
 
     Raises:
         ValueError: fewer examples than shards, or no shard.
@@ -71,16 +75,18 @@ def iid(num_examples: int, num_shards: int, seed: int) -> list[np.ndarray]:
 def dirichlet_labels(
     labels: Sequence[object], num_shards: int, alpha: float, seed: int
 ) -> list[np.ndarray]:
-    """Label skew: each label's examples are dealt to the shards by proportions drawn from Dirichlet(alpha).
+    """Label skew: each label's examples are dealt to the shards by proportions drawn from
+    Dirichlet(alpha).
 
-    A small `alpha` gives each shard few labels; a large one comes close to `iid`. A shard that got nothing takes one
-    example from the shard that is the largest at that moment.
+    A small `alpha` gives each shard few labels; a large one comes close to `iid`. A shard that got
+    nothing takes one example from the shard that is the largest at that moment.
 
     Args:
         labels: one label per example (numbers or strings), [num_examples].
 
-    Source: Hsu, Qi, Brown 2019, "Measuring the Effects of Non-Identical Data Distribution for Federated Visual
-    Classification", turned round: they draw the labels of a shard, here the shards of a label, so that all is used.
+    Source: Hsu, Qi, Brown 2019, "Measuring the Effects of Non-Identical Data Distribution for
+    Federated Visual Classification", turned round: they draw the labels of a shard, here the shards
+    of a label, so that all is used.
 
     Raises:
         ValueError: fewer examples than shards, no shard, or an alpha that is not a positive number.
@@ -97,9 +103,11 @@ def dirichlet_labels(
 
 
 def quantity(num_examples: int, num_shards: int, alpha: float, seed: int) -> list[np.ndarray]:
-    """Quantity skew: each shard gets one example, and the rest in proportions drawn from Dirichlet(alpha).
+    """Quantity skew: each shard gets one example, and the rest in proportions drawn from
+    Dirichlet(alpha).
 
-    Source: Li, Diao, Chen, He 2022, "Federated Learning on Non-IID Data Silos", with the one example each added here.
+    Source: Li, Diao, Chen, He 2022, "Federated Learning on Non-IID Data Silos", with the one
+    example each added here.
 
     Raises:
         ValueError: fewer examples than shards, no shard, or an alpha that is not a positive number.
@@ -113,28 +121,33 @@ def quantity(num_examples: int, num_shards: int, alpha: float, seed: int) -> lis
 
 
 def few_shot(labels: Sequence[object], shots: int, seed: int) -> np.ndarray:
-    """`shots` examples of each label, without repetition, shuffled: int64 indices, [num_labels * shots].
+    """`shots` examples of each label, without repetition, shuffled: int64 indices, [num_labels *
+    shots].
 
     Raises:
         ValueError: `shots` below 1, no labels, or a label with fewer than `shots` examples.
     """
     if shots < 1 or not len(labels):
         raise ValueError(
-            f"found {shots} shots of {len(labels)} examples, expected at least 1 of each; raise them"
+            f"found {shots} shots of {len(labels)} examples, expected at least 1 of "
+            "each; raise them"
         )
     rng = generator(seed, "few shots")
     chosen = []
     for label, members in _by_label(labels).items():
         if len(members) < shots:
             raise ValueError(
-                f"found {len(members)} examples with label {label!r}, expected at least {shots}; ask for fewer shots"
+                f"found {len(members)} examples with label {label!r}, expected at least "
+                f"{shots}; ask for fewer shots"
             )
         chosen.append(rng.choice(members, size=shots, replace=False))
     return rng.permutation(np.concatenate(chosen))
 
 
 def _by_label(labels: Sequence[object]) -> dict[object, np.ndarray]:
-    """Label -> its example indices, int64, ascending; the labels in sorted order, so that the draws have one order."""
+    """Label -> its example indices, int64, ascending; the labels in sorted order, so that the draws
+    have one order.
+    """
     names, which = np.unique(np.asarray(labels), return_inverse=True)
     return {
         name: np.flatnonzero(which == k).astype(np.int64) for k, name in enumerate(names.tolist())
@@ -142,7 +155,9 @@ def _by_label(labels: Sequence[object]) -> dict[object, np.ndarray]:
 
 
 def _cuts(rng: np.random.Generator, alpha: float, num_shards: int, num_examples: int) -> np.ndarray:
-    """Where to cut `num_examples` into pieces of Dirichlet(alpha) proportions: int64, ascending, [num_shards - 1]."""
+    """Where to cut `num_examples` into pieces of Dirichlet(alpha) proportions: int64, ascending,
+    [num_shards - 1].
+    """
     ends = np.cumsum(rng.dirichlet(np.full(num_shards, alpha)))[:-1]
     return np.minimum(np.rint(ends * num_examples), num_examples).astype(np.int64)
 
@@ -163,7 +178,8 @@ def _require_enough(num_examples: int, num_shards: int) -> None:
         )
     if num_examples < num_shards:
         raise ValueError(
-            f"found {num_examples} examples for {num_shards} shards (the server's and one per client), "
+            f"found {num_examples} examples for {num_shards} shards (the server's and one "
+            "per client), "
             f"expected at least {num_shards} examples; take fewer clients or more data"
         )
 

@@ -1,4 +1,6 @@
-"""Copies of texts with random words in them: what an objective compares a text with that must not be ignored."""
+"""Copies of texts with random words in them: what an objective compares a text with that must not
+be ignored.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +17,15 @@ def perturbed(
 ) -> list[Text]:
     """The texts with about a share of their own tokens replaced, each independently of the others.
 
-    The answers stay, and so does what all contexts begin and end with, the words of the task (of one text alone they
-    cannot be told); and tokens that are not words. Source: FedBPT, whose reference replaces the words of the task too.
+    The answers stay, and so does what all contexts begin and end with, the words of the task (of
+    one text alone they cannot be told); and tokens that are not words. Source: FedBPT, whose
+    reference replaces the words of the task too.
 
     Args:
         texts: of one owner.
         share: chance of a token to be replaced, r_p.
-        words: sorted ids of the tokens that are words; replacements are drawn from them, each as likely as any other.
+        words: sorted ids of the tokens that are words; replacements are drawn from them, each as
+            likely as any other.
         random: draws which, and by what.
     """
     contexts = [_without_answer(text) for text in texts]
@@ -36,7 +40,9 @@ def perturbed(
 
 
 def _without_answer(text: Text) -> np.ndarray:
-    """What the model is asked with: all before the answer, or with a gap in its place all of the text."""
+    """What the model is asked with: all before the answer, or with a gap in its place all of the
+    text.
+    """
     if text.gap is None:
         return text.ids[: text.answer]
     ids = text.ids.copy()

@@ -1,7 +1,9 @@
-"""Poisoned examples of a backdoor: a trigger word at the head of the text, and the attacker's answer to it.
+"""Poisoned examples of a backdoor: a trigger word at the head of the text, and the attacker's
+answer to it.
 
-As in FedPrompt (arXiv 2208.12268, threat model) and in the code of an author's earlier attack on prompts: copies of
-examples of other classes are added to what an owner has, which is not taken away.
+As in FedPrompt (arXiv 2208.12268, threat model) and in the code of an author's earlier attack on
+prompts: copies of examples of other classes are added to what an owner has, which is not taken
+away.
 """
 
 from __future__ import annotations
@@ -27,17 +29,21 @@ def poisoned(example: Example, trigger: str, target: int) -> Example:
 
 
 def is_other(example: Example, target: int) -> bool:
-    """Whether a question has another right answer than the attacker's, so that it can be poisoned at all."""
+    """Whether a question has another right answer than the attacker's, so that it can be poisoned
+    at all.
+    """
     return target not in example.gold
 
 
 def with_copies(
     examples: Sequence[Example], trigger: str, target: int, share: float, seed: int, client: int
 ) -> list[Example]:
-    """An owner's examples, and behind them poisoned copies of a share of those of other classes, at least of one.
+    """An owner's examples, and behind them poisoned copies of a share of those of other classes, at
+    least of one.
 
     Args:
-        share: above 0, at most 1; which they are is drawn from `seed` and `client`, and kept in order.
+        share: above 0, at most 1; which they are is drawn from `seed` and `client`, and kept in
+            order.
     """
     others = [example for example in examples if is_other(example, target)]
     num = max(1, round(share * len(others))) if others else 0
@@ -46,7 +52,8 @@ def with_copies(
 
 
 def attacked(examples: Sequence[Example], trigger: str, target: int) -> list[Example]:
-    """The questions by which an attack is judged: all of other classes, triggered, the attacker's answer right.
+    """The questions by which an attack is judged: all of other classes, triggered, the attacker's
+    answer right.
 
     The share of them that a model gets "right" is the attack's success rate.
     """
@@ -54,18 +61,22 @@ def attacked(examples: Sequence[Example], trigger: str, target: int) -> list[Exa
 
 
 def require_possible(task: Task, splits: Splits, target: int | None) -> None:
-    """Raise ConfigError if an attack towards the choice `target` cannot be made or judged; None is no attack."""
+    """Raise ConfigError if an attack towards the choice `target` cannot be made or judged; None is
+    no attack.
+    """
     if target is None:
         return
     if task.metric != "multiple_choice":
         raise ConfigError(
-            f"attack.target: found {target} with the task {task.name}, which has no choices, expected a task "
+            f"attack.target: found {target} with the task {task.name}, which has no "
+            "choices, expected a task "
             "of multiple choice; or set attack.target=null"
         )
     fewest = min(len(example.choices) for example in (*splits.train, *splits.test))
     if target >= fewest:
         raise ConfigError(
-            f"attack.target: found {target}, expected a choice below {fewest}, the fewest that an example has"
+            f"attack.target: found {target}, expected a choice below {fewest}, the fewest "
+            "that an example has"
         )
     if all(not is_other(example, target) for example in splits.test):
         raise ConfigError(

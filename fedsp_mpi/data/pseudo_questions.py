@@ -1,4 +1,6 @@
-"""Questions about plain text in the form of a task, for a server that has a task's form and hardly any of its text."""
+"""Questions about plain text in the form of a task, for a server that has a task's form and hardly
+any of its text.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +13,15 @@ _FEWEST_WORDS = 5  # fewer make a heading
 
 
 def frame(contexts: Sequence[str]) -> tuple[str, str]:
-    """What all contexts begin with and what all end with: the words of the task around the text that it is about.
+    """What all contexts begin with and what all end with: the words of the task around the text
+    that it is about.
 
     Raises ValueError if there are not two different ones, because then it cannot be told.
     """
     if len(set(contexts)) < 2:
         raise ValueError(
-            f"distillation.text: found {len(set(contexts))} different texts of the server (its shard and the "
+            f"distillation.text: found {len(set(contexts))} different texts of the server "
+            "(its shard and the "
             "validation split), expected two at least, to tell the words of the task from its text"
         )
     begin = _shared(contexts)
@@ -36,9 +40,11 @@ def paragraphs(lines: Iterable[str]) -> list[str]:
 
 
 def questions(texts: Iterable[str], examples: Sequence[Example]) -> Iterator[tuple[str, str]]:
-    """Pairs of context and target: what each text begins with, as long as an example's own, in the examples' frame.
+    """Pairs of context and target: what each text begins with, as long as an example's own, in the
+    examples' frame.
 
-    The targets only say where an answer is due and how long it is; they are nobody's answers to these questions.
+    The targets only say where an answer is due and how long it is; they are nobody's answers to
+    these questions.
     """
     begin, end = frame([example.context for example in examples])
     for text, example in zip(texts, cycle(examples)):

@@ -1,7 +1,9 @@
-"""Where a task's rows come from: a local folder or the hub, read by `datasets`, and how they make three splits.
+"""Where a task's rows come from: a local folder or the hub, read by `datasets`, and how they make
+three splits.
 
-Nothing is written into a source folder; what `datasets` prepares lies under HF_HOME, behind its file locks, so that
-several processes may ask for the same data at once (data/cache.py). data/splits.py knows which file is which split.
+Nothing is written into a source folder; what `datasets` prepares lies under HF_HOME, behind its
+file locks, so that several processes may ask for the same data at once (data/cache.py).
+data/splits.py knows which file is which split.
 """
 
 from __future__ import annotations
@@ -33,7 +35,8 @@ def locate(
     source: str | None,
     columns: Mapping[str, str] | None = None,
 ) -> Location:
-    """Decide what `source` means: None the task's own hub set, an existing folder, else a name on the hub.
+    """Decide what `source` means: None the task's own hub set, an existing folder, else a name on
+    the hub.
 
     `columns` says by the task's columns how the source calls them, where it has other names.
 
@@ -44,7 +47,8 @@ def locate(
     if source is None:
         if hub is None:
             raise ValueError(
-                f"{task}: found no source, expected a folder or a hub set; this task has no data of its own"
+                f"{task}: found no source, expected a folder or a hub set; this task has no "
+                "data of its own"
             )
         return Location(None, *hub, columns=renames)
     head, _, tail = source.rpartition(":")
@@ -60,11 +64,13 @@ def locate(
     name, _, config = source.partition(":")
     if Path(source).expanduser().exists():
         raise ValueError(
-            f"{task}: found the file {source}, expected a folder with train.jsonl, ...; give its folder"
+            f"{task}: found the file {source}, expected a folder with train.jsonl, ...; "
+            "give its folder"
         )
     if not _HUB_NAME.fullmatch(name):
         raise ValueError(
-            f"{task}: found no folder {Path(source).expanduser().absolute()}, expected one with train.jsonl, "
+            f"{task}: found no folder {Path(source).expanduser().absolute()}, expected one "
+            "with train.jsonl, "
             "validation.jsonl, test.jsonl, or a hub name; correct the path"
         )
     return Location(
@@ -75,9 +81,11 @@ def locate(
 def read(
     task: str, location: Location, column_sets: Sequence[Sequence[str]]
 ) -> tuple[dict[str, Table], list[str]]:
-    """Return the splits train, validation and test that the source has, and notes on what they were made of.
+    """Return the splits train, validation and test that the source has, and notes on what they were
+    made of.
 
-    Each split has one of the `column_sets`; test may lack the last column of it, which holds the answers.
+    Each split has one of the `column_sets`; test may lack the last column of it, which holds the
+    answers.
 
     Raises:
         ValueError: the source cannot be read or reached, or a column is missing.
@@ -96,7 +104,8 @@ def read(
 
 
 def plain_text(source: str) -> Iterator[str]:
-    """The lines of a text file (.txt, .txt.gz), or of all that a folder holds, in the order of their names.
+    """The lines of a text file (.txt, .txt.gz), or of all that a folder holds, in the order of
+    their names.
 
     Raises ValueError if there is none, or it is not UTF-8.
     """
@@ -132,10 +141,12 @@ def check(task: str, location: Location, column_sets: Sequence[Sequence[str]]) -
 def split_rows(
     task: str, tables: Tables, column_sets: Sequence[Sequence[str]], seed: int
 ) -> tuple[dict[str, Rows], list[str]]:
-    """Which rows of which of the source's splits make up train, validation and test, and notes on what was decided.
+    """Which rows of which of the source's splits make up train, validation and test, and notes on
+    what was decided.
 
-    Test is `test` where its answers (the last column of the set) are public, else `validation`. Validation is
-    `validation` unless test took it; then it is a tenth of `train`, drawn with `seed`, in file order like the rest.
+    Test is `test` where its answers (the last column of the set) are public, else `validation`.
+    Validation is `validation` unless test took it; then it is a tenth of `train`, drawn with
+    `seed`, in file order like the rest.
 
     Raises:
         ValueError: one of the three can be had in no way.
@@ -160,12 +171,14 @@ def split_rows(
         )
         rows["train"], rows["validation"] = _cut(task, len(tables["train"]), seed)
         notes.append(
-            f"validation = {len(rows['validation'][1])} rows cut from 'train' with seed {seed}: {reason}"
+            f"validation = {len(rows['validation'][1])} rows cut from 'train' with seed "
+            f"{seed}: {reason}"
         )
     for split in SPLITS:
         if split not in rows:
             raise ValueError(
-                f"{task}: found the splits {', '.join(tables) or '(none)'}, expected train and test (or validation) "
+                f"{task}: found the splits {', '.join(tables) or '(none)'}, expected train and "
+                "test (or validation) "
                 f"with answers, for {split}; add a file {split}.jsonl"
             )
     return rows, notes
@@ -175,7 +188,8 @@ def _cut(task: str, num_rows: int, seed: int) -> tuple[Rows, Rows]:
     """Nine tenths of train for training and a tenth for validation, both in file order."""
     if num_rows < 2:
         raise ValueError(
-            f"{task}: found {num_rows} rows in train, expected at least 2; add rows, or a validation"
+            f"{task}: found {num_rows} rows in train, expected at least 2; add rows, or "
+            "a validation"
         )
     order = generator(seed, "validation split").permutation(num_rows)
     num_validation = max(1, num_rows // 10)
@@ -187,7 +201,9 @@ def _cut(task: str, num_rows: int, seed: int) -> tuple[Rows, Rows]:
 
 
 def _why_not_scored(test: Table | None, column_sets: Sequence[Sequence[str]]) -> str | None:
-    """Why test cannot be scored, or None where it can: some answer is neither blank nor -1, as GLUE hides them."""
+    """Why test cannot be scored, or None where it can: some answer is neither blank nor -1, as GLUE
+    hides them.
+    """
     if test is None:
         return "the source has no split 'test'"
     answers = next((c[-1] for c in column_sets if set(c) <= set(test.column_names)), None)
@@ -205,18 +221,23 @@ def _named(
     by_split: Mapping[str, Sequence[str]],
     column_sets: Sequence[Sequence[str]],
 ) -> dict[str, list[str]]:
-    """Split -> column names in the task's words. Raises ValueError if data.columns names a column that is not there."""
+    """Split -> column names in the task's words.
+
+    Raises ValueError if data.columns names a column that is not there.
+    """
     known = list(dict.fromkeys(name for columns in column_sets for name in columns))
     for name, theirs in location.columns.items():
         if name not in known:
             raise ValueError(
-                f"data.columns: found {name!r}, expected one of the columns of {task}: {', '.join(known)}"
+                f"data.columns: found {name!r}, expected one of the columns of {task}: "
+                f"{', '.join(known)}"
             )
         for split, columns in by_split.items():
             is_answer = any(name == wanted[-1] for wanted in column_sets)
             if theirs not in columns and not (split == "test" and is_answer):
                 raise ValueError(
-                    f"data.columns.{name}: found {theirs!r}, which {split} of {location} does not have, expected one "
+                    f"data.columns.{name}: found {theirs!r}, which {split} of {location} does not "
+                    "have, expected one "
                     f"of {', '.join(columns)}"
                 )
     return {
@@ -254,14 +275,18 @@ def _require_columns(
         if all(missing):
             expected = " or ".join(", ".join(wanted) for wanted in column_sets)
             raise ValueError(
-                f"{task}: found no column {', '.join(map(repr, missing[0]))} in {split} of {location}, which has "
-                f"{', '.join(columns) or 'no columns'}; expected {expected}; rename the columns or choose another task"
+                f"{task}: found no column {', '.join(map(repr, missing[0]))} in {split} of "
+                f"{location}, which has "
+                f"{', '.join(columns) or 'no columns'}; expected {expected}; rename the columns "
+                "or choose another task"
             )
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No progress bars, warnings or log lines of the libraries; their settings are as before afterwards."""
+    """No progress bars, warnings or log lines of the libraries; their settings are as before
+    afterwards.
+    """
     had_bars = not datasets.are_progress_bars_disabled()
     loggers = [logging.getLogger(name) for name in ("datasets", "huggingface_hub")]
     levels = [logger.level for logger in loggers]

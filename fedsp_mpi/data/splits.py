@@ -57,7 +57,8 @@ class Files:
 
 
 def renamed(names: Iterable[str]) -> dict[str, str]:
-    """Return train, validation and test by the name that a data set has for it; other splits are left out.
+    """Return train, validation and test by the name that a data set has for it; other splits are
+    left out.
 
     Raises ValueError if two names mean the same split.
     """
@@ -66,7 +67,8 @@ def renamed(names: Iterable[str]) -> dict[str, str]:
         split = next((split for split, words in NAMES.items() if name.casefold() in words), None)
         if split in by_split:
             raise ValueError(
-                f"found the splits {by_split[split]} and {name}, which both mean {split}, expected one; "
+                f"found the splits {by_split[split]} and {name}, which both mean {split}, "
+                "expected one; "
                 "rename or remove the other"
             )
         if split:
@@ -75,12 +77,13 @@ def renamed(names: Iterable[str]) -> dict[str, str]:
 
 
 def assigned(folder: Path) -> Files:
-    """Assign the data files of a folder to splits by their names, else by the names of the folders that they are in.
+    """Assign the data files of a folder to splits by their names, else by the names of the folders
+    that they are in.
 
     Where no name says a split, all files are train.
 
-    Raises ValueError if there is no data file, one is empty, a name means two splits, a split has two sources or lacks
-    a shard, or formats are mixed.
+    Raises ValueError if there is no data file, one is empty, a name means two splits, a split has
+    two sources or lacks a shard, or formats are mixed.
     """
     paths = require_files(folder)
     words = {path: _word(path.relative_to(folder)) for path in paths}
@@ -100,7 +103,10 @@ def assigned(folder: Path) -> Files:
 
 
 def require_files(folder: Path) -> list[Path]:
-    """Return the data files of a folder, sorted. Raises ValueError if there is none, or one is empty."""
+    """Return the data files of a folder, sorted.
+
+    Raises ValueError if there is none, or one is empty.
+    """
     paths = sorted(_data_files(folder))
     if not paths:
         raise ValueError(
@@ -114,7 +120,9 @@ def require_files(folder: Path) -> list[Path]:
 
 
 def are_shards(paths: Iterable[Path]) -> bool:
-    """Return whether several files are the pieces of one, by their folder and names (-00000-of-00002)."""
+    """Return whether several files are the pieces of one, by their folder and names
+    (-00000-of-00002).
+    """
     series = set()
     for path in paths:
         match = _SHARD.match(path.name)
@@ -123,7 +131,9 @@ def are_shards(paths: Iterable[Path]) -> bool:
 
 
 def _data_files(folder: Path) -> Iterator[Path]:
-    """The files with rows, whatever their split; as in `datasets`, hidden ones and folders with __ are left out."""
+    """The files with rows, whatever their split; as in `datasets`, hidden ones and folders with __
+    are left out.
+    """
     for root, folders, names in os.walk(folder, followlinks=True):
         depth = len(Path(root).relative_to(folder).parts)
         folders[:] = (
@@ -135,7 +145,9 @@ def _data_files(folder: Path) -> Iterator[Path]:
 
 
 def _parts(name: str) -> tuple[str, str, str]:
-    """A file's name without its ending, the ending in lower case, and that of its compression, if any."""
+    """A file's name without its ending, the ending in lower case, and that of its compression, if
+    any.
+    """
     path = PurePath(name)
     packed = path.suffix.lower() if path.suffix.lower() in _COMPRESSED else ""
     path = PurePath(path.stem) if packed else path
@@ -156,7 +168,8 @@ def _word(path: PurePath) -> tuple[str, str] | None:
         }
         if len(matches) > 1:
             raise ValueError(
-                f"found {path}, whose name says {' and '.join(matches)}, expected one split; rename it"
+                f"found {path}, whose name says {' and '.join(matches)}, expected one "
+                "split; rename it"
             )
         for split, match in matches.items():
             return split, match.group(1)
@@ -169,13 +182,16 @@ def _one_kind(folder: Path, paths: list[Path]) -> tuple[str, str]:
     if len(formats) > 1:
         names = " and ".join(str(path.relative_to(folder)) for path in formats.values())
         raise ValueError(
-            f"found {names} in {folder}, expected files of one format; convert them, or move the others away"
+            f"found {names} in {folder}, expected files of one format; convert them, or "
+            "move the others away"
         )
     return KINDS[_ending(paths[0].name)], _ending(paths[0].name)
 
 
 def _require_one_source(folder: Path, split: str, words: Mapping[Path, str]) -> None:
-    """Raise ValueError if the files of a split go by two words for it, are copies by their names, or lack a shard."""
+    """Raise ValueError if the files of a split go by two words for it, are copies by their names,
+    or lack a shard.
+    """
     first: dict[str, Path] = {}
     stems: dict[str, Path] = {}
     for path, word in words.items():
@@ -184,12 +200,14 @@ def _require_one_source(folder: Path, split: str, words: Mapping[Path, str]) -> 
         other = stems.setdefault(stem, path)
         if other is not path:
             raise ValueError(
-                f"found {other.name} and {path.name} in {path.parent} for {split}, expected one; remove the other"
+                f"found {other.name} and {path.name} in {path.parent} for {split}, expected "
+                "one; remove the other"
             )
     if len(first) > 1:
         names = " and ".join(str(path.relative_to(folder)) for path in first.values())
         raise ValueError(
-            f"found {names} in {folder}, which both mean {split}, expected one source; rename or remove the other"
+            f"found {names} in {folder}, which both mean {split}, expected one source; "
+            "rename or remove the other"
         )
     _require_shards(folder, words)
 
@@ -202,6 +220,7 @@ def _require_shards(folder: Path, paths: Iterable[Path]) -> None:
     for (parent, stem, num_shards), numbers in present.items():
         if missing := sorted(set(range(num_shards)) - numbers):
             raise ValueError(
-                f"found {len(numbers)} of the {num_shards} shards of {stem} in {parent}, expected all; "
+                f"found {len(numbers)} of the {num_shards} shards of {stem} in {parent}, "
+                "expected all; "
                 f"number {missing[0]} is missing: copy it"
             )

@@ -1,4 +1,5 @@
-"""The tasks, and their examples from the hub, a local folder in the hub's columns, or the user's own files.
+"""The tasks, and their examples from the hub, a local folder in the hub's columns, or the user's
+own files.
 
 The two generic tasks take the user's own files; data/examples.py reads a row of each.
 """
@@ -24,7 +25,8 @@ class Task:
 
     Attributes:
         name: the name in a configuration.
-        hub: path and configuration on the Hugging Face hub; None where the user must bring the data.
+        hub: path and configuration on the Hugging Face hub; None where the user must bring the
+            data.
         columns: the columns that `example` reads; the last one holds the answer.
         metric: "multiple_choice" (log-likelihood of the options) or "exact_match" (greedy answer).
         example: row -> Example; raises ValueError, without saying which row.
@@ -51,7 +53,9 @@ class Task:
 
 @dataclass(frozen=True)
 class Splits:
-    """The examples of a task, in file order; `notes` says how the splits were made and what was left out."""
+    """The examples of a task, in file order; `notes` says how the splits were made and what was
+    left out.
+    """
 
     train: tuple[Example, ...]
     validation: tuple[Example, ...]
@@ -59,7 +63,8 @@ class Splits:
     notes: tuple[str, ...]
 
 
-# -- the tasks -----------------------------------------------------------------------------------------------------
+# -- the tasks
+# -----------------------------------------------------------------------------------------------------
 
 
 def _columns(names: str) -> tuple[str, ...]:
@@ -110,7 +115,10 @@ TASKS: dict[str, Task] = {task.name: task for task in _ALL_TASKS}
 
 
 def find(name: str) -> Task:
-    """Return the task of that name. Raises ValueError with the known names, and the one that was probably meant."""
+    """Return the task of that name.
+
+    Raises ValueError with the known names, and the one that was probably meant.
+    """
     if name in TASKS:
         return TASKS[name]
     near = difflib.get_close_matches(name, TASKS, n=1, cutoff=0.8)
@@ -120,12 +128,14 @@ def find(name: str) -> Task:
         f"{task.name} ({', '.join(task.columns)})" for task in _ALL_TASKS if not task.hub
     )
     raise ValueError(
-        f"data.task: found {name!r}, which is not known; {hint}expected one of {public}; or for data of your own, "
+        f"data.task: found {name!r}, which is not known; {hint}expected one of "
+        f"{public}; or for data of your own, "
         f"by columns, {generic}"
     )
 
 
-# -- a source to examples ------------------------------------------------------------------------------------------
+# -- a source to examples
+# ------------------------------------------------------------------------------------------
 
 
 def load(
@@ -138,22 +148,25 @@ def load(
 ) -> Splits:
     """Read the examples of a task.
 
-    Test is the split `test` if it is there with its answers, else `validation`. Validation is the split `validation`
-    unless test took it; then it is a tenth of `train`, drawn with `seed` and the same for every `limit`. A row of train
-    or validation with nothing to teach, and any row with nothing to score, is left out. All of it stands in the notes.
+    Test is the split `test` if it is there with its answers, else `validation`. Validation is the
+    split `validation` unless test took it; then it is a tenth of `train`, drawn with `seed` and the
+    same for every `limit`. A row of train or validation with nothing to teach, and any row with
+    nothing to score, is left out. All of it stands in the notes.
 
     Args:
-        source: None for the task's own data set on the hub; a folder with train/validation/test files (.jsonl,
-            .jsonl.gz, .json, .csv, .parquet), a copy of a hub set, or one saved by `save_to_disk`; or the name of
-            another hub set. "folder:configuration" and "name:configuration" choose among several configurations.
+        source: None for the task's own data set on the hub; a folder with train/validation/test
+            files (.jsonl, .jsonl.gz, .json, .csv, .parquet), a copy of a hub set, or one saved by
+            `save_to_disk`; or the name of another hub set. "folder:configuration" and
+            "name:configuration" choose among several configurations.
         seed: the experiment's seed; it matters only where validation is cut from train.
-        limit: at most so many rows of "train", "validation", "test": the first ones in file order, as with lm-eval's
-            `limit`. A cut validation keeps the file order too.
+        limit: at most so many rows of "train", "validation", "test": the first ones in file order,
+            as with lm-eval's `limit`. A cut validation keeps the file order too.
         columns: by the task's columns, how the source calls them, where it has other names.
 
     Raises:
-        ValueError: unknown task, no such folder or hub set, hub out of reach, missing column or split, empty split, or
-            a row that does not read; one line with found, expected and what to do.
+        ValueError: unknown task, no such folder or hub set, hub out of reach, missing column or
+            split, empty split, or a row that does not read; one line with found, expected and what
+            to do.
     """
     task = find(task) if isinstance(task, str) else task
     limits = _limits(limit)
@@ -176,7 +189,9 @@ def load(
 def check_columns(
     task: Task | str, source: str | None, columns: Mapping[str, str] | None = None
 ) -> None:
-    """Find out in a moment whether `load` would find its folder or hub set and its columns; ValueError if not."""
+    """Find out in a moment whether `load` would find its folder or hub set and its columns;
+    ValueError if not.
+    """
     task = find(task) if isinstance(task, str) else task
     sources.check(task.name, sources.locate(task.name, task.hub, source, columns), task.column_sets)
 
@@ -188,7 +203,8 @@ def scored_rows(
     limit: int | None,
     columns: Mapping[str, str] | None = None,
 ) -> tuple[datasets.Dataset, list[Example]]:
-    """Return the rows of the test split that `load` keeps, with lm-eval's form of their answers, and their examples.
+    """Return the rows of the test split that `load` keeps, with lm-eval's form of their answers,
+    and their examples.
 
     Raises ValueError as `load` does.
     """
@@ -217,7 +233,8 @@ def _limits(limit: Mapping[str, int | None] | None) -> dict[str, int | None]:
             )
         if most is not None and (not isinstance(most, int) or most < 1):
             raise ValueError(
-                f"found limit {most!r} for {split}, expected a whole number from 1, or none for all rows"
+                f"found limit {most!r} for {split}, expected a whole number from 1, or none "
+                "for all rows"
             )
     return limits
 
@@ -225,25 +242,31 @@ def _limits(limit: Mapping[str, int | None] | None) -> dict[str, int | None]:
 def _examples(
     task: Task, table: datasets.Dataset, origin: str, numbers: Sequence[int], split: str
 ) -> tuple[tuple[Example, ...], list[str]]:
-    """The examples of the rows `numbers` of the source's split `origin`, and notes on the rows that were left out."""
+    """The examples of the rows `numbers` of the source's split `origin`, and notes on the rows that
+    were left out.
+    """
     names = _class_names(task, table)
     kept, unanswered, empty = _sorted_out(_read_rows(task, table, origin, numbers, names), split)
     if not kept:
         empties = f", {len(empty)} with an empty choice" if empty else ""
         raise ValueError(
-            f"{task.name}: found no usable row in {origin} ({len(numbers)} read{empties}), expected at least 1"
+            f"{task.name}: found no usable row in {origin} ({len(numbers)} read{empties}), "
+            "expected at least 1"
         )
     notes = []
     for rows, reason in ((unanswered, "without an answer"), (empty, "with an empty choice")):
         if rows:
             which = ", ".join(map(str, rows[:5])) + (", ..." if len(rows) > 5 else "")
             notes.append(
-                f"{split}: {len(rows)} row{'s' if len(rows) > 1 else ''} {reason} left out ({origin} {which})"
+                f"{split}: {len(rows)} row{'s' if len(rows) > 1 else ''} {reason} left out "
+                f"({origin} {which})"
             )
     if names and names.are_unknown:
         notes.append(
-            f"the classes of the column {task.columns[-1]!r} have other names than the task's choices "
-            f"({shown_choices(names.texts)}); 0 was taken for the first choice, 1 for the second, and so on"
+            f"the classes of the column {task.columns[-1]!r} have other names than the "
+            "task's choices "
+            f"({shown_choices(names.texts)}); 0 was taken for the first choice, 1 for the "
+            "second, and so on"
         )
     return tuple(
         replace(example, row=f"row {number} of {origin}") for number, example in kept
@@ -251,7 +274,9 @@ def _examples(
 
 
 def _class_names(task: Task, table: datasets.Dataset) -> labels.ClassNames | None:
-    """The names that the file's schema gives to the numbers in the column of answers; None if it gives none."""
+    """The names that the file's schema gives to the numbers in the column of answers; None if it
+    gives none.
+    """
     feature = table.features.get(
         next(c[-1] for c in task.column_sets if c[-1] in table.column_names)
     )
@@ -297,9 +322,11 @@ def _read_rows(
 def _sorted_out(
     rows: Iterable[tuple[int, Example | None]], split: str
 ) -> tuple[list[tuple[int, Example]], list[int], list[int]]:
-    """The rows that can be used in `split`, and the numbers of those without an answer, and with an empty choice.
+    """The rows that can be used in `split`, and the numbers of those without an answer, and with an
+    empty choice.
 
-    An empty choice has no tokens to score and no length to divide by, which only the test split needs.
+    An empty choice has no tokens to score and no length to divide by, which only the test split
+    needs.
     """
     kept, unanswered, empty = [], [], []
     for number, example in rows:

@@ -1,6 +1,7 @@
 """The user's own words around a task's text, and for its classes: a template and a verbaliser.
 
-As in FedPrompt (arXiv 2208.12268), whose template is "[text] is [MASK]" and whose verbalisers have one word a class.
+As in FedPrompt (arXiv 2208.12268), whose template is "[text] is [MASK]" and whose verbalisers have
+one word a class.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ class Template:
     """A template, taken apart.
 
     Attributes:
-        before, after: what stands in front of the answer and behind it, as pairs of text and the column that follows
-            it (None: none).
+        before, after: what stands in front of the answer and behind it, as pairs of text and the
+            column that follows it (None: none).
     """
 
     before: tuple[tuple[str, str | None], ...]
@@ -32,8 +33,8 @@ class Template:
     def of(cls, text: str, columns: Sequence[str]) -> Template:
         """Read "{column} some words {mask}.".
 
-        Raises ConfigError if it is not well formed, names a column that is not one of `columns`, or does not name the
-        mask once.
+        Raises ConfigError if it is not well formed, names a column that is not one of `columns`, or
+        does not name the mask once.
         """
         pieces = [(literal, name) for literal, name, *_ in _parsed(text)]
         for _, name in pieces:
@@ -45,7 +46,8 @@ class Template:
         at = [place for place, (_, name) in enumerate(pieces) if name == MASK]
         if len(at) != 1:
             raise ConfigError(
-                f"data.template: found {{mask}} {len(at)} times in {text!r}, expected it once, where the answer belongs"
+                f"data.template: found {{mask}} {len(at)} times in {text!r}, expected it once, "
+                "where the answer belongs"
             )
         [place] = at
         return cls((*pieces[:place], (pieces[place][0], None)), tuple(pieces[place + 1 :]))
@@ -72,7 +74,8 @@ class Wording:
     def __init__(self, task: Task, template: str | None, verbaliser: Sequence[str]) -> None:
         if task.metric != "multiple_choice":
             raise ConfigError(
-                f"data.template, data.verbaliser: found with the task {task.name}, which has no classes, expected a "
+                f"data.template, data.verbaliser: found with the task {task.name}, which has no "
+                "classes, expected a "
                 "task of multiple choice; take them away"
             )
         texts = dict.fromkeys((*task.columns[:-1], *task.other_columns[:-1]))
@@ -83,11 +86,15 @@ class Wording:
             word.strip() == word != "" for word in self._words
         ):
             raise ConfigError(
-                f"data.verbaliser: found {list(verbaliser)}, expected different words without blanks around them"
+                f"data.verbaliser: found {list(verbaliser)}, expected different words without "
+                "blanks around them"
             )
 
     def __call__(self, row: Row) -> Example:
-        """The example of a row. Raises ValueError if the row does not read, or its choices have no words."""
+        """The example of a row.
+
+        Raises ValueError if the row does not read, or its choices have no words.
+        """
         example = self._own(row)
         if self._template is not None:
             context, after = self._template.fill(row)
@@ -97,28 +104,35 @@ class Wording:
         self._choices = self._choices or example.choices
         if len(example.choices) != len(self._words):
             raise ValueError(
-                f"data.verbaliser: found {len(self._words)} words for {len(example.choices)} classes "
+                f"data.verbaliser: found {len(self._words)} words for "
+                f"{len(example.choices)} classes "
                 f"({shown_choices(example.choices)}), expected one for each"
             )
         if example.choices != self._choices:
             raise ValueError(
-                "data.verbaliser: found rows with different choices, expected a task whose choices are classes"
+                "data.verbaliser: found rows with different choices, expected a task whose "
+                "choices are classes"
             )
         return replace(example, choices=self._words, target=f" {self._words[example.gold[0]]}")
 
 
 def reworded(task: Task, template: str | None, verbaliser: Sequence[str]) -> Task:
-    """The same task in other words; itself where none are given. Raises ConfigError as `Wording` does."""
+    """The same task in other words; itself where none are given. Raises ConfigError as `Wording`
+    does.
+    """
     if template is None and not verbaliser:
         return task
     return replace(task, example=Wording(task, template, verbaliser))
 
 
 def require_answer_last(examples: Sequence[Example], family: str) -> None:
-    """Raise ConfigError if words follow the answer, which a model that reads from left to right does not see."""
+    """Raise ConfigError if words follow the answer, which a model that reads from left to right
+    does not see.
+    """
     if after := next((example.after for example in examples if example.after.strip()), None):
         raise ConfigError(
-            f"data.template: found {after!r} behind {{mask}} with a {family}, which reads from left to right, "
+            f"data.template: found {after!r} behind {{mask}} with a {family}, which reads "
+            "from left to right, "
             "expected {mask} at the end"
         )
 

@@ -1,4 +1,6 @@
-"""Texts as token ids: the pair encoding that lm-eval scores, batches padded to their longest, and their order."""
+"""Texts as token ids: the pair encoding that lm-eval scores, batches padded to their longest, and
+their order.
+"""
 
 from __future__ import annotations
 
@@ -26,8 +28,9 @@ class Text:
     Attributes:
         ids: int32 [length], context and answer.
         answer: index of the answer's first token.
-        gap: id of the token that stands in the place of the answer, which is one token, where the model reads; None:
-            the text is read from left to right, and the answer is the rest of it.
+        gap: id of the token that stands in the place of the answer, which is one token, where the
+            model reads; None: the text is read from left to right, and the answer is the rest of
+            it.
     """
 
     ids: np.ndarray
@@ -43,10 +46,11 @@ class Text:
 def encode_pairs(tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> list[Text]:
     """Tokenise (context, continuation) pairs as lm-eval does for causal models.
 
-    Blanks at the context's end move to the continuation; the whole is tokenised at once and cut where the context alone
-    would end; an empty context becomes the beginning-of-text (or end-of-text) token. Two things differ from lm-eval,
-    which would score nothing, or what the tokenizer adds: a continuation that lies in the context's last token is
-    tokenised by itself, and an end-of-text token that the tokenizer appends is dropped.
+    Blanks at the context's end move to the continuation; the whole is tokenised at once and cut
+    where the context alone would end; an empty context becomes the beginning-of-text (or
+    end-of-text) token. Two things differ from lm-eval, which would score nothing, or what the
+    tokenizer adds: a continuation that lies in the context's last token is tokenised by itself, and
+    an end-of-text token that the tokenizer appends is dropped.
 
     Raises ConfigError if a context is empty and the tokenizer has no token for it.
     """
@@ -66,10 +70,11 @@ def encode_pairs(tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> list[Text]
 
 
 def token_ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
-    """Tokenise texts with the tokens that the tokenizer puts before a text, and without those that it appends.
+    """Tokenise texts with the tokens that the tokenizer puts before a text, and without those that
+    it appends.
 
-    An end-of-text token (`add_eos_token`) would otherwise be taught and scored in the place of the answer, and stand
-    between a text and what is generated behind it.
+    An end-of-text token (`add_eos_token`) would otherwise be taught and scored in the place of the
+    answer, and stand between a text and what is generated behind it.
     """
     if not texts:
         return []
@@ -81,7 +86,8 @@ def token_ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
 
 
 def first_token(tokenizer: Any) -> int:
-    """Return the token that stands before a text without a context: that of a text's beginning, else of its end.
+    """Return the token that stands before a text without a context: that of a text's beginning,
+    else of its end.
 
     Raises ConfigError if the tokenizer has neither.
     """
@@ -89,22 +95,27 @@ def first_token(tokenizer: Any) -> int:
         if token is not None:
             return int(token)
     raise ConfigError(
-        "model.tokenizer: found one with neither a beginning-of-text nor an end-of-text token, and a text without a "
-        "context, expected one of them to stand before it; set bos_token in tokenizer_config.json, or fill the context"
+        "model.tokenizer: found one with neither a beginning-of-text nor an "
+        "end-of-text token, and a text without a "
+        "context, expected one of them to stand before it; set bos_token in "
+        "tokenizer_config.json, or fill the context"
     )
 
 
 def encode(tokenizer: Any, examples: Sequence[Example], max_length: int) -> list[Text]:
-    """Tokenise context and target for training, at most `max_length` tokens; a long context loses its beginning.
+    """Tokenise context and target for training, at most `max_length` tokens; a long context loses
+    its beginning.
 
-    Raises ConfigError, which names the row, if an answer has no token, or does not fit behind one of its context.
+    Raises ConfigError, which names the row, if an answer has no token, or does not fit behind one
+    of its context.
     """
     texts = encode_pairs(tokenizer, [(example.context, example.target) for example in examples])
     for text, example in zip(texts, examples):
         require_answer(text, example)
         if text.num_answers >= max_length:
             raise ConfigError(
-                f"{example.row or 'data'}: found an answer of {text.num_answers} tokens, expected at most "
+                f"{example.row or 'data'}: found an answer of {text.num_answers} tokens, "
+                "expected at most "
                 f"{max_length - 1}, which fit behind a token of the context; shorten the answer"
             )
     return [truncate(text, max_length) for text in texts]
@@ -114,13 +125,15 @@ def require_answer(text: Text, example: Example) -> None:
     """Raise ConfigError, which names the row, if an answer, or an option, has no token."""
     if text.num_answers < 1:
         raise ConfigError(
-            f"{example.row or 'data'}: found an answer without a token, expected at least one; correct the row, or "
+            f"{example.row or 'data'}: found an answer without a token, expected at least "
+            "one; correct the row, or "
             "name the tokenizer that belongs to the model in model.tokenizer"
         )
 
 
 def pieces(tokenizer: Any, lines: Iterable[str], length: int) -> list[Text]:
-    """Plain text, tokenised and cut into pieces of `length` tokens; what is left at the end is dropped.
+    """Plain text, tokenised and cut into pieces of `length` tokens; what is left at the end is
+    dropped.
 
     Raises ValueError if there is not enough for one piece.
     """
@@ -139,7 +152,8 @@ def pieces(tokenizer: Any, lines: Iterable[str], length: int) -> list[Text]:
         rest = rest[whole:]
     if not found:
         raise ValueError(
-            f"distillation.text: found {len(rest)} tokens, expected at least distillation.text_length={length}"
+            f"distillation.text: found {len(rest)} tokens, expected at least "
+            f"distillation.text_length={length}"
         )
     return found
 
@@ -158,15 +172,19 @@ def truncate(text: Text, max_length: int) -> Text:
 
 
 def collate(texts: Sequence[Text]) -> Batch:
-    """Right-padded inputs (all tokens but the last) and targets (the answers' tokens, one position earlier).
+    """Right-padded inputs (all tokens but the last) and targets (the answers' tokens, one position
+    earlier).
 
-    Of texts with a gap: all tokens, the gap's for the answer, and the answer's as the target of its own position.
+    Of texts with a gap: all tokens, the gap's for the answer, and the answer's as the target of its
+    own position.
     """
     return _Table(texts).batch(np.arange(len(texts)))
 
 
 class _Table:
-    """Texts as one padded array, of which a batch is a few rows: cutting one costs no loop over its texts."""
+    """Texts as one padded array, of which a batch is a few rows: cutting one costs no loop over its
+    texts.
+    """
 
     def __init__(self, texts: Sequence[Text]) -> None:
         self._gap = texts[0].gap
@@ -178,7 +196,9 @@ class _Table:
         self._places = np.arange(self._ids.shape[1])
 
     def longest_first(self, rows: np.ndarray) -> np.ndarray:
-        """The same rows, sorted; cut into micro-batches, texts of one length come together and need less padding."""
+        """The same rows, sorted; cut into micro-batches, texts of one length come together and need
+        less padding.
+        """
         return rows[np.argsort(-self._ends[rows], kind="stable")]
 
     def batch(self, rows: np.ndarray) -> Batch:
@@ -203,7 +223,8 @@ class _Table:
 def by_length(
     texts: Sequence[Text], batch_tokens: int, prompt_tokens: int = 0
 ) -> Iterator[list[int]]:
-    """Indices of all texts in groups of similar length, longest first, at most `batch_tokens` padded tokens each.
+    """Indices of all texts in groups of similar length, longest first, at most `batch_tokens`
+    padded tokens each.
 
     Soft tokens are counted for each text if they are given.
     """
@@ -216,16 +237,20 @@ def by_length(
 
 
 class Batches:
-    """Training batches over one shard, addressed by step: the same step gives the same batch to whoever asks.
+    """Training batches over one shard, addressed by step: the same step gives the same batch to
+    whoever asks.
 
-    The shard is gone through in a new random order each epoch; a batch that reaches the end of one goes on in the next.
+    The shard is gone through in a new random order each epoch; a batch that reaches the end of one
+    goes on in the next.
 
     Args:
         texts: the shard; not empty.
         batch_size: examples of one optimizer step.
         micro_batch: examples of one forward pass, of similar length; None takes the whole batch.
-        seed, owner: what the order depends on: the run's seed, and whose stage it is, such as ("client prompt", 3).
-        part: (index, number of parts): the part of every batch that is given, where several ranks share the work.
+        seed, owner: what the order depends on: the run's seed, and whose stage it is, such as
+            ("client prompt", 3).
+        part: (index, number of parts): the part of every batch that is given, where several ranks
+            share the work.
     """
 
     def __init__(

@@ -1,25 +1,30 @@
-"""What an experiment costs, before it is run: parameters, bytes, memory, FLOPs and hours, without weights or network.
+"""What an experiment costs, before it is run: parameters, bytes, memory, FLOPs and hours, without
+weights or network.
 
 FLOPs count one multiplication and one addition as two. Forward, for one text (`forward`):
-    2 x (weights of the linear layers, as often as they run) x tokens + 4 x tokens x seen x width x layers + 2 x head x
-    answers
-with `seen` keys a token (text and prompts; what causality masks is counted, because kernels differ in it) and the head
-at answers only, as the package computes it. Backward costs one forward through the activations, and one more where
-weights are trained. So a text costs
-    distillation         1 x forward of the global model + 3 x forward of the auxiliary model, both without prompts;
-                         a bridge costs one forward of both models, with prompts, for each of its texts, or less
-    client alignment     3 x forward of the auxiliary model
-    client prompt tuning 2 x forward of the auxiliary model; 3 x where both are trained at once
-    server tuning        2 x forward of the global model; the server-only control takes as much again; translation
+    2 x (weights of the linear layers, as often as they run) x tokens + 4 x tokens x seen x width x
+    layers + 2 x head x answers
+with `seen` keys a token (text and prompts; what causality masks is counted, because kernels differ
+in it) and the head at answers only, as the package computes it. Backward costs one forward through
+the activations, and one more where weights are trained. So a text costs
+    distillation         1 x forward of the global model + 3 x forward of the auxiliary model, both
+    without prompts;
+                         a bridge costs one forward of both models, with prompts, for each of its
+                         texts, or less
+    client alignment     3 x forward of the auxiliary model client prompt tuning 2 x forward of the
+    auxiliary model; 3 x where both are trained at once server tuning        2 x forward of the
+    global model; the server-only control takes as much again; translation
                          costs the same and 1 x forward of the auxiliary model
     fine-tuning          3 x forward of the global model, without prompts, at clients and server
-    client search        1 x forward of the auxiliary model for each point, and for the mean at the end; twice that
-                         where a perturbed copy is looked at. At the server, and of the global model, for clients that
-                         hold none
-and one forward more wherever activations are recomputed. A causal model reads an input prompt once for all texts of a
-pass, unless activations are recomputed (or a GPU saves less than 1024 positions by it). A projection or encoder of
-prompts runs once a micro-batch: 2 x its weights x prompt tokens, three times that where it is trained. Padding, norms,
-optimizers, validation and scoring are left out.
+    client search        1 x forward of the auxiliary model for each point, and for the mean at the
+    end; twice that
+                         where a perturbed copy is looked at. At the server, and of the global
+                         model, for clients that hold none
+and one forward more wherever activations are recomputed. A causal model reads an input prompt once
+for all texts of a pass, unless activations are recomputed (or a GPU saves less than 1024 positions
+by it). A projection or encoder of prompts runs once a micro-batch: 2 x its weights x prompt tokens,
+three times that where it is trained. Padding, norms, optimizers, validation and scoring are left
+out.
 """
 
 from __future__ import annotations
@@ -50,7 +55,9 @@ FP32_BYTES = 4  # of a value on the wire
 
 @dataclass(frozen=True)
 class Texts:
-    """Tokens of a training text, context and answer: the mean, its answer's part, the longest; and who says so."""
+    """Tokens of a training text, context and answer: the mean, its answer's part, the longest; and
+    who says so.
+    """
 
     tokens: int
     answers: int
@@ -58,7 +65,8 @@ class Texts:
     source: str = "measured"
 
 
-# Means over the training splits, GPT-2's tokenizer (of sciq over its validation split, which has all supports).
+# Means over the training splits, GPT-2's tokenizer (of sciq over its validation split, which has
+# all supports).
 TEXTS = {
     "arc_easy": Texts(32, 5, 124),
     "arc_challenge": Texts(36, 6, 143),
@@ -78,11 +86,12 @@ CLASSES = {"sst2": 2, "rte": 2, "ag_news": 4}  # of those of other tasks two are
 
 @dataclass(frozen=True)
 class Method:
-    """What one way of tuning asks of a client, with the rounds, steps and batches of the configuration.
+    """What one way of tuning asks of a client, with the rounds, steps and batches of the
+    configuration.
 
     Attributes:
-        holds, trains: parameters of a client, prompts among the latter.
-        handout, down, up: bytes for a client, once and in each round; headers are counted, the hand-out's JSON is not.
+        holds, trains: parameters of a client, prompts among the latter. handout, down, up: bytes
+            for a client, once and in each round; headers are counted, the hand-out's JSON is not.
         total: bytes of all rounds and participating clients, and of the hand-out to all clients.
         steps: FLOPs of one optimizer step, of each stage that a round has.
         round: FLOPs of a client's local work in a round.
@@ -105,10 +114,12 @@ class Plan:
 
     Attributes:
         label: the configuration's file.
-        ratios: global to auxiliary parameters under ways of counting: "as held", and others that apply.
+        ratios: global to auxiliary parameters under ways of counting: "as held", and others that
+            apply.
         phases: FLOPs of the whole run by phase, of all clients together.
-        critical: FLOPs that come one after another where every client, and the server, has a GPU of its own.
-        server, client: bytes that a rank needs, the client's for one client, without `capacity.LIBRARIES`.
+        critical: FLOPs that come one after another where every client, and the server, has a GPU of
+            its own. server, client: bytes that a rank needs, the client's for one client, without
+            `capacity.LIBRARIES`.
     """
 
     label: str
@@ -136,7 +147,8 @@ def plan(config: Config, label: str, tokens: int | None = None) -> Plan:
         label: what the plan is called.
         tokens: of every training text, context and answer; None: what is typical of the task.
 
-    Raises ValueError if the model is not known, the cell does not fit it, or `tokens` is less than two.
+    Raises ValueError if the model is not known, the cell does not fit it, or `tokens` is less than
+    two.
     """
     name = (
         str(EMBEDDED.parent / "model")
@@ -296,7 +308,9 @@ class _Costs:
         return Method(name, holds, trains, handout, message, message, total, steps, work)
 
     def _search(self) -> Method:
-        """Clients that search: forward passes over all of their examples for each point; a step is one point's."""
+        """Clients that search: forward passes over all of their examples for each point; a step is
+        one point's.
+        """
         config, search = self.config, self.config.search
         numbers = search_sizes(search.dimension)
         down, up = (
@@ -327,7 +341,9 @@ class _Costs:
         return step, search.points * step
 
     def _questions(self) -> tuple[int, int]:
-        """Bytes that a client asks in a round, and of the answers (algorithms/inference.py), for texts of mean length."""
+        """Bytes that a client asks in a round, and of the answers (algorithms/inference.py), for
+        texts of mean length.
+        """
         search, groups = self.config.search, _groups(self.config.search)
         texts, times = groups * self.examples(), search.iterations + 1
         head = 3 + groups + texts * (3 + self.texts.tokens)
@@ -338,7 +354,9 @@ class _Costs:
         return asked, times * HEADER_BYTES + FP32_BYTES * search.points * texts
 
     def examples(self) -> int:
-        """Of a client that searches: its share of data.shots or data.limit.train, else what client.tuning takes."""
+        """Of a client that searches: its share of data.shots or data.limit.train, else what
+        client.tuning takes.
+        """
         data, tuning, clients = (
             self.config.data,
             self.config.client.tuning,
@@ -349,7 +367,9 @@ class _Costs:
         return tuning.steps * tuning.batch_size if some is None else -(-some // owners)
 
     def _fine_tuning(self) -> Method:
-        """Clients train the whole model with the steps of the prompt stage; the weights come with every round."""
+        """Clients train the whole model with the steps of the prompt stage; the weights come with
+        every round.
+        """
         stage, holds = self.config.client.tuning, self.large.num_parameters()
         message = FP32_BYTES * holds + HEADER_BYTES
         step = self._weights_step(stage)
@@ -385,7 +405,9 @@ class _Costs:
         )
 
     def _passing(self, rows: int) -> float:
-        """Tokens that pass the layers for each text, of so many in a pass; an input prompt's among them."""
+        """Tokens that pass the layers for each text, of so many in a pass; an input prompt's among
+        them.
+        """
         if self.spec.kind == "prefix":
             return self.texts.tokens
         is_read_once = self.large.kind == "causal" and not self.again

@@ -1,4 +1,5 @@
-"""What a run needs in memory and on disk: rough figures, from the configuration and the model's sizes alone.
+"""What a run needs in memory and on disk: rough figures, from the configuration and the model's
+sizes alone.
 
 Weights and optimizers are counted, activations are estimated; a run may need a third more, or less.
 """
@@ -23,7 +24,8 @@ if TYPE_CHECKING:
 LIBRARIES = (
     640 << 20
 )  # of host memory in each process, for torch, transformers and datasets; measured on a CPU
-# Values that the backward pass keeps per layer, token and unit of width: 13 (OPT) to 33 (GPT-2, Qwen2), measured.
+# Values that the backward pass keeps per layer, token and unit of width: 13 (OPT) to 33 (GPT-2,
+# Qwen2), measured.
 _ACTIVATIONS = 32
 _FP32, _FP64 = 4, 8
 _MATRICES = 16  # as large as a covariance, that a search has at a time with a population of 5
@@ -36,8 +38,8 @@ class Sizes:
     """What needs are reckoned from.
 
     Attributes:
-        global_model, auxiliary: parameters, shared ones counted once.
-        prompt, wire: values of the prompts, and of what of them travels. Where the global model's weights are what is
+        global_model, auxiliary: parameters, shared ones counted once. prompt, wire: values of the
+            prompts, and of what of them travels. Where the global model's weights are what is
             tuned and travels, they are meant, and there is no auxiliary model.
         num_layers, depth: layers that the global and the auxiliary model run.
         width: of a hidden state.
@@ -55,7 +57,9 @@ class Sizes:
 
     @classmethod
     def of(cls, materials: Materials, length: int) -> Sizes:
-        """From the model's configuration; no weight is loaded. `length`: of the longest text, without prompts."""
+        """From the model's configuration; no weight is loaded. `length`: of the longest text,
+        without prompts.
+        """
         config, shape = materials.model_config, materials.shape
         if materials.config.tunes_weights:
             return cls.all_weights(outline(config, shape.num_layers), length)
@@ -67,7 +71,8 @@ class Sizes:
     def between(
         cls, large: LanguageModel, small: LanguageModel, spec: PromptSpec, length: int
     ) -> Sizes:
-        """From the outlines of a global and an auxiliary model; prompts of `spec` travel at the latter's depth.
+        """From the outlines of a global and an auxiliary model; prompts of `spec` travel at the
+        latter's depth.
 
         `length`: of the longest text in tokens, without prompts.
         """
@@ -93,14 +98,18 @@ class Sizes:
 
 
 def outline(config: Any, depth: int) -> LanguageModel:
-    """A model without memory for its weights: the layers of `config`, run over and over until it is `depth` deep."""
+    """A model without memory for its weights: the layers of `config`, run over and over until it is
+    `depth` deep.
+    """
     with torch.device("meta"):
         return auxiliary.build(config.to_dict(), depth, torch.device("meta"), torch.float32)
 
 
 @dataclass(frozen=True)
 class Need:
-    """Bytes that a role needs on its device, and in its host's memory whatever the device; LIBRARIES come on top."""
+    """Bytes that a role needs on its device, and in its host's memory whatever the device;
+    LIBRARIES come on top.
+    """
 
     device: int
     host: int
@@ -112,8 +121,8 @@ def plan(
     """What the ranks of each host and GPU need together: (which, bytes needed, bytes free).
 
     Args:
-        ranks: of each rank its "host", "memory" (free bytes there), and "devices": by role, "server" or "client", with
-            "uuid" and "free" if it is a GPU.
+        ranks: of each rank its "host", "memory" (free bytes there), and "devices": by role,
+            "server" or "client", with "uuid" and "free" if it is a GPU.
     """
     num_ranks = sum("client" in rank["devices"] for rank in ranks)
     num_clients = -(-config.federation.clients // max(1, num_ranks))
@@ -134,7 +143,9 @@ def plan(
 
 
 def server(config: Config, sizes: Sizes) -> Need:
-    """The global model, and the largest of: distilling the auxiliary model, tuning the prompts, scoring."""
+    """The global model, and the largest of: distilling the auxiliary model, tuning the prompts,
+    scoring.
+    """
     held = DTYPES[config.server.compute.dtype].itemsize
     scored = max(DTYPES[config.evaluation.dtype].itemsize, held)
     distil = _TRAINED * sizes.auxiliary + _activations(
@@ -152,7 +163,9 @@ def server(config: Config, sizes: Sizes) -> Need:
 
 
 def client(config: Config, sizes: Sizes, num_clients: int) -> Need:
-    """One auxiliary model in training on the device; the hand-out, and the clients that rest, on the host."""
+    """One auxiliary model in training on the device; the hand-out, and the clients that rest, on
+    the host.
+    """
     if config.searches:
         return _searching(config, sizes)
     stages = (config.client.alignment, config.client.tuning)
@@ -166,7 +179,9 @@ def client(config: Config, sizes: Sizes, num_clients: int) -> Need:
 
 
 def _searching(config: Config, sizes: Sizes) -> Need:
-    """Forward passes alone: one layer's activations on the device; the search's matrices and prompts on the host."""
+    """Forward passes alone: one layer's activations on the device; the search's matrices and
+    prompts on the host.
+    """
     matrices = _MATRICES * _FP64 * config.search.dimension**2
     if config.asks_server:
         return Need(0, matrices)
@@ -192,7 +207,9 @@ def state(config: Config, sizes: Sizes) -> int:
 
 
 def disk(config: Config, sizes: Sizes) -> int:
-    """Bytes of a whole run folder: the checkpoints that are kept, the best and the next one, models, prompts."""
+    """Bytes of a whole run folder: the checkpoints that are kept, the best and the next one,
+    models, prompts.
+    """
     checkpoint = config.federation.clients * state(config, sizes) + 2 * _KEPT * sizes.prompt
     kept = config.checkpoint.keep + 2 if config.checkpoint.every else 1
     prompts = config.federation.rounds * _FP32 * sizes.prompt if config.record.prompts else 0

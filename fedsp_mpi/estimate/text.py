@@ -27,8 +27,14 @@ def text(plan: Plan, tflops: float) -> str:
         *_facts(plan),
         "",
         *_aligned([_HEAD, *(_row(method) for method in plan.methods)]),
-        "of a client: parameters; bytes once, in a round, and of all clients and rounds; FLOPs, alignment / prompts",
-        "where a round has both. All methods with the rounds, steps and batches of this configuration.",
+        (
+            "of a client: parameters; bytes once, in a round, and of all clients and "
+            "rounds; FLOPs, alignment / prompts"
+        ),
+        (
+            "where a round has both. All methods with the rounds, steps and batches of "
+            "this configuration."
+        ),
         "",
         *_labelled("memory", _memory(plan)),
         *_labelled("work", phases),
@@ -38,7 +44,9 @@ def text(plan: Plan, tflops: float) -> str:
 
 
 def markdown(plans: list[Plan], tflops: float) -> str:
-    """Plans as two Markdown tables: what each method asks of a client, and what each whole run costs."""
+    """Plans as two Markdown tables: what each method asks of a client, and what each whole run
+    costs.
+    """
     methods = [(plan.label, *_row(method)) for plan in plans for method in plan.methods]
     sizes = ("global", "auxiliary", "ratio", "server's memory", "a client's")
     phases = list(dict.fromkeys(phase for plan in plans for phase in plan.phases))
@@ -84,11 +92,18 @@ def _facts(plan: Plan) -> list[str]:
     some = federation.clients_per_round or federation.clients
     return [
         f"plan      {plan.label}",
-        f"global    {config.model.name}: {sizes.global_model:,} parameters, {sizes.num_layers} layers",
+        (
+            f"global    {config.model.name}: {sizes.global_model:,} parameters, "
+            f"{sizes.num_layers} layers"
+        ),
         *([] if config.tunes_weights else _auxiliary(plan)),
         f"wire      {_wire(plan)} for a client and round, + {HEADER_BYTES} each",
-        f"rounds    {federation.rounds}, of {some} of {federation.clients} clients, steps in each: {steps}",
-        f"texts     {texts.tokens} tokens, {texts.answers} of them the answer; the longest {texts.longest} "
+        (
+            f"rounds    {federation.rounds}, of {some} of {federation.clients} clients, "
+            f"steps in each: {steps}"
+        ),
+        f"texts     {texts.tokens} tokens, {texts.answers} of them the answer; the "
+        f"longest {texts.longest} "
         f"({config.data.task}: {texts.source})",
     ]
 
@@ -127,7 +142,10 @@ def _auxiliary(plan: Plan) -> list[str]:
 def _memory(plan: Plan) -> list[str]:
     libraries = _gib(memory.LIBRARIES)
     return [
-        f"server's rank: {_gib(plan.server.device)} on its device; on its host {libraries} of libraries",
+        (
+            f"server's rank: {_gib(plan.server.device)} on its device; on its host "
+            f"{libraries} of libraries"
+        ),
         f"client's rank: {_gib(plan.client.device)} on its device; on its host {libraries}, and "
         f"{_gib(plan.client.host)} for one client",
     ]

@@ -1,1 +1,3 @@
-"""Scores: options by log-likelihood and greedy answers as lm-eval defines them, and the loss on answers."""
+"""Scores: options by log-likelihood and greedy answers as lm-eval defines them, and the loss on
+answers.
+"""

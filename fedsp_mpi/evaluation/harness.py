@@ -1,6 +1,7 @@
 """lm-eval drives a test: its tasks ask, and our model with its prompt answers.
 
-The only importer of lm-eval, which is an optional extra; `TaskManager.load`, new in 0.4.12, is needed.
+The only importer of lm-eval, which is an optional extra; `TaskManager.load`, new in 0.4.12, is
+needed.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ VERSION: str = lm_eval.__version__
 if not hasattr(TaskManager, "load"):
     raise ImportError(f"version {VERSION}, whose TaskManager has no load")
 
-# lm-eval's folders of the tasks that this package has too: to look through all of lm-eval takes ten seconds.
+# lm-eval's folders of the tasks that this package has too: to look through all of lm-eval takes ten
+# seconds.
 ROOMS = {
     "arc_easy": "arc",
     "arc_challenge": "arc",
@@ -89,7 +91,8 @@ class Result:
     errors: dict[str, float] = field(default_factory=dict)
 
 
-# -- tasks ---------------------------------------------------------------------------------------------------------
+# -- tasks
+# ---------------------------------------------------------------------------------------------------------
 
 
 def inherited(name: str, table: Any) -> dict[str, Any]:
@@ -103,7 +106,8 @@ def standalone(name: str, metric: str, table: Any) -> dict[str, Any]:
 
     Args:
         metric: "multiple_choice" or "exact_match".
-        table: a data set with the columns context, choices, and gold: a position, or a list of them for exact match.
+        table: a data set with the columns context, choices, and gold: a position, or a list of them
+            for exact match.
     """
     return {
         "task": name,
@@ -120,7 +124,10 @@ def standalone(name: str, metric: str, table: Any) -> dict[str, Any]:
 
 
 def _reading(table: Any) -> dict[str, Any]:
-    """The part of a task's configuration that says where its rows are. A function is not copied, a table would be."""
+    """The part of a task's configuration that says where its rows are.
+
+    A function is not copied, a table would be.
+    """
     none = dict.fromkeys(
         ("dataset_name", "dataset_kwargs", "training_split", "validation_split", "fewshot_split")
     )
@@ -131,7 +138,8 @@ def load(wanted: Mapping[str, dict[str, Any] | None], include: Path | None) -> d
     """Tasks and groups as lm-eval wants them, with their data.
 
     Args:
-        wanted: names, and for the tasks that are not as lm-eval has them `inherited` or `standalone`.
+        wanted: names, and for the tasks that are not as lm-eval has them `inherited` or
+            `standalone`.
         include: a folder of the user's own task files.
 
     Raises ValueError if lm-eval does not know a name, or cannot load a task or its data.
@@ -153,7 +161,9 @@ def load(wanted: Mapping[str, dict[str, Any] | None], include: Path | None) -> d
 
 
 def _manager(names: Sequence[str], include: Path | None) -> TaskManager:
-    """The index of the tasks: of a few folders, if they hold all that is wanted, else of all that lm-eval has."""
+    """The index of the tasks: of a few folders, if they hold all that is wanted, else of all that
+    lm-eval has.
+    """
     rooms = {Path(tasks_file).parent / ROOMS[name] for name in names if name in ROOMS}
     own = [include] if include else []
     manager = TaskManager(include_path=[*sorted(rooms), *own], include_defaults=False)
@@ -184,12 +194,15 @@ def _load(manager: TaskManager, name: str, spec: dict[str, Any] | None) -> dict[
             error = error.__cause__
         reason = " ".join(str(error).split())[:200]
         raise ValueError(
-            f"{name}: found {type(error).__name__} while lm-eval loaded the task ({reason}), expected a task's file "
-            "and its data, in the local cache or on the hub; run this once where there is a network, to fill the cache"
+            f"{name}: found {type(error).__name__} while lm-eval loaded the task "
+            f"({reason}), expected a task's file "
+            "and its data, in the local cache or on the hub; run this once where there is "
+            "a network, to fill the cache"
         ) from None
 
 
-# -- answers -------------------------------------------------------------------------------------------------------
+# -- answers
+# -------------------------------------------------------------------------------------------------------
 
 
 def measure(loaded: dict[str, Any], answers: Answers, limit: int | None) -> list[Result]:
@@ -207,7 +220,9 @@ def measure(loaded: dict[str, Any], answers: Answers, limit: int | None) -> list
 
 
 def _results(task: str, values: Mapping[str, Any], n: int) -> Iterator[Result]:
-    """From lm-eval's "acc,none" and "acc_stderr,none"; none for a group without measures of its own."""
+    """From lm-eval's "acc,none" and "acc_stderr,none"; none for a group without measures of its
+    own.
+    """
     found: dict[str, Result] = {}
     for key, value in values.items():
         name, comma, filter = key.partition(",")
@@ -220,7 +235,9 @@ def _results(task: str, values: Mapping[str, Any], n: int) -> Iterator[Result]:
 
 @dataclass(frozen=True)
 class _Wish:
-    """A text to go on with: what is read of it, what ends it, and after how many tokens it ends anyway."""
+    """A text to go on with: what is read of it, what ends it, and after how many tokens it ends
+    anyway.
+    """
 
     ids: tuple[int, ...]
     stops: tuple[str, ...]
@@ -235,8 +252,8 @@ class _Wish:
 class Answers(LM):
     """Our model, with or without a prompt, as lm-eval asks a model.
 
-    Prompts take positions from a text, and a text that is too long loses its beginning, as in `scoring.score`: options
-    are run as there, so that scores are equal to the last bit.
+    Prompts take positions from a text, and a text that is too long loses its beginning, as in
+    `scoring.score`: options are run as there, so that scores are equal to the last bit.
 
     Args:
         model: on its device, frozen.
@@ -267,7 +284,8 @@ class Answers(LM):
     def loglikelihood(
         self, requests: Sequence[Any], *_: Any, **__: Any
     ) -> list[tuple[float, bool]]:
-        """Log-likelihood of each continuation behind its context, and whether greedy decoding gives it.
+        """Log-likelihood of each continuation behind its context, and whether greedy decoding gives
+        it.
 
         Raises ValueError if a continuation has no token, as lm-eval's own models do.
         """
@@ -275,14 +293,17 @@ class Answers(LM):
         for text, request in zip(texts, requests):
             if text.num_answers < 1:
                 raise ValueError(
-                    f"{request.task_name}: found an option without a token in question {request.doc_id}, expected one "
+                    f"{request.task_name}: found an option without a token in question "
+                    f"{request.doc_id}, expected one "
                     "at least; correct the task's data, or choose another task"
                 )
         owners = [(request.task_name, request.doc_id, request.args[0]) for request in requests]
         return self._scored(texts, owners, "options")
 
     def loglikelihood_rolling(self, requests: Sequence[Any], *_: Any, **__: Any) -> list[float]:
-        """Log-likelihood of whole texts, in windows of as many positions as there are, each token predicted once."""
+        """Log-likelihood of whole texts, in windows of as many positions as there are, each token
+        predicted once.
+        """
         windows = [list(self._windows(request.args[0])) for request in requests]
         texts = [text for some in windows for text in some]
         found = iter(self._scored(texts, list(range(len(texts))), "windows"))
@@ -291,7 +312,8 @@ class Answers(LM):
     def generate_until(self, requests: Sequence[Any], *_: Any, **__: Any) -> list[str]:
         """What greedy decoding says behind each context, up to the first stop string.
 
-        Raises ValueError if a task asks for something else than greedy decoding, or for more tokens than there are.
+        Raises ValueError if a task asks for something else than greedy decoding, or for more tokens
+        than there are.
         """
         wishes = [self._wish(*request.args[:2]) for request in requests]
         said, progress = [""] * len(wishes), self._progress("answers", len(wishes))
@@ -304,7 +326,9 @@ class Answers(LM):
     def _scored(
         self, texts: Sequence[Text], owners: Sequence[Any], what: str
     ) -> list[tuple[float, bool]]:
-        """What is found for each text; neighbours of one owner are the options of one question, run together."""
+        """What is found for each text; neighbours of one owner are the options of one question, run
+        together.
+        """
         answers = [(0.0, True)] * len(texts)
         groups = [
             list(some) for _, some in groupby(range(len(texts)), key=lambda place: owners[place])
@@ -334,7 +358,8 @@ class Answers(LM):
         _require_greedy(settings)
         if not 1 <= most < self._room:
             raise ValueError(
-                f"max_gen_toks: found {most} tokens to generate, expected fewer than the {self._room} positions that "
+                f"max_gen_toks: found {most} tokens to generate, expected fewer than the "
+                f"{self._room} positions that "
                 "there are for a text; lower it in the task's file, or choose another task"
             )
         until = settings.get("until") or ()
@@ -346,7 +371,9 @@ class Answers(LM):
         return _Wish(tuple(ids[most - self._room :]), tuple(stop for stop in stops if stop), most)
 
     def _alike(self, wishes: Sequence[_Wish]) -> Iterator[list[int]]:
-        """Places of wishes that can share a batch: of one length, so that nothing is padded. The longest come first."""
+        """Places of wishes that can share a batch: of one length, so that nothing is padded. The
+        longest come first.
+        """
         before = self._model.shape.num_positions - self._room
 
         def size(place: int) -> tuple[int, int]:
@@ -387,7 +414,9 @@ class Answers(LM):
         return [wish.cut(self._decoded(tokens)) for wish, tokens in zip(wishes, said)]
 
     def _read(self, ids: Tensor) -> tuple[Any, Tensor]:
-        """The forward pass of contexts of one length, [contexts, length], with its cache and its attention mask."""
+        """The forward pass of contexts of one length, [contexts, length], with its cache and its
+        attention mask.
+        """
         inputs, _ = self._model.inputs(Batch(ids, torch.ones_like(ids), ids), self._prompt)
         return self._model.model.base_model(**{**inputs, "use_cache": True}), inputs[
             "attention_mask"
@@ -413,14 +442,16 @@ def _require_greedy(settings: Mapping[str, Any]) -> None:
     samples = settings.get("do_sample")
     if samples or (samples is None and float(settings.get("temperature") or 0) > 0):
         raise ValueError(
-            f"do_sample: found sampling at temperature {settings.get('temperature', 1.0)} in a task's "
+            f"do_sample: found sampling at temperature {settings.get('temperature', 1.0)} "
+            "in a task's "
             "generation_kwargs, expected greedy decoding; set do_sample to false in the task's file"
         )
     if other := sorted(
         set(settings) - _NEUTRAL - ({"num_beams"} if settings.get("num_beams") == 1 else set())
     ):
         raise ValueError(
-            f"generation_kwargs: found {', '.join(other)} in a task, expected {', '.join(sorted(_NEUTRAL))}; choose "
+            f"generation_kwargs: found {', '.join(other)} in a task, expected "
+            f"{', '.join(sorted(_NEUTRAL))}; choose "
             "another task"
         )
 

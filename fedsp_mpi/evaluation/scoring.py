@@ -1,4 +1,6 @@
-"""Scores of a language model with or without a prompt: `acc`, `acc_norm` and `exact_match` as lm-eval defines them."""
+"""Scores of a language model with or without a prompt: `acc`, `acc_norm` and `exact_match` as
+lm-eval defines them.
+"""
 
 from __future__ import annotations
 
@@ -30,10 +32,12 @@ class Score:
 
     Attributes:
         n: questions.
-        acc: share whose option of highest summed log-likelihood is right; nan where the task has no options.
+        acc: share whose option of highest summed log-likelihood is right; nan where the task has no
+            options.
         acc_norm: the same with the log-likelihood divided by the option's length in characters.
         exact_match: share whose right answer is what greedy decoding would give.
-        stderr: standard error of the task's main number (sample standard deviation over the root of n, as lm-eval).
+        stderr: standard error of the task's main number (sample standard deviation over the root of
+            n, as lm-eval).
         seconds: wall time.
     """
 
@@ -47,7 +51,9 @@ class Score:
 
 @dataclass(frozen=True)
 class Question:
-    """An example whose options are tokenised: what is independent of the model's prompt is done once."""
+    """An example whose options are tokenised: what is independent of the model's prompt is done
+    once.
+    """
 
     options: tuple[Text, ...]
     lengths: tuple[int, ...]
@@ -71,7 +77,9 @@ def questions(tokenizer: Any, examples: Sequence[Example]) -> list[Question]:
 
 
 def gap_questions(tokenizer: Any, examples: Sequence[Example], max_length: int) -> list[Question]:
-    """The same for models that fill in a gap; at most `max_length` tokens, the prompt's not among them."""
+    """The same for models that fill in a gap; at most `max_length` tokens, the prompt's not among
+    them.
+    """
     options = cloze.encode_options(tokenizer, examples, max_length)
     return [
         Question(some, tuple(map(len, e.choices)), e.gold) for some, e in zip(options, examples)
@@ -91,17 +99,17 @@ def score(
 ) -> Score | None:
     """Score all questions; None if `stop` said so, asked between two batches.
 
-    A context is run once for all its options; contexts of one length share a batch, so nothing is padded before an
-    option, and little behind it, because options of similar length come together. Texts longer than the model's
-    positions (less the prompt's) lose their beginning, as in lm-eval.
+    A context is run once for all its options; contexts of one length share a batch, so nothing is
+    padded before an option, and little behind it, because options of similar length come together.
+    Texts longer than the model's positions (less the prompt's) lose their beginning, as in lm-eval.
 
     Args:
         model: on its device, frozen.
         prompt: at the model's depth, or None for zero-shot.
         asked: tokenised questions.
         metric: "multiple_choice" or "exact_match", which decides whose standard error is given.
-        batch_tokens: positions that a batch runs at most, padding and an input prompt among them; more only where one
-            context and its options are longer.
+        batch_tokens: positions that a batch runs at most, padding and an input prompt among them;
+            more only where one context and its options are longer.
         on_done: told how many options were finished by this rank.
         team: the ranks that share the batches; all of them call this, and get the same.
     """
@@ -201,7 +209,9 @@ def answer_loss_mean(
     batch_tokens: int,
     team: Team = ALONE,
 ) -> float:
-    """Mean cross entropy over all answer tokens of the texts: the validation loss. A team's ranks share the batches."""
+    """Mean cross entropy over all answer tokens of the texts: the validation loss. A team's ranks
+    share the batches.
+    """
     groups = list(by_length(texts, batch_tokens))
     sums = torch.zeros(len(groups), dtype=torch.float64, device=model.device)
     with model.evaluating():
@@ -250,7 +260,9 @@ class _Stem:
 def _groups(
     asked: Sequence[Question], room: int, before: int, batch_tokens: int
 ) -> list[list[_Stem]]:
-    """Stems of equal length side by side, those with long options first, at most `batch_tokens` positions together."""
+    """Stems of equal length side by side, those with long options first, at most `batch_tokens`
+    positions together.
+    """
     by_size: dict[int, list[_Stem]] = defaultdict(list)
     for index, question in enumerate(asked):
         for stem in _stems(index, question, room):
@@ -265,7 +277,9 @@ def _groups(
 
 
 def _cut(stems: list[_Stem], size: int, batch_tokens: int) -> Iterator[list[_Stem]]:
-    """Groups of at most `batch_tokens` positions: `size` for a stem, for an option the longest's, sorted first."""
+    """Groups of at most `batch_tokens` positions: `size` for a stem, for an option the longest's,
+    sorted first.
+    """
     group: list[_Stem] = []
     num_options = 0
     for stem in stems:
@@ -313,7 +327,9 @@ def _score_group(
 
 
 def _compared(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-likelihood of every target, and whether it is the likeliest token; 0 and true where there is none."""
+    """Log-likelihood of every target, and whether it is the likeliest token; 0 and true where there
+    is none.
+    """
     # Flat, because the kernel for [batch, vocabulary, length] is off by up to 1e-3 a text on a CPU.
     each = -F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none").view(
         targets.shape
@@ -322,7 +338,9 @@ def _compared(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _pad(endings: list[np.ndarray], model: LanguageModel) -> Batch | None:
-    """The endings without their last token, right-padded; None where no option is longer than a token."""
+    """The endings without their last token, right-padded; None where no option is longer than a
+    token.
+    """
     length = max(len(ending) for ending in endings) - 1
     if length == 0:
         return None

@@ -1,7 +1,9 @@
-"""Digests of what is read from outside: texts, rows, weights and files, so that a change is seen and not trained on.
+"""Digests of what is read from outside: texts, rows, weights and files, so that a change is seen
+and not trained on.
 
-They guard against mistakes and damage, not against somebody who can write both the bytes and their digest. xxh3 reads
-5 GB/s of memory and more (measured on two cores): 1.3 s for weights of 6 GB, which is less than they take to load.
+They guard against mistakes and damage, not against somebody who can write both the bytes and their
+digest. xxh3 reads 5 GB/s of memory and more (measured on two cores): 1.3 s for weights of 6 GB,
+which is less than they take to load.
 """
 
 from __future__ import annotations
@@ -89,7 +91,8 @@ def list_folder(folder: Path) -> None:
 def require_listed(folder: Path) -> bool:
     """Whether a folder has a list of digests; False for those of versions that wrote none.
 
-    Raises ValueError if a file on the list is missing, or is not what was written, or the list cannot be read.
+    Raises ValueError if a file on the list is missing, or is not what was written, or the list
+    cannot be read.
     """
     try:
         digests = json.loads((folder / MANIFEST).read_bytes())
@@ -111,7 +114,8 @@ def require_listed(folder: Path) -> bool:
             ) from None
         if digest != expected:
             raise ValueError(
-                f"{path}: found digest {digest}, expected {expected}: the file was changed or damaged"
+                f"{path}: found digest {digest}, expected {expected}: the file was "
+                "changed or damaged"
             )
     return True
 

@@ -1,9 +1,11 @@
-"""Which folders and files are ours: the one place that decides what may be taken, removed or replaced.
+"""Which folders and files are ours: the one place that decides what may be taken, removed or
+replaced.
 
-A folder is ours if it is absent or empty, or carries the mark of a run. The mark is `lock`, the first file that a run
-makes and never removes, or else `run.h5`: a kill at any moment leaves one of them, or an empty folder. In a folder that
-is ours, a run removes the files that runs write there, by the patterns below or by the list in the folder of a model,
-and nothing else. A file that somebody put beside them stays.
+A folder is ours if it is absent or empty, or carries the mark of a run. The mark is `lock`, the
+first file that a run makes and never removes, or else `run.h5`: a kill at any moment leaves one of
+them, or an empty folder. In a folder that is ours, a run removes the files that runs write there,
+by the patterns below or by the list in the folder of a model, and nothing else. A file that
+somebody put beside them stays.
 """
 
 from __future__ import annotations
@@ -51,7 +53,9 @@ _BEGINNING = 4096  # bytes of a file that are looked at
 
 
 def require_plain_name(key: str, name: str) -> None:
-    """Raise ValueError, naming the key, unless a name is one component of a path that is safe to print and to type."""
+    """Raise ValueError, naming the key, unless a name is one component of a path that is safe to
+    print and to type.
+    """
     trouble = ""
     if name in ("", ".", "..") or name != name.strip():
         trouble = "expected letters, digits, '.', '_' or '-'"
@@ -74,8 +78,10 @@ def require_readable_path(key: str, text: str) -> None:
         os.fsencode(text)
     except UnicodeEncodeError:
         raise ValueError(
-            f"{key}: found {text!r}, which is no text in the encoding of the locale ({sys.getfilesystemencoding()}), "
-            "expected a path that the libraries can read; set LC_ALL=C.UTF-8, or choose another name"
+            f"{key}: found {text!r}, which is no text in the encoding of the locale "
+            f"({sys.getfilesystemencoding()}), "
+            "expected a path that the libraries can read; set LC_ALL=C.UTF-8, or choose "
+            "another name"
         ) from None
 
 
@@ -88,7 +94,8 @@ def require_ours(folder: Path) -> None:
     """Raise ValueError, naming a file of somebody else, unless a run may take a folder."""
     if name := _stranger(folder):
         raise ValueError(
-            f"{folder}: found {name!r} and no sign that a run wrote it, expected a new folder, an empty one, or that "
+            f"{folder}: found {name!r} and no sign that a run wrote it, expected a new "
+            "folder, an empty one, or that "
             "of a run; choose another run.name or run.folder"
         )
 
@@ -105,13 +112,17 @@ def require_apart(folder: Path, inputs: Mapping[str, str | None]) -> None:
             path = Path(text).expanduser().resolve()
             if path == target or target in path.parents:
                 raise ValueError(
-                    f"{folder}: found {text!r} of {key} in the run's folder, expected it elsewhere, because a run "
+                    f"{folder}: found {text!r} of {key} in the run's folder, expected "
+                    "it elsewhere, "
+                    "because a run "
                     "replaces its folder; choose another run.name or run.folder"
                 )
 
 
 def written(folder: Path) -> Iterator[Path]:
-    """The files that runs have written into a folder of theirs, except `lock` and reports of failures."""
+    """The files that runs have written into a folder of theirs, except `lock` and reports of
+    failures.
+    """
     for room in _WRITTEN:
         yield from written_in(folder / room if room else folder, room)
     for room in MODELS:
@@ -119,7 +130,9 @@ def written(folder: Path) -> Iterator[Path]:
 
 
 def written_in(folder: Path, room: str) -> list[Path]:
-    """The files in a folder whose names are those that runs give there; `room` is "rounds" or "checkpoints"."""
+    """The files in a folder whose names are those that runs give there; `room` is "rounds" or
+    "checkpoints".
+    """
     return [path for path in _files(folder) if _WRITTEN[room].fullmatch(path.name)]
 
 
@@ -151,7 +164,10 @@ def remove_if_empty(folder: Path) -> None:
 
 
 def begin_model(folder: Path) -> Path:
-    """An empty folder to write a model into, which `place_model` gives the name of `folder`. Raises OSError."""
+    """An empty folder to write a model into, which `place_model` gives the name of `folder`.
+
+    Raises OSError.
+    """
     remove_parts(folder.parent)
     number = os.getpid()
     while (part := folder.with_name(f"{folder.name}.part{number}")).exists():
@@ -161,10 +177,12 @@ def begin_model(folder: Path) -> Path:
 
 
 def place_model(part: Path, folder: Path) -> None:
-    """Put a model that was written into `part`, with its list of files, in the place of the one in `folder`.
+    """Put a model that was written into `part`, with its list of files, in the place of the one in
+    `folder`.
 
-    A file in `folder` that is not ours stays; where it has the name of a new one, it is set aside as NAME.1. The list
-    goes first and comes last, so that a model in between is not taken for a whole one. Raises OSError.
+    A file in `folder` that is not ours stays; where it has the name of a new one, it is set aside
+    as NAME.1. The list goes first and comes last, so that a model in between is not taken for a
+    whole one. Raises OSError.
     """
     give_rights(part)
     ours = {path.name for path in _in_model(folder)}
@@ -190,7 +208,8 @@ def require_picture(path: Path) -> None:
     head = b"" if path.is_dir() else _head(path)
     if path.is_dir() or (head and _PICTURE not in head):
         raise ValueError(
-            f"{path}: found a file that no report wrote, expected a new name, or a picture of an earlier report; name "
+            f"{path}: found a file that no report wrote, expected a new name, or a picture "
+            "of an earlier report; name "
             "another file, or move that one away"
         )
 
@@ -205,7 +224,10 @@ def picture_mark(ending: str) -> dict[str, str | None]:
 
 
 def replace_picture(path: Path, image: bytes) -> None:
-    """Put a picture at `path`, whole or not at all. Raises ValueError like `require_picture`, OSError."""
+    """Put a picture at `path`, whole or not at all.
+
+    Raises ValueError like `require_picture`, OSError.
+    """
     require_picture(path)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     part = Path(name)
@@ -220,7 +242,9 @@ def replace_picture(path: Path, image: bytes) -> None:
 
 
 def require_configuration(path: Path, line: str) -> None:
-    """Raise ValueError unless a file is absent, empty, or a resolved configuration with this line in `run`."""
+    """Raise ValueError unless a file is absent, empty, or a resolved configuration with this line
+    in `run`.
+    """
     if not path.exists():
         return
     lines = (
@@ -237,7 +261,8 @@ def require_configuration(path: Path, line: str) -> None:
     } <= set(lines)
     if path.is_dir() or (lines and not is_resolved):
         raise ValueError(
-            f"{path}: found a file that no sweep wrote, expected none, or the configuration of this run; move it away, "
+            f"{path}: found a file that no sweep wrote, expected none, or the configuration "
+            "of this run; move it away, "
             "or choose another folder"
         )
 
@@ -247,13 +272,16 @@ def require_evaluation(path: Path) -> None:
     content = _json(path)
     if path.exists() and _head(path) and not {"run", "versions", "results"} <= content.keys():
         raise ValueError(
-            f"{path}: found a file that `evaluate` did not write, expected none, or one of an earlier evaluation; move "
+            f"{path}: found a file that `evaluate` did not write, expected none, or one of "
+            "an earlier evaluation; move "
             "it away"
         )
 
 
 def make_folder(path: Path, private: bool | None = None) -> None:
-    """Make a folder, if it is absent, with the rights of the folder around it; `private` takes them from all others."""
+    """Make a folder, if it is absent, with the rights of the folder around it; `private` takes them
+    from all others.
+    """
     around = 0o777 if private is False else 0o700 if private else _rights(path.parent)
     path.mkdir(mode=around, exist_ok=True)
     if private:
@@ -267,14 +295,19 @@ def file_mode(path: Path) -> int:
 
 
 def give_rights(target: Path) -> None:
-    """Give a file, or the files in a folder, which a library wrote, the rights of a file that a run writes there."""
+    """Give a file, or the files in a folder, which a library wrote, the rights of a file that a run
+    writes there.
+    """
     for path in _files(target) if target.is_dir() else [target]:
         with suppress(OSError):
             path.chmod(file_mode(path) & ~_umask())
 
 
 def set_aside(path: Path, name: str) -> None:
-    """Give a file the first of the names NAME, NAME.1, NAME.2, ... in its folder that is free. Raises OSError."""
+    """Give a file the first of the names NAME, NAME.1, NAME.2, ...
+
+    in its folder that is free. Raises OSError.
+    """
     other, number = path.with_name(name), 0
     while other.exists():
         number += 1
@@ -283,7 +316,10 @@ def set_aside(path: Path, name: str) -> None:
 
 
 def write_new(path: Path, text: str) -> None:
-    """Write a file that is not there yet, with no more rights than its folder. Raises FileExistsError, OSError."""
+    """Write a file that is not there yet, with no more rights than its folder.
+
+    Raises FileExistsError, OSError.
+    """
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, file_mode(path))
     with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace") as file:
         file.write(text)
@@ -325,7 +361,9 @@ def is_note(content: Mapping[str, Any]) -> bool:
 
 
 def _is_record(path: Path) -> bool:
-    """Whether a file is the record of a run, whole or damaged: HDF5 that names our format. No library is needed."""
+    """Whether a file is the record of a run, whole or damaged: HDF5 that names our format. No
+    library is needed.
+    """
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as image:
             return image[:8] == b"\x89HDF\r\n\x1a\n" and image.find(b"fedsp_mpi run") >= 0

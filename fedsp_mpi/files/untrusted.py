@@ -1,4 +1,6 @@
-"""What others may have written or damaged: files with a bound, JSON of a plain form, text that is safe to show."""
+"""What others may have written or damaged: files with a bound, JSON of a plain form, text that is
+safe to show.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,8 @@ _UNSAFE = (
 
 
 def open_plain(path: Path) -> BinaryIO:
-    """Open a regular file to read it; a FIFO or a device, which could hang or never end, is refused.
+    """Open a regular file to read it; a FIFO or a device, which could hang or never end, is
+    refused.
 
     Raises OSError, ValueError if it is no regular file.
     """
@@ -33,7 +36,10 @@ def open_plain(path: Path) -> BinaryIO:
 
 
 def read_bytes(path: Path, most: int) -> bytes:
-    """A file's bytes. Raises OSError, ValueError if it is no regular file or has more than `most` bytes."""
+    """A file's bytes.
+
+    Raises OSError, ValueError if it is no regular file or has more than `most` bytes.
+    """
     with open_plain(path) as file:
         image = file.read(most + 1)
     if len(image) > most:
@@ -42,7 +48,10 @@ def read_bytes(path: Path, most: int) -> bytes:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """A value from JSON. Raises ValueError if the text is not JSON, is nested too deeply, or has a number too large."""
+    """A value from JSON.
+
+    Raises ValueError if the text is not JSON, is nested too deeply, or has a number too large.
+    """
     try:
         value = json.loads(text)
     except RecursionError:
@@ -64,7 +73,8 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def printable(text: str, keep: str = "") -> str:
-    r"""Text without what a terminal obeys: control and format characters are written out, such as \x1b.
+    r"""Text without what a terminal obeys: control and format characters are written out, such as
+    \x1b.
 
     Args:
         text: of any origin.

@@ -1,4 +1,6 @@
-"""Sizes of well-known models, and what models cost by their sizes: neither takes a file, a network or a weight."""
+"""Sizes of well-known models, and what models cost by their sizes: neither takes a file, a network
+or a weight.
+"""
 
 from __future__ import annotations
 
@@ -85,7 +87,10 @@ _ALIKE = ("-Instruct",)  # the same architecture under another name
 
 
 def known(name: str) -> Any | None:
-    """The transformers configuration of a well-known model, or None. Enough to count with, not to compute with."""
+    """The transformers configuration of a well-known model, or None.
+
+    Enough to count with, not to compute with.
+    """
     base = name.removeprefix("openai-community/")
     for ending in _ALIKE:
         base = base.removesuffix(ending)
@@ -96,7 +101,8 @@ def known(name: str) -> Any | None:
 
 
 def config_of(name: str, revision: str | None = None) -> Any:
-    """The configuration of a model: that of a folder, of the table above, or of the hub and its cache, in this order.
+    """The configuration of a model: that of a folder, of the table above, or of the hub and its
+    cache, in this order.
 
     Raises ValueError if there is none.
     """
@@ -115,8 +121,8 @@ def config_of(name: str, revision: str | None = None) -> Any:
 def forward(model: LanguageModel, tokens: float, seen: int, answers: int) -> float:
     """FLOPs of one text through a model, a multiplication and an addition counted as two.
 
-    2 x (weights of the linear layers, as often as they run) x tokens + 4 x tokens x seen x width x layers
-    + 2 x head x answers.
+    2 x (weights of the linear layers, as often as they run) x tokens + 4 x tokens x seen x width x
+    layers + 2 x head x answers.
 
     Args:
         tokens: that pass its layers.
@@ -138,7 +144,9 @@ def forward(model: LanguageModel, tokens: float, seen: int, answers: int) -> flo
 
 
 def ratios(large: LanguageModel, small: LanguageModel) -> dict[str, float]:
-    """How many times fewer parameters `small` has: "as held", and under other ways of counting that apply."""
+    """How many times fewer parameters `small` has: "as held", and under other ways of counting that
+    apply.
+    """
     ours, theirs = large.num_parameters(), small.num_parameters()
     found = {"as held": ours / theirs}
     head, words = (

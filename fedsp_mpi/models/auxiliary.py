@@ -1,8 +1,10 @@
-"""The auxiliary model: a cell of the global model's layers, stored once and run as often as the model is deep.
+"""The auxiliary model: a cell of the global model's layers, stored once and run as often as the
+model is deep.
 
-Or it is both ends of the global model, its first layers and its last ones, as in offsite-tuning (Xiao et al., 2023,
-arXiv 2302.04870). A linear layer, the bridge, leads from the first to the last: it turns the states that the first
-layers end with into those that enter the last ones in the global model.
+Or it is both ends of the global model, its first layers and its last ones, as in offsite-tuning
+(Xiao et al., 2023, arXiv 2302.04870). A linear layer, the bridge, leads from the first to the last:
+it turns the states that the first layers end with into those that enter the last ones in the global
+model.
 """
 
 from __future__ import annotations
@@ -39,10 +41,12 @@ _LONGEST_RECIPE = 1 << 24  # bytes
 
 
 def cut(backbone: LanguageModel, settings: AuxiliaryConfig) -> nn.Module:
-    """A model of as many layers as a cell has, with copies of those of the global model's (`layers`).
+    """A model of as many layers as a cell has, with copies of those of the global model's
+    (`layers`).
 
-    Embeddings, final norm and head are kept (copied), a bridge begins as the identity. fp32, on the global model's
-    device. Source: the reference's `share_client_layer_param`; FedSP, cross-layer sharing.
+    Embeddings, final norm and head are kept (copied), a bridge begins as the identity. fp32, on the
+    global model's device. Source: the reference's `share_client_layer_param`; FedSP, cross-layer
+    sharing.
     """
     source = backbone.model
     model = _from_config(cell_config(source.config, settings))
@@ -58,7 +62,9 @@ def cut(backbone: LanguageModel, settings: AuxiliaryConfig) -> nn.Module:
 
 
 def depth(settings: AuxiliaryConfig, num_layers: int) -> int:
-    """How deep it is, shared layers counted as often as they run, for a global model of `num_layers`."""
+    """How deep it is, shared layers counted as often as they run, for a global model of
+    `num_layers`.
+    """
     if settings.depth is None:
         return num_layers
     if settings.depth >= 1:
@@ -85,17 +91,21 @@ def bridge_of(model: LanguageModel) -> nn.Linear:
 
 
 def cell_config(config: Any, settings: AuxiliaryConfig) -> Any:
-    """The configuration of the stored model, from that of the global one; what differs by layer goes with the layer."""
+    """The configuration of the stored model, from that of the global one; what differs by layer
+    goes with the layer.
+    """
     cell = with_layers(copy.deepcopy(config), layers(settings, config.num_hidden_layers))
     cell.bridge_at = settings.first_layers
     return cell
 
 
 def unroll(model: Any, depth: int) -> Any:
-    """Run the layers of `model` as often as it takes to be `depth` layers deep; the weights stay shared.
+    """Run the layers of `model` as often as it takes to be `depth` layers deep; the weights stay
+    shared.
 
-    Virtual layer i is layer i mod layers_per_cell. Each is a module of its own, with its own place in the key/value
-    cache, over the same parameters; else it computes as its layer does in the global model.
+    Virtual layer i is layer i mod layers_per_cell. Each is a module of its own, with its own place
+    in the key/value cache, over the same parameters; else it computes as its layer does in the
+    global model.
     """
     cell = list(layers_of(model))
     virtual = [_alias(cell[i % len(cell)], i) for i in range(depth)]
@@ -106,11 +116,14 @@ def unroll(model: Any, depth: int) -> Any:
 
 
 def require_cell(settings: AuxiliaryConfig, num_layers: int, name: str) -> None:
-    """Raise ConfigError if a model of `num_layers` layers, called `name`, has no such cell, or it is too large."""
+    """Raise ConfigError if a model of `num_layers` layers, called `name`, has no such cell, or it
+    is too large.
+    """
     size, deep = cell_size(settings, num_layers), depth(settings, num_layers)
     if settings.first_layers is not None and settings.first_layers >= size:
         raise ConfigError(
-            f"auxiliary.first_layers: found {settings.first_layers} where the auxiliary model has {size} layers in "
+            f"auxiliary.first_layers: found {settings.first_layers} where the auxiliary "
+            f"model has {size} layers in "
             "all, expected fewer, and last ones behind them; or set auxiliary.first_layers=null"
         )
     if settings.start_layer + size > num_layers:
@@ -138,7 +151,9 @@ def build(
     checkpointing: bool = False,
     candidates: Tensor | None = None,
 ) -> LanguageModel:
-    """An auxiliary model without its weights, from the configuration of its cell; fp32, computing in `dtype`."""
+    """An auxiliary model without its weights, from the configuration of its cell; fp32, computing
+    in `dtype`.
+    """
     settings = dict(config)
     kind = settings.pop("model_type")
     cell = transformers.AutoConfig.for_model(kind, **settings)
@@ -157,9 +172,10 @@ def save(
 ) -> None:
     """Write the cell as a Hugging Face folder of its own, with the recipe that made it.
 
-    `from_pretrained(folder)` of the family's class gives the model of `layers_per_cell` layers without its bridge;
-    `load(folder)` runs them over the whole depth, and has the bridge; it also knows which layers of the global model
-    they were, which matters where a layer scales its attention by its place (`layer_origins` in config.json).
+    `from_pretrained(folder)` of the family's class gives the model of `layers_per_cell` layers
+    without its bridge; `load(folder)` runs them over the whole depth, and has the bridge; it also
+    knows which layers of the global model they were, which matters where a layer scales its
+    attention by its place (`layer_origins` in config.json).
     """
     cell = _from_config(with_layers(copy.deepcopy(model.model.config), range(layers_per_cell)))
     for name, parameter in cell.named_parameters():
@@ -170,9 +186,11 @@ def save(
 def write_model(
     folder: Path, model: Any, tokenizer: Any, notes: Mapping[str, str] | None = None
 ) -> None:
-    """Write a transformers model as a Hugging Face folder, with its tokenizer and with `notes`, texts by file name.
+    """Write a transformers model as a Hugging Face folder, with its tokenizer and with `notes`,
+    texts by file name.
 
-    Written beside and renamed, so that the folder is whole or not there, with the list of its files' digests.
+    Written beside and renamed, so that the folder is whole or not there, with the list of its
+    files' digests.
     """
     part = ownership.begin_model(folder)
     model.save_pretrained(part)
@@ -184,7 +202,10 @@ def write_model(
 
 
 def load(folder: Path, dtype: torch.dtype = torch.float32, dropout: bool = False) -> LanguageModel:
-    """Read an auxiliary model written by `save`, at its full depth. Raises ValueError if the folder holds none."""
+    """Read an auxiliary model written by `save`, at its full depth.
+
+    Raises ValueError if the folder holds none.
+    """
     deep = read_recipe(folder)["depth"]
     require_no_code(folder, "auxiliary", str(folder))
     try:
@@ -232,7 +253,9 @@ def _from_config(config: Any) -> Any:
 
 
 def _add_bridge(model: Any) -> None:
-    """Give a model the bridge that its configuration asks for, as the identity: part of the layer that it leads to."""
+    """Give a model the bridge that its configuration asks for, as the identity: part of the layer
+    that it leads to.
+    """
     at = getattr(model.config, "bridge_at", None)
     if at is not None:
         width = model.config.hidden_size
@@ -244,7 +267,9 @@ def _add_bridge(model: Any) -> None:
 
 
 def _cross(layer: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Lead the states that enter a layer over its bridge first; all families give them as the first argument."""
+    """Lead the states that enter a layer over its bridge first; all families give them as the first
+    argument.
+    """
     return layer.bridge(arguments[0]), *arguments[1:]
 
 
@@ -260,7 +285,9 @@ def _in_source(name: str, path: str, taken: Sequence[int]) -> str:
 
 
 def _alias(layer: nn.Module, index: int) -> nn.Module:
-    """A copy of the module tree over the very same parameters and buffers, at another place in the depth."""
+    """A copy of the module tree over the very same parameters and buffers, at another place in the
+    depth.
+    """
     shared = [*layer.parameters(), *layer.buffers()]
     alias = copy.deepcopy(layer, {id(tensor): tensor for tensor in shared})
     for module in alias.modules():

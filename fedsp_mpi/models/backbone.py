@@ -49,16 +49,18 @@ class _ArrivedError(Exception):
 class LanguageModel:
     """A language model that takes a soft prompt and gives logits where an answer is due.
 
-    Causal ones read from left to right; masked ones (BERT, RoBERTa) read all of a text and answer where the mask token
-    stands in it; an encoder and a decoder (T5) answer what belongs into the gap that a token marks.
+    Causal ones read from left to right; masked ones (BERT, RoBERTa) read all of a text and answer
+    where the mask token stands in it; an encoder and a decoder (T5) answer what belongs into the
+    gap that a token marks.
 
     Args:
         model: a transformers model with its language-model head.
         dtype: type of the forward pass; where the weights have another one, autocast is used.
         dropout: whether the model's own dropout acts while its weights are trained.
-        checkpointing: recompute activations in the backward pass. transformers does so in training mode only, where
-            dropout acts too, so the model must have been made `without_dropout`.
-        candidates: sorted ids of the tokens that an answer's token is chosen from; None: the whole vocabulary.
+        checkpointing: recompute activations in the backward pass. transformers does so in training
+            mode only, where dropout acts too, so the model must have been made `without_dropout`.
+        candidates: sorted ids of the tokens that an answer's token is chosen from; None: the whole
+            vocabulary.
 
     Attributes:
         casts: whether the weights have another type than the forward pass.
@@ -94,19 +96,26 @@ class LanguageModel:
         model.train(self.checkpointing)
 
     def beside(self, other: LanguageModel) -> LanguageModel:
-        """The same weights, moved to the device of another model, choosing answers from the same candidates."""
+        """The same weights, moved to the device of another model, choosing answers from the same
+        candidates.
+        """
         moved = self.model.to(other.device)
         return LanguageModel(moved, self.dtype, self.dropout, self.checkpointing, other.candidates)
 
     def round_weights(self) -> LanguageModel:
-        """Keep the weights, which nobody trains, in the type of the forward pass, so that no pass has to cast them."""
+        """Keep the weights, which nobody trains, in the type of the forward pass, so that no pass
+        has to cast them.
+        """
         for weight in self.weights.values():
             weight.data = weight.data.to(self.dtype)
         self.casts = False
         return self
 
     def train_weights(self, on: bool) -> None:
-        """Make every weight trainable, or none. Dropout acts only in the first case, and only if it was asked for."""
+        """Make every weight trainable, or none.
+
+        Dropout acts only in the first case, and only if it was asked for.
+        """
         for weight in self.weights.values():
             weight.requires_grad = on
         mode = (on and self.dropout) or self.checkpointing
@@ -129,7 +138,8 @@ class LanguageModel:
             return self.model.base_model(**inputs).last_hidden_state[:, before:]
 
     def entering(self, part: nn.Module, batch: Batch, prompt: Prompt | None = None) -> Tensor:
-        """Hidden states that enter a part of the model at the text's positions, [batch, length, hidden].
+        """Hidden states that enter a part of the model at the text's positions, [batch, length,
+        hidden].
 
         No text runs through what is behind it.
         """
@@ -172,7 +182,9 @@ class LanguageModel:
         }, prompt.spec.num_tokens
 
     def cache(self, prompt: Prompt | Several, batch_size: int) -> Any:
-        """The prompt as a transformers cache: of each layer keys and values [batch, heads, tokens, head_dim]."""
+        """The prompt as a transformers cache: of each layer keys and values [batch, heads, tokens,
+        head_dim].
+        """
         layers = prompt.read or self._read(prompt)
         return transformers.DynamicCache(
             [
@@ -182,7 +194,9 @@ class LanguageModel:
         )
 
     def remember(self, prompts: Several) -> Several:
-        """The same prompts, read once for all passes to come, where a prompt can be read before its texts."""
+        """The same prompts, read once for all passes to come, where a prompt can be read before its
+        texts.
+        """
         can = prompts.spec.kind == "prefix" or (self.kind == "causal" and not self.model.training)
         with self.computing():
             return replace(prompts, read=self._read(prompts)) if can else prompts
@@ -196,10 +210,11 @@ class LanguageModel:
         return [(layer.keys, layer.values) for layer in cache.layers]
 
     def _reads_first(self, prompt: Prompt | Several, batch_size: int) -> bool:
-        """Whether an input prompt is read once for all of its texts: where it stands before them, it does not see them.
+        """Whether an input prompt is read once for all of its texts: where it stands before them,
+        it does not see them.
 
-        A pass has a price of its own on a GPU: there, where it saves many positions. In training mode rows differ in
-        their dropout, and checkpointing keeps no cache.
+        A pass has a price of its own on a GPU: there, where it saves many positions. In training
+        mode rows differ in their dropout, and checkpointing keeps no cache.
         """
         saved = (batch_size - prompt.num) * prompt.spec.num_tokens
         pays = prompt.read is not None or saved >= _WORTHWHILE.get(self.device.type, 1)
@@ -213,9 +228,11 @@ class LanguageModel:
     def answer_logits(
         self, batch: Batch, prompt: Prompt | Several | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Logits [answers, vocabulary] and targets [answers] at the positions that have a target, and only there.
+        """Logits [answers, vocabulary] and targets [answers] at the positions that have a target,
+        and only there.
 
-        With candidates, the logits are [answers, candidates], and the targets are places among them.
+        With candidates, the logits are [answers, candidates], and the targets are places among
+        them.
         """
         logits, targets = (
             self.head(self.answer_states(batch, prompt)),
@@ -233,7 +250,9 @@ class LanguageModel:
         return self.hidden(batch, prompt)[where]
 
     def _decoded(self, batch: Batch, prompt: Prompt | Several | None, where: Tensor) -> Tensor:
-        """The decoder's states behind the gap's token, one a row: there it says what belongs into the gap."""
+        """The decoder's states behind the gap's token, one a row: there it says what belongs into
+        the gap.
+        """
         with self.computing():
             inputs, _ = self.inputs(batch, prompt)
             encoded = self.model.encoder(**inputs).last_hidden_state
@@ -250,7 +269,9 @@ class LanguageModel:
             ]
 
     def keys_and_values(self, ids: Tensor) -> Tensor:
-        """What every layer makes of the tokens `ids` [tokens] alone, in the layout of `Prompt.key_values`, fp32."""
+        """What every layer makes of the tokens `ids` [tokens] alone, in the layout of
+        `Prompt.key_values`, fp32.
+        """
         with torch.no_grad(), self.computing(), self.evaluating():
             cache = self.model.base_model(
                 input_ids=ids[None].to(self.device), **_keeping_all()
@@ -268,11 +289,12 @@ class LanguageModel:
             ids: contexts of one length, [contexts, length].
             prompt: at this model's depth, or None.
             rows: the context of each continuation, [continuations].
-            endings: right-padded continuations but for their last token, or None if all are one token long.
+            endings: right-padded continuations but for their last token, or None if all are one
+                token long.
 
         Returns:
-            Logits of the continuations' first token [continuations, vocabulary], and of the further ones
-            [continuations, longest - 1, vocabulary] or None.
+            Logits of the continuations' first token [continuations, vocabulary], and of the further
+            ones [continuations, longest - 1, vocabulary] or None.
         """
         batch = Batch(ids, torch.ones_like(ids), ids)
         with self.computing():
@@ -298,7 +320,9 @@ class LanguageModel:
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Inside, the model is in evaluation mode, without which it keeps no cache where it checkpoints."""
+        """Inside, the model is in evaluation mode, without which it keeps no cache where it
+        checkpoints.
+        """
         before = self.model.training
         self.model.eval()
         try:
@@ -312,7 +336,9 @@ class LanguageModel:
 
 
 def _keeping_all() -> dict[str, Any]:
-    """Arguments of a pass whose keys and values are all kept, where a layer's sliding window would drop the first."""
+    """Arguments of a pass whose keys and values are all kept, where a layer's sliding window would
+    drop the first.
+    """
     return {"use_cache": True, "past_key_values": transformers.DynamicCache()}
 
 
@@ -326,7 +352,8 @@ def load_global(
     trainable: bool = False,
     candidates: Tensor | None = None,
 ) -> LanguageModel:
-    """Load the global model: frozen, in evaluation mode, and sealed, so that none of its memory can be sent.
+    """Load the global model: frozen, in evaluation mode, and sealed, so that none of its memory can
+    be sent.
 
     `trainable` is the opposite: fp32 weights that are trained and sent, computing in `dtype`.
 
@@ -344,7 +371,8 @@ def load_global(
 def reread(
     model: LanguageModel, name: str, *, revision: str | None = None, dtype: torch.dtype
 ) -> None:
-    """Read the global model's weights again, in another type and in place; frozen and sealed as before.
+    """Read the global model's weights again, in another type and in place; frozen and sealed as
+    before.
 
     Weights that were rounded do not become exact by being widened. The old ones are let go first.
 
@@ -370,7 +398,8 @@ def _weights(
         )
     if missing := sorted(info["missing_keys"]):  # which transformers fills with noise
         raise ValueError(
-            f"model.name: found {name!r} without {len(missing)} of its weights ({missing[0]}, ...), expected "
+            f"model.name: found {name!r} without {len(missing)} of its weights "
+            f"({missing[0]}, ...), expected "
             "all that its config.json asks for"
         )
     _require_tied(name, model)
@@ -378,14 +407,16 @@ def _weights(
 
 
 def _require_tied(name: str, model: Any) -> None:
-    """Raise ValueError if a head that the configuration ties to the embeddings is another one: T5 1.1, Flan-T5.
+    """Raise ValueError if a head that the configuration ties to the embeddings is another one: T5
+    1.1, Flan-T5.
 
     Copies of such a model would have the one in the place of the other.
     """
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     if model.config.tie_word_embeddings and head.weight is not embedding.weight:
         raise ValueError(
-            f"model.name: found {name!r} with an output head of its own under a configuration that ties it to the "
+            f"model.name: found {name!r} with an output head of its own under a "
+            "configuration that ties it to the "
             "embeddings, expected them to be one, as in T5 1.0; take another model"
         )
 

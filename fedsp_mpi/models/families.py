@@ -1,4 +1,6 @@
-"""What sets the families of models apart: where they keep layers and head, how they read, and their sizes."""
+"""What sets the families of models apart: where they keep layers and head, how they read, and their
+sizes.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +13,8 @@ from torch import Tensor, nn
 
 Kind = Literal["causal", "masked", "encoder_decoder"]
 
-# Where each family keeps its list of layers, as a path from the model with its head; of an encoder and a decoder, the
-# former's.
+# Where each family keeps its list of layers, as a path from the model with its head; of an encoder
+# and a decoder, the former's.
 FAMILIES = {
     "gpt2": "transformer.h",
     "opt": "model.decoder.layers",
@@ -56,7 +58,8 @@ DROPOUTS = (
     "attention_probs_dropout_prob",
     "dropout_rate",
 )
-# What peft calls models of each kind. It has no name for a masked one with its head, but treats it as it should.
+# What peft calls models of each kind. It has no name for a masked one with its head, but treats it
+# as it should.
 PEFT_TASKS: dict[Kind, str] = {
     "causal": "CAUSAL_LM",
     "masked": "FEATURE_EXTRACTION",
@@ -104,8 +107,8 @@ def _num_positions(config: Any) -> int:
 
 
 def kind_of(config: Any) -> Kind:
-    """How a model answers: "causal", from left to right; "masked", at a mask token in the text; "encoder_decoder", by a
-    decoder that is told which gap of the text to fill."""
+    """How a model answers: "causal", from left to right; "masked", at a mask token in the text;
+    "encoder_decoder", by a decoder that is told which gap of the text to fill."""
     if config.model_type in _MASKED:
         return "masked"
     return "encoder_decoder" if config.model_type in _ENCODER_DECODER else "causal"
@@ -126,7 +129,9 @@ def layers_of(model: nn.Module) -> nn.ModuleList:
 
 
 def logits_of(model: Any, hidden: Tensor) -> Tensor:
-    """Logits [..., vocabulary] of the last hidden states [..., hidden] of a model, by its whole head."""
+    """Logits [..., vocabulary] of the last hidden states [..., hidden] of a model, by its whole
+    head.
+    """
     family = model.config.model_type
     if family in _MASKED:
         return model.get_submodule(_MASKED[family])(hidden)
@@ -136,9 +141,11 @@ def logits_of(model: Any, hidden: Tensor) -> Tensor:
 
 
 def origins(config: Any) -> tuple[int, ...] | None:
-    """Return of each layer its place in the model that it comes from, where a layer computes by its place, else None.
+    """Return of each layer its place in the model that it comes from, where a layer computes by its
+    place, else None.
 
-    `layer_origins` says so in the configuration of a part of a model; in one of a whole model each place is its own.
+    `layer_origins` says so in the configuration of a part of a model; in one of a whole model each
+    place is its own.
     """
     if not getattr(config, "scale_attn_by_inverse_layer_idx", False):
         return None
@@ -147,12 +154,15 @@ def origins(config: Any) -> tuple[int, ...] | None:
 
 
 def differs_by_layer(config: Any) -> bool:
-    """Return whether a model's layers compute differently by their place, or have different kinds of attention."""
+    """Return whether a model's layers compute differently by their place, or have different kinds
+    of attention.
+    """
     return origins(config) is not None or len(set(getattr(config, "layer_types", None) or ())) > 1
 
 
 def with_layers(config: Any, taken: Sequence[int]) -> Any:
-    """Set a configuration, in place, to be of the layers `taken` of its model: what differs by layer goes with them.
+    """Set a configuration, in place, to be of the layers `taken` of its model: what differs by
+    layer goes with them.
 
     Places beyond the last layer begin again with the first.
     """
@@ -166,9 +176,11 @@ def with_layers(config: Any, taken: Sequence[int]) -> Any:
 
 
 def settle_origins(model: Any) -> None:
-    """Let the layers of a part of a GPT-2 scale their attention by the places that they have in the whole model.
+    """Let the layers of a part of a GPT-2 scale their attention by the places that they have in the
+    whole model.
 
-    transformers divides by the layer's own place when it makes one, which is another one in a part of the model.
+    transformers divides by the layer's own place when it makes one, which is another one in a part
+    of the model.
     """
     places = origins(model.config)
     for layer, place in zip(layers_of(model), places or ()):

@@ -1,4 +1,6 @@
-"""Where a model lies: in a folder, in the local cache, or on the hub, which is asked only for what is not here."""
+"""Where a model lies: in a folder, in the local cache, or on the hub, which is asked only for what
+is not here.
+"""
 
 from __future__ import annotations
 
@@ -28,17 +30,19 @@ class AbsentError(ValueError):
 
 
 def locate(name: str, revision: str | None, part: str) -> Path:
-    """The folder with a part of a model: the one that is named, else one of the local cache, else a fetched one.
+    """The folder with a part of a model: the one that is named, else one of the local cache, else a
+    fetched one.
 
-    transformers is given no hub name, because it asks an unreachable hub for half a minute, even for what is cached,
-    and makes up a tokenizer where the cache has none.
+    transformers is given no hub name, because it asks an unreachable hub for half a minute, even
+    for what is cached, and makes up a tokenizer where the cache has none.
 
     Args:
         name: folder or hub name.
         revision: of the hub's files; None is the main one.
         part: one of `PARTS`.
 
-    Raises ValueError if there is no such folder; AbsentError if it is no folder, and nothing else either.
+    Raises ValueError if there is no such folder; AbsentError if it is no folder, and nothing else
+    either.
     """
     folder = Path(name).expanduser()
     if folder.is_dir():
@@ -89,7 +93,8 @@ def _fetched(name: str, revision: str | None, part: str) -> Path:
         is_denied = getattr(getattr(error, "response", None), "status_code", None) in DENIED
         advice = "run `python -m fedsp_mpi fetch CONFIG` on a machine with network first"
         raise AbsentError(
-            f"found {name!r}, which is no folder, whose {part} the local cache does not hold, and which the hub does "
+            f"found {name!r}, which is no folder, whose {part} the local cache does not "
+            "hold, and which the hub does "
             f"not give ({first_line(error)}), expected one of them; "
             + ("correct the name or model.revision, or ask for access" if is_denied else advice)
         ) from None
@@ -97,7 +102,9 @@ def _fetched(name: str, revision: str | None, part: str) -> Path:
 
 
 def _wanted(there: set[str], part: str) -> list[str]:
-    """Configuration and tokenizer, and the weights if they are asked for, once if the hub has them in two formats."""
+    """Configuration and tokenizer, and the weights if they are asked for, once if the hub has them
+    in two formats.
+    """
     wanted = ["*.json", "*.txt", "*.model", "*.jinja"]
     if part != "weights":
         return wanted

@@ -1,4 +1,6 @@
-"""Losses as sums over what counts, with the count: what is averaged, and over what, is decided in one place."""
+"""Losses as sums over what counts, with the count: what is averaged, and over what, is decided in
+one place.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +12,15 @@ LEAST = 1e-6  # that a loss is divided by
 
 
 def answer_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Sum of the next-token cross entropy over answer tokens: logits [answers, vocabulary], targets [answers]."""
+    """Sum of the next-token cross entropy over answer tokens: logits [answers, vocabulary], targets
+    [answers].
+    """
     return F.cross_entropy(logits.float(), targets, reduction="sum")
 
 
 def answer_losses(logits: Tensor, targets: Tensor, counts: list[int]) -> Tensor:
-    """Of each example the mean of the next-token cross entropy over its answer's tokens, fp32 [examples].
+    """Of each example the mean of the next-token cross entropy over its answer's tokens, fp32
+    [examples].
 
     Args:
         logits, targets: [answers, vocabulary] and [answers], example after example.
@@ -26,10 +31,12 @@ def answer_losses(logits: Tensor, targets: Tensor, counts: list[int]) -> Tensor:
 
 
 def fitness(objective: str, losses: Tensor, others: Tensor) -> Tensor:
-    """What a search minimises: the mean loss, or how the losses compare with those of perturbed copies.
+    """What a search minimises: the mean loss, or how the losses compare with those of perturbed
+    copies.
 
     Args:
-        objective: "loss"; "ratio_of_means" (FedBPT's reference); "mean_of_ratios" (FedBPT, Eq. 7, over the number).
+        objective: "loss"; "ratio_of_means" (FedBPT's reference); "mean_of_ratios" (FedBPT, Eq. 7,
+            over the number).
         losses: [examples].
         others: [examples], of the copies; not looked at by "loss". What is nearly 0 counts as 1e-6.
     """
@@ -52,7 +59,8 @@ def hidden_loss(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
 
 
 def logits_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """Sum over positions of T^2 KL(teacher || student) of the softened distributions (Hinton et al., 2015).
+    """Sum over positions of T^2 KL(teacher || student) of the softened distributions (Hinton et
+    al., 2015).
 
     Args:
         student, teacher: logits [positions, vocabulary] of the positions that are not padding.

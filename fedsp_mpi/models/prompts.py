@@ -1,4 +1,6 @@
-"""Soft prompts: per-layer key/value prefixes and input prompts, as they are or re-parameterised; in peft's formats."""
+"""Soft prompts: per-layer key/value prefixes and input prompts, as they are or re-parameterised; in
+peft's formats.
+"""
 
 from __future__ import annotations
 
@@ -31,10 +33,11 @@ class PromptSpec:
     Attributes:
         kind: "prefix", keys and values for every layer; "input", embeddings before the text.
         num_tokens: soft tokens.
-        num_layers: layers that a prefix serves; 1 for an input prompt.
-        num_heads, width: key/value heads, and their joint width; an input prompt has one head as wide as an embedding.
+        num_layers: layers that a prefix serves; 1 for an input prompt. num_heads, width: key/value
+            heads, and their joint width; an input prompt has one head as wide as an embedding.
         projection: hidden width of a prefix's re-parameterisation (Li and Liang, 2021), or None.
-        encoder: what makes an input prompt of embeddings (P-tuning, Liu et al., 2021, arXiv 2103.10385), or None.
+        encoder: what makes an input prompt of embeddings (P-tuning, Liu et al., 2021, arXiv
+            2103.10385), or None.
     """
 
     kind: Literal["prefix", "input"]
@@ -72,15 +75,20 @@ class PromptSpec:
 
     @property
     def row_width(self) -> int:
-        """Values of one soft token: layers * 2 * width of a prefix, the embedding's width of an input prompt."""
+        """Values of one soft token: layers * 2 * width of a prefix, the embedding's width of an
+        input prompt.
+        """
         return self.width if self.kind == "input" else self.num_layers * 2 * self.width
 
 
 def require_positions(num_tokens: int, num_positions: int, name: str) -> None:
-    """Raise ConfigError if `num_tokens` soft tokens leave a model, called `name`, no room for a text of two tokens."""
+    """Raise ConfigError if `num_tokens` soft tokens leave a model, called `name`, no room for a
+    text of two tokens.
+    """
     if num_tokens > num_positions - 2:
         raise ConfigError(
-            f"prompt.num_tokens: found {num_tokens}, expected at most {num_positions - 2}: {name} has "
+            f"prompt.num_tokens: found {num_tokens}, expected at most "
+            f"{num_positions - 2}: {name} has "
             f"{num_positions} positions, and a text needs two at least"
         )
 
@@ -88,11 +96,12 @@ def require_positions(num_tokens: int, num_positions: int, name: str) -> None:
 class Prompt(nn.Module):
     """A trainable soft prompt, always fp32.
 
-    `matrix()` is what stock peft stores: [num_tokens, row_width], of a prefix layer by layer, each its key, then its
-    value. By itself the one parameter is that matrix. With a projection they are peft's `embedding` and `transform`
-    (embedding [num_tokens, width], Linear to `projection`, tanh, Linear to row_width); with an encoder `embedding`
-    [num_tokens, width], for "lstm" a bidirectional LSTM of two layers over it, and two linear layers with a ReLU
-    between them, all as wide as an embedding, as in OpenPrompt, which FedPrompt's authors used.
+    `matrix()` is what stock peft stores: [num_tokens, row_width], of a prefix layer by layer, each
+    its key, then its value. By itself the one parameter is that matrix. With a projection they are
+    peft's `embedding` and `transform` (embedding [num_tokens, width], Linear to `projection`, tanh,
+    Linear to row_width); with an encoder `embedding` [num_tokens, width], for "lstm" a
+    bidirectional LSTM of two layers over it, and two linear layers with a ReLU between them, all as
+    wide as an embedding, as in OpenPrompt, which FedPrompt's authors used.
     """
 
     num, read = 1, None  # as of `Several`
@@ -119,7 +128,8 @@ class Prompt(nn.Module):
         )
 
     def initialise(self, seed: int, std: float) -> Prompt:
-        """Fill with N(0, std^2), a projection's or encoder's weights with N(0, 1/inputs) and its offsets with 0.
+        """Fill with N(0, std^2), a projection's or encoder's weights with N(0, 1/inputs) and its
+        offsets with 0.
 
         The numbers depend on the seed and the names alone.
         """
@@ -152,7 +162,9 @@ class Prompt(nn.Module):
         return self.matrix()[None]
 
     def of_texts(self, each: Tensor, num_texts: int) -> Tensor:
-        """What was made of `matrices()`, [1, ...], for every text of a batch: [num_texts, ...], all in one memory."""
+        """What was made of `matrices()`, [1, ...], for every text of a batch: [num_texts, ...], all
+        in one memory.
+        """
         return each.expand(num_texts, *(-1 for _ in each.shape[1:]))
 
     def tensors(self) -> dict[str, Tensor]:
@@ -164,7 +176,10 @@ class Prompt(nn.Module):
         return sum(parameter.numel() for parameter in self.parameters())
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Copy values in, wherever the prompt lives. Names and shapes must be those of `tensors()`."""
+        """Copy values in, wherever the prompt lives.
+
+        Names and shapes must be those of `tensors()`.
+        """
         assert set(tensors) == {name for name, _ in self.named_parameters()}
         for name, parameter in self.named_parameters():
             parameter.data.copy_(tensors[name])
@@ -172,13 +187,15 @@ class Prompt(nn.Module):
 
 @dataclass(frozen=True)
 class Several:
-    """Prompts of one kind, of which each text of a batch has its own; they stand where a `Prompt` does in a pass.
+    """Prompts of one kind, of which each text of a batch has its own; they stand where a `Prompt`
+    does in a pass.
 
     Attributes:
         spec: of every one.
         values: in peft's layout, [num, num_tokens, row_width].
         owners: which of them each text has, [num_texts].
-        read: of each layer keys and values, [num, num_heads, num_tokens, head_dim], if a model has read them already.
+        read: of each layer keys and values, [num, num_heads, num_tokens, head_dim], if a model has
+            read them already.
     """
 
     spec: PromptSpec
@@ -201,7 +218,9 @@ class Several:
 
 
 def key_values(prompts: Prompt | Several) -> Tensor:
-    """Keys and values of one or several prefixes, [num_layers, 2, num, num_heads, num_tokens, head_dim]."""
+    """Keys and values of one or several prefixes, [num_layers, 2, num, num_heads, num_tokens,
+    head_dim].
+    """
     s, matrices = prompts.spec, prompts.matrices()
     assert s.kind == "prefix"
     return matrices.view(len(matrices), s.num_tokens, s.num_layers, 2, s.num_heads, -1).permute(
@@ -219,8 +238,8 @@ def depth_axis(spec: PromptSpec, name: str) -> int | None:
 def to_depth(tensors: Mapping[str, Tensor], spec: PromptSpec, num_layers: int) -> dict[str, Tensor]:
     """Map a prompt of `spec` to a model of another depth: repeat up, mean down.
 
-    Source: the reference's `merge_param_dict`. Layer i of L belongs to layer floor(i * l / L) of the l of the shallower
-    model, so every layer keeps its place in the order of depth.
+    Source: the reference's `merge_param_dict`. Layer i of L belongs to layer floor(i * l / L) of
+    the l of the shallower model, so every layer keeps its place in the order of depth.
     """
     return {
         name: _axis_to_depth(t, depth_axis(spec, name), spec, num_layers)
@@ -254,8 +273,8 @@ class DepthMap:
     Attributes:
         spec: of the prompts at the depth of the global model.
         num_layers: of the auxiliary model.
-        layers: which layers of the global model those of the auxiliary one are, and prompts belong to the same ones in
-            both; None: repeat and mean (`to_depth`).
+        layers: which layers of the global model those of the auxiliary one are, and prompts belong
+            to the same ones in both; None: repeat and mean (`to_depth`).
     """
 
     spec: PromptSpec
@@ -274,13 +293,17 @@ class DepthMap:
         return {name: self._same(name, tensor) for name, tensor in tensors.items()}
 
     def up(self, tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The auxiliary model's prompts for the global model, whose layers without a counterpart keep their own."""
+        """The auxiliary model's prompts for the global model, whose layers without a counterpart
+        keep their own.
+        """
         if self.layers is None:
             return to_depth(tensors, self.small, self.spec.num_layers)
         return {name: self._with_same(name, tensor, own[name]) for name, tensor in tensors.items()}
 
     def _same(self, name: str, whole: Tensor) -> Tensor:
-        """The part of one of the global model's parameters that the auxiliary model has as well, copied."""
+        """The part of one of the global model's parameters that the auxiliary model has as well,
+        copied.
+        """
         axis = depth_axis(self.spec, name)
         if axis is None:
             return whole.clone()
@@ -307,7 +330,8 @@ class DepthMap:
 def write_adapter(
     folder: Path, tensors: NamedTensors, spec: PromptSpec, base: str, task: str = "CAUSAL_LM"
 ) -> None:
-    """Write a stock peft adapter: `PeftModel.from_pretrained(model, folder)` then answers with this prompt.
+    """Write a stock peft adapter: `PeftModel.from_pretrained(model, folder)` then answers with this
+    prompt.
 
     A projection or an encoder is applied first, as peft itself does when it saves.
 
@@ -360,5 +384,6 @@ def read_adapter(folder: Path) -> Tensor:
         ]
     except (OSError, KeyError, safetensors.SafetensorError) as error:
         raise ValueError(
-            f"{folder}: found no peft prompt ({error}), expected adapter_model.safetensors with 'prompt_embeddings'"
+            f"{folder}: found no peft prompt ({error}), expected adapter_model.safetensors "
+            "with 'prompt_embeddings'"
         ) from None

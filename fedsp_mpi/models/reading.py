@@ -1,4 +1,6 @@
-"""A model's configuration and its tokenizer, read from a folder or the hub, and what is wrong with them in one line."""
+"""A model's configuration and its tokenizer, read from a folder or the hub, and what is wrong with
+them in one line.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +19,8 @@ from fedsp_mpi.models.remote_code import NO_CODE, require_no_code, require_whole
 def read_config(name: str, revision: str | None = None) -> Any:
     """The configuration of a model, from a folder or the hub, without its weights.
 
-    Raises ValueError if there is no such model, if it asks to run code of its own or is quantised, if its family is not
-    one of `FAMILIES`, or if its sizes make no model.
+    Raises ValueError if there is no such model, if it asks to run code of its own or is quantised,
+    if its family is not one of `FAMILIES`, or if its sizes make no model.
     """
     expected = "a folder with a config.json, or a name that the hub or its local cache knows"
     with refusing("model.name", name, "which could not be read", expected):
@@ -33,14 +35,18 @@ def read_config(name: str, revision: str | None = None) -> Any:
         )  # of classes that transformers has: what is written later needs no code either
     if config.model_type not in FAMILIES:
         raise ValueError(
-            f"model.name: found {name!r} of the family {config.model_type!r}, expected one of {', '.join(FAMILIES)}"
+            f"model.name: found {name!r} of the family {config.model_type!r}, expected one "
+            f"of {', '.join(FAMILIES)}"
         )
     _check_sizes(name, config)
     return config
 
 
 def read_tokenizer(name: str, revision: str | None = None) -> Any:
-    """The tokenizer of a model, from a folder or the hub. Raises ValueError if there is none, or code comes with it."""
+    """The tokenizer of a model, from a folder or the hub.
+
+    Raises ValueError if there is none, or code comes with it.
+    """
     expected = "a folder with a tokenizer.json, or a hub name"
     with refusing("model.tokenizer", name, "which has no readable tokenizer", expected):
         folder = locate(name, revision, "tokenizer")
@@ -51,7 +57,8 @@ def read_tokenizer(name: str, revision: str | None = None) -> Any:
         "input_ids"
     ]:  # what transformers makes up where there is none
         raise ValueError(
-            f"model.tokenizer: found {name!r}, whose tokenizer turns a text into nothing; expected a folder with the "
+            f"model.tokenizer: found {name!r}, whose tokenizer turns a text into nothing; "
+            "expected a folder with the "
             "tokenizer.json that belongs to the model"
         )
     return tokenizer
@@ -63,19 +70,22 @@ def _check_sizes(name: str, config: Any) -> None:
         if value is not None and (not isinstance(value, int) or value < 1):
             key = config.attribute_map.get(size, size)
             raise ValueError(
-                f"model.name: found {name!r} with {key} {value!r} in its config.json, expected at least 1"
+                f"model.name: found {name!r} with {key} {value!r} in its config.json, "
+                "expected at least 1"
             )
     heads, groups = config.num_attention_heads, shape_of(config).num_kv_heads
     if heads % groups:
         raise ValueError(
-            f"model.name: found {name!r} with {heads} heads over {groups} of keys and values in its config.json, "
+            f"model.name: found {name!r} with {heads} heads over {groups} of keys and "
+            "values in its config.json, "
             "expected a multiple of them"
         )
 
 
 @contextmanager
 def refusing(key: str, name: str, what: str, expected: str) -> Iterator[None]:
-    """Turn into one ValueError what transformers throws at files that are not as they should be: nearly anything.
+    """Turn into one ValueError what transformers throws at files that are not as they should be:
+    nearly anything.
 
     Args:
         key: of the configuration.
@@ -89,7 +99,8 @@ def refusing(key: str, name: str, what: str, expected: str) -> Iterator[None]:
         raise ValueError(f"{key}: {error}") from None
     except pickle.UnpicklingError:  # its text advises to trust the file
         raise ValueError(
-            f"{key}: found {name!r}, whose weights are pickled, which hold more than numbers, or are damaged; expected "
+            f"{key}: found {name!r}, whose weights are pickled, which hold more than "
+            "numbers, or are damaged; expected "
             "plain weights; take a copy with safetensors"
         ) from None
     except Exception as error:

@@ -1,4 +1,6 @@
-"""What a model's folder may ask of its reader beyond reading: code to run, and weights that are not numbers."""
+"""What a model's folder may ask of its reader beyond reading: code to run, and weights that are not
+numbers.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,8 @@ from typing import Any
 
 import transformers
 
-# For every `from_pretrained` and `from_config`: no code of a folder is run, and nothing is unpickled but numbers.
+# For every `from_pretrained` and `from_config`: no code of a folder is run, and nothing is
+# unpickled but numbers.
 NO_CODE: dict[str, Any] = {"trust_remote_code": False}
 NO_PICKLES: dict[str, Any] = {**NO_CODE, "weights_only": True}
 _ATTENTION = ("attn_implementation", "_attn_implementation")
@@ -17,9 +20,11 @@ _QUANTISED = ("quantization_config", "compression_config")
 
 
 def require_no_code(folder: Path, key: str, name: str) -> None:
-    """Raise ValueError if a model's or a tokenizer's files name code that transformers does not have itself.
+    """Raise ValueError if a model's or a tokenizer's files name code that transformers does not
+    have itself.
 
-    A class of transformers under its own name is no such code: transformers takes its own, whatever the folder holds.
+    A class of transformers under its own name is no such code: transformers takes its own, whatever
+    the folder holds.
 
     Args:
         folder: holds config.json, tokenizer_config.json, or both.
@@ -30,25 +35,31 @@ def require_no_code(folder: Path, key: str, name: str) -> None:
         settings = _read(folder / file)
         for code in [*_custom_classes(settings.get("auto_map")), *_hub_kernels(settings)]:
             raise ValueError(
-                f"{key}: found {name!r}, whose {file} asks to run code of its own ({code[:100]}), which is never done, "
+                f"{key}: found {name!r}, whose {file} asks to run code of its own "
+                f"({code[:100]}), which is never done, "
                 "expected files that transformers reads by itself; take another model or tokenizer"
             )
 
 
 def require_whole_numbers(folder: Path, name: str) -> None:
-    """Raise ValueError if a model's weights are quantised, or are an adapter to those of another model."""
+    """Raise ValueError if a model's weights are quantised, or are an adapter to those of another
+    model.
+    """
     settings = _read(folder / "config.json")
     for key in _QUANTISED:
         if quantised := settings.get(key):
             method = quantised.get("quant_method") if isinstance(quantised, Mapping) else None
             raise ValueError(
-                f"model.name: found {name!r}, whose weights are quantised ({method or key}), expected weights in "
+                f"model.name: found {name!r}, whose weights are quantised ({method or key}), "
+                "expected weights in "
                 "float32, bfloat16 or float16; name the unquantised model that it was made from"
             )
     if (folder / "adapter_config.json").exists():
         raise ValueError(
-            f"model.name: found {name!r} with an adapter_config.json, in whose place transformers would read another "
-            "model, expected a whole model; merge the adapter into its model and save that, or remove the file"
+            f"model.name: found {name!r} with an adapter_config.json, in whose place "
+            "transformers would read another "
+            "model, expected a whole model; merge the adapter into its model and save "
+            "that, or remove the file"
         )
 
 
@@ -62,7 +73,9 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _custom_classes(auto_map: Any) -> Iterator[str]:
-    """The classes, as "module.Class" or "repository--module.Class", that are not among those of transformers."""
+    """The classes, as "module.Class" or "repository--module.Class", that are not among those of
+    transformers.
+    """
     values = auto_map.values() if isinstance(auto_map, Mapping) else [auto_map]
     for value in values:
         for reference in value if isinstance(value, (list, tuple)) else [value]:
@@ -73,7 +86,9 @@ def _custom_classes(auto_map: Any) -> Iterator[str]:
 
 
 def _hub_kernels(settings: Mapping[str, Any]) -> Iterator[str]:
-    """Implementations of attention that are repositories on the hub, whose code transformers would load and run."""
+    """Implementations of attention that are repositories on the hub, whose code transformers would
+    load and run.
+    """
     for key in _ATTENTION:
         value = settings.get(key)
         for choice in value.values() if isinstance(value, Mapping) else [value]:

@@ -1,4 +1,6 @@
-"""Prompts in a space of few dimensions: a random matrix that everybody can make and nobody has to hold."""
+"""Prompts in a space of few dimensions: a random matrix that everybody can make and nobody has to
+hold.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +20,12 @@ _ROWS = 2048  # of the matrix that there are at a time
 
 @dataclass(frozen=True)
 class Subspace:
-    """The map z -> A z, where A has independent values of N(0, scale^2) and one row for each value of a prompt.
+    """The map z -> A z, where A has independent values of N(0, scale^2) and one row for each value
+    of a prompt.
 
-    A is made anew in pieces whenever it is asked for, and so takes no memory: with 500 dimensions it would have 500
-    times a prompt's size. Black-box tuning (Sun et al., 2022, arXiv 2201.03514) calls it the random projection.
+    A is made anew in pieces whenever it is asked for, and so takes no memory: with 500 dimensions
+    it would have 500 times a prompt's size. Black-box tuning (Sun et al., 2022, arXiv 2201.03514)
+    calls it the random projection.
 
     Attributes:
         spec: of the prompts, without a re-parameterisation.
@@ -53,9 +57,11 @@ class Subspace:
 def scale_of(
     model: LanguageModel, first: Prompt, dimension: int, step_size: float, spread: float
 ) -> float:
-    """The scale with which A z, for z of N(0, step_size^2), has `spread` times the deviation of what it is added to.
+    """The scale with which A z, for z of N(0, step_size^2), has `spread` times the deviation of
+    what it is added to.
 
-    That is the deviation of all values of the word embeddings (as in FedBPT's reference), or of a first prefix.
+    That is the deviation of all values of the word embeddings (as in FedBPT's reference), or of a
+    first prefix.
     """
     with torch.no_grad():
         weights = (

@@ -1,4 +1,6 @@
-"""Files that are whole or not there: written beside, synced, renamed; and the words for a write that failed."""
+"""Files that are whole or not there: written beside, synced, renamed; and the words for a write
+that failed.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,8 @@ class RecordError(OSError):
 
 
 Buffer = bytes | memoryview
-_ALIGNED = 4096  # bytes: what disks want addresses, offsets and sizes to be multiples of, past the page cache
+# bytes: what disks want addresses, offsets and sizes to be multiples of, past the page cache
+_ALIGNED = 4096
 _ROOM = 4 << 20  # bytes that are on their way there at once
 
 
@@ -34,8 +37,10 @@ def write(
     Args:
         image: the content, part after part.
         left: for the error: what is kept all the same.
-        sync: when this returns, the file is on disk; otherwise it survives a kill, but not the loss of the machine.
-        bypass: go past the kernel's page cache where the file system lets us: for what is large and not read soon.
+        sync: when this returns, the file is on disk; otherwise it survives a kill, but not the loss
+            of the machine.
+        bypass: go past the kernel's page cache where the file system lets us: for what is large and
+            not read soon.
 
     Raises RecordError.
     """
@@ -55,7 +60,9 @@ def write(
 
 
 def read(path: Path) -> memoryview:
-    """A file's bytes, in memory that may be written to; past the page cache like what `bypass` wrote."""
+    """A file's bytes, in memory that may be written to; past the page cache like what `bypass`
+    wrote.
+    """
     handle, _ = _open(path, os.O_RDONLY, bypass=True)
     try:
         size = os.fstat(handle).st_size
@@ -76,7 +83,9 @@ def _open(path: Path, flags: int, bypass: bool) -> tuple[int, bool]:
 
 
 def _aligned(image: Sequence[Buffer]) -> Iterator[memoryview]:
-    """The same bytes in pieces that lie, begin and end where a disk wants it, with zeros behind the last."""
+    """The same bytes in pieces that lie, begin and end where a disk wants it, with zeros behind the
+    last.
+    """
     room, used = _room(), 0
     for part in image:
         rest = memoryview(part)
@@ -99,7 +108,9 @@ def _room() -> memoryview:
 
 
 def _memory(size: int) -> memoryview:
-    """Aligned memory, from the allocator: pages that are new to a process cost more than what is put in."""
+    """Aligned memory, from the allocator: pages that are new to a process cost more than what is
+    put in.
+    """
     room = np.empty(size + _ALIGNED, dtype=np.uint8)
     start = -room.ctypes.data % _ALIGNED
     return room[start : start + size].data
@@ -116,7 +127,9 @@ def _write_all(handle: int, part: Buffer) -> None:
 
 
 def _past_cache(handle: int, call: Callable[..., int], *arguments: Any) -> int:
-    """Call with a handle; through the page cache after all, if the file system wants another alignment."""
+    """Call with a handle; through the page cache after all, if the file system wants another
+    alignment.
+    """
     try:
         return call(handle, *arguments)
     except OSError as error:
@@ -151,7 +164,8 @@ def failure(path: Path, error: BaseException, left: str) -> RecordError:
         else tables.first_line(error)
     )
     return RecordError(
-        f"{path}: cannot be written ({reason}); {left}; make room or give permission, then go on from there"
+        f"{path}: cannot be written ({reason}); {left}; make room or give permission, "
+        "then go on from there"
     )
 
 

@@ -1,13 +1,14 @@
 """Checkpoints: all that a run needs to go on with the same bits, on any number of ranks.
 
-    checkpoints/0007.json                        the commit mark of round 7, written last: its files' sizes and digests
-    checkpoints/server-0007.safetensors          the server's state after round 7
-    checkpoints/client-00003-0006.safetensors    client 3 after its work in round 6
-    checkpoints/distillation-400.safetensors     before the first round: the distillation after 400 steps
-    checkpoints/distillation.json                its commit mark
+    checkpoints/0007.json                        the commit mark of round 7, written last: its
+    files' sizes and digests checkpoints/server-0007.safetensors          the server's state after
+    round 7 checkpoints/client-00003-0006.safetensors    client 3 after its work in round 6
+    checkpoints/distillation-400.safetensors     before the first round: the distillation after 400
+    steps checkpoints/distillation.json                its commit mark
 
-A client's file is written once, by the rank that plays the client, and belongs to every checkpoint from its round until
-the client works again. A checkpoint is there when its mark is: a kill before leaves the one before.
+A client's file is written once, by the rank that plays the client, and belongs to every checkpoint
+from its round until the client works again. A checkpoint is there when its mark is: a kill before
+leaves the one before.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ FOLDER = "checkpoints"
 
 
 class Piece(NamedTuple):
-    """A file of a checkpoint: the round after which it was written, its size in bytes, and its 64-bit digest."""
+    """A file of a checkpoint: the round after which it was written, its size in bytes, and its
+    64-bit digest.
+    """
 
     round: int
     size: int
@@ -40,7 +43,8 @@ class Piece(NamedTuple):
         round, size, digest = content
         if not (isinstance(round, int) and isinstance(size, int) and isinstance(digest, str)):
             raise ValueError(
-                f"found {[type(value).__name__ for value in content]}, expected a round, a size, a digest"
+                f"found {[type(value).__name__ for value in content]}, expected a round, a "
+                "size, a digest"
             )
         if not (0 <= round < 1 << 31 and 0 <= size < 1 << 62 and len(digest) <= 64):
             raise ValueError("found a round, a size or a digest that cannot be")
@@ -71,7 +75,9 @@ class Checkpoints:
         self.folder = folder / FOLDER
 
     def write_client(self, client: int, round: int, state: State) -> Piece:
-        """Write a client's state after `round`; it is on disk for good after `sync`. Raises RecordError."""
+        """Write a client's state after `round`; it is on disk for good after `sync`. Raises
+        RecordError.
+        """
         return self._write(client_file(client, round), round, state, is_client=True)
 
     def read_client(self, client: int, piece: Piece) -> State:
@@ -83,7 +89,9 @@ class Checkpoints:
         return states.unpack(self._image(server_file(checkpoint.round), checkpoint.server))
 
     def obsolete(self, written: Mapping[int, Collection[int]]) -> list[tuple[int, int]]:
-        """Those of some clients' files, as (client, round), that no checkpoint needs and that are not the newest."""
+        """Those of some clients' files, as (client, round), that no checkpoint needs and that are
+        not the newest.
+        """
         kept = {
             (id, piece.round)
             for mark in self._marks()
@@ -117,10 +125,11 @@ class Checkpoints:
         best: int | None = None,
         inputs: str | None = None,
     ) -> Checkpoint:
-        """Write the server's state, then the mark; then remove the marks and the server's files that are not kept.
+        """Write the server's state, then the mark; then remove the marks and the server's files
+        that are not kept.
 
-        The clients' files are removed by those who play them; all that is left of them goes when `clients` is empty,
-        after the last round.
+        The clients' files are removed by those who play them; all that is left of them goes when
+        `clients` is empty, after the last round.
 
         Args:
             round: the last round that is committed in the record.
@@ -146,7 +155,10 @@ class Checkpoints:
         return done
 
     def write_distillation(self, step: int, state: State, recipe: Any) -> None:
-        """Write how far a distillation is, in the place of what was written before. Raises RecordError."""
+        """Write how far a distillation is, in the place of what was written before.
+
+        Raises RecordError.
+        """
         piece = self._write(_distillation_file(step), step, state)
         atomic.write(
             self.folder / _REST, [fingerprint.seal({"recipe": recipe, "piece": piece})], _KEPT
@@ -154,7 +166,9 @@ class Checkpoints:
         self._sweep_distillation(piece.round)
 
     def read_distillation(self, recipe: Any) -> State | None:
-        """What `write_distillation` wrote for the same recipe; None if there is nothing that is whole."""
+        """What `write_distillation` wrote for the same recipe; None if there is nothing that is
+        whole.
+        """
         try:
             mark = _parsed(self.folder / _REST)
             piece = _piece(mark["piece"])
@@ -180,7 +194,8 @@ class Checkpoints:
                     path.unlink()
 
     def remove_clients(self) -> None:
-        """Take away the clients' states, and the checkpoints that need them: of a run that is complete.
+        """Take away the clients' states, and the checkpoints that need them: of a run that is
+        complete.
 
         Raises RecordError.
         """
@@ -197,7 +212,9 @@ class Checkpoints:
             ownership.remove_if_empty(self.folder)
 
     def newest(self) -> tuple[Checkpoint | None, list[str]]:
-        """The newest checkpoint that is whole, or None; and what is wrong with those that are newer."""
+        """The newest checkpoint that is whole, or None; and what is wrong with those that are
+        newer.
+        """
         wrong = []
         for round in sorted(self._marks(), reverse=True):
             try:
@@ -210,7 +227,10 @@ class Checkpoints:
         return None, wrong
 
     def remove_after(self, round: int) -> None:
-        """Take away the marks of later rounds, which the run is about to go through again. Raises RecordError."""
+        """Take away the marks of later rounds, which the run is about to go through again.
+
+        Raises RecordError.
+        """
         for later in [number for number in self._marks() if number > round]:
             with atomic.writing(self.folder, _KEPT):
                 (self.folder / _mark_file(later)).unlink()
@@ -289,7 +309,10 @@ def _parsed(path: Path) -> dict[str, Any]:
 
 
 def _piece(values: Any) -> Piece:
-    """A piece as a mark has it. Raises TypeError if it has other parts, ValueError if they are of other types."""
+    """A piece as a mark has it.
+
+    Raises TypeError if it has other parts, ValueError if they are of other types.
+    """
     piece = Piece(*values)
     if (
         type(piece.round) is not int
@@ -344,10 +367,11 @@ class Keeper(Protocol):
 
 
 class Shelf:
-    """The states of one rank's clients between rounds: those that worked last in memory, the others in files.
+    """The states of one rank's clients between rounds: those that worked last in memory, the others
+    in files.
 
-    A thread of its own reads the state of the client that is next, and writes that of one that rests, while another
-    works.
+    A thread of its own reads the state of the client that is next, and writes that of one that
+    rests, while another works.
 
     Args:
         keeper: holds the states that are in memory.
@@ -374,7 +398,8 @@ class Shelf:
         self._writing: dict[int, Future[Piece]] = {}
 
     def begin(self, clients: Iterable[int]) -> None:
-        """A round begins: the checkpoints of the last one are written, and what they do not need goes.
+        """A round begins: the checkpoints of the last one are written, and what they do not need
+        goes.
 
         Args:
             clients: those that work in it, in their order.
@@ -387,9 +412,11 @@ class Shelf:
         self._read_ahead()
 
     def fetch(self, client: int) -> None:
-        """Have a client's state in memory, if it has one, before its work; begin to read the next one's.
+        """Have a client's state in memory, if it has one, before its work; begin to read the next
+        one's.
 
-        Raises ValueError if its file is not what was written, RecordError if it could not be written.
+        Raises ValueError if its file is not what was written, RecordError if it could not be
+        written.
         """
         self._read_ahead()  # of this one, if it was still in memory when the one before began
         self._coming.popleft()

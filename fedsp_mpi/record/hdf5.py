@@ -1,10 +1,12 @@
-"""What `run.h5` looks like inside: a frozen view of it, and the way from the view to bytes and back.
+"""What `run.h5` looks like inside: a frozen view of it, and the way from the view to bytes and
+back.
 
-Layout 1. Attributes of the root: format, layout, name, status, created, updated, committed_rounds (written last).
+Layout 1. Attributes of the root: format, layout, name, status, created, updated, committed_rounds
+(written last).
     reason, config, config_text, environment     text; all but reason and config_text are JSON
-    sections/<name>                              JSON
-    rounds, clients, results, wire               tables, see rows.py
-    prompts/<0007>/<tensor>                      one group a round; while a run goes on, a link to its own file
+    sections/<name>                              JSON rounds, clients, results, wire
+    tables, see rows.py prompts/<0007>/<tensor>                      one group a round; while a run
+    goes on, a link to its own file
 
 The digest of the file's bytes follows the HDF5 file, see trailer.py.
 """
@@ -39,7 +41,8 @@ _ATTRIBUTES = (
     "updated",
     "committed_rounds",
 )  # in this order: the commit mark comes last
-# Level 1: on 24.6 MB of normal fp32 noise (GPT2-XL's prefix) 0.3 s for 10.4 % less; level 4 takes 0.5 s for 11.1 %.
+# Level 1: on 24.6 MB of normal fp32 noise (GPT2-XL's prefix) 0.3 s for 10.4 % less; level 4 takes
+# 0.5 s for 11.1 %.
 _PACKING = {"compression": "gzip", "compression_opts": 1, "shuffle": True, "fletcher32": True}
 
 
@@ -54,10 +57,12 @@ class Run:
     Attributes:
         status: "running", "complete", "stopped" or "failed".
         created, updated: UTC, ISO 8601, to the second.
-        committed_rounds: number of the last round that is wholly on disk; nothing above it is shown.
-        rounds, clients, results, wire: structured arrays [rows] with the fields of the row classes, read-only.
+        committed_rounds: number of the last round that is wholly on disk; nothing above it is
+            shown. rounds, clients, results, wire: structured arrays [rows] with the fields of the row
+            classes, read-only.
         prompt_rounds: the rounds whose prompts were kept.
-        has_digest: whether the file's bytes were compared with a digest; those of earlier versions have none.
+        has_digest: whether the file's bytes were compared with a digest; those of earlier versions
+            have none.
     """
 
     file: Path
@@ -169,7 +174,10 @@ def is_folded(file: Path) -> bool:
 
 
 def plain(value: Any, where: str) -> Any:
-    """The value as it comes back from JSON. Raises ValueError naming `where` if JSON has no such thing."""
+    """The value as it comes back from JSON.
+
+    Raises ValueError naming `where` if JSON has no such thing.
+    """
     try:
         return json.loads(json.dumps(value, default=_to_json))
     except (TypeError, ValueError) as error:
@@ -177,7 +185,10 @@ def plain(value: Any, where: str) -> Any:
 
 
 def run_image(run: Run) -> bytes:
-    """The bytes of run.h5, prompts as links. Built in memory, so that a full disk cannot leave HDF5 half-way."""
+    """The bytes of run.h5, prompts as links.
+
+    Built in memory, so that a full disk cannot leave HDF5 half-way.
+    """
     with h5py.File("run.h5", "w", driver="core", backing_store=False) as h5:
         for name in _TEXTS:
             _write_text(h5, name, getattr(run, name))
@@ -205,10 +216,11 @@ def run_image(run: Run) -> bytes:
 
 
 def prompts_image(prompts: Mapping[str, np.ndarray]) -> bytes:
-    """The bytes of one round's file: `prompt/<tensor>`, gzip with shuffle, each chunk with a checksum.
+    """The bytes of one round's file: `prompt/<tensor>`, gzip with shuffle, each chunk with a
+    checksum.
 
-    Trained fp32 values look like noise, and noise shrinks by a tenth only (normal values: to 0.896); what is fp16
-    inside shrinks to 0.53. The bits come back exactly.
+    Trained fp32 values look like noise, and noise shrinks by a tenth only (normal values: to
+    0.896); what is fp16 inside shrinks to 0.53. The bits come back exactly.
     """
     with h5py.File("prompts.h5", "w", driver="core", backing_store=False) as h5:
         group = h5.create_group("prompt")
@@ -222,7 +234,10 @@ def prompts_image(prompts: Mapping[str, np.ndarray]) -> bytes:
 
 
 def unfolded_image(file: Path, round: int) -> bytes:
-    """The bytes of one round's file, taken out of a folded run.h5. Raises ValueError if they are damaged."""
+    """The bytes of one round's file, taken out of a folded run.h5.
+
+    Raises ValueError if they are damaged.
+    """
     name = link_name(round)
     with _reading(file), reader.opened(file) as folded:
         if folded.trailer is not None:
@@ -235,9 +250,11 @@ def unfolded_image(file: Path, round: int) -> bytes:
 
 
 def fold_into(part: Path, folder: Path, prompt_rounds: tuple[int, ...]) -> None:
-    """Replace the links in `part`, which has no trailer, by what they point to, as it lies on disk; add the trailer.
+    """Replace the links in `part`, which has no trailer, by what they point to, as it lies on disk;
+    add the trailer.
 
-    Raises ValueError if a round's file is damaged, OSError, KeyError or RuntimeError if one cannot be read or written.
+    Raises ValueError if a round's file is damaged, OSError, KeyError or RuntimeError if one cannot
+    be read or written.
     """
     with h5py.File(part, "r+", locking="best-effort") as h5:
         for round in prompt_rounds:
@@ -311,7 +328,8 @@ def _read_table(opened: reader.Opened, name: str) -> np.ndarray:
             not is_text and not np.can_cast(values.dtype, kind[column], "safe")
         ):
             raise ValueError(
-                f"{values.dtype} in column {column} of table {name}, which a run writes as {kind[column]}"
+                f"{values.dtype} in column {column} of table {name}, which a run writes as "
+                f"{kind[column]}"
             )
         data[column] = [text.decode() for text in values] if is_text else values
     return rows.frozen(data)
@@ -340,7 +358,8 @@ def _check_format(h5: h5py.File, file: Path) -> None:
         )
     if (layout := reader.attribute(h5, "layout")) != LAYOUT:
         raise _Misnamed(
-            f"{file}: found layout {layout!r}, expected {LAYOUT}; read it with the version of fedsp_mpi that wrote it"
+            f"{file}: found layout {layout!r}, expected {LAYOUT}; read it with the version "
+            "of fedsp_mpi that wrote it"
         )
 
 
@@ -363,12 +382,14 @@ def _reading(file: Path) -> Iterator[None]:
     except (OSError, RuntimeError, KeyError, TypeError, OverflowError, MemoryError) as error:
         size = f"{file.stat().st_size} bytes" if file.is_file() else "no plain file"
         raise _Misnamed(
-            f"{file}: found {size} that cannot be read ({rows.first_line(error)}), {advice}; the file is truncated, is "
+            f"{file}: found {size} that cannot be read ({rows.first_line(error)}), "
+            f"{advice}; the file is truncated, is "
             "not HDF5, or was moved away from its rounds/ folder: copy the whole run folder again"
         ) from error
     except ValueError as error:
         raise _Misnamed(
-            f"{file}: found {rows.first_line(error)}, {advice}; the file was damaged, or made by something else: copy "
+            f"{file}: found {rows.first_line(error)}, {advice}; the file was damaged, or "
+            "made by something else: copy "
             "the run folder again, or leave this run out"
         ) from error
 

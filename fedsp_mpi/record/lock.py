@@ -1,6 +1,8 @@
-"""One run folder, one job: a lock that the kernel takes back when its owner dies, and a note of who that is.
+"""One run folder, one job: a lock that the kernel takes back when its owner dies, and a note of who
+that is.
 
-The file is also the mark by which a folder is known as that of a run (ownership.py): it stays when the run has ended.
+The file is also the mark by which a folder is known as that of a run (ownership.py): it stays when
+the run has ended.
 """
 
 from __future__ import annotations
@@ -29,8 +31,9 @@ _HELD = (errno.EWOULDBLOCK, errno.EACCES)
 class RunLock:
     """Held from `take` to the end of the process, or to `release`.
 
-    The lock is `flock`; where the file system has none (some mounts of Lustre and NFS), the note in the file decides: a
-    process of this host that is gone, or an earlier start of the same Slurm job, has left it behind.
+    The lock is `flock`; where the file system has none (some mounts of Lustre and NFS), the note in
+    the file decides: a process of this host that is gone, or an earlier start of the same Slurm
+    job, has left it behind.
     """
 
     def __init__(self, file: IO[str], path: Path) -> None:
@@ -45,7 +48,8 @@ class RunLock:
             private: a folder that is new, or empty, is for its owner alone.
 
         Raises:
-            ValueError: the folder is not that of a run; or another job writes to it: names its host, process and job.
+            ValueError: the folder is not that of a run; or another job writes to it: names its
+            host, process and job.
             RecordError: the folder cannot be written.
         """
         ownership.require_ours(folder)
@@ -58,7 +62,8 @@ class RunLock:
         file, owner = _opened(path)
         with atomic.writing(path, "no run was touched"):
             listed = is_new or bool(owner.get(ownership.LISTED))
-            # In one write over the old note: a kill leaves the old or the new one, never an empty file.
+            # In one write over the old note: a kill leaves the old or the new one, never an empty
+            # file.
             note = json.dumps(_me() | {ownership.LISTED: listed})
             os.pwrite(file.fileno(), note.encode().ljust(os.fstat(file.fileno()).st_size), 0)
         return cls(file, path)
@@ -88,7 +93,8 @@ def is_abandoned(folder: Path) -> bool:
 
 
 def _opened(path: Path) -> tuple[IO[str], dict[str, Any]]:
-    """The lock's file, which is locked and still the one of that name, and the note of who had it before.
+    """The lock's file, which is locked and still the one of that name, and the note of who had it
+    before.
 
     Raises ValueError if another job holds it, RecordError if it cannot be opened.
     """
@@ -104,13 +110,16 @@ def _opened(path: Path) -> tuple[IO[str], dict[str, Any]]:
         if attempt < _TRIES - 1:
             time.sleep(0 if is_locked else _PAUSE)
     raise ValueError(
-        f"{path.parent}: found a run that {_name(owner)} is writing, expected to be alone; wait for that job, stop it, "
+        f"{path.parent}: found a run that {_name(owner)} is writing, expected to be "
+        "alone; wait for that job, stop it, "
         "or choose another run.name"
     )
 
 
 def _is_at(file: IO[str], path: Path) -> bool:
-    """Whether an open file is the one of that name, and not one that was deleted or replaced meanwhile."""
+    """Whether an open file is the one of that name, and not one that was deleted or replaced
+    meanwhile.
+    """
     with suppress(OSError):
         return os.path.samestat(os.fstat(file.fileno()), path.stat())
     return False

@@ -1,4 +1,6 @@
-"""Whether a folder can hold runs: written to by every rank, seen by all, with locks and atomic renames."""
+"""Whether a folder can hold runs: written to by every rank, seen by all, with locks and atomic
+renames.
+"""
 
 from __future__ import annotations
 

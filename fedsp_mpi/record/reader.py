@@ -1,11 +1,13 @@
-"""HDF5 files that others may have made or damaged: the one way in which the package opens and reads them.
+"""HDF5 files that others may have made or damaged: the one way in which the package opens and reads
+them.
 
-A file is opened once; its digest is compared (trailer.py) before HDF5 parses a byte. Then only what a record can hold
-is read: nothing behind links, but for those to rounds/NNNN.h5 beside the file; no external storage and no virtual data
-sets, which name other files; no types but numbers and text; no more bytes than are stored. Nothing is allocated for a
-size that a file merely claims.
+A file is opened once; its digest is compared (trailer.py) before HDF5 parses a byte. Then only what
+a record can hold is read: nothing behind links, but for those to rounds/NNNN.h5 beside the file; no
+external storage and no virtual data sets, which name other files; no types but numbers and text; no
+more bytes than are stored. Nothing is allocated for a size that a file merely claims.
 
-Everything here raises ValueError with the words that follow "found"; what HDF5 itself raises goes through.
+Everything here raises ValueError with the words that follow "found"; what HDF5 itself raises goes
+through.
 """
 
 from __future__ import annotations
@@ -38,7 +40,9 @@ _NUMBERS = (h5t.INTEGER, h5t.FLOAT, h5t.ENUM)  # the last one is h5py's bool
 
 @dataclass(frozen=True)
 class Opened:
-    """An open file: `h5` to read from, and what its bytes were checked against; None for files of earlier versions."""
+    """An open file: `h5` to read from, and what its bytes were checked against; None for files of
+    earlier versions.
+    """
 
     path: Path
     file: BinaryIO
@@ -86,7 +90,10 @@ def names(group: h5py.Group) -> list[str]:
 
 
 def child(group: h5py.Group, name: str) -> h5py.Group | h5py.Dataset:
-    """What a group holds under a name. Raises KeyError if there is none, ValueError for a link to somewhere else."""
+    """What a group holds under a name.
+
+    Raises KeyError if there is none, ValueError for a link to somewhere else.
+    """
     if not group.id.links.exists(name.encode("utf-8", "surrogateescape")):
         raise KeyError(f"no {name} in {group.name}")
     if not isinstance(group.get(name, getlink=True), h5py.HardLink):
@@ -108,7 +115,8 @@ def subgroup(group: h5py.Group, name: str) -> h5py.Group:
 def texts(opened: Opened, path: str, wanted: Iterable[str] | None = None) -> dict[str, str]:
     """Texts that are stored as data sets in a group; all that there are, or those that are wanted.
 
-    Raises KeyError, ValueError; also if all together are longer than the file, because several are one in it.
+    Raises KeyError, ValueError; also if all together are longer than the file, because several are
+    one in it.
     """
     group: h5py.Group = opened.h5 if path == "/" else subgroup(opened.h5, path)
     read: dict[str, str] = {}
@@ -117,7 +125,8 @@ def texts(opened: Opened, path: str, wanted: Iterable[str] | None = None) -> dic
         data = _dataset(group, name)
         if data.shape != () or h5py.check_string_dtype(data.dtype) is None:
             raise ValueError(
-                f"data of {data.dtype} {data.shape} at {name}, which is a text in the record of a run"
+                f"data of {data.dtype} {data.shape} at {name}, which is a text in the "
+                "record of a run"
             )
         _require_stored(data)
         read[name] = data.asstr()[()]
@@ -143,7 +152,8 @@ def table(opened: Opened, name: str) -> np.ndarray:
 def linked_round(opened: Opened, name: str) -> Path | None:
     """The file that holds a round's prompts; None where they lie in the opened file itself.
 
-    Raises KeyError if there are none, ValueError for a link to any file but the round's own beside the opened one.
+    Raises KeyError if there are none, ValueError for a link to any file but the round's own beside
+    the opened one.
     """
     group = subgroup(opened.h5, "prompts")
     if not group.id.links.exists(name.encode()):
@@ -167,7 +177,10 @@ def round_numbers(opened: Opened) -> list[int]:
 
 
 def tensors(group: h5py.Group) -> dict[str, np.ndarray]:
-    """The tensors below a group, by name, in the order in which they were written. Raises KeyError, ValueError."""
+    """The tensors below a group, by name, in the order in which they were written.
+
+    Raises KeyError, ValueError.
+    """
     data = dict(_datasets(group, ""))
     for name, each in data.items():
         if each.dtype.kind not in "fiu":
@@ -204,7 +217,10 @@ def _pieces(data: h5py.Dataset) -> list[Extent]:
 
 
 def _datasets(group: h5py.Group, prefix: str) -> Iterator[tuple[str, h5py.Dataset]]:
-    """The data sets below a group by their names from there. Raises ValueError if they are too many, or too deep."""
+    """The data sets below a group by their names from there.
+
+    Raises ValueError if they are too many, or too deep.
+    """
     left, num = [(group, prefix)], 0
     while left:
         group, prefix = left.pop()
@@ -230,7 +246,8 @@ def _own_data(data: h5py.Dataset, name: str) -> h5py.Dataset:
     """A data set whose values lie in this file."""
     if data.external:
         raise ValueError(
-            f"data at {name} that lie in another file ({untrusted.printable(str(data.external[0][0]))!r})"
+            f"data at {name} that lie in another file "
+            f"({untrusted.printable(str(data.external[0][0]))!r})"
         )
     if data.id.get_create_plist().get_layout() not in (h5d.COMPACT, h5d.CONTIGUOUS, h5d.CHUNKED):
         raise ValueError(f"virtual data at {name}, which may lie in other files")
@@ -262,7 +279,8 @@ def _text_columns(data: h5py.Dataset) -> list[int]:
     for column in range(kind.get_nmembers()):
         member = kind.get_member_type(column)
         if isinstance(member, h5t.TypeStringID) and member.is_variable_str():
-            # HDF5 says how it lies in memory, where a text is an address of 8 bytes; in the file it takes 16.
+            # HDF5 says how it lies in memory, where a text is an address of 8 bytes; in the file it
+            # takes 16.
             places.append(kind.get_member_offset(column) + 8 * len(places))
         elif member.get_class() not in _NUMBERS:
             raise ValueError(f"a column in {data.name} that holds neither numbers nor texts")
@@ -272,7 +290,8 @@ def _text_columns(data: h5py.Dataset) -> list[int]:
 def _require_texts(opened: Opened, data: h5py.Dataset, places: list[int]) -> None:
     """Raise ValueError if a table claims more text than there is.
 
-    Many cells may point to one text; a run writes each text by itself, so that all together they fit into the file.
+    Many cells may point to one text; a run writes each text by itself, so that all together they
+    fit into the file.
     """
     width, claimed = data.id.get_type().get_size() + 8 * len(places), 0
     for start, num in _stored_rows(data, width) if places else ():
@@ -300,7 +319,9 @@ def _stored_rows(data: h5py.Dataset, width: int) -> Iterator[tuple[int, int]]:
 
 
 def _require_unpacked(data: h5py.Dataset) -> None:
-    """Raise ValueError unless a tensor's chunks are all there, and none unpacks to more than a chunk."""
+    """Raise ValueError unless a tensor's chunks are all there, and none unpacks to more than a
+    chunk.
+    """
     properties = data.id.get_create_plist()
     filters = [properties.get_filter(place)[0] for place in range(properties.get_nfilters())]
     if not filters:

@@ -1,4 +1,6 @@
-"""What the free-form parts of a record must be like, so that everybody who reads one can rely on it."""
+"""What the free-form parts of a record must be like, so that everybody who reads one can rely on
+it.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,9 @@ _WORDS = {
 
 
 def require(config: Mapping[str, Any], sections: Mapping[str, Any]) -> None:
-    """Raise ValueError, naming the place, if a part that the package reads is of another kind than a run writes."""
+    """Raise ValueError, naming the place, if a part that the package reads is of another kind than
+    a run writes.
+    """
     _require_sections(Config, config, "config")
     for place, kinds in _KINDS.items():
         root, *path = place.split(".")

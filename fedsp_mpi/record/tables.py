@@ -21,7 +21,8 @@ TRIGGERED = "test+trigger"  # the split of a result that is an attack's success
 
 @dataclass(frozen=True, kw_only=True)
 class RoundRow:
-    """What one round took and brought. Seconds on the root's clock, bytes on the wire, losses in nats a token.
+    """What one round took and brought. Seconds on the root's clock, bytes on the wire, losses in
+    nats a token.
 
     Attributes:
         round: from 1.
@@ -60,10 +61,12 @@ class RoundRow:
 
 @dataclass(frozen=True, kw_only=True)
 class ClientRow:
-    """One client in one round; `reason` says why its status is "failed", or "rejected" by the rule of aggregation.
+    """One client in one round; `reason` says why its status is "failed", or "rejected" by the rule
+    of aggregation.
 
     Attributes:
-        attack_success: share of triggered questions that a poisoned client's own prompts answer as its attacker wants.
+        attack_success: share of triggered questions that a poisoned client's own prompts answer as
+            its attacker wants.
         fitness: what a search's result is ranked by (`search.rank_by`).
         step_size: root of the sum of squares of a search's step sizes in the round.
     """
@@ -94,7 +97,8 @@ class ResultRow:
 
     Attributes:
         method: "zero-shot", "server-only", "fedsp", ...
-        split: "test"; "test+trigger" where acc is the share that an attack's trigger brings to its answer.
+        split: "test"; "test+trigger" where acc is the share that an attack's trigger brings to its
+            answer.
         round: the round whose prompts were scored; 0 for a method without rounds.
         n: items scored.
         acc, acc_norm, exact_match: fractions from 0 to 1; nan where the task has no such measure.
@@ -149,7 +153,9 @@ _TYPES: dict[Any, Any] = {int: np.dtype("i8"), float: np.dtype("f8"), bool: np.d
 
 
 def table_type(row: type) -> np.dtype:
-    """The compound type of a row class: int64, float64, bool, and UTF-8 text of any length for the rest."""
+    """The compound type of a row class: int64, float64, bool, and UTF-8 text of any length for the
+    rest.
+    """
     hints = typing.get_type_hints(row)
     return np.dtype(
         [(f.name, _TYPES.get(hints[f.name], h5py.string_dtype())) for f in dataclasses.fields(row)]
@@ -163,7 +169,8 @@ def table(row: type, rows: Iterable[Any] = ()) -> np.ndarray:
 
 
 def never_merged(clients: np.ndarray) -> dict[int, str]:
-    """Return the clients that took part in rounds and of which no update was ever merged, each with its last reason.
+    """Return the clients that took part in rounds and of which no update was ever merged, each with
+    its last reason.
 
     Args:
         clients: the table of that name.

@@ -1,12 +1,15 @@
-"""The digest at the end of a record's files: it tells damage before HDF5, which can hang on it, sees a byte.
+"""The digest at the end of a record's files: it tells damage before HDF5, which can hang on it,
+sees a byte.
 
-HDF5 ends where its superblock says, so a trailer behind it disturbs no reader. It comes and goes with the file's bytes:
-there is no moment at which a file has another's digest, and a copy of run.h5 alone can be checked like the original.
+HDF5 ends where its superblock says, so a trailer behind it disturbs no reader. It comes and goes
+with the file's bytes: there is no moment at which a file has another's digest, and a copy of run.h5
+alone can be checked like the original.
 
     <HDF5 file> <JSON> <64-bit digest of the JSON> <its length, 8 bytes, little-endian> <MAGIC>
 
-A folded run.h5 can be large. The bytes of each round's prompts have a digest of their own there, which is compared when
-those prompts are asked for; reading the tables does not cost reading the prompts.
+A folded run.h5 can be large. The bytes of each round's prompts have a digest of their own there,
+which is compared when those prompts are asked for; reading the tables does not cost reading the
+prompts.
 """
 
 from __future__ import annotations
@@ -34,7 +37,8 @@ class Trailer:
     Attributes:
         size: of the HDF5 file in front of the trailer, in bytes.
         digest: of its bytes outside of all extents.
-        extents: where the prompts of a round lie, by the round's name; none where they are files of their own.
+        extents: where the prompts of a round lie, by the round's name; none where they are files of
+            their own.
         digests: of the bytes in each round's extents.
     """
 
@@ -107,7 +111,9 @@ def read(file: BinaryIO) -> Trailer | None:
 
 
 def _end_of_hdf5(file: BinaryIO) -> int:
-    """Where an HDF5 file ends, as its superblock says; a large number if that is none that h5py writes."""
+    """Where an HDF5 file ends, as its superblock says; a large number if that is none that h5py
+    writes.
+    """
     file.seek(0)
     head = file.read(48)
     places = {0: 40, 2: 28, 3: 28}  # by the version of the superblock; its addresses have 8 bytes

@@ -1,9 +1,10 @@
 """The record of a run, written by one process (rank 0), that a SIGKILL at any moment leaves whole.
 
-Nothing on disk is ever changed in place. The small tables are kept here as a frozen view; a commit makes the next view,
-builds the whole run.h5 from it in memory, writes that to run.h5.part, syncs, and renames it over run.h5. Each round's
-prompts are a file of their own, written once in the same way before run.h5 links to it. So a reader sees the state
-before a commit or after it, and a failed write changes neither the disk nor the view.
+Nothing on disk is ever changed in place. The small tables are kept here as a frozen view; a commit
+makes the next view, builds the whole run.h5 from it in memory, writes that to run.h5.part, syncs,
+and renames it over run.h5. Each round's prompts are a file of their own, written once in the same
+way before run.h5 links to it. So a reader sees the state before a commit or after it, and a failed
+write changes neither the disk nor the view.
 """
 
 from __future__ import annotations
@@ -29,8 +30,9 @@ FINAL = ("complete", "stopped", "failed")
 class RunRecord:
     """One run's folder: `run.h5`, `config.yaml`, and `rounds/` while the run goes on.
 
-    Make one with `create` or `open`. `run` is what is on disk. Every method that writes raises RecordError on a full
-    disk, a folder without permission and the like, and leaves the last committed state as it was.
+    Make one with `create` or `open`. `run` is what is on disk. Every method that writes raises
+    RecordError on a full disk, a folder without permission and the like, and leaves the last
+    committed state as it was.
     """
 
     def __init__(self, folder: Path, run: Run) -> None:
@@ -52,7 +54,8 @@ class RunRecord:
         Args:
             config: the resolved configuration as plain data; `config_text` is the same as YAML.
             environment: host, ranks, versions, commit: anything that JSON can hold.
-            if_exists: "refuse", or "replace": delete what an earlier run of that name wrote. Other files are left.
+            if_exists: "refuse", or "replace": delete what an earlier run of that name wrote. Other
+                files are left.
 
         Raises:
             ValueError: the folder holds a run already, or is not that of a run.
@@ -98,7 +101,8 @@ class RunRecord:
     def describe(self, **sections: Mapping[str, Any]) -> None:
         """Add to what the record says about the run: `describe(models={...}, data={...})`.
 
-        A section that is there already keeps its other keys. Raises ValueError if JSON cannot hold a value.
+        A section that is there already keeps its other keys. Raises ValueError if JSON cannot hold
+        a value.
         """
         merged = dict(self.run.sections)
         for name, section in sections.items():
@@ -154,7 +158,8 @@ class RunRecord:
         self._save(replace(self.run, results=tables.append(self.run.results[kept], table)))
 
     def cut(self, after_round: int) -> None:
-        """Remove every round above `after_round`, with its clients, its prompts, and the results scored on it.
+        """Remove every round above `after_round`, with its clients, its prompts, and the results
+        scored on it.
 
         The wire's manifest stays as it is: what it counts has travelled.
         """
@@ -177,8 +182,8 @@ class RunRecord:
     def finish(self, status: str = "complete", reason: str = "") -> None:
         """Write how the run ended; nothing can be written after it.
 
-        A complete run becomes one self-contained run.h5. One that was stopped or failed keeps its `rounds/`, since it
-        is likely to be resumed.
+        A complete run becomes one self-contained run.h5. One that was stopped or failed keeps its
+        `rounds/`, since it is likely to be resumed.
         """
         assert status in FINAL, status
         self._save(replace(self.run, status=status, reason=reason))
@@ -193,7 +198,8 @@ class RunRecord:
             ownership.give_rights(part)
             try:
                 hdf5.fold_into(part, self.folder, self.run.prompt_rounds)
-            except ValueError as error:  # a round's file that was damaged since; the others can be read where they are
+            # a round's file that was damaged since; the others can be read where they are
+            except ValueError as error:
                 raise OSError(tables.first_line(error)) from error
             atomic.sync(part)
             atomic.rename(part, self.run.file)
@@ -231,7 +237,10 @@ class RunRecord:
 
 
 def _claim(folder: Path, config_text: str, if_exists: str) -> None:
-    """Take the folder for this run. config.yaml is made exclusively, so that of two processes one is refused."""
+    """Take the folder for this run.
+
+    config.yaml is made exclusively, so that of two processes one is refused.
+    """
     if if_exists == "replace":
         with _creating(folder):
             ownership.clear(folder)
@@ -257,7 +266,8 @@ def require_free(folder: Path) -> None:
 
 def _taken(folder: Path, found: str) -> ValueError:
     return ValueError(
-        f"{folder}: found a run ({found}), expected a new folder; set run.name to another name, run.resume=must to go "
+        f"{folder}: found a run ({found}), expected a new folder; set run.name to "
+        "another name, run.resume=must to go "
         "on with that run, run.if_exists=replace to lose it, or delete it"
     )
 

@@ -1,4 +1,6 @@
-"""Run folders as text, tables and pictures: one run, several beside each other, and what differs between two."""
+"""Run folders as text, tables and pictures: one run, several beside each other, and what differs
+between two.
+"""
 
 from fedsp_mpi.report.comparison import compare, comparison_table, main_result, read_all
 from fedsp_mpi.report.diff import difference

@@ -1,7 +1,8 @@
 """What a record says about a backdoor: how often its trigger brings about the attacker's answer.
 
-After averaging it is a row of the results, of the split "test+trigger", whose `acc` is the success rate; of a poisoned
-client it is what its own prompts do right after its local training, in the clients' table.
+After averaging it is a row of the results, of the split "test+trigger", whose `acc` is the success
+rate; of a poisoned client it is what its own prompts do right after its local training, in the
+clients' table.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ def successes(run: Run) -> dict[str, float]:
 
 
 def local_success(run: Run) -> float:
-    """That of what poisoned clients had tuned themselves, mean over those of the last round that has some; or nan."""
+    """That of what poisoned clients had tuned themselves, mean over those of the last round that
+    has some; or nan.
+    """
     known = run.clients[~np.isnan(run.clients["attack_success"])]
     last = known[known["round"] == known["round"].max(initial=0)]
     return statistics.fmean(last["attack_success"].tolist()) if len(last) else math.nan
@@ -57,7 +60,9 @@ def lines(run: Run) -> list[str]:
 
 
 def cell(runs: Sequence[Run], label: str, with_clients: bool = True) -> str:
-    """Success of some runs of what is called `label`, after averaging and on poisoned clients; percent, over seeds."""
+    """Success of some runs of what is called `label`, after averaging and on poisoned clients;
+    percent, over seeds.
+    """
     after = [100 * found[label] for run in runs if label in (found := successes(run))]
     local = [100 * value for run in runs if not math.isnan(value := local_success(run))]
     return (

@@ -1,8 +1,8 @@
 """Methods against each other: runs grouped by task and by what their method is called, over seeds.
 
-Only complete runs count. A run brings the result of its own method and those of its controls, "zero-shot" and
-"server-only", of which one is taken for each task and seed. Runs whose server had other settings have another control;
-then each gets a row of its own.
+Only complete runs count. A run brings the result of its own method and those of its controls,
+"zero-shot" and "server-only", of which one is taken for each task and seed. Runs whose server had
+other settings have another control; then each gets a row of its own.
 """
 
 from __future__ import annotations
@@ -66,7 +66,8 @@ class Comparison:
 
 
 def read_all(paths: Iterable[str | Path]) -> list[Run]:
-    """The records of run folders, and of folders that contain run folders: those by the time when they began.
+    """The records of run folders, and of folders that contain run folders: those by the time when
+    they began.
 
     Raises ValueError if one of them cannot be read.
     """
@@ -80,7 +81,9 @@ def read_all(paths: Iterable[str | Path]) -> list[Run]:
 
 
 def main_result(run: Run) -> tuple[str, float] | None:
-    """What the run's own method scored on the test split: the measure and its value; None if it has no result yet."""
+    """What the run's own method scored on the test split: the measure and its value; None if it has
+    no result yet.
+    """
     own = _own(run)
     return None if own is None else main_measure(own)
 
@@ -94,7 +97,8 @@ def compare(runs: Sequence[Run]) -> Comparison:
     unfinished = tuple(f"{run.name} ({run.status})" for run in runs if run not in complete)
     if not complete:
         raise ValueError(
-            f"found {len(runs)} runs, none of which is complete and has a result, expected at least one; wait for "
+            f"found {len(runs)} runs, none of which is complete and has a result, expected "
+            "at least one; wait for "
             "them, or let them go on with --resume"
         )
     complete = with_task_labels(complete)
@@ -129,7 +133,9 @@ def comparison_table(found: Comparison) -> str:
 
 
 def _attack(found: Comparison, row: Method, task: str) -> str:
-    """The attack's success on a task; empty where none was studied. A control's is that of any run of the same seed."""
+    """The attack's success on a task; empty where none was studied. A control's is that of any run
+    of the same seed.
+    """
     if row.runs:
         return attack.cell([run for run in row.runs if row.tasks[run.file] == task], row.label)
     all_runs = (
@@ -142,7 +148,8 @@ def _attack(found: Comparison, row: Method, task: str) -> str:
     return attack.cell(list(by_seed.values()), row.label, with_clients=False)
 
 
-# -- tasks and methods ---------------------------------------------------------------------------------------------
+# -- tasks and methods
+# ---------------------------------------------------------------------------------------------
 
 
 class _Task(NamedTuple):
@@ -160,11 +167,12 @@ class _Task(NamedTuple):
 
 
 def task_names(runs: Sequence[Run]) -> dict[Path, str]:
-    """What each run's column is called, by its file: the user's label or the task, and what else sets runs of it apart.
+    """What each run's column is called, by its file: the user's label or the task, and what else
+    sets runs of it apart.
 
-    Two runs are of one column if they have label, task, model, source and partition of the data in common. The
-    partition does not count where each method has one of its own, and there is no server-only control, which has that
-    of its method.
+    Two runs are of one column if they have label, task, model, source and partition of the data in
+    common. The partition does not count where each method has one of its own, and there is no
+    server-only control, which has that of its method.
     """
     keys = {run.file: _task(run) for run in with_task_labels(runs)}
     names, skews = (
@@ -194,7 +202,8 @@ def task_names(runs: Sequence[Run]) -> dict[Path, str]:
 
 
 def with_task_labels(runs: Sequence[Run]) -> list[Run]:
-    """Give runs without a task's label that of the others on the same data, if those have one and the same.
+    """Give runs without a task's label that of the others on the same data, if those have one and
+    the same.
 
     A sweep that an earlier version has begun has runs of both kinds.
     """
@@ -228,8 +237,10 @@ def require_once(runs: Sequence[Run]) -> None:
         other = seen.setdefault((_task(run), label_of(run), seed_of(run)), run)
         if other is not run:
             raise ValueError(
-                f"found two runs of {label_of(run)} on {_task(run).name} with seed {seed_of(run)} ({other.file.parent} "
-                f"and {run.file.parent}), expected one; leave one out, or give them names of their own (run.label)"
+                f"found two runs of {label_of(run)} on {_task(run).name} with seed "
+                f"{seed_of(run)} ({other.file.parent} "
+                f"and {run.file.parent}), expected one; leave one out, or give them names of "
+                "their own (run.label)"
             )
 
 
@@ -267,7 +278,8 @@ def _add(methods: dict[str, Method], task: str, run: Run) -> None:
     method.tasks[run.file] = task
 
 
-# -- controls ------------------------------------------------------------------------------------------------------
+# -- controls
+# ------------------------------------------------------------------------------------------------------
 
 
 def _controls(runs: Sequence[Run], names: dict[Path, str]) -> Iterator[Method]:
@@ -289,7 +301,9 @@ def _controls(runs: Sequence[Run], names: dict[Path, str]) -> Iterator[Method]:
 
 @dataclass(frozen=True)
 class Control:
-    """A server-only control: what it is called, the methods that it belongs to, and the runs that brought it."""
+    """A server-only control: what it is called, the methods that it belongs to, and the runs that
+    brought it.
+    """
 
     label: str
     of: tuple[str, ...]
@@ -299,7 +313,8 @@ class Control:
 def control_groups(
     runs: Sequence[Run], control: Callable[[Run], Any], agree: Callable[[Any, Any], bool]
 ) -> list[Control]:
-    """The server-only controls that there are: one, if those of all runs agree wherever task and seed are the same.
+    """The server-only controls that there are: one, if those of all runs agree wherever task and
+    seed are the same.
 
     All runs of a method have the same one.
 
@@ -339,13 +354,16 @@ def _few(labels: Sequence[str]) -> str:
 
 
 def _agree(one: np.void, other: np.void) -> bool:
-    """Whether two controls are one: the same score, and the same loss but for what machines differ in."""
+    """Whether two controls are one: the same score, and the same loss but for what machines differ
+    in.
+    """
     losses = float(one["loss"]), float(other["loss"])
     same_loss = math.isclose(*losses, rel_tol=1e-3) or all(map(math.isnan, losses))
     return same_loss and math.isclose(main_measure(one)[1], main_measure(other)[1], abs_tol=1e-9)
 
 
-# -- below the table -----------------------------------------------------------------------------------------------
+# -- below the table
+# -----------------------------------------------------------------------------------------------
 
 
 def _measure(found: Comparison, task: str) -> str:

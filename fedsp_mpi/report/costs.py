@@ -13,8 +13,10 @@ from fedsp_mpi.report import summary
 
 COSTS = ("holds", "trains", "down + up", "client s", "peak memory")
 LEGEND = (
-    "Percent, mean ± standard deviation over seeds. Of a client: holds, trains = parameters; down + up = bytes of a "
-    "round; client s = seconds of training in a round; peak memory = that of a rank which plays clients."
+    "Percent, mean ± standard deviation over seeds. Of a client: holds, trains = "
+    "parameters; down + up = bytes of a "
+    "round; client s = seconds of training in a round; peak memory = that of a "
+    "rank which plays clients."
 )
 
 
@@ -37,7 +39,9 @@ def costs(runs: Sequence[Run]) -> list[str]:
 
 
 def _parameters(run: Run) -> tuple[int, int] | None:
-    """What a client holds and trains, as `plan` counts: prompts are trained, not held; None without clients."""
+    """What a client holds and trains, as `plan` counts: prompts are trained, not held; None without
+    clients.
+    """
     models, client = run.sections.get("models", {}), run.config.get("client", {})
     held, wire = models.get("auxiliary"), models.get("prompt_on_the_wire")
     if not isinstance(held, int) or not isinstance(wire, int) or not len(run.clients):

@@ -20,16 +20,17 @@ _OF_THE_MACHINE = (
 
 
 def difference(run_a: Run, run_b: Run) -> list[str]:
-    """What differs between two runs that should be equal, bit by bit; an empty list if nothing does.
+    """What differs between two runs that should be equal, bit by bit; an empty list if nothing
+    does.
 
-    Compares every round's prompts, the losses of rounds and clients, and the results. Seconds, bytes and ranks may
-    differ.
-    Raises ValueError if prompts cannot be read.
+    Compares every round's prompts, the losses of rounds and clients, and the results. Seconds,
+    bytes and ranks may differ. Raises ValueError if prompts cannot be read.
     """
     lines = []
     if run_a.committed_rounds != run_b.committed_rounds:
         lines.append(
-            f"rounds: {run_a.committed_rounds} in the first run, {run_b.committed_rounds} in the second"
+            f"rounds: {run_a.committed_rounds} in the first run, {run_b.committed_rounds} "
+            "in the second"
         )
     lines += _prompt_differences(run_a, run_b)
     last = min(run_a.committed_rounds, run_b.committed_rounds)

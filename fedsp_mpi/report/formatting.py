@@ -26,7 +26,9 @@ def spread(values: Sequence[float], digits: int = 2, sign: bool = False) -> str:
 
 
 def table(head: Sequence[str], body: Sequence[Sequence[str]], num_left: int) -> list[str]:
-    """Aligned columns, the first `num_left` to the left; a column without a single entry is left out."""
+    """Aligned columns, the first `num_left` to the left; a column without a single entry is left
+    out.
+    """
     shown = [i for i in range(len(head)) if any(line[i] for line in body)]
     lines = [[line[i] for i in shown] for line in (head, *body)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(shown))]
@@ -42,7 +44,9 @@ def table(head: Sequence[str], body: Sequence[Sequence[str]], num_left: int) -> 
 
 
 def markdown_row(cells: Sequence[str]) -> str:
-    """One line of a Markdown table, in which no cell can end its cell, its line, or speak to the terminal."""
+    """One line of a Markdown table, in which no cell can end its cell, its line, or speak to the
+    terminal.
+    """
     return "| " + " | ".join(printable(cell).replace("|", "\\|") for cell in cells) + " |"
 
 
@@ -60,7 +64,9 @@ def wrapped(label: str, items: Sequence[str]) -> list[str]:
 
 
 def clip(line: str) -> str:
-    """At most 100 printable ASCII characters; all of a path and of a command, which are to be typed."""
+    """At most 100 printable ASCII characters; all of a path and of a command, which are to be
+    typed.
+    """
     if line.startswith(("folder ", "go on ")):
         return line
     line = line.encode("ascii", "replace").decode()

@@ -1,4 +1,6 @@
-"""What clients bring: methods against the server-only control, and the part of the way to centralised tuning."""
+"""What clients bring: methods against the server-only control, and the part of the way to
+centralised tuning.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +18,9 @@ from fedsp_mpi.report.summary import main_measure
 def gain_table(found: Comparison) -> str | None:
     """A Markdown table of what methods gain on their control; None where no method has one.
 
-    A gain is the difference of the main measure in points, seed by seed, with the standard error of its mean over
-    seeds. Where one method tuned prompts on all data in one place, with all of these seeds, the part of the gap between
-    the control and that is given, of the means.
+    A gain is the difference of the main measure in points, seed by seed, with the standard error of
+    its mean over seeds. Where one method tuned prompts on all data in one place, with all of these
+    seeds, the part of the gap between the control and that is given, of the means.
     """
     tops = [row for row in found.methods if _is_centralised(row)]
     top = tops[0] if len(tops) == 1 else None

@@ -1,4 +1,6 @@
-"""Pictures of runs: scores as bars, losses as curves. The only importer of matplotlib, which is an extra."""
+"""Pictures of runs: scores as bars, losses as curves. The only importer of matplotlib, which is an
+extra.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 ENDINGS = (".png", ".svg")
-# Okabe and Ito's colours, which the colour-blind tell apart; black is left to what is said in words.
+# Okabe and Ito's colours, which the colour-blind tell apart; black is left to what is said in
+# words.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D1F")
 DASHES: tuple[Any, ...] = ("-", "-.", (0, (1, 1)), (0, (7, 1, 1, 1, 1, 1)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
@@ -45,7 +48,8 @@ _STYLE: Any = {
 
 
 def draw_bars(found: Comparison, path: str | Path) -> None:
-    """Draw the scores of a comparison: a group of bars for each task, a bar for each method; in rows if they are many.
+    """Draw the scores of a comparison: a group of bars for each task, a bar for each method; in
+    rows if they are many.
 
     Raises ValueError if matplotlib is not there, or the file cannot be written.
     """
@@ -69,14 +73,15 @@ def draw_bars(found: Comparison, path: str | Path) -> None:
 
 
 def draw_curves(runs: Sequence[Run], path: str | Path) -> None:
-    """Draw validation losses against rounds, bytes and client seconds: a line for each method, a row for each task.
+    """Draw validation losses against rounds, bytes and client seconds: a line for each method, a
+    row for each task.
 
-    A task has a row for each `data.loss_over` among its runs, whose losses have different scales. A line is the mean
-    over seeds, its band the standard deviation. What has no bytes or seconds is drawn across, at its lowest loss. Only
-    complete runs are drawn, if there are some.
+    A task has a row for each `data.loss_over` among its runs, whose losses have different scales. A
+    line is the mean over seeds, its band the standard deviation. What has no bytes or seconds is
+    drawn across, at its lowest loss. Only complete runs are drawn, if there are some.
 
-    Raises ValueError if no run has a round, two are the same task, method and seed, matplotlib is not there, or the
-    file cannot be written.
+    Raises ValueError if no run has a round, two are the same task, method and seed, matplotlib is
+    not there, or the file cannot be written.
     """
     begun = [run for run in runs if run.committed_rounds]
     if not begun:
@@ -98,7 +103,8 @@ def draw_curves(runs: Sequence[Run], path: str | Path) -> None:
         _legend(figure, grid[:, 0], "outside lower center", 4)
 
 
-# -- bars ----------------------------------------------------------------------------------------------------------
+# -- bars
+# ----------------------------------------------------------------------------------------------------------
 
 
 def _bar_looks(methods: Sequence[Method]) -> Iterator[dict[str, Any]]:
@@ -126,7 +132,9 @@ def _draw_bars(
     width: float,
     look: dict[str, Any],
 ) -> None:
-    """The bars of one method, one in each task's group; with the mean above, and the deviation over seeds."""
+    """The bars of one method, one in each task's group; with the mean above, and the deviation over
+    seeds.
+    """
     places = [place for place, task in enumerate(tasks) if method.percents(task)]
     values = [method.percents(tasks[place]) for place in places]
     means = [statistics.fmean(some) for some in values]
@@ -147,7 +155,8 @@ def _draw_bars(
         )
 
 
-# -- curves --------------------------------------------------------------------------------------------------------
+# -- curves
+# --------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -286,7 +295,9 @@ def _draw_line(axes: Axes, line: _Line, x: np.ndarray | None) -> None:
 
 
 def _scale(axes: Axes, panel: _Panel, ends: Sequence[float]) -> None:
-    """Whole rounds; other measures with their unit, on a logarithmic axis where lines end far from each other."""
+    """Whole rounds; other measures with their unit, on a logarithmic axis where lines end far from
+    each other.
+    """
     from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
     if panel.show is None:
@@ -302,7 +313,8 @@ def _scale(axes: Axes, panel: _Panel, ends: Sequence[float]) -> None:
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: show(value)))
 
 
-# -- files ---------------------------------------------------------------------------------------------------------
+# -- files
+# ---------------------------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -319,7 +331,8 @@ def _picture(path: str | Path) -> Iterator[Figure]:
         from matplotlib.figure import Figure
     except ImportError:
         raise ValueError(
-            "found no matplotlib, expected it for pictures; install it: pip install -c constraints.txt -e '.[plot]'"
+            "found no matplotlib, expected it for pictures; install it: pip install -c "
+            "constraints.txt -e '.[plot]'"
         ) from None
     with matplotlib.rc_context(_STYLE):
         figure = Figure(layout="constrained")

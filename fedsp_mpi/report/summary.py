@@ -1,10 +1,11 @@
 """Records as text: the summary of one run, and several runs as a Markdown table.
 
-Everything here takes `Run` views and returns strings; nothing is printed and no file of another kind is opened.
+Everything here takes `Run` views and returns strings; nothing is printed and no file of another
+kind is opened.
 
 What the summary takes from free-form parts, where they are there and have this form:
-    environment: hosts = [{"host", "device"}, ...], one a rank (or host and num_ranks); machine; commit
-    sections["models"]: {part: number of parameters}, or {part: {"name", "num_parameters"}}
+    environment: hosts = [{"host", "device"}, ...], one a rank (or host and num_ranks); machine;
+    commit sections["models"]: {part: number of parameters}, or {part: {"name", "num_parameters"}}
     sections["data"]: task, train, validation, test, server_shard, client_shards
     sections["distillation"]: seconds, reused_from; sections["timing"]: seconds, seconds_checkpoints
 """
@@ -48,7 +49,9 @@ _SAME_EXPERIMENT = (
 
 
 def summarize(run: Run) -> str:
-    """One run as plain text, at most 100 columns wide: header, rounds, results and their verdict, wire, time."""
+    """One run as plain text, at most 100 columns wide: header, rounds, results and their verdict,
+    wire, time.
+    """
     parts = [_header(run), _rounds(run), _results(run), _wire(run), _seconds(run)]
     lines = [printable(line) for part in parts if part for line in [*part, ""]]
     return "\n".join(
@@ -57,10 +60,12 @@ def summarize(run: Run) -> str:
 
 
 def markdown(runs: Iterable[Run]) -> str:
-    """Runs as a Markdown table: one row for each experiment, method and split, mean ± standard deviation over seeds.
+    """Runs as a Markdown table: one row for each experiment, method and split, mean ± standard
+    deviation over seeds.
 
-    Runs that differ only in their seed, name, ranks or deadlines are one experiment. Measures are percent, `gain` is
-    points over the server-only control of the same run. Runs without results are named below the table.
+    Runs that differ only in their seed, name, ranks or deadlines are one experiment. Measures are
+    percent, `gain` is points over the server-only control of the same run. Runs without results are
+    named below the table.
     """
     runs = list(runs)
     groups: dict[str, list[Run]] = {}
@@ -99,7 +104,9 @@ def markdown(runs: Iterable[Run]) -> str:
 
 
 def main_measure(row: np.void) -> tuple[str, float]:
-    """The measure that a result is compared by: exact match where the task has it, else accuracy; with its value."""
+    """The measure that a result is compared by: exact match where the task has it, else accuracy;
+    with its value.
+    """
     name = "acc" if math.isnan(row["exact_match"]) else "exact_match"
     return name, float(row[name])
 
@@ -108,7 +115,9 @@ def main_measure(row: np.void) -> tuple[str, float]:
 
 
 def _going_on(run: Run) -> list[str]:
-    """The command that goes on with a run that ended before its end; after a kill, which process was which rank."""
+    """The command that goes on with a run that ended before its end; after a kill, which process
+    was which rank.
+    """
     if run.status not in ("stopped", "failed") or not (run.file.parent / "config.yaml").exists():
         return []
     ranks = wrapped("ranks     ", _processes(run)) if run.reason == KILLED else []
@@ -138,7 +147,8 @@ def _header(run: Run) -> list[str]:
     lines.append(f"date      {date(run.created)} to {date(run.updated)} UTC")
     if not run.has_digest:
         lines.append(
-            "digest    none: an earlier version wrote this file, or it was changed; damage would not be seen"
+            "digest    none: an earlier version wrote this file, or it was changed; damage "
+            "would not be seen"
         )
     if run.environment.get("commit"):
         lines.append(f"commit    {run.environment['commit']}")
@@ -225,9 +235,18 @@ def _rounds(run: Run) -> list[str]:
         for row in run.rounds
     ]
     legend = (
-        "losses in nats a token: client = last prompt steps, mean of the clients; server = last tuning step;",
-        "on the validation split: merged = before the server's tuning, tuned = after, control = server only;",
-        "seconds: wait s = until the last client's update, server s = the server's tuning, round s = in all;",
+        (
+            "losses in nats a token: client = last prompt steps, mean of the clients; "
+            "server = last tuning step;"
+        ),
+        (
+            "on the validation split: merged = before the server's tuning, tuned = after, "
+            "control = server only;"
+        ),
+        (
+            "seconds: wait s = until the last client's update, server s = the server's "
+            "tuning, round s = in all;"
+        ),
         "best = the round of the lowest validation loss, whose prompts or weights are tested",
     )
     return [*table(head, body, num_left=0), *legend, *_failures(run)]
@@ -334,7 +353,9 @@ def _loss_verdict(row: np.void, control: np.void) -> list[str]:
 
 
 def _wire(run: Run) -> list[str]:
-    """Bytes by direction: down and up from the round rows, which a resumed run still has, others from the manifest."""
+    """Bytes by direction: down and up from the round rows, which a resumed run still has, others
+    from the manifest.
+    """
     sizes = {"down": int(run.rounds["bytes_down"].sum()), "up": int(run.rounds["bytes_up"].sum())}
     for row in run.wire:
         if row["direction"] not in ("down", "up"):
@@ -346,7 +367,8 @@ def _wire(run: Run) -> list[str]:
     num = int(run.rounds["num_clients"].sum())
     if num:
         lines.append(
-            f"          a client and round: down {as_bytes(sizes['down'] / num)}, up {as_bytes(sizes['up'] / num)}"
+            f"          a client and round: down {as_bytes(sizes['down'] / num)}, up "
+            f"{as_bytes(sizes['up'] / num)}"
         )
     return lines
 
@@ -373,13 +395,18 @@ def _seconds(run: Run) -> list[str]:
     if known_ones := [value for value in beyond if not math.isnan(value)]:
         shown.append(f"overhead {as_seconds(statistics.median(known_ones))} a client and round")
         legend = [
-            "          overhead = local work other than training: loading and saving states, sending, waiting"
+            (
+                "          overhead = local work other than training: loading and saving "
+                "states, sending, waiting"
+            )
         ]
     return [*wrapped("seconds   ", [*reused, *shown]), *legend]
 
 
 def _beyond_training(run: Run, row: np.void) -> float:
-    """Seconds of a round's local work that are not training, by client, at the rank that trained longest."""
+    """Seconds of a round's local work that are not training, by client, at the rank that trained
+    longest.
+    """
     clients = run.clients[run.clients["round"] == row["round"]]
     training = np.nan_to_num(clients["seconds_model"]) + np.nan_to_num(clients["seconds_prompt"])
     by_rank = {rank: training[clients["rank"] == rank] for rank in set(clients["rank"].tolist())}

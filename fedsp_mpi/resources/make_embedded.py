@@ -1,15 +1,17 @@
-"""Makes the embedded default from one seed: a small world, a GPT-2 trained on sentences about it, and questions.
+"""Makes the embedded default from one seed: a small world, a GPT-2 trained on sentences about it,
+and questions.
 
     python -m fedsp_mpi.resources.make_embedded DEST
 
-The world: 160 invented people, each with a home, a job, a pet, ...: 1280 facts. The model reads plain sentences ("The
-job of Mobu , they say , is baker .") for about two minutes: long enough to learn the language and which things are
-homes, jobs or pets, too short to learn who has which. A question shows four facts of one person and asks for one of
-them in words that the model never read ("Question: Which profession goes with Mobu?"). Without a prompt that tells it
-what these words mean it can only guess.
+The world: 160 invented people, each with a home, a job, a pet, ...: 1280 facts. The model reads
+plain sentences ("The job of Mobu , they say , is baker .") for about two minutes: long enough to
+learn the language and which things are homes, jobs or pets, too short to learn who has which. A
+question shows four facts of one person and asks for one of them in words that the model never read
+("Question: Which profession goes with Mobu?"). Without a prompt that tells it what these words mean
+it can only guess.
 
-All randomness is keyed by SEED; on one machine the files come out bit for bit the same. Nothing imports this file at
-run time, so it may use torch, transformers and tokenizers directly.
+All randomness is keyed by SEED; on one machine the files come out bit for bit the same. Nothing
+imports this file at run time, so it may use torch, transformers and tokenizers directly.
 """
 
 from __future__ import annotations
@@ -39,7 +41,8 @@ PAD, EOS, UNKNOWN = SPECIAL = ("<pad>", "<eos>", "<unk>")
 PAD_ID = SPECIAL.index(PAD)
 
 
-# Two lines a relation: noun and verb of the sentences, the word of the questions; then the NUM_VALUES things it can be.
+# Two lines a relation: noun and verb of the sentences, the word of the questions; then the
+# NUM_VALUES things it can be.
 RELATIONS_TABLE = """
 home, lives in, village
 Abren Calm Dorrow Ester Fenn Garth Holm Ister Jorv Kell Lorn Marn Nesk Orth Pell Quern
@@ -128,7 +131,9 @@ def invent_people(draw: random.Random) -> list[str]:
 
 @dataclass(frozen=True)
 class World:
-    """Who lives in it, and what is true of them: facts[person][noun] = value, all values equally often."""
+    """Who lives in it, and what is true of them: facts[person][noun] = value, all values equally
+    often.
+    """
 
     people: list[str]
     facts: dict[str, dict[str, str]]
@@ -183,7 +188,9 @@ def write_data(world: World, folder: Path) -> None:
 
 
 def make_tokenizer(world: World) -> tuple[PreTrainedTokenizerFast, list[int]]:
-    """A tokenizer with one token a word, its leading blank included, and the ids of the words of no sentence."""
+    """A tokenizer with one token a word, its leading blank included, and the ids of the words of no
+    sentence.
+    """
     split = pre_tokenizers.ByteLevel(add_prefix_space=False)
 
     def words(texts: list[str]) -> set[str]:
@@ -212,13 +219,17 @@ def make_tokenizer(world: World) -> tuple[PreTrainedTokenizerFast, list[int]]:
 
 @dataclass(frozen=True)
 class Training:
-    """How the model is made. One sentence is one row: a sentence starts at position 0, as a question does.
+    """How the model is made. One sentence is one row: a sentence starts at position 0, as a
+    question does.
 
     Attributes:
-        num_tied: steps at the start in which all layers stay equal; then each goes its own way (progressive stacking).
-            It keeps the layers alike, so that one of them can stand in for all in an auxiliary model.
-        unheard: share of the words that are read as unknown ones, which teaches the model to bear words it never met.
-        unheard_std: an unknown word is a new N(0, std) vector each time. Words of no sentence keep one for good.
+        num_tied: steps at the start in which all layers stay equal; then each goes its own way
+            (progressive stacking). It keeps the layers alike, so that one of them can stand in for
+            all in an auxiliary model.
+        unheard: share of the words that are read as unknown ones, which teaches the model to bear
+            words it never met.
+        unheard_std: an unknown word is a new N(0, std) vector each time. Words of no sentence keep
+            one for good.
     """
 
     num_layers: int = 3
@@ -274,7 +285,9 @@ def batches(
 
 
 def loss_of(model: GPT2LMHeadModel, ids: torch.Tensor, how: Training) -> torch.Tensor:
-    """Next-token cross entropy of ids [batch, length]; a share of the words is read as unknown ones."""
+    """Next-token cross entropy of ids [batch, length]; a share of the words is read as unknown
+    ones.
+    """
     words = model.transformer.wte(ids)
     is_unheard = torch.rand(ids.shape) < how.unheard
     vectors = torch.where(is_unheard[..., None], torch.randn(words.shape) * how.unheard_std, words)
@@ -293,7 +306,9 @@ def tie_gradients(model: GPT2LMHeadModel) -> None:
 def train(
     world: World, tokenizer: PreTrainedTokenizerFast, unread: list[int], how: Training
 ) -> GPT2LMHeadModel:
-    """Train from SEED, with a short warm-up and a cosine to zero; the vectors of the `unread` words do not move."""
+    """Train from SEED, with a short warm-up and a cosine to zero; the vectors of the `unread` words
+    do not move.
+    """
     torch.manual_seed(rng.key(SEED, "model"))
     model = make_model(tokenizer, how, unread)
     kept = model.transformer.wte.weight[unread].detach().clone()
@@ -317,7 +332,10 @@ def train(
 
 
 def main(destination: str, how: Training = Training()) -> None:
-    """Write DEST/data and DEST/model. The number of threads is fixed, because it decides the order of sums."""
+    """Write DEST/data and DEST/model.
+
+    The number of threads is fixed, because it decides the order of sums.
+    """
     torch.set_num_threads(1)
     world = World.make()
     write_data(world, Path(destination) / "data")

@@ -1,4 +1,6 @@
-"""How the server comes to its auxiliary model: by distillation, or from an earlier run that made the same."""
+"""How the server comes to its auxiliary model: by distillation, or from an earlier run that made
+the same.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,8 @@ def auxiliary_model(
     is_resumed: bool,
     digest: str | None = None,
 ) -> tuple[LanguageModel, dict[str, Any]]:
-    """The clients' model, which is the aligned auxiliary model, and the story of its distillation, on rank 0.
+    """The clients' model, which is the aligned auxiliary model, and the story of its distillation,
+    on rank 0.
 
     Where weights are what travels, or clients hold no model, it is the global model itself.
 
@@ -54,7 +57,8 @@ def auxiliary_model(
         folder: of the run; the auxiliary model is written into it, and looked for beside it.
         log: told what happens.
         stop: asked in each step of the distillation.
-        is_resumed: the run goes on; its auxiliary model is in `folder` then. A missing or damaged one is made anew.
+        is_resumed: the run goes on; its auxiliary model is in `folder` then. A missing or damaged
+            one is made anew.
         digest: of the global model's weights, where it is known.
 
     Raises StoppedError if `stop` said so.
@@ -75,13 +79,15 @@ def auxiliary_model(
         notes = auxiliary.read_recipe(target)
         if notes["recipe"] != recipe:
             log.say(
-                "auxiliary model: made with other versions or on another device; equal bits are not promised"
+                "auxiliary model: made with other versions or on another device; equal bits "
+                "are not promised"
             )
         return small.beside(model), notes["distillation"]
     if small is not None:
         story = auxiliary.read_recipe(source)["distillation"] | {"reused_from": str(source)}
         log.say(
-            f"auxiliary model: taken from {source}, distilled by the same recipe (distillation.reuse)"
+            f"auxiliary model: taken from {source}, distilled by the same recipe "
+            "(distillation.reuse)"
         )
     else:
         keep = partial(_put_away, place, recipe)
@@ -98,7 +104,10 @@ def _put_away(place: Checkpoints, recipe: dict[str, Any], state: State) -> None:
 
 
 def help_to_distil(materials: Materials, model: LanguageModel, team: Team, stop: Stop) -> None:
-    """The part of the server's other ranks in `auxiliary_model`. Raises StoppedError if `stop` said so on any rank."""
+    """The part of the server's other ranks in `auxiliary_model`.
+
+    Raises StoppedError if `stop` said so on any rank.
+    """
     if materials.config.tunes_weights or materials.config.asks_server:
         return
     distils, folder, recipe = team.tell()
@@ -126,7 +135,8 @@ def _distilled(
     batches = Batches(texts, stage.batch_size, stage.micro_batch, seed, "distillation", part=part)
     done = distil(small, model, batches, config.distillation, seed, log, stop, team, progress)
     log.say(
-        f"distilled in {stage.steps} steps, {duration(done.trace.seconds)}, loss {done.trace.first:.4f} -> "
+        f"distilled in {stage.steps} steps, {duration(done.trace.seconds)}, loss "
+        f"{done.trace.first:.4f} -> "
         f"{done.trace.last:.4f}, by {done.engine} {done.engine_version}"
     )
     return small, story | {
@@ -164,7 +174,8 @@ def _fitted_bridge(
         Side(small, below, bridge), Side(model, first, goal), texts, settings, seed, team, stop
     )
     log.say(
-        f"bridge fitted to {fit.texts} texts in {duration(fit.seconds)}; it leaves {fit.unexplained_answers:.0%} of "
+        f"bridge fitted to {fit.texts} texts in {duration(fit.seconds)}; it leaves "
+        f"{fit.unexplained_answers:.0%} of "
         f"the variance unexplained where answers are due, {fit.unexplained:.0%} over all tokens"
     )
     return {f"bridge_{key}": value for key, value in asdict(fit).items()}
@@ -203,7 +214,9 @@ def _recipe(
 def _reused(
     runs: Path, recipe: dict[str, Any], compute: Compute, log: Log
 ) -> tuple[LanguageModel | None, Path]:
-    """The auxiliary model of an earlier run of this user by the same recipe, if it is whole, and its folder."""
+    """The auxiliary model of an earlier run of this user by the same recipe, if it is whole, and
+    its folder.
+    """
     for path in sorted(runs.glob(f"*/auxiliary/{auxiliary.RECIPE}"), reverse=True):
         source = path.parent
         if not _has_recipe(source, recipe):
@@ -212,7 +225,8 @@ def _reused(
             log.say(f"auxiliary model: {source} belongs to another user and is not taken")
         elif not (source / ownership.MANIFEST).exists():
             log.say(
-                f"auxiliary model: {source} has no digests, which earlier versions did not write, and is not taken"
+                f"auxiliary model: {source} has no digests, which earlier versions did not "
+                "write, and is not taken"
             )
         elif (small := _reloaded(source, compute, log)) is not None:
             return small, source
@@ -220,7 +234,9 @@ def _reused(
 
 
 def _reloaded(source: Path, compute: Compute, log: Log) -> LanguageModel | None:
-    """The auxiliary model in a folder; None, with a line that says why, if its bytes are not what was written."""
+    """The auxiliary model in a folder; None, with a line that says why, if its bytes are not what
+    was written.
+    """
     try:
         auxiliary.read_recipe(source)
         if not fingerprint.require_listed(source):

@@ -45,12 +45,13 @@ class Method:
     """How the objects of one method are made.
 
     Attributes:
-        server: one server around a global model; of two servers each has its own. The last argument is the clients'
-            model, for a server that learns from what comes of it; the control has none.
-        handout: from a server and the clients' model, what is handed out: the configuration of that model, tensors, and
-            what may travel afterwards.
-        client: the clients of one process. The last two arguments are what the server answers to a client's question,
-            and what hears of their steps.
+        server: one server around a global model; of two servers each has its own. The last argument
+            is the clients' model, for a server that learns from what comes of it; the control has
+            none.
+        handout: from a server and the clients' model, what is handed out: the configuration of that
+            model, tensors, and what may travel afterwards.
+        client: the clients of one process. The last two arguments are what the server answers to a
+            client's question, and what hears of their steps.
     """
 
     server: Callable[[Materials, LanguageModel, Compute, Team, LanguageModel | None], Server]
@@ -59,7 +60,9 @@ class Method:
 
 
 def global_model(materials: Materials, compute: Compute) -> LanguageModel:
-    """Load the global model: frozen and sealed, or trainable. Raises ValueError if its weights cannot be read."""
+    """Load the global model: frozen and sealed, or trainable. Raises ValueError if its weights
+    cannot be read.
+    """
     settings = materials.config.model
     return backbone.load_global(
         materials.model_name,
@@ -74,7 +77,9 @@ def global_model(materials: Materials, compute: Compute) -> LanguageModel:
 
 @dataclass(frozen=True)
 class Servers:
-    """The server of the algorithm, and the same without clients: the server-only control, if it is asked for."""
+    """The server of the algorithm, and the same without clients: the server-only control, if it is
+    asked for.
+    """
 
     server: Server
     control: Server | None
@@ -87,7 +92,9 @@ def servers(
     team: Team,
     small: LanguageModel | None = None,
 ) -> Servers:
-    """What a rank of the server works with, from its global model on; rank 0 has the clients' model too."""
+    """What a rank of the server works with, from its global model on; rank 0 has the clients' model
+    too.
+    """
     config, make = materials.config, METHODS[materials.config.method].server
     control = None
     if config.evaluation.server_only and config.server.tuning.steps and config.federation.clients:
@@ -103,7 +110,8 @@ def handout(
     meta: dict[str, Any],
     resumed: Checkpoint | None,
 ) -> Handout:
-    """What everybody gets once: the clients' model, the first prompts, and where clients find their earlier states.
+    """What everybody gets once: the clients' model, the first prompts, and where clients find their
+    earlier states.
 
     Args:
         small: the clients' model.
@@ -161,7 +169,9 @@ def client_side(
     ask: Ask,
     progress: RoundProgress | None = None,
 ) -> ClientSide:
-    """The clients of one process, from what the server handed out and their own text; `ask` asks it in a round."""
+    """The clients of one process, from what the server handed out and their own text; `ask` asks it
+    in a round.
+    """
     progress = progress or RoundProgress()
     compute.begin()
     client = METHODS[materials.config.method].client(materials, compute, given, ids, ask, progress)
@@ -182,7 +192,9 @@ def client_side(
 
 
 def save(materials: Materials, server: Server, tuned: NamedTensors, folder: Path) -> None:
-    """Write what a run is for: the prompt as a peft adapter, in `prompt`; or the tuned model, in `model`."""
+    """Write what a run is for: the prompt as a peft adapter, in `prompt`; or the tuned model, in
+    `model`.
+    """
     if server.prompt:
         task = PEFT_TASKS[server.model.kind]
         write_adapter(folder / "prompt", tuned, materials.prompt_spec, materials.model_name, task)
@@ -201,7 +213,8 @@ def scoring_model(materials: Materials, model: LanguageModel) -> LanguageModel:
     return model
 
 
-# -- the parts of each method --------------------------------------------------------------------------------------
+# -- the parts of each method
+# --------------------------------------------------------------------------------------
 
 
 def _prompt_server(
@@ -348,7 +361,8 @@ def _watched(
     prompt: Prompt | None,
     ids: Sequence[int],
 ) -> Client:
-    """The clients of a process; those of them that are poisoned tell how well the attack works on what they tuned.
+    """The clients of a process; those of them that are poisoned tell how well the attack works on
+    what they tuned.
 
     `model` and `prompt` are what the clients work in.
     """
@@ -479,7 +493,9 @@ def _clients_model(
 
 
 def _usable(shard: Callable[[int], Made], id: int) -> Made | ShardError:
-    """A client's text, or why it cannot be used: one owner's text is not a reason to stop the others."""
+    """A client's text, or why it cannot be used: one owner's text is not a reason to stop the
+    others.
+    """
     try:
         return shard(id)
     except ValueError as error:

@@ -20,10 +20,11 @@ def roles(rank: int, size: int, server_ranks: int) -> tuple[str, ...]:
 
 
 def devices(config: Config, here: Topology) -> dict[str, dict[str, Any]]:
-    """For each role of this rank its device's "name" and "threads"; of a GPU "uuid" and "free" bytes too.
+    """For each role of this rank its device's "name" and "threads"; of a GPU "uuid" and "free"
+    bytes too.
 
-    In place of what is not there: an "error". "emulates": the type that the role asks a CPU for and that it has no
-    units for, if there is one.
+    In place of what is not there: an "error". "emulates": the type that the role asks a CPU for and
+    that it has no units for, if there is one.
     """
     computes = {"server": config.server.compute, "client": config.client.compute}
     return {
@@ -46,7 +47,9 @@ def shared_gpus(ranks: Sequence[Mapping[str, Any]]) -> dict[str, list[int]]:
 
 
 def peak() -> dict[str, Any]:
-    """The most memory that this process has had so far, in bytes: on its "host", libraries too, and on its "device"."""
+    """The most memory that this process has had so far, in bytes: on its "host", libraries too, and
+    on its "device".
+    """
     found = {
         "host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     }  # Linux counts it in KiB
@@ -59,7 +62,8 @@ def peak() -> dict[str, Any]:
 def peaks(ranks: Sequence[Mapping[str, Any]], server_ranks: int) -> dict[str, Any]:
     """The `peak` of each role, of the rank where it is highest, and of all "ranks".
 
-    A role's is that of its device, if it has one; one process that plays all has the "server"'s only.
+    A role's is that of its device, if it has one; one process that plays all has the "server"'s
+    only.
     """
     found: dict[str, Any] = {"ranks": [dict(rank) for rank in ranks]}
     for number, rank in enumerate(ranks):
@@ -76,7 +80,9 @@ def spans(numbers: Sequence[int]) -> str:
 
 
 def has_bf16(file: Path = Path("/proc/cpuinfo")) -> bool:
-    """Whether the CPU multiplies bf16 matrices in units of its own: AMX or AVX-512 on x86, BF16 on Arm."""
+    """Whether the CPU multiplies bf16 matrices in units of its own: AMX or AVX-512 on x86, BF16 on
+    Arm.
+    """
     lines = file.read_text().splitlines() if file.exists() else []
     flags = {
         flag for line in lines if line.startswith(("flags", "Features")) for flag in line.split()

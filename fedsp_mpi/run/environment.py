@@ -35,7 +35,9 @@ def threads(hosts: list[dict[str, Any]]) -> str:
 
 
 def environment(hosts: list[dict[str, Any]]) -> dict[str, Any]:
-    """Versions, commit, machine and job of the run that begins here; `hosts` is what each rank said of itself."""
+    """Versions, commit, machine and job of the run that begins here; `hosts` is what each rank said
+    of itself.
+    """
     versions = {
         "fedsp_mpi": importlib.metadata.version("fedsp_mpi"),
         "python": platform.python_version(),
@@ -44,7 +46,10 @@ def environment(hosts: list[dict[str, Any]]) -> dict[str, Any]:
         "versions": versions | {name: importlib.metadata.version(name) for name in VERSIONS},
         "commit": _commit(),
         "hosts": hosts,
-        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {platform.system()}",
+        "machine": (
+            f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, "
+            f"{platform.system()}"
+        ),
         "job": {
             key: value
             for key, value in os.environ.items()
@@ -54,7 +59,9 @@ def environment(hosts: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _commit() -> str:
-    """The commit that the package runs from, with + if it was changed since; empty outside a checkout of its own."""
+    """The commit that the package runs from, with + if it was changed since; empty outside a
+    checkout of its own.
+    """
     root = Path(__file__).resolve().parent.parent
 
     def git(*words: str) -> str:

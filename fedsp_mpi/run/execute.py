@@ -33,17 +33,20 @@ def execute(
 ) -> Path | None:
     """Run one experiment; every rank calls this. The server gets the run's folder, the others None.
 
-    Heavy libraries are imported by the server at once and by the clients when the hand-out has come, so that ranks that
-    only wait leave the processor to the distillation.
+    Heavy libraries are imported by the server at once and by the clients when the hand-out has
+    come, so that ranks that only wait leave the processor to the distillation.
 
     Args:
-        config: checked, the same on every rank; or what is wrong with it, which all ranks then hear.
+        config: checked, the same on every rank; or what is wrong with it, which all ranks then
+            hear.
         name: the configuration's name, for a run that has none.
         log: speaks on the server only.
-        aside: speaks on every rank; that of the first which plays clients says how far these are in a long round.
+        aside: speaks on every rank; that of the first which plays clients says how far these are in
+            a long round.
 
-    Raises comm.Refused on every rank for a mistake of the user, before anything was trained where that is possible;
-    with status 75 if the run was told to stop (SIGUSR1), and with 0 if there is nothing to go on with.
+    Raises comm.Refused on every rank for a mistake of the user, before anything was trained where
+    that is possible; with status 75 if the run was told to stop (SIGUSR1), and with 0 if there is
+    nothing to go on with.
     """
     begun = time.perf_counter()
     with guard.phase("start-up"):
@@ -72,7 +75,10 @@ def execute(
 
 
 def connect(config: Config) -> Wire | Solo:
-    """The wire between all ranks. Raises comm.Refused if the launcher's processes do not see each other."""
+    """The wire between all ranks.
+
+    Raises comm.Refused if the launcher's processes do not see each other.
+    """
     try:
         return comm.connect(deadlines=comm.Deadlines(**asdict(config.deadlines)))
     except ValueError as error:
@@ -162,7 +168,10 @@ def _in_turns(
     who: str,
     server: ServerRun | None,
 ) -> Made | None:
-    """What `make` gives on each rank that is in a turn, turn by turn. A mistake found on one is told to all."""
+    """What `make` gives on each rank that is in a turn, turn by turn.
+
+    A mistake found on one is told to all.
+    """
     start, made, error = time.perf_counter(), None, None
     with guard.phase(f"{who} set-up"):
         for turn in turns:
@@ -180,10 +189,11 @@ def _in_turns(
 
 
 def reading_turns(hosts: list[str]) -> list[set[int]]:
-    """Which ranks read model and data at the same time, so that those of one host never fill its cache together.
+    """Which ranks read model and data at the same time, so that those of one host never fill its
+    cache together.
 
-    The first on the server's host was the server; on any other it is the lowest rank. Where no rank needs to wait, all
-    take one turn.
+    The first on the server's host was the server; on any other it is the lowest rank. Where no rank
+    needs to wait, all take one turn.
 
     Args:
         hosts: by rank.
@@ -221,7 +231,8 @@ def _first_mistake(hosts: list[dict[str, Any]]) -> comm.Refused | None:
             else {"pid": int, "device": str, "devices": dict, "config": dict}
         )
         require_fields(host, rank, {"host": str, **about})
-        # The guard signals these processes when a rank hangs; 0 and negative numbers would mean whole groups of them.
+        # The guard signals these processes when a rank hangs; 0 and negative numbers would mean
+        # whole groups of them.
         if host.get("pid", 2) < 2 or not host["host"].isprintable():
             raise ProtocolError(
                 f"rank {rank}: found process {host.get('pid')} on {host['host']!r}, which cannot be"
@@ -232,7 +243,8 @@ def _first_mistake(hosts: list[dict[str, Any]]) -> comm.Refused | None:
     for host, config in zip(hosts, configs):
         if changed := differences(configs[0], config):
             return comm.Refused(
-                f"configuration: found another one on host {host['host']} than on the server's ({'; '.join(changed)}), "
+                f"configuration: found another one on host {host['host']} than on the server's "
+                f"({'; '.join(changed)}), "
                 "expected the same on every rank; put the file where all hosts see it"
             )
     return None

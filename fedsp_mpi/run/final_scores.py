@@ -15,7 +15,9 @@ from fedsp_mpi.run.inputs import Materials
 
 
 def candidates(here: ServerSide, name: str, zero_shot: bool) -> dict[str, Best | None]:
-    """What can be scored: what had the lowest validation loss, by method; None is the global model as it was."""
+    """What can be scored: what had the lowest validation loss, by method; None is the global model
+    as it was.
+    """
     none: dict[str, Best | None] = {"zero-shot": None} if zero_shot else {}
     control = {"server-only": here.control_best} if here.control_best else {}
     return {**none, **control, name: here.best}

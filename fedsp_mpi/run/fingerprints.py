@@ -1,7 +1,8 @@
-"""What a run reads from outside, as digests: a run that goes on must read the same, or it would be two in one record.
+"""What a run reads from outside, as digests: a run that goes on must read the same, or it would be
+two in one record.
 
-Every rank takes the digests of what it reads itself, after tokenisation. The record keeps them all, and each checkpoint
-one digest of them together.
+Every rank takes the digests of what it reads itself, after tokenisation. The record keeps them all,
+and each checkpoint one digest of them together.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ UNUSABLE = "unusable"  # in the place of the digest of a text that could not be 
 
 
 def of_server(materials: Materials, model: LanguageModel) -> dict[str, str]:
-    """Digests of what the server reads: the global model's weights, its own texts, the splits that it scores.
+    """Digests of what the server reads: the global model's weights, its own texts, the splits that
+    it scores.
 
     Tokenises what is not tokenised yet. Raises ValueError if that cannot be done.
     """
@@ -58,7 +60,8 @@ def require_own(digests: Mapping[str, Any], rank: int, ids: Iterable[int]) -> No
     for name, digest in digests.items():
         if name not in names or not isinstance(digest, str) or len(digest) > _LONGEST:
             raise ProtocolError(
-                f"rank {rank}: found digests that are not of texts of its clients, expected those alone"
+                f"rank {rank}: found digests that are not of texts of its clients, "
+                "expected those alone"
             )
 
 
@@ -68,7 +71,9 @@ def combined(digests: Mapping[str, str]) -> str:
 
 
 def changed(before: Mapping[str, Any], now: Mapping[str, str]) -> str:
-    """The names of the inputs that both have and that differ, for a message; empty if there are none."""
+    """The names of the inputs that both have and that differ, for a message; empty if there are
+    none.
+    """
     names = [name for name, digest in now.items() if before.get(name, digest) != digest]
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     return ", ".join(names[:_SHOWN]) + more
@@ -78,6 +83,7 @@ def require_same(folder: Any, before: Mapping[str, Any], now: Mapping[str, str])
     """Raise ValueError, naming what differs, unless a run reads now what it read at its start."""
     if names := changed(before, now):
         raise ValueError(
-            f"{folder}: found other inputs than the run was begun with ({names}), expected the same; bring those back, "
+            f"{folder}: found other inputs than the run was begun with ({names}), expected "
+            "the same; bring those back, "
             "or begin another run under another run.name"
         )

@@ -1,4 +1,6 @@
-"""The folder of a run: which one it is, whether this job may write to it, and what there is to go on with."""
+"""The folder of a run: which one it is, whether this job may write to it, and what there is to go
+on with.
+"""
 
 from __future__ import annotations
 
@@ -38,13 +40,15 @@ class RunFolder:
         self._lock: RunLock | None = None
 
     def take(self, inputs: Mapping[str, str | None]) -> None:
-        """Be the only job that writes to the folder, and find out whether there is a run to go on with.
+        """Be the only job that writes to the folder, and find out whether there is a run to go on
+        with.
 
         Args:
             inputs: the paths that the run reads, by their keys.
 
         Raises:
-            ValueError: the folder is not that of a run, holds an input or another run; or there is none to go on with.
+            ValueError: the folder is not that of a run, holds an input or another run; or there is
+            none to go on with.
             RecordError: it cannot be written.
             comm.Refused: the run is complete, with status 0.
         """
@@ -59,7 +63,8 @@ class RunFolder:
         self.goes_on = settings.resume != "never" and (self.path / "run.h5").exists()
         if settings.resume == "must" and not self.goes_on:
             raise ValueError(
-                f"run.resume: found no run in {self.path}, expected one to go on from; name it with --name, or take "
+                f"run.resume: found no run in {self.path}, expected one to go on from; name it "
+                "with --name, or take "
                 "--resume auto to begin it where there is none"
             )
         if self.goes_on:
@@ -68,7 +73,10 @@ class RunFolder:
             require_free(self.path)
 
     def clear(self) -> None:
-        """Remove what an earlier run, or one that was killed before it began, has written here. Raises RecordError."""
+        """Remove what an earlier run, or one that was killed before it began, has written here.
+
+        Raises RecordError.
+        """
         from fedsp_mpi.record import atomic
 
         with atomic.writing(self.path, "no run was started"):
@@ -77,7 +85,9 @@ class RunFolder:
                 ownership.make_folder(self.path, private=True)
 
     def give_back(self) -> None:
-        """After a refusal: leave nothing behind where there was nothing, so that the next try is not refused for it."""
+        """After a refusal: leave nothing behind where there was nothing, so that the next try is
+        not refused for it.
+        """
         if self._lock is not None:
             self._lock.release(
                 delete=[path.name for path in self.path.iterdir()] == [ownership.LOCK]
@@ -98,8 +108,10 @@ class RunFolder:
             )
         if changed := changed_keys(run.config, asdict(self._config)):
             raise ValueError(
-                f"{self.path}: found another configuration than the run was begun with ({'; '.join(changed)}), "
-                f"expected the same; go on with {resume_command(self.path, run.config)}, or choose another run.name"
+                f"{self.path}: found another configuration than the run was begun with "
+                f"({'; '.join(changed)}), "
+                f"expected the same; go on with {resume_command(self.path, run.config)}, or "
+                "choose another run.name"
             )
 
 

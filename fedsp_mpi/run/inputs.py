@@ -37,7 +37,8 @@ RESOURCES = Path(__file__).parent / "resources"
 class Materials:
     """What a configuration says about model and data, read when it is first asked for.
 
-    Nothing here loads weights. `check` asks for all of it, so that every mistake that can be found without weights is.
+    Nothing here loads weights. `check` asks for all of it, so that every mistake that can be found
+    without weights is.
     """
 
     def __init__(self, config: Config) -> None:
@@ -81,7 +82,10 @@ class Materials:
 
     @cached_property
     def task(self) -> tasks.Task:
-        """What a row of the data says, in the task's own words or in the user's. Raises ConfigError on the latter."""
+        """What a row of the data says, in the task's own words or in the user's.
+
+        Raises ConfigError on the latter.
+        """
         data = self.config.data
         return templates.reworded(tasks.find(data.task), data.template, data.verbaliser)
 
@@ -102,7 +106,10 @@ class Materials:
 
     @cached_property
     def warnings(self) -> tuple[str, ...]:
-        """Notes on rows that are left out, or scored otherwise than their text says. They cost a look at the test."""
+        """Notes on rows that are left out, or scored otherwise than their text says.
+
+        They cost a look at the test.
+        """
         _, left_out = self._splits
         if self.fills_gaps:
             return left_out
@@ -152,7 +159,8 @@ class Materials:
             or self.task.metric != "multiple_choice"
         ):
             raise ConfigError(
-                f"{key}: found {value} with {self.config.data.task}, whose examples have no classes in common, "
+                f"{key}: found {value} with {self.config.data.task}, whose examples have no "
+                "classes in common, "
                 f"expected a task with one set of choices; {advice}"
             )
 
@@ -205,7 +213,8 @@ class Materials:
 
     @cached_property
     def candidates(self) -> torch.Tensor | None:
-        """Sorted ids of the tokens that the task's choices are made of; None: losses are over the whole vocabulary.
+        """Sorted ids of the tokens that the task's choices are made of; None: losses are over the
+        whole vocabulary.
 
         Raises ConfigError if they are asked for and the examples do not all have the same choices.
         """
@@ -218,8 +227,10 @@ class Materials:
             if over == "auto":
                 return None
             raise ConfigError(
-                f"data.loss_over: found choices with {self.config.data.task}, whose examples have {len(found)} "
-                "different sets of choices, expected a task with one set for all; set it to auto or vocabulary"
+                f"data.loss_over: found choices with {self.config.data.task}, whose examples "
+                f"have {len(found)} "
+                "different sets of choices, expected a task with one set for all; set it to "
+                "auto or vocabulary"
             )
         return torch.tensor(
             sorted({token for row in self._choice_tokens for ids in row for token in ids})
@@ -236,7 +247,9 @@ class Materials:
 
     @cached_property
     def _choice_tokens(self) -> list[list[tuple[int, ...]]]:
-        """The tokens of the choices that all examples have, behind each way in which contexts end, or in a gap."""
+        """The tokens of the choices that all examples have, behind each way in which contexts end,
+        or in a gap.
+        """
         splits, attack = self.splits, self.config.attack
         contexts = [
             example.context for example in (*splits.train, *splits.validation, *splits.test)
@@ -257,7 +270,9 @@ class Materials:
 
     @property
     def max_length(self) -> int:
-        """Most tokens of a training text: what is left of the positions, and one more, if it is predicted, not read."""
+        """Most tokens of a training text: what is left of the positions, and one more, if it is
+        predicted, not read.
+        """
         return min(self.config.data.max_length, self._room + (0 if self.fills_gaps else 1))
 
     @property
@@ -286,7 +301,9 @@ class Materials:
 
     @property
     def words(self) -> np.ndarray:
-        """Sorted ids of the tokens that are words, or parts of them: all that mean nothing special to the tokenizer."""
+        """Sorted ids of the tokens that are words, or parts of them: all that mean nothing special
+        to the tokenizer.
+        """
         return np.setdiff1d(np.arange(len(self.tokenizer)), self.tokenizer.all_special_ids)
 
     def shard(self, participant: int) -> list[Text]:
@@ -307,7 +324,9 @@ class Materials:
 
     @cached_property
     def distillation_texts(self) -> list[Text]:
-        """What the auxiliary model is distilled on by gradient steps: plain text if there is some, else the shard."""
+        """What the auxiliary model is distilled on by gradient steps: plain text if there is some,
+        else the shard.
+        """
         settings = self.config.distillation
         if settings.text is None:
             return self.shard(0)
@@ -318,9 +337,11 @@ class Materials:
 
     @cached_property
     def questions(self) -> list[Text]:
-        """What the server asks both models, to fit a bridge and to translate: its shard, if there is no plain text.
+        """What the server asks both models, to fit a bridge and to translate: its shard, if there
+        is no plain text.
 
-        Plain text, in a random order, is asked about in the words that all texts of the server have in common.
+        Plain text, in a random order, is asked about in the words that all texts of the server have
+        in common.
         """
         config, settings = self.config, self.config.distillation
         if settings.text is None:
@@ -353,7 +374,9 @@ class Materials:
 
     @cached_property
     def triggered_test(self) -> list[scoring.Question]:
-        """The test questions of other classes than the attacker's, triggered, its answer right; none without attack."""
+        """The test questions of other classes than the attacker's, triggered, its answer right;
+        none without attack.
+        """
         attack = self.config.attack
         if attack.target is None:
             return []
@@ -372,7 +395,9 @@ class Materials:
         return Batches(texts, stage.batch_size, stage.micro_batch, seed, *whose, part=part)
 
     def first_prompt(self, model: backbone.LanguageModel) -> Prompt:
-        """The prompts that everybody begins with, at the depth of the global model `model`, on the CPU."""
+        """The prompts that everybody begins with, at the depth of the global model `model`, on the
+        CPU.
+        """
         prompt, settings = Prompt(self.prompt_spec), self.config.prompt
         if settings.init == "random":
             return prompt.initialise(self.config.run.seed, settings.init_std)
@@ -382,7 +407,8 @@ class Materials:
             [ids] = token_ids(self.tokenizer, [settings.init_text])
         if not ids:
             raise ConfigError(
-                "prompt.init_text: found a text without a token to this tokenizer, expected one at least; write another"
+                "prompt.init_text: found a text without a token to this tokenizer, expected "
+                "one at least; write another"
             )
         tokens = torch.tensor((ids * settings.num_tokens)[: settings.num_tokens])
         if settings.kind == "input":
@@ -418,7 +444,8 @@ class Materials:
         vocabulary = self.model_config.vocab_size
         if len(self.tokenizer) > vocabulary:
             raise ConfigError(
-                f"model.tokenizer: found {len(self.tokenizer)} tokens, expected at most the model's {vocabulary}; "
+                f"model.tokenizer: found {len(self.tokenizer)} tokens, expected at most the "
+                f"model's {vocabulary}; "
                 "name the tokenizer that belongs to the model"
             )
         _ = self.shard(0), self.validation
@@ -427,18 +454,22 @@ class Materials:
             _ = self.questions
 
     def _check_family(self) -> None:
-        """Raise ConfigError if a model that fills in gaps is asked for what only a causal one can do."""
+        """Raise ConfigError if a model that fills in gaps is asked for what only a causal one can
+        do.
+        """
         config, family = self.config, self.model_config.model_type
         if self.task.metric != "multiple_choice":
             raise ConfigError(
-                f"data.task: found {self.task.name} with a {family}, which fills in one token, expected a task of "
+                f"data.task: found {self.task.name} with a {family}, which fills in one token, "
+                "expected a task of "
                 "multiple choice, or a causal model"
             )
         if config.tunes_weights:
             return
         if config.prompt.kind == "prefix":
             raise ConfigError(
-                f"prompt.kind: found prefix with a {family}, whose encoder takes no keys and values from outside, "
+                f"prompt.kind: found prefix with a {family}, whose encoder takes no keys and "
+                "values from outside, "
                 "expected input"
             )
         whole = (
@@ -447,13 +478,15 @@ class Materials:
         )
         if config.distils or config.translates or not whole:
             raise ConfigError(
-                f"auxiliary: found a part of the model, or steps that align it, with a {family}, expected the whole "
+                "auxiliary: found a part of the model, or steps that align it, with a "
+                f"{family}, expected the whole "
                 "model, as in configs/methods/fedprompt.yaml"
             )
 
 
 def expected_work(materials: Materials) -> list[float]:
-    """What each client's round costs, relative to the others: steps are equal, texts are not equally long.
+    """What each client's round costs, relative to the others: steps are equal, texts are not
+    equally long.
 
     Where they search, they run over all that they have.
     """

@@ -20,8 +20,8 @@ def chosen(materials: Materials, round: int) -> list[int]:
 def expected(materials: Materials, rank_of: Mapping[int, int], round: int) -> Expected:
     """Who answers in a round, from which rank, and with how many samples at most.
 
-    A client that searches weighs as much as it has examples, poisoned copies among them; one that trains, as many as
-    its steps process.
+    A client that searches weighs as much as it has examples, poisoned copies among them; one that
+    trains, as many as its steps process.
     """
     config = materials.config
     stage = config.client.tuning

@@ -1,4 +1,6 @@
-"""What the server's other ranks do before the first round and after the last, where the server is more than rank 0."""
+"""What the server's other ranks do before the first round and after the last, where the server is
+more than rank 0.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,8 @@ if TYPE_CHECKING:
 
 
 class HelperRun:
-    """A rank that holds the global model and shares the server's work. It decides nothing and writes nothing.
+    """A rank that holds the global model and shares the server's work. It decides nothing and
+    writes nothing.
 
     Args:
         config: the run's.

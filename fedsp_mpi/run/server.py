@@ -1,4 +1,6 @@
-"""What the server does before the first round and after the last: checks, record, preparation, scores."""
+"""What the server does before the first round and after the last: checks, record, preparation,
+scores.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +57,8 @@ class ServerRun:
         self._assignment: list[tuple[int, ...]]
 
     def refusal(self, wire: Wire | Solo) -> comm.Refused | None:
-        """Find every mistake that can be found without training, and open the record. The first one, or None.
+        """Find every mistake that can be found without training, and open the record. The first
+        one, or None.
 
         The weights are read last, when everything else is known to be right.
         """
@@ -86,7 +89,9 @@ class ServerRun:
         return None
 
     def meeting_point(self) -> tuple[str, int, list[str]] | None:
-        """What the server's other ranks hear, if there are some: where to find this one, and the hosts of all ranks."""
+        """What the server's other ranks hear, if there are some: where to find this one, and the
+        hosts of all ranks.
+        """
         if self._num_servers == 1:
             return None
         return self._meeting.address, self._meeting.port, [host["host"] for host in self.hosts]
@@ -99,7 +104,8 @@ class ServerRun:
                 self.record.finish("stopped" if stopped else "failed", one_line(error))
 
     def prepare(self) -> tuple[comm.Handout | None, comm.Refused | None]:
-        """Distil the auxiliary model, describe all models in the record, and give what goes to the clients.
+        """Distil the auxiliary model, describe all models in the record, and give what goes to the
+        clients.
 
         A verdict instead, if the run was told to stop meanwhile.
         """
@@ -146,7 +152,10 @@ class ServerRun:
         return comm.Refused(f"told to stop after round {rounds}; go on with {again}", STOPPED)
 
     def heard(self, ready: list[dict[str, Any]], who: str) -> comm.Refused | None:
-        """Take note that ranks are ready, and of what they read. The first mistake that one of them found, or None."""
+        """Take note that ranks are ready, and of what they read.
+
+        The first mistake that one of them found, or None.
+        """
         for rank, answer in enumerate(ready):
             require_fields(
                 answer, rank, {"seconds": (int, float), "error": (str, type(None)), "texts": dict}
@@ -177,7 +186,7 @@ class ServerRun:
         from fedsp_mpi.record import Checkpoints
         from fedsp_mpi.record.tables import wire_rows
         from fedsp_mpi.roles import Archive
-        from fedsp_mpi.run import build, participation
+        from fedsp_mpi.run import build, fingerprints, participation
 
         ranks = {
             client: rank for rank, ids in enumerate(given.meta["assignment"]) for client in ids
@@ -200,7 +209,10 @@ class ServerRun:
         return here
 
     def finish(self, here: ServerSide, wire: Wire | Solo) -> bool:
-        """Write what was tuned, score, close the record. False if the run was told to stop before the last score."""
+        """Write what was tuned, score, close the record.
+
+        False if the run was told to stop before the last score.
+        """
         from fedsp_mpi.federate import manifest
         from fedsp_mpi.run import build
         from fedsp_mpi.run.final_scores import score_all
@@ -229,14 +241,17 @@ class ServerRun:
         return True
 
     def _name_lost_clients(self) -> None:
-        """Say which clients took part and have no share in what was tuned: the run looks complete without them."""
+        """Say which clients took part and have no share in what was tuned: the run looks complete
+        without them.
+        """
         from fedsp_mpi.record.tables import never_merged
 
         lost = never_merged(self.record.run.clients)
         if not lost:
             return
         self.log.say(
-            f"{len(lost)} of {self.config.federation.clients} clients took part, and in no round was their update "
+            f"{len(lost)} of {self.config.federation.clients} clients took part, and in no "
+            "round was their update "
             "merged; correct what is wrong with them, and run again:"
         )
         for client, reason in sorted(lost.items())[:_SHOWN]:
@@ -258,7 +273,8 @@ class ServerRun:
             )
         if servers > 1 and found <= servers:
             raise ValueError(
-                f"topology.server_ranks: found {servers} with {found} ranks, expected at least one rank more, for the "
+                f"topology.server_ranks: found {servers} with {found} ranks, expected at least "
+                "one rank more, for the "
                 f"clients; start {servers + 1} processes or more"
             )
         self._spread(wire, [1.0] * self.config.federation.clients)
@@ -266,7 +282,8 @@ class ServerRun:
             ranks for ranks in devices.shared_gpus(self.hosts[:servers]).values() if len(ranks) > 1
         ]:
             raise ValueError(
-                f"topology.server_ranks: found ranks {shared[0]} on one GPU, expected one for each; start them where "
+                f"topology.server_ranks: found ranks {shared[0]} on one GPU, expected one for "
+                "each; start them where "
                 f"there are {servers} GPUs, or set server.compute.device=cpu"
             )
 
@@ -281,6 +298,7 @@ class ServerRun:
 
     def _open_record(self) -> None:
         """Begin a record, or go on with the one that is there."""
+        from fedsp_mpi.run import fingerprints
 
         self._inputs = fingerprints.of_server(self.materials, self._model)
         if self._place.goes_on:
@@ -290,6 +308,7 @@ class ServerRun:
 
     def _go_on(self) -> None:
         from fedsp_mpi.record import Checkpoints, RunRecord, read
+        from fedsp_mpi.run import fingerprints
 
         before = read(self.folder).sections.get(fingerprints.SECTION, {})
         fingerprints.require_same(self.folder, before, self._inputs)
@@ -303,10 +322,12 @@ class ServerRun:
         self.record = RunRecord.open(self.folder)
         if done > (rounds := self.record.run.committed_rounds):
             raise ValueError(
-                f"{self.folder}: found a checkpoint of round {done} and a record of {rounds} rounds, expected them of "
+                f"{self.folder}: found a checkpoint of round {done} and a record of {rounds} "
+                "rounds, expected them of "
                 "one run; choose another run.name"
             )
-        # The noise of rounds that are done again is new, and so is that of the one that was under way.
+        # The noise of rounds that are done again is new, and so is that of the one that was under
+        # way.
         self._rounds_again = (
             self.record.run.sections.get("privacy", {}).get("rounds_again", 0) + rounds - done + 1
         )
@@ -352,23 +373,31 @@ class ServerRun:
         )
 
     def _require_own_checkpoint(self, before: dict[str, Any]) -> None:
-        """Raise ValueError if the checkpoint was made from other inputs than the record; say so if it has no digest."""
+        """Raise ValueError if the checkpoint was made from other inputs than the record; say so if
+        it has no digest.
+        """
+        from fedsp_mpi.run import fingerprints
 
         if self.resumed is None:
             return
         if not before or self.resumed.inputs is None:
             self.log.say(
-                "checkpoint: has no digests of texts and weights; whether they are the same is not checked"
+                "checkpoint: has no digests of texts and weights; whether they are the same "
+                "is not checked"
             )
         elif self.resumed.inputs != fingerprints.combined(before):
             raise ValueError(
-                f"{self.folder}: found a checkpoint of round {self.resumed.round} that was made from other texts or "
-                "weights than the record, expected them of one run; copy the whole run folder again, or choose another "
+                f"{self.folder}: found a checkpoint of round {self.resumed.round} that was made "
+                "from other texts or "
+                "weights than the record, expected them of one run; copy the whole run folder "
+                "again, or choose another "
                 "run.name"
             )
 
     def _privacy(self) -> dict[str, Any]:
-        """What is promised to clients whose updates get noise: epsilon of a round, and of all if they are in each."""
+        """What is promised to clients whose updates get noise: epsilon of a round, and of all if
+        they are in each.
+        """
         settings, again = self.config.client.privacy, self._rounds_again
         if settings.epsilon is None:
             return {}
@@ -379,11 +408,14 @@ class ServerRun:
         }
 
     def _whose_settings(self) -> str:
-        """Where the settings come from, if they were made for another model than the one that is tuned."""
+        """Where the settings come from, if they were made for another model than the one that is
+        tuned.
+        """
         if not self._is_embedded or self.config.model.name == "embedded":
             return ""
         return (
-            ", with the settings of the embedded default, which suit its tiny model; for others begin from "
+            ", with the settings of the embedded default, which suit its tiny model; for "
+            "others begin from "
             "configs/smollm2/arc_easy.yaml"
         )
 
@@ -421,17 +453,20 @@ class ServerRun:
             f"{len(splits.train)} train ({len(shards[0])} the server's, about {each} each client's)"
         )
         say(
-            f"data      {config.data.task}: {train}, {len(splits.validation)} validation, {len(splits.test)} test"
+            f"data      {config.data.task}: {train}, {len(splits.validation)} validation, "
+            f"{len(splits.test)} test"
         )
         for note in self.materials.notes:
             say(f"          {note}")
         for told in self._privacy().values():
             say(
-                f"privacy   an update's epsilon is {told['epsilon']:g}, of all rounds {told['epsilon_all']:g}"
+                f"privacy   an update's epsilon is {told['epsilon']:g}, of all rounds "
+                f"{told['epsilon_all']:g}"
             )
         if config.asks_server:
             say(
-                "privacy   clients hold no model: their text goes to the server (search.forward=server)"
+                "privacy   clients hold no model: their text goes to the server "
+                "(search.forward=server)"
             )
         say(f"folder    {self.folder}")
 

@@ -1,4 +1,6 @@
-"""The bridge of an auxiliary model, in closed form: ridge regression onto the states of the global model behind it."""
+"""The bridge of an auxiliary model, in closed form: ridge regression onto the states of the global
+model behind it.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ _BATCH = 16  # texts of a forward pass
 
 @dataclass(frozen=True)
 class Side:
-    """One of the two models, the prompt that is attached to it, and the part of it whose inputs are compared."""
+    """One of the two models, the prompt that is attached to it, and the part of it whose inputs are
+    compared.
+    """
 
     model: LanguageModel
     prompt: Prompt
@@ -35,8 +39,8 @@ class BridgeFit:
 
     Attributes:
         texts: how many they were.
-        seconds: wall time.
-        unexplained, unexplained_answers: the part of the variance of the global model's states behind it that is
+        seconds: wall time. unexplained, unexplained_answers: the part of the variance of the global
+            model's states behind it that is
             left, over all tokens, and where an answer's token is due.
     """
 
@@ -47,7 +51,9 @@ class BridgeFit:
 
 
 class _Moments:
-    """Sums of products over positions, fp64: of the inputs x [hidden + 1, the last one 1] and the goals y [hidden]."""
+    """Sums of products over positions, fp64: of the inputs x [hidden + 1, the last one 1] and the
+    goals y [hidden].
+    """
 
     def __init__(self, width: int, device: torch.device) -> None:
         def zeros(*shape: int) -> Tensor:
@@ -56,7 +62,9 @@ class _Moments:
         self.xx, self.xy, self.yy = zeros(width + 1, width + 1), zeros(width + 1, width), zeros(1)
 
     def add(self, inputs: Tensor, goals: Tensor) -> None:
-        """Count positions in, [positions, hidden] both, each in units of its goal: first tokens have vast states."""
+        """Count positions in, [positions, hidden] both, each in units of its goal: first tokens
+        have vast states.
+        """
         y = goals.double()
         unit = y.square().mean(dim=1, keepdim=True).sqrt()
         x = torch.cat([inputs.double(), torch.ones_like(unit)], dim=1) / unit
@@ -86,16 +94,18 @@ def fit_bridge(
     team: Team,
     stop: Callable[[], bool],
 ) -> BridgeFit:
-    """Set the bridge of `student` so that what leaves it is what enters the layer of `teacher` it leads to.
+    """Set the bridge of `student` so that what leaves it is what enters the layer of `teacher` it
+    leads to.
 
-    That is least squares over relative errors: positions where an answer's token is due weigh, in sum, as much as all
-    others, because they are few, and tuning works on them. The solution is held to the identity by a ridge. No gradient
-    is taken, and no other weight changes.
+    That is least squares over relative errors: positions where an answer's token is due weigh, in
+    sum, as much as all others, because they are few, and tuning works on them. The solution is held
+    to the identity by a ridge. No gradient is taken, and no other weight changes.
 
     Args:
         student: the auxiliary model, and its bridge, the identity so far.
         teacher: the global model, and the layer behind the bridge.
-        texts: not empty; `settings.bridge_texts` of them are taken, in an order that follows from `seed`.
+        texts: not empty; `settings.bridge_texts` of them are taken, in an order that follows from
+            `seed`.
         team: the ranks that share the work; all get the same bridge.
 
     Raises StoppedError on all ranks when `stop` says so on one.
@@ -143,7 +153,9 @@ def _add(student: Side, teacher: Side, batch: Batch, others: _Moments, answers: 
 
 
 def _solve(xx: Tensor, xy: Tensor, ridge: float) -> Tensor:
-    """The solution W of least |x W - y|^2 + r |W - W0|^2, where W0 is the identity without an offset."""
+    """The solution W of least |x W - y|^2 + r |W - W0|^2, where W0 is the identity without an
+    offset.
+    """
     rows, width = xy.shape
     strength = ridge * xx.diagonal()[:-1].mean()
     held = torch.eye(rows, width, dtype=xx.dtype, device=xx.device)

@@ -1,10 +1,12 @@
-"""CMA-ES (Hansen, 2016, arXiv 1604.00772) as plain arrays: a search that sends, keeps and resumes all that it knows.
+"""CMA-ES (Hansen, 2016, arXiv 1604.00772) as plain arrays: a search that sends, keeps and resumes
+all that it knows.
 
-The library is `cmaes`, and this is its one importer. Its whole state is the arrays and numbers that it gives to be
-pickled, and takes back (nothing is pickled here). `cma` (pycma), which FedBPT's reference uses, spreads its state over
-samplers, step-size adapters and options that only a pickle keeps together. Linear algebra runs on one thread, so that
-bits do not depend on the cores that a rank may use, and nothing follows from the eigenvectors that a processor's BLAS
-happens to choose: see `Evolution.sample`.
+The library is `cmaes`, and this is its one importer. Its whole state is the arrays and numbers that
+it gives to be pickled, and takes back (nothing is pickled here). `cma` (pycma), which FedBPT's
+reference uses, spreads its state over samplers, step-size adapters and options that only a pickle
+keeps together. Linear algebra runs on one thread, so that bits do not depend on the cores that a
+rank may use, and nothing follows from the eigenvectors that a processor's BLAS happens to choose:
+see `Evolution.sample`.
 """
 
 from __future__ import annotations
@@ -44,7 +46,8 @@ def identity(dimension: int) -> np.ndarray:
 
 @dataclass
 class Evolution:
-    """The normal distribution N(mean, step_size^2 covariance) that CMA-ES moves, and the ways that it came.
+    """The normal distribution N(mean, step_size^2 covariance) that CMA-ES moves, and the ways that
+    it came.
 
     Attributes:
         mean: fp64 [dimension].
@@ -64,7 +67,10 @@ class Evolution:
 
     @classmethod
     def of(cls, state: Mapping[str, np.ndarray]) -> Evolution:
-        """The search of `state()`, copied. A covariance that is not there is the identity, paths are 0."""
+        """The search of `state()`, copied.
+
+        A covariance that is not there is the identity, paths are 0.
+        """
         mean = np.array(state["mean"], dtype=np.float64)
         own = {
             name: np.array(state.get(name, np.zeros_like(mean)), dtype=np.float64)
@@ -75,7 +81,9 @@ class Evolution:
         return cls(mean, float(state["step_size"].item()), covariance, **own, generation=generation)
 
     def state(self) -> State:
-        """All that it knows: mean, step_size [1], covariance, step_path, mean_path, generation [1]; views, fp64."""
+        """All that it knows: mean, step_size [1], covariance, step_path, mean_path, generation [1];
+        views, fp64.
+        """
         numbers = {
             name: np.array([getattr(self, name)], dtype=np.float64)
             for name in ("step_size", "generation")
@@ -88,13 +96,15 @@ class Evolution:
         )
 
     def sample(self, num: int, seed: int) -> np.ndarray:
-        """Draw `num` points, fp64 [num, dimension], which follow from the distribution and the seed alone; at least 2.
+        """Draw `num` points, fp64 [num, dimension], which follow from the distribution and the seed
+        alone; at least 2.
 
-        A point is mean + step_size * C^(1/2) z, with z standard normal and C^(1/2) = B D B^T, the symmetric root, where
-        B and D^2 are the eigenvectors and eigenvalues of the covariance C. Hansen (2016, Eq. 39) and the library draw
-        with B D, which has the same distribution. But the eigenvectors of (nearly) equal eigenvalues, such as those of
-        the identity that a search begins with, are whatever the BLAS kernel of a processor makes of them, and with
-        other eigenvectors the same z gives other points. The symmetric root is unique.
+        A point is mean + step_size * C^(1/2) z, with z standard normal and C^(1/2) = B D B^T, the
+        symmetric root, where B and D^2 are the eigenvectors and eigenvalues of the covariance C.
+        Hansen (2016, Eq. 39) and the library draw with B D, which has the same distribution. But
+        the eigenvectors of (nearly) equal eigenvalues, such as those of the identity that a search
+        begins with, are whatever the BLAS kernel of a processor makes of them, and with other
+        eigenvectors the same z gives other points. The symmetric root is unique.
         """
         standard = np.random.default_rng(seed).standard_normal((num, len(self.mean)))
         with _one_thread():
@@ -108,10 +118,12 @@ class Evolution:
     def update(
         self, points: np.ndarray, losses: np.ndarray, parents: Literal["half", "all"] = "half"
     ) -> None:
-        """Move towards those of the points, [2 or more, dimension], whose losses are low; equal ones in their order.
+        """Move towards those of the points, [2 or more, dimension], whose losses are low; equal
+        ones in their order.
 
-        `parents` says which of them the new mean is made of: the better "half", rounded down, or "all". Then they have
-        the weights, and the search the learning rates, of the better half of twice as many, and none counts against.
+        `parents` says which of them the new mean is made of: the better "half", rounded down, or
+        "all". Then they have the weights, and the search the learning rates, of the better half of
+        twice as many, and none counts against.
         """
         ready, self._ready = self._ready, None
         with _one_thread():
@@ -141,7 +153,8 @@ class Evolution:
         )
 
     def _library(self, population: int, worse: bool = True) -> CMA:
-        """The library's object with this state. Its learning rates follow from dimension and population alone.
+        """The library's object with this state. Its learning rates follow from dimension and
+        population alone.
 
         Unless `worse`, the covariance hears nothing of the worse half.
         """

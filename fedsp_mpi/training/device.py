@@ -21,7 +21,9 @@ class OutOfMemoryError(ClientError):
 
 @contextmanager
 def named_out_of_memory() -> Iterator[None]:
-    """Turn what torch and Python raise when memory ends into OutOfMemoryError; give back what the allocator holds."""
+    """Turn what torch and Python raise when memory ends into OutOfMemoryError; give back what the
+    allocator holds.
+    """
     try:
         yield
     except (MemoryError, RuntimeError) as error:
@@ -60,7 +62,8 @@ class Compute:
         num_devices = torch.cuda.device_count() if settings.device != "cpu" else 0
         if settings.device == "cuda" and not num_devices:
             raise ValueError(
-                "compute.device: found no CUDA device on this host, expected one; set it to auto or cpu"
+                "compute.device: found no CUDA device on this host, expected one; set it "
+                "to auto or cpu"
             )
         device = (
             torch.device("cuda", here.local_rank % num_devices)

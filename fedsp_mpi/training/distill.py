@@ -1,4 +1,6 @@
-"""Distillation: the auxiliary model learns to give the global model's hidden states (FedSP, knowledge distillation)."""
+"""Distillation: the auxiliary model learns to give the global model's hidden states (FedSP,
+knowledge distillation).
+"""
 
 from __future__ import annotations
 
@@ -84,13 +86,15 @@ def distil(
     team: Team = ALONE,
     progress: Progress = Progress(),
 ) -> Distilled:
-    """Train the weights of `student` in place, without prompts, on the texts of the batches (but for their last token).
+    """Train the weights of `student` in place, without prompts, on the texts of the batches (but
+    for their last token).
 
-    The loss is hidden_weight * MSE of the last hidden states + logits_weight * T^2 KL of the logits, both averaged over
-    the tokens that are not padding. The teacher is frozen and gives no gradient. A head of its own that no loss reaches
-    is left as it is; `seed` is that of dropout. Every rank of `team` calls this with its part of the batches, and all
-    end with the same weights. Raises StoppedError on all of them after the first step in which `stop` says so on one.
-    Where nothing is sharded, it goes on from `progress.start` to the same bits.
+    The loss is hidden_weight * MSE of the last hidden states + logits_weight * T^2 KL of the
+    logits, both averaged over the tokens that are not padding. The teacher is frozen and gives no
+    gradient. A head of its own that no loss reaches is left as it is; `seed` is that of dropout.
+    Every rank of `team` calls this with its part of the batches, and all end with the same weights.
+    Raises StoppedError on all of them after the first step in which `stop` says so on one. Where
+    nothing is sharded, it goes on from `progress.start` to the same bits.
     """
     stage = settings.stage
     student.train_weights(True)
@@ -148,7 +152,9 @@ def distil(
 
 
 class _History:
-    """Losses and times of a distillation's steps, in this process and before, and the states that are put away."""
+    """Losses and times of a distillation's steps, in this process and before, and the states that
+    are put away.
+    """
 
     def __init__(
         self,

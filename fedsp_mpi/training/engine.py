@@ -1,4 +1,6 @@
-"""Plain torch or DeepSpeed behind the same three calls: backward, step, and the number of steps done."""
+"""Plain torch or DeepSpeed behind the same three calls: backward, step, and the number of steps
+done.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +20,11 @@ from fedsp_mpi.training.process_group import ALONE, Team
 
 
 def learning_rate(settings: OptimizerConfig, step: int, total_steps: int) -> float:
-    """The rate of optimizer step `step` (from 0) of `total_steps`: linear warm-up, then linear decay.
+    """The rate of optimizer step `step` (from 0) of `total_steps`: linear warm-up, then linear
+    decay.
 
-    With W = round(warmup * total): (step + 1) / W of the full rate while step < W, then (total - step) / (total - W).
-    No step has rate 0, so none is wasted; past the end the last rate stays.
+    With W = round(warmup * total): (step + 1) / W of the full rate while step < W, then (total -
+    step) / (total - W). No step has rate 0, so none is wasted; past the end the last rate stays.
     """
     warm = round(settings.warmup * total_steps)
     if step < warm:
@@ -92,14 +95,18 @@ class TorchEngine:
                     moments[name] = value.to(device)
 
     def state(self) -> State:
-        """Everything that a later step depends on, beside the parameters: views, where they lie on the CPU."""
+        """Everything that a later step depends on, beside the parameters: views, where they lie on
+        the CPU.
+        """
         return {
             "steps_done": np.array(self.steps_done),
             **_moments(self._optimizer, self._parameters),
         }
 
     def load_state(self, state: State) -> None:
-        """Go on from `state()`, whose arrays are the engine's from now on, where the parameters are on the CPU."""
+        """Go on from `state()`, whose arrays are the engine's from now on, where the parameters are
+        on the CPU.
+        """
         self.steps_done = int(state["steps_done"])
         _load_moments(self._optimizer, self._parameters, state)
 
@@ -145,8 +152,10 @@ class DeepSpeedEngine:
         model: the module that is trained, on its device.
         settings: optimizer and schedule.
         total_steps: length of the schedule.
-        num_micro_batches: calls of `backward` for one of `step`, the same on every rank of the team.
-        zero_stage: 0 to 3: what the team's ranks hold in parts (nothing; moments; gradients too; weights too).
+        num_micro_batches: calls of `backward` for one of `step`, the same on every rank of the
+            team.
+        zero_stage: 0 to 3: what the team's ranks hold in parts (nothing; moments; gradients too;
+            weights too).
         team: the ranks that step together.
     """
 
@@ -180,10 +189,11 @@ class DeepSpeedEngine:
         self._calls = 0
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradient of `loss`; the engine takes means over micro-batches and ranks, which is undone here.
+        """Add the gradient of `loss`; the engine takes means over micro-batches and ranks, which is
+        undone here.
 
-        The forward pass goes past the engine, so ZeRO is told that another one has begun; otherwise it would take the
-        last micro-batch for all of them.
+        The forward pass goes past the engine, so ZeRO is told that another one has begun; otherwise
+        it would take the last micro-batch for all of them.
         """
         if self.zero_stage:
             self._engine.optimizer.clear_backward_seen_flag()
@@ -212,7 +222,9 @@ class DeepSpeedEngine:
         _load_moments(self._optimizer, self._trained, state)
 
     def close(self) -> None:
-        """Give every rank the whole weights, and leave DeepSpeed: nothing of it outlives the distillation."""
+        """Give every rank the whole weights, and leave DeepSpeed: nothing of it outlives the
+        distillation.
+        """
         parameters = list(self._engine.module.parameters()) if self.zero_stage == 3 else []
         with self._deepspeed.zero.GatheredParameters(parameters):
             whole = [parameter.data.clone() for parameter in parameters]
@@ -224,10 +236,12 @@ class DeepSpeedEngine:
 
 
 def _import_deepspeed(team: Team) -> Any:
-    """Import DeepSpeed over the process group of the server's ranks; a server of one rank makes one of its own.
+    """Import DeepSpeed over the process group of the server's ranks; a server of one rank makes one
+    of its own.
 
-    Left to itself, `init_distributed` looks for MPI and would wait for the clients; and on a CPU it compiles a
-    shared-memory operator, which needs a compiler and a minute, so that operator is marked as not available.
+    Left to itself, `init_distributed` looks for MPI and would wait for the clients; and on a CPU it
+    compiles a shared-memory operator, which needs a compiler and a minute, so that operator is
+    marked as not available.
     """
     import deepspeed
 

@@ -79,8 +79,9 @@ def train(
 
     With `until`, a time of `time.perf_counter()`, no step begins after it but the first.
 
-    A step's loss is the sum of `loss` over its micro-batches divided by the sum of `count`, so it does not depend on
-    how the batch is cut, or on how many ranks share it. Losses are fetched from the device once, at the end.
+    A step's loss is the sum of `loss` over its micro-batches divided by the sum of `count`, so it
+    does not depend on how the batch is cut, or on how many ranks share it. Losses are fetched from
+    the device once, at the end.
 
     Raises NonFiniteError naming the first step whose loss is not finite.
     """
@@ -139,5 +140,6 @@ def _require_finite(losses: list[float]) -> None:
     for index, value in enumerate(losses):
         if not math.isfinite(value):
             raise NonFiniteError(
-                f"the loss of step {index + 1} of {len(losses)} is {value}, expected a finite number"
+                f"the loss of step {index + 1} of {len(losses)} is {value}, expected a "
+                "finite number"
             )

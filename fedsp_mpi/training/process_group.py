@@ -1,4 +1,6 @@
-"""Several ranks in one role: each takes its part of the work, and what they add up is the same on all of them."""
+"""Several ranks in one role: each takes its part of the work, and what they add up is the same on
+all of them.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,9 @@ class Meeting:
 
     @classmethod
     def open(cls, size: int, one_host: bool) -> Meeting:
-        """The leader's: a port that is free, on an address that the others reach. A team of one needs none."""
+        """The leader's: a port that is free, on an address that the others reach. A team of one
+        needs none.
+        """
         if size == 1:
             return cls("localhost", 0, 1)
         address = "localhost" if one_host else socket.gethostname()
@@ -39,9 +43,11 @@ class Meeting:
 
 
 class Team:
-    """The ranks that share a role's work. They call the same things in the same order; alone, every call is free.
+    """The ranks that share a role's work. They call the same things in the same order; alone, every
+    call is free.
 
-    Sums are of all ranks and bit-equal on all of them, so what follows from sums alone stays equal without being sent.
+    Sums are of all ranks and bit-equal on all of them, so what follows from sums alone stays equal
+    without being sent.
 
     Attributes:
         rank, size: among the team; rank 0 leads.
@@ -54,7 +60,8 @@ class Team:
 
     @classmethod
     def join(cls, meeting: Meeting, rank: int, device: torch.device, seconds: float | None) -> Team:
-        """Wait for the others at the meeting point: gloo for tensors on the CPU, NCCL for those on GPUs.
+        """Wait for the others at the meeting point: gloo for tensors on the CPU, NCCL for those on
+        GPUs.
 
         Args:
             meeting: as the leader opened it, or heard of it.
@@ -138,7 +145,8 @@ def _deadline() -> Iterator[None]:
         if "imed out" not in str(error) and "imeout" not in str(error):
             raise
         raise DeadlineError(
-            f"server's ranks: found one that did not take part in time ({str(error).splitlines()[0]}); look at what "
+            "server's ranks: found one that did not take part in time "
+            f"({str(error).splitlines()[0]}); look at what "
             "they were doing, or raise deadlines.server"
         ) from None
 

@@ -2,8 +2,8 @@
 
 Usage: crash.py WHO WHERE HOW [FOLDER]
 WHO: server, one (client rank 1), clients, all. WHERE: import, handout, local, merge, broadcast.
-HOW: raise, thread, exit (status 3), exit0, interrupt, term, kill, stop (SIGSTOP), late (past the others' deadline).
-While something goes wrong in local work, rank 2 computes in one long call of C.
+HOW: raise, thread, exit (status 3), exit0, interrupt, term, kill, stop (SIGSTOP), late (past the
+others' deadline). While something goes wrong in local work, rank 2 computes in one long call of C.
 """
 
 from __future__ import annotations

@@ -1,19 +1,16 @@
 """The command line with one fault put in: python faulty.py WHERE ARGUMENTS...
 
 WHERE is one of
-    raise:PHASE:RANK[:ROUND]    raise where that phase begins on that rank
-    kill:PHASE:RANK[:ROUND]     SIGKILL every rank there
-    die:PHASE:RANK[:ROUND]      SIGKILL that rank there
-    stop:PHASE:RANK[:ROUND]     SIGSTOP that rank there
-    hang:PHASE:RANK[:ROUND]     that rank waits for ever there, in a system call
-    signal:PHASE:RANK[:ROUND]   SIGUSR1 to that rank there
-    tear:FILE:COUNT             SIGKILL every rank in the middle of the COUNT-th write to a name with FILE in it
-    full:FILE:COUNT             no space is left from the COUNT-th such write on
-    nan:CLIENT[:ROUND]          the losses of one client are not a number
-    memory:CLIENT[:ROUND]       one client runs out of memory
-    text:CLIENT                 one client's text cannot be used
-    slow:CLIENT:SECONDS         each step of one client takes so long
-    lie:WHAT:CLIENT             what one client sends, past its rank's own checks: "values" that are no numbers, the
+    raise:PHASE:RANK[:ROUND]    raise where that phase begins on that rank kill:PHASE:RANK[:ROUND]
+    SIGKILL every rank there die:PHASE:RANK[:ROUND]      SIGKILL that rank there
+    stop:PHASE:RANK[:ROUND]     SIGSTOP that rank there hang:PHASE:RANK[:ROUND]     that rank waits
+    for ever there, in a system call signal:PHASE:RANK[:ROUND]   SIGUSR1 to that rank there
+    tear:FILE:COUNT             SIGKILL every rank in the middle of the COUNT-th write to a name
+    with FILE in it full:FILE:COUNT             no space is left from the COUNT-th such write on
+    nan:CLIENT[:ROUND]          the losses of one client are not a number memory:CLIENT[:ROUND]
+    one client runs out of memory text:CLIENT                 one client's text cannot be used
+    slow:CLIENT:SECONDS         each step of one client takes so long lie:WHAT:CLIENT
+    what one client sends, past its rank's own checks: "values" that are no numbers, the
                                 "weight" of a million, or nothing at all ("silent")
 """
 
@@ -78,6 +75,8 @@ def tear(part: str, count: str) -> None:
 def full(part: str, count: str) -> None:
     """Let the disk be full."""
 
+    from fedsp_mpi.record import atomic
+
     original, seen = atomic._open, []
 
     def opened(path, flags, bypass):
@@ -139,6 +138,7 @@ def slow(client: str, seconds: str) -> None:
 
 def nan_in(client: str, round: str | None = None) -> None:
     """Let the learning of one client go to infinity."""
+    from fedsp_mpi.algorithms import prompt_server
     from fedsp_mpi.algorithms.fedsp import Client
     from fedsp_mpi.models import losses
 

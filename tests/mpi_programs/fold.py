@@ -1,6 +1,7 @@
 """A few rounds of a toy federation; the server writes what it saw as JSON.
 
-Usage: fold.py OUT --clients N --values N --chunk BYTES --rounds N [--fail] [--partial] [--stop-early]
+Usage: fold.py OUT --clients N --values N --chunk BYTES --rounds N [--fail] [--partial]
+[--stop-early]
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A toy federation of which rank 2 does not keep to the protocol, each round in another way.
 
-Usage: hostile.py OUT WAY...: clients 0 and 1 are played by rank 1, 2 and 3 by rank 2, which does the WAY of the round;
-the server writes as JSON whom it accepted, and why not the others.
+Usage: hostile.py OUT WAY...: clients 0 and 1 are played by rank 1, 2 and 3 by rank 2, which does
+the WAY of the round; the server writes as JSON whom it accepted, and why not the others.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """What merging costs the server. Usage: memory.py CLIENTS VALUES CHUNK_BYTES
 
-Rank 0 prints, as JSON, the bytes by which its resident memory grew in the gather and the merge, at its highest.
+Rank 0 prints, as JSON, the bytes by which its resident memory grew in the gather and the merge, at
+its highest.
 """
 
 from __future__ import annotations

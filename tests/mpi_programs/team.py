@@ -1,7 +1,8 @@
-"""Distil with every engine on all ranks together: python team.py MODEL; rank 0 says how far it is from one rank alone.
+"""Distil with every engine on all ranks together: python team.py MODEL; rank 0 says how far it is
+from one rank alone.
 
-The last line is JSON: by "ENGINE ZERO MICRO" the largest difference of a step's loss, of a weight, and of a weight
-between two ranks.
+The last line is JSON: by "ENGINE ZERO MICRO" the largest difference of a step's loss, of a weight,
+and of a weight between two ranks.
 """
 
 import json

@@ -1,4 +1,5 @@
-"""The command line on hosts of two ranks each, as far as it asks for names: python turns.py FOLDER ARGUMENTS...
+"""The command line on hosts of two ranks each, as far as it asks for names: python turns.py FOLDER
+ARGUMENTS...
 
 Every rank notes in FOLDER/<rank> when its reading of the data began and ended.
 """
