@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
@@ -110,13 +111,11 @@ class Folder:
         """Return split -> column names, of each split's first row."""
         columns = {}
         for split, paths in self._files.by_split.items():
-            columns[split] = self._asked(
-                paths,
-                lambda split=split, paths=paths: _first_row_columns(
-                    self._builder(split, paths), split
-                ),
-            )
+            columns[split] = self._asked(paths, partial(self._columns_of, split, paths))
         return columns
+
+    def _columns_of(self, split: str, paths: Sequence[Path]) -> list[str]:
+        return _first_row_columns(self._builder(split, paths), split)
 
     def tables(self) -> tuple[dict[str, Table], list[str]]:
         """Return split -> rows, and notes on splits of several files, and on files that are not
