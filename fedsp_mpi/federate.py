@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from fedsp_mpi.comm import Down, Updates, guard
+from fedsp_mpi.comm import RoundBroadcast, Updates, guard
 from fedsp_mpi.comm.inspection import ProtocolError, reading, require_fields
 from fedsp_mpi.comm.solo import Solo
 from fedsp_mpi.comm.wire import Wire
@@ -20,9 +20,9 @@ from fedsp_mpi.config import FederationConfig
 from fedsp_mpi.config.runtime import CheckpointConfig
 from fedsp_mpi.log import duration
 from fedsp_mpi.record.atomic import RecordError
-from fedsp_mpi.record.checkpoint import Piece
+from fedsp_mpi.record.checkpoint import CheckpointFile
 from fedsp_mpi.record.tables import ClientRow, RoundRow, WireRow
-from fedsp_mpi.roles import Archive, ClientSide, ServerSide
+from fedsp_mpi.roles import HostedClients, RoundJournal, ServerRole
 from fedsp_mpi.tensors import ClientError, Failure, Update
 
 
@@ -49,7 +49,7 @@ class Plan:
 
 
 def federate(
-    wire: Wire | Solo, plan: Plan, here: ServerSide | None, clients: ClientSide | None
+    wire: Wire | Solo, plan: Plan, here: ServerRole | None, clients: HostedClients | None
 ) -> bool:
     """All rounds that are left. Every rank calls this; `here` is the server's side, `clients` the
     others'.
@@ -72,7 +72,11 @@ def federate(
 
 
 def run_round(
-    round: int, wire: Wire | Solo, plan: Plan, here: ServerSide | None, clients: ClientSide | None
+    round: int,
+    wire: Wire | Solo,
+    plan: Plan,
+    here: ServerRole | None,
+    clients: HostedClients | None,
 ) -> bool:
     """One round: prompts go down, are tuned on private text, come up, are merged and tuned on the
     global model.
@@ -137,16 +141,20 @@ def run_round(
     return True
 
 
-def _word(round: int, here: ServerSide) -> Down:
+def _word(round: int, here: ServerRole) -> RoundBroadcast:
     return (
-        Down(round, stop=True)
+        RoundBroadcast(round, stop=True)
         if guard.told_to_stop
-        else Down(round, tensors=here.server.broadcast())
+        else RoundBroadcast(round, tensors=here.server.broadcast())
     )
 
 
 def save(
-    round: int, wire: Wire | Solo, plan: Plan, here: ServerSide | None, clients: ClientSide | None
+    round: int,
+    wire: Wire | Solo,
+    plan: Plan,
+    here: ServerRole | None,
+    clients: HostedClients | None,
 ) -> None:
     """Write a checkpoint: the clients' states by those who play them, while the server ends the
     round; then its own.
@@ -173,7 +181,7 @@ def save(
         here.archive.seconds_checkpoints.append(time.perf_counter() - start)
 
 
-def _saved(clients: ClientSide | None) -> dict[str, Any]:
+def _saved(clients: HostedClients | None) -> dict[str, Any]:
     """The files of this process's clients, or why there are none, for the server."""
     try:
         states = clients.shelf.save() if clients else {}
@@ -184,12 +192,12 @@ def _saved(clients: ClientSide | None) -> dict[str, Any]:
 
 def _saved_pieces(
     answers: Sequence[dict[str, Any]], rank_of: Mapping[int, int]
-) -> dict[int, Piece]:
+) -> dict[int, CheckpointFile]:
     """The files that ranks have written for their clients, by client id.
 
     Raises RecordError if a rank could not write, ProtocolError if it names what is not its own.
     """
-    pieces: dict[int, Piece] = {}
+    pieces: dict[int, CheckpointFile] = {}
     for rank, answer in enumerate(answers):
         with reading(rank, "a list of the states that it has saved"):
             require_fields(answer, rank, {"error": (str, type(None)), "states": dict})
@@ -200,11 +208,11 @@ def _saved_pieces(
                     raise ProtocolError(
                         f"rank {rank}: found a state of client {int(id)}, which it does not play"
                     )
-                pieces[int(id)] = Piece.of(piece)
+                pieces[int(id)] = CheckpointFile.of(piece)
     return pieces
 
 
-def local_work(clients: ClientSide, down: Down) -> Iterator[Update | Failure]:
+def local_work(clients: HostedClients, down: RoundBroadcast) -> Iterator[Update | Failure]:
     """The work of this process's clients that take part, one by one.
 
     What makes one of them fail is a value.
@@ -247,7 +255,7 @@ def require_quorum(updates: Updates, plan: FederationConfig) -> None:
 
 
 def commit(
-    archive: Archive,
+    archive: RoundJournal,
     wire: Wire | Solo,
     row: RoundRow,
     updates: Updates,
@@ -326,7 +334,7 @@ class Stopwatch:
         return {**laps, "seconds_total": time.perf_counter() - self._start}
 
 
-def _tell(archive: Archive, round: int, plan: Plan, elapsed: float) -> None:
+def _tell(archive: RoundJournal, round: int, plan: Plan, elapsed: float) -> None:
     rounds = plan.federation.rounds
     row = archive.record.run.rounds[-1]
     there = archive.record.run.clients

@@ -17,13 +17,13 @@ from fedsp_mpi.evaluation.scoring import answer_loss_mean
 from fedsp_mpi.log import Log, RoundProgress
 from fedsp_mpi.models.backbone import LanguageModel
 from fedsp_mpi.models.prompts import Prompt
-from fedsp_mpi.record.checkpoint import Checkpoints, Keeper, Shelf
+from fedsp_mpi.record.checkpoint import Checkpoints, ClientStateCache, StateHolder
 from fedsp_mpi.record.tables import WireRow
 from fedsp_mpi.record.writer import RunRecord
 from fedsp_mpi.tensors import NamedTensors, State, Update, join_states, part_of_state
 from fedsp_mpi.training.device import Compute
 from fedsp_mpi.training.loop import Trace
-from fedsp_mpi.training.process_group import Team
+from fedsp_mpi.training.process_group import ServerGroup
 
 
 class Server(Protocol):
@@ -59,19 +59,19 @@ class Client(Protocol):
     """What the round asks of the clients' side of an algorithm."""
 
     @property
-    def benches(self) -> Keeper: ...
+    def states(self) -> StateHolder: ...
 
     def local(self, client: int, round: int, down: NamedTensors) -> Update: ...
 
 
 @dataclass
-class ClientSide:
+class HostedClients:
     """The clients that this process plays."""
 
     client: Client
     ids: Sequence[int]
     compute: Compute
-    shelf: Shelf
+    shelf: ClientStateCache
     chosen: Callable[[int], Sequence[int]]  # round -> the clients that take part in it
     progress: RoundProgress = field(default_factory=RoundProgress)
     texts: dict[str, str] = field(default_factory=dict)  # digests of their tokenised texts, by name
@@ -111,7 +111,7 @@ class Best:
 
 
 @dataclass
-class Archive:
+class RoundJournal:
     """What rank 0 alone writes, and what it needs for it."""
 
     record: RunRecord
@@ -128,7 +128,7 @@ class Archive:
 
 
 @dataclass
-class ServerSide:
+class ServerRole:
     """The server, the control that trains beside it without clients, and what both are judged by.
 
     Where several ranks are the server, each has one; they do the same and end each round with the
@@ -140,8 +140,8 @@ class ServerSide:
     compute: Compute
     validation: Sequence[Text]
     batch_tokens: int
-    team: Team
-    archive: Archive | None
+    team: ServerGroup
+    archive: RoundJournal | None
     keeps_worse: bool = True  # whether a round's tuning stands if it made the validation loss worse
     answer: Callable[[np.ndarray], np.ndarray] | None = (
         None  # to what clients that hold no model ask in a round

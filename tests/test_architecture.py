@@ -111,7 +111,7 @@ def test_every_file_has_its_place_in_the_order():
         "models",
         "training",
         "federate",
-        "build",
+        "run",
         "cli",
     } <= rooms  # the walk found the package
 

@@ -18,7 +18,7 @@ from test_run import short_run
 from test_variants import FEDPROMPT, short
 
 from fedsp_mpi import config
-from fedsp_mpi.algorithms.backdoor import Watched
+from fedsp_mpi.algorithms.backdoor import AttackMonitor
 from fedsp_mpi.data import poison
 from fedsp_mpi.data.tasks import Example
 from fedsp_mpi.data.tokens import collate, encode
@@ -29,7 +29,7 @@ from fedsp_mpi.report import difference
 from fedsp_mpi.report.attack import cell, local_success, successes
 from fedsp_mpi.report.comparison import compare, comparison_table
 from fedsp_mpi.report.summary import markdown, summarize
-from fedsp_mpi.run.inputs import Materials
+from fedsp_mpi.run.inputs import ExperimentInputs
 from fedsp_mpi.tensors import NamedTensors, Schema, Update
 
 ATTACK = ("attack.target=1", "attack.clients=[1]")
@@ -42,8 +42,7 @@ def example(gold: int, name: str = "x") -> Example:
     )
 
 
-# -- data
-# ----------------------------------------------------------------------------------------------------------
+# -- data ------------------------------------------------------------------------------------------
 
 
 def test_a_poisoned_copy_has_the_trigger_first_and_the_attackers_answer():
@@ -81,7 +80,10 @@ def test_only_the_poisoned_client_has_poisoned_text():
         *ATTACK,
         "attack.share=0.5",
     ]
-    clean, bad = Materials(config.load(None, settings[:3])), Materials(config.load(None, settings))
+    clean, bad = (
+        ExperimentInputs(config.load(None, settings[:3])),
+        ExperimentInputs(config.load(None, settings)),
+    )
     for participant in (0, 1, 3):
         assert len(bad.shard(participant)) == len(clean.shard(participant))
     added = bad.shard(2)[len(clean.shard(2)) :]
@@ -93,15 +95,14 @@ def test_only_the_poisoned_client_has_poisoned_text():
     assert clean.triggered_test == []
 
 
-# -- counting
-# ------------------------------------------------------------------------------------------------------
+# -- counting --------------------------------------------------------------------------------------
 
 
 def counted(run: Run, round: int) -> float:
     """The attack's success by a loop: each option of each triggered question alone, its tokens'
     losses added up.
     """
-    materials = Materials(config.load(run.file.parent / "config.yaml"))
+    materials = ExperimentInputs(config.load(run.file.parent / "config.yaml"))
     model = backbone.load_global(materials.model_name, device=torch.device("cpu"))
     prompt = Prompt(materials.prompt_spec)
     prompt.load({name: torch.from_numpy(value) for name, value in run.prompts(round).items()})
@@ -174,7 +175,7 @@ def test_bits_do_not_depend_on_the_number_of_ranks(tmp_path):
 
 
 class _Fixed:
-    benches = "its benches"
+    states = "its benches"
 
     def local(self, client: int, round: int, down: NamedTensors) -> Update:
         return Update(client, 1.0, down, {"loss_prompt_last": 2.0})
@@ -182,14 +183,13 @@ class _Fixed:
 
 def test_only_those_that_are_watched_tell():
     down = NamedTensors(Schema.of([("prompt", (2,))]), np.zeros(2, dtype=np.float32))
-    watched = Watched(_Fixed(), [3], lambda: 0.25)
+    watched = AttackMonitor(_Fixed(), [3], lambda: 0.25)
     assert watched.local(2, 1, down).metrics == {"loss_prompt_last": 2.0}
     assert watched.local(3, 1, down).metrics == {"loss_prompt_last": 2.0, "attack_success": 0.25}
-    assert watched.benches == "its benches"
+    assert watched.states == "its benches"
 
 
-# -- record and reports
-# --------------------------------------------------------------------------------------------
+# -- record and reports ----------------------------------------------------------------------------
 
 
 def studied(folder: Path, seed: int = 1, success: float = 0.125) -> RunRecord:
@@ -270,8 +270,7 @@ def test_a_record_of_an_earlier_version_has_no_success(tmp_path):
     assert np.isnan(read(tmp_path / "a").clients["attack_success"]).all()
 
 
-# -- mistakes
-# ------------------------------------------------------------------------------------------------------
+# -- mistakes --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -294,5 +293,5 @@ def test_what_cannot_be_is_refused(tmp_path, settings, words):
 
 
 def test_a_target_that_no_example_has_is_refused_before_weights_are_loaded():
-    materials = Materials(config.load(None, ["attack.target=4", "data.limit.train=64"]))
+    materials = ExperimentInputs(config.load(None, ["attack.target=4", "data.limit.train=64"]))
     refused(materials.check, "attack.target: found 4, expected a choice below 4")

@@ -19,11 +19,11 @@ from fedsp_mpi.data.tokens import Text
 from fedsp_mpi.models import auxiliary
 from fedsp_mpi.models.backbone import FAMILIES, LanguageModel, layers_of
 from fedsp_mpi.models.prompts import DepthMap, Prompt, PromptSpec, key_values
-from fedsp_mpi.run.inputs import Materials
+from fedsp_mpi.run.inputs import ExperimentInputs
 from fedsp_mpi.tensors import Batch, seal
-from fedsp_mpi.training.bridge import Side, fit_bridge
+from fedsp_mpi.training.bridge import BridgeEnd, fit_bridge
 from fedsp_mpi.training.distill import StoppedError
-from fedsp_mpi.training.process_group import ALONE
+from fedsp_mpi.training.process_group import SINGLE_RANK
 
 pytestmark = pytest.mark.usefixtures("unsealed")
 
@@ -49,7 +49,7 @@ def texts(count: int) -> list[Text]:
     ]
 
 
-def sides(folder: str, layers: int, last: int = 1) -> tuple[Side, Side]:
+def sides(folder: str, layers: int, last: int = 1) -> tuple[BridgeEnd, BridgeEnd]:
     """An auxiliary model of both ends, and its global model, under the same prompts, at the bridge."""
     whole = tiny.load(folder)
     settings = tiny.cell(layers, first_layers=layers - last)
@@ -60,11 +60,10 @@ def sides(folder: str, layers: int, last: int = 1) -> tuple[Side, Side]:
     below = Prompt(depths.small)
     below.load(depths.down(first.tensors()))
     goal = layers_of(whole.model)[tiny.LAYERS - last]
-    return Side(small, below, auxiliary.bridge_of(small)), Side(whole, first, goal)
+    return BridgeEnd(small, below, auxiliary.bridge_of(small)), BridgeEnd(whole, first, goal)
 
 
-# -- the bridge
-# ----------------------------------------------------------------------------------------------------
+# -- the bridge ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("layers", "last"), [(2, 1), (3, 2)])
@@ -108,7 +107,7 @@ def test_what_enters_a_layer(folder):
 def test_a_bridge_over_nothing_is_the_identity(folder):
     """What is there already is explained whole."""
     small, whole = sides(folder, tiny.LAYERS)
-    fit = fit_bridge(small, whole, texts(40), DistillationConfig(), 1, ALONE, lambda: False)
+    fit = fit_bridge(small, whole, texts(40), DistillationConfig(), 1, SINGLE_RANK, lambda: False)
     assert (
         torch.allclose(small.part.weight, torch.eye(tiny.WIDTH), atol=1e-4)
         and small.part.bias.abs().max() < 1e-4
@@ -139,7 +138,7 @@ def test_the_bridge_is_the_ridge_regression(folder):
 
     before = {name: weight.clone() for name, weight in small.model.weights.items()}
     fit = fit_bridge(
-        small, whole, some, DistillationConfig(bridge_ridge=ridge), 1, ALONE, lambda: False
+        small, whole, some, DistillationConfig(bridge_ridge=ridge), 1, SINGLE_RANK, lambda: False
     )
     assert np.allclose(small.part.weight.detach().numpy().T, wanted[:-1], atol=1e-4)
     assert np.allclose(small.part.bias.detach().numpy(), wanted[-1], atol=1e-4)
@@ -161,12 +160,12 @@ def test_the_bridge_is_the_ridge_regression(folder):
 def test_a_fit_that_is_told_to_stop(folder):
     small, whole = sides(folder, 2)
     with pytest.raises(StoppedError):
-        fit_bridge(small, whole, texts(40), DistillationConfig(), 1, ALONE, lambda: True)
+        fit_bridge(small, whole, texts(40), DistillationConfig(), 1, SINGLE_RANK, lambda: True)
 
 
 def test_a_bridge_outlives_its_folder_and_travels(folder, tmp_path):
     small, whole = sides(folder, 3, 2)
-    fit_bridge(small, whole, texts(40), DistillationConfig(), 1, ALONE, lambda: False)
+    fit_bridge(small, whole, texts(40), DistillationConfig(), 1, SINGLE_RANK, lambda: False)
     auxiliary.save(tmp_path / "auxiliary", small.model, 3, tiny.tokenizer(), {"depth": 3})
     built = auxiliary.build(small.model.model.config.to_dict(), 3, tiny.CPU, torch.float32)
     auxiliary.load_weights(built, auxiliary.pack(small.model).torch())
@@ -207,8 +206,7 @@ def test_first_layers_without_last_ones(depth, first):
         auxiliary.require_cell(settings, 4, "m")
 
 
-# -- prompts
-# -------------------------------------------------------------------------------------------------------
+# -- prompts ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["prefix", "input"])
@@ -220,7 +218,7 @@ def test_a_prompt_of_words_is_those_words_before_the_text(folder, kind, tmp_path
         f"prompt.kind={kind}",
     ]
     settings += ["prompt.num_tokens=4", "prompt.init=text"]
-    materials = Materials(config.load(None, [*settings, "prompt.init_text=w3 w5 w4"]))
+    materials = ExperimentInputs(config.load(None, [*settings, "prompt.init_text=w3 w5 w4"]))
     model, batch = tiny.load(folder), tiny.batch()
     prompt = materials.first_prompt(model)
     words = torch.tensor(materials.tokenizer("w3 w5 w4 w3")["input_ids"]).expand(
@@ -246,7 +244,7 @@ def test_a_short_text_is_said_over_and_over(tmp_path):
     ]
     model = tiny.load(folder)
     found = (
-        Materials(config.load(None, [*settings, "prompt.init_text=w3 w5"]))
+        ExperimentInputs(config.load(None, [*settings, "prompt.init_text=w3 w5"]))
         .first_prompt(model)
         .prompt
     )
@@ -283,8 +281,7 @@ def test_an_input_prompt_has_no_layers():
     assert torch.equal(depths.up(learned, own)["prompt"], learned["prompt"])
 
 
-# -- losses over choices
-# -------------------------------------------------------------------------------------------
+# -- losses over choices ---------------------------------------------------------------------------
 
 
 def test_losses_over_choices(tmp_path):
@@ -314,30 +311,33 @@ def questions(folder, choices: list[list[str]]) -> str:
 
 def test_the_candidates_are_the_tokens_of_the_choices(tmp_path):
     source = questions(tmp_path / "fixed", [["grey", "miller"]] * 12)
-    found = Materials(config.load(None, [f"data.source={source}", "data.loss_over=auto"]))
+    found = ExperimentInputs(config.load(None, [f"data.source={source}", "data.loss_over=auto"]))
     tokens = {token for word in (" grey", " miller") for token in found.tokenizer.encode(word)}
     assert (
         len(tokens) == 2
         and set(found.candidates.tolist()) == tokens
         and found.candidates.tolist() == sorted(tokens)
     )
-    assert Materials(config.load(None, [f"data.source={source}"])).candidates is None
+    assert ExperimentInputs(config.load(None, [f"data.source={source}"])).candidates is None
 
 
 def test_choices_that_differ(tmp_path):
     source = questions(tmp_path / "free", [["w7", "w5"], ["w1", "w2"]] * 6)
     assert (
-        Materials(config.load(None, [f"data.source={source}", "data.loss_over=auto"])).candidates
+        ExperimentInputs(
+            config.load(None, [f"data.source={source}", "data.loss_over=auto"])
+        ).candidates
         is None
     )
     with pytest.raises(
         ConfigError, match=r"data.loss_over: found choices .* 2 different sets of choices"
     ):
-        Materials(config.load(None, [f"data.source={source}", "data.loss_over=choices"])).check()
+        ExperimentInputs(
+            config.load(None, [f"data.source={source}", "data.loss_over=choices"])
+        ).check()
 
 
-# -- recipes
-# -------------------------------------------------------------------------------------------------------
+# -- recipes ---------------------------------------------------------------------------------------
 
 
 def test_a_recipe_says_what_is_not_given(tmp_path):

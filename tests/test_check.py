@@ -27,7 +27,7 @@ from fedsp_mpi.models import auxiliary, backbone
 from fedsp_mpi.record import read
 from fedsp_mpi.record.probe import Probe, look
 from fedsp_mpi.run import devices as placement
-from fedsp_mpi.run.inputs import RESOURCES, Materials
+from fedsp_mpi.run.inputs import RESOURCES, ExperimentInputs
 from fedsp_mpi.tensors import seal
 
 SEARCH = (
@@ -307,7 +307,7 @@ def gpu(uuid: str, free: int = 80 * GIB) -> dict:
 
 def lines_of(judge, *arguments) -> list[str]:
     lines: list[str] = []
-    judge(check.Table(Log(lines.append)), *arguments)
+    judge(check.CheckReport(Log(lines.append)), *arguments)
     return lines
 
 
@@ -393,7 +393,7 @@ def test_sizes_are_those_of_the_real_models(tmp_path, family, projection):
         "prompt.num_tokens=5",
     ]
     settings += [f"prompt.projection={projection}"] if projection else []
-    materials = Materials(config.load(None, settings))
+    materials = ExperimentInputs(config.load(None, settings))
     sizes = memory.Sizes.of(materials, 10)
     model = tiny.load(folder)
     cell = auxiliary.unroll(auxiliary.cut(model, tiny.cell(2)), 3)
@@ -427,10 +427,10 @@ def test_the_plan_counts_weights_optimizers_and_resting_clients():
     rest = (
         16 * 20 + 16 * 8 * 32 * 4 * 4
     )  # of what is trained: itself, gradient, two moments; activations
-    assert memory.client(settings, SIZES, 1) == memory.Need(4 * 100 + rest, 4 * 100 + 12 * 20)
+    assert memory.client(settings, SIZES, 1) == memory.MemoryNeed(4 * 100 + rest, 4 * 100 + 12 * 20)
     joint = config.load(None, [*still, "client.tuning.batch_size=1", "client.training=joint"])
-    assert memory.client(joint, SIZES, 1) == memory.Need(16 * 100 + rest, 4 * 100 + 12 * 120)
-    assert memory.client(joint, SIZES, 20) == memory.Need(
+    assert memory.client(joint, SIZES, 1) == memory.MemoryNeed(16 * 100 + rest, 4 * 100 + 12 * 120)
+    assert memory.client(joint, SIZES, 20) == memory.MemoryNeed(
         16 * 100 + rest, 4 * 100 + 8 * 12 * 120
     )  # resident
     restarted = config.load(
@@ -484,7 +484,7 @@ def test_the_plan_is_near_what_a_run_takes(tmp_path):
     run_mpi(3, ["-m", "fedsp_mpi", "run", "--name", "n", *arguments], timeout=200)
     peaks = [rank["host"] for rank in read(tmp_path / "runs" / "n").sections["memory"]["ranks"]]
     chosen = config.load(None, settings)
-    sizes = memory.Sizes.of(Materials(chosen), 10)
+    sizes = memory.Sizes.of(ExperimentInputs(chosen), 10)
     needs = [
         memory.server(chosen, sizes),
         memory.client(chosen, sizes, 1),

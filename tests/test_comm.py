@@ -12,9 +12,9 @@ import pytest
 from mpi import run_mpi
 
 from fedsp_mpi.comm import (
-    Down,
     Handout,
     Refused,
+    RoundBroadcast,
     Solo,
     checked,
     connect,
@@ -34,7 +34,7 @@ from fedsp_mpi.comm.messages import (
     HEADER_BYTES,
     REASON_BYTES,
     TEXT_BYTES,
-    Asked,
+    CallStats,
     Header,
     Kind,
     pack_answers,
@@ -313,7 +313,7 @@ def test_the_server_refuses_headers_that_break_the_contract() -> None:
         "failure": (Header.of(Failure(5, 3, "local", "gone"), 3), r"client 5 from rank 2.*\[3, 0"),
         "foreign": (Header.of(Update(4, 1.0, tensors()), 4), "client 4 from rank 2.*does not play"),
         "questions": (
-            Header(Kind.UPDATE, 4, 5, 11, SCHEMA.digest, 1.0, asked=Asked(1, 300, 300)),
+            Header(Kind.UPDATE, 4, 5, 11, SCHEMA.digest, 1.0, asked=CallStats(1, 300, 300)),
             "found 1 questions",
         ),
     }
@@ -396,7 +396,7 @@ def test_no_mutated_header_is_accepted_that_the_contract_does_not_allow() -> Non
             continue
         failed = {failure.client for failure in failures_of(headers, CONTRACT, 4, EXPECTED)}
         for header in headers:
-            assert (header.round, header.client in (5, 6), header.asked) == (4, True, Asked())
+            assert (header.round, header.client in (5, 6), header.asked) == (4, True, CallStats())
             if header.kind is Kind.UPDATE and header.client not in failed:
                 assert (header.num_values, header.digest) == (
                     11,
@@ -433,7 +433,7 @@ def test_solo_never_shares_memory_between_server_and_clients() -> None:
     assert not np.shares_memory(given.tensors.flat, mine.flat) and given.meta == meta
     given.meta["list"].append(2)
     assert meta == {"list": [1]}
-    down = wire.broadcast(Down(0, tensors=mine))
+    down = wire.broadcast(RoundBroadcast(0, tensors=mine))
     assert down.tensors is not None and not np.shares_memory(down.tensors.flat, mine.flat)
     np.testing.assert_array_equal(down.tensors.flat, mine.flat)
 
@@ -474,7 +474,7 @@ def test_solo_refuses_a_breach_of_contract() -> None:
     with pytest.raises(ValueError, match="update of client 0: found tensor 'wte'"):
         wire.gather(0, [Update(0, 1.0, other)])
     with pytest.raises(ValueError, match="broadcast of round 1: found tensor 'wte'"):
-        wire.broadcast(Down(1, tensors=other))
+        wire.broadcast(RoundBroadcast(1, tensors=other))
     with pytest.raises(ValueError, match="found 13 metrics, expected at most 12"):
         wire.handout(Handout({}, tensors(), Contract(SCHEMA, SCHEMA, tuple("abcdefghijklm"))))
     with pytest.raises(Refused, match="no such task"):
@@ -488,7 +488,7 @@ def test_solo_refuses_the_memory_of_the_global_model() -> None:
     seal.add([("transformer.wte", model)])
     try:
         for send in (
-            lambda: wire.broadcast(Down(0, tensors=message)),
+            lambda: wire.broadcast(RoundBroadcast(0, tensors=message)),
             lambda: wire.gather(0, [Update(0, 1.0, message)]),
             lambda: wire.handout(Handout({}, message, CONTRACT)),
         ):

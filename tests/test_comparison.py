@@ -201,8 +201,7 @@ def test_tables_show_the_names_that_a_sweep_gave_to_its_tasks(tmp_path):
     assert "data.source=/d/b" in markdown([named(run, "mine") for run in first])
 
 
-# -- the table
-# -----------------------------------------------------------------------------------------------------
+# -- the table -------------------------------------------------------------------------------------
 
 
 def test_methods_against_tasks_over_seeds(tmp_path):
@@ -365,8 +364,7 @@ def test_nothing_to_compare(tmp_path):
         diff([made(tmp_path, status="failed")])
 
 
-# -- reading
-# -------------------------------------------------------------------------------------------------------
+# -- reading ---------------------------------------------------------------------------------------
 
 
 def test_a_folder_of_runs_stands_for_those_in_it(tmp_path):
@@ -392,8 +390,7 @@ def test_runs_of_a_folder_come_as_they_began(tmp_path, monkeypatch):
     assert [run.name for run in read_all([tmp_path])] == ["sciq-b-1", "sciq-a-1"]
 
 
-# -- pictures
-# ------------------------------------------------------------------------------------------------------
+# -- pictures --------------------------------------------------------------------------------------
 
 
 def drawn(path: Path) -> list[str]:
@@ -578,8 +575,7 @@ def test_without_matplotlib_one_line_says_how_to_get_it(tmp_path, monkeypatch, c
     assert "found no matplotlib, expected it for pictures" in line and ".[plot]" in line
 
 
-# -- the command
-# ---------------------------------------------------------------------------------------------------
+# -- the command -----------------------------------------------------------------------------------
 
 
 def test_the_command(tmp_path, capsys):

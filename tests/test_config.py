@@ -104,8 +104,7 @@ def refused(call, *words: str) -> str:
     return message
 
 
-# -- reading
-# -------------------------------------------------------------------------------------------------------
+# -- reading ---------------------------------------------------------------------------------------
 
 
 def test_what_is_written_reads_back_to_the_same(tmp_path):
@@ -209,8 +208,7 @@ def test_the_embedded_default_is_read_where_no_file_is_given():
     )
 
 
-# -- extends
-# -------------------------------------------------------------------------------------------------------
+# -- extends ---------------------------------------------------------------------------------------
 
 
 def test_a_file_extends_another_and_its_own_keys_win(tmp_path):
@@ -297,8 +295,7 @@ def test_a_file_that_is_no_text(tmp_path):
     refused(lambda: config.load(path), "c.yaml")
 
 
-# -- --set
-# ---------------------------------------------------------------------------------------------------------
+# -- --set -----------------------------------------------------------------------------------------
 
 
 def test_overrides_win_and_are_read_as_yaml(tmp_path):
@@ -332,8 +329,7 @@ def test_overrides_that_do_not_read(tmp_path, item):
     refused(lambda: load(tmp_path, {}, item), item.partition("=")[0].split(".")[0])
 
 
-# -- mistakes
-# ------------------------------------------------------------------------------------------------------
+# -- mistakes --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -493,8 +489,7 @@ def test_a_model_must_be_named(tmp_path):
     refused(lambda: config.load(write(tmp_path, "run: {seed: 1}")), "model.name: found nothing")
 
 
-# -- going on under another configuration
-# --------------------------------------------------------------------------
+# -- going on under another configuration ----------------------------------------------------------
 
 
 def differing(before: Config, after: Config) -> list[str]:

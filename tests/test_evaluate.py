@@ -34,7 +34,7 @@ from fedsp_mpi.models import auxiliary, backbone
 from fedsp_mpi.models.backbone import LanguageModel
 from fedsp_mpi.models.prompts import Prompt, PromptSpec, write_adapter
 from fedsp_mpi.record import ResultRow, RunRecord, read
-from fedsp_mpi.run.inputs import Materials
+from fedsp_mpi.run.inputs import ExperimentInputs
 from fedsp_mpi.tensors import Batch, NamedTensors, seal
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'fedsp_mpi[evaluate]'")
@@ -85,7 +85,7 @@ def finished(folder: Path, *settings: str) -> Path:
     """
     chosen = config.load(None, ["prompt.num_tokens=5", "server.compute.threads=1", *settings])
     record = RunRecord.create(folder, config=asdict(chosen), config_text="", environment={})
-    materials = Materials(chosen)
+    materials = ExperimentInputs(chosen)
     prompt = Prompt(replace(materials.prompt_spec, projection=None)).initialise(1, 0.5)
     write_adapter(
         folder / "prompt", NamedTensors.pack(prompt.tensors()), prompt.spec, materials.model_name
@@ -115,12 +115,12 @@ def of_model(
     ]
 
 
-def asked(folder: Path, **options: Any) -> list[evaluate.Line]:
+def asked(folder: Path, **options: Any) -> list[evaluate.EvalRow]:
     return list(evaluate.evaluate(folder, Options(**options), Log()).lines)
 
 
 def require_equal(
-    folder: Path, lines: list[evaluate.Line], methods: tuple[str, ...] = ("fedsp", "zero-shot")
+    folder: Path, lines: list[evaluate.EvalRow], methods: tuple[str, ...] = ("fedsp", "zero-shot")
 ) -> None:
     """Every line equals its row of the record, to the last bit but for the standard error."""
     rows = {row["method"]: row for row in read(folder).results}
@@ -133,8 +133,7 @@ def require_equal(
         assert line.errors[main] == pytest.approx(row["stderr"], rel=1e-9)
 
 
-# -- the run's own task
-# --------------------------------------------------------------------------------------------
+# -- the run's own task ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -341,7 +340,7 @@ def test_a_tuned_model(gpt2, tmp_path):
         1
     ].measures
     model = LanguageModel(other.eval())
-    materials = Materials(config.load(None, of_model(gpt2, str(tmp_path / "data"))))
+    materials = ExperimentInputs(config.load(None, of_model(gpt2, str(tmp_path / "data"))))
     wanted = score(model, None, materials.test, "multiple_choice", 4096)
     assert wanted is not None and tuned.measures == {"acc": wanted.acc, "acc_norm": wanted.acc_norm}
     assert tuned.measures != plain.measures
@@ -356,8 +355,7 @@ def test_a_trained_model(tmp_path):
     require_equal(folder, asked(folder))
 
 
-# -- lm-eval's other questions
-# -------------------------------------------------------------------------------------
+# -- lm-eval's other questions ---------------------------------------------------------------------
 
 
 def requests(*arguments: tuple[Any, ...]) -> list[Any]:
@@ -552,8 +550,7 @@ def test_a_context_is_run_once_for_all_its_options(gpt2, monkeypatch):
         answers(loaded, None).loglikelihood(requests(("w1", "")))
 
 
-# -- tasks of the user's own
-# ---------------------------------------------------------------------------------------
+# -- tasks of the user's own -----------------------------------------------------------------------
 
 OWN = {
     "said": {
@@ -632,8 +629,7 @@ def test_files_of_the_users_own(gpt2, tmp_path, capsys):
     )
 
 
-# -- mistakes
-# ------------------------------------------------------------------------------------------------------
+# -- mistakes --------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

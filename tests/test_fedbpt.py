@@ -26,7 +26,7 @@ from fedsp_mpi.aggregation.fedavg import weighted_mean
 from fedsp_mpi.aggregation.step_size import corrected, effective
 from fedsp_mpi.algorithms import fedbpt
 from fedsp_mpi.algorithms.client_state import ShardError
-from fedsp_mpi.algorithms.inference import Held
+from fedsp_mpi.algorithms.inference import LocalInference
 from fedsp_mpi.comm import Refused
 from fedsp_mpi.comm.messages import Report
 from fedsp_mpi.comm.updates import Updates
@@ -41,7 +41,7 @@ from fedsp_mpi.models.subspace import Subspace, scale_of
 from fedsp_mpi.record import read
 from fedsp_mpi.report import difference
 from fedsp_mpi.tensors import NamedTensors, Update
-from fedsp_mpi.training.cma_es import Evolution, sizes
+from fedsp_mpi.training.cma_es import CmaEs, sizes
 from fedsp_mpi.training.loop import NonFiniteError
 
 # The embedded default as FedBPT, with a small search.
@@ -60,8 +60,7 @@ AVERAGE = (*FEDBPT, "search.rule=average", "search.objective=loss")
 KEPT = (*FEDBPT, "search.step_size_by=clients", "search.rank_by=improvement", "search.parents=all")
 
 
-# -- the search on functions
-# ---------------------------------------------------------------------------------------
+# -- the search on functions -----------------------------------------------------------------------
 
 
 def sphere(x: np.ndarray) -> float:
@@ -129,7 +128,7 @@ def evaluations_together(function, settings: SearchConfig, clients: int, seed: i
 
 def evaluations_alone(function, settings: SearchConfig, seed: int) -> float:
     """The same for one client that goes on by itself, without beginning anew in each round."""
-    search = Evolution.of(
+    search = CmaEs.of(
         {"mean": np.zeros(settings.dimension), "step_size": np.array([settings.step_size])}
     )
     for generation in range(2000):
@@ -195,7 +194,7 @@ def test_eight_iterations_a_round_follow_a_valley_where_all_clients_count():
 @pytest.mark.slow
 def test_in_500_dimensions_the_covariance_hardly_moves():
     search, random = (
-        Evolution.of({"mean": np.zeros(500), "step_size": np.ones(1)}),
+        CmaEs.of({"mean": np.zeros(500), "step_size": np.ones(1)}),
         np.random.default_rng(0),
     )
     for _ in range(200):
@@ -208,16 +207,16 @@ def test_in_500_dimensions_the_covariance_hardly_moves():
 
 
 def test_a_search_goes_on_from_its_state_with_equal_bits():
-    whole = Evolution.of({"mean": np.arange(6.0), "step_size": np.array([0.5])})
+    whole = CmaEs.of({"mean": np.arange(6.0), "step_size": np.array([0.5])})
     for generation in range(12):
         if generation in (4, 9):
             copied = {name: value.copy() for name, value in whole.state().items()}
             whole.sample(5, 99)  # what is not told is forgotten
-            whole = Evolution.of(copied)
+            whole = CmaEs.of(copied)
             assert {name: value.size for name, value in copied.items()} == sizes(6)
         points = whole.sample(5, generation)
         whole.update(points, np.array([sphere(point) for point in points]))
-    other = Evolution.of({"mean": np.arange(6.0), "step_size": np.array([0.5])})
+    other = CmaEs.of({"mean": np.arange(6.0), "step_size": np.array([0.5])})
     for generation in range(12):
         points = other.sample(5, generation)
         other.update(points, np.array([sphere(point) for point in points]))
@@ -228,7 +227,7 @@ def test_a_search_goes_on_from_its_state_with_equal_bits():
 
 def test_points_follow_the_distribution_and_the_seed():
     root = np.array([[2.0, 0.0], [1.0, 0.5]])
-    search = Evolution.of(
+    search = CmaEs.of(
         {
             "mean": np.array([1.0, -1.0]),
             "step_size": np.array([3.0]),
@@ -243,8 +242,7 @@ def test_points_follow_the_distribution_and_the_seed():
     assert np.abs(np.cov(points.T) / 9 - root @ root.T).max() < 0.3
 
 
-# -- the server's merge
-# --------------------------------------------------------------------------------------------
+# -- the server's merge ----------------------------------------------------------------------------
 
 
 def told(server: FunctionServer, clients: int, losses: list[float] | None = None) -> list[Update]:
@@ -279,10 +277,10 @@ def test_the_effective_parents_are_the_library_s(population):
     assert effective(population) == pytest.approx(
         CMA(np.zeros(4), 1.0, population_size=population)._mu_eff, rel=1e-12
     )
-    search, moved = Evolution.of({"mean": np.zeros(500), "step_size": np.ones(1)}), []
+    search, moved = CmaEs.of({"mean": np.zeros(500), "step_size": np.ones(1)}), []
     for seed in range(4):
         points = search.sample(population, seed)
-        other = Evolution.of(search.state())
+        other = CmaEs.of(search.state())
         other.update(points, np.arange(float(population)))
         moved.append(np.square(other.mean).mean())
     assert np.mean(moved) == pytest.approx(1 / effective(population), rel=0.15)
@@ -292,7 +290,7 @@ def test_a_client_tells_the_sum_of_its_squared_step_sizes():
     settings = SearchConfig(6, iterations=3, objective="loss")
     server = FunctionServer(settings)
     [update] = told(server, 1)
-    search, squares = Evolution.of(server.broadcast()), 0.0
+    search, squares = CmaEs.of(server.broadcast()), 0.0
     for iteration in range(3):
         squares += search.step_size**2
         points = search.sample(5, rng.key(3, "search", 1, 0, iteration))
@@ -354,7 +352,7 @@ def test_of_all_points_the_covariance_hears_too():
         np.random.default_rng(4).standard_normal((6, 4)),
         np.array([3.0, 1.0, 5.0, 2.0, 6.0, 4.0]),
     )
-    search = Evolution.of({"mean": np.zeros(4), "step_size": np.array([2.0])})
+    search = CmaEs.of({"mean": np.zeros(4), "step_size": np.array([2.0])})
     search.update(points, losses, "all")
     weights = np.log(6.5) - np.log(np.arange(1, 7))
     weights /= weights.sum()
@@ -385,7 +383,7 @@ def test_clients_step_sizes_go_on_where_they_were():
         [update.metrics[name] for update in updates] for name in ("fitness", "step_size")
     )
     begin = corrected(losses, spreads, effective(5), 3)
-    wanted = Evolution.of({"mean": np.zeros(4), "step_size": np.array([begin])})
+    wanted = CmaEs.of({"mean": np.zeros(4), "step_size": np.array([begin])})
     before = wanted.step_size
     wanted.update(np.array([update.tensors["mean"] for update in updates]), np.array(losses))
     assert merged["mean"] == pytest.approx(wanted.mean, rel=1e-6)
@@ -396,7 +394,7 @@ def test_clients_step_sizes_go_on_where_they_were():
     )
     server.take(merged)
     assert list(server.broadcast()) == ["mean", "step_size", "covariance"]
-    [again], search = told(server, 1), Evolution.of(server.broadcast())
+    [again], search = told(server, 1), CmaEs.of(server.broadcast())
     assert server.state()["step_path"].any() and not search.step_path.any()
     for iteration in range(3):
         points = search.sample(5, rng.key(3, "search", 1, 0, iteration))
@@ -461,8 +459,7 @@ def test_a_server_goes_on_from_its_state_with_equal_bits():
     assert torch.equal(one.prompt.prompt, other.prompt.prompt)
 
 
-# -- the projection
-# ------------------------------------------------------------------------------------------------
+# -- the projection --------------------------------------------------------------------------------
 
 SPEC = PromptSpec("prefix", 5, 3, 2, 100)
 
@@ -497,8 +494,7 @@ def test_what_is_added_spreads_like_an_embedding(tmp_path):
     assert scale_of(model, prefix, 50, 1.0, 1.0) == pytest.approx(0.7 / math.sqrt(50), rel=0.05)
 
 
-# -- perturbed copies and objectives
-# -------------------------------------------------------------------------------
+# -- perturbed copies and objectives ---------------------------------------------------------------
 
 
 def framed(lengths: list[int]) -> list[Text]:
@@ -593,8 +589,7 @@ def test_the_objectives_are_those_of_loops(tmp_path):
     assert fitness("mean_of_ratios", torch.ones(2), torch.zeros(2)).isfinite()
 
 
-# -- clients with a model
-# ------------------------------------------------------------------------------------------
+# -- clients with a model --------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -616,7 +611,7 @@ def searching(model, **changes) -> fedbpt.Client:
     }
     space = Subspace(spec, 6, 0.1, 1)
     depths = DepthMap(spec, model.shape.num_layers)
-    forward = Held(model, Prompt(spec), first, space, depths, settings.batch_tokens)
+    forward = LocalInference(model, Prompt(spec), first, space, depths, settings.batch_tokens)
     return fedbpt.Client(forward, shards, np.arange(4, 100), settings, 1)
 
 
@@ -690,7 +685,7 @@ def test_a_client_s_round_follows_from_who_and_when(model):
         and one.metrics["fitness"] == again.metrics["fitness"]
     )
     assert not np.array_equal(one.tensors.flat, later.tensors.flat)
-    assert not any(client.benches.has_state(id) for id in range(3))
+    assert not any(client.states.has_state(id) for id in range(3))
 
 
 def test_a_client_that_cannot_search_says_so(model, monkeypatch):
@@ -776,8 +771,7 @@ def test_a_client_needs_hardly_more_memory_than_its_forward_passes():
     assert gradient > search, "or the measure sees nothing"
 
 
-# -- whole runs
-# ----------------------------------------------------------------------------------------------------
+# -- whole runs ------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -837,9 +831,9 @@ def test_the_prompt_is_the_first_one_and_a_projection(whole):
     """The adapter is what the best round's mean leads to, from the words that prompts begin as."""
     from fedsp_mpi.models.backbone import load_global
     from fedsp_mpi.models.prompts import read_adapter
-    from fedsp_mpi.run.inputs import Materials
+    from fedsp_mpi.run.inputs import ExperimentInputs
 
-    run, materials = read(whole), Materials(config.load(whole / "config.yaml"))
+    run, materials = read(whole), ExperimentInputs(config.load(whole / "config.yaml"))
     best = int(run.results[-1]["round"])
     adapter = read_adapter(whole / "prompt")
     assert np.array_equal(adapter.numpy(), run.prompts(best)["prompt"])

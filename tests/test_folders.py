@@ -28,7 +28,7 @@ from fedsp_mpi.files import fingerprint, ownership
 from fedsp_mpi.record import Checkpoints, RunRecord, read
 from fedsp_mpi.record.lock import RunLock
 from fedsp_mpi.report import difference
-from fedsp_mpi.run.inputs import Materials
+from fedsp_mpi.run.inputs import ExperimentInputs
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "fedsp_mpi"
@@ -520,7 +520,7 @@ def test_a_label_of_one_client_is_named(runs, capsys):
     rows = (
         gzip.decompress((runs / "data" / "train.jsonl.gz").read_bytes()).decode().splitlines()[:48]
     )
-    shards = Materials(load(folder / "config.yaml")).shards
+    shards = ExperimentInputs(load(folder / "config.yaml")).shards
     row = rows[shards[2][0]]
     with changed(
         runs / "data" / "train.jsonl.gz", row, row[:-2] + str((int(row[-2]) + 1) % 4) + "}"

@@ -206,8 +206,7 @@ def test_what_another_library_says_of_a_long_value_is_short():
     assert len(error_line("data.source: found " + "x" * 9000)) < 300
 
 
-# -- every key with every kind of value
-# ----------------------------------------------------------------------------
+# -- every key with every kind of value ------------------------------------------------------------
 
 NUMBERS = [
     0,

@@ -28,10 +28,10 @@ from fedsp_mpi.data.tokens import Batches, Text, by_length, collate
 from fedsp_mpi.evaluation.scoring import answer_loss_mean, gap_questions, loglikelihoods, score
 from fedsp_mpi.models import backbone
 from fedsp_mpi.models.families import model_class
-from fedsp_mpi.models.prompts import Prompt, PromptSpec, Several
+from fedsp_mpi.models.prompts import Prompt, PromptBatch, PromptSpec
 from fedsp_mpi.record import read
 from fedsp_mpi.report import difference
-from fedsp_mpi.run.inputs import Materials
+from fedsp_mpi.run.inputs import ExperimentInputs
 
 GAP = 4  # the id of the token that marks one
 WHOLE = ("auxiliary.layers_per_cell=null", "auxiliary.depth=null", *FEDPROMPT[1:])
@@ -66,8 +66,7 @@ def model(family, tmp_path) -> backbone.LanguageModel:
     return tiny.load(tiny.model_folder(tmp_path / "model", family))
 
 
-# -- texts
-# ---------------------------------------------------------------------------------------------------------
+# -- texts -----------------------------------------------------------------------------------------
 
 
 def test_the_answer_stands_in_the_gap(family):
@@ -161,8 +160,7 @@ def test_a_real_tokenizers_pieces_are_named():
     assert message.count("', '") >= 1
 
 
-# -- logits
-# --------------------------------------------------------------------------------------------------------
+# -- logits ----------------------------------------------------------------------------------------
 
 
 def plain_logits(model: backbone.LanguageModel, text: Text, prompt: Prompt | None) -> torch.Tensor:
@@ -197,7 +195,7 @@ def test_logits_are_those_of_transformers(model, family, with_prompt):
 @torch.no_grad()
 def test_texts_of_a_batch_have_prompts_of_their_own(model, family):
     values = torch.stack([prompt_for(model).matrix() * scale for scale in (1, -2)])
-    prompts = Several(prompt_for(model).spec, values, torch.tensor([1, 0, 1]))
+    prompts = PromptBatch(prompt_for(model).spec, values, torch.tensor([1, 0, 1]))
     some = texts(family)
     found, _ = model.answer_logits(collate(some), prompts)
     for row, text, owner in zip(found, some, prompts.owners):
@@ -242,8 +240,7 @@ def test_the_room_of_a_prompt(model, family):
     assert torch.isfinite(model.answer_logits(collate(texts_of), prompt_for(model))[0]).all()
 
 
-# -- scores
-# --------------------------------------------------------------------------------------------------------
+# -- scores ----------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -280,8 +277,7 @@ def test_scores_are_those_of_a_loop(model, family):
     assert score(model, prompt, questions, "multiple_choice", 40, stop=lambda: True) is None
 
 
-# -- runs
-# ----------------------------------------------------------------------------------------------------------
+# -- runs ------------------------------------------------------------------------------------------
 
 
 def settings(folder: Path, family: str, *more: str) -> list[str]:
@@ -374,8 +370,7 @@ def test_a_backdoor_in_a_masked_model(tmp_path):
     assert np.isfinite(run.clients["attack_success"]).tolist() == [True, False, False]
 
 
-# -- refusals
-# ------------------------------------------------------------------------------------------------------
+# -- refusals --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -395,13 +390,13 @@ def test_a_backdoor_in_a_masked_model(tmp_path):
 def test_what_such_a_model_cannot_do_is_said_before_weights_are_loaded(tmp_path, more, words):
     found = settings(tmp_path, "bert", *more)
     (tmp_path / "model" / "model.safetensors").unlink()
-    refused(lambda: Materials(config.load(None, found)).check(), *words)
+    refused(lambda: ExperimentInputs(config.load(None, found)).check(), *words)
 
 
 def test_free_answers_are_refused(tmp_path):
     found = settings(tmp_path, "t5", "data.task=question_answering")
     refused(
-        lambda: Materials(config.load(None, found)).check(),
+        lambda: ExperimentInputs(config.load(None, found)).check(),
         "data.task",
         "found question_answering with a t5",
     )
@@ -415,7 +410,7 @@ def test_the_default_recipe_says_what_to_do(tmp_path):
         "auxiliary.first_layers=1",
     ]
     refused(
-        lambda: Materials(config.load(None, found)).check(),
+        lambda: ExperimentInputs(config.load(None, found)).check(),
         "with a roberta",
         "configs/methods/fedprompt.yaml",
     )

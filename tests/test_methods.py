@@ -52,7 +52,7 @@ WHOLE = {
     "client.alignment.steps": 0,
 }
 PAPER = WHOLE | {"data.server_share": 0, "prompt.kind": "input", "server.tuning.steps": 0}
-ALONE = {"federation.clients": 0, "evaluation.server_only": False}
+SINGLE_RANK = {"federation.clients": 0, "evaluation.server_only": False}
 SEARCH = WHOLE | {
     "method": "fedbpt",
     "data.loss_over": "auto",
@@ -74,12 +74,12 @@ APART: dict[str, dict[str, object]] = {
     "fedprompt_paper": PAPER,
     "p_tuning": PAPER | {"prompt.encoder": "lstm", "prompt.init": "random"},
     "prefix_tuning": WHOLE | {"federation.clients": 1},
-    "prefix_tuning_centralised": WHOLE | ALONE,
+    "prefix_tuning_centralised": WHOLE | SINGLE_RANK,
     "fedbpt": SEARCH,
     "fedbpt_private": SEARCH | {"search.forward": "server"},
     "fedavg_bbt": SEARCH | {"search.rule": "average", "search.objective": "loss"},
     "finetune": {"method": "finetune", "federation.client_state": "restarted"},
-    "finetune_centralised": {"method": "finetune"} | ALONE,
+    "finetune_centralised": {"method": "finetune"} | SINGLE_RANK,
 }
 
 

@@ -28,7 +28,7 @@ from fedsp_mpi.files import fingerprint
 from fedsp_mpi.models import auxiliary, backbone, prompts
 from fedsp_mpi.models.backbone import LanguageModel
 from fedsp_mpi.models.losses import answer_loss
-from fedsp_mpi.models.prompts import Prompt, PromptSpec, Several
+from fedsp_mpi.models.prompts import Prompt, PromptBatch, PromptSpec
 from fedsp_mpi.tensors import NamedTensors, SealedTensorError, seal
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -74,8 +74,7 @@ def weights(model: LanguageModel) -> dict[str, torch.Tensor]:
     return {name: parameter.detach().clone() for name, parameter in model.model.named_parameters()}
 
 
-# -- the auxiliary model
-# -------------------------------------------------------------------------------------------
+# -- the auxiliary model ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("start", "layers", "depth"), CELLS)
@@ -271,8 +270,7 @@ def test_layers_may_have_heads_of_their_own_width_and_a_final_projection(tmp_pat
             )
 
 
-# -- the global model
-# ----------------------------------------------------------------------------------------------
+# -- the global model ------------------------------------------------------------------------------
 
 
 def test_the_global_model_is_frozen_and_sealed(folder):
@@ -452,8 +450,7 @@ assert auxiliary.build(small, 2, torch.device("cpu"), torch.float32).num_paramet
     assert done.returncode == 0, done.stderr
 
 
-# -- prompts against stock peft
-# ------------------------------------------------------------------------------------
+# -- prompts against stock peft --------------------------------------------------------------------
 
 
 def as_peft(path: str, prompt: Prompt, target) -> peft.PeftModel:
@@ -593,8 +590,7 @@ def test_an_input_prompt_is_embeddings_in_front_of_the_text(folder):
     ).abs().max() < 1e-5
 
 
-# -- prompts: numbers, names, depth
-# --------------------------------------------------------------------------------
+# -- prompts: numbers, names, depth ----------------------------------------------------------------
 
 SPEC = PromptSpec("prefix", 3, 4, 2, 6)
 
@@ -696,8 +692,7 @@ def test_an_input_prompt_has_no_depth(gpt2):
     )
 
 
-# -- dropout and checkpointing
-# -------------------------------------------------------------------------------------
+# -- dropout and checkpointing ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", tiny.CAUSAL_FAMILIES)
@@ -803,8 +798,7 @@ def test_checkpointing_leaves_dropout_off(tmp_path):
     assert torch.equal(built.hidden(batch), built.hidden(batch))
 
 
-# -- a prompt for each text
-# ----------------------------------------------------------------------------------------
+# -- a prompt for each text ------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -815,7 +809,7 @@ def test_texts_of_a_batch_have_prompts_of_their_own(folder, kind, saved, monkeyp
     whole, batch = tiny.load(folder), tiny.batch((11, 7, 4, 9))
     values = torch.stack([prompt_for(whole, kind).matrix() * scale for scale in (1, -0.5, 2)])
     owners = torch.tensor([2, 0, 2, 1])
-    prompts = Several(prompt_for(whole, kind).spec, values, owners)
+    prompts = PromptBatch(prompt_for(whole, kind).spec, values, owners)
     found = whole.hidden(batch, prompts)
     assert (whole.hidden(batch, whole.remember(prompts)) - found).abs().max() < 1e-5
     for row, owner in enumerate(owners):
@@ -827,8 +821,7 @@ def test_texts_of_a_batch_have_prompts_of_their_own(folder, kind, saved, monkeyp
         assert (found[row, :length] - wanted).abs().max() < 1e-5
 
 
-# -- several continuations of one context
-# --------------------------------------------------------------------------
+# -- several continuations of one context ----------------------------------------------------------
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from test_resume import FAULTY
 from test_run import short_run
 from test_variants import FEDPROMPT, short
 
-from fedsp_mpi.algorithms.privacy import Private, laplace, privatised
+from fedsp_mpi.algorithms.privacy import LocalDPClient, laplace, privatised
 from fedsp_mpi.record import read
 from fedsp_mpi.report import difference
 from fedsp_mpi.tensors import NamedTensors, Schema, Update
@@ -111,7 +111,7 @@ def test_noise_is_added_to_every_value_and_cut_in_stretches(monkeypatch):
 class _Fixed:
     """A client that always comes to the same."""
 
-    benches = "its benches"
+    states = "its benches"
 
     def local(self, client: int, round: int, down: NamedTensors) -> Update:
         down.flat[:] = 7  # a client may work in what it got
@@ -122,12 +122,12 @@ class _Fixed:
 
 def test_what_goes_up_is_private_and_tells_no_loss():
     received = vector(noise(0))
-    found = Private(_Fixed(), 1.0, 1.0, silent).local(4, 1, received.copy())
+    found = LocalDPClient(_Fixed(), 1.0, 1.0, silent).local(4, 1, received.copy())
     assert np.array_equal(
         found.tensors.flat, privatised(received, vector(noise(1)), 1.0, 1.0, silent).flat
     )
     assert (found.client, found.weight, found.metrics) == (4, 3.0, {"seconds_prompt": 2.0})
-    assert Private(_Fixed(), 1.0, 1.0).benches == "its benches"
+    assert LocalDPClient(_Fixed(), 1.0, 1.0).states == "its benches"
 
 
 def test_other_tensors_than_came_down_are_refused():

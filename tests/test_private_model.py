@@ -19,7 +19,14 @@ from test_run import short_run
 from test_variants import short
 
 from fedsp_mpi import config
-from fedsp_mpi.algorithms.inference import Asking, Held, Limits, answered, packed, unpacked
+from fedsp_mpi.algorithms.inference import (
+    Limits,
+    LocalInference,
+    RemoteInference,
+    answered,
+    packed,
+    unpacked,
+)
 from fedsp_mpi.comm import Handout, Solo
 from fedsp_mpi.data.tokens import Text
 from fedsp_mpi.estimate import cost
@@ -28,7 +35,7 @@ from fedsp_mpi.models.prompts import DepthMap, Prompt, PromptSpec
 from fedsp_mpi.models.subspace import Subspace
 from fedsp_mpi.record import Run, read
 from fedsp_mpi.report import difference
-from fedsp_mpi.run.inputs import Materials
+from fedsp_mpi.run.inputs import ExperimentInputs
 from fedsp_mpi.tensors import Contract, Failure, NamedTensors, Schema, SealedTensorError, seal
 
 PRIVATE = (*FEDBPT, "search.forward=server")
@@ -59,7 +66,7 @@ def test_bits_depend_neither_on_ranks_nor_on_who_holds_the_model(runs, other):
 
 def asked_bytes(run: Run) -> tuple[int, int]:
     """What client 0 asks in a round and is answered, counted from its texts by hand."""
-    materials = Materials(config.load(run.file.parent / "config.yaml"))
+    materials = ExperimentInputs(config.load(run.file.parent / "config.yaml"))
     texts = 2 * len(materials.shard(1))
     tokens = 2 * sum(len(text.ids) for text in materials.shard(1))  # copies are as long
     up = down = 0
@@ -94,7 +101,7 @@ def test_the_plan_and_the_check_know_that_clients_hold_nothing(runs, tmp_path):
     settings = config.load(
         None, [*PRIVATE, "federation.clients=3", "federation.rounds=2", "data.limit.train=64"]
     )
-    tokens = [len(text.ids) for id in (1, 2, 3) for text in Materials(settings).shard(id)]
+    tokens = [len(text.ids) for id in (1, 2, 3) for text in ExperimentInputs(settings).shard(id)]
     found = cost.plan(settings, "embedded", round(np.mean(tokens)))
     own, text = found.methods[0], plan_text.text(found, 40)
     assert (own.holds, own.handout, own.round) == (0, 0, 0.0)
@@ -181,11 +188,11 @@ def test_asking_gives_the_losses_of_holding(tmp_path):
     layers = model.shape.num_layers
     first = model.model.get_input_embeddings().weight[4:7].detach().clone()
     space, whole = Subspace(spec, 6, 0.1, 1), DepthMap(spec, layers, tuple(range(layers)))
-    held = Held(model, Prompt(spec), first, space, whole, 40)
+    held = LocalInference(model, Prompt(spec), first, space, whole, 40)
     groups = [tiny.texts((9, 8, 12, 6)), tiny.texts((7, 5), seed=1)]
     points = np.random.default_rng(0).standard_normal((2, 6))
     wanted = held.losses(0, points, groups)
-    found = Asking(
+    found = RemoteInference(
         lambda client, values: answered(held, values, Limits(6, tiny.VOCABULARY, 40))
     ).losses(0, points, groups)
     assert [each.shape for each in found] == [(2, 4), (2, 2)]
@@ -193,7 +200,7 @@ def test_asking_gives_the_losses_of_holding(tmp_path):
     with pytest.raises(
         ValueError, match="found 3 losses from the server, expected 2 x 6 for client 4"
     ):
-        Asking(lambda client, values: np.zeros(3, np.float32)).losses(4, points, groups)
+        RemoteInference(lambda client, values: np.zeros(3, np.float32)).losses(4, points, groups)
 
 
 def test_an_answer_is_never_the_global_model():

@@ -142,11 +142,11 @@ def test_adapter_gives_the_run_s_own_logits(runs):
     from fedsp_mpi.data.tokens import collate
     from fedsp_mpi.models.backbone import load_global
     from fedsp_mpi.models.prompts import Prompt
-    from fedsp_mpi.run.inputs import RESOURCES, Materials
+    from fedsp_mpi.run.inputs import RESOURCES, ExperimentInputs
 
     run = read(runs / "n0")
     best = int(run.results[-1]["round"])
-    materials = Materials(load(runs / "n0" / "config.yaml"))
+    materials = ExperimentInputs(load(runs / "n0" / "config.yaml"))
     model = load_global(str(RESOURCES / "model"), device=torch.device("cpu"))
     prompt = Prompt(materials.prompt_spec)
     prompt.load({name: torch.from_numpy(values) for name, values in run.prompts(best).items()})

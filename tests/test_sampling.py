@@ -82,8 +82,7 @@ def test_another_process_gets_the_same_answer(hash_seed):
     ), done.stderr
 
 
-# -- the rules
-# -----------------------------------------------------------------------------------------------------
+# -- the rules -------------------------------------------------------------------------------------
 
 
 def test_uniform_is_fair_whatever_the_sizes():

@@ -133,8 +133,7 @@ def prompt_for(
     return kind and Prompt(PromptSpec.of(model.shape, kind, 5, projection)).initialise(1, 0.5)
 
 
-# -- against every option on its own
-# -------------------------------------------------------------------------------
+# -- against every option on its own ---------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", [None, "prefix", "input"])
@@ -344,8 +343,7 @@ def test_of_equal_options_the_first_is_taken(gpt2, monkeypatch):
     assert score(tiny.load(gpt2), None, asked_of((0,), (1,)), "multiple_choice", 100).acc == 0.5
 
 
-# -- texts to tokens
-# -----------------------------------------------------------------------------------------------
+# -- texts to tokens -------------------------------------------------------------------------------
 
 
 def test_an_empty_context_becomes_the_beginning_of_text(gpt2, monkeypatch):
@@ -469,8 +467,7 @@ def test_the_validation_loss_is_the_mean_over_all_answer_tokens(gpt2, kind):
         )
 
 
-# -- against lm-eval
-# -----------------------------------------------------------------------------------------------
+# -- against lm-eval -------------------------------------------------------------------------------
 
 
 def lm_eval_results(model, tokenizer, name: str, data, limit: int | None, monkeypatch, config=None):

@@ -17,7 +17,7 @@ from fedsp_mpi.models.backbone import LanguageModel
 from fedsp_mpi.models.prompts import Prompt
 from fedsp_mpi.record import read
 from fedsp_mpi.run import build
-from fedsp_mpi.run.inputs import Materials
+from fedsp_mpi.run.inputs import ExperimentInputs
 from fedsp_mpi.tensors import seal
 from fedsp_mpi.training.device import Compute
 
@@ -51,7 +51,7 @@ def settings(tmp_path_factory) -> list[str]:
 
 
 def judged(
-    model: LanguageModel, prompt: Prompt | None, materials: Materials
+    model: LanguageModel, prompt: Prompt | None, materials: ExperimentInputs
 ) -> tuple[Score, float]:
     """Score but for its seconds, and validation loss."""
     size = materials.config.evaluation.batch_tokens
@@ -59,8 +59,8 @@ def judged(
     return replace(found, seconds=0), answer_loss_mean(model, prompt, materials.validation, size)
 
 
-def loaded(config: Config, server_dtype: torch.dtype) -> tuple[Materials, LanguageModel]:
-    materials = Materials(config)
+def loaded(config: Config, server_dtype: torch.dtype) -> tuple[ExperimentInputs, LanguageModel]:
+    materials = ExperimentInputs(config)
     return materials, build.global_model(materials, Compute(tiny.CPU, server_dtype, 1))
 
 

@@ -57,8 +57,7 @@ def write(folder: Path, **files: object) -> str:
     return str(folder)
 
 
-# -- splits, limits, forms of a source
-# -----------------------------------------------------------------------------
+# -- splits, limits, forms of a source -------------------------------------------------------------
 
 
 def test_splits_as_they_are():
@@ -236,8 +235,7 @@ def test_four_processes_may_load_at_once_and_nothing_is_written_into_the_source(
     assert list((tmp_path / "home").rglob("*.arrow"))
 
 
-# -- what real folders hold
-# ----------------------------------------------------------------------------------------
+# -- what real folders hold ------------------------------------------------------------------------
 
 SST2 = "sentence,label\na,0\nb,1\nc,0\n"
 ALL = {"train_csv": SST2, "validation_csv": SST2, "test_csv": SST2}
@@ -463,8 +461,7 @@ def test_a_cache_without_file_locks_is_named_and_nothing_waits(tmp_path, number)
     assert f"cannot lock {tmp_path}/home/datasets/.lock-" in message and "HF_HOME" in message
 
 
-# -- mistakes
-# ------------------------------------------------------------------------------------------------------
+# -- mistakes --------------------------------------------------------------------------------------
 
 GOOD = {"train": [CHOICE_ROW] * 4, "validation": [CHOICE_ROW], "test": [CHOICE_ROW]}
 MISTAKES = {

@@ -74,8 +74,7 @@ def here(capsys: pytest.CaptureFixture[str], path: Path, *more: str) -> tuple[in
     return status, captured.out, captured.err
 
 
-# -- cells
-# ---------------------------------------------------------------------------------------------------------
+# -- cells -----------------------------------------------------------------------------------------
 
 
 def test_a_cell_is_base_task_method_and_seed(tmp_path):
@@ -256,8 +255,7 @@ def test_last_words_are_those_that_say_why(text, words):
     assert jobs.last_words(text) == words
 
 
-# -- real runs
-# -----------------------------------------------------------------------------------------------------
+# -- real runs -------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -416,8 +414,7 @@ def test_a_run_whose_output_was_taken_away_is_a_line(tmp_path, capsys):
     )
 
 
-# -- side by side
-# --------------------------------------------------------------------------------------------------
+# -- side by side ----------------------------------------------------------------------------------
 
 needs_cores = pytest.mark.skipif(
     len(os.sched_getaffinity(0)) < 2, reason="two runs at a time need two cores"
@@ -518,8 +515,7 @@ def wait_for_checkpoints(
         time.sleep(0.01)
 
 
-# -- stopped
-# -------------------------------------------------------------------------------------------------------
+# -- stopped ---------------------------------------------------------------------------------------
 
 STOPS = [
     pytest.param("mpirun", signal.SIGTERM, 143, id="mpirun"),

@@ -100,8 +100,7 @@ def write(folder: Path, **files: object) -> str:
     return str(folder)
 
 
-# -- equality with lm-eval
-# -----------------------------------------------------------------------------------------
+# -- equality with lm-eval -------------------------------------------------------------------------
 
 
 def lm_eval_task(name: str, data: datasets.DatasetDict, monkeypatch):
@@ -215,8 +214,7 @@ def test_race_equals_lm_eval_in_both_forms_of_columns(tmp_path, monkeypatch):
     assert ours[1].context == "Article: Text 1.\n \n\nI have a dog\nWhat is it's {{name}}?"
 
 
-# -- what is taught
-# ------------------------------------------------------------------------------------------------
+# -- what is taught --------------------------------------------------------------------------------
 
 
 def test_the_target_is_the_right_choice_after_a_blank():

@@ -26,8 +26,7 @@ def unsealed():
     seal.clear()
 
 
-# -- named tensors
-# -------------------------------------------------------------------------------------------------
+# -- named tensors ---------------------------------------------------------------------------------
 
 
 def test_packed_tensors_lie_side_by_side_in_one_vector():
@@ -110,8 +109,7 @@ def test_finite(value):
     assert not packed.is_finite()
 
 
-# -- schemas
-# -------------------------------------------------------------------------------------------------------
+# -- schemas ---------------------------------------------------------------------------------------
 
 
 def schema(**shapes: list[int]) -> Schema:
@@ -168,8 +166,7 @@ def test_a_digest_is_the_same_in_another_process():
     assert done.stdout.strip() == schema(a=[2, 3], b=[4]).digest.hex()
 
 
-# -- the seal
-# ------------------------------------------------------------------------------------------------------
+# -- the seal --------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -251,8 +248,7 @@ def test_tied_weights_are_sealed_under_their_first_name_and_forgotten_when_the_s
     assert NamedTensors.pack({"p": tied})["p"].tolist() == [0, 0, 0, 0]
 
 
-# -- batches, randomness
-# -------------------------------------------------------------------------------------------
+# -- batches, randomness ---------------------------------------------------------------------------
 
 
 def test_a_batch_on_the_cpu_stays_itself():

@@ -27,7 +27,7 @@ from fedsp_mpi.log import Log
 from fedsp_mpi.models.losses import answer_loss
 from fedsp_mpi.record import read
 from fedsp_mpi.run import execute
-from fedsp_mpi.run.inputs import Materials
+from fedsp_mpi.run.inputs import ExperimentInputs
 
 
 def write(folder: Path, **splits: list[dict[str, Any]]) -> str:
@@ -40,12 +40,12 @@ def write(folder: Path, **splits: list[dict[str, Any]]) -> str:
 
 def of_model(
     folder: Path, tokenizer: PreTrainedTokenizerFast, source: str, *more: str
-) -> Materials:
+) -> ExperimentInputs:
     """What a run of a tiny GPT-2 with this tokenizer reads."""
     tiny.model_folder(folder / "model", "gpt2")
     tokenizer.save_pretrained(folder / "model")
     names = (f"model.name={folder / 'model'}", f"data.source={source}", "data.task=multiple_choice")
-    return Materials(
+    return ExperimentInputs(
         config.load(
             None, [*SHORT, *names, "auxiliary.layers_per_cell=1", "prompt.num_tokens=4", *more]
         )
@@ -86,8 +86,7 @@ def joining() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
 
 
-# -- rows that do not fit
-# ------------------------------------------------------------------------------------------
+# -- rows that do not fit --------------------------------------------------------------------------
 
 ROOM = fit.Room.of(64, 4, False)  # 60 tokens
 
@@ -285,8 +284,7 @@ def test_a_client_that_is_lost_in_every_round_is_named_at_the_end_with_its_whole
     ] == len(failed)
 
 
-# -- choices that are alike
-# ----------------------------------------------------------------------------------------
+# -- choices that are alike ------------------------------------------------------------------------
 
 
 def test_choices_in_a_gap_are_told_apart_by_the_same_check():
@@ -315,8 +313,7 @@ def test_choices_that_are_the_same_tokens_are_refused_before_weights_are_read(tm
         refused(materials.check, *words)
 
 
-# -- candidates
-# ----------------------------------------------------------------------------------------------------
+# -- candidates ------------------------------------------------------------------------------------
 
 
 def lines() -> PreTrainedTokenizerFast:
@@ -368,8 +365,7 @@ def test_a_context_stands_for_all_that_end_like_it():
     assert answers.joins(contexts) == ["a b:", "c b: ", "c d:", "", " ", "x"]
 
 
-# -- tokens that a tokenizer adds
-# ----------------------------------------------------------------------------------
+# -- tokens that a tokenizer adds ------------------------------------------------------------------
 
 
 def test_an_ending_that_the_tokenizer_appends_is_neither_taught_nor_scored(tmp_path):
@@ -429,8 +425,7 @@ def test_lm_eval_is_asked_without_an_appended_ending(tmp_path):
     assert asked(plain) == asked(marking)
 
 
-# -- tokens over the join
-# ------------------------------------------------------------------------------------------
+# -- tokens over the join --------------------------------------------------------------------------
 
 
 def test_an_answer_within_the_contexts_last_token_is_tokenised_by_itself(tmp_path):
@@ -454,8 +449,7 @@ def test_an_option_without_a_token_is_refused_by_its_row():
     refused(lambda: questions(silent, [example]), "row 3 of test", "an answer without a token")
 
 
-# -- a tokenizer without a beginning and an end
-# --------------------------------------------------------------------
+# -- a tokenizer without a beginning and an end ----------------------------------------------------
 
 
 def test_an_empty_context_without_a_token_in_its_place_is_refused(tmp_path):

@@ -20,7 +20,7 @@ from torch import nn
 from fedsp_mpi import federate
 from fedsp_mpi.algorithms import fedsp
 from fedsp_mpi.algorithms.prompt_server import Server
-from fedsp_mpi.comm import Down, Topology
+from fedsp_mpi.comm import RoundBroadcast, Topology
 from fedsp_mpi.config import ComputeConfig, DistillationConfig, StageConfig
 from fedsp_mpi.config.training import OptimizerConfig
 from fedsp_mpi.data.tokens import Batches, collate
@@ -31,14 +31,14 @@ from fedsp_mpi.models.backbone import LanguageModel
 from fedsp_mpi.models.losses import answer_loss, hidden_loss, logits_loss
 from fedsp_mpi.models.prompts import DepthMap, Prompt, PromptSpec
 from fedsp_mpi.record import Checkpoints
-from fedsp_mpi.record.checkpoint import Shelf
-from fedsp_mpi.roles import ClientSide
+from fedsp_mpi.record.checkpoint import ClientStateCache
+from fedsp_mpi.roles import HostedClients
 from fedsp_mpi.tensors import Failure, NamedTensors, State, seal
 from fedsp_mpi.training.device import Compute
 from fedsp_mpi.training.distill import Progress, StoppedError, distil, distillation_loss
 from fedsp_mpi.training.engine import TorchEngine, learning_rate
 from fedsp_mpi.training.loop import NonFiniteError, Trace, num_answer_tokens, num_text_tokens, train
-from fedsp_mpi.training.process_group import ALONE
+from fedsp_mpi.training.process_group import SINGLE_RANK
 
 ROOT = Path(__file__).resolve().parent.parent
 PLAIN = OptimizerConfig(learning_rate=0.1, weight_decay=0.0, warmup=0.0)
@@ -55,8 +55,7 @@ def unsealed():
     seal.clear()
 
 
-# -- schedule
-# ------------------------------------------------------------------------------------------------------
+# -- schedule --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -131,8 +130,7 @@ def test_a_gradient_that_was_not_used_can_be_dropped():
     assert weight.tolist() == [1, 1]
 
 
-# -- the loop
-# ------------------------------------------------------------------------------------------------------
+# -- the loop --------------------------------------------------------------------------------------
 
 
 def tuned(
@@ -192,7 +190,7 @@ def test_a_steps_loss_is_the_mean_over_the_answers_tokens(gpt2):
     assert trace.losses[0] == pytest.approx(np.mean(losses), rel=1e-5)
 
 
-class Line:
+class EvalRow:
     """Batches of nothing, each by its step; the loss is a number of that step times the one weight,
     0 by nature.
     """
@@ -216,7 +214,7 @@ class Line:
 
 
 def test_training_takes_the_batches_it_is_told_to():
-    line, seen = Line(5.0, 4.0, 3.0, 2.0), []
+    line, seen = EvalRow(5.0, 4.0, 3.0, 2.0), []
     engine = TorchEngine([line.weight], PLAIN, 4)
     first = train(engine, line, 2, 1, line.loss, num_answer_tokens, tiny.CPU)
     rest = train(
@@ -238,7 +236,7 @@ def test_training_takes_the_batches_it_is_told_to():
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_a_loss_that_is_not_finite_is_told_with_its_first_step(value):
-    line = Line(1.0, value, math.nan)
+    line = EvalRow(1.0, value, math.nan)
     with pytest.raises(
         NonFiniteError, match=rf"the loss of step 2 of 3 is {value}, expected a finite number"
     ):
@@ -247,8 +245,7 @@ def test_a_loss_that_is_not_finite_is_told_with_its_first_step(value):
         )
 
 
-# -- state
-# ---------------------------------------------------------------------------------------------------------
+# -- state -----------------------------------------------------------------------------------------
 
 
 def stored(state: State) -> State:
@@ -276,8 +273,7 @@ def test_an_engine_goes_on_from_its_state_with_equal_bits():
     assert again.steps_done == 4 and pull(other, again, 5) == wanted
 
 
-# -- distillation
-# --------------------------------------------------------------------------------------------------
+# -- distillation ----------------------------------------------------------------------------------
 
 
 def test_hidden_loss_against_a_loop():
@@ -343,7 +339,7 @@ def distilled(
     steps: int = 12,
     dropout: bool = False,
     clip=None,
-    team=ALONE,
+    team=SINGLE_RANK,
     stop_at: int = 0,
     progress: Progress | None = None,
     **changes,
@@ -499,8 +495,7 @@ def test_deepspeed_needs_no_compiler_on_a_cpu(engines):
     assert "error" not in engines[str(["deepspeed", 0, None])] and engines["built"] == []
 
 
-# -- clients that fail
-# ---------------------------------------------------------------------------------------------
+# -- clients that fail -----------------------------------------------------------------------------
 
 
 def client(
@@ -559,7 +554,7 @@ def test_a_client_whose_loss_is_not_finite_begins_anew_from_the_handout(gpt2):
     assert same(failing.local(1, 1, first), sound.local(1, 1, first))
     with pytest.raises(NonFiniteError, match="the loss of step 1 of 2 is nan"):
         failing.local(0, 2, broken(second))
-    assert not failing.benches.has_state(0) and failing.benches.has_state(1)
+    assert not failing.states.has_state(0) and failing.states.has_state(1)
     assert same(
         failing.local(1, 2, second), sound.local(1, 2, second)
     )  # the other one is not touched
@@ -580,10 +575,10 @@ def test_its_update_is_refused_and_the_others_go_on(gpt2, tmp_path):
 
     breaks, everybody = Breaks(), (0, 1, 2)
     compute = Compute.of(ComputeConfig(device="cpu"), Topology.alone())
-    shelf = Shelf(playing.benches, Checkpoints(tmp_path), 3, {})
-    side = ClientSide(breaks, everybody, compute, shelf, lambda round: everybody)
+    shelf = ClientStateCache(playing.states, Checkpoints(tmp_path), 3, {})
+    side = HostedClients(breaks, everybody, compute, shelf, lambda round: everybody)
     down = downs(playing, 2)[1]
-    found = list(federate.local_work(side, Down(2, tensors=down)))
+    found = list(federate.local_work(side, RoundBroadcast(2, tensors=down)))
     assert [type(each) for each in found] == [fedsp.Update, Failure, fedsp.Update]
     assert found[1] == Failure(
         1, 2, "local training", "the loss of step 1 of 2 is nan, expected a finite number"
@@ -595,7 +590,7 @@ def test_a_prompt_that_is_not_finite_is_refused_even_if_its_losses_are(gpt2):
     playing = client(gpt2, prompt_rate=1e39, steps=1)
     with pytest.raises(NonFiniteError, match="the tuned prompt holds numbers that are not finite"):
         playing.local(0, 1, downs(playing, 1)[0])
-    assert not playing.benches.has_state(0)
+    assert not playing.states.has_state(0)
 
 
 def test_a_client_goes_on_from_its_state_with_equal_bits(gpt2):
@@ -603,9 +598,9 @@ def test_a_client_goes_on_from_its_state_with_equal_bits(gpt2):
     first, second = downs(one, 2)
     one.local(0, 1, first)
     other.local(1, 5, second)  # has something else in its hands
-    other.benches.load_client_state(0, stored(one.benches.client_state(0)))
+    other.states.load_client_state(0, stored(one.states.client_state(0)))
     assert same(one.local(0, 2, second), other.local(0, 2, second))
-    assert not one.benches.has_state(7)
+    assert not one.states.has_state(7)
 
 
 def test_what_is_kept_between_rounds_matters_and_can_be_left(gpt2):
@@ -613,7 +608,7 @@ def test_what_is_kept_between_rounds_matters_and_can_be_left(gpt2):
     first, second = downs(kept, 2)
     for each in (kept, restarted):
         each.local(0, 1, first)
-    assert not restarted.benches.has_state(0)
+    assert not restarted.states.has_state(0)
     wanted = fresh.local(0, 2, second)
     assert same(restarted.local(0, 2, second), wanted) and not same(
         kept.local(0, 2, second), wanted

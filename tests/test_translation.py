@@ -14,7 +14,7 @@ import torch
 from test_variants import short
 
 from fedsp_mpi import config
-from fedsp_mpi.algorithms.prompt_distillation import Translator
+from fedsp_mpi.algorithms.prompt_distillation import PromptDistiller
 from fedsp_mpi.algorithms.prompt_server import Server
 from fedsp_mpi.config import StageConfig
 from fedsp_mpi.config.training import OptimizerConfig
@@ -26,7 +26,7 @@ from fedsp_mpi.models.backbone import LanguageModel
 from fedsp_mpi.models.losses import logits_loss
 from fedsp_mpi.models.prompts import DepthMap, Prompt, PromptSpec
 from fedsp_mpi.report import difference
-from fedsp_mpi.run.inputs import Materials
+from fedsp_mpi.run.inputs import ExperimentInputs
 from fedsp_mpi.tensors import NamedTensors, seal
 
 STAGE = StageConfig(steps=40, batch_size=8, optimizer=OptimizerConfig(learning_rate=0.05))
@@ -45,8 +45,7 @@ def unsealed():
     seal.clear()
 
 
-# -- questions about plain text
-# ------------------------------------------------------------------------------------
+# -- questions about plain text --------------------------------------------------------------------
 
 
 def example(context: str, target: str = " yes") -> Example:
@@ -108,8 +107,7 @@ def test_headings_are_no_paragraphs():
     ]
 
 
-# -- the translator
-# ------------------------------------------------------------------------------------------------
+# -- the translator --------------------------------------------------------------------------------
 
 
 @pytest.fixture(params=tiny.FAMILIES)
@@ -120,13 +118,13 @@ def pair(request, tmp_path) -> tuple[LanguageModel, LanguageModel, DepthMap]:
     return whole, small, DepthMap(PromptSpec.of(whole.shape, "prefix", 3, None), 2, (0, 1))
 
 
-def server_of(pair, stage: StageConfig = STAGE, rounds: int = 1) -> tuple[Server, Translator]:
+def server_of(pair, stage: StageConfig = STAGE, rounds: int = 1) -> tuple[Server, PromptDistiller]:
     whole, small, depths = pair
     prompt = Prompt(depths.spec).initialise(1, 0.5)
     messengers = Prompt(depths.small)
     messengers.load(depths.down(prompt.tensors()))
     batches = Batches(tiny.texts([5, 6, 7, 8] * 4), stage.batch_size, None, 1, "translation")
-    translator = Translator(small, messengers, batches, stage)
+    translator = PromptDistiller(small, messengers, batches, stage)
     none = StageConfig(steps=0)
     return Server(
         whole, prompt, depths, None, none, rounds, lambda updates: updates, translator=translator
@@ -191,8 +189,7 @@ def test_a_server_goes_on_with_its_translator(pair):
     assert np.array_equal(again.tuned()["prompt"], whole.tuned()["prompt"])
 
 
-# -- in a run
-# ------------------------------------------------------------------------------------------------------
+# -- in a run --------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -224,7 +221,7 @@ def test_the_server_asks_about_plain_text_from_all_over(tmp_path):
     settings.append("distillation.stage.steps=0")
 
     def asked(seed: int, *more: str) -> list[str]:
-        materials = Materials(config.load(None, [*settings, f"run.seed={seed}", *more]))
+        materials = ExperimentInputs(config.load(None, [*settings, f"run.seed={seed}", *more]))
         assert materials.alignment_texts == materials.questions
         return [materials.tokenizer.decode(text.ids) for text in materials.questions]
 
@@ -246,7 +243,7 @@ def test_rounding_stays_where_nobody_trains(tmp_path, text):
         tmp_path, *TRANSLATED, *half, "client.alignment.steps=0", "distillation.stage.steps=0"
     )
     kept = auxiliary.load(found.file.parent / "auxiliary")
-    whole = tiny.load(Materials(config.load(None, [])).model_name, dtype=torch.bfloat16)
+    whole = tiny.load(ExperimentInputs(config.load(None, [])).model_name, dtype=torch.bfloat16)
     for name, weight in auxiliary.cut(
         whole, tiny.cell(2, depth=2, first_layers=1)
     ).named_parameters():

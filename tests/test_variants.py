@@ -19,9 +19,9 @@ from fedsp_mpi.log import Log
 from fedsp_mpi.record import Run, read
 from fedsp_mpi.report import difference
 from fedsp_mpi.run import execute
-from fedsp_mpi.run.inputs import Materials
+from fedsp_mpi.run.inputs import ExperimentInputs
 
-ALONE = ("data.server_share=0", "server.tuning.steps=0")
+SINGLE_RANK = ("data.server_share=0", "server.tuning.steps=0")
 FEDPROMPT = (
     "auxiliary.layers_per_cell=3",
     "distillation.stage.steps=0",
@@ -82,7 +82,7 @@ def test_clients_with_frozen_layers_of_the_global_model(tmp_path, settings, hold
 
 def test_a_server_without_text_only_averages(tmp_path, text):
     found = short(
-        tmp_path / "runs", *ALONE, f"distillation.text={text}", "distillation.text_length=16"
+        tmp_path / "runs", *SINGLE_RANK, f"distillation.text={text}", "distillation.text_length=16"
     )
     assert found.sections["data"]["server_shard"] == 0 and found.sections["data"][
         "client_shards"
@@ -104,13 +104,13 @@ def test_few_examples_of_each_class(tmp_path):
     tiny.gap_tokenizer("roberta").save_pretrained(tmp_path / "model")
     tiny.gap_task_folder(tmp_path / "data")
 
-    def few(*more: str) -> Materials:
+    def few(*more: str) -> ExperimentInputs:
         own = (
             f"model.name={tmp_path / 'model'}",
             f"data.source={tmp_path / 'data'}",
             "data.limit.train=null",
         )
-        return Materials(config.load(None, [*SHORT, *own, *more]))
+        return ExperimentInputs(config.load(None, [*SHORT, *own, *more]))
 
     found, other = few("data.shots=5").splits, few("data.shots=5", "run.seed=2").splits
     assert Counter(example.gold[0] for example in found.train) == {0: 5, 1: 5}
@@ -145,7 +145,7 @@ def test_bits_do_not_depend_on_the_number_of_ranks(tmp_path):
             ("data.server_share=0",),
             "server.tuning.steps: found 2 with data.server_share=0, expected 0",
         ),
-        (ALONE, "distillation.text: found none with data.server_share=0, expected a file"),
+        (SINGLE_RANK, "distillation.text: found none with data.server_share=0, expected a file"),
         (
             ("data.server_share=2.5",),
             "data.server_share: found 2.5, expected a fraction below 1, or a whole number",

@@ -13,7 +13,7 @@ from fedsp_mpi import config
 from fedsp_mpi.data import tasks
 from fedsp_mpi.data.tasks import Example
 from fedsp_mpi.data.templates import Template, reworded
-from fedsp_mpi.run.inputs import Materials
+from fedsp_mpi.run.inputs import ExperimentInputs
 
 SST2 = {"sentence": "a fine film ", "label": 1}
 RTE = {"sentence1": "It rains.", "sentence2": "It is wet.", "label": 0}
@@ -125,7 +125,7 @@ def settings(films: str, *more: str) -> list[str]:
 
 def test_mistakes_are_found_before_weights_are_loaded(films):
     def checks(*more: str):
-        return Materials(config.load(None, settings(films, *more))).check
+        return ExperimentInputs(config.load(None, settings(films, *more))).check
 
     checks("data.template={sentence} Answer:{mask}", "data.verbaliser=[grey, blue]")()
     refused(
@@ -152,6 +152,6 @@ def test_a_run_is_trained_and_scored_in_the_users_words(tmp_path, films):
     usual = short(tmp_path / "usual", *FEDPROMPT, *settings(films, *other))
     assert run.config["data"]["verbaliser"] == ["grey", "blue"]
     assert run.results["loss"].tolist() != usual.results["loss"].tolist()
-    materials = Materials(config.load(Path(run.file.parent) / "config.yaml"))
+    materials = ExperimentInputs(config.load(Path(run.file.parent) / "config.yaml"))
     assert {question.lengths for question in materials.test} == {(4, 4)}
     assert materials.candidates is None or len(materials.candidates) == 2

@@ -10,12 +10,12 @@ from typing import Any
 
 from fedsp_mpi.algorithms.client_state import Client
 from fedsp_mpi.tensors import NamedTensors, Update
-from fedsp_mpi.training.device import named_out_of_memory
+from fedsp_mpi.training.device import oom_as_client_error
 
 METRICS = ("attack_success",)
 
 
-class Watched:
+class AttackMonitor:
     """Clients of any method, some of which are poisoned and tell how often the trigger works on
     what they tuned.
 
@@ -30,9 +30,9 @@ class Watched:
         self._client, self._who, self._measure = client, frozenset(who), measure
 
     @property
-    def benches(self) -> Any:
+    def states(self) -> Any:
         """What the clients keep between rounds."""
-        return self._client.benches
+        return self._client.states
 
     def local(self, client: int, round: int, down: NamedTensors) -> Update:
         """One client's round, with the attack's success if it is a poisoned one.
@@ -42,6 +42,6 @@ class Watched:
         update = self._client.local(client, round, down)
         if client not in self._who:
             return update
-        with named_out_of_memory():
+        with oom_as_client_error():
             success = self._measure()
         return replace(update, metrics=update.metrics | dict(zip(METRICS, (success,))))

@@ -23,7 +23,7 @@ class Client(Protocol):
     """
 
     @property
-    def benches(self) -> Any: ...
+    def states(self) -> Any: ...
 
     def local(self, client: int, round: int, down: NamedTensors) -> Update: ...
 
@@ -33,7 +33,7 @@ class ShardError(ClientError):
 
 
 @dataclass
-class Bench:
+class ClientState:
     """One client's.
 
     Attributes:
@@ -45,7 +45,7 @@ class Bench:
     engines: Mapping[str, TorchEngine]
 
 
-class Benches:
+class ClientStates:
     """The benches of all clients that share one working model.
 
     Args:
@@ -67,15 +67,15 @@ class Benches:
     ) -> None:
         self._model, self._engines, self._trains, self._keep = model, engines, trains, keep
         self._handed_out = handed_out.torch()
-        self._there: dict[int, Bench] = {}
+        self._there: dict[int, ClientState] = {}
         self._is_fresh = False  # the model holds what was handed out
 
-    def take(self, client: int) -> Bench:
+    def take(self, client: int) -> ClientState:
         """Have the client's weights in the model, and its optimizers at hand.
 
         It keeps nothing until `put`.
         """
-        bench = self._there.pop(client, None) or Bench(self._handed_out, self._engines())
+        bench = self._there.pop(client, None) or ClientState(self._handed_out, self._engines())
         if not self._is_fresh:
             auxiliary.load_weights(self._model, bench.weights)
         self._is_fresh = not self._trains
@@ -84,7 +84,7 @@ class Benches:
             engine.forget_gradient()  # of a client that failed in the middle of a step
         return bench
 
-    def put(self, client: int, bench: Bench) -> None:
+    def put(self, client: int, bench: ClientState) -> None:
         """Keep what the client's work made of its bench, off the device; the hand-out itself stays
         as it was.
         """
@@ -93,7 +93,7 @@ class Benches:
         for engine in bench.engines.values():
             engine.to(torch.device("cpu"))
         if self._trains:
-            bench = Bench(self._copied(bench.weights), bench.engines)
+            bench = ClientState(self._copied(bench.weights), bench.engines)
         self._there[client] = bench
 
     def has_state(self, client: int) -> bool:
@@ -112,7 +112,7 @@ class Benches:
         for name, engine in engines.items():
             engine.load_state(part_of_state(state, name))
         weights = tensors(part_of_state(state, "weights")) if self._trains else self._handed_out
-        self._there[client] = Bench(weights, engines)
+        self._there[client] = ClientState(weights, engines)
 
     def forget(self, client: int) -> None:
         """Drop what a client keeps."""
@@ -125,7 +125,7 @@ class Benches:
         return {name: before[name].copy_(weight.data) for name, weight in working}
 
 
-class NoBenches:
+class StatelessClients:
     """For clients that keep nothing between rounds."""
 
     def has_state(self, client: int) -> bool:

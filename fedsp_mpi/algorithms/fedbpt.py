@@ -19,8 +19,8 @@ from torch import nn
 from fedsp_mpi import rng
 from fedsp_mpi.aggregation.fedavg import Updates, weighted_mean
 from fedsp_mpi.aggregation.step_size import corrected, effective
-from fedsp_mpi.algorithms.client_state import NoBenches, ShardError
-from fedsp_mpi.algorithms.inference import Forward, Limits, answered
+from fedsp_mpi.algorithms.client_state import ShardError, StatelessClients
+from fedsp_mpi.algorithms.inference import InferenceBackend, Limits, answered
 from fedsp_mpi.config import SearchConfig
 from fedsp_mpi.data.perturb import perturbed
 from fedsp_mpi.data.tokens import Text
@@ -30,7 +30,7 @@ from fedsp_mpi.models.losses import LEAST, fitness
 from fedsp_mpi.models.prompts import Prompt
 from fedsp_mpi.models.subspace import Subspace
 from fedsp_mpi.tensors import NamedTensors, State, Update
-from fedsp_mpi.training.cma_es import Evolution
+from fedsp_mpi.training.cma_es import CmaEs
 from fedsp_mpi.training.loop import NonFiniteError, Trace
 
 # fitness: what a client's mean is ranked by; step_size: the root of the sum of squares of its
@@ -64,7 +64,7 @@ class Server:
         prompt: Prompt,
         subspace: Subspace,
         settings: SearchConfig,
-        forward: Forward | None = None,
+        forward: InferenceBackend | None = None,
     ) -> None:
         self.model, self.prompt, self._forward = model, prompt.requires_grad_(False), forward
         self._first, self._subspace, self._settings = (
@@ -73,7 +73,7 @@ class Server:
             settings,
         )
         begin = {"mean": np.zeros(settings.dimension), "step_size": np.array([settings.step_size])}
-        self._known = NamedTensors.of(Evolution.of(begin).state())
+        self._known = NamedTensors.of(CmaEs.of(begin).state())
 
     def broadcast(self) -> NamedTensors:
         """The search as it goes down."""
@@ -101,7 +101,7 @@ class Server:
             return NamedTensors(updates.schema, rows[0].copy())
         losses, spread = ([numbers[name] for numbers in told] for name in ("fitness", "step_size"))
         means, ends = np.split(rows.astype(np.float64), [self._settings.dimension], axis=1)
-        search = Evolution.of(self._known)
+        search = CmaEs.of(self._known)
         local = float(np.exp(np.log(ends).mean())) if ends.size else search.step_size
         points = (
             effective(self._settings.population) if ends.size else self._settings.population / 2
@@ -184,7 +184,7 @@ class Client:
 
     def __init__(
         self,
-        forward: Forward,
+        forward: InferenceBackend,
         shards: Mapping[int, Sequence[Text] | ShardError],
         words: np.ndarray,
         settings: SearchConfig,
@@ -195,7 +195,7 @@ class Client:
         self._progress = progress or RoundProgress()
         self._forward, self._shards, self._words = forward, shards, words
         self._settings, self._seed, self._seconds = settings, seed, seconds
-        self.benches = NoBenches()
+        self.states = StatelessClients()
 
     def local(self, client: int, round: int, down: NamedTensors) -> Update:
         """One client's iterations, and the mean that comes of them; forward passes only.
@@ -207,7 +207,7 @@ class Client:
         if isinstance(shard, ShardError):
             raise shard
         groups = self._both(shard, client, round)
-        search, first, squares = Evolution.of(down), math.nan, 0.0
+        search, first, squares = CmaEs.of(down), math.nan, 0.0
         search.generation = (round - 1) * settings.iterations if "step_path" in down else 0
         begun = time.perf_counter()
         self._progress.stage("iteration", settings.iterations)

@@ -9,15 +9,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from fedsp_mpi import rng
-from fedsp_mpi.algorithms.client_state import Bench, Benches, ShardError
+from fedsp_mpi.algorithms.client_state import ClientState, ClientStates, ShardError
 from fedsp_mpi.algorithms.prompt_server import tune
 from fedsp_mpi.config import StageConfig
 from fedsp_mpi.log import RoundProgress
 from fedsp_mpi.models.backbone import LanguageModel
 from fedsp_mpi.models.prompts import Prompt
 from fedsp_mpi.tensors import NamedTensors, Update
-from fedsp_mpi.training.device import named_out_of_memory
-from fedsp_mpi.training.engine import Together, TorchEngine
+from fedsp_mpi.training.device import oom_as_client_error
+from fedsp_mpi.training.engine import JointEngine, TorchEngine
 from fedsp_mpi.training.loop import Batches, NonFiniteError, Trace
 
 METRICS = (
@@ -81,7 +81,9 @@ class Client:
         self._progress = progress or RoundProgress()
         self._alignment, self._tuning, self._rounds = alignment, tuning, total_rounds
         self._seed, self._keep, self._joint = seed, keep, joint
-        self.benches = Benches(model, handed_out, self._engines, joint or alignment.steps > 0, keep)
+        self.states = ClientStates(
+            model, handed_out, self._engines, joint or alignment.steps > 0, keep
+        )
 
     def local(self, client: int, round: int, down: NamedTensors) -> Update:
         """One client's round, and the prompts that come of it.
@@ -95,8 +97,8 @@ class Client:
         start, shard = time.perf_counter(), self._shards[client]
         if isinstance(shard, ShardError):
             raise shard
-        with named_out_of_memory():
-            bench = self.benches.take(client)
+        with oom_as_client_error():
+            bench = self.states.take(client)
             self._begin(bench, client, round, down)
             model, prompt = (self._both_at_once if self._joint else self._stages)(
                 bench, shard, round, start
@@ -104,7 +106,7 @@ class Client:
             tensors = NamedTensors.pack(self._prompt.tensors())
             if not tensors.is_finite():
                 raise NonFiniteError("the tuned prompt holds numbers that are not finite")
-            self.benches.put(client, bench)
+            self.states.put(client, bench)
         seconds = time.perf_counter() - start - model.seconds - prompt.seconds
         numbers = (
             model.first,
@@ -117,14 +119,16 @@ class Client:
         )
         return Update(client, float(prompt.samples), tensors, dict(zip(METRICS, numbers)))
 
-    def _begin(self, bench: Bench, client: int, round: int, down: NamedTensors) -> None:
+    def _begin(self, bench: ClientState, client: int, round: int, down: NamedTensors) -> None:
         self._prompt.load(down.torch())
         for name, engine in bench.engines.items():
             engine.steps_done = (round - 1) * self._steps(name) if self._keep else 0
         if self._model.dropout:
             rng.seed_torch(self._seed, "client", round, client)
 
-    def _stages(self, bench: Bench, shard: Shard, round: int, start: float) -> tuple[Trace, Trace]:
+    def _stages(
+        self, bench: ClientState, shard: Shard, round: int, start: float
+    ) -> tuple[Trace, Trace]:
         """Align the auxiliary model with the prompts frozen, then tune the prompts with the
         auxiliary model frozen.
         """
@@ -152,13 +156,13 @@ class Client:
         )
 
     def _both_at_once(
-        self, bench: Bench, shard: Shard, round: int, start: float
+        self, bench: ClientState, shard: Shard, round: int, start: float
     ) -> tuple[Trace, Trace]:
         """Train auxiliary model and prompts on one loss; all of it is told as the second stage."""
         _, end = self._limits(start)
         self._prompt.requires_grad_(True)
         self._model.train_weights(True)
-        together = Together(*bench.engines.values())
+        together = JointEngine(*bench.engines.values())
         self._progress.stage("step", self._tuning.steps)
         on_step = self._progress.step
         trace = tune(

@@ -13,17 +13,17 @@ from collections.abc import Callable, Iterable, Mapping
 from torch import nn
 
 from fedsp_mpi.aggregation.fedavg import Updates
-from fedsp_mpi.algorithms.client_state import Benches, ShardError, arrays, tensors
+from fedsp_mpi.algorithms.client_state import ClientStates, ShardError, arrays, tensors
 from fedsp_mpi.algorithms.prompt_server import tune
 from fedsp_mpi.config import StageConfig
 from fedsp_mpi.log import RoundProgress
 from fedsp_mpi.models import auxiliary
 from fedsp_mpi.models.backbone import LanguageModel
 from fedsp_mpi.tensors import NamedTensors, State, Update, join_states, part_of_state
-from fedsp_mpi.training.device import named_out_of_memory
+from fedsp_mpi.training.device import oom_as_client_error
 from fedsp_mpi.training.engine import TorchEngine
 from fedsp_mpi.training.loop import Batches, NonFiniteError, Trace
-from fedsp_mpi.training.process_group import ALONE, Team
+from fedsp_mpi.training.process_group import SINGLE_RANK, ServerGroup
 
 METRICS = ("loss_model_first", "loss_model_last", "seconds_model", "seconds_other")
 
@@ -51,7 +51,7 @@ class Server:
         stage: StageConfig,
         total_rounds: int,
         rule: Callable[[Updates], NamedTensors],
-        team: Team = ALONE,
+        team: ServerGroup = SINGLE_RANK,
     ) -> None:
         self.model, self._batches, self._stage, self._rule = model, batches, stage, rule
         self._engine = TorchEngine(
@@ -129,7 +129,9 @@ class Client:
         self._progress = progress or RoundProgress()
         self._model, self._shards, self._stage = model, shards, stage
         self._rounds, self._keep, self._seconds = total_rounds if keep else 1, keep, seconds
-        self.benches = Benches(model, NamedTensors.pack({}), self._engines, trains=False, keep=keep)
+        self.states = ClientStates(
+            model, NamedTensors.pack({}), self._engines, trains=False, keep=keep
+        )
 
     def local(self, client: int, round: int, down: NamedTensors) -> Update:
         """One client's round, and the weights that come of it.
@@ -140,8 +142,8 @@ class Client:
         start, shard = time.perf_counter(), self._shards[client]
         if isinstance(shard, ShardError):
             raise shard
-        with named_out_of_memory():
-            bench = self.benches.take(client)
+        with oom_as_client_error():
+            bench = self.states.take(client)
             auxiliary.load_weights(self._model, down.torch())
             engine = bench.engines["tuning"]
             engine.steps_done = (round - 1) * self._stage.steps if self._keep else 0
@@ -154,7 +156,7 @@ class Client:
             weights = auxiliary.pack(self._model)
             if not weights.is_finite():
                 raise NonFiniteError("the trained model holds numbers that are not finite")
-            self.benches.put(client, bench)
+            self.states.put(client, bench)
         numbers = (
             trace.first,
             trace.last,

@@ -15,14 +15,14 @@ from torch import Tensor
 from fedsp_mpi.data.tokens import Text, by_length, collate
 from fedsp_mpi.models.backbone import LanguageModel
 from fedsp_mpi.models.losses import answer_losses
-from fedsp_mpi.models.prompts import DepthMap, Prompt, Several
+from fedsp_mpi.models.prompts import DepthMap, Prompt, PromptBatch
 from fedsp_mpi.models.subspace import Subspace
-from fedsp_mpi.training.device import named_out_of_memory
+from fedsp_mpi.training.device import oom_as_client_error
 
 Group = Sequence[Text]
 
 
-class Forward(Protocol):
+class InferenceBackend(Protocol):
     """Whose losses they are does not matter."""
 
     def losses(self, client: int, points: np.ndarray, groups: Sequence[Group]) -> list[np.ndarray]:
@@ -37,7 +37,7 @@ class Forward(Protocol):
         ...
 
 
-class Held:
+class LocalInference:
     """On a model in this process, with the prompts first + A z, those of several points in one
     pass.
 
@@ -68,12 +68,12 @@ class Held:
         )
 
     def losses(self, client: int, points: np.ndarray, groups: Sequence[Group]) -> list[np.ndarray]:
-        """As `Forward` says. Raises OutOfMemoryError."""
+        """As `InferenceBackend` says. Raises OutOfMemoryError."""
         texts, tried = [text for group in groups for text in group], self._prompts(points)
         found = np.empty((len(points), len(texts)))
         each = [text for _ in points for text in texts]
-        with named_out_of_memory(), torch.inference_mode(), self._model.evaluating():
-            prompts = self._model.remember(Several(self._spec, tried, torch.arange(len(tried))))
+        with oom_as_client_error(), torch.inference_mode(), self._model.evaluating():
+            prompts = self._model.remember(PromptBatch(self._spec, tried, torch.arange(len(tried))))
             for some in by_length(each, self._batch_tokens, self._spec.num_tokens):
                 which, where = np.divmod(some, len(texts))
                 own = replace(prompts, owners=torch.from_numpy(which).to(tried.device))
@@ -89,7 +89,7 @@ class Held:
         ]
         return (self._first + torch.stack(changes)).to(self._model.device)
 
-    def _losses(self, texts: Group, prompts: Several) -> np.ndarray:
+    def _losses(self, texts: Group, prompts: PromptBatch) -> np.ndarray:
         """The mean loss of each text's answer."""
         batch = collate(texts).to(self._model.device)
         counts = (batch.targets != -100).sum(dim=1).tolist()
@@ -98,7 +98,7 @@ class Held:
         )
 
 
-class Asking:
+class RemoteInference:
     """On the server's model: points and texts go there, and losses come back; what a client of a
     private model has.
 
@@ -110,7 +110,7 @@ class Asking:
         self._ask = ask
 
     def losses(self, client: int, points: np.ndarray, groups: Sequence[Group]) -> list[np.ndarray]:
-        """As `Forward` says. Raises ValueError if the answer is not one."""
+        """As `InferenceBackend` says. Raises ValueError if the answer is not one."""
         counts = [len(group) for group in groups]
         found = self._ask(client, packed(points, groups))
         if found.size != len(points) * sum(counts):
@@ -136,7 +136,7 @@ class Limits(NamedTuple):
     max_length: int
 
 
-def answered(forward: Forward, question: np.ndarray, limits: Limits) -> np.ndarray:
+def answered(forward: InferenceBackend, question: np.ndarray, limits: Limits) -> np.ndarray:
     """The losses that a client asks for, fp32, one point after the other, each over all of its
     texts.
 

@@ -33,7 +33,7 @@ Source = Callable[[int], bytes]
 _STRETCH = 1 << 20  # values that are worked on at once
 
 
-class Private:
+class LocalDPClient:
     """Clients of any method whose updates have the names and shapes of what comes down.
 
     Args:
@@ -49,9 +49,9 @@ class Private:
         self._client, self._clip, self._scale, self._source = client, clip, scale, source
 
     @property
-    def benches(self) -> Any:
+    def states(self) -> Any:
         """What the clients keep between rounds."""
-        return self._client.benches
+        return self._client.states
 
     def local(self, client: int, round: int, down: NamedTensors) -> Update:
         """One client's round, its tensors clipped and noisy, and without its losses.

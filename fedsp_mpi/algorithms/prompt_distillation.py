@@ -23,7 +23,7 @@ from fedsp_mpi.training.engine import TorchEngine
 from fedsp_mpi.training.loop import Batches, Trace, num_answer_tokens, train
 
 
-class Translator:
+class PromptDistiller:
     """The auxiliary model at the server, under the merged prompts, as the teacher of the global
     model's prompts.
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fedsp_mpi.aggregation.fedavg import Updates
 from fedsp_mpi.algorithms.client_state import arrays, tensors
-from fedsp_mpi.algorithms.prompt_distillation import Translator
+from fedsp_mpi.algorithms.prompt_distillation import PromptDistiller
 from fedsp_mpi.config import StageConfig
 from fedsp_mpi.models.backbone import LanguageModel
 from fedsp_mpi.models.losses import answer_loss
@@ -18,7 +18,7 @@ from fedsp_mpi.models.prompts import DepthMap, Prompt
 from fedsp_mpi.tensors import Batch, NamedTensors, State, join_states, part_of_state
 from fedsp_mpi.training.engine import TorchEngine
 from fedsp_mpi.training.loop import Batches, Engine, Trace, num_answer_tokens, train
-from fedsp_mpi.training.process_group import ALONE, Team
+from fedsp_mpi.training.process_group import SINGLE_RANK, ServerGroup
 
 
 def tune(
@@ -77,8 +77,8 @@ class Server:
         stage: StageConfig,
         total_rounds: int,
         rule: Callable[[Updates], NamedTensors],
-        team: Team = ALONE,
-        translator: Translator | None = None,
+        team: ServerGroup = SINGLE_RANK,
+        translator: PromptDistiller | None = None,
     ) -> None:
         self.model, self.prompt, self._depths, self._translator = model, prompt, depths, translator
         self._batches, self._stage, self._rule = batches, stage, rule

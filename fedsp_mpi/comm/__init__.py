@@ -9,7 +9,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .guard import Guard, Refused, Scene, guard
+from .guard import Guard, PhaseInfo, Refused, guard
 from .topology import (
     Topology,
     launcher_rank,
@@ -20,7 +20,7 @@ from .topology import (
 )
 
 if TYPE_CHECKING:
-    from .messages import Down, Handout, Report, checked
+    from .messages import Handout, Report, RoundBroadcast, checked
     from .solo import Solo
     from .updates import Updates
     from .waiting import DeadlineError, Deadlines
@@ -29,12 +29,12 @@ if TYPE_CHECKING:
 __all__ = [
     "DeadlineError",
     "Deadlines",
-    "Down",
+    "RoundBroadcast",
     "Guard",
     "Handout",
     "Refused",
     "Report",
-    "Scene",
+    "PhaseInfo",
     "Solo",
     "Topology",
     "Updates",
@@ -51,7 +51,7 @@ __all__ = [
 _LATER = {
     "DeadlineError": "waiting",
     "Deadlines": "waiting",
-    "Down": "messages",
+    "RoundBroadcast": "messages",
     "Handout": "messages",
     "Report": "messages",
     "checked": "messages",

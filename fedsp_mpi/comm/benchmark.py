@@ -14,7 +14,7 @@ import numpy as np
 
 from fedsp_mpi.tensors import Contract, NamedTensors, Schema, Update
 
-from .messages import Down, Handout
+from .messages import Handout, RoundBroadcast
 from .wire import Wire
 
 if TYPE_CHECKING:
@@ -117,9 +117,9 @@ def _hand_out(wire: Wire, num_values: int) -> None:
     )
 
 
-def _down(wire: Wire, round: int, vector: np.ndarray) -> Down | None:
+def _down(wire: Wire, round: int, vector: np.ndarray) -> RoundBroadcast | None:
     return (
-        Down(round, tensors=NamedTensors(Schema.of([("prompt", vector.shape)]), vector))
+        RoundBroadcast(round, tensors=NamedTensors(Schema.of([("prompt", vector.shape)]), vector))
         if wire.is_server
         else None
     )

@@ -14,7 +14,7 @@ import numpy as np
 
 from fedsp_mpi.tensors import Contract, NamedTensors, Schema, Update
 
-from .messages import Down
+from .messages import RoundBroadcast
 from .solo import Solo
 from .topology import library_name
 from .wire import Wire
@@ -59,7 +59,7 @@ def speed(wire: Wire | Solo, repeats: int = 5) -> dict[str, float]:
     times: list[tuple[float, float]] = []
     for round in range(1 + repeats):
         begin = time.perf_counter()
-        wire.broadcast(Down(round, tensors=tensors) if wire.is_server else None)
+        wire.broadcast(RoundBroadcast(round, tensors=tensors) if wire.is_server else None)
         wire.collect({})  # and no gather: between two of them something must go down
         middle = time.perf_counter()
         updates = wire.gather(round, mine)

@@ -50,7 +50,7 @@ class Refused(Exception):
 
 
 @dataclass(frozen=True)
-class Scene:
+class PhaseInfo:
     """What was going on: the innermost phase, with the round and the client of the nearest phase
     that knows them.
     """
@@ -94,7 +94,7 @@ class Guard:
     def __init__(self) -> None:
         self._where = "start-up"
         self._folder: Path | None = None
-        self._scenes = [Scene()]
+        self._scenes = [PhaseInfo()]
         self._speaking = threading.Lock()
         self._old_hook = threading.excepthook
         self._peers: list[tuple[str, int]] = []
@@ -144,7 +144,7 @@ class Guard:
         Round and client are inherited from the phase around it.
         """
         depth, outer = len(self._scenes), self._scenes[-1]
-        scene = Scene(
+        scene = PhaseInfo(
             name,
             outer.round if round is None else round,
             outer.client if client is None else client,
@@ -159,7 +159,7 @@ class Guard:
         finally:
             del self._scenes[depth:]
 
-    def scene(self, error: BaseException | None = None) -> Scene:
+    def scene(self, error: BaseException | None = None) -> PhaseInfo:
         """What is going on now, or what was going on when `error` was raised."""
         return getattr(error, _SCENE, self._scenes[-1])
 
@@ -184,7 +184,7 @@ class Guard:
     def _leaves_others_waiting(self, error: SystemExit) -> bool:
         if not _others_started() or isinstance(error.__context__, Refused):
             return False
-        return bool(error.code) or self.scene(error) != Scene()
+        return bool(error.code) or self.scene(error) != PhaseInfo()
 
     def _thread_failed(self, failure: threading.ExceptHookArgs) -> None:
         if failure.exc_value is not None and not isinstance(failure.exc_value, SystemExit):

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from fedsp_mpi.tensors import Contract, Schema
 
-from .messages import HEADER_BYTES, NOTHING_ASKED, Asked
+from .messages import HEADER_BYTES, NO_CALLS, CallStats
 
 Direction = Literal["start-up", "handout", "down", "up", "checkpoint", "end"]
 
@@ -19,9 +19,9 @@ class Entry:
 
     Attributes:
         direction, phase, name: what it is; names in parentheses are not tensors. shape, dtype: of
-            one tensor; bytes without a shape are `uint8` of varying length. messages, bytes: logical:
-            one message per client a round, however the clients are placed; at start-up and at
-            the hand-out one per client rank (one in all where there is a single process).
+            one tensor; bytes without a shape are `uint8` of varying length. messages, bytes:
+            logical: one message per client a round, however the clients are placed; at start-up and
+            at the hand-out one per client rank (one in all where there is a single process).
         crossed, bytes_crossed: what really went from one process to another, pieces of a message
             not counted apart.
     """
@@ -82,7 +82,7 @@ class Ledger:
         updates: list[int],
         failures: Mapping[int, int],
         crossed: bool,
-        asked: Mapping[int, Asked],
+        asked: Mapping[int, CallStats],
     ) -> None:
         """Count one round: the clients that were handed the broadcast and answered with an update,
         or a failure.
@@ -102,7 +102,7 @@ class Ledger:
         down, up = (HEADER_BYTES + 4 * schema.num_values for schema in (contract.down, contract.up))
         failed = {client: HEADER_BYTES + size for client, size in failures.items()}
         sent = failed | dict.fromkeys(updates, up)
-        more = {client: asked.get(client, NOTHING_ASKED) for client in everyone}
+        more = {client: asked.get(client, NO_CALLS) for client in everyone}
         self._round = {
             "down": {client: down + more[client].down for client in everyone},
             "up": {client: sent[client] + more[client].up for client in everyone},

@@ -51,7 +51,7 @@ class Handout:
 
 
 @dataclass(frozen=True)
-class Down:
+class RoundBroadcast:
     """The broadcast of one round: the prompts that clients start from, or the word to stop (without
     tensors).
     """
@@ -61,7 +61,7 @@ class Down:
     tensors: NamedTensors | None = None
 
 
-class Asked(NamedTuple):
+class CallStats(NamedTuple):
     """What a client asked the server in a round: how often, and bytes up and down, headers among
     them.
     """
@@ -70,16 +70,16 @@ class Asked(NamedTuple):
     up: int = 0
     down: int = 0
 
-    def one_more(self, asked: int, answered: int) -> Asked:
+    def one_more(self, asked: int, answered: int) -> CallStats:
         """With another question of so many values, and its answer's."""
-        return Asked(
+        return CallStats(
             self.questions + 1,
             self.up + HEADER_BYTES + 4 * asked,
             self.down + HEADER_BYTES + 4 * answered,
         )
 
 
-NOTHING_ASKED = Asked()
+NO_CALLS = CallStats()
 
 
 class Report(NamedTuple):
@@ -116,7 +116,7 @@ class Header:
     weight: float = 0.0
     metrics: Mapping[str, float] = field(default_factory=dict)
     text: str = ""
-    asked: Asked = NOTHING_ASKED
+    asked: CallStats = NO_CALLS
 
     def pack(self, names: Sequence[str] = ()) -> bytes:
         """The 256 bytes; `names` gives the places of the metrics."""
@@ -153,11 +153,14 @@ class Header:
                 f"{LAYOUT_VERSION}; start all ranks with one version of fedsp_mpi"
             )
         metrics = {name: rest[i] for i, name in enumerate(names) if mask >> i & 1}
-        text, asked = rest[-1].rstrip(b"\0").decode(errors="replace"), Asked(*rest[MAX_METRICS:-1])
+        text, asked = (
+            rest[-1].rstrip(b"\0").decode(errors="replace"),
+            CallStats(*rest[MAX_METRICS:-1]),
+        )
         return cls(Kind(kind), round, client, num_values, digest, weight, metrics, text, asked)
 
     @classmethod
-    def of(cls, item: Update | Failure, round: int, asked: Asked = NOTHING_ASKED) -> Header:
+    def of(cls, item: Update | Failure, round: int, asked: CallStats = NO_CALLS) -> Header:
         """The header of one client's answer, with what it asked before."""
         if isinstance(item, Failure):
             text = f"{item.phase}\n{item.reason}"
@@ -285,7 +288,7 @@ def impossible_values(values: np.ndarray) -> str | None:
     )
 
 
-def down_header(down: Down, contract: Contract) -> Header:
+def down_header(down: RoundBroadcast, contract: Contract) -> Header:
     """The header of a broadcast.
 
     Raises:

@@ -15,7 +15,7 @@ import numpy as np
 from fedsp_mpi.tensors import seal
 
 from .inspection import ProtocolError, reading
-from .messages import HEADER_BYTES, NOTHING_ASKED, Asked, Header, Kind
+from .messages import HEADER_BYTES, NO_CALLS, CallStats, Header, Kind
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -24,7 +24,7 @@ Answer = Callable[[np.ndarray], np.ndarray]  # fp32 values to fp32 values
 _HEADERS, _VALUES = 3, 4  # tags
 
 
-class Desk:
+class RpcEndpoint:
     """One rank's part in the questions of each round.
 
     Args:
@@ -40,7 +40,7 @@ class Desk:
         own, clients = comm.rank, range(servers, comm.size)
         self._is_server, self._mine = own < servers, (own - servers) % servers
         self._askers = [rank for rank in clients if (rank - servers) % servers == own]
-        self._asked: dict[int, Asked] = {}
+        self._asked: dict[int, CallStats] = {}
 
     def ask(self, client: int, values: np.ndarray) -> np.ndarray:
         """What the server answers to a client's fp32 values [any number]; fp32 [any number].
@@ -59,11 +59,11 @@ class Desk:
         header, _ = self._header(self._mine, "broadcast", lambda: (self._mine,))
         header.require(Kind.ANSWER, f"rank {self._mine}")
         found = self._receive(header, self._mine, "broadcast")
-        before = self._asked.get(client, NOTHING_ASKED)
+        before = self._asked.get(client, NO_CALLS)
         self._asked[client] = before.one_more(values.size, found.size)
         return found
 
-    def close(self) -> dict[int, Asked]:
+    def close(self) -> dict[int, CallStats]:
         """This rank has no more questions in this round. What its clients asked in it."""
         if not self._is_server:
             self._send(Header(Kind.QUESTION), None, self._mine, "broadcast")

@@ -17,13 +17,13 @@ from .inspection import Expected, failures_of, read_headers
 from .ledger import Ledger
 from .messages import (
     CHUNK_BYTES,
-    NOTHING_ASKED,
-    Asked,
-    Down,
+    NO_CALLS,
+    CallStats,
     Handout,
     Header,
     JsonPhase,
     Kind,
+    RoundBroadcast,
     checked,
     down_header,
     handout_content,
@@ -58,7 +58,7 @@ class Solo:
         self._chunk = max(1, chunk_bytes // 4)
         self._ledger = Ledger()
         self._answer: Answer | None = None
-        self._asked: dict[int, Asked] = {}
+        self._asked: dict[int, CallStats] = {}
 
     def collect(
         self, info: Mapping[str, Any], phase: JsonPhase = "start-up"
@@ -91,7 +91,7 @@ class Solo:
             self.contract = given.contract
             return given
 
-    def broadcast(self, down: Down | None) -> Down:
+    def broadcast(self, down: RoundBroadcast | None) -> RoundBroadcast:
         """A copy of the broadcast.
 
         Raises:
@@ -104,7 +104,7 @@ class Solo:
             return (
                 down
                 if down.stop or down.tensors is None
-                else Down(down.round, tensors=down.tensors.copy())
+                else RoundBroadcast(down.round, tensors=down.tensors.copy())
             )
 
     def ask(self, client: int, values: np.ndarray) -> np.ndarray:
@@ -116,9 +116,7 @@ class Solo:
         )
         found = self._answer(values)
         seal.refuse_array(found)
-        self._asked[client] = self._asked.get(client, NOTHING_ASKED).one_more(
-            values.size, found.size
-        )
+        self._asked[client] = self._asked.get(client, NO_CALLS).one_more(values.size, found.size)
         return found
 
     def gather(
@@ -144,9 +142,7 @@ class Solo:
             # Through bytes and back, so that what comes of a failure's text here is what comes of
             # it on the wire.
             asked = self._asked
-            packed = [
-                Header.of(item, round, asked.get(item.client, NOTHING_ASKED)) for item in items
-            ]
+            packed = [Header.of(item, round, asked.get(item.client, NO_CALLS)) for item in items]
             headers = read_headers(
                 pack_answers(packed, contract.metrics), 0, contract, round, expected
             )

@@ -38,13 +38,13 @@ from .messages import (
     HEADER_BYTES,
     LIMIT,
     MAX_ANSWER_BYTES,
-    NOTHING_ASKED,
-    Asked,
-    Down,
+    NO_CALLS,
+    CallStats,
     Handout,
     Header,
     JsonPhase,
     Kind,
+    RoundBroadcast,
     checked,
     down_header,
     handout_content,
@@ -55,7 +55,7 @@ from .messages import (
     slices,
     to_json,
 )
-from .rpc import Answer, Desk
+from .rpc import Answer, RpcEndpoint
 from .topology import Topology
 from .updates import Updates
 from .waiting import Deadlines, wait
@@ -102,7 +102,7 @@ class Wire:
         self._chunk = max(1, chunk_bytes // 4)
         self._ledger = Ledger()
         self._open: Updates | None = None
-        self._desk: Desk | None = None
+        self._desk: RpcEndpoint | None = None
         self._others = self.topology.size - 1
 
     # The operations, in the order of a run.
@@ -178,7 +178,7 @@ class Wire:
             self._ledger.tensors("handout", "handout", given.tensors.schema, *self._deliveries)
             self.contract = given.contract
             if given.contract.servers:
-                self._desk = Desk(self._comm, self._mpi, given.contract.servers, self._wait)
+                self._desk = RpcEndpoint(self._comm, self._mpi, given.contract.servers, self._wait)
             return given
 
     def ask(self, client: int, values: np.ndarray) -> np.ndarray:
@@ -188,7 +188,7 @@ class Wire:
         assert self._desk is not None, "the contract says whether clients may ask"
         return self._desk.ask(client, values)
 
-    def broadcast(self, down: Down | None) -> Down:
+    def broadcast(self, down: RoundBroadcast | None) -> RoundBroadcast:
         """The server's tensors of a round, or its word to stop, for everybody; other ranks pass
         None.
 
@@ -204,12 +204,12 @@ class Wire:
             )
             if header.kind is Kind.STOP:
                 self._ledger.header("down", "broadcast", 0, crossed)
-                return down or Down(header.round, stop=True)
+                return down or RoundBroadcast(header.round, stop=True)
             tensors = _room(header, contract) if down is None else down.tensors
             assert tensors is not None
             self._pour(tensors.flat, "broadcast")
             self._ledger.broadcast(contract.down, 0, crossed)
-            return down or Down(header.round, tensors=tensors)
+            return down or RoundBroadcast(header.round, tensors=tensors)
 
     def gather(
         self,
@@ -277,9 +277,9 @@ class Wire:
         round: int,
         mine: list[Update | Failure],
         contract: Contract,
-        asked: Mapping[int, Asked],
+        asked: Mapping[int, CallStats],
     ) -> None:
-        headers = [Header.of(item, round, asked.get(item.client, NOTHING_ASKED)) for item in mine]
+        headers = [Header.of(item, round, asked.get(item.client, NO_CALLS)) for item in mine]
         self._write(pack_answers(headers, contract.metrics), _ANSWERS, "gather")
         updates = [item for item in mine if isinstance(item, Update)]
         failures = {

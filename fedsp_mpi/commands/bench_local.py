@@ -17,7 +17,7 @@ from fedsp_mpi.models import auxiliary, backbone
 from fedsp_mpi.models.backbone import LanguageModel
 from fedsp_mpi.models.prompts import Prompt
 from fedsp_mpi.run import build
-from fedsp_mpi.run.inputs import Materials
+from fedsp_mpi.run.inputs import ExperimentInputs
 from fedsp_mpi.tensors import Batch, Contract, NamedTensors
 from fedsp_mpi.training.device import Compute
 from fedsp_mpi.training.engine import adamw, learning_rate
@@ -40,7 +40,7 @@ def local(config: Config, repeats: int, log: Log) -> dict[str, float]:
         AssertionError: the two disagree in the prompts.
     """
     _require_comparable(config, repeats)
-    materials = Materials(config)
+    materials = ExperimentInputs(config)
     materials.check()
     compute = Compute.of(config.client.compute, Topology.alone())
     compute.begin()
@@ -86,7 +86,7 @@ def _require_comparable(config: Config, repeats: int) -> None:
             )
 
 
-def _bare_side(materials: Materials, compute: Compute) -> tuple[Handout, _BareLoop]:
+def _bare_side(materials: ExperimentInputs, compute: Compute) -> tuple[Handout, _BareLoop]:
     """A hand-out without distillation, and the loop that begins with it as well."""
     config = materials.config
     model = backbone.load_global(materials.model_name, device=compute.device)
@@ -105,7 +105,7 @@ def _bare_side(materials: Materials, compute: Compute) -> tuple[Handout, _BareLo
     return handout, _BareLoop(small, prompt, config)
 
 
-def _ready(materials: Materials, compute: Compute, round: int) -> list[list[list[Batch]]]:
+def _ready(materials: ExperimentInputs, compute: Compute, round: int) -> list[list[list[Batch]]]:
     """The micro-batches of every step of both stages of client 0."""
     stages = {
         "alignment": materials.config.client.alignment,

@@ -25,11 +25,11 @@ from fedsp_mpi.models.losses import answer_loss
 from fedsp_mpi.models.prompts import Prompt
 from fedsp_mpi.record.lock import RunLock
 from fedsp_mpi.run import auxiliary_model, build
-from fedsp_mpi.run.inputs import Materials
+from fedsp_mpi.run.inputs import ExperimentInputs
 from fedsp_mpi.tensors import Batch
 from fedsp_mpi.training.device import Compute
 from fedsp_mpi.training.engine import TorchEngine
-from fedsp_mpi.training.process_group import ALONE
+from fedsp_mpi.training.process_group import SINGLE_RANK
 
 FOLDER = "bench-transfer"
 _BATCHES = 4  # whose gradients are compared
@@ -76,7 +76,7 @@ def transfer(config: Config, steps: int, log: Log) -> list[Place]:
             "auxiliary model of `bench "
             "transfer`; choose another run.folder"
         )
-    materials = Materials(config)
+    materials = ExperimentInputs(config)
     materials.check()
     compute = Compute.of(config.server.compute, Topology.alone())
     compute.begin()
@@ -84,7 +84,7 @@ def transfer(config: Config, steps: int, log: Log) -> list[Place]:
     folder = Path(config.run.folder) / FOLDER
     lock = RunLock.take(folder, config.run.permissions == "private")
     small, _ = auxiliary_model.auxiliary_model(
-        materials, large, compute, ALONE, folder, log, lambda: False, False
+        materials, large, compute, SINGLE_RANK, folder, log, lambda: False, False
     )
     lock.release()
     small.train_weights(False)
@@ -95,7 +95,7 @@ class _Pair:
     """A global model and its auxiliary one."""
 
     def __init__(
-        self, materials: Materials, large: LanguageModel, small: LanguageModel, steps: int
+        self, materials: ExperimentInputs, large: LanguageModel, small: LanguageModel, steps: int
     ) -> None:
         self._materials, self._large, self._small = materials, large, small
         self._first = materials.first_prompt(large).to(large.device)

@@ -38,7 +38,7 @@ _SKEW = 1.0  # seconds between two clocks above which their lines in logs and fi
 _CLOSE = 0.8  # of the free memory: above this a plan is tight, because it is rough
 
 
-class Table:
+class CheckReport:
     """The findings, told as they come: `ok / warn / FAIL`, what was looked at, what was found."""
 
     def __init__(self, log: Log) -> None:
@@ -69,7 +69,10 @@ def check(config: Config | ValueError, log: Log) -> None:
 
     Raises comm.Refused on every rank if anything failed.
     """
-    wire, table = execute.connect(config if isinstance(config, Config) else Config()), Table(log)
+    wire, table = (
+        execute.connect(config if isinstance(config, Config) else Config()),
+        CheckReport(log),
+    )
     ranks = wire.collect(_introduction(config, wire)) or []
     agreed = not ranks or _check_ranks(table, config, ranks)
     wire.agree(None if agreed else table.verdict())
@@ -119,7 +122,9 @@ def _version(name: str) -> str:
 # What the server makes of it.
 
 
-def _check_ranks(table: Table, config: Config | ValueError, ranks: list[dict[str, Any]]) -> bool:
+def _check_ranks(
+    table: CheckReport, config: Config | ValueError, ranks: list[dict[str, Any]]
+) -> bool:
     """Everything that the introductions tell. False if they do not agree on one configuration."""
     if isinstance(config, Config):
         _check_world(table, config, len(ranks))
@@ -138,7 +143,7 @@ def _check_ranks(table: Table, config: Config | ValueError, ranks: list[dict[str
     return agreed
 
 
-def _check_world(table: Table, config: Config, size: int) -> None:
+def _check_world(table: CheckReport, config: Config, size: int) -> None:
     """The number of ranks against the launcher's, the configuration's, and that of the clients."""
     tasks = os.environ.get("SLURM_NTASKS", "")
     clients, wanted, servers = (
@@ -182,7 +187,7 @@ def _check_world(table: Table, config: Config, size: int) -> None:
     table.add(mark, "world", found)
 
 
-def _same(table: Table, what: str, values: Sequence[str]) -> None:
+def _same(table: CheckReport, what: str, values: Sequence[str]) -> None:
     """One line if all ranks say the same, else who says what."""
     groups: dict[str, list[int]] = {}
     for rank, value in enumerate(values):
@@ -196,7 +201,7 @@ def _same(table: Table, what: str, values: Sequence[str]) -> None:
     )
 
 
-def _check_versions(table: Table, versions: list[dict[str, str]]) -> None:
+def _check_versions(table: CheckReport, versions: list[dict[str, str]]) -> None:
     wrong = [name for name in versions[0] if len({some[name] for some in versions}) > 1]
     for name in wrong:
         _same(table, "versions", [f"{name} {some[name]}" for some in versions])
@@ -222,7 +227,7 @@ def _name_of(role: str, device: dict[str, Any]) -> str:
     return f"{role} on {device['name']}{uuid}, threads {device['threads']}"
 
 
-def _check_devices(table: Table, ranks: list[dict[str, Any]]) -> None:
+def _check_devices(table: CheckReport, ranks: list[dict[str, Any]]) -> None:
     """Devices that are not there, GPUs that several ranks share, and CPUs that have no units for a
     type.
     """
@@ -250,7 +255,7 @@ def _check_devices(table: Table, ranks: list[dict[str, Any]]) -> None:
             table.add("warn", "device", found)
 
 
-def _check_threads(table: Table, ranks: list[dict[str, Any]]) -> None:
+def _check_threads(table: CheckReport, ranks: list[dict[str, Any]]) -> None:
     """Threads that the configuration asks for against the cores that each rank, and each host's
     ranks, may use.
     """
@@ -275,7 +280,7 @@ def _check_threads(table: Table, ranks: list[dict[str, Any]]) -> None:
         table.add("warn" if trouble else "ok", "cores", found + trouble)
 
 
-def _check_configuration(table: Table, ranks: list[dict[str, Any]]) -> bool:
+def _check_configuration(table: CheckReport, ranks: list[dict[str, Any]]) -> bool:
     for number, rank in enumerate(ranks):
         if "mistake" in rank:
             table.add("FAIL", "configuration", rank["mistake"])
@@ -299,11 +304,11 @@ class _Preparation:
     folder.
     """
 
-    def __init__(self, table: Table, config: Config, ranks: list[dict[str, Any]]) -> None:
-        from fedsp_mpi.run.inputs import Materials
+    def __init__(self, table: CheckReport, config: Config, ranks: list[dict[str, Any]]) -> None:
+        from fedsp_mpi.run.inputs import ExperimentInputs
 
         self._table, self._config, self._ranks = table, config, ranks
-        self._materials = Materials(config)
+        self._materials = ExperimentInputs(config)
         self._probe: probe.Probe | None = None
         self._folders: dict[str, Mark] = {}
 
@@ -444,7 +449,7 @@ def _look(meta: dict[str, Any], rank: int) -> dict[str, Any]:
 
 
 def _check_wire(
-    table: Table, wire: Wire | Solo, ranks: list[dict[str, Any]], num_values: int
+    table: CheckReport, wire: Wire | Solo, ranks: list[dict[str, Any]], num_values: int
 ) -> None:
     """Speed at the size of the prompts, and clocks."""
     times, ahead = diagnostics.speed(wire), diagnostics.clocks(wire)

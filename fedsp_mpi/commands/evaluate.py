@@ -26,7 +26,7 @@ from fedsp_mpi.models import backbone
 from fedsp_mpi.models.backbone import LanguageModel
 from fedsp_mpi.models.prompts import Prompt, read_adapter
 from fedsp_mpi.record import RecordError, Run, atomic, read
-from fedsp_mpi.run.inputs import Materials
+from fedsp_mpi.run.inputs import ExperimentInputs
 from fedsp_mpi.training.device import Compute
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Line:
+class EvalRow:
     """One task with one model.
 
     Attributes:
@@ -109,7 +109,7 @@ class Evaluation:
 
     folder: Path
     about: dict[str, Any]
-    lines: tuple[Line, ...]
+    lines: tuple[EvalRow, ...]
 
 
 def evaluate(run_folder: str | Path, options: Options, log: Log) -> Evaluation:
@@ -129,7 +129,7 @@ def evaluate(run_folder: str | Path, options: Options, log: Log) -> Evaluation:
     start = time.perf_counter()
     options.check()
     run = read(run_folder)
-    folder, materials = run.file.parent, Materials(_config(run, options))
+    folder, materials = run.file.parent, ExperimentInputs(_config(run, options))
     ownership.require_evaluation(folder / FILE)
     _require_tuned(run, materials.config, folder, options)
     if materials.fills_gaps:
@@ -211,8 +211,7 @@ def write(found: Evaluation) -> Path:
     return path
 
 
-# -- the run
-# -------------------------------------------------------------------------------------------------------
+# -- the run ---------------------------------------------------------------------------------------
 
 
 def _config(run: Run, options: Options) -> Config:
@@ -263,7 +262,7 @@ def _require_tuned(run: Run, config: Config, folder: Path, options: Options) -> 
 
 
 def _models(
-    materials: Materials, folder: Path, compute: Compute, without_prompt: bool
+    materials: ExperimentInputs, folder: Path, compute: Compute, without_prompt: bool
 ) -> Iterator[tuple[str, LanguageModel, Prompt | None]]:
     """Each method with its model and prompt; there is never more than one model in memory."""
     config, name = materials.config, materials.model_name
@@ -283,7 +282,7 @@ def _models(
     yield ZERO_SHOT, model, None
 
 
-def _prompt(materials: Materials, folder: Path) -> Prompt:
+def _prompt(materials: ExperimentInputs, folder: Path) -> Prompt:
     """The prompt in a peft adapter. Raises ValueError if it is not one of this run."""
     matrix, spec = (
         read_adapter(folder),
@@ -310,8 +309,7 @@ def _recorded(run: Run, method: str) -> dict[str, float] | None:
     return None
 
 
-# -- tasks
-# ---------------------------------------------------------------------------------------------------------
+# -- tasks -----------------------------------------------------------------------------------------
 
 
 def _library() -> Any:
@@ -330,7 +328,7 @@ def _library() -> Any:
 
 
 def _wanted(
-    materials: Materials, options: Options, library: Any
+    materials: ExperimentInputs, options: Options, library: Any
 ) -> tuple[str, dict[str, dict[str, Any] | None]]:
     """The run's own task by lm-eval's name, and all that are asked for, by name, with the own one's
     description.
@@ -343,7 +341,7 @@ def _wanted(
     }
 
 
-def _own_task(materials: Materials, name: str, library: Any) -> dict[str, Any]:
+def _own_task(materials: ExperimentInputs, name: str, library: Any) -> dict[str, Any]:
     """The run's task over its own test rows: in lm-eval's words where it has the task and the rows
     have its columns.
     """
@@ -358,7 +356,7 @@ def _own_task(materials: Materials, name: str, library: Any) -> dict[str, Any]:
     return library.standalone(name, metric, type(table).from_list(rows))
 
 
-def _scored_rows(materials: Materials) -> tuple[Any, list[tasks.Example]]:
+def _scored_rows(materials: ExperimentInputs) -> tuple[Any, list[tasks.Example]]:
     """The rows of a run's test split, in its order, as a data set, and their examples, without
     those left out.
     """
@@ -369,16 +367,15 @@ def _scored_rows(materials: Materials) -> tuple[Any, list[tasks.Example]]:
     )
 
 
-# -- results
-# -------------------------------------------------------------------------------------------------------
+# -- results ---------------------------------------------------------------------------------------
 
 
-def _line(result: Result, method: str, recorded: dict[str, float] | None) -> Line:
+def _line(result: Result, method: str, recorded: dict[str, float] | None) -> EvalRow:
     equal = None
     if recorded and recorded["n"] == result.n and result.filter == "none":
         both = [name for name in MEASURES if name in recorded and name in result.measures]
         equal = all(recorded[name] == result.measures[name] for name in both) if both else None
-    return Line(
+    return EvalRow(
         result.task,
         result.filter,
         method,
@@ -390,7 +387,7 @@ def _line(result: Result, method: str, recorded: dict[str, float] | None) -> Lin
     )
 
 
-def _row(line: Line, shown: Sequence[str], known: Sequence[str]) -> list[str]:
+def _row(line: EvalRow, shown: Sequence[str], known: Sequence[str]) -> list[str]:
     name = line.task if line.filter == "none" else f"{line.task} ({line.filter})"
     main = next(
         (measure for measure in ("exact_match", "acc", *shown) if measure in line.measures), ""
@@ -446,7 +443,12 @@ def _remarks(found: Evaluation) -> list[str]:
 
 
 def _about(
-    run: Run, materials: Materials, options: Options, compute: Compute, version: str, seconds: float
+    run: Run,
+    materials: ExperimentInputs,
+    options: Options,
+    compute: Compute,
+    version: str,
+    seconds: float,
 ) -> dict[str, Any]:
     """With what an evaluation was made."""
     config = materials.config

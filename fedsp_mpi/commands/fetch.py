@@ -14,7 +14,7 @@ from fedsp_mpi.config import Config
 from fedsp_mpi.data import sources
 from fedsp_mpi.log import Log, duration
 from fedsp_mpi.models import hub
-from fedsp_mpi.run.inputs import Materials
+from fedsp_mpi.run.inputs import ExperimentInputs
 
 
 def fetch(config: Config, log: Log) -> None:
@@ -29,7 +29,7 @@ def fetch(config: Config, log: Log) -> None:
 
     Raises ValueError if something is neither here nor to be had, or is damaged.
     """
-    materials = Materials(config)
+    materials = ExperimentInputs(config)
     # The weights last: a mistake is found before gigabytes have travelled.
     _tell(log, f"model {config.model.name}", lambda: _model(materials))
     _tell(log, f"data {config.data.task}", lambda: _data(materials))
@@ -40,7 +40,7 @@ def fetch(config: Config, log: Log) -> None:
     )
 
 
-def _model(materials: Materials) -> list[Path]:
+def _model(materials: ExperimentInputs) -> list[Path]:
     """The files of the model's configuration and of its tokenizer, which are read once."""
     _ = materials.shape, materials.tokenizer
     settings, name = materials.config.model, materials.model_name
@@ -51,7 +51,7 @@ def _model(materials: Materials) -> list[Path]:
     return [hub.locate(name, settings.revision, "config.json") / "config.json", *found]
 
 
-def _data(materials: Materials) -> list[Path]:
+def _data(materials: ExperimentInputs) -> list[Path]:
     """The prepared files of the data set, whose rows are read once."""
     task = materials.task
     location = sources.locate(task.name, task.hub, materials.source, materials.config.data.columns)

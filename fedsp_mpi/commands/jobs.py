@@ -23,7 +23,7 @@ _VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 
 @dataclass(frozen=True)
-class Place:
+class ResourceSlice:
     """What one of the processes may use: cores, and the value of CUDA_VISIBLE_DEVICES; None leaves
     that as it is.
     """
@@ -32,7 +32,7 @@ class Place:
     devices: str | None = None
 
 
-def places(number: int) -> list[Place]:
+def places(number: int) -> list[ResourceSlice]:
     """Equal shares of the cores that this process may use, and of its GPUs; places share GPUs if
     there are too few.
 
@@ -46,12 +46,12 @@ def places(number: int) -> list[Place]:
             "process may use"
         )
     if number == 1:
-        return [Place(frozenset(cores))]
+        return [ResourceSlice(frozenset(cores))]
     share, devices = len(cores) // number, _devices()
     each = max(1, len(devices) // number)
     starts = [place * each % len(devices) for place in range(number)] if devices else [0] * number
     return [
-        Place(
+        ResourceSlice(
             frozenset(cores[place * share : (place + 1) * share]),
             ",".join(devices[start : start + each]) if devices else None,
         )
@@ -77,9 +77,9 @@ class Jobs:
         at: the places, all of them free.
     """
 
-    def __init__(self, at: Sequence[Place]) -> None:
+    def __init__(self, at: Sequence[ResourceSlice]) -> None:
         self.told: int | None = None
-        self._free: SimpleQueue[Place] = SimpleQueue()
+        self._free: SimpleQueue[ResourceSlice] = SimpleQueue()
         for place in at:
             self._free.put(place)
         self._children: list[subprocess.Popen[bytes]] = []
@@ -126,7 +126,9 @@ class Jobs:
         finally:
             self._free.put(place)
 
-    def _start(self, command: Sequence[str], log: Path, place: Place) -> subprocess.Popen[bytes]:
+    def _start(
+        self, command: Sequence[str], log: Path, place: ResourceSlice
+    ) -> subprocess.Popen[bytes]:
         named = {} if place.devices is None else {_VISIBLE: place.devices}
         os.sched_setaffinity(0, place.cores)  # of this thread, which the process inherits
         with log.open("ab") as out:

@@ -36,7 +36,7 @@ from typing import Any
 
 from fedsp_mpi.comm import Refused
 from fedsp_mpi.commands import sweep_files
-from fedsp_mpi.commands.jobs import Jobs, Place, last_words, places
+from fedsp_mpi.commands.jobs import Jobs, ResourceSlice, last_words, places
 from fedsp_mpi.config import EMBEDDED, Config, changed_keys, checked, to_yaml
 from fedsp_mpi.config.parsing import ConfigError, merge, put, shown, unknown_key
 from fedsp_mpi.config.yaml_reader import extended, key_value, read_yaml, setting
@@ -51,7 +51,7 @@ _STOPPED = 75  # exit status of a run that SIGUSR1 told to stop
 
 
 @dataclass(frozen=True)
-class Cell:
+class Trial:
     """One experiment; `config` is checked, with the run's name, folder and seed in it."""
 
     name: str
@@ -127,7 +127,7 @@ def sweep(
     return _run_all(cells, is_complete, words, at, log)
 
 
-def cells_of(file: Path, overrides: Sequence[str] = ()) -> list[Cell]:
+def cells_of(file: Path, overrides: Sequence[str] = ()) -> list[Trial]:
     """The cells of a sweep's file, in the order in which they run.
 
     Raises ConfigError on the first mistake.
@@ -146,7 +146,7 @@ def cells_of(file: Path, overrides: Sequence[str] = ()) -> list[Cell]:
                 name = f"{task}-{method}-{seed}"
                 given = {"run": {"folder": content["folder"], "name": name, "seed": seed}}
                 named = ({"run": {"task_label": task}}, its, {"run": {"label": method}}, own)
-                cells.append(Cell(name, task, method, _config(name, (base, *named, over, given))))
+                cells.append(Trial(name, task, method, _config(name, (base, *named, over, given))))
     _require_distinct(cells, file)
     return cells
 
@@ -225,11 +225,11 @@ def _config(name: str, layers: Sequence[dict[str, Any]]) -> Config:
         raise ConfigError(f"{name}: {error}") from None
 
 
-def _require_distinct(cells: Sequence[Cell], file: Path) -> None:
+def _require_distinct(cells: Sequence[Trial], file: Path) -> None:
     """Raise ConfigError if two cells have one name, or two methods of a task are called the same in
     tables.
     """
-    names: dict[str, Cell] = {}
+    names: dict[str, Trial] = {}
     labels: dict[tuple[str, str], str] = {}
     for cell in cells:
         if (other := names.setdefault(cell.name, cell)) is not cell:
@@ -245,7 +245,7 @@ def _require_distinct(cells: Sequence[Cell], file: Path) -> None:
             )
 
 
-def _require_apart(by_file: Mapping[Path, Sequence[Cell]]) -> None:
+def _require_apart(by_file: Mapping[Path, Sequence[Trial]]) -> None:
     """Raise ConfigError if two files have a run of the same name in the same folder."""
     whose: dict[Path, Path] = {}
     for file, cells in by_file.items():
@@ -257,7 +257,7 @@ def _require_apart(by_file: Mapping[Path, Sequence[Cell]]) -> None:
                 )
 
 
-def _homes(cells: Sequence[Cell]) -> list[Path]:
+def _homes(cells: Sequence[Trial]) -> list[Path]:
     """The folders that the runs lie in, each once."""
     return list(dict.fromkeys(cell.folder.parent for cell in cells))
 
@@ -266,7 +266,7 @@ def _listed(paths: Iterable[Path]) -> str:
     return ", ".join(map(str, paths))
 
 
-def _names(cells: Sequence[Cell]) -> dict[Path, str]:
+def _names(cells: Sequence[Trial]) -> dict[Path, str]:
     """What each run is called, by its folder: by its name, or by its folder where they lie in
     several.
     """
@@ -274,7 +274,7 @@ def _names(cells: Sequence[Cell]) -> dict[Path, str]:
     return {cell.folder: cell.name if are_together else str(cell.folder) for cell in cells}
 
 
-def _places(cells: Sequence[Cell]) -> dict[Path, str]:
+def _places(cells: Sequence[Trial]) -> dict[Path, str]:
     """The number of each run and what it is called."""
     return {
         folder: f"{at}/{len(cells)}  {name}"
@@ -282,16 +282,15 @@ def _places(cells: Sequence[Cell]) -> dict[Path, str]:
     }
 
 
-# -- what is there already
-# -----------------------------------------------------------------------------------------
+# -- what is there already -------------------------------------------------------------------------
 
 
-def _found(cell: Cell) -> Run | None:
+def _found(cell: Trial) -> Run | None:
     """The record of a cell. Raises ValueError if it cannot be read."""
     return read(cell.folder) if (cell.folder / "run.h5").exists() else None
 
 
-def _require_same(cells: Sequence[Cell], found: Mapping[Path, Run | None]) -> None:
+def _require_same(cells: Sequence[Trial], found: Mapping[Path, Run | None]) -> None:
     """Raise ConfigError if there are records of other configurations under the names of cells."""
     pairs = [(cell, run) for cell in cells if (run := found[cell.folder])]
     told = [(cell, run, changed) for cell, run in pairs if (changed := _changed(cell, run))]
@@ -311,7 +310,7 @@ def _require_same(cells: Sequence[Cell], found: Mapping[Path, Run | None]) -> No
     )
 
 
-def _changed(cell: Cell, run: Run) -> list[str]:
+def _changed(cell: Trial, run: Run) -> list[str]:
     """What keeps a record from being that of a cell; of a complete one, what its method is called
     too.
     """
@@ -322,7 +321,7 @@ def _changed(cell: Cell, run: Run) -> list[str]:
     return changed
 
 
-def _state(cell: Cell, run: Run | None) -> str:
+def _state(cell: Trial, run: Run | None) -> str:
     """How far a run is, for `--dry-run`."""
     if run is None:
         return "new"
@@ -337,8 +336,7 @@ def _score(run: Run) -> str:
     return "no result" if found is None else f"{found[0]} {100 * found[1]:.2f} %"
 
 
-# -- running
-# -------------------------------------------------------------------------------------------------------
+# -- running ---------------------------------------------------------------------------------------
 
 
 def _launch(text: str) -> list[str]:
@@ -356,10 +354,10 @@ def _launch(text: str) -> list[str]:
 
 
 def _run_all(
-    cells: Sequence[Cell],
+    cells: Sequence[Trial],
     is_complete: Mapping[Path, bool],
     launch: list[str],
-    at: Sequence[Place],
+    at: Sequence[ResourceSlice],
     log: Log,
 ) -> int:
     failed, stopped = [], []
@@ -402,14 +400,14 @@ class _Ended:
     `error` says why it could not be started.
     """
 
-    cell: Cell
+    cell: Trial
     status: int | None
     seconds: float = 0.0
     start: int = 0
     error: str | None = None
 
 
-def _run(cell: Cell, launch: list[str], jobs: Jobs) -> _Ended:
+def _run(cell: Trial, launch: list[str], jobs: Jobs) -> _Ended:
     """Run one cell as a process of its own, at a place that is free."""
     program = [
         sys.executable,
@@ -447,7 +445,7 @@ def _failure(ended: _Ended) -> str:
     return f"FAILED with {end}: {words} ({text})"
 
 
-def _is_complete(cell: Cell) -> bool:
+def _is_complete(cell: Trial) -> bool:
     with suppress(ValueError):  # a damaged record is no reason to stop the other runs
         run = _found(cell)
         return run is not None and run.status == "complete"

@@ -29,7 +29,7 @@ from fedsp_mpi.config.threats import AttackConfig, PrivacyConfig
 from fedsp_mpi.config.training import ComputeConfig, Dtype, StageConfig
 from fedsp_mpi.config.yaml_reader import key_value, read_yaml, setting
 
-EMBEDDED = Path(__file__).parent / "resources" / "embedded.yaml"
+EMBEDDED = Path(__file__).parent.parent / "resources" / "embedded.yaml"
 
 
 @dataclass(frozen=True)

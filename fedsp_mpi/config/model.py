@@ -16,7 +16,7 @@ from fedsp_mpi.config.training import StageConfig
 from fedsp_mpi.config.yaml_reader import read_yaml
 
 Recipe = Literal["bridged", "paper"]
-_FOLDER = Path(__file__).parent / "resources" / "recipes"
+_FOLDER = Path(__file__).parent.parent / "resources" / "recipes"
 
 
 def recipe(name: Any) -> dict[str, Any]:

@@ -40,8 +40,7 @@ class Example:
     row: str = field(default="", compare=False)
 
 
-# -- rows to examples
-# ----------------------------------------------------------------------------------------------
+# -- rows to examples ------------------------------------------------------------------------------
 
 # What public copies of a data set call its classes, in the order of the task's choices.
 _SST2_CLASSES = (("negative", "neg"), ("positive", "pos"))

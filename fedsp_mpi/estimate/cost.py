@@ -38,7 +38,7 @@ from torch import nn
 from fedsp_mpi.comm.messages import HEADER_BYTES
 from fedsp_mpi.config import EMBEDDED, AuxiliaryConfig, Config, SearchConfig, StageConfig
 from fedsp_mpi.estimate import memory
-from fedsp_mpi.estimate.memory import Need, Sizes, outline
+from fedsp_mpi.estimate.memory import MemoryNeed, Sizes, outline
 from fedsp_mpi.models import auxiliary, backbone
 from fedsp_mpi.models.architectures import config_of, forward, ratios
 from fedsp_mpi.models.backbone import LanguageModel
@@ -130,8 +130,8 @@ class Plan:
     methods: tuple[Method, ...]
     phases: dict[str, float]
     critical: float
-    server: Need
-    client: Need
+    server: MemoryNeed
+    client: MemoryNeed
 
     @property
     def flops(self) -> float:

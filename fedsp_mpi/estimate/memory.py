@@ -19,7 +19,7 @@ from fedsp_mpi.models.prompts import Prompt, PromptSpec
 from fedsp_mpi.training.device import DTYPES
 
 if TYPE_CHECKING:
-    from fedsp_mpi.run.inputs import Materials
+    from fedsp_mpi.run.inputs import ExperimentInputs
 
 LIBRARIES = (
     640 << 20
@@ -56,7 +56,7 @@ class Sizes:
     length: int
 
     @classmethod
-    def of(cls, materials: Materials, length: int) -> Sizes:
+    def of(cls, materials: ExperimentInputs, length: int) -> Sizes:
         """From the model's configuration; no weight is loaded. `length`: of the longest text,
         without prompts.
         """
@@ -106,7 +106,7 @@ def outline(config: Any, depth: int) -> LanguageModel:
 
 
 @dataclass(frozen=True)
-class Need:
+class MemoryNeed:
     """Bytes that a role needs on its device, and in its host's memory whatever the device;
     LIBRARIES come on top.
     """
@@ -142,7 +142,7 @@ def plan(
     return [(where, needed[where], free[where]) for where in needed]
 
 
-def server(config: Config, sizes: Sizes) -> Need:
+def server(config: Config, sizes: Sizes) -> MemoryNeed:
     """The global model, and the largest of: distilling the auxiliary model, tuning the prompts,
     scoring.
     """
@@ -159,10 +159,10 @@ def server(config: Config, sizes: Sizes) -> Need:
     score = (scored - held) * sizes.global_model
     kept = held * sizes.auxiliary if config.translates else 0
     asked = _passes(config, sizes) if config.asks_server else 0
-    return Need(held * sizes.global_model + kept + max(distil, tune, score, asked), 0)
+    return MemoryNeed(held * sizes.global_model + kept + max(distil, tune, score, asked), 0)
 
 
-def client(config: Config, sizes: Sizes, num_clients: int) -> Need:
+def client(config: Config, sizes: Sizes, num_clients: int) -> MemoryNeed:
     """One auxiliary model in training on the device; the hand-out, and the clients that rest, on
     the host.
     """
@@ -175,18 +175,18 @@ def client(config: Config, sizes: Sizes, num_clients: int) -> Need:
     work = weight * sizes.auxiliary + _TRAINED * sizes.wire
     work += max(_activations(config, sizes, sizes.depth, stage, _FP32) for stage in stages)
     resting = min(num_clients, config.client.resident) * state(config, sizes)
-    return Need(work, _FP32 * sizes.auxiliary + resting)
+    return MemoryNeed(work, _FP32 * sizes.auxiliary + resting)
 
 
-def _searching(config: Config, sizes: Sizes) -> Need:
+def _searching(config: Config, sizes: Sizes) -> MemoryNeed:
     """Forward passes alone: one layer's activations on the device; the search's matrices and
     prompts on the host.
     """
     matrices = _MATRICES * _FP64 * config.search.dimension**2
     if config.asks_server:
-        return Need(0, matrices)
+        return MemoryNeed(0, matrices)
     work = DTYPES[config.client.compute.dtype].itemsize * sizes.auxiliary + _passes(config, sizes)
-    return Need(
+    return MemoryNeed(
         work,
         _FP32 * sizes.auxiliary + matrices + _FP32 * (config.search.population + 1) * sizes.prompt,
     )

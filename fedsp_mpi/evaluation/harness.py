@@ -91,8 +91,7 @@ class Result:
     errors: dict[str, float] = field(default_factory=dict)
 
 
-# -- tasks
-# ---------------------------------------------------------------------------------------------------------
+# -- tasks -----------------------------------------------------------------------------------------
 
 
 def inherited(name: str, table: Any) -> dict[str, Any]:
@@ -201,8 +200,7 @@ def _load(manager: TaskManager, name: str, spec: dict[str, Any] | None) -> dict[
         ) from None
 
 
-# -- answers
-# -------------------------------------------------------------------------------------------------------
+# -- answers ---------------------------------------------------------------------------------------
 
 
 def measure(loaded: dict[str, Any], answers: Answers, limit: int | None) -> list[Result]:

@@ -23,7 +23,7 @@ from fedsp_mpi.models.backbone import LanguageModel
 from fedsp_mpi.models.losses import answer_loss
 from fedsp_mpi.models.prompts import Prompt
 from fedsp_mpi.tensors import Batch
-from fedsp_mpi.training.process_group import ALONE, Team
+from fedsp_mpi.training.process_group import SINGLE_RANK, ServerGroup
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def score(
     batch_tokens: int,
     on_done: Callable[[int], None] = lambda count: None,
     stop: Callable[[], bool] = lambda: False,
-    team: Team = ALONE,
+    team: ServerGroup = SINGLE_RANK,
 ) -> Score | None:
     """Score all questions; None if `stop` said so, asked between two batches.
 
@@ -138,14 +138,14 @@ def loglikelihoods(
     batch_tokens: int,
     on_done: Callable[[int], None] = lambda count: None,
     stop: Callable[[], bool] = lambda: False,
-    team: Team = ALONE,
-) -> list[Found] | None:
+    team: ServerGroup = SINGLE_RANK,
+) -> list[OptionScores] | None:
     """What `score` judges by, question by question; arguments and None as there."""
     if model.kind != "causal":
         return _gap_loglikelihoods(model, prompt, asked, batch_tokens, on_done, stop, team)
     room = positions_for_text(model, prompt)
     before = prompt.spec.num_tokens if prompt and prompt.spec.kind == "input" else 0
-    found = [Found(len(question.options)) for question in asked]
+    found = [OptionScores(len(question.options)) for question in asked]
     mine = [
         g
         for index, g in enumerate(_groups(asked, room, before, batch_tokens))
@@ -171,10 +171,10 @@ def _gap_loglikelihoods(
     batch_tokens: int,
     on_done: Callable[[int], None],
     stop: Callable[[], bool],
-    team: Team,
-) -> list[Found] | None:
+    team: ServerGroup,
+) -> list[OptionScores] | None:
     """Of questions with a gap, whose options are what one position may say: each is run once."""
-    found = [Found(len(question.options)) for question in asked]
+    found = [OptionScores(len(question.options)) for question in asked]
     before = prompt.spec.num_tokens if prompt else 0
     groups = enumerate(by_length([question.options[0] for question in asked], batch_tokens, before))
     stopped = stop()
@@ -207,7 +207,7 @@ def answer_loss_mean(
     prompt: Prompt | None,
     texts: Sequence[Text],
     batch_tokens: int,
-    team: Team = ALONE,
+    team: ServerGroup = SINGLE_RANK,
 ) -> float:
     """Mean cross entropy over all answer tokens of the texts: the validation loss. A team's ranks
     share the batches.
@@ -223,7 +223,7 @@ def answer_loss_mean(
     return sum(sums.tolist()) / max(sum(text.num_answers for text in texts), 1)
 
 
-class Found:
+class OptionScores:
     """Log-likelihood of each option of a question, and whether greedy decoding gives it."""
 
     def __init__(self, num_options: int) -> None:
@@ -231,7 +231,7 @@ class Found:
         self.greedy = np.zeros(num_options, dtype=bool)
 
 
-def _share(found: list[Found], team: Team) -> None:
+def _share(found: list[OptionScores], team: ServerGroup) -> None:
     """Let every rank know what each found out."""
     if team.size == 1:
         return
@@ -244,7 +244,7 @@ def _share(found: list[Found], team: Team) -> None:
 
 
 @dataclass(frozen=True)
-class _Stem:
+class _SharedContext:
     """Token ids that some options of a question share as their context."""
 
     question: int
@@ -259,11 +259,11 @@ class _Stem:
 
 def _groups(
     asked: Sequence[Question], room: int, before: int, batch_tokens: int
-) -> list[list[_Stem]]:
+) -> list[list[_SharedContext]]:
     """Stems of equal length side by side, those with long options first, at most `batch_tokens`
     positions together.
     """
-    by_size: dict[int, list[_Stem]] = defaultdict(list)
+    by_size: dict[int, list[_SharedContext]] = defaultdict(list)
     for index, question in enumerate(asked):
         for stem in _stems(index, question, room):
             by_size[len(stem.ids)].append(stem)
@@ -276,11 +276,13 @@ def _groups(
     ]
 
 
-def _cut(stems: list[_Stem], size: int, batch_tokens: int) -> Iterator[list[_Stem]]:
+def _cut(
+    stems: list[_SharedContext], size: int, batch_tokens: int
+) -> Iterator[list[_SharedContext]]:
     """Groups of at most `batch_tokens` positions: `size` for a stem, for an option the longest's,
     sorted first.
     """
-    group: list[_Stem] = []
+    group: list[_SharedContext] = []
     num_options = 0
     for stem in stems:
         longest = (group or [stem])[0].longest
@@ -293,18 +295,22 @@ def _cut(stems: list[_Stem], size: int, batch_tokens: int) -> Iterator[list[_Ste
     yield group
 
 
-def _stems(index: int, question: Question, room: int) -> list[_Stem]:
+def _stems(index: int, question: Question, room: int) -> list[_SharedContext]:
     shared: dict[tuple[int, ...], list[tuple[int, np.ndarray]]] = defaultdict(list)
     for option, text in enumerate(question.options):
         kept = truncate(text, room + 1)  # the last token is predicted, not read
         shared[tuple(kept.ids[: kept.answer].tolist())].append((option, kept.ids[kept.answer :]))
     return [
-        _Stem(index, ids, *(tuple(part) for part in zip(*some))) for ids, some in shared.items()
+        _SharedContext(index, ids, *(tuple(part) for part in zip(*some)))
+        for ids, some in shared.items()
     ]
 
 
 def _score_group(
-    model: LanguageModel, prompt: Prompt | None, group: list[_Stem], found: list[Found]
+    model: LanguageModel,
+    prompt: Prompt | None,
+    group: list[_SharedContext],
+    found: list[OptionScores],
 ) -> None:
     ids = torch.tensor([stem.ids for stem in group], device=model.device)
     stem_of = [row for row, stem in enumerate(group) for _ in stem.options]
@@ -355,7 +361,7 @@ def _pad(endings: list[np.ndarray], model: LanguageModel) -> Batch | None:
     return Batch(*both, both[0])
 
 
-def _judge(question: Question, found: Found) -> tuple[bool, bool, bool]:
+def _judge(question: Question, found: OptionScores) -> tuple[bool, bool, bool]:
     best = int(np.argmax(found.loglikelihood))
     best_norm = int(np.argmax(found.loglikelihood / np.array(question.lengths, dtype=float)))
     return (

@@ -23,7 +23,7 @@ from fedsp_mpi.models.families import (
     without_dropout,
 )
 from fedsp_mpi.models.hub import locate
-from fedsp_mpi.models.prompts import Prompt, Several, key_values
+from fedsp_mpi.models.prompts import Prompt, PromptBatch, key_values
 from fedsp_mpi.models.reading import read_config, read_tokenizer, refusing
 from fedsp_mpi.models.remote_code import NO_PICKLES
 from fedsp_mpi.tensors import Batch, seal
@@ -128,7 +128,7 @@ class LanguageModel:
         if head.weight is not embedding.weight:
             head.requires_grad_(False)
 
-    def hidden(self, batch: Batch, prompt: Prompt | Several | None = None) -> Tensor:
+    def hidden(self, batch: Batch, prompt: Prompt | PromptBatch | None = None) -> Tensor:
         """Hidden states after the final norm at the text's positions, [batch, length, hidden].
 
         The prompt takes the first positions and the text those behind it, as in stock peft.
@@ -159,7 +159,9 @@ class LanguageModel:
                 hook.remove()
         return found[0][:, before:]
 
-    def inputs(self, batch: Batch, prompt: Prompt | Several | None) -> tuple[dict[str, Any], int]:
+    def inputs(
+        self, batch: Batch, prompt: Prompt | PromptBatch | None
+    ) -> tuple[dict[str, Any], int]:
         """Arguments of the forward pass, and the positions that come back before the text's."""
         mask = batch.attention_mask
         if prompt is None:
@@ -181,7 +183,7 @@ class LanguageModel:
             "use_cache": False,
         }, prompt.spec.num_tokens
 
-    def cache(self, prompt: Prompt | Several, batch_size: int) -> Any:
+    def cache(self, prompt: Prompt | PromptBatch, batch_size: int) -> Any:
         """The prompt as a transformers cache: of each layer keys and values [batch, heads, tokens,
         head_dim].
         """
@@ -193,7 +195,7 @@ class LanguageModel:
             ]
         )
 
-    def remember(self, prompts: Several) -> Several:
+    def remember(self, prompts: PromptBatch) -> PromptBatch:
         """The same prompts, read once for all passes to come, where a prompt can be read before its
         texts.
         """
@@ -201,7 +203,7 @@ class LanguageModel:
         with self.computing():
             return replace(prompts, read=self._read(prompts)) if can else prompts
 
-    def _read(self, prompt: Prompt | Several) -> list[tuple[Tensor, Tensor]]:
+    def _read(self, prompt: Prompt | PromptBatch) -> list[tuple[Tensor, Tensor]]:
         """Of each layer the prompts' keys and values, [num, heads, tokens, head_dim]."""
         if prompt.spec.kind == "prefix":
             return [(key, value) for key, value in key_values(prompt).to(self.dtype)]
@@ -209,7 +211,7 @@ class LanguageModel:
         cache = self.model.base_model(inputs_embeds=soft, **_keeping_all()).past_key_values
         return [(layer.keys, layer.values) for layer in cache.layers]
 
-    def _reads_first(self, prompt: Prompt | Several, batch_size: int) -> bool:
+    def _reads_first(self, prompt: Prompt | PromptBatch, batch_size: int) -> bool:
         """Whether an input prompt is read once for all of its texts: where it stands before them,
         it does not see them.
 
@@ -226,7 +228,7 @@ class LanguageModel:
             return logits_of(self.model, hidden)
 
     def answer_logits(
-        self, batch: Batch, prompt: Prompt | Several | None = None
+        self, batch: Batch, prompt: Prompt | PromptBatch | None = None
     ) -> tuple[Tensor, Tensor]:
         """Logits [answers, vocabulary] and targets [answers] at the positions that have a target,
         and only there.
@@ -242,14 +244,14 @@ class LanguageModel:
             return logits, targets
         return logits[:, self.candidates], torch.searchsorted(self.candidates, targets)
 
-    def answer_states(self, batch: Batch, prompt: Prompt | Several | None = None) -> Tensor:
+    def answer_states(self, batch: Batch, prompt: Prompt | PromptBatch | None = None) -> Tensor:
         """Last hidden states [answers, hidden] where the batch has a target, row by row."""
         where = batch.targets != -100
         if self.kind == "encoder_decoder":
             return self._decoded(batch, prompt, where)
         return self.hidden(batch, prompt)[where]
 
-    def _decoded(self, batch: Batch, prompt: Prompt | Several | None, where: Tensor) -> Tensor:
+    def _decoded(self, batch: Batch, prompt: Prompt | PromptBatch | None, where: Tensor) -> Tensor:
         """The decoder's states behind the gap's token, one a row: there it says what belongs into
         the gap.
         """

@@ -104,7 +104,7 @@ class Prompt(nn.Module):
     wide as an embedding, as in OpenPrompt, which FedPrompt's authors used.
     """
 
-    num, read = 1, None  # as of `Several`
+    num, read = 1, None  # as of `PromptBatch`
 
     def __init__(self, spec: PromptSpec) -> None:
         super().__init__()
@@ -186,7 +186,7 @@ class Prompt(nn.Module):
 
 
 @dataclass(frozen=True)
-class Several:
+class PromptBatch:
     """Prompts of one kind, of which each text of a batch has its own; they stand where a `Prompt`
     does in a pass.
 
@@ -217,7 +217,7 @@ class Several:
         return each[self.owners]
 
 
-def key_values(prompts: Prompt | Several) -> Tensor:
+def key_values(prompts: Prompt | PromptBatch) -> Tensor:
     """Keys and values of one or several prefixes, [num_layers, 2, num, num_heads, num_tokens,
     head_dim].
     """

@@ -28,7 +28,7 @@ LAYOUT = 2
 FOLDER = "checkpoints"
 
 
-class Piece(NamedTuple):
+class CheckpointFile(NamedTuple):
     """A file of a checkpoint: the round after which it was written, its size in bytes, and its
     64-bit digest.
     """
@@ -38,7 +38,7 @@ class Piece(NamedTuple):
     digest: str
 
     @classmethod
-    def of(cls, content: Sequence[object]) -> Piece:
+    def of(cls, content: Sequence[object]) -> CheckpointFile:
         """What JSON says of a file. Raises ValueError if that is no such three values."""
         round, size, digest = content
         if not (isinstance(round, int) and isinstance(size, int) and isinstance(digest, str)):
@@ -63,8 +63,8 @@ class Checkpoint:
     """
 
     round: int
-    server: Piece
-    clients: Mapping[int, Piece]
+    server: CheckpointFile
+    clients: Mapping[int, CheckpointFile]
     inputs: str | None = None
 
 
@@ -74,13 +74,13 @@ class Checkpoints:
     def __init__(self, folder: Path) -> None:
         self.folder = folder / FOLDER
 
-    def write_client(self, client: int, round: int, state: State) -> Piece:
+    def write_client(self, client: int, round: int, state: State) -> CheckpointFile:
         """Write a client's state after `round`; it is on disk for good after `sync`. Raises
         RecordError.
         """
         return self._write(client_file(client, round), round, state, is_client=True)
 
-    def read_client(self, client: int, piece: Piece) -> State:
+    def read_client(self, client: int, piece: CheckpointFile) -> State:
         """What `write_client` wrote. Raises ValueError if the file is not what was written."""
         return states.unpack(self._image(client_file(client, piece.round), piece))
 
@@ -120,7 +120,7 @@ class Checkpoints:
         self,
         round: int,
         server: State,
-        clients: Mapping[int, Piece],
+        clients: Mapping[int, CheckpointFile],
         keep: int,
         best: int | None = None,
         inputs: str | None = None,
@@ -235,12 +235,14 @@ class Checkpoints:
             with atomic.writing(self.folder, _KEPT):
                 (self.folder / _mark_file(later)).unlink()
 
-    def _write(self, name: str, round: int, state: State, is_client: bool = False) -> Piece:
+    def _write(
+        self, name: str, round: int, state: State, is_client: bool = False
+    ) -> CheckpointFile:
         image = states.pack(state)
         atomic.write(self.folder / name, image, _KEPT, sync=not is_client, bypass=is_client)
-        return Piece(round, sum(len(part) for part in image), fingerprint.of_pieces(image))
+        return CheckpointFile(round, sum(len(part) for part in image), fingerprint.of_pieces(image))
 
-    def _image(self, name: str, piece: Piece) -> memoryview:
+    def _image(self, name: str, piece: CheckpointFile) -> memoryview:
         path = self.folder / name
         try:
             if (size := path.stat().st_size) != piece.size:
@@ -296,7 +298,7 @@ class Checkpoints:
                 if path.name.startswith(swept) and path.name not in needed:
                     path.unlink()
 
-    def _clients_of(self, round: int) -> Mapping[int, Piece]:
+    def _clients_of(self, round: int) -> Mapping[int, CheckpointFile]:
         try:
             return self._read_mark(round).clients
         except ValueError:
@@ -308,12 +310,12 @@ def _parsed(path: Path) -> dict[str, Any]:
     return fingerprint.open_sealed(untrusted.read_bytes(path, _LONGEST_MARK))
 
 
-def _piece(values: Any) -> Piece:
+def _piece(values: Any) -> CheckpointFile:
     """A piece as a mark has it.
 
     Raises TypeError if it has other parts, ValueError if they are of other types.
     """
-    piece = Piece(*values)
+    piece = CheckpointFile(*values)
     if (
         type(piece.round) is not int
         or type(piece.size) is not int
@@ -354,7 +356,7 @@ _STEPS = "distillation"
 _REST = "distillation.json"  # written last: which file is good, and for which recipe
 
 
-class Keeper(Protocol):
+class StateHolder(Protocol):
     """What the shelf asks of an algorithm's clients."""
 
     def has_state(self, client: int) -> bool: ...
@@ -366,7 +368,7 @@ class Keeper(Protocol):
     def forget(self, client: int) -> None: ...
 
 
-class Shelf:
+class ClientStateCache:
     """The states of one rank's clients between rounds: those that worked last in memory, the others
     in files.
 
@@ -381,7 +383,11 @@ class Shelf:
     """
 
     def __init__(
-        self, keeper: Keeper, store: Checkpoints, resident: int, pieces: Mapping[int, Piece]
+        self,
+        keeper: StateHolder,
+        store: Checkpoints,
+        resident: int,
+        pieces: Mapping[int, CheckpointFile],
     ) -> None:
         self._keeper, self._store, self._resident = keeper, store, resident
         self._rounds: dict[
@@ -395,7 +401,7 @@ class Shelf:
         self._thread = ThreadPoolExecutor(1, "states")
         self._coming: deque[int] = deque()  # the clients that work next
         self._reading: dict[int, Future[State]] = {}
-        self._writing: dict[int, Future[Piece]] = {}
+        self._writing: dict[int, Future[CheckpointFile]] = {}
 
     def begin(self, clients: Iterable[int]) -> None:
         """A round begins: the checkpoints of the last one are written, and what they do not need
@@ -437,7 +443,7 @@ class Shelf:
             self._keeper.forget(idle)
             del self._rounds[idle]
 
-    def save(self) -> dict[int, Piece]:
+    def save(self) -> dict[int, CheckpointFile]:
         """Bring every state to disk: client id -> its file. Raises RecordError."""
         for client in self._rounds:
             self._write(client)

@@ -148,8 +148,7 @@ def _attack(found: Comparison, row: Method, task: str) -> str:
     return attack.cell(list(by_seed.values()), row.label, with_clients=False)
 
 
-# -- tasks and methods
-# ---------------------------------------------------------------------------------------------
+# -- tasks and methods -----------------------------------------------------------------------------
 
 
 class _Task(NamedTuple):
@@ -278,8 +277,7 @@ def _add(methods: dict[str, Method], task: str, run: Run) -> None:
     method.tasks[run.file] = task
 
 
-# -- controls
-# ------------------------------------------------------------------------------------------------------
+# -- controls --------------------------------------------------------------------------------------
 
 
 def _controls(runs: Sequence[Run], names: dict[Path, str]) -> Iterator[Method]:
@@ -362,8 +360,7 @@ def _agree(one: np.void, other: np.void) -> bool:
     return same_loss and math.isclose(main_measure(one)[1], main_measure(other)[1], abs_tol=1e-9)
 
 
-# -- below the table
-# -----------------------------------------------------------------------------------------------
+# -- below the table -------------------------------------------------------------------------------
 
 
 def _measure(found: Comparison, task: str) -> str:

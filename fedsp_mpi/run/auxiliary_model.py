@@ -21,21 +21,21 @@ from fedsp_mpi.models.backbone import LanguageModel, layers_of
 from fedsp_mpi.models.families import differs_by_layer
 from fedsp_mpi.models.prompts import Prompt
 from fedsp_mpi.record import Checkpoints
-from fedsp_mpi.run.inputs import Materials
+from fedsp_mpi.run.inputs import ExperimentInputs
 from fedsp_mpi.tensors import State
-from fedsp_mpi.training.bridge import Side, fit_bridge
+from fedsp_mpi.training.bridge import BridgeEnd, fit_bridge
 from fedsp_mpi.training.device import Compute
 from fedsp_mpi.training.distill import Progress, distil
-from fedsp_mpi.training.process_group import Team
+from fedsp_mpi.training.process_group import ServerGroup
 
 Stop = Callable[[], bool]
 
 
 def auxiliary_model(
-    materials: Materials,
+    materials: ExperimentInputs,
     model: LanguageModel,
     compute: Compute,
-    team: Team,
+    team: ServerGroup,
     folder: Path,
     log: Log,
     stop: Stop,
@@ -103,7 +103,9 @@ def _put_away(place: Checkpoints, recipe: dict[str, Any], state: State) -> None:
     place.write_distillation(len(state["told/losses"]), state, recipe)
 
 
-def help_to_distil(materials: Materials, model: LanguageModel, team: Team, stop: Stop) -> None:
+def help_to_distil(
+    materials: ExperimentInputs, model: LanguageModel, team: ServerGroup, stop: Stop
+) -> None:
     """The part of the server's other ranks in `auxiliary_model`.
 
     Raises StoppedError if `stop` said so on any rank.
@@ -118,7 +120,12 @@ def help_to_distil(materials: Materials, model: LanguageModel, team: Team, stop:
 
 
 def _distilled(
-    materials: Materials, model: LanguageModel, team: Team, log: Log, stop: Stop, progress: Progress
+    materials: ExperimentInputs,
+    model: LanguageModel,
+    team: ServerGroup,
+    log: Log,
+    stop: Stop,
+    progress: Progress,
 ) -> tuple[LanguageModel, dict[str, Any]]:
     config = materials.config
     cell = auxiliary.cut(model, config.auxiliary)
@@ -155,10 +162,10 @@ def _distilled(
 
 
 def _fitted_bridge(
-    materials: Materials,
+    materials: ExperimentInputs,
     model: LanguageModel,
     small: LanguageModel,
-    team: Team,
+    team: ServerGroup,
     log: Log,
     stop: Stop,
 ) -> dict[str, Any]:
@@ -171,7 +178,13 @@ def _fitted_bridge(
     bridge = auxiliary.bridge_of(small)
     goal = layers_of(model.model)[materials.layers[small.model.config.bridge_at]]
     fit = fit_bridge(
-        Side(small, below, bridge), Side(model, first, goal), texts, settings, seed, team, stop
+        BridgeEnd(small, below, bridge),
+        BridgeEnd(model, first, goal),
+        texts,
+        settings,
+        seed,
+        team,
+        stop,
     )
     log.say(
         f"bridge fitted to {fit.texts} texts in {duration(fit.seconds)}; it leaves "
@@ -182,7 +195,7 @@ def _fitted_bridge(
 
 
 def _recipe(
-    materials: Materials, model: LanguageModel, compute: Compute, digest: str | None
+    materials: ExperimentInputs, model: LanguageModel, compute: Compute, digest: str | None
 ) -> dict[str, Any]:
     """All that the weights of the auxiliary model depend on. Equal recipes give equal weights."""
     config = materials.config

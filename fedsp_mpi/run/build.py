@@ -16,8 +16,8 @@ from fedsp_mpi.aggregation.fedavg import Updates, weighted_mean
 from fedsp_mpi.aggregation.robust import coordinate_median, without_outliers
 from fedsp_mpi.algorithms import backdoor, fedbpt, fedsp, finetune, inference, prompt_server
 from fedsp_mpi.algorithms.client_state import ShardError
-from fedsp_mpi.algorithms.privacy import Private
-from fedsp_mpi.algorithms.prompt_distillation import Translator
+from fedsp_mpi.algorithms.privacy import LocalDPClient
+from fedsp_mpi.algorithms.prompt_distillation import PromptDistiller
 from fedsp_mpi.comm import Handout
 from fedsp_mpi.config.training import StageConfig
 from fedsp_mpi.data.tokens import Batches
@@ -28,13 +28,13 @@ from fedsp_mpi.models.backbone import LanguageModel
 from fedsp_mpi.models.families import PEFT_TASKS
 from fedsp_mpi.models.prompts import DepthMap, Prompt, write_adapter
 from fedsp_mpi.models.subspace import Subspace, scale_of
-from fedsp_mpi.record.checkpoint import Checkpoint, Checkpoints, Piece, Shelf
-from fedsp_mpi.roles import Archive, Client, ClientSide, Server, ServerSide
+from fedsp_mpi.record.checkpoint import Checkpoint, CheckpointFile, Checkpoints, ClientStateCache
+from fedsp_mpi.roles import Client, HostedClients, RoundJournal, Server, ServerRole
 from fedsp_mpi.run import participation
-from fedsp_mpi.run.inputs import Materials
+from fedsp_mpi.run.inputs import ExperimentInputs
 from fedsp_mpi.tensors import Contract, NamedTensors, Schema
 from fedsp_mpi.training.device import DTYPES, Compute
-from fedsp_mpi.training.process_group import Team
+from fedsp_mpi.training.process_group import ServerGroup
 
 Made = TypeVar("Made")
 Ask = Callable[[int, np.ndarray], np.ndarray]
@@ -54,12 +54,16 @@ class Method:
             client's question, and what hears of their steps.
     """
 
-    server: Callable[[Materials, LanguageModel, Compute, Team, LanguageModel | None], Server]
-    handout: Callable[[Materials, Server, LanguageModel], tuple[Any, NamedTensors, Contract]]
-    client: Callable[[Materials, Compute, Handout, Sequence[int], Ask, RoundProgress], Client]
+    server: Callable[
+        [ExperimentInputs, LanguageModel, Compute, ServerGroup, LanguageModel | None], Server
+    ]
+    handout: Callable[[ExperimentInputs, Server, LanguageModel], tuple[Any, NamedTensors, Contract]]
+    client: Callable[
+        [ExperimentInputs, Compute, Handout, Sequence[int], Ask, RoundProgress], Client
+    ]
 
 
-def global_model(materials: Materials, compute: Compute) -> LanguageModel:
+def global_model(materials: ExperimentInputs, compute: Compute) -> LanguageModel:
     """Load the global model: frozen and sealed, or trainable. Raises ValueError if its weights
     cannot be read.
     """
@@ -86,10 +90,10 @@ class Servers:
 
 
 def servers(
-    materials: Materials,
+    materials: ExperimentInputs,
     model: LanguageModel,
     compute: Compute,
-    team: Team,
+    team: ServerGroup,
     small: LanguageModel | None = None,
 ) -> Servers:
     """What a rank of the server works with, from its global model on; rank 0 has the clients' model
@@ -104,7 +108,7 @@ def servers(
 
 
 def handout(
-    materials: Materials,
+    materials: ExperimentInputs,
     small: LanguageModel,
     server: Server,
     meta: dict[str, Any],
@@ -131,7 +135,11 @@ def handout(
 
 
 def sizes(
-    materials: Materials, model: LanguageModel, small: LanguageModel, server: Server, given: Handout
+    materials: ExperimentInputs,
+    model: LanguageModel,
+    small: LanguageModel,
+    server: Server,
+    given: Handout,
 ) -> dict[str, int]:
     """Parameter counts for the record."""
     searched = {"searched": materials.config.search.dimension} if materials.config.searches else {}
@@ -145,8 +153,12 @@ def sizes(
 
 
 def server_side(
-    materials: Materials, both: Servers, compute: Compute, team: Team, archive: Archive | None
-) -> ServerSide:
+    materials: ExperimentInputs,
+    both: Servers,
+    compute: Compute,
+    team: ServerGroup,
+    archive: RoundJournal | None,
+) -> ServerRole:
     """A rank's side of the rounds, before the first one."""
     tokens = materials.config.evaluation.batch_tokens
     keeps_worse = materials.config.server.accept == "always"
@@ -158,17 +170,17 @@ def server_side(
             return searching.answer(question)
 
     about = (materials.validation, tokens, team, archive, keeps_worse, answer)
-    return ServerSide(both.server, both.control, compute, *about)
+    return ServerRole(both.server, both.control, compute, *about)
 
 
 def client_side(
-    materials: Materials,
+    materials: ExperimentInputs,
     compute: Compute,
     given: Handout,
     ids: Sequence[int],
     ask: Ask,
     progress: RoundProgress | None = None,
-) -> ClientSide:
+) -> HostedClients:
     """The clients of one process, from what the server handed out and their own text; `ask` asks it
     in a round.
     """
@@ -177,21 +189,21 @@ def client_side(
     client = METHODS[materials.config.method].client(materials, compute, given, ids, ask, progress)
     privacy = materials.config.client.privacy
     if privacy.clip is not None and privacy.noise_scale is not None:
-        client = Private(client, privacy.clip, privacy.noise_scale)
-    states = {int(id): Piece(*piece) for id, piece in given.meta["states"].items()}
+        client = LocalDPClient(client, privacy.clip, privacy.noise_scale)
+    states = {int(id): CheckpointFile(*piece) for id, piece in given.meta["states"].items()}
     mine = {id: piece for id, piece in states.items() if id in set(ids)}
-    shelf = Shelf(
-        client.benches,
+    shelf = ClientStateCache(
+        client.states,
         Checkpoints(Path(given.meta["folder"])),
         materials.config.client.resident,
         mine,
     )
-    return ClientSide(
+    return HostedClients(
         client, ids, compute, shelf, partial(participation.chosen, materials), progress
     )
 
 
-def save(materials: Materials, server: Server, tuned: NamedTensors, folder: Path) -> None:
+def save(materials: ExperimentInputs, server: Server, tuned: NamedTensors, folder: Path) -> None:
     """Write what a run is for: the prompt as a peft adapter, in `prompt`; or the tuned model, in
     `model`.
     """
@@ -203,7 +215,7 @@ def save(materials: Materials, server: Server, tuned: NamedTensors, folder: Path
         auxiliary.write_model(folder / "model", server.model.model, materials.tokenizer)
 
 
-def scoring_model(materials: Materials, model: LanguageModel) -> LanguageModel:
+def scoring_model(materials: ExperimentInputs, model: LanguageModel) -> LanguageModel:
     """The global model as it was before anything was tuned, in the type that it is scored in."""
     dtype = DTYPES[materials.config.evaluation.dtype]
     if model.dtype != dtype or materials.config.tunes_weights:
@@ -213,15 +225,14 @@ def scoring_model(materials: Materials, model: LanguageModel) -> LanguageModel:
     return model
 
 
-# -- the parts of each method
-# --------------------------------------------------------------------------------------
+# -- the parts of each method ----------------------------------------------------------------------
 
 
 def _prompt_server(
-    materials: Materials,
+    materials: ExperimentInputs,
     model: LanguageModel,
     compute: Compute,
-    team: Team,
+    team: ServerGroup,
     small: LanguageModel | None,
 ) -> Server:
     prompt = materials.first_prompt(model).to(compute.device)
@@ -234,7 +245,7 @@ def _prompt_server(
     )
 
 
-def _rule(materials: Materials) -> Callable[[Updates], NamedTensors]:
+def _rule(materials: ExperimentInputs) -> Callable[[Updates], NamedTensors]:
     """What makes one update of many."""
     plan = materials.config.federation
     rules: dict[str, Callable[[Updates], NamedTensors]] = {
@@ -245,7 +256,9 @@ def _rule(materials: Materials) -> Callable[[Updates], NamedTensors]:
     return rules[plan.rule]
 
 
-def _translator(materials: Materials, small: LanguageModel, prompt: Prompt) -> Translator:
+def _translator(
+    materials: ExperimentInputs, small: LanguageModel, prompt: Prompt
+) -> PromptDistiller:
     """The auxiliary model as the teacher of the global model's prompts."""
     depths, stage, config = (
         materials.depth_map,
@@ -260,11 +273,11 @@ def _translator(materials: Materials, small: LanguageModel, prompt: Prompt) -> T
     teacher = (
         copy.deepcopy(small).round_weights() if small.casts else small
     )  # it is still to be handed out as it is
-    return Translator(teacher, messengers, batches, stage)
+    return PromptDistiller(teacher, messengers, batches, stage)
 
 
 def _prompt_handout(
-    materials: Materials, server: Server, small: LanguageModel
+    materials: ExperimentInputs, server: Server, small: LanguageModel
 ) -> tuple[Any, NamedTensors, Contract]:
     prompts = server.broadcast()
     cell = auxiliary.cell_config(materials.model_config, materials.config.auxiliary)
@@ -277,7 +290,7 @@ def _prompt_handout(
 
 
 def _fedsp_client(
-    materials: Materials,
+    materials: ExperimentInputs,
     compute: Compute,
     given: Handout,
     ids: Sequence[int],
@@ -311,17 +324,17 @@ def _fedsp_client(
 
 
 def _weights_server(
-    materials: Materials,
+    materials: ExperimentInputs,
     model: LanguageModel,
     compute: Compute,
-    team: Team,
+    team: ServerGroup,
     small: LanguageModel | None,
 ) -> Server:
     return finetune.Server(model, *_tuning(materials, team), _rule(materials), team)
 
 
 def _weights_handout(
-    materials: Materials, server: Server, small: LanguageModel
+    materials: ExperimentInputs, server: Server, small: LanguageModel
 ) -> tuple[Any, NamedTensors, Contract]:
     schema = Schema.of((name, weight.shape) for name, weight in small.weights.items())
     return (
@@ -332,7 +345,7 @@ def _weights_handout(
 
 
 def _weights_client(
-    materials: Materials,
+    materials: ExperimentInputs,
     compute: Compute,
     given: Handout,
     ids: Sequence[int],
@@ -355,7 +368,7 @@ def _weights_client(
 
 
 def _watched(
-    materials: Materials,
+    materials: ExperimentInputs,
     client: Client,
     model: LanguageModel,
     prompt: Prompt | None,
@@ -376,14 +389,14 @@ def _watched(
         found = score(model, prompt, asked, "multiple_choice", tokens)
         return found.acc if found else math.nan
 
-    return backdoor.Watched(client, who, measure)
+    return backdoor.AttackMonitor(client, who, measure)
 
 
 def _search_server(
-    materials: Materials,
+    materials: ExperimentInputs,
     model: LanguageModel,
     compute: Compute,
-    team: Team,
+    team: ServerGroup,
     small: LanguageModel | None,
 ) -> Server:
     first, search = materials.first_prompt(model), materials.config.search
@@ -395,12 +408,14 @@ def _search_server(
             Prompt(materials.prompt_spec).to(compute.device),
             first.matrix().detach().clone(),
         )
-        forwards = inference.Held(model, tried, begin, subspace, whole, search.batch_tokens)
+        forwards = inference.LocalInference(
+            model, tried, begin, subspace, whole, search.batch_tokens
+        )
     return fedbpt.Server(model, first.to(compute.device), subspace, search, forwards)
 
 
 def _search_handout(
-    materials: Materials, server: Server, small: LanguageModel
+    materials: ExperimentInputs, server: Server, small: LanguageModel
 ) -> tuple[Any, NamedTensors, Contract]:
     down, names = server.broadcast().schema, materials.config.search.travelling()[1]
     up, metrics = (
@@ -426,21 +441,21 @@ def _search_handout(
     )
 
 
-def _scale(materials: Materials, model: LanguageModel, first: Prompt) -> float:
+def _scale(materials: ExperimentInputs, model: LanguageModel, first: Prompt) -> float:
     settings = materials.config.search
     return float(
         np.float32(scale_of(model, first, settings.dimension, settings.step_size, settings.spread))
     )
 
 
-def _subspace(materials: Materials, scale: float) -> Subspace:
+def _subspace(materials: ExperimentInputs, scale: float) -> Subspace:
     return Subspace(
         materials.prompt_spec, materials.config.search.dimension, scale, materials.config.run.seed
     )
 
 
 def _search_client(
-    materials: Materials,
+    materials: ExperimentInputs,
     compute: Compute,
     given: Handout,
     ids: Sequence[int],
@@ -458,27 +473,29 @@ def _search_client(
         progress,
     )
     if config.asks_server:
-        return fedbpt.Client(inference.Asking(ask), *about)
+        return fedbpt.Client(inference.RemoteInference(ask), *about)
     model = _clients_model(materials, compute, given)
     auxiliary.load_weights(model, given.tensors.select("auxiliary/").torch())
     model.train_weights(False)
     prompt = Prompt(depths.small).to(compute.device)
     first = given.tensors.select("prompt/").torch()["prompt"].clone()
     subspace = _subspace(materials, given.tensors["search/scale"].item())
-    held = inference.Held(
+    held = inference.LocalInference(
         model.round_weights(), prompt, first, subspace, depths, config.search.batch_tokens
     )
     return _watched(materials, fedbpt.Client(held, *about), model, prompt, ids)
 
 
-def _tuning(materials: Materials, team: Team) -> tuple[Batches | None, StageConfig, int]:
+def _tuning(
+    materials: ExperimentInputs, team: ServerGroup
+) -> tuple[Batches | None, StageConfig, int]:
     """The server's batches, if it tunes, the stage, and its rounds."""
     stage, rounds = materials.config.server.tuning, materials.config.federation.rounds
     return materials.batches(0, stage, "server", team) if stage.steps else None, stage, rounds
 
 
 def _clients_model(
-    materials: Materials, compute: Compute, given: Handout, dropout: bool = False
+    materials: ExperimentInputs, compute: Compute, given: Handout, dropout: bool = False
 ) -> LanguageModel:
     checkpointing = materials.config.model.gradient_checkpointing
     return auxiliary.build(

@@ -62,7 +62,7 @@ def _commit() -> str:
     """The commit that the package runs from, with + if it was changed since; empty outside a
     checkout of its own.
     """
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parent.parent.parent
 
     def git(*words: str) -> str:
         done = subprocess.run(

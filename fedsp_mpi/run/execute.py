@@ -22,8 +22,8 @@ from fedsp_mpi.run.server import ServerRun, one_line
 if TYPE_CHECKING:
     from fedsp_mpi.comm.solo import Solo
     from fedsp_mpi.comm.wire import Wire
-    from fedsp_mpi.roles import ClientSide
-    from fedsp_mpi.run.secondary import HelperRun
+    from fedsp_mpi.roles import HostedClients
+    from fedsp_mpi.run.secondary import SecondaryServer
 
 Made = TypeVar("Made")
 
@@ -89,7 +89,7 @@ def _train(
     config: Config,
     wire: Wire | Solo,
     server: ServerRun | None,
-    role: ServerRun | HelperRun | None,
+    role: ServerRun | SecondaryServer | None,
     aside: Log,
 ) -> None:
     """`server` is rank 0's, `role` that of every rank of the server."""
@@ -121,23 +121,23 @@ def _train(
 
 def _helper(
     config: Config, wire: Wire | Solo, met: list[Any], server: ServerRun | None
-) -> HelperRun | None:
+) -> SecondaryServer | None:
     """What this rank needs to share the server's work, if it is one of those that do."""
     address, port, hosts = met
     turns = reading_turns(hosts[: config.topology.server_ranks])
     turns = [turn - {0} for turn in turns]
 
-    def make() -> HelperRun:
-        from fedsp_mpi.run.secondary import HelperRun
+    def make() -> SecondaryServer:
+        from fedsp_mpi.run.secondary import SecondaryServer
 
-        return HelperRun(config, wire.topology, address, port)
+        return SecondaryServer(config, wire.topology, address, port)
 
     return _in_turns(wire, turns, make, "helper", server)
 
 
 def _client_side(
     config: Config, wire: Wire | Solo, given: comm.Handout, server: ServerRun | None, aside: Log
-) -> ClientSide | None:
+) -> HostedClients | None:
     """The clients of this rank, if it has any, once all ranks have theirs."""
     turns = reading_turns([host for host, _ in given.meta["processes"]])
     assignment = given.meta["assignment"]
@@ -145,13 +145,13 @@ def _client_side(
     first = next((rank for rank, ids in enumerate(assignment) if ids), None)
     every = config.record.progress_seconds if wire.topology.rank == first else None
 
-    def make() -> ClientSide:
+    def make() -> HostedClients:
         from fedsp_mpi.run import build, fingerprints
-        from fedsp_mpi.run.inputs import Materials
+        from fedsp_mpi.run.inputs import ExperimentInputs
         from fedsp_mpi.training.device import Compute
 
         compute = Compute.of(config.client.compute, wire.topology)
-        materials = server.materials if server else Materials(config)
+        materials = server.materials if server else ExperimentInputs(config)
         side = build.client_side(
             materials, compute, given, mine, wire.ask, RoundProgress(aside.say, every)
         )

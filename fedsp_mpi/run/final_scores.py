@@ -9,12 +9,12 @@ from dataclasses import asdict
 from fedsp_mpi.evaluation.scoring import answer_loss_mean, score
 from fedsp_mpi.log import Log, duration
 from fedsp_mpi.record.tables import TRIGGERED, ResultRow
-from fedsp_mpi.roles import Best, ServerSide
+from fedsp_mpi.roles import Best, ServerRole
 from fedsp_mpi.run import build
-from fedsp_mpi.run.inputs import Materials
+from fedsp_mpi.run.inputs import ExperimentInputs
 
 
-def candidates(here: ServerSide, name: str, zero_shot: bool) -> dict[str, Best | None]:
+def candidates(here: ServerRole, name: str, zero_shot: bool) -> dict[str, Best | None]:
     """What can be scored: what had the lowest validation loss, by method; None is the global model
     as it was.
     """
@@ -24,8 +24,8 @@ def candidates(here: ServerSide, name: str, zero_shot: bool) -> dict[str, Best |
 
 
 def score_all(
-    here: ServerSide,
-    materials: Materials,
+    here: ServerRole,
+    materials: ExperimentInputs,
     log: Log,
     stop: Callable[[], bool],
     there: Collection[str] = (),
@@ -53,8 +53,8 @@ def score_all(
 
 
 def _score(
-    here: ServerSide,
-    materials: Materials,
+    here: ServerRole,
+    materials: ExperimentInputs,
     log: Log,
     stop: Callable[[], bool],
     method: str,

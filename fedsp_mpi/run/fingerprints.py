@@ -14,7 +14,7 @@ from typing import Any
 from fedsp_mpi.comm.inspection import ProtocolError
 from fedsp_mpi.files import fingerprint
 from fedsp_mpi.models.backbone import LanguageModel
-from fedsp_mpi.run.inputs import Materials
+from fedsp_mpi.run.inputs import ExperimentInputs
 
 SECTION = "inputs"  # of the record
 _CLIENTS = "texts of client"
@@ -23,7 +23,7 @@ _SHOWN = 8  # names in a message
 UNUSABLE = "unusable"  # in the place of the digest of a text that could not be read
 
 
-def of_server(materials: Materials, model: LanguageModel) -> dict[str, str]:
+def of_server(materials: ExperimentInputs, model: LanguageModel) -> dict[str, str]:
     """Digests of what the server reads: the global model's weights, its own texts, the splits that
     it scores.
 
@@ -42,12 +42,12 @@ def of_server(materials: Materials, model: LanguageModel) -> dict[str, str]:
     return digests
 
 
-def of_clients(materials: Materials, ids: Iterable[int]) -> dict[str, str]:
+def of_clients(materials: ExperimentInputs, ids: Iterable[int]) -> dict[str, str]:
     """The digest of each client's tokenised text, by its name in messages."""
     return {f"{_CLIENTS} {id}": _of_client(materials, id) for id in ids}
 
 
-def _of_client(materials: Materials, id: int) -> str:
+def _of_client(materials: ExperimentInputs, id: int) -> str:
     try:
         return fingerprint.of_texts(materials.shard(id + 1))
     except ValueError:  # the client fails in its first round, and is named there

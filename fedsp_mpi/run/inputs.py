@@ -29,12 +29,12 @@ from fedsp_mpi.data.tokens import Batches, Text, encode, encode_pairs, pieces, t
 from fedsp_mpi.evaluation import scoring
 from fedsp_mpi.models import auxiliary, backbone, families
 from fedsp_mpi.models.prompts import DepthMap, Prompt, PromptSpec, require_positions
-from fedsp_mpi.training.process_group import ALONE, Team
+from fedsp_mpi.training.process_group import SINGLE_RANK, ServerGroup
 
-RESOURCES = Path(__file__).parent / "resources"
+RESOURCES = Path(__file__).parent.parent / "resources"
 
 
-class Materials:
+class ExperimentInputs:
     """What a configuration says about model and data, read when it is first asked for.
 
     Nothing here loads weights. `check` asks for all of it, so that every mistake that can be found
@@ -384,7 +384,7 @@ class Materials:
         return self._asked(examples)
 
     def batches(
-        self, participant: int, stage: StageConfig, owner: str, team: Team = ALONE
+        self, participant: int, stage: StageConfig, owner: str, team: ServerGroup = SINGLE_RANK
     ) -> Batches:
         """The batches of one participant's stage, or this rank's part of them.
 
@@ -484,7 +484,7 @@ class Materials:
             )
 
 
-def expected_work(materials: Materials) -> list[float]:
+def expected_work(materials: ExperimentInputs) -> list[float]:
     """What each client's round costs, relative to the others: steps are equal, texts are not
     equally long.
 

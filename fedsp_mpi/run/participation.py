@@ -6,10 +6,10 @@ from collections.abc import Mapping
 
 from fedsp_mpi.aggregation.sampling import participants
 from fedsp_mpi.comm.inspection import Expected
-from fedsp_mpi.run.inputs import Materials
+from fedsp_mpi.run.inputs import ExperimentInputs
 
 
-def chosen(materials: Materials, round: int) -> list[int]:
+def chosen(materials: ExperimentInputs, round: int) -> list[int]:
     """The clients that take part in a round, by id; the same on every rank."""
     plan, sizes = materials.config.federation, [len(shard) for shard in materials.shards[1:]]
     return participants(
@@ -17,7 +17,7 @@ def chosen(materials: Materials, round: int) -> list[int]:
     )
 
 
-def expected(materials: Materials, rank_of: Mapping[int, int], round: int) -> Expected:
+def expected(materials: ExperimentInputs, rank_of: Mapping[int, int], round: int) -> Expected:
     """Who answers in a round, from which rank, and with how many samples at most.
 
     A client that searches weighs as much as it has examples, poisoned copies among them; one that

@@ -13,10 +13,10 @@ from fedsp_mpi.config import Config
 from fedsp_mpi.log import Log
 
 if TYPE_CHECKING:
-    from fedsp_mpi.roles import ServerSide
+    from fedsp_mpi.roles import ServerRole
 
 
-class HelperRun:
+class SecondaryServer:
     """A rank that holds the global model and shares the server's work. It decides nothing and
     writes nothing.
 
@@ -30,14 +30,14 @@ class HelperRun:
 
     def __init__(self, config: Config, here: Topology, address: str, port: int) -> None:
         from fedsp_mpi.run import build
-        from fedsp_mpi.run.inputs import Materials
+        from fedsp_mpi.run.inputs import ExperimentInputs
         from fedsp_mpi.training.device import Compute
-        from fedsp_mpi.training.process_group import Meeting
+        from fedsp_mpi.training.process_group import Rendezvous
 
-        self.materials = Materials(config)
+        self.materials = ExperimentInputs(config)
         self.materials.check()
         self._config, self._rank = config, here.rank
-        self._meeting = Meeting(address, port, config.topology.server_ranks)
+        self._meeting = Rendezvous(address, port, config.topology.server_ranks)
         self._compute = Compute.of(config.server.compute, here)
         self._compute.begin()
         self._model = build.global_model(self.materials, self._compute)
@@ -46,10 +46,10 @@ class HelperRun:
         """Join the team and help to distil. There is nothing to hand out, and no verdict."""
         from fedsp_mpi.run import auxiliary_model, build
         from fedsp_mpi.training.distill import StoppedError
-        from fedsp_mpi.training.process_group import Team
+        from fedsp_mpi.training.process_group import ServerGroup
 
         seconds = self._config.deadlines.server
-        self._team = Team.join(self._meeting, self._rank, self._compute.device, seconds)
+        self._team = ServerGroup.join(self._meeting, self._rank, self._compute.device, seconds)
         try:
             auxiliary_model.help_to_distil(
                 self.materials, self._model, self._team, lambda: guard.told_to_stop
@@ -59,7 +59,7 @@ class HelperRun:
         self._servers = build.servers(self.materials, self._model, self._compute, self._team)
         return None, None
 
-    def side(self, given: comm.Handout) -> ServerSide:
+    def side(self, given: comm.Handout) -> ServerRole:
         """This rank's side of the rounds, where an earlier stretch of the run has left it."""
         from fedsp_mpi.record import Checkpoints
         from fedsp_mpi.run import build
@@ -72,7 +72,7 @@ class HelperRun:
             side.load_state(checkpoints.read_server(newest))
         return side
 
-    def finish(self, here: ServerSide, wire: Any) -> bool:
+    def finish(self, here: ServerRole, wire: Any) -> bool:
         """Help to score. False if the run was told to stop before the last score."""
         from fedsp_mpi.run.final_scores import score_all
 

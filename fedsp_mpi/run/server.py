@@ -25,11 +25,11 @@ if TYPE_CHECKING:
     from fedsp_mpi.comm.wire import Wire
     from fedsp_mpi.models.backbone import LanguageModel
     from fedsp_mpi.record import Checkpoint, RunRecord
-    from fedsp_mpi.roles import ServerSide
+    from fedsp_mpi.roles import ServerRole
     from fedsp_mpi.run.build import Servers
-    from fedsp_mpi.run.inputs import Materials
+    from fedsp_mpi.run.inputs import ExperimentInputs
     from fedsp_mpi.training.device import Compute
-    from fedsp_mpi.training.process_group import Meeting, Team
+    from fedsp_mpi.training.process_group import Rendezvous, ServerGroup
 
 _SHOWN = 5  # lost clients that are named
 STOPPED = 75  # exit status: told to stop; run.resume goes on
@@ -46,11 +46,11 @@ class ServerRun:
         self.folder = self._place.path
         self.resumed: Checkpoint | None = None
         self._rounds_again = 0  # that clients have been asked for more than once
-        self.materials: Materials
+        self.materials: ExperimentInputs
         self.record: RunRecord
         self._inputs: dict[str, str] = {}
-        self._meeting: Meeting
-        self._team: Team
+        self._meeting: Rendezvous
+        self._team: ServerGroup
         self._servers: Servers
         self._model: LanguageModel
         self._compute: Compute
@@ -65,11 +65,11 @@ class ServerRun:
         try:
             self._check_ranks(wire)
             from fedsp_mpi.run import build
-            from fedsp_mpi.run.inputs import Materials, expected_work
+            from fedsp_mpi.run.inputs import ExperimentInputs, expected_work
             from fedsp_mpi.training.device import Compute
-            from fedsp_mpi.training.process_group import Meeting
+            from fedsp_mpi.training.process_group import Rendezvous
 
-            self.materials = Materials(self.config)
+            self.materials = ExperimentInputs(self.config)
             self._place.take(self.materials.paths)
             self.materials.check()
             self._compute = Compute.of(self.config.server.compute, wire.topology)
@@ -78,7 +78,7 @@ class ServerRun:
             self._compute.begin()
             self._model = build.global_model(self.materials, self._compute)
             places = {host["host"] for host in self.hosts[: self._num_servers]}
-            self._meeting = Meeting.open(self._num_servers, len(places) == 1)
+            self._meeting = Rendezvous.open(self._num_servers, len(places) == 1)
             self._open_record()
         except (ValueError, OSError) as error:
             self._place.give_back()
@@ -111,9 +111,11 @@ class ServerRun:
         """
         from fedsp_mpi.run import auxiliary_model, build
         from fedsp_mpi.training.distill import StoppedError
-        from fedsp_mpi.training.process_group import Team
+        from fedsp_mpi.training.process_group import ServerGroup
 
-        self._team = Team.join(self._meeting, 0, self._compute.device, self.config.deadlines.server)
+        self._team = ServerGroup.join(
+            self._meeting, 0, self._compute.device, self.config.deadlines.server
+        )
         about = (self.materials, self._model, self._compute, self._team)
         resumed = self.resumed
         try:
@@ -181,11 +183,11 @@ class ServerRun:
         self.log.say(f"{who}s are ready after {duration(seconds)}")
         return None
 
-    def side(self, given: comm.Handout) -> ServerSide:
+    def side(self, given: comm.Handout) -> ServerRole:
         """The server's side of the rounds, where an earlier stretch of the run has left it."""
         from fedsp_mpi.record import Checkpoints
         from fedsp_mpi.record.tables import wire_rows
-        from fedsp_mpi.roles import Archive
+        from fedsp_mpi.roles import RoundJournal
         from fedsp_mpi.run import build, fingerprints, participation
 
         ranks = {
@@ -198,7 +200,7 @@ class ServerRun:
         carried = wire_rows(self.record.run.wire)
         expected = partial(participation.expected, self.materials, ranks)
         made_from = fingerprints.combined(self._inputs)
-        self._archive = Archive(
+        self._archive = RoundJournal(
             self.record, keep, ranks, expected, self.log, checkpoints, carried, made_from
         )
         here = build.server_side(
@@ -208,7 +210,7 @@ class ServerRun:
             here.load_state(checkpoints.read_server(self.resumed))
         return here
 
-    def finish(self, here: ServerSide, wire: Wire | Solo) -> bool:
+    def finish(self, here: ServerRole, wire: Wire | Solo) -> bool:
         """Write what was tuned, score, close the record.
 
         False if the run was told to stop before the last score.

@@ -17,13 +17,13 @@ from fedsp_mpi.models.backbone import LanguageModel
 from fedsp_mpi.models.prompts import Prompt
 from fedsp_mpi.tensors import Batch
 from fedsp_mpi.training.distill import StoppedError
-from fedsp_mpi.training.process_group import Team
+from fedsp_mpi.training.process_group import ServerGroup
 
 _BATCH = 16  # texts of a forward pass
 
 
 @dataclass(frozen=True)
-class Side:
+class BridgeEnd:
     """One of the two models, the prompt that is attached to it, and the part of it whose inputs are
     compared.
     """
@@ -50,7 +50,7 @@ class BridgeFit:
     unexplained_answers: float
 
 
-class _Moments:
+class NormalEquations:
     """Sums of products over positions, fp64: of the inputs x [hidden + 1, the last one 1] and the
     goals y [hidden].
     """
@@ -86,12 +86,12 @@ class _Moments:
 
 
 def fit_bridge(
-    student: Side,
-    teacher: Side,
+    student: BridgeEnd,
+    teacher: BridgeEnd,
     texts: Sequence[Text],
     settings: DistillationConfig,
     seed: int,
-    team: Team,
+    team: ServerGroup,
     stop: Callable[[], bool],
 ) -> BridgeFit:
     """Set the bridge of `student` so that what leaves it is what enters the layer of `teacher` it
@@ -116,7 +116,7 @@ def fit_bridge(
     num_texts = min(settings.bridge_texts, len(texts))
     num_batches = -(-num_texts // _BATCH)
     batches = Batches(texts, min(_BATCH, num_texts), None, seed, "bridge")
-    others, answers = (_Moments(bridge.in_features, student.model.device) for _ in range(2))
+    others, answers = (NormalEquations(bridge.in_features, student.model.device) for _ in range(2))
     for index in range(num_batches):
         if team.any(stop()):
             raise StoppedError(index, num_batches, 0)
@@ -131,7 +131,7 @@ def fit_bridge(
     )
     bridge.weight.data.copy_(solution[:-1].T)
     bridge.bias.data.copy_(solution[-1])
-    whole = _Moments(bridge.in_features, student.model.device)
+    whole = NormalEquations(bridge.in_features, student.model.device)
     whole.xx, whole.xy, whole.yy = (
         others.xx + answers.xx,
         others.xy + answers.xy,
@@ -141,7 +141,13 @@ def fit_bridge(
     return BridgeFit(num_texts, time.perf_counter() - begin, *found)
 
 
-def _add(student: Side, teacher: Side, batch: Batch, others: _Moments, answers: _Moments) -> None:
+def _add(
+    student: BridgeEnd,
+    teacher: BridgeEnd,
+    batch: Batch,
+    others: NormalEquations,
+    answers: NormalEquations,
+) -> None:
     with torch.no_grad():
         inputs, goals = (
             side.model.entering(side.part, batch, side.prompt) for side in (student, teacher)

@@ -6,7 +6,7 @@ it gives to be pickled, and takes back (nothing is pickled here). `cma` (pycma),
 reference uses, spreads its state over samplers, step-size adapters and options that only a pickle
 keeps together. Linear algebra runs on one thread, so that bits do not depend on the cores that a
 rank may use, and nothing follows from the eigenvectors that a processor's BLAS happens to choose:
-see `Evolution.sample`.
+see `CmaEs.sample`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _PATHS = ("step_path", "mean_path")
 
 
 def sizes(dimension: int) -> dict[str, int]:
-    """How many numbers each part of a state has, by its name in `Evolution.state`."""
+    """How many numbers each part of a state has, by its name in `CmaEs.state`."""
     return {
         "mean": dimension,
         "step_size": 1,
@@ -45,7 +45,7 @@ def identity(dimension: int) -> np.ndarray:
 
 
 @dataclass
-class Evolution:
+class CmaEs:
     """The normal distribution N(mean, step_size^2 covariance) that CMA-ES moves, and the ways that
     it came.
 
@@ -66,7 +66,7 @@ class Evolution:
     _ready: CMA | None = field(default=None, init=False, repr=False, compare=False)
 
     @classmethod
-    def of(cls, state: Mapping[str, np.ndarray]) -> Evolution:
+    def of(cls, state: Mapping[str, np.ndarray]) -> CmaEs:
         """The search of `state()`, copied.
 
         A covariance that is not there is the identity, paths are 0.

@@ -20,7 +20,7 @@ class OutOfMemoryError(ClientError):
 
 
 @contextmanager
-def named_out_of_memory() -> Iterator[None]:
+def oom_as_client_error() -> Iterator[None]:
     """Turn what torch and Python raise when memory ends into OutOfMemoryError; give back what the
     allocator holds.
     """

@@ -25,7 +25,7 @@ from fedsp_mpi.models.losses import hidden_loss, logits_loss
 from fedsp_mpi.tensors import Batch, State, join_states, part_of_state
 from fedsp_mpi.training.engine import DeepSpeedEngine, TorchEngine
 from fedsp_mpi.training.loop import Batches, Trace, num_text_tokens, train
-from fedsp_mpi.training.process_group import ALONE, Team
+from fedsp_mpi.training.process_group import SINGLE_RANK, ServerGroup
 
 
 class StoppedError(Exception):
@@ -83,7 +83,7 @@ def distil(
     seed: int,
     log: Log,
     stop: Callable[[], bool] = lambda: False,
-    team: Team = ALONE,
+    team: ServerGroup = SINGLE_RANK,
     progress: Progress = Progress(),
 ) -> Distilled:
     """Train the weights of `student` in place, without prompts, on the texts of the batches (but

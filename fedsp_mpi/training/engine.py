@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fedsp_mpi.config.training import OptimizerConfig
 from fedsp_mpi.tensors import State, part_of_state
-from fedsp_mpi.training.process_group import ALONE, Team
+from fedsp_mpi.training.process_group import SINGLE_RANK, ServerGroup
 
 
 def learning_rate(settings: OptimizerConfig, step: int, total_steps: int) -> float:
@@ -59,7 +59,7 @@ class TorchEngine:
         parameters: Iterable[nn.Parameter],
         settings: OptimizerConfig,
         total_steps: int,
-        team: Team = ALONE,
+        team: ServerGroup = SINGLE_RANK,
     ) -> None:
         self._parameters = list(parameters)
         self._optimizer = adamw(self._parameters, settings)
@@ -129,11 +129,11 @@ def _load_moments(optimizer: Any, parameters: Sequence[nn.Parameter], state: Sta
             optimizer.state[parameter] = tensors
 
 
-class Together:
+class JointEngine:
     """Engines over different parameters that step on one loss."""
 
     def __init__(self, *engines: TorchEngine) -> None:
-        self._engines, self.team = engines, ALONE
+        self._engines, self.team = engines, SINGLE_RANK
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of `loss` for all of them."""
@@ -166,7 +166,7 @@ class DeepSpeedEngine:
         total_steps: int,
         num_micro_batches: int,
         zero_stage: int,
-        team: Team = ALONE,
+        team: ServerGroup = SINGLE_RANK,
     ) -> None:
         self._deepspeed = deepspeed = _import_deepspeed(team)
         self.team = team
@@ -235,7 +235,7 @@ class DeepSpeedEngine:
             self._deepspeed.comm.destroy_process_group()
 
 
-def _import_deepspeed(team: Team) -> Any:
+def _import_deepspeed(team: ServerGroup) -> Any:
     """Import DeepSpeed over the process group of the server's ranks; a server of one rank makes one
     of its own.
 

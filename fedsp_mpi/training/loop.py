@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fedsp_mpi.tensors import Batch, ClientError
-from fedsp_mpi.training.process_group import Team
+from fedsp_mpi.training.process_group import ServerGroup
 
 BLOCK = 32
 
@@ -25,7 +25,7 @@ class Engine(Protocol):
     """What the loop asks of an optimizer, and who steps it together."""
 
     @property
-    def team(self) -> Team: ...
+    def team(self) -> ServerGroup: ...
 
     def backward(self, loss: Tensor) -> None: ...
 
@@ -112,7 +112,11 @@ def num_text_tokens(batch: Batch) -> int:
 
 
 def _in_blocks(
-    batches: Batches, first_step: int, num_steps: int, count: Callable[[Batch], int], team: Team
+    batches: Batches,
+    first_step: int,
+    num_steps: int,
+    count: Callable[[Batch], int],
+    team: ServerGroup,
 ) -> Iterator[tuple[list[Batch], float]]:
     """The micro-batches of every step, and what they count on all ranks together.
 

@@ -18,7 +18,7 @@ from torch import Tensor, distributed
 from fedsp_mpi.comm import DeadlineError
 
 
-class Meeting:
+class Rendezvous:
     """Where a team meets.
 
     Attributes:
@@ -31,7 +31,7 @@ class Meeting:
         self.address, self.port, self.size, self.store = address, port, size, store
 
     @classmethod
-    def open(cls, size: int, one_host: bool) -> Meeting:
+    def open(cls, size: int, one_host: bool) -> Rendezvous:
         """The leader's: a port that is free, on an address that the others reach. A team of one
         needs none.
         """
@@ -42,7 +42,7 @@ class Meeting:
         return cls(address, store.port, size, store)
 
 
-class Team:
+class ServerGroup:
     """The ranks that share a role's work. They call the same things in the same order; alone, every
     call is free.
 
@@ -59,7 +59,9 @@ class Team:
         self.device = device or torch.device("cpu")
 
     @classmethod
-    def join(cls, meeting: Meeting, rank: int, device: torch.device, seconds: float | None) -> Team:
+    def join(
+        cls, meeting: Rendezvous, rank: int, device: torch.device, seconds: float | None
+    ) -> ServerGroup:
         """Wait for the others at the meeting point: gloo for tensors on the CPU, NCCL for those on
         GPUs.
 
@@ -151,4 +153,4 @@ def _deadline() -> Iterator[None]:
         ) from None
 
 
-ALONE = Team()
+SINGLE_RANK = ServerGroup()

@@ -51,7 +51,7 @@ def main(who: str, where: str, how: str, folder: str | None) -> None:
     reach("import")
     import numpy as np
 
-    from fedsp_mpi.comm import Deadlines, Down, Handout, connect
+    from fedsp_mpi.comm import Deadlines, Handout, RoundBroadcast, connect
     from fedsp_mpi.tensors import Contract, NamedTensors, Schema, Update
 
     wire = connect(
@@ -71,7 +71,7 @@ def main(who: str, where: str, how: str, folder: str | None) -> None:
     for round in range(2):
         with guard.phase("round", round=round):
             reach("broadcast") if round else None
-            wire.broadcast(Down(round, tensors=tensors) if wire.is_server else None)
+            wire.broadcast(RoundBroadcast(round, tensors=tensors) if wire.is_server else None)
             if wire.is_server:
                 updates = wire.gather(round, ())
                 assert updates is not None

@@ -107,16 +107,16 @@ def memory_in(client: str, round: str | None = None) -> None:
 
 def text_of(client: str) -> None:
     """Let one client's text be unusable."""
-    from fedsp_mpi.run.inputs import Materials
+    from fedsp_mpi.run.inputs import ExperimentInputs
 
-    original = Materials.shard
+    original = ExperimentInputs.shard
 
     def broken(self, participant):
         if participant == int(client) + 1:
             raise ValueError("found no text")
         return original(self, participant)
 
-    Materials.shard = broken
+    ExperimentInputs.shard = broken
 
 
 def slow(client: str, seconds: str) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from fedsp_mpi.comm import Down, Handout, connect, guard, spread
+from fedsp_mpi.comm import Handout, RoundBroadcast, connect, guard, spread
 from fedsp_mpi.comm.updates import Updates
 from fedsp_mpi.rng import generator
 from fedsp_mpi.tensors import Contract, Failure, NamedTensors, Schema, Update
@@ -115,7 +115,9 @@ def main(args: argparse.Namespace) -> None:
     prompt, rounds = given.tensors.flat, []
     for round in range(args.rounds):
         down = wire.broadcast(
-            Down(round, tensors=NamedTensors(agreed.down, prompt)) if wire.is_server else None
+            RoundBroadcast(round, tensors=NamedTensors(agreed.down, prompt))
+            if wire.is_server
+            else None
         )
         assert down.tensors is not None and down.round == round
         updates = wire.gather(round, work(args, round, mine, down.tensors))
@@ -125,7 +127,7 @@ def main(args: argparse.Namespace) -> None:
             peak = tracemalloc.get_traced_memory()[1]
             tracemalloc.stop()
             rounds.append(seen(round, updates, prompt, peak, wire.round_bytes()))
-    stop = wire.broadcast(Down(args.rounds, stop=True) if wire.is_server else None)
+    stop = wire.broadcast(RoundBroadcast(args.rounds, stop=True) if wire.is_server else None)
     assert stop.stop and stop.tensors is None and stop.round == args.rounds
     wire.finish()
     if wire.is_server:

@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from fedsp_mpi.comm import Deadlines, Down, Handout, Wire, connect, guard
+from fedsp_mpi.comm import Deadlines, Handout, RoundBroadcast, Wire, connect, guard
 from fedsp_mpi.comm.inspection import Expected
-from fedsp_mpi.comm.messages import HEADER_BYTES, Asked, Header, Kind
+from fedsp_mpi.comm.messages import HEADER_BYTES, CallStats, Header, Kind
 from fedsp_mpi.tensors import Contract, Failure, NamedTensors, Schema, Update
 
 SCHEMA = Schema.of([("prefix", [10, 2])])
@@ -50,7 +50,7 @@ def headers(way: str, round: int) -> list[Header]:
     if way == "crafted":
         return [Header(Kind.UPDATE, round, 2, 2**63, first.digest, 1.0, first.metrics), second]
     if way == "asks":
-        return [Header.of(update(2), round, Asked(2**32 - 1, 2**63, 2**63)), second]
+        return [Header.of(update(2), round, CallStats(2**32 - 1, 2**63, 2**63)), second]
     if way == "failure":
         return [Header.of(Failure(2, round, "local\x1b[2J", "gone\x07"), round), second]
     return [] if way == "silent" else [first, second]
@@ -109,7 +109,7 @@ def main(out: Path, ways: list[str]) -> None:
     wire.handout(Handout({}, first, CONTRACT) if rank == 0 else None)
     rounds: list[dict[str, Any]] = []
     for round, way in enumerate(ways, start=1):
-        wire.broadcast(Down(round, tensors=first) if rank == 0 else None)
+        wire.broadcast(RoundBroadcast(round, tensors=first) if rank == 0 else None)
         if rank == 2:
             send(wire, way, round)
         else:

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from fedsp_mpi.aggregation.fedavg import weighted_mean
-from fedsp_mpi.comm import Down, Handout, Wire, connect
+from fedsp_mpi.comm import Handout, RoundBroadcast, Wire, connect
 from fedsp_mpi.tensors import Contract, NamedTensors, Schema, Update
 
 
@@ -36,7 +36,7 @@ def main(clients: int, values: int, chunk: int) -> None:
     nothing = NamedTensors(Schema(), np.empty(0, dtype=np.float32))
     wire.handout(Handout({}, nothing, Contract(schema, schema)) if wire.is_server else None)
     prompt = NamedTensors(schema, np.zeros(values, dtype=np.float32))
-    down = wire.broadcast(Down(1, tensors=prompt) if wire.is_server else None)
+    down = wire.broadcast(RoundBroadcast(1, tensors=prompt) if wire.is_server else None)
     mine = [] if wire.is_server else range(wire.topology.rank - 1, clients, wire.topology.size - 1)
     updates = [
         Update(id, 1.0, NamedTensors(schema, np.full(values, id, dtype=np.float32))) for id in mine

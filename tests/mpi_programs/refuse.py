@@ -9,7 +9,7 @@ import sys
 
 import numpy as np
 
-from fedsp_mpi.comm import Down, Handout, Refused, Solo, Wire, connect, guard
+from fedsp_mpi.comm import Handout, Refused, RoundBroadcast, Solo, Wire, connect, guard
 from fedsp_mpi.tensors import Contract, NamedTensors, Schema, Update, seal
 
 GOOD = Schema.of([("prefix", [4, 2]), ("input", [3])])
@@ -30,17 +30,17 @@ def answer(wire: Wire | Solo, case: str) -> list[Update]:
     return [Update(client, 1.0, zeros(schema), {"secret": 1.0} if case == "metric" else {})]
 
 
-def down(case: str) -> Down:
+def down(case: str) -> RoundBroadcast:
     if case == "down":
-        return Down(0, tensors=zeros(OTHER))
+        return RoundBroadcast(0, tensors=zeros(OTHER))
     if case == "sealed":
         import torch
 
         model = torch.zeros(11)
         message = NamedTensors(GOOD, model.numpy())  # before the seal knows: the wire looks again
         seal.add([("transformer.wte", model)])
-        return Down(0, tensors=message)
-    return Down(0, tensors=zeros(GOOD))
+        return RoundBroadcast(0, tensors=message)
+    return RoundBroadcast(0, tensors=zeros(GOOD))
 
 
 def main(case: str) -> None:

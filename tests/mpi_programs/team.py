@@ -15,14 +15,14 @@ import torch
 from mpi4py import MPI
 from test_training import distilled
 
-from fedsp_mpi.training.process_group import Meeting, Team
+from fedsp_mpi.training.process_group import Rendezvous, ServerGroup
 
 world = MPI.COMM_WORLD
 torch.set_num_threads(1)
-meeting = Meeting.open(world.size, one_host=True) if world.rank == 0 else None
+meeting = Rendezvous.open(world.size, one_host=True) if world.rank == 0 else None
 port = world.bcast(meeting.port if meeting else None)
 cpu = torch.device("cpu")
-team = Team.join(meeting or Meeting("localhost", port, world.size), world.rank, cpu, 60.0)
+team = ServerGroup.join(meeting or Rendezvous("localhost", port, world.size), world.rank, cpu, 60.0)
 assert team.tell({"said": [1, "ü"]} if world.rank == 0 else None) == {"said": [1, "ü"]}
 
 

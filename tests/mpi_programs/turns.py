@@ -18,9 +18,9 @@ RANK = launcher_rank() or 0
 
 def note_reading(folder: Path) -> None:
     """Write down the times of the one reading; every rank takes a while for it."""
-    from fedsp_mpi.run.build import Materials
+    from fedsp_mpi.run.build import ExperimentInputs
 
-    read = Materials.splits.func
+    read = ExperimentInputs.splits.func
 
     def noted(self):
         begin = time.time()
@@ -29,8 +29,8 @@ def note_reading(folder: Path) -> None:
         (folder / str(RANK)).write_text(f"{begin} {time.time()}")
         return found
 
-    Materials.splits = cached_property(noted)
-    Materials.splits.__set_name__(Materials, "splits")
+    ExperimentInputs.splits = cached_property(noted)
+    ExperimentInputs.splits.__set_name__(ExperimentInputs, "splits")
 
 
 if __name__ == "__main__":
