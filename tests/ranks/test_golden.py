@@ -1,0 +1,142 @@
+"""Golden numbers: what every method of configs/methods makes of a short run, on 1, 2 and 4 ranks.
+
+FEDSP_GOLDEN=write pytest tests/ranks/test_golden.py writes golden.json anew; a changed number is a commit
+of its own that says why. The numbers hold to the digits that processors differ in; between numbers
+of ranks, bits are equal.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from fedsp_mpi import config
+from fedsp_mpi.config.model import recipe
+from fedsp_mpi.config.parsing import merge
+from fedsp_mpi.record import Run, read
+from fedsp_mpi.report import difference
+from helpers import blas_kernels
+from helpers.mpi import run_mpi
+from helpers.paths import PROGRAMS, ROOT
+
+GOLDEN = Path(__file__).with_name("golden.json")
+METHODS = {path.stem: path for path in sorted((ROOT / "configs" / "methods").glob("*.yaml"))}
+SHORT = {
+    "run": {"seed": 1},
+    "federation": {"rounds": 2, "clients": 3},
+    "distillation": {"stage": {"steps": 4}, "engine": "torch"},
+    "client": {"alignment": {"steps": 2}, "tuning": {"steps": 3}},
+    "server": {"tuning": {"steps": 2}},
+    "data": {"limit": {"train": 64, "validation": 16, "test": 24}},
+    "prompt": {"num_tokens": 8},
+}
+WEIGHTS = {  # what suits prompts ruins weights
+    "client": {"tuning": {"optimizer": {"learning_rate": 1e-3}}},
+    "server": {"tuning": {"optimizer": {"learning_rate": 1e-3}}},
+}
+SEARCHES = {
+    name: {"search": {"dimension": 20, "iterations": 3}}
+    for name in ("fedbpt", "fedbpt_private", "fedavg_bbt")
+}
+SEARCHES["fedbpt"]["search"] |= recipe("bridged")[
+    "search"
+]  # the default; the others search as the papers do
+COLUMNS = (
+    "server_loss_first",
+    "server_loss_last",
+    "validation_merged",
+    "validation_loss",
+    "control_validation_loss",
+)
+
+
+def write_configurations(folder: Path) -> list[Path]:
+    """One file a method: the embedded default, shortened, under the method's own keys."""
+    short, files = folder / "short.yaml", []
+    for name, path in METHODS.items():
+        more = WEIGHTS if name.startswith(("finetune", "p_tuning")) else SEARCHES.get(name, {})
+        own = {"extends": [str(config.EMBEDDED), short.name, str(path)]}
+        files.append(folder / f"{name}.yaml")
+        files[-1].write_text(yaml.safe_dump({**own, **more}))
+    short.write_text(yaml.safe_dump(SHORT))
+    return files
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> dict[int, Path]:
+    """Folders of runs by the number of ranks. One client does not fill three ranks."""
+    folder = tmp_path_factory.mktemp("golden")
+    files = write_configurations(folder)
+    for n in (1, 2, 4):
+        some = [file for file in files if n < 4 or config.load(file).federation.clients != 1]
+        run_mpi(0 if n == 1 else n, [PROGRAMS / "several.py", folder / f"n{n}", *some], timeout=300)
+    if os.environ.get("FEDSP_GOLDEN") == "write":
+        made = {name: numbers(read(folder / "n1" / name)) for name in METHODS}
+        GOLDEN.write_text(json.dumps(made, indent=1) + "\n")
+    return {n: folder / f"n{n}" for n in (1, 2, 4)}
+
+
+def numbers(run: Run) -> dict[str, list[float]]:
+    """Losses by round, and of the clients' last step their mean; None where a method has none."""
+    found = {name: run.rounds[name].tolist() for name in COLUMNS}
+    for name in ("loss_model_last", "loss_prompt_last"):
+        by_round = [
+            run.clients[name][run.clients["round"] == round + 1] for round in range(len(run.rounds))
+        ]
+        found[name] = [float(np.mean(losses)) if len(losses) else math.nan for losses in by_round]
+    return {
+        name: [None if math.isnan(x) else float(f"{x:.9g}") for x in values]
+        for name, values in found.items()
+    }
+
+
+def test_the_short_runs_are_those_of_the_overlays(tmp_path):
+    write_configurations(tmp_path)
+    shared = merge(SHORT, {})
+    for name, path in METHODS.items():
+        found = config.load(tmp_path / f"{name}.yaml")
+        own = yaml.safe_load(path.read_text())
+        assert (
+            found.run.label == own["run"]["label"]
+            and found.federation.rounds == shared["federation"]["rounds"]
+        )
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_golden_numbers(runs, name):
+    assert_golden(read(runs[1] / name), name)
+
+
+def assert_golden(run: Run, name: str) -> None:
+    wanted, found = json.loads(GOLDEN.read_text())[name], numbers(run)
+    assert wanted.keys() == found.keys() and run.status == "complete"
+    for column, values in wanted.items():
+        assert [x is None for x in values] == [x is None for x in found[column]], column
+        known = [(x, y) for x, y in zip(values, found[column]) if x is not None]
+        assert [y for _, y in known] == pytest.approx([x for x, _ in known], rel=1e-4), column
+    assert any(x is not None for x in found["validation_loss"])
+
+
+@pytest.mark.parametrize("n", [2, 4])
+@pytest.mark.parametrize("name", METHODS)
+def test_bits_do_not_depend_on_the_number_of_ranks(runs, name, n):
+    if not (runs[n] / name).exists():
+        assert config.load(runs[1].parent / f"{name}.yaml").federation.clients == 1
+        return
+    assert difference(read(runs[1] / name), read(runs[n] / name)) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kernel", blas_kernels.available())
+def test_golden_numbers_of_searches_hold_under_every_blas_kernel(tmp_path, kernel):
+    files = [file for file in write_configurations(tmp_path) if file.stem in SEARCHES]
+    arguments = [PROGRAMS / "several.py", tmp_path / "runs", *files]
+    run_mpi(0, arguments, timeout=300, env={"OPENBLAS_CORETYPE": kernel})
+    for name in SEARCHES:
+        assert_golden(read(tmp_path / "runs" / name), name)
