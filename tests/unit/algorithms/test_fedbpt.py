@@ -1,241 +1,41 @@
-"""FedBPT: the search itself on functions, its parts against hand loops, and whole runs of it."""
+"""FedBPT's parts against hand loops: the server's merge, the objectives, and clients with a model."""
 
 from __future__ import annotations
 
 import math
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 
-from fedsp_mpi import config, record, rng
+from fedsp_mpi import rng
 from fedsp_mpi.aggregation.fedavg import weighted_mean
 from fedsp_mpi.aggregation.step_size import corrected, effective
 from fedsp_mpi.algorithms import fedbpt
 from fedsp_mpi.algorithms.client_state import ShardError
 from fedsp_mpi.algorithms.inference import LocalInference
-from fedsp_mpi.comm import Refused
-from fedsp_mpi.comm.messages import Report
-from fedsp_mpi.comm.updates import Updates
 from fedsp_mpi.config.search import SearchConfig
-from fedsp_mpi.data.perturb import perturbed
-from fedsp_mpi.data.tokens import Text, collate
-from fedsp_mpi.estimate import cost
-from fedsp_mpi.estimate import text as plan_text
+from fedsp_mpi.data.tokens import collate
 from fedsp_mpi.models.losses import answer_losses, fitness
 from fedsp_mpi.models.prompts import DepthMap, Prompt, PromptSpec
-from fedsp_mpi.models.subspace import Subspace, scale_of
-from fedsp_mpi.record import read
-from fedsp_mpi.report import difference
-from fedsp_mpi.tensors import NamedTensors, Update
+from fedsp_mpi.models.subspace import Subspace
+from fedsp_mpi.tensors import NamedTensors
 from fedsp_mpi.training.cma_es import CmaEs, sizes
 from fedsp_mpi.training.loop import NonFiniteError
 from helpers import tiny
-from helpers.mpi import both_ends
 from helpers.paths import ROOT
-from helpers.runs import FAULTY, FEDBPT, gap_settings, short, short_run
-
-# The embedded default as FedBPT, with a small search.
-AVERAGE = (*FEDBPT, "search.rule=average", "search.objective=loss")
-KEPT = (*FEDBPT, "search.step_size_by=clients", "search.rank_by=improvement", "search.parents=all")
-
-
-# -- the search on functions -----------------------------------------------------------------------
-
-
-def sphere(x: np.ndarray) -> float:
-    """Its least value is 0, at (1, ..., 1)."""
-    return float(((x - 1) ** 2).sum())
-
-
-def rosenbrock(x: np.ndarray) -> float:
-    """A bent valley; its least value is 0, at (1, ..., 1)."""
-    return float((100 * (x[1:] - x[:-1] ** 2) ** 2 + (1 - x[:-1]) ** 2).sum())
-
-
-class FunctionServer(fedbpt.Server):
-    """The server without a model: nothing is made of z."""
-
-    def __init__(self, settings: SearchConfig) -> None:
-        model = SimpleNamespace()
-        spec = PromptSpec("input", 1, 1, 1, 1)
-        super().__init__(model, Prompt(spec), Subspace(spec, settings.dimension, 1.0, 1), settings)
-
-
-class Function:
-    """A function of z in the place of a model's loss, which knows how often it was asked, and its
-    least value.
-    """
-
-    def __init__(self, function: Callable[[np.ndarray], float]) -> None:
-        self._function, self.best, self.evaluations = function, math.inf, 0
-
-    def losses(self, client: int, points: np.ndarray, groups: object) -> list[np.ndarray]:
-        values = np.array([self._function(point.astype(np.float64)) for point in points])
-        self.best, self.evaluations = min(self.best, *values), self.evaluations + len(values)
-        return [values[:, None]]
-
-
-def function_client(
-    function: Callable[[np.ndarray], float] | Function, settings, seed, clients
-) -> fedbpt.Client:
-    """Clients whose objective is a function of z."""
-    shards = {client: [None] * (client + 1) for client in range(clients)}
-    forward = function if isinstance(function, Function) else Function(function)
-    return fedbpt.Client(forward, shards, np.arange(9), settings, seed)
-
-
-def gathered(updates: list[Update]) -> Updates:
-    """Updates as the loop would hand them to the server."""
-    schema = updates[0].tensors.schema
-    reports = [Report(update.client, update.weight, update.metrics) for update in updates]
-    rows = np.array([update.tensors.flat for update in updates])
-    return Updates(reports, [], schema, iter([(slice(0, schema.num_values), rows)]))
-
-
-def evaluations_together(function, settings: SearchConfig, clients: int, seed: int) -> float:
-    """How often each of the clients asks the function until one of them is below 1e-8."""
-    server, asked = FunctionServer(settings), Function(function)
-    client = function_client(asked, settings, seed, clients)
-    for round in range(1, 400):
-        down = server.broadcast()
-        updates = [client.local(id, round, down) for id in range(clients)]
-        if asked.best < 1e-8:
-            return asked.evaluations / clients
-        server.take(server.merge(gathered(updates)))
-    return math.inf
-
-
-def evaluations_alone(function, settings: SearchConfig, seed: int) -> float:
-    """The same for one client that goes on by itself, without beginning anew in each round."""
-    search = CmaEs.of(
-        {"mean": np.zeros(settings.dimension), "step_size": np.array([settings.step_size])}
-    )
-    for generation in range(2000):
-        points = search.sample(settings.population, rng.key(seed, "alone", generation))
-        values = np.array([function(point) for point in points])
-        if values.min() < 1e-8:
-            return (generation + 1) * settings.population
-        search.update(points, values)
-    return math.inf
-
-
-# What each search sets apart from the paper's.
-SEARCHES: dict[str, dict] = {
-    "paper": {},
-    "kept": {"step_size_by": "clients"},
-    "default": {"step_size_by": "clients", "rank_by": "improvement", "parents": "all"},
-    "average": {"rule": "average"},
-}
-
-
-@pytest.mark.parametrize("search", SEARCHES)
-@pytest.mark.parametrize(
-    ("function", "dimension", "step_size"),
-    [(sphere, 10, 0.5), (rosenbrock, 5, 0.3)],
-    ids=["sphere", "rosenbrock"],
+from helpers.searches import (
+    FunctionServer,
+    function_client,
+    gathered,
+    sphere,
+    told,
 )
-def test_ten_clients_reach_1e_8_with_fewer_evaluations_each_than_one_alone(
-    function, dimension, step_size, search
-):
-    settings = SearchConfig(
-        dimension, step_size=step_size, iterations=1, objective="loss", **SEARCHES[search]
-    )
-    alone = [evaluations_alone(function, settings, seed) for seed in range(2)]
-    together = [evaluations_together(function, settings, 10, seed) for seed in range(1)]
-    assert max(together) < min(alone) < math.inf, (together, alone)
-
-
-@pytest.mark.slow
-def test_eight_iterations_a_round_help_where_step_sizes_are_kept():
-    """What the README says of the paper's eight: by the paper, what clients learn of step sizes is
-    lost each round.
-    """
-    settings = SearchConfig(10, step_size=0.5, iterations=8, objective="loss")
-    alone = [evaluations_alone(sphere, settings, seed) for seed in range(3)]
-    for search in ("kept", "default", "average"):
-        assert evaluations_together(sphere, replace(settings, **SEARCHES[search]), 10, 0) < min(
-            alone
-        ), search
-    assert evaluations_together(sphere, settings, 10, 1) > max(alone)
-
-
-@pytest.mark.slow
-def test_eight_iterations_a_round_follow_a_valley_where_all_clients_count():
-    settings = SearchConfig(5, step_size=0.3, iterations=8, objective="loss")
-    alone = max(evaluations_alone(rosenbrock, settings, seed) for seed in range(2))
-    assert evaluations_together(rosenbrock, replace(settings, rule="average"), 10, 0) < alone
-    assert evaluations_together(rosenbrock, replace(settings, **SEARCHES["default"]), 10, 0) < alone
-    assert (
-        evaluations_together(rosenbrock, replace(settings, **SEARCHES["kept"]), 10, 0) == math.inf
-    )
-
-
-@pytest.mark.slow
-def test_in_500_dimensions_the_covariance_hardly_moves():
-    search, random = (
-        CmaEs.of({"mean": np.zeros(500), "step_size": np.ones(1)}),
-        np.random.default_rng(0),
-    )
-    for _ in range(200):
-        points = search.mean + search.step_size * random.standard_normal((10, 500))
-        search.update(points, np.array([sphere(point + 1) for point in points]))
-    matrix = np.zeros((500, 500))
-    matrix[np.triu_indices(500)] = search.covariance
-    values = np.linalg.eigvalsh(matrix, UPLO="U")
-    assert 0.985 < values.min() < 0.995 and 1.05 < values.max() < 1.1
-
-
-def test_a_search_goes_on_from_its_state_with_equal_bits():
-    whole = CmaEs.of({"mean": np.arange(6.0), "step_size": np.array([0.5])})
-    for generation in range(12):
-        if generation in (4, 9):
-            copied = {name: value.copy() for name, value in whole.state().items()}
-            whole.sample(5, 99)  # what is not told is forgotten
-            whole = CmaEs.of(copied)
-            assert {name: value.size for name, value in copied.items()} == sizes(6)
-        points = whole.sample(5, generation)
-        whole.update(points, np.array([sphere(point) for point in points]))
-    other = CmaEs.of({"mean": np.arange(6.0), "step_size": np.array([0.5])})
-    for generation in range(12):
-        points = other.sample(5, generation)
-        other.update(points, np.array([sphere(point) for point in points]))
-    for name, value in whole.state().items():
-        assert value.tobytes() == other.state()[name].tobytes(), name
-    assert whole.generation == 12
-
-
-def test_points_follow_the_distribution_and_the_seed():
-    root = np.array([[2.0, 0.0], [1.0, 0.5]])
-    search = CmaEs.of(
-        {
-            "mean": np.array([1.0, -1.0]),
-            "step_size": np.array([3.0]),
-            "covariance": (root @ root.T)[[0, 0, 1], [0, 1, 1]],
-        }
-    )
-    points = search.sample(4000, 7)
-    assert np.array_equal(points, search.sample(4000, 7)) and not np.array_equal(
-        points, search.sample(4000, 8)
-    )
-    assert np.abs(points.mean(0) - search.mean).max() < 0.3
-    assert np.abs(np.cov(points.T) / 9 - root @ root.T).max() < 0.3
-
-
-# -- the server's merge ----------------------------------------------------------------------------
-
-
-def told(server: FunctionServer, clients: int, losses: list[float] | None = None) -> list[Update]:
-    """One update of each client from the server's broadcast."""
-    client = function_client(sphere, server._settings, 3, clients)
-    return [client.local(id, 1, server.broadcast()) for id in range(clients)]
 
 
 def test_the_step_size_is_that_of_equation_6():
@@ -446,102 +246,7 @@ def test_a_server_goes_on_from_its_state_with_equal_bits():
     assert torch.equal(one.prompt.prompt, other.prompt.prompt)
 
 
-# -- the projection --------------------------------------------------------------------------------
-
-SPEC = PromptSpec("prefix", 5, 3, 2, 100)
-
-
-def test_the_projection_follows_from_the_seed_and_is_linear():
-    space = Subspace(SPEC, 7, 0.5, 1)
-    matrix = space.expand(np.eye(7)).flatten(1).T  # [3000, 7], in two pieces
-    points = np.random.default_rng(0).standard_normal((3, 7))
-    assert space.expand(points).shape == (3, 5, 600)
-    assert torch.allclose(
-        space.expand(points).flatten(1), torch.from_numpy(points).float() @ matrix.T, atol=1e-5
-    )
-    assert torch.equal(space.expand(points), Subspace(SPEC, 7, 0.5, 1).expand(points))
-    assert not torch.equal(space.expand(points), Subspace(SPEC, 7, 0.5, 2).expand(points))
-    assert torch.allclose(Subspace(SPEC, 7, 1.0, 1).expand(points), 2 * space.expand(points))
-    assert matrix.std().item() == pytest.approx(0.5, rel=0.03) and abs(matrix.mean().item()) < 0.02
-    assert len({row.numpy().tobytes() for row in matrix}) == 3000
-
-
-def test_what_is_added_spreads_like_an_embedding(tmp_path):
-    model = tiny.load(tiny.model_folder(tmp_path, "gpt2"))
-    weights = model.model.get_input_embeddings().weight
-    first = Prompt(PromptSpec.of(model.shape, "input", 40, None))
-    scale = scale_of(model, first, 50, 2.0, 3.0)
-    assert scale == pytest.approx(
-        3 * weights.std(correction=0).item() / (math.sqrt(50) * 2), rel=1e-5
-    )
-    points = 2.0 * np.random.default_rng(0).standard_normal((8, 50))
-    added = Subspace(first.spec, 50, scale, 1).expand(points)
-    assert added.std().item() == pytest.approx(3 * weights.std().item(), rel=0.1)
-    prefix = Prompt(PromptSpec.of(model.shape, "prefix", 4, None)).initialise(1, 0.7)
-    assert scale_of(model, prefix, 50, 1.0, 1.0) == pytest.approx(0.7 / math.sqrt(50), rel=0.05)
-
-
-# -- perturbed copies and objectives ---------------------------------------------------------------
-
-
-def framed(lengths: list[int]) -> list[Text]:
-    """Texts that begin with 1 50, end their contexts with 60 61, and have answers of two tokens."""
-    random = np.random.default_rng(0)
-    own = [random.integers(10, 40, length) for length in lengths]
-    return [
-        Text(np.array([1, 50, *ids, 60, 61, 5, 6], dtype=np.int32), len(ids) + 4) for ids in own
-    ]
-
-
-def test_a_share_of_a_text_s_own_words_is_replaced():
-    texts, words = framed([200, 300, 250]), np.arange(4, 100)
-    texts[0].ids[7] = 2  # a special token
-    copies = perturbed(texts, 0.4, words, rng.generator(1, "perturbation", 2, 3))
-    again = perturbed(texts, 0.4, words, rng.generator(1, "perturbation", 2, 3))
-    other = perturbed(texts, 0.4, words, rng.generator(1, "perturbation", 3, 3))
-    changed = []
-    for text, copy, same, late in zip(texts, copies, again, other):
-        assert (
-            copy.answer == text.answer
-            and copy.ids.dtype == text.ids.dtype
-            and len(copy.ids) == len(text.ids)
-        )
-        assert np.array_equal(copy.ids[:2], text.ids[:2]) and np.array_equal(
-            copy.ids[-4:], text.ids[-4:]
-        )
-        assert np.array_equal(copy.ids, same.ids) and not np.array_equal(copy.ids, late.ids)
-        assert np.isin(copy.ids[2:-4], [2, *words]).all()
-        changed.append((copy.ids != text.ids)[2:-4].mean())
-    assert copies[0].ids[7] == 2 and np.mean(changed) == pytest.approx(0.4, abs=0.06)
-    everything = perturbed(texts, 1.0, np.array([77]), rng.generator(1, "perturbation", 1, 1))
-    assert (everything[1].ids[2:-4] == texts[1].ids[2:-4]).all(), (
-        "only words are replaced, and 77 is the only one"
-    )
-
-
-def test_around_a_gap_both_sides_are_a_text_s_own():
-    texts = [
-        Text(np.append(text.ids, [7, *text.ids[2:-4], 8]), len(text.ids) - 2, gap=3)
-        for text in framed([90, 80])
-    ]
-    copies = perturbed(texts, 1.0, np.arange(10, 50), rng.generator(1, "perturbation", 1, 0))
-    for text, copy in zip(texts, copies):
-        assert (
-            copy.gap == 3
-            and copy.answer == text.answer
-            and copy.ids[copy.answer] == text.ids[text.answer]
-        )
-        own = (text.ids >= 10) & (text.ids < 50)
-        assert (copy.ids != text.ids)[own].mean() > 0.9 and (copy.ids == text.ids)[~own].all()
-
-
-def test_of_one_text_all_of_the_context_may_be_replaced():
-    [text] = framed([500])
-    [copy] = perturbed([text], 1.0, np.arange(4, 100), rng.generator(1, "perturbation", 1, 0))
-    assert (copy.ids != text.ids)[2:-2].mean() > 0.9 and np.array_equal(
-        copy.ids[-2:], text.ids[-2:]
-    )
-    assert copy.ids[0] == 1, "which is no word"
+# -- objectives -------------------------------------------------------------------------------------
 
 
 def test_the_objectives_are_those_of_loops(tmp_path):
@@ -576,7 +281,7 @@ def test_the_objectives_are_those_of_loops(tmp_path):
     assert fitness("mean_of_ratios", torch.ones(2), torch.zeros(2)).isfinite()
 
 
-# -- clients with a model --------------------------------------------------------------------------
+# -- clients with a model ---------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -695,14 +400,14 @@ MEMORY = """
 import numpy as np, torch
 from transformers import AutoModelForCausalLM, GPT2Config
 from fedsp_mpi.algorithms.fedbpt import Client
-from fedsp_mpi.algorithms.forward import Held
+from fedsp_mpi.algorithms.inference import LocalInference
 from fedsp_mpi.data.tokens import Text, collate
 from fedsp_mpi.models.backbone import LanguageModel
 from fedsp_mpi.models.prompts import DepthMap, Prompt, PromptSpec
 from fedsp_mpi.models.subspace import Subspace
-from fedsp_mpi.search import SearchConfig
+from fedsp_mpi.config.search import SearchConfig
 from fedsp_mpi.tensors import NamedTensors
-from fedsp_mpi.training.evolution import Evolution
+from fedsp_mpi.training.cma_es import CmaEs
 
 torch.set_num_threads(1)
 config = GPT2Config(vocab_size=250000, n_embd=512, n_layer=2, n_head=8, n_positions=128)
@@ -713,9 +418,9 @@ texts = [Text(np.append(random.integers(100, 5000, 40), i % 4).astype(np.int32),
 settings = SearchConfig(iterations=2)
 space = Subspace(spec, settings.dimension, 0.01, 1)
 prompt = Prompt(spec)
-held = Held(model, prompt, torch.zeros(50, 512), space, DepthMap(spec, 2), settings.batch_tokens)
+held = LocalInference(model, prompt, torch.zeros(50, 512), space, DepthMap(spec, 2), settings.batch_tokens)
 client = Client(held, {0: texts}, np.arange(9), settings, 1)
-state = Evolution.of({"mean": np.zeros(settings.dimension), "step_size": np.ones(1)}).state()
+state = CmaEs.of({"mean": np.zeros(settings.dimension), "step_size": np.ones(1)}).state()
 down = NamedTensors.of({name: state[name] for name in settings.travelling()[0]})
 
 def peak(work):
@@ -756,221 +461,3 @@ def test_a_client_needs_hardly_more_memory_than_its_forward_passes():
     forward, search, gradient = map(int, done.stdout.split())
     assert search <= 1.05 * forward, (search, forward)
     assert gradient > search, "or the measure sees nothing"
-
-
-# -- whole runs ------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory) -> Path:
-    """A short run that nobody disturbed."""
-    folder = tmp_path_factory.mktemp("fedbpt")
-    short(folder, *FEDBPT)
-    return folder / "run"
-
-
-def names_on_the_wire(run: record.Run) -> dict[str, set[str]]:
-    rows = [(str(row["direction"]), str(row["name"])) for row in run.wire]
-    return {way: {name for direction, name in rows if direction == way} for way in ("down", "up")}
-
-
-def test_every_byte_has_a_name_and_the_plan_knows_it(whole):
-    run = read(whole)
-    found = cost.plan(
-        config.load(None, [*FEDBPT, "federation.clients=3", "federation.rounds=2"]), "embedded"
-    )
-    own = found.methods[0]
-    assert set(run.clients["bytes_up"].tolist()) == {4 * 20 + 256} == {own.up}
-    assert set(run.clients["bytes_down"].tolist()) == {4 * (20 + 1 + 210) + 256} == {own.down}
-    assert names_on_the_wire(run) == {
-        "down": {"(header)", "mean", "step_size", "covariance"},
-        "up": {"(header)", "mean"},
-    }
-    handed_out = [
-        row
-        for row in run.wire
-        if str(row["direction"]) == "handout" and "(" not in str(row["name"])
-    ]
-    assert sum(int(row["bytes"]) for row in handed_out) == own.handout
-    assert (own.holds, own.trains) == (run.sections["models"]["auxiliary"], 20)
-    text = plan_text.text(found, 40)
-    assert (
-        "924 bytes down and 80 up" in text
-        and "searched for in 20 dimensions" in text
-        and "client search" in text
-    )
-
-
-def test_the_record_says_what_was_searched(whole):
-    run = read(whole)
-    assert run.status == "complete" and run.sections["models"]["searched"] == 20
-    assert [str(row["method"]) for row in run.results] == ["zero-shot", "fedbpt"]
-    for column in ("fitness", "step_size", "loss_prompt_first", "loss_prompt_last"):
-        assert np.isfinite(run.clients[column]).all(), column
-    assert run.rounds["validation_merged"].tolist() == run.rounds["validation_loss"].tolist()
-    assert set(run.clients["samples"].tolist()) == {16}
-    assert not np.array_equal(run.prompts(1)["prompt"], run.prompts(2)["prompt"])
-    table = record.comparison.comparison_table(record.comparison.compare([run]))
-    assert "| fedbpt |" in table and "| 20 |" in table
-
-
-def test_the_prompt_is_the_first_one_and_a_projection(whole):
-    """The adapter is what the best round's mean leads to, from the words that prompts begin as."""
-    from fedsp_mpi.models.backbone import load_global
-    from fedsp_mpi.models.prompts import read_adapter
-    from fedsp_mpi.run.inputs import ExperimentInputs
-
-    run, materials = read(whole), ExperimentInputs(config.load(whole / "config.yaml"))
-    best = int(run.results[-1]["round"])
-    adapter = read_adapter(whole / "prompt")
-    assert np.array_equal(adapter.numpy(), run.prompts(best)["prompt"])
-    large = load_global(materials.model_name, device=tiny.CPU)
-    first = materials.first_prompt(large).prompt.detach()
-    space = Subspace(
-        materials.prompt_spec, 20, scale_of(large, materials.first_prompt(large), 20, 1.0, 1.0), 1
-    )
-    matrix = space.expand(np.eye(20)).flatten(1).T
-    rest = torch.linalg.lstsq(matrix, (adapter - first).flatten()[:, None])
-    assert torch.allclose(matrix @ rest.solution[:, 0], (adapter - first).flatten(), atol=1e-4)
-
-
-def test_what_clients_know_travels(tmp_path):
-    for settings, name in ((AVERAGE, "FedAvg-BBT"), (KEPT, "FedBPT")):
-        run, wanted = short(tmp_path / name, *settings), config.load(None, list(settings))
-        down, up = wanted.search.travelling()
-        assert names_on_the_wire(run) == {"down": {"(header)", *down}, "up": {"(header)", *up}}
-        found = cost.plan(wanted, "embedded").methods[0]
-        assert (found.name, found.up) == (
-            name,
-            run.clients["bytes_up"][0],
-        ) and found.down == run.clients["bytes_down"][0]
-    assert down == ["mean", "step_size", "covariance"] and up == ["mean", "step_size"]
-
-
-@pytest.mark.parametrize(
-    "more",
-    [
-        (
-            "prompt.kind=prefix",
-            "auxiliary.depth=2",
-            "auxiliary.first_layers=1",
-            "prompt.mapping=same_layers",
-        ),
-        (
-            "prompt.kind=prefix",
-            "auxiliary.layers_per_cell=1",
-            "auxiliary.depth=1",
-            "prompt.init=random",
-        ),
-    ],
-    ids=["both ends", "one layer"],
-)
-def test_clients_may_hold_less_than_the_whole_model(tmp_path, more):
-    run = short(tmp_path, *FEDBPT, *more, "data.loss_over=auto")
-    assert run.sections["models"]["auxiliary"] < run.sections["models"]["global"]
-    assert np.isfinite(run.rounds["validation_loss"]).all()
-    assert set(run.clients["bytes_up"].tolist()) == {4 * 20 + 256}
-
-
-@pytest.mark.parametrize("family", ["roberta", "t5"])
-def test_models_that_fill_in_a_gap_are_searched_too(tmp_path, family):
-    own = [item for item in FEDBPT if not item.startswith(("prompt", "auxiliary"))]
-    words = (
-        "prompt.init=text",
-        "prompt.init_text=w3 w4",
-        "data.loss_over=auto",
-        "search.objective=mean_of_ratios",
-    )
-    run = short(tmp_path / "runs", *gap_settings(tmp_path, family, *own, *words))
-    assert run.status == "complete" and np.isfinite(run.clients["fitness"]).all()
-    assert not np.array_equal(run.prompts(1)["prompt"], run.prompts(2)["prompt"])
-
-
-def test_poisoned_clients_are_watched(tmp_path):
-    attack = ("attack.target=1", "attack.clients=[0]", "attack.trigger=w20", "federation.rounds=1")
-    run = short(tmp_path, *FEDBPT, *attack)
-    assert np.isfinite(run.clients["attack_success"]).tolist() == [True, False, False]
-
-
-def test_a_record_of_before_has_no_fitness(whole, tmp_path, monkeypatch):
-    import h5py
-
-    old = tmp_path / "run.h5"
-    old.write_bytes((whole / "run.h5").read_bytes())
-    with h5py.File(old, "r+") as file:
-        table = file["clients"][()]
-        kept = [name for name in table.dtype.names if name not in ("fitness", "step_size")]
-        del file["clients"]
-        file["clients"] = np.array(
-            table[kept].tolist(), dtype=[(name, table.dtype[name]) for name in kept]
-        )
-    assert (
-        np.isnan(read(old).clients["fitness"]).all()
-        and read(old).clients["samples"].tolist() == [16] * 6
-    )
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "settings", [FEDBPT, KEPT, AVERAGE], ids=["fedbpt", "step sizes", "fedavg_bbt"]
-)
-def test_a_killed_run_goes_on_with_equal_bits(tmp_path, settings):
-    settings = (*settings, "federation.rounds=3", "client.resident=1", "search.dimension=10")
-    short_run(2, tmp_path, "whole", *settings)
-    program = (FAULTY, "kill:checkpoint:0:2")
-    killed = short_run(2, tmp_path, "killed", *settings, program=program, status=None)
-    assert killed.returncode != 0 and "Traceback" not in killed.stderr, both_ends(killed)
-    short_run(3, tmp_path, "killed", *settings, "run.resume=must")
-    assert difference(read(tmp_path / "whole"), read(tmp_path / "killed")) == []
-
-
-@pytest.mark.slow
-def test_a_server_of_two_ranks_has_the_losses_of_one(tmp_path):
-    short_run(3, tmp_path, "one", *FEDBPT, "federation.clients=2")
-    short_run(4, tmp_path, "two", *FEDBPT, "federation.clients=2", "topology.server_ranks=2")
-    one, two = read(tmp_path / "one"), read(tmp_path / "two")
-    assert two.rounds["validation_loss"] == pytest.approx(one.rounds["validation_loss"], rel=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        (("server.tuning.steps=2",), "server.tuning.steps: found 2 with method=fedbpt, expected 0"),
-        (
-            ("federation.clients=0",),
-            "federation.clients: found 0 with method=fedbpt, expected at least 1",
-        ),
-        (
-            ("prompt.kind=prefix", "prompt.init=random", "prompt.projection=4"),
-            "prompt.projection: found 4 with method=fedbpt, expected null",
-        ),
-        (
-            ("prompt.kind=prefix", "prompt.init=random", "prompt.init_std=0"),
-            "prompt.init_std: found 0 with method=fedbpt",
-        ),
-        (("prompt.encoder=mlp",), "prompt.encoder: found mlp with method=fedbpt, expected null"),
-        (
-            ("federation.rule=median",),
-            "federation.rule: found median with method=fedbpt, expected mean",
-        ),
-        (
-            ("client.privacy.clip=1", "client.privacy.noise_scale=1"),
-            "client.privacy.clip: found 1.0 with method=fedbpt, expected null",
-        ),
-        (("search.dimension=1",), "search.dimension: found 1, expected at least 2"),
-        (("search.population=1",), "search.population: found 1, expected at least 2"),
-        (("search.iterations=0",), "search.iterations: found 0, expected at least 1"),
-        (("search.step_size=0",), "search.step_size: found 0.0, expected a number above 0"),
-        (("search.perturbation=0",), "search.perturbation: found 0.0, expected a number above 0"),
-        (
-            ("search.objective=ratio",),
-            "search.objective: found 'ratio', expected one of loss, ratio_of_means",
-        ),
-        (("search.sigma=1",), "search.sigma: found an unknown key"),
-        (("method=fedbtp",), "did you mean 'fedbpt'?"),
-    ],
-)
-def test_what_cannot_be_is_refused(tmp_path, settings, message):
-    with pytest.raises((ValueError, Refused)) as told:
-        short(tmp_path, *FEDBPT, *settings)
-    assert message in str(told.value) and "\n" not in str(told.value)
