@@ -85,22 +85,25 @@ CALLS = {
 }
 # Where such a call stands, and why it takes nothing away from anybody.
 ALLOWED = {
-    ("ownership.py", "clear"): "files by the patterns of runs, in a folder with the mark of a run",
     (
-        "ownership.py",
+        "files/ownership.py",
+        "clear",
+    ): "files by the patterns of runs, in a folder with the mark of a run",
+    (
+        "files/ownership.py",
         "remove_parts",
     ): "half-written models by their pattern, in a folder with the mark of a run",
-    ("ownership.py", "remove_if_empty"): "the file system refuses where something is left",
+    ("files/ownership.py", "remove_if_empty"): "the file system refuses where something is left",
     (
-        "ownership.py",
+        "files/ownership.py",
         "place_model",
     ): "files on the list of the model's folder; others are set aside",
-    ("ownership.py", "set_aside"): "a name that is free",
+    ("files/ownership.py", "set_aside"): "a name that is free",
     (
-        "ownership.py",
+        "files/ownership.py",
         "replace_picture",
     ): "a file that is ours, by its content; the other one was made here",
-    ("fingerprint.py", "list_folder"): "in a folder that this process has just made",
+    ("files/fingerprint.py", "list_folder"): "in a folder that this process has just made",
     ("models/auxiliary.py", "write_model"): "in a folder that this process has just made",
     ("models/prompts.py", "write_adapter"): "in a folder that this process has just made",
     (
@@ -142,14 +145,14 @@ ALLOWED = {
     ("resources/make_embedded.py", "main"): "makes what the package ships; not part of a run",
 }
 WRITERS = {
-    ("ownership.py", "write_new"): "a file that is not there yet (O_EXCL)",
+    ("files/ownership.py", "write_new"): "a file that is not there yet (O_EXCL)",
     ("record/lock.py", "_opened"): "the lock, in a folder that is ours",
     ("record/atomic.py", "_open"): "the part of a file, for `write`",
     ("record/hdf5.py", "fold_into"): "the part of run.h5, for `_fold`",
-    ("jobs.py", "_start"): "adds to the end of a log",
+    ("commands/jobs.py", "_start"): "adds to the end of a log",
     ("record/probe.py", "_begin"): "in a folder that this process has just made",
     ("record/probe.py", "_lock_trouble"): "opens the probe's own file, and writes nothing",
-    ("ownership.py", "replace_picture"): "a temporary file of a new name",
+    ("files/ownership.py", "replace_picture"): "a temporary file of a new name",
     ("cli.py", "_show"): "/dev/null",
 }
 
