@@ -16,7 +16,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fedsp_mpi import resources
+from fedsp_mpi import resources, rng
 from fedsp_mpi.resources import make_embedded
 
 FOLDER = Path(resources.__file__).parent
@@ -169,5 +169,10 @@ def test_training_repeats_bit_for_bit(model: Any) -> None:
     once, again = (make_embedded.train(world, made, unread, how).state_dict() for _ in range(2))
     assert all(torch.equal(tensor, again[name]) for name, tensor in once.items())
     table = "transformer.wte.weight"
-    assert torch.equal(once[table][unread], model.state_dict()[table][unread])
+    torch.manual_seed(rng.key(make_embedded.SEED, "model"))
+    initial = make_embedded.make_model(made, how, unread).state_dict()
+    assert torch.equal(once[table][unread], initial[table][unread])
+    # Random vectors differ in their last bits between processors with AVX2 and without.
+    shipped = model.state_dict()[table][unread]
+    assert torch.allclose(once[table][unread], shipped, rtol=0, atol=1e-6)
     assert not torch.equal(once[table], model.state_dict()[table])
