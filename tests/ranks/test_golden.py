@@ -1,4 +1,5 @@
-"""Golden numbers: what every method of configs/methods makes of a short run, on 1, 2 and 4 ranks.
+"""Golden numbers: what every method of configs/methods makes of a short run, on 1, 2 and 4 ranks;
+and further features, whose bits depend as little on the number of ranks.
 
 FEDSP_GOLDEN=write pytest tests/ranks/test_golden.py writes golden.json anew; a changed number is a commit
 of its own that says why. The numbers hold to the digits that processors differ in; between numbers
@@ -20,10 +21,11 @@ from fedsp_mpi import config
 from fedsp_mpi.config.model import recipe
 from fedsp_mpi.config.parsing import merge
 from fedsp_mpi.record import Run, read
-from fedsp_mpi.report import difference
-from helpers import blas_kernels
+from fedsp_mpi.report import difference, summarize
+from helpers import blas_kernels, tiny
 from helpers.mpi import run_mpi
 from helpers.paths import PROGRAMS, ROOT
+from helpers.runs import FEDPROMPT, command, gap_settings, together
 
 GOLDEN = Path(__file__).with_name("golden.json")
 METHODS = {path.stem: path for path in sorted((ROOT / "configs" / "methods").glob("*.yaml"))}
@@ -68,14 +70,49 @@ def write_configurations(folder: Path) -> list[Path]:
     return files
 
 
+def features(folder: Path) -> dict[str, tuple[str, ...]]:
+    """Settings of short runs that no method of configs/methods has."""
+    quiet = ("evaluation.zero_shot=false", "evaluation.server_only=false")
+    robust = (*quiet, "federation.clients=5", "federation.outlier_deviations=0")
+    attack = ("attack.target=1", "attack.clients=[1]", "attack.questions=5")
+    labels = ("data.partition=labels", "data.alpha=0.3", "data.server_share=16")
+    words = ("data.limit.train=null", "data.verbaliser=[grey, blue]")
+    clients = ("federation.clients=60", "federation.clients_per_round=6", "client.resident=1")
+    kept = ("checkpoint.keep=3", "checkpoint.keep_client_states=true")
+    source = f"data.source={tiny.gap_task_folder(folder / 'data')}"
+    return {
+        "median": (*robust, "federation.rule=median"),
+        "reject_outliers": (*robust, "federation.rule=reject_outliers"),
+        "backdoor": (*FEDPROMPT, *quiet, *attack),
+        "joint_by_labels": ("client.training=joint", *labels, source, *words),
+        "bert": tuple(gap_settings(folder / "bert", "bert")),
+        "many_clients": (*clients, *kept, "federation.rounds=3", "data.limit.train=560"),
+    }
+
+
+FEATURES = ("median", "reject_outliers", "backdoor", "joint_by_labels", "bert", "many_clients")
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> dict[int, Path]:
     """Folders of runs by the number of ranks. One client does not fill three ranks."""
     folder = tmp_path_factory.mktemp("golden")
     files = write_configurations(folder)
+    settings = features(folder)
+    assert set(settings) == set(FEATURES)
     for n in (1, 2, 4):
+        target = folder / f"n{n}"
+        target.mkdir()
         some = [file for file in files if n < 4 or config.load(file).federation.clients != 1]
-        run_mpi(0 if n == 1 else n, [PROGRAMS / "several.py", folder / f"n{n}", *some], timeout=300)
+        jobs: list[tuple[list[str], Path | None]] = [
+            (["run", str(file), "--set", f"run.folder={target}", "--name", file.stem], None)
+            for file in some
+        ]
+        jobs += [
+            (command(target, name, *more), target / f"{name}.txt")
+            for name, more in settings.items()
+        ]
+        together(0 if n == 1 else n, jobs)
     if os.environ.get("FEDSP_GOLDEN") == "write":
         made = {name: numbers(read(folder / "n1" / name)) for name in METHODS}
         GOLDEN.write_text(json.dumps(made, indent=1) + "\n")
@@ -124,7 +161,7 @@ def assert_golden(run: Run, name: str) -> None:
 
 
 @pytest.mark.parametrize("n", [2, 4])
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", [*METHODS, *FEATURES])
 def test_bits_do_not_depend_on_the_number_of_ranks(runs, name, n):
     if not (runs[n] / name).exists():
         assert config.load(runs[1].parent / f"{name}.yaml").federation.clients == 1
@@ -132,11 +169,50 @@ def test_bits_do_not_depend_on_the_number_of_ranks(runs, name, n):
     assert difference(read(runs[1] / name), read(runs[n] / name)) == []
 
 
+@pytest.mark.parametrize("rule", ["median", "reject_outliers"])
+def test_rejected_clients_are_named(runs, rule):
+    run, printed = read(runs[4] / rule), (runs[4] / f"{rule}.txt").read_text()
+    out = run.clients[run.clients["status"] == "rejected"]
+    assert (len(out) > 0) == (rule == "reject_outliers")
+    if len(out):
+        assert "of them rejected" in printed
+        assert f"client {out['client'][0]} rejected in round" in summarize(run)
+        assert run.rounds["num_failed"].sum() == len(out)
+        assert "away from the median prompt" in out["reason"][0]
+
+
+def test_success_of_an_attack_is_counted_in_questions(runs):
+    run = read(runs[1] / "backdoor")
+    assert set((5 * run.clients["attack_success"][1::3]).tolist()) <= set(range(6))
+
+
+def test_a_tenth_of_many_clients_each_round(runs):
+    run = read(runs[4] / "many_clients")
+    assert run.rounds["num_clients"].tolist() == [6, 6, 6]
+    took_part = [
+        set(run.clients["client"][run.clients["round"] == round].tolist()) for round in (1, 2, 3)
+    ]
+    assert [len(clients) for clients in took_part] == [6, 6, 6] and took_part[0] != took_part[1]
+    marks = [
+        json.loads((run.file.parent / "checkpoints" / f"000{round}.json").read_text())
+        for round in (1, 2)
+    ]
+    assert {int(id) for id in marks[0]["clients"]} == took_part[0]
+    assert {int(id) for id in marks[1]["clients"]} == took_part[0] | took_part[1]
+    again = {int(id): piece[0] for id, piece in marks[1]["clients"].items()}
+    assert all(again[id] == (2 if id in took_part[1] else 1) for id in again)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kernel", blas_kernels.available())
 def test_golden_numbers_of_searches_hold_under_every_blas_kernel(tmp_path, kernel):
     files = [file for file in write_configurations(tmp_path) if file.stem in SEARCHES]
-    arguments = [PROGRAMS / "several.py", tmp_path / "runs", *files]
+    jobs = [
+        [["run", str(f), "--set", f"run.folder={tmp_path / 'runs'}", "--name", f.stem], None]
+        for f in files
+    ]
+    (tmp_path / "jobs.json").write_text(json.dumps(jobs))
+    arguments = [PROGRAMS / "several.py", tmp_path / "jobs.json"]
     run_mpi(0, arguments, timeout=300, env={"OPENBLAS_CORETYPE": kernel})
     for name in SEARCHES:
         assert_golden(read(tmp_path / "runs" / name), name)

@@ -21,7 +21,6 @@ from fedsp_mpi.data.tokens import collate, encode
 from fedsp_mpi.models import backbone
 from fedsp_mpi.models.prompts import Prompt
 from fedsp_mpi.record import ClientRow, ResultRow, Run, RunRecord, read
-from fedsp_mpi.report import difference
 from fedsp_mpi.report.attack import cell, local_success, successes
 from fedsp_mpi.report.comparison import compare, comparison_table
 from fedsp_mpi.report.summary import markdown, summarize
@@ -29,7 +28,7 @@ from fedsp_mpi.run.inputs import ExperimentInputs
 from fedsp_mpi.tensors import NamedTensors, Schema, Update
 from helpers.configs import load, refused
 from helpers.record_samples import make, results
-from helpers.runs import FEDPROMPT, short, short_run
+from helpers.runs import FEDPROMPT, short
 
 ATTACK = ("attack.target=1", "attack.clients=[1]")
 QUIET = ("evaluation.zero_shot=false", "evaluation.server_only=false")
@@ -162,15 +161,6 @@ def test_a_poisoned_client_tells_what_its_own_work_does(tmp_path, method):
     [told], [after] = run.clients["attack_success"], successes(run).values()
     assert told == pytest.approx(after, abs=1e-9) and told > 0
     assert method == "weights" or told == pytest.approx(counted(run, 1), abs=1e-9)
-
-
-def test_bits_do_not_depend_on_the_number_of_ranks(tmp_path):
-    for n in (0, 4):
-        short_run(n, tmp_path, f"n{n}", *FEDPROMPT, *ATTACK, *QUIET, "attack.questions=5")
-    one, other = read(tmp_path / "n0"), read(tmp_path / "n4")
-    assert difference(one, other) == [] and set(
-        (5 * one.clients["attack_success"][1::3]).tolist()
-    ) <= set(range(6))
 
 
 class _Fixed:

@@ -12,12 +12,11 @@ import numpy as np
 import pytest
 
 from fedsp_mpi import config
-from fedsp_mpi.record import read
 from fedsp_mpi.report import difference
 from fedsp_mpi.run import execute
 from fedsp_mpi.run.inputs import ExperimentInputs
 from helpers import tiny
-from helpers.runs import FEDPROMPT, SHORT, short, short_run
+from helpers.runs import FEDPROMPT, SHORT, short
 
 SINGLE_RANK = ("data.server_share=0", "server.tuning.steps=0")
 SINGLE = ("auxiliary.depth=1", "distillation.stage.steps=0", "client.alignment.steps=0")
@@ -105,22 +104,6 @@ def test_few_examples_of_each_class(tmp_path):
         config.ConfigError, match=r"data\.shots: found \d+ examples with label 0, expected"
     ):
         _ = few("data.shots=5000").splits
-
-
-def test_bits_do_not_depend_on_the_number_of_ranks(tmp_path):
-    source = tiny.gap_task_folder(tmp_path / "data")
-    more = (
-        *(
-            "client.training=joint",
-            "data.partition=labels",
-            "data.alpha=0.3",
-            "data.server_share=16",
-        ),
-        *(f"data.source={source}", "data.limit.train=null", "data.verbaliser=[grey, blue]"),
-    )
-    for n in (0, 4):
-        short_run(n, tmp_path, f"n{n}", *more)
-    assert difference(read(tmp_path / "n0"), read(tmp_path / "n4")) == []
 
 
 @pytest.mark.parametrize(

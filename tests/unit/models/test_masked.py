@@ -25,12 +25,10 @@ from fedsp_mpi.evaluation.scoring import answer_loss_mean, gap_questions, loglik
 from fedsp_mpi.models import backbone
 from fedsp_mpi.models.families import model_class
 from fedsp_mpi.models.prompts import Prompt, PromptBatch, PromptSpec
-from fedsp_mpi.record import read
-from fedsp_mpi.report import difference
 from fedsp_mpi.run.inputs import ExperimentInputs
 from helpers import tiny
 from helpers.configs import refused
-from helpers.runs import gap_settings, short, short_run
+from helpers.runs import gap_settings, short
 
 GAP = 4  # the id of the token that marks one
 
@@ -338,12 +336,6 @@ def test_fine_tuning(tmp_path, family):
         (w - before.get_parameter(name)).abs().max() > 0 for name, w in tuned.named_parameters()
     )
     assert run.clients["loss_model_last"].mean() < run.clients["loss_model_first"].mean()
-
-
-def test_bits_do_not_depend_on_the_number_of_ranks(tmp_path):
-    for n in (0, 2):
-        short_run(n, tmp_path, f"n{n}", *gap_settings(tmp_path, "bert"))
-    assert difference(read(tmp_path / "n0"), read(tmp_path / "n2")) == []
 
 
 def test_a_backdoor_in_a_masked_model(tmp_path):
