@@ -21,9 +21,9 @@ from helpers.runs import SHORT, short_run
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> Path:
-    """The same experiment in one process and on 1, 2 and 4 ranks; each distils for itself."""
+    """The same experiment in this process and on 1 and 4 ranks; each distils for itself."""
     folder = tmp_path_factory.mktemp("runs")
-    for n in (0, 1, 2, 4):
+    for n in (0, 1, 4):
         result = short_run(n, folder, f"n{n}", "distillation.reuse=false")
         (folder / f"n{n}.txt").write_text(result.stdout)
     return folder
@@ -42,7 +42,7 @@ def test_a_run_goes_on_when_nobody_reads_what_it_says(tmp_path):
     assert said.stderr == "" and read(tmp_path / "unread").status == "complete"
 
 
-@pytest.mark.parametrize("n", [1, 2, 4])
+@pytest.mark.parametrize("n", [1, 4])
 def test_bits_do_not_depend_on_the_number_of_ranks(runs, n):
     one, other = read(runs / "n0"), read(runs / f"n{n}")
     assert one.prompt_rounds == other.prompt_rounds == (1, 2)
@@ -159,7 +159,7 @@ def test_auxiliary_is_reused_by_the_same_recipe_only(runs):
 
 def test_client_without_finite_loss_is_dropped_and_named(tmp_path):
     program = [PROGRAMS / "faulty.py", "nan:1:1"]
-    short_run(4, tmp_path, "drop", "evaluation.server_only=false", program=program)
+    short_run(2, tmp_path, "drop", "evaluation.server_only=false", program=program)
     run = read(tmp_path / "drop")
     assert run.rounds["num_failed"].tolist() == [1, 0] and run.rounds["num_clients"].tolist() == [
         3,
@@ -169,29 +169,31 @@ def test_client_without_finite_loss_is_dropped_and_named(tmp_path):
     assert failed["status"] in ("failed", b"failed") and "nan" in str(failed["reason"])
 
 
-@pytest.mark.parametrize("setting", ["federation.on_failure=stop", "federation.min_clients=3"])
-def test_client_without_finite_loss_stops_the_run_if_so_configured(tmp_path, setting):
+@pytest.mark.parametrize(
+    ("n", "setting"), [(2, "federation.on_failure=stop"), (0, "federation.min_clients=3")]
+)
+def test_client_without_finite_loss_stops_the_run_if_so_configured(tmp_path, n, setting):
     program = [PROGRAMS / "faulty.py", "nan:1:1"]
-    result = short_run(2, tmp_path, "stop", setting, program=program, status=None)
+    result = short_run(n, tmp_path, "stop", setting, program=program, status=None)
     assert result.returncode not in (0, 2), both_ends(result)
     assert "client 1" in result.stderr and "round 1" in result.stderr
     assert read(tmp_path / "stop").status == "failed"
 
 
 @pytest.mark.parametrize(
-    ("phase", "rank", "round"),
+    ("n", "phase", "rank", "round"),
     [
-        ("checks", 0, None),
-        ("distillation", 0, None),
-        ("client set-up", 2, None),
-        ("local training", 1, 2),
-        ("merge", 0, 1),
-        ("evaluation", 0, None),
+        (2, "checks", 0, None),
+        (2, "distillation", 0, None),
+        (3, "client set-up", 2, None),
+        (2, "local training", 1, 2),
+        (3, "merge", 0, 1),
+        (2, "evaluation", 0, None),
     ],
 )
-def test_an_exception_anywhere_ends_the_job_with_one_report(tmp_path, phase, rank, round):
+def test_an_exception_anywhere_ends_the_job_with_one_report(tmp_path, n, phase, rank, round):
     where = f"raise:{phase}:{rank}" + (f":{round}" if round else "")
-    result = short_run(4, tmp_path, "crash", program=[PROGRAMS / "faulty.py", where], status=None)
+    result = short_run(n, tmp_path, "crash", program=[PROGRAMS / "faulty.py", where], status=None)
     assert result.returncode not in (0, 2), both_ends(result)
     assert result.stderr.count("Traceback") == 1, both_ends(result)
     assert "the fault that was put in" in result.stderr

@@ -39,16 +39,19 @@ PRIVATE = (*FEDBPT, "search.forward=server")
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> Path:
-    """The same search in one process and on 1, 2 and 4 ranks; and by clients that hold the model."""
+    """The same search in this process and on 3 ranks; and by clients that hold the model.
+
+    That 2 and 4 ranks have the same bits too, tests/ranks/test_golden.py says.
+    """
     folder = tmp_path_factory.mktemp("private")
-    for n in (0, 1, 2, 4):
+    for n in (0, 3):
         done = short_run(n, folder, f"n{n}", *PRIVATE)
         (folder / f"n{n}.txt").write_text(done.stdout)
     short_run(0, folder, "held", *FEDBPT)
     return folder
 
 
-@pytest.mark.parametrize("other", ["n1", "n2", "n4", "held"])
+@pytest.mark.parametrize("other", ["n3", "held"])
 def test_bits_depend_neither_on_ranks_nor_on_who_holds_the_model(runs, other):
     one, two = read(runs / "n0"), read(runs / other)
     assert one.status == two.status == "complete"
@@ -72,7 +75,7 @@ def asked_bytes(run: Run) -> tuple[int, int]:
     return up, down
 
 
-@pytest.mark.parametrize("name", ["n0", "n4"])
+@pytest.mark.parametrize("name", ["n0", "n3"])
 def test_every_byte_has_a_name(runs, name):
     run = read(runs / name)
     assert run.sections["models"]["auxiliary"] == 0
@@ -89,11 +92,11 @@ def test_every_byte_has_a_name(runs, name):
     assert questions["count"] == answers["count"] == 3 * 3 * 2  # times, clients, rounds
     headers = 256 * (3 + 1) * 3 * 2
     assert int(run.clients["bytes_up"].sum()) == int(questions["bytes"]) + headers + 4 * 20 * 3 * 2
-    assert int(questions["bytes_crossed"]) == (int(questions["bytes"]) if name == "n4" else 0)
+    assert int(questions["bytes_crossed"]) == (int(questions["bytes"]) if name == "n3" else 0)
 
 
 def test_the_plan_and_the_check_know_that_clients_hold_nothing(runs, tmp_path):
-    run = read(runs / "n2")
+    run = read(runs / "n3")
     settings = config.load(
         None, [*PRIVATE, "federation.clients=3", "federation.rounds=2", "data.limit.train=64"]
     )
@@ -108,7 +111,7 @@ def test_the_plan_and_the_check_know_that_clients_hold_nothing(runs, tmp_path):
     )
     assert found.client.device == 0 < held.client.device and found.client.host < held.client.host
     assert "none: clients hold no model" in text and "clients' forward passes" in text
-    assert "their text goes to the server (search.forward=server)" in (runs / "n2.txt").read_text()
+    assert "their text goes to the server (search.forward=server)" in (runs / "n3.txt").read_text()
 
 
 def test_the_work_is_counted_where_it_is_done():
