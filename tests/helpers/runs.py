@@ -79,6 +79,15 @@ def here(
     return result
 
 
+def fedsp(
+    n: int, arguments: Sequence[str | os.PathLike[str]], status: int = 0
+) -> subprocess.CompletedProcess[str]:
+    """Run the command line on n ranks; 0: in this process."""
+    if n == 0:
+        return here(arguments, status)
+    return run_mpi(n, ["-m", "fedsp_mpi", *arguments], timeout=60, status=status)
+
+
 def command(folder: Path, name: str, *settings: str) -> list[str]:
     """Return the arguments of a short run of the embedded default."""
     every = (*SHORT, f"run.folder={folder}", *settings)

@@ -9,7 +9,8 @@ import pytest
 from fedsp_mpi import config
 from fedsp_mpi.commands import bench_local
 from fedsp_mpi.log import Log
-from helpers.mpi import both_ends, run_mpi
+from helpers.mpi import both_ends
+from helpers.runs import fedsp
 
 SHORT = [
     "client.alignment.steps=2",
@@ -75,7 +76,7 @@ def test_what_the_bare_loop_does_not_do(settings, repeats, words):
     ],
 )
 def test_a_mistake_is_one_line(n, arguments, words):
-    result = run_mpi(n, ["-m", "fedsp_mpi", "bench", *arguments], timeout=60, status=2)
+    result = fedsp(n, ["bench", *arguments], status=2)
     lines = result.stderr.strip().splitlines()
     assert len(lines) == 1 and lines[0].startswith("fedsp_mpi: ") and words in lines[0], both_ends(
         result

@@ -157,6 +157,7 @@ def test_what_the_cache_holds_is_not_asked_for_again_and_a_run_needs_no_network(
     assert read(tmp_path / "runs" / "n").status == "complete"
 
 
+@pytest.mark.each_once
 @pytest.mark.parametrize("missing", ["model", "weights", "data"])
 @pytest.mark.parametrize("n", [0, 2])
 def test_a_run_on_a_node_without_network_names_the_command_that_fetches(tmp_path, home, missing, n):

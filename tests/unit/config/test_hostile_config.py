@@ -19,7 +19,8 @@ from fedsp_mpi import config
 from fedsp_mpi.config import Config, ConfigError
 from fedsp_mpi.config.parsing import error_line
 from helpers.configs import leaves
-from helpers.mpi import both_ends, run_mpi
+from helpers.mpi import both_ends
+from helpers.runs import fedsp
 
 EXAMPLES = int(os.environ.get("FEDSP_EXAMPLES", "200"))
 SECONDS = 10  # a configuration takes milliseconds; a slow machine gets some room
@@ -344,14 +345,12 @@ def test_a_run_says_so_in_one_line_with_status_2(tmp_path, case):
         f"extends: {config.EMBEDDED}\n{content}" if "extends" not in content else content
     )
     arguments = [
-        "-m",
-        "fedsp_mpi",
         "run",
         str(tmp_path / "c.yaml"),
         "--set",
         f"run.folder={tmp_path / 'runs'}",
     ]
-    result = run_mpi(2 if case == "beyond a float" else 0, arguments, timeout=60, status=2)
+    result = fedsp(2 if case == "beyond a float" else 0, arguments, status=2)
     lines = result.stderr.strip().splitlines()
     assert len(lines) == 1 and len(lines[0]) < 330 and lines[0].startswith("fedsp_mpi: "), (
         both_ends(result)
