@@ -24,9 +24,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if isinstance(item, pytest.Function) and item.get_closest_marker("each_once"):
             products.setdefault(item.nodeid.partition("[")[0], []).append(item)
     for cases in products.values():
-        places = [tuple(case.callspec.indices.values()) for case in cases]
-        sizes = [max(column) + 1 for column in zip(*places)]
-        diagonal = {tuple(k % size for size in sizes) for k in range(max(sizes))}
-        for case, place in zip(cases, places):
-            if place not in diagonal:
+        ids = [case.callspec._idlist for case in cases]  # one id for each parametrisation
+        axes = [list(dict.fromkeys(axis)) for axis in zip(*ids)]
+        stay = {tuple(a[k % len(a)] for a in axes) for k in range(max(map(len, axes)))}
+        assert stay <= set(map(tuple, ids)), f"{cases[0].nodeid}: found no product of parameters"
+        for case, own in zip(cases, ids):
+            if tuple(own) not in stay:
                 case.add_marker("slow")

@@ -24,6 +24,7 @@ def crash(
     return run
 
 
+@pytest.mark.each_once
 @pytest.mark.parametrize("where", ["import", "handout", "local", "broadcast"])
 @pytest.mark.parametrize("who", ["one", "clients"])
 def test_a_clients_crash_ends_the_job_with_one_report(tmp_path: Path, who: str, where: str) -> None:
@@ -44,6 +45,7 @@ def test_the_servers_crash_ends_the_job_with_one_report(where: str) -> None:
     assert where != "merge" or "round 0, phase 'merge'" in title
 
 
+@pytest.mark.each_once
 @pytest.mark.parametrize("where", ["import", "handout"])
 @pytest.mark.parametrize("with_folder", [False, True])
 def test_everybody_crashing_at_once_makes_one_report(

@@ -179,7 +179,14 @@ def two_rounds(
     return settings, record.read(made)
 
 
-@pytest.mark.parametrize("case", CASES)
+# These have every model, depth, projection, engine and size of batches; the others are slow.
+QUICK = ("gpt2, depth 1, projection", "gpt2, micro-batches, deepspeed", "llama")
+
+
+@pytest.mark.parametrize(
+    "case",
+    [case if case in QUICK else pytest.param(case, marks=pytest.mark.slow) for case in CASES],
+)
 def test_two_rounds(case: str, tmp_path: Path):
     model, changes = CASES[case]
     settings, found = two_rounds(tmp_path, model, changes)
@@ -197,6 +204,7 @@ def test_two_rounds(case: str, tmp_path: Path):
     assert min(moved.values()) > 1e-2, moved
 
 
+@pytest.mark.each_once
 @pytest.mark.parametrize("model", [GPT2, LLAMA], ids=["gpt2, tied head", "llama, untied head"])
 @pytest.mark.parametrize("clients", [3, 0])
 def test_two_rounds_of_fine_tuning(model, clients, tmp_path: Path):

@@ -384,6 +384,7 @@ def test_versions_that_differ_and_those_that_are_missing():
 # The plan of memory and disk.
 
 
+@pytest.mark.each_once
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 @pytest.mark.parametrize("projection", [None, 8])
 def test_sizes_are_those_of_the_real_models(tmp_path, family, projection):

@@ -128,6 +128,7 @@ def test_every_option_scores_as_its_own_full_sequence(folder, kind, monkeypatch)
     )
 
 
+@pytest.mark.each_once
 @pytest.mark.parametrize("kind", [None, "prefix", "input"])
 def test_contexts_longer_than_the_positions_lose_their_beginning(folder, kind, monkeypatch):
     model, random = tiny.load(folder), np.random.default_rng(3)
@@ -190,6 +191,7 @@ def test_a_context_is_run_once_for_all_its_options(gpt2, monkeypatch):
     assert sizes == [(2, 8)]
 
 
+@pytest.mark.each_once
 @pytest.mark.parametrize("kind", [None, "prefix", "input"])
 @pytest.mark.parametrize("batch_tokens", [1, 30, 60, 200])
 def test_a_forward_pass_runs_no_more_positions_than_asked(gpt2, kind, batch_tokens, monkeypatch):

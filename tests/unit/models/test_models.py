@@ -76,6 +76,7 @@ def weights(model: LanguageModel) -> dict[str, torch.Tensor]:
 # -- the auxiliary model ---------------------------------------------------------------------------
 
 
+@pytest.mark.each_once
 @pytest.mark.parametrize(("start", "layers", "depth"), CELLS)
 def test_virtual_layers_share_the_weights_of_their_cell(folder, start, layers, depth):
     whole = tiny.load(folder)
@@ -98,6 +99,7 @@ def test_virtual_layers_share_the_weights_of_their_cell(folder, start, layers, d
     )
 
 
+@pytest.mark.each_once
 @pytest.mark.parametrize(("start", "layers", "depth"), CELLS)
 def test_it_computes_what_its_layers_compute_one_after_the_other(folder, start, layers, depth):
     """Against a stock model of full depth, into which the layers are copied."""
@@ -133,6 +135,7 @@ def test_a_cell_of_all_layers_is_the_global_model(folder):
     )
 
 
+@pytest.mark.each_once
 @pytest.mark.parametrize(("start", "layers", "depth"), CELLS[:5])
 def test_every_weight_and_the_prompt_get_a_gradient(folder, start, layers, depth):
     small = unrolled(tiny.load(folder), start, layers, depth)
@@ -166,6 +169,7 @@ def test_a_shared_weights_gradient_is_the_sum_over_its_layers(gpt2):
     assert torch.allclose(found, total, atol=1e-5 * total.abs().max())
 
 
+@pytest.mark.each_once
 @pytest.mark.parametrize(("layers", "depth"), [(1, 4), (2, 4), (3, 4), (4, 4)])
 def test_what_travels_makes_the_same_model_elsewhere(folder, layers, depth):
     whole = tiny.load(folder)
@@ -185,6 +189,7 @@ def test_what_travels_makes_the_same_model_elsewhere(folder, layers, depth):
     assert not torch.equal(other.hidden(batch), small.hidden(batch))  # a copy, not the same memory
 
 
+@pytest.mark.each_once
 @pytest.mark.parametrize(("layers", "depth"), [(1, 4), (2, 3)])
 def test_saved_and_loaded_again_it_is_the_same_and_stock_transformers_reads_it(
     folder, layers, depth, tmp_path
@@ -280,6 +285,7 @@ def test_the_global_model_is_frozen_and_sealed(folder):
             NamedTensors.pack({name: parameter})
 
 
+@pytest.mark.each_once
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_weights_are_read_again_in_another_type(folder, checkpointing):
     """In place, frozen and sealed as before, of the files' own precision, and the old ones are let
@@ -309,6 +315,7 @@ def test_weights_are_read_again_in_another_type(folder, checkpointing):
     assert torch.equal(whole.hidden(tiny.batch()), before)
 
 
+@pytest.mark.each_once
 @pytest.mark.parametrize(("kind", "projection"), PROMPTS)
 def test_bfloat16_computes_about_the_same_and_trains_fp32_prompts(folder, kind, projection):
     whole, half = tiny.load(folder), tiny.load(folder, dtype=torch.bfloat16)
@@ -358,6 +365,7 @@ def test_models_that_cannot_be_read(tmp_path):
         backbone.load_global(str(tmp_path), device=tiny.CPU)
 
 
+@pytest.mark.each_once
 @pytest.mark.parametrize("family", tiny.CAUSAL_FAMILIES)
 @pytest.mark.parametrize(
     "size", ["num_hidden_layers", "num_attention_heads", "hidden_size", "vocab_size"]
@@ -482,6 +490,7 @@ def test_logits_are_those_of_peft(folder, kind, projection, tmp_path):
     assert without > 0.1  # the prompt matters
 
 
+@pytest.mark.each_once
 @pytest.mark.parametrize(("kind", "projection"), PROMPTS)
 def test_greedy_answers_are_those_of_peft(folder, kind, projection, tmp_path):
     whole, number = tiny.load(folder), 12
@@ -509,6 +518,7 @@ def test_greedy_answers_are_those_of_peft(folder, kind, projection, tmp_path):
     assert len(set(answered.flatten().tolist())) > 1
 
 
+@pytest.mark.each_once
 @pytest.mark.parametrize(("kind", "projection"), PROMPTS)
 def test_padding_does_not_matter(folder, kind, projection):
     whole = tiny.load(folder)
@@ -519,6 +529,7 @@ def test_padding_does_not_matter(folder, kind, projection):
         assert (together[row, : len(alone)] - alone).abs().max() < 1e-5
 
 
+@pytest.mark.each_once
 @pytest.mark.parametrize(("kind", "projection"), PROMPTS)
 def test_a_written_adapter_is_read_back(folder, kind, projection, tmp_path):
     whole = tiny.load(folder)
@@ -655,6 +666,7 @@ def by_hand(matrix: np.ndarray, axis: int, old: int, new: int) -> np.ndarray:
     return np.moveaxis(np.concatenate(chosen), 0, axis)
 
 
+@pytest.mark.each_once
 @pytest.mark.parametrize(
     ("old", "new"), [(4, 1), (1, 4), (4, 2), (2, 4), (5, 3), (3, 5), (4, 4), (48, 1), (7, 4)]
 )
@@ -751,6 +763,7 @@ def gradients(
     return {name: parameter.grad.clone() for name, parameter in moving}, calls
 
 
+@pytest.mark.each_once
 @pytest.mark.parametrize("of_weights", [False, True])
 def test_checkpointing_gives_the_gradients_of_an_input_prompt(folder, of_weights):
     plain, lean = tiny.load(folder), tiny.load(folder, checkpointing=True)
@@ -800,6 +813,7 @@ def test_checkpointing_leaves_dropout_off(tmp_path):
 # -- a prompt for each text ------------------------------------------------------------------------
 
 
+@pytest.mark.each_once
 @torch.no_grad()
 @pytest.mark.parametrize(("kind", "saved"), [("prefix", 1), ("input", 1), ("input", 1000)])
 def test_texts_of_a_batch_have_prompts_of_their_own(folder, kind, saved, monkeypatch):
@@ -823,6 +837,7 @@ def test_texts_of_a_batch_have_prompts_of_their_own(folder, kind, saved, monkeyp
 # -- several continuations of one context ----------------------------------------------------------
 
 
+@pytest.mark.each_once
 @torch.no_grad()
 @pytest.mark.parametrize(("kind", "projection"), [(None, None), *PROMPTS])
 def test_contexts_are_run_once_for_several_continuations(folder, kind, projection):

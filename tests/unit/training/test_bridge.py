@@ -66,6 +66,7 @@ def sides(folder: str, layers: int, last: int = 1) -> tuple[BridgeEnd, BridgeEnd
 # -- the bridge ------------------------------------------------------------------------------------
 
 
+@pytest.mark.each_once
 @pytest.mark.parametrize(("layers", "last"), [(2, 1), (3, 2)])
 def test_a_bridge_that_is_not_fitted_changes_nothing(folder, layers, last):
     """The model is then the global one without the layers between."""
@@ -209,6 +210,7 @@ def test_first_layers_without_last_ones(depth, first):
 # -- prompts ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.each_once
 @pytest.mark.parametrize("kind", ["prefix", "input"])
 def test_a_prompt_of_words_is_those_words_before_the_text(folder, kind, tmp_path):
     tiny.tokenizer().save_pretrained(tmp_path / "words")

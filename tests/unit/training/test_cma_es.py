@@ -30,6 +30,7 @@ SEARCHES: dict[str, dict] = {
 }
 
 
+@pytest.mark.each_once
 @pytest.mark.parametrize("search", SEARCHES)
 @pytest.mark.parametrize(
     ("function", "dimension", "step_size"),
