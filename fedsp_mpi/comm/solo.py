@@ -119,29 +119,34 @@ class Solo:
         self._asked[client] = self._asked.get(client, NO_CALLS).one_more(values.size, found.size)
         return found
 
+    def serve(self, answer: Answer) -> None:
+        """Let `answer` make what clients that hold no model call for."""
+        self._answer = answer
+
     def gather(
         self,
         round: int,
-        outgoing: Iterable[Update | Failure],
-        answer: Answer | None = None,
+        results: Iterable[Update | Failure],
         expected: Expected | None = None,
     ) -> Updates:
-        """All clients' answers; `outgoing` may do the local work while it is read, and ask for what
-        `answer` makes.
+        """Return the results of all clients as the server sees them.
+
+        Args:
+            round: that the results are of.
+            results: of the clients that take part, updates of fp32 values.
+            expected: who answers and what they may say.
 
         Raises:
-            ValueError: an answer is not what the contract says.
+            ValueError: a result is not what the contract says.
             SealedTensorError: tensors in the memory of the global model.
         """
         with guard.phase("gather", round=round):
             contract = self._sealed()
-            self._answer, self._asked = answer, {}
-            items = sorted(
-                (checked(item, contract, round) for item in outgoing), key=lambda item: item.client
-            )
+            items = [checked(result, contract, round) for result in results]
+            items.sort(key=lambda item: item.client)
             # Through bytes and back, so that what comes of a failure's text here is what comes of
             # it on the wire.
-            asked = self._asked
+            asked, self._asked = self._asked, {}
             packed = [Header.of(item, round, asked.get(item.client, NO_CALLS)) for item in items]
             headers = read_headers(
                 pack_answers(packed, contract.metrics), 0, contract, round, expected

@@ -211,42 +211,48 @@ class Wire:
             self._ledger.broadcast(contract.down, 0, crossed)
             return down or RoundBroadcast(header.round, tensors=tensors)
 
+    def serve(self, answer: Answer) -> None:
+        """Answer the calls of clients that hold no model, until all of them have done their work.
+
+        The server's ranks call it while the clients train, if the contract says that they may call.
+        """
+        with self._operation("local training"):
+            if self._desk is not None:
+                self._desk.serve(answer)
+
     def gather(
         self,
         round: int,
-        outgoing: Iterable[Update | Failure],
-        answer: Answer | None = None,
+        results: Iterable[Update | Failure],
         expected: Expected | None = None,
     ) -> Updates | None:
-        """The answers of this rank's clients for the server; the server passes nothing and gets the
-        Updates.
+        """Send the results of this rank's clients; the server passes none and receives the Updates.
 
-        Where the contract lets clients ask, the server's ranks pass what makes an `answer`. The
-        server also passes who is `expected` to answer; without it, what follows from that is not
-        looked at.
+        An update that cannot be averaged goes up as a Failure. If one comes up all the same, or a
+        client is silent, or a piece is of another length, the server makes a Failure of it. Updates
+        must not share memory with each other.
 
-        The local work may happen while `outgoing` is read. Updates are kept until they have left:
-        they must not share memory with each other. An update that cannot be averaged goes up as a
-        Failure. If one comes up all the same, or a client is silent, or a piece is of another
-        length, the server makes a Failure of it.
+        Args:
+            round: that the results are of.
+            results: of this rank's clients that take part, updates of fp32 values.
+            expected: who answers and what they may say, on the server; without it, what follows
+                from that is not looked at.
 
         Raises:
-            ValueError: an answer is not what the contract says; on the sender.
-            ProtocolError: the same at the server, where that means that it cannot tell what the
-            rank sends next.
+            ValueError: on the sender, a result is not what the contract says.
+            ProtocolError: on the server, the same, where that means that it cannot tell what the
+                rank sends next.
             SealedTensorError: tensors in the memory of the global model.
         """
         with self._operation("gather", round):
             contract = self._sealed()
-            mine = sorted(
-                (checked(item, contract, round) for item in outgoing), key=lambda item: item.client
-            )
-            if answer is not None and self._desk is not None:
-                self._desk.serve(answer)
+            checked_results = [checked(result, contract, round) for result in results]
+            checked_results.sort(key=lambda result: result.client)
             if self.is_server:
-                assert not mine, "the server has no clients"
+                assert not checked_results, "the server has no clients"
                 return self._take(round, contract, expected)
-            self._give(round, mine, contract, self._desk.close() if self._desk else {})
+            calls = self._desk.close() if self._desk else {}
+            self._give(round, checked_results, contract, calls)
             return None
 
     def finish(self) -> None:

@@ -95,14 +95,14 @@ def memory_in(client: str, round: str | None = None) -> None:
 
     from fedsp_mpi.algorithms.fedsp import Client
 
-    original = Client._begin
+    original = Client._begin_round
 
     def greedy(self, bench, id, number, *more):
         if id == int(client) and (round is None or number == int(round)):
             torch.empty(1 << 60)
         return original(self, bench, id, number, *more)
 
-    Client._begin = greedy
+    Client._begin_round = greedy
 
 
 def text_of(client: str) -> None:
@@ -111,19 +111,19 @@ def text_of(client: str) -> None:
 
     original = ExperimentInputs.shard
 
-    def broken(self, participant):
-        if participant == int(client) + 1:
+    def broken(self, owner):
+        if owner == int(client) + 1:
             raise ValueError("found no text")
-        return original(self, participant)
+        return original(self, owner)
 
     ExperimentInputs.shard = broken
 
 
 def slow(client: str, seconds: str) -> None:
     """Let one client's steps take their time."""
-    from fedsp_mpi.algorithms import fedsp, prompt_server
+    from fedsp_mpi.algorithms import fedsp
 
-    local, loss, at_work = fedsp.Client.local, prompt_server.answer_loss, []
+    local, loss, at_work = fedsp.Client.local_update, fedsp.answer_loss_of, []
 
     def noted(self, id, *more):
         at_work[:] = [id]
@@ -133,24 +133,23 @@ def slow(client: str, seconds: str) -> None:
         time.sleep(float(seconds) if at_work == [int(client)] else 0)
         return loss(*some)
 
-    fedsp.Client.local, prompt_server.answer_loss = noted, delayed
+    fedsp.Client.local_update, fedsp.answer_loss_of = noted, delayed
 
 
 def nan_in(client: str, round: str | None = None) -> None:
     """Let the learning of one client go to infinity."""
-    from fedsp_mpi.algorithms import prompt_server
+    from fedsp_mpi.algorithms import fedsp
     from fedsp_mpi.algorithms.fedsp import Client
-    from fedsp_mpi.models import losses
 
-    original = Client.local
+    original, loss = Client.local_update, fedsp.answer_loss_of
 
     def faulty(self, id, number, down):
         hit = id == int(client) and (round is None or number == int(round))
-        spoilt = lambda *some: losses.answer_loss(*some) * float("nan")  # noqa: E731
-        prompt_server.answer_loss = spoilt if hit else losses.answer_loss
+        spoilt = lambda *some: loss(*some) * float("nan")  # noqa: E731
+        fedsp.answer_loss_of = spoilt if hit else loss
         return original(self, id, number, down)
 
-    Client.local = faulty
+    Client.local_update = faulty
 
 
 def lie(what: str, client: str) -> None:
