@@ -36,7 +36,7 @@ from fedsp_mpi.models.subspace import Subspace
 from fedsp_mpi.record import Run, read
 from fedsp_mpi.report import difference
 from fedsp_mpi.run.inputs import ExperimentInputs
-from fedsp_mpi.tensors import Contract, Failure, NamedTensors, Schema, SealedTensorError, seal
+from fedsp_mpi.tensors import Contract, NamedTensors, Schema, SealedTensorError, seal
 
 PRIVATE = (*FEDBPT, "search.forward=server")
 
@@ -188,7 +188,7 @@ def test_asking_gives_the_losses_of_holding(tmp_path):
     layers = model.shape.num_layers
     first = model.model.get_input_embeddings().weight[4:7].detach().clone()
     space, whole = Subspace(spec, 6, 0.1, 1), DepthMap(spec, layers, tuple(range(layers)))
-    held = LocalInference(model, Prompt(spec), first, space, whole, 40)
+    held = LocalInference(model, Prompt(spec), first, subspace=space, depths=whole, batch_tokens=40)
     groups = [tiny.texts((9, 8, 12, 6)), tiny.texts((7, 5), seed=1)]
     points = np.random.default_rng(0).standard_normal((2, 6))
     wanted = held.losses(0, points, groups)
@@ -210,12 +210,9 @@ def test_an_answer_is_never_the_global_model():
         wire = Solo()
         wire.handout(Handout({}, nothing, Contract(nothing.schema, Schema(()), servers=1)))
 
-        def work():
-            wire.ask(0, np.ones(4, np.float32))
-            yield Failure(0, 1, "never", "here")
-
+        wire.serve(lambda values: weights.weight.detach().numpy())
         with pytest.raises(SealedTensorError, match="which never leaves the server"):
-            wire.gather(1, work(), lambda values: weights.weight.detach().numpy())
+            wire.ask(0, np.ones(4, np.float32))
     finally:
         seal.clear()
 
