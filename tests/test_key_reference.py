@@ -10,10 +10,11 @@ from typing import Any
 
 import yaml
 
+import fedsp_mpi
 from fedsp_mpi import config
 from fedsp_mpi.config.limits import STAGES
 
-ROOT = Path(__file__).resolve().parent.parent
+REFERENCE = Path(fedsp_mpi.__file__).resolve().parent.parent / "configs" / "README.md"
 # A row of a table of keys: "| `key` | `default` (paper: `default`) | unit | meaning |".
 ROW = re.compile(r"\| `([\w.]+)` \| `([^`]*)`(?: \(paper: `([^`]*)`\))? \|[^|]*\|[^|]*\|")
 # One row stands for a key of all five stages, or of both roles.
@@ -39,7 +40,7 @@ def defaults(recipe: str) -> dict[str, Any]:
 def documented() -> list[tuple[str, Any, Any]]:
     """Return each key of configs/README.md with its defaults under `bridged` and `paper`."""
     rows = []
-    text = (ROOT / "configs" / "README.md").read_text(encoding="utf-8")
+    text = REFERENCE.read_text(encoding="utf-8")
     for line in text.splitlines():
         match = ROW.fullmatch(line)
         if match is None:
@@ -65,7 +66,7 @@ def test_every_default_is_that_of_the_code():
 
 def test_every_row_of_a_table_of_keys_is_read():
     """A row with a slip of the pen must not be skipped in silence."""
-    lines = (ROOT / "configs" / "README.md").read_text(encoding="utf-8").splitlines()
+    lines = REFERENCE.read_text(encoding="utf-8").splitlines()
     starts = [i for i, line in enumerate(lines) if line.startswith("| key |")]
     for start in starts:
         for line in lines[start + 2 :]:
