@@ -85,7 +85,8 @@ NOT_A_VERB = set(
         "its",
     ]
 )
-TENSOR = re.compile(r"\b(Tensor|ndarray|NamedTensors)\b")
+# NamedTensors carry names and shapes of their own, which are checked where they travel.
+TENSOR = re.compile(r"\b(Tensor|ndarray)\b")
 SHAPE = re.compile(r"\[[^\]]*\]|scalar|same shape|shape of|any shape", re.I)
 
 Place = tuple[str, int, str]
@@ -179,9 +180,10 @@ def parameters_without_args(path: str, tree: ast.Module) -> Iterator[Place]:
 
 def tuple_assignments(path: str, tree: ast.Module) -> Iterator[Place]:
     for node in ast.walk(tree):
-        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Tuple):
-            if any(isinstance(target, ast.Tuple) for target in node.targets):
-                yield path, node.lineno, ast.unparse(node)[:60]
+        if not isinstance(node, ast.Assign) or not isinstance(node.value, ast.Tuple):
+            continue
+        if any(isinstance(target, ast.Tuple) for target in node.targets):
+            yield path, node.lineno, ast.unparse(node)[:60]
 
 
 def nested_ternaries(path: str, tree: ast.Module) -> Iterator[Place]:

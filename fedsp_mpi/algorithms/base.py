@@ -123,7 +123,8 @@ class MethodInputs(Protocol):
     def questions(self) -> Sequence[Text]: ...
 
     @property
-    def words(self) -> np.ndarray: ...
+    def words(self) -> np.ndarray:
+        """Sorted ids of the tokens that are words, int64 [number]."""
 
     def first_prompt(self, model: LanguageModel) -> Prompt: ...
 
@@ -254,5 +255,8 @@ class Method(ABC):
         """Return the clients of one process."""
 
     def answer(self, server: Server) -> Callable[[np.ndarray], np.ndarray] | None:
-        """Return what answers clients that hold no model; None if every client holds one."""
+        """Return what answers clients that hold no model, from fp32 [any number] to the same.
+
+        None if every client holds a model.
+        """
         return None

@@ -142,8 +142,8 @@ class SearchServer:
         """
         rows = updates.rows()
         reported = [report.metrics["step_size"] for report in updates.reports]
-        sent = rows[:, self._settings.dimension :].min(axis=1, initial=np.inf)
-        smallest = np.minimum(reported, sent)
+        next_step_sizes = rows[:, self._settings.dimension :]  # no column unless they travel
+        smallest = np.minimum(reported, next_step_sizes.min(axis=1, initial=np.inf))
         metrics = []
         for report, step_size in zip(updates.reports, smallest):
             if step_size <= 0:
@@ -420,7 +420,7 @@ class FedBPT(Method):
         )
 
     def answer(self, server: Server) -> Callable[[np.ndarray], np.ndarray] | None:
-        """Return the server's `answer`."""
+        """Return the server's `answer`, from fp32 [any number] to fp32 [any number]."""
         assert isinstance(server, SearchServer)
         return server.answer
 
