@@ -114,6 +114,11 @@ def positional(function: Function) -> list[ast.arg]:
     return [argument for argument in arguments if argument.arg not in ("self", "cls")]
 
 
+def refers(text: str) -> bool:
+    """Whether a docstring leaves the details to that of the interface which it implements."""
+    return re.search(r"\bsee `", text, re.I) is not None
+
+
 def takes_tensors(function: Function) -> bool:
     hints = [
         argument.annotation for argument in ast.walk(function.args) if isinstance(argument, ast.arg)
@@ -154,7 +159,9 @@ def fourth_by_place(path: str, tree: ast.Module) -> Iterator[Place]:
 def tensors_without_shapes(path: str, tree: ast.Module) -> Iterator[Place]:
     for owner, function in functions(tree):
         text = ast.get_docstring(function) or ""
-        if is_public(owner, function) and takes_tensors(function) and not SHAPE.search(text):
+        if not is_public(owner, function) or not takes_tensors(function) or refers(text):
+            continue
+        if not SHAPE.search(text):
             yield path, function.lineno, f"{owner}.{function.name}"
 
 
@@ -174,7 +181,9 @@ def parameters_without_args(path: str, tree: ast.Module) -> Iterator[Place]:
     for owner, function in functions(tree):
         arguments = [*positional(function), *function.args.kwonlyargs]
         text = ast.get_docstring(function) or ""
-        if is_public(owner, function) and len(arguments) >= 3 and "Args:" not in text:
+        if not is_public(owner, function) or len(arguments) < 3 or refers(text):
+            continue
+        if "Args:" not in text:
             yield path, function.lineno, f"{owner}.{function.name}"
 
 

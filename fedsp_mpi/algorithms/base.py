@@ -100,6 +100,11 @@ class Client(Protocol):
     def local_update(self, client: int, round: int, broadcast: NamedTensors) -> Update:
         """Train one client on its own text, starting from the broadcast.
 
+        Args:
+            client: its id.
+            round: from 1.
+            broadcast: the server's tensors of this round.
+
         Raises:
             ClientError: the client cannot contribute to this round.
         """
@@ -132,7 +137,8 @@ class MethodInputs(Protocol):
 
     def batches(
         self, owner: int, stage: StageConfig, purpose: str, team: ServerGroup = ...
-    ) -> Batches: ...
+    ) -> Batches:
+        """Return the batches of one owner's stage; see `run.inputs.ExperimentInputs.batches`."""
 
 
 @dataclass(frozen=True)

@@ -232,7 +232,7 @@ class SearchClient:
         return self._inference.prompt
 
     def local_update(self, client: int, round: int, broadcast: NamedTensors) -> Update:
-        """Take one client's iterations, and return the mean that comes of them.
+        """Take one client's iterations, and return their mean; see `Client.local_update`.
 
         Raises:
             ClientError: NonFiniteError if an objective is not finite, OutOfMemoryError, ShardError.
@@ -362,7 +362,10 @@ class FedBPT(Method):
     def hand_out(
         self, inputs: MethodInputs, server: Server, client_model: LanguageModel
     ) -> HandedOut:
-        """Return the auxiliary model, the first prompt and the scale of A; or nothing at all."""
+        """Return the auxiliary model, the first prompt and the scale of A, or nothing at all.
+
+        See `Method.hand_out`.
+        """
         search = inputs.config.search
         down = server.broadcast().schema
         travels_up = search.travelling()[1]

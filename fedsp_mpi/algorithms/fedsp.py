@@ -127,7 +127,7 @@ class Client:
     def local_update(self, client: int, round: int, broadcast: NamedTensors) -> Update:
         """Train one client on its own text, starting from the broadcast prompt.
 
-        What the client keeps is stored only when all went well; after an error it begins anew from
+        See `base.Client.local_update`. What the client keeps is stored only when all went well; after an error it begins anew from
         the hand-out.
 
         Raises:
@@ -267,7 +267,7 @@ class FedSP(Method):
     def hand_out(
         self, inputs: MethodInputs, server: Server, client_model: LanguageModel
     ) -> HandedOut:
-        """Return the auxiliary model and the first prompt."""
+        """Return the auxiliary model and the first prompt; see `Method.hand_out`."""
         prompt = server.broadcast()
         weights = auxiliary.pack(client_model)
         return HandedOut(
