@@ -101,6 +101,13 @@ def run_round(
 ) -> bool:
     """Run one round: broadcast, local training, gather, aggregate, server update, validate, record.
 
+    Args:
+        round: from 1.
+        wire: between all ranks.
+        schedule: of the rounds.
+        server: this rank's part of the server.
+        clients: those that this rank plays.
+
     Returns:
         False if the server broadcast the word to stop.
 
@@ -250,6 +257,13 @@ def save_checkpoint(
     """Write a checkpoint: first the clients' states, by the ranks that play them, then the server's.
 
     After the last round clients are not asked, because they have nothing left to do.
+
+    Args:
+        round: that is complete.
+        wire: between all ranks.
+        schedule: of the rounds.
+        server: this rank's part of the server.
+        clients: those that this rank plays.
 
     Raises:
         RecordError: on the server, if a rank cannot write.

@@ -68,6 +68,11 @@ class Best:
         """Take over what has a lower loss, and return whether it has.
 
         Of equal losses the first stays; a loss that is not a number is never better.
+
+        Args:
+            exported: what the server exported.
+            round: that it is of.
+            loss: on the validation texts, in nats a token.
         """
         if not loss < self.loss:
             return False

@@ -292,7 +292,7 @@ class SearchClient:
     def _with_perturbed_copy(
         self, shard: Sequence[Text], client: int, round: int
     ) -> list[Sequence[Text]]:
-        """Return a client's text, and this round's perturbed copy of it if the objective has one."""
+        """Return a client's text, and this round's perturbed copy if the objective has one."""
         if self._settings.objective == "loss":
             return [shard]
         random = rng.generator(self._seed, "perturbation", round, client)
