@@ -1,7 +1,7 @@
-"""The federation: one round, written once for the server, for clients, and for a process that is both.
+"""The federation: one round, written once for the server, for clients, and for both in one.
 
-Every rank calls `federate` with its own side of the round: `server` on the server's ranks, `clients`
-on those that play clients, both where there is a single process.
+Every rank calls `federate` with its own side of the round: `server` on the server's ranks,
+`clients` on those that play clients, both where there is a single process.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Schedule:
     rounds_done: int = 0
 
     def is_due(self, round: int) -> bool:
-        """Return whether a checkpoint is written after a round: every so many, and after the last."""
+        """Return whether a checkpoint follows a round: after every so many, and after the last."""
         every = self.checkpoint.every
         if every is None:
             return False
@@ -254,7 +254,7 @@ def save_checkpoint(
     server: ServerRole | None,
     clients: HostedClients | None,
 ) -> None:
-    """Write a checkpoint: first the clients' states, by the ranks that play them, then the server's.
+    """Write a checkpoint: the clients' states, by the ranks that play them, then the server's.
 
     After the last round clients are not asked, because they have nothing left to do.
 

@@ -1,4 +1,4 @@
-"""The two sides of a round: the server's, with what it is judged by, and the clients' of a process."""
+"""The two sides of a round: the server, with what it is judged by, and the clients of a process."""
 
 from __future__ import annotations
 
