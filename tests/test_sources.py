@@ -607,9 +607,7 @@ def load_with_hub_at(address: str, source: str | None, home: Path) -> str:
         "all_proxy",
     )
     env = {name: value for name, value in os.environ.items() if name not in names}
-    program = (
-        f"from fedsp_mpi.data import loading, tasks\ntasks.load('arc_easy', {source!r}, seed=0)"
-    )
+    program = f"from fedsp_mpi.data import loading\nloading.load('arc_easy', {source!r}, seed=0)"
     command = [sys.executable, "-c", program]
     env |= {"HF_ENDPOINT": address, "HF_HOME": str(home)}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=60)
