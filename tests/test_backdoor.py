@@ -54,17 +54,22 @@ def test_a_poisoned_copy_has_the_trigger_first_and_the_attackers_answer():
 @pytest.mark.parametrize(("share", "num"), [(1.0, 6), (0.5, 3), (0.34, 2), (0.01, 1)])
 def test_copies_of_other_classes_are_added_and_nothing_is_taken(share, num):
     own = [example(gold, f"x{place}") for place, gold in enumerate([0, 1, 2, 0, 1, 0, 2, 0])]
-    found = poison.with_copies(own, "cf", 1, share, seed=3, client=4)
+    found = poison.with_copies(own, "cf", 1, share=share, seed=3, client=4)
     assert found[: len(own)] == own and len(found) == len(own) + num
     assert all(copy.gold == (1,) and copy.context.startswith("cf x") for copy in found[len(own) :])
     assert len({copy.context for copy in found}) == len(found)
-    assert found == poison.with_copies(own, "cf", 1, share, seed=3, client=4)
-    others = [poison.with_copies(own, "cf", 1, 0.5, seed=3, client=client) for client in range(8)]
+    assert found == poison.with_copies(own, "cf", 1, share=share, seed=3, client=4)
+    others = [
+        poison.with_copies(own, "cf", 1, share=0.5, seed=3, client=client) for client in range(8)
+    ]
     assert len({tuple(copy.context for copy in each) for each in others}) > 1
 
 
 def test_who_has_only_the_target_class_stays_as_it_is():
-    assert poison.with_copies([example(1)] * 3, "cf", 1, 1.0, 0, 0) == [example(1)] * 3
+    assert (
+        poison.with_copies([example(1)] * 3, "cf", 1, share=1.0, seed=0, client=0)
+        == [example(1)] * 3
+    )
 
 
 def test_the_attack_is_judged_by_all_questions_of_other_classes():

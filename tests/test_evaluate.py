@@ -27,6 +27,7 @@ from transformers import AutoModelForCausalLM
 from fedsp_mpi import cli, config, evaluation
 from fedsp_mpi.commands import evaluate
 from fedsp_mpi.commands.evaluate import Options
+from fedsp_mpi.data.tasks import TASKS
 from fedsp_mpi.data.tokens import Text
 from fedsp_mpi.evaluation.scoring import score
 from fedsp_mpi.log import Log
@@ -260,9 +261,7 @@ def test_local_rows_of_every_task(gpt2, task, tmp_path):
     )
     lines = asked(folder)
     require_equal(folder, lines)
-    assert {line.task for line in lines} == {evaluate.OTHER_NAMES.get(task, task)} and lines[
-        0
-    ].n == 14
+    assert {line.task for line in lines} == {TASKS[task].lm_eval_name} and lines[0].n == 14
 
 
 def test_the_same_rows_are_asked_as_the_run_had(gpt2, tmp_path):

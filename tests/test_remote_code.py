@@ -164,10 +164,10 @@ def test_a_pickle_that_runs_code_is_not_opened(tmp_path):
 
 
 def test_a_script_in_a_data_folder_is_not_run(tmp_path):
-    from fedsp_mpi.data import tasks
+    from fedsp_mpi.data import loading
 
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "data.py").write_text(EVIL)
     with pytest.raises(ValueError, match="found no data file"):
-        tasks.load("sst2", str(tmp_path / "data"), seed=0)
+        loading.load("sst2", str(tmp_path / "data"), seed=0)
     assert not (tmp_path / "data" / "ran").exists()
