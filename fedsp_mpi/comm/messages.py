@@ -256,7 +256,7 @@ def checked(item: Update | Failure, contract: Contract, round: int) -> Update | 
         assert item.round == round, f"failure of round {item.round} in round {round}"
         return item
     item.tensors.schema.require(contract.up, whose)
-    seal.refuse_array(item.tensors.flat)
+    seal.check_array(item.tensors.flat)
     if unknown := set(item.metrics) - set(contract.metrics):
         raise ValueError(
             f"{whose}: found metrics {sorted(unknown)}, expected some of {list(contract.metrics)}"
@@ -299,7 +299,7 @@ def down_header(down: RoundBroadcast, contract: Contract) -> Header:
         return Header(Kind.STOP, down.round)
     assert down.tensors is not None, "a broadcast has tensors unless it says stop"
     down.tensors.schema.require(contract.down, f"broadcast of round {down.round}")
-    seal.refuse_array(down.tensors.flat)
+    seal.check_array(down.tensors.flat)
     return Header(
         Kind.BROADCAST, down.round, num_values=contract.down.num_values, digest=contract.down.digest
     )
@@ -313,7 +313,7 @@ def require_handout(handout: Handout) -> None:
         raise ValueError(
             f"found {len(handout.contract.metrics)} metrics, expected at most {MAX_METRICS}"
         )
-    seal.refuse_array(handout.tensors.flat)
+    seal.check_array(handout.tensors.flat)
 
 
 def reports_of(headers: Iterable[Header], failed: Container[int] = ()) -> list[Report]:

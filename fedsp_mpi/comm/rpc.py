@@ -97,7 +97,7 @@ class RpcEndpoint:
                 raise ProtocolError(
                     f"question of client {header.client} from rank {rank}: {error}"
                 ) from error
-            seal.refuse_array(found)
+            seal.check_array(found)
             self._send(
                 Header(Kind.ANSWER, client=header.client, num_values=found.size),
                 found,
