@@ -31,7 +31,7 @@ def join_states(parts: Mapping[str, Mapping[str, np.ndarray]]) -> State:
 
 
 def part_of_state(state: Mapping[str, np.ndarray], part: str) -> State:
-    """Return the arrays (any shape) of one part that `join_states` joined; empty if it is absent."""
+    """Return the arrays (any shape) of one part of a joined state; empty if it is absent."""
     prefix = f"{part}/"
     return {
         name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)
@@ -111,7 +111,7 @@ class _ProtectedMemory:
         self._host_ranges: list[tuple[int, int, str]] = []  # first byte, end, name
 
     def add(self, named: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Protect the storages of (name, tensor of any shape) pairs; tied ones keep the first name."""
+        """Protect the storages of (name, tensor of any shape) pairs; tied ones by their first name."""
         for name, tensor in named:
             storage = tensor.untyped_storage()
             address = storage.data_ptr()
