@@ -123,7 +123,7 @@ def require_apart(folder: Path, inputs: Mapping[str, str | None]) -> None:
 
 
 def run_files(folder: Path) -> Iterator[Path]:
-    """Yield the files that runs have written into their folder, but not `lock` or failure reports."""
+    """Yield the files that runs have written into their folder; not `lock` or failure reports."""
     for subfolder in _RUN_FILES:
         yield from written_in(folder / subfolder, subfolder)
     for subfolder in MODELS:
