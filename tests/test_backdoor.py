@@ -177,15 +177,18 @@ def test_bits_do_not_depend_on_the_number_of_ranks(tmp_path):
 class _Fixed:
     states = "its benches"
 
-    def local(self, client: int, round: int, down: NamedTensors) -> Update:
+    def local_update(self, client: int, round: int, down: NamedTensors) -> Update:
         return Update(client, 1.0, down, {"loss_prompt_last": 2.0})
 
 
 def test_only_those_that_are_watched_tell():
     down = NamedTensors(Schema.of([("prompt", (2,))]), np.zeros(2, dtype=np.float32))
     watched = AttackMonitor(_Fixed(), [3], lambda: 0.25)
-    assert watched.local(2, 1, down).metrics == {"loss_prompt_last": 2.0}
-    assert watched.local(3, 1, down).metrics == {"loss_prompt_last": 2.0, "attack_success": 0.25}
+    assert watched.local_update(2, 1, down).metrics == {"loss_prompt_last": 2.0}
+    assert watched.local_update(3, 1, down).metrics == {
+        "loss_prompt_last": 2.0,
+        "attack_success": 0.25,
+    }
     assert watched.states == "its benches"
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -37,9 +36,9 @@ from fedsp_mpi.comm.messages import (
     CallStats,
     Header,
     Kind,
-    pack_results,
     accepted_reports,
     chunk_slices,
+    pack_results,
     unpack_results,
 )
 from fedsp_mpi.comm.updates import reorder
@@ -220,7 +219,7 @@ def test_a_long_reason_is_cut_between_characters() -> None:
 
 
 def test_a_long_reason_goes_on_behind_its_header() -> None:
-    """It arrives up to a limit, cut between characters; wrong lengths in the message are refused."""
+    """It arrives up to a limit, cut between characters; wrong lengths are refused."""
     short, long, endless = (
         Failure(client, 2, "local", "ü" * size) for client, size in ((1, 3), (2, 900), (3, 9000))
     )
@@ -440,22 +439,12 @@ def test_solo_never_shares_memory_between_server_and_clients() -> None:
     np.testing.assert_array_equal(down.tensors.flat, server_tensors.flat)
 
 
-def test_solo_reads_the_answers_lazily_and_columns_once() -> None:
-    events: list[str] = []
-
-    def outgoing() -> Iterator[Update | Failure]:
-        for client in (2, 0):
-            events.append(f"train {client}")
-            yield Update(client, 1.0, tensors(client))
-        yield Failure(1, 0, "local", "gone")
-
-    wire = solo()
-    answers = outgoing()
-    assert events == []
-    updates = wire.gather(0, answers)
-    assert events == ["train 2", "train 0"]
+def test_solo_sorts_results_by_client_and_reads_columns_once() -> None:
+    failure = Failure(1, 0, "local", "gone")
+    results = [Update(2, 1.0, tensors(2)), Update(0, 1.0, tensors(0)), failure]
+    updates = solo().gather(0, results)
     assert [report.client for report in updates.reports] == [0, 2]
-    assert updates.failures == [Failure(1, 0, "local", "gone")]
+    assert updates.failures == [failure]
     np.testing.assert_array_equal(
         updates.rows(), np.array([[0.0] * 11, [2.0] * 11], dtype=np.float32)
     )

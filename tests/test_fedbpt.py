@@ -24,8 +24,8 @@ from torch.nn import functional as F
 from fedsp_mpi import config, record, rng
 from fedsp_mpi.aggregation.fedavg import weighted_mean
 from fedsp_mpi.aggregation.step_size import corrected, effective
-from fedsp_mpi.algorithms import fedbpt
-from fedsp_mpi.algorithms.client_state import ShardError
+from fedsp_mpi.algorithms import fedavg_bbt, fedbpt
+from fedsp_mpi.algorithms.base import ShardError
 from fedsp_mpi.algorithms.inference import LocalInference
 from fedsp_mpi.comm import Refused
 from fedsp_mpi.comm.messages import Report
@@ -73,13 +73,12 @@ def rosenbrock(x: np.ndarray) -> float:
     return float((100 * (x[1:] - x[:-1] ** 2) ** 2 + (1 - x[:-1]) ** 2).sum())
 
 
-class FunctionServer(fedbpt.Server):
+def function_server(settings: SearchConfig) -> fedbpt.SearchServer:
     """The server without a model: nothing is made of z."""
-
-    def __init__(self, settings: SearchConfig) -> None:
-        model = SimpleNamespace()
-        spec = PromptSpec("input", 1, 1, 1, 1)
-        super().__init__(model, Prompt(spec), Subspace(spec, settings.dimension, 1.0, 1), settings)
+    method = fedavg_bbt.METHOD if settings.rule == "average" else fedbpt.METHOD
+    spec = PromptSpec("input", 1, 1, 1, 1)
+    subspace = Subspace(spec, settings.dimension, 1.0, 1)
+    return method.server_class(SimpleNamespace(), Prompt(spec), subspace, settings=settings)
 
 
 class Function:
@@ -98,11 +97,12 @@ class Function:
 
 def function_client(
     function: Callable[[np.ndarray], float] | Function, settings, seed, clients
-) -> fedbpt.Client:
+) -> fedbpt.SearchClient:
     """Clients whose objective is a function of z."""
     shards = {client: [None] * (client + 1) for client in range(clients)}
     forward = function if isinstance(function, Function) else Function(function)
-    return fedbpt.Client(forward, shards, np.arange(9), settings, seed)
+    method = fedavg_bbt.METHOD if settings.rule == "average" else fedbpt.METHOD
+    return method.client_class(forward, shards, np.arange(9), settings=settings, seed=seed)
 
 
 def gathered(updates: list[Update]) -> Updates:
@@ -115,14 +115,14 @@ def gathered(updates: list[Update]) -> Updates:
 
 def evaluations_together(function, settings: SearchConfig, clients: int, seed: int) -> float:
     """How often each of the clients asks the function until one of them is below 1e-8."""
-    server, asked = FunctionServer(settings), Function(function)
+    server, asked = function_server(settings), Function(function)
     client = function_client(asked, settings, seed, clients)
     for round in range(1, 400):
         down = server.broadcast()
-        updates = [client.local(id, round, down) for id in range(clients)]
+        updates = [client.local_update(id, round, down) for id in range(clients)]
         if asked.best < 1e-8:
             return asked.evaluations / clients
-        server.take(server.merge(gathered(updates)))
+        server.load_aggregate(server.aggregate(gathered(updates)))
     return math.inf
 
 
@@ -245,10 +245,12 @@ def test_points_follow_the_distribution_and_the_seed():
 # -- the server's merge ----------------------------------------------------------------------------
 
 
-def told(server: FunctionServer, clients: int, losses: list[float] | None = None) -> list[Update]:
+def told(
+    server: fedbpt.SearchServer, clients: int, losses: list[float] | None = None
+) -> list[Update]:
     """One update of each client from the server's broadcast."""
     client = function_client(sphere, server._settings, 3, clients)
-    return [client.local(id, 1, server.broadcast()) for id in range(clients)]
+    return [client.local_update(id, 1, server.broadcast()) for id in range(clients)]
 
 
 def test_the_step_size_is_that_of_equation_6():
@@ -288,7 +290,7 @@ def test_the_effective_parents_are_the_library_s(population):
 
 def test_a_client_tells_the_sum_of_its_squared_step_sizes():
     settings = SearchConfig(6, iterations=3, objective="loss")
-    server = FunctionServer(settings)
+    server = function_server(settings)
     [update] = told(server, 1)
     search, squares = CmaEs.of(server.broadcast()), 0.0
     for iteration in range(3):
@@ -300,15 +302,15 @@ def test_a_client_tells_the_sum_of_its_squared_step_sizes():
         update.tensors
     ) == ["mean"]
     assert update.metrics["fitness"] == sphere(update.tensors["mean"].astype(np.float64))
-    assert set(update.metrics) == set(fedbpt.METRICS) and update.weight == 1.0
+    assert set(update.metrics) == set(fedbpt.METHOD.metrics) and update.weight == 1.0
 
 
 def test_the_server_ranks_the_clients_means():
     """Against the arithmetic of Hansen's tutorial, for a first generation: mean, path, step size."""
     settings = SearchConfig(4, iterations=2, objective="loss", step_size=0.7)
-    server = FunctionServer(settings)
+    server = function_server(settings)
     updates = told(server, 6)
-    merged = server.merge(gathered(updates))
+    merged = server.aggregate(gathered(updates))
     best = sorted(updates, key=lambda update: update.metrics["fitness"])[:3]
     weights = np.log(3.5) - np.log(np.arange(1, 4))
     weights /= weights.sum()
@@ -331,9 +333,9 @@ def test_the_server_ranks_the_clients_means():
 def test_the_server_moves_to_all_clients():
     """Weighted by their ranks, as the better half of 12."""
     settings = SearchConfig(4, iterations=2, objective="loss", parents="all")
-    server = FunctionServer(settings)
+    server = function_server(settings)
     updates = told(server, 6)
-    merged = server.merge(gathered(updates))
+    merged = server.aggregate(gathered(updates))
     ranked = sorted(updates, key=lambda update: update.metrics["fitness"])
     weights = np.log(6.5) - np.log(np.arange(1, 7))
     weights /= weights.sum()
@@ -371,11 +373,11 @@ def test_of_all_points_the_covariance_hears_too():
 def test_clients_step_sizes_go_on_where_they_were():
     """Their geometric mean changes as the server's does by itself; paths stay where they are."""
     own = {"iterations": 3, "objective": "loss", "step_size": 0.7}
-    server = FunctionServer(SearchConfig(4, step_size_by="clients", **own))
+    server = function_server(SearchConfig(4, step_size_by="clients", **own))
     updates = told(server, 6)
     assert [list(update.tensors) for update in updates] == [["mean", "step_size"]] * 6
     merged, ends = (
-        server.merge(gathered(updates)),
+        server.aggregate(gathered(updates)),
         [update.tensors["step_size"].item() for update in updates],
     )
     assert len(set(ends)) == 6
@@ -392,7 +394,7 @@ def test_clients_step_sizes_go_on_where_they_were():
     assert merged["step_size"].item() == pytest.approx(
         math.prod(ends) ** (1 / 6) * change, rel=1e-5
     )
-    server.take(merged)
+    server.load_aggregate(merged)
     assert list(server.broadcast()) == ["mean", "step_size", "covariance"]
     [again], search = told(server, 1), CmaEs.of(server.broadcast())
     assert server.state()["step_path"].any() and not search.step_path.any()
@@ -404,33 +406,33 @@ def test_clients_step_sizes_go_on_where_they_were():
 
 
 def test_of_a_single_client_the_server_takes_the_mean():
-    server = FunctionServer(SearchConfig(4, iterations=2, objective="loss"))
+    server = function_server(SearchConfig(4, iterations=2, objective="loss"))
     [update] = told(server, 1)
     before = server.broadcast()
-    server.take(server.merge(gathered([update])))
+    server.load_aggregate(server.aggregate(gathered([update])))
     after = server.broadcast()
     assert np.array_equal(after["mean"], update.tensors["mean"])
     assert all(np.array_equal(after[name], before[name]) for name in ("step_size", "covariance"))
 
 
 def test_the_other_rule_averages_all_that_the_clients_know():
-    server = FunctionServer(SearchConfig(4, iterations=2, objective="loss", rule="average"))
+    server = function_server(SearchConfig(4, iterations=2, objective="loss", rule="average"))
     updates = told(server, 3)
     assert list(updates[0].tensors) == ["mean", "step_size", "covariance", "step_path", "mean_path"]
-    merged = server.merge(gathered(updates))
+    merged = server.aggregate(gathered(updates))
     assert np.array_equal(merged.flat, weighted_mean(gathered(updates)).flat)
     wanted = (
         sum(u.weight * u.tensors["covariance"].astype(np.float64) for u in updates) / 6
     )  # of 1, 2 and 3 examples
     assert merged["covariance"] == pytest.approx(wanted, rel=1e-6)
-    server.take(merged)
+    server.load_aggregate(merged)
     assert np.array_equal(server.broadcast().flat, merged.flat)
 
 
 def test_the_identity_does_not_travel():
-    server = FunctionServer(SearchConfig(9, covariance="identity", iterations=2, objective="loss"))
+    server = function_server(SearchConfig(9, covariance="identity", iterations=2, objective="loss"))
     updates = told(server, 4)
-    server.take(server.merge(gathered(updates)))
+    server.load_aggregate(server.aggregate(gathered(updates)))
     assert [(spec.name, spec.shape) for spec in server.broadcast().schema] == [
         ("mean", (9,)),
         ("step_size", (1,)),
@@ -442,17 +444,19 @@ def test_the_identity_does_not_travel():
 
 def test_a_server_goes_on_from_its_state_with_equal_bits():
     settings = SearchConfig(5, iterations=2, objective="loss")
-    one, client = FunctionServer(settings), function_client(sphere, settings, 1, 4)
+    one, client = function_server(settings), function_client(sphere, settings, 1, 4)
     for round in range(1, 7):
         if round == 4:
             kept = {name: value.copy() for name, value in one.state().items()}
-            other = FunctionServer(settings)
+            other = function_server(settings)
             other.load_state(kept)
         for server in [one] + ([other] if round >= 4 else []):
             updates = [
-                client.local(id, round, server.broadcast()) for id in (3, 1, 0, 2)
+                client.local_update(id, round, server.broadcast()) for id in (3, 1, 0, 2)
             ]  # in any order
-            server.take(server.merge(gathered(sorted(updates, key=lambda update: update.client))))
+            server.load_aggregate(
+                server.aggregate(gathered(sorted(updates, key=lambda update: update.client)))
+            )
     assert (
         NamedTensors.of(one.state()).flat.tobytes() == NamedTensors.of(other.state()).flat.tobytes()
     )
@@ -597,7 +601,7 @@ def model(tmp_path_factory):
     return tiny.load(tiny.model_folder(tmp_path_factory.mktemp("model"), "gpt2"))
 
 
-def searching(model, **changes) -> fedbpt.Client:
+def searching(model, **changes) -> fedbpt.SearchClient:
     """Two clients, and one without text, that search in 6 dimensions for an input prompt of 3
     tokens.
     """
@@ -611,13 +615,20 @@ def searching(model, **changes) -> fedbpt.Client:
     }
     space = Subspace(spec, 6, 0.1, 1)
     depths = DepthMap(spec, model.shape.num_layers)
-    forward = LocalInference(model, Prompt(spec), first, space, depths, settings.batch_tokens)
-    return fedbpt.Client(forward, shards, np.arange(4, 100), settings, 1)
+    inference = LocalInference(
+        model,
+        Prompt(spec),
+        first,
+        subspace=space,
+        depths=depths,
+        batch_tokens=settings.batch_tokens,
+    )
+    return fedbpt.SearchClient(inference, shards, np.arange(4, 100), settings=settings, seed=1)
 
 
 def beginning(settings: SearchConfig) -> NamedTensors:
     """What goes down in the first round."""
-    return FunctionServer(settings).broadcast()
+    return function_server(settings).broadcast()
 
 
 @pytest.mark.parametrize("objective", ["loss", "ratio_of_means", "mean_of_ratios"])
@@ -632,19 +643,19 @@ def test_a_client_s_round_is_forward_passes(model, objective, monkeypatch):
         return logits, targets
 
     monkeypatch.setattr(model, "answer_logits", noted)
-    update = client.local(0, 1, beginning(client._settings))
+    update = client.local_update(0, 1, beginning(client._settings))
     assert sum(passes) == 4 * (2 * 5 + 1) * (
         1 if objective == "loss" else 2
     )  # texts, points, copies
-    held = client._forward
+    held = client._inference
     assert not any(graphs) and all(
-        p.grad is None for p in [*model.weights.values(), held._prompt.prompt]
+        p.grad is None for p in [*model.weights.values(), held.prompt.prompt]
     )
     assert update.weight == 4 and np.isfinite(list(update.metrics.values())).all()
     texts = client._shards[0]
-    prompt = Prompt(held._prompt.spec)
+    prompt = Prompt(held.prompt.spec)
     change = held._subspace.expand(update.tensors["mean"][None])[0]
-    prompt.load({"prompt": held._first + change})
+    prompt.load({"prompt": held._initial + change})
     with torch.no_grad():
         losses = [F.cross_entropy(*answer_logits(collate([text]), prompt)).item() for text in texts]
     assert update.metrics["loss_prompt_last"] == pytest.approx(np.mean(losses), rel=1e-4)
@@ -657,11 +668,13 @@ def test_clients_may_be_ranked_by_their_improvement(model, objective):
     client, plain = (
         searching(model, objective=objective, rank_by=by) for by in ("improvement", "objective")
     )
-    update, other = (some.local(0, 1, beginning(client._settings)) for some in (client, plain))
+    update, other = (
+        some.local_update(0, 1, beginning(client._settings)) for some in (client, plain)
+    )
     assert np.array_equal(update.tensors["mean"], other.tensors["mean"])
-    held = client._forward
-    own = held._first + held._subspace.expand(update.tensors["mean"][None])[0]
-    assert torch.allclose(held._prompt.prompt, own, atol=1e-6), (
+    held = client._inference
+    own = held._initial + held._subspace.expand(update.tensors["mean"][None])[0]
+    assert torch.allclose(held.prompt.prompt, own, atol=1e-6), (
         "what was tuned is what an attack is tried on"
     )
     texts = client._both(client._shards[0], 0, 1)
@@ -677,9 +690,9 @@ def test_clients_may_be_ranked_by_their_improvement(model, objective):
 def test_a_client_s_round_follows_from_who_and_when(model):
     client = searching(model)
     down = beginning(client._settings)
-    one = client.local(0, 1, down)
-    client.local(1, 1, down)
-    again, later = client.local(0, 1, down), client.local(0, 2, down)
+    one = client.local_update(0, 1, down)
+    client.local_update(1, 1, down)
+    again, later = client.local_update(0, 1, down), client.local_update(0, 2, down)
     assert (
         np.array_equal(one.tensors.flat, again.tensors.flat)
         and one.metrics["fitness"] == again.metrics["fitness"]
@@ -691,24 +704,24 @@ def test_a_client_s_round_follows_from_who_and_when(model):
 def test_a_client_that_cannot_search_says_so(model, monkeypatch):
     client = searching(model)
     with pytest.raises(ShardError, match="nothing here"):
-        client.local(2, 1, beginning(client._settings))
+        client.local_update(2, 1, beginning(client._settings))
     monkeypatch.setattr(fedbpt, "fitness", lambda *some: torch.tensor(math.nan))
     with pytest.raises(NonFiniteError, match="the objective is nan, expected a finite number"):
-        client.local(0, 1, beginning(client._settings))
+        client.local_update(0, 1, beginning(client._settings))
 
 
 def test_a_slow_client_ends_after_its_iteration(model):
     client = searching(model, iterations=50)
     client._seconds = 0.0
-    update = client.local(0, 1, beginning(client._settings))
+    update = client.local_update(0, 1, beginning(client._settings))
     assert update.metrics["step_size"] == 1.0  # of one iteration
 
 
 MEMORY = """
 import numpy as np, torch
 from transformers import AutoModelForCausalLM, GPT2Config
-from fedsp_mpi.algorithms.fedbpt import Client
-from fedsp_mpi.algorithms.forward import Held
+from fedsp_mpi.algorithms.fedbpt import SearchClient
+from fedsp_mpi.algorithms.inference import LocalInference
 from fedsp_mpi.data.tokens import Text, collate
 from fedsp_mpi.models.backbone import LanguageModel
 from fedsp_mpi.models.prompts import DepthMap, Prompt, PromptSpec
@@ -726,8 +739,15 @@ texts = [Text(np.append(random.integers(100, 5000, 40), i % 4).astype(np.int32),
 settings = SearchConfig(iterations=2)
 space = Subspace(spec, settings.dimension, 0.01, 1)
 prompt = Prompt(spec)
-held = Held(model, prompt, torch.zeros(50, 512), space, DepthMap(spec, 2), settings.batch_tokens)
-client = Client(held, {0: texts}, np.arange(9), settings, 1)
+inference = LocalInference(
+    model,
+    prompt,
+    torch.zeros(50, 512),
+    subspace=space,
+    depths=DepthMap(spec, 2),
+    batch_tokens=settings.batch_tokens,
+)
+client = SearchClient(inference, {0: texts}, np.arange(9), settings=settings, seed=1)
 state = Evolution.of({"mean": np.zeros(settings.dimension), "step_size": np.ones(1)}).state()
 down = NamedTensors.of({name: state[name] for name in settings.travelling()[0]})
 
@@ -745,7 +765,7 @@ def gradient():
     torch.nn.functional.cross_entropy(*model.answer_logits(collate(texts), prompt)).backward()
 
 forward()
-print(peak(forward), peak(lambda: client.local(0, 1, down)), peak(gradient))
+print(peak(forward), peak(lambda: client.local_update(0, 1, down)), peak(gradient))
 """
 
 

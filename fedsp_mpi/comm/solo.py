@@ -6,7 +6,7 @@ For notebooks, tests and single machines.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -131,36 +131,37 @@ class Solo:
                 return down
             return RoundBroadcast(down.round, tensors=down.tensors.copy())
 
-    def ask(self, client: int, values: np.ndarray) -> np.ndarray:
+    def call(self, client: int, values: np.ndarray) -> np.ndarray:
         """Return the server's response to a client's fp32 values [num_values].
 
-        Only while `outgoing` of a `gather` is read. Returns fp32 values [any number].
+        After `serve`. Returns fp32 values [any number].
 
         Raises:
             SealedTensorError: the response is in the memory of the global model.
         """
         assert self._sealed_contract().servers, "the contract says whether clients may call"
-        assert self._answer is not None, "the server answers while results are gathered"
+        assert self._answer is not None, "the server serves before clients call"
         response = self._answer(values)
         seal.check_array(response)
         stats = self._calls.get(client, NO_CALLS)
         self._calls[client] = stats.add_call(values.size, response.size)
         return response
 
+    def serve(self, answer: Answer) -> None:
+        """Let `answer` compute the responses to calls of clients that hold no model."""
+        self._answer = answer
+
     def gather(
         self,
         round: int,
-        outgoing: Iterable[Update | Failure],
-        answer: Answer | None = None,
+        results: Sequence[Update | Failure],
         expected: Expected | None = None,
     ) -> Updates:
-        """Return the results of all clients; the local work may happen while `outgoing` is read.
+        """Return the results of all clients, inspected as `Wire` does.
 
         Args:
             round: number of the round.
-            outgoing: results of the clients.
-            answer: computes the response to a request of a client, where the contract allows
-                requests.
+            results: results of the clients.
             expected: the clients that take part; without it nothing is known about who is missing.
 
         Raises:
@@ -169,10 +170,10 @@ class Solo:
         """
         with guard.phase("gather", round=round):
             contract = self._sealed_contract()
-            self._answer = answer
+            results = checked_results(results, contract, round)
+            calls = self._calls
             self._calls = {}
-            results = checked_results(outgoing, contract, round)
-            return self._receive_updates(round, contract, results, expected=expected)
+            return self._receive_updates(round, contract, results, calls=calls, expected=expected)
 
     def finish(self) -> None:
         """Do nothing: there is no rank to wait for."""
@@ -190,12 +191,11 @@ class Solo:
         self,
         round: int,
         contract: Contract,
-        results: list[Update | Failure],
+        results: Sequence[Update | Failure],
         *,
+        calls: Mapping[int, CallStats],
         expected: Expected | None,
     ) -> Updates:
-        """Inspect the results as `Wire` does."""
-        calls = self._calls
         # Packed and unpacked, so that a failure's text is truncated here as it is on the wire.
         packed = pack_results(
             [Header.of(result, round, calls.get(result.client, NO_CALLS)) for result in results],

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -240,33 +240,39 @@ class Wire:
             self._ledger.add_broadcasts(contract.down, messages=0, crossed=self._num_receivers)
             return down
 
-    def ask(self, client: int, values: np.ndarray) -> np.ndarray:
-        """Return the server's response to a client's fp32 values [num_values].
+    def call(self, client: int, values: np.ndarray) -> np.ndarray:
+        """Send a client's fp32 values [num_values] to the server and return its response.
 
-        Only while `outgoing` of a `gather` is read. Returns fp32 values [any number].
+        While the server's ranks `serve`, on client ranks. Returns fp32 values [any number].
         """
         assert self._rpc is not None, "the contract says whether clients may call"
         return self._rpc.call(client, values)
 
+    def serve(self, answer: Answer) -> None:
+        """Respond to the calls of clients that hold no model, until all of them have been trained.
+
+        The server's ranks call it while the clients train; it returns at once if the contract
+        allows no calls. `answer` computes the response to a request.
+        """
+        with self._operation("local training"):
+            if self._rpc is not None:
+                self._rpc.serve(answer)
+
     def gather(
         self,
         round: int,
-        outgoing: Iterable[Update | Failure],
-        answer: Answer | None = None,
+        results: Sequence[Update | Failure],
         expected: Expected | None = None,
     ) -> Updates | None:
         """Gather the results of all clients on the server.
 
-        The local work may happen while `outgoing` is read. Updates are kept until they have been
-        sent: they must not share memory with each other. An update that cannot be averaged is sent
-        as a Failure. If one arrives all the same, or a client is silent, or a chunk has another
-        length, the server makes a Failure of it.
+        An update that cannot be averaged is sent as a Failure. If one arrives all the same, or a
+        client is silent, or a chunk has another length, the server makes a Failure of it. Updates
+        must not share memory with each other.
 
         Args:
             round: number of the round.
-            outgoing: results of this rank's clients; none on the server.
-            answer: on the server's ranks, computes the response to a request of a client, where the
-                contract allows requests.
+            results: results of this rank's clients; none on the server.
             expected: on the server, the clients that take part; without it nothing is known about
                 who is missing.
 
@@ -281,9 +287,7 @@ class Wire:
         """
         with self._operation("gather", round):
             contract = self._sealed_contract()
-            results = checked_results(outgoing, contract, round)
-            if answer is not None and self._rpc is not None:
-                self._rpc.serve(answer)
+            results = checked_results(results, contract, round)
             if self.is_server:
                 assert not results, "the server has no clients"
                 return self._receive_updates(round, contract, expected)
@@ -315,7 +319,7 @@ class Wire:
         self,
         round: int,
         contract: Contract,
-        results: list[Update | Failure],
+        results: Sequence[Update | Failure],
         *,
         calls: Mapping[int, CallStats],
     ) -> None:

@@ -45,14 +45,16 @@ def local(config: Config, repeats: int, log: Log) -> dict[str, float]:
     compute = Compute.of(config.client.compute, Topology.alone())
     compute.begin()
     handout, bare = _bare_side(materials, compute)
-    client = build.client_side(materials, compute, handout, [0], Solo().ask).client
+    client = build.hosted_clients(
+        materials, compute, handout, ids=[0], call_server=Solo().call
+    ).client
     down = handout.tensors.select("prompt/")
     times: dict[str, list[float]] = {"package": [], "bare": []}
     tuned: dict[str, NamedTensors] = {}
     for round in range(1, repeats + 2):
         ready = _ready(materials, compute, round)
         turns = [
-            ("package", lambda round=round: client.local(0, round, down).tensors),
+            ("package", lambda round=round: client.local_update(0, round, down).tensors),
             ("bare", lambda ready=ready: bare.round(ready, down)),
         ]
         for name, action in turns if round % 2 else reversed(turns):

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import yaml
 
 from fedsp_mpi.config.limits import STAGES, require_ranges
+from fedsp_mpi.config.methods import METHODS, MethodFacts, require_method
 from fedsp_mpi.config.model import AuxiliaryConfig, DistillationConfig, PromptConfig, Recipe, recipe
 from fedsp_mpi.config.parsing import ConfigError, differences, merge, message_line, parse, put
 from fedsp_mpi.config.runtime import (
@@ -24,7 +25,7 @@ from fedsp_mpi.config.runtime import (
     TopologyConfig,
     check_paths,
 )
-from fedsp_mpi.config.search import WITH_SEARCH, SearchConfig
+from fedsp_mpi.config.search import SearchConfig
 from fedsp_mpi.config.threats import AttackConfig, PrivacyConfig
 from fedsp_mpi.config.training import ComputeConfig, Dtype, StageConfig
 from fedsp_mpi.config.yaml_reader import key_value, read_yaml, setting
@@ -166,7 +167,7 @@ class Config:
     recipe: Recipe = "bridged"  # values of keys that are not given: resources/recipes
     # fedsp: prompts are the messengers; finetune: the global model's own weights are; fedbpt:
     # prompts are searched for without gradients, as `search` says (algorithms/).
-    method: Literal["fedsp", "finetune", "fedbpt"] = "fedsp"
+    method: str = "fedsp"
     run: RunConfig = RunConfig()
     topology: TopologyConfig = TopologyConfig()
     model: ModelConfig = ModelConfig()
@@ -185,18 +186,21 @@ class Config:
     deadlines: DeadlineConfig = DeadlineConfig()
 
     @property
+    def method_facts(self) -> MethodFacts:
+        """What the method's row in config/methods.py says."""
+        if self.method == "fedbpt" and self.search.rule == "average":
+            return METHODS["fedavg_bbt"]
+        return METHODS[self.method]
+
+    @property
     def tunes_weights(self) -> bool:
-        """Whether the global model's own weights are tuned and travel; there is no prompt then, and
-        no small model.
-        """
-        return self.method == "finetune"
+        """Whether the model's own weights are tuned and travel; then there is no prompt."""
+        return self.method_facts.tunes_weights
 
     @property
     def searches(self) -> bool:
-        """Whether prompts are searched for without gradients: clients run forward passes, and the
-        server merges.
-        """
-        return self.method == "fedbpt"
+        """Whether prompts are searched for without gradients."""
+        return self.method_facts.searches
 
     @property
     def asks_server(self) -> bool:
@@ -205,9 +209,9 @@ class Config:
 
     @property
     def translates(self) -> bool:
-        """Whether the server learns from the auxiliary model what the merged prompts mean."""
+        """Whether the server learns from the auxiliary model what the merged prompt means."""
         return (
-            self.method == "fedsp"
+            self.method_facts.distils_prompts
             and self.federation.clients > 0
             and self.server.translation.steps > 0
         )
@@ -227,6 +231,7 @@ class Config:
 
     def check(self) -> None:
         """Raise ConfigError on the first value that cannot work, whatever the model and the data."""
+        require_method(self.method)
         check_paths(self._value)
         require_ranges(self)
         for key in STAGES:
@@ -259,7 +264,7 @@ class Config:
                 "federation.clients: found 0 with method=fedbpt, expected at least 1: "
                 "clients search"
             )
-        for key, (wanted, why) in WITH_SEARCH.items():
+        for key, (wanted, why) in self.method_facts.required.items():
             if (value := self._value(key)) != wanted:
                 shown = "null" if wanted is None else wanted
                 raise ConfigError(

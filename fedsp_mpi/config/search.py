@@ -73,19 +73,3 @@ class SearchConfig:
     def points(self) -> int:
         """Points that a client tries in a round, its own mean among them."""
         return self.iterations * self.population + (2 if self.compares else 1)
-
-
-# What a configuration must say with `method: fedbpt`, by key, and why.
-WITH_SEARCH: dict[str, tuple[object, str]] = {
-    "server.tuning.steps": (
-        0,
-        "the server searches among what its clients found, and does not tune",
-    ),
-    "prompt.projection": (None, "the search has a projection of its own (search.dimension)"),
-    "prompt.encoder": (None, "the search has a projection of its own (search.dimension)"),
-    "federation.rule": ("mean", "what merges is search.rule"),
-    "client.privacy.clip": (
-        None,
-        "clip and noise are for prompts and weights, of which the update is a change",
-    ),
-}

@@ -328,7 +328,7 @@ class _Costs:
             config.federation.clients * handout
             + config.federation.rounds * self._per_round() * (down + up)
         )
-        name = "FedBPT" if search.rule == "evolution" else "FedAvg-BBT"
+        name = self.config.method_facts.title
         return Method(name, holds, search.dimension, handout, down, up, total, (step,), work)
 
     def _searched(self, model: LanguageModel) -> tuple[float, float]:

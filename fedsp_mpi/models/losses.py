@@ -4,9 +4,17 @@ one place.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from fedsp_mpi.tensors import Batch
+
+if TYPE_CHECKING:
+    from fedsp_mpi.models.backbone import LanguageModel
+    from fedsp_mpi.models.prompts import Prompt
 
 LEAST = 1e-6  # that a loss is divided by
 
@@ -16,6 +24,17 @@ def answer_loss(logits: Tensor, targets: Tensor) -> Tensor:
     [answers].
     """
     return F.cross_entropy(logits.float(), targets, reduction="sum")
+
+
+def answer_loss_of(model: LanguageModel, prompt: Prompt | None, batch: Batch) -> Tensor:
+    """Return the sum of the next-token cross entropy over a batch's answers, a scalar in nats.
+
+    Args:
+        model: answers.
+        prompt: goes in front of every text.
+        batch: int64 [batch, length], on the model's device.
+    """
+    return answer_loss(*model.answer_logits(batch, prompt))
 
 
 def answer_losses(logits: Tensor, targets: Tensor, counts: list[int]) -> Tensor:

@@ -105,9 +105,10 @@ def _train(
     clients = _client_side(config, wire, given, server, aside)
     here, done = role.side(given) if role else None, given.meta["done"]
     del given
-    from fedsp_mpi.federate import Plan, federate
+    from fedsp_mpi.federate import Schedule, federate
 
-    finished = federate(wire, Plan(config.federation, config.checkpoint, done), here, clients)
+    schedule = Schedule(config.federation, config.checkpoint, done)
+    finished = federate(wire, schedule, server=here, clients=clients)
     with guard.phase("end of the rounds"):
         peaks = wire.collect(placement.peak(), "end")
         if server and peaks:
@@ -152,11 +153,16 @@ def _client_side(
 
         compute = Compute.of(config.client.compute, wire.topology)
         materials = server.materials if server else ExperimentInputs(config)
-        side = build.client_side(
-            materials, compute, given, mine, wire.ask, RoundProgress(aside.say, every)
+        clients = build.hosted_clients(
+            materials,
+            compute,
+            given,
+            ids=mine,
+            call_server=wire.call,
+            progress=RoundProgress(aside.say, every),
         )
-        side.texts.update(fingerprints.of_clients(materials, mine))
-        return side
+        clients.digests.update(fingerprints.of_clients(materials, mine))
+        return clients
 
     return _in_turns(wire, turns, make if mine else None, "client", server)
 
@@ -180,7 +186,7 @@ def _in_turns(
                     made = make()
                 except ValueError as found:
                     error = f"rank {wire.topology.rank} on {platform.node()}: {one_line(found)}"
-            texts = getattr(made, "texts", {})  # of clients: what they read
+            texts = getattr(made, "digests", {})  # of clients: what they read
             ready = wire.collect(
                 {"error": error, "seconds": time.perf_counter() - start, "texts": texts}
             )

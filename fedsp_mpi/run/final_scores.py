@@ -44,7 +44,7 @@ def score_all(
     config = materials.config
     every = candidates(here, config.run.label or config.method, config.evaluation.zero_shot)
     build.scoring_model(materials, here.server.model)
-    for method in here.team.tell([method for method in every if method not in there]):
+    for method in here.group.tell([method for method in every if method not in there]):
         rows = _score(here, materials, log, stop, method, every[method])
         if rows is None:
             return False
@@ -64,17 +64,17 @@ def _score(
     model, tokens = here.server.model, materials.config.evaluation.batch_tokens
     prompt = here.server.prompt if best else None
     if best is not None:
-        here.server.load(best.tuned)
-        here.team.lead(here.server.parameters())
-    loss = answer_loss_mean(model, prompt, here.validation, tokens, here.team)
+        here.server.restore(best.exported)
+        here.group.lead(here.server.parameters())
+    loss = answer_loss_mean(model, prompt, here.validation, tokens, here.group)
     rows: list[ResultRow] = []
     for split, asked in {"test": materials.test, TRIGGERED: materials.triggered_test}.items():
         if not asked:
             continue
         num_options = sum(len(question.options) for question in asked)
-        progress = log.progress(f"scoring {method}", num_options // here.team.size)
+        progress = log.progress(f"scoring {method}", num_options // here.group.size)
         found = score(
-            model, prompt, asked, materials.task.metric, tokens, progress.step, stop, here.team
+            model, prompt, asked, materials.task.metric, tokens, progress.step, stop, here.group
         )
         if found is None:
             return None

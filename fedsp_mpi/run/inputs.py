@@ -306,12 +306,12 @@ class ExperimentInputs:
         """
         return np.setdiff1d(np.arange(len(self.tokenizer)), self.tokenizer.all_special_ids)
 
-    def shard(self, participant: int) -> list[Text]:
-        """The tokenised training texts of the server (0) or of client `participant` - 1."""
-        if participant not in self._texts:
-            examples = self._examples(participant)
-            self._texts[participant] = self._encoded(examples)
-        return self._texts[participant]
+    def shard(self, owner: int) -> list[Text]:
+        """The tokenised training texts of the server (0) or of client `owner` - 1."""
+        if owner not in self._texts:
+            examples = self._examples(owner)
+            self._texts[owner] = self._encoded(examples)
+        return self._texts[owner]
 
     def _examples(self, participant: int) -> list[tasks.Example]:
         """What a participant trains on; where it is a poisoned client, with its poisoned copies."""
@@ -384,15 +384,27 @@ class ExperimentInputs:
         return self._asked(examples)
 
     def batches(
-        self, participant: int, stage: StageConfig, owner: str, team: ServerGroup = SINGLE_RANK
+        self, owner: int, stage: StageConfig, purpose: str, team: ServerGroup = SINGLE_RANK
     ) -> Batches:
-        """The batches of one participant's stage, or this rank's part of them.
+        """Return the batches of one owner's stage, or this rank's part of them.
 
-        The order depends on the seed, `owner` and the client.
+        Their order depends on the seed, the owner and the purpose.
+
+        Args:
+            owner: 0 is the server, k + 1 is client k.
+            stage: sizes of the batches.
+            purpose: of the stage, for the order.
+            team: the ranks that share them.
         """
-        texts, whose = self.shard(participant), (owner, participant - 1)
-        seed, part = self.config.run.seed, (team.rank, team.size)
-        return Batches(texts, stage.batch_size, stage.micro_batch, seed, *whose, part=part)
+        return Batches(
+            self.shard(owner),
+            stage.batch_size,
+            stage.micro_batch,
+            self.config.run.seed,
+            purpose,
+            owner - 1,
+            part=(team.rank, team.size),
+        )
 
     def first_prompt(self, model: backbone.LanguageModel) -> Prompt:
         """The prompts that everybody begins with, at the depth of the global model `model`, on the

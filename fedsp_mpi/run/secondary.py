@@ -56,7 +56,7 @@ class SecondaryServer:
             )
         except StoppedError:
             return None, None  # rank 0 says so to all
-        self._servers = build.servers(self.materials, self._model, self._compute, self._team)
+        self._servers = build.servers(self.materials, self._model, self._compute, group=self._team)
         return None, None
 
     def side(self, given: comm.Handout) -> ServerRole:
@@ -64,13 +64,15 @@ class SecondaryServer:
         from fedsp_mpi.record import Checkpoints
         from fedsp_mpi.run import build
 
-        side = build.server_side(self.materials, self._servers, self._compute, self._team, None)
+        role = build.server_role(
+            self.materials, self._servers, self._compute, group=self._team, journal=None
+        )
         if done := given.meta["done"]:
             checkpoints = Checkpoints(Path(given.meta["folder"]))
             newest, _ = checkpoints.newest()
             assert newest is not None and newest.round == done, "rank 0 removed all later ones"
-            side.load_state(checkpoints.read_server(newest))
-        return side
+            role.load_state(checkpoints.read_server(newest))
+        return role
 
     def finish(self, here: ServerRole, wire: Any) -> bool:
         """Help to score. False if the run was told to stop before the last score."""

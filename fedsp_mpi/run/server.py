@@ -7,7 +7,6 @@ from __future__ import annotations
 import time
 from contextlib import suppress
 from dataclasses import asdict, replace
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from fedsp_mpi import comm
@@ -130,14 +129,19 @@ class ServerRun:
         except StoppedError as stopped:
             self.record.describe(distillation={"steps": stopped.kept})
             return None, comm.Refused(str(stopped), STOPPED)
-        self._servers = build.servers(*about, small)
+        self._servers = build.servers(
+            self.materials, self._model, self._compute, group=self._team, client_model=small
+        )
         meta = {
             "assignment": [list(ids) for ids in self._assignment],
             "processes": [(host["host"], host["pid"]) for host in self.hosts],
             "folder": str(self.folder.resolve()),
         }
-        handout = build.handout(self.materials, small, self._servers.server, meta, resumed)
-        sizes = build.sizes(self.materials, self._model, small, self._servers.server, handout)
+        server = self._servers.server
+        handout = build.handout(self.materials, small, server, meta=meta, resumed=resumed)
+        sizes = build.parameter_counts(
+            self.materials, self._model, small, server=server, contract=handout.contract
+        )
         self.record.describe(models=sizes, distillation=story)
         self.log.say(
             "parameters: global model {global:,}, auxiliary model {auxiliary:,}, prompts {prompt:,} "
@@ -186,41 +190,45 @@ class ServerRun:
     def side(self, given: comm.Handout) -> ServerRole:
         """The server's side of the rounds, where an earlier stretch of the run has left it."""
         from fedsp_mpi.record import Checkpoints
+        from fedsp_mpi.record.journal import RoundJournal
         from fedsp_mpi.record.tables import wire_rows
-        from fedsp_mpi.roles import RoundJournal
-        from fedsp_mpi.run import build, fingerprints, participation
+        from fedsp_mpi.run import build, fingerprints
 
         ranks = {
             client: rank for rank, ids in enumerate(given.meta["assignment"]) for client in ids
         }
-        checkpoints, keep = (
-            Checkpoints(self.folder),
-            self.config.record.prompts and not self.config.tunes_weights,
+        checkpoints = Checkpoints(self.folder)
+        self._journal = RoundJournal(
+            record=self.record,
+            checkpoints=checkpoints,
+            log=self.log,
+            keep_prompts=self.config.record.prompts and not self.config.tunes_weights,
+            rank_of=ranks,
+            carried=wire_rows(self.record.run.wire),
+            inputs=fingerprints.combined(self._inputs),
         )
-        carried = wire_rows(self.record.run.wire)
-        expected = partial(participation.expected, self.materials, ranks)
-        made_from = fingerprints.combined(self._inputs)
-        self._archive = RoundJournal(
-            self.record, keep, ranks, expected, self.log, checkpoints, carried, made_from
-        )
-        here = build.server_side(
-            self.materials, self._servers, self._compute, self._team, self._archive
+        role = build.server_role(
+            self.materials,
+            self._servers,
+            self._compute,
+            group=self._team,
+            journal=self._journal,
         )
         if self.resumed:
-            here.load_state(checkpoints.read_server(self.resumed))
-        return here
+            role.load_state(checkpoints.read_server(self.resumed))
+        return role
 
     def finish(self, here: ServerRole, wire: Wire | Solo) -> bool:
         """Write what was tuned, score, close the record.
 
         False if the run was told to stop before the last score.
         """
-        from fedsp_mpi.federate import manifest
+        from fedsp_mpi.record.journal import manifest_rows
         from fedsp_mpi.run import build
         from fedsp_mpi.run.final_scores import score_all
 
         self._compute.begin()
-        build.save(self.materials, here.server, here.best.tuned, self.folder)
+        build.save(self.materials, here.server, here.best.exported, self.folder)
         there = self.record.run.methods()
         finished = score_all(
             here,
@@ -232,13 +240,13 @@ class ServerRun:
         )
         if not finished:
             return False
-        self.record.write_wire(manifest(wire, self._archive.carried))
-        checkpoints = self._archive.seconds_checkpoints
+        self.record.write_wire(manifest_rows(wire.manifest, self._journal.carried))
+        checkpoints = self._journal.checkpoint_seconds
         spent = {"seconds_checkpoints": sum(checkpoints), "checkpoints": len(checkpoints)}
         self.record.describe(timing={"seconds": time.perf_counter() - self._begun, **spent})
         self.record.finish()
         if not self.config.checkpoint.keep_client_states:
-            self._archive.checkpoints.remove_clients()
+            self._journal.checkpoints.remove_clients()
         self._name_lost_clients()
         return True
 

@@ -135,9 +135,15 @@ def distil(
     def loss_of(batch: Batch) -> Tensor:
         return distillation_loss(student, teacher, batch, settings)
 
-    left = stage.steps - history.steps
     trace = train(
-        engine, batches, history.steps, left, loss_of, num_text_tokens, student.device, on_step
+        engine,
+        batches,
+        loss_of,
+        first_step=history.steps,
+        num_steps=stage.steps - history.steps,
+        device=student.device,
+        count=num_text_tokens,
+        on_step=on_step,
     )
     if isinstance(engine, DeepSpeedEngine):
         engine.close()

@@ -64,46 +64,63 @@ class Trace:
         return self.losses[-1] if self.losses else math.nan
 
 
+def num_answer_tokens(batch: Batch) -> int:
+    """Return the number of tokens that a batch's targets [batch, length] ask for."""
+    return int((batch.targets != -100).sum())
+
+
 def train(
     engine: Engine,
     batches: Batches,
+    loss: Callable[[Batch], Tensor],
+    *,
     first_step: int,
     num_steps: int,
-    loss: Callable[[Batch], Tensor],
-    count: Callable[[Batch], int],
     device: torch.device,
+    count: Callable[[Batch], int] = num_answer_tokens,
     on_step: Callable[[Tensor], None] | None = None,
     until: float | None = None,
 ) -> Trace:
-    """Take `num_steps` optimizer steps over the batches from `first_step` on.
-
-    With `until`, a time of `time.perf_counter()`, no step begins after it but the first.
+    """Take optimizer steps over consecutive batches.
 
     A step's loss is the sum of `loss` over its micro-batches divided by the sum of `count`, so it
     does not depend on how the batch is cut, or on how many ranks share it. Losses are fetched from
     the device once, at the end.
 
-    Raises NonFiniteError naming the first step whose loss is not finite.
+    Args:
+        engine: holds the optimizer of what is trained.
+        batches: by the number of the step.
+        loss: returns the sum of a micro-batch's losses, a scalar.
+        first_step: number of the first batch.
+        num_steps: steps to take.
+        device: that batches are moved to.
+        count: returns the number that losses are averaged over.
+        on_step: is called with every step's loss, a scalar on the device.
+        until: a time of `time.perf_counter()` after which no step begins but the first.
+
+    Raises:
+        NonFiniteError: names the first step whose loss is not finite.
     """
     start = time.perf_counter()
-    losses: list[Tensor] = []
+    step_losses: list[Tensor] = []
     for micro_batches, total in _in_blocks(batches, first_step, num_steps, count, engine.team):
-        shares = [_share(engine, loss(batch.to(device)) / total) for batch in micro_batches]
+        step_loss: Tensor | None = None
+        for batch in micro_batches:
+            share = loss(batch.to(device)) / total
+            engine.backward(share)
+            step_loss = share.detach() if step_loss is None else step_loss + share.detach()
+        assert step_loss is not None, "a step has at least one micro-batch"
         engine.step()
-        losses.append(sum(shares[1:], shares[0]))
-        engine.team.sum(losses[-1:])
+        step_losses.append(step_loss)
+        engine.team.sum(step_losses[-1:])
         if on_step is not None:
-            on_step(losses[-1])
-        if until is not None and _is_past(until, losses[-1]):
+            on_step(step_losses[-1])
+        if until is not None and _is_past(until, step_losses[-1]):
             break
-    found = torch.stack(losses).tolist() if losses else []
-    _require_finite(found)
-    return Trace(tuple(found), len(found) * batches.batch_size, time.perf_counter() - start)
-
-
-def num_answer_tokens(batch: Batch) -> int:
-    """Tokens that a batch asks for."""
-    return int((batch.targets != -100).sum())
+    losses = torch.stack(step_losses).tolist() if step_losses else []
+    _require_finite(losses)
+    seconds = time.perf_counter() - start
+    return Trace(tuple(losses), len(losses) * batches.batch_size, seconds)
 
 
 def num_text_tokens(batch: Batch) -> int:
@@ -133,11 +150,6 @@ def _in_blocks(
 def _is_past(until: float, loss: Tensor) -> bool:
     loss.item()  # a device works behind the clock
     return time.perf_counter() >= until
-
-
-def _share(engine: Engine, loss: Tensor) -> Tensor:
-    engine.backward(loss)
-    return loss.detach()
 
 
 def _require_finite(losses: list[float]) -> None:

@@ -100,14 +100,14 @@ def memory_in(client: str, round: str | None = None) -> None:
 
     from fedsp_mpi.algorithms.fedsp import Client
 
-    original = Client._begin
+    original = Client._begin_round
 
     def greedy(self, bench, id, number, *more):
         if id == int(client) and (round is None or number == int(round)):
             torch.empty(1 << 60)
         return original(self, bench, id, number, *more)
 
-    Client._begin = greedy
+    Client._begin_round = greedy
 
 
 def text_of(client: str) -> None:
@@ -116,53 +116,53 @@ def text_of(client: str) -> None:
 
     original = ExperimentInputs.shard
 
-    def broken(self, participant):
-        if participant == int(client) + 1:
+    def broken(self, owner):
+        if owner == int(client) + 1:
             raise ValueError("found no text")
-        return original(self, participant)
+        return original(self, owner)
 
     ExperimentInputs.shard = broken
 
 
 def slow(client: str, seconds: str) -> None:
     """Let one client's steps take their time."""
-    from fedsp_mpi.algorithms import fedsp, prompt_server
+    from fedsp_mpi.algorithms import fedsp
 
-    local = fedsp.Client.local
-    loss = prompt_server.answer_loss
+    local_update = fedsp.Client.local_update
+    loss = fedsp.answer_loss_of
     current_client = None
 
     def noted(self, id, *more):
         nonlocal current_client
         current_client = id
-        return local(self, id, *more)
+        return local_update(self, id, *more)
 
     def delayed(*arguments):
         if current_client == int(client):
             time.sleep(float(seconds))
         return loss(*arguments)
 
-    fedsp.Client.local = noted
-    prompt_server.answer_loss = delayed
+    fedsp.Client.local_update = noted
+    fedsp.answer_loss_of = delayed
 
 
 def nan_in(client: str, round: str | None = None) -> None:
     """Let the training of one client diverge."""
-    from fedsp_mpi.algorithms import prompt_server
+    from fedsp_mpi.algorithms import fedsp
     from fedsp_mpi.algorithms.fedsp import Client
-    from fedsp_mpi.models import losses
 
-    original = Client.local
+    original = Client.local_update
+    loss = fedsp.answer_loss_of
 
     def faulty(self, id, number, down):
         is_hit = id == int(client) and (round is None or number == int(round))
-        prompt_server.answer_loss = nan_loss if is_hit else losses.answer_loss
+        fedsp.answer_loss_of = nan_loss if is_hit else loss
         return original(self, id, number, down)
 
     def nan_loss(*arguments):
-        return losses.answer_loss(*arguments) * float("nan")
+        return loss(*arguments) * float("nan")
 
-    Client.local = faulty
+    Client.local_update = faulty
 
 
 def lie(what: str, client: str) -> None:

@@ -121,7 +121,7 @@ def main(args: argparse.Namespace) -> None:
             else None
         )
         assert down.tensors is not None and down.round == round
-        updates = wire.gather(round, work(args, round, clients, down.tensors))
+        updates = wire.gather(round, list(work(args, round, clients, down.tensors)))
         if updates is not None:
             tracemalloc.start()
             prompt = mean(updates, prompt, args.stop_early and round == 0)
