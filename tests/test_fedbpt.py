@@ -39,7 +39,7 @@ from fedsp_mpi.models.losses import answer_losses, fitness
 from fedsp_mpi.models.prompts import DepthMap, Prompt, PromptSpec
 from fedsp_mpi.models.subspace import Subspace, scale_of
 from fedsp_mpi.record import read
-from fedsp_mpi.report import difference
+from fedsp_mpi.report import compare, comparison_table, difference
 from fedsp_mpi.tensors import NamedTensors, Update
 from fedsp_mpi.training.cma_es import CmaEs, sizes
 from fedsp_mpi.training.loop import NonFiniteError
@@ -677,8 +677,8 @@ def test_clients_may_be_ranked_by_their_improvement(model, objective):
     assert torch.allclose(held.prompt.prompt, own, atol=1e-6), (
         "what was tuned is what an attack is tried on"
     )
-    texts = client._both(client._shards[0], 0, 1)
-    before = client._judge(0, np.zeros((1, 6)), texts)[0][0]
+    texts = client._with_perturbed_copy(client._shards[0], 0, 1)
+    before = client._evaluate(0, np.zeros((1, 6)), texts)[0][0]
     assert update.metrics["fitness"] == pytest.approx(other.metrics["fitness"] / before, rel=1e-6)
     assert update.metrics["loss_prompt_last"] == pytest.approx(
         other.metrics["loss_prompt_last"], rel=1e-6
@@ -712,7 +712,7 @@ def test_a_client_that_cannot_search_says_so(model, monkeypatch):
 
 def test_a_slow_client_ends_after_its_iteration(model):
     client = searching(model, iterations=50)
-    client._seconds = 0.0
+    client._max_seconds = 0.0
     update = client.local_update(0, 1, beginning(client._settings))
     assert update.metrics["step_size"] == 1.0  # of one iteration
 
@@ -726,9 +726,9 @@ from fedsp_mpi.data.tokens import Text, collate
 from fedsp_mpi.models.backbone import LanguageModel
 from fedsp_mpi.models.prompts import DepthMap, Prompt, PromptSpec
 from fedsp_mpi.models.subspace import Subspace
-from fedsp_mpi.search import SearchConfig
+from fedsp_mpi.config import SearchConfig
 from fedsp_mpi.tensors import NamedTensors
-from fedsp_mpi.training.evolution import Evolution
+from fedsp_mpi.training.cma_es import CmaEs
 
 torch.set_num_threads(1)
 config = GPT2Config(vocab_size=250000, n_embd=512, n_layer=2, n_head=8, n_positions=128)
@@ -748,7 +748,7 @@ inference = LocalInference(
     batch_tokens=settings.batch_tokens,
 )
 client = SearchClient(inference, {0: texts}, np.arange(9), settings=settings, seed=1)
-state = Evolution.of({"mean": np.zeros(settings.dimension), "step_size": np.ones(1)}).state()
+state = CmaEs.of({"mean": np.zeros(settings.dimension), "step_size": np.ones(1)}).state()
 down = NamedTensors.of({name: state[name] for name in settings.travelling()[0]})
 
 def peak(work):
@@ -843,7 +843,7 @@ def test_the_record_says_what_was_searched(whole):
     assert run.rounds["validation_merged"].tolist() == run.rounds["validation_loss"].tolist()
     assert set(run.clients["samples"].tolist()) == {16}
     assert not np.array_equal(run.prompts(1)["prompt"], run.prompts(2)["prompt"])
-    table = record.comparison.comparison_table(record.comparison.compare([run]))
+    table = comparison_table(compare([run]))
     assert "| fedbpt |" in table and "| 20 |" in table
 
 

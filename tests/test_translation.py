@@ -185,10 +185,10 @@ def test_a_server_goes_on_with_its_translator(pair):
     ]
     whole, _ = server_of(pair, stage, 2)
     for round, merged in enumerate(learned, 1):
-        whole.take(merged)
+        whole.load_aggregate(merged)
         whole.server_update(round)
     begun, _ = server_of(pair, stage, 2)
-    begun.take(learned[0])
+    begun.load_aggregate(learned[0])
     begun.server_update(1)
     state = {name: value.copy() for name, value in begun.state().items()}
     again, _ = server_of(pair, stage, 2)
