@@ -209,10 +209,9 @@ def test_an_answer_is_never_the_global_model():
     try:
         wire = Solo()
         wire.handout(Handout({}, nothing, Contract(nothing.schema, Schema(()), servers=1)))
-
         wire.serve(lambda values: weights.weight.detach().numpy())
         with pytest.raises(SealedTensorError, match="which never leaves the server"):
-            wire.ask(0, np.ones(4, np.float32))
+            wire.call(0, np.ones(4, np.float32))
     finally:
         seal.clear()
 

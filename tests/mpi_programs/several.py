@@ -14,7 +14,8 @@ from fedsp_mpi import cli
 def main(folder: str, files: list[str]) -> int:
     for file in files:
         settings = ["--set", f"run.folder={folder}", "--name", Path(file).stem]
-        if status := cli.main(["run", file, *settings]):
+        status = cli.main(["run", file, *settings])
+        if status:
             return status
         from fedsp_mpi.tensors import seal
 
