@@ -110,7 +110,7 @@ def _require_prompt(config: Config) -> None:
     if config.model.gradient_checkpointing and prompt.kind == "prefix":
         raise ConfigError(
             "model.gradient_checkpointing: found true with prompt.kind=prefix, which trains "
-            "silently wrong (checkpointed layers drop the prefix); set it to false, or "
+            "silently wrong (checkpointed layers drop the prefix), expected false; or set "
             "prompt.kind=input"
         )
     if config.model.gradient_checkpointing and config.auxiliary.dropout:
