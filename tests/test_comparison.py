@@ -18,7 +18,7 @@ from fedsp_mpi import cli
 from fedsp_mpi.record import ClientRow, ResultRow, RoundRow, Run, RunRecord, read
 from fedsp_mpi.report import (
     comparison_table,
-    diff,
+    compare,
     draw_bars,
     draw_curves,
     gain_table,
@@ -132,10 +132,10 @@ def test_what_clients_bring_is_told_beside_what_all_text_in_one_place_would(tmp_
         for seed, (*_, top) in scores.items()
     ]
     for some in (runs[:3], runs[:5]):  # without all seeds of the other, nothing is said of it
-        assert rows(gain_table(diff(some))) == {"gain": ["sciq"], "FedSP": ["+7.00 ± 1.53"]}
-    assert rows(gain_table(diff(runs))) == {"gain": ["sciq"], "FedSP": ["+7.00 ± 1.53 (35%)"]}
-    assert "the gap between it and All" in gain_table(diff(runs))
-    assert gain_table(diff(runs[3:])) is None
+        assert rows(gain_table(compare(some))) == {"gain": ["sciq"], "FedSP": ["+7.00 ± 1.53"]}
+    assert rows(gain_table(compare(runs))) == {"gain": ["sciq"], "FedSP": ["+7.00 ± 1.53 (35%)"]}
+    assert "the gap between it and All" in gain_table(compare(runs))
+    assert gain_table(compare(runs[3:])) is None
     few = made(
         tmp_path,
         "Few",
@@ -145,7 +145,7 @@ def test_what_clients_bring_is_told_beside_what_all_text_in_one_place_would(tmp_
         clients=0,
         data={"task": "sciq", "server_share": 16},
     )
-    assert "and Few" not in gain_table(diff([*runs[:3], few]))
+    assert "and Few" not in gain_table(compare([*runs[:3], few]))
 
 
 def warnings(text: str) -> list[str]:
@@ -176,7 +176,7 @@ def test_tables_show_the_names_that_a_sweep_gave_to_its_tasks(tmp_path):
         for label, own in (("FedSP", 0.7), ("FedPrompt", 0.8))
         for seed in (1, 2)
     ]
-    text = comparison_table(diff(runs))
+    text = comparison_table(compare(runs))
     assert rows(text)["method"][:2] == ["trec (acc)", "piqa (acc)"] and "/d/" not in text
     assert all(
         f"{name} = " in text for name in ("holds, trains", "down + up", "client s", "peak memory")
@@ -189,12 +189,12 @@ def test_tables_show_the_names_that_a_sweep_gave_to_its_tasks(tmp_path):
         "| trec, FedSP",
         "| piqa, FedSP",
     }
-    assert "less than two standard errors is no difference" in str(gain_table(diff(runs)))
+    assert "less than two standard errors is no difference" in str(gain_table(compare(runs)))
     assert "standard errors is no difference" not in str(
-        gain_table(diff(first))
+        gain_table(compare(first))
     )  # one seed has no such error
     alike = [named(run, "mine") for run in runs]
-    assert rows(comparison_table(diff(alike)))["method"][:2] == [
+    assert rows(comparison_table(compare(alike)))["method"][:2] == [
         "mine, /d/a (acc)",
         "mine, /d/b (acc)",
     ]
@@ -205,7 +205,7 @@ def test_tables_show_the_names_that_a_sweep_gave_to_its_tasks(tmp_path):
 
 
 def test_methods_against_tasks_over_seeds(tmp_path):
-    text = comparison_table(diff(grid(tmp_path, ["FedSP", "FedPrompt"], ["sciq", "piqa"])))
+    text = comparison_table(compare(grid(tmp_path, ["FedSP", "FedPrompt"], ["sciq", "piqa"])))
     found = rows(text)
     assert list(found) == ["method", "zero-shot", "server-only", "FedSP", "FedPrompt"]
     assert found["method"] == [
@@ -238,7 +238,7 @@ def test_one_seed_has_no_deviation_and_exact_match_is_a_main_measure(tmp_path):
     run = made(tmp_path, own=0.25)
     results = run.results.copy()
     results["exact_match"] = [0.1, 0.2, 0.3]
-    found = rows(comparison_table(diff([replace(run, results=results)])))
+    found = rows(comparison_table(compare([replace(run, results=results)])))
     assert found["method"][0] == "sciq (exact match)" and found["FedSP"][0] == "30.00"
     assert main_result(run) == ("acc", 0.25)
 
@@ -254,7 +254,7 @@ def test_what_clients_hold_and_train(tmp_path):
         "models": {"global": 9000, "auxiliary": 9000, "prompt": 0, "prompt_on_the_wire": 9000},
     }
     memory = {"memory": {"clients": 1_500_000_000, "server": 3}}
-    found = rows(comparison_table(diff([*runs, replace(tuned, sections=sections | memory)])))
+    found = rows(comparison_table(compare([*runs, replace(tuned, sections=sections | memory)])))
     assert found["prompts"][1:] == ["3.00 k", "500", "2.0 kB", "1.50", ""]
     assert found["joint"][1:3] == ["3.00 k", "3.50 k"]
     assert found["tuned"][1:] == ["9.00 k", "9.00 k", "2.0 kB", "1.50", "1.5 GB"]
@@ -271,18 +271,18 @@ def test_controls_that_disagree_have_rows_of_their_own(tmp_path):
     runs += [
         made(tmp_path, "FedSP without server tuning", seed=seed, control=None) for seed in (1, 2)
     ]
-    found = rows(comparison_table(diff(runs)))
+    found = rows(comparison_table(compare(runs)))
     both = "server-only (of FedSP and FedSP without KD)"
     assert list(found)[1:4] == ["zero-shot", both, "server-only (of FedPrompt)"]
     assert (
         found[both][0] == "60.00 ± 0.00"
         and found["server-only (of FedPrompt)"][0] == "62.00 ± 2.83"
     )
-    more = comparison_table(diff([*runs, *(made(tmp_path, "joint", seed=seed) for seed in (1, 2))]))
+    more = comparison_table(compare([*runs, *(made(tmp_path, "joint", seed=seed) for seed in (1, 2))]))
     assert (
         "\n- server-only (of FedSP and 2 others): FedSP, FedSP without KD, joint\n" in more + "\n"
     )
-    agreeing = rows(comparison_table(diff([run for run in runs if run.name != "sciq-FedPrompt-2"])))
+    agreeing = rows(comparison_table(compare([run for run in runs if run.name != "sciq-FedPrompt-2"])))
     assert "server-only" in agreeing
 
 
@@ -295,7 +295,7 @@ def test_cells_that_do_not_compare_are_named(tmp_path):
     ]
     fewer = made(tmp_path, "other", n=24, prompt={"num_tokens": 8})
     more = made(tmp_path, "other", seed=2, prompt={"num_tokens": 16})
-    text = comparison_table(diff([*runs, fewer, more, made(tmp_path, "open", status="stopped")]))
+    text = comparison_table(compare([*runs, fewer, more, made(tmp_path, "open", status="stopped")]))
     assert warnings(text) == [
         "FedPrompt on sciq: only seed 1 of 1, 2.",
         "FedPrompt has no run on piqa.",
@@ -319,30 +319,30 @@ def test_columns_say_what_sets_them_apart(tmp_path):
         made(tmp_path / "c", "FedSP", "piqa"),
         made(tmp_path / "d", **larger),
     ]
-    assert diff(runs).tasks == (
+    assert compare(runs).tasks == (
         "sciq, tiny, iid",
         "sciq, tiny, labels 0.1",
         "piqa, tiny",
         "sciq, larger",
     )
-    assert diff(runs[:3]).tasks == ("sciq, iid", "sciq, labels 0.1", "piqa")
+    assert compare(runs[:3]).tasks == ("sciq, iid", "sciq, labels 0.1", "piqa")
     # Where no server tunes, and each method has a partition of its own, it belongs to the method
     # too.
     alone = [
         made(tmp_path / name, name, control=None, **own)
         for name, own in (("equal", {}), ("skewed", skewed))
     ]
-    assert diff(alone).tasks == ("sciq",) and diff([*alone, runs[0]]).tasks == (
+    assert compare(alone).tasks == ("sciq",) and compare([*alone, runs[0]]).tasks == (
         "sciq, iid",
         "sciq, labels 0.1",
     )
-    text = comparison_table(diff(alone))
+    text = comparison_table(compare(alone))
     assert (
         "- partition iid: equal\n- partition labels 0.1: skewed" in text and "Warning" not in text
     )
     # What the server owns belongs to the method: centralised ones own all.
     share = made(tmp_path / "e", "central", data={"task": "sciq", "server_share": 0.5})
-    assert diff([runs[0], share]).tasks == ("sciq",)
+    assert compare([runs[0], share]).tasks == ("sciq",)
 
 
 def test_the_same_run_twice_is_refused(tmp_path):
@@ -351,7 +351,7 @@ def test_the_same_run_twice_is_refused(tmp_path):
         ValueError,
         match=r"two runs of FedSP on sciq with seed 1 .*a/sciq-FedSP-1 and .*expected one",
     ):
-        diff(twins)
+        compare(twins)
     with pytest.raises(ValueError, match="two runs of FedSP"):
         draw_curves(twins, tmp_path / "x.png")
 
@@ -361,7 +361,7 @@ def test_nothing_to_compare(tmp_path):
         ValueError,
         match="found 1 runs, none of which is complete and has a result, expected at least",
     ):
-        diff([made(tmp_path, status="failed")])
+        compare([made(tmp_path, status="failed")])
 
 
 # -- reading ---------------------------------------------------------------------------------------
@@ -406,7 +406,7 @@ def pixels(path: Path) -> tuple[int, int]:
 
 
 def test_bars_have_a_group_for_each_task_and_a_colour_for_each_method(tmp_path):
-    found = diff(grid(tmp_path, ["FedSP", "FedPrompt"], ["sciq", "piqa"]))
+    found = compare(grid(tmp_path, ["FedSP", "FedPrompt"], ["sciq", "piqa"]))
     draw_bars(found, tmp_path / "bars.svg")
     texts = drawn(tmp_path / "bars.svg")
     assert {
@@ -431,7 +431,7 @@ def test_bars_have_a_group_for_each_task_and_a_colour_for_each_method(tmp_path):
 
 
 def test_many_methods_are_told_apart(tmp_path):
-    found = diff(grid(tmp_path, [f"method {i}" for i in range(9)]))
+    found = compare(grid(tmp_path, [f"method {i}" for i in range(9)]))
     draw_bars(found, tmp_path / "bars.svg")
     assert (tmp_path / "bars.svg").read_text().count(
         "<pattern"

@@ -29,7 +29,7 @@ from fedsp_mpi.record import ClientRow, RoundRow, read
 from fedsp_mpi.record.hdf5 import plain
 from fedsp_mpi.report import (
     comparison_table,
-    diff,
+    compare,
     difference,
     draw_bars,
     draw_curves,
@@ -382,7 +382,7 @@ def test_no_value_in_a_record_is_a_traceback(tmp_path, number):
             run = read(file)
             assert summarize(run) and markdown([run, other])
             difference(run, other)
-            comparison = diff([run, other])
+            comparison = compare([run, other])
             assert comparison_table(comparison)
             gain_table(comparison)
         except ValueError as error:
@@ -428,7 +428,7 @@ def test_no_text_of_a_record_speaks_to_the_terminal(tmp_path, capsys):
     records = [read(run) for run in runs]
     for ending in ("svg", "png"):
         draw_curves(records, tmp_path / f"curves.{ending}")
-        draw_bars(diff(records), tmp_path / f"bars.{ending}")
+        draw_bars(compare(records), tmp_path / f"bars.{ending}")
     assert "\x1b" not in (tmp_path / "bars.svg").read_text(encoding="utf-8")
     with pytest.raises(ValueError, match=r"it holds \\x1b\]0;owned"):
         read(_misnamed(tmp_path))
