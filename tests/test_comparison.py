@@ -17,8 +17,8 @@ import pytest
 from fedsp_mpi import cli
 from fedsp_mpi.record import ClientRow, ResultRow, RoundRow, Run, RunRecord, read
 from fedsp_mpi.report import (
-    comparison_table,
     compare,
+    comparison_table,
     draw_bars,
     draw_curves,
     gain_table,
@@ -278,11 +278,15 @@ def test_controls_that_disagree_have_rows_of_their_own(tmp_path):
         found[both][0] == "60.00 ± 0.00"
         and found["server-only (of FedPrompt)"][0] == "62.00 ± 2.83"
     )
-    more = comparison_table(compare([*runs, *(made(tmp_path, "joint", seed=seed) for seed in (1, 2))]))
+    more = comparison_table(
+        compare([*runs, *(made(tmp_path, "joint", seed=seed) for seed in (1, 2))])
+    )
     assert (
         "\n- server-only (of FedSP and 2 others): FedSP, FedSP without KD, joint\n" in more + "\n"
     )
-    agreeing = rows(comparison_table(compare([run for run in runs if run.name != "sciq-FedPrompt-2"])))
+    agreeing = rows(
+        comparison_table(compare([run for run in runs if run.name != "sciq-FedPrompt-2"]))
+    )
     assert "server-only" in agreeing
 
 

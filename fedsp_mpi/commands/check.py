@@ -19,13 +19,12 @@ from fedsp_mpi import comm
 from fedsp_mpi.comm import Handout, diagnostics
 from fedsp_mpi.config import Config
 from fedsp_mpi.config.parsing import differences
-from fedsp_mpi.log import Log
+from fedsp_mpi.log import Log, one_line
 from fedsp_mpi.record import probe
 from fedsp_mpi.run import devices as placement
 from fedsp_mpi.run import execute
 from fedsp_mpi.run.devices import spans
 from fedsp_mpi.run.environment import VERSIONS
-from fedsp_mpi.run.server import one_line
 from fedsp_mpi.tensors import NamedTensors, Schema
 
 if TYPE_CHECKING:

@@ -29,7 +29,7 @@ class Report(Protocol):
 
 
 class RoundReports(Protocol):
-    """Who sent what in a round: updates, failures, and why the rule rejected an update."""
+    """What a round brought: updates, failures, and why the rule rejected an update."""
 
     @property
     def reports(self) -> Sequence[Report]: ...
@@ -118,7 +118,7 @@ class RoundJournal:
         )
         rows.sort(key=lambda client_row: client_row.client)
         manifest = manifest_rows(entries, self.carried)
-        self.record.commit_round(row, rows, prompts, manifest)
+        self.record.commit_round(row, rows, prompts, wire=manifest)
 
 
 def manifest_rows(

@@ -10,6 +10,7 @@ from typing import Any
 
 from fedsp_mpi.comm import Topology
 from fedsp_mpi.config import ComputeConfig, Config
+from fedsp_mpi.log import one_line
 
 
 def roles(rank: int, size: int, server_ranks: int) -> tuple[str, ...]:
@@ -106,7 +107,7 @@ def _device(settings: ComputeConfig, here: Topology) -> dict[str, Any]:
     try:
         device = Compute.of(settings, here).device
     except ValueError as error:
-        return said | {"error": " ".join(str(error).split())}
+        return said | {"error": one_line(error)}
     if device.type == "cpu":
         return said
     said.pop("emulates", None)

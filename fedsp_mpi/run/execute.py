@@ -15,9 +15,9 @@ from fedsp_mpi.comm import guard
 from fedsp_mpi.comm.inspection import ProtocolError, require_fields
 from fedsp_mpi.config import Config
 from fedsp_mpi.config.parsing import differences
-from fedsp_mpi.log import Log, RoundProgress
+from fedsp_mpi.log import Log, RoundProgress, one_line
 from fedsp_mpi.run import devices as placement
-from fedsp_mpi.run.server import ServerRun, one_line
+from fedsp_mpi.run.server import ServerRun
 
 if TYPE_CHECKING:
     from fedsp_mpi.comm.solo import Solo

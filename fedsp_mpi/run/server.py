@@ -13,9 +13,8 @@ from fedsp_mpi import comm
 from fedsp_mpi.comm import guard
 from fedsp_mpi.comm.inspection import require_fields
 from fedsp_mpi.config import Config, to_yaml
-from fedsp_mpi.config.parsing import error_line
 from fedsp_mpi.files import ownership
-from fedsp_mpi.log import Log, duration
+from fedsp_mpi.log import Log, duration, one_line
 from fedsp_mpi.run import devices, environment
 from fedsp_mpi.run.folder import RunFolder
 
@@ -479,8 +478,3 @@ class ServerRun:
                 "(search.forward=server)"
             )
         say(f"folder    {self.folder}")
-
-
-def one_line(error: Exception) -> str:
-    """What an error says, in one line, with long values shortened."""
-    return error_line(str(error)) or type(error).__name__
