@@ -1,7 +1,7 @@
-"""The federation: one round, written once for the server, for clients, and for a process that is both.
+"""The federation: one round, written once for the server, for clients, and for both in one.
 
-Every rank calls `federate` with its own side of the round: `server` on the server's ranks, `clients`
-on those that play clients, both where there is a single process.
+Every rank calls `federate` with its own side of the round: `server` on the server's ranks,
+`clients` on those that play clients, both where there is a single process.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Schedule:
     rounds_done: int = 0
 
     def is_due(self, round: int) -> bool:
-        """Return whether a checkpoint is written after a round: every so many, and after the last."""
+        """Return whether a checkpoint follows a round: after every so many, and after the last."""
         every = self.checkpoint.every
         if every is None:
             return False
@@ -100,6 +100,13 @@ def run_round(
     clients: HostedClients | None,
 ) -> bool:
     """Run one round: broadcast, local training, gather, aggregate, server update, validate, record.
+
+    Args:
+        round: from 1.
+        wire: between all ranks.
+        schedule: of the rounds.
+        server: this rank's part of the server.
+        clients: those that this rank plays.
 
     Returns:
         False if the server broadcast the word to stop.
@@ -247,9 +254,16 @@ def save_checkpoint(
     server: ServerRole | None,
     clients: HostedClients | None,
 ) -> None:
-    """Write a checkpoint: first the clients' states, by the ranks that play them, then the server's.
+    """Write a checkpoint: the clients' states, by the ranks that play them, then the server's.
 
     After the last round clients are not asked, because they have nothing left to do.
+
+    Args:
+        round: that is complete.
+        wire: between all ranks.
+        schedule: of the rounds.
+        server: this rank's part of the server.
+        clients: those that this rank plays.
 
     Raises:
         RecordError: on the server, if a rank cannot write.

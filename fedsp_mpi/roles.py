@@ -1,4 +1,4 @@
-"""The two sides of a round: the server's, with what it is judged by, and the clients' of a process."""
+"""The two sides of a round: the server, with what it is judged by, and the clients of a process."""
 
 from __future__ import annotations
 
@@ -68,6 +68,11 @@ class Best:
         """Take over what has a lower loss, and return whether it has.
 
         Of equal losses the first stays; a loss that is not a number is never better.
+
+        Args:
+            exported: what the server exported.
+            round: that it is of.
+            loss: on the validation texts, in nats a token.
         """
         if not loss < self.loss:
             return False

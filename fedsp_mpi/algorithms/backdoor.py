@@ -51,7 +51,7 @@ class AttackMonitor:
         return self._client.states
 
     def local_update(self, client: int, round: int, broadcast: NamedTensors) -> Update:
-        """Train one client, and measure the attack if it is a poisoned one.
+        """Train one client, and measure the attack if it is poisoned; see `Client.local_update`.
 
         Raises:
             ClientError: as the client alone; OutOfMemoryError while measuring.

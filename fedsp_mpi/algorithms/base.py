@@ -100,6 +100,11 @@ class Client(Protocol):
     def local_update(self, client: int, round: int, broadcast: NamedTensors) -> Update:
         """Train one client on its own text, starting from the broadcast.
 
+        Args:
+            client: its id.
+            round: from 1.
+            broadcast: the server's tensors of this round.
+
         Raises:
             ClientError: the client cannot contribute to this round.
         """
@@ -123,7 +128,8 @@ class MethodInputs(Protocol):
     def questions(self) -> Sequence[Text]: ...
 
     @property
-    def words(self) -> np.ndarray: ...
+    def words(self) -> np.ndarray:
+        """Sorted ids of the tokens that are words, int64 [number]."""
 
     def first_prompt(self, model: LanguageModel) -> Prompt: ...
 
@@ -131,7 +137,8 @@ class MethodInputs(Protocol):
 
     def batches(
         self, owner: int, stage: StageConfig, purpose: str, team: ServerGroup = ...
-    ) -> Batches: ...
+    ) -> Batches:
+        """Return the batches of one owner's stage; see `run.inputs.ExperimentInputs.batches`."""
 
 
 @dataclass(frozen=True)
@@ -254,5 +261,8 @@ class Method(ABC):
         """Return the clients of one process."""
 
     def answer(self, server: Server) -> Callable[[np.ndarray], np.ndarray] | None:
-        """Return what answers clients that hold no model; None if every client holds one."""
+        """Return what answers clients that hold no model, from fp32 [any number] to the same.
+
+        None if every client holds a model.
+        """
         return None

@@ -1,4 +1,4 @@
-"""What the clients of one process keep between rounds: weights, if they train them, and optimizers."""
+"""What the clients of a process keep between rounds: optimizers, and weights if they train them."""
 
 from __future__ import annotations
 

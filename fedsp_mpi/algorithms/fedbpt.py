@@ -142,8 +142,8 @@ class SearchServer:
         """
         rows = updates.rows()
         reported = [report.metrics["step_size"] for report in updates.reports]
-        sent = rows[:, self._settings.dimension :].min(axis=1, initial=np.inf)
-        smallest = np.minimum(reported, sent)
+        next_step_sizes = rows[:, self._settings.dimension :]  # no column unless they travel
+        smallest = np.minimum(reported, next_step_sizes.min(axis=1, initial=np.inf))
         metrics = []
         for report, step_size in zip(updates.reports, smallest):
             if step_size <= 0:
@@ -232,7 +232,7 @@ class SearchClient:
         return self._inference.prompt
 
     def local_update(self, client: int, round: int, broadcast: NamedTensors) -> Update:
-        """Take one client's iterations, and return the mean that comes of them.
+        """Take one client's iterations, and return their mean; see `Client.local_update`.
 
         Raises:
             ClientError: NonFiniteError if an objective is not finite, OutOfMemoryError, ShardError.
@@ -292,7 +292,7 @@ class SearchClient:
     def _with_perturbed_copy(
         self, shard: Sequence[Text], client: int, round: int
     ) -> list[Sequence[Text]]:
-        """Return a client's text, and this round's perturbed copy of it if the objective has one."""
+        """Return a client's text, and this round's perturbed copy if the objective has one."""
         if self._settings.objective == "loss":
             return [shard]
         random = rng.generator(self._seed, "perturbation", round, client)
@@ -362,7 +362,10 @@ class FedBPT(Method):
     def hand_out(
         self, inputs: MethodInputs, server: Server, client_model: LanguageModel
     ) -> HandedOut:
-        """Return the auxiliary model, the first prompt and the scale of A; or nothing at all."""
+        """Return the auxiliary model, the first prompt and the scale of A, or nothing at all.
+
+        See `Method.hand_out`.
+        """
         search = inputs.config.search
         down = server.broadcast().schema
         travels_up = search.travelling()[1]
@@ -420,7 +423,7 @@ class FedBPT(Method):
         )
 
     def answer(self, server: Server) -> Callable[[np.ndarray], np.ndarray] | None:
-        """Return the server's `answer`."""
+        """Return the server's `answer`, from fp32 [any number] to fp32 [any number]."""
         assert isinstance(server, SearchServer)
         return server.answer
 

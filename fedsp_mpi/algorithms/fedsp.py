@@ -1,5 +1,4 @@
-"""FedSP (Dong et al., 2023, arXiv 2311.06805): soft prompts travel between a large model and private
-text.
+"""FedSP (Dong et al., 2023, arXiv 2311.06805): soft prompts travel, model and text stay.
 
 FedPrompt (Zhao et al., 2023, arXiv 2208.12268) is the same method with clients that hold the whole
 model and do not train it.
@@ -127,8 +126,8 @@ class Client:
     def local_update(self, client: int, round: int, broadcast: NamedTensors) -> Update:
         """Train one client on its own text, starting from the broadcast prompt.
 
-        What the client keeps is stored only when all went well; after an error it begins anew from
-        the hand-out.
+        See `base.Client.local_update`. What the client keeps is stored only when all went well;
+        after an error it begins anew from the hand-out.
 
         Raises:
             ClientError: NonFiniteError if a loss or the tuned prompt is not finite,
@@ -267,7 +266,7 @@ class FedSP(Method):
     def hand_out(
         self, inputs: MethodInputs, server: Server, client_model: LanguageModel
     ) -> HandedOut:
-        """Return the auxiliary model and the first prompt."""
+        """Return the auxiliary model and the first prompt; see `Method.hand_out`."""
         prompt = server.broadcast()
         weights = auxiliary.pack(client_model)
         return HandedOut(

@@ -163,6 +163,8 @@ class WeightClient:
     def local_update(self, client: int, round: int, broadcast: NamedTensors) -> Update:
         """Train one client's model on its own text, starting from the broadcast weights.
 
+        See `base.Client.local_update`.
+
         Raises:
             ClientError: NonFiniteError if a loss or a weight is not finite, OutOfMemoryError,
                 ShardError.
@@ -229,7 +231,7 @@ class Finetune(Method):
     def hand_out(
         self, inputs: MethodInputs, server: Server, client_model: LanguageModel
     ) -> HandedOut:
-        """Return no tensors: the weights come with every round."""
+        """Return no tensors: the weights come with every round; see `Method.hand_out`."""
         schema = Schema.of((name, weight.shape) for name, weight in client_model.weights.items())
         return HandedOut(
             model_config=client_model.model.config,

@@ -70,7 +70,9 @@ class LocalDPClient:
         return self._client.states
 
     def local_update(self, client: int, round: int, broadcast: NamedTensors) -> Update:
-        """Train one client, and return its update clipped, noisy and without its losses.
+        """Train one client; return its update clipped, noisy and without its losses.
+
+        See `Client.local_update`.
 
         Raises:
             ClientError: as the client without noise.

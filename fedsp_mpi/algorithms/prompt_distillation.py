@@ -44,7 +44,13 @@ class PromptDistiller:
         teacher.train_weights(False)
 
     def distill(self, model: LanguageModel, prompt: Prompt, round: int) -> Trace:
-        """Tune `prompt` on the global model; the loss is the KL divergence from the teacher."""
+        """Tune a prompt on the global model; the loss is the KL divergence from the teacher.
+
+        Args:
+            model: the global model, frozen.
+            prompt: of its depth; is tuned in place.
+            round: whose batches are taken.
+        """
         engine = TorchEngine(prompt.parameters(), self._stage.optimizer, self._stage.steps)
 
         def loss(batch: Batch) -> Tensor:

@@ -22,7 +22,7 @@ from fedsp_mpi.training.process_group import SINGLE_RANK, ServerGroup
 
 
 class PromptServer:
-    """Aggregates the clients' prompts and tunes the result on the global model (FedSP, Algorithm 1).
+    """Aggregates the clients' prompts and tunes the result on the global model (Algorithm 1).
 
     Run without clients it is the server-only control: the same steps, on the same batches, from the
     same first prompt.
@@ -81,7 +81,7 @@ class PromptServer:
             self._distiller.set_teacher_prompt(aggregate)
 
     def server_update(self, round: int) -> Trace:
-        """Tune the prompt on the frozen global model, by distillation and then on the server's shard.
+        """Tune the prompt on the global model, by distillation and then on the server's shard.
 
         Returns:
             The trace of the latter.

@@ -46,7 +46,7 @@ def local(config: Config, repeats: int, log: Log) -> dict[str, float]:
     compute.begin()
     handout, bare = _bare_side(materials, compute)
     client = build.hosted_clients(
-        materials, compute, handout, ids=[0], call_server=Solo().ask
+        materials, compute, handout, ids=[0], call_server=Solo().call
     ).client
     down = handout.tensors.select("prompt/")
     times: dict[str, list[float]] = {"package": [], "bare": []}

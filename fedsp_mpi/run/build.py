@@ -233,20 +233,20 @@ def _on_device(answer: Answer | None, compute: Compute) -> Answer | None:
     return answer_on_device
 
 
-def save(inputs: ExperimentInputs, server: Server, tuned: NamedTensors, folder: Path) -> None:
+def save(inputs: ExperimentInputs, server: Server, *, exported: NamedTensors, folder: Path) -> None:
     """Write what a run is for: the prompt as a peft adapter in `prompt`, or the model in `model`.
 
     Args:
         inputs: of the experiment.
         server: the method's server.
-        tuned: what it exported.
+        exported: what it exported in its best round.
         folder: of the run.
     """
     if server.prompt:
         task = PEFT_TASKS[server.model.kind]
-        write_adapter(folder / "prompt", tuned, inputs.prompt_spec, inputs.model_name, task)
+        write_adapter(folder / "prompt", exported, inputs.prompt_spec, inputs.model_name, task)
     else:
-        server.restore(tuned)
+        server.restore(exported)
         auxiliary.write_model(folder / "model", server.model.model, inputs.tokenizer)
 
 

@@ -158,7 +158,7 @@ def _client_side(
             compute,
             given,
             ids=mine,
-            call_server=wire.ask,
+            call_server=wire.call,
             progress=RoundProgress(aside.say, every),
         )
         clients.digests.update(fingerprints.of_clients(materials, mine))

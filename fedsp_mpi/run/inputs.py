@@ -18,6 +18,7 @@ from fedsp_mpi.data import (
     answers,
     cloze,
     fit,
+    loading,
     partition,
     poison,
     pseudo_questions,
@@ -129,10 +130,10 @@ class ExperimentInputs:
         }
         shots, seed = self.config.data.shots, self.config.run.seed
         columns = self.config.data.columns
-        loaded = tasks.load(self.task, self.source, seed=seed, limit=limit, columns=columns)
+        loaded = loading.load(self.task, self.source, seed=seed, limit=limit, columns=columns)
         room = self._answer_room.at_most(self.config.data.max_length)
         found, left_out = fit.leave_out(
-            loaded, room, lambda: self.tokenizer, self.config.attack.target
+            loaded, room, lambda: self.tokenizer, attack_target=self.config.attack.target
         )
         if shots is None:
             return found, left_out
@@ -174,7 +175,7 @@ class ExperimentInputs:
             )
         labels = [example.gold[0] for example in self.splits.train]
         return partition.divide(
-            labels, clients, seed, data.partition, data.alpha, data.server_share
+            labels, clients, seed, kind=data.partition, alpha=data.alpha, share=data.server_share
         )
 
     @property
@@ -320,7 +321,9 @@ class ExperimentInputs:
         if attack.target is None or client not in attack.clients:
             return found
         seed = self.config.run.seed
-        return poison.with_copies(found, attack.trigger, attack.target, attack.share, seed, client)
+        return poison.with_copies(
+            found, attack.trigger, attack.target, share=attack.share, seed=seed, client=client
+        )
 
     @cached_property
     def distillation_texts(self) -> list[Text]:
@@ -441,7 +444,7 @@ class ExperimentInputs:
         if not self.config.tunes_weights:
             auxiliary.require_cell(self.config.auxiliary, self.shape.num_layers, self.model_name)
         require_positions(self.num_prompt_tokens, self.shape.num_positions, self.model_name)
-        tasks.check_columns(self.task, self.source, self.config.data.columns)
+        loading.check_columns(self.task, self.source, self.config.data.columns)
         if self.fills_gaps:
             _ = cloze.gap(self.tokenizer), self.test
         else:

@@ -227,7 +227,7 @@ class ServerRun:
         from fedsp_mpi.run.final_scores import score_all
 
         self._compute.begin()
-        build.save(self.materials, here.server, here.best.exported, self.folder)
+        build.save(self.materials, here.server, exported=here.best.exported, folder=self.folder)
         there = self.record.run.methods()
         finished = score_all(
             here,

@@ -1,0 +1,1 @@
+"""What several test modules need; a test module never imports another one."""

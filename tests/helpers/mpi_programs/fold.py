@@ -1,0 +1,141 @@
+"""A few rounds of a toy federation; the server writes their outcome as JSON.
+
+Usage: fold.py OUT --clients N --values N --chunk BYTES --rounds N [--fail] [--partial]
+[--stop-early]
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import tracemalloc
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedsp_mpi.comm import Handout, RoundBroadcast, connect, guard, spread
+from fedsp_mpi.comm.updates import Updates
+from fedsp_mpi.rng import generator
+from fedsp_mpi.tensors import Contract, Failure, NamedTensors, Schema, Update
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--clients", type=int, default=5)
+    parser.add_argument("--values", type=int, default=1000)
+    parser.add_argument("--chunk", type=int, default=4 * 96)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument(
+        "--fail", action="store_true", help="in round 1 some clients fail, in round 2 all of them"
+    )
+    parser.add_argument(
+        "--partial", action="store_true", help="client 0 alone takes part in round 1"
+    )
+    parser.add_argument(
+        "--stop-early",
+        action="store_true",
+        help="the server reads only the first columns of round 0",
+    )
+    return parser.parse_args()
+
+
+def contract(values: int) -> Contract:
+    up = Schema.of([("prefix", [values // 2, 2]), ("input", [values % 2 + 3])])
+    return Contract(down=up, up=up, metrics=("loss", "seconds"))
+
+
+def local(
+    args: argparse.Namespace, round: int, client: int, down: NamedTensors
+) -> Update | Failure:
+    if args.fail and round == 1 and client == 1:
+        return Failure(client, round, "local", "no memory: " + "ü" * 100)
+    if args.fail and round == 2:
+        return Failure(client, round, "local", "gone")
+    noise = generator(7, "local", round, client).standard_normal(down.flat.size).astype(np.float32)
+    tensors = NamedTensors(down.schema, down.flat + noise)
+    if args.fail and round == 1 and client == 3:
+        tensors["input"][1] = np.nan
+    return Update(client, 1.5 + client % 3, tensors, {"loss": 1 / (client + 1)} if client else {})
+
+
+def work(
+    args: argparse.Namespace, round: int, clients: tuple[int, ...], down: NamedTensors
+) -> Iterator[Update | Failure]:
+    for client in reversed(clients):  # not in the order of ids, which the server restores
+        if not args.partial or round != 1 or client == 0:
+            yield local(args, round, client, down)
+
+
+def mean(updates: Updates, before: np.ndarray, early: bool) -> np.ndarray:
+    """Return the weighted mean fp32 [num_values], summed in fp64 in the order of client ids."""
+    merged = before.copy()
+    total = sum(report.weight for report in updates.reports)
+    for part, rows in updates.columns():
+        if not updates.reports:
+            continue
+        accumulator = np.zeros(rows.shape[1])
+        for report, row in zip(updates.reports, rows):
+            accumulator += report.weight * row.astype(np.float64)
+        merged[part] = accumulator / total
+        if early:
+            break
+    return merged
+
+
+def outcome(
+    round: int, updates: Updates, merged: np.ndarray, peak: int, sizes: dict[str, Any]
+) -> dict[str, Any]:
+    return {
+        "round": round,
+        "digest": hashlib.sha256(merged.tobytes()).hexdigest(),
+        "reports": [report._asdict() for report in updates.reports],
+        "failures": [vars(failure) for failure in updates.failures],
+        "round_bytes": sizes,
+        "peak": peak,
+    }
+
+
+def main(args: argparse.Namespace) -> None:
+    wire = connect(chunk_bytes=args.chunk)
+    hosts = wire.collect({"rank": wire.topology.rank, "name": "Jürgen"})
+    wire.agree(None)
+    agreed = contract(args.values)
+    first = NamedTensors(agreed.down, np.zeros(agreed.down.num_values, dtype=np.float32))
+    handout = wire.handout(
+        Handout({"seed": 7, "é": [1.5]}, first, agreed) if wire.is_server else None
+    )
+    assert handout.contract == agreed and handout.meta == {"seed": 7, "é": [1.5]}
+    ranks = max(1, wire.topology.size - 1)
+    places = spread([1.0 + client % 4 for client in range(args.clients)], ranks)
+    clients = places[max(0, wire.topology.rank - 1)] if wire.is_client else ()
+    prompt = handout.tensors.flat
+    rounds = []
+    for round in range(args.rounds):
+        down = wire.broadcast(
+            RoundBroadcast(round, tensors=NamedTensors(agreed.down, prompt))
+            if wire.is_server
+            else None
+        )
+        assert down.tensors is not None and down.round == round
+        updates = wire.gather(round, list(work(args, round, clients, down.tensors)))
+        if updates is not None:
+            tracemalloc.start()
+            prompt = mean(updates, prompt, args.stop_early and round == 0)
+            peak = tracemalloc.get_traced_memory()[1]
+            tracemalloc.stop()
+            rounds.append(outcome(round, updates, prompt, peak, wire.round_bytes()))
+    stop = wire.broadcast(RoundBroadcast(args.rounds, stop=True) if wire.is_server else None)
+    assert stop.stop and stop.tensors is None and stop.round == args.rounds
+    wire.finish()
+    if wire.is_server:
+        args.out.write_text(
+            json.dumps({"hosts": hosts, "rounds": rounds, "manifest": wire.manifest})
+        )
+
+
+with guard("fold"):
+    main(arguments())

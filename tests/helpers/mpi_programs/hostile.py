@@ -1,0 +1,136 @@
+"""A toy federation in which rank 2 breaks the protocol, each round in another way.
+
+Usage: hostile.py OUT WAY...: rank 1 hosts clients 0 and 1, rank 2 hosts 2 and 3 and does the WAY of
+the round; the server writes as JSON whom it accepted, and why not the others.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedsp_mpi.comm import Deadlines, Handout, RoundBroadcast, Wire, connect, guard
+from fedsp_mpi.comm.inspection import Expected
+from fedsp_mpi.comm.messages import HEADER_BYTES, CallStats, Header, Kind
+from fedsp_mpi.tensors import Contract, Failure, NamedTensors, Schema, Update
+
+SCHEMA = Schema.of([("prefix", [10, 2])])
+CONTRACT = Contract(SCHEMA, SCHEMA, ("loss", "fitness"), finite=("fitness",))
+CHUNK = 4 * 12  # bytes: two chunks of an update
+EXPECTED = Expected({0: 1, 1: 1, 2: 2, 3: 2}, dict.fromkeys(range(4), 16.0))
+VALUES = {"nan": math.nan, "infinite": math.inf, "huge": 1e30}
+WEIGHTS = {"heavy": 1e6, "astronomic": 1e30, "negative": -1.0, "weight_nan": math.nan}
+METRICS: dict[str, dict[str, float]] = {
+    "metric_nan": {"fitness": math.nan},
+    "metric_missing": {"loss": 1.0},
+}
+
+
+def update(client: int, weight: float = 8.0) -> Update:
+    flat = np.full(SCHEMA.num_values, 1.0 + client, dtype=np.float32)
+    return Update(client, weight, NamedTensors(SCHEMA, flat), {"loss": 1.0, "fitness": 2.0})
+
+
+def headers(way: str, round: int) -> list[Header]:
+    """Return the headers that rank 2 sends."""
+    first, second = (Header.of(update(client), round) for client in (2, 3))
+    numbers = {"weight": WEIGHTS.get(way, 8.0), "metrics": METRICS.get(way, first.metrics)}
+    first = Header(first.kind, round, 2, first.num_values, first.digest, **numbers)
+    if way == "foreign":
+        return [Header.of(update(0), round), second]
+    if way == "duplicate":
+        return [first, first]
+    if way == "wrong_round":
+        return [Header.of(update(2), round + 1), second]
+    if way == "crafted":
+        return [Header(Kind.UPDATE, round, 2, 2**63, first.digest, 1.0, first.metrics), second]
+    if way == "asks":
+        return [Header.of(update(2), round, CallStats(2**32 - 1, 2**63, 2**63)), second]
+    if way == "failure":
+        return [Header.of(Failure(2, round, "local\x1b[2J", "gone\x07"), round), second]
+    return [] if way == "silent" else [first, second]
+
+
+def packed_headers(way: str, round: int) -> bytes:
+    packed = b"".join(header.pack(CONTRACT.metrics) for header in headers(way, round))
+    if way == "torn":
+        return packed[:-7]
+    if way == "noise":
+        return np.random.default_rng(0).bytes(2 * HEADER_BYTES)
+    return bytes(1 << 20) if way == "long_message" else packed
+
+
+def send(wire: Wire, way: str, round: int) -> None:
+    """Send what `Wire.gather` sends, except for the way in which it lies."""
+    if way == "mute":
+        guard.phase("mute").__enter__()
+        wire._wait(lambda: False, "handout")
+    wire._send_message(packed_headers(way, round), 1, "gather")
+    rows = np.array([update(client).tensors.flat for client in (2, 3)])
+    rows[0, 15 if way == "late_nan" else 3] = VALUES.get(
+        way, math.nan if way == "late_nan" else 3.0
+    )
+    if way == "failure":
+        rows = rows[1:]
+    for part in (slice(0, 12), slice(12, 20)) if way not in ("silent", "no_chunks") else ():
+        values = np.ascontiguousarray(rows[:, part]).ravel()
+        if way == "short":
+            values = values[:-5]
+        elif way == "long":
+            values = np.append(values, values)
+        request = wire._comm.Isend([values, wire._mpi.FLOAT], dest=0, tag=5)
+        wire._wait(request.Test, "gather")
+
+
+JSON: dict[str, bytes] = {
+    "json_list": b"[1, 2]",
+    "json_text": b'"states"',
+    "json_deep": b"[" * 200_000 + b"]" * 200_000,
+    "json_not_utf8": b'{"states": "\xff\xfe"}',
+    "json_cut": b'{"states": {"2": [1',
+    "json_large": b" " * (65 << 20),
+}
+
+
+def main(out: Path, ways: list[str]) -> None:
+    wire = connect(chunk_bytes=CHUNK, deadlines=Deadlines(gather=3.0, finish=20.0))
+    assert isinstance(wire, Wire)
+    rank = wire.topology.rank
+    first = NamedTensors(SCHEMA, np.zeros(SCHEMA.num_values, dtype=np.float32))
+    wire.agree(None)
+    wire.handout(Handout({}, first, CONTRACT) if rank == 0 else None)
+    rounds: list[dict[str, Any]] = []
+    for round, way in enumerate(ways, start=1):
+        wire.broadcast(RoundBroadcast(round, tensors=first) if rank == 0 else None)
+        if rank == 2:
+            send(wire, way, round)
+        else:
+            updates = wire.gather(
+                round, [update(0), update(1)] if rank == 1 else [], expected=EXPECTED
+            )
+        if rank == 0:
+            merged = {part.start: rows.tolist() for part, rows in updates.columns()}
+            reports = [report.client for report in updates.reports]
+            reasons = {
+                failure.client: f"{failure.phase}: {failure.reason}" for failure in updates.failures
+            }
+            rounds.append({"way": way, "accepted": reports, "failures": reasons, "rows": merged})
+        if rank == 2 and way in JSON:
+            body = JSON[way]
+            wire._send_message(
+                Header(Kind.JSON, client=2, num_values=len(body)).pack() + body, 2, "gather"
+            )
+        else:
+            wire.collect({"states": {}}, "checkpoint")
+    wire.finish()
+    if rank == 0:
+        out.write_text(json.dumps(rounds))
+
+
+with guard("hostile"):
+    main(Path(sys.argv[1]), sys.argv[2:])

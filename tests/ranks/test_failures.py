@@ -1,0 +1,122 @@
+"""Nothing hangs: ranks that stop, die or dawdle, and clients that fail alone. On a real mpirun."""
+
+from __future__ import annotations
+
+import math
+import re
+import time
+
+import pytest
+
+from fedsp_mpi.record import read
+from helpers.mpi import both_ends, only_report
+from helpers.paths import PROGRAMS
+from helpers.runs import short_run
+
+pytestmark = pytest.mark.slow
+
+DEADLINE = 4.0
+
+
+def timed(*arguments, fault: str, **more):
+    """A run with a fault, and its seconds."""
+    start = time.monotonic()
+    result = short_run(*arguments, program=[PROGRAMS / "faulty.py", fault], status=None, **more)
+    return result, time.monotonic() - start
+
+
+@pytest.fixture(scope="module")
+def usual(tmp_path_factory) -> float:
+    """Seconds of a run that nobody disturbs."""
+    start = time.monotonic()
+    short_run(3, tmp_path_factory.mktemp("usual"), "usual")
+    return time.monotonic() - start
+
+
+@pytest.mark.parametrize("kind", ["stop", "hang"])
+def test_a_client_rank_that_stops_is_named_within_the_deadline(tmp_path, usual, kind):
+    """The deadline counts from the end of the server's own work, which is over sooner than the
+    whole usual run.
+    """
+    limit = f"deadlines.gather={DEADLINE}"
+    result, seconds = timed(3, tmp_path, "run", limit, fault=f"{kind}:local training:2:1")
+    assert result.returncode == 124, both_ends(result)
+    assert seconds < usual + DEADLINE + 15
+    assert "rank 0" in only_report(result)
+    assert re.search(
+        r"found nothing from rank 2 after 4\.\d s, expected an answer within 4 s", result.stderr
+    )
+    if kind == "hang":  # a stopped process cannot show its stack; one that hangs can
+        assert "most recent call first" in result.stderr and "train_clients" in result.stderr
+    assert read(tmp_path / "run").status == "failed"
+
+
+def test_a_server_that_stops_is_named_by_the_clients(tmp_path, usual):
+    limit = f"deadlines.broadcast={DEADLINE}"
+    result, seconds = timed(3, tmp_path, "run", limit, fault="stop:server tuning:0:1")
+    assert result.returncode == 124, both_ends(result)
+    assert seconds < usual + DEADLINE + 15
+    assert "found nothing from rank 0" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("phase", "rank"), [("local training", 1), ("merge", 0), ("distillation", 0)]
+)
+def test_a_rank_that_is_killed_ends_the_job(tmp_path, usual, phase, rank):
+    result, seconds = timed(3, tmp_path, "run", fault=f"die:{phase}:{rank}")
+    assert result.returncode not in (0, 2), both_ends(result)
+    assert seconds < usual + 15
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason", "rounds"),
+    [
+        ("memory:1:1", "out of memory", [1]),
+        ("text:2", "its text cannot be used: found no text", [1, 2]),
+        ("nan:0:2", "the loss of step 1 of 2 is nan", [2]),
+        ("lie:values:1", "check: the update is not finite", [1, 2]),
+        ("lie:weight:1", "check: weight is 1e+06, expected at most", [1, 2]),
+        ("lie:silent:1", "gather: rank 1 sent no answer", [1, 2]),
+    ],
+)
+def test_a_client_that_fails_alone_is_dropped_and_named(tmp_path, fault, reason, rounds):
+    client = int(next(part for part in fault.split(":") if part.isdigit()))
+    result, _ = timed(2, tmp_path, "run", fault=fault)
+    assert result.returncode == 0, both_ends(result)
+    run = read(tmp_path / "run")
+    failed = [row for row in run.clients if row["status"] in (b"failed", "failed")]
+    assert [(row["round"], row["client"]) for row in failed] == [
+        (round, client) for round in rounds
+    ]
+    assert all(reason in str(row["reason"]) for row in failed)
+    assert "1 of them failed" in result.stdout
+    assert ("in no round was their update merged" in result.stdout) == (rounds == [1, 2])
+    assert run.status == "complete" and all(
+        math.isfinite(row["validation_loss"]) for row in run.rounds
+    )
+
+
+def test_a_quorum_below_which_the_run_stops(tmp_path):
+    result, _ = timed(2, tmp_path, "run", "federation.min_clients=3", fault="memory:1:1")
+    assert (
+        result.returncode == 1
+        and "found 2 updates, expected at least federation.min_clients=3" in result.stderr
+    )
+    assert "client 1 in local training: out of memory" in result.stderr
+
+
+def test_a_slow_client_is_cut_at_its_time_and_weighs_what_it_did(tmp_path):
+    more = ("client.tuning.steps=40", "client.alignment.steps=10")
+    drop = ("federation.stragglers=drop", "federation.client_seconds=6")
+    result, _ = timed(4, tmp_path, "run", *more, *drop, fault="slow:1:1")
+    assert result.returncode == 0, both_ends(result)
+    run = read(tmp_path / "run")
+    samples = {int(row["client"]): int(row["samples"]) for row in run.clients if row["round"] == 1}
+    assert samples[0] == samples[2] == 40 * 16
+    assert (
+        16 <= samples[1] <= 6 * 16
+    )  # a second a step, six in all, a fifth of them for the alignment
+    seconds = [
+        row["seconds_model"] + row["seconds_prompt"] for row in run.clients if row["client"] == 1
+    ]
+    assert all(spent < 6 + 2 * 1 + 1 for spent in seconds)

@@ -1,0 +1,212 @@
+"""Runs that are killed, stopped or starved go on with the same bits, on any number of ranks."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from fedsp_mpi.record import read
+from fedsp_mpi.report import difference
+from helpers.mpi import both_ends, kill_tree, mpirun, run_mpi
+from helpers.paths import ROOT
+from helpers.runs import FAULTY, SHORT
+
+pytestmark = pytest.mark.slow
+
+SETTINGS = (*SHORT, "federation.rounds=5", "client.resident=1")
+NUM_RANDOM = int(os.environ.get("FEDSP_KILLS", "2"))  # moments; 20 for the figure in the README
+
+
+def arguments(folder: Path, name: str, *more: str, fault: str = "") -> list[str]:
+    settings = [
+        item for setting in (*SETTINGS, f"run.folder={folder}") for item in ("--set", setting)
+    ]
+    program = [str(FAULTY), fault] if fault else ["-m", "fedsp_mpi"]
+    return [*program, "run", "--name", name, *settings, *more]
+
+
+def go(n: int, folder: Path, name: str, *more: str, fault: str = "", status: int | None = 0):
+    return run_mpi(n, arguments(folder, name, *more, fault=fault), timeout=120, status=status)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Holds `whole`, the run that nobody disturbed; the others take their auxiliary model from it."""
+    folder = tmp_path_factory.mktemp("runs")
+    go(2, folder, "whole")
+    return folder
+
+
+def require_equal(folder: Path, name: str) -> None:
+    """The run has the bits of the undisturbed one, and every round once."""
+    whole, run = read(folder / "whole"), read(folder / name)
+    assert run.status == "complete" and difference(whole, run) == []
+    assert run.rounds["round"].tolist() == [1, 2, 3, 4, 5]
+    assert run.clients["client"].tolist() == [0, 1, 2] * 5
+    for column in ("acc", "loss", "round"):
+        assert run.results[column].tobytes() == whole.results[column].tobytes()
+
+
+MOMENTS = [
+    ("kill:checkpoint:0:2", 2, 4),
+    ("kill:evaluation:0", 2, 0),
+    ("die:local training:2:4", 3, 0),
+    ("tear:client-00001:2", 2, 0),
+    ("tear:0003.json:1", 2, 0),
+    ("tear:run.h5:5", 2, 0),
+]
+
+
+@pytest.mark.parametrize(
+    ("moment", "ranks", "ranks_after"), MOMENTS, ids=[moment for moment, *_ in MOMENTS]
+)
+def test_killed_at_a_chosen_moment(folder, moment, ranks, ranks_after):
+    name = moment.replace(":", "-").replace(" ", "-")
+    killed = go(ranks, folder, name, fault=moment, status=None)
+    assert killed.returncode != 0 and "Traceback" not in killed.stderr, both_ends(killed)
+    go(ranks_after, folder, name, "--resume", "auto")
+    require_equal(folder, name)
+
+
+@pytest.mark.parametrize("number", range(NUM_RANDOM))
+def test_killed_at_a_random_moment(folder, number):
+    dice = random.Random(number)
+    ranks, ranks_after = dice.choice([2, 3, 4]), dice.choice([0, 2, 4])
+    name = f"random{number}"
+    command = [mpirun(), "-n", str(ranks), sys.executable, *arguments(folder, name)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    # Not in the imports, of which there are seconds.
+    end = time.monotonic() + 60
+    while not (folder / name / "run.h5").exists() and time.monotonic() < end:
+        time.sleep(0.01)
+    time.sleep(dice.uniform(0, 6))
+    kill_tree(process)
+    if (folder / name / "run.h5").exists():
+        read(folder / name)
+    go(ranks_after, folder, name, "--resume", "auto", status=None)
+    require_equal(folder, name)
+
+
+def test_told_to_stop_in_a_round(folder):
+    stopped = go(2, folder, "stopped", fault="signal:server tuning:0:2", status=75)
+    assert "told to stop after round 2" in stopped.stderr
+    run = read(folder / "stopped")
+    assert run.status == "stopped" and run.committed_rounds == 2
+    go(0, folder, "stopped", "--resume")
+    require_equal(folder, "stopped")
+
+
+def test_told_to_stop_where_no_checkpoint_is_due(folder):
+    more = ("--set", "checkpoint.every=null")
+    go(2, folder, "late", *more, fault="signal:merge:0:3", status=75)
+    assert [path.name for path in (folder / "late" / "checkpoints").glob("*.json")] == ["0003.json"]
+    go(0, folder, "late", "--resume")
+    require_equal(folder, "late")
+
+
+@pytest.mark.parametrize("phase", ["distillation", "evaluation"])
+def test_told_to_stop_before_and_after_the_rounds(folder, phase):
+    name, more = f"stop-{phase}", ("--set", "distillation.reuse=false")
+    stopped = go(2, folder, name, *more, fault=f"signal:{phase}:0", status=75)
+    assert "told to stop" in stopped.stderr and "Traceback" not in stopped.stderr
+    resumed = go(0, folder, name, "--resume", *more)
+    assert ("goes on after 1 of 4 steps of the distillation" in resumed.stdout) == (
+        phase == "distillation"
+    )
+    require_equal(folder, name)
+
+
+@pytest.mark.parametrize("moment", ["distillation-3.safetensors", "distillation.json"])
+def test_killed_while_a_state_of_the_distillation_is_written(folder, moment):
+    name, more = f"torn-{moment}", ("distillation.reuse=false", "checkpoint.distillation_seconds=0")
+    settings = [word for setting in more for word in ("--set", setting)]
+    count = 3 if moment.endswith("json") else 1
+    killed = go(2, folder, name, *settings, fault=f"tear:{moment}:{count}", status=None)
+    assert killed.returncode != 0 and "Traceback" not in killed.stderr, both_ends(killed)
+    resumed = go(0, folder, name, "--resume", *settings)
+    assert "goes on after 2 of 4 steps of the distillation" in resumed.stdout
+    require_equal(folder, name)
+    assert list((folder / name / "checkpoints").glob("distillation*")) == []
+
+
+def test_a_damaged_checkpoint_gives_way_and_another_configuration_does_not_go_on(folder):
+    go(2, folder, "damaged", fault="kill:local training:1:4", status=None)
+    other = go(
+        0,
+        folder,
+        "damaged",
+        "--resume",
+        "--set",
+        "server.tuning.steps=3",
+        "--set",
+        "run.seed=2",
+        status=2,
+    )
+    assert (
+        "run.seed: was 1, is 2; server.tuning.steps: was 2, is 3" in other.stderr
+        and other.stderr.count("\n") == 1
+    )
+    newest = folder / "damaged" / "checkpoints" / "server-0003.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-100])
+    again = go(
+        0,
+        folder,
+        "damaged",
+        "--resume",
+        "--set",
+        "deadlines.gather=100",
+        "--set",
+        "client.resident=5",
+    )
+    assert "checkpoint is not usable" in again.stdout and "goes on after round 2" in again.stdout
+    require_equal(folder, "damaged")
+
+
+def test_a_complete_run_and_no_run(folder):
+    done = go(0, folder, "whole", "--resume", "auto")
+    assert "is complete, there is nothing to go on with" in done.stderr
+    none = go(0, folder, "nobody", "--resume", status=2)
+    assert "found no run in" in none.stderr and not (folder / "nobody").exists()
+
+
+def test_a_full_disk_ends_the_run_and_leaves_the_last_checkpoint(folder):
+    full = go(2, folder, "full", fault="full:client-:5", status=None)
+    assert full.returncode == 1 and "No space left on device" in full.stderr, both_ends(full)
+    assert "the last checkpoint is still there" in full.stderr
+    assert read(folder / "full").status == "failed"
+    go(0, folder, "full", "--resume")
+    require_equal(folder, "full")
+
+
+def test_two_jobs_do_not_write_to_one_run(folder):
+    first = subprocess.Popen(
+        [sys.executable, *arguments(folder, "shared", fault="stop:local training:0:2")],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.DEVNULL,
+    )
+    try:
+        while not (folder / "shared" / "checkpoints" / "0001.json").exists():
+            assert first.poll() is None
+            time.sleep(0.05)
+        second = go(0, folder, "shared", "--resume", status=2)
+        assert (
+            f"process {first.pid} on host" in second.stderr
+            and "expected to be alone" in second.stderr
+        )
+        assert go(0, folder, "shared", "--replace", status=2).stderr.count("\n") == 1
+    finally:
+        first.send_signal(signal.SIGKILL)
+        first.wait()
+    go(0, folder, "shared", "--resume")
+    require_equal(folder, "shared")

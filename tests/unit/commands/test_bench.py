@@ -1,0 +1,83 @@
+"""The bare loop comes to the same prompts; what it cannot be compared with is refused in one line."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from fedsp_mpi import config
+from fedsp_mpi.commands import bench_local
+from fedsp_mpi.log import Log
+from helpers.mpi import both_ends
+from helpers.runs import fedsp
+
+SHORT = [
+    "client.alignment.steps=2",
+    "client.tuning.steps=3",
+    "client.tuning.batch_size=4",
+    "client.tuning.micro_batch=3",
+]
+
+
+def local(*settings: str, repeats: int = 1) -> dict[str, float]:
+    return bench_local.local(config.load(None, [*SHORT, *settings]), repeats, Log(None))
+
+
+@pytest.mark.parametrize(
+    "settings", [[], ["federation.rounds=1"], ["prompt.kind=input", "prompt.projection=null"]]
+)
+def test_the_bare_loop_is_compared_with_the_client(settings):
+    found = local(*settings)
+    assert set(found) == {"package", "bare", "ratio"} and all(
+        math.isfinite(value) for value in found.values()
+    )
+    assert found["ratio"] == found["package"] / found["bare"] > 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "repeats", "words"),
+    [
+        ([], 0, ["--repeats: found 0", "at least 1"]),
+        ([], -3, ["--repeats: found -3", "at least 1"]),
+        (
+            ["federation.client_state=restarted"],
+            1,
+            ["federation.client_state: found restarted", "expected kept"],
+        ),
+        (
+            ["federation.stragglers=drop", "federation.client_seconds=60"],
+            1,
+            ["federation.stragglers: found drop", "expected wait"],
+        ),
+        (["auxiliary.dropout=true"], 1, ["auxiliary.dropout: found true", "expected false"]),
+        (
+            ["model.gradient_checkpointing=true", "prompt.kind=input"],
+            1,
+            ["model.gradient_checkpointing: found true", "expected false"],
+        ),
+    ],
+)
+def test_what_the_bare_loop_does_not_do(settings, repeats, words):
+    with pytest.raises(ValueError) as told:
+        local(*settings, repeats=repeats)
+    assert "\n" not in str(told.value) and all(word in str(told.value) for word in words), str(
+        told.value
+    )
+
+
+@pytest.mark.parametrize(
+    ("n", "arguments", "words"),
+    [
+        (0, ["local", "--set", "model.name=/nowhere/x"], "model.name: found '/nowhere/x'"),
+        (0, ["local", "--set", "auxiliary.start_layer=99"], "start_layer 99"),
+        (0, ["local", "--repeats", "0"], "--repeats: found 0"),
+        (2, ["wire", "--repeats", "0"], "--repeats: found 0"),
+    ],
+)
+def test_a_mistake_is_one_line(n, arguments, words):
+    result = fedsp(n, ["bench", *arguments], status=2)
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("fedsp_mpi: ") and words in lines[0], both_ends(
+        result
+    )

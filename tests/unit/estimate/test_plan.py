@@ -1,0 +1,395 @@
+"""`plan`: its counts against the paper's models, a real run and torch's own counter; the paper's
+configurations.
+"""
+
+from __future__ import annotations
+
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch.utils.flop_counter import FlopCounterMode
+
+from fedsp_mpi import cli, config
+from fedsp_mpi.estimate import cost, memory
+from fedsp_mpi.estimate import text as plan_text
+from fedsp_mpi.models import architectures, backbone
+from fedsp_mpi.models.prompts import Prompt, PromptSpec
+from fedsp_mpi.record import read
+from fedsp_mpi.tensors import Batch
+from helpers import tiny
+from helpers.mpi import run_mpi
+from helpers.paths import ROOT
+from helpers.runs import short_run
+
+PAPER = ROOT / "configs" / "paper"
+FILES = sorted(path.relative_to(PAPER).as_posix() for path in PAPER.rglob("*.yaml"))
+HEADER = 256
+NOWHERE = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": "/nonexistent"}  # no hub and no cache
+
+
+def planned(file: str, *settings: str, tokens: int | None = None) -> cost.Plan:
+    """The plan of one of the paper's configurations."""
+    return cost.plan(config.load(PAPER / file, list(settings)), file, tokens)
+
+
+def embedded(*settings: str) -> cost.Plan:
+    """The plan of the embedded default."""
+    return cost.plan(config.load(None, list(settings)), "embedded")
+
+
+# Counts.
+
+
+@pytest.mark.parametrize(
+    ("model", "large", "small", "wire", "shown"),
+    [
+        (
+            "gpt2xl",
+            1_557_611_200,
+            112_793_600,
+            24_576_000,
+            ("13.8 x fewer", "14.5 x with an untied head"),
+        ),
+        (
+            "opt",
+            1_315_758_080,
+            157_517_824,
+            15_728_640,
+            ("8.35 x fewer", "8.55 x without position embeddings"),
+        ),
+    ],
+)
+def test_the_paper_s_models_have_their_known_sizes(model, large, small, wire, shown):
+    found = planned(f"{model}/fedsp/arc_easy.yaml")
+    assert (found.sizes.global_model, found.sizes.auxiliary) == (large, small)
+    assert found.sizes.prompt == found.sizes.wire == wire // 4
+    own, unshared, whole, single, alone, tuned = found.methods
+    assert own.down == own.up == whole.up == alone.up == wire + HEADER
+    assert unshared.up == single.up == wire // {"gpt2xl": 48, "opt": 24}[model] + HEADER
+    assert (own.holds, unshared.holds, single.holds) == (small, small, small)
+    assert (whole.holds, alone.holds, tuned.holds, tuned.trains) == (large, large, large, large)
+    assert (own.trains, whole.trains) == (small + wire // 4, wire // 4)
+    assert (own.handout, tuned.handout, tuned.down) == (4 * small + wire, 0, 4 * large + HEADER)
+    rounds = found.config.federation.rounds
+    assert own.total == 10 * (4 * small + wire) + rounds * 10 * 2 * (wire + HEADER)
+    assert alone.total == 4 * large + wire + rounds * 2 * (wire + HEADER)
+    text = plan_text.text(found, 40)
+    said = plan_text.PAPER[found.config.model.name]
+    for piece in (f"{large:,}", f"{small:,}", f"{wire:,} bytes", f"paper says {said} x"):
+        assert piece in text
+    assert all(piece in text for piece in shown)
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("gpt2", 124_439_808),
+        ("openai-community/gpt2-medium", 354_823_168),
+        ("gpt2-large", 774_030_080),
+        ("facebook/opt-125m", 125_239_296),
+        ("facebook/opt-350m", 331_196_416),
+        ("facebook/opt-2.7b", 2_651_596_800),
+        ("facebook/opt-6.7b", 6_658_473_984),
+        ("HuggingFaceTB/SmolLM2-135M-Instruct", 134_515_008),
+        ("HuggingFaceTB/SmolLM2-360M", 361_821_120),
+        ("HuggingFaceTB/SmolLM2-1.7B", 1_711_376_384),
+        ("meta-llama/Llama-3.2-1B", 1_235_814_400),
+        ("Qwen/Qwen2.5-0.5B", 494_032_768),
+        ("Qwen/Qwen2.5-1.5B-Instruct", 1_543_714_304),
+        ("Qwen/Qwen2.5-7B", 7_615_616_512),
+        ("Qwen/Qwen3-0.6B", 596_049_920),
+        ("Qwen/Qwen3-1.7B", 1_720_574_976),
+        ("Qwen/Qwen3-8B", 8_190_735_360),
+        ("mistralai/Mistral-7B-v0.1", 7_241_732_096),
+        ("microsoft/Phi-3-mini-4k-instruct", 3_821_079_552),
+        ("allenai/OLMo-2-0425-1B", 1_484_916_736),
+        ("EleutherAI/pythia-160m", 162_322_944),
+        ("EleutherAI/pythia-410m", 405_334_016),
+        ("EleutherAI/pythia-1.4b", 1_414_647_808),
+        ("EleutherAI/pythia-6.9b", 6_857_302_016),
+    ],
+)
+def test_known_architectures_have_the_published_number_of_parameters(name, parameters):
+    found = architectures.config_of(name)
+    assert memory.outline(found, found.num_hidden_layers).num_parameters() == parameters
+
+
+def test_a_folder_goes_before_a_known_name(tmp_path, monkeypatch):
+    tiny.model_folder(tmp_path / "gpt2", "gpt2")
+    monkeypatch.chdir(tmp_path)
+    assert architectures.config_of("gpt2").num_hidden_layers == tiny.LAYERS
+
+
+@pytest.mark.parametrize("family", tiny.CAUSAL_FAMILIES)
+@pytest.mark.parametrize("prompt_tokens", [0, 5])
+def test_flops_are_those_that_torch_counts(family, prompt_tokens):
+    """Forward and with the weights' gradients to the last one; with the prompts' alone, 3 % are
+    allowed.
+    """
+    stock = transformers.AutoModelForCausalLM.from_config(
+        tiny.config(family), attn_implementation="eager"
+    )
+    model = backbone.LanguageModel(stock)
+    spec = PromptSpec.of(model.shape, "prefix", 5, None)
+    prompt = Prompt(spec).initialise(1, 0.1) if prompt_tokens else None
+    targets = torch.full((3, 12), -100)
+    targets[:, -4:] = 5
+    batch = Batch(
+        torch.randint(4, tiny.VOCABULARY, (3, 12)), torch.ones(3, 12, dtype=torch.long), targets
+    )
+    expected = 3 * architectures.forward(model, 12, 12 + prompt_tokens, 4)
+    for trained, factor in (("nothing", 1), ("weights", 3), ("prompts", 2)):
+        if trained == "prompts" and prompt is None:
+            continue
+        model.train_weights(trained == "weights")
+        if prompt is not None:
+            prompt.requires_grad_(trained == "prompts")
+        with FlopCounterMode(display=False) as counter:
+            logits, asked = model.answer_logits(batch, prompt)
+            if factor > 1:
+                torch.nn.functional.cross_entropy(logits, asked).backward()
+        allowed = 0.03 if trained == "prompts" else 0
+        spared = (
+            0.05 if trained == "prompts" and family == "gpt_neox" else 0
+        )  # its first MLP is beside the attention
+        wanted = factor * expected
+        assert (1 - spared) * wanted <= counter.get_total_flops() <= (1 + allowed) * wanted, trained
+
+
+@pytest.mark.parametrize("rows", [1, 8])
+def test_an_input_prompt_is_counted_as_often_as_it_is_read(tmp_path, rows):
+    """By a plan, and by torch: the soft tokens do not see the text, which is a little less than the
+    plan says.
+    """
+    name = tiny.model_folder(tmp_path, "llama")
+    settings = [
+        f"model.name={name}",
+        "prompt.kind=input",
+        "prompt.num_tokens=20",
+        "server.tuning.batch_size=8",
+        "server.tuning.steps=1",
+    ]
+    settings += [
+        f"server.tuning.micro_batch={rows}",
+        "federation.rounds=1",
+        "data.loss_over=vocabulary",
+    ]
+    found = cost.plan(config.load(None, settings), "embedded", tokens=12).phases["server tuning"]
+    model = tiny.load(name)
+    model.model.set_attn_implementation("eager")  # torch does not count the fused one
+    prompt = Prompt(PromptSpec.of(model.shape, "input", 20, None)).initialise(1, 0.1)
+    targets = torch.full((rows, 12), -100)
+    targets[:, -4:] = 5
+    batch = Batch(
+        torch.randint(4, tiny.VOCABULARY, (rows, 12)),
+        torch.ones(rows, 12, dtype=torch.long),
+        targets,
+    )
+    with FlopCounterMode(display=False) as counter:
+        torch.nn.functional.cross_entropy(*model.answer_logits(batch, prompt)).backward()
+    assert found == pytest.approx(8 // rows * counter.get_total_flops(), rel=0.1)
+
+
+def test_phases_add_up_from_steps():
+    found = planned("gpt2xl/fedsp/arc_easy.yaml", tokens=100)
+    model = memory.outline(
+        architectures.config_of("gpt2-xl"), 48
+    )  # the auxiliary model computes as much
+    once, bare = (16 * architectures.forward(model, 100, *rest) for rest in ((140, 4), (100, 0)))
+    assert found.phases == pytest.approx(
+        {
+            "distillation": 5000 * 4 * bare,
+            "client alignment": 50 * 10 * 10 * 3 * once,
+            "client prompt tuning": 50 * 10 * 10 * 2 * once,
+            "server tuning": 50 * 10 * 2 * once,
+            "server-only control": 50 * 10 * 2 * once,
+        }
+    )
+    assert found.methods[0].steps == pytest.approx((3 * once, 2 * once))
+    assert found.methods[0].round == pytest.approx(50 * once)
+    assert found.critical == pytest.approx(5000 * 4 * bare + 50 * (50 + 20) * once)
+    assert f"{found.flops / 20e12 / 3600:.2f} h on one GPU of 20 TFLOP/s" in plan_text.text(
+        found, 20
+    )
+
+
+def test_a_projection_and_joint_training_and_plain_text_cost_more():
+    plain, projected = embedded(), embedded("prompt.projection=512")
+    assert (
+        projected.methods[0].steps > plain.methods[0].steps
+        and projected.sizes.wire > plain.sizes.wire
+    )
+    joint = embedded("client.training=joint")
+    assert (
+        joint.phases["client alignment"] == 0 and joint.methods[0].trains == plain.methods[0].trains
+    )
+    assert joint.methods[0].steps == pytest.approx(plain.methods[0].steps[:1])
+    longer = embedded("distillation.text=x.txt", "distillation.text_length=128")
+    assert longer.phases["distillation"] > 2 * plain.phases["distillation"]
+
+
+# The paper's experiments.
+
+
+def test_every_configuration_of_the_paper_loads_plans_and_says_its_hours(monkeypatch):
+    made: dict[tuple[str, int], Any] = {}
+
+    def outline(settings: Any, depth: int) -> Any:
+        key = (settings.to_json_string(), depth)
+        made[key] = made.get(key) or memory.outline(settings, depth)
+        return made[key]
+
+    monkeypatch.setattr(cost, "outline", outline)
+    methods, tasks = (
+        {Path(file).parent.as_posix() for file in FILES},
+        {Path(file).stem for file in FILES},
+    )
+    assert len(FILES) == 2 + 2 + 2 * 7 * 8 and len(methods) == 1 + 2 * 7 and len(tasks) == 2 + 2 + 8
+    for file in FILES:
+        if "/" not in file:
+            continue
+        found = planned(file)
+        head = (PAPER / file).read_text(encoding="utf-8").splitlines()[0]
+        assert f": {plan_text.hours(found.flops, 40)[:-2]} hours of a GPU of 40 TFLOP/s" in head, (
+            file
+        )
+        assert found.config.data.task == Path(file).stem and found.texts.source != "assumed"
+        assert ("gpt2-xl" in str(found.config.model.name)) == file.startswith("gpt2xl/")
+
+
+@pytest.mark.parametrize(
+    ("method", "row"),
+    [("fedprompt", "FedPrompt"), ("fedprompt_single", "FedPrompt-single"), ("prefix_tuning", None)],
+)
+@pytest.mark.parametrize("model", ["gpt2xl", "opt"])
+def test_the_baselines_are_configurations_of_the_same_system(model, method, row):
+    found = planned(f"{model}/{method}/arc_easy.yaml")
+    own, *others = found.methods
+    [same] = [other for other in others if other.name == (row or "prefix-tuning, 1 client")]
+    assert own == cost.Method("as configured", *list(vars(same).values())[1:])
+    assert (
+        found.phases["distillation"]
+        == found.phases["client alignment"]
+        == 0
+        < found.phases["server tuning"]
+    )
+
+
+def test_a_table_of_different_methods_has_a_column_for_each_phase():
+    plans = [planned(f"opt/{method}/arc_easy.yaml") for method in ("fedsp", "finetune")]
+    rows = [
+        line
+        for line in plan_text.markdown(plans, 40).split("\n\n")[1].splitlines()
+        if line.startswith("|")
+    ]
+    assert len(rows) == 4 and len({row.count("|") for row in rows}) == 1
+    assert "client alignment" in rows[0] and "client fine-tuning" in rows[0] and "0 FLOP" in rows[3]
+
+
+# A real run.
+
+
+def test_the_plan_is_what_a_run_records(tmp_path):
+    short_run(0, tmp_path, "short")
+    run = read(tmp_path / "short")
+    found = cost.plan(config.load(tmp_path / "short" / "config.yaml"), "short")
+    own = found.methods[0]
+    assert run.sections["models"] == {
+        "global": found.sizes.global_model,
+        "auxiliary": found.sizes.auxiliary,
+        "prompt": found.sizes.prompt,
+        "prompt_on_the_wire": found.sizes.wire,
+    }
+    assert set(run.clients["bytes_down"]) == {own.down} and set(run.clients["bytes_up"]) == {own.up}
+    wire = [row for row in run.wire if row["direction"] in ("down", "up")]
+    assert sum(row["bytes"] for row in wire) == 2 * 3 * (own.down + own.up)
+    given = [
+        row for row in run.wire if row["direction"] == "handout" and not row["name"].startswith("(")
+    ]
+    assert sum(row["bytes"] for row in given) == own.handout  # to one process
+
+
+# The command.
+
+
+def test_the_command_needs_no_network_and_little_time(monkeypatch):
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    file = PAPER / "gpt2xl" / "fedsp" / "arc_easy.yaml"
+    result = run_mpi(0, ["-m", "fedsp_mpi", "plan", file], timeout=60, env=NOWHERE)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert (
+        after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 10
+    )  # of a core; others may use it too
+    assert "1,557,611,200" in result.stdout and "24,576,000" in result.stdout and not result.stderr
+    assert all(len(line) <= 110 and line.isascii() for line in result.stdout.splitlines())
+
+
+def test_an_unknown_model_is_one_line(monkeypatch):
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    arguments = ["plan", "--set", "model.name=gpt2-x1"]
+    result = run_mpi(0, ["-m", "fedsp_mpi", *arguments], timeout=60, env=NOWHERE, status=2)
+    [line] = result.stderr.splitlines()
+    assert (
+        "model.name: found 'gpt2-x1'" in line
+        and "expected" in line
+        and "'gpt2-xl'" in line
+        and not result.stdout
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--tokens", "1"], "--tokens: found 1, expected at least 2"),
+        (["--tflops", "0"], "--tflops: found 0, expected a number above 0"),
+        (
+            ["--set", "auxiliary.layers_per_cell=4"],
+            "expected both together at most the 3 layers of embedded",
+        ),
+        (
+            ["--set", "auxiliary.layers_per_cell=3", "--set", "auxiliary.depth=2"],
+            "expected at least layers_per_cell=3",
+        ),
+        (["--set", "prompt.num_tokens=5000"], "and a text needs two at least"),
+        (["no.yaml"], "no.yaml: found no readable file"),
+    ],
+)
+def test_mistakes_are_one_line(arguments, message, capsys):
+    assert cli.main(["plan", *arguments]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert message in line
+
+
+def test_markdown_has_a_row_for_each_method_and_each_configuration(capsys):
+    file = str(PAPER / "opt" / "fedprompt" / "race.yaml")
+    assert cli.main(["plan", file, file, "--markdown", "--tokens", "50"]) == 0
+    tables = capsys.readouterr().out.strip().split("\n\n")
+    lines = [table.splitlines() for table in tables]
+    assert [len(rows) for rows in lines] == [2 + 2 * 5, 2 + 2, 1]
+    assert all(len({row.count("|") for row in rows}) == 1 for rows in lines[:2])
+    assert "1,315,758,080" in tables[1]
+
+
+def test_tokens_are_cut_to_what_a_run_would_read():
+    assert planned("gpt2xl/fedsp/arc_easy.yaml", tokens=5000).texts.tokens == 1024 - 40 + 1
+    assert planned("opt/fedsp/race.yaml", "data.max_length=200").texts == cost.TextLengths(
+        200, 8, 200, "estimated"
+    )
+
+
+def test_a_reader_may_stop_before_the_end():
+    command = [
+        "bash",
+        "-c",
+        'set -o pipefail; "$0" -m fedsp_mpi plan | (read -r line; echo "$line")',
+        sys.executable,
+    ]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith("plan ")
