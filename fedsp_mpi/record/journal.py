@@ -1,4 +1,4 @@
-"""What the server's first rank writes at the end of each round: rows, prompts and the manifest."""
+"""Writes what a round brought: rows, prompts and the wire's manifest, on the server's first rank."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class RoundJournal:
         Args:
             row: the round's, without its bytes.
             results: what the clients sent.
-            prompts: fp32 arrays by name; None if they are not kept.
+            prompts: fp32 arrays of any shape by name; None if they are not kept.
             round_bytes: by direction ("down", "up") and client.
             entries: the wire's manifest so far.
         """

@@ -25,7 +25,13 @@ def main_measure(result: np.void) -> tuple[str, float]:
 
 
 def result_of(run: Run, method: str, split: str) -> np.void | None:
-    """Return the result of a method on a split, a row of the results; None if there is none."""
+    """Return the result of a method on a split, a row of the results; None if there is none.
+
+    Args:
+        run: the record.
+        method: of the run, or one of its controls.
+        split: of the data, such as "test".
+    """
     for row in run.results:
         if row["method"] == method and row["split"] == split:
             return row

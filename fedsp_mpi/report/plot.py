@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -35,7 +35,7 @@ GREYS = ("#BBBBBB", "#777777", "#999999", "#555555")  # of controls
 HATCHES = ("", "///", "...")
 _MAX_BARS = 36  # in a row
 _DPI = 150
-_STYLE = {
+_STYLE: Any = {
     "font.size": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -409,7 +409,13 @@ def _picture(path: str | Path) -> Iterator[Figure]:
             ) from None
 
 
-def _add_legend(figure: Figure, grid: Iterable[Axes], *, location: str, max_columns: int) -> None:
+def _add_legend(
+    figure: Figure,
+    grid: Iterable[Axes],
+    *,
+    location: Literal["outside right upper", "outside lower center"],
+    max_columns: int,
+) -> None:
     """Add one legend for all axes, with each label once.
 
     Args:
