@@ -206,19 +206,19 @@ def train_clients(clients: HostedClients, broadcast: RoundBroadcast) -> list[Upd
     clients.compute.begin()
     participants = set(clients.participants(broadcast.round))
     ids = [client for client in clients.ids if client in participants]
-    clients.cache.begin(ids)
+    clients.cache.start_round(ids)
     clients.progress.begin(broadcast.round)
     results: list[Update | Failure] = []
     for position, client in enumerate(ids, 1):
         clients.progress.client(client, position, len(ids))
         with guard.phase("local training", round=broadcast.round, client=client):
             try:
-                clients.cache.fetch(client)
+                clients.cache.load(client)
                 update = clients.client.local_update(client, broadcast.round, broadcast.tensors)
                 results.append(update)
             except ClientError as error:
                 results.append(Failure(client, broadcast.round, "local training", str(error)))
-            clients.cache.put(client, broadcast.round)
+            clients.cache.store(client, broadcast.round)
     return results
 
 
@@ -280,7 +280,7 @@ def save_checkpoint(
             round,
             server.state(),
             _client_files(answers, journal.rank_of),
-            schedule.checkpoint.keep,
+            keep=schedule.checkpoint.keep,
             best=server.best.round,
             inputs=journal.inputs,
         )

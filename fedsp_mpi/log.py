@@ -6,6 +6,8 @@ import math
 import time
 from collections.abc import Callable
 
+from fedsp_mpi.config.parsing import error_line
+
 
 class Log:
     """Sends lines to `sink`; a silent log has none.
@@ -125,3 +127,19 @@ def duration(seconds: float) -> str:
     if total < 3600:
         return f"{total // 60} min {total % 60} s"
     return f"{total // 3600} h {total % 3600 // 60} min"
+
+
+def one_line(error: BaseException, *, first_line: bool = False) -> str:
+    """Return an error's message in one printable line, with long words and long messages shortened.
+
+    Args:
+        error: is named by its class if it has no message.
+        first_line: keep only the first line of the message, and the second if the first is a
+            heading. What other libraries add below is mostly a stack trace.
+    """
+    text = str(error)
+    if first_line:
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
+        is_heading = bool(lines) and lines[0].endswith(":")
+        text = " ".join(lines[: 2 if is_heading else 1])
+    return error_line(text) or type(error).__name__

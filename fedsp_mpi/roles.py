@@ -14,7 +14,7 @@ from fedsp_mpi.comm.inspection import Expected
 from fedsp_mpi.data.tokens import Text
 from fedsp_mpi.evaluation.scoring import answer_loss_mean
 from fedsp_mpi.log import RoundProgress
-from fedsp_mpi.record.checkpoint import ClientStateCache
+from fedsp_mpi.record.client_cache import ClientStateCache
 from fedsp_mpi.record.journal import RoundJournal
 from fedsp_mpi.tensors import NamedTensors, State, join_states, part_of_state
 from fedsp_mpi.training.device import Compute

@@ -27,7 +27,7 @@ from fedsp_mpi.training.loop import Trace
 from fedsp_mpi.training.process_group import ServerGroup
 
 if TYPE_CHECKING:
-    from fedsp_mpi.record.checkpoint import StateHolder
+    from fedsp_mpi.record.client_cache import StateHolder
 
 Rule = Callable[[Updates], NamedTensors]
 InferenceCall = Callable[[int, np.ndarray], np.ndarray]

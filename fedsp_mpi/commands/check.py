@@ -18,8 +18,8 @@ import numpy as np
 from fedsp_mpi import comm
 from fedsp_mpi.comm import Handout, diagnostics
 from fedsp_mpi.config import Config
-from fedsp_mpi.config.parsing import differences, one_line
-from fedsp_mpi.log import Log
+from fedsp_mpi.config.parsing import differences
+from fedsp_mpi.log import Log, one_line
 from fedsp_mpi.record import probe
 from fedsp_mpi.run import devices as placement
 from fedsp_mpi.run import execute

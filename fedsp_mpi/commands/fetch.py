@@ -12,7 +12,7 @@ import safetensors
 
 from fedsp_mpi.config import Config
 from fedsp_mpi.data import loading
-from fedsp_mpi.log import Log, duration
+from fedsp_mpi.log import Log, duration, one_line
 from fedsp_mpi.models import hub
 from fedsp_mpi.run.inputs import ExperimentInputs
 
@@ -90,7 +90,7 @@ def _require_whole(path: Path) -> None:
             with safetensors.safe_open(path, "numpy"):
                 pass
         except (OSError, safetensors.SafetensorError) as error:
-            trouble = f"damaged weights ({hub.first_line(error)})"
+            trouble = f"damaged weights ({one_line(error, first_line=True)})"
     if trouble:
         raise ValueError(
             f"model.name: found {trouble} at {path}, expected a whole file; delete it "

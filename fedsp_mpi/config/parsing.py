@@ -87,11 +87,6 @@ def error_line(text: str) -> str:
     return message_line(" ".join(words), _LONGEST_ERROR)
 
 
-def one_line(error: Exception) -> str:
-    """Write what an error says in one line, long values shortened; its type if it is empty."""
-    return error_line(str(error)) or type(error).__name__
-
-
 def require_text(text: str, where: str) -> None:
     """Raise ConfigError if a text is too long, or has characters that no path or prompt may have.
 

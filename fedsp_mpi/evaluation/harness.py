@@ -31,7 +31,7 @@ from torch import Tensor
 from fedsp_mpi.data.tasks import TASKS
 from fedsp_mpi.data.tokens import Text, encode_pairs, first_token, token_ids
 from fedsp_mpi.evaluation.scoring import Question, loglikelihoods, positions_for_text
-from fedsp_mpi.log import Log, Progress
+from fedsp_mpi.log import Log, Progress, one_line
 from fedsp_mpi.models.backbone import LanguageModel
 from fedsp_mpi.models.prompts import Prompt
 from fedsp_mpi.tensors import Batch
@@ -184,10 +184,9 @@ def _load(manager: TaskManager, name: str, spec: dict[str, Any] | None) -> dict[
     except Exception as error:  # a task's file may do anything, and so may the network
         while error.__cause__ is not None and isinstance(error.__cause__, Exception):
             error = error.__cause__
-        reason = " ".join(str(error).split())[:200]
         raise ValueError(
             f"{name}: found {type(error).__name__} while lm-eval loaded the task "
-            f"({reason}), expected a task's file "
+            f"({one_line(error)}), expected a task's file "
             "and its data, in the local cache or on the hub; run this once where there is "
             "a network, to fill the cache"
         ) from None

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import huggingface_hub
 
+from fedsp_mpi.log import one_line
+
 # The files that a part of a model lies in, one set or another.
 PARTS = {
     "config.json": (("config.json",),),
@@ -52,14 +54,6 @@ def locate(name: str, revision: str | None, part: str) -> Path:
     return _cached(name, revision, part) or _fetched(name, revision, part)
 
 
-def first_line(error: Exception) -> str:
-    """What an error says first; where that is a heading, with the line below it."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [
-        type(error).__name__
-    ]
-    return " ".join(lines[: 2 if lines[0].endswith(":") else 1])[:200]
-
-
 def _cached(name: str, revision: str | None, part: str) -> Path | None:
     """The folder of the local cache that holds all files of a part of a model."""
     for files in PARTS[part]:
@@ -95,7 +89,7 @@ def _fetched(name: str, revision: str | None, part: str) -> Path:
         raise AbsentError(
             f"found {name!r}, which is no folder, whose {part} the local cache does not "
             "hold, and which the hub does "
-            f"not give ({first_line(error)}), expected one of them; "
+            f"not give ({one_line(error, first_line=True)}), expected one of them; "
             + ("correct the name or model.revision, or ask for access" if is_denied else advice)
         ) from None
     return Path(found)

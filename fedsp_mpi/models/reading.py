@@ -11,8 +11,9 @@ from typing import Any
 
 import transformers
 
+from fedsp_mpi.log import one_line
 from fedsp_mpi.models.families import FAMILIES, SIZES, shape_of
-from fedsp_mpi.models.hub import AbsentError, first_line, locate
+from fedsp_mpi.models.hub import AbsentError, locate
 from fedsp_mpi.models.remote_code import NO_CODE, require_no_code, require_whole_numbers
 
 
@@ -105,5 +106,5 @@ def refusing(key: str, name: str, what: str, expected: str) -> Iterator[None]:
         ) from None
     except Exception as error:
         raise ValueError(
-            f"{key}: found {name!r}, {what} ({first_line(error)}); expected {expected}"
+            f"{key}: found {name!r}, {what} ({one_line(error, first_line=True)}); expected {expected}"
         ) from None

@@ -1,4 +1,4 @@
-"""What the server's first rank writes at the end of each round: rows, prompts and the manifest."""
+"""Writes what a round brought: rows, prompts and the wire's manifest, on the server's first rank."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Report(Protocol):
 
 
 class RoundReports(Protocol):
-    """Who sent what in a round: updates, failures, and why the rule rejected an update."""
+    """What a round brought: updates, failures, and why the rule rejected an update."""
 
     @property
     def reports(self) -> Sequence[Report]: ...
@@ -79,7 +79,7 @@ class RoundJournal:
         Args:
             row: the round's, without its bytes.
             results: what the clients sent.
-            prompts: fp32 arrays by name; None if they are not kept.
+            prompts: fp32 arrays of any shape by name; None if they are not kept.
             round_bytes: by direction ("down", "up") and client.
             entries: the wire's manifest so far.
         """
@@ -118,7 +118,7 @@ class RoundJournal:
         )
         rows.sort(key=lambda client_row: client_row.client)
         manifest = manifest_rows(entries, self.carried)
-        self.record.commit_round(row, rows, prompts, manifest)
+        self.record.commit_round(row, rows, prompts, wire=manifest)
 
 
 def manifest_rows(

@@ -13,7 +13,7 @@ from typing import Any
 
 from fedsp_mpi.data.tokens import Batches
 from fedsp_mpi.files import fingerprint, ownership
-from fedsp_mpi.log import Log, duration
+from fedsp_mpi.log import Log, duration, one_line
 from fedsp_mpi.models import auxiliary
 from fedsp_mpi.models.backbone import LanguageModel, layers_of
 from fedsp_mpi.models.families import differs_by_layer
@@ -318,7 +318,7 @@ def _reload(source: Path, compute: Compute, log: Log) -> LanguageModel | None:
             log.say(f"auxiliary model: {source} has no digests, so damage to it would not be seen")
         return auxiliary.load(source, compute.dtype)
     except ValueError as error:
-        log.say(f"auxiliary model: {' '.join(str(error).split())}; it is not taken")
+        log.say(f"auxiliary model: {one_line(error)}; it is not taken")
         return None
 
 

@@ -33,7 +33,8 @@ from fedsp_mpi.models import auxiliary, backbone
 from fedsp_mpi.models.backbone import LanguageModel
 from fedsp_mpi.models.families import PEFT_TASKS
 from fedsp_mpi.models.prompts import write_adapter
-from fedsp_mpi.record.checkpoint import Checkpoint, Checkpoints, ClientStateCache
+from fedsp_mpi.record.checkpoint import Checkpoint, Checkpoints
+from fedsp_mpi.record.client_cache import ClientStateCache
 from fedsp_mpi.record.journal import RoundJournal
 from fedsp_mpi.roles import HostedClients, ServerRole
 from fedsp_mpi.run import participation
@@ -313,8 +314,8 @@ def hosted_clients(
     cache = ClientStateCache(
         client.states,
         Checkpoints(Path(meta.folder)),
-        config.client.resident,
-        {id: file for id, file in meta.client_states.items() if id in set(ids)},
+        max_in_memory=config.client.resident,
+        files={id: file for id, file in meta.client_states.items() if id in set(ids)},
     )
     participants = partial(participation.chosen, inputs)
     return HostedClients(client, ids, compute, cache, participants, progress)

@@ -12,6 +12,7 @@ from typing import Any
 from fedsp_mpi.comm import Topology
 from fedsp_mpi.comm.inspection import require_fields
 from fedsp_mpi.config import ComputeConfig, Config
+from fedsp_mpi.log import one_line
 
 _KIB = 1024
 
@@ -151,7 +152,7 @@ def _device(settings: ComputeConfig, topology: Topology) -> DeviceInfo:
     try:
         device = Compute.of(settings, topology).device
     except ValueError as error:
-        message = " ".join(str(error).split())
+        message = one_line(error)
         return DeviceInfo("cpu", threads, emulates=cpu.emulates, error=message)
     if device.type == "cpu":
         return cpu

@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from fedsp_mpi import comm
 from fedsp_mpi.comm import guard
 from fedsp_mpi.config import Config
-from fedsp_mpi.config.parsing import one_line
-from fedsp_mpi.log import Log, RoundProgress
+from fedsp_mpi.log import Log, RoundProgress, one_line
 from fedsp_mpi.run import devices
 from fedsp_mpi.run.handout import HandoutMeta
 from fedsp_mpi.run.ranks import (

@@ -10,9 +10,8 @@ from typing import Any
 
 from fedsp_mpi import comm
 from fedsp_mpi.config import Config, to_yaml
-from fedsp_mpi.config.parsing import one_line
 from fedsp_mpi.files import ownership
-from fedsp_mpi.log import Log
+from fedsp_mpi.log import Log, one_line
 from fedsp_mpi.record import Checkpoint, Checkpoints, RunRecord, read
 from fedsp_mpi.run import environment, fingerprints
 from fedsp_mpi.run.folder import RunFolder

@@ -12,7 +12,8 @@ from fedsp_mpi import comm
 from fedsp_mpi.comm import Topology
 from fedsp_mpi.comm.inspection import ProtocolError, require_fields
 from fedsp_mpi.config import Config
-from fedsp_mpi.config.parsing import differences, one_line
+from fedsp_mpi.config.parsing import differences
+from fedsp_mpi.log import one_line
 from fedsp_mpi.run import devices
 from fedsp_mpi.run.devices import DeviceInfo
 

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING
 from fedsp_mpi import comm
 from fedsp_mpi.comm import Topology
 from fedsp_mpi.config import Config
-from fedsp_mpi.config.parsing import one_line
-from fedsp_mpi.log import Log, duration
+from fedsp_mpi.log import Log, duration, one_line
 from fedsp_mpi.record import Checkpoints, RunRecord, resume_command
 from fedsp_mpi.record.journal import RoundJournal, manifest_rows
 from fedsp_mpi.record.tables import never_merged, wire_rows

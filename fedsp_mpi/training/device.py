@@ -10,6 +10,7 @@ import torch
 
 from fedsp_mpi.comm import Topology
 from fedsp_mpi.config import ComputeConfig
+from fedsp_mpi.log import one_line
 from fedsp_mpi.tensors import ClientError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -34,9 +35,7 @@ def oom_as_client_error() -> Iterator[None]:
             raise
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        raise OutOfMemoryError(
-            f"out of memory: {(str(error).strip() or 'MemoryError').splitlines()[0]}"
-        ) from None
+        raise OutOfMemoryError(f"out of memory: {one_line(error, first_line=True)}") from None
 
 
 @dataclass(frozen=True)

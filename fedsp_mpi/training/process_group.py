@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, distributed
 
 from fedsp_mpi.comm import DeadlineError
+from fedsp_mpi.log import one_line
 
 
 class Rendezvous:
@@ -148,7 +149,7 @@ def _deadline() -> Iterator[None]:
             raise
         raise DeadlineError(
             "server's ranks: found one that did not take part in time "
-            f"({str(error).splitlines()[0]}); look at what "
+            f"({one_line(error, first_line=True)}); look at what "
             "they were doing, or raise deadlines.server"
         ) from None
 

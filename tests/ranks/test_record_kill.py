@@ -34,7 +34,7 @@ def commit(record, size):
     number = record.run.committed_rounds + 1
     clients = [ClientRow(round=number, client=c, rank=1, reason="long " * 50) for c in range(8)]
     wire = [WireRow(name="layer.0/key", shape=(size,), dtype="float32", direction="up", count=number, bytes=4 * size)]
-    record.commit_round(RoundRow(round=number, num_clients=8), clients, prompts(number, size), wire)
+    record.commit_round(RoundRow(round=number, num_clients=8), clients, prompts(number, size), wire=wire)
     print("committed", number, flush=True)
 
 def create(folder):

@@ -15,7 +15,8 @@ PACKAGE = ROOT / "fedsp_mpi"
 # A file imports from its own room and from the rows above, never from its neighbours.
 ORDER = (
     {"fedsp_mpi", "files"},
-    {"config", "tensors", "rng", "log"},
+    {"config"},
+    {"tensors", "rng", "log"},
     {"comm", "data", "models", "aggregation", "record"},
     {"training", "report"},
     {"algorithms", "evaluation"},

@@ -21,9 +21,10 @@ from fedsp_mpi.data.tokens import collate, encode
 from fedsp_mpi.models import backbone
 from fedsp_mpi.models.prompts import Prompt
 from fedsp_mpi.record import ClientRow, ResultRow, Run, RunRecord, read
-from fedsp_mpi.report.attack import cell, local_success, successes
+from fedsp_mpi.report.attack import cell, local_success, success_rates
 from fedsp_mpi.report.comparison import compare, comparison_table
-from fedsp_mpi.report.summary import markdown, summarize
+from fedsp_mpi.report.experiments import markdown
+from fedsp_mpi.report.summary import summarize
 from fedsp_mpi.run.inputs import ExperimentInputs
 from fedsp_mpi.tensors import NamedTensors, Schema, Update
 from helpers.configs import load, refused
@@ -163,7 +164,7 @@ def test_a_poisoned_client_tells_what_its_own_work_does(tmp_path, method):
     run = short(
         tmp_path, *own, *alone, "attack.target=1", "attack.clients=[0]", "client.tuning.steps=12"
     )
-    [told], [after] = run.clients["attack_success"], successes(run).values()
+    [told], [after] = run.clients["attack_success"], success_rates(run).values()
     assert told == pytest.approx(after, abs=1e-9) and told > 0
     assert method == "weights" or told == pytest.approx(counted(run, 1), abs=1e-9)
 

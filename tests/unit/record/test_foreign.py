@@ -25,7 +25,7 @@ from fedsp_mpi.cli import main
 from fedsp_mpi.config import Config
 from fedsp_mpi.files import untrusted
 from fedsp_mpi.record import ClientRow, RoundRow, read
-from fedsp_mpi.record.hdf5 import plain
+from fedsp_mpi.record.hdf5 import to_plain
 from fedsp_mpi.report import (
     compare,
     comparison_table,
@@ -362,7 +362,7 @@ def put_junk(h5: h5py.File, dice: random.Random) -> None:
 
 @pytest.mark.parametrize("number", [60, pytest.param(1500, marks=pytest.mark.slow)])
 def test_no_value_in_a_record_is_a_traceback(tmp_path, number):
-    dice, config = random.Random(5), plain(asdict(Config()), "config")
+    dice, config = random.Random(5), to_plain(asdict(Config()), "config")
     for seed, name in enumerate(("a", "b"), 1):
         record = make(
             tmp_path / name,

@@ -219,7 +219,7 @@ def test_methods_against_tasks_over_seeds(tmp_path):
     ]
     assert found["zero-shot"] == ["50.00 ± 0.00"] * 2 + [""] * 5
     assert found["server-only"] == ["60.00 ± 0.00"] * 2 + [""] * 5
-    assert found["FedSP"] == ["61.50 ± 0.71"] * 2 + ["3.00 k", "3.50 k", "2.0 kB", "1.50", ""]
+    assert found["FedSP"] == ["61.50 ± 0.71"] * 2 + ["3 k", "3.5 k", "2 kB", "1.50", ""]
     assert found["FedPrompt"][:2] == ["63.50 ± 0.71"] * 2
     for fact in (
         "test questions: sciq 400, piqa 400",
@@ -255,9 +255,9 @@ def test_what_clients_hold_and_train(tmp_path):
     }
     memory = {"memory": {"clients": 1_500_000_000, "server": 3}}
     found = rows(comparison_table(compare([*runs, replace(tuned, sections=sections | memory)])))
-    assert found["prompts"][1:] == ["3.00 k", "500", "2.0 kB", "1.50", ""]
-    assert found["joint"][1:3] == ["3.00 k", "3.50 k"]
-    assert found["tuned"][1:] == ["9.00 k", "9.00 k", "2.0 kB", "1.50", "1.5 GB"]
+    assert found["prompts"][1:] == ["3 k", "500", "2 kB", "1.50", ""]
+    assert found["joint"][1:3] == ["3 k", "3.5 k"]
+    assert found["tuned"][1:] == ["9 k", "9 k", "2 kB", "1.50", "1.5 GB"]
     assert found["central"] == ["70.00", "", "", "", "", ""]
 
 
@@ -453,7 +453,7 @@ def test_curves_against_rounds_bytes_and_seconds(tmp_path):
         "sciq",
     ):
         assert text in texts
-    assert "validation loss, nats a token" in texts
+    assert "validation loss, nats per token" in texts
     assert texts.count("server-only") == texts.count("FedSP") == texts.count("FedPrompt") == 1
     assert {"0 B", "16 kB", "0 s"} <= set(texts), texts
     draw_curves(runs, tmp_path / "curves.png")

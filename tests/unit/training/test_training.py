@@ -29,7 +29,7 @@ from fedsp_mpi.models.backbone import LanguageModel
 from fedsp_mpi.models.losses import answer_loss, answer_loss_of, hidden_loss, logits_loss
 from fedsp_mpi.models.prompts import DepthMap, Prompt, PromptSpec
 from fedsp_mpi.record import Checkpoints
-from fedsp_mpi.record.checkpoint import ClientStateCache
+from fedsp_mpi.record.client_cache import ClientStateCache
 from fedsp_mpi.roles import HostedClients
 from fedsp_mpi.tensors import Failure, NamedTensors, State, seal
 from fedsp_mpi.training.device import Compute
@@ -534,7 +534,7 @@ def test_its_update_is_refused_and_the_others_go_on(gpt2, tmp_path):
 
     breaks, everybody = Breaks(), (0, 1, 2)
     compute = Compute.of(ComputeConfig(device="cpu"), Topology.alone())
-    shelf = ClientStateCache(playing.states, Checkpoints(tmp_path), 3, {})
+    shelf = ClientStateCache(playing.states, Checkpoints(tmp_path), max_in_memory=3, files={})
     side = HostedClients(breaks, everybody, compute, shelf, lambda round: everybody)
     down = downs(playing, 2)[1]
     found = list(federate.train_clients(side, RoundBroadcast(2, tensors=down)))
