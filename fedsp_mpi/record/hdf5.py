@@ -211,7 +211,8 @@ def _parse_mapping(name: str, text: str) -> dict[str, Any]:
 def _read_table(source: reader.OpenFile, name: str) -> np.ndarray:
     """Return a table [rows] with the columns and types of today's row class."""
     stored = reader.table(source, name)
-    table_type = tables.table_type(tables.TABLES[name])
+    extra = _extra_columns(name, stored.dtype)
+    table_type = tables.table_type(tables.TABLES[name], extra)
     later_columns = tables.LATER.get(name, {})
     table = np.empty(len(stored), dtype=table_type)
     for column in table_type.names or ():
@@ -231,6 +232,14 @@ def _read_table(source: reader.OpenFile, name: str) -> np.ndarray:
             )
         table[column] = [text.decode() for text in values] if is_text else values
     return tables.frozen(table)
+
+
+def _extra_columns(name: str, stored: np.dtype) -> list[str]:
+    """Return the columns of a method of one's own; other tables have none."""
+    if tables.TABLES[name] is not tables.ClientRow:
+        return []
+    extra = tables.extra_columns(tables.ClientRow, stored)
+    return [column for column in extra if stored[column] == np.float64]
 
 
 def _read_prompts(file: Path, round: int) -> dict[str, np.ndarray]:

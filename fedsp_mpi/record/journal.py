@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -84,7 +85,10 @@ class RoundJournal:
             entries: the wire's manifest so far.
         """
         rows: list[ClientRow] = []
+        fields = {field.name for field in dataclasses.fields(ClientRow)}
         for report in results.reports:
+            standard = {name: value for name, value in report.metrics.items() if name in fields}
+            extra = {name: value for name, value in report.metrics.items() if name not in fields}
             reason = results.rejected.get(report.client)
             rows.append(
                 ClientRow(
@@ -96,7 +100,8 @@ class RoundJournal:
                     samples=int(report.weight),
                     bytes_down=round_bytes["down"].get(report.client, 0),
                     bytes_up=round_bytes["up"].get(report.client, 0),
-                    **report.metrics,
+                    extra=extra,
+                    **standard,
                 )
             )
         for failure in results.failures:

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,6 +69,7 @@ class ClientRow:
             as its attacker wants.
         fitness: by which a search's result is ranked (`search.rank_by`).
         step_size: root of the sum of squares of a search's step sizes in the round.
+        extra: further columns, of a method of one's own; nan in rows that lack them.
     """
 
     round: int
@@ -89,6 +90,7 @@ class ClientRow:
     attack_success: float = NAN
     fitness: float = NAN
     step_size: float = NAN
+    extra: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,23 +152,42 @@ TABLES: dict[str, type] = {
 LATER: dict[str, dict[str, Any]] = {
     "clients": dict.fromkeys(("attack_success", "fitness", "step_size"), NAN)
 }
+_EXTRA = "extra"  # the field of a row whose names are columns of their own
 _TYPES: dict[Any, Any] = {int: np.dtype("i8"), float: np.dtype("f8"), bool: np.dtype("?")}
 
 
-def table_type(row: type) -> np.dtype:
-    """Return the numpy type of a row class: int64, float64, bool, and UTF-8 text for the rest."""
+def table_type(row: type, extra: Sequence[str] = ()) -> np.dtype:
+    """Return the numpy type of a row class: int64, float64, bool, and UTF-8 text for the rest.
+
+    Args:
+        row: the class.
+        extra: names of further float64 columns.
+    """
     hints = typing.get_type_hints(row)
     columns = []
     for field in dataclasses.fields(row):
-        columns.append((field.name, _TYPES.get(hints[field.name], h5py.string_dtype())))
-    return np.dtype(columns)
+        if field.name != _EXTRA:
+            columns.append((field.name, _TYPES.get(hints[field.name], h5py.string_dtype())))
+    return np.dtype(columns + [(name, _TYPES[float]) for name in extra])
+
+
+def extra_columns(row: type, table_type: np.dtype) -> list[str]:
+    """Return the columns of a table's type that are not fields of its row class."""
+    fields = {field.name for field in dataclasses.fields(row)}
+    return [name for name in table_type.names or () if name not in fields]
 
 
 def table(row_class: type, rows: Iterable[Any] = ()) -> np.ndarray:
     """Build a read-only structured array [rows] from rows of one class."""
-    names = [field.name for field in dataclasses.fields(row_class)]
-    cells = [tuple(_to_cell(getattr(row, name)) for name in names) for row in rows]
-    return frozen(np.array(cells, dtype=table_type(row_class)))
+    rows = list(rows)
+    extras: list[Mapping[str, float]] = [getattr(row, _EXTRA, {}) for row in rows]
+    extra_names = list(dict.fromkeys(name for extra in extras for name in extra))
+    names = [field.name for field in dataclasses.fields(row_class) if field.name != _EXTRA]
+    cells = []
+    for row, extra in zip(rows, extras):
+        own_cells = [_to_cell(getattr(row, name)) for name in names]
+        cells.append((*own_cells, *(extra.get(name, NAN) for name in extra_names)))
+    return frozen(np.array(cells, dtype=table_type(row_class, extra_names)))
 
 
 def never_merged(clients: np.ndarray) -> dict[int, str]:
@@ -195,10 +216,14 @@ def wire_rows(wire: np.ndarray) -> list[WireRow]:
 
 
 def append(table: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Return a table [rows] with the rows of another one of the same type below."""
-    joined = np.empty(len(table) + len(rows), dtype=table.dtype)
-    joined[: len(table)] = table
-    joined[len(table) :] = rows
+    """Return a table [rows] with the rows of another one below; columns that one lacks are nan."""
+    columns: dict[str, np.dtype] = {}
+    for part in (table, rows):
+        columns |= {name: part.dtype[name] for name in part.dtype.names or ()}
+    joined = np.empty(len(table) + len(rows), dtype=list(columns.items()))
+    for name in columns:
+        joined[name][: len(table)] = table[name] if name in (table.dtype.names or ()) else NAN
+        joined[name][len(table) :] = rows[name] if name in (rows.dtype.names or ()) else NAN
     return frozen(joined)
 
 
