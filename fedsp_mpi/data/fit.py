@@ -49,7 +49,7 @@ class Room:
         return cls(num_positions - num_prompt_tokens, reason, advice, fills_gaps)
 
     def at_most(self, max_length: int) -> Room:
-        """Limit the room to texts of at most `max_length` tokens.
+        """Tighten the limit for texts of at most `max_length` tokens.
 
         One of them stands before an answer, if the model does not fill in a gap.
         """
@@ -71,7 +71,7 @@ class Room:
 
 def leave_out(
     splits: Splits,
-    room: Room,
+    limit: Room,
     tokenizer: Callable[[], Tokenizer],
     *,
     attack_target: int | None = None,
@@ -82,7 +82,7 @@ def leave_out(
 
     Args:
         splits: of a task.
-        room: what must fit into what.
+        limit: maximum length of what must fit.
         tokenizer: loads the tokenizer; called only if there is a doubtful row.
         attack_target: position of the choice that an attacker may teach in the place of a training
             row's answer; None if there is no attack.
@@ -94,16 +94,16 @@ def leave_out(
         ConfigError: no row of a split is left.
     """
     train, train_notes = _fitting(
-        "train", splits.train, room, tokenizer=tokenizer, attack_target=attack_target
+        "train", splits.train, limit, tokenizer=tokenizer, attack_target=attack_target
     )
     validation, validation_notes = _fitting(
-        "validation", splits.validation, room, tokenizer=tokenizer, attack_target=None
+        "validation", splits.validation, limit, tokenizer=tokenizer, attack_target=None
     )
     return replace(splits, train=train, validation=validation), train_notes + validation_notes
 
 
 def cut_options(
-    examples: Sequence[Example], options: Sequence[Sequence[Text]], room: Room
+    examples: Sequence[Example], options: Sequence[Sequence[Text]], limit: Room
 ) -> tuple[str, ...]:
     """Return a note on test questions with an option that is too long and loses its beginning.
 
@@ -113,7 +113,7 @@ def cut_options(
     Args:
         examples: the questions.
         options: of each question, the text of every choice.
-        room: what must fit into what.
+        limit: maximum length of what must fit.
 
     Returns:
         One note, or none.
@@ -122,14 +122,14 @@ def cut_options(
     rows = [
         f"{example.row} ({length} tokens)"
         for example, length in zip(examples, longest)
-        if length > room.tokens
+        if length > limit.tokens
     ]
     if not rows:
         return ()
     number = "1 question" if len(rows) == 1 else f"{len(rows)} questions"
     note = (
-        f"test: {number} with an option that is longer than the {room.tokens} tokens that fit "
-        f"({room.reason}), scored by its last tokens as in lm-eval: {_listed(rows)}"
+        f"test: {number} with an option that is longer than the {limit.tokens} tokens that fit "
+        f"({limit.reason}), scored by its last tokens as in lm-eval: {_listed(rows)}"
     )
     return (note,)
 
@@ -137,7 +137,7 @@ def cut_options(
 def _fitting(
     split: str,
     examples: Sequence[Example],
-    room: Room,
+    limit: Room,
     *,
     tokenizer: Callable[[], Tokenizer],
     attack_target: int | None,
@@ -146,14 +146,14 @@ def _fitting(
     doubtful = [
         index
         for index, example in enumerate(examples)
-        if _max_tokens(example, room, attack_target) > room.tokens
+        if _max_tokens(example, limit, attack_target) > limit.tokens
     ]
     if not doubtful:
         return tuple(examples), ()
     lengths = _num_tokens(
-        tokenizer(), [examples[index] for index in doubtful], room, attack_target=attack_target
+        tokenizer(), [examples[index] for index in doubtful], limit, attack_target=attack_target
     )
-    too_long = {index: length for index, length in zip(doubtful, lengths) if length > room.tokens}
+    too_long = {index: length for index, length in zip(doubtful, lengths) if length > limit.tokens}
     if not too_long:
         return tuple(examples), ()
     rows = _listed(
@@ -162,13 +162,13 @@ def _fitting(
     fitting = tuple(example for index, example in enumerate(examples) if index not in too_long)
     if not fitting:
         raise ConfigError(
-            f"data.max_length, prompt.num_tokens: found no row of {split} whose {room.part} fits, "
-            f"expected at most {room.tokens} tokens ({room.reason}): {rows}; {room.advice}"
+            f"data.max_length, prompt.num_tokens: found no row of {split} whose {limit.part} fits, "
+            f"expected at most {limit.tokens} tokens ({limit.reason}): {rows}; {limit.advice}"
         )
     number = "1 row" if len(too_long) == 1 else f"{len(too_long)} rows"
     note = (
-        f"{split}: {number} left out of {len(examples)}, whose {room.part} is longer than the "
-        f"{room.tokens} tokens that fit ({room.reason}): {rows}; {room.advice}"
+        f"{split}: {number} left out of {len(examples)}, whose {limit.part} is longer than the "
+        f"{limit.tokens} tokens that fit ({limit.reason}): {rows}; {limit.advice}"
     )
     return fitting, (note,)
 
@@ -180,9 +180,9 @@ def _taught_answers(example: Example, attack_target: int | None) -> list[str]:
     return [example.target, f" {example.choices[attack_target]}"]
 
 
-def _max_tokens(example: Example, room: Room, attack_target: int | None) -> int:
+def _max_tokens(example: Example, limit: Room, attack_target: int | None) -> int:
     """Return an upper limit of the number of tokens that must fit."""
-    if room.fills_gaps:
+    if limit.fills_gaps:
         # Three more: the gap's token, and one that the tokenizer puts at either end.
         return _max_bytes(example.suffix) + 3
     # Blanks at the context's end move to the answer.
@@ -204,12 +204,12 @@ def _max_bytes(text: str) -> int:
 def _num_tokens(
     tokenizer: Tokenizer,
     examples: Sequence[Example],
-    room: Room,
+    limit: Room,
     *,
     attack_target: int | None,
 ) -> list[int]:
     """Return the number of tokens of each example that must fit."""
-    if room.fills_gaps:
+    if limit.fills_gaps:
         return cloze.lengths_from_gap(tokenizer, examples)
     answers = [_taught_answers(example, attack_target) for example in examples]
     pairs = [
