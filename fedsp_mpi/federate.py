@@ -132,7 +132,7 @@ def run_round(
             watch.lap("control")
 
     # --- local training; the server answers the calls of clients that hold no model ---
-    with guard.phase("local training", round=round):
+    with guard.phase("local work", round=round):
         if server and server.answer:
             wire.serve(server.answer)
         results = train_clients(clients, broadcast) if clients else []

@@ -125,10 +125,10 @@ class MethodInputs(Protocol):
     def depth_map(self) -> DepthMap: ...
 
     @property
-    def questions(self) -> Sequence[Text]: ...
+    def server_questions(self) -> Sequence[Text]: ...
 
     @property
-    def words(self) -> np.ndarray:
+    def word_token_ids(self) -> np.ndarray:
         """Sorted ids of the tokens that are words, int64 [number]."""
 
     def first_prompt(self, model: LanguageModel) -> Prompt: ...
@@ -136,7 +136,7 @@ class MethodInputs(Protocol):
     def shard(self, owner: int) -> Sequence[Text]: ...
 
     def batches(
-        self, owner: int, stage: StageConfig, purpose: str, team: ServerGroup = ...
+        self, owner: int, stage: StageConfig, purpose: str, *, group: ServerGroup = ...
     ) -> Batches:
         """Return the batches of one owner's stage; see `run.inputs.ExperimentInputs.batches`."""
 
@@ -165,7 +165,7 @@ class ServerContext:
     def batches(self) -> Batches | None:
         """Return the server's training batches; None if it does not tune."""
         stage = self.inputs.config.server.tuning
-        return self.inputs.batches(0, stage, "server", self.group) if stage.steps else None
+        return self.inputs.batches(0, stage, "server", group=self.group) if stage.steps else None
 
 
 @dataclass(frozen=True)

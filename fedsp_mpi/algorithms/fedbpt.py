@@ -415,7 +415,7 @@ class FedBPT(Method):
         return self.client_class(
             inference,
             context.shards(lambda client: inputs.shard(client + 1)),
-            inputs.words,
+            inputs.word_token_ids,
             settings=config.search,
             seed=config.run.seed,
             max_seconds=config.federation.client_seconds,

@@ -316,7 +316,7 @@ def _prompt_distiller(
     client_prompt = Prompt(inputs.depth_map.small).to(client_model.device)
     client_prompt.load(inputs.depth_map.down(prompt.tensors()))
     batches = Batches(
-        inputs.questions,
+        inputs.server_questions,
         stage.batch_size,
         stage.micro_batch,
         inputs.config.run.seed,

@@ -17,6 +17,7 @@ from fedsp_mpi.models import auxiliary, backbone
 from fedsp_mpi.models.backbone import LanguageModel
 from fedsp_mpi.models.prompts import Prompt
 from fedsp_mpi.run import build
+from fedsp_mpi.run.handout import HandoutMeta
 from fedsp_mpi.run.inputs import ExperimentInputs
 from fedsp_mpi.tensors import Batch, Contract, NamedTensors
 from fedsp_mpi.training.device import Compute
@@ -98,9 +99,9 @@ def _bare_side(materials: ExperimentInputs, compute: Compute) -> tuple[Handout, 
     prompt.initialise(config.run.seed, config.prompt.init_std).to(compute.device)
     down = NamedTensors.pack(prompt.tensors())
     cell = auxiliary.cell_config(model.model.config, config.auxiliary)
-    meta = {"cell": cell.to_dict(), "depth": materials.depth}
+    meta = HandoutMeta([], [], "", cell=cell.to_dict(), depth=materials.depth)
     handout = Handout(
-        meta | {"folder": "", "states": {}},
+        meta.to_json(),
         NamedTensors.join({"auxiliary/": auxiliary.pack(small), "prompt/": down}),
         Contract(down.schema, down.schema),
     )

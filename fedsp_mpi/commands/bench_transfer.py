@@ -85,7 +85,14 @@ def transfer(config: Config, steps: int, log: Log) -> list[Place]:
     folder = Path(config.run.folder) / FOLDER
     lock = RunLock.take(folder, config.run.permissions == "private")
     small, _ = auxiliary_model.auxiliary_model(
-        materials, large, compute, SINGLE_RANK, folder, log, lambda: False, False
+        materials,
+        large,
+        compute,
+        group=SINGLE_RANK,
+        folder=folder,
+        log=log,
+        stop=lambda: False,
+        is_resumed=False,
     )
     lock.release()
     small.train_weights(False)

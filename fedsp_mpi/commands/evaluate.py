@@ -132,7 +132,7 @@ def evaluate(run_folder: str | Path, options: Options, log: Log) -> Evaluation:
     folder, materials = run.file.parent, ExperimentInputs(_config(run, options))
     ownership.require_evaluation(folder / FILE)
     _require_tuned(run, materials.config, folder, options)
-    if materials.fills_gaps:
+    if materials.is_cloze:
         family = materials.model_config.model_type
         raise ValueError(
             f"{folder}: found a run with a {family}, expected a causal model, which is what "

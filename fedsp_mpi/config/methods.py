@@ -14,7 +14,7 @@ from fedsp_mpi.config.parsing import parse
 
 @dataclass(frozen=True)
 class MethodFacts:
-    """What configuration, checks and estimates ask of a method.
+    """What configuration, checks and estimates need to know of a method.
 
     Attributes:
         module: absolute name of the module that defines `METHOD`, an `algorithms.base.Method`.
@@ -35,18 +35,15 @@ class MethodFacts:
     required: Mapping[str, tuple[object, str]] = field(default_factory=dict)
 
 
+_OWN_PROJECTION = "the search has a projection of its own (search.dimension)"
+_OWN_STEP = "the server searches among what its clients found, and does not tune"
+_NO_CHANGE = "clip and noise are for prompts and weights, of which the update is a change"
 _SEARCH_REQUIRES: dict[str, tuple[object, str]] = {
-    "server.tuning.steps": (
-        0,
-        "the server searches among what its clients found, and does not tune",
-    ),
-    "prompt.projection": (None, "the search has a projection of its own (search.dimension)"),
-    "prompt.encoder": (None, "the search has a projection of its own (search.dimension)"),
+    "server.tuning.steps": (0, _OWN_STEP),
+    "prompt.projection": (None, _OWN_PROJECTION),
+    "prompt.encoder": (None, _OWN_PROJECTION),
     "federation.rule": ("mean", "what merges is search.rule"),
-    "client.privacy.clip": (
-        None,
-        "clip and noise are for prompts and weights, of which the update is a change",
-    ),
+    "client.privacy.clip": (None, _NO_CHANGE),
 }
 _FEDBPT = MethodFacts(
     "fedsp_mpi.algorithms.fedbpt", "FedBPT", searches=True, required=_SEARCH_REQUIRES

@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -34,11 +33,12 @@ from fedsp_mpi.models import auxiliary, backbone
 from fedsp_mpi.models.backbone import LanguageModel
 from fedsp_mpi.models.families import PEFT_TASKS
 from fedsp_mpi.models.prompts import write_adapter
-from fedsp_mpi.record.checkpoint import Checkpoint, CheckpointFile, Checkpoints
+from fedsp_mpi.record.checkpoint import Checkpoint, Checkpoints
 from fedsp_mpi.record.client_cache import ClientStateCache
 from fedsp_mpi.record.journal import RoundJournal
 from fedsp_mpi.roles import HostedClients, ServerRole
 from fedsp_mpi.run import participation
+from fedsp_mpi.run.handout import HandoutMeta
 from fedsp_mpi.run.inputs import ExperimentInputs
 from fedsp_mpi.tensors import Contract, NamedTensors
 from fedsp_mpi.training.device import DTYPES, Compute
@@ -126,7 +126,7 @@ def handout(
     client_model: LanguageModel,
     server: Server,
     *,
-    meta: dict[str, Any],
+    meta: HandoutMeta,
     resumed: Checkpoint | None,
 ) -> Handout:
     """Return what every rank gets once: the clients' model, the first prompt, earlier states.
@@ -135,7 +135,7 @@ def handout(
         inputs: of the experiment.
         client_model: the model that clients get.
         server: the method's server.
-        meta: goes with it.
+        meta: of the run; the clients' model and states are filled in here.
         resumed: what the run continues from.
     """
     method = method_of(inputs)
@@ -147,14 +147,14 @@ def handout(
         handed_out.num_inference_ranks,
         handed_out.finite,
     )
-    states = resumed.clients if resumed else {}
-    meta = meta | {
-        "cell": handed_out.model_config.to_dict(),
-        "depth": client_model.shape.num_layers,
-        "done": resumed.round if resumed else 0,
-        "states": {str(client): list(file) for client, file in states.items()},
-    }
-    return Handout(meta, handed_out.tensors, contract)
+    meta = replace(
+        meta,
+        cell=handed_out.model_config.to_dict(),
+        depth=client_model.shape.num_layers,
+        rounds_done=resumed.round if resumed else 0,
+        client_states=resumed.clients if resumed else {},
+    )
+    return Handout(meta.to_json(), handed_out.tensors, contract)
 
 
 def parameter_counts(
@@ -282,14 +282,14 @@ def hosted_clients(
         progress: is told of every step.
     """
     config = inputs.config
-    meta = handed_out.meta
+    meta = HandoutMeta.from_json(handed_out.meta)
     progress = progress or RoundProgress()
     compute.begin()
 
     def build_model(dropout: bool) -> LanguageModel:
         return auxiliary.build(
-            meta["cell"],
-            meta["depth"],
+            meta.cell,
+            meta.depth,
             compute.device,
             compute.dtype,
             dropout,
@@ -302,7 +302,7 @@ def hosted_clients(
         compute=compute,
         ids=ids,
         tensors=handed_out.tensors,
-        depth=meta["depth"],
+        depth=meta.depth,
         build_model=build_model,
         call_server=call_server,
         progress=progress,
@@ -311,12 +311,11 @@ def hosted_clients(
     privacy = config.client.privacy
     if privacy.clip is not None and privacy.noise_scale is not None:
         client = LocalDPClient(client, privacy.clip, privacy.noise_scale)
-    files = {int(id): CheckpointFile(*file) for id, file in meta["states"].items()}
     cache = ClientStateCache(
         client.states,
-        Checkpoints(Path(meta["folder"])),
+        Checkpoints(Path(meta.folder)),
         max_in_memory=config.client.resident,
-        files={id: file for id, file in files.items() if id in set(ids)},
+        files={id: file for id, file in meta.client_states.items() if id in set(ids)},
     )
     participants = partial(participation.chosen, inputs)
     return HostedClients(client, ids, compute, cache, participants, progress)

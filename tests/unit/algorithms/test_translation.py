@@ -232,8 +232,8 @@ def test_the_server_asks_about_plain_text_from_all_over(tmp_path):
 
     def asked(seed: int, *more: str) -> list[str]:
         materials = ExperimentInputs(config.load(None, [*settings, f"run.seed={seed}", *more]))
-        assert materials.alignment_texts == materials.questions
-        return [materials.tokenizer.decode(text.ids) for text in materials.questions]
+        assert materials.alignment_texts == materials.server_questions
+        return [materials.tokenizer.decode(text.ids) for text in materials.server_questions]
 
     first = asked(1)
     assert len(first) == 8 and first == asked(1) != asked(2) and len(set(first)) == 8
