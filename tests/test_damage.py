@@ -20,7 +20,7 @@ from record_samples import make, results
 
 from fedsp_mpi.files import fingerprint
 from fedsp_mpi.models import auxiliary
-from fedsp_mpi.models.backbone import LanguageModel
+from fedsp_mpi.models.language_model import LanguageModel
 from fedsp_mpi.models.prompts import Prompt, PromptSpec, read_adapter, write_adapter
 from fedsp_mpi.record import Checkpoint, Checkpoints, RunRecord, WireRow, read
 from fedsp_mpi.tensors import NamedTensors
@@ -269,7 +269,7 @@ def is_whole(folder: Path) -> bool:
 def test_a_damaged_prompt_is_seen(tmp_path, number):
     spec = PromptSpec(kind="prefix", num_tokens=3, num_layers=2, width=8, num_heads=2)
     prompt, folder = Prompt(spec), tmp_path / "prompt"
-    write_adapter(folder, NamedTensors.pack(prompt.tensors()), spec, "tiny")
+    write_adapter(folder, NamedTensors.pack(prompt.tensors()), spec, base="tiny")
     whole = read_adapter(folder)
 
     def look() -> str:
@@ -286,7 +286,11 @@ def test_a_damaged_model_is_seen(tmp_path, number):
     cell, folder = auxiliary.cut(model, tiny.cell(2)), tmp_path / "auxiliary"
     small = LanguageModel(auxiliary.unroll(cell, 2), model.dtype)
     auxiliary.save(
-        folder, small, 2, tiny.tokenizer(), {"depth": 2, "recipe": {}, "distillation": {}}
+        folder,
+        small,
+        2,
+        tokenizer=tiny.tokenizer(),
+        recipe={"depth": 2, "recipe": {}, "distillation": {}},
     )
     whole = fingerprint.of_weights(auxiliary.load(folder).weights)
     shutil.rmtree(tmp_path / "global")

@@ -487,7 +487,7 @@ def test_what_is_added_spreads_like_an_embedding(tmp_path):
     model = tiny.load(tiny.model_folder(tmp_path, "gpt2"))
     weights = model.model.get_input_embeddings().weight
     first = Prompt(PromptSpec.of(model.shape, "input", 40, None))
-    scale = scale_of(model, first, 50, 2.0, 3.0)
+    scale = scale_of(model, first, 50, step_size=2.0, spread=3.0)
     assert scale == pytest.approx(
         3 * weights.std(correction=0).item() / (math.sqrt(50) * 2), rel=1e-5
     )
@@ -495,7 +495,9 @@ def test_what_is_added_spreads_like_an_embedding(tmp_path):
     added = Subspace(first.spec, 50, scale, 1).expand(points)
     assert added.std().item() == pytest.approx(3 * weights.std().item(), rel=0.1)
     prefix = Prompt(PromptSpec.of(model.shape, "prefix", 4, None)).initialise(1, 0.7)
-    assert scale_of(model, prefix, 50, 1.0, 1.0) == pytest.approx(0.7 / math.sqrt(50), rel=0.05)
+    assert scale_of(model, prefix, 50, step_size=1.0, spread=1.0) == pytest.approx(
+        0.7 / math.sqrt(50), rel=0.05
+    )
 
 
 # -- perturbed copies and objectives ---------------------------------------------------------------
@@ -723,7 +725,7 @@ from transformers import AutoModelForCausalLM, GPT2Config
 from fedsp_mpi.algorithms.fedbpt import SearchClient
 from fedsp_mpi.algorithms.inference import LocalInference
 from fedsp_mpi.data.tokens import Text, collate
-from fedsp_mpi.models.backbone import LanguageModel
+from fedsp_mpi.models.language_model import LanguageModel
 from fedsp_mpi.models.prompts import DepthMap, Prompt, PromptSpec
 from fedsp_mpi.models.subspace import Subspace
 from fedsp_mpi.search import SearchConfig
@@ -860,7 +862,10 @@ def test_the_prompt_is_the_first_one_and_a_projection(whole):
     large = load_global(materials.model_name, device=tiny.CPU)
     first = materials.first_prompt(large).prompt.detach()
     space = Subspace(
-        materials.prompt_spec, 20, scale_of(large, materials.first_prompt(large), 20, 1.0, 1.0), 1
+        materials.prompt_spec,
+        20,
+        scale_of(large, materials.first_prompt(large), 20, step_size=1.0, spread=1.0),
+        1,
     )
     matrix = space.expand(np.eye(20)).flatten(1).T
     rest = torch.linalg.lstsq(matrix, (adapter - first).flatten()[:, None])

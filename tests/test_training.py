@@ -28,7 +28,7 @@ from fedsp_mpi.data.tokens import Batches, collate
 from fedsp_mpi.files.fingerprint import of_weights
 from fedsp_mpi.log import Log
 from fedsp_mpi.models import auxiliary
-from fedsp_mpi.models.backbone import LanguageModel
+from fedsp_mpi.models.language_model import LanguageModel
 from fedsp_mpi.models.losses import answer_loss, answer_loss_of, hidden_loss, logits_loss
 from fedsp_mpi.models.prompts import DepthMap, Prompt, PromptSpec
 from fedsp_mpi.record import Checkpoints
@@ -359,17 +359,17 @@ def distilled(
     batches = Batches(
         tiny.texts(range(4, 24)), 8, micro, 1, "distillation", part=(team.rank, team.size)
     )
-    asked = iter(range(1, steps + 1))
+    steps_asked = iter(range(1, steps + 1))
     done = distil(
         student,
         teacher,
         batches,
-        settings,
-        1,
-        Log(),
-        lambda: next(asked) == stop_at,
-        team,
-        progress or Progress(),
+        settings=settings,
+        seed=1,
+        log=Log(),
+        stop=lambda: next(steps_asked) == stop_at,
+        group=team,
+        progress=progress or Progress(),
     )
     assert of_weights(teacher.weights) == before
     return done, student
@@ -428,7 +428,7 @@ import json, sys, time
 sys.path.insert(0, {tests!r})
 import torch, tiny
 from test_training import auxiliary, distilled
-from fedsp_mpi.models.backbone import layers_of
+from fedsp_mpi.models.families import layers_of
 
 path, found = sys.argv[1], {{}}
 for case in json.loads(sys.argv[2]):
@@ -505,7 +505,7 @@ def client(
     cell = auxiliary.unroll(auxiliary.cut(whole, tiny.cell(1)), 4)
     given = auxiliary.pack(LanguageModel(cell))
     model = auxiliary.build(
-        auxiliary.cell_config(cell.config, tiny.cell(1)).to_dict(), 4, tiny.CPU, torch.float32
+        auxiliary.cell_config(cell.config, tiny.cell(1)).to_dict(), 4, tiny.CPU, dtype=torch.float32
     )
     alignment = StageConfig(
         steps=steps, batch_size=4, optimizer=OptimizerConfig(learning_rate=0.001)

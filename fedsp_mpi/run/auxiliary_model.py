@@ -17,8 +17,8 @@ from fedsp_mpi.data.tokens import Batches
 from fedsp_mpi.files import fingerprint, ownership
 from fedsp_mpi.log import Log, duration
 from fedsp_mpi.models import auxiliary
-from fedsp_mpi.models.backbone import LanguageModel, layers_of
-from fedsp_mpi.models.families import differs_by_layer
+from fedsp_mpi.models.families import differs_by_layer, layers_of
+from fedsp_mpi.models.language_model import LanguageModel
 from fedsp_mpi.models.prompts import Prompt
 from fedsp_mpi.record import Checkpoints
 from fedsp_mpi.run.inputs import ExperimentInputs
@@ -94,7 +94,13 @@ def auxiliary_model(
         progress = Progress(start, keep, config.checkpoint.distillation_seconds)
         small, story = _distilled(materials, model, team, log, stop, progress)
     notes = {"depth": materials.depth, "recipe": recipe, "distillation": story}
-    auxiliary.save(target, small, materials.layers_per_cell, materials.tokenizer, notes)
+    auxiliary.save(
+        target,
+        small,
+        materials.layers_per_cell,
+        tokenizer=materials.tokenizer,
+        recipe=notes,
+    )
     place.remove_distillation()
     return small.beside(model), story
 
@@ -130,7 +136,7 @@ def _distilled(
     config = materials.config
     cell = auxiliary.cut(model, config.auxiliary)
     small = LanguageModel(
-        auxiliary.unroll(cell, materials.depth), model.dtype, config.auxiliary.dropout
+        auxiliary.unroll(cell, materials.depth), model.dtype, dropout=config.auxiliary.dropout
     )
     stage, story = config.distillation.stage, {}
     seed, part = config.run.seed, (team.rank, team.size)
@@ -140,7 +146,17 @@ def _distilled(
         return small, {"engine": "none", "steps": 0} | story
     texts = materials.distillation_texts
     batches = Batches(texts, stage.batch_size, stage.micro_batch, seed, "distillation", part=part)
-    done = distil(small, model, batches, config.distillation, seed, log, stop, team, progress)
+    done = distil(
+        small,
+        model,
+        batches,
+        settings=config.distillation,
+        seed=seed,
+        log=log,
+        stop=stop,
+        group=team,
+        progress=progress,
+    )
     log.say(
         f"distilled in {stage.steps} steps, {duration(done.trace.seconds)}, loss "
         f"{done.trace.first:.4f} -> "
@@ -181,10 +197,10 @@ def _fitted_bridge(
         BridgeEnd(small, below, bridge),
         BridgeEnd(model, first, goal),
         texts,
-        settings,
-        seed,
-        team,
-        stop,
+        settings=settings,
+        seed=seed,
+        group=team,
+        stop=stop,
     )
     log.say(
         f"bridge fitted to {fit.texts} texts in {duration(fit.seconds)}; it leaves "

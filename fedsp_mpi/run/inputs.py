@@ -65,8 +65,8 @@ class ExperimentInputs:
         return backbone.read_config(self.model_name, self.config.model.revision)
 
     @cached_property
-    def shape(self) -> backbone.Shape:
-        return backbone.shape_of(self.model_config)
+    def shape(self) -> families.Shape:
+        return families.shape_of(self.model_config)
 
     @property
     def fills_gaps(self) -> bool:
@@ -202,7 +202,7 @@ class ExperimentInputs:
         """The prompts at the depth of the global model."""
         prompt = self.config.prompt
         return PromptSpec.of(
-            self.shape, prompt.kind, prompt.num_tokens, prompt.projection, prompt.encoder
+            self.shape, prompt.kind, prompt.num_tokens, prompt.projection, encoder=prompt.encoder
         )
 
     @property

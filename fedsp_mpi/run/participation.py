@@ -13,7 +13,7 @@ def chosen(materials: ExperimentInputs, round: int) -> list[int]:
     """The clients that take part in a round, by id; the same on every rank."""
     plan, sizes = materials.config.federation, [len(shard) for shard in materials.shards[1:]]
     return participants(
-        plan.sampling, plan.clients_per_round, sizes, materials.config.run.seed, round
+        plan.sampling, plan.clients_per_round, sizes, seed=materials.config.run.seed, round=round
     )
 
 

@@ -49,7 +49,9 @@ class SecondaryServer:
         from fedsp_mpi.training.process_group import ServerGroup
 
         seconds = self._config.deadlines.server
-        self._team = ServerGroup.join(self._meeting, self._rank, self._compute.device, seconds)
+        self._team = ServerGroup.join(
+            self._meeting, self._rank, self._compute.device, seconds=seconds
+        )
         try:
             auxiliary_model.help_to_distil(
                 self.materials, self._model, self._team, lambda: guard.told_to_stop

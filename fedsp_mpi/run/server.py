@@ -22,7 +22,7 @@ from fedsp_mpi.run.folder import RunFolder
 if TYPE_CHECKING:
     from fedsp_mpi.comm.solo import Solo
     from fedsp_mpi.comm.wire import Wire
-    from fedsp_mpi.models.backbone import LanguageModel
+    from fedsp_mpi.models.language_model import LanguageModel
     from fedsp_mpi.record import Checkpoint, RunRecord
     from fedsp_mpi.roles import ServerRole
     from fedsp_mpi.run.build import Servers
@@ -113,7 +113,7 @@ class ServerRun:
         from fedsp_mpi.training.process_group import ServerGroup
 
         self._team = ServerGroup.join(
-            self._meeting, 0, self._compute.device, self.config.deadlines.server
+            self._meeting, 0, self._compute.device, seconds=self.config.deadlines.server
         )
         about = (self.materials, self._model, self._compute, self._team)
         resumed = self.resumed
