@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from fedsp_mpi.algorithms.base import Client
-from fedsp_mpi.models.backbone import LanguageModel
+from fedsp_mpi.models.language_model import LanguageModel
 from fedsp_mpi.models.prompts import Prompt
 from fedsp_mpi.tensors import NamedTensors, Update
 from fedsp_mpi.training.device import oom_as_client_error

@@ -19,7 +19,7 @@ from fedsp_mpi.aggregation.fedavg import Updates
 from fedsp_mpi.config import Config, StageConfig
 from fedsp_mpi.data.tokens import Batches, Text
 from fedsp_mpi.log import RoundProgress
-from fedsp_mpi.models.backbone import LanguageModel
+from fedsp_mpi.models.language_model import LanguageModel
 from fedsp_mpi.models.prompts import DepthMap, Prompt, PromptSpec
 from fedsp_mpi.tensors import ClientError, NamedTensors, Schema, State, Update
 from fedsp_mpi.training.device import Compute

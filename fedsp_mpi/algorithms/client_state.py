@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fedsp_mpi.models import auxiliary
-from fedsp_mpi.models.backbone import LanguageModel
+from fedsp_mpi.models.language_model import LanguageModel
 from fedsp_mpi.tensors import NamedTensors, State, join_states, part_of_state
 from fedsp_mpi.training.engine import TorchEngine
 

@@ -40,7 +40,7 @@ from fedsp_mpi.data.perturb import perturbed
 from fedsp_mpi.data.tokens import Text
 from fedsp_mpi.log import RoundProgress
 from fedsp_mpi.models import auxiliary
-from fedsp_mpi.models.backbone import LanguageModel
+from fedsp_mpi.models.language_model import LanguageModel
 from fedsp_mpi.models.losses import LEAST, fitness
 from fedsp_mpi.models.prompts import DepthMap, Prompt
 from fedsp_mpi.models.subspace import Subspace, scale_of
@@ -431,7 +431,13 @@ class FedBPT(Method):
 def _scale(inputs: MethodInputs, model: LanguageModel, prompt: Prompt) -> float:
     """Return the scale of A, rounded to fp32 as it travels."""
     search = inputs.config.search
-    scale = scale_of(model, prompt, search.dimension, search.step_size, search.spread)
+    scale = scale_of(
+        model,
+        prompt,
+        search.dimension,
+        step_size=search.step_size,
+        spread=search.spread,
+    )
     return float(np.float32(scale))
 
 

@@ -29,7 +29,7 @@ from fedsp_mpi.config import StageConfig
 from fedsp_mpi.data.tokens import Batches
 from fedsp_mpi.log import RoundProgress
 from fedsp_mpi.models import auxiliary
-from fedsp_mpi.models.backbone import LanguageModel
+from fedsp_mpi.models.language_model import LanguageModel
 from fedsp_mpi.models.losses import answer_loss_of
 from fedsp_mpi.models.prompts import Prompt
 from fedsp_mpi.tensors import NamedTensors, Update

@@ -27,7 +27,7 @@ from fedsp_mpi.algorithms.client_state import ClientStates, arrays, tensors
 from fedsp_mpi.config import StageConfig
 from fedsp_mpi.log import RoundProgress
 from fedsp_mpi.models import auxiliary
-from fedsp_mpi.models.backbone import LanguageModel
+from fedsp_mpi.models.language_model import LanguageModel
 from fedsp_mpi.models.losses import answer_loss_of
 from fedsp_mpi.tensors import NamedTensors, Schema, State, Update, join_states, part_of_state
 from fedsp_mpi.training.device import oom_as_client_error
@@ -67,7 +67,7 @@ class WeightServer:
         self._stage = stage
         self._rule = rule
         total_steps = stage.steps * total_rounds
-        self._engine = TorchEngine(self.parameters(), stage.optimizer, total_steps, group)
+        self._engine = TorchEngine(self.parameters(), stage.optimizer, total_steps, group=group)
 
     def parameters(self) -> Iterable[nn.Parameter]:
         """Return all weights, shared ones once."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fedsp_mpi.data.tokens import Text, by_length, collate
-from fedsp_mpi.models.backbone import LanguageModel
+from fedsp_mpi.models.language_model import LanguageModel
 from fedsp_mpi.models.losses import answer_losses
 from fedsp_mpi.models.prompts import DepthMap, Prompt, PromptBatch
 from fedsp_mpi.models.subspace import Subspace
@@ -98,7 +98,7 @@ class LocalInference:
                 point_of, text_of = np.divmod(batch, len(texts))
                 owners = torch.from_numpy(point_of).to(matrices.device)
                 losses[point_of, text_of] = self._batch_losses(
-                    [texts[index] for index in text_of], replace(prompts, owners=owners)
+                    [texts[index] for index in text_of], replace(prompts, prompt_index=owners)
                 )
         self.prompt.load({"prompt": matrices[-1]})
         return np.split(losses, np.cumsum([len(group) for group in groups])[:-1], axis=1)

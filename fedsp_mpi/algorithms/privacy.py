@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from fedsp_mpi.algorithms.base import Client
-from fedsp_mpi.models.backbone import LanguageModel
+from fedsp_mpi.models.language_model import LanguageModel
 from fedsp_mpi.models.prompts import Prompt
 from fedsp_mpi.tensors import NamedTensors, Update
 

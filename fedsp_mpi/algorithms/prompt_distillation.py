@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fedsp_mpi.algorithms.client_state import arrays, tensors
 from fedsp_mpi.config import StageConfig
-from fedsp_mpi.models.backbone import LanguageModel
+from fedsp_mpi.models.language_model import LanguageModel
 from fedsp_mpi.models.losses import logits_loss
 from fedsp_mpi.models.prompts import Prompt
 from fedsp_mpi.tensors import Batch, NamedTensors, State

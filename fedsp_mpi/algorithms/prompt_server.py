@@ -12,7 +12,7 @@ from fedsp_mpi.algorithms.base import Rule
 from fedsp_mpi.algorithms.client_state import arrays, tensors
 from fedsp_mpi.algorithms.prompt_distillation import PromptDistiller
 from fedsp_mpi.config import StageConfig
-from fedsp_mpi.models.backbone import LanguageModel
+from fedsp_mpi.models.language_model import LanguageModel
 from fedsp_mpi.models.losses import answer_loss_of
 from fedsp_mpi.models.prompts import DepthMap, Prompt
 from fedsp_mpi.tensors import NamedTensors, State, join_states, part_of_state
@@ -62,7 +62,7 @@ class PromptServer:
         self._rule = rule
         self._distiller = distiller
         total_steps = stage.steps * total_rounds
-        self._engine = TorchEngine(prompt.parameters(), stage.optimizer, total_steps, group)
+        self._engine = TorchEngine(prompt.parameters(), stage.optimizer, total_steps, group=group)
 
     def broadcast(self) -> NamedTensors:
         """Return the prompt at the depth of the clients' model."""

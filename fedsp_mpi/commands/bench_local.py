@@ -14,7 +14,7 @@ from fedsp_mpi.comm import Handout, Solo, Topology
 from fedsp_mpi.config import Config
 from fedsp_mpi.log import Log
 from fedsp_mpi.models import auxiliary, backbone
-from fedsp_mpi.models.backbone import LanguageModel
+from fedsp_mpi.models.language_model import LanguageModel
 from fedsp_mpi.models.prompts import Prompt
 from fedsp_mpi.run import build
 from fedsp_mpi.run.handout import HandoutMeta

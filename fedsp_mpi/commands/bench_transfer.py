@@ -20,7 +20,7 @@ from fedsp_mpi.comm import Topology
 from fedsp_mpi.config import Config
 from fedsp_mpi.evaluation.scoring import answer_loss_mean
 from fedsp_mpi.log import Log
-from fedsp_mpi.models.backbone import LanguageModel
+from fedsp_mpi.models.language_model import LanguageModel
 from fedsp_mpi.models.losses import answer_loss, answer_loss_of
 from fedsp_mpi.models.prompts import Prompt
 from fedsp_mpi.record.lock import RunLock

@@ -24,7 +24,7 @@ from fedsp_mpi.data.examples import Example
 from fedsp_mpi.files import fingerprint, ownership
 from fedsp_mpi.log import Log, duration
 from fedsp_mpi.models import backbone
-from fedsp_mpi.models.backbone import LanguageModel
+from fedsp_mpi.models.language_model import LanguageModel
 from fedsp_mpi.models.prompts import Prompt, read_adapter
 from fedsp_mpi.record import RecordError, Run, atomic, read
 from fedsp_mpi.run.inputs import ExperimentInputs

@@ -42,7 +42,7 @@ from fedsp_mpi.estimate import memory
 from fedsp_mpi.estimate.memory import MemoryNeed, Sizes, outline
 from fedsp_mpi.models import auxiliary, backbone
 from fedsp_mpi.models.architectures import config_of, forward, ratios
-from fedsp_mpi.models.backbone import LanguageModel
+from fedsp_mpi.models.language_model import LanguageModel
 from fedsp_mpi.models.prompts import Prompt, PromptSpec, require_positions
 from fedsp_mpi.training.cma_es import sizes as search_sizes
 
@@ -181,7 +181,7 @@ class _Costs:
         )
         shape, prompt = self.large.shape, config.prompt
         self.spec = PromptSpec.of(
-            shape, prompt.kind, prompt.num_tokens, prompt.projection, prompt.encoder
+            shape, prompt.kind, prompt.num_tokens, prompt.projection, encoder=prompt.encoder
         )
         self.texts = _texts(config, shape.num_positions, tokens)
         self.again = int(

@@ -32,7 +32,7 @@ from fedsp_mpi.data.tasks import TASKS
 from fedsp_mpi.data.tokens import Text, encode_pairs, first_token, token_ids
 from fedsp_mpi.evaluation.scoring import Question, loglikelihoods, positions_for_text
 from fedsp_mpi.log import Log, Progress, one_line
-from fedsp_mpi.models.backbone import LanguageModel
+from fedsp_mpi.models.language_model import LanguageModel
 from fedsp_mpi.models.prompts import Prompt
 from fedsp_mpi.tensors import Batch
 

@@ -15,15 +15,15 @@ from fedsp_mpi.data.tokens import Batches
 from fedsp_mpi.files import fingerprint, ownership
 from fedsp_mpi.log import Log, duration, one_line
 from fedsp_mpi.models import auxiliary
-from fedsp_mpi.models.backbone import LanguageModel, layers_of
-from fedsp_mpi.models.families import differs_by_layer
+from fedsp_mpi.models.families import differs_by_layer, layers_of
+from fedsp_mpi.models.language_model import LanguageModel
 from fedsp_mpi.models.prompts import Prompt
 from fedsp_mpi.record import Checkpoints
 from fedsp_mpi.run.inputs import ExperimentInputs
 from fedsp_mpi.tensors import State
 from fedsp_mpi.training.bridge import BridgeEnd, fit_bridge
 from fedsp_mpi.training.device import Compute
-from fedsp_mpi.training.distill import Distilled, Progress, distil
+from fedsp_mpi.training.distill import DistillationResult, Progress, distil
 from fedsp_mpi.training.process_group import ServerGroup
 
 Stop = Callable[[], bool]
@@ -127,7 +127,13 @@ def auxiliary_model(
         progress = Progress(start, keep, config.checkpoint.distillation_seconds)
         small, account = _distil(inputs, model, group=group, log=log, stop=stop, progress=progress)
     notes = Notes(inputs.depth, recipe, account)
-    auxiliary.save(target, small, inputs.layers_per_cell, inputs.tokenizer, notes.to_json())
+    auxiliary.save(
+        target,
+        small,
+        inputs.layers_per_cell,
+        tokenizer=inputs.tokenizer,
+        recipe=notes.to_json(),
+    )
     checkpoints.remove_distillation()
     return small.beside(model), account
 
@@ -172,7 +178,7 @@ def _distil(
     config = inputs.config
     cell = auxiliary.cut(model, config.auxiliary)
     unrolled = auxiliary.unroll(cell, inputs.depth)
-    small = LanguageModel(unrolled, model.dtype, config.auxiliary.dropout)
+    small = LanguageModel(unrolled, model.dtype, dropout=config.auxiliary.dropout)
     account: Account = {}
     if config.auxiliary.first_layers:
         account = _fit_bridge(inputs, model, small, group=group, log=log, stop=stop)
@@ -188,7 +194,17 @@ def _distil(
         "distillation",
         part=(group.rank, group.size),
     )
-    distilled = distil(small, model, batches, config.distillation, seed, log, stop, group, progress)
+    distilled = distil(
+        small,
+        model,
+        batches,
+        settings=config.distillation,
+        seed=seed,
+        log=log,
+        stop=stop,
+        group=group,
+        progress=progress,
+    )
     trace = distilled.trace
     log.say(
         f"distilled in {stage.steps} steps, {duration(trace.seconds)}, loss {trace.first:.4f} -> "
@@ -197,7 +213,7 @@ def _distil(
     return small, account | _account(distilled, stage.steps, group.size)
 
 
-def _account(distilled: Distilled, steps: int, num_ranks: int) -> Account:
+def _account(distilled: DistillationResult, steps: int, num_ranks: int) -> Account:
     """Return the account of a distillation, for the record."""
     trace = distilled.trace
     return {
@@ -235,10 +251,10 @@ def _fit_bridge(
         BridgeEnd(small, small_prompt, auxiliary.bridge_of(small)),
         BridgeEnd(model, prompt, target_layer),
         inputs.server_questions,
-        inputs.config.distillation,
-        inputs.config.run.seed,
-        group,
-        stop,
+        settings=inputs.config.distillation,
+        seed=inputs.config.run.seed,
+        group=group,
+        stop=stop,
     )
     log.say(
         f"bridge fitted to {fit.texts} texts in {duration(fit.seconds)}; it leaves "

@@ -30,8 +30,8 @@ from fedsp_mpi.comm import Handout
 from fedsp_mpi.evaluation.scoring import score
 from fedsp_mpi.log import RoundProgress
 from fedsp_mpi.models import auxiliary, backbone
-from fedsp_mpi.models.backbone import LanguageModel
 from fedsp_mpi.models.families import PEFT_TASKS
+from fedsp_mpi.models.language_model import LanguageModel
 from fedsp_mpi.models.prompts import write_adapter
 from fedsp_mpi.record.checkpoint import Checkpoint, Checkpoints
 from fedsp_mpi.record.client_cache import ClientStateCache
@@ -244,7 +244,9 @@ def save(inputs: ExperimentInputs, server: Server, *, exported: NamedTensors, fo
     """
     if server.prompt:
         task = PEFT_TASKS[server.model.kind]
-        write_adapter(folder / "prompt", exported, inputs.prompt_spec, inputs.model_name, task)
+        write_adapter(
+            folder / "prompt", exported, inputs.prompt_spec, base=inputs.model_name, task=task
+        )
     else:
         server.restore(exported)
         auxiliary.write_model(folder / "model", server.model.model, inputs.tokenizer)
@@ -291,10 +293,10 @@ def hosted_clients(
             meta.cell,
             meta.depth,
             compute.device,
-            compute.dtype,
-            dropout,
-            config.model.gradient_checkpointing,
-            inputs.candidates,
+            dtype=compute.dtype,
+            dropout=dropout,
+            checkpointing=config.model.gradient_checkpointing,
+            candidates=inputs.candidates,
         )
 
     context = ClientContext(

@@ -13,7 +13,7 @@ from typing import Any
 
 from fedsp_mpi.comm.inspection import ProtocolError
 from fedsp_mpi.files import fingerprint
-from fedsp_mpi.models.backbone import LanguageModel
+from fedsp_mpi.models.language_model import LanguageModel
 from fedsp_mpi.run.inputs import ExperimentInputs
 
 SECTION = "inputs"  # of the record

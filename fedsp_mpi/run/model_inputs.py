@@ -40,9 +40,9 @@ class ModelInputs:
         return backbone.read_config(self.model_name, self.config.model.revision)
 
     @cached_property
-    def shape(self) -> backbone.Shape:
+    def shape(self) -> families.Shape:
         """Layers, widths and positions of the global model."""
-        return backbone.shape_of(self.model_config)
+        return families.shape_of(self.model_config)
 
     @property
     def is_cloze(self) -> bool:
@@ -108,7 +108,11 @@ class ModelInputs:
         """The prompts at the depth of the global model."""
         prompt = self.config.prompt
         return PromptSpec.of(
-            self.shape, prompt.kind, prompt.num_tokens, prompt.projection, prompt.encoder
+            self.shape,
+            prompt.kind,
+            prompt.num_tokens,
+            prompt.projection,
+            encoder=prompt.encoder,
         )
 
     @property

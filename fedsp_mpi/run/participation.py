@@ -17,8 +17,8 @@ def chosen(inputs: ExperimentInputs, round: int) -> list[int]:
         federation.sampling,
         federation.clients_per_round,
         sizes,
-        inputs.config.run.seed,
-        round,
+        seed=inputs.config.run.seed,
+        round=round,
     )
 
 

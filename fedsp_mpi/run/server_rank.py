@@ -15,7 +15,7 @@ from fedsp_mpi.training.process_group import Rendezvous, ServerGroup
 if TYPE_CHECKING:
     from fedsp_mpi.comm.solo import Solo
     from fedsp_mpi.comm.wire import Wire
-    from fedsp_mpi.models.backbone import LanguageModel
+    from fedsp_mpi.models.language_model import LanguageModel
     from fedsp_mpi.roles import ServerRole
     from fedsp_mpi.run.handout import HandoutMeta
 
@@ -85,7 +85,7 @@ def join_group(
     Raises:
         DeadlineError: one of them did not come.
     """
-    return ServerGroup.join(rendezvous, rank, compute.device, config.deadlines.server)
+    return ServerGroup.join(rendezvous, rank, compute.device, seconds=config.deadlines.server)
 
 
 def stop_requested() -> bool:

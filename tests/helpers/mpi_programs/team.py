@@ -18,7 +18,9 @@ torch.set_num_threads(1)
 meeting = Rendezvous.open(world.size, one_host=True) if world.rank == 0 else None
 port = world.bcast(meeting.port if meeting else None)
 cpu = torch.device("cpu")
-team = ServerGroup.join(meeting or Rendezvous("localhost", port, world.size), world.rank, cpu, 60.0)
+team = ServerGroup.join(
+    meeting or Rendezvous("localhost", port, world.size), world.rank, cpu, seconds=60.0
+)
 assert team.tell({"said": [1, "ü"]} if world.rank == 0 else None) == {"said": [1, "ü"]}
 
 

@@ -413,7 +413,7 @@ from transformers import AutoModelForCausalLM, GPT2Config
 from fedsp_mpi.algorithms.fedbpt import SearchClient
 from fedsp_mpi.algorithms.inference import LocalInference
 from fedsp_mpi.data.tokens import Text, collate
-from fedsp_mpi.models.backbone import LanguageModel
+from fedsp_mpi.models.language_model import LanguageModel
 from fedsp_mpi.models.prompts import DepthMap, Prompt, PromptSpec
 from fedsp_mpi.models.subspace import Subspace
 from fedsp_mpi.config.search import SearchConfig

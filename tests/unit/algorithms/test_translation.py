@@ -20,7 +20,7 @@ from fedsp_mpi.data import pseudo_questions
 from fedsp_mpi.data.tasks import Example
 from fedsp_mpi.data.tokens import Batches
 from fedsp_mpi.models import auxiliary
-from fedsp_mpi.models.backbone import LanguageModel
+from fedsp_mpi.models.language_model import LanguageModel
 from fedsp_mpi.models.losses import logits_loss
 from fedsp_mpi.models.prompts import DepthMap, Prompt, PromptSpec
 from fedsp_mpi.report import difference

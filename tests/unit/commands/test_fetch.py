@@ -14,8 +14,8 @@ from fedsp_mpi import config
 from fedsp_mpi.commands.fetch import fetch as fetch_all
 from fedsp_mpi.log import Log
 from fedsp_mpi.record import read
-from fedsp_mpi.run.ranks import load_waves
 from fedsp_mpi.run.inputs import RESOURCES
+from fedsp_mpi.run.ranks import load_waves
 from helpers.mpi import both_ends, run_mpi
 from helpers.paths import PROGRAMS
 

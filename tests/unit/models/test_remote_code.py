@@ -102,7 +102,9 @@ def test_a_class_that_transformers_has_itself_is_read_by_its_own_code(tmp_path):
     (folder / "configuration_phi3.py").write_text(EVIL)
     model = tiny.load(str(folder))
     small = backbone.LanguageModel(auxiliary.unroll(auxiliary.cut(model, tiny.cell(1)), 4))
-    auxiliary.save(tmp_path / "auxiliary", small, 1, tiny.tokenizer(), {"depth": 4})
+    auxiliary.save(
+        tmp_path / "auxiliary", small, 1, tokenizer=tiny.tokenizer(), recipe={"depth": 4}
+    )
     assert (
         type(model.model).__module__.startswith("transformers.") and not (folder / "ran").exists()
     )

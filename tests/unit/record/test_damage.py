@@ -18,7 +18,7 @@ import torch
 
 from fedsp_mpi.files import fingerprint
 from fedsp_mpi.models import auxiliary
-from fedsp_mpi.models.backbone import LanguageModel
+from fedsp_mpi.models.language_model import LanguageModel
 from fedsp_mpi.models.prompts import Prompt, PromptSpec, read_adapter, write_adapter
 from fedsp_mpi.record import Checkpoint, Checkpoints, RunRecord, WireRow, read
 from fedsp_mpi.tensors import NamedTensors
@@ -265,7 +265,7 @@ def is_whole(folder: Path) -> bool:
 def test_a_damaged_prompt_is_seen(tmp_path, number):
     spec = PromptSpec(kind="prefix", num_tokens=3, num_layers=2, width=8, num_heads=2)
     prompt, folder = Prompt(spec), tmp_path / "prompt"
-    write_adapter(folder, NamedTensors.pack(prompt.tensors()), spec, "tiny")
+    write_adapter(folder, NamedTensors.pack(prompt.tensors()), spec, base="tiny")
     original = read_adapter(folder)
 
     def look() -> str:
@@ -282,7 +282,11 @@ def test_a_damaged_model_is_seen(tmp_path, number):
     cell, folder = auxiliary.cut(model, tiny.cell(2)), tmp_path / "auxiliary"
     small = LanguageModel(auxiliary.unroll(cell, 2), model.dtype)
     auxiliary.save(
-        folder, small, 2, tiny.tokenizer(), {"depth": 2, "recipe": {}, "distillation": {}}
+        folder,
+        small,
+        2,
+        tokenizer=tiny.tokenizer(),
+        recipe={"depth": 2, "recipe": {}, "distillation": {}},
     )
     original = fingerprint.of_weights(auxiliary.load(folder).weights)
     shutil.rmtree(tmp_path / "global")

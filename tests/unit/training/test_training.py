@@ -25,7 +25,7 @@ from fedsp_mpi.config.training import OptimizerConfig
 from fedsp_mpi.data.tokens import Batches, collate
 from fedsp_mpi.files.fingerprint import of_weights
 from fedsp_mpi.models import auxiliary
-from fedsp_mpi.models.backbone import LanguageModel
+from fedsp_mpi.models.language_model import LanguageModel
 from fedsp_mpi.models.losses import answer_loss, answer_loss_of, hidden_loss, logits_loss
 from fedsp_mpi.models.prompts import DepthMap, Prompt, PromptSpec
 from fedsp_mpi.record import Checkpoints
@@ -459,7 +459,7 @@ def client(
     cell = auxiliary.unroll(auxiliary.cut(whole, tiny.cell(1)), 4)
     given = auxiliary.pack(LanguageModel(cell))
     model = auxiliary.build(
-        auxiliary.cell_config(cell.config, tiny.cell(1)).to_dict(), 4, tiny.CPU, torch.float32
+        auxiliary.cell_config(cell.config, tiny.cell(1)).to_dict(), 4, tiny.CPU, dtype=torch.float32
     )
     alignment = StageConfig(
         steps=steps, batch_size=4, optimizer=OptimizerConfig(learning_rate=0.001)
