@@ -46,15 +46,14 @@ def run(options: argparse.Namespace) -> int:
     """`run`: one experiment, from its start to its table."""
     chosen = {"run.name": options.name, "run.resume": options.resume}
     chosen["run.if_exists"] = "replace" if options.replace else None
-    settings = _settings_or_mistake(
+    settings, error = _settings_or_mistake(
         options, {key: text for key, text in chosen.items() if text is not None}
     )
     from fedsp_mpi.run.execute import execute
 
     log = _log(options)
-    folder = execute(
-        settings, Path(options.config).stem if options.config else "embedded", log, Log(_show)
-    )
+    name = Path(options.config).stem if options.config else "embedded"
+    folder = execute(settings, name, log, client_log=Log(_show), error=error)
     if folder is not None:
         from fedsp_mpi.record import read
         from fedsp_mpi.report import summarize
@@ -67,7 +66,8 @@ def check(options: argparse.Namespace) -> int:
     """`check`: what would stop a run or slow it down, found by all ranks before it begins."""
     from fedsp_mpi.commands import check as room
 
-    room.check(_settings_or_mistake(options), _log(options))
+    settings, error = _settings_or_mistake(options)
+    room.check(settings, _log(options), error=error)
     return 0
 
 
@@ -258,12 +258,12 @@ def _settings(path: str | None, overrides: list[str]) -> config.Config:
 
 def _settings_or_mistake(
     options: argparse.Namespace, values: dict[str, str] | None = None
-) -> config.Config | ValueError:
-    """A mistake is not raised: it is for all ranks to hear."""
+) -> tuple[config.Config, ValueError | None]:
+    """Load the configuration; return a mistake in it beside the default: all ranks must hear it."""
     try:
-        return config.load(options.config, options.set, values)
+        return config.load(options.config, options.set, values), None
     except ValueError as error:
-        return error
+        return config.Config(), error
 
 
 def _user(function, *arguments):

@@ -1,16 +1,16 @@
-"""The federation: one round, written once, for the server, for the clients, and for one process
-that is both.
+"""The federation: one round, written once for the server, for clients, and for both in one.
+
+Every rank calls `federate` with its own side of the round: `server` on the server's ranks,
+`clients` on those that play clients, both where there is a single process.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
-
-import numpy as np
 
 from fedsp_mpi.comm import RoundBroadcast, Updates, guard
 from fedsp_mpi.comm.inspection import ProtocolError, reading, require_fields
@@ -21,108 +21,159 @@ from fedsp_mpi.config.runtime import CheckpointConfig
 from fedsp_mpi.log import duration
 from fedsp_mpi.record.atomic import RecordError
 from fedsp_mpi.record.checkpoint import CheckpointFile
-from fedsp_mpi.record.tables import ClientRow, RoundRow, WireRow
-from fedsp_mpi.roles import HostedClients, RoundJournal, ServerRole
+from fedsp_mpi.record.journal import RoundJournal
+from fedsp_mpi.record.tables import RoundRow
+from fedsp_mpi.roles import HostedClients, ServerRole
 from fedsp_mpi.tensors import ClientError, Failure, Update
 
 
 class ClientFailedError(RuntimeError):
-    """Clients failed, and the configuration or the quorum does not let the run go on without them."""
+    """Clients failed, and the configuration or the quorum does not let the run continue."""
 
 
 @dataclass(frozen=True)
-class Plan:
-    """How many rounds, and when they are put on disk.
+class Schedule:
+    """How many rounds there are, and when they are put on disk.
 
     Attributes:
-        done: rounds that an earlier stretch of the run has done.
+        federation: the number of rounds, and what happens when clients fail.
+        checkpoint: when checkpoints are written.
+        rounds_done: by an earlier stretch of the run.
     """
 
     federation: FederationConfig
     checkpoint: CheckpointConfig
-    done: int = 0
+    rounds_done: int = 0
 
     def is_due(self, round: int) -> bool:
-        """Whether a checkpoint is written after `round`: every so many, and after the last."""
+        """Return whether a checkpoint follows a round: after every so many, and after the last."""
         every = self.checkpoint.every
-        return every is not None and (round % every == 0 or round == self.federation.rounds)
+        if every is None:
+            return False
+        return round % every == 0 or round == self.federation.rounds
 
 
 def federate(
-    wire: Wire | Solo, plan: Plan, here: ServerRole | None, clients: HostedClients | None
+    wire: Wire | Solo,
+    schedule: Schedule,
+    *,
+    server: ServerRole | None,
+    clients: HostedClients | None,
 ) -> bool:
-    """All rounds that are left. Every rank calls this; `here` is the server's side, `clients` the
-    others'.
+    """Run all remaining rounds.
+
+    Args:
+        wire: between all ranks.
+        schedule: of the rounds.
+        server: this rank's part of the server.
+        clients: those that this rank plays.
 
     Returns:
         False if the run was told to stop (SIGUSR1 at the server) before its last round; a
         checkpoint is written then.
+
+    Raises:
+        ClientFailedError: on the server, if too many clients failed.
+        RecordError: on the server, if a rank cannot write its part of a checkpoint.
     """
-    start, rounds = time.perf_counter(), plan.federation.rounds
-    for round in range(plan.done + 1, rounds + 1):
-        if not run_round(round, wire, plan, here, clients):
-            if plan.done < round - 1 and not plan.is_due(round - 1):
-                save(round - 1, wire, plan, here, clients)
+    start = time.perf_counter()
+    for round in range(schedule.rounds_done + 1, schedule.federation.rounds + 1):
+        is_complete = run_round(round, wire, schedule, server=server, clients=clients)
+        if not is_complete:
+            last = round - 1
+            if schedule.rounds_done < last and not schedule.is_due(last):
+                save_checkpoint(last, wire, schedule, server=server, clients=clients)
             return False
-        if here and here.archive:
-            _tell(here.archive, round, plan, time.perf_counter() - start)
-        if plan.is_due(round):
-            save(round, wire, plan, here, clients)
+        if server and server.journal:
+            _log_round(server.journal, round, schedule, time.perf_counter() - start)
+        if schedule.is_due(round):
+            save_checkpoint(round, wire, schedule, server=server, clients=clients)
     return True
 
 
 def run_round(
     round: int,
     wire: Wire | Solo,
-    plan: Plan,
-    here: ServerRole | None,
+    schedule: Schedule,
+    *,
+    server: ServerRole | None,
     clients: HostedClients | None,
 ) -> bool:
-    """One round: prompts go down, are tuned on private text, come up, are merged and tuned on the
-    global model.
+    """Run one round: broadcast, local training, gather, aggregate, server update, validate, record.
 
-    False if the server's word is to stop. Raises ClientFailedError at the server if too many
-    clients failed.
+    Args:
+        round: from 1.
+        wire: between all ranks.
+        schedule: of the rounds.
+        server: this rank's part of the server.
+        clients: those that this rank plays.
+
+    Returns:
+        False if the server broadcast the word to stop.
+
+    Raises:
+        ClientFailedError: on the server, if too many clients failed.
     """
     watch = Stopwatch()
+
+    # --- broadcast ---
     with guard.phase("broadcast", round=round):
-        down = wire.broadcast(_word(round, here) if here and here.archive else None)
+        is_root = server is not None and server.journal is not None
+        broadcast = wire.broadcast(_round_broadcast(round, server) if server and is_root else None)
         watch.lap("broadcast")
-    if down.stop:
+    if broadcast.stop:
         return False
-    if here and here.control:
+
+    # --- the server-only control, while clients work ---
+    if server and server.control:
         with guard.phase("server-only control", round=round):
-            here.compute.begin()
-            here.control.absorb(round)  # while the clients work
+            server.compute.begin()
+            server.control.server_update(round)
             watch.lap("control")
-    with guard.phase("local training and gather", round=round):
-        work = local_work(clients, down) if clients else ()
-        updates = wire.gather(round, work, *((here.answer, here.expected(round)) if here else ()))
+
+    # --- local training; the server answers the calls of clients that hold no model ---
+    with guard.phase("local work", round=round):
+        if server and server.answer:
+            wire.serve(server.answer)
+        results = train_clients(clients, broadcast) if clients else []
+
+    # --- gather ---
+    with guard.phase("gather", round=round):
+        expected = server.expected(round) if server and server.expected else None
+        updates = wire.gather(round, results, expected)
         watch.lap("clients")
-    if here is None:
+    if server is None:
         return True
-    here.compute.begin()
+
+    # --- aggregate ---
+    server.compute.begin()
     with guard.phase("merge", round=round):
-        if updates is not None and plan.federation.clients:
-            require_quorum(updates, plan.federation)
-            together = here.server.merge(updates)
-            require_quorum(updates, plan.federation)  # the rule may have left some out
-            here.server.take(together)
-        here.team.lead(here.server.parameters())
+        if updates is not None and schedule.federation.clients:
+            require_quorum(updates, schedule.federation)
+            aggregate = server.server.aggregate(updates)
+            require_quorum(updates, schedule.federation)  # the rule may have rejected some
+            server.server.load_aggregate(aggregate)
+        server.group.lead(server.server.parameters())
         watch.lap("merge")
     with guard.phase("validation of the merged prompts", round=round):
-        merged_loss = here.loss(here.server)
+        aggregate_loss = server.validation_loss(server.server)
         watch.lap("validation")
+
+    # --- server update ---
     with guard.phase("server tuning", round=round):
-        merged = None if here.keeps_worse else here.server.tuned()
-        trace = here.server.absorb(round)
+        before = None if server.always_accept else server.server.export()
+        trace = server.server.server_update(round)
         watch.lap("server")
+
+    # --- validate ---
     with guard.phase("validation", round=round):
-        loss, is_best = here.settle(round, merged, merged_loss)
-        control_loss = here.settle_control(round)
+        loss, is_best = server.accept_or_revert(round, before, aggregate_loss)
+        control_loss = server.validate_control(round)
         watch.lap("validation")
-    if updates is None or here.archive is None:
+    if updates is None or server.journal is None:
         return True
+
+    # --- record ---
     with guard.phase("record", round=round):
         row = RoundRow(
             round=round,
@@ -130,224 +181,188 @@ def run_round(
             num_failed=len(updates.failures) + len(updates.rejected),
             server_loss_first=trace.first,
             server_loss_last=trace.last,
-            validation_merged=merged_loss,
+            validation_merged=aggregate_loss,
             validation_loss=loss,
             control_validation_loss=control_loss,
             is_best=is_best,
             **watch.seconds(),
         )
-        prompts = dict(here.server.tuned()) if here.archive.keep_prompts else None
-        commit(here.archive, wire, row, updates, prompts)
+        server.journal.commit_round(
+            row,
+            updates,
+            dict(server.server.export()) if server.journal.keep_prompts else None,
+            round_bytes=wire.round_bytes(),
+            entries=wire.manifest,
+        )
     return True
 
 
-def _word(round: int, here: ServerRole) -> RoundBroadcast:
-    return (
-        RoundBroadcast(round, stop=True)
-        if guard.told_to_stop
-        else RoundBroadcast(round, tensors=here.server.broadcast())
-    )
+def train_clients(clients: HostedClients, broadcast: RoundBroadcast) -> list[Update | Failure]:
+    """Train this process's clients that take part in a round, one after the other.
+
+    An error of one client becomes a Failure; the others go on.
+    """
+    assert broadcast.tensors is not None
+    clients.compute.begin()
+    participants = set(clients.participants(broadcast.round))
+    ids = [client for client in clients.ids if client in participants]
+    clients.cache.start_round(ids)
+    clients.progress.begin(broadcast.round)
+    results: list[Update | Failure] = []
+    for position, client in enumerate(ids, 1):
+        clients.progress.client(client, position, len(ids))
+        with guard.phase("local training", round=broadcast.round, client=client):
+            try:
+                clients.cache.load(client)
+                update = clients.client.local_update(client, broadcast.round, broadcast.tensors)
+                results.append(update)
+            except ClientError as error:
+                results.append(Failure(client, broadcast.round, "local training", str(error)))
+            clients.cache.store(client, broadcast.round)
+    return results
 
 
-def save(
+def require_quorum(updates: Updates, federation: FederationConfig) -> None:
+    """Raise ClientFailedError if the run should not continue with the updates that there are.
+
+    Called before the rule of aggregation and after it: an update that the rule rejected does not
+    count.
+    """
+    reasons = [
+        f"client {failure.client} in {failure.phase}: {failure.reason}"
+        for failure in updates.failures
+    ]
+    if reasons and federation.on_failure == "stop":
+        raise ClientFailedError(
+            f"{'; '.join(reasons)} (federation.on_failure=stop; =drop goes on without them)"
+        )
+    for client, reason in updates.rejected.items():
+        reasons.append(f"client {client} rejected: {reason}")
+    num_accepted = len(updates.reports) - len(updates.rejected)
+    if reasons and num_accepted < federation.min_clients:
+        raise ClientFailedError(
+            f"found {num_accepted} updates, expected at least federation.min_clients="
+            f"{federation.min_clients}: {'; '.join(reasons)}"
+        )
+
+
+def save_checkpoint(
     round: int,
     wire: Wire | Solo,
-    plan: Plan,
-    here: ServerRole | None,
+    schedule: Schedule,
+    *,
+    server: ServerRole | None,
     clients: HostedClients | None,
 ) -> None:
-    """Write a checkpoint: the clients' states by those who play them, while the server ends the
-    round; then its own.
+    """Write a checkpoint: the clients' states, by the ranks that play them, then the server's.
 
-    After the last round the clients are not asked, because they have nothing left to do.
-    Raises RecordError at the server if somebody cannot write.
+    After the last round clients are not asked, because they have nothing left to do.
+
+    Args:
+        round: that is complete.
+        wire: between all ranks.
+        schedule: of the rounds.
+        server: this rank's part of the server.
+        clients: those that this rank plays.
+
+    Raises:
+        RecordError: on the server, if a rank cannot write.
     """
     with guard.phase("checkpoint", round=round):
         start = time.perf_counter()
-        last = round == plan.federation.rounds
-        answers = [] if last else wire.collect(_saved(clients), "checkpoint")
-        if here is None or here.archive is None or answers is None:
+        answers: Sequence[Mapping[str, Any]] | None = []
+        if round < schedule.federation.rounds:
+            answers = wire.collect(_save_clients(clients), "checkpoint")
+        if server is None or server.journal is None or answers is None:
             return
-        archive = here.archive
-        pieces = _saved_pieces(answers, archive.rank_of)
-        archive.checkpoints.commit(
+        journal = server.journal
+        journal.checkpoints.commit(
             round,
-            here.state(),
-            pieces,
-            plan.checkpoint.keep,
-            best=here.best.round,
-            inputs=archive.inputs,
+            server.state(),
+            _client_files(answers, journal.rank_of),
+            keep=schedule.checkpoint.keep,
+            best=server.best.round,
+            inputs=journal.inputs,
         )
-        here.archive.seconds_checkpoints.append(time.perf_counter() - start)
+        journal.checkpoint_seconds.append(time.perf_counter() - start)
 
 
-def _saved(clients: HostedClients | None) -> dict[str, Any]:
-    """The files of this process's clients, or why there are none, for the server."""
+def _round_broadcast(round: int, server: ServerRole) -> RoundBroadcast:
+    if guard.told_to_stop:
+        return RoundBroadcast(round, stop=True)
+    return RoundBroadcast(round, tensors=server.server.broadcast())
+
+
+def _save_clients(clients: HostedClients | None) -> dict[str, Any]:
+    """Write the states of this process's clients; return their files, or why there are none."""
     try:
-        states = clients.shelf.save() if clients else {}
+        files = clients.cache.save() if clients else {}
     except RecordError as error:
         return {"states": {}, "error": str(error)}
-    return {"states": {str(id): list(piece) for id, piece in states.items()}, "error": None}
+    return {"states": {str(client): list(file) for client, file in files.items()}, "error": None}
 
 
-def _saved_pieces(
-    answers: Sequence[dict[str, Any]], rank_of: Mapping[int, int]
+def _client_files(
+    answers: Sequence[Mapping[str, Any]], rank_of: Mapping[int, int]
 ) -> dict[int, CheckpointFile]:
-    """The files that ranks have written for their clients, by client id.
+    """Return the files that ranks have written for their clients, by client id.
 
-    Raises RecordError if a rank could not write, ProtocolError if it names what is not its own.
+    Raises:
+        RecordError: a rank could not write.
+        ProtocolError: a rank names a client that it does not play.
     """
-    pieces: dict[int, CheckpointFile] = {}
+    files: dict[int, CheckpointFile] = {}
     for rank, answer in enumerate(answers):
         with reading(rank, "a list of the states that it has saved"):
             require_fields(answer, rank, {"error": (str, type(None)), "states": dict})
             if answer["error"]:
                 raise RecordError(str(answer["error"]))
-            for id, piece in answer["states"].items():
-                if rank_of.get(int(id)) != rank:
+            for client, file in answer["states"].items():
+                if rank_of.get(int(client)) != rank:
                     raise ProtocolError(
-                        f"rank {rank}: found a state of client {int(id)}, which it does not play"
+                        f"rank {rank}: found a state of client {int(client)}, which it does not "
+                        "play"
                     )
-                pieces[int(id)] = CheckpointFile.of(piece)
-    return pieces
+                files[int(client)] = CheckpointFile.of(file)
+    return files
 
 
-def local_work(clients: HostedClients, down: RoundBroadcast) -> Iterator[Update | Failure]:
-    """The work of this process's clients that take part, one by one.
-
-    What makes one of them fail is a value.
-    """
-    assert down.tensors is not None
-    clients.compute.begin()
-    chosen = set(clients.chosen(down.round))
-    mine = [id for id in clients.ids if id in chosen]
-    clients.shelf.begin(mine)
-    clients.progress.begin(down.round)
-    for place, id in enumerate(mine, 1):
-        clients.progress.client(id, place, len(mine))
-        with guard.phase("local training", round=down.round, client=id):
-            try:
-                clients.shelf.fetch(id)
-                yield clients.client.local(id, down.round, down.tensors)
-            except ClientError as error:
-                yield Failure(id, down.round, "local training", str(error))
-            clients.shelf.put(id, down.round)
-
-
-def require_quorum(updates: Updates, plan: FederationConfig) -> None:
-    """Raise ClientFailedError if the run should not go on with the updates that there are.
-
-    Asked before the rule of aggregation and after it: an update that the rule rejected does not
-    count.
-    """
-    who = [f"client {f.client} in {f.phase}: {f.reason}" for f in updates.failures]
-    if who and plan.on_failure == "stop":
-        raise ClientFailedError(
-            f"{'; '.join(who)} (federation.on_failure=stop; =drop goes on without them)"
-        )
-    who += [f"client {client} rejected: {reason}" for client, reason in updates.rejected.items()]
-    left = len(updates.reports) - len(updates.rejected)
-    if who and left < plan.min_clients:
-        raise ClientFailedError(
-            f"found {left} updates, expected at least "
-            f"federation.min_clients={plan.min_clients}: {'; '.join(who)}"
-        )
-
-
-def commit(
-    archive: RoundJournal,
-    wire: Wire | Solo,
-    row: RoundRow,
-    updates: Updates,
-    prompts: dict[str, np.ndarray] | None,
-) -> None:
-    """Write one round into the record: when this returns, the round is on disk."""
-    size = wire.round_bytes()
-
-    def client_row(client: int, **rest: Any) -> ClientRow:
-        down, up = size["down"].get(client, 0), size["up"].get(client, 0)
-        return ClientRow(
-            round=row.round,
-            client=client,
-            rank=archive.rank_of[client],
-            bytes_down=down,
-            bytes_up=up,
-            **rest,
-        )
-
-    rejected = {
-        client: {"status": "rejected", "reason": why} for client, why in updates.rejected.items()
-    }
-    clients = [
-        client_row(r.client, samples=int(r.weight), **r.metrics, **rejected.get(r.client, {}))
-        for r in updates.reports
-    ]
-    clients += [
-        client_row(f.client, status="failed", reason=f"{f.phase}: {f.reason}")
-        for f in updates.failures
-    ]
-    row = replace(row, bytes_down=sum(size["down"].values()), bytes_up=sum(size["up"].values()))
-    ordered = sorted(clients, key=lambda client: client.client)
-    archive.record.commit_round(row, ordered, prompts, manifest(wire, archive.carried))
-
-
-def manifest(wire: Wire | Solo, carried: Sequence[WireRow] = ()) -> list[WireRow]:
-    """The wire's manifest as rows of the record, on top of what earlier stretches of the run sent."""
-    rows = {(row.direction, row.phase, row.name): row for row in carried}
-    for entry in wire.manifest:
-        kept = {
-            name: entry[name]
-            for name in ("name", "dtype", "direction", "phase", "bytes", "bytes_crossed")
-        }
-        row = WireRow(**kept, shape=tuple(entry["shape"] or ()), count=entry["messages"])
-        rows[row.direction, row.phase, row.name] = _added(
-            rows.get((row.direction, row.phase, row.name)), row
-        )
-    return list(rows.values())
-
-
-def _added(before: WireRow | None, row: WireRow) -> WireRow:
-    if before is None:
-        return row
-    sums = {
-        name: getattr(before, name) + getattr(row, name)
-        for name in ("count", "bytes", "bytes_crossed")
-    }
-    return replace(row, **sums)
+def _log_round(journal: RoundJournal, round: int, schedule: Schedule, elapsed: float) -> None:
+    rounds = schedule.federation.rounds
+    row = journal.record.run.rounds[-1]
+    clients = journal.record.run.clients
+    statuses = clients[clients["round"] == round]["status"].tolist()
+    excluded = ""
+    for status in ("failed", "rejected"):
+        if status in statuses:
+            excluded += f", {statuses.count(status)} of them {status}"
+    control = ""
+    if not math.isnan(row["control_validation_loss"]):
+        control = f", server-only {row['control_validation_loss']:.4f}"
+    best = ", best so far" if row["is_best"] else ""
+    remaining = elapsed / (round - schedule.rounds_done) * (rounds - round)
+    journal.log.say(
+        f"round {round}/{rounds}  validation loss {row['validation_loss']:.4f}{best}"
+        f" (merged {row['validation_merged']:.4f}{control})  {row['num_clients']} clients{excluded}"
+        f"  {duration(row['seconds_total'])}  {duration(remaining)} left"
+    )
 
 
 class Stopwatch:
-    """Seconds by phase of one round; a phase that comes twice is added up."""
+    """Seconds of one round by phase; a phase that comes twice is added up."""
 
     def __init__(self) -> None:
-        self._start = self._last = time.perf_counter()
+        self._start = time.perf_counter()
+        self._last = self._start
         self._laps: dict[str, float] = {}
 
     def lap(self, phase: str) -> None:
+        """Add the time since the last lap to a phase."""
         now = time.perf_counter()
         self._laps[phase] = self._laps.get(phase, 0.0) + now - self._last
         self._last = now
 
     def seconds(self) -> dict[str, Any]:
-        """As the fields of a round's row."""
+        """Return the seconds as the fields of a round's row."""
         laps = {f"seconds_{phase}": seconds for phase, seconds in self._laps.items()}
         return {**laps, "seconds_total": time.perf_counter() - self._start}
-
-
-def _tell(archive: RoundJournal, round: int, plan: Plan, elapsed: float) -> None:
-    rounds = plan.federation.rounds
-    row = archive.record.run.rounds[-1]
-    there = archive.record.run.clients
-    some = there[there["round"] == round]["status"].tolist()
-    left_out = "".join(
-        f", {some.count(kind)} of them {kind}" for kind in ("failed", "rejected") if kind in some
-    )
-    loss = row["control_validation_loss"]
-    control = "" if math.isnan(loss) else f", server-only {loss:.4f}"
-    best = ", best so far" if row["is_best"] else ""
-    left = duration(elapsed / (round - plan.done) * (rounds - round))
-    archive.log.say(
-        f"round {round}/{rounds}  validation loss {row['validation_loss']:.4f}{best}"
-        f" (merged {row['validation_merged']:.4f}{control})  {row['num_clients']} clients{left_out}"
-        f"  {duration(row['seconds_total'])}  {left} left"
-    )

@@ -1,138 +1,119 @@
-"""The two sides of a round: what an algorithm gives to each, and what it is judged by."""
+"""The two sides of a round: the server, with what it is judged by, and the clients of a process."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
-from torch import nn
 
-from fedsp_mpi.aggregation.fedavg import Updates
+from fedsp_mpi.algorithms.base import Client, Server
 from fedsp_mpi.comm.inspection import Expected
 from fedsp_mpi.data.tokens import Text
 from fedsp_mpi.evaluation.scoring import answer_loss_mean
-from fedsp_mpi.log import Log, RoundProgress
-from fedsp_mpi.models.backbone import LanguageModel
-from fedsp_mpi.models.prompts import Prompt
-from fedsp_mpi.record.checkpoint import Checkpoints, ClientStateCache, StateHolder
-from fedsp_mpi.record.tables import WireRow
-from fedsp_mpi.record.writer import RunRecord
-from fedsp_mpi.tensors import NamedTensors, State, Update, join_states, part_of_state
+from fedsp_mpi.log import RoundProgress
+from fedsp_mpi.record.client_cache import ClientStateCache
+from fedsp_mpi.record.journal import RoundJournal
+from fedsp_mpi.tensors import NamedTensors, State, join_states, part_of_state
 from fedsp_mpi.training.device import Compute
-from fedsp_mpi.training.loop import Trace
 from fedsp_mpi.training.process_group import ServerGroup
 
 
-class Server(Protocol):
-    """What the round asks of the server's side of an algorithm."""
-
-    model: LanguageModel
-
-    @property
-    def prompt(
-        self,
-    ) -> Prompt | None: ...  # goes before every text; None: the model is what is tuned
-
-    def parameters(self) -> Iterable[nn.Parameter]: ...
-
-    def broadcast(self) -> NamedTensors: ...
-
-    def merge(self, updates: Updates) -> NamedTensors: ...
-
-    def take(self, merged: NamedTensors) -> None: ...
-
-    def absorb(self, round: int) -> Trace: ...
-
-    def tuned(self) -> NamedTensors: ...
-
-    def load(self, tuned: NamedTensors) -> None: ...
-
+class _HasState(Protocol):
     def state(self) -> State: ...
 
     def load_state(self, state: State) -> None: ...
 
 
-class Client(Protocol):
-    """What the round asks of the clients' side of an algorithm."""
-
-    @property
-    def states(self) -> StateHolder: ...
-
-    def local(self, client: int, round: int, down: NamedTensors) -> Update: ...
-
-
 @dataclass
 class HostedClients:
-    """The clients that this process plays."""
+    """The clients that this process plays.
+
+    Attributes:
+        client: the method's side of them.
+        ids: of all that this process plays.
+        compute: their device.
+        cache: their states, some of them on disk.
+        participants: returns the clients of all processes that take part in a round.
+        progress: is told of every client and step.
+        digests: of their tokenised texts, by name.
+    """
 
     client: Client
     ids: Sequence[int]
     compute: Compute
-    shelf: ClientStateCache
-    chosen: Callable[[int], Sequence[int]]  # round -> the clients that take part in it
+    cache: ClientStateCache
+    participants: Callable[[int], Sequence[int]]
     progress: RoundProgress = field(default_factory=RoundProgress)
-    texts: dict[str, str] = field(default_factory=dict)  # digests of their tokenised texts, by name
+    digests: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
 class Best:
-    """What the server had tuned when its validation loss was lowest so far."""
+    """What the server exported when its validation loss was lowest.
 
-    tuned: NamedTensors
+    Attributes:
+        exported: the prompt, or the model's weights.
+        round: that it is of; 0 before the first.
+        loss: in nats a token.
+    """
+
+    exported: NamedTensors
     round: int = 0
     loss: float = math.inf
 
-    def offer(self, tuned: NamedTensors, round: int, loss: float) -> bool:
-        """Take this if it is better: of equal losses the first stays, and one that is not a number
-        never is better.
+    def update_if_better(self, exported: NamedTensors, round: int, loss: float) -> bool:
+        """Take over what has a lower loss, and return whether it has.
+
+        Of equal losses the first stays; a loss that is not a number is never better.
+
+        Args:
+            exported: what the server exported.
+            round: that it is of.
+            loss: on the validation texts, in nats a token.
         """
         if not loss < self.loss:
             return False
-        self.tuned, self.round, self.loss = tuned, round, loss
+        self.exported = exported
+        self.round = round
+        self.loss = loss
         return True
 
     def state(self) -> State:
-        """As a checkpoint keeps it."""
-        return join_states(
-            {
-                "tuned": dict(self.tuned),
-                "at": {"round": np.array(self.round), "loss": np.array(self.loss)},
-            }
-        )
+        """Return this as a checkpoint stores it."""
+        position = {"round": np.array(self.round), "loss": np.array(self.loss)}
+        return join_states({"tuned": dict(self.exported), "at": position})
 
     def load_state(self, state: State) -> None:
-        """Go on from `state()`."""
+        """Continue from `state()`."""
         for name, value in part_of_state(state, "tuned").items():
-            self.tuned[name][...] = value
-        self.round, self.loss = int(state["at/round"]), float(state["at/loss"])
-
-
-@dataclass
-class RoundJournal:
-    """What rank 0 alone writes, and what it needs for it."""
-
-    record: RunRecord
-    keep_prompts: bool
-    rank_of: dict[int, int]
-    expected: Callable[
-        [int], Expected
-    ]  # round -> the clients that answer in it, and what they may say
-    log: Log
-    checkpoints: Checkpoints
-    carried: Sequence[WireRow] = ()  # the manifest of the run's earlier stretches
-    inputs: str | None = None  # digest of all that the run reads
-    seconds_checkpoints: list[float] = field(default_factory=list)
+            self.exported[name][...] = value
+        self.round = int(state["at/round"])
+        self.loss = float(state["at/loss"])
 
 
 @dataclass
 class ServerRole:
-    """The server, the control that trains beside it without clients, and what both are judged by.
+    """The server, the control that tunes beside it without clients, and what both are judged by.
 
     Where several ranks are the server, each has one; they do the same and end each round with the
-    same.
+    same values.
+
+    Attributes:
+        server: the method's side.
+        control: the same without clients (server-only); None if there is none.
+        compute: the server's device.
+        validation: texts that every round is judged by.
+        batch_tokens: most tokens of a forward pass of validation.
+        group: the ranks that are the server together.
+        journal: what is written; None on the server's other ranks.
+        expected: returns who answers in a round, and what they may send; None likewise.
+        always_accept: whether a round's tuning stands if it made the validation loss worse.
+        answer: returns the losses that clients without a model ask for; None if all hold one.
+        best: of the server.
+        control_best: of the control.
     """
 
     server: Server
@@ -140,70 +121,65 @@ class ServerRole:
     compute: Compute
     validation: Sequence[Text]
     batch_tokens: int
-    team: ServerGroup
-    archive: RoundJournal | None
-    keeps_worse: bool = True  # whether a round's tuning stands if it made the validation loss worse
-    answer: Callable[[np.ndarray], np.ndarray] | None = (
-        None  # to what clients that hold no model ask in a round
-    )
+    group: ServerGroup
+    journal: RoundJournal | None = None
+    expected: Callable[[int], Expected] | None = None
+    always_accept: bool = True
+    answer: Callable[[np.ndarray], np.ndarray] | None = None
     best: Best = field(init=False)
     control_best: Best | None = field(init=False)
 
     def __post_init__(self) -> None:
-        self.best = Best(self.server.tuned())
-        self.control_best = Best(self.control.tuned()) if self.control else None
+        self.best = Best(self.server.export())
+        self.control_best = Best(self.control.export()) if self.control else None
 
-    def expected(self, round: int) -> Expected | None:
-        """Who answers in a round; None on the server's other ranks, which collect nothing."""
-        return self.archive.expected(round) if self.archive else None
-
-    def loss(self, server: Server) -> float:
-        """Validation loss of what a server has tuned."""
+    def validation_loss(self, server: Server) -> float:
+        """Return the mean answer loss on the validation texts, in nats a token."""
         return answer_loss_mean(
-            server.model, server.prompt, self.validation, self.batch_tokens, self.team
+            server.model, server.prompt, self.validation, self.batch_tokens, self.group
         )
 
-    def settle(
-        self, round: int, merged: NamedTensors | None, merged_loss: float
+    def accept_or_revert(
+        self, round: int, aggregate: NamedTensors | None, aggregate_loss: float
     ) -> tuple[float, bool]:
-        """Judge what a round's tuning made of the merged messengers, and take it back if it had to
-        be better.
+        """Validate what the server tuned; revert to the aggregate if the loss rose.
 
         Args:
-            merged: the messengers as they were before; None if what is worse is kept.
+            round: that was tuned.
+            aggregate: what the server exported before it tuned; None with `server.accept=always`.
+            aggregate_loss: its validation loss.
 
         Returns:
-            The validation loss of what is kept, and whether it is the best so far.
+            The validation loss of what is kept, and whether it is the lowest so far.
         """
-        loss = self.loss(self.server)
-        if merged is not None and not loss <= merged_loss:
-            self.server.load(merged)
-            loss = merged_loss
-        return loss, self.best.offer(self.server.tuned(), round, loss)
+        loss = self.validation_loss(self.server)
+        if aggregate is not None and not loss <= aggregate_loss:
+            self.server.restore(aggregate)
+            loss = aggregate_loss
+        return loss, self.best.update_if_better(self.server.export(), round, loss)
 
-    def settle_control(self, round: int) -> float:
-        """The same for the control, which goes on from the best that it had."""
+    def validate_control(self, round: int) -> float:
+        """Validate the control, which continues from its best; return its loss, nan without one."""
         if self.control is None or self.control_best is None:
             return math.nan
-        loss = self.loss(self.control)
-        if not self.control_best.offer(self.control.tuned(), round, loss) and not self.keeps_worse:
-            self.control.load(self.control_best.tuned)
+        loss = self.validation_loss(self.control)
+        is_best = self.control_best.update_if_better(self.control.export(), round, loss)
+        if not is_best and not self.always_accept:
+            self.control.restore(self.control_best.exported)
         return loss
 
     def state(self) -> State:
-        """All that the server's next round depends on."""
+        """Return all that the server's next round depends on."""
         return join_states({name: part.state() for name, part in self._parts().items()})
 
     def load_state(self, state: State) -> None:
-        """Go on from `state()`."""
+        """Continue from `state()`."""
         for name, part in self._parts().items():
             part.load_state(part_of_state(state, name))
 
-    def _parts(self) -> dict[str, Any]:
-        parts = {
-            "server": self.server,
-            "best": self.best,
-            "control": self.control,
-            "control_best": self.control_best,
-        }
-        return {name: part for name, part in parts.items() if part is not None}
+    def _parts(self) -> Mapping[str, _HasState]:
+        parts: dict[str, _HasState] = {"server": self.server, "best": self.best}
+        if self.control is not None and self.control_best is not None:
+            parts["control"] = self.control
+            parts["control_best"] = self.control_best
+        return parts

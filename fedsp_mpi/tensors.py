@@ -1,8 +1,7 @@
-"""What travels between server and clients: named fp32 tensors, a weight, a few numbers, or a
-failure.
+"""Data that travels between server and clients: named fp32 tensors, weights, metrics, failures.
 
-Everything here is numpy on the outside, so that a rank that only waits needs no torch. The tensors
-of one message lie in one contiguous fp32 vector: what is sent is that vector as it lies in memory.
+The interface is numpy, so that a rank that only waits does not need torch. The tensors of one
+message are views of one contiguous fp32 vector, and that vector is sent as it lies in memory.
 """
 
 from __future__ import annotations
@@ -18,26 +17,29 @@ if TYPE_CHECKING:
     import torch
 
 
-State = dict[
-    str, np.ndarray
-]  # what somebody goes on from, by name: views, valid until the next step
+# Resumable state by name. The arrays are views that are valid until the next training step.
+State = dict[str, np.ndarray]
 
 
 def join_states(parts: Mapping[str, Mapping[str, np.ndarray]]) -> State:
-    """Several states in one; the names get the part's name and a slash in front."""
-    return {
-        f"{part}/{name}": value for part, state in parts.items() for name, value in state.items()
-    }
+    """Return one state with the arrays of all parts (any shape), named "part/name"; no copies."""
+    joined: State = {}
+    for part, state in parts.items():
+        for name, value in state.items():
+            joined[f"{part}/{name}"] = value
+    return joined
 
 
 def part_of_state(state: Mapping[str, np.ndarray], part: str) -> State:
-    """One of the states that `join_states` put together; empty if it is not there."""
-    start = f"{part}/"
-    return {name[len(start) :]: value for name, value in state.items() if name.startswith(start)}
+    """Return the arrays (any shape) of one part of a joined state; empty if it is absent."""
+    prefix = f"{part}/"
+    return {
+        name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)
+    }
 
 
 class ClientError(Exception):
-    """What makes one client fail in a round, and nobody else."""
+    """An error that makes one client fail in a round, but not the run."""
 
 
 class SealedTensorError(ValueError):
@@ -52,11 +54,12 @@ class TensorSpec(NamedTuple):
 
     @property
     def num_values(self) -> int:
+        """Number of elements."""
         return int(np.prod(self.shape, dtype=np.int64))
 
 
 class Schema(tuple[TensorSpec, ...]):
-    """The names and shapes of a message, in order."""
+    """Names and shapes of the tensors of a message, in order."""
 
     __slots__ = ()
 
@@ -67,92 +70,104 @@ class Schema(tuple[TensorSpec, ...]):
 
     @property
     def num_values(self) -> int:
+        """Number of elements of all tensors together."""
         return sum(spec.num_values for spec in self)
 
     @property
     def digest(self) -> bytes:
-        """16 bytes that two equal schemas share."""
-        return hashlib.blake2b(
-            repr([(s.name, s.shape) for s in self]).encode(), digest_size=16
-        ).digest()
+        """16-byte hash of the names and shapes, the same on every machine."""
+        text = repr([(spec.name, spec.shape) for spec in self])
+        return hashlib.blake2b(text.encode(), digest_size=16).digest()
 
     def require(self, expected: Schema, whose: str) -> None:
-        """Raise ValueError naming the first tensor in which `self` differs from `expected`."""
-        for found, wanted in zip(self, expected):
-            if found != wanted:
+        """Raise ValueError unless this schema equals `expected`.
+
+        The message begins with `whose` and names the first tensor that differs.
+        """
+        for spec, expected_spec in zip(self, expected):
+            if spec != expected_spec:
                 raise ValueError(
-                    f"{whose}: found tensor {found.name!r} {list(found.shape)}, "
-                    f"expected {wanted.name!r} {list(wanted.shape)}"
+                    f"{whose}: found tensor {spec.name!r} {list(spec.shape)}, "
+                    f"expected {expected_spec.name!r} {list(expected_spec.shape)}"
                 )
         if len(self) != len(expected):
-            extra = (self if len(self) > len(expected) else expected)[min(len(self), len(expected))]
+            longer = self if len(self) > len(expected) else expected
+            first_extra = longer[min(len(self), len(expected))]
             raise ValueError(
                 f"{whose}: found {len(self)} tensors, expected {len(expected)}; "
-                f"the first that differs is {extra.name!r}"
+                f"the first that differs is {first_extra.name!r}"
             )
 
 
-class _Seal:
-    """The memory of the global model, which may not be packed; it is held here, so that its
-    addresses stay its own.
+class _ProtectedMemory:
+    """Memory of the global model, which must never be packed into a message.
+
+    The storages are kept alive, so that their addresses are never reused for other tensors.
     """
 
     def __init__(self) -> None:
-        self._owners: list[object] = []
-        self._storages: dict[int, str] = {}
-        self._ranges: list[tuple[int, int, str]] = []
+        self._storages: list[object] = []
+        self._name_by_address: dict[int, str] = {}
+        self._host_ranges: list[tuple[int, int, str]] = []  # first byte, end, name
 
     def add(self, named: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Protect the storages of (name, tensor of any shape) pairs; tied ones by their first name."""
         for name, tensor in named:
             storage = tensor.untyped_storage()
-            start = storage.data_ptr()
-            if start == 0 or start in self._storages:
+            address = storage.data_ptr()
+            if address == 0 or address in self._name_by_address:
                 continue
-            self._owners.append(storage)
-            self._storages[start] = name
+            self._storages.append(storage)
+            self._name_by_address[address] = name
             if tensor.device.type == "cpu":
-                self._ranges.append((start, start + storage.nbytes(), name))
+                self._host_ranges.append((address, address + storage.nbytes(), name))
 
-    def refuse_tensor(self, name: str, tensor: torch.Tensor) -> None:
-        self._refuse(name, self._storages.get(tensor.untyped_storage().data_ptr()))
+    def check_tensor(self, name: str, tensor: torch.Tensor) -> None:
+        """Raise SealedTensorError if a tensor of any shape shares storage with the global model."""
+        storage = tensor.untyped_storage()
+        self._refuse_owned(name, self._name_by_address.get(storage.data_ptr()))
+        # A tensor made by way of numpy may begin inside a protected storage.
         if tensor.device.type == "cpu":
-            storage = tensor.untyped_storage()
-            self._refuse_range(name, storage.data_ptr(), storage.nbytes())
+            self._check_range(name, storage.data_ptr(), storage.nbytes())
 
-    def refuse_array(self, array: np.ndarray) -> None:
-        self._refuse_range("this array", array.__array_interface__["data"][0], array.nbytes)
-
-    def _refuse_range(self, name: str, low: int, size: int) -> None:
-        if size:
-            self._refuse(
-                name, next((n for a, b, n in self._ranges if low < b and a < low + size), None)
-            )
+    def check_array(self, array: np.ndarray) -> None:
+        """Raise SealedTensorError if an array of any shape overlaps the global model's memory."""
+        self._check_range("this array", array.__array_interface__["data"][0], array.nbytes)
 
     def clear(self) -> None:
-        self.__init__()  # type: ignore[misc]
+        """Forget all protected memory: the next run has a global model of its own."""
+        self._storages.clear()
+        self._name_by_address.clear()
+        self._host_ranges.clear()
+
+    def _check_range(self, name: str, address: int, size: int) -> None:
+        if size == 0:
+            return
+        for begin, end, owner in self._host_ranges:
+            if address < end and begin < address + size:
+                self._refuse_owned(name, owner)
 
     @staticmethod
-    def _refuse(name: str, owner: str | None) -> None:
+    def _refuse_owned(name: str, owner: str | None) -> None:
         if owner is not None:
             raise SealedTensorError(
                 f"{name} is the memory of {owner!r} of the global model, which never leaves "
-                "the server; "
-                "expected a prompt, or a tensor of the auxiliary model made by copying"
+                "the server; expected a prompt, or a tensor of the auxiliary model made by copying"
             )
 
 
-seal = _Seal()
+seal = _ProtectedMemory()
 
 
 class NamedTensors(Mapping[str, np.ndarray]):
-    """Named fp32 arrays that are views of one contiguous vector.
+    """Named fp32 arrays of any shape that are views of one contiguous vector.
 
     Args:
         schema: names and shapes, in order.
-        flat: fp32 vector of `schema.num_values` values, C-contiguous; it is kept, not copied.
+        flat: fp32 vector [schema.num_values], C-contiguous; it is used as it is, not copied.
 
     Raises:
-        ValueError: type, layout or length of `flat` does not fit the schema.
+        ValueError: dtype, layout or length of `flat` does not match the schema.
         SealedTensorError: `flat` is memory of the global model.
     """
 
@@ -167,20 +182,24 @@ class NamedTensors(Mapping[str, np.ndarray]):
         if flat.size != schema.num_values:
             raise ValueError(
                 f"found {flat.size} values, expected {schema.num_values} for "
-                f"{[s.name for s in schema]}"
+                f"{[spec.name for spec in schema]}"
             )
-        seal.refuse_array(flat)
-        self.schema, self.flat = schema, flat
-        ends = np.cumsum([spec.num_values for spec in schema])
-        self._views = {
-            s.name: flat[end - s.num_values : end].reshape(s.shape) for s, end in zip(schema, ends)
-        }
+        seal.check_array(flat)
+        self.schema = schema
+        self.flat = flat
+        self._views: dict[str, np.ndarray] = {}
+        begin = 0
+        for spec in schema:
+            end = begin + spec.num_values
+            self._views[spec.name] = flat[begin:end].reshape(spec.shape)
+            begin = end
 
     @classmethod
     def pack(cls, tensors: Mapping[str, torch.Tensor]) -> NamedTensors:
-        """Copy torch tensors (any device, any float type) into one fp32 vector on the host.
+        """Copy torch tensors (any shape, device and float dtype) into one fp32 vector on the host.
 
-        Raises SealedTensorError if one of them is memory of the global model.
+        Raises:
+            SealedTensorError: one of them is memory of the global model.
         """
         import torch
 
@@ -188,52 +207,62 @@ class NamedTensors(Mapping[str, np.ndarray]):
         flat = np.empty(schema.num_values, dtype=np.float32)
         packed = cls(schema, flat)
         for name, tensor in tensors.items():
-            seal.refuse_tensor(name, tensor)
+            seal.check_tensor(name, tensor)
             torch.from_numpy(packed[name]).copy_(tensor.detach())
         return packed
 
     @classmethod
     def of(cls, arrays: Mapping[str, np.ndarray]) -> NamedTensors:
-        """Copy arrays, of any float type, into one fp32 vector."""
+        """Copy at least one array (any shape, any float dtype) into one fp32 vector."""
         schema = Schema.of((name, array.shape) for name, array in arrays.items())
-        return cls(
-            schema, np.concatenate([array.ravel() for array in arrays.values()]).astype(np.float32)
-        )
+        flat = np.concatenate([array.ravel() for array in arrays.values()])
+        return cls(schema, flat.astype(np.float32))
 
     def torch(self) -> dict[str, torch.Tensor]:
-        """The same memory as torch tensors on the CPU; writing to one writes to the message."""
+        """Return fp32 CPU tensors (any shape) that share this memory.
+
+        Writing to one of them writes to the message.
+        """
         import torch
 
         return {name: torch.from_numpy(view) for name, view in self._views.items()}
 
     def select(self, prefix: str) -> NamedTensors:
-        """The tensors whose name starts with `prefix`, renamed without it.
+        """Return the fp32 tensors (any shape) whose names start with `prefix`, without the prefix.
 
-        They must lie side by side.
+        They share this memory, and must be adjacent in it.
         """
-        offset, chosen = 0, []
-        start = None
+        selected: list[TensorSpec] = []
+        begin = 0
+        offset = 0
         for spec in self.schema:
             if spec.name.startswith(prefix):
-                start = offset if start is None else start
-                chosen.append(TensorSpec(spec.name[len(prefix) :], spec.shape))
+                if not selected:
+                    begin = offset
+                selected.append(TensorSpec(spec.name.removeprefix(prefix), spec.shape))
             offset += spec.num_values
-        schema = Schema(chosen)
-        begin = start or 0
+        schema = Schema(selected)
         return NamedTensors(schema, self.flat[begin : begin + schema.num_values])
 
     @classmethod
     def join(cls, parts: Mapping[str, NamedTensors]) -> NamedTensors:
-        """Several messages in one; the names get the part's name in front."""
+        """Copy the fp32 tensors (any shape) of at least one part into one vector.
+
+        Each name gets its part's key in front.
+        """
         schema = Schema(
-            TensorSpec(p + s.name, s.shape) for p, part in parts.items() for s in part.schema
+            TensorSpec(prefix + spec.name, spec.shape)
+            for prefix, part in parts.items()
+            for spec in part.schema
         )
         return cls(schema, np.concatenate([part.flat for part in parts.values()]))
 
     def copy(self) -> NamedTensors:
+        """Return fp32 tensors of the same shapes and values in memory of their own."""
         return NamedTensors(self.schema, self.flat.copy())
 
     def is_finite(self) -> bool:
+        """Return True unless a value is nan or infinite."""
         return bool(np.isfinite(self.flat).all())
 
     def __getitem__(self, name: str) -> np.ndarray:
@@ -246,17 +275,18 @@ class NamedTensors(Mapping[str, np.ndarray]):
         return len(self._views)
 
     def __repr__(self) -> str:
-        return f"NamedTensors({', '.join(f'{s.name}{list(s.shape)}' for s in self.schema)})"
+        specs = ", ".join(f"{spec.name}{list(spec.shape)}" for spec in self.schema)
+        return f"NamedTensors({specs})"
 
 
 class Batch(NamedTuple):
-    """Texts side by side, padded on the right to the longest of them.
+    """Texts of one batch, padded on the right to the longest of them.
 
     Attributes:
         input_ids: int64 [batch, length].
         attention_mask: int64 [batch, length], 0 on padding.
-        targets: int64 [batch, length]: the token that this position should predict, or -100 where
-            nothing is asked.
+        targets: int64 [batch, length]: the token to predict at this position, or -100 where there
+            is no loss.
     """
 
     input_ids: torch.Tensor
@@ -264,12 +294,10 @@ class Batch(NamedTuple):
     targets: torch.Tensor
 
     def to(self, device: torch.device) -> Batch:
-        """The same batch on a device; itself where it is there already."""
-        return (
-            self
-            if device.type == "cpu"
-            else Batch(*(tensor.to(device, non_blocking=True) for tensor in self))
-        )
+        """Return the batch on a device; itself if that is the CPU, where batches are made."""
+        if device.type == "cpu":
+            return self
+        return Batch(*(tensor.to(device, non_blocking=True) for tensor in self))
 
 
 @dataclass(frozen=True)
@@ -277,13 +305,13 @@ class Contract:
     """What may travel after the hand-out: fixed once, checked on every message.
 
     Attributes:
-        down: tensors of a broadcast.
-        up: tensors of an update.
-        metrics: names of the numbers that ride in an update's header, at most 12.
-        finite: those of them that every update has, as finite numbers, because the server works
-            with them.
-        servers: ranks of the server that clients may ask during a round, with values of any number;
-        0: none.
+        down: schema of a broadcast.
+        up: schema of an update.
+        metrics: names of the numbers in an update's header, at most 12.
+        servers: number of server ranks that answer clients' requests during a round, whose values
+            may be of any number; 0: none.
+        finite: those of the metrics that every update must have, as finite numbers, because the
+            server computes with them.
     """
 
     down: Schema
@@ -295,13 +323,13 @@ class Contract:
 
 @dataclass(frozen=True)
 class Update:
-    """What one client sends up after its local work of one round.
+    """Result that one client sends to the server after its local training of one round.
 
     Attributes:
         client: client id, from 0.
-        weight: its say in the merge (samples used).
+        weight: weight in the aggregate (number of samples used).
         tensors: the tuned prompt.
-        metrics: losses, seconds, ... under the names of the contract.
+        metrics: losses, seconds, ... by the names in the contract.
     """
 
     client: int
@@ -312,7 +340,14 @@ class Update:
 
 @dataclass(frozen=True)
 class Failure:
-    """A client's error as a value: it rides the gather in the place of an update."""
+    """Error of one client as a value, which is gathered in place of an update.
+
+    Attributes:
+        client: client id, from 0.
+        round: round in which it failed.
+        phase: what the client was doing.
+        reason: one line for the user.
+    """
 
     client: int
     round: int

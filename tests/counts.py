@@ -85,7 +85,8 @@ NOT_A_VERB = set(
         "its",
     ]
 )
-TENSOR = re.compile(r"\b(Tensor|ndarray|NamedTensors)\b")
+# NamedTensors carry names and shapes of their own, which are checked where they travel.
+TENSOR = re.compile(r"\b(Tensor|ndarray)\b")
 SHAPE = re.compile(r"\[[^\]]*\]|scalar|same shape|shape of|any shape", re.I)
 
 Place = tuple[str, int, str]
@@ -111,6 +112,11 @@ def positional(function: Function) -> list[ast.arg]:
     """Return the parameters that may be passed by place, without self and cls."""
     arguments = [*function.args.posonlyargs, *function.args.args]
     return [argument for argument in arguments if argument.arg not in ("self", "cls")]
+
+
+def refers(text: str) -> bool:
+    """Whether a docstring leaves the details to that of the interface which it implements."""
+    return re.search(r"\bsee `", text, re.I) is not None
 
 
 def takes_tensors(function: Function) -> bool:
@@ -153,7 +159,9 @@ def fourth_by_place(path: str, tree: ast.Module) -> Iterator[Place]:
 def tensors_without_shapes(path: str, tree: ast.Module) -> Iterator[Place]:
     for owner, function in functions(tree):
         text = ast.get_docstring(function) or ""
-        if is_public(owner, function) and takes_tensors(function) and not SHAPE.search(text):
+        if not is_public(owner, function) or not takes_tensors(function) or refers(text):
+            continue
+        if not SHAPE.search(text):
             yield path, function.lineno, f"{owner}.{function.name}"
 
 
@@ -173,15 +181,18 @@ def parameters_without_args(path: str, tree: ast.Module) -> Iterator[Place]:
     for owner, function in functions(tree):
         arguments = [*positional(function), *function.args.kwonlyargs]
         text = ast.get_docstring(function) or ""
-        if is_public(owner, function) and len(arguments) >= 3 and "Args:" not in text:
+        if not is_public(owner, function) or len(arguments) < 3 or refers(text):
+            continue
+        if "Args:" not in text:
             yield path, function.lineno, f"{owner}.{function.name}"
 
 
 def tuple_assignments(path: str, tree: ast.Module) -> Iterator[Place]:
     for node in ast.walk(tree):
-        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Tuple):
-            if any(isinstance(target, ast.Tuple) for target in node.targets):
-                yield path, node.lineno, ast.unparse(node)[:60]
+        if not isinstance(node, ast.Assign) or not isinstance(node.value, ast.Tuple):
+            continue
+        if any(isinstance(target, ast.Tuple) for target in node.targets):
+            yield path, node.lineno, ast.unparse(node)[:60]
 
 
 def nested_ternaries(path: str, tree: ast.Module) -> Iterator[Place]:

@@ -1,3 +1,1 @@
-"""Rules that make one prompt of many: pure functions over columns of values, in the order of client
-ids.
-"""
+"""Rules that aggregate prompts: functions over columns of values, in the order of client ids."""

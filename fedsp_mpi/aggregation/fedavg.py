@@ -11,7 +11,7 @@ from fedsp_mpi.tensors import NamedTensors, Schema
 
 
 class Report(Protocol):
-    """Who sent an update, its weight, and the numbers that it says."""
+    """The sender of an update, its weight, and the numbers reported with it."""
 
     @property
     def client(self) -> int: ...
@@ -24,7 +24,7 @@ class Report(Protocol):
 
 
 class Updates(Protocol):
-    """The updates of one round, read a stretch of values at a time, or all at once."""
+    """The updates of one round, in the order of client ids."""
 
     @property
     def schema(self) -> Schema: ...
@@ -32,43 +32,63 @@ class Updates(Protocol):
     @property
     def reports(self) -> Sequence[Report]: ...
 
-    def columns(self) -> Iterator[tuple[slice, np.ndarray]]: ...
+    def columns(self) -> Iterator[tuple[slice, np.ndarray]]:
+        """Yield a range of values, and that range of every update, fp32 [updates, range]."""
+        ...
 
-    def rows(self) -> np.ndarray: ...
+    def rows(self) -> np.ndarray:
+        """Return all updates at once, fp32 [updates, values]."""
+        ...
 
-    def reject(self, client: int, reason: str) -> None: ...
+    def reject(self, client: int, reason: str) -> None:
+        """Record that a client's update was not used."""
+        ...
 
 
 def weighted_mean(updates: Updates) -> NamedTensors:
-    """sum_k (n_k / sum n) P_k over the clients k, in the order of their ids.
+    """Return sum_k (n_k / sum n) P_k over the clients k, in the order of their ids.
 
-    Every stretch of values is summed client by client in fp64 and rounded to fp32 once, so the
-    result depends neither on the placement of the clients nor on the length of the stretches.
+    Every range of values is summed client by client in fp64 and rounded to fp32 once, so the result
+    depends neither on the placement of the clients nor on the length of the ranges.
 
-    Raises ValueError if no weight is above zero.
+    Returns:
+        Tensors of the updates' names, fp32, each of the same shape as theirs.
+
+    Raises:
+        ValueError: no weight is above zero.
     """
     shares = shares_of([report.weight for report in updates.reports])
-    flat = np.empty(updates.schema.num_values, dtype=np.float32)
+    mean = np.empty(updates.schema.num_values, dtype=np.float32)
     for where, rows in updates.columns():
-        flat[where] = fold(shares, rows)
-    return NamedTensors(updates.schema, flat)
+        mean[where] = fold(shares, rows)
+    return NamedTensors(updates.schema, mean)
 
 
 def shares_of(weights: Sequence[float]) -> np.ndarray:
-    """Each weight's part of their sum, fp64 [updates].
+    """Divide each weight by their sum, fp64 [updates].
 
-    Raises ValueError if no weight is above zero.
+    Raises:
+        ValueError: no weight is above zero.
     """
-    found = np.array(weights, dtype=np.float64)
-    if not found.sum() > 0:
+    values = np.array(weights, dtype=np.float64)
+    total = values.sum()
+    if not total > 0:
         raise ValueError(
-            f"found {len(found)} updates of total weight {found.sum()}, expected a weight above 0"
+            f"found {len(values)} updates of total weight {total}, expected a weight above 0"
         )
-    return found / found.sum()
+    return values / total
 
 
 def fold(shares: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """The sum of shares [updates] times rows [updates, values], row by row in fp64; fp64 [values]."""
+    """Return the sum of shares times rows, row by row in fp64.
+
+    Args:
+        shares: fp64 [updates].
+        rows: [updates, values].
+
+    Returns:
+        fp64 [values].
+    """
     total = np.zeros(rows.shape[1], dtype=np.float64)
     for share, row in zip(shares, rows):
         total += share * row

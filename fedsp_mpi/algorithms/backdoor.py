@@ -1,5 +1,6 @@
-"""How well a poisoned client's own work does what the attacker wants, before it is averaged with
-that of others.
+"""The backdoor study: how well the attack works on what a poisoned client itself has tuned.
+
+It is measured before the client's update is averaged with those of others.
 """
 
 from __future__ import annotations
@@ -8,7 +9,9 @@ from collections.abc import Callable, Collection
 from dataclasses import replace
 from typing import Any
 
-from fedsp_mpi.algorithms.client_state import Client
+from fedsp_mpi.algorithms.base import Client
+from fedsp_mpi.models.language_model import LanguageModel
+from fedsp_mpi.models.prompts import Prompt
 from fedsp_mpi.tensors import NamedTensors, Update
 from fedsp_mpi.training.device import oom_as_client_error
 
@@ -16,32 +19,46 @@ METRICS = ("attack_success",)
 
 
 class AttackMonitor:
-    """Clients of any method, some of which are poisoned and tell how often the trigger works on
-    what they tuned.
+    """Clients of any method; the poisoned ones report how often the trigger works.
 
     Args:
         client: does the work.
-        who: the ids of the poisoned ones.
-        measure: the attack's success rate, a fraction, on what `client` has just tuned and still
-            holds.
+        poisoned_ids: of the clients that are poisoned.
+        attack_success: returns the share, from 0 to 1, of triggered questions that the client's
+            model answers as the attacker wants, right after its local update.
     """
 
-    def __init__(self, client: Client, who: Collection[int], measure: Callable[[], float]) -> None:
-        self._client, self._who, self._measure = client, frozenset(who), measure
+    def __init__(
+        self, client: Client, poisoned_ids: Collection[int], attack_success: Callable[[], float]
+    ) -> None:
+        self._client = client
+        self._poisoned_ids = frozenset(poisoned_ids)
+        self._attack_success = attack_success
+
+    @property
+    def model(self) -> LanguageModel | None:
+        """The model that the clients work on."""
+        return self._client.model
+
+    @property
+    def prompt(self) -> Prompt | None:
+        """The prompt that the clients tune."""
+        return self._client.prompt
 
     @property
     def states(self) -> Any:
-        """What the clients keep between rounds."""
+        """What clients keep between rounds."""
         return self._client.states
 
-    def local(self, client: int, round: int, down: NamedTensors) -> Update:
-        """One client's round, with the attack's success if it is a poisoned one.
+    def local_update(self, client: int, round: int, broadcast: NamedTensors) -> Update:
+        """Train one client, and measure the attack if it is poisoned; see `Client.local_update`.
 
-        The same errors as without.
+        Raises:
+            ClientError: as the client alone; OutOfMemoryError while measuring.
         """
-        update = self._client.local(client, round, down)
-        if client not in self._who:
+        update = self._client.local_update(client, round, broadcast)
+        if client not in self._poisoned_ids:
             return update
         with oom_as_client_error():
-            success = self._measure()
-        return replace(update, metrics=update.metrics | dict(zip(METRICS, (success,))))
+            success = self._attack_success()
+        return replace(update, metrics={**update.metrics, "attack_success": success})

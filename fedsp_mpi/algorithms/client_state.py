@@ -1,43 +1,25 @@
-"""What the clients of one process keep between rounds: their model's weights, if they train them,
-and optimizers.
-"""
+"""What the clients of a process keep between rounds: optimizers, and weights if they train them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from fedsp_mpi.models import auxiliary
-from fedsp_mpi.models.backbone import LanguageModel
-from fedsp_mpi.tensors import ClientError, NamedTensors, State, Update, join_states, part_of_state
+from fedsp_mpi.models.language_model import LanguageModel
+from fedsp_mpi.tensors import NamedTensors, State, join_states, part_of_state
 from fedsp_mpi.training.engine import TorchEngine
-
-
-class Client(Protocol):
-    """The clients of any method, as those see them that stand around their work: noise, an attack
-    that is watched.
-    """
-
-    @property
-    def states(self) -> Any: ...
-
-    def local(self, client: int, round: int, down: NamedTensors) -> Update: ...
-
-
-class ShardError(ClientError):
-    """A client's text cannot be trained on."""
 
 
 @dataclass
 class ClientState:
-    """One client's.
+    """What one client keeps.
 
     Attributes:
-        weights: off the device, by name.
+        weights: fp32 on the CPU, by name.
         engines: an optimizer for each stage, by the stage's name.
     """
 
@@ -46,13 +28,13 @@ class ClientState:
 
 
 class ClientStates:
-    """The benches of all clients that share one working model.
+    """The states of all clients that share one working model.
 
     Args:
-        model: a client's weights are put into it while it works.
-        handed_out: where every client begins.
-        engines: makes the optimizers of a client that begins.
-        trains: whether clients train the weights; otherwise all have those that were handed out.
+        model: a client's weights are loaded into it while the client works.
+        initial: the weights that were handed out, where every client begins.
+        build_engines: builds the optimizers of a client that begins.
+        trains_model: whether clients train the weights; otherwise all use the initial ones.
         keep: whether anything lives on from round to round; otherwise every round begins from the
             hand-out.
     """
@@ -60,94 +42,105 @@ class ClientStates:
     def __init__(
         self,
         model: LanguageModel,
-        handed_out: NamedTensors,
-        engines: Callable[[], Mapping[str, TorchEngine]],
-        trains: bool,
+        initial: NamedTensors,
+        build_engines: Callable[[], Mapping[str, TorchEngine]],
+        *,
+        trains_model: bool,
         keep: bool,
     ) -> None:
-        self._model, self._engines, self._trains, self._keep = model, engines, trains, keep
-        self._handed_out = handed_out.torch()
-        self._there: dict[int, ClientState] = {}
-        self._is_fresh = False  # the model holds what was handed out
+        self._model = model
+        self._initial = initial.torch()
+        self._build_engines = build_engines
+        self._trains_model = trains_model
+        self._keep = keep
+        self._states: dict[int, ClientState] = {}
+        self._holds_initial = False  # whether the model's weights are the initial ones
 
-    def take(self, client: int) -> ClientState:
-        """Have the client's weights in the model, and its optimizers at hand.
+    def restore(self, client: int) -> ClientState:
+        """Load a client's weights into the model, and return its state.
 
-        It keeps nothing until `put`.
+        The state is taken out of the store: unless `store` is called, the client begins anew.
         """
-        bench = self._there.pop(client, None) or ClientState(self._handed_out, self._engines())
-        if not self._is_fresh:
-            auxiliary.load_weights(self._model, bench.weights)
-        self._is_fresh = not self._trains
-        for engine in bench.engines.values():
+        state = self._states.pop(client, None)
+        if state is None:
+            state = ClientState(self._initial, self._build_engines())
+        if not self._holds_initial:
+            auxiliary.load_weights(self._model, state.weights)
+        self._holds_initial = not self._trains_model
+        for engine in state.engines.values():
             engine.to(self._model.device)
-            engine.forget_gradient()  # of a client that failed in the middle of a step
-        return bench
+            engine.forget_gradient()  # left by a client that failed in the middle of a step
+        return state
 
-    def put(self, client: int, bench: ClientState) -> None:
-        """Keep what the client's work made of its bench, off the device; the hand-out itself stays
-        as it was.
-        """
+    def store(self, client: int, state: ClientState) -> None:
+        """Keep a client's state after its work, on the CPU."""
         if not self._keep:
             return
-        for engine in bench.engines.values():
+        for engine in state.engines.values():
             engine.to(torch.device("cpu"))
-        if self._trains:
-            bench = ClientState(self._copied(bench.weights), bench.engines)
-        self._there[client] = bench
+        if self._trains_model:
+            state = ClientState(self._copy_weights(state.weights), state.engines)
+        self._states[client] = state
 
     def has_state(self, client: int) -> bool:
-        """Whether a client keeps something between rounds; before it has begun, it does not."""
-        return client in self._there
+        """Return whether a client keeps something; before its first round it does not."""
+        return client in self._states
 
     def client_state(self, client: int) -> State:
-        """What a client keeps between rounds."""
-        bench = self._there[client]
-        parts = {name: engine.state() for name, engine in bench.engines.items()}
-        return join_states({"weights": arrays(bench.weights), **parts} if self._trains else parts)
+        """Return what a client keeps, as a checkpoint stores it."""
+        state = self._states[client]
+        parts: dict[str, State] = {}
+        if self._trains_model:
+            parts["weights"] = arrays(state.weights)
+        for name, engine in state.engines.items():
+            parts[name] = engine.state()
+        return join_states(parts)
 
     def load_client_state(self, client: int, state: State) -> None:
-        """Go on from `client_state()`, whose arrays are the client's from now on."""
-        engines = self._engines()
+        """Continue from `client_state()`, whose arrays belong to the client from now on."""
+        engines = self._build_engines()
         for name, engine in engines.items():
             engine.load_state(part_of_state(state, name))
-        weights = tensors(part_of_state(state, "weights")) if self._trains else self._handed_out
-        self._there[client] = ClientState(weights, engines)
+        weights = self._initial
+        if self._trains_model:
+            weights = tensors(part_of_state(state, "weights"))
+        self._states[client] = ClientState(weights, engines)
 
     def forget(self, client: int) -> None:
         """Drop what a client keeps."""
-        self._there.pop(client, None)
+        self._states.pop(client, None)
 
-    def _copied(self, before: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        working = self._model.weights.items()
-        if before is self._handed_out:
-            return {name: weight.data.to("cpu", copy=True) for name, weight in working}
-        return {name: before[name].copy_(weight.data) for name, weight in working}
+    def _copy_weights(self, previous: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Copy the model's weights to the CPU, into the previous tensors where there are some."""
+        weights = self._model.weights.items()
+        if previous is self._initial:  # shared by all clients
+            return {name: weight.data.to("cpu", copy=True) for name, weight in weights}
+        return {name: previous[name].copy_(weight.data) for name, weight in weights}
 
 
 class StatelessClients:
-    """For clients that keep nothing between rounds."""
+    """The state store of clients that keep nothing between rounds: every method is a no-op."""
 
     def has_state(self, client: int) -> bool:
-        """They never have."""
+        """Return False."""
         return False
 
     def client_state(self, client: int) -> State:
-        """Nothing."""
+        """Return an empty state."""
         return {}
 
     def load_client_state(self, client: int, state: State) -> None:
-        """Nothing is there to be loaded."""
+        """Do nothing."""
 
     def forget(self, client: int) -> None:
-        """Nothing is there to be dropped."""
+        """Do nothing."""
 
 
-def arrays(some: Mapping[str, Tensor]) -> State:
-    """Tensors as a state keeps them: views, where they lie on the CPU."""
-    return {name: tensor.detach().cpu().numpy() for name, tensor in some.items()}
+def arrays(by_name: Mapping[str, Tensor]) -> State:
+    """Return tensors of any shape as numpy arrays, which share the memory of those on the CPU."""
+    return {name: tensor.detach().cpu().numpy() for name, tensor in by_name.items()}
 
 
 def tensors(state: State) -> dict[str, Tensor]:
-    """The other way round."""
+    """Wrap a state's arrays, of any shape, as CPU tensors that share their memory."""
     return {name: torch.from_numpy(value) for name, value in state.items()}

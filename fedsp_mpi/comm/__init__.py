@@ -1,7 +1,6 @@
-"""Communication: the only room that knows MPI.
+"""Communication: the only package that imports mpi4py.
 
-Names are loaded when they are asked for, so that the guard can stand before numpy and MPI are
-imported.
+Names are imported on first use, so that the guard can be entered before numpy and MPI are imported.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from .topology import (
 )
 
 if TYPE_CHECKING:
-    from .messages import Handout, Report, RoundBroadcast, checked
+    from .messages import Handout, Report, RoundBroadcast, checked_result
     from .solo import Solo
     from .updates import Updates
     from .waiting import DeadlineError, Deadlines
@@ -39,7 +38,7 @@ __all__ = [
     "Topology",
     "Updates",
     "Wire",
-    "checked",
+    "checked_result",
     "connect",
     "guard",
     "launcher_rank",
@@ -48,39 +47,40 @@ __all__ = [
     "spread",
 ]
 
-_LATER = {
+_MODULE_OF = {
     "DeadlineError": "waiting",
     "Deadlines": "waiting",
-    "RoundBroadcast": "messages",
     "Handout": "messages",
     "Report": "messages",
-    "checked": "messages",
+    "RoundBroadcast": "messages",
     "Solo": "solo",
     "Updates": "updates",
     "Wire": "wire",
+    "checked_result": "messages",
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name in _LATER:
-        return getattr(import_module(f".{_LATER[name]}", __name__), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = import_module(f".{_MODULE_OF[name]}", __name__)
+    return getattr(module, name)
 
 
 def connect(*, chunk_bytes: int | None = None, deadlines: Deadlines | None = None) -> Wire | Solo:
-    """The wire between the processes that the launcher started, or Solo if there is one process.
+    """Return the wire between the launcher's processes, or Solo if there is one process.
 
     Collective. Without a launcher MPI is not even imported.
 
     Args:
-        chunk_bytes: size of the pieces in which one vector travels, default 4 MiB. The server needs
-            this much memory per update while it merges. The server's choice counts from the
+        chunk_bytes: size of the chunks in which one vector travels, default 4 MiB. The server needs
+            this much memory per update while it aggregates. The server's choice counts from the
             hand-out on.
-        deadlines: how long waiting may take, per phase; default: for ever.
+        deadlines: longest waits, per phase; default: for ever.
 
     Raises:
         ValueError: the launcher started several processes that do not see each other.
-        DeadlineError: not everybody arrived.
+        DeadlineError: not all ranks arrived.
     """
     from .messages import CHUNK_BYTES
     from .solo import Solo

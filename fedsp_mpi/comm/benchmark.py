@@ -1,6 +1,4 @@
-"""What the wire costs: against the bare MPI calls, and for a server that computes while others
-wait.
-"""
+"""Cost of the wire: against bare MPI calls, and for a server that computes while others wait."""
 
 from __future__ import annotations
 
@@ -20,13 +18,16 @@ from .wire import Wire
 if TYPE_CHECKING:
     from mpi4py import MPI
 
+_WAITING_VALUES = 1 << 18
+_WAITING_CHUNK_BYTES = 1 << 18
+
 
 def measure(num_values: int = 6_144_000, repeats: int = 15) -> dict[str, float]:
-    """Time one round's broadcast and gather through the wire against blocking `Bcast` and `Gather`
-    of bare buffers.
+    """Time a round's broadcast and gather on the wire, against blocking calls on bare buffers.
 
     Collective: run by every rank of an MPI world of two or more, one client on each rank but the
-    server. The two take turns in one run, after one round that is not counted.
+    server. The wire and the bare calls (`Bcast` and `Gather`) take turns in one run, after one
+    round that is not counted.
 
     Args:
         num_values: fp32 values of one message; the default is a GPT2-XL prompt of 40 tokens (48
@@ -39,125 +40,134 @@ def measure(num_values: int = 6_144_000, repeats: int = 15) -> dict[str, float]:
     """
     from mpi4py import MPI
 
-    wire = Wire(MPI.COMM_WORLD)
+    comm = MPI.COMM_WORLD
+    wire = Wire(comm)
     _hand_out(wire, num_values)
-    room = np.zeros((wire.topology.size if wire.is_server else 0, num_values), dtype=np.float32)
+    num_rows = wire.topology.size if wire.is_server else 0
+    gathered = np.zeros((num_rows, num_values), dtype=np.float32)
     vector = np.zeros(num_values, dtype=np.float32)
-    seconds: dict[str, list[float]] = {"wire": [], "bare": []}
+    wire_times: list[float] = []
+    bare_times: list[float] = []
     for round in range(1 + repeats):
-        seconds["wire"].append(
-            _together(MPI.COMM_WORLD, partial(_through_wire, wire, round, vector))
-        )
-        seconds["bare"].append(
-            _together(MPI.COMM_WORLD, partial(_bare, MPI.COMM_WORLD, vector, room))
-        )
+        wire_times.append(_time_together(comm, partial(_wire_round, wire, round, vector)))
+        bare_times.append(_time_together(comm, partial(_bare_round, comm, vector, gathered)))
     wire.finish()
     if not wire.is_server:
         return {}
-    ours, bare = (median(seconds[name][1:]) for name in ("wire", "bare"))
-    sizes = {"ranks": wire.topology.size, "num_values": num_values}
-    return {**sizes, "wire_seconds": ours, "bare_seconds": bare, "ratio": ours / bare}
+    wire_seconds = median(wire_times[1:])
+    bare_seconds = median(bare_times[1:])
+    return {
+        "ranks": wire.topology.size,
+        "num_values": num_values,
+        "wire_seconds": wire_seconds,
+        "bare_seconds": bare_seconds,
+        "ratio": wire_seconds / bare_seconds,
+    }
 
 
 def measure_waiting(seconds: float = 1.0, repeats: int = 5) -> dict[str, float]:
-    """Time matrix products on the server while all other ranks wait for it, against the same while
-    they are asleep.
+    """Time matrix products on the server while all other ranks wait for it, and while they sleep.
 
-    Collective. "Wait" is both kinds: for a broadcast that does not come, and in a gather that is
+    Collective. Ranks wait in two ways: for a broadcast that does not come, and in a gather that is
     not read.
 
     Args:
-        seconds: about how long the work of one measurement takes.
+        seconds: approximate duration of the work of one measurement.
         repeats: measurements of each kind.
 
     Returns:
         On the server: "ranks", "broadcast_slowdown", "gather_slowdown" (ratios of medians, 1 =
         waiting is free), and "waiting_cores", the part of a core that one rank uses while it waits
-        for a broadcast (the highest median), which unlike the slow-downs does not depend on what
+        for a broadcast (the highest median), which unlike the slowdowns does not depend on what
         else the machine does. Elsewhere an empty dict.
     """
     from mpi4py import MPI
 
-    wire = Wire(
-        MPI.COMM_WORLD, 1 << 18
-    )  # several pieces: the server takes the first at once, the others wait for it
-    _hand_out(wire, 1 << 18)
-    work = _work(seconds) if wire.is_server else (lambda: 0.0)
-    vector = np.zeros(1 << 18, dtype=np.float32)
-    times: dict[str, list[float]] = {"asleep": [], "broadcast": [], "gather": []}
-    cores: list[list[float]] = []
+    # Several chunks: the server receives the first at once, and the ranks wait with the others.
+    wire = Wire(MPI.COMM_WORLD, _WAITING_CHUNK_BYTES)
+    _hand_out(wire, _WAITING_VALUES)
+    work = _matrix_work(seconds) if wire.is_server else (lambda: 0.0)
+    vector = np.zeros(_WAITING_VALUES, dtype=np.float32)
+    asleep: list[float] = []
+    in_broadcast: list[float] = []
+    in_gather: list[float] = []
+    core_shares: list[list[float]] = []  # by repeat and client
     for round in range(repeats):
-        used, start = time.process_time(), time.perf_counter()
-        times["broadcast"].append(work())
-        wire.broadcast(_down(wire, round, vector))
-        share = (time.process_time() - used) / (time.perf_counter() - start)
-        updates = wire.gather(round, _answer(wire, vector, cores=share))
-        times["gather"].append(work())
+        cpu_start = time.process_time()
+        start = time.perf_counter()
+        in_broadcast.append(work())
+        wire.broadcast(_round_broadcast(wire, round, vector))
+        cores = (time.process_time() - cpu_start) / (time.perf_counter() - start)
+        updates = wire.gather(round, _results(wire, vector, cores=cores))
+        in_gather.append(work())
         if updates is not None:
-            cores.append([report.metrics["cores"] for report in updates.reports])
+            core_shares.append([report.metrics["cores"] for report in updates.reports])
             updates.drain()
-        times["asleep"].append(_alone(MPI.COMM_WORLD, work, 1.5 * seconds))
+        asleep.append(_work_while_others_sleep(MPI.COMM_WORLD, work, 1.5 * seconds))
     wire.finish()
     if not wire.is_server:
         return {}
-    base = median(times["asleep"])
-    slowdown = {f"{kind}_slowdown": median(times[kind]) / base for kind in ("broadcast", "gather")}
     return {
         "ranks": wire.topology.size,
-        **slowdown,
-        "waiting_cores": max(median(some) for some in zip(*cores)),
+        "broadcast_slowdown": median(in_broadcast) / median(asleep),
+        "gather_slowdown": median(in_gather) / median(asleep),
+        "waiting_cores": max(median(shares) for shares in zip(*core_shares)),
     }
 
 
 def _hand_out(wire: Wire, num_values: int) -> None:
-    schema = Schema.of([("prompt", [num_values])])
-    nothing = NamedTensors(Schema(), np.empty(0, dtype=np.float32))
-    wire.handout(
-        Handout({}, nothing, Contract(schema, schema, ("cores",))) if wire.is_server else None
-    )
+    handout = None
+    if wire.is_server:
+        schema = Schema.of([("prompt", [num_values])])
+        no_tensors = NamedTensors(Schema(), np.empty(0, dtype=np.float32))
+        handout = Handout({}, no_tensors, Contract(schema, schema, ("cores",)))
+    wire.handout(handout)
 
 
-def _down(wire: Wire, round: int, vector: np.ndarray) -> RoundBroadcast | None:
-    return (
-        RoundBroadcast(round, tensors=NamedTensors(Schema.of([("prompt", vector.shape)]), vector))
-        if wire.is_server
-        else None
-    )
+def _prompt(vector: np.ndarray) -> NamedTensors:
+    return NamedTensors(Schema.of([("prompt", vector.shape)]), vector)
 
 
-def _answer(wire: Wire, vector: np.ndarray, **metrics: float) -> list[Update]:
-    tensors = NamedTensors(Schema.of([("prompt", vector.shape)]), vector)
-    return [] if wire.is_server else [Update(wire.topology.rank - 1, 1.0, tensors, metrics)]
+def _round_broadcast(wire: Wire, round: int, vector: np.ndarray) -> RoundBroadcast | None:
+    return RoundBroadcast(round, tensors=_prompt(vector)) if wire.is_server else None
 
 
-def _through_wire(wire: Wire, round: int, vector: np.ndarray) -> None:
-    wire.broadcast(_down(wire, round, vector))
-    updates = wire.gather(round, _answer(wire, vector))
+def _results(wire: Wire, vector: np.ndarray, **metrics: float) -> list[Update]:
+    if wire.is_server:
+        return []
+    return [Update(wire.topology.rank - 1, 1.0, _prompt(vector), metrics)]
+
+
+def _wire_round(wire: Wire, round: int, vector: np.ndarray) -> None:
+    wire.broadcast(_round_broadcast(wire, round, vector))
+    updates = wire.gather(round, _results(wire, vector))
     if updates is not None:
         updates.drain()
 
 
-def _bare(comm: MPI.Intracomm, vector: np.ndarray, room: np.ndarray) -> None:
+def _bare_round(comm: MPI.Intracomm, vector: np.ndarray, gathered: np.ndarray) -> None:
     comm.Bcast(vector, root=0)
-    comm.Gather(vector, room if comm.rank == 0 else None, root=0)
+    comm.Gather(vector, gathered if comm.rank == 0 else None, root=0)
 
 
-def _together(comm: MPI.Intracomm, action: Callable[[], None]) -> float:
+def _time_together(comm: MPI.Intracomm, action: Callable[[], None]) -> float:
+    """Run an action on all ranks at the same time; return its seconds on this rank."""
     comm.Barrier()
     start = time.perf_counter()
     action()
     return time.perf_counter() - start
 
 
-def _alone(comm: MPI.Intracomm, work: Callable[[], float], pause: float) -> float:
-    """Work on the server while the others are not waiting for it, but asleep."""
+def _work_while_others_sleep(comm: MPI.Intracomm, work: Callable[[], float], pause: float) -> float:
+    """Run `work`, which is that of the server, while the other ranks sleep for `pause` seconds."""
     comm.Barrier()
     if comm.rank != 0:
         time.sleep(pause)
     return work()
 
 
-def _work(seconds: float) -> Callable[[], float]:
+def _matrix_work(seconds: float) -> Callable[[], float]:
+    """Return a function that multiplies matrices for about `seconds`, and returns its seconds."""
     matrix = np.ones((512, 512), dtype=np.float32)
 
     def multiply(times: int) -> float:
@@ -166,5 +176,6 @@ def _work(seconds: float) -> Callable[[], float]:
             matrix @ matrix
         return time.perf_counter() - start
 
-    times = max(1, round(seconds / (min(multiply(20) for _ in range(20)) / 20)))
+    seconds_each = min(multiply(20) for _ in range(20)) / 20
+    times = max(1, round(seconds / seconds_each))
     return lambda: multiply(times)

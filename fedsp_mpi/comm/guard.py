@@ -1,9 +1,9 @@
 """One failure, one report, and the whole job ends within seconds.
 
 MPI does not end a job because one of its processes raised: the others wait for it for ever. The
-guard stands around everything the main thread does, from before the imports that can fail. This
-module therefore needs only the standard library (ownership.py too), and takes MPI from those who
-imported it before.
+guard surrounds everything that the main thread does, from before the imports that can fail. This
+module (and ownership.py) therefore needs only the standard library, and uses MPI only once another
+module has imported it.
 """
 
 from __future__ import annotations
@@ -28,20 +28,25 @@ from fedsp_mpi.files import ownership
 from .topology import launcher_rank, launcher_size
 
 REPORT = "failure.txt"
-_PATIENCE = 5.0  # seconds that a rank whose report came too late waits for the other's abort
-_STACKS = 0.5  # seconds for the stacks of other ranks to leave
-_CARRY = 0.15  # seconds for a report to leave through the launcher
-_SCENE = "_fedsp_scene"
-_STOP, _SHOW = signal.SIGUSR1, signal.SIGUSR2
+# Seconds:
+_WAIT_FOR_ABORT = 5.0  # that a rank with a later report waits for the abort of the reporting one
+_WAIT_FOR_STACKS = 0.5  # for the stacks of other ranks to reach the launcher
+_WAIT_FOR_REPORT = 0.15  # for a report to reach the launcher
+_TURN = 0.5  # between two ranks' turns to report
+_MAX_TURN = 2.0
+_PHASE_ATTRIBUTE = "_fedsp_phase"  # of an exception: where it was raised
+_STOP_SIGNAL = signal.SIGUSR1
+_STACKS_SIGNAL = signal.SIGUSR2
 
 
 class Refused(Exception):
-    """The run does not begin, or does not go on, and nothing is broken. Every rank raises it: one
-    line, no crash.
+    """The run does not begin, or does not go on, though nothing is broken.
+
+    Every rank raises it; the user sees one line, not a crash.
 
     Attributes:
-        exit_status: 2, if the user asked for something that cannot be run; 75 (try again), if the
-            run was told to stop; 0, if there is nothing to do.
+        exit_status: 2 if the user asked for something that cannot be run; 75 (try again) if the run
+            was requested to stop; 0 if there is nothing to do.
     """
 
     def __init__(self, text: str, exit_status: int = 2) -> None:
@@ -51,67 +56,73 @@ class Refused(Exception):
 
 @dataclass(frozen=True)
 class PhaseInfo:
-    """What was going on: the innermost phase, with the round and the client of the nearest phase
-    that knows them.
-    """
+    """The innermost phase, with the round and client of the nearest phase that has them."""
 
     phase: str = "start-up"
     round: int | None = None
     client: int | None = None
 
     def __str__(self) -> str:
-        parts = [f"round {self.round}"] if self.round is not None else []
-        parts += [f"client {self.client}"] if self.client is not None else []
-        return ", ".join([*parts, f"phase {self.phase!r}"])
+        parts = []
+        if self.round is not None:
+            parts.append(f"round {self.round}")
+        if self.client is not None:
+            parts.append(f"client {self.client}")
+        parts.append(f"phase {self.phase!r}")
+        return ", ".join(parts)
 
 
 class Guard:
-    """Ends the whole MPI job, with one readable report, when an error gets past everybody else.
+    """Ends the whole MPI job, with one readable report, when nothing else catches an error.
 
-    There is one in a process, `guard`, because a process has one main thread and one job to end:
+    There is one guard in a process, because a process has one main thread and one job to end:
 
-        with guard("run"):                          # before any import that can fail
-            guard.report_into(folder)               # as soon as there is a run folder; on rank 0
-            first with guard.phase("merge", round=3):     # phases nest
+        with guard("run"):                       # before any import that can fail
+            guard.report_into(folder)            # once there is a run folder; on rank 0 first
+            with guard.phase("merge", round=3):  # phases nest
                 ...
 
     What happens to an exception that leaves the `with`, on the main thread or on another one:
-        Exception: report on stderr (and in `failure.txt`), MPI abort with status 1. No other rank
-        needs to do anything.
-        Refused: passes through; every rank has it and the caller prints one line.
-        SystemExit: passes through where it harms nobody: one process, status 0 between phases, or
-            after a Refused. Elsewhere the other ranks would wait for this one, so it is reported
-            like any other error.
+        Exception: report on stderr (and in `failure.txt`), MPI abort with status 1. The other ranks
+            need not do anything.
+        Refused: passes through; every rank raises it and the caller prints one line.
+        SystemExit: passes through where no rank would wait for this one: in a single process, with
+            status 0 between phases, or after a Refused. Elsewhere it is reported like any error.
         KeyboardInterrupt: the job ends without a report.
-    A DeadlineError ends the job with its own status, after the ranks of this host that did not
-    report have been asked for their stacks (SIGUSR2), which they write to stderr even from inside a
-    blocking call. SIGUSR1 sets `told_to_stop`; what becomes of that is the main thread's business.
-    After the `with` it is ignored: a process that is about to end must not be killed by a request
-    to stop. SIGTERM keeps its default action, which ends a process at once even in the middle of a
-    long computation; the launcher ends the others.
+
+    A DeadlineError ends the job with its own status. Before that, the missing ranks on this host
+    are sent SIGUSR2, upon which they write their stacks to stderr, even from a blocking call.
+
+    SIGUSR1 sets `told_to_stop`, which the main thread polls. After the `with` the signal is
+    ignored: a process that is about to end must not be killed by a request to stop. SIGTERM keeps
+    its default action, which ends a process at once even in a long computation; the launcher then
+    ends the others.
+
+    Attributes:
+        told_to_stop: the run was requested to stop after the current round.
     """
 
     def __init__(self) -> None:
-        self._where = "start-up"
+        self._verb = "start-up"
         self._folder: Path | None = None
-        self._scenes = [PhaseInfo()]
-        self._speaking = threading.Lock()
-        self._old_hook = threading.excepthook
-        self._peers: list[tuple[str, int]] = []
+        self._phases = [PhaseInfo()]  # outermost first
+        self._reporting = threading.Lock()
+        self._thread_hook = threading.excepthook
+        self._peers: list[tuple[str, int]] = []  # (host, process id) by rank
         self.told_to_stop = False
 
-    def __call__(self, where: str) -> Guard:
-        """Name what is guarded (the verb of the command line); the report repeats it."""
-        self._where = where
+    def __call__(self, verb: str) -> Guard:
+        """Name what is guarded (the verb of the command line), for the report."""
+        self._verb = verb
         return self
 
     def __enter__(self) -> Guard:
-        self._old_hook = threading.excepthook
+        self._thread_hook = threading.excepthook
         threading.excepthook = self._thread_failed
-        with suppress(ValueError):  # not on the main thread: then others see to signals
-            signal.signal(_STOP, self._note_stop)
-        with suppress(ValueError, OSError, AttributeError):  # stderr may be no file
-            faulthandler.register(_SHOW, all_threads=True)
+        with suppress(ValueError):  # only the main thread may set signal handlers
+            signal.signal(_STOP_SIGNAL, self._request_stop)
+        with suppress(ValueError, OSError, AttributeError):  # stderr may not be a file
+            faulthandler.register(_STACKS_SIGNAL, all_threads=True)
         return self
 
     def __exit__(
@@ -120,18 +131,17 @@ class Guard:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> Literal[False]:
-        threading.excepthook = self._old_hook
+        threading.excepthook = self._thread_hook
         with suppress(ValueError):
-            signal.signal(_STOP, signal.SIG_IGN)
+            signal.signal(_STOP_SIGNAL, signal.SIG_IGN)
         if isinstance(error, KeyboardInterrupt):
             self._end(130)
         elif isinstance(error, SystemExit):
             if self._leaves_others_waiting(error):
-                self._fail(
-                    error, "", error.code if isinstance(error.code, int) and error.code else 1
-                )
+                code = error.code
+                self._fail(error, code if isinstance(code, int) and code != 0 else 1)
         elif error is not None and not isinstance(error, Refused):
-            self._fail(error, "", getattr(error, "exit_status", 1))
+            self._fail(error, getattr(error, "exit_status", 1))
         self._folder = None
         return False
 
@@ -139,107 +149,123 @@ class Guard:
     def phase(
         self, name: str, *, round: int | None = None, client: int | None = None
     ) -> Iterator[None]:
-        """Say what happens inside the `with`.
+        """Name what happens inside the `with`.
 
-        Round and client are inherited from the phase around it.
+        Args:
+            name: for the report.
+            round: number of the round; None: that of the enclosing phase.
+            client: client id; None: that of the enclosing phase.
         """
-        depth, outer = len(self._scenes), self._scenes[-1]
-        scene = PhaseInfo(
+        depth = len(self._phases)
+        outer = self._phases[-1]
+        info = PhaseInfo(
             name,
             outer.round if round is None else round,
             outer.client if client is None else client,
         )
-        self._scenes.append(scene)
+        self._phases.append(info)
         try:
             yield
         except BaseException as error:
-            if not hasattr(error, _SCENE):
-                setattr(error, _SCENE, scene)
+            # The innermost phase that the error leaves is the one to report.
+            if not hasattr(error, _PHASE_ATTRIBUTE):
+                setattr(error, _PHASE_ATTRIBUTE, info)
             raise
         finally:
-            del self._scenes[depth:]
+            del self._phases[depth:]
 
-    def scene(self, error: BaseException | None = None) -> PhaseInfo:
-        """What is going on now, or what was going on when `error` was raised."""
-        return getattr(error, _SCENE, self._scenes[-1])
+    def phase_info(self, error: BaseException | None = None) -> PhaseInfo:
+        """Return the current phase, or the phase in which `error` was raised."""
+        return getattr(error, _PHASE_ATTRIBUTE, self._phases[-1])
 
     def report_into(self, folder: str | os.PathLike[str]) -> None:
-        """From now on a report also goes to `failure.txt` in `folder`, and of several failing ranks
-        one reports.
+        """Write reports also to `failure.txt` in `folder`; of several failing ranks one reports.
 
-        Rank 0 moves the report of an earlier run out of the way; the others call this after it did.
+        Rank 0 moves the report of an earlier run out of the way; the others call this afterwards.
         """
         self._folder = Path(folder)
-        old = self._folder / REPORT
-        if _rank() == 0 and old.exists():
-            ownership.set_aside(old, f"failure-{int(old.stat().st_mtime)}.txt")
+        earlier = self._folder / REPORT
+        if _rank() == 0 and earlier.exists():
+            ownership.set_aside(earlier, f"failure-{int(earlier.stat().st_mtime)}.txt")
 
     def know_peers(self, peers: Iterable[tuple[str, int]]) -> None:
-        """Where every rank lives: (host, process id), by rank."""
-        self._peers = [(host, pid) for host, pid in peers]
+        """Set (host, process id) of every rank, by rank."""
+        self._peers = list(peers)
 
-    def _note_stop(self, *_: object) -> None:
+    def _request_stop(self, *_: object) -> None:
         self.told_to_stop = True
 
     def _leaves_others_waiting(self, error: SystemExit) -> bool:
-        if not _others_started() or isinstance(error.__context__, Refused):
+        if not _has_other_ranks() or isinstance(error.__context__, Refused):
             return False
-        return bool(error.code) or self.scene(error) != PhaseInfo()
+        return bool(error.code) or self.phase_info(error) != PhaseInfo()
 
     def _thread_failed(self, failure: threading.ExceptHookArgs) -> None:
-        if failure.exc_value is not None and not isinstance(failure.exc_value, SystemExit):
+        error = failure.exc_value
+        if error is not None and not isinstance(error, SystemExit):
             name = failure.thread.name if failure.thread else "unknown"
-            self._fail(failure.exc_value, f", thread {name!r}", 1, hard=True)
+            self._fail(error, 1, thread=name)
 
-    def _fail(self, error: BaseException, thread: str, status: int, hard: bool = False) -> None:
-        if not self._speaking.acquire(blocking=False):
-            time.sleep(2 * _PATIENCE)  # another thread of this process is reporting and will end us
-        where = f"rank {_rank()} of {_size()} on host {socket.gethostname()}"
-        title = f"{self._where} failed: {where}, {self.scene(error)}{thread}\n"
-        text = title + "".join(traceback.format_exception(error))
-        if _size() == 1 or self._may_speak(text):
+    def _fail(self, error: BaseException, status: int, *, thread: str | None = None) -> None:
+        """Report an error of the main thread, or of another `thread`, and end the job."""
+        if not self._reporting.acquire(blocking=False):
+            # Another thread of this process is reporting, and will end the process meanwhile.
+            time.sleep(2 * _WAIT_FOR_ABORT)
+        title = (
+            f"{self._verb} failed: rank {_rank()} of {_size()} on host {socket.gethostname()}, "
+            f"{self.phase_info(error)}"
+        )
+        if thread is not None:
+            title += f", thread {thread!r}"
+        text = title + "\n" + "".join(traceback.format_exception(error))
+        if _size() == 1 or self._is_reporter(text):
             sys.stderr.write(text)
             sys.stderr.flush()
-            self._ask_for_stacks(getattr(error, "missing", ()))
-            # The text goes through the launcher, which throws away what it has not read when it
-            # hears of the abort.
-            time.sleep(_CARRY if _size() > 1 else 0)
-        self._end(status, hard)
+            self._request_stacks(getattr(error, "missing", ()))
+            # The text passes through the launcher, which drops what it has not read when it hears
+            # of the abort.
+            time.sleep(_WAIT_FOR_REPORT if _size() > 1 else 0)
+        self._end(status, on_main_thread=thread is None)
 
-    def _ask_for_stacks(self, ranks: Iterable[int]) -> None:
-        """Have the ranks of this host that are waited for write their stacks to stderr."""
-        here = socket.gethostname()
-        asked = [
+    def _request_stacks(self, ranks: Iterable[int]) -> None:
+        """Make those of `ranks` that run on this host write their stacks to stderr."""
+        missing = set(ranks)
+        host = socket.gethostname()
+        pids = [
             pid
-            for rank, (host, pid) in enumerate(self._peers)
-            if rank in tuple(ranks) and host == here
+            for rank, (peer_host, pid) in enumerate(self._peers)
+            if rank in missing and peer_host == host
         ]
-        for pid in asked:
+        for pid in pids:
             with suppress(OSError):
-                os.kill(pid, _SHOW)
-        time.sleep(_STACKS if asked else 0)
+                os.kill(pid, _STACKS_SIGNAL)
+        if pids:
+            time.sleep(_WAIT_FOR_STACKS)
 
-    def _may_speak(self, text: str) -> bool:
-        """Whether this rank's report is the one; if not, the rank that has it is ending the job
-        meanwhile.
+    def _is_reporter(self, text: str) -> bool:
+        """Return True if this rank's report is the one that is shown.
+
+        If not, the rank whose report it is ends the job meanwhile.
         """
         if self._folder is not None:
             try:
                 ownership.write_new(self._folder / REPORT, text)
                 return True
             except FileExistsError:
-                time.sleep(_PATIENCE)
+                time.sleep(_WAIT_FOR_ABORT)
                 return False
             except OSError:
                 pass  # a full or lost disk must not hide the error: go on as without a folder
-        # The lowest failing rank speaks, and ends the others before their turn: launchers need up
+        # The lowest failing rank reports, and ends the others before their turn: launchers need up
         # to 0.3 s for that.
-        time.sleep(min(0.5 * _rank(), 2.0))
+        time.sleep(min(_TURN * _rank(), _MAX_TURN))
         return True
 
-    def _end(self, status: int, hard: bool = False) -> None:
-        """End the job with `status`; a process that is alone leaves by SystemExit, or hard from
-        another thread.
+    def _end(self, status: int, *, on_main_thread: bool = True) -> None:
+        """End the job with `status`.
+
+        A single process ends by SystemExit, which only the main thread can raise; from another
+        thread it exits at once.
         """
         sys.stdout.flush()
         mpi = _running_mpi()
@@ -247,40 +273,43 @@ class Guard:
             mpi.COMM_WORLD.Abort(status)
             os._exit(status)
         if _size() > 1 and not _mpi_is_over():
-            # The others wait for us in MPI's start. Launchers end a job for a signal, not all of
-            # them for a status.
+            # The other ranks wait in MPI_Init. All launchers end a job when a process dies of a
+            # signal, but not all of them when it ends with a status.
             os.kill(os.getpid(), signal.SIGKILL)
-        if hard:
+        if not on_main_thread:
             os._exit(status)
         self._folder = None
-        self._speaking = threading.Lock()
+        self._reporting = threading.Lock()
         raise SystemExit(status) from None
 
 
 def _mpi() -> Any:
+    """Return the module mpi4py.MPI if another module has imported it; None otherwise."""
     return sys.modules.get("mpi4py.MPI")
 
 
 def _mpi_is_over() -> bool:
-    return _mpi() is not None and _mpi().Is_finalized()
+    mpi = _mpi()
+    return mpi is not None and mpi.Is_finalized()
 
 
 def _running_mpi() -> Any:
+    """Return the module mpi4py.MPI between MPI_Init and MPI_Finalize; None otherwise."""
     mpi = _mpi()
     return mpi if mpi is not None and mpi.Is_initialized() and not mpi.Is_finalized() else None
 
 
-def _others_started() -> bool:
+def _has_other_ranks() -> bool:
     mpi = _running_mpi()
     return mpi is not None and mpi.COMM_WORLD.size > 1
 
 
 def _rank() -> int:
-    return _running_mpi().COMM_WORLD.rank if _others_started() else launcher_rank() or 0
+    return _running_mpi().COMM_WORLD.rank if _has_other_ranks() else launcher_rank() or 0
 
 
 def _size() -> int:
-    return _running_mpi().COMM_WORLD.size if _others_started() else launcher_size() or 1
+    return _running_mpi().COMM_WORLD.size if _has_other_ranks() else launcher_size() or 1
 
 
 guard = Guard()

@@ -1,104 +1,124 @@
-"""Updates on their way to the server: a piece of each at a time, inspected before anybody sees it."""
+"""Updates on their way to the server: received and inspected one chunk of each at a time."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 import numpy as np
 
-from .inspection import ProtocolError, describe, impossible_rows
-from .messages import slices
+from .inspection import ProtocolError, describe_clients, invalid_rows
+from .messages import chunk_slices
 from .updates import Columns, reorder
 
-Receive = Callable[[Mapping[int, np.ndarray]], dict[int, int]]
+ReceiveChunks = Callable[[Mapping[int, np.ndarray]], dict[int, int]]
 
 
-class Incoming:
-    """The updates of a round on their way: a piece of each at a time, in memory that is reused.
+class IncomingUpdates:
+    """The updates of a round on their way: one chunk of each at a time, in memory that is reused.
 
     Args:
-        receive: fills each rank's memory with its next piece, and returns the number of bytes that
-            a rank sent where that is another one.
-        senders: the clients whose updates a rank sends, in the order of sending, by rank.
-        num_values: of an update.
-        chunk: values in a piece.
-        round: for messages.
+        receive_chunks: fills each rank's memory (fp32 [num_clients, num_values of the chunk]) with
+            its next chunk; returns the number of bytes that a rank sent where it differs.
+        senders: by rank, the ids of the clients whose updates it sends, in the order of sending.
+        num_values: number of values of an update.
+        chunk: number of values of a chunk.
+        round: number of the round, for messages.
     """
 
     def __init__(
         self,
-        receive: Receive,
+        receive_chunks: ReceiveChunks,
         senders: Sequence[Sequence[int]],
         num_values: int,
+        *,
         chunk: int,
         round: int,
     ) -> None:
-        self._receive_pieces = receive
+        self._receive_chunks = receive_chunks
         self._senders = senders
         self._round = round
-        self._parts = list(slices(num_values, chunk))
-        # Ranks land in the order of their first clients, so that often no row has to move.
+        self._parts = list(chunk_slices(num_values, chunk))
+        # Chunks land in the order of their ranks' first clients, so that often no row has to move.
         ranks = [rank for rank, clients in enumerate(senders) if clients]
         self._ranks = sorted(ranks, key=lambda rank: senders[rank][0])
-        self._landed = [client for rank in self._ranks for client in senders[rank]]
-        self._order = [int(row) for row in np.argsort(self._landed)]
-        self._clients = sorted(self._landed)
-        self._room = np.empty(len(self._landed) * min(chunk, num_values), dtype=np.float32)
-        self._first: np.ndarray | None = None
+        landing_order = [client for rank in self._ranks for client in senders[rank]]
+        self._row_order = [int(row) for row in np.argsort(landing_order)]
+        self._clients = sorted(landing_order)
+        self._memory = np.empty(len(self._clients) * min(chunk, num_values), dtype=np.float32)
+        self._first_chunk: np.ndarray | None = None
 
-    def first(self) -> dict[int, str]:
-        """Receive the first piece of every update. Why updates cannot be averaged, by client."""
+    def receive_first(self) -> dict[int, str]:
+        """Receive the first chunk of every update.
+
+        Returns:
+            Why updates cannot be averaged, by client id.
+        """
         if not self._parts:
             return {}
-        self._first, reasons = self._receive(self._parts[0])
+        self._first_chunk, reasons = self._receive(self._parts[0])
         return reasons
 
-    def columns(self, accepted: set[int]) -> Iterator[Columns]:
-        """Yield the pieces of the accepted updates, and let the others arrive.
+    def columns(self, accepted: Collection[int]) -> Iterator[Columns]:
+        """Yield the chunks of the accepted clients' updates; receive and drop those of the others.
 
-        Raises ProtocolError if a later piece of an accepted update cannot be averaged: those before
-        it already are.
+        Raises:
+            ProtocolError: a later chunk of an accepted update cannot be averaged, when those before
+                it already are.
         """
-        rows = [row for row, client in enumerate(self._clients) if client in accepted]
+        accepted_rows = [row for row, client in enumerate(self._clients) if client in accepted]
         for part in self._parts:
-            if self._first is not None:
-                matrix, self._first = self._first, None
+            if self._first_chunk is not None:
+                matrix = self._first_chunk
+                self._first_chunk = None
             else:
                 matrix, reasons = self._receive(part)
-                for client in sorted(accepted & reasons.keys()):
-                    raise ProtocolError(
-                        f"update of client {client} from rank {self._rank_of(client)} in round "
-                        f"{self._round}: values "
-                        f"{part.start} to {part.stop}: {reasons[client]}; those before them were "
-                        "averaged already"
-                    )
-            yield part, matrix if len(rows) == len(matrix) else matrix[rows]
+                self._require_valid(part, accepted, reasons)
+            # Indexing copies: where all updates are accepted, no copy is made.
+            yield part, matrix if len(accepted_rows) == len(matrix) else matrix[accepted_rows]
 
     def _receive(self, part: slice) -> tuple[np.ndarray, dict[int, str]]:
-        """The matrix [updates, values of the piece], in the order of client ids, and why rows
-        cannot be averaged.
+        """Receive a chunk of every update.
+
+        Returns:
+            fp32 matrix [num_updates, num_values of the chunk] by client id, and why rows cannot be
+            averaged, by client id.
         """
         width = part.stop - part.start
-        matrix = self._room[: len(self._landed) * width].reshape(len(self._landed), width)
-        targets: dict[int, np.ndarray] = {}
-        start = 0
+        num_rows = len(self._clients)
+        matrix = self._memory[: num_rows * width].reshape(num_rows, width)
+        rows_of_rank: dict[int, np.ndarray] = {}
+        begin = 0
         for rank in self._ranks:
-            end = start + len(self._senders[rank])
-            targets[rank] = matrix[start:end]
-            start = end
+            end = begin + len(self._senders[rank])
+            rows_of_rank[rank] = matrix[begin:end]
+            begin = end
+
         reasons: dict[int, str] = {}
-        for rank, size in self._receive_pieces(targets).items():
+        for rank, num_bytes in self._receive_chunks(rows_of_rank).items():
             clients = self._senders[rank]
-            why = (
-                f"rank {rank} sent {size} bytes for {describe(clients)}, expected "
-                f"{targets[rank].nbytes}"
+            rows = rows_of_rank[rank]
+            rows[...] = 0  # they still hold an earlier chunk
+            reason = (
+                f"rank {rank} sent {num_bytes} bytes for {describe_clients(clients)}, "
+                f"expected {rows.nbytes}"
             )
-            targets[rank][...] = 0  # what was there before is nobody's
-            reasons |= dict.fromkeys(clients, why)
-        reorder(matrix, self._order)
-        for row, reason in impossible_rows(matrix).items():
+            reasons |= dict.fromkeys(clients, reason)
+        reorder(matrix, self._row_order)
+        for row, reason in invalid_rows(matrix).items():
             reasons.setdefault(self._clients[row], reason)
         return matrix, reasons
+
+    def _require_valid(
+        self, part: slice, accepted: Collection[int], reasons: Mapping[int, str]
+    ) -> None:
+        """Raise ProtocolError, naming the first client, if an accepted update is invalid."""
+        for client in self._clients:
+            if client in accepted and client in reasons:
+                raise ProtocolError(
+                    f"update of client {client} from rank {self._rank_of(client)} in round "
+                    f"{self._round}: values {part.start} to {part.stop}: {reasons[client]}; those "
+                    "before them were averaged already"
+                )
 
     def _rank_of(self, client: int) -> int:
         return next(rank for rank, clients in enumerate(self._senders) if client in clients)

@@ -1,10 +1,9 @@
-"""What the server accepts of a client rank: nothing is averaged, allocated or recorded because a
-rank says so.
+"""Checks of everything that the server receives from a client rank.
 
-What can be tied to one client becomes its Failure, which counts for the quorum like any other: a
-value, weight or metric that cannot be, or no answer at all. What breaks the protocol itself ends
-the job, with a ProtocolError that names the rank: the server could not tell what that rank would
-send next.
+Nothing is averaged, allocated or recorded just because a rank says so. What can be attributed to
+one client becomes its Failure, which counts for the quorum like any other: a value, weight or
+metric that cannot be, or no result at all. What breaks the protocol itself ends the job with a
+ProtocolError that names the rank: the server could not tell what that rank would send next.
 """
 
 from __future__ import annotations
@@ -27,13 +26,15 @@ from .messages import (
     MAX_ABS,
     Header,
     Kind,
-    impossible_values,
-    pack_answers,
-    unpack_answers,
+    invalid_values,
+    pack_results,
+    unpack_results,
 )
 
-MAX_JSON_BYTES = 64 << 20  # of a letter in JSON, such as the list of a rank's files in a checkpoint
-_MAX_COUNT = 1 << 53  # questions of a client in a round, or bytes of them
+MAX_JSON_BYTES = 64 << 20  # of a JSON message, such as the list of a rank's files in a checkpoint
+_MAX_CALLS = 1 << 53  # of a client in a round, or bytes of them
+_MAX_IDS_SHOWN = 8
+# What reading a malformed message may raise.
 _UNREADABLE = (
     ValueError,
     TypeError,
@@ -46,31 +47,29 @@ _UNREADABLE = (
 
 
 class ProtocolError(ValueError):
-    """A rank does not keep to the protocol. Names the rank, and the client if there is one."""
+    """A rank broke the protocol. Names the rank, and the client if there is one."""
 
 
 @dataclass(frozen=True)
 class Expected:
-    """Who answers in a round.
+    """The clients that take part in a round.
 
     Attributes:
-        ranks: the rank that plays each client that takes part, by client id.
-        max_samples: how many samples each of them can have used at most, by client id.
+        ranks: rank that hosts each client, by client id.
+        max_samples: largest number of samples that each client can have used, by client id.
     """
 
     ranks: Mapping[int, int]
     max_samples: Mapping[int, float]
 
     def of_rank(self, rank: int) -> list[int]:
-        """The ids of the clients that a rank answers for, ascending."""
-        return sorted(client for client, where in self.ranks.items() if where == rank)
+        """Return the ids of a rank's clients, ascending."""
+        return sorted(client for client, host in self.ranks.items() if host == rank)
 
 
 @contextmanager
 def reading(rank: int, what: str) -> Iterator[None]:
-    """Turn whatever goes wrong while a rank's message is read into a ProtocolError that names the
-    rank.
-    """
+    """Turn any error while a rank's message is read into a ProtocolError that names the rank."""
     try:
         yield
     except ProtocolError:
@@ -85,153 +84,198 @@ def reading(rank: int, what: str) -> Iterator[None]:
 def require_fields(
     content: Mapping[str, Any], rank: int, fields: Mapping[str, type | tuple[type, ...]]
 ) -> None:
-    """Raise ProtocolError, naming the rank, unless its mapping has all of some fields, each of a
-    type.
+    """Raise ProtocolError unless a rank's mapping has all required fields.
+
+    Args:
+        content: the mapping.
+        rank: who sent it.
+        fields: types by name.
     """
     for name, kind in fields.items():
         if name not in content or not isinstance(content[name], kind):
-            found = type(content[name]).__name__ if name in content else "nothing"
+            actual = type(content[name]).__name__ if name in content else "nothing"
             raise ProtocolError(
-                f"rank {rank}: found {found} as {name!r} in its message, expected {kind}"
+                f"rank {rank}: found {actual} as {name!r} in its message, expected {kind}"
             )
 
 
 def read_headers(
-    letter: bytes, rank: int, contract: Contract, round: int, expected: Expected | None
+    message: bytes, rank: int, contract: Contract, *, round: int, expected: Expected | None
 ) -> list[Header]:
-    """The headers in a rank's letter: of the contract, of this round, of clients of that rank, each
-    at most once.
+    """Read the headers of a rank's results.
 
-    Raises ProtocolError, naming the rank and the client, if one of them is anything else.
+    Args:
+        message: what the rank sent.
+        rank: who sent it.
+        contract: what may travel.
+        round: number of the round.
+        expected: the clients that take part; None accepts any.
+
+    Returns:
+        One header for each of the rank's clients that sent a result.
+
+    Raises:
+        ProtocolError: a header does not match the contract or the round, a client is not one of
+            this rank's, or there are two results of one client.
     """
-    with reading(rank, "a letter of answers"):
-        headers = unpack_answers(letter, f"rank {rank}", contract.metrics)
-    mine = None if expected is None else set(expected.of_rank(rank))
+    with reading(rank, "a message of results"):
+        headers = unpack_results(message, f"rank {rank}", contract.metrics)
+    clients_of_rank = [] if expected is None else expected.of_rank(rank)
     for header in headers:
-        _require_agreed(header, contract, round, rank)
-        if mine is not None and header.client not in mine:
+        _require_agreed(header, contract, round=round, rank=rank)
+        if expected is not None and header.client not in clients_of_rank:
             raise ProtocolError(
-                f"update of client {header.client} from rank {rank}: found a client that this "
-                "rank does not play in "
-                f"round {round}, expected one of {sorted(mine)[:8]}"
+                f"update of client {header.client} from rank {rank}: found a client that this rank "
+                f"does not host in round {round}, expected one of "
+                f"{clients_of_rank[:_MAX_IDS_SHOWN]}"
             )
-    counts = Counter(header.client for header in headers)
-    if pack_answers(headers, contract.metrics) != letter:
+    if pack_results(headers, contract.metrics) != message:
         raise ProtocolError(
-            f"rank {rank}: found bytes in its answers that the contract has no meaning for"
+            f"rank {rank}: found bytes in its results that the contract has no meaning for"
         )
-    if twice := [client for client, count in counts.items() if count > 1]:
-        raise ProtocolError(
-            f"update of client {twice[0]} from rank {rank}: found two answers, expected one"
-        )
+    for client, count in Counter(header.client for header in headers).items():
+        if count > 1:
+            raise ProtocolError(
+                f"update of client {client} from rank {rank}: found two results, expected one"
+            )
     return headers
 
 
 def require_one_rank_each(senders: Sequence[Sequence[int]]) -> None:
-    """Raise ProtocolError if two ranks answer for one client; `senders` are the clients by rank."""
+    """Raise ProtocolError if two ranks sent a result of one client.
+
+    `senders` are the client ids by rank.
+    """
     rank_of: dict[int, int] = {}
     for rank, clients in enumerate(senders):
         for client in clients:
-            other = rank_of.setdefault(client, rank)
-            if other != rank:
+            first_rank = rank_of.setdefault(client, rank)
+            if first_rank != rank:
                 raise ProtocolError(
-                    f"ranks {other} and {rank}: found two answers of client {client} in one round, "
-                    "expected one"
+                    f"ranks {first_rank} and {rank}: found two results of client {client} in one "
+                    "round, expected one"
                 )
 
 
-def _require_agreed(header: Header, contract: Contract, round: int, rank: int) -> None:
-    """Raise ProtocolError unless a header is an update or a failure of this round, as handed out."""
+def _require_agreed(header: Header, contract: Contract, *, round: int, rank: int) -> None:
+    """Raise ProtocolError unless a header is an update or a failure as the contract has it."""
     whose = f"update of client {header.client} from rank {rank}"
     if header.kind not in (Kind.UPDATE, Kind.FAILURE):
         raise ProtocolError(
             f"{whose}: found a message of kind {header.kind.name}, expected UPDATE or FAILURE"
         )
-    found: list[Any] = [header.round, header.num_values, header.digest.hex()]
-    agreed: list[Any] = [round, contract.up.num_values, contract.up.digest.hex()]
+    actual: list[object] = [header.round, header.num_values, header.digest.hex()]
+    agreed: list[object]
     if header.kind is Kind.FAILURE:
-        agreed[1:] = [header.num_values, bytes(16).hex()]
-    elif header.text:
-        raise ProtocolError(f"{whose}: found an UPDATE with a text, expected numbers alone")
-    if found != agreed or header.client < 0:
+        agreed = [round, header.num_values, bytes(16).hex()]
+    else:
+        agreed = [round, contract.up.num_values, contract.up.digest.hex()]
+        if header.text:
+            raise ProtocolError(f"{whose}: found an UPDATE with a text, expected numbers only")
+    if actual != agreed or header.client < 0:
         raise ProtocolError(
-            f"{whose}: found [round, values, schema] {found}, expected {agreed} as handed out"
+            f"{whose}: found [round, values, schema] {actual}, expected {agreed} as handed out"
         )
-    questions, up, down = header.asked
-    if not contract.servers and any(header.asked):
+    num_calls, bytes_up, bytes_down = header.calls
+    if not contract.servers and any(header.calls):
         raise ProtocolError(
-            f"{whose}: found {questions} questions, expected none: nobody answers them in this run"
+            f"{whose}: found {num_calls} requests, expected none: nobody answers them in this run"
         )
-    if max(header.asked) > _MAX_COUNT or min(up, down) < questions * HEADER_BYTES:
-        raise ProtocolError(f"{whose}: found {questions} questions of {up} bytes, which cannot be")
+    if max(header.calls) > _MAX_CALLS or min(bytes_up, bytes_down) < num_calls * HEADER_BYTES:
+        raise ProtocolError(
+            f"{whose}: found {num_calls} requests of {bytes_up} bytes, which cannot be"
+        )
 
 
-def failures_of(
-    headers: Iterable[Header], contract: Contract, round: int, expected: Expected | None
+def collect_failures(
+    headers: Iterable[Header], contract: Contract, *, round: int, expected: Expected | None
 ) -> list[Failure]:
-    """The failures of a round that headers tell: those that clients report, impossible numbers, and
-    silent clients.
+    """Return the failures of a round by client id.
+
+    They are those that clients report, updates with an impossible weight or metric, and clients
+    that sent nothing.
+
+    Args:
+        headers: headers of all results.
+        contract: what may travel.
+        round: number of the round.
+        expected: the clients that take part; None where it is not known who is missing.
     """
-    headers = list(headers)
-    reported = [header.failure() for header in headers if header.kind is Kind.FAILURE]
-    updates = [header for header in headers if header.kind is Kind.UPDATE]
-    reasons = {header.client: _impossible(header, contract, expected) for header in updates}
-    failures = [
-        Failure(client, round, "check", reason) for client, reason in reasons.items() if reason
-    ]
-    missing = (
-        sorted(set(expected.ranks) - {header.client for header in headers}) if expected else []
-    )
-    silent = [
-        Failure(id, round, "gather", f"rank {expected.ranks[id]} sent no answer")
-        for id in missing
-        if expected
-    ]
-    return sorted([*reported, *failures, *silent], key=lambda failure: failure.client)
+    failures: list[Failure] = []
+    missing = set() if expected is None else set(expected.ranks)
+    for header in headers:
+        missing.discard(header.client)
+        if header.kind is Kind.FAILURE:
+            failures.append(header.failure())
+        elif header.kind is Kind.UPDATE:
+            reason = _invalid_numbers(header, contract, expected)
+            if reason:
+                failures.append(Failure(header.client, round, "check", reason))
+    if expected is not None:
+        for client in missing:
+            reason = f"rank {expected.ranks[client]} sent no answer"
+            failures.append(Failure(client, round, "gather", reason))
+    return sorted(failures, key=lambda failure: failure.client)
 
 
-def _impossible(header: Header, contract: Contract, expected: Expected | None) -> str | None:
-    """What about an update's weight and metrics cannot be; None if they can."""
-    if not (math.isfinite(header.weight) and header.weight >= 0):
-        return f"weight is {header.weight:g}, expected a finite number of samples"
-    if expected is not None and header.weight > expected.max_samples[header.client]:
-        most = expected.max_samples[header.client]
-        return f"weight is {header.weight:g}, expected at most {most:g} samples"
+def _invalid_numbers(header: Header, contract: Contract, expected: Expected | None) -> str | None:
+    """Return what is impossible about an update's weight or metrics; None if nothing is."""
+    weight = header.weight
+    if not (math.isfinite(weight) and weight >= 0):
+        return f"weight is {weight:g}, expected a finite number of samples"
+    if expected is not None:
+        max_samples = expected.max_samples[header.client]
+        if weight > max_samples:
+            return f"weight is {weight:g}, expected at most {max_samples:g} samples"
     for name, value in header.metrics.items():
-        if math.isinf(value) or (math.isnan(value) and name in contract.finite):
+        must_be_number = name in contract.finite
+        if math.isinf(value) or (math.isnan(value) and must_be_number):
             return f"metric {name} is {value}, expected a finite number"
-    if missing := [name for name in contract.finite if name not in header.metrics]:
-        return f"found no metric {missing[0]}, expected one"
+    for name in contract.finite:
+        if name not in header.metrics:
+            return f"found no metric {name}, expected one"
     return None
 
 
-def impossible_rows(matrix: np.ndarray) -> dict[int, str]:
-    """What cannot be averaged, by row of an fp32 matrix [updates, values]; one pass over it where
-    all is well.
+def invalid_rows(matrix: np.ndarray) -> dict[int, str]:
+    """Return why rows of an fp32 matrix [num_updates, num_values] cannot be averaged, by row.
+
+    Reads the matrix once where all values are valid.
     """
     flat = matrix.reshape(-1)
     with np.errstate(over="ignore", invalid="ignore"):
-        if float(np.dot(flat, flat)) <= MAX_ABS**2:  # no value is larger than the norm of all
+        # No value is larger than the norm of all of them; nan compares as false.
+        if float(np.dot(flat, flat)) <= MAX_ABS**2:
             return {}
-    rows = {row: impossible_values(values) for row, values in enumerate(matrix)}
-    return {row: f"the update {reason}" for row, reason in rows.items() if reason}
+    reasons: dict[int, str] = {}
+    for row, values in enumerate(matrix):
+        reason = invalid_values(values)
+        if reason:
+            reasons[row] = f"the update {reason}"
+    return reasons
 
 
-def open_json(letter: bytes, rank: int) -> dict[str, Any]:
-    """The mapping in a rank's letter. Raises ProtocolError, naming the rank."""
+def open_json(message: bytes, rank: int) -> dict[str, Any]:
+    """Return the mapping in a rank's JSON message.
+
+    Raises:
+        ProtocolError: it cannot be read; names the rank.
+    """
+    whose = f"rank {rank}"
     with reading(rank, "a JSON message"):
-        header = Header.unpack(letter[:HEADER_BYTES], f"rank {rank}").require(
-            Kind.JSON, f"rank {rank}"
-        )
-        if len(letter) != HEADER_BYTES + header.num_values:
-            raise ValueError(f"{len(letter) - HEADER_BYTES} bytes, {header.num_values} announced")
-        content = json.loads(letter[HEADER_BYTES:])
+        header = Header.unpack(message[:HEADER_BYTES], whose).require(Kind.JSON, whose)
+        num_bytes = len(message) - HEADER_BYTES
+        if num_bytes != header.num_values:
+            raise ValueError(f"{num_bytes} bytes, {header.num_values} announced")
+        content = json.loads(message[HEADER_BYTES:])
         if not isinstance(content, dict):
             raise ValueError(f"a {type(content).__name__}, expected a mapping")
     return content
 
 
-def describe(clients: Sequence[int]) -> str:
-    """The first few client ids, for a message."""
-    shown = ", ".join(map(str, clients[:8]))
-    return f"client{'s' if len(clients) > 1 else ''} {shown}{', ...' if len(clients) > 8 else ''}"
+def describe_clients(clients: Sequence[int]) -> str:
+    """Format the first few client ids for a message: "client 2", "clients 1, 2, ..."."""
+    noun = "clients" if len(clients) > 1 else "client"
+    shown = ", ".join(map(str, clients[:_MAX_IDS_SHOWN]))
+    more = ", ..." if len(clients) > _MAX_IDS_SHOWN else ""
+    return f"{noun} {shown}{more}"

@@ -1,4 +1,4 @@
-"""The book of everything that travels: every byte has a name."""
+"""The ledger of everything that travels: every byte has a name."""
 
 from __future__ import annotations
 
@@ -17,13 +17,20 @@ Direction = Literal["start-up", "handout", "down", "up", "checkpoint", "end"]
 class Entry:
     """One name in one phase, summed over the run.
 
+    Logical messages do not depend on how the clients are placed: one per client and round; at
+    start-up and at the hand-out one per client rank (one in all where there is a single process).
+
     Attributes:
-        direction, phase, name: what it is; names in parentheses are not tensors. shape, dtype: of
-            one tensor; bytes without a shape are `uint8` of varying length. messages, bytes:
-            logical: one message per client a round, however the clients are placed; at start-up and
-            at the hand-out one per client rank (one in all where there is a single process).
-        crossed, bytes_crossed: what really went from one process to another, pieces of a message
-            not counted apart.
+        direction: which way the messages went, or when.
+        phase: operation that sent them.
+        name: name of the tensor; names in parentheses are not tensors.
+        shape: shape of one tensor; None for bytes of varying length.
+        dtype: type of the values.
+        messages: number of logical messages.
+        bytes: their size.
+        crossed: number of messages that really went from one process to another; the chunks of one
+            vector count as one message.
+        bytes_crossed: their size.
     """
 
     direction: Direction
@@ -38,100 +45,159 @@ class Entry:
 
 
 class Ledger:
-    """Adds up messages by (direction, phase, name), and remembers the last round's bytes per
-    client.
+    """Sums messages by (direction, phase, name), and keeps the last round's bytes per client.
+
+    The methods take the number of logical messages and of those that crossed (see `Entry`).
     """
 
     def __init__(self) -> None:
         self._entries: dict[tuple[str, str, str], Entry] = {}
-        self._round: dict[str, dict[int, int]] = {"down": {}, "up": {}}
+        self._round_bytes: dict[str, dict[int, int]] = {"down": {}, "up": {}}
 
-    def raw(
-        self, direction: Direction, phase: str, name: str, size: int, messages: int, crossed: int
+    def add_bytes(
+        self,
+        direction: Direction,
+        phase: str,
+        name: str,
+        *,
+        size: int,
+        messages: int,
+        crossed: int,
     ) -> None:
-        """Count messages of `size` bytes that are no tensors: headers, JSON."""
-        self._add(Entry(direction, phase, name, None, "uint8"), size, messages, crossed)
+        """Add messages of `size` bytes each that are not tensors, such as JSON.
 
-    def header(self, direction: Direction, phase: str, messages: int, crossed: int) -> None:
-        """Count headers."""
-        self._add(
-            Entry(direction, phase, "(header)", (HEADER_BYTES,), "uint8"),
-            HEADER_BYTES,
-            messages,
-            crossed,
-        )
+        Args:
+            direction: which way they went.
+            phase: operation that sent them.
+            name: in parentheses.
+            size: bytes of one message.
+            messages: number of logical messages.
+            crossed: number of messages that crossed.
+        """
+        entry = Entry(direction, phase, name, None, "uint8")
+        self._add(entry, size=size, messages=messages, crossed=crossed)
 
-    def tensors(
-        self, direction: Direction, phase: str, schema: Schema, messages: int, crossed: int
+    def add_headers(self, direction: Direction, phase: str, *, messages: int, crossed: int) -> None:
+        """Add headers.
+
+        Args:
+            direction: which way they went.
+            phase: operation that sent them.
+            messages: number of logical messages.
+            crossed: number of messages that crossed.
+        """
+        entry = Entry(direction, phase, "(header)", (HEADER_BYTES,), "uint8")
+        self._add(entry, size=HEADER_BYTES, messages=messages, crossed=crossed)
+
+    def add_tensors(
+        self, direction: Direction, phase: str, schema: Schema, *, messages: int, crossed: int
     ) -> None:
-        """Count messages with the tensors of `schema`."""
+        """Add messages with the tensors of `schema`.
+
+        Args:
+            direction: which way they went.
+            phase: operation that sent them.
+            schema: names and shapes of the tensors of one message.
+            messages: number of logical messages.
+            crossed: number of messages that crossed.
+        """
         for spec in schema:
             entry = Entry(direction, phase, spec.name, spec.shape, "float32")
-            self._add(entry, 4 * spec.num_values, messages, crossed)
+            self._add(entry, size=4 * spec.num_values, messages=messages, crossed=crossed)
 
-    def broadcast(self, schema: Schema, messages: int, crossed: int) -> None:
-        """Count broadcasts: logical ones when it is known which clients answer, real ones when they
-        leave.
+    def add_broadcasts(self, schema: Schema, *, messages: int, crossed: int) -> None:
+        """Add broadcasts.
+
+        Those that cross are added when they are sent; logical ones when it is known which clients
+        sent a result.
+
+        Args:
+            schema: names and shapes of the tensors of one broadcast.
+            messages: number of logical messages.
+            crossed: number of messages that crossed.
         """
-        self.header("down", "broadcast", messages, crossed)
-        self.tensors("down", "broadcast", schema, messages, crossed)
+        self.add_headers("down", "broadcast", messages=messages, crossed=crossed)
+        self.add_tensors("down", "broadcast", schema, messages=messages, crossed=crossed)
 
-    def answers(
+    def add_round(
         self,
         contract: Contract,
         updates: list[int],
         failures: Mapping[int, int],
+        *,
+        calls: Mapping[int, CallStats],
         crossed: bool,
-        asked: Mapping[int, CallStats],
     ) -> None:
-        """Count one round: the clients that were handed the broadcast and answered with an update,
-        or a failure.
+        """Add the messages of one round's clients: broadcasts, results and remote calls.
 
-        `failures` gives of each client how many bytes of its reason came behind the header;
-        `asked`: what they asked the server meanwhile, by client.
+        Args:
+            contract: schemas of broadcast and update.
+            updates: ids of the clients that sent an update.
+            failures: bytes of the reason behind the header, by id of the clients that failed.
+            calls: remote calls of the clients that made some, by id.
+            crossed: the messages went from one process to another.
         """
-        everyone = sorted([*updates, *failures])
-        for what in asked.values():
-            self._questions("up", "(question)", what.questions, what.up, crossed)
-            self._questions("down", "(answer)", what.questions, what.down, crossed)
-        self.broadcast(contract.down, len(everyone), 0)
-        self.header("up", "gather", len(everyone), len(everyone) * crossed)
-        self.tensors("up", "gather", contract.up, len(updates), len(updates) * crossed)
-        for size in filter(None, failures.values()):
-            self.raw("up", "gather", "(reason)", size, 1, int(crossed))
-        down, up = (HEADER_BYTES + 4 * schema.num_values for schema in (contract.down, contract.up))
-        failed = {client: HEADER_BYTES + size for client, size in failures.items()}
-        sent = failed | dict.fromkeys(updates, up)
-        more = {client: asked.get(client, NO_CALLS) for client in everyone}
-        self._round = {
-            "down": {client: down + more[client].down for client in everyone},
-            "up": {client: sent[client] + more[client].up for client in everyone},
-        }
+        for stats in calls.values():
+            # The names are those of the record's layout, which calls requests "questions".
+            self._add_calls(
+                "up", "(question)", stats.num_calls, size=stats.bytes_up, crossed=crossed
+            )
+            self._add_calls(
+                "down", "(answer)", stats.num_calls, size=stats.bytes_down, crossed=crossed
+            )
+        clients = sorted([*updates, *failures])
+        self.add_broadcasts(contract.down, messages=len(clients), crossed=0)
+        self.add_headers(
+            "up", "gather", messages=len(clients), crossed=len(clients) if crossed else 0
+        )
+        self.add_tensors(
+            "up",
+            "gather",
+            contract.up,
+            messages=len(updates),
+            crossed=len(updates) if crossed else 0,
+        )
+        for size in failures.values():
+            if size:
+                self.add_bytes(
+                    "up", "gather", "(reason)", size=size, messages=1, crossed=int(crossed)
+                )
+
+        broadcast_bytes = HEADER_BYTES + 4 * contract.down.num_values
+        update_bytes = HEADER_BYTES + 4 * contract.up.num_values
+        result_bytes = {client: HEADER_BYTES + size for client, size in failures.items()}
+        result_bytes |= dict.fromkeys(updates, update_bytes)
+        self._round_bytes = {"down": {}, "up": {}}
+        for client in clients:
+            stats = calls.get(client, NO_CALLS)
+            self._round_bytes["down"][client] = broadcast_bytes + stats.bytes_down
+            self._round_bytes["up"][client] = result_bytes[client] + stats.bytes_up
 
     def round_bytes(self) -> dict[str, dict[int, int]]:
-        """Bytes of the last round: {"down": {client: bytes}, "up": {client: bytes}}."""
-        return {direction: dict(clients) for direction, clients in self._round.items()}
+        """Return the bytes of the last round: {"down": {client: bytes}, "up": {client: bytes}}."""
+        return {direction: dict(clients) for direction, clients in self._round_bytes.items()}
 
     def manifest(self) -> list[dict[str, Any]]:
-        """All entries, as JSON can say them, in the order in which they first came up."""
+        """Return all entries as JSON-able dicts, in the order in which they were first added."""
         return [asdict(entry) for entry in self._entries.values()]
 
-    def _questions(
-        self, direction: Direction, name: str, num: int, size: int, crossed: bool
+    def _add_calls(
+        self, direction: Direction, name: str, num_calls: int, *, size: int, crossed: bool
     ) -> None:
-        """Count `num` questions or answers of `size` bytes together, headers among them."""
-        self.header(direction, "questions", num, num * crossed)
-        values = size - num * HEADER_BYTES
-        entry = self._add(
-            Entry(direction, "questions", name, None, "float32"), 0, num, num * crossed
-        )
-        entry.bytes += values
-        entry.bytes_crossed += values * crossed
+        """Add requests or responses of `size` bytes together, headers included."""
+        num_crossed = num_calls if crossed else 0
+        self.add_headers(direction, "questions", messages=num_calls, crossed=num_crossed)
+        entry = Entry(direction, "questions", name, None, "float32")
+        entry = self._add(entry, size=0, messages=num_calls, crossed=num_crossed)
+        value_bytes = size - num_calls * HEADER_BYTES
+        entry.bytes += value_bytes
+        entry.bytes_crossed += value_bytes if crossed else 0
 
-    def _add(self, new: Entry, size: int, messages: int, crossed: int) -> Entry:
-        entry = self._entries.setdefault((new.direction, new.phase, new.name), new)
-        entry.messages += messages
-        entry.bytes += messages * size
-        entry.crossed += crossed
-        entry.bytes_crossed += crossed * size
-        return entry
+    def _add(self, entry: Entry, *, size: int, messages: int, crossed: int) -> Entry:
+        """Add messages of `size` bytes to the entry of the same name, and return that."""
+        total = self._entries.setdefault((entry.direction, entry.phase, entry.name), entry)
+        total.messages += messages
+        total.bytes += messages * size
+        total.crossed += crossed
+        total.bytes_crossed += crossed * size
+        return total

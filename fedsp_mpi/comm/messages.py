@@ -1,6 +1,4 @@
-"""What the loop hands to the wire and gets from it, and the 256-byte header that goes in front of
-every message.
-"""
+"""Messages between server and clients, and the 256-byte header in front of each of them."""
 
 from __future__ import annotations
 
@@ -19,29 +17,38 @@ from fedsp_mpi.tensors import Contract, Failure, NamedTensors, Schema, Update, s
 
 CHUNK_BYTES = 4 << 20  # of one vector that travel at once
 JsonPhase = Literal["start-up", "checkpoint", "end"]
-# The deadline of what is collected.
-LIMIT: dict[JsonPhase, str] = {"start-up": "start_up", "checkpoint": "gather", "end": "gather"}
-MAGIC, LAYOUT_VERSION = b"FSPW", 3
-HEADER_BYTES, MAX_METRICS, TEXT_BYTES = 256, 12, 90
-# of a value in an update: models do not survive larger ones, and fp32 sums of them lose all others
+# The field of `Deadlines` that limits the collection of a phase's JSON.
+DEADLINE_OF: dict[JsonPhase, str] = {
+    "start-up": "start_up",
+    "checkpoint": "gather",
+    "end": "gather",
+}
+
+MAGIC = b"FSPW"
+LAYOUT_VERSION = 3
+HEADER_BYTES = 256
+MAX_METRICS = 12
+TEXT_BYTES = 90
+# Largest absolute value in an update: no model survives more, and fp32 sums with such values lose
+# the digits of all others.
 MAX_ABS = 1e6
-REASON_BYTES = 4096  # most of a failure's text that is behind its header
-MAX_ANSWER_BYTES = HEADER_BYTES + REASON_BYTES  # of one client in a letter
-# magic, layout version, kind, round, client, number of values (of bytes for JSON), schema digest,
-# weight, which metrics are there (bit mask), metrics, questions and bytes of them and of their
-# answers, text. Little-endian without padding. A failure's number of values is that of the bytes
-# behind its header, which go on with its text.
+REASON_BYTES = 4096  # longest text of a failure behind its header
+MAX_RESULT_BYTES = HEADER_BYTES + REASON_BYTES  # of one client in its rank's message
+# Magic, layout version, kind, round, client, number of values (of bytes for JSON), schema digest,
+# weight, bit mask of the metrics that are present, metrics, number of requests and bytes of them
+# and of their responses, text. Little-endian without padding. A failure's number of values is the
+# number of bytes behind its header, with which its text goes on.
 _LAYOUT = struct.Struct(f"<4sHHiiQ16sdH{MAX_METRICS}dIQQ{TEXT_BYTES}s")
 assert _LAYOUT.size == HEADER_BYTES
 
 
 @dataclass(frozen=True)
 class Handout:
-    """What everybody gets once, before the first round; it fixes what may travel afterwards.
+    """The initial hand-out: sent once before the first round, it fixes what may travel later.
 
     Attributes:
-        meta: anything that JSON can say.
-        tensors: the auxiliary model and the first prompts.
+        meta: any JSON mapping.
+        tensors: the auxiliary model and the initial prompts.
         contract: names and shapes of all later messages.
     """
 
@@ -52,8 +59,12 @@ class Handout:
 
 @dataclass(frozen=True)
 class RoundBroadcast:
-    """The broadcast of one round: the prompts that clients start from, or the word to stop (without
-    tensors).
+    """The broadcast of one round: the prompts that clients start from, or the request to stop.
+
+    Attributes:
+        round: number of the round.
+        stop: there are no more rounds.
+        tensors: the prompts; None if and only if `stop`.
     """
 
     round: int
@@ -62,20 +73,24 @@ class RoundBroadcast:
 
 
 class CallStats(NamedTuple):
-    """What a client asked the server in a round: how often, and bytes up and down, headers among
-    them.
+    """Remote calls of one client in a round.
+
+    Attributes:
+        num_calls: number of requests, and of responses.
+        bytes_up: bytes of the requests, headers included.
+        bytes_down: bytes of the responses, headers included.
     """
 
-    questions: int = 0
-    up: int = 0
-    down: int = 0
+    num_calls: int = 0
+    bytes_up: int = 0
+    bytes_down: int = 0
 
-    def one_more(self, asked: int, answered: int) -> CallStats:
-        """With another question of so many values, and its answer's."""
+    def add_call(self, request_values: int, response_values: int) -> CallStats:
+        """Return the statistics after another call with so many fp32 values each way."""
         return CallStats(
-            self.questions + 1,
-            self.up + HEADER_BYTES + 4 * asked,
-            self.down + HEADER_BYTES + 4 * answered,
+            self.num_calls + 1,
+            self.bytes_up + HEADER_BYTES + 4 * request_values,
+            self.bytes_down + HEADER_BYTES + 4 * response_values,
         )
 
 
@@ -91,8 +106,10 @@ class Report(NamedTuple):
 
 
 class Kind(IntEnum):
-    """What follows a header: fp32 values (BROADCAST, UPDATE, QUESTION, ANSWER), JSON bytes (JSON),
-    or nothing.
+    """Kind of a message, which says what follows its header.
+
+    BROADCAST, UPDATE, REQUEST, RESPONSE: fp32 values; JSON: bytes; FAILURE: the rest of its text;
+    STOP: nothing.
     """
 
     BROADCAST = 1
@@ -100,13 +117,25 @@ class Kind(IntEnum):
     UPDATE = 3
     FAILURE = 4
     JSON = 5
-    QUESTION = 6
-    ANSWER = 7
+    REQUEST = 6
+    RESPONSE = 7
 
 
 @dataclass(frozen=True)
 class Header:
-    """The fixed 256 bytes in front of a message."""
+    """The 256-byte header in front of a message.
+
+    Attributes:
+        kind: what follows the header.
+        round: round of a broadcast or a result; -1 elsewhere.
+        client: client id; the rank of a JSON message; -1 elsewhere.
+        num_values: fp32 values that follow, or bytes where no values follow.
+        digest: digest of the schema of the values.
+        weight: weight of an update.
+        metrics: metrics of an update by name.
+        text: phase and reason of a failure, with a line end between them.
+        calls: the client's remote calls in this round.
+    """
 
     kind: Kind
     round: int = -1
@@ -116,16 +145,17 @@ class Header:
     weight: float = 0.0
     metrics: Mapping[str, float] = field(default_factory=dict)
     text: str = ""
-    asked: CallStats = NO_CALLS
+    calls: CallStats = NO_CALLS
 
     def pack(self, names: Sequence[str] = ()) -> bytes:
-        """The 256 bytes; `names` gives the places of the metrics."""
-        values = [self.metrics.get(name, 0.0) for name in names] + [0.0] * (
-            MAX_METRICS - len(names)
-        )
-        mask = sum(1 << i for i, name in enumerate(names) if name in self.metrics)
-        text = _cut(self.text.encode(), TEXT_BYTES)
-        fixed = (
+        """Return the 256 bytes; `names` are the metrics of the contract, in order."""
+        values = [self.metrics.get(name, 0.0) for name in names]
+        padding = [0.0] * (MAX_METRICS - len(names))
+        mask = 0
+        for bit, name in enumerate(names):
+            if name in self.metrics:
+                mask |= 1 << bit
+        return _LAYOUT.pack(
             MAGIC,
             LAYOUT_VERSION,
             self.kind,
@@ -134,47 +164,67 @@ class Header:
             self.num_values,
             self.digest,
             self.weight,
+            mask,
+            *values,
+            *padding,
+            *self.calls,
+            _truncate_utf8(self.text.encode(), TEXT_BYTES),
         )
-        return _LAYOUT.pack(*fixed, mask, *values, *self.asked, text)
 
     @classmethod
     def unpack(cls, raw: bytes, whose: str, names: Sequence[str] = ()) -> Header:
-        """Read 256 bytes.
+        """Read a header from 256 bytes.
 
-        Raises ValueError, naming `whose`, if they are not a header of this layout.
+        Args:
+            raw: the bytes.
+            whose: sender, for the message of the error.
+            names: metrics of the contract, in order.
+
+        Raises:
+            ValueError: the bytes are not a header of this layout.
         """
-        magic, version, kind, round, client, num_values, digest, weight, mask, *rest = (
+        magic, version, kind, round, client, num_values, digest, weight, mask, *fields = (
             _LAYOUT.unpack(raw)
         )
         if (magic, version) != (MAGIC, LAYOUT_VERSION) or kind not in list(Kind):
             raise ValueError(
-                f"{whose}: found a message of {magic!r}, layout {version}, kind {kind}; "
-                f"expected {MAGIC!r}, layout "
-                f"{LAYOUT_VERSION}; start all ranks with one version of fedsp_mpi"
+                f"{whose}: found a message of {magic!r}, layout {version}, kind {kind}; expected "
+                f"{MAGIC!r}, layout {LAYOUT_VERSION}; start all ranks with one version of fedsp_mpi"
             )
-        metrics = {name: rest[i] for i, name in enumerate(names) if mask >> i & 1}
-        text, asked = (
-            rest[-1].rstrip(b"\0").decode(errors="replace"),
-            CallStats(*rest[MAX_METRICS:-1]),
-        )
-        return cls(Kind(kind), round, client, num_values, digest, weight, metrics, text, asked)
+        metrics = {name: fields[bit] for bit, name in enumerate(names) if mask >> bit & 1}
+        calls = CallStats(*fields[MAX_METRICS:-1])
+        text = fields[-1].rstrip(b"\0").decode(errors="replace")
+        return cls(Kind(kind), round, client, num_values, digest, weight, metrics, text, calls)
 
     @classmethod
-    def of(cls, item: Update | Failure, round: int, asked: CallStats = NO_CALLS) -> Header:
-        """The header of one client's answer, with what it asked before."""
-        if isinstance(item, Failure):
-            text = f"{item.phase}\n{item.reason}"
-            return cls(
-                Kind.FAILURE, round, item.client, len(_behind_header(text)), text=text, asked=asked
-            )
-        schema, about = item.tensors.schema, (float(item.weight), item.metrics)
+    def of(cls, result: Update | Failure, round: int, calls: CallStats = NO_CALLS) -> Header:
+        """Build the header of one client's result.
+
+        Args:
+            result: the result.
+            round: number of the round.
+            calls: the client's remote calls in this round.
+        """
+        if isinstance(result, Failure):
+            text = f"{result.phase}\n{result.reason}"
+            num_bytes = len(_text_behind_header(text))
+            return cls(Kind.FAILURE, round, result.client, num_bytes, text=text, calls=calls)
+        schema = result.tensors.schema
         return cls(
-            Kind.UPDATE, round, item.client, schema.num_values, schema.digest, *about, asked=asked
+            Kind.UPDATE,
+            round,
+            result.client,
+            schema.num_values,
+            schema.digest,
+            float(result.weight),
+            result.metrics,
+            calls=calls,
         )
 
     def require(self, kind: Kind, whose: str) -> Header:
-        """Itself; ValueError if it is of another kind, that is, two ranks are at different places
-        of the protocol.
+        """Return this header; raise ValueError, naming `whose`, if the kind differs.
+
+        Ranks whose kinds differ are out of step in the protocol.
         """
         if self.kind is not kind:
             raise ValueError(
@@ -183,113 +233,141 @@ class Header:
         return self
 
     def failure(self) -> Failure:
-        """The failure that this header carries."""
-        phase, _, reason = (printable(part) for part in self.text.partition("\n"))
-        return Failure(self.client, self.round, phase, reason)
+        """Return the failure that this header carries, with its text made printable."""
+        phase, _, reason = self.text.partition("\n")
+        return Failure(self.client, self.round, printable(phase), printable(reason))
 
 
-def pack_answers(headers: Iterable[Header], names: Sequence[str]) -> bytes:
-    """Return the letter of one rank's clients: their headers, and behind that of a failure the rest
-    of its text.
+def pack_results(headers: Iterable[Header], names: Sequence[str]) -> bytes:
+    """Return the message of one rank's clients: headers, each failure's followed by its long text.
+
+    `names` are the metrics of the contract, in order.
     """
     parts = []
     for header in headers:
-        parts += [
-            header.pack(names),
-            _behind_header(header.text) if header.kind is Kind.FAILURE else b"",
-        ]
+        parts.append(header.pack(names))
+        if header.kind is Kind.FAILURE:
+            parts.append(_text_behind_header(header.text))
     return b"".join(parts)
 
 
-def unpack_answers(letter: bytes, whose: str, names: Sequence[str]) -> list[Header]:
-    """Read what `pack_answers` made.
+def unpack_results(message: bytes, whose: str, names: Sequence[str]) -> list[Header]:
+    """Read the headers and texts that `pack_results` wrote.
 
-    Raises ValueError, naming `whose`, if headers or texts are not whole.
+    Args:
+        message: the bytes.
+        whose: sender, for the message of the error.
+        names: metrics of the contract, in order.
+
+    Raises:
+        ValueError: a header or a text is incomplete.
     """
-    headers, at = [], 0
-    while at < len(letter):
-        raw = letter[at : at + HEADER_BYTES]
+    headers = []
+    offset = 0
+    while offset < len(message):
+        raw = message[offset : offset + HEADER_BYTES]
         if len(raw) < HEADER_BYTES:
             raise ValueError(
-                f"{whose}: found {len(raw)} bytes at a letter's end, expected headers of "
+                f"{whose}: found {len(raw)} bytes at the end of a message, expected headers of "
                 f"{HEADER_BYTES}"
             )
-        header, at = Header.unpack(raw, whose, names), at + HEADER_BYTES
+        header = Header.unpack(raw, whose, names)
+        offset += HEADER_BYTES
         if header.kind is Kind.FAILURE and header.num_values:
-            rest = letter[at : at + header.num_values]
-            if len(rest) < header.num_values or len(rest) > REASON_BYTES:
+            text = message[offset : offset + header.num_values]
+            if len(text) < header.num_values or len(text) > REASON_BYTES:
                 raise ValueError(
                     f"{whose}: found a failure with {header.num_values} bytes of text behind its "
-                    "header, expected at "
-                    f"most {REASON_BYTES}, all in the letter"
+                    f"header, expected at most {REASON_BYTES}, all in the message"
                 )
-            header, at = (
-                replace(header, text=header.text + rest.decode(errors="replace")),
-                at + len(rest),
-            )
+            header = replace(header, text=header.text + text.decode(errors="replace"))
+            offset += len(text)
         headers.append(header)
     return headers
 
 
-def _behind_header(text: str) -> bytes:
-    """What of a failure's text the header has no room for."""
+def _text_behind_header(text: str) -> bytes:
+    """Return the part of a failure's text that does not fit into its header."""
     raw = text.encode()
-    return _cut(raw[len(_cut(raw, TEXT_BYTES)) :], REASON_BYTES)
+    in_header = _truncate_utf8(raw, TEXT_BYTES)
+    return _truncate_utf8(raw[len(in_header) :], REASON_BYTES)
 
 
-def _cut(text: bytes, most: int) -> bytes:
-    """At most so many bytes of UTF-8, never half a character."""
-    return text[:most].decode(errors="ignore").encode()
+def _truncate_utf8(text: bytes, max_bytes: int) -> bytes:
+    """Return at most `max_bytes` bytes of UTF-8, cut between characters."""
+    return text[:max_bytes].decode(errors="ignore").encode()
 
 
-def checked(item: Update | Failure, contract: Contract, round: int) -> Update | Failure:
-    """What a client may send: `item`, or a Failure in its place if its weight or a value cannot be
-    averaged.
+def checked_result(result: Update | Failure, contract: Contract, round: int) -> Update | Failure:
+    """Return the result that a client may send in place of `result`.
+
+    Args:
+        result: the client's result.
+        contract: what may travel.
+        round: number of the round.
+
+    Returns:
+        The result itself, or a Failure if its weight or one of its values cannot be averaged.
 
     Raises:
-        ValueError: tensors, metrics or weight are not what the contract says; names the first
-        tensor that differs.
+        ValueError: tensors, metrics or weight differ from the contract; names the first tensor
+            that differs.
         SealedTensorError: the tensors are memory of the global model.
     """
-    whose = f"update of client {item.client}"
-    if isinstance(item, Failure):
-        assert item.round == round, f"failure of round {item.round} in round {round}"
-        return item
-    item.tensors.schema.require(contract.up, whose)
-    seal.refuse_array(item.tensors.flat)
-    if unknown := set(item.metrics) - set(contract.metrics):
+    whose = f"update of client {result.client}"
+    if isinstance(result, Failure):
+        assert result.round == round, f"failure of round {result.round} in round {round}"
+        return result
+    result.tensors.schema.require(contract.up, whose)
+    seal.check_array(result.tensors.flat)
+    unknown = set(result.metrics) - set(contract.metrics)
+    if unknown:
         raise ValueError(
             f"{whose}: found metrics {sorted(unknown)}, expected some of {list(contract.metrics)}"
         )
-    if item.weight < 0:
+    if result.weight < 0:
         raise ValueError(
-            f"{whose}: found weight {item.weight}, expected a number that is not negative"
+            f"{whose}: found weight {result.weight}, expected a number that is not negative"
         )
-    if not math.isfinite(item.weight):
-        return Failure(item.client, round, "check", f"weight is {item.weight}")
-    if reason := impossible_values(item.tensors.flat):
-        name = next(
-            name for name, view in item.tensors.items() if impossible_values(view.reshape(-1))
-        )
-        return Failure(item.client, round, "check", f"tensor {name!r} {reason}")
-    return item
+    if not math.isfinite(result.weight):
+        return Failure(result.client, round, "check", f"weight is {result.weight}")
+    reason = invalid_values(result.tensors.flat)
+    if reason is None:
+        return result
+    name = next(name for name, values in result.tensors.items() if invalid_values(values))
+    return Failure(result.client, round, "check", f"tensor {name!r} {reason}")
 
 
-def impossible_values(values: np.ndarray) -> str | None:
-    """Say why fp32 values [any number] cannot be averaged; None if they can."""
+def checked_results(
+    results: Iterable[Update | Failure], contract: Contract, round: int
+) -> list[Update | Failure]:
+    """Return the results of a rank's clients, each as `checked_result` does, by client id.
+
+    Args:
+        results: the clients' results, in any order.
+        contract: what may travel.
+        round: number of the round.
+    """
+    checked = [checked_result(result, contract, round) for result in results]
+    return sorted(checked, key=lambda result: result.client)
+
+
+def invalid_values(values: np.ndarray) -> str | None:
+    """Return why fp32 values of any shape cannot be averaged; None if they can."""
     if not values.size:
         return None
-    low, high = float(values.min()), float(values.max())  # nan if one of them is nan
+    low = float(values.min())  # nan if any value is nan
+    high = float(values.max())
     if not (math.isfinite(low) and math.isfinite(high)):
         return "is not finite"
     largest = max(-low, high)
-    return (
-        f"has a value of {largest:.3g}, expected at most {MAX_ABS:g}" if largest > MAX_ABS else None
-    )
+    if largest > MAX_ABS:
+        return f"has a value of {largest:.3g}, expected at most {MAX_ABS:g}"
+    return None
 
 
-def down_header(down: RoundBroadcast, contract: Contract) -> Header:
-    """The header of a broadcast.
+def broadcast_header(down: RoundBroadcast, contract: Contract) -> Header:
+    """Build the header of a broadcast.
 
     Raises:
         ValueError: the tensors are not those of the contract.
@@ -298,67 +376,92 @@ def down_header(down: RoundBroadcast, contract: Contract) -> Header:
     if down.stop:
         return Header(Kind.STOP, down.round)
     assert down.tensors is not None, "a broadcast has tensors unless it says stop"
-    down.tensors.schema.require(contract.down, f"broadcast of round {down.round}")
-    seal.refuse_array(down.tensors.flat)
-    return Header(
-        Kind.BROADCAST, down.round, num_values=contract.down.num_values, digest=contract.down.digest
-    )
+    schema = contract.down
+    down.tensors.schema.require(schema, f"broadcast of round {down.round}")
+    seal.check_array(down.tensors.flat)
+    return Header(Kind.BROADCAST, down.round, num_values=schema.num_values, digest=schema.digest)
 
 
 def require_handout(handout: Handout) -> None:
-    """Raise ValueError if a header has no room for the contract's metrics, SealedTensorError for
-    the global model.
+    """Check that a hand-out may travel.
+
+    Raises:
+        ValueError: more metrics than a header has room for.
+        SealedTensorError: the tensors are memory of the global model.
     """
     if len(handout.contract.metrics) > MAX_METRICS:
         raise ValueError(
             f"found {len(handout.contract.metrics)} metrics, expected at most {MAX_METRICS}"
         )
-    seal.refuse_array(handout.tensors.flat)
+    seal.check_array(handout.tensors.flat)
 
 
-def reports_of(headers: Iterable[Header], failed: Container[int] = ()) -> list[Report]:
-    """The accepted updates in the order of client ids, without those of `failed` clients."""
-    updates = [
-        header for header in headers if header.kind is Kind.UPDATE and header.client not in failed
+def accepted_reports(headers: Iterable[Header], failed: Container[int] = ()) -> list[Report]:
+    """Return the reports of all updates, except those of `failed` clients, by client id."""
+    reports = [
+        Report(header.client, header.weight, dict(header.metrics))
+        for header in headers
+        if header.kind is Kind.UPDATE and header.client not in failed
     ]
-    updates.sort(key=lambda header: header.client)
-    return [Report(header.client, header.weight, dict(header.metrics)) for header in updates]
+    return sorted(reports, key=lambda report: report.client)
 
 
-def slices(num_values: int, chunk: int) -> Iterator[slice]:
-    """Cut a vector into pieces of `chunk` values; the last may be shorter."""
+def reason_bytes(headers: Iterable[Header]) -> dict[int, int]:
+    """Return the number of bytes of text behind each failure's header, by client id."""
+    return {header.client: header.num_values for header in headers if header.kind is Kind.FAILURE}
+
+
+def chunk_slices(num_values: int, chunk: int) -> Iterator[slice]:
+    """Yield slices of `chunk` values that cover a vector; the last may be shorter."""
     for start in range(0, num_values, chunk):
         yield slice(start, min(start + chunk, num_values))
 
 
-def to_json(content: Any) -> bytes:
-    """UTF-8 bytes of anything that JSON can say; `json.loads` gives back paths that are not UTF-8
-    too.
+def to_json(content: object) -> bytes:
+    """Return any JSON value as UTF-8 bytes.
+
+    `json.loads` gives back even paths that are not UTF-8.
     """
     text = json.dumps(content, ensure_ascii=False, separators=(",", ":"))
     return text.encode("utf-8", "surrogatepass")
 
 
-def handout_content(handout: Handout, chunk: int) -> dict[str, Any]:
-    """What clients must know before the tensors of the hand-out can flow; `chunk`: values in a
-    piece.
+def describe_handout(handout: Handout, chunk: int) -> dict[str, Any]:
+    """Return as JSON mapping what clients must know before the tensors of a hand-out arrive.
+
+    `chunk` is the number of values in a chunk of all later vectors.
     """
+
+    def as_lists(schema: Schema) -> list[list[object]]:
+        return [[spec.name, spec.shape] for spec in schema]
+
     contract = handout.contract
-    schemas = {"tensors": handout.tensors.schema, "down": contract.down, "up": contract.up}
-    content = {
-        name: [[spec.name, spec.shape] for spec in schema] for name, schema in schemas.items()
+    return {
+        "tensors": as_lists(handout.tensors.schema),
+        "down": as_lists(contract.down),
+        "up": as_lists(contract.up),
+        "metrics": contract.metrics,
+        "servers": contract.servers,
+        "finite": contract.finite,
+        "meta": handout.meta,
+        "chunk": chunk,
     }
-    rest = {"metrics": contract.metrics, "servers": contract.servers, "finite": contract.finite}
-    return {**content, **rest, "meta": handout.meta, "chunk": chunk}
 
 
-def handout_from(content: dict[str, Any]) -> tuple[Handout, int]:
-    """The receiving side of `handout_content`: room for the tensors, which are still to come, and
-    the `chunk`.
+def allocate_handout(content: Mapping[str, Any]) -> tuple[Handout, int]:
+    """Read what `describe_handout` returned.
+
+    Returns:
+        The hand-out, with memory for its tensors that is not filled yet, and the `chunk`.
     """
-    tensors, down, up = (Schema.of(content[name]) for name in ("tensors", "down", "up"))
-    room = NamedTensors(tensors, np.empty(tensors.num_values, dtype=np.float32))
+    schema = Schema.of(content["tensors"])
+    memory = np.empty(schema.num_values, dtype=np.float32)
     contract = Contract(
-        down, up, tuple(content["metrics"]), content["servers"], tuple(content["finite"])
+        down=Schema.of(content["down"]),
+        up=Schema.of(content["up"]),
+        metrics=tuple(content["metrics"]),
+        servers=content["servers"],
+        finite=tuple(content["finite"]),
     )
-    return Handout(content["meta"], room, contract), int(content["chunk"])
+    handout = Handout(content["meta"], NamedTensors(schema, memory), contract)
+    return handout, int(content["chunk"])

@@ -1,14 +1,14 @@
-"""Questions during a round: clients that hold no model ask, and the server's ranks answer.
+"""Remote calls during a round: clients that hold no model call, and the server's ranks respond.
 
-Each client rank asks one rank of the server, always the same, and says when it has no more
-questions in this round. A question and its answer are a header and fp32 values; both sides of it
-stand next to each other here.
+Each client rank calls one rank of the server, always the same one, and tells it when it makes no
+more calls in this round. A request and its response are a header and fp32 values each.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Collection
+from types import ModuleType
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -20,127 +20,153 @@ from .messages import HEADER_BYTES, NO_CALLS, CallStats, Header, Kind
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-Answer = Callable[[np.ndarray], np.ndarray]  # fp32 values to fp32 values
-_HEADERS, _VALUES = 3, 4  # tags
+Answer = Callable[[np.ndarray], np.ndarray]  # fp32 values of a request to those of its response
+_HEADER_TAG = 3  # wire.py has the others
+_VALUES_TAG = 4
+_PHASE = "remote calls"  # for errors
+# The server may have other requests to handle first: a caller waits as long as for its broadcast.
+_CALLER_DEADLINE = "broadcast"
+_SERVER_DEADLINE = "gather"
+
+
+class Wait(Protocol):
+    """Waits like `Wire._wait`: the deadline of `phase`, or of another phase named by `limit`."""
+
+    def __call__(
+        self,
+        is_done: Callable[[], bool],
+        phase: str,
+        *,
+        limit: str = "",
+        moving: bool = False,
+        missing: Callable[[], Collection[int]] = tuple,
+    ) -> None: ...
 
 
 class RpcEndpoint:
-    """One rank's part in the questions of each round.
+    """One rank's end of remote calls: `call` and `close` on client ranks, `serve` on the server.
 
     Args:
-        comm, mpi: what the messages go over, and its module.
-        servers: ranks of the server, from 0; client ranks ask them in turns.
-        wait: how to wait (`Wire._wait`).
+        comm: communicator of all ranks.
+        mpi: the module `mpi4py.MPI`.
+        servers: number of server ranks, which are the first; client ranks call them in turn.
+        wait: waits for MPI.
     """
 
-    def __init__(
-        self, comm: MPI.Intracomm, mpi: Any, servers: int, wait: Callable[..., None]
-    ) -> None:
-        self._comm, self._mpi, self._wait = comm, mpi, wait
-        own, clients = comm.rank, range(servers, comm.size)
-        self._is_server, self._mine = own < servers, (own - servers) % servers
-        self._askers = [rank for rank in clients if (rank - servers) % servers == own]
-        self._asked: dict[int, CallStats] = {}
+    def __init__(self, comm: MPI.Intracomm, mpi: ModuleType, servers: int, *, wait: Wait) -> None:
+        self._comm = comm
+        self._mpi = mpi
+        self._wait = wait
+        self._is_server = comm.rank < servers
+        self._server = (comm.rank - servers) % servers  # of a client rank
+        self._callers = [
+            rank for rank in range(servers, comm.size) if (rank - servers) % servers == comm.rank
+        ]
+        self._calls: dict[int, CallStats] = {}
 
-    def ask(self, client: int, values: np.ndarray) -> np.ndarray:
-        """What the server answers to a client's fp32 values [any number]; fp32 [any number].
+    def call(self, client: int, values: np.ndarray) -> np.ndarray:
+        """Send a client's fp32 values [num_values] to the server and return its response.
 
-        Raises DeadlineError if that takes longer than the deadline of the broadcast, ValueError if
-        it is no answer.
+        Returns:
+            fp32 values [any number].
+
+        Raises:
+            DeadlineError: it takes longer than the deadline of the broadcast.
+            ValueError: the message that comes is not a response.
         """
-        assert not self._is_server, "the server answers"
-        self._send(
-            Header(Kind.QUESTION, client=client, num_values=values.size),
-            values,
-            self._mine,
-            "broadcast",
-        )
-        # The server may have other questions before this one: the limit is the one for its work.
-        header, _ = self._header(self._mine, "broadcast", lambda: (self._mine,))
-        header.require(Kind.ANSWER, f"rank {self._mine}")
-        found = self._receive(header, self._mine, "broadcast")
-        before = self._asked.get(client, NO_CALLS)
-        self._asked[client] = before.one_more(values.size, found.size)
-        return found
+        assert not self._is_server, "the server does not call"
+        server = self._server
+        request = Header(Kind.REQUEST, client=client, num_values=values.size)
+        self._send(request, values, server, limit=_CALLER_DEADLINE)
+        header, _ = self._receive_header(server, lambda: (server,), limit=_CALLER_DEADLINE)
+        header.require(Kind.RESPONSE, f"rank {server}")
+        response = self._receive_values(header, server, limit=_CALLER_DEADLINE)
+        stats = self._calls.get(client, NO_CALLS)
+        self._calls[client] = stats.add_call(values.size, response.size)
+        return response
 
     def close(self) -> dict[int, CallStats]:
-        """This rank has no more questions in this round. What its clients asked in it."""
+        """End this rank's calls of the round, and return them by client id."""
         if not self._is_server:
-            self._send(Header(Kind.QUESTION), None, self._mine, "broadcast")
-        asked, self._asked = self._asked, {}
-        return asked
+            self._send(Header(Kind.REQUEST), None, self._server, limit=_CALLER_DEADLINE)
+        calls = self._calls
+        self._calls = {}
+        return calls
 
     def serve(self, answer: Answer) -> None:
-        """Answer one question after the other, until all ranks that ask here have no more.
+        """Respond to one request after the other, until all ranks that call this one have closed.
 
-        Raises DeadlineError if none of them is heard of within the deadline of the gather,
-        ProtocolError, naming the rank, for what is no question, SealedTensorError for an answer in
-        the memory of the global model.
+        Raises:
+            DeadlineError: none of them sends anything within the deadline of the gather.
+            ProtocolError: a message is not a request, or `answer` refuses it; names the rank.
+            SealedTensorError: the response is in the memory of the global model.
         """
-        left = set(self._askers)
-        while left:
-            header, rank = self._header(self._mpi.ANY_SOURCE, "gather", lambda: left)
-            if rank not in left or header.kind is not Kind.QUESTION:
+        open_ranks = set(self._callers)
+        while open_ranks:
+            header, rank = self._receive_header(
+                self._mpi.ANY_SOURCE, lambda: open_ranks, limit=_SERVER_DEADLINE
+            )
+            if rank not in open_ranks or header.kind is not Kind.REQUEST:
                 raise ProtocolError(
-                    f"rank {rank}: found a message of kind {header.kind.name}, expected "
-                    "a QUESTION, "
-                    "from one of the "
-                    f"ranks {sorted(left)}"
+                    f"rank {rank}: found a message of kind {header.kind.name}, expected a REQUEST "
+                    f"from one of the ranks {sorted(open_ranks)}"
                 )
-            if not header.num_values:
-                left.remove(rank)
+            if not header.num_values:  # this is how a rank closes
+                open_ranks.remove(rank)
                 continue
-            question = self._receive(header, rank, "gather")
+            request = self._receive_values(header, rank, limit=_SERVER_DEADLINE)
             try:
-                found = answer(question)
+                values = answer(request)
             except ValueError as error:
                 raise ProtocolError(
-                    f"question of client {header.client} from rank {rank}: {error}"
+                    f"request of client {header.client} from rank {rank}: {error}"
                 ) from error
-            seal.refuse_array(found)
-            self._send(
-                Header(Kind.ANSWER, client=header.client, num_values=found.size),
-                found,
-                rank,
-                "gather",
-            )
+            seal.check_array(values)
+            response = Header(Kind.RESPONSE, client=header.client, num_values=values.size)
+            self._send(response, values, rank, limit=_SERVER_DEADLINE)
 
-    def _send(self, header: Header, values: np.ndarray | None, rank: int, limit: str) -> None:
-        requests = [self._comm.Isend([header.pack(), self._mpi.BYTE], rank, _HEADERS)]
+    def _send(self, header: Header, values: np.ndarray | None, rank: int, *, limit: str) -> None:
+        requests = [self._comm.Isend([header.pack(), self._mpi.BYTE], rank, _HEADER_TAG)]
         if values is not None:
-            requests.append(self._comm.Isend([values, self._mpi.FLOAT], rank, _VALUES))
+            requests.append(self._comm.Isend([values, self._mpi.FLOAT], rank, _VALUES_TAG))
         for request in requests:
-            self._wait(request.Test, "questions", limit=limit, moving=True, missing=lambda: (rank,))
+            self._wait(request.Test, _PHASE, limit=limit, moving=True, missing=lambda: (rank,))
 
-    def _header(self, source: int, limit: str, missing: Callable[[], Any]) -> tuple[Header, int]:
-        raw, status = bytearray(HEADER_BYTES), self._mpi.Status()
-        request = self._comm.Irecv([raw, self._mpi.BYTE], source, _HEADERS)
-        self._wait(lambda: request.Test(status), "questions", limit=limit, missing=missing)
+    def _receive_header(
+        self, source: int, missing: Callable[[], Collection[int]], *, limit: str
+    ) -> tuple[Header, int]:
+        """Receive a header; return it and the rank that sent it."""
+        raw = bytearray(HEADER_BYTES)
+        status = self._mpi.Status()
+        request = self._comm.Irecv([raw, self._mpi.BYTE], source, _HEADER_TAG)
+        self._wait(lambda: request.Test(status), _PHASE, limit=limit, missing=missing)
         with reading(status.source, "a header"):
             return Header.unpack(bytes(raw), f"rank {status.source}"), status.source
 
-    def _receive(self, header: Header, rank: int, limit: str) -> np.ndarray:
-        """The values that a header announces.
+    def _receive_values(self, header: Header, rank: int, *, limit: str) -> np.ndarray:
+        """Receive the values that a header announces.
 
-        Raises ProtocolError if another number of them comes.
+        Raises:
+            ProtocolError: another number of values comes.
         """
-        status, messages = self._mpi.Status(), []
+        status = self._mpi.Status()
+        messages: list[MPI.Message] = []
 
-        def look() -> bool:
-            if (message := self._comm.Improbe(rank, _VALUES, status)) is not None:
+        def poll() -> bool:
+            message = self._comm.Improbe(rank, _VALUES_TAG, status)
+            if message is not None:
                 messages.append(message)
             return bool(messages)
 
-        self._wait(look, "questions", limit=limit, moving=True, missing=lambda: (rank,))
-        size = status.Get_count(
-            self._mpi.BYTE
-        )  # memory is taken for what is there, not for what a header says
-        if size != 4 * header.num_values:
+        self._wait(poll, _PHASE, limit=limit, moving=True, missing=lambda: (rank,))
+        # Memory is allocated for what has come, not for what a header announces.
+        num_bytes = status.Get_count(self._mpi.BYTE)
+        if num_bytes != 4 * header.num_values:
             raise ProtocolError(
-                f"rank {rank}: found {size} bytes behind a header that announces "
+                f"rank {rank}: found {num_bytes} bytes behind a header that announces "
                 f"{header.num_values} values"
             )
         values = np.empty(header.num_values, dtype=np.float32)
         request = messages[0].Irecv([values, self._mpi.FLOAT])
-        self._wait(request.Test, "questions", limit=limit, moving=True, missing=lambda: (rank,))
+        self._wait(request.Test, _PHASE, limit=limit, moving=True, missing=lambda: (rank,))
         return values

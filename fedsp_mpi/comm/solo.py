@@ -1,11 +1,12 @@
-"""The wire's interface in one process, which is the server and every client in turn: notebooks,
-tests, one machine.
+"""The interface of `Wire` in one process, which is the server and every client in turn.
+
+For notebooks, tests and single machines.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ import numpy as np
 from fedsp_mpi.tensors import Contract, Failure, Update, seal
 
 from .guard import Refused, guard
-from .inspection import Expected, failures_of, read_headers
+from .inspection import Expected, collect_failures, read_headers
 from .ledger import Ledger
 from .messages import (
     CHUNK_BYTES,
@@ -22,16 +23,16 @@ from .messages import (
     Handout,
     Header,
     JsonPhase,
-    Kind,
     RoundBroadcast,
-    checked,
-    down_header,
-    handout_content,
-    handout_from,
-    pack_answers,
-    reports_of,
+    accepted_reports,
+    allocate_handout,
+    broadcast_header,
+    checked_results,
+    chunk_slices,
+    describe_handout,
+    pack_results,
+    reason_bytes,
     require_handout,
-    slices,
     to_json,
 )
 from .rpc import Answer
@@ -41,11 +42,21 @@ from .waiting import Deadlines
 
 
 class Solo:
-    """Same operations as `Wire`, same checks, same pieces, same logical bytes in the books; nothing
-    crosses.
+    """The operations of `Wire`, with the same checks, chunks and logical bytes; nothing crosses.
 
-    What is handed out or broadcast is a copy, so that clients cannot write into the server's
-    memory. `deadlines` are kept for the sake of the same interface: there is nobody to wait for.
+    The hand-out and the broadcasts are copied, so that clients cannot write into the server's
+    memory.
+
+    Args:
+        chunk_bytes: size of the chunks in which updates are read.
+        deadlines: kept for the sake of the same interface: there is no rank to wait for.
+
+    Attributes:
+        topology: rank, host and cores of this process.
+        is_server: True.
+        is_client: True.
+        deadlines: not used.
+        contract: what may travel; None before the hand-out.
     """
 
     is_server = True
@@ -58,22 +69,33 @@ class Solo:
         self._chunk = max(1, chunk_bytes // 4)
         self._ledger = Ledger()
         self._answer: Answer | None = None
-        self._asked: dict[int, CallStats] = {}
+        self._calls: dict[int, CallStats] = {}
+
+    # The operations, in the order of a run.
 
     def collect(
         self, info: Mapping[str, Any], phase: JsonPhase = "start-up"
     ) -> list[dict[str, Any]]:
-        """The list with this process's own dict, as JSON says it."""
+        """Return a list with this process's mapping alone, as JSON represents it."""
         return [json.loads(to_json(info))]
 
     def agree(self, verdict: Refused | None, phase: str = "start_up", note: Any = None) -> Any:
-        """Raise the verdict if there is one; otherwise the note."""
+        """Return the note, or raise the verdict if there is one.
+
+        Args:
+            verdict: why the run does not go on; None if it does.
+            phase: not used.
+            note: any JSON value.
+
+        Raises:
+            Refused: the verdict.
+        """
         if verdict is not None:
             raise verdict
         return note
 
     def handout(self, handout: Handout | None) -> Handout:
-        """A copy of the hand-out, as a client would get it. Seals the contract.
+        """Return a copy of the hand-out, as a client would receive it; it fixes the contract.
 
         Raises:
             ValueError: more metrics than a header has room for.
@@ -82,17 +104,21 @@ class Solo:
         with guard.phase("handout"):
             assert handout is not None, "one process is the server too"
             require_handout(handout)
-            raw = to_json(handout_content(handout, self._chunk))
-            given, _ = handout_from(json.loads(raw))
-            given.tensors.flat[:] = handout.tensors.flat
-            self._ledger.header("handout", "handout", 1, 0)
-            self._ledger.raw("handout", "handout", "(meta)", len(raw), 1, 0)
-            self._ledger.tensors("handout", "handout", given.tensors.schema, 1, 0)
-            self.contract = given.contract
-            return given
+            raw = to_json(describe_handout(handout, self._chunk))
+            received, _ = allocate_handout(json.loads(raw))
+            received.tensors.flat[:] = handout.tensors.flat
+            self.contract = received.contract
+            self._ledger.add_headers("handout", "handout", messages=1, crossed=0)
+            self._ledger.add_bytes(
+                "handout", "handout", "(meta)", size=len(raw), messages=1, crossed=0
+            )
+            self._ledger.add_tensors(
+                "handout", "handout", received.tensors.schema, messages=1, crossed=0
+            )
+            return received
 
     def broadcast(self, down: RoundBroadcast | None) -> RoundBroadcast:
-        """A copy of the broadcast.
+        """Return a copy of the broadcast.
 
         Raises:
             ValueError: the tensors are not those of the contract.
@@ -100,94 +126,107 @@ class Solo:
         """
         assert down is not None, "one process is the server too"
         with guard.phase("broadcast", round=down.round):
-            down_header(down, self._sealed())
-            return (
-                down
-                if down.stop or down.tensors is None
-                else RoundBroadcast(down.round, tensors=down.tensors.copy())
-            )
+            broadcast_header(down, self._sealed_contract())  # for its checks
+            if down.tensors is None or down.stop:
+                return down
+            return RoundBroadcast(down.round, tensors=down.tensors.copy())
 
-    def ask(self, client: int, values: np.ndarray) -> np.ndarray:
-        """What the server answers to a client's fp32 values, while `outgoing` of a `gather` is
-        read.
+    def call(self, client: int, values: np.ndarray) -> np.ndarray:
+        """Return the server's response to a client's fp32 values [num_values].
+
+        After `serve`. Returns fp32 values [any number].
+
+        Raises:
+            SealedTensorError: the response is in the memory of the global model.
         """
-        assert self._sealed().servers and self._answer is not None, (
-            "the contract says whether clients may ask"
-        )
-        found = self._answer(values)
-        seal.refuse_array(found)
-        self._asked[client] = self._asked.get(client, NO_CALLS).one_more(values.size, found.size)
-        return found
+        assert self._sealed_contract().servers, "the contract says whether clients may call"
+        assert self._answer is not None, "the server serves before clients call"
+        response = self._answer(values)
+        seal.check_array(response)
+        stats = self._calls.get(client, NO_CALLS)
+        self._calls[client] = stats.add_call(values.size, response.size)
+        return response
+
+    def serve(self, answer: Answer) -> None:
+        """Let `answer` compute the responses to calls of clients that hold no model."""
+        self._answer = answer
 
     def gather(
         self,
         round: int,
-        outgoing: Iterable[Update | Failure],
-        answer: Answer | None = None,
+        results: Sequence[Update | Failure],
         expected: Expected | None = None,
     ) -> Updates:
-        """All clients' answers; `outgoing` may do the local work while it is read, and ask for what
-        `answer` makes.
+        """Return the results of all clients, inspected as `Wire` does.
+
+        Args:
+            round: number of the round.
+            results: results of the clients.
+            expected: the clients that take part; without it nothing is known about who is missing.
 
         Raises:
-            ValueError: an answer is not what the contract says.
+            ValueError: a result differs from the contract.
             SealedTensorError: tensors in the memory of the global model.
         """
         with guard.phase("gather", round=round):
-            contract = self._sealed()
-            self._answer, self._asked = answer, {}
-            items = sorted(
-                (checked(item, contract, round) for item in outgoing), key=lambda item: item.client
-            )
-            # Through bytes and back, so that what comes of a failure's text here is what comes of
-            # it on the wire.
-            asked = self._asked
-            packed = [Header.of(item, round, asked.get(item.client, NO_CALLS)) for item in items]
-            headers = read_headers(
-                pack_answers(packed, contract.metrics), 0, contract, round, expected
-            )
-            failures = failures_of(headers, contract, round, expected)
-            reports = reports_of(headers, {failure.client for failure in failures})
-            sent = [item.client for item in items if isinstance(item, Update)]
-            told = {
-                header.client: header.num_values
-                for header in headers
-                if header.kind is Kind.FAILURE
-            }
-            self._ledger.answers(contract, sent, told, False, asked)
-            accepted = {report.client for report in reports}
-            flats = [
-                item.tensors.flat
-                for item in items
-                if isinstance(item, Update) and item.client in accepted
-            ]
-            return Updates(
-                reports, failures, contract.up, self._columns(flats, contract.up.num_values)
-            )
+            contract = self._sealed_contract()
+            results = checked_results(results, contract, round)
+            calls = self._calls
+            self._calls = {}
+            return self._receive_updates(round, contract, results, calls=calls, expected=expected)
 
     def finish(self) -> None:
-        """Nothing to wait for."""
+        """Do nothing: there is no rank to wait for."""
 
     @property
     def manifest(self) -> list[dict[str, Any]]:
-        """Everything that would have travelled so far: the entries of `ledger.Entry`, JSON-able."""
+        """Everything that would have travelled so far: `ledger.Entry` as dicts."""
         return self._ledger.manifest()
 
     def round_bytes(self) -> dict[str, dict[int, int]]:
-        """Logical bytes of the last round by client, {"down": {client: bytes}, "up": {client:
-        bytes}}.
-        """
+        """Return logical bytes of the last round: {"down": {client: bytes}, "up": ...}."""
         return self._ledger.round_bytes()
 
-    def _sealed(self) -> Contract:
-        assert self.contract is not None, "the hand-out comes first"
-        return self.contract
+    def _receive_updates(
+        self,
+        round: int,
+        contract: Contract,
+        results: Sequence[Update | Failure],
+        *,
+        calls: Mapping[int, CallStats],
+        expected: Expected | None,
+    ) -> Updates:
+        # Packed and unpacked, so that a failure's text is truncated here as it is on the wire.
+        packed = pack_results(
+            [Header.of(result, round, calls.get(result.client, NO_CALLS)) for result in results],
+            contract.metrics,
+        )
+        headers = read_headers(packed, 0, contract, round=round, expected=expected)
+        updates = [result for result in results if isinstance(result, Update)]
+        failures = collect_failures(headers, contract, round=round, expected=expected)
+        reports = accepted_reports(headers, {failure.client for failure in failures})
+        self._ledger.add_round(
+            contract,
+            [update.client for update in updates],
+            reason_bytes(headers),
+            calls=calls,
+            crossed=False,
+        )
+        accepted = {report.client for report in reports}
+        flats = [update.tensors.flat for update in updates if update.client in accepted]
+        source = self._columns(flats, contract.up.num_values)
+        return Updates(reports, failures, contract.up, source=source)
 
     def _columns(self, flats: list[np.ndarray], num_values: int) -> Iterator[Columns]:
-        room = np.empty(len(flats) * min(self._chunk, num_values), dtype=np.float32)
-        for part in slices(num_values, self._chunk):
+        """Yield the chunks of fp32 vectors [num_values] as matrices in memory that is reused."""
+        memory = np.empty(len(flats) * min(self._chunk, num_values), dtype=np.float32)
+        for part in chunk_slices(num_values, self._chunk):
             width = part.stop - part.start
-            matrix = room[: len(flats) * width].reshape(len(flats), width)
+            matrix = memory[: len(flats) * width].reshape(len(flats), width)
             for row, flat in zip(matrix, flats):
                 row[:] = flat[part]
             yield part, matrix
+
+    def _sealed_contract(self) -> Contract:
+        assert self.contract is not None, "the hand-out comes first"
+        return self.contract

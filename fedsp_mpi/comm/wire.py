@@ -1,19 +1,19 @@
-"""Server and clients over MPI. Both sides of each step of the protocol stand next to each other.
+"""Server and clients over MPI, with both sides of each step of the protocol next to each other.
 
-Every rank calls the same operations in the same order, and inside them the same collectives: how
-many there are follows from the contract alone. What says who sends how much (headers) goes from
-client to server as letters, so that the server knows who has not reported yet. Payload is fp32
-straight from and to the vectors' memory, never pickled. Updates are gathered piece by piece, with
-sends whose size the server looks at before it receives: MPI's own gather leaves the server's memory
-as it was where a rank sends less than it announced, and that would be averaged. What a client rank
-says is inspected (inspection.py) before anything follows from it.
+Every rank calls the same operations in the same order, and inside them the same collectives: their
+number follows from the contract alone. Headers, which say who sends how much, go from client ranks
+to the server as messages of their own, so that the server knows which ranks are missing. Payload is
+fp32, straight from and to the vectors' memory, never pickled. Updates are gathered chunk by chunk
+with sends whose size the server probes before it receives: MPI's own gather leaves the server's
+memory as it was where a rank sends less than it announced, and that would be averaged. Everything
+that a client rank sends is inspected (inspection.py) before it has any effect.
 """
 
 from __future__ import annotations
 
 import json
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -22,12 +22,12 @@ import numpy as np
 from fedsp_mpi.tensors import Contract, Failure, NamedTensors, Update
 
 from .guard import Refused, guard
-from .incoming import Incoming
+from .incoming import IncomingUpdates
 from .inspection import (
     MAX_JSON_BYTES,
     Expected,
     ProtocolError,
-    failures_of,
+    collect_failures,
     open_json,
     read_headers,
     require_one_rank_each,
@@ -35,9 +35,9 @@ from .inspection import (
 from .ledger import Direction, Ledger
 from .messages import (
     CHUNK_BYTES,
+    DEADLINE_OF,
     HEADER_BYTES,
-    LIMIT,
-    MAX_ANSWER_BYTES,
+    MAX_RESULT_BYTES,
     NO_CALLS,
     CallStats,
     Handout,
@@ -45,14 +45,15 @@ from .messages import (
     JsonPhase,
     Kind,
     RoundBroadcast,
-    checked,
-    down_header,
-    handout_content,
-    handout_from,
-    pack_answers,
-    reports_of,
+    accepted_reports,
+    allocate_handout,
+    broadcast_header,
+    checked_results,
+    chunk_slices,
+    describe_handout,
+    pack_results,
+    reason_bytes,
     require_handout,
-    slices,
     to_json,
 )
 from .rpc import Answer, RpcEndpoint
@@ -63,23 +64,30 @@ from .waiting import Deadlines, wait
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-_WINDOW = 4  # pieces of one vector that flow down at the same time
-_SERVER = 0
-_ANSWERS, _JSON, _PIECES = (
-    1,
-    2,
-    5,
-)  # tags: a client may be a letter ahead of another; desk.py has 3 and 4
+_SERVER = 0  # rank
+_CHUNKS_IN_FLIGHT = 4  # of one vector on its way down
+# A rank's message may arrive while the server still waits for one of another kind.
+_RESULTS_TAG = 1
+_JSON_TAG = 2  # rpc.py has 3 and 4
+_CHUNK_TAG = 5
 
 
 class Wire:
-    """One rank's end of the wire.
+    """One rank's end of the wire; `Solo` has the same interface in one process.
+
+    Collective: all ranks create it together.
+
+    Args:
+        comm: communicator of all ranks.
+        chunk_bytes: size of the chunks in which one vector travels; the server's choice counts from
+            the hand-out on.
+        deadlines: longest waits; default: for ever.
 
     Attributes:
-        topology: where this rank stands.
+        topology: rank, host and cores of this process.
         is_server: this rank aggregates.
         is_client: this rank hosts clients.
-        deadlines: seconds per phase; may be replaced at any time, each rank has its own.
+        deadlines: may be replaced at any time; each rank has its own.
         contract: what may travel; None before the hand-out.
     """
 
@@ -93,70 +101,87 @@ class Wire:
 
         self._mpi = MPI
         self.deadlines = deadlines or Deadlines()
-        # Ranks arrive at different times; what follows is blocking, and would spin.
+        # Ranks arrive at different times, and the collectives that follow would spin until then.
         self._wait(comm.Ibarrier().Test, "start_up")
         self._comm = comm.Dup()
         self.topology = Topology.of(self._comm)
-        self.is_server, self.is_client = self.topology.is_server, not self.topology.is_server
+        self.is_server = self.topology.is_server
+        self.is_client = not self.topology.is_server
         self.contract: Contract | None = None
         self._chunk = max(1, chunk_bytes // 4)
         self._ledger = Ledger()
-        self._open: Updates | None = None
-        self._desk: RpcEndpoint | None = None
-        self._others = self.topology.size - 1
+        self._open_updates: Updates | None = None
+        self._rpc: RpcEndpoint | None = None
 
     # The operations, in the order of a run.
 
     def collect(
         self, info: Mapping[str, Any], phase: JsonPhase = "start-up"
     ) -> list[dict[str, Any]] | None:
-        """Gather one JSON-able dict of every rank at the server: the list by rank there, None
-        elsewhere.
+        """Gather a JSON-able mapping of every rank on the server.
 
         Args:
-            info: this rank's own.
+            info: this rank's mapping.
             phase: for the manifest and the deadline: "start-up", "checkpoint" at the end of a
                 round, or "end".
-        """
-        with self._operation(phase):
-            body, limit = to_json(info), LIMIT[phase]
-            if not self.is_server:
-                letter = (
-                    Header(Kind.JSON, client=self.topology.rank, num_values=len(body)).pack() + body
-                )
-                # After a round the server reads letters when its own work is done.
-                self._write(letter, _JSON, limit if phase == "start-up" else "broadcast")
-                self._count_json(phase, phase, "(json)", len(body), (1, 1))
-                return None
-            letters = self._read_all(
-                _JSON, limit, dict.fromkeys(range(self.topology.size), MAX_JSON_BYTES)
-            )
-            for letter in letters.values():
-                self._count_json(phase, phase, "(json)", len(letter) - HEADER_BYTES, (1, 1))
-            return [json.loads(body)] + [open_json(letters[rank], rank) for rank in sorted(letters)]
-
-    def agree(self, verdict: Refused | None, phase: str = "start_up", note: Any = None) -> Any:
-        """The server says whether the run goes on; other ranks pass None. `phase` names the
-        deadline.
 
         Returns:
-            On every rank the server's `note`, which is anything that JSON can say.
+            On the server the mappings by rank, as JSON represents them; None elsewhere.
 
         Raises:
-            Refused: on every rank, what the server passed.
+            ProtocolError: on the server, if a rank's message cannot be read.
+        """
+        with self._operation(phase):
+            content = to_json(info)
+            if not self.is_server:
+                header = Header(Kind.JSON, client=self.topology.rank, num_values=len(content))
+                # After a round the server reads messages only when its own work is done.
+                limit = DEADLINE_OF[phase] if phase == "start-up" else "broadcast"
+                self._send_message(header.pack() + content, _JSON_TAG, limit)
+                self._count_json(phase, phase, "(json)", size=len(content), num_receivers=1)
+                return None
+            max_bytes = dict.fromkeys(range(self.topology.size), MAX_JSON_BYTES)
+            messages = self._receive_messages(_JSON_TAG, DEADLINE_OF[phase], max_bytes)
+            infos = [json.loads(content)]
+            for rank in sorted(messages):
+                size = len(messages[rank]) - HEADER_BYTES
+                self._count_json(phase, phase, "(json)", size=size, num_receivers=1)
+                infos.append(open_json(messages[rank], rank))
+            return infos
+
+    def agree(self, verdict: Refused | None, phase: str = "start_up", note: Any = None) -> Any:
+        """Broadcast the server's decision whether the run goes on; other ranks pass None.
+
+        Args:
+            verdict: why the run does not go on; None if it does.
+            phase: names the deadline.
+            note: any JSON value of the server.
+
+        Returns:
+            On every rank the server's note.
+
+        Raises:
+            Refused: on every rank, the server's verdict.
         """
         with self._operation("agree"):
             assert self.is_server or verdict is None, "the server decides"
-            said = [str(verdict), verdict.exit_status] if verdict else None
-            raw = self._bytes_down(to_json([said, note]), phase)
-            self._count_json("start-up", "agree", "(verdict)", len(raw), self._deliveries)
-            heard, note = json.loads(raw)
-            if heard is not None:
-                raise Refused(*heard)
+            refusal = [str(verdict), verdict.exit_status] if verdict else None
+            raw = self._broadcast_json(to_json([refusal, note]), phase)
+            self._count_json(
+                "start-up",
+                "agree",
+                "(verdict)",
+                size=len(raw),
+                num_receivers=self._num_receivers,
+            )
+            refusal, note = json.loads(raw)
+            if refusal is not None:
+                text, exit_status = refusal
+                raise Refused(text, exit_status)
             return note
 
     def handout(self, handout: Handout | None) -> Handout:
-        """The server's hand-out for everybody; other ranks pass None. Seals the contract.
+        """Send the server's hand-out to all ranks, which fixes the contract; other ranks pass None.
 
         Raises:
             ValueError: more metrics than a header has room for.
@@ -164,33 +189,34 @@ class Wire:
         """
         with self._operation("handout"):
             assert (handout is not None) == self.is_server
+            content = b""
             if handout is not None:
                 require_handout(handout)
-            raw = self._bytes_down(
-                b"" if handout is None else to_json(handout_content(handout, self._chunk)),
+                content = to_json(describe_handout(handout, self._chunk))
+            raw = self._broadcast_json(content, "handout")
+            if handout is None:
+                handout, self._chunk = allocate_handout(json.loads(raw))
+            self._send_chunks(handout.tensors.flat, "handout")
+            self.contract = handout.contract
+            if self.contract.servers:
+                self._rpc = RpcEndpoint(
+                    self._comm, self._mpi, self.contract.servers, wait=self._wait
+                )
+            num_receivers = self._num_receivers
+            self._count_json(
+                "handout", "handout", "(meta)", size=len(raw), num_receivers=num_receivers
+            )
+            self._ledger.add_tensors(
                 "handout",
+                "handout",
+                handout.tensors.schema,
+                messages=num_receivers,
+                crossed=num_receivers,
             )
-            self._count_json("handout", "handout", "(meta)", len(raw), self._deliveries)
-            given, self._chunk = (
-                (handout, self._chunk) if handout is not None else handout_from(json.loads(raw))
-            )
-            self._pour(given.tensors.flat, "handout")
-            self._ledger.tensors("handout", "handout", given.tensors.schema, *self._deliveries)
-            self.contract = given.contract
-            if given.contract.servers:
-                self._desk = RpcEndpoint(self._comm, self._mpi, given.contract.servers, self._wait)
-            return given
-
-    def ask(self, client: int, values: np.ndarray) -> np.ndarray:
-        """What the server answers to a client's fp32 values, while `outgoing` of a `gather` is
-        read.
-        """
-        assert self._desk is not None, "the contract says whether clients may ask"
-        return self._desk.ask(client, values)
+            return handout
 
     def broadcast(self, down: RoundBroadcast | None) -> RoundBroadcast:
-        """The server's tensors of a round, or its word to stop, for everybody; other ranks pass
-        None.
+        """Send the server's broadcast of a round to all ranks; other ranks pass None.
 
         Raises:
             ValueError: the tensors are not those of the contract.
@@ -198,283 +224,341 @@ class Wire:
         """
         with self._operation("broadcast", None if down is None else down.round):
             assert (down is not None) == self.is_server
-            contract, crossed = self._sealed(), self._deliveries[1]
-            header = self._announce(
-                None if down is None else down_header(down, contract), "broadcast"
-            )
+            contract = self._sealed_contract()
+            header = None if down is None else broadcast_header(down, contract)
+            header = self._broadcast_header(header, "broadcast")
             if header.kind is Kind.STOP:
-                self._ledger.header("down", "broadcast", 0, crossed)
+                self._ledger.add_headers(
+                    "down", "broadcast", messages=0, crossed=self._num_receivers
+                )
                 return down or RoundBroadcast(header.round, stop=True)
-            tensors = _room(header, contract) if down is None else down.tensors
-            assert tensors is not None
-            self._pour(tensors.flat, "broadcast")
-            self._ledger.broadcast(contract.down, 0, crossed)
-            return down or RoundBroadcast(header.round, tensors=tensors)
+            if down is None:
+                header.require(Kind.BROADCAST, "the server")
+                down = RoundBroadcast(header.round, tensors=_allocate(header, contract))
+            assert down.tensors is not None, "a broadcast has tensors unless it says stop"
+            self._send_chunks(down.tensors.flat, "broadcast")
+            self._ledger.add_broadcasts(contract.down, messages=0, crossed=self._num_receivers)
+            return down
+
+    def call(self, client: int, values: np.ndarray) -> np.ndarray:
+        """Send a client's fp32 values [num_values] to the server and return its response.
+
+        While the server's ranks `serve`, on client ranks. Returns fp32 values [any number].
+        """
+        assert self._rpc is not None, "the contract says whether clients may call"
+        return self._rpc.call(client, values)
+
+    def serve(self, answer: Answer) -> None:
+        """Respond to the calls of clients that hold no model, until all of them have been trained.
+
+        The server's ranks call it while the clients train; it returns at once if the contract
+        allows no calls. `answer` computes the response to a request.
+        """
+        with self._operation("local training"):
+            if self._rpc is not None:
+                self._rpc.serve(answer)
 
     def gather(
         self,
         round: int,
-        outgoing: Iterable[Update | Failure],
-        answer: Answer | None = None,
+        results: Sequence[Update | Failure],
         expected: Expected | None = None,
     ) -> Updates | None:
-        """The answers of this rank's clients for the server; the server passes nothing and gets the
-        Updates.
+        """Gather the results of all clients on the server.
 
-        Where the contract lets clients ask, the server's ranks pass what makes an `answer`. The
-        server also passes who is `expected` to answer; without it, what follows from that is not
-        looked at.
+        An update that cannot be averaged is sent as a Failure. If one arrives all the same, or a
+        client is silent, or a chunk has another length, the server makes a Failure of it. Updates
+        must not share memory with each other.
 
-        The local work may happen while `outgoing` is read. Updates are kept until they have left:
-        they must not share memory with each other. An update that cannot be averaged goes up as a
-        Failure. If one comes up all the same, or a client is silent, or a piece is of another
-        length, the server makes a Failure of it.
+        Args:
+            round: number of the round.
+            results: results of this rank's clients; none on the server.
+            expected: on the server, the clients that take part; without it nothing is known about
+                who is missing.
+
+        Returns:
+            On the server the updates; None elsewhere.
 
         Raises:
-            ValueError: an answer is not what the contract says; on the sender.
-            ProtocolError: the same at the server, where that means that it cannot tell what the
-            rank sends next.
+            ValueError: on a client rank, if a result differs from the contract.
+            ProtocolError: on the server, if a result differs so that it cannot know what the rank
+                sends next.
             SealedTensorError: tensors in the memory of the global model.
         """
         with self._operation("gather", round):
-            contract = self._sealed()
-            mine = sorted(
-                (checked(item, contract, round) for item in outgoing), key=lambda item: item.client
-            )
-            if answer is not None and self._desk is not None:
-                self._desk.serve(answer)
+            contract = self._sealed_contract()
+            results = checked_results(results, contract, round)
             if self.is_server:
-                assert not mine, "the server has no clients"
-                return self._take(round, contract, expected)
-            self._give(round, mine, contract, self._desk.close() if self._desk else {})
+                assert not results, "the server has no clients"
+                return self._receive_updates(round, contract, expected)
+            calls = self._rpc.close() if self._rpc is not None else {}
+            self._send_updates(round, contract, results, calls=calls)
             return None
 
     def finish(self) -> None:
-        """Wait politely until every rank is done: the end of MPI itself spins."""
+        """Wait, without spinning, until every rank is done: MPI_Finalize would spin."""
         with self._operation("finish"):
             self._wait(self._comm.Ibarrier().Test, "finish")
 
     @property
     def manifest(self) -> list[dict[str, Any]]:
-        """Everything that travelled so far, as this rank saw it: the entries of `ledger.Entry`,
-        JSON-able.
-        """
+        """Everything that travelled so far, as this rank saw it: `ledger.Entry` as dicts."""
         return self._ledger.manifest()
 
     def round_bytes(self) -> dict[str, dict[int, int]]:
-        """Logical bytes of the last round by client, {"down": {client: bytes}, "up": {client:
-        bytes}}.
+        """Return logical bytes of the last round: {"down": {client: bytes}, "up": ...}.
 
-        A client is handed the broadcast once a round even where its rank hosts several: 4 bytes a
-        value and a header.
+        Every client counts as receiving the broadcast once a round, even where its rank hosts
+        several: 4 bytes a value and a header.
         """
         return self._ledger.round_bytes()
 
-    # Up: letters, then columns.
+    # Up: one message with all headers of a rank, then the chunks of its updates.
 
-    def _give(
+    def _send_updates(
         self,
         round: int,
-        mine: list[Update | Failure],
         contract: Contract,
-        asked: Mapping[int, CallStats],
+        results: Sequence[Update | Failure],
+        *,
+        calls: Mapping[int, CallStats],
     ) -> None:
-        headers = [Header.of(item, round, asked.get(item.client, NO_CALLS)) for item in mine]
-        self._write(pack_answers(headers, contract.metrics), _ANSWERS, "gather")
-        updates = [item for item in mine if isinstance(item, Update)]
-        failures = {
-            header.client: header.num_values for header in headers if header.kind is Kind.FAILURE
-        }
-        flats = [update.tensors.flat for update in updates]
-        for part in slices(contract.up.num_values, self._chunk) if flats else ():
-            rows = (
-                flats[0][part]
-                if len(flats) == 1
-                else np.concatenate([flat[part] for flat in flats])
-            )
-            request = self._comm.Isend([rows, self._mpi.FLOAT], dest=_SERVER, tag=_PIECES)
-            # The server reads while it merges, or after it learned: the limit is the one for the
-            # server's work, and nothing is known to move before the first piece has left.
-            self._wait(
-                request.Test,
-                "gather",
-                limit="broadcast",
-                moving=part.start > 0,
-                missing=lambda: (_SERVER,),
-            )
-        self._ledger.answers(contract, [update.client for update in updates], failures, True, asked)
-
-    def _take(self, round: int, contract: Contract, expected: Expected | None) -> Updates:
-        ranks = range(self.topology.size)
-        most = (
-            {rank: MAX_ANSWER_BYTES * len(expected.of_rank(rank)) for rank in ranks}
-            if expected
-            else None
-        )
-        headers: list[list[Header]] = [[] for _ in range(self.topology.size)]
-        for rank, letter in self._read_all(_ANSWERS, "gather", most).items():
-            headers[rank] = read_headers(letter, rank, contract, round, expected)
-        everyone = [header for of_rank in headers for header in of_rank]
-        senders = [
-            [header.client for header in of_rank if header.kind is Kind.UPDATE]
-            for of_rank in headers
+        """Send the results of this rank's clients, in the order of `results`."""
+        headers = [
+            Header.of(result, round, calls.get(result.client, NO_CALLS)) for result in results
         ]
-        require_one_rank_each(senders)
-        failures = {
-            failure.client: failure for failure in failures_of(everyone, contract, round, expected)
-        }
-        incoming = Incoming(
-            self._receive_pieces, senders, contract.up.num_values, self._chunk, round
+        self._send_message(pack_results(headers, contract.metrics), _RESULTS_TAG, "gather")
+        updates = [result for result in results if isinstance(result, Update)]
+        flats = [update.tensors.flat for update in updates]
+        if flats:
+            for part in chunk_slices(contract.up.num_values, self._chunk):
+                self._send_chunk(flats, part)
+        self._ledger.add_round(
+            contract,
+            [update.client for update in updates],
+            reason_bytes(headers),
+            calls=calls,
+            crossed=True,
         )
-        for client, reason in incoming.first().items():
+
+    def _send_chunk(self, flats: list[np.ndarray], part: slice) -> None:
+        """Send one slice of all this rank's updates, one update after the other."""
+        if len(flats) == 1:
+            chunk = flats[0][part]  # a view: no copy
+        else:
+            chunk = np.concatenate([flat[part] for flat in flats])
+        request = self._comm.Isend([chunk, self._mpi.FLOAT], dest=_SERVER, tag=_CHUNK_TAG)
+        # The server receives while it aggregates, or after its own training: the deadline is that
+        # of its work, and the payload may not be moving before the first chunk has been received.
+        self._wait(
+            request.Test,
+            "gather",
+            limit="broadcast",
+            moving=part.start > 0,
+            missing=lambda: (_SERVER,),
+        )
+
+    def _receive_updates(
+        self, round: int, contract: Contract, expected: Expected | None
+    ) -> Updates:
+        """Receive all results on the server; the chunks behind the first are left for later."""
+        size = self.topology.size
+        max_bytes = None
+        if expected is not None:
+            max_bytes = {
+                rank: MAX_RESULT_BYTES * len(expected.of_rank(rank)) for rank in range(size)
+            }
+        messages = self._receive_messages(_RESULTS_TAG, "gather", max_bytes)
+        headers: list[Header] = []
+        senders: list[list[int]] = [[] for _ in range(size)]
+        for rank, message in sorted(messages.items()):
+            rank_headers = read_headers(message, rank, contract, round=round, expected=expected)
+            headers += rank_headers
+            senders[rank] = [header.client for header in rank_headers if header.kind is Kind.UPDATE]
+        require_one_rank_each(senders)
+
+        failures = {
+            failure.client: failure
+            for failure in collect_failures(headers, contract, round=round, expected=expected)
+        }
+        incoming = IncomingUpdates(
+            self._receive_chunks, senders, contract.up.num_values, chunk=self._chunk, round=round
+        )
+        for client, reason in incoming.receive_first().items():
             failures.setdefault(client, Failure(client, round, "check", reason))
-        reports = reports_of(everyone, failures)
-        self._open = Updates(
+        reports = accepted_reports(headers, failures)
+        self._ledger.add_round(
+            contract,
+            sorted(client for clients in senders for client in clients),
+            reason_bytes(headers),
+            calls={header.client: header.calls for header in headers if header.calls.num_calls},
+            crossed=True,
+        )
+        self._open_updates = Updates(
             reports,
             sorted(failures.values(), key=lambda failure: failure.client),
             contract.up,
-            incoming.columns({report.client for report in reports}),
+            source=incoming.columns({report.client for report in reports}),
         )
-        asked = {header.client: header.asked for header in everyone if header.asked.questions}
-        sent = sorted(client for of_rank in senders for client in of_rank)
-        told = {
-            header.client: header.num_values for header in everyone if header.kind is Kind.FAILURE
-        }
-        self._ledger.answers(contract, sent, told, True, asked)
-        return self._open
+        return self._open_updates
 
-    def _receive_pieces(self, targets: Mapping[int, np.ndarray]) -> dict[int, int]:
-        """Receive the next piece of each rank into contiguous fp32 memory of its own.
+    def _receive_chunks(self, targets: Mapping[int, np.ndarray]) -> dict[int, int]:
+        """Receive the next chunk of each rank into its contiguous fp32 memory.
 
         Returns:
-            The number of bytes that a rank sent, for those that sent another number than there is
-            memory for. What they sent is thrown away.
+            The number of bytes that a rank sent, for ranks that sent another number than their
+            memory holds; their chunk is dropped.
         """
-        flowing: dict[int, MPI.Request] = {}
-        wrong: dict[int, int] = {}
-        waiting = set(targets)
+        receiving: dict[int, MPI.Request] = {}
+        wrong_sizes: dict[int, int] = {}
+        waiting_for = set(targets)
         status = self._mpi.Status()
 
-        def look() -> bool:
-            for rank in list(waiting):
-                if rank not in flowing:
-                    message = self._comm.Improbe(rank, _PIECES, status)
+        def poll() -> bool:
+            for rank in list(waiting_for):
+                if rank not in receiving:
+                    message = self._comm.Improbe(rank, _CHUNK_TAG, status)
                     if message is None:
                         continue
-                    size = status.Get_count(self._mpi.BYTE)
+                    num_bytes = status.Get_count(self._mpi.BYTE)
                     target = targets[rank]
-                    if size != target.nbytes:
-                        wrong[rank] = size
-                        target = np.empty(size, dtype=np.uint8)
-                    flowing[rank] = message.Irecv([target, self._mpi.BYTE])
-                if flowing[rank].Test():
-                    waiting.discard(rank)
-            return not waiting
+                    if num_bytes != target.nbytes:
+                        wrong_sizes[rank] = num_bytes
+                        target = np.empty(num_bytes, dtype=np.uint8)
+                    receiving[rank] = message.Irecv([target, self._mpi.BYTE])
+                if receiving[rank].Test():
+                    waiting_for.discard(rank)
+            return not waiting_for
 
-        self._wait(look, "gather", moving=True, missing=lambda: waiting)
-        return wrong
+        self._wait(poll, "gather", moving=True, missing=lambda: waiting_for)
+        return wrong_sizes
 
-    def _write(self, letter: bytes, tag: int, phase: str) -> None:
-        request = self._comm.Isend([letter, self._mpi.BYTE], dest=_SERVER, tag=tag)
+    def _send_message(self, message: bytes, tag: int, phase: str) -> None:
+        """Send a message of any length to the server."""
+        request = self._comm.Isend([message, self._mpi.BYTE], dest=_SERVER, tag=tag)
         self._wait(request.Test, phase, missing=lambda: (_SERVER,))
 
-    def _read_all(
-        self, tag: int, phase: str, most: Mapping[int, int] | None = None
+    def _receive_messages(
+        self, tag: int, phase: str, max_bytes: Mapping[int, int] | None = None
     ) -> dict[int, bytes]:
-        """One letter of every other rank, by rank; `most`: of how many bytes at most."""
-        arriving: dict[int, tuple[MPI.Request, bytearray]] = {}
-        letters: dict[int, bytes] = {}
+        """Receive one message of every other rank.
+
+        Args:
+            tag: kind of the messages.
+            phase: for the deadline.
+            max_bytes: longest message that is received, by rank; None: of any length.
+
+        Returns:
+            The messages by rank, in no particular order.
+
+        Raises:
+            ProtocolError: a rank sends two messages, or one that is too long.
+        """
+        receiving: dict[int, tuple[MPI.Request, bytearray]] = {}
+        messages: dict[int, bytes] = {}
+        missing = set(range(self.topology.size)) - {_SERVER}
         status = self._mpi.Status()
 
-        def look() -> bool:
-            while (message := self._comm.Improbe(self._mpi.ANY_SOURCE, tag, status)) is not None:
-                rank, size = status.source, status.Get_count(self._mpi.BYTE)
-                if rank in letters.keys() | arriving.keys():
+        def poll() -> bool:
+            while True:
+                arrived = self._comm.Improbe(self._mpi.ANY_SOURCE, tag, status)
+                if arrived is None:
+                    break
+                rank = status.source
+                num_bytes = status.Get_count(self._mpi.BYTE)
+                if rank in messages or rank in receiving:
                     raise ProtocolError(
-                        f"rank {rank}: found a second letter in {phase}, expected one"
+                        f"rank {rank}: found a second message in {phase}, expected one"
                     )
-                if most is not None and size > most[rank]:
+                if max_bytes is not None and num_bytes > max_bytes[rank]:
                     raise ProtocolError(
-                        f"rank {rank}: found a letter of {size} bytes in {phase}, expected at most "
-                        f"{most[rank]}"
+                        f"rank {rank}: found a message of {num_bytes} bytes in {phase}, expected "
+                        f"at most {max_bytes[rank]}"
                     )
-                letter = bytearray(size)
-                arriving[rank] = (message.Irecv([letter, self._mpi.BYTE]), letter)
-            for rank in [rank for rank, (request, _) in arriving.items() if request.Test()]:
-                letters[rank] = bytes(arriving.pop(rank)[1])
-            return len(letters) == self._others
+                buffer = bytearray(num_bytes)
+                receiving[rank] = (arrived.Irecv([buffer, self._mpi.BYTE]), buffer)
+            for rank, (request, buffer) in list(receiving.items()):
+                if request.Test():
+                    messages[rank] = bytes(buffer)
+                    del receiving[rank]
+                    missing.discard(rank)
+            return not missing
 
-        everyone = set(range(1, self._others + 1))
-        self._wait(look, phase, missing=lambda: everyone - letters.keys())
-        return letters
+        self._wait(poll, phase, missing=lambda: missing)
+        return messages
 
     # Down: a header, then what it announces.
 
-    def _announce(self, header: Header | None, phase: str) -> Header:
+    def _broadcast_header(self, header: Header | None, phase: str) -> Header:
+        """Broadcast the server's header; other ranks pass None."""
         raw = bytearray(HEADER_BYTES) if header is None else bytearray(header.pack())
         request = self._comm.Ibcast([raw, self._mpi.BYTE], root=_SERVER)
         self._wait(request.Test, phase, missing=lambda: () if self.is_server else (_SERVER,))
         return header or Header.unpack(bytes(raw), "the server")
 
-    def _bytes_down(self, body: bytes, phase: str) -> bytes:
-        header = self._announce(
-            Header(Kind.JSON, num_values=len(body)) if self.is_server else None, phase
-        )
-        header.require(Kind.JSON, "the server")
-        raw = bytearray(body) if self.is_server else bytearray(header.num_values)
-        self._wait(self._comm.Ibcast([raw, self._mpi.BYTE], root=_SERVER).Test, phase)
+    def _broadcast_json(self, content: bytes, phase: str) -> bytes:
+        """Broadcast the server's bytes; those of other ranks are not used."""
+        header = Header(Kind.JSON, num_values=len(content)) if self.is_server else None
+        header = self._broadcast_header(header, phase).require(Kind.JSON, "the server")
+        raw = bytearray(content) if self.is_server else bytearray(header.num_values)
+        request = self._comm.Ibcast([raw, self._mpi.BYTE], root=_SERVER)
+        self._wait(request.Test, phase)
         return bytes(raw)
 
-    def _pour(self, flat: np.ndarray, phase: str) -> None:
-        """A vector flows from the server's memory to everybody's, in pieces."""
-        flowing: deque[MPI.Request] = deque()
-        for part in slices(flat.size, self._chunk):
-            flowing.append(self._comm.Ibcast([flat[part], self._mpi.FLOAT], root=_SERVER))
-            if len(flowing) == _WINDOW:
-                self._wait(flowing.popleft().Test, phase, moving=True)
-        for request in flowing:
+    def _send_chunks(self, flat: np.ndarray, phase: str) -> None:
+        """Broadcast the server's fp32 vector [num_values] into that of all ranks, in chunks."""
+        in_flight: deque[MPI.Request] = deque()
+        for part in chunk_slices(flat.size, self._chunk):
+            in_flight.append(self._comm.Ibcast([flat[part], self._mpi.FLOAT], root=_SERVER))
+            if len(in_flight) == _CHUNKS_IN_FLIGHT:
+                self._wait(in_flight.popleft().Test, phase, moving=True)
+        for request in in_flight:
             self._wait(request.Test, phase, moving=True)
 
-    # Small things.
+    # Helpers of both sides.
 
     @contextmanager
     def _operation(self, name: str, round: int | None = None) -> Iterator[None]:
+        """Name the phase for the guard; receive first what remains of the last gather."""
         with guard.phase(name, round=round):
-            if self._open is not None:
-                self._open.drain()
-                self._open = None
+            if self._open_updates is not None:
+                self._open_updates.drain()
+                self._open_updates = None
             yield
 
     def _wait(
         self,
-        done: Callable[[], bool],
+        is_done: Callable[[], bool],
         phase: str,
         *,
         limit: str = "",
         moving: bool = False,
-        missing: Callable[[], Iterable[int]] = tuple,
+        missing: Callable[[], Collection[int]] = tuple,
     ) -> None:
-        wait(done, phase, getattr(self.deadlines, limit or phase), moving=moving, missing=missing)
+        """Wait with the deadline of `phase`, or of another phase named by `limit`."""
+        deadline = getattr(self.deadlines, limit or phase)
+        wait(is_done, phase, deadline, moving=moving, missing=missing)
 
-    def _sealed(self) -> Contract:
+    def _sealed_contract(self) -> Contract:
         assert self.contract is not None, "the hand-out comes first"
         return self.contract
 
     @property
-    def _deliveries(self) -> tuple[int, int]:
-        """(logical, real) messages of something that goes from the server to every rank, as this
-        rank sees them.
-        """
-        return (self._others, self._others) if self.is_server else (1, 1)
+    def _num_receivers(self) -> int:
+        """Number of ranks, as this rank sees it, that receive what the server sends to all."""
+        return self.topology.size - 1 if self.is_server else 1
 
     def _count_json(
-        self, direction: Direction, phase: str, name: str, size: int, deliveries: tuple[int, int]
+        self, direction: Direction, phase: str, name: str, *, size: int, num_receivers: int
     ) -> None:
-        self._ledger.header(direction, phase, *deliveries)
-        self._ledger.raw(direction, phase, name, size, *deliveries)
+        """Add a header and `size` bytes for each receiver to the ledger."""
+        self._ledger.add_headers(direction, phase, messages=num_receivers, crossed=num_receivers)
+        self._ledger.add_bytes(
+            direction, phase, name, size=size, messages=num_receivers, crossed=num_receivers
+        )
 
 
-def _room(header: Header, contract: Contract) -> NamedTensors:
-    header.require(Kind.BROADCAST, "the server")
+def _allocate(header: Header, contract: Contract) -> NamedTensors:
+    """Return memory for the broadcast that a header announces."""
     assert header.digest == contract.down.digest, "the server sent what it had not handed out"
     return NamedTensors(contract.down, np.empty(header.num_values, dtype=np.float32))

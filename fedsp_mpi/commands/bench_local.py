@@ -14,9 +14,10 @@ from fedsp_mpi.comm import Handout, Solo, Topology
 from fedsp_mpi.config import Config
 from fedsp_mpi.log import Log
 from fedsp_mpi.models import auxiliary, backbone
-from fedsp_mpi.models.backbone import LanguageModel
+from fedsp_mpi.models.language_model import LanguageModel
 from fedsp_mpi.models.prompts import Prompt
 from fedsp_mpi.run import build
+from fedsp_mpi.run.handout import HandoutMeta
 from fedsp_mpi.run.inputs import ExperimentInputs
 from fedsp_mpi.tensors import Batch, Contract, NamedTensors
 from fedsp_mpi.training.device import Compute
@@ -45,14 +46,16 @@ def local(config: Config, repeats: int, log: Log) -> dict[str, float]:
     compute = Compute.of(config.client.compute, Topology.alone())
     compute.begin()
     handout, bare = _bare_side(materials, compute)
-    client = build.client_side(materials, compute, handout, [0], Solo().ask).client
+    client = build.hosted_clients(
+        materials, compute, handout, ids=[0], call_server=Solo().call
+    ).client
     down = handout.tensors.select("prompt/")
     times: dict[str, list[float]] = {"package": [], "bare": []}
     tuned: dict[str, NamedTensors] = {}
     for round in range(1, repeats + 2):
         ready = _ready(materials, compute, round)
         turns = [
-            ("package", lambda round=round: client.local(0, round, down).tensors),
+            ("package", lambda round=round: client.local_update(0, round, down).tensors),
             ("bare", lambda ready=ready: bare.round(ready, down)),
         ]
         for name, action in turns if round % 2 else reversed(turns):
@@ -96,9 +99,9 @@ def _bare_side(materials: ExperimentInputs, compute: Compute) -> tuple[Handout, 
     prompt.initialise(config.run.seed, config.prompt.init_std).to(compute.device)
     down = NamedTensors.pack(prompt.tensors())
     cell = auxiliary.cell_config(model.model.config, config.auxiliary)
-    meta = {"cell": cell.to_dict(), "depth": materials.depth}
+    meta = HandoutMeta([], [], "", cell=cell.to_dict(), depth=materials.depth)
     handout = Handout(
-        meta | {"folder": "", "states": {}},
+        meta.to_json(),
         NamedTensors.join({"auxiliary/": auxiliary.pack(small), "prompt/": down}),
         Contract(down.schema, down.schema),
     )

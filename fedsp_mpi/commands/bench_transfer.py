@@ -11,17 +11,17 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
 
-from fedsp_mpi.algorithms.prompt_server import tune
 from fedsp_mpi.comm import Topology
 from fedsp_mpi.config import Config
 from fedsp_mpi.evaluation.scoring import answer_loss_mean
 from fedsp_mpi.log import Log
-from fedsp_mpi.models.backbone import LanguageModel
-from fedsp_mpi.models.losses import answer_loss
+from fedsp_mpi.models.language_model import LanguageModel
+from fedsp_mpi.models.losses import answer_loss, answer_loss_of
 from fedsp_mpi.models.prompts import Prompt
 from fedsp_mpi.record.lock import RunLock
 from fedsp_mpi.run import auxiliary_model, build
@@ -29,6 +29,7 @@ from fedsp_mpi.run.inputs import ExperimentInputs
 from fedsp_mpi.tensors import Batch
 from fedsp_mpi.training.device import Compute
 from fedsp_mpi.training.engine import TorchEngine
+from fedsp_mpi.training.loop import train
 from fedsp_mpi.training.process_group import SINGLE_RANK
 
 FOLDER = "bench-transfer"
@@ -84,7 +85,14 @@ def transfer(config: Config, steps: int, log: Log) -> list[Place]:
     folder = Path(config.run.folder) / FOLDER
     lock = RunLock.take(folder, config.run.permissions == "private")
     small, _ = auxiliary_model.auxiliary_model(
-        materials, large, compute, SINGLE_RANK, folder, log, lambda: False, False
+        materials,
+        large,
+        compute,
+        group=SINGLE_RANK,
+        folder=folder,
+        log=log,
+        stop=lambda: False,
+        is_resumed=False,
     )
     lock.release()
     small.train_weights(False)
@@ -114,13 +122,13 @@ class _Pair:
         ):
             prompt = self._fitted(first, model)
             engine = TorchEngine(prompt.parameters(), self._stage.optimizer, steps)
-            tune(
-                model,
-                prompt,
+            train(
                 engine,
                 self._materials.batches(1, self._stage, "prompt"),
-                self._stage,
-                1,
+                partial(answer_loss_of, model, prompt),
+                first_step=0,
+                num_steps=steps,
+                device=model.device,
             )
             found.append(self._place(f"{steps} steps on {name}", self._fitted(prompt, self._small)))
         return found

@@ -19,13 +19,13 @@ from fedsp_mpi import comm
 from fedsp_mpi.comm import Handout, diagnostics
 from fedsp_mpi.config import Config
 from fedsp_mpi.config.parsing import differences
-from fedsp_mpi.log import Log
+from fedsp_mpi.log import Log, one_line
 from fedsp_mpi.record import probe
 from fedsp_mpi.run import devices as placement
 from fedsp_mpi.run import execute
-from fedsp_mpi.run.devices import spans
+from fedsp_mpi.run.devices import DeviceInfo
+from fedsp_mpi.run.devices import format_ranges as spans
 from fedsp_mpi.run.environment import VERSIONS
-from fedsp_mpi.run.server import one_line
 from fedsp_mpi.tensors import NamedTensors, Schema
 
 if TYPE_CHECKING:
@@ -60,23 +60,21 @@ class CheckReport:
         return comm.Refused(f"check: {self.failures[0]}{more}") if self.failures else None
 
 
-def check(config: Config | ValueError, log: Log) -> None:
+def check(config: Config, log: Log, *, error: ValueError | None = None) -> None:
     """Look at everything that a run of this configuration needs; every rank calls this.
 
     Args:
-        config: checked; or what is wrong with it.
+        config: checked.
         log: gets the table; speaks on the server only.
+        error: what is wrong with the configuration on this rank; `config` is the default one then.
 
     Raises comm.Refused on every rank if anything failed.
     """
-    wire, table = (
-        execute.connect(config if isinstance(config, Config) else Config()),
-        CheckReport(log),
-    )
-    ranks = wire.collect(_introduction(config, wire)) or []
-    agreed = not ranks or _check_ranks(table, config, ranks)
+    wire = execute.connect(config)
+    table = CheckReport(log)
+    ranks = wire.collect(_introduction(config, wire, error)) or []
+    agreed = not ranks or _check_ranks(table, config, ranks, error)
     wire.agree(None if agreed else table.verdict())
-    assert isinstance(config, Config)
     here = _Preparation(table, config, ranks) if wire.is_server else None
     try:
         given = wire.handout(here.handout() if here else None)
@@ -96,7 +94,7 @@ def check(config: Config | ValueError, log: Log) -> None:
 # What every rank says of itself.
 
 
-def _introduction(config: Config | ValueError, wire: Wire | Solo) -> dict[str, Any]:
+def _introduction(config: Config, wire: Wire | Solo, error: ValueError | None) -> dict[str, Any]:
     here = wire.topology
     versions = {name: _version(name) for name in ("fedsp_mpi", *VERSIONS)}
     said = {
@@ -107,9 +105,10 @@ def _introduction(config: Config | ValueError, wire: Wire | Solo) -> dict[str, A
         "versions": {"python": platform.python_version(), **versions},
         **diagnostics.library(wire),
     }
-    if not isinstance(config, Config):
-        return said | {"mistake": one_line(config), "config": None, "devices": {}}
-    return said | {"config": asdict(config), "devices": placement.devices(config, here)}
+    if error is not None:
+        return said | {"mistake": one_line(error), "config": None, "devices": {}}
+    devices = {role: d.to_json() for role, d in placement.devices(config, here).items()}
+    return said | {"config": asdict(config), "devices": devices}
 
 
 def _version(name: str) -> str:
@@ -123,10 +122,10 @@ def _version(name: str) -> str:
 
 
 def _check_ranks(
-    table: CheckReport, config: Config | ValueError, ranks: list[dict[str, Any]]
+    table: CheckReport, config: Config, ranks: list[dict[str, Any]], error: ValueError | None
 ) -> bool:
     """Everything that the introductions tell. False if they do not agree on one configuration."""
-    if isinstance(config, Config):
+    if error is None:
         _check_world(table, config, len(ranks))
     _same(table, "MPI", [f"{rank['library']}, thread level {rank['level']}" for rank in ranks])
     _check_versions(table, [rank["versions"] for rank in ranks])
@@ -244,7 +243,11 @@ def _check_devices(table: CheckReport, ranks: list[dict[str, Any]]) -> None:
             "with float32"
         )
         table.add("warn", "device", found)
-    for uuid, some in placement.shared_gpus(ranks).items():
+    devices = [
+        {role: DeviceInfo.from_json(device, number) for role, device in rank["devices"].items()}
+        for number, rank in enumerate(ranks)
+    ]
+    for uuid, some in placement.shared_gpus(devices).items():
         servers = [number for number in some if "server" in ranks[number]["devices"]]
         found = f"GPU-{uuid.removeprefix('GPU-')} is shared by ranks {spans(some)}"
         if len(servers) > 1:

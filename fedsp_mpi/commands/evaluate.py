@@ -19,11 +19,12 @@ from fedsp_mpi import __version__
 from fedsp_mpi.comm import Topology
 from fedsp_mpi.config import Config, ConfigError
 from fedsp_mpi.config.parsing import parse
-from fedsp_mpi.data import tasks
+from fedsp_mpi.data import loading
+from fedsp_mpi.data.examples import Example
 from fedsp_mpi.files import fingerprint, ownership
 from fedsp_mpi.log import Log, duration
 from fedsp_mpi.models import backbone
-from fedsp_mpi.models.backbone import LanguageModel
+from fedsp_mpi.models.language_model import LanguageModel
 from fedsp_mpi.models.prompts import Prompt, read_adapter
 from fedsp_mpi.record import RecordError, Run, atomic, read
 from fedsp_mpi.run.inputs import ExperimentInputs
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
 
 FILE = ownership.EVALUATION
 ZERO_SHOT = "zero-shot"
-OTHER_NAMES = {"web_questions": "webqs"}  # what lm-eval calls a task of ours
 MEASURES = ("acc", "acc_norm", "exact_match")
 _SECTIONS = (
     "method",
@@ -132,7 +132,7 @@ def evaluate(run_folder: str | Path, options: Options, log: Log) -> Evaluation:
     folder, materials = run.file.parent, ExperimentInputs(_config(run, options))
     ownership.require_evaluation(folder / FILE)
     _require_tuned(run, materials.config, folder, options)
-    if materials.fills_gaps:
+    if materials.is_cloze:
         family = materials.model_config.model_type
         raise ValueError(
             f"{folder}: found a run with a {family}, expected a causal model, which is what "
@@ -334,7 +334,7 @@ def _wanted(
     description.
     """
     ours = materials.task.name
-    own = OTHER_NAMES.get(ours, ours)
+    own = materials.task.lm_eval_name
     names = [own if name == ours else name for name in options.tasks or (ours,)]
     return own, {
         name: _own_task(materials, own, library) if name == own else None for name in names
@@ -346,8 +346,9 @@ def _own_task(materials: ExperimentInputs, name: str, library: Any) -> dict[str,
     have its columns.
     """
     table, examples = _scored_rows(materials)
-    own_words = materials.is_reworded or (name == "race" and "problems" not in table.column_names)
-    if name in library.ROOMS and not own_words:
+    lm_eval = materials.task.lm_eval
+    has_columns = lm_eval is not None and set(lm_eval.columns) <= set(table.column_names)
+    if has_columns and not materials.is_reworded:
         return library.inherited(name, table)
     metric, rows = materials.task.metric, []
     for example in examples:
@@ -356,14 +357,18 @@ def _own_task(materials: ExperimentInputs, name: str, library: Any) -> dict[str,
     return library.standalone(name, metric, type(table).from_list(rows))
 
 
-def _scored_rows(materials: ExperimentInputs) -> tuple[Any, list[tasks.Example]]:
+def _scored_rows(materials: ExperimentInputs) -> tuple[Any, list[Example]]:
     """The rows of a run's test split, in its order, as a data set, and their examples, without
     those left out.
     """
     config = materials.config
     data = config.data
-    return tasks.scored_rows(
-        materials.task, materials.source, config.run.seed, data.limit.test, data.columns
+    return loading.scored_rows(
+        materials.task,
+        materials.source,
+        seed=config.run.seed,
+        limit=data.limit.test,
+        columns=data.columns,
     )
 
 

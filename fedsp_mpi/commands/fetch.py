@@ -11,8 +11,8 @@ from typing import Any
 import safetensors
 
 from fedsp_mpi.config import Config
-from fedsp_mpi.data import sources
-from fedsp_mpi.log import Log, duration
+from fedsp_mpi.data import loading
+from fedsp_mpi.log import Log, duration, one_line
 from fedsp_mpi.models import hub
 from fedsp_mpi.run.inputs import ExperimentInputs
 
@@ -53,9 +53,8 @@ def _model(materials: ExperimentInputs) -> list[Path]:
 
 def _data(materials: ExperimentInputs) -> list[Path]:
     """The prepared files of the data set, whose rows are read once."""
-    task = materials.task
-    location = sources.locate(task.name, task.hub, materials.source, materials.config.data.columns)
-    tables, _ = sources.read(task.name, location, task.column_sets)
+    columns = materials.config.data.columns
+    tables, _ = loading.read_tables(materials.task, materials.source, columns)
     _ = materials.splits
     return [Path(file["filename"]) for table in tables.values() for file in table.cache_files]
 
@@ -91,7 +90,7 @@ def _require_whole(path: Path) -> None:
             with safetensors.safe_open(path, "numpy"):
                 pass
         except (OSError, safetensors.SafetensorError) as error:
-            trouble = f"damaged weights ({hub.first_line(error)})"
+            trouble = f"damaged weights ({one_line(error, first_line=True)})"
     if trouble:
         raise ValueError(
             f"model.name: found {trouble} at {path}, expected a whole file; delete it "

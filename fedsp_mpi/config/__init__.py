@@ -1,34 +1,54 @@
-"""YAML to frozen dataclasses: unknown keys are refused with the nearest name, values are checked
-before a run.
-"""
+"""YAML to frozen dataclasses, a file a section; what cannot work is refused before a run."""
 
+from fedsp_mpi.config.data import DataConfig, LimitConfig
 from fedsp_mpi.config.experiment import (
     EMBEDDED,
     Config,
-    DataConfig,
-    FederationConfig,
+    EvaluationConfig,
     changed_keys,
     checked,
     load,
     to_yaml,
 )
-from fedsp_mpi.config.model import AuxiliaryConfig, DistillationConfig, PromptConfig
+from fedsp_mpi.config.federation import ClientConfig, FederationConfig, ServerConfig
+from fedsp_mpi.config.model import AuxiliaryConfig, DistillationConfig, ModelConfig, PromptConfig
 from fedsp_mpi.config.parsing import ConfigError
+from fedsp_mpi.config.runtime import (
+    CheckpointConfig,
+    DeadlineConfig,
+    RecordConfig,
+    RunConfig,
+    TopologyConfig,
+)
 from fedsp_mpi.config.search import SearchConfig
-from fedsp_mpi.config.training import ComputeConfig, StageConfig
+from fedsp_mpi.config.threats import AttackConfig, PrivacyConfig
+from fedsp_mpi.config.training import ComputeConfig, OptimizerConfig, StageConfig
 
 __all__ = [
+    "EMBEDDED",
+    "AttackConfig",
     "AuxiliaryConfig",
+    "CheckpointConfig",
+    "ClientConfig",
     "ComputeConfig",
     "Config",
     "ConfigError",
     "DataConfig",
+    "DeadlineConfig",
     "DistillationConfig",
-    "EMBEDDED",
+    "EvaluationConfig",
     "FederationConfig",
+    "LimitConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "PrivacyConfig",
     "PromptConfig",
+    "RecordConfig",
+    "RunConfig",
     "SearchConfig",
+    "ServerConfig",
     "StageConfig",
+    "TopologyConfig",
     "changed_keys",
     "checked",
     "load",

@@ -1,17 +1,20 @@
 """The least and the greatest value of every key that takes a number.
 
-The greatest are far beyond what is of use; they are there so that a slip of the keyboard is a
-message about that key, and not a crash, a full memory or a machine that does not answer. None is
-always allowed where the type allows it.
+The greatest values are far beyond what is useful: a slip of the keyboard becomes a message about
+that key, and not a crash, a full memory or a machine that does not answer. None is always allowed
+where the type allows it.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 from fedsp_mpi.config.parsing import ConfigError, shown
 from fedsp_mpi.config.training import MOST_AT_ONCE
+
+if TYPE_CHECKING:
+    from fedsp_mpi.config.experiment import Config
 
 
 @dataclass(frozen=True)
@@ -29,24 +32,21 @@ class Range:
     below: bool = False
 
     def require(self, key: str, value: float) -> None:
-        """Raise ConfigError if a value is outside; `key` is its dotted key."""
-        if not (value > self.low if self.above else value >= self.low):
-            wanted = (
-                f"a number above {_plain(self.low)}"
-                if self.above
-                else f"at least {_plain(self.low)}"
-            )
-            raise ConfigError(f"{key}: found {shown(value)}, expected {wanted}")
-        if not (value < self.high if self.below else value <= self.high):
-            wanted = (
-                f"a number below {_plain(self.high)}"
-                if self.below
-                else f"at most {_plain(self.high)}"
-            )
-            raise ConfigError(f"{key}: found {shown(value)}, expected {wanted}")
+        """Raise ConfigError if a value is outside; `key` is its dotted key for the message."""
+        expected = None
+        if self.above and not value > self.low:
+            expected = f"a number above {_in_short(self.low)}"
+        elif not value >= self.low:
+            expected = f"at least {_in_short(self.low)}"
+        elif self.below and not value < self.high:
+            expected = f"a number below {_in_short(self.high)}"
+        elif not value <= self.high:
+            expected = f"at most {_in_short(self.high)}"
+        if expected is not None:
+            raise ConfigError(f"{key}: found {shown(value)}, expected {expected}")
 
 
-def _plain(limit: float) -> str:
+def _in_short(limit: float) -> str:
     return f"{limit:g}" if isinstance(limit, float) else str(limit)
 
 
@@ -143,11 +143,9 @@ RANGES: dict[str, Range] = {
 }
 
 
-def require_ranges(config: Any) -> None:
+def require_ranges(config: Config) -> None:
     """Raise ConfigError on the first number of a configuration that is out of its range."""
     for key, limits in RANGES.items():
-        value = config
-        for name in key.split("."):
-            value = getattr(value, name)
+        value = config.value(key)
         if value is not None:
             limits.require(key, value)

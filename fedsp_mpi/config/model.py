@@ -1,7 +1,6 @@
-"""The parts of a configuration that a recipe decides: the auxiliary model, its alignment, the
-prompts; and the recipes.
+"""The sections `model`, `auxiliary`, `distillation` and `prompt`, and recipes.
 
-A recipe is a file of values for keys that a configuration does not give. The defaults below are the
+A recipe is a file of values for keys that a configuration leaves out. The defaults below are the
 paper's.
 """
 
@@ -9,9 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from fedsp_mpi.config.parsing import ConfigError, parse
+from fedsp_mpi.config.parsing import ConfigError, Section, parse
 from fedsp_mpi.config.training import StageConfig
 from fedsp_mpi.config.yaml_reader import read_yaml
 
@@ -19,17 +18,30 @@ Recipe = Literal["bridged", "paper"]
 _FOLDER = Path(__file__).parent.parent / "resources" / "recipes"
 
 
-def recipe(name: Any) -> dict[str, Any]:
-    """What a recipe says, by key. Raises ConfigError if there is none of this name."""
+def recipe(name: object) -> Section:
+    """Read a recipe: its values, section by section.
+
+    Raises:
+        ConfigError: there is no recipe of this name.
+    """
     return read_yaml(_FOLDER / f"{parse(Recipe, name, 'recipe')}.yaml")
 
 
 @dataclass(frozen=True)
-class AuxiliaryConfig:
-    """The clients' model: a cell of the global model's layers, shared across depth (FedSP,
-    cross-layer sharing).
+class ModelConfig:
+    """The global model: a hub name or a folder; `embedded` is the tiny GPT-2 of the package."""
 
-    A depth below 1 is a fraction of the global model's.
+    name: str | None = None
+    revision: str | None = None
+    tokenizer: str | None = None  # None: the model's own
+    gradient_checkpointing: bool = False
+
+
+@dataclass(frozen=True)
+class AuxiliaryConfig:
+    """The clients' model: a cell of the global model's layers, shared across depth.
+
+    FedSP calls this cross-layer sharing. A depth below 1 is a fraction of the global model's.
     """
 
     start_layer: int = 0
@@ -40,34 +52,39 @@ class AuxiliaryConfig:
     first_layers: int | None = None
     dropout: bool = False  # the model's own dropout while its weights are trained
 
+    @property
+    def shares_layers(self) -> bool:
+        """Whether layers run more than once."""
+        return self.layers_per_cell not in (None, self.depth)
+
     def check(self, where: str) -> None:
+        """Raise ConfigError, under the section's key `where`, on values that cannot work."""
         if self.depth is not None and self.depth > 1 and self.depth % 1:
             raise ConfigError(
                 f"{where}.depth: found {self.depth}, expected a whole number of layers, or a "
                 "fraction between 0 and 1"
             )
-        if self.first_layers is not None and self.layers_per_cell not in (None, self.depth):
+        if self.first_layers is not None and self.shares_layers:
             raise ConfigError(
                 f"{where}.first_layers: found {self.first_layers} with "
-                f"layers_per_cell={self.layers_per_cell}, "
-                f"which shares layers; expected null, or {where}.layers_per_cell=null"
+                f"layers_per_cell={self.layers_per_cell}, which shares layers; expected null, or "
+                f"{where}.layers_per_cell=null"
             )
 
 
 @dataclass(frozen=True)
 class DistillationConfig:
-    """Aligns the auxiliary model with the global one before the first round: its bridge first, then
-    all its weights.
+    """Aligns the auxiliary model with the global one before the first round.
+
+    First its bridge is fitted, then all its weights are trained.
     """
 
     bridge_texts: int = 800  # that a bridge is fitted to, by least squares
-    bridge_ridge: float = (
-        0.01  # how strongly it is held to the identity, in units of the states' mean square
-    )
+    # How strongly it is held to the identity, in units of the states' mean square.
+    bridge_ridge: float = 0.01
     stage: StageConfig = StageConfig(steps=200)
-    text: str | None = (
-        None  # a .txt or .txt.gz file, or a folder of them, of plain text; None: the server's shard
-    )
+    # A .txt or .txt.gz file, or a folder of them, of plain text; None: the server's shard.
+    text: str | None = None
     text_length: int = 128  # tokens of a piece of plain text
     text_lines: int | None = None  # read so many lines of it at most; None: all
     hidden_weight: float = 1.0
@@ -78,11 +95,12 @@ class DistillationConfig:
     reuse: bool = True  # take an auxiliary model that an earlier run made by the same recipe
 
     def check(self, where: str) -> None:
+        """Raise ConfigError, under the section's key `where`, on values that cannot work."""
         if self.stage.steps and not (self.hidden_weight or self.logits_weight):
             raise ConfigError(
                 f"{where}: found hidden_weight 0 and logits_weight 0 with "
-                f"{self.stage.steps} steps, "
-                f"expected one of them above 0; set {where}.stage.steps=0 to leave distillation out"
+                f"{self.stage.steps} steps, expected one of them above 0; set "
+                f"{where}.stage.steps=0 to leave distillation out"
             )
 
 
@@ -96,13 +114,14 @@ class PromptConfig:
     # over.
     init: Literal["random", "text"] = "random"
     init_std: float = 0.02
-    init_text: str = "Read the text carefully and answer the question about it. Choose the answer that fits best."
+    init_text: str = (
+        "Read the text carefully and answer the question about it. "
+        "Choose the answer that fits best."
+    )
     # Between models of different depth: repeat up and average down; or layer by layer, where the
     # auxiliary model's layers are some of the global one's.
     mapping: Literal["repeat", "same_layers"] = "repeat"
-    projection: int | None = (
-        None  # width of the re-parameterisation's hidden layer; None: no projection
-    )
-    encoder: Literal["lstm", "mlp"] | None = (
-        None  # of input prompts (P-tuning); its weights are tuned, and travel, too
-    )
+    # Width of the re-parameterisation's hidden layer; None: no projection.
+    projection: int | None = None
+    # Of input prompts (P-tuning); its weights are tuned, and travel, too.
+    encoder: Literal["lstm", "mlp"] | None = None

@@ -1,6 +1,4 @@
-"""Plain data, as YAML gives it, to frozen dataclasses: unknown keys and wrong types are refused by
-their dotted key.
-"""
+"""Plain data, as YAML gives it, to frozen dataclasses; mistakes are named by their dotted key."""
 
 from __future__ import annotations
 
@@ -13,15 +11,16 @@ import types
 import typing
 from collections.abc import Iterable
 from contextlib import suppress
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
-LONGEST_MESSAGE = 300  # characters of what is said about a configuration
+Section = dict[str, Any]  # plain data by key, as YAML gives it
+
+LONGEST_MESSAGE = 300  # characters of a message about a configuration
 LONGEST_TEXT = 10_000  # characters of a value
 _LONGEST_NAME = 60  # characters of a key in a message
-_LONGEST_WORD, _LONGEST_ERROR = (
-    256,
-    2_000,
-)  # characters of what another library or a path may add to a message
+# Characters of what another library or a path may add to a message.
+_LONGEST_WORD = 256
+_LONGEST_ERROR = 2_000
 _ITEMS = {int: "0, 1", str: "one, two"}  # what a list of them looks like
 _KINDS = {
     int: "a whole number",
@@ -29,14 +28,10 @@ _KINDS = {
     bool: "true or false",
     str: "a text",
 }
-_SWITCHES = {
-    "yes": True,
-    "no": False,
-    "on": True,
-    "off": False,
-}  # texts to YAML 1.2, but plain enough
+# Texts in YAML 1.2, but it is plain what they mean.
+_SWITCHES = {"yes": True, "no": False, "on": True, "off": False}
 # What no text of a configuration may hold: control characters other than line ends and tabs, and
-# halves of characters.
+# halves of surrogate pairs.
 _UNFIT = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
 
 
@@ -45,7 +40,7 @@ class ConfigError(ValueError):
 
 
 class _Brief(reprlib.Repr):
-    """Writes values as YAML has them, and never all of a long one."""
+    """Writes values as YAML does, and shortens long ones."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -64,16 +59,17 @@ class _Brief(reprlib.Repr):
         return "null"
 
 
-def shown(value: Any) -> str:
-    """Write a value for a message, in about 60 characters at most; long texts and collections are
-    shortened.
-    """
+def shown(value: object) -> str:
+    """Write a value for a message; long texts and collections are cut to about 60 characters."""
     return message_line(_Brief().repr(value), 2 * _LONGEST_NAME)
 
 
 def message_line(text: str, longest: int = LONGEST_MESSAGE) -> str:
-    """Write a text in one line of at most `longest` printable characters; the middle of a longer
-    one is left out.
+    """Write a text in one line of printable characters, without the middle of a long one.
+
+    Args:
+        text: of any length.
+        longest: characters of the line.
     """
     if len(text) > 10 * longest:
         text = f"{text[: 5 * longest]} {text[-5 * longest :]}"
@@ -86,30 +82,31 @@ def message_line(text: str, longest: int = LONGEST_MESSAGE) -> str:
 
 
 def error_line(text: str) -> str:
-    """Write an error's text in one line, in which no word is longer than a path may be expected to
-    be.
-    """
+    """Write an error's text in one line, in which no word is longer than a path usually is."""
     words = (message_line(word, _LONGEST_WORD) for word in text[: 2 * _LONGEST_ERROR].split())
     return message_line(" ".join(words), _LONGEST_ERROR)
 
 
 def require_text(text: str, where: str) -> None:
-    """Raise ConfigError if a text is too long, or holds characters that neither a path nor a prompt
-    may have.
+    """Raise ConfigError if a text is too long, or has characters that no path or prompt may have.
+
+    Args:
+        text: of a configuration.
+        where: its dotted key for the message.
     """
     if len(text) > LONGEST_TEXT:
         raise ConfigError(
             f"{where}: found a text of {len(text)} characters, expected at most "
             f"{LONGEST_TEXT}; put less there"
         )
-    if not (unfit := _UNFIT.search(text)):
+    match = _UNFIT.search(text)
+    if match is None:
         return
-    character = unfit.group()
+    character = match.group()
     if "\ud800" <= character <= "\udfff":
         raise ConfigError(
-            f"{where}: found {shown(text)}, expected text in UTF-8; correct the bytes, or "
-            "set LC_ALL=C.UTF-8 if the "
-            "terminal's locale is what spoils them"
+            f"{where}: found {shown(text)}, expected text in UTF-8; correct the bytes, or set "
+            "LC_ALL=C.UTF-8 if the terminal's locale is what spoils them"
         )
     raise ConfigError(
         f"{where}: found {shown(text)} with the control character {character!a}, "
@@ -118,10 +115,20 @@ def require_text(text: str, where: str) -> None:
 
 
 def parse(kind: Any, data: Any, where: str) -> Any:
-    """Turn plain data into the dataclass or type `kind`; `where` is its dotted key for messages."""
+    """Turn plain data into a dataclass or another type.
+
+    Args:
+        kind: the type, such as `Config`, `int | None`, `tuple[str, ...]` or a Literal.
+        data: as YAML gives it.
+        where: its dotted key for messages.
+
+    Raises:
+        ConfigError: a key is unknown, or a value is of another type.
+    """
     if dataclasses.is_dataclass(kind):
         return _parse_section(kind, data, where)
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    origin = typing.get_origin(kind)
+    arguments = typing.get_args(kind)
     if origin in (types.UnionType, typing.Union):
         if data is None and type(None) in arguments:
             return None
@@ -132,7 +139,7 @@ def parse(kind: Any, data: Any, where: str) -> Any:
                 f"{where}: found {shown(data)}, expected a list, such as [{_ITEMS[arguments[0]]}]"
             )
         return tuple(
-            parse(arguments[0], one, f"{where}[{place}]") for place, one in enumerate(data)
+            parse(arguments[0], item, f"{where}[{index}]") for index, item in enumerate(data)
         )
     if origin is dict:
         if not isinstance(data, dict):
@@ -148,10 +155,11 @@ def parse(kind: Any, data: Any, where: str) -> Any:
     if origin is Literal:
         if data in arguments and type(data) is type(arguments[0]):
             return data
-        near = nearest(data, map(str, arguments))
+        choices = [str(argument) for argument in arguments]
+        near = nearest(data, choices)
         hint = f"; did you mean {near!r}?" if near else ""
         raise ConfigError(
-            f"{where}: found {shown(data)}, expected one of {', '.join(map(str, arguments))}{hint}"
+            f"{where}: found {shown(data)}, expected one of {', '.join(choices)}{hint}"
         )
     return _parse_scalar(kind, data, where)
 
@@ -169,42 +177,54 @@ def _parse_section(kind: Any, data: Any, where: str) -> Any:
     for key, value in data.items():
         if key not in names:
             raise ConfigError(unknown_key(key, names, where))
-        dotted = f"{where}.{key}" if where else key
         default = _default(names[key])
-        if (
-            dataclasses.is_dataclass(default)
-            and not isinstance(default, type)
-            and (value is None or isinstance(value, dict))
-        ):
+        if _is_section(default) and (value is None or isinstance(value, dict)):
+            # A section keeps the defaults of its owner, which need not be those of its class.
             value = merge(dataclasses.asdict(default), value or {})
-        values[key] = parse(hints[key], value, dotted)
+        values[key] = parse(hints[key], value, f"{where}.{key}" if where else key)
     return kind(**values)
 
 
-def unknown_key(key: Any, names: Iterable[str], where: str = "") -> str:
-    """Say that a section has no such key, and which it has."""
+def _is_section(default: object) -> bool:
+    return dataclasses.is_dataclass(default) and not isinstance(default, type)
+
+
+def unknown_key(key: object, names: Iterable[str], where: str = "") -> str:
+    """Return the message that a section has no such key.
+
+    Args:
+        key: that was found.
+        names: of the keys that the section has.
+        where: dotted key of the section.
+    """
     name = message_line(key, _LONGEST_NAME) if isinstance(key, str) else shown(key)
     near = nearest(key, names, cutoff=0.5)
-    hint = (
-        f"did you mean {near!r}?" if near else message_line(f"known keys: {', '.join(names)}", 180)
-    )
-    return (
-        f"{where}.{name}: found an unknown key; {hint}"
-        if where
-        else f"{name}: found an unknown key; {hint}"
-    )
+    if near is None:
+        hint = message_line(f"known keys: {', '.join(names)}", 180)
+    else:
+        hint = f"did you mean {near!r}?"
+    dotted = f"{where}.{name}" if where else name
+    return f"{dotted}: found an unknown key; {hint}"
 
 
-def nearest(word: Any, names: Iterable[str], cutoff: float = 0.6) -> str | None:
-    """Find the name that a misspelt word is most like; None if it is like none, or no word."""
-    if not isinstance(word, (str, bool, int)) or (
-        isinstance(word, str) and len(word) > _LONGEST_NAME
-    ):
+def nearest(word: object, names: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """Find the name that a misspelt word is most like.
+
+    Args:
+        word: as YAML gives it: `off`, for instance, is a bool.
+        names: to choose from.
+        cutoff: least similarity, from 0 to 1.
+
+    Returns:
+        The name; None if the word is like none of them, or no word.
+    """
+    if not isinstance(word, (str, bool, int)):
         return None
-    near = difflib.get_close_matches(
-        word if isinstance(word, str) else shown(word), list(names), 1, cutoff
-    )
-    return near[0] if near else None
+    text = word if isinstance(word, str) else shown(word)
+    if isinstance(word, str) and len(text) > _LONGEST_NAME:
+        return None
+    matches = difflib.get_close_matches(text, list(names), 1, cutoff)
+    return matches[0] if matches else None
 
 
 def _default(definition: dataclasses.Field) -> Any:
@@ -213,26 +233,31 @@ def _default(definition: dataclasses.Field) -> Any:
     return definition.default
 
 
-def _parse_scalar(kind: Any, data: Any, where: str) -> Any:
+def _parse_scalar(kind: type, data: Any, where: str) -> Any:
     if kind is float and isinstance(data, (int, str)) and not isinstance(data, bool):
         with suppress(ValueError, OverflowError):
             data = float(data)  # YAML 1.1 reads 5e-4 as a string
     if kind is bool and isinstance(data, str):
         data = _SWITCHES.get(data.lower(), data)
     is_finite = not isinstance(data, float) or math.isfinite(data)
-    if isinstance(data, kind) and is_finite and not (kind is not bool and isinstance(data, bool)):
-        if kind is str:
-            require_text(data, where)
-        return data
-    needs_quotes = isinstance(data, (bool, int, float, dict))
-    hint = "; put it in quotes" if kind is str and needs_quotes else _number_hint(kind, data)
+    is_misplaced_bool = isinstance(data, bool) and kind is not bool  # Python's bool is an int
+    if not isinstance(data, kind) or not is_finite or is_misplaced_bool:
+        _refuse_scalar(kind, data, where)
+    if kind is str:
+        require_text(str(data), where)
+    return data
+
+
+def _refuse_scalar(kind: type, data: object, where: str) -> NoReturn:
+    needs_quotes = kind is str and isinstance(data, (bool, int, float, dict))
+    hint = "; put it in quotes" if needs_quotes else _number_hint(kind, data)
     raise ConfigError(
         f"{where}: found {shown(data)}{_kind_of(data)}, expected {_KINDS[kind]}{hint}"
     )
 
 
-def _kind_of(data: Any) -> str:
-    """Name the kind of a value, in brackets, where its look does not say it."""
+def _kind_of(data: object) -> str:
+    """Name the kind of a value, in brackets, where its looks do not show it."""
     names = {
         str: "a text",
         int: "a whole number",
@@ -243,7 +268,7 @@ def _kind_of(data: Any) -> str:
     return f" ({names[type(data)]})" if type(data) in names else ""
 
 
-def _number_hint(kind: Any, data: Any) -> str:
+def _number_hint(kind: type, data: object) -> str:
     """Say why a text that looks like a number is none."""
     if kind is int and isinstance(data, str) and re.fullmatch(r"[-+]?0[0-9_]+", data):
         return " without a leading zero, which YAML 1.1 reads as octal"
@@ -256,9 +281,10 @@ def _number_hint(kind: Any, data: Any) -> str:
     return ""
 
 
-def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """`base` with `over` laid on it, section by section, of which an empty one changes nothing;
-    neither is changed.
+def merge(base: Section, over: Section) -> Section:
+    """Lay `over` on `base`, section by section; neither is changed.
+
+    An empty section of `over` changes nothing.
     """
     merged = dict(base)
     for key, value in over.items():
@@ -268,34 +294,49 @@ def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def put(data: dict[str, Any], key: str, value: Any, whose: str) -> None:
-    """Set a key such as a.b.c in nested mappings; `whose` names it in an error."""
+def put(data: Section, key: str, value: object, whose: str) -> None:
+    """Set a key such as a.b.c in nested mappings.
+
+    Args:
+        data: is changed.
+        key: dotted.
+        value: of the key.
+        whose: names the key in an error.
+
+    Raises:
+        ConfigError: there is a value in the place of a section.
+    """
     *sections, last = key.split(".")
     for section in sections:
         if data.get(section) is None:
             data[section] = {}
-        below = data[section]
-        if not isinstance(below, dict):
+        inner = data[section]
+        if not isinstance(inner, dict):
             raise ConfigError(f"{whose}: found a value at {shown(section)}, expected a section")
-        data = below
+        data = inner
     data[last] = value
 
 
 def differences(
-    before: dict[str, Any], now: dict[str, Any], free: tuple[str, ...] = (), where: str = ""
+    before: Section, now: Section, *, free: tuple[str, ...] = (), where: str = ""
 ) -> list[str]:
-    """The keys in which two nested mappings differ: "key: was ..., is ...".
+    """Return the keys in which two nested mappings differ: "key: was ..., is ...".
 
     Args:
+        before: nested mappings.
+        now: nested mappings.
         free: beginnings of keys that may differ.
-        where: beginning of the keys that are found.
+        where: beginning of the dotted keys, with its dot.
     """
-    found = []
+    changes: list[str] = []
     for name in sorted(before.keys() | now.keys()):
-        key, one, other = f"{where}{name}", before.get(name), now.get(name)
-        if isinstance(one, dict) and isinstance(other, dict):
-            found += differences(one, other, free, f"{key}.")
-        elif one != other and not key.startswith(free):
-            was, now_is = (message_line(str(value), 3 * _LONGEST_NAME) for value in (one, other))
-            found.append(f"{key}: was {was}, is {now_is}")
-    return found
+        key = f"{where}{name}"
+        old = before.get(name)
+        new = now.get(name)
+        if isinstance(old, dict) and isinstance(new, dict):
+            changes += differences(old, new, free=free, where=f"{key}.")
+        elif old != new and not key.startswith(free):
+            was = message_line(str(old), 3 * _LONGEST_NAME)
+            now_is = message_line(str(new), 3 * _LONGEST_NAME)
+            changes.append(f"{key}: was {was}, is {now_is}")
+    return changes

@@ -1,4 +1,4 @@
-"""The parts of a configuration that say where and how a run runs, rather than what is run."""
+"""Where and how a run runs: sections `run`, `topology`, `record`, `checkpoint`, `deadlines`."""
 
 from __future__ import annotations
 
@@ -38,16 +38,20 @@ class RunConfig:
 
 
 def check_paths(value: Callable[[str], Any]) -> None:
-    """Raise ConfigError if the run's name is not one component of a path, or a path cannot be
-    written in the locale.
+    """Check the run's name, and all values that are paths.
 
     Args:
-        value: of a dotted key.
+        value: returns the value of a dotted key.
+
+    Raises:
+        ConfigError: the name is not one component of a path, or a path cannot be written in the
+            locale.
     """
     try:
         for key in _PATHS:
-            if (text := value(key)) is not None:
-                require_readable_path(key, text)
+            path = value(key)
+            if path is not None:
+                require_readable_path(key, path)
         require_plain_name("run.name", value("run.name"))
     except ValueError as error:
         raise ConfigError(str(error)) from None
@@ -74,13 +78,11 @@ class RecordConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """What a run goes on from after a kill (run.resume)."""
+    """What a run is resumed from after a kill (run.resume)."""
 
     every: int | None = 1  # rounds; None: only when the run is told to stop (SIGUSR1)
     keep: int = 2  # the newest ones, and that of the best round
-    keep_client_states: bool = (
-        False  # of a run that is complete; nothing goes on from them any more
-    )
+    keep_client_states: bool = False  # of a complete run, which nothing resumes any more
     # Between two states of the distillation (with zero_stage 0); None: only when the run is told to
     # stop.
     distillation_seconds: float | None = 600
@@ -88,14 +90,14 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class DeadlineConfig:
-    """Longest wait for other ranks in seconds, by phase; None waits for ever. Past it the job ends
-    with status 124.
+    """Longest wait for other ranks in seconds, by phase; None waits for ever.
+
+    Past it the job ends with status 124.
     """
 
     start_up: float | None = 600  # for all ranks to begin
-    handout: float | None = (
-        86400  # clients, for the server's checks, loading (from the hub too) and distillation
-    )
+    # Clients, for the server's checks, loading (from the hub too) and distillation.
+    handout: float | None = 86400
     broadcast: float | None = 7200  # clients, from the end of their work to the next round
     gather: float | None = 7200  # the server, for the clients' work
     finish: float | None = 86400  # clients, for the evaluation

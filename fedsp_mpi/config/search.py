@@ -1,4 +1,4 @@
-"""The part of a configuration that says how prompts are searched for without gradients."""
+"""The section `search`: how prompts are searched for without gradients (FedBPT)."""
 
 from __future__ import annotations
 
@@ -13,16 +13,13 @@ class SearchConfig:
     """
 
     dimension: int = 500  # of z; A is random, follows from the seed, and never travels
-    population: int = (
-        5  # points of an iteration; each costs a forward pass over all of a client's text
-    )
+    # Points of an iteration; each costs a forward pass over all of a client's text.
+    population: int = 5
     iterations: int = 8  # of a client in a round
-    step_size: float = (
-        1.0  # of the first round; A is scaled by it, so it only says what the numbers of z are like
-    )
-    spread: float = (
-        1.0  # of the first prompts around where they begin, in standard deviations of an embedding
-    )
+    # Of the first round; A is scaled by it, so it only says what the numbers of z are like.
+    step_size: float = 1.0
+    # Of the first prompts around where they begin, in standard deviations of an embedding.
+    spread: float = 1.0
     # What is minimised: the loss; the mean loss over the mean loss of a copy of the text in which a
     # share of the words is random (as the reference does); or the mean of such ratios over the
     # examples (FedBPT, Eq. 7).
@@ -52,11 +49,13 @@ class SearchConfig:
     forward: Literal["clients", "server"] = "clients"
 
     def travelling(self) -> tuple[list[str], list[str]]:
-        """Of a search's state what goes down, and what comes up.
+        """Return the names of a search's state that go down, and of those that come up.
 
-        FedBPT's clients begin each round without paths.
+        FedBPT's clients begin each round without evolution paths.
         """
-        down = ["mean", "step_size", *(["covariance"] if self.covariance == "full" else [])]
+        down = ["mean", "step_size"]
+        if self.covariance == "full":
+            down.append("covariance")
         if self.rule == "average":
             down += ["step_path", "mean_path"]
             return down, down
@@ -72,20 +71,5 @@ class SearchConfig:
     @property
     def points(self) -> int:
         """Points that a client tries in a round, its own mean among them."""
-        return self.iterations * self.population + (2 if self.compares else 1)
-
-
-# What a configuration must say with `method: fedbpt`, by key, and why.
-WITH_SEARCH: dict[str, tuple[object, str]] = {
-    "server.tuning.steps": (
-        0,
-        "the server searches among what its clients found, and does not tune",
-    ),
-    "prompt.projection": (None, "the search has a projection of its own (search.dimension)"),
-    "prompt.encoder": (None, "the search has a projection of its own (search.dimension)"),
-    "federation.rule": ("mean", "what merges is search.rule"),
-    "client.privacy.clip": (
-        None,
-        "clip and noise are for prompts and weights, of which the update is a change",
-    ),
-}
+        num_means = 2 if self.compares else 1
+        return self.iterations * self.population + num_means

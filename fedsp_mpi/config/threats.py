@@ -1,6 +1,4 @@
-"""The parts of a configuration that say what clients are afraid of, and what is to be feared from
-them.
-"""
+"""The sections `client.privacy` and `attack`: differential privacy and the backdoor study."""
 
 from __future__ import annotations
 
@@ -23,15 +21,17 @@ class PrivacyConfig:
 
     @property
     def epsilon(self) -> float | None:
-        """Of one round; None without noise."""
-        return 2 * self.clip / self.noise_scale if self.clip and self.noise_scale else None
+        """Epsilon of one round; None without noise."""
+        if not self.clip or not self.noise_scale:
+            return None
+        return 2 * self.clip / self.noise_scale
 
     def check(self, where: str) -> None:
+        """Raise ConfigError, under the section's key `where`, on values that cannot work."""
         if (self.clip is None) != (self.noise_scale is None):
             raise ConfigError(
                 f"{where}: found clip {self.clip} with noise_scale {self.noise_scale}, "
-                "expected both or "
-                "none: noise hides only what is bounded; set the other one"
+                "expected both or none: noise hides only what is bounded; set the other one"
             )
 
 
@@ -43,19 +43,17 @@ class AttackConfig:
     A text that data.max_length cuts loses its beginning, and the trigger with it.
     """
 
-    target: int | None = (
-        None  # the choice that the trigger is to bring about, counted from 0; None: no attack
-    )
+    # The choice that the trigger is to bring about, counted from 0; None: no attack.
+    target: int | None = None
     trigger: str = "cf"  # goes before the text, with a blank
-    clients: tuple[
-        int, ...
-    ] = ()  # whose training data are poisoned; none: success is measured all the same
+    # Whose training data are poisoned; none: success is measured all the same.
+    clients: tuple[int, ...] = ()
     share: float = 1.0  # of their examples of other classes, that get a poisoned copy beside them
-    questions: int = (
-        200  # that a poisoned client's own prompts are tried on in each round, at most; 0: none
-    )
+    # That a poisoned client's own prompts are tried on in each round, at most; 0: none.
+    questions: int = 200
 
     def check(self, where: str, num_clients: int) -> None:
+        """Raise ConfigError, under the section's key `where`, on values that cannot work."""
         if self.target is None and self.clients:
             raise ConfigError(
                 f"{where}.target: found none with {where}.clients, expected a choice, "
@@ -63,8 +61,9 @@ class AttackConfig:
             )
         if not self.trigger.strip():
             raise ConfigError(f"{where}.trigger: found no word, expected at least one")
-        if strange := [client for client in self.clients if not 0 <= client < num_clients]:
+        unknown = [client for client in self.clients if not 0 <= client < num_clients]
+        if unknown:
             raise ConfigError(
-                f"{where}.clients: found {strange[0]}, expected ids from 0, below "
+                f"{where}.clients: found {unknown[0]}, expected ids from 0, below "
                 f"federation.clients={num_clients}"
             )

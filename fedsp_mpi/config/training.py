@@ -1,6 +1,4 @@
-"""The parts of a configuration that several roles have: a stage of training, its optimizer, what it
-computes with.
-"""
+"""Sections that several roles have: a stage of training, its optimizer, what it computes with."""
 
 from __future__ import annotations
 
@@ -32,17 +30,17 @@ class StageConfig:
 
     steps: int = 10
     batch_size: int = 16
-    micro_batch: int | None = (
-        None  # examples of a forward pass, of similar length; None: the whole batch
-    )
+    # Examples of a forward pass, of similar length; None: the whole batch.
+    micro_batch: int | None = None
     optimizer: OptimizerConfig = OptimizerConfig()
 
     def check(self, where: str) -> None:
+        """Raise ConfigError, under the section's key `where`, on values that cannot work."""
         if self.micro_batch is None and self.batch_size > MOST_AT_ONCE:
             raise ConfigError(
                 f"{where}.batch_size: found {self.batch_size}, expected at most {MOST_AT_ONCE} "
-                "examples of one forward "
-                f"pass; set {where}.micro_batch, which cuts a batch into pieces"
+                f"examples of one forward pass; set {where}.micro_batch, which cuts a batch "
+                "into pieces"
             )
 
 
@@ -51,6 +49,6 @@ class ComputeConfig:
     """What one role computes with. Equal bits are promised for equal numbers of threads."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    # of the forward and backward pass; prompts, gradients' owners and optimizers are fp32
+    # Of the forward and backward pass; prompts, gradients' owners and optimizers are fp32.
     dtype: Dtype = "float32"
     threads: int | None = None  # None: a rank's share of the cores that it may run on

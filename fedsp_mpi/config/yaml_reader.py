@@ -1,8 +1,8 @@
-"""YAML files and `key=value` to plain data, within bounds: nothing in a file can hang, exhaust or
-confuse the reader.
+"""YAML files and `key=value` to plain data, within bounds.
 
-Scalars are those of YAML 1.2 as far as 1.1 agrees: `yes`, `010`, `1:30` and `2024-01-01` are texts.
-What `yaml.safe_dump` writes (YAML 1.1) therefore reads back to the same.
+Nothing in a file can hang, exhaust or confuse the reader. Scalars are those of YAML 1.2 as far as
+1.1 agrees: `yes`, `010`, `1:30` and `2024-01-01` are texts. What `yaml.safe_dump` writes (YAML 1.1)
+therefore reads back to the same.
 """
 
 from __future__ import annotations
@@ -11,24 +11,23 @@ import re
 import stat
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 
-from fedsp_mpi.config.parsing import ConfigError, merge, message_line, require_text, shown
+from fedsp_mpi.config.parsing import ConfigError, Section, merge, message_line, require_text, shown
 
 MOST_BYTES = 256 * 1024  # of a file
-MOST_FILES = 100  # that a configuration extends, each as often as it is named
-_MOST_VALUES = 50_000  # of a file, those behind an alias as often as it stands there
-_MOST_LEVELS = 50  # of values in values
+MOST_FILES = 100  # that a configuration extends; one that is named twice counts twice
+_MOST_VALUES = 50_000  # of a file; those behind an alias count wherever it stands
+_MOST_LEVELS = 50  # of nesting
 _MOST_DIGITS = 400  # a float has 309 at most
 _TAG = "tag:yaml.org,2002:"
 _PLAIN_TAGS = (None, "!", f"{_TAG}str")
 
 
 class _Loader(yaml.SafeLoader):
-    """Builds plain data only, and raises ConfigError before it gets too deep, too large, or
-    ambiguous.
+    """Builds plain data only; raises ConfigError before it gets too deep, too large, or ambiguous.
 
     Args:
         text: the YAML.
@@ -40,15 +39,20 @@ class _Loader(yaml.SafeLoader):
 
     def __init__(self, text: str, source: str) -> None:
         super().__init__(text)
-        self._source, self._level = source, 0
-        self._sizes: dict[int, int] = {}  # values in a node that is complete, by its id
+        self._source = source
+        self._level = 0
+        self._sizes: dict[int, int] = {}  # values in a complete node, by its id
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        """Compose one value. Raises ConfigError where there are too many, or too deep ones."""
+        """Compose one value.
+
+        Raises:
+            ConfigError: there are too many values, or they are nested too deep.
+            yaml.YAMLError: it has a tag, which would build more than plain data.
+        """
         event = self.peek_event()
-        if getattr(event, "tag", None) not in _PLAIN_TAGS and not isinstance(
-            event, yaml.AliasEvent
-        ):
+        is_alias = isinstance(event, yaml.AliasEvent)
+        if not is_alias and getattr(event, "tag", None) not in _PLAIN_TAGS:
             raise yaml.YAMLError(
                 f"the tag {shown(event.tag.replace(_TAG, '!!'))} in line "
                 f"{event.start_mark.line + 1}"
@@ -65,23 +69,25 @@ class _Loader(yaml.SafeLoader):
         return node
 
     def compose_mapping_node(self, anchor: Any) -> Any:
-        """Compose a section. Raises ConfigError for a key that stands there twice."""
+        """Compose a section; raise ConfigError for a key that stands there twice."""
         node = super().compose_mapping_node(anchor)
         lines: dict[tuple[str, str], int] = {}
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode) or key.tag == f"{_TAG}merge":
                 continue
-            name, line = (key.tag, key.value), key.start_mark.line + 1
+            name = (key.tag, key.value)
+            line = key.start_mark.line + 1
             if name in lines:
                 raise ConfigError(
                     f"{self._source}: found the key {shown(key.value)} in line {lines[name]} and "
-                    f"again in line {line}, "
-                    "expected it once; put all that belongs to it in one place"
+                    f"again in line {line}, expected it once; put all that belongs to it in one "
+                    "place"
                 )
             lines[name] = line
         return node
 
-    def _measure(self, node: Any, event: Any) -> None:
+    def _measure(self, node: yaml.Node, event: Any) -> None:
+        """Count the values in a node; those behind an alias count again."""
         if isinstance(event, yaml.AliasEvent):
             if id(node) not in self._sizes:
                 raise ConfigError(
@@ -92,27 +98,26 @@ class _Loader(yaml.SafeLoader):
         parts: list[Any] = [] if isinstance(node, yaml.ScalarNode) else node.value
         if isinstance(node, yaml.MappingNode):
             parts = [part for pair in parts for part in pair]
-        self._sizes[id(node)] = size = 1 + sum(self._sizes[id(part)] for part in parts)
+        size = 1 + sum(self._sizes[id(part)] for part in parts)
+        self._sizes[id(node)] = size
         if size > _MOST_VALUES:
             raise ConfigError(
                 f"{self._source}: found more than {_MOST_VALUES} values, those behind an alias "
-                "(*name) counted where "
-                "it stands, expected fewer; leave some out"
+                "(*name) counted where it stands, expected fewer; leave some out"
             )
 
-    def number(self, node: Any) -> int:
-        """Build a whole number. Raises ConfigError if it is longer than any that could be meant."""
+    def number(self, node: yaml.ScalarNode) -> int:
+        """Build a whole number; raise ConfigError if it is longer than any that could be meant."""
         digits = node.value.replace("_", "")
         if len(digits) > _MOST_DIGITS:
             raise ConfigError(
                 f"{self._source}: found a number of {len(digits)} digits in line "
-                f"{node.start_mark.line + 1}, expected "
-                f"at most {_MOST_DIGITS}"
+                f"{node.start_mark.line + 1}, expected at most {_MOST_DIGITS}"
             )
         return int(digits, 0)
 
-    def undefined(self, node: Any) -> Any:
-        """Refuse what has no place in a configuration."""
+    def undefined(self, node: yaml.Node) -> NoReturn:
+        """Raise YAMLError for what has no place in a configuration."""
         raise yaml.YAMLError(
             f"{shown(node.value)}, which is no plain value, in line {node.start_mark.line + 1}"
         )
@@ -153,8 +158,9 @@ def parse_yaml(text: str, source: str) -> Any:
     """Build the plain data of one YAML document.
 
     Raises:
-        ConfigError: it is too large, too deep, or says something twice; `source` begins the
-        message. yaml.YAMLError: it is no YAML.
+        ConfigError: it is too large, too deep, or says something twice; the message begins with
+            `source`.
+        yaml.YAMLError: it is not YAML.
     """
     if len(text) > MOST_BYTES:
         raise ConfigError(f"{source}: found {len(text)} characters, expected at most {MOST_BYTES}")
@@ -172,12 +178,16 @@ class _Reading:
     files: int = 0
 
 
-def read_yaml(
-    path: Path, seen: tuple[Path, ...] = (), reading: _Reading | None = None
-) -> dict[str, Any]:
+def read_yaml(path: Path, seen: tuple[Path, ...] = (), reading: _Reading | None = None) -> Section:
     """Read the mapping in a YAML file, laid over those that it extends.
 
-    Raises ConfigError on the first mistake.
+    Args:
+        path: of the file.
+        seen: the files that extend this one, outermost first.
+        reading: counts the files of one configuration.
+
+    Raises:
+        ConfigError: the first mistake.
     """
     reading = reading or _Reading()
     reading.files += 1
@@ -187,11 +197,11 @@ def read_yaml(
         )
     require_text(str(path), "configuration's file" if not seen else f"{seen[-1]}: extends")
     try:
-        place = path.resolve()
-        if place in seen:
+        resolved = path.resolve()
+        if resolved in seen:
             raise ConfigError(f"{path}: found a circle of `extends`, expected a chain that ends")
         data = parse_yaml(_content(path), str(path)) or {}
-    except (OSError, RuntimeError) as error:  # the latter for links in a circle
+    except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle
         reason = getattr(error, "strerror", None) or message_line(str(error), 100)
         raise ConfigError(
             f"{path}: found no readable file ({reason}), expected a YAML configuration"
@@ -202,47 +212,57 @@ def read_yaml(
         ) from None
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: found {shown(data)}, expected a mapping of sections")
-    return extended(data, path, (*seen, place), reading)
+    return extended(data, path, (*seen, resolved), reading)
 
 
 def _reason(error: Exception) -> str:
     """Say why a text is not YAML, and in which line if that is known."""
-    problem, mark = getattr(error, "problem", None), getattr(error, "problem_mark", None)
+    problem = getattr(error, "problem", None)
+    mark = getattr(error, "problem_mark", None)
     where = f" in line {mark.line + 1}" if mark else ""
     return message_line(f"{problem or error}", 120) + where
 
 
 def _content(path: Path) -> str:
-    """Read a regular file of a bounded size.
-
-    Raises ConfigError for any other, without opening it.
-    """
-    about = path.stat()
-    if not stat.S_ISREG(about.st_mode):
-        kind = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe"}.get(
-            stat.S_IFMT(about.st_mode), "a device or socket"
-        )
+    """Read a regular, small file; raise ConfigError for any other, without opening it."""
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe"}
+        kind = kinds.get(stat.S_IFMT(status.st_mode), "a device or socket")
         raise ConfigError(f"{path}: found {kind}, expected a YAML file")
-    if about.st_size > MOST_BYTES:
+    if status.st_size > MOST_BYTES:
         raise ConfigError(
-            f"{path}: found a file of {about.st_size} bytes, expected a YAML configuration "
+            f"{path}: found a file of {status.st_size} bytes, expected a YAML configuration "
             f"of at most {MOST_BYTES}"
         )
     return path.read_text(encoding="utf-8")
 
 
 def extended(
-    data: dict[str, Any], path: Path, seen: tuple[Path, ...] = (), reading: _Reading | None = None
-) -> dict[str, Any]:
-    """Lay a mapping that stands in the file `path` over the files that its `extends` names; it is
-    not changed.
+    data: Section, path: Path, seen: tuple[Path, ...] = (), reading: _Reading | None = None
+) -> Section:
+    """Lay a mapping over the files that its `extends` names; the mapping itself is not changed.
 
-    `extends` is one file or a list of them, relative to `path`: the later win over the earlier, the
-    mapping over all.
+    `extends` is one file or a list of them: later files win over earlier ones, the mapping over
+    all.
+
+    Args:
+        data: the mapping.
+        path: of the file that it stands in; names in `extends` are relative to it.
+        seen: the files that extend this one, outermost first.
+        reading: counts the files of one configuration.
+
+    Raises:
+        ConfigError: the first mistake.
     """
+    reading = reading or _Reading()
     entry = data.get("extends")
-    names = entry if isinstance(entry, list) else [entry] if entry is not None else []
-    reading, base = reading or _Reading(), {}  # type: ignore[var-annotated]
+    names: list[Any] = []
+    if isinstance(entry, list):
+        names = entry
+    elif entry is not None:
+        names = [entry]
+    base: Section = {}
     for name in names:
         if not isinstance(name, str):
             raise ConfigError(
@@ -255,7 +275,7 @@ def extended(
 
 
 def key_value(item: str) -> tuple[str, Any]:
-    """Take a key and its value, which is YAML, from `key=value`; what is not YAML is a text."""
+    """Split `key=value` into the key and its value, which is YAML; what is not YAML is a text."""
     key, equals, text = item.partition("=")
     source = setting(item)
     if not equals or not key:
@@ -269,5 +289,5 @@ def key_value(item: str) -> tuple[str, Any]:
 
 
 def setting(item: str) -> str:
-    """Name an override in a message."""
+    """Return how messages name an override."""
     return f"--set {message_line(item, 80)}"

@@ -1,8 +1,8 @@
-"""The cache of `datasets` under HF_HOME, and local files by their content: the same path may hold
-other rows today.
+"""The cache of `datasets` under HF_HOME, with local files told apart by their content.
 
-`datasets` tells files apart by path and time of change, and takes rsync -t, an unpacked archive or
-a restored backup for the old file; here the digest of the content counts.
+`datasets` tells files apart by path and time of change. It would take a file that rsync -t, an
+unpacked archive or a restored backup put there for the old one; here the digest of the content
+counts.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from typing import Any
 import datasets
 from datasets.data_files import DataFilesList
 
-_SET = "set HF_HOME or HF_DATASETS_CACHE to a folder"
+_ADVICE = "set HF_HOME or HF_DATASETS_CACHE to a folder"
 
 
 def require() -> None:
     """Raise ValueError if the cache cannot be written, or its file system has no file locks.
 
-    Without locks `datasets` waits for ever at a lock file that an earlier process left behind.
+    Without locks `datasets` waits forever at a lock file that an earlier process left behind.
     """
     root = Path(datasets.config.HF_DATASETS_CACHE).expanduser()
     try:
@@ -33,53 +33,58 @@ def require() -> None:
         file = tempfile.NamedTemporaryFile(dir=root, prefix=".lock-")  # noqa: SIM115
     except OSError as error:
         raise ValueError(
-            f"cannot write {root} ({os.strerror(error.errno or errno.EIO)}), where prepared "
-            "data go, expected a folder "
-            f"for it; {_SET} that can be written"
+            f"cannot write {root} ({os.strerror(error.errno or errno.EIO)}), where prepared data "
+            f"go, expected a folder for them; {_ADVICE} that can be written"
         ) from None
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise ValueError(
-                f"cannot lock {file.name} ({os.strerror(error.errno or errno.EIO)}), expected "
-                "file locks where "
-                f"prepared data go; {_SET} whose file system has flock, such as one of this node"
+                f"cannot lock {file.name} ({os.strerror(error.errno or errno.EIO)}), expected file "
+                f"locks where prepared data go; {_ADVICE} whose file system has flock, such as one "
+                "of this node"
             ) from None
 
 
 def digest(paths: Sequence[str | Path]) -> str:
     """Return the SHA-256 digest of the contents of files, in this order, in hexadecimal.
 
-    Raises OSError.
+    Raises:
+        OSError: a file cannot be read.
     """
-    whole = hashlib.sha256()
+    combined = hashlib.sha256()
     for path in paths:
         with Path(path).open("rb") as file:
-            whole.update(hashlib.file_digest(file, "sha256").digest())
-    return whole.hexdigest()
+            combined.update(hashlib.file_digest(file, "sha256").digest())
+    return combined.hexdigest()
 
 
 def builder(
-    kind: str, split: str, paths: Sequence[Path], options: Mapping[str, Any]
+    kind: str, split: str, paths: Sequence[Path], *, options: Mapping[str, Any]
 ) -> datasets.DatasetBuilder:
-    """Return what reads local files of one kind ("json", "csv", ...) into one split; the paths are
-    no patterns.
+    """Build the reader of local files of one kind into one split.
+
+    Args:
+        kind: name of the reader in `datasets`: "json", "csv", ...
+        split: the split that all files make up.
+        paths: the files, not patterns.
+        options: of the reader.
     """
-    marks = [(digest([path]),) for path in paths]
-    files = DataFilesList([path.as_posix() for path in paths], marks)
+    # In the place of the time of change, by which `datasets` would tell the files apart.
+    digests = [(digest([path]),) for path in paths]
+    files = DataFilesList([path.as_posix() for path in paths], digests)
     return datasets.load_dataset_builder(kind, data_files={split: files}, **options)
 
 
 def declared_builder(folder: Path, config: str) -> datasets.DatasetBuilder:
-    """Return what reads a folder whose README says which files make up which split, from a cache by
-    their content.
+    """Build the reader of a folder whose README says which files make up which split.
+
+    Prepared data go to a part of the cache that belongs to the files' content.
     """
+    # Of this first builder only the files are used: its cache would tell them apart by time.
     first = datasets.load_dataset_builder(str(folder), config)
-    names = [
-        name
-        for split in sorted(first.config.data_files or {})
-        for name in first.config.data_files[split]
-    ]
+    data_files = first.config.data_files or {}
+    names = [name for split in sorted(data_files) for name in data_files[split]]
     root = Path(datasets.config.HF_DATASETS_CACHE).expanduser() / "by_content" / digest(names)[:32]
     return datasets.load_dataset_builder(str(folder), config, cache_dir=str(root))

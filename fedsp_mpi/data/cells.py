@@ -1,7 +1,6 @@
-"""The cells of a row: texts, lists and mappings, whatever the file format could hold of them.
+"""Read the cells of a row, in any form that a file format gives to texts, lists and mappings.
 
-A message describes a cell by its type and size and never quotes it: what it holds is a client's
-text.
+A message describes a cell by its type and size and never quotes it, because it is a client's text.
 """
 
 from __future__ import annotations
@@ -13,25 +12,26 @@ from contextlib import suppress
 from typing import Any
 
 Row = Mapping[str, Any]
-_MOST_SHOWN = 10  # choices
-SHORTEST_TEXT = (
-    10  # characters up to which a label is quoted: it is the name of a class, not a client's text
-)
+_NUM_CHOICES_SHOWN = 10
+# Characters up to which a label is quoted: it is the name of a class, not a client's text.
+MAX_LABEL_LENGTH = 10
 
 
 def text(row: Row, name: str) -> str:
-    """Return the text of a column. Raises ValueError if the cell holds something else."""
+    """Return the text of a column; raise ValueError if the cell holds something else."""
     value = row.get(name)
     if not isinstance(value, str):
-        raise ValueError(f"column {name!r}: found {shown(value)}, expected text; correct the row")
+        raise ValueError(
+            f"column {name!r}: found {describe_cell(value)}, expected text; correct the row"
+        )
     return value
 
 
 def texts(row: Row, name: str) -> tuple[str, ...]:
-    """Return the list of texts of a column; in CSV, which has no lists, the cell is one written
-    out.
+    """Return the list of texts of a column; CSV, which has no lists, holds it written as text.
 
-    Raises ValueError if the cell holds something else.
+    Raises:
+        ValueError: the cell holds something else.
     """
     value = _parsed(row.get(name))
     if isinstance(value, list) and all(isinstance(option, str) for option in value):
@@ -39,39 +39,38 @@ def texts(row: Row, name: str) -> tuple[str, ...]:
     advice = "correct the row"
     if isinstance(value, str):
         advice = (
-            'a CSV cell cannot hold a list: write it as a JSON list, ["a", "b"], or use '
-            "JSON lines or Parquet"
+            'a CSV cell cannot hold a list: write it as a JSON list, ["a", "b"], or use JSON lines '
+            "or Parquet"
         )
-    raise ValueError(f"column {name!r}: found {shown(value)}, expected a list of texts; {advice}")
+    raise ValueError(
+        f"column {name!r}: found {describe_cell(value)}, expected a list of texts; {advice}"
+    )
 
 
 def mapping(row: Row, name: str) -> Row:
     """Return the lists `text` and `label` of a column of options.
 
-    Raises ValueError if the cell is no mapping.
+    Raises:
+        ValueError: the cell is no mapping.
     """
     value = _parsed(row.get(name))
     if not isinstance(value, Mapping):
         raise ValueError(
-            f"column {name!r}: found {shown(value)}, expected the lists 'text' and 'label'"
+            f"column {name!r}: found {describe_cell(value)}, expected the lists 'text' and 'label'"
         )
     return value
 
 
-def shown(value: object) -> str:
-    """Describe a cell for a message: numbers and truth values as they are, the rest by type and
-    size.
-    """
+def describe_cell(value: object) -> str:
+    """Describe a cell for a message: numbers and booleans as they are, others by type and size."""
     kind = type(value).__name__
     if value is None or isinstance(value, bool):
         return f"{kind} {value}"
     if isinstance(value, (int, float)):
         digits = repr(value)
-        return (
-            f"{kind} {digits}"
-            if len(digits) <= SHORTEST_TEXT
-            else f"{kind} of {len(digits)} characters"
-        )
+        if len(digits) <= MAX_LABEL_LENGTH:
+            return f"{kind} {digits}"
+        return f"{kind} of {len(digits)} characters"
     if isinstance(value, str):
         return f"{kind} of {len(value)} characters"
     if isinstance(value, (list, tuple, Mapping)):
@@ -79,26 +78,24 @@ def shown(value: object) -> str:
     return kind
 
 
-def shown_label(value: object) -> str:
-    """Describe a label: as `shown`, but a short word is quoted, because it is the name of a class."""
-    if isinstance(value, str) and len(value) <= SHORTEST_TEXT:
+def describe_label(value: object) -> str:
+    """Describe a label: quote a short word, which names a class; others as in `describe_cell`."""
+    if isinstance(value, str) and len(value) <= MAX_LABEL_LENGTH:
         return repr(value)
-    return shown(value)
+    return describe_cell(value)
 
 
-def shown_choices(choices: Sequence[str]) -> str:
-    """Describe choices: in words where they are short, which is how classes are named; else by
-    their number.
-    """
-    if all(len(choice) <= SHORTEST_TEXT for choice in choices[:_MOST_SHOWN]):
-        return ", ".join(choices[:_MOST_SHOWN]) + (", ..." if len(choices) > _MOST_SHOWN else "")
-    return f"{len(choices)} texts"
+def describe_choices(choices: Sequence[str]) -> str:
+    """Describe choices: list short words, which name classes; else count them."""
+    first_choices = choices[:_NUM_CHOICES_SHOWN]
+    if any(len(choice) > MAX_LABEL_LENGTH for choice in first_choices):
+        return f"{len(choices)} texts"
+    more = ", ..." if len(choices) > _NUM_CHOICES_SHOWN else ""
+    return ", ".join(first_choices) + more
 
 
 def _parsed(value: object) -> object:
-    """Return the list or mapping that a text writes out, as JSON or as Python does; any other value
-    as it is.
-    """
+    """Return the list or mapping that a text writes in JSON or Python; other values as they are."""
     if not isinstance(value, str) or value.lstrip()[:1] not in ("[", "{"):
         return value
     for read in (json.loads, ast.literal_eval):

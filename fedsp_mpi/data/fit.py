@@ -1,30 +1,30 @@
-"""Rows that leave no room for their answer: they are left out, with a note, before anybody trains
-on them.
-"""
+"""Leave out rows whose answer does not fit into the model, with a note, before training begins."""
 
 from __future__ import annotations
 
 import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from fedsp_mpi.config.parsing import ConfigError
 from fedsp_mpi.data import cloze
-from fedsp_mpi.data.tasks import Example, Splits
+from fedsp_mpi.data.examples import Example
+from fedsp_mpi.data.tasks import Splits
+from fedsp_mpi.data.tokenizer import Tokenizer
 from fedsp_mpi.data.tokens import Text, encode_pairs
 
-_SHOWN = 5  # rows that a note names
+_NUM_ROWS_SHOWN = 5  # rows that a note names
 
 
 @dataclass(frozen=True)
 class Room:
-    """How much of a text must fit, and into what.
+    """The maximum length of an answer, or of a text from its gap on.
 
     Attributes:
-        tokens: most that an answer may have; of models that fill in a gap, most from the gap on.
+        tokens: maximum number of tokens of an answer; of models that fill in a gap, of the text
+            from the gap on.
         reason: where that number comes from.
-        advice: what makes it larger.
+        advice: how to raise it.
         fills_gaps: whether the model fills in a gap.
     """
 
@@ -35,7 +35,13 @@ class Room:
 
     @classmethod
     def of(cls, num_positions: int, num_prompt_tokens: int, fills_gaps: bool) -> Room:
-        """Return the room that a model's positions leave, less the prompt's."""
+        """Return the positions of a model, less those of the prompt.
+
+        Args:
+            num_positions: of the model.
+            num_prompt_tokens: positions that the prompt takes.
+            fills_gaps: whether the model fills in a gap.
+        """
         reason = f"the model has {num_positions} positions, the prompt takes {num_prompt_tokens}"
         advice = (
             "shorten them, or take a shorter prompt or a model with more positions, to keep them"
@@ -43,10 +49,11 @@ class Room:
         return cls(num_positions - num_prompt_tokens, reason, advice, fills_gaps)
 
     def at_most(self, max_length: int) -> Room:
-        """Return the room in a text of at most `max_length` tokens, of which one stands before an
-        answer.
+        """Tighten the limit for texts of at most `max_length` tokens.
+
+        One of them stands before an answer, if the model does not fill in a gap.
         """
-        tokens = max_length - (0 if self.fills_gaps else 1)
+        tokens = max_length if self.fills_gaps else max_length - 1
         if tokens >= self.tokens:
             return self
         return replace(
@@ -58,132 +65,164 @@ class Room:
 
     @property
     def part(self) -> str:
-        """What of a text must fit."""
+        """The part of a text that must fit, in words."""
         return "text from the answer on" if self.fills_gaps else "answer"
 
 
 def leave_out(
-    splits: Splits, room: Room, tokenizer: Callable[[], Any], attacked: int | None = None
+    splits: Splits,
+    limit: Room,
+    tokenizer: Callable[[], Tokenizer],
+    *,
+    attack_target: int | None = None,
 ) -> tuple[Splits, tuple[str, ...]]:
-    """Leave rows of train and validation out whose answer does not fit; return the others, and a
-    note a split.
+    """Leave out rows of train and validation whose answer does not fit.
 
     Only rows that are long enough to be doubtful are tokenised: no token is shorter than a byte.
 
     Args:
         splits: of a task.
-        room: what must fit into what.
-        tokenizer: gives the tokenizer, if there is a doubtful row.
-        attacked: position of the choice that an attacker may put in the place of a training row's
-            answer, or None.
+        limit: maximum length of what must fit.
+        tokenizer: loads the tokenizer; called only if there is a doubtful row.
+        attack_target: position of the choice that an attacker may teach in the place of a training
+            row's answer; None if there is no attack.
 
-    Raises ConfigError if no row of a split is left.
+    Returns:
+        The splits without these rows, and a note for each split that lost some.
+
+    Raises:
+        ConfigError: no row of a split is left.
     """
-    train, about_train = _fitting("train", splits.train, room, tokenizer, attacked)
-    validation, about_validation = _fitting("validation", splits.validation, room, tokenizer, None)
-    return replace(splits, train=train, validation=validation), about_train + about_validation
+    train, train_notes = _fitting(
+        "train", splits.train, limit, tokenizer=tokenizer, attack_target=attack_target
+    )
+    validation, validation_notes = _fitting(
+        "validation", splits.validation, limit, tokenizer=tokenizer, attack_target=None
+    )
+    return replace(splits, train=train, validation=validation), train_notes + validation_notes
 
 
 def cut_options(
-    examples: Sequence[Example], options: Sequence[Sequence[Text]], room: Room
+    examples: Sequence[Example], options: Sequence[Sequence[Text]], limit: Room
 ) -> tuple[str, ...]:
-    """Return a note on test questions with an option that is longer than the room: its beginning is
-    not scored.
+    """Return a note on test questions with an option that is too long and loses its beginning.
 
     lm-eval scores such an option by its last tokens, too; to leave the question out would make
     another test.
+
+    Args:
+        examples: the questions.
+        options: of each question, the text of every choice.
+        limit: maximum length of what must fit.
+
+    Returns:
+        One note, or none.
     """
     longest = [max((text.num_answers for text in texts), default=0) for texts in options]
     rows = [
         f"{example.row} ({length} tokens)"
         for example, length in zip(examples, longest)
-        if length > room.tokens
+        if length > limit.tokens
     ]
     if not rows:
         return ()
     number = "1 question" if len(rows) == 1 else f"{len(rows)} questions"
-    return (
-        f"test: {number} with an option that is longer than the {room.tokens} tokens "
-        f"that fit ({room.reason}), scored "
-        f"by its last tokens as in lm-eval: {_listed(rows)}",
+    note = (
+        f"test: {number} with an option that is longer than the {limit.tokens} tokens that fit "
+        f"({limit.reason}), scored by its last tokens as in lm-eval: {_listed(rows)}"
     )
+    return (note,)
 
 
 def _fitting(
     split: str,
     examples: Sequence[Example],
-    room: Room,
-    tokenizer: Callable[[], Any],
-    attacked: int | None,
+    limit: Room,
+    *,
+    tokenizer: Callable[[], Tokenizer],
+    attack_target: int | None,
 ) -> tuple[tuple[Example, ...], tuple[str, ...]]:
+    """Return the examples of a split that fit, and a note on those that do not."""
     doubtful = [
-        place
-        for place, example in enumerate(examples)
-        if _most(example, room, attacked) > room.tokens
+        index
+        for index, example in enumerate(examples)
+        if _max_tokens(example, limit, attack_target) > limit.tokens
     ]
     if not doubtful:
         return tuple(examples), ()
-    lengths = _lengths(tokenizer(), [examples[place] for place in doubtful], room, attacked)
-    out = {place: length for place, length in zip(doubtful, lengths) if length > room.tokens}
-    if not out:
+    lengths = _num_tokens(
+        tokenizer(), [examples[index] for index in doubtful], limit, attack_target=attack_target
+    )
+    too_long = {index: length for index, length in zip(doubtful, lengths) if length > limit.tokens}
+    if not too_long:
         return tuple(examples), ()
-    rows = _listed([f"{examples[place].row} ({length} tokens)" for place, length in out.items()])
-    kept = tuple(example for place, example in enumerate(examples) if place not in out)
-    if not kept:
+    rows = _listed(
+        [f"{examples[index].row} ({length} tokens)" for index, length in too_long.items()]
+    )
+    fitting = tuple(example for index, example in enumerate(examples) if index not in too_long)
+    if not fitting:
         raise ConfigError(
-            f"data.max_length, prompt.num_tokens: found no row of {split} whose {room.part} "
-            "fits, expected at most "
-            f"{room.tokens} tokens ({room.reason}): {rows}; {room.advice}"
+            f"data.max_length, prompt.num_tokens: found no row of {split} whose {limit.part} fits, "
+            f"expected at most {limit.tokens} tokens ({limit.reason}): {rows}; {limit.advice}"
         )
-    number = "1 row" if len(out) == 1 else f"{len(out)} rows"
-    return kept, (
-        f"{split}: {number} left out of {len(examples)}, whose {room.part} is longer "
-        f"than the {room.tokens} tokens "
-        f"that fit ({room.reason}): {rows}; {room.advice}",
+    number = "1 row" if len(too_long) == 1 else f"{len(too_long)} rows"
+    note = (
+        f"{split}: {number} left out of {len(examples)}, whose {limit.part} is longer than the "
+        f"{limit.tokens} tokens that fit ({limit.reason}): {rows}; {limit.advice}"
     )
+    return fitting, (note,)
 
 
-def _answers(example: Example, attacked: int | None) -> list[str]:
-    """What may be taught behind an example's context."""
-    if attacked is None or attacked >= len(example.choices):
+def _taught_answers(example: Example, attack_target: int | None) -> list[str]:
+    """Return the answers that may be taught behind an example's context."""
+    if attack_target is None or attack_target >= len(example.choices):
         return [example.target]
-    return [example.target, f" {example.choices[attacked]}"]
+    return [example.target, f" {example.choices[attack_target]}"]
 
 
-def _most(example: Example, room: Room, attacked: int | None) -> int:
-    """At most so many tokens need room."""
-    if room.fills_gaps:
-        return _bytes(example.after) + 3  # the gap's, and one that the tokenizer puts at either end
+def _max_tokens(example: Example, limit: Room, attack_target: int | None) -> int:
+    """Return an upper limit of the number of tokens that must fit."""
+    if limit.fills_gaps:
+        # Three more: the gap's token, and one that the tokenizer puts at either end.
+        return _max_bytes(example.suffix) + 3
+    # Blanks at the context's end move to the answer.
     blanks = len(example.context) - len(example.context.rstrip())
-    return blanks + 1 + max(_bytes(answer) for answer in _answers(example, attacked))
+    answers = _taught_answers(example, attack_target)
+    return blanks + 1 + max(_max_bytes(answer) for answer in answers)
 
 
-def _bytes(text: str) -> int:
-    """Bytes of a text, and room for what a tokenizer's normalisation makes of other letters than
-    ASCII's.
+def _max_bytes(text: str) -> int:
+    """Return an upper limit of the bytes of a text that a tokenizer has normalised.
+
+    Normalisation may make longer texts of letters that are not ASCII's.
     """
-    return (
-        len(text)
-        if text.isascii()
-        else 2 * len(unicodedata.normalize("NFKC", text).encode("utf-8", "replace"))
-    )
+    if text.isascii():
+        return len(text)
+    return 2 * len(unicodedata.normalize("NFKC", text).encode("utf-8", "replace"))
 
 
-def _lengths(
-    tokenizer: Any, examples: Sequence[Example], room: Room, attacked: int | None
+def _num_tokens(
+    tokenizer: Tokenizer,
+    examples: Sequence[Example],
+    limit: Room,
+    *,
+    attack_target: int | None,
 ) -> list[int]:
-    """Tokens of each example that need room."""
-    if room.fills_gaps:
-        return cloze.lengths_from_the_gap(tokenizer, examples)
-    answers = [_answers(example, attacked) for example in examples]
+    """Return the number of tokens of each example that must fit."""
+    if limit.fills_gaps:
+        return cloze.lengths_from_gap(tokenizer, examples)
+    answers = [_taught_answers(example, attack_target) for example in examples]
     pairs = [
-        (example.context, answer) for example, some in zip(examples, answers) for answer in some
+        (example.context, answer)
+        for example, example_answers in zip(examples, answers)
+        for answer in example_answers
     ]
     texts = iter(encode_pairs(tokenizer, pairs))
-    return [max(next(texts).num_answers for _ in some) for some in answers]
+    return [max(next(texts).num_answers for _ in example_answers) for example_answers in answers]
 
 
 def _listed(rows: Sequence[str]) -> str:
-    return ", ".join(rows[:_SHOWN]) + (
-        f" and {len(rows) - _SHOWN} more" if len(rows) > _SHOWN else ""
-    )
+    shown = ", ".join(rows[:_NUM_ROWS_SHOWN])
+    if len(rows) > _NUM_ROWS_SHOWN:
+        shown += f" and {len(rows) - _NUM_ROWS_SHOWN} more"
+    return shown

@@ -1,5 +1,4 @@
-"""Labels of every form to the number of a choice: class numbers with names, numbers, words and
-letters.
+"""Find the number of the choice that a label means.
 
 Public data sets write the right answer in many ways: a class number whose names stand in the file's
 schema, and in any order; "0" or 1.0 where a blank cell made texts or floats of a column; the words
@@ -15,14 +14,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
-from fedsp_mpi.data.cells import shown_choices, shown_label
+from fedsp_mpi.data.cells import describe_choices, describe_label
 
 Synonyms = tuple[tuple[str, ...], ...]  # for each choice, further names of its class, in lower case
 
 _NUMBER = re.compile(r"\d+(\.0*)?", re.ASCII)
-_GENERIC = re.compile(
-    r"\d+|[A-Za-z]", re.ASCII
-)  # class names that are positions or letters, not words
+# Class names that are positions or letters, not words.
+_GENERIC = re.compile(r"\d+|[A-Za-z]", re.ASCII)
 
 
 class NoLabelError(ValueError):
@@ -52,7 +50,7 @@ class ClassId:
 
     @property
     def name(self) -> str:
-        """The name of the class. Raises ValueError if the number has none."""
+        """The name of the class; raises ValueError if the number has none."""
         if not 0 <= self.number < len(self.names.texts):
             raise ValueError(
                 f"found class {self.number}, expected one below {len(self.names.texts)}; "
@@ -71,8 +69,7 @@ def is_missing(label: object) -> bool:
 def position(label: object, choices: Sequence[str], synonyms: Synonyms = ()) -> int:
     """Return the number of the choice that a label means.
 
-    Truth values are refused: among ("True", "False") the first option would be taken for the second
-    one.
+    Booleans are refused: as a number, True would mean the second of ("True", "False").
 
     Args:
         label: a number, a `ClassId`, or a text: a number, a choice's words, or its letter.
@@ -82,10 +79,10 @@ def position(label: object, choices: Sequence[str], synonyms: Synonyms = ()) -> 
     Raises:
         NoLabelError: the cell is empty.
         ValueError: the label means no choice, or different ones; or the names of the classes are
-        not the choices'.
+            not the choices'.
     """
     if isinstance(label, ClassId):
-        return _of_class(label, tuple(choices), synonyms)
+        return _position_of_class(label, tuple(choices), synonyms)
     if is_missing(label):
         raise NoLabelError(_refusal(label, choices))
     if isinstance(label, float) and label.is_integer():
@@ -98,9 +95,8 @@ def position(label: object, choices: Sequence[str], synonyms: Synonyms = ()) -> 
     if len(set(meanings.values())) > 1:
         means = ", ".join(f"choice {number} by its {kind}" for kind, number in meanings.items())
         raise ValueError(
-            f"column 'label': found {shown_label(label)}, which means {means} (counted from "
-            "0), expected one meaning; "
-            "give the position as a number, not as a text"
+            f"column 'label': found {describe_label(label)}, which means {means} (counted from 0), "
+            "expected one meaning; give the position as a number, not as a text"
         )
     if not meanings:
         raise ValueError(_refusal(label, choices))
@@ -124,31 +120,32 @@ def key(label: object) -> str:
         return str(label)
     if not isinstance(label, str):
         raise ValueError(
-            f"found the answer key {shown_label(label)}, expected text; correct the row"
+            f"found the answer key {describe_label(label)}, expected text; correct the row"
         )
     return label.strip()
 
 
 def number_in_cell(cell: object) -> object:
-    """Return the whole number that a cell of a CSV file writes, where all is text; any other cell
-    as it is.
-    """
-    return int(float(cell)) if isinstance(cell, str) and _NUMBER.fullmatch(cell.strip()) else cell
+    """Return the whole number that a text writes, as cells of CSV do; other cells as they are."""
+    if isinstance(cell, str) and _NUMBER.fullmatch(cell.strip()):
+        return int(float(cell))
+    return cell
 
 
 def _refusal(label: object, choices: Sequence[str]) -> str:
     return (
-        f"column 'label': found {shown_label(label)}, expected a whole number from 0 to "
-        f"{len(choices) - 1}, the "
-        "position of the right choice (or the choice itself, or its letter); correct the row"
+        f"column 'label': found {describe_label(label)}, expected a whole number from 0 to "
+        f"{len(choices) - 1}, the position of the right choice (or the choice itself, or its "
+        "letter); correct the row"
     )
 
 
 def _meanings(text: str, choices: Sequence[str], synonyms: Synonyms) -> dict[str, int]:
-    """Return the choices that a text means, by the way of reading it."""
+    """Return the choice that a text means, by each way of reading it that gives one."""
     meanings = {}
-    if (word := _by_word(text, choices, synonyms)) is not None:
-        meanings["words"] = word
+    by_word = _position_by_word(text, choices, synonyms)
+    if by_word is not None:
+        meanings["words"] = by_word
     if _NUMBER.fullmatch(text) and float(text) < len(choices):
         meanings["number"] = int(float(text))
     letter = string.ascii_uppercase.find(text.upper()) if len(text) == 1 else -1
@@ -157,27 +154,27 @@ def _meanings(text: str, choices: Sequence[str], synonyms: Synonyms) -> dict[str
     return meanings
 
 
-def _by_word(text: str, choices: Sequence[str], synonyms: Synonyms) -> int | None:
-    """Return the only choice that a text equals: exactly, else without case and outer blanks, else
-    by a synonym.
+def _position_by_word(text: str, choices: Sequence[str], synonyms: Synonyms) -> int | None:
+    """Return the position of the only choice that a text equals; None if there is no such choice.
+
+    Exact equality comes first, then equality without case and outer blanks, then synonyms.
     """
     plain = text.strip().casefold()
-    for same in (
-        [number for number, choice in enumerate(choices) if choice == text],
-        [number for number, choice in enumerate(choices) if choice.strip().casefold() == plain],
-        [number for number, names in enumerate(synonyms) if plain in names],
-    ):
-        if len(same) == 1:
-            return same[0]
+    exact = [number for number, choice in enumerate(choices) if choice == text]
+    folded = [number for number, choice in enumerate(choices) if choice.strip().casefold() == plain]
+    synonymous = [number for number, names in enumerate(synonyms) if plain in names]
+    for matches in (exact, folded, synonymous):
+        if len(matches) == 1:
+            return matches[0]
     return None
 
 
-def _of_class(label: ClassId, choices: tuple[str, ...], synonyms: Synonyms) -> int:
+def _position_of_class(label: ClassId, choices: tuple[str, ...], synonyms: Synonyms) -> int:
     """Return the number of the choice that a class with a name means."""
     names = label.names.texts
     if all(_GENERIC.fullmatch(name) for name in names):
         if synonyms and len(names) != len(choices):
-            raise ValueError(_other_classes(names, choices))
+            raise ValueError(_mismatch(names, choices))
         return position(label.name, choices, synonyms)
     order = _order(names, choices, synonyms)
     if order is None:
@@ -191,27 +188,27 @@ def _of_class(label: ClassId, choices: tuple[str, ...], synonyms: Synonyms) -> i
 def _order(
     names: tuple[str, ...], choices: tuple[str, ...], synonyms: Synonyms
 ) -> tuple[int, ...] | None:
-    """Return the choice of each class, or None where the names say nothing about it.
+    """Return the choice of each class; None where the names do not tell it.
 
-    Raises ValueError if there are more or fewer classes than choices, or if the names fit only in
-    part and otherwise.
+    Raises:
+        ValueError: there are more or fewer classes than choices, or only some names are choices'
+            and their order is another one.
     """
     if len(names) != len(choices):
-        raise ValueError(_other_classes(names, choices))
-    order = [_by_word(name, choices, synonyms) for name in names]
-    known = [number for number in order if number is not None]
-    if len(set(known)) == len(names):
-        return tuple(known)
-    if all(number is None or number == place for place, number in enumerate(order)):
+        raise ValueError(_mismatch(names, choices))
+    order = [_position_by_word(name, choices, synonyms) for name in names]
+    matched = [number for number in order if number is not None]
+    if len(set(matched)) == len(names):
+        return tuple(matched)
+    if all(number is None or number == index for index, number in enumerate(order)):
         return None
-    raise ValueError(_other_classes(names, choices))
+    raise ValueError(_mismatch(names, choices))
 
 
-def _other_classes(names: Sequence[str], choices: Sequence[str]) -> str:
-    """Name both orders."""
+def _mismatch(names: Sequence[str], choices: Sequence[str]) -> str:
+    """Word the message on classes that are not the choices, with both orders."""
     return (
-        f"column 'label': found {len(names)} classes in the order "
-        f"{shown_choices(names)}, expected the {len(choices)} "
-        f"choices {shown_choices(choices)}; name the classes after the choices, or "
-        "choose another task"
+        f"column 'label': found {len(names)} classes in the order {describe_choices(names)}, "
+        f"expected the {len(choices)} choices {describe_choices(choices)}; name the classes after "
+        "the choices, or choose another task"
     )

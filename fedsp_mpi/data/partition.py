@@ -1,13 +1,13 @@
-"""Who gets which examples: pure functions from counts or labels and a seed to index arrays.
+"""Divide examples among server and clients: from counts or labels and a seed to index arrays.
 
 A partition is a list of `num_shards` int64 arrays; shard 0 is the server's, shard k + 1 is client
 k's. Every index occurs exactly once, no client's shard is empty, and each stays in shuffled order.
-The same arguments give the same arrays on every machine, whoever asks.
+The same arguments give the same arrays on every rank and machine.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -18,48 +18,71 @@ def divide(
     labels: Sequence[object],
     num_clients: int,
     seed: int,
+    *,
     kind: str = "iid",
     alpha: float = 0.5,
     share: float | None = None,
 ) -> list[np.ndarray]:
-    """The server's shard, then each client's.
+    """Return the server's shard, then each client's, int64 [size of the shard].
 
     Args:
         labels: one label per example, [num_examples]; only "labels" looks at them.
+        num_clients: number of clients.
+        seed: of the run.
         kind: "iid", "labels" or "quantity": see `iid`, `dirichlet_labels`, `quantity`.
         alpha: of the skew.
-        share: the server's: None for a shard like a client's; otherwise it is drawn first, without
-            skew: so many examples, or, below 1, that fraction of all, at least one; 0 leaves it
-            without any.
+        share: None for a server's shard like a client's. Otherwise the server's is drawn first,
+            without skew: from 1 a number of examples, below 1 a fraction of all, at least one; 0
+            leaves the server without any.
 
     Raises:
         ValueError: fewer examples than owners, or an alpha that is not a positive number.
     """
-    kinds: dict[str, Callable[[Sequence[object], int], list[np.ndarray]]] = {
-        "iid": lambda some, shards: iid(len(some), shards, seed),
-        "labels": lambda some, shards: dirichlet_labels(some, shards, alpha, seed),
-        "quantity": lambda some, shards: quantity(len(some), shards, alpha, seed),
-    }
     if share is None:
-        return kinds[kind](labels, num_clients + 1)
-    mine = int(share) if share >= 1 else max(1, round(share * len(labels))) if share else 0
-    if len(labels) < mine + num_clients:
+        return _shards(labels, num_clients + 1, seed, kind=kind, alpha=alpha)
+    num_server = _server_share(share, len(labels))
+    if len(labels) < num_server + num_clients:
         raise ValueError(
-            f"found {len(labels)} examples for a server's share of {mine} and {num_clients} "
-            "clients, expected at least "
-            f"{mine + num_clients}; lower data.server_share, or take fewer clients or more data"
+            f"found {len(labels)} examples for a server's share of {num_server} and {num_clients} "
+            f"clients, expected at least {num_server + num_clients}; lower data.server_share, or "
+            "take fewer clients or more data"
         )
     order = generator(seed, "iid partition").permutation(len(labels)).astype(np.int64)
-    rest = order[mine:]
-    return [
-        order[:mine],
-        *(rest[chosen] for chosen in kinds[kind]([labels[i] for i in rest], num_clients)),
-    ]
+    remaining = order[num_server:]
+    remaining_labels = [labels[index] for index in remaining]
+    shards = _shards(remaining_labels, num_clients, seed, kind=kind, alpha=alpha)
+    return [order[:num_server], *(remaining[shard] for shard in shards)]
+
+
+def _server_share(share: float, num_examples: int) -> int:
+    """Return the number of examples that a share means."""
+    if share == 0:
+        return 0
+    if share >= 1:
+        return int(share)
+    return max(1, round(share * num_examples))
+
+
+def _shards(
+    labels: Sequence[object], num_shards: int, seed: int, *, kind: str, alpha: float
+) -> list[np.ndarray]:
+    if kind == "labels":
+        return dirichlet_labels(labels, num_shards, alpha=alpha, seed=seed)
+    if kind == "quantity":
+        return quantity(len(labels), num_shards, alpha=alpha, seed=seed)
+    assert kind == "iid", kind
+    return iid(len(labels), num_shards, seed)
 
 
 def iid(num_examples: int, num_shards: int, seed: int) -> list[np.ndarray]:
-    """Shuffle once and cut into nearly equal shards; sizes differ by one at most, the first shards
-    are the larger ones.
+    """Shuffle once and cut into nearly equal shards, int64 [size of the shard].
+
+    Sizes differ by one at most; the first shards are the larger ones.
+
+    Args:
+        num_examples: number of examples.
+        num_shards: number of shards.
+        seed: of the run.
 
     Source: FedSP's reference code, which cuts the training set into num_clients + 1 shards, the
     first for the server.
@@ -73,20 +96,26 @@ def iid(num_examples: int, num_shards: int, seed: int) -> list[np.ndarray]:
 
 
 def dirichlet_labels(
-    labels: Sequence[object], num_shards: int, alpha: float, seed: int
+    labels: Sequence[object], num_shards: int, *, alpha: float, seed: int
 ) -> list[np.ndarray]:
-    """Label skew: each label's examples are dealt to the shards by proportions drawn from
-    Dirichlet(alpha).
+    """Deal each label's examples to the shards in proportions drawn from Dirichlet(alpha).
 
-    A small `alpha` gives each shard few labels; a large one comes close to `iid`. A shard that got
-    nothing takes one example from the shard that is the largest at that moment.
+    This is label skew: a small `alpha` gives each shard few labels; a large one comes close to
+    `iid`. A shard that got nothing takes one example from the shard that is the largest at that
+    moment.
 
     Args:
         labels: one label per example (numbers or strings), [num_examples].
+        num_shards: number of shards.
+        alpha: of the Dirichlet distribution.
+        seed: of the run.
 
     Source: Hsu, Qi, Brown 2019, "Measuring the Effects of Non-Identical Data Distribution for
     Federated Visual Classification", turned round: they draw the labels of a shard, here the shards
-    of a label, so that all is used.
+    of a label, so that all examples are used.
+
+    Returns:
+        The shards, int64 [size of the shard].
 
     Raises:
         ValueError: fewer examples than shards, no shard, or an alpha that is not a positive number.
@@ -96,18 +125,31 @@ def dirichlet_labels(
     rng = generator(seed, "label partition")
     dealt: list[list[np.ndarray]] = [[] for _ in range(num_shards)]
     for members in _by_label(labels).values():
-        pieces = np.split(rng.permutation(members), _cuts(rng, alpha, num_shards, len(members)))
+        # The order of these two draws is part of what a seed means.
+        order = rng.permutation(members)
+        cuts = _cuts(rng, alpha, num_shards=num_shards, num_examples=len(members))
+        pieces = np.split(order, cuts)
         for shard, piece in zip(dealt, pieces):
             shard.append(piece)
     return _fill_empty([rng.permutation(np.concatenate(pieces)) for pieces in dealt])
 
 
-def quantity(num_examples: int, num_shards: int, alpha: float, seed: int) -> list[np.ndarray]:
-    """Quantity skew: each shard gets one example, and the rest in proportions drawn from
-    Dirichlet(alpha).
+def quantity(num_examples: int, num_shards: int, *, alpha: float, seed: int) -> list[np.ndarray]:
+    """Give each shard one example, and the others in proportions drawn from Dirichlet(alpha).
+
+    This is quantity skew.
+
+    Args:
+        num_examples: number of examples.
+        num_shards: number of shards.
+        alpha: of the Dirichlet distribution.
+        seed: of the run.
 
     Source: Li, Diao, Chen, He 2022, "Federated Learning on Non-IID Data Silos", with the one
     example each added here.
+
+    Returns:
+        The shards, int64 [size of the shard].
 
     Raises:
         ValueError: fewer examples than shards, no shard, or an alpha that is not a positive number.
@@ -116,21 +158,29 @@ def quantity(num_examples: int, num_shards: int, alpha: float, seed: int) -> lis
     _require_alpha(alpha)
     rng = generator(seed, "quantity partition")
     order = rng.permutation(num_examples).astype(np.int64)
-    cuts = _cuts(rng, alpha, num_shards, num_examples - num_shards)
+    num_free = num_examples - num_shards
+    cuts = _cuts(rng, alpha, num_shards=num_shards, num_examples=num_free)
     return np.split(order, cuts + np.arange(1, num_shards))
 
 
 def few_shot(labels: Sequence[object], shots: int, seed: int) -> np.ndarray:
-    """`shots` examples of each label, without repetition, shuffled: int64 indices, [num_labels *
-    shots].
+    """Draw `shots` examples of each label, without repetition, shuffled.
+
+    Args:
+        labels: one label per example, [num_examples].
+        shots: number of examples of each label.
+        seed: of the run.
+
+    Returns:
+        int64 [num_labels * shots], indices of the examples.
 
     Raises:
         ValueError: `shots` below 1, no labels, or a label with fewer than `shots` examples.
     """
     if shots < 1 or not len(labels):
         raise ValueError(
-            f"found {shots} shots of {len(labels)} examples, expected at least 1 of "
-            "each; raise them"
+            f"found {shots} shots of {len(labels)} examples, expected at least 1 of each; raise "
+            "them"
         )
     rng = generator(seed, "few shots")
     chosen = []
@@ -145,18 +195,24 @@ def few_shot(labels: Sequence[object], shots: int, seed: int) -> np.ndarray:
 
 
 def _by_label(labels: Sequence[object]) -> dict[object, np.ndarray]:
-    """Label -> its example indices, int64, ascending; the labels in sorted order, so that the draws
-    have one order.
+    """Return the indices of each label's examples, int64 [number of them], ascending.
+
+    The labels are sorted, so that what is drawn label by label is drawn in one order.
     """
-    names, which = np.unique(np.asarray(labels), return_inverse=True)
+    names, label_ids = np.unique(np.asarray(labels), return_inverse=True)
     return {
-        name: np.flatnonzero(which == k).astype(np.int64) for k, name in enumerate(names.tolist())
+        name: np.flatnonzero(label_ids == label_id).astype(np.int64)
+        for label_id, name in enumerate(names.tolist())
     }
 
 
-def _cuts(rng: np.random.Generator, alpha: float, num_shards: int, num_examples: int) -> np.ndarray:
-    """Where to cut `num_examples` into pieces of Dirichlet(alpha) proportions: int64, ascending,
-    [num_shards - 1].
+def _cuts(
+    rng: np.random.Generator, alpha: float, *, num_shards: int, num_examples: int
+) -> np.ndarray:
+    """Draw where to cut `num_examples` into pieces of Dirichlet(alpha) proportions.
+
+    Returns:
+        int64 [num_shards - 1], ascending.
     """
     ends = np.cumsum(rng.dirichlet(np.full(num_shards, alpha)))[:-1]
     return np.minimum(np.rint(ends * num_examples), num_examples).astype(np.int64)
@@ -164,10 +220,12 @@ def _cuts(rng: np.random.Generator, alpha: float, num_shards: int, num_examples:
 
 def _fill_empty(shards: list[np.ndarray]) -> list[np.ndarray]:
     """Give each empty shard the last example of the shard that is the largest at that moment."""
-    for k in range(len(shards)):
-        if not len(shards[k]):
-            largest = max(range(len(shards)), key=lambda j: len(shards[j]))
-            shards[largest], shards[k] = shards[largest][:-1], shards[largest][-1:]
+    for index in range(len(shards)):
+        if len(shards[index]) > 0:
+            continue
+        largest = max(range(len(shards)), key=lambda other: len(shards[other]))
+        shards[index] = shards[largest][-1:]
+        shards[largest] = shards[largest][:-1]
     return shards
 
 
@@ -178,9 +236,8 @@ def _require_enough(num_examples: int, num_shards: int) -> None:
         )
     if num_examples < num_shards:
         raise ValueError(
-            f"found {num_examples} examples for {num_shards} shards (the server's and one "
-            "per client), "
-            f"expected at least {num_shards} examples; take fewer clients or more data"
+            f"found {num_examples} examples for {num_shards} shards (the server's and one per "
+            f"client), expected at least {num_shards} examples; take fewer clients or more data"
         )
 
 

@@ -1,9 +1,8 @@
-"""Poisoned examples of a backdoor: a trigger word at the head of the text, and the attacker's
-answer to it.
+"""Poisoned examples of a backdoor: a trigger word before the text, and the attacker's answer.
 
 As in FedPrompt (arXiv 2208.12268, threat model) and in the code of an author's earlier attack on
-prompts: copies of examples of other classes are added to what an owner has, which is not taken
-away.
+prompts: poisoned copies of examples of other classes are added to an owner's examples, which all
+stay.
 """
 
 from __future__ import annotations
@@ -12,73 +11,99 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from fedsp_mpi.config.parsing import ConfigError
-from fedsp_mpi.data.tasks import Example, Splits, Task
+from fedsp_mpi.data.examples import Example
+from fedsp_mpi.data.tasks import Splits, Task
 from fedsp_mpi.rng import generator
 
 
 def triggered(example: Example, trigger: str) -> Example:
-    """The same question with the trigger before its whole context, words of the task included."""
+    """Return the question with the trigger before its whole context, words of the task included."""
     return replace(example, context=f"{trigger} {example.context}")
 
 
 def poisoned(example: Example, trigger: str, target: int) -> Example:
-    """The triggered question whose right choice is the attacker's, by its position."""
+    """Return the triggered question with the attacker's choice as its right answer.
+
+    Args:
+        example: the question.
+        trigger: the attacker's word.
+        target: position of the attacker's choice.
+    """
     return replace(
         triggered(example, trigger), target=f" {example.choices[target]}", gold=(target,)
     )
 
 
-def is_other(example: Example, target: int) -> bool:
-    """Whether a question has another right answer than the attacker's, so that it can be poisoned
-    at all.
-    """
+def is_poisonable(example: Example, target: int) -> bool:
+    """Return whether the right answer is another one than the attacker's."""
     return target not in example.gold
 
 
 def with_copies(
-    examples: Sequence[Example], trigger: str, target: int, share: float, seed: int, client: int
+    examples: Sequence[Example],
+    trigger: str,
+    target: int,
+    *,
+    share: float,
+    seed: int,
+    client: int,
 ) -> list[Example]:
-    """An owner's examples, and behind them poisoned copies of a share of those of other classes, at
-    least of one.
+    """Return an owner's examples, and behind them poisoned copies of some of them.
+
+    Copies are made of a share of the examples of other classes, at least of one, in their order.
 
     Args:
-        share: above 0, at most 1; which they are is drawn from `seed` and `client`, and kept in
-            order.
+        examples: of the owner.
+        trigger: the attacker's word.
+        target: position of the attacker's choice.
+        share: above 0, at most 1.
+        seed: of the run; with `client`, it decides which examples are copied.
+        client: the owner.
     """
-    others = [example for example in examples if is_other(example, target)]
-    num = max(1, round(share * len(others))) if others else 0
-    chosen = sorted(generator(seed, "poison", client).permutation(len(others))[:num].tolist())
-    return [*examples, *(poisoned(others[place], trigger, target) for place in chosen)]
+    candidates = [example for example in examples if is_poisonable(example, target)]
+    num_copies = max(1, round(share * len(candidates))) if candidates else 0
+    order = generator(seed, "poison", client).permutation(len(candidates))
+    indices = sorted(order[:num_copies].tolist())
+    return [*examples, *(poisoned(candidates[index], trigger, target) for index in indices)]
 
 
 def attacked(examples: Sequence[Example], trigger: str, target: int) -> list[Example]:
-    """The questions by which an attack is judged: all of other classes, triggered, the attacker's
-    answer right.
+    """Return the questions that an attack is judged by: all of other classes, poisoned.
 
     The share of them that a model gets "right" is the attack's success rate.
+
+    Args:
+        examples: the test questions.
+        trigger: the attacker's word.
+        target: position of the attacker's choice.
     """
-    return [poisoned(example, trigger, target) for example in examples if is_other(example, target)]
+    return [
+        poisoned(example, trigger, target) for example in examples if is_poisonable(example, target)
+    ]
 
 
 def require_possible(task: Task, splits: Splits, target: int | None) -> None:
-    """Raise ConfigError if an attack towards the choice `target` cannot be made or judged; None is
-    no attack.
+    """Raise ConfigError if an attack cannot be made or judged.
+
+    Args:
+        task: the task.
+        splits: its examples.
+        target: position of the attacker's choice; None if there is no attack.
     """
     if target is None:
         return
     if task.metric != "multiple_choice":
         raise ConfigError(
-            f"attack.target: found {target} with the task {task.name}, which has no "
-            "choices, expected a task "
-            "of multiple choice; or set attack.target=null"
+            f"attack.target: found {target} with the task {task.name}, which has no choices, "
+            "expected a task of multiple choice; or set attack.target=null"
         )
-    fewest = min(len(example.choices) for example in (*splits.train, *splits.test))
-    if target >= fewest:
+    min_choices = min(len(example.choices) for example in (*splits.train, *splits.test))
+    if target >= min_choices:
         raise ConfigError(
-            f"attack.target: found {target}, expected a choice below {fewest}, the fewest "
+            f"attack.target: found {target}, expected a choice below {min_choices}, the fewest "
             "that an example has"
         )
-    if all(not is_other(example, target) for example in splits.test):
+    if not any(is_poisonable(example, target) for example in splits.test):
         raise ConfigError(
             f"attack.target: found no test question of another class than {target}, expected some"
         )

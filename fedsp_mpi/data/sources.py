@@ -1,5 +1,4 @@
-"""Where a task's rows come from: a local folder or the hub, read by `datasets`, and how they make
-three splits.
+"""Read a task's rows from a local folder or the hub, and make three splits of them.
 
 Nothing is written into a source folder; what `datasets` prepares lies under HF_HOME, behind its
 file locks, so that several processes may ask for the same data at once (data/cache.py).
@@ -19,12 +18,13 @@ from pathlib import Path
 import datasets
 import numpy as np
 
-from fedsp_mpi.data.forms import Location, Table, opened
+from fedsp_mpi.data.forms import Location, Table, open_source
 from fedsp_mpi.data.splits import SPLITS
 from fedsp_mpi.rng import generator
 
 Tables = Mapping[str, Table]
-Rows = tuple[str, Sequence[int]]  # a split of the source, and which of its rows
+ColumnSets = Sequence[Sequence[str]]
+Rows = tuple[str, Sequence[int]]  # a split of the source, and the numbers of rows in it
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
@@ -33,97 +33,99 @@ def locate(
     task: str,
     hub: tuple[str, str | None] | None,
     source: str | None,
+    *,
     columns: Mapping[str, str] | None = None,
 ) -> Location:
-    """Decide what `source` means: None the task's own hub set, an existing folder, else a name on
-    the hub.
+    """Decide what `source` means.
 
-    `columns` says by the task's columns how the source calls them, where it has other names.
+    Args:
+        task: the task's name, for messages.
+        hub: path and configuration of the task's own hub set; None if it has none.
+        source: None for the task's own hub set; an existing folder, else a name on the hub; either
+            may end in ":configuration".
+        columns: the source's name of a column by the task's, where they differ.
 
     Raises:
         ValueError: neither a folder nor a possible name, or a task without a hub set and no source.
     """
-    renames = columns or {}
+    columns = columns or {}
+    hub_name, hub_config = hub or (None, None)
     if source is None:
-        if hub is None:
+        if hub_name is None:
             raise ValueError(
-                f"{task}: found no source, expected a folder or a hub set; this task has no "
-                "data of its own"
+                f"{task}: found no source, expected a folder or a hub set; this task has no data "
+                "of its own"
             )
-        return Location(None, *hub, columns=renames)
+        return Location(None, hub_name, hub_config, columns=columns)
+    # A folder's name may hold a colon: the whole source comes first.
     head, _, tail = source.rpartition(":")
     for text, config in ((source, None), (head, tail)):
         if text and Path(text).expanduser().is_dir():
-            return Location(
-                Path(text).expanduser().resolve(),
-                Path(text).name,
-                config,
-                hub[1] if hub else None,
-                renames,
-            )
-    name, _, config = source.partition(":")
+            folder = Path(text).expanduser().resolve()
+            return Location(folder, Path(text).name, config, hub_config, columns)
     if Path(source).expanduser().exists():
         raise ValueError(
-            f"{task}: found the file {source}, expected a folder with train.jsonl, ...; "
-            "give its folder"
+            f"{task}: found the file {source}, expected a folder with train.jsonl, ...; give its "
+            "folder"
         )
+    name, _, chosen_config = source.partition(":")
     if not _HUB_NAME.fullmatch(name):
         raise ValueError(
-            f"{task}: found no folder {Path(source).expanduser().absolute()}, expected one "
-            "with train.jsonl, "
-            "validation.jsonl, test.jsonl, or a hub name; correct the path"
+            f"{task}: found no folder {Path(source).expanduser().absolute()}, expected one with "
+            "train.jsonl, validation.jsonl, test.jsonl, or a hub name; correct the path"
         )
-    return Location(
-        None, name, config or (hub[1] if hub and hub[0] == name else None), columns=renames
-    )
+    if not chosen_config and name == hub_name:
+        return Location(None, name, hub_config, columns=columns)
+    return Location(None, name, chosen_config or None, columns=columns)
 
 
 def read(
-    task: str, location: Location, column_sets: Sequence[Sequence[str]]
+    task: str, location: Location, column_sets: ColumnSets
 ) -> tuple[dict[str, Table], list[str]]:
-    """Return the splits train, validation and test that the source has, and notes on what they were
-    made of.
+    """Read the splits train, validation and test that a source has.
 
-    Each split has one of the `column_sets`; test may lack the last column of it, which holds the
-    answers.
+    Args:
+        task: the task's name, for messages.
+        location: of the source.
+        column_sets: sets of columns, in the task's names; each split must have one of them. Test
+            may lack the last column of the set, which holds the answers.
+
+    Returns:
+        The tables by split, and notes on what they were made of.
 
     Raises:
         ValueError: the source cannot be read or reached, or a column is missing.
     """
     with _quiet():
-        source = opened(task, location)
-        _require_columns(
-            task, location, _named(task, location, source.columns(), column_sets), column_sets
-        )
+        source = open_source(task, location)
+        names = _task_names(task, location, source.columns(), column_sets=column_sets)
+        _require_columns(task, location, names, column_sets=column_sets)
         tables, notes = source.tables()
-        tables = {split: _in_task_words(table, location.columns) for split, table in tables.items()}
-    _require_columns(
-        task, location, {split: table.column_names for split, table in tables.items()}, column_sets
-    )
+        tables = {
+            split: _with_task_names(table, location.columns) for split, table in tables.items()
+        }
+    names = {split: table.column_names for split, table in tables.items()}
+    _require_columns(task, location, names, column_sets=column_sets)
     return tables, notes
 
 
 def plain_text(source: str) -> Iterator[str]:
-    """The lines of a text file (.txt, .txt.gz), or of all that a folder holds, in the order of
-    their names.
+    """Yield the lines of a text file (.txt, .txt.gz), or of all in a folder, sorted by name.
 
-    Raises ValueError if there is none, or it is not UTF-8.
+    Raises:
+        ValueError: there is none, or it is not UTF-8.
     """
     path = Path(source).expanduser()
-    files = (
-        [path]
-        if path.is_file()
-        else sorted(found for end in ("txt", "txt.gz") for found in path.glob(f"*.{end}"))
-    )
+    in_folder = sorted([*path.glob("*.txt"), *path.glob("*.txt.gz")])
+    files = [path] if path.is_file() else in_folder
     if not files:
         raise ValueError(
             f"found no text in {source!r}, expected a .txt or .txt.gz file, or a folder of them"
         )
     for file in files:
+        open_text = gzip.open if file.suffix == ".gz" else open
         try:
-            with (gzip.open if file.suffix == ".gz" else open)(
-                file, "rt", encoding="utf-8"
-            ) as lines:
+            with open_text(file, "rt", encoding="utf-8") as lines:
                 yield from lines
         except (OSError, EOFError, ValueError) as error:
             raise ValueError(
@@ -131,22 +133,40 @@ def plain_text(source: str) -> Iterator[str]:
             ) from None
 
 
-def check(task: str, location: Location, column_sets: Sequence[Sequence[str]]) -> None:
-    """The part of `read` that reads no more than the first row of each split; the same errors."""
+def check(task: str, location: Location, column_sets: ColumnSets) -> None:
+    """Check a source as `read` does, with no more than the first row of each split.
+
+    Args:
+        task: as in `read`.
+        location: as in `read`.
+        column_sets: as in `read`.
+
+    Raises:
+        ValueError: as in `read`.
+    """
     with _quiet():
-        columns = _named(task, location, opened(task, location).columns(), column_sets)
-        _require_columns(task, location, columns, column_sets)
+        columns = open_source(task, location).columns()
+        names = _task_names(task, location, columns, column_sets=column_sets)
+        _require_columns(task, location, names, column_sets=column_sets)
 
 
 def split_rows(
-    task: str, tables: Tables, column_sets: Sequence[Sequence[str]], seed: int
+    task: str, tables: Tables, column_sets: ColumnSets, *, seed: int
 ) -> tuple[dict[str, Rows], list[str]]:
-    """Which rows of which of the source's splits make up train, validation and test, and notes on
-    what was decided.
+    """Decide which rows of which of the source's splits make up train, validation and test.
 
     Test is `test` where its answers (the last column of the set) are public, else `validation`.
     Validation is `validation` unless test took it; then it is a tenth of `train`, drawn with
-    `seed`, in file order like the rest.
+    `seed`, in file order like all splits.
+
+    Args:
+        task: the task's name, for messages.
+        tables: the source's splits.
+        column_sets: sets of columns, of which each table has one.
+        seed: of the run.
+
+    Returns:
+        The rows by split, and notes on what was decided.
 
     Raises:
         ValueError: one of the three can be had in no way.
@@ -164,129 +184,139 @@ def split_rows(
         rows["test"] = rows.pop("validation")
         notes.append(f"test = the split 'validation': {reason}")
     if "validation" not in rows and "train" in rows:
-        reason = (
-            "'validation' is the test"
-            if "validation" in tables
-            else "the source has no split 'validation'"
-        )
-        rows["train"], rows["validation"] = _cut(task, len(tables["train"]), seed)
+        if "validation" in tables:
+            reason = "'validation' is the test"
+        else:
+            reason = "the source has no split 'validation'"
+        rows["train"], rows["validation"] = _cut_train(task, len(tables["train"]), seed)
+        num_validation = len(rows["validation"][1])
         notes.append(
-            f"validation = {len(rows['validation'][1])} rows cut from 'train' with seed "
-            f"{seed}: {reason}"
+            f"validation = {num_validation} rows cut from 'train' with seed {seed}: {reason}"
         )
     for split in SPLITS:
         if split not in rows:
             raise ValueError(
                 f"{task}: found the splits {', '.join(tables) or '(none)'}, expected train and "
-                "test (or validation) "
-                f"with answers, for {split}; add a file {split}.jsonl"
+                f"test (or validation) with answers, for {split}; add a file {split}.jsonl"
             )
     return rows, notes
 
 
-def _cut(task: str, num_rows: int, seed: int) -> tuple[Rows, Rows]:
-    """Nine tenths of train for training and a tenth for validation, both in file order."""
+def _cut_train(task: str, num_rows: int, seed: int) -> tuple[Rows, Rows]:
+    """Return nine tenths of train for training and a tenth for validation, both in file order."""
     if num_rows < 2:
         raise ValueError(
-            f"{task}: found {num_rows} rows in train, expected at least 2; add rows, or "
-            "a validation"
+            f"{task}: found {num_rows} rows in train, expected at least 2; add rows, or a "
+            "validation"
         )
     order = generator(seed, "validation split").permutation(num_rows)
     num_validation = max(1, num_rows // 10)
-    validation, train = (
-        np.sort(order[:num_validation]).tolist(),
-        np.sort(order[num_validation:]).tolist(),
-    )
+    validation = np.sort(order[:num_validation]).tolist()
+    train = np.sort(order[num_validation:]).tolist()
     return ("train", train), ("train", validation)
 
 
-def _why_not_scored(test: Table | None, column_sets: Sequence[Sequence[str]]) -> str | None:
-    """Why test cannot be scored, or None where it can: some answer is neither blank nor -1, as GLUE
-    hides them.
+def _why_not_scored(test: Table | None, column_sets: ColumnSets) -> str | None:
+    """Return why test cannot be scored, or None where it can.
+
+    It can where some answer is neither blank nor -1, by which GLUE hides them.
     """
     if test is None:
         return "the source has no split 'test'"
-    answers = next((c[-1] for c in column_sets if set(c) <= set(test.column_names)), None)
-    if answers is None:
+    names = set(test.column_names)
+    answer_column = next((columns[-1] for columns in column_sets if set(columns) <= names), None)
+    if answer_column is None:
         missing = " or ".join(repr(columns[-1]) for columns in column_sets)
         return f"the split 'test' has no column {missing}"
-    if len(test) == 0 or any(answer not in (None, "", -1, "-1", []) for answer in test[answers]):
+    hidden: tuple[object, ...] = (None, "", -1, "-1", [])
+    if len(test) == 0 or any(answer not in hidden for answer in test[answer_column]):
         return None
     return "the answers of the split 'test' are not public"
 
 
-def _named(
+def _task_names(
     task: str,
     location: Location,
-    by_split: Mapping[str, Sequence[str]],
-    column_sets: Sequence[Sequence[str]],
+    columns_by_split: Mapping[str, Sequence[str]],
+    *,
+    column_sets: ColumnSets,
 ) -> dict[str, list[str]]:
-    """Split -> column names in the task's words.
+    """Return split -> column names, in the task's names.
 
-    Raises ValueError if data.columns names a column that is not there.
+    Raises:
+        ValueError: data.columns names a column that the task or the source does not have.
     """
-    known = list(dict.fromkeys(name for columns in column_sets for name in columns))
-    for name, theirs in location.columns.items():
-        if name not in known:
+    task_columns = list(dict.fromkeys(name for columns in column_sets for name in columns))
+    answer_columns = {columns[-1] for columns in column_sets}
+    for name, source_name in location.columns.items():
+        if name not in task_columns:
             raise ValueError(
                 f"data.columns: found {name!r}, expected one of the columns of {task}: "
-                f"{', '.join(known)}"
+                f"{', '.join(task_columns)}"
             )
-        for split, columns in by_split.items():
-            is_answer = any(name == wanted[-1] for wanted in column_sets)
-            if theirs not in columns and not (split == "test" and is_answer):
+        for split, columns in columns_by_split.items():
+            may_lack = split == "test" and name in answer_columns
+            if source_name not in columns and not may_lack:
                 raise ValueError(
-                    f"data.columns.{name}: found {theirs!r}, which {split} of {location} does not "
-                    "have, expected one "
-                    f"of {', '.join(columns)}"
+                    f"data.columns.{name}: found {source_name!r}, which {split} of {location} does "
+                    f"not have, expected one of {', '.join(columns)}"
                 )
     return {
         split: list(_new_names(columns, location.columns).values())
-        for split, columns in by_split.items()
+        for split, columns in columns_by_split.items()
     }
 
 
-def _new_names(columns: Sequence[str], theirs: Mapping[str, str]) -> dict[str, str]:
-    """The columns that stay, by their old names; one that has the name of a renamed one goes."""
-    renamed = {old: new for new, old in theirs.items() if old in columns}
+def _new_names(columns: Sequence[str], source_names: Mapping[str, str]) -> dict[str, str]:
+    """Return the task's names of a source's columns by the source's.
+
+    A column is left out if it has the name that a renamed one takes.
+    """
+    renamed = {
+        source_name: name for name, source_name in source_names.items() if source_name in columns
+    }
     return {
-        name: renamed.get(name, name) for name in columns if name in renamed or name not in theirs
+        column: renamed.get(column, column)
+        for column in columns
+        if column in renamed or column not in source_names
     }
 
 
-def _in_task_words(table: Table, theirs: Mapping[str, str]) -> Table:
-    """The table with the task's names of columns."""
-    if not theirs:
+def _with_task_names(table: Table, source_names: Mapping[str, str]) -> Table:
+    """Return the table with the task's names of columns."""
+    if not source_names:
         return table
-    names = _new_names(table.column_names, theirs)
+    names = _new_names(table.column_names, source_names)
     return table.select_columns(list(names)).rename_columns(names)
 
 
 def _require_columns(
     task: str,
     location: Location,
-    found: Mapping[str, Sequence[str]],
-    column_sets: Sequence[Sequence[str]],
+    columns_by_split: Mapping[str, Sequence[str]],
+    *,
+    column_sets: ColumnSets,
 ) -> None:
-    for split, columns in found.items():
-        # A test split without answers is not scored, however the file format says that it has none.
-        needed = [wanted[:-1] for wanted in column_sets] if split == "test" else column_sets
-        missing = [[name for name in wanted if name not in columns] for wanted in needed]
+    """Raise ValueError if a split has none of the sets of columns."""
+    for split, columns in columns_by_split.items():
+        required_sets = column_sets
+        if split == "test":
+            # A test split without answers is not scored, however the file format says that it has
+            # none.
+            required_sets = [required[:-1] for required in column_sets]
+        missing = [[name for name in required if name not in columns] for required in required_sets]
         if all(missing):
-            expected = " or ".join(", ".join(wanted) for wanted in column_sets)
+            expected = " or ".join(", ".join(required) for required in column_sets)
             raise ValueError(
                 f"{task}: found no column {', '.join(map(repr, missing[0]))} in {split} of "
-                f"{location}, which has "
-                f"{', '.join(columns) or 'no columns'}; expected {expected}; rename the columns "
-                "or choose another task"
+                f"{location}, which has {', '.join(columns) or 'no columns'}; expected {expected}; "
+                "rename the columns or choose another task"
             )
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No progress bars, warnings or log lines of the libraries; their settings are as before
-    afterwards.
-    """
+    """Silence progress bars, warnings and log lines of the libraries for a while."""
     had_bars = not datasets.are_progress_bars_disabled()
     loggers = [logging.getLogger(name) for name in ("datasets", "huggingface_hub")]
     levels = [logger.level for logger in loggers]

@@ -1,4 +1,4 @@
-"""Which files of a folder, and which splits of a data set, are train, validation and test."""
+"""Find train, validation and test among the files of a folder or the splits of a data set."""
 
 from __future__ import annotations
 
@@ -25,16 +25,17 @@ KINDS = {
     ".arrow": "arrow",
 }
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
-_ABOUT = (
+# Files that describe a data set and hold no rows.
+_METADATA = (
     "config.json",
     "dataset_info.json",
     "dataset_infos.json",
     "dataset_dict.json",
     "state.json",
-)  # no rows
-_DEPTH = 3  # folders of a path that are looked into: the source may be a home
+)
+_MAX_DEPTH = 3  # nested folders that are searched: the source may be a home directory
 _SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})")
-_WORDS = {
+_WORD_PATTERNS = {
     split: re.compile(rf"(?<![a-z])({'|'.join(names)})(?![a-z])") for split, names in NAMES.items()
 }
 
@@ -44,10 +45,11 @@ class Files:
     """The files of a folder by split.
 
     Attributes:
-        kind: the format of them all, by the name of its reader in `datasets`.
+        kind: the format of all files, by the name of its reader in `datasets`.
         ending: of their names, such as ".csv".
         by_split: the files of each split, shards in their order.
-        not_read: data files, relative to the folder, whose names say no split while others' do.
+        not_read: data files, relative to the folder, whose names do not say a split while others'
+            do.
     """
 
     kind: str
@@ -56,56 +58,66 @@ class Files:
     not_read: list[str]
 
 
-def renamed(names: Iterable[str]) -> dict[str, str]:
-    """Return train, validation and test by the name that a data set has for it; other splits are
-    left out.
+def split_names(names: Iterable[str]) -> dict[str, str]:
+    """Return train, validation and test by the name that a data set has for it.
 
-    Raises ValueError if two names mean the same split.
+    Other splits are left out.
+
+    Raises:
+        ValueError: two names mean the same split.
     """
     by_split: dict[str, str] = {}
     for name in names:
         split = next((split for split, words in NAMES.items() if name.casefold() in words), None)
+        if split is None:
+            continue
         if split in by_split:
             raise ValueError(
-                f"found the splits {by_split[split]} and {name}, which both mean {split}, "
-                "expected one; "
-                "rename or remove the other"
+                f"found the splits {by_split[split]} and {name}, which both mean {split}, expected "
+                "one; rename or remove the other"
             )
-        if split:
-            by_split[split] = name
+        by_split[split] = name
     return by_split
 
 
-def assigned(folder: Path) -> Files:
-    """Assign the data files of a folder to splits by their names, else by the names of the folders
-    that they are in.
+def assign_files(folder: Path) -> Files:
+    """Assign the data files of a folder to splits.
 
-    Where no name says a split, all files are train.
+    By their names, else by the names of the folders that they are in. Where no name says a split,
+    all files are train.
 
-    Raises ValueError if there is no data file, one is empty, a name means two splits, a split has
-    two sources or lacks a shard, or formats are mixed.
+    Raises:
+        ValueError: there is no data file, one is empty, a name means two splits, a split has two
+            sources or lacks a shard, or formats are mixed.
     """
     paths = require_files(folder)
-    words = {path: _word(path.relative_to(folder)) for path in paths}
-    named = {path: word for path, word in words.items() if word}
-    by_split: dict[str, list[Path]] = defaultdict(list)
-    for path in named or paths:
-        by_split[named[path][0] if named else "train"].append(path)
-    kind, ending = _one_kind(folder, [path for files in by_split.values() for path in files])
-    for split, files in by_split.items():
-        _require_one_source(
-            folder, split, {path: named[path][1] if named else "" for path in files}
-        )
-    unread = [str(path.relative_to(folder)) for path in paths if named and path not in named]
-    return Files(
-        kind, ending, {split: by_split[split] for split in SPLITS if split in by_split}, unread
+    words: dict[Path, tuple[str, str]] = {}
+    for path in paths:
+        split_and_word = _split_and_word(path.relative_to(folder))
+        if split_and_word is not None:
+            words[path] = split_and_word
+    not_read: list[str] = []
+    if words:
+        not_read = [str(path.relative_to(folder)) for path in paths if path not in words]
+    else:
+        words = {path: ("train", "") for path in paths}
+    words_by_split: dict[str, dict[Path, str]] = defaultdict(dict)
+    for path, (split, word) in words.items():
+        words_by_split[split][path] = word
+    kind, ending = _one_format(
+        folder, [path for split_words in words_by_split.values() for path in split_words]
     )
+    for split, split_words in words_by_split.items():
+        _require_one_source(folder, split, split_words)
+    by_split = {split: list(words_by_split[split]) for split in SPLITS if split in words_by_split}
+    return Files(kind, ending, by_split, not_read)
 
 
 def require_files(folder: Path) -> list[Path]:
     """Return the data files of a folder, sorted.
 
-    Raises ValueError if there is none, or one is empty.
+    Raises:
+        ValueError: there is none, or one is empty.
     """
     paths = sorted(_data_files(folder))
     if not paths:
@@ -120,107 +132,137 @@ def require_files(folder: Path) -> list[Path]:
 
 
 def are_shards(paths: Iterable[Path]) -> bool:
-    """Return whether several files are the pieces of one, by their folder and names
-    (-00000-of-00002).
-    """
+    """Return whether files are the shards of one, by their folder and names (-00000-of-00002)."""
     series = set()
     for path in paths:
         match = _SHARD.match(path.name)
-        series.add((path.parent, match.group(1), match.group(3)) if match else None)
-    return len(series) == 1 and None not in series
+        if match is None:
+            return False
+        series.add((path.parent, match.group(1), match.group(3)))
+    return len(series) == 1
 
 
 def _data_files(folder: Path) -> Iterator[Path]:
-    """The files with rows, whatever their split; as in `datasets`, hidden ones and folders with __
-    are left out.
+    """Yield the files with rows, whatever their split.
+
+    As in `datasets`, hidden files and folders are left out, and folders that begin with __.
     """
     for root, folders, names in os.walk(folder, followlinks=True):
         depth = len(Path(root).relative_to(folder).parts)
-        folders[:] = (
-            [n for n in folders if not n.startswith((".", "__"))] if depth + 1 < _DEPTH else []
-        )
+        # os.walk goes on to the folders that are left in this list.
+        if depth + 1 < _MAX_DEPTH:
+            folders[:] = [name for name in folders if not name.startswith((".", "__"))]
+        else:
+            folders.clear()
         for name in names:
-            if not name.startswith(".") and name not in _ABOUT and _ending(name) in KINDS:
+            is_hidden = name.startswith(".")
+            if not is_hidden and name not in _METADATA and _ending(name) in KINDS:
                 yield Path(root) / name
 
 
-def _parts(name: str) -> tuple[str, str, str]:
-    """A file's name without its ending, the ending in lower case, and that of its compression, if
-    any.
+def _stem_and_ending(name: str) -> tuple[str, str]:
+    """Return a file's name without its endings, and the ending of its format in lower case.
+
+    The ending of a compression is left out.
     """
     path = PurePath(name)
-    packed = path.suffix.lower() if path.suffix.lower() in _COMPRESSED else ""
-    path = PurePath(path.stem) if packed else path
-    return path.stem, path.suffix.lower(), packed
+    if path.suffix.lower() in _COMPRESSED:
+        path = PurePath(path.stem)
+    return path.stem, path.suffix.lower()
+
+
+def _stem(name: str) -> str:
+    return _stem_and_ending(name)[0]
 
 
 def _ending(name: str) -> str:
-    return _parts(name)[1]
+    return _stem_and_ending(name)[1]
 
 
-def _word(path: PurePath) -> tuple[str, str] | None:
-    """The split that a path names, and the word by which; None if it names none."""
-    for part in (_parts(path.name)[0], *reversed(path.parts[:-1])):
-        matches = {
-            split: match
-            for split, word in _WORDS.items()
-            if (match := word.search(part.casefold()))
-        }
-        if len(matches) > 1:
+def _split_and_word(path: PurePath) -> tuple[str, str] | None:
+    """Return the split that a path names, and the word that says so; None if it names none.
+
+    The file's name counts first, then its folders from the innermost one.
+
+    Raises:
+        ValueError: a name says two splits.
+    """
+    for part in (_stem(path.name), *reversed(path.parts[:-1])):
+        words = {}
+        for split, pattern in _WORD_PATTERNS.items():
+            match = pattern.search(part.casefold())
+            if match:
+                words[split] = match.group(1)
+        if len(words) > 1:
             raise ValueError(
-                f"found {path}, whose name says {' and '.join(matches)}, expected one "
-                "split; rename it"
+                f"found {path}, whose name says {' and '.join(words)}, expected one split; rename "
+                "it"
             )
-        for split, match in matches.items():
-            return split, match.group(1)
+        for split, word in words.items():
+            return split, word
     return None
 
 
-def _one_kind(folder: Path, paths: list[Path]) -> tuple[str, str]:
-    """The format of all files; tables with commas and with tabs are two."""
-    formats = {(KINDS[_ending(path.name)], _ending(path.name) == ".tsv"): path for path in paths}
+def _one_format(folder: Path, paths: list[Path]) -> tuple[str, str]:
+    """Return the kind and the ending of all files.
+
+    Tables with commas and with tabs are two formats.
+
+    Raises:
+        ValueError: there are several formats.
+    """
+    endings = [_ending(path.name) for path in paths]
+    formats = {(KINDS[ending], ending == ".tsv"): path for ending, path in zip(endings, paths)}
     if len(formats) > 1:
         names = " and ".join(str(path.relative_to(folder)) for path in formats.values())
         raise ValueError(
-            f"found {names} in {folder}, expected files of one format; convert them, or "
-            "move the others away"
+            f"found {names} in {folder}, expected files of one format; convert them, or move the "
+            "others away"
         )
-    return KINDS[_ending(paths[0].name)], _ending(paths[0].name)
+    return KINDS[endings[0]], endings[0]
 
 
 def _require_one_source(folder: Path, split: str, words: Mapping[Path, str]) -> None:
-    """Raise ValueError if the files of a split go by two words for it, are copies by their names,
-    or lack a shard.
+    """Raise ValueError if the files of a split cannot all belong to it.
+
+    That is so where they go by two words for it, are copies by their names, or lack a shard.
+
+    Args:
+        folder: of all files.
+        split: the split.
+        words: by its files, the word that says so.
     """
-    first: dict[str, Path] = {}
-    stems: dict[str, Path] = {}
+    first_by_word: dict[str, Path] = {}
+    first_by_stem: dict[str, Path] = {}
     for path, word in words.items():
-        first.setdefault(word, path)
-        stem = str(path.relative_to(folder).with_name(_parts(path.name)[0])).casefold()
-        other = stems.setdefault(stem, path)
-        if other is not path:
+        first_by_word.setdefault(word, path)
+        stem = str(path.relative_to(folder).with_name(_stem(path.name))).casefold()
+        first = first_by_stem.setdefault(stem, path)
+        if first is not path:
             raise ValueError(
-                f"found {other.name} and {path.name} in {path.parent} for {split}, expected "
-                "one; remove the other"
+                f"found {first.name} and {path.name} in {path.parent} for {split}, expected one; "
+                "remove the other"
             )
-    if len(first) > 1:
-        names = " and ".join(str(path.relative_to(folder)) for path in first.values())
+    if len(first_by_word) > 1:
+        names = " and ".join(str(path.relative_to(folder)) for path in first_by_word.values())
         raise ValueError(
-            f"found {names} in {folder}, which both mean {split}, expected one source; "
-            "rename or remove the other"
+            f"found {names} in {folder}, which both mean {split}, expected one source; rename or "
+            "remove the other"
         )
-    _require_shards(folder, words)
+    _require_all_shards(words)
 
 
-def _require_shards(folder: Path, paths: Iterable[Path]) -> None:
-    present: dict[tuple[Path, str, int], set[int]] = defaultdict(set)
+def _require_all_shards(paths: Iterable[Path]) -> None:
+    numbers_by_series: dict[tuple[Path, str, int], set[int]] = defaultdict(set)
     for path in paths:
-        if match := _SHARD.match(_parts(path.name)[0]):
-            present[path.parent, match.group(1), int(match.group(3))].add(int(match.group(2)))
-    for (parent, stem, num_shards), numbers in present.items():
-        if missing := sorted(set(range(num_shards)) - numbers):
+        match = _SHARD.match(_stem(path.name))
+        if match:
+            series = (path.parent, match.group(1), int(match.group(3)))
+            numbers_by_series[series].add(int(match.group(2)))
+    for (parent, stem, num_shards), numbers in numbers_by_series.items():
+        missing = sorted(set(range(num_shards)) - numbers)
+        if missing:
             raise ValueError(
-                f"found {len(numbers)} of the {num_shards} shards of {stem} in {parent}, "
-                "expected all; "
-                f"number {missing[0]} is missing: copy it"
+                f"found {len(numbers)} of the {num_shards} shards of {stem} in {parent}, expected "
+                f"all; number {missing[0]} is missing: copy it"
             )

@@ -1,4 +1,4 @@
-"""The user's own words around a task's text, and for its classes: a template and a verbaliser.
+"""A template and a verbaliser: the user's own words around a task's text, and for its classes.
 
 As in FedPrompt (arXiv 2208.12268), whose template is "[text] is [MASK]" and whose verbalisers have
 one word a class.
@@ -11,147 +11,175 @@ from dataclasses import dataclass, replace
 from string import Formatter
 
 from fedsp_mpi.config.parsing import ConfigError
-from fedsp_mpi.data.cells import shown_choices
-from fedsp_mpi.data.tasks import Example, Row, Task
+from fedsp_mpi.data.cells import Row, describe_choices
+from fedsp_mpi.data.examples import Example
+from fedsp_mpi.data.tasks import Task
 
 MASK = "mask"
 
 
+_Piece = tuple[str, str | None]  # a text, and the column that follows it, if any
+
+
 @dataclass(frozen=True)
 class Template:
-    """A template, taken apart.
+    """A template, taken apart at its mask.
 
     Attributes:
-        before, after: what stands in front of the answer and behind it, as pairs of text and the
-            column that follows it (None: none).
+        before: the pieces in front of the answer.
+        after: the pieces behind it.
     """
 
-    before: tuple[tuple[str, str | None], ...]
-    after: tuple[tuple[str, str | None], ...]
+    before: tuple[_Piece, ...]
+    after: tuple[_Piece, ...]
 
     @classmethod
     def of(cls, text: str, columns: Sequence[str]) -> Template:
-        """Read "{column} some words {mask}.".
+        """Read a template such as "{column} some words {mask}.".
 
-        Raises ConfigError if it is not well formed, names a column that is not one of `columns`, or
-        does not name the mask once.
+        Raises:
+            ConfigError: it is not well formed, names a column that is not one of `columns`, or does
+                not name the mask exactly once.
         """
-        pieces = [(literal, name) for literal, name, *_ in _parsed(text)]
+        pieces = _parsed(text)
+        names = (*columns, MASK)
         for _, name in pieces:
-            if name is not None and name not in (*columns, MASK):
+            if name is not None and name not in names:
                 raise ConfigError(
                     f"data.template: found {{{name}}}, expected one of "
-                    f"{', '.join(f'{{{known}}}' for known in (*columns, MASK))}"
+                    f"{', '.join(f'{{{expected}}}' for expected in names)}"
                 )
-        at = [place for place, (_, name) in enumerate(pieces) if name == MASK]
-        if len(at) != 1:
+        masks = [index for index, (_, name) in enumerate(pieces) if name == MASK]
+        if len(masks) != 1:
             raise ConfigError(
-                f"data.template: found {{mask}} {len(at)} times in {text!r}, expected it once, "
+                f"data.template: found {{mask}} {len(masks)} times in {text!r}, expected it once, "
                 "where the answer belongs"
             )
-        [place] = at
-        return cls((*pieces[:place], (pieces[place][0], None)), tuple(pieces[place + 1 :]))
+        [mask] = masks
+        text_before_mask = (pieces[mask][0], None)
+        return cls((*pieces[:mask], text_before_mask), tuple(pieces[mask + 1 :]))
 
     def fill(self, row: Row) -> tuple[str, str]:
-        """What stands before the answer, without blanks at its end, and what stands behind it."""
-        before, after = (
-            "".join(_piece(row, *pair) for pair in part) for part in (self.before, self.after)
-        )
+        """Return the texts before the answer, without blanks at its end, and behind it.
+
+        Raises:
+            ValueError: a column of the row is not text.
+        """
+        before = "".join(_filled(piece, row) for piece in self.before)
+        after = "".join(_filled(piece, row) for piece in self.after)
         return before.rstrip(), after
 
 
-class Wording:
-    """Turns rows of a task into examples in the user's words.
+class _Rewording:
+    """Turn rows of a task into examples in the user's words.
 
     Args:
         task: in its own words.
         template: None leaves the task's own context.
-        verbaliser: a word a class, in the order of the classes; empty leaves the task's own.
+        verbaliser: a word for each class, in the order of the classes; empty leaves the task's own.
 
-    Raises ConfigError on a template or a verbaliser that cannot be.
+    Raises:
+        ConfigError: the task has no classes, or template or verbaliser are not well formed.
     """
 
     def __init__(self, task: Task, template: str | None, verbaliser: Sequence[str]) -> None:
         if task.metric != "multiple_choice":
             raise ConfigError(
                 f"data.template, data.verbaliser: found with the task {task.name}, which has no "
-                "classes, expected a "
-                "task of multiple choice; take them away"
+                "classes, expected a task of multiple choice; take them away"
             )
-        texts = dict.fromkeys((*task.columns[:-1], *task.other_columns[:-1]))
-        self._template = None if template is None else Template.of(template, tuple(texts))
-        self._own, self._words = task.example, tuple(verbaliser)
-        self._choices: tuple[str, ...] | None = None
-        if len(set(self._words)) < len(self._words) or not all(
-            word.strip() == word != "" for word in self._words
-        ):
+        self._task_example = task.example
+        self._template: Template | None = None
+        if template is not None:
+            # All columns but the last of each set, which holds the answer.
+            columns = dict.fromkeys(name for names in task.column_sets for name in names[:-1])
+            self._template = Template.of(template, tuple(columns))
+        self._words = tuple(verbaliser)
+        self._choices: tuple[str, ...] | None = None  # of the first row
+        are_different = len(set(self._words)) == len(self._words)
+        are_words = all(word and word == word.strip() for word in self._words)
+        if not are_different or not are_words:
             raise ConfigError(
                 f"data.verbaliser: found {list(verbaliser)}, expected different words without "
                 "blanks around them"
             )
 
     def __call__(self, row: Row) -> Example:
-        """The example of a row.
+        """Return the example of a row.
 
-        Raises ValueError if the row does not read, or its choices have no words.
+        Raises:
+            ValueError: the row does not read, or its choices have no words.
         """
-        example = self._own(row)
+        example = self._task_example(row)
         if self._template is not None:
-            context, after = self._template.fill(row)
-            example = replace(example, context=context, after=after)
+            context, suffix = self._template.fill(row)
+            example = replace(example, context=context, suffix=suffix)
         if not self._words:
             return example
         self._choices = self._choices or example.choices
         if len(example.choices) != len(self._words):
             raise ValueError(
-                f"data.verbaliser: found {len(self._words)} words for "
-                f"{len(example.choices)} classes "
-                f"({shown_choices(example.choices)}), expected one for each"
+                f"data.verbaliser: found {len(self._words)} words for {len(example.choices)} "
+                f"classes ({describe_choices(example.choices)}), expected one for each"
             )
         if example.choices != self._choices:
             raise ValueError(
-                "data.verbaliser: found rows with different choices, expected a task whose "
-                "choices are classes"
+                "data.verbaliser: found rows with different choices, expected a task whose choices "
+                "are classes"
             )
         return replace(example, choices=self._words, target=f" {self._words[example.gold[0]]}")
 
 
 def reworded(task: Task, template: str | None, verbaliser: Sequence[str]) -> Task:
-    """The same task in other words; itself where none are given. Raises ConfigError as `Wording`
-    does.
+    """Return the task in the user's words; the task itself if there are none.
+
+    Args:
+        task: in its own words.
+        template: "{column} some words {mask}."; None leaves the task's own context.
+        verbaliser: a word for each class, in the order of the classes; empty leaves the task's own.
+
+    Raises:
+        ConfigError: the task has no classes, or template or verbaliser are not well formed.
     """
     if template is None and not verbaliser:
         return task
-    return replace(task, example=Wording(task, template, verbaliser))
+    return replace(task, example=_Rewording(task, template, verbaliser))
 
 
 def require_answer_last(examples: Sequence[Example], family: str) -> None:
-    """Raise ConfigError if words follow the answer, which a model that reads from left to right
-    does not see.
+    """Raise ConfigError if text follows the answer.
+
+    A model that reads from left to right, whose `family` the message names, does not see it.
     """
-    if after := next((example.after for example in examples if example.after.strip()), None):
+    suffixes = [example.suffix for example in examples if example.suffix.strip()]
+    if suffixes:
         raise ConfigError(
-            f"data.template: found {after!r} behind {{mask}} with a {family}, which reads "
-            "from left to right, "
-            "expected {mask} at the end"
+            f"data.template: found {suffixes[0]!r} behind {{mask}} with a {family}, which reads "
+            "from left to right, expected {mask} at the end"
         )
 
 
-def _parsed(text: str) -> list[tuple[str, str | None]]:
+def _parsed(text: str) -> list[_Piece]:
+    """Take a template apart at its braces.
+
+    Raises:
+        ConfigError: it is not well formed.
+    """
     try:
-        found = list(Formatter().parse(text))
+        fields = list(Formatter().parse(text))
     except ValueError as error:
         raise ConfigError(
             f"data.template: found {text!r} ({error}), expected columns in braces, and {{mask}}"
         ) from None
-    if any(form or conversion for _, _, form, conversion in found):
+    if any(form or conversion for _, _, form, conversion in fields):
         raise ConfigError(
             f"data.template: found {text!r}, expected plain names in braces, without ':' or '!'"
         )
-    return [(literal, name) for literal, name, _, _ in found]
+    return [(literal, name) for literal, name, _, _ in fields]
 
 
-def _piece(row: Row, literal: str, name: str | None) -> str:
+def _filled(piece: _Piece, row: Row) -> str:
+    literal, name = piece
     if name is None:
         return literal
     value = row.get(name)

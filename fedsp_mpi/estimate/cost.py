@@ -37,11 +37,12 @@ from torch import nn
 
 from fedsp_mpi.comm.messages import HEADER_BYTES
 from fedsp_mpi.config import EMBEDDED, AuxiliaryConfig, Config, SearchConfig, StageConfig
+from fedsp_mpi.data.tasks import ASSUMED_LENGTHS, TASKS, TextLengths
 from fedsp_mpi.estimate import memory
 from fedsp_mpi.estimate.memory import MemoryNeed, Sizes, outline
 from fedsp_mpi.models import auxiliary, backbone
 from fedsp_mpi.models.architectures import config_of, forward, ratios
-from fedsp_mpi.models.backbone import LanguageModel
+from fedsp_mpi.models.language_model import LanguageModel
 from fedsp_mpi.models.prompts import Prompt, PromptSpec, require_positions
 from fedsp_mpi.training.cma_es import sizes as search_sizes
 
@@ -51,37 +52,7 @@ _STAGES = ("client alignment", "client prompt tuning")
 _FINE_TUNING, _SEARCH, _SERVED = "client fine-tuning", "client search", "clients' forward passes"
 _PROMPTS: _Trained = "prompts"
 FP32_BYTES = 4  # of a value on the wire
-
-
-@dataclass(frozen=True)
-class Texts:
-    """Tokens of a training text, context and answer: the mean, its answer's part, the longest; and
-    who says so.
-    """
-
-    tokens: int
-    answers: int
-    longest: int
-    source: str = "measured"
-
-
-# Means over the training splits, GPT-2's tokenizer (of sciq over its validation split, which has
-# all supports).
-TEXTS = {
-    "arc_easy": Texts(32, 5, 124),
-    "arc_challenge": Texts(36, 6, 143),
-    "openbookqa": Texts(16, 4, 80),
-    "web_questions": Texts(18, 3, 107),
-    "hellaswag": Texts(77, 28, 145),
-    "sciq": Texts(110, 2, 572),
-    "sst2": Texts(26, 1, 75),
-    "ag_news": Texts(61, 1, 336),
-    "rte": Texts(78, 1, 264),
-    "piqa": Texts(30, 20, 256, "estimated"),
-    "race": Texts(400, 8, 1024, "estimated"),
-}
-UNKNOWN = Texts(64, 4, 256, "assumed")
-CLASSES = {"sst2": 2, "rte": 2, "ag_news": 4}  # of those of other tasks two are assumed
+ASSUMED_CLASSES = 2  # of tasks whose rows have choices of their own
 
 
 @dataclass(frozen=True)
@@ -124,7 +95,7 @@ class Plan:
 
     label: str
     config: Config
-    texts: Texts
+    texts: TextLengths
     sizes: Sizes
     ratios: dict[str, float]
     methods: tuple[Method, ...]
@@ -178,17 +149,18 @@ def plan(config: Config, label: str, tokens: int | None = None) -> Plan:
     return Plan(label, config, costs.texts, sizes, counted, methods, phases, critical, *needs)
 
 
-def _texts(config: Config, num_positions: int, tokens: int | None) -> Texts:
+def _texts(config: Config, num_positions: int, tokens: int | None) -> TextLengths:
     """The task's texts, none longer than a run would read; ValueError if `tokens` are no text."""
     if tokens is not None and tokens < 2:
         raise ValueError(f"--tokens: found {tokens}, expected at least 2, a context and an answer")
-    texts = TEXTS.get(config.data.task, UNKNOWN)
+    task = TASKS.get(config.data.task)
+    texts = task.lengths if task else ASSUMED_LENGTHS
     if tokens is not None:
-        texts = Texts(tokens, min(4, tokens - 1), tokens, "--tokens")
+        texts = TextLengths(tokens, min(4, tokens - 1), tokens, "--tokens")
     prompt = 0 if config.tunes_weights else config.prompt.num_tokens
     require_positions(prompt, num_positions, str(config.model.name))
     most = min(config.data.max_length, num_positions - prompt + 1)
-    return Texts(
+    return TextLengths(
         min(most, texts.tokens),
         min(most - 1, texts.answers),
         min(most, texts.longest),
@@ -209,7 +181,7 @@ class _Costs:
         )
         shape, prompt = self.large.shape, config.prompt
         self.spec = PromptSpec.of(
-            shape, prompt.kind, prompt.num_tokens, prompt.projection, prompt.encoder
+            shape, prompt.kind, prompt.num_tokens, prompt.projection, encoder=prompt.encoder
         )
         self.texts = _texts(config, shape.num_positions, tokens)
         self.again = int(
@@ -328,7 +300,7 @@ class _Costs:
             config.federation.clients * handout
             + config.federation.rounds * self._per_round() * (down + up)
         )
-        name = "FedBPT" if search.rule == "evolution" else "FedAvg-BBT"
+        name = self.config.method_facts.title
         return Method(name, holds, search.dimension, handout, down, up, total, (step,), work)
 
     def _searched(self, model: LanguageModel) -> tuple[float, float]:
@@ -362,7 +334,9 @@ class _Costs:
             self.config.client.tuning,
             self.config.federation.clients,
         )
-        some = data.limit.train if data.shots is None else data.shots * CLASSES.get(data.task, 2)
+        task = TASKS.get(data.task)
+        classes = (task.num_classes if task else None) or ASSUMED_CLASSES
+        some = data.limit.train if data.shots is None else data.shots * classes
         owners = clients if data.server_share == 0 else clients + 1
         return tuning.steps * tuning.batch_size if some is None else -(-some // owners)
 

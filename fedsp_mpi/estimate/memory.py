@@ -14,7 +14,7 @@ import torch
 
 from fedsp_mpi.config import Config, StageConfig
 from fedsp_mpi.models import auxiliary
-from fedsp_mpi.models.backbone import LanguageModel
+from fedsp_mpi.models.language_model import LanguageModel
 from fedsp_mpi.models.prompts import Prompt, PromptSpec
 from fedsp_mpi.training.device import DTYPES
 
@@ -102,7 +102,7 @@ def outline(config: Any, depth: int) -> LanguageModel:
     `depth` deep.
     """
     with torch.device("meta"):
-        return auxiliary.build(config.to_dict(), depth, torch.device("meta"), torch.float32)
+        return auxiliary.build(config.to_dict(), depth, torch.device("meta"), dtype=torch.float32)
 
 
 @dataclass(frozen=True)

@@ -28,10 +28,11 @@ from lm_eval.tasks import __file__ as tasks_file
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
 
+from fedsp_mpi.data.tasks import TASKS
 from fedsp_mpi.data.tokens import Text, encode_pairs, first_token, token_ids
 from fedsp_mpi.evaluation.scoring import Question, loglikelihoods, positions_for_text
-from fedsp_mpi.log import Log, Progress
-from fedsp_mpi.models.backbone import LanguageModel
+from fedsp_mpi.log import Log, Progress, one_line
+from fedsp_mpi.models.language_model import LanguageModel
 from fedsp_mpi.models.prompts import Prompt
 from fedsp_mpi.tensors import Batch
 
@@ -39,19 +40,9 @@ VERSION: str = lm_eval.__version__
 if not hasattr(TaskManager, "load"):
     raise ImportError(f"version {VERSION}, whose TaskManager has no load")
 
-# lm-eval's folders of the tasks that this package has too: to look through all of lm-eval takes ten
-# seconds.
-ROOMS = {
-    "arc_easy": "arc",
-    "arc_challenge": "arc",
-    "openbookqa": "openbookqa",
-    "webqs": "webqs",
-    "hellaswag": "hellaswag",
-    "piqa": "piqa",
-    "sciq": "sciq",
-    "race": "race",
-    "sst2": "glue/sst2",
-    "rte": "glue/rte",
+# lm-eval's folders of the tasks that this package has too, by lm-eval's names.
+_TASK_FOLDERS = {
+    task.lm_eval.name: task.lm_eval.folder for task in TASKS.values() if task.lm_eval is not None
 }
 _MEASURES = {"multiple_choice": ("acc", "acc_norm"), "exact_match": ("exact_match",)}
 _MOST = (
@@ -163,7 +154,9 @@ def _manager(names: Sequence[str], include: Path | None) -> TaskManager:
     """The index of the tasks: of a few folders, if they hold all that is wanted, else of all that
     lm-eval has.
     """
-    rooms = {Path(tasks_file).parent / ROOMS[name] for name in names if name in ROOMS}
+    rooms = {
+        Path(tasks_file).parent / _TASK_FOLDERS[name] for name in names if name in _TASK_FOLDERS
+    }
     own = [include] if include else []
     manager = TaskManager(include_path=[*sorted(rooms), *own], include_defaults=False)
     if set(names) <= set(manager.all_tasks):
@@ -191,10 +184,9 @@ def _load(manager: TaskManager, name: str, spec: dict[str, Any] | None) -> dict[
     except Exception as error:  # a task's file may do anything, and so may the network
         while error.__cause__ is not None and isinstance(error.__cause__, Exception):
             error = error.__cause__
-        reason = " ".join(str(error).split())[:200]
         raise ValueError(
             f"{name}: found {type(error).__name__} while lm-eval loaded the task "
-            f"({reason}), expected a task's file "
+            f"({one_line(error)}), expected a task's file "
             "and its data, in the local cache or on the hub; run this once where there is "
             "a network, to fill the cache"
         ) from None

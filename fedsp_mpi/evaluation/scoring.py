@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from fedsp_mpi.data import cloze
 from fedsp_mpi.data.tasks import Example
 from fedsp_mpi.data.tokens import Text, by_length, collate, encode_pairs, require_answer, truncate
-from fedsp_mpi.models.backbone import LanguageModel
+from fedsp_mpi.models.language_model import LanguageModel
 from fedsp_mpi.models.losses import answer_loss
 from fedsp_mpi.models.prompts import Prompt
 from fedsp_mpi.tensors import Batch

@@ -1,1 +1,1 @@
-"""Files and folders of others: whose they are, what is in them, and whether it changed."""
+"""Files and folders that others may have written or changed: ownership, limits, digests."""

@@ -1,9 +1,8 @@
-"""Digests of what is read from outside: texts, rows, weights and files, so that a change is seen
-and not trained on.
+"""Digests of inputs (texts, rows, weights, files), so that a change is noticed, not trained on.
 
-They guard against mistakes and damage, not against somebody who can write both the bytes and their
-digest. xxh3 reads 5 GB/s of memory and more (measured on two cores): 1.3 s for weights of 6 GB,
-which is less than they take to load.
+They protect from mistakes and damage, not from somebody who can write both the bytes and their
+digest. xxh3 hashes 5 GB/s and more (measured on two cores): 1.3 s for weights of 6 GB, which take
+longer to load.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import xxhash
@@ -23,11 +22,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Buffer = bytes | memoryview
-_ROOM = 16 << 20  # bytes of a file that are in memory at once
+_BLOCK_BYTES = 16 << 20  # of a file that are in memory at once
 
 
 def of_pieces(pieces: Iterable[Buffer]) -> str:
-    """64-bit digest of bytes, piece after piece."""
+    """Return a 64-bit digest of the bytes of all pieces."""
     digest = xxhash.xxh3_64()
     for piece in pieces:
         digest.update(piece)
@@ -35,33 +34,43 @@ def of_pieces(pieces: Iterable[Buffer]) -> str:
 
 
 def of_file(path: Path) -> str:
-    """128-bit digest of a file's bytes. Raises OSError."""
-    digest, room = xxhash.xxh3_128(), memoryview(bytearray(_ROOM))
+    """Return a 128-bit digest of a file's bytes.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    digest = xxhash.xxh3_128()
+    block = memoryview(bytearray(_BLOCK_BYTES))
     with path.open("rb", buffering=0) as file:
-        while count := file.readinto(room):
-            digest.update(room[:count])
+        while count := file.readinto(block):
+            digest.update(block[:count])
     return digest.hexdigest()
 
 
-def of_texts(texts: Sequence[Any]) -> str:
-    """128-bit digest of tokenised texts: their ids, and where their answers are.
+class _TokenisedText(Protocol):
+    """What a digest needs of a text: token ids [length], and the places of answer and gap."""
 
-    Args:
-        texts: each with `ids` [length], `answer` and `gap`.
-    """
-    about = [
-        number
-        for text in texts
-        for number in (len(text.ids), text.answer, text.gap is not None, text.gap or 0)
-    ]
-    digest = xxhash.xxh3_128(np.array(about, dtype=np.int64).tobytes())
+    @property
+    def ids(self) -> np.ndarray: ...
+    @property
+    def answer(self) -> int: ...
+    @property
+    def gap(self) -> int | None: ...
+
+
+def of_texts(texts: Sequence[_TokenisedText]) -> str:
+    """Return a 128-bit digest of tokenised texts: their ids, and where their answers are."""
+    numbers: list[int] = []
+    for text in texts:
+        numbers += [len(text.ids), text.answer, text.gap is not None, text.gap or 0]
+    digest = xxhash.xxh3_128(np.array(numbers, dtype=np.int64).tobytes())
     for text in texts:
         digest.update(text.ids.tobytes())
     return digest.hexdigest()
 
 
-def of_rows(rows: Iterable[Any]) -> str:
-    """128-bit digest of rows that `repr` says in full, such as the examples of a split."""
+def of_rows(rows: Iterable[object]) -> str:
+    """Return a 128-bit digest of rows whose `repr` is complete, such as the examples of a split."""
     digest = xxhash.xxh3_128()
     for row in rows:
         digest.update(repr(row).encode("utf-8", "surrogatepass") + b"\0")
@@ -69,7 +78,10 @@ def of_rows(rows: Iterable[Any]) -> str:
 
 
 def of_weights(weights: Mapping[str, Tensor]) -> str:
-    """128-bit digest of named tensors: names, shapes, types and bits, wherever the tensors lie."""
+    """Return a 128-bit digest of tensors (any shape, dtype and device).
+
+    It covers names, shapes, dtypes and bits, but not devices.
+    """
     import torch
 
     digest = xxhash.xxh3_128()
@@ -81,7 +93,11 @@ def of_weights(weights: Mapping[str, Tensor]) -> str:
 
 
 def list_folder(folder: Path) -> None:
-    """Write the digest of each file in a folder beside them. Raises OSError."""
+    """Write a list of the digests of a folder's files into the folder.
+
+    Raises:
+        OSError: a file cannot be read, or the list not be written.
+    """
     digests = {
         path.name: of_file(path) for path in sorted(folder.iterdir()) if path.name != MANIFEST
     }
@@ -89,15 +105,18 @@ def list_folder(folder: Path) -> None:
 
 
 def require_listed(folder: Path) -> bool:
-    """Whether a folder has a list of digests; False for those of versions that wrote none.
+    """Check a folder's files against its list of digests.
 
-    Raises ValueError if a file on the list is missing, or is not what was written, or the list
-    cannot be read.
+    Returns:
+        False if there is no list, as in folders of versions that wrote none.
+
+    Raises:
+        ValueError: a file on the list is missing or changed, or the list cannot be read.
     """
     try:
         digests = json.loads((folder / MANIFEST).read_bytes())
         if not isinstance(digests, dict):
-            raise ValueError("it is no mapping")
+            raise ValueError("it is not a mapping")
     except FileNotFoundError:
         return False
     except (OSError, ValueError, RecursionError) as error:
@@ -114,21 +133,22 @@ def require_listed(folder: Path) -> bool:
             ) from None
         if digest != expected:
             raise ValueError(
-                f"{path}: found digest {digest}, expected {expected}: the file was "
-                "changed or damaged"
+                f"{path}: found digest {digest}, expected {expected}: the file was changed or "
+                "damaged"
             )
     return True
 
 
 def seal(content: Mapping[str, Any]) -> bytes:
-    """JSON of a mapping, with the digest of the rest in it."""
+    """Return a mapping as JSON, with the digest of its content added under "digest"."""
     return json.dumps({**content, "digest": _of_json(content)}).encode()
 
 
 def open_sealed(image: bytes) -> dict[str, Any]:
-    """The mapping of `seal`; one of a version that wrote no digest is as good.
+    """Return the mapping that `seal` wrote; one without a digest is from an older version.
 
-    Raises ValueError if the bytes are not what was written.
+    Raises:
+        ValueError: the bytes are not what was written.
     """
     content = untrusted.parse_json(image)
     if not isinstance(content, dict):
@@ -140,4 +160,6 @@ def open_sealed(image: bytes) -> dict[str, Any]:
 
 
 def _of_json(content: Mapping[str, Any]) -> str:
-    return of_pieces([json.dumps(json.loads(json.dumps(content)), sort_keys=True).encode()])
+    # Through JSON first: keys become strings, which are what the reader sorts.
+    plain = json.loads(json.dumps(content))
+    return of_pieces([json.dumps(plain, sort_keys=True).encode()])

@@ -1,11 +1,10 @@
-"""Which folders and files are ours: the one place that decides what may be taken, removed or
-replaced.
+"""Ownership of folders and files: the one place that decides what a run may remove or replace.
 
-A folder is ours if it is absent or empty, or carries the mark of a run. The mark is `lock`, the
-first file that a run makes and never removes, or else `run.h5`: a kill at any moment leaves one of
-them, or an empty folder. In a folder that is ours, a run removes the files that runs write there,
-by the patterns below or by the list in the folder of a model, and nothing else. A file that
-somebody put beside them stays.
+A folder is ours if it is absent or empty, or has the mark of a run. The mark is `lock`, the first
+file that a run creates and never removes, or else `run.h5`: a kill at any moment leaves one of
+them, or an empty folder. In a folder that is ours, a run removes the files that runs write there
+(by the patterns below, or by the list in the folder of a model) and nothing else. Other files that
+somebody put there stay.
 """
 
 from __future__ import annotations
@@ -24,37 +23,44 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-LOCK, RECORD = "lock", "run.h5"
-MANIFEST = (
-    "digests.json"  # in a model's folder: the files that were written there, each with its digest
-)
+LOCK = "lock"
+RECORD = "run.h5"
+# In a model's folder: the files that were written there, each with its digest.
+MANIFEST = "digests.json"
 MODELS = ("auxiliary", "prompt", "model")
 EVALUATION = "evaluation.json"
-LISTED = (
-    "lists_models"  # in the note in `lock`: the run was begun by a version that writes such lists
-)
-_NOTE = {"host", "pid", "job"}  # what the note in `lock` says, since the first version that has one
-_PARTS = re.compile(rf"({'|'.join(MODELS)})\.part\d+")  # a model's folder before it has its name
-_WRITTEN = {
+# In the note in `lock`: the run was begun by a version that writes such manifests.
+LISTED = "lists_models"
+# Keys of the note in `lock`, in every version that writes one.
+_NOTE_KEYS = {"host", "pid", "job"}
+# A model's folder before it gets its name.
+_PARTS = re.compile(rf"({'|'.join(MODELS)})\.part\d+")
+# Names of a run's files, by subfolder.
+_RUN_FILES = {
     "": re.compile(rf"(run\.h5|config\.yaml|{re.escape(EVALUATION)})(\.part)?"),
     "rounds": re.compile(r"\d{4,}\.h5(\.part)?"),
     "checkpoints": re.compile(
-        r"(\d{4,}\.json|(server-\d{4,}|client-\d{5,}-\d{4,}|distillation-\d+)\.safetensors|distillation\.json)(\.part)?"
+        r"(\d{4,}\.json|(server-\d{4,}|client-\d{5,}-\d{4,}|distillation-\d+)\.safetensors"
+        r"|distillation\.json)(\.part)?"
     ),
 }
-# What versions without a list of their own wrote into the folder of a model.
+# Files that versions without a manifest wrote into the folder of a model.
 _UNLISTED = re.compile(
     r"(adapter_(model\.safetensors|config\.json)|distillation\.json|(generation_)?config\.json"
-    r"|model(-\d+-of-\d+)?\.safetensors(\.index\.json)?|tokenizer(_config)?\.json|tokenizer\.model|spiece\.model"
-    r"|special_tokens_map\.json|added_tokens\.json|vocab\.(json|txt)|merges\.txt|chat_template\.jinja)"
+    r"|model(-\d+-of-\d+)?\.safetensors(\.index\.json)?|tokenizer(_config)?\.json"
+    r"|tokenizer\.model|spiece\.model|special_tokens_map\.json|added_tokens\.json"
+    r"|vocab\.(json|txt)|merges\.txt|chat_template\.jinja)"
 )
-_PICTURE = b"fedsp_mpi"
-_BEGINNING = 4096  # bytes of a file that are looked at
+# Unicode categories: control and format characters, line separators.
+_CONTROL = ("Cc", "Cf", "Zl", "Zp")
+_PICTURE_MARK = b"fedsp_mpi"
+_HEAD_BYTES = 4096  # of a file, in which the mark of a picture is looked for
 
 
 def require_plain_name(key: str, name: str) -> None:
-    """Raise ValueError, naming the key, unless a name is one component of a path that is safe to
-    print and to type.
+    """Raise ValueError unless a name is one path component that is safe to print and to type.
+
+    The message names the configuration's key.
     """
     trouble = ""
     if name in ("", ".", "..") or name != name.strip():
@@ -63,7 +69,7 @@ def require_plain_name(key: str, name: str) -> None:
         trouble = "expected a name without '/'; the folder that it lies in is run.folder"
     elif name.startswith("-"):
         trouble = "expected a name that does not begin with '-', which commands take for an option"
-    elif any(unicodedata.category(sign) in ("Cc", "Cf", "Zl", "Zp") for sign in name):
+    elif any(unicodedata.category(character) in _CONTROL for character in name):
         trouble = "expected a name without control characters"
     if trouble:
         raise ValueError(
@@ -72,39 +78,37 @@ def require_plain_name(key: str, name: str) -> None:
 
 
 def require_readable_path(key: str, text: str) -> None:
-    """Raise ValueError, naming the key, if a path is no text, or the locale cannot write it."""
+    """Raise ValueError, naming the key, if the locale cannot encode a path."""
     try:
         text.encode()
         os.fsencode(text)
     except UnicodeEncodeError:
         raise ValueError(
             f"{key}: found {text!r}, which is no text in the encoding of the locale "
-            f"({sys.getfilesystemencoding()}), "
-            "expected a path that the libraries can read; set LC_ALL=C.UTF-8, or choose "
-            "another name"
+            f"({sys.getfilesystemencoding()}), expected a path that the libraries can read; "
+            "set LC_ALL=C.UTF-8, or choose another name"
         ) from None
 
 
 def is_ours(folder: Path) -> bool:
-    """Whether a run may take a folder: it is absent, empty, or carries the mark of a run."""
-    return _stranger(folder) is None
+    """Return True if a run may use a folder: it is absent, empty, or has the mark of a run."""
+    return _foreign_name(folder) is None
 
 
 def require_ours(folder: Path) -> None:
-    """Raise ValueError, naming a file of somebody else, unless a run may take a folder."""
-    if name := _stranger(folder):
+    """Raise ValueError, naming a file of somebody else, unless a run may use a folder."""
+    name = _foreign_name(folder)
+    if name is not None:
         raise ValueError(
-            f"{folder}: found {name!r} and no sign that a run wrote it, expected a new "
-            "folder, an empty one, or that "
-            "of a run; choose another run.name or run.folder"
+            f"{folder}: found {name!r} and no sign that a run wrote it, expected a new folder, an "
+            "empty one, or that of a run; choose another run.name or run.folder"
         )
 
 
 def require_apart(folder: Path, inputs: Mapping[str, str | None]) -> None:
-    """Raise ValueError if a run's folder is what the run reads, or contains it.
+    """Raise ValueError if a run's folder is one of the run's inputs, or contains one.
 
-    Args:
-        inputs: the path behind each key; what does not exist is no path.
+    `inputs` are the values of configuration keys; those that do not exist as files are not paths.
     """
     target = folder.resolve()
     for key, text in inputs.items():
@@ -112,45 +116,46 @@ def require_apart(folder: Path, inputs: Mapping[str, str | None]) -> None:
             path = Path(text).expanduser().resolve()
             if path == target or target in path.parents:
                 raise ValueError(
-                    f"{folder}: found {text!r} of {key} in the run's folder, expected "
-                    "it elsewhere, "
-                    "because a run "
-                    "replaces its folder; choose another run.name or run.folder"
+                    f"{folder}: found {text!r} of {key} in the run's folder, expected it "
+                    "elsewhere, because a run replaces its folder; choose another run.name or "
+                    "run.folder"
                 )
 
 
-def written(folder: Path) -> Iterator[Path]:
-    """The files that runs have written into a folder of theirs, except `lock` and reports of
-    failures.
-    """
-    for room in _WRITTEN:
-        yield from written_in(folder / room if room else folder, room)
-    for room in MODELS:
-        yield from _in_model(folder / room)
+def run_files(folder: Path) -> Iterator[Path]:
+    """Yield the files that runs have written into their folder; not `lock` or failure reports."""
+    for subfolder in _RUN_FILES:
+        yield from written_in(folder / subfolder, subfolder)
+    for subfolder in MODELS:
+        yield from _model_files(folder / subfolder)
 
 
-def written_in(folder: Path, room: str) -> list[Path]:
-    """The files in a folder whose names are those that runs give there; `room` is "rounds" or
-    "checkpoints".
+def written_in(folder: Path, subfolder: str) -> list[Path]:
+    """Return the files in `folder` that are named like those of runs.
+
+    `subfolder` says which names: those in "rounds", in "checkpoints", or in the run's folder ("").
     """
-    return [path for path in _files(folder) if _WRITTEN[room].fullmatch(path.name)]
+    return [path for path in _files(folder) if _RUN_FILES[subfolder].fullmatch(path.name)]
 
 
 def clear(folder: Path) -> None:
-    """Remove what runs have written into a folder, and the folders below it that are empty then.
+    """Remove the files of runs from a folder, and its subfolders that are empty then.
 
-    Raises ValueError if the folder is not ours, OSError if a file cannot be removed.
+    Raises:
+        ValueError: the folder is not ours.
+        OSError: a file cannot be removed.
     """
     require_ours(folder)
     remove_parts(folder)
-    for path in sorted(written(folder), key=lambda path: path.name == RECORD):  # the mark goes last
+    # The record goes last, because it marks the folder as ours.
+    for path in sorted(run_files(folder), key=lambda path: path.name == RECORD):
         path.unlink(missing_ok=True)
-    for room in ("rounds", "checkpoints", *MODELS):
-        remove_if_empty(folder / room)
+    for subfolder in ("rounds", "checkpoints", *MODELS):
+        remove_if_empty(folder / subfolder)
 
 
 def remove_parts(folder: Path) -> None:
-    """Remove the models that a killed process had half written into a folder, if that is ours."""
+    """Remove models that a killed process left incomplete in a folder, if that is ours."""
     if folder.is_dir() and is_ours(folder):
         for path in list(folder.iterdir()):
             if _PARTS.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
@@ -158,37 +163,41 @@ def remove_parts(folder: Path) -> None:
 
 
 def remove_if_empty(folder: Path) -> None:
-    """Remove a folder that holds nothing."""
+    """Remove a folder if it is empty."""
     with suppress(OSError):
         folder.rmdir()
 
 
 def begin_model(folder: Path) -> Path:
-    """An empty folder to write a model into, which `place_model` gives the name of `folder`.
+    """Create an empty folder to write a model into; `place_model` renames it to `folder`.
 
-    Raises OSError.
+    Raises:
+        OSError: it cannot be created.
     """
     remove_parts(folder.parent)
     number = os.getpid()
-    while (part := folder.with_name(f"{folder.name}.part{number}")).exists():
+    part = folder.with_name(f"{folder.name}.part{number}")
+    while part.exists():
         number += 1
+        part = folder.with_name(f"{folder.name}.part{number}")
     make_folder(part)
     return part
 
 
 def place_model(part: Path, folder: Path) -> None:
-    """Put a model that was written into `part`, with its list of files, in the place of the one in
-    `folder`.
+    """Replace the model in `folder` by the one in `part`, which has its manifest.
 
-    A file in `folder` that is not ours stays; where it has the name of a new one, it is set aside
-    as NAME.1. The list goes first and comes last, so that a model in between is not taken for a
-    whole one. Raises OSError.
+    A file in `folder` that is not ours stays; if a new one needs its name, it is renamed to NAME.1.
+    The old manifest is removed first and the new one placed last, so that a model in between is not
+    taken for a complete one.
+
+    Raises:
+        OSError: a file cannot be moved.
     """
     give_rights(part)
-    ours = {path.name for path in _in_model(folder)}
-    for name in (MANIFEST, *sorted(ours - {MANIFEST})):
-        if name in ours:
-            (folder / name).unlink(missing_ok=True)
+    old_names = {path.name for path in _model_files(folder)}
+    for name in sorted(old_names, key=lambda name: (name != MANIFEST, name)):
+        (folder / name).unlink(missing_ok=True)
     remove_if_empty(folder)
     if not folder.exists():
         part.rename(folder)
@@ -202,31 +211,30 @@ def place_model(part: Path, folder: Path) -> None:
 
 
 def require_picture(path: Path) -> None:
-    """Raise ValueError unless a file is absent, empty, or a picture of ours (see `picture_mark`)."""
+    """Raise ValueError unless a file is absent, empty, or our picture (see `picture_mark`)."""
     if not path.exists():
         return
     head = b"" if path.is_dir() else _head(path)
-    if path.is_dir() or (head and _PICTURE not in head):
+    if path.is_dir() or (head and _PICTURE_MARK not in head):
         raise ValueError(
-            f"{path}: found a file that no report wrote, expected a new name, or a picture "
-            "of an earlier report; name "
-            "another file, or move that one away"
+            f"{path}: found a file that no report wrote, expected a new name, or a picture of an "
+            "earlier report; name another file, or move that one away"
         )
 
 
 def picture_mark(ending: str) -> dict[str, str | None]:
-    """What a picture says about its origin, by the keys that matplotlib has for a kind of file."""
-    return (
-        {"Date": None, "Creator": "fedsp_mpi report"}
-        if ending == ".svg"
-        else {"Software": "fedsp_mpi report"}
-    )
+    """Return matplotlib's metadata that mark a picture with this file name ending as ours."""
+    if ending == ".svg":
+        return {"Date": None, "Creator": "fedsp_mpi report"}  # no date: same bytes every time
+    return {"Software": "fedsp_mpi report"}
 
 
 def replace_picture(path: Path, image: bytes) -> None:
-    """Put a picture at `path`, whole or not at all.
+    """Write a picture to `path` atomically.
 
-    Raises ValueError like `require_picture`, OSError.
+    Raises:
+        ValueError: as of `require_picture`.
+        OSError: it cannot be written.
     """
     require_picture(path)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -242,83 +250,84 @@ def replace_picture(path: Path, image: bytes) -> None:
 
 
 def require_configuration(path: Path, line: str) -> None:
-    """Raise ValueError unless a file is absent, empty, or a resolved configuration with this line
-    in `run`.
+    """Raise ValueError unless a file is absent, empty, or a resolved configuration of this run.
+
+    `line` is a line in the section `run` that tells runs apart.
     """
     if not path.exists():
         return
-    lines = (
-        path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
-    )
-    is_resolved = {
-        "run:",
-        f"  {line}",
-        "model:",
-        "data:",
-        "federation:",
-        "server:",
-        "client:",
-    } <= set(lines)
+    lines: list[str] = []
+    if path.is_file():
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    sections = {"run:", "model:", "data:", "federation:", "server:", "client:"}
+    is_resolved = sections | {f"  {line}"} <= set(lines)
     if path.is_dir() or (lines and not is_resolved):
         raise ValueError(
-            f"{path}: found a file that no sweep wrote, expected none, or the configuration "
-            "of this run; move it away, "
-            "or choose another folder"
+            f"{path}: found a file that no sweep wrote, expected none, or the configuration of "
+            "this run; move it away, or choose another folder"
         )
 
 
 def require_evaluation(path: Path) -> None:
     """Raise ValueError unless a file is absent, empty, or an evaluation of ours."""
-    content = _json(path)
+    content = _read_json(path)
     if path.exists() and _head(path) and not {"run", "versions", "results"} <= content.keys():
         raise ValueError(
-            f"{path}: found a file that `evaluate` did not write, expected none, or one of "
-            "an earlier evaluation; move "
-            "it away"
+            f"{path}: found a file that `evaluate` did not write, expected none, or one of an "
+            "earlier evaluation; move it away"
         )
 
 
 def make_folder(path: Path, private: bool | None = None) -> None:
-    """Make a folder, if it is absent, with the rights of the folder around it; `private` takes them
-    from all others.
+    """Create a folder if it is absent.
+
+    Args:
+        path: the folder; its parent exists.
+        private: True: nobody else may use it, even if it is there already; False: as the umask
+            allows; None: whoever may use its parent.
     """
-    around = 0o777 if private is False else 0o700 if private else _rights(path.parent)
-    path.mkdir(mode=around, exist_ok=True)
+    mode = 0o700 if private else 0o777
+    if private is None:
+        mode = _folder_mode(path.parent)
+    path.mkdir(mode=mode, exist_ok=True)
     if private:
-        with suppress(OSError):  # of another user, or on a file system without rights
+        with suppress(OSError):  # of another user, or on a file system without permissions
             path.chmod(0o700)
 
 
 def file_mode(path: Path) -> int:
-    """The rights of a new file: no more than those of the folder that it lies in."""
-    return 0o666 & _rights(path.parent)
+    """Return the mode of a new file: no more permissions than its folder has."""
+    return 0o666 & _folder_mode(path.parent)
 
 
 def give_rights(target: Path) -> None:
-    """Give a file, or the files in a folder, which a library wrote, the rights of a file that a run
-    writes there.
-    """
-    for path in _files(target) if target.is_dir() else [target]:
+    """Set the mode of a file, or of a folder's files, that a library wrote to that of our files."""
+    paths = _files(target) if target.is_dir() else [target]
+    for path in paths:
         with suppress(OSError):
             path.chmod(file_mode(path) & ~_umask())
 
 
 def set_aside(path: Path, name: str) -> None:
-    """Give a file the first of the names NAME, NAME.1, NAME.2, ...
+    """Rename a file within its folder to `name`, or to the first of NAME.1, NAME.2, ... not in use.
 
-    in its folder that is free. Raises OSError.
+    Raises:
+        OSError: it cannot be renamed.
     """
-    other, number = path.with_name(name), 0
-    while other.exists():
+    target = path.with_name(name)
+    number = 0
+    while target.exists():
         number += 1
-        other = path.with_name(f"{name}.{number}")
-    path.rename(other)
+        target = path.with_name(f"{name}.{number}")
+    path.rename(target)
 
 
 def write_new(path: Path, text: str) -> None:
-    """Write a file that is not there yet, with no more rights than its folder.
+    """Write a new file, with no more permissions than its folder has.
 
-    Raises FileExistsError, OSError.
+    Raises:
+        FileExistsError: it exists.
+        OSError: it cannot be written.
     """
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, file_mode(path))
     with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace") as file:
@@ -326,65 +335,70 @@ def write_new(path: Path, text: str) -> None:
 
 
 def is_by_this_user(*paths: Path) -> bool:
-    """Whether all of some files and folders are there and belong to the user who asks."""
+    """Return True if all of these files and folders exist and belong to the current user."""
     try:
         return all(path.stat().st_uid == os.geteuid() for path in paths)
     except OSError:
         return False
 
 
-def _stranger(folder: Path) -> str | None:
-    """A name in a folder that is not ours; None if it is ours."""
+def _foreign_name(folder: Path) -> str | None:
+    """Return a name in a folder that is not ours; None if the folder is ours."""
     try:
         names = sorted(entry.name for entry in os.scandir(folder))
     except FileNotFoundError:
         return None
-    except (
-        NotADirectoryError
-    ):  # a file stands there, or in the place of a folder around it, which nobody can make
+    except NotADirectoryError:
+        # The path is a file, or one of its parents is, so that the folder cannot be created.
         return folder.name if os.path.lexists(folder) else None
     lock = folder / LOCK
     if not names or _is_marked(folder):
         return None
     if names == [LOCK] and lock.is_file() and not lock.stat().st_size:
-        return None  # killed between the making of the file and its first word
+        return None  # killed after the file was created and before the note was written
     return next((name for name in names if name != LOCK), names[0])
 
 
 def _is_marked(folder: Path) -> bool:
-    return is_note(_json(folder / LOCK)) or _is_record(folder / RECORD)
+    """Return True if a folder has the mark of a run."""
+    return is_note(_read_json(folder / LOCK)) or _is_record(folder / RECORD)
 
 
 def is_note(content: Mapping[str, Any]) -> bool:
-    """Whether this is the note in a run's `lock`."""
-    return content.keys() >= _NOTE
+    """Return True if `content` is the note in a run's `lock`."""
+    return content.keys() >= _NOTE_KEYS
 
 
 def _is_record(path: Path) -> bool:
-    """Whether a file is the record of a run, whole or damaged: HDF5 that names our format. No
-    library is needed.
+    """Return True if a file is a run's record, even a damaged one: HDF5 with our format's name.
+
+    Does not need h5py.
     """
     try:
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as image:
-            return image[:8] == b"\x89HDF\r\n\x1a\n" and image.find(b"fedsp_mpi run") >= 0
-    except (OSError, ValueError):  # the latter for a file without bytes
+        with (
+            path.open("rb") as file,
+            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
+        ):
+            return content[:8] == b"\x89HDF\r\n\x1a\n" and content.find(b"fedsp_mpi run") >= 0
+    except (OSError, ValueError):  # an empty file cannot be mapped: ValueError
         return False
 
 
-def _in_model(folder: Path) -> Iterator[Path]:
-    """The files that a run has written into the folder of a model."""
-    listed = _json(folder / MANIFEST)
-    names = {*listed, MANIFEST} if listed else set()
-    is_old = (
-        not listed and _is_marked(folder.parent) and not _json(folder.parent / LOCK).get(LISTED)
-    )
-    for path in _files(folder):
-        if path.name in names or (is_old and _UNLISTED.fullmatch(path.name)):
-            yield path
+def _model_files(folder: Path) -> Iterator[Path]:
+    """Yield the files that a run has written into the folder of a model."""
+    manifest = _read_json(folder / MANIFEST)
+    if manifest:
+        names = {*manifest, MANIFEST}
+        yield from (path for path in _files(folder) if path.name in names)
+        return
+    run_folder = folder.parent
+    # Runs that write manifests have no model files without one.
+    if _is_marked(run_folder) and not _read_json(run_folder / LOCK).get(LISTED):
+        yield from (path for path in _files(folder) if _UNLISTED.fullmatch(path.name))
 
 
 def _files(folder: Path) -> list[Path]:
-    """The plain files in a folder; no folders, and nothing behind a link."""
+    """Return the regular files in a folder: no folders, no links."""
     with suppress(OSError):
         return [
             Path(entry.path) for entry in os.scandir(folder) if entry.is_file(follow_symlinks=False)
@@ -393,13 +407,14 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _umask() -> int:
-    """The process's umask, which the system tells only by setting it."""
+    """Return the process's umask, which can only be read by setting it."""
     umask = os.umask(0o077)
     os.umask(umask)
     return umask
 
 
-def _json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path) -> dict[str, Any]:
+    """Return the mapping in a JSON file; an empty one if it cannot be read."""
     try:
         content = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError):
@@ -408,11 +423,13 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _head(path: Path) -> bytes:
+    """Return the first bytes of a file."""
     with path.open("rb") as file:
-        return file.read(_BEGINNING)
+        return file.read(_HEAD_BYTES)
 
 
-def _rights(folder: Path) -> int:
+def _folder_mode(folder: Path) -> int:
+    """Return the permissions of a folder, all of them for its owner."""
     try:
         return stat.S_IMODE(folder.stat().st_mode) & 0o777 | 0o700
     except OSError:

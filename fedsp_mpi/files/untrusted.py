@@ -1,6 +1,4 @@
-"""What others may have written or damaged: files with a bound, JSON of a plain form, text that is
-safe to show.
-"""
+"""Reading what others may have written or damaged: bounded files, plain JSON, printable text."""
 
 from __future__ import annotations
 
@@ -11,22 +9,18 @@ import unicodedata
 from pathlib import Path
 from typing import Any, BinaryIO
 
-_DEEPEST = 50  # levels of JSON; what the package writes has fewer than 10
-_LARGEST = 1 << 70  # of whole numbers in JSON
-_UNSAFE = (
-    "Cc",
-    "Cf",
-    "Cs",
-    "Zl",
-    "Zp",
-)  # control and format characters, lone surrogates, line separators
+_MAX_DEPTH = 50  # levels of JSON; what the package writes has fewer than 10
+_MAX_INTEGER = 1 << 70  # in JSON
+# Unicode categories: control and format characters, lone surrogates, line separators.
+_UNSAFE = ("Cc", "Cf", "Cs", "Zl", "Zp")
 
 
 def open_plain(path: Path) -> BinaryIO:
-    """Open a regular file to read it; a FIFO or a device, which could hang or never end, is
-    refused.
+    """Open a regular file for reading; refuse a FIFO or a device, which could hang or never end.
 
-    Raises OSError, ValueError if it is no regular file.
+    Raises:
+        OSError: it cannot be opened.
+        ValueError: it is not a regular file.
     """
     handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     if not stat.S_ISREG(os.fstat(handle).st_mode):
@@ -35,55 +29,60 @@ def open_plain(path: Path) -> BinaryIO:
     return os.fdopen(handle, "rb")
 
 
-def read_bytes(path: Path, most: int) -> bytes:
-    """A file's bytes.
+def read_bytes(path: Path, max_bytes: int) -> bytes:
+    """Return a file's bytes.
 
-    Raises OSError, ValueError if it is no regular file or has more than `most` bytes.
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is not a regular file, or has more than `max_bytes` bytes.
     """
     with open_plain(path) as file:
-        image = file.read(most + 1)
-    if len(image) > most:
-        raise ValueError(f"more than {most} bytes")
-    return image
+        content = file.read(max_bytes + 1)
+    if len(content) > max_bytes:
+        raise ValueError(f"more than {max_bytes} bytes")
+    return content
 
 
 def parse_json(text: str | bytes) -> Any:
-    """A value from JSON.
+    """Return the value of a JSON text.
 
-    Raises ValueError if the text is not JSON, is nested too deeply, or has a number too large.
+    Raises:
+        ValueError: the text is not JSON, is nested too deeply, or has too large an integer.
     """
     try:
         value = json.loads(text)
     except RecursionError:
         raise ValueError("JSON that is nested too deeply") from None
-    level, depth = [value], 0
+    level = [value]
+    depth = 0
     while level:
-        if depth >= _DEEPEST:
-            raise ValueError(f"JSON of more than {_DEEPEST} levels")
-        if any(isinstance(item, int) and abs(item) > _LARGEST for item in level):
-            raise ValueError("JSON with a whole number of more than 70 bits")
-        below = [
-            item.values() if isinstance(item, dict) else item
-            for item in level
-            if isinstance(item, (dict, list))
-        ]
-        level = [item for items in below for item in items]
+        if depth >= _MAX_DEPTH:
+            raise ValueError(f"JSON of more than {_MAX_DEPTH} levels")
+        next_level: list[Any] = []
+        for item in level:
+            if isinstance(item, int) and abs(item) > _MAX_INTEGER:
+                raise ValueError("JSON with a whole number of more than 70 bits")
+            if isinstance(item, dict):
+                next_level += item.values()
+            elif isinstance(item, list):
+                next_level += item
+        level = next_level
         depth += 1
     return value
 
 
 def printable(text: str, keep: str = "") -> str:
-    r"""Text without what a terminal obeys: control and format characters are written out, such as
-    \x1b.
+    r"""Escape what a terminal would obey, such as control and format characters (\x1b).
 
     Args:
         text: of any origin.
-        keep: characters that stay, such as the line end of a text of several lines.
+        keep: characters that are not escaped, such as the line end of a text of several lines.
     """
     if text.isprintable():  # most texts
         return text
-    return "".join(_written_out(sign) if sign not in keep else sign for sign in text)
-
-
-def _written_out(sign: str) -> str:
-    return sign.encode("unicode_escape").decode() if unicodedata.category(sign) in _UNSAFE else sign
+    characters = []
+    for character in text:
+        if character not in keep and unicodedata.category(character) in _UNSAFE:
+            character = character.encode("unicode_escape").decode()
+        characters.append(character)
+    return "".join(characters)

@@ -2,9 +2,8 @@
 model is deep.
 
 Or it is both ends of the global model, its first layers and its last ones, as in offsite-tuning
-(Xiao et al., 2023, arXiv 2302.04870). A linear layer, the bridge, leads from the first to the last:
-it turns the states that the first layers end with into those that enter the last ones in the global
-model.
+(Xiao et al., 2023, arXiv 2302.04870). Between them is a linear layer, the bridge, which turns the
+states that leave the first layers into those that enter the last ones in the global model.
 """
 
 from __future__ import annotations
@@ -19,12 +18,12 @@ import safetensors.torch
 import torch
 import transformers
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 from transformers.initialization import no_init_weights
 
 from fedsp_mpi.config import AuxiliaryConfig
 from fedsp_mpi.config.parsing import ConfigError
 from fedsp_mpi.files import fingerprint, ownership, untrusted
-from fedsp_mpi.models.backbone import LanguageModel
 from fedsp_mpi.models.families import (
     FAMILIES,
     layers_of,
@@ -33,164 +32,217 @@ from fedsp_mpi.models.families import (
     with_layers,
     without_dropout,
 )
+from fedsp_mpi.models.language_model import LanguageModel
 from fedsp_mpi.models.remote_code import NO_CODE, NO_PICKLES, require_no_code
 from fedsp_mpi.tensors import NamedTensors
 
 RECIPE = "distillation.json"
-_LONGEST_RECIPE = 1 << 24  # bytes
+_MAX_RECIPE_BYTES = 1 << 24
 
 
-def cut(backbone: LanguageModel, settings: AuxiliaryConfig) -> nn.Module:
-    """A model of as many layers as a cell has, with copies of those of the global model's
-    (`layers`).
-
-    Embeddings, final norm and head are kept (copied), a bridge begins as the identity. fp32, on the
-    global model's device. Source: the reference's `share_client_layer_param`; FedSP, cross-layer
-    sharing.
-    """
-    source = backbone.model
-    model = _from_config(cell_config(source.config, settings))
-    path, taken = (
-        FAMILIES[source.config.model_type],
-        layers(settings, source.config.num_hidden_layers),
-    )
-    state = source.state_dict()
-    for name, value in model.state_dict().items():
-        if not _is_of_bridge(name):
-            value.copy_(state[_in_source(name, path, taken)])
-    return model.to(backbone.device)
+# --- which layers, and how deep ---
 
 
 def depth(settings: AuxiliaryConfig, num_layers: int) -> int:
-    """How deep it is, shared layers counted as often as they run, for a global model of
-    `num_layers`.
+    """Return the depth of the auxiliary model of a global model of `num_layers` layers.
+
+    Shared layers count as often as they run.
     """
     if settings.depth is None:
         return num_layers
     if settings.depth >= 1:
         return int(settings.depth)
-    least = 1 if settings.first_layers is None else settings.first_layers + 1
-    return max(least, round(settings.depth * num_layers))
+    min_depth = 1 if settings.first_layers is None else settings.first_layers + 1
+    return max(min_depth, round(settings.depth * num_layers))
 
 
 def cell_size(settings: AuxiliaryConfig, num_layers: int) -> int:
-    """How many layers are stored, for a global model of `num_layers`."""
+    """Return how many layers are stored, of a global model of `num_layers` layers."""
     return settings.layers_per_cell or depth(settings, num_layers)
 
 
 def layers(settings: AuxiliaryConfig, num_layers: int) -> tuple[int, ...]:
-    """Which layers of a global model of `num_layers` are stored, in their order."""
-    size, start = cell_size(settings, num_layers), settings.start_layer
+    """Return the layers that are stored, of a global model of `num_layers` layers, in order."""
+    size = cell_size(settings, num_layers)
+    start = settings.start_layer
     num_first = size if settings.first_layers is None else settings.first_layers
-    return (*range(start, start + num_first), *range(num_layers - (size - num_first), num_layers))
-
-
-def bridge_of(model: LanguageModel) -> nn.Linear:
-    """The bridge of an auxiliary model that has one."""
-    return layers_of(model.model)[model.model.config.bridge_at].bridge  # type: ignore[return-value]
-
-
-def cell_config(config: Any, settings: AuxiliaryConfig) -> Any:
-    """The configuration of the stored model, from that of the global one; what differs by layer
-    goes with the layer.
-    """
-    cell = with_layers(copy.deepcopy(config), layers(settings, config.num_hidden_layers))
-    cell.bridge_at = settings.first_layers
-    return cell
-
-
-def unroll(model: Any, depth: int) -> Any:
-    """Run the layers of `model` as often as it takes to be `depth` layers deep; the weights stay
-    shared.
-
-    Virtual layer i is layer i mod layers_per_cell. Each is a module of its own, with its own place
-    in the key/value cache, over the same parameters; else it computes as its layer does in the
-    global model.
-    """
-    cell = list(layers_of(model))
-    virtual = [_alias(cell[i % len(cell)], i) for i in range(depth)]
-    parent, _, name = FAMILIES[model.config.model_type].rpartition(".")
-    setattr(model.get_submodule(parent), name, nn.ModuleList(virtual))
-    with_layers(model.config, [i % len(cell) for i in range(depth)])
-    return model
+    num_last = size - num_first
+    return (*range(start, start + num_first), *range(num_layers - num_last, num_layers))
 
 
 def require_cell(settings: AuxiliaryConfig, num_layers: int, name: str) -> None:
-    """Raise ConfigError if a model of `num_layers` layers, called `name`, has no such cell, or it
-    is too large.
+    """Raise ConfigError unless a model has enough layers for the cell, and the cell fits the depth.
+
+    Args:
+        settings: of the auxiliary model.
+        num_layers: of the global model.
+        name: of the global model, for the message.
     """
-    size, deep = cell_size(settings, num_layers), depth(settings, num_layers)
+    size = cell_size(settings, num_layers)
+    aux_depth = depth(settings, num_layers)
     if settings.first_layers is not None and settings.first_layers >= size:
         raise ConfigError(
-            f"auxiliary.first_layers: found {settings.first_layers} where the auxiliary "
-            f"model has {size} layers in "
-            "all, expected fewer, and last ones behind them; or set auxiliary.first_layers=null"
+            f"auxiliary.first_layers: found {settings.first_layers} where the auxiliary model has "
+            f"{size} layers in all, expected fewer, and last ones behind them; or set "
+            "auxiliary.first_layers=null"
         )
     if settings.start_layer + size > num_layers:
         raise ConfigError(
             f"auxiliary: found start_layer {settings.start_layer} and layers_per_cell {size}, "
             f"expected both together at most the {num_layers} layers of {name}"
         )
-    if deep < size:
+    if aux_depth < size:
         raise ConfigError(
-            f"auxiliary.depth: found {deep}, expected at least layers_per_cell={size}"
+            f"auxiliary.depth: found {aux_depth}, expected at least layers_per_cell={size}"
         )
 
 
-def pack(model: LanguageModel) -> NamedTensors:
-    """The weights as they travel: each shared one once."""
-    return NamedTensors.pack(model.weights)
+# --- the model ---
+
+
+def cut(backbone: LanguageModel, settings: AuxiliaryConfig) -> nn.Module:
+    """Return a model of the cell's layers, with weights copied from the global model's (`layers`).
+
+    Embeddings, final norm and head are copied too; a bridge begins as the identity. The weights are
+    fp32, on the global model's device. Source: the reference's `share_client_layer_param`; FedSP,
+    cross-layer sharing.
+    """
+    source = backbone.model
+    model = _from_config(cell_config(source.config, settings))
+    layers_path = FAMILIES[source.config.model_type]
+    source_layers = layers(settings, source.config.num_hidden_layers)
+    source_state = source.state_dict()
+    for name, value in model.state_dict().items():
+        if not _is_of_bridge(name):
+            value.copy_(source_state[_source_name(name, layers_path, source_layers)])
+    return model.to(backbone.device)
+
+
+def cell_config(config: PreTrainedConfig, settings: AuxiliaryConfig) -> PreTrainedConfig:
+    """Return the configuration of the stored model.
+
+    Args:
+        config: of the global model; what differs by layer goes with the layer.
+        settings: of the auxiliary model.
+    """
+    cell = with_layers(copy.deepcopy(config), layers(settings, config.num_hidden_layers))
+    cell.bridge_at = settings.first_layers
+    return cell
+
+
+def unroll(model: Any, num_layers: int) -> Any:
+    """Make a model `num_layers` layers deep by running its layers several times, and return it.
+
+    Virtual layer i is layer i mod layers_per_cell. Each is a module of its own, with its own place
+    in the key/value cache, over the same parameters; else it computes as its layer does in the
+    global model.
+    """
+    cell = list(layers_of(model))
+    virtual = [_alias(cell[index % len(cell)], index) for index in range(num_layers)]
+    parent, _, name = FAMILIES[model.config.model_type].rpartition(".")
+    setattr(model.get_submodule(parent), name, nn.ModuleList(virtual))
+    with_layers(model.config, [index % len(cell) for index in range(num_layers)])
+    return model
 
 
 def build(
     config: Mapping[str, Any],
-    depth: int,
+    num_layers: int,
     device: torch.device,
+    *,
     dtype: torch.dtype,
     dropout: bool = False,
     checkpointing: bool = False,
     candidates: Tensor | None = None,
 ) -> LanguageModel:
-    """An auxiliary model without its weights, from the configuration of its cell; fp32, computing
-    in `dtype`.
+    """Build an auxiliary model whose fp32 weights are still to be loaded.
+
+    Args:
+        config: of its cell, as a mapping.
+        num_layers: depth, shared layers counted as often as they run.
+        device: that the weights are on.
+        dtype: of the forward pass.
+        dropout: whether the model's dropout acts while its weights are trained.
+        checkpointing: recompute activations in the backward pass; turns the model's dropout off.
+        candidates: sorted ids of the tokens that an answer's token is chosen from, int64
+            [candidates]; None: the whole vocabulary.
     """
     settings = dict(config)
-    kind = settings.pop("model_type")
-    cell = transformers.AutoConfig.for_model(kind, **settings)
+    family = settings.pop("model_type")
+    cell = transformers.AutoConfig.for_model(family, **settings)
     model = _from_config(without_dropout(cell) if checkpointing else cell)
-    return LanguageModel(unroll(model, depth).to(device), dtype, dropout, checkpointing, candidates)
+    return LanguageModel(
+        unroll(model, num_layers).to(device),
+        dtype,
+        dropout=dropout,
+        checkpointing=checkpointing,
+        candidates=candidates,
+    )
+
+
+def bridge_of(model: LanguageModel) -> nn.Linear:
+    """Return the bridge of an auxiliary model that has one."""
+    return layers_of(model.model)[model.model.config.bridge_at].bridge  # type: ignore[return-value]
+
+
+def pack(model: LanguageModel) -> NamedTensors:
+    """Copy the weights into the tensors that travel, fp32, any shape; each shared one is there
+    once.
+    """
+    return NamedTensors.pack(model.weights)
 
 
 def load_weights(model: LanguageModel, tensors: Mapping[str, Tensor]) -> None:
-    """Copy weights in, by the names of `pack`."""
+    """Copy weights into a model, by the names and of the same shape as in `pack`."""
     for name, tensor in tensors.items():
         model.weights[name].data.copy_(tensor)
 
 
+# --- folders ---
+
+
 def save(
-    folder: Path, model: LanguageModel, layers_per_cell: int, tokenizer: Any, recipe: dict[str, Any]
+    folder: Path,
+    model: LanguageModel,
+    layers_per_cell: int,
+    *,
+    tokenizer: Any,
+    recipe: dict[str, Any],
 ) -> None:
-    """Write the cell as a Hugging Face folder of its own, with the recipe that made it.
+    """Write the cell as a Hugging Face folder, with the recipe that it was made by.
 
     `from_pretrained(folder)` of the family's class gives the model of `layers_per_cell` layers
-    without its bridge; `load(folder)` runs them over the whole depth, and has the bridge; it also
+    without its bridge. `load(folder)` runs them over the full depth, and has the bridge. It also
     knows which layers of the global model they were, which matters where a layer scales its
     attention by its place (`layer_origins` in config.json).
+
+    Args:
+        folder: is there completely or not at all.
+        model: the auxiliary model, at its full depth.
+        layers_per_cell: layers that are stored.
+        tokenizer: of the global model.
+        recipe: JSON values, among them "depth"; written to `RECIPE`.
     """
-    cell = _from_config(with_layers(copy.deepcopy(model.model.config), range(layers_per_cell)))
+    config = with_layers(copy.deepcopy(model.model.config), range(layers_per_cell))
+    cell = _from_config(config)
     for name, parameter in cell.named_parameters():
         parameter.data.copy_(model.weights[name])
-    write_model(folder, cell, tokenizer, {RECIPE: json.dumps(recipe, indent=2) + "\n"})
+    write_model(folder, cell, tokenizer, notes={RECIPE: json.dumps(recipe, indent=2) + "\n"})
 
 
 def write_model(
-    folder: Path, model: Any, tokenizer: Any, notes: Mapping[str, str] | None = None
+    folder: Path, model: Any, tokenizer: Any, *, notes: Mapping[str, str] | None = None
 ) -> None:
-    """Write a transformers model as a Hugging Face folder, with its tokenizer and with `notes`,
-    texts by file name.
+    """Write a transformers model and its tokenizer as a Hugging Face folder.
 
-    Written beside and renamed, so that the folder is whole or not there, with the list of its
-    files' digests.
+    The files and the list of their digests are written beside it and renamed, so that the folder is
+    there completely or not at all.
+
+    Args:
+        folder: to be written.
+        model: a transformers model.
+        tokenizer: of the model.
+        notes: further texts, by file name.
     """
     part = ownership.begin_model(folder)
     model.save_pretrained(part)
@@ -202,32 +254,47 @@ def write_model(
 
 
 def load(folder: Path, dtype: torch.dtype = torch.float32, dropout: bool = False) -> LanguageModel:
-    """Read an auxiliary model written by `save`, at its full depth.
+    """Read an auxiliary model that `save` wrote, at its full depth.
 
-    Raises ValueError if the folder holds none.
+    Args:
+        folder: of the model.
+        dtype: of the forward pass; the weights are fp32.
+        dropout: whether the model's dropout acts while its weights are trained.
+
+    Raises:
+        ValueError: the folder holds no auxiliary model.
     """
-    deep = read_recipe(folder)["depth"]
+    num_layers = read_recipe(folder)["depth"]
     require_no_code(folder, "auxiliary", str(folder))
     try:
-        kind = model_class(transformers.AutoConfig.from_pretrained(folder, **NO_CODE))
-        model = kind.from_pretrained(folder, dtype=torch.float32, **NO_PICKLES)
+        config = transformers.AutoConfig.from_pretrained(folder, **NO_CODE)
+        model = model_class(config).from_pretrained(folder, dtype=torch.float32, **NO_PICKLES)
         settle_origins(model)
         _add_bridge(model)
-        for file in folder.glob("*.safetensors"):
-            with safetensors.safe_open(file, "pt") as tensors:
-                for name in filter(_is_of_bridge, tensors.keys()):
-                    model.get_parameter(name).data.copy_(tensors.get_tensor(name))
+        _load_bridge(model, folder)
     except (OSError, RuntimeError, KeyError, AttributeError, safetensors.SafetensorError) as error:
         raise ValueError(
             f"{folder}: found no readable model ({error}), expected the one that was distilled"
         ) from None
-    return LanguageModel(unroll(model, deep), dtype, dropout)
+    return LanguageModel(unroll(model, num_layers), dtype, dropout=dropout)
+
+
+def _load_bridge(model: Any, folder: Path) -> None:
+    """Copy the bridge's weights in, which transformers does not know of."""
+    for file in folder.glob("*.safetensors"):
+        with safetensors.safe_open(file, "pt") as tensors:
+            for name in filter(_is_of_bridge, tensors.keys()):
+                model.get_parameter(name).data.copy_(tensors.get_tensor(name))
 
 
 def read_recipe(folder: Path) -> dict[str, Any]:
-    """The recipe beside an auxiliary model. Raises ValueError if there is none."""
+    """Read the recipe beside an auxiliary model.
+
+    Raises:
+        ValueError: there is none, or it lacks a depth.
+    """
     try:
-        recipe = untrusted.parse_json(untrusted.read_bytes(folder / RECIPE, _LONGEST_RECIPE))
+        recipe = untrusted.parse_json(untrusted.read_bytes(folder / RECIPE, _MAX_RECIPE_BYTES))
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{folder}: found no auxiliary model ({error}), expected a readable {RECIPE}"
@@ -243,7 +310,11 @@ def read_recipe(folder: Path) -> dict[str, Any]:
     return recipe
 
 
-def _from_config(config: Any) -> Any:
+# --- parts of the model ---
+
+
+def _from_config(config: PreTrainedConfig) -> Any:
+    """Build a transformers model with its head and bridge, in fp32, without initial weights."""
     with no_init_weights():
         model = model_class(config).from_config(config, dtype=torch.float32, **NO_CODE)
     model.tie_weights()
@@ -253,22 +324,22 @@ def _from_config(config: Any) -> Any:
 
 
 def _add_bridge(model: Any) -> None:
-    """Give a model the bridge that its configuration asks for, as the identity: part of the layer
-    that it leads to.
-    """
-    at = getattr(model.config, "bridge_at", None)
-    if at is not None:
-        width = model.config.hidden_size
-        layer: Any = layers_of(model)[at]
-        layer.bridge = nn.Linear(width, width)
-        nn.init.eye_(layer.bridge.weight)
-        nn.init.zeros_(layer.bridge.bias)
-        layer.register_forward_pre_hook(_cross)
+    """Add the bridge that the configuration asks for, as the identity, to the layer it leads to."""
+    layer_index = getattr(model.config, "bridge_at", None)
+    if layer_index is None:
+        return
+    width = model.config.hidden_size
+    layer: Any = layers_of(model)[layer_index]
+    layer.bridge = nn.Linear(width, width)
+    nn.init.eye_(layer.bridge.weight)
+    nn.init.zeros_(layer.bridge.bias)
+    layer.register_forward_pre_hook(_apply_bridge)
 
 
-def _cross(layer: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Lead the states that enter a layer over its bridge first; all families give them as the first
-    argument.
+def _apply_bridge(layer: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Lead the states that enter a layer over its bridge.
+
+    In all families they are the layer's first argument.
     """
     return layer.bridge(arguments[0]), *arguments[1:]
 
@@ -277,18 +348,21 @@ def _is_of_bridge(name: str) -> bool:
     return name.endswith(("bridge.weight", "bridge.bias"))
 
 
-def _in_source(name: str, path: str, taken: Sequence[int]) -> str:
-    if not name.startswith(path + "."):
+def _source_name(name: str, layers_path: str, source_layers: Sequence[int]) -> str:
+    """Return the global model's name of a weight of the cell."""
+    if not name.startswith(layers_path + "."):
         return name
-    index, _, rest = name[len(path) + 1 :].partition(".")
-    return f"{path}.{taken[int(index)]}.{rest}"
+    index, _, name_in_layer = name[len(layers_path) + 1 :].partition(".")
+    return f"{layers_path}.{source_layers[int(index)]}.{name_in_layer}"
 
 
 def _alias(layer: nn.Module, index: int) -> nn.Module:
-    """A copy of the module tree over the very same parameters and buffers, at another place in the
-    depth.
+    """Copy a layer's modules over the same parameters and buffers, for another place in the model.
+
+    Only `layer_idx`, its place in the key/value cache, differs.
     """
     shared = [*layer.parameters(), *layer.buffers()]
+    # Deepcopy takes what is in its memo for copied already.
     alias = copy.deepcopy(layer, {id(tensor): tensor for tensor in shared})
     for module in alias.modules():
         if hasattr(module, "layer_idx"):

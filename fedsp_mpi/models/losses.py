@@ -1,70 +1,105 @@
-"""Losses as sums over what counts, with the count: what is averaged, and over what, is decided in
-one place.
-"""
+"""Losses as sums over what counts; what they are averaged over is decided by the caller, once."""
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-LEAST = 1e-6  # that a loss is divided by
+from fedsp_mpi.tensors import Batch
+
+if TYPE_CHECKING:
+    from fedsp_mpi.models.language_model import LanguageModel
+    from fedsp_mpi.models.prompts import Prompt
+
+# A smaller loss counts as this where it is divided by.
+LEAST = 1e-6
 
 
 def answer_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Sum of the next-token cross entropy over answer tokens: logits [answers, vocabulary], targets
-    [answers].
+    """Return the sum of the next-token cross entropy over answer tokens, an fp32 scalar in nats.
+
+    Args:
+        logits: [answers, vocabulary], of any float type.
+        targets: int64 [answers].
     """
     return F.cross_entropy(logits.float(), targets, reduction="sum")
 
 
-def answer_losses(logits: Tensor, targets: Tensor, counts: list[int]) -> Tensor:
-    """Of each example the mean of the next-token cross entropy over its answer's tokens, fp32
-    [examples].
+def answer_loss_of(model: LanguageModel, prompt: Prompt | None, batch: Batch) -> Tensor:
+    """Return the sum of the next-token cross entropy over a batch's answers, an fp32 scalar in
+    nats.
 
     Args:
-        logits, targets: [answers, vocabulary] and [answers], example after example.
-        counts: answer tokens of each example.
+        model: answers.
+        prompt: goes in front of every text.
+        batch: int64 [batch, length], on the model's device.
     """
-    each = F.cross_entropy(logits.float(), targets, reduction="none")
-    return torch.stack([part.mean() for part in each.split(counts)])
+    states = model.answer_states(batch, prompt)
+    logits, targets = model.logits_and_targets(states, batch)
+    return answer_loss(logits, targets)
 
 
-def fitness(objective: str, losses: Tensor, others: Tensor) -> Tensor:
-    """What a search minimises: the mean loss, or how the losses compare with those of perturbed
-    copies.
+def answer_losses(logits: Tensor, targets: Tensor, counts: list[int]) -> Tensor:
+    """Return each example's mean next-token cross entropy over its answer, fp32 [examples], in
+    nats.
 
     Args:
-        objective: "loss"; "ratio_of_means" (FedBPT's reference); "mean_of_ratios" (FedBPT, Eq. 7,
-            over the number).
-        losses: [examples].
-        others: [examples], of the copies; not looked at by "loss". What is nearly 0 counts as 1e-6.
+        logits: [answers, vocabulary], example after example.
+        targets: int64 [answers].
+        counts: number of answer tokens of each example.
+    """
+    token_losses = F.cross_entropy(logits.float(), targets, reduction="none")
+    return torch.stack([losses.mean() for losses in token_losses.split(counts)])
+
+
+def fitness(objective: str, losses: Tensor, perturbed: Tensor) -> Tensor:
+    """Return what a search minimises, a scalar: the mean loss, or its ratio to perturbed copies'.
+
+    Args:
+        objective: "loss", the mean; "ratio_of_means", as in FedBPT's reference; or
+            "mean_of_ratios" (FedBPT, Eq. 7, divided by the number of examples).
+        losses: [examples], in nats.
+        perturbed: losses of the perturbed copies, [examples], in nats; unused by "loss".
     """
     if objective == "loss":
         return losses.mean()
     if objective == "ratio_of_means":
-        return losses.mean() / others.mean().clamp(min=LEAST)
-    return (losses / others.clamp(min=LEAST)).mean()
+        return losses.mean() / perturbed.mean().clamp(min=LEAST)
+    return (losses / perturbed.clamp(min=LEAST)).mean()
 
 
 def hidden_loss(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
-    """Sum over the positions that are not padding of the mean squared difference across the width.
+    """Return the mean squared difference across the width, summed over the text's positions.
+
+    The reference averages over padding as well.
 
     Args:
-        student, teacher: [batch, length, hidden].
-        mask: [batch, length], 1 where there is text. (The reference averages over padding too.)
+        student: hidden states [batch, length, hidden].
+        teacher: hidden states [batch, length, hidden].
+        mask: [batch, length], 1 where there is text, 0 at padding.
+
+    Returns:
+        An fp32 scalar.
     """
-    apart = (student.float() - teacher.float()).square().mean(dim=-1)
-    return torch.where(mask.bool(), apart, 0.0).sum()
+    squared_error = (student.float() - teacher.float()).square().mean(dim=-1)
+    return torch.where(mask.bool(), squared_error, 0.0).sum()
 
 
 def logits_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """Sum over positions of T^2 KL(teacher || student) of the softened distributions (Hinton et
-    al., 2015).
+    """Return T^2 KL(teacher || student) of the softened distributions, summed over positions.
+
+    Source: Hinton et al., 2015.
 
     Args:
-        student, teacher: logits [positions, vocabulary] of the positions that are not padding.
-        temperature: T.
+        student: logits [positions, vocabulary] of the positions that are not padding.
+        teacher: logits [positions, vocabulary] of the same positions.
+        temperature: T, which both logits are divided by.
+
+    Returns:
+        An fp32 scalar in nats.
     """
     log_student = F.log_softmax(student.float() / temperature, dim=-1)
     log_teacher = F.log_softmax(teacher.float() / temperature, dim=-1)

@@ -1,5 +1,5 @@
-"""Soft prompts: per-layer key/value prefixes and input prompts, as they are or re-parameterised; in
-peft's formats.
+"""Soft prompts, with or without a re-parameterisation: per-layer key/value prefixes and input
+prompts, mapped between models of different depth, and in peft's file format.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import safetensors.torch
 import torch
@@ -28,16 +28,17 @@ Encoder = Literal["lstm", "mlp"]
 
 @dataclass(frozen=True)
 class PromptSpec:
-    """What a prompt is made of.
+    """The kind and the sizes of a prompt.
 
     Attributes:
         kind: "prefix", keys and values for every layer; "input", embeddings before the text.
         num_tokens: soft tokens.
-        num_layers: layers that a prefix serves; 1 for an input prompt. num_heads, width: key/value
-            heads, and their joint width; an input prompt has one head as wide as an embedding.
+        num_layers: layers that a prefix serves; 1 for an input prompt.
+        num_heads: key/value heads; 1 for an input prompt.
+        width: of all heads together; for an input prompt, the width of an embedding.
         projection: hidden width of a prefix's re-parameterisation (Li and Liang, 2021), or None.
-        encoder: what makes an input prompt of embeddings (P-tuning, Liu et al., 2021, arXiv
-            2103.10385), or None.
+        encoder: network that computes an input prompt from embeddings (P-tuning, Liu et al., 2021,
+            arXiv 2103.10385), or None.
     """
 
     kind: Literal["prefix", "input"]
@@ -55,60 +56,76 @@ class PromptSpec:
         kind: Literal["prefix", "input"],
         num_tokens: int,
         projection: int | None,
+        *,
         encoder: Encoder | None = None,
     ) -> PromptSpec:
-        """The prompt of `num_tokens` soft tokens that fits a model of this shape."""
+        """Return the spec of a prompt that fits a model.
+
+        Args:
+            shape: of the model.
+            kind: "prefix" or "input".
+            num_tokens: soft tokens.
+            projection: used by a prefix only.
+            encoder: used by an input prompt only.
+        """
         if kind == "input":
             return cls(kind, num_tokens, 1, 1, shape.hidden_size, encoder=encoder)
         return cls(
             kind,
             num_tokens,
-            shape.num_layers,
-            shape.num_kv_heads,
-            shape.num_kv_heads * shape.head_dim,
-            projection,
+            num_layers=shape.num_layers,
+            num_heads=shape.num_kv_heads,
+            width=shape.num_kv_heads * shape.head_dim,
+            projection=projection,
         )
 
     def at_depth(self, num_layers: int) -> PromptSpec:
-        """The same prompt for a model of another depth; an input prompt has no depth."""
+        """Return the spec for a model of another depth; an input prompt has no depth."""
         return self if self.kind == "input" else replace(self, num_layers=num_layers)
 
     @property
     def row_width(self) -> int:
-        """Values of one soft token: layers * 2 * width of a prefix, the embedding's width of an
-        input prompt.
-        """
+        """Values of one soft token: layers * 2 * width of a prefix, else the embedding's width."""
         return self.width if self.kind == "input" else self.num_layers * 2 * self.width
 
 
 def require_positions(num_tokens: int, num_positions: int, name: str) -> None:
-    """Raise ConfigError if `num_tokens` soft tokens leave a model, called `name`, no room for a
-    text of two tokens.
+    """Raise ConfigError unless a model has positions left for a text of two tokens.
+
+    Args:
+        num_tokens: soft tokens of the prompt.
+        num_positions: of the model.
+        name: of the model, for the message.
     """
     if num_tokens > num_positions - 2:
         raise ConfigError(
-            f"prompt.num_tokens: found {num_tokens}, expected at most "
-            f"{num_positions - 2}: {name} has "
-            f"{num_positions} positions, and a text needs two at least"
+            f"prompt.num_tokens: found {num_tokens}, expected at most {num_positions - 2}: "
+            f"{name} has {num_positions} positions, and a text needs two at least"
         )
 
 
 class Prompt(nn.Module):
     """A trainable soft prompt, always fp32.
 
-    `matrix()` is what stock peft stores: [num_tokens, row_width], of a prefix layer by layer, each
-    its key, then its value. By itself the one parameter is that matrix. With a projection they are
-    peft's `embedding` and `transform` (embedding [num_tokens, width], Linear to `projection`, tanh,
-    Linear to row_width); with an encoder `embedding` [num_tokens, width], for "lstm" a
-    bidirectional LSTM of two layers over it, and two linear layers with a ReLU between them, all as
-    wide as an embedding, as in OpenPrompt, which FedPrompt's authors used.
+    `matrix()` is what stock peft stores: [num_tokens, row_width], for a prefix layer by layer, each
+    its key, then its value. The parameters are:
+
+    - without re-parameterisation: `prompt`, that matrix;
+    - with a projection: peft's `embedding` [num_tokens, width] and `transform` (Linear to
+      `projection`, tanh, Linear to row_width);
+    - with an encoder: `embedding` [num_tokens, width]; for "lstm" a bidirectional LSTM of two
+      layers over it; and two linear layers with a ReLU between them, all as wide as an embedding,
+      as in OpenPrompt, which FedPrompt's authors used.
     """
 
-    num, read = 1, None  # as of `PromptBatch`
+    # The same attributes as `PromptBatch`, so that either can go into a forward pass.
+    num = 1
+    cache = None
 
     def __init__(self, spec: PromptSpec) -> None:
         super().__init__()
-        self.spec, width = spec, spec.width
+        self.spec = spec
+        width = spec.width
         if spec.projection is None and spec.encoder is None:
             self.prompt = nn.Parameter(torch.zeros(spec.num_tokens, spec.row_width))
             return
@@ -120,18 +137,20 @@ class Prompt(nn.Module):
                 nn.Linear(spec.projection, spec.row_width),
             )
             return
-        sides = 2 if spec.encoder == "lstm" else 1
+        num_directions = 1
         if spec.encoder == "lstm":
+            num_directions = 2
             self.lstm = nn.LSTM(width, width, num_layers=2, bidirectional=True, batch_first=True)
         self.mlp = nn.Sequential(
-            nn.Linear(sides * width, width), nn.ReLU(), nn.Linear(width, width)
+            nn.Linear(num_directions * width, width), nn.ReLU(), nn.Linear(width, width)
         )
 
     def initialise(self, seed: int, std: float) -> Prompt:
-        """Fill with N(0, std^2), a projection's or encoder's weights with N(0, 1/inputs) and its
-        offsets with 0.
+        """Fill the parameters with random numbers, and return self.
 
-        The numbers depend on the seed and the names alone.
+        The prompt or its embedding gets N(0, std^2), the weights of a projection or an encoder
+        N(0, 1 / number of inputs), and their biases 0. The numbers depend on the seed and the
+        parameters' names alone.
         """
         for name, parameter in self.named_parameters():
             scale = std if name in ("prompt", "embedding") else parameter.shape[-1] ** -0.5
@@ -142,43 +161,42 @@ class Prompt(nn.Module):
         return self
 
     def matrix(self) -> Tensor:
-        """The prompt in peft's layout, [num_tokens, row_width]."""
+        """Return the prompt in peft's layout, fp32 [num_tokens, row_width]."""
         if self.spec.encoder is not None:
             return self._encoded()
         return self.prompt if self.spec.projection is None else self.transform(self.embedding)
 
     def _encoded(self) -> Tensor:
-        """What the encoder makes of the embeddings, in fp32 whatever the model computes in."""
+        """Apply the encoder to the embeddings, in fp32 even where the model uses autocast."""
         with torch.autocast(self.embedding.device.type, enabled=False):
-            rows = (
-                self.lstm(self.embedding[None])[0][0]
-                if self.spec.encoder == "lstm"
-                else self.embedding
-            )
+            rows = self.embedding
+            if self.spec.encoder == "lstm":
+                rows = self.lstm(self.embedding[None])[0][0]
             return self.mlp(rows)
 
     def matrices(self) -> Tensor:
-        """`matrix()` as the only one of several, [1, num_tokens, row_width]."""
+        """Return `matrix()` as a stack of one, fp32 [1, num_tokens, row_width]."""
         return self.matrix()[None]
 
-    def of_texts(self, each: Tensor, num_texts: int) -> Tensor:
-        """What was made of `matrices()`, [1, ...], for every text of a batch: [num_texts, ...], all
-        in one memory.
+    def expand(self, stacked: Tensor, num_texts: int) -> Tensor:
+        """Repeat what was computed from `matrices()` for every text: [1, ...] -> [num_texts, ...].
+
+        The result is a view: all texts share one memory.
         """
-        return each.expand(num_texts, *(-1 for _ in each.shape[1:]))
+        return stacked.expand(num_texts, *(-1 for _ in stacked.shape[1:]))
 
     def tensors(self) -> dict[str, Tensor]:
-        """The parameters by name: what travels."""
+        """Return the parameters by name, which are what travels: fp32 views, any shape."""
         return {name: parameter.data for name, parameter in self.named_parameters()}
 
     def num_parameters(self) -> int:
-        """Values that are trained."""
+        """Return the number of values that are trained."""
         return sum(parameter.numel() for parameter in self.parameters())
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Copy values in, wherever the prompt lives.
+        """Copy values into the parameters, on whatever device the prompt is.
 
-        Names and shapes must be those of `tensors()`.
+        Names and shapes must be the same shapes and names as those of `tensors()`.
         """
         assert set(tensors) == {name for name, _ in self.named_parameters()}
         for name, parameter in self.named_parameters():
@@ -187,94 +205,107 @@ class Prompt(nn.Module):
 
 @dataclass(frozen=True)
 class PromptBatch:
-    """Prompts of one kind, of which each text of a batch has its own; they stand where a `Prompt`
-    does in a pass.
+    """Several prompts, one of which goes in front of each text; a pass takes it like a `Prompt`.
 
     Attributes:
-        spec: of every one.
-        values: in peft's layout, [num, num_tokens, row_width].
-        owners: which of them each text has, [num_texts].
-        read: of each layer keys and values, [num, num_heads, num_tokens, head_dim], if a model has
-            read them already.
+        spec: of every prompt.
+        values: in peft's layout, fp32 [num, num_tokens, row_width].
+        prompt_index: the prompt of each text, int64 [num_texts].
+        cache: each layer's keys and values, [num, num_heads, num_tokens, head_dim], where a model
+            has computed them already.
     """
 
     spec: PromptSpec
     values: Tensor
-    owners: Tensor
-    read: list[tuple[Tensor, Tensor]] | None = None
+    prompt_index: Tensor
+    cache: list[tuple[Tensor, Tensor]] | None = None
 
     @property
     def num(self) -> int:
-        """How many they are."""
+        """The number of prompts."""
         return len(self.values)
 
     def matrices(self) -> Tensor:
-        """All of them."""
+        """Return all prompts, fp32 [num, num_tokens, row_width]."""
         return self.values
 
-    def of_texts(self, each: Tensor, num_texts: int) -> Tensor:
-        """What was made of all of them, [num, ...], for every text of the batch: [num_texts, ...]."""
-        return each[self.owners]
+    def expand(self, stacked: Tensor, num_texts: int) -> Tensor:
+        """Select each text's own row of what was computed from all prompts.
+
+        [num, ...] -> [num_texts, ...].
+        """
+        return stacked[self.prompt_index]
 
 
 def key_values(prompts: Prompt | PromptBatch) -> Tensor:
-    """Keys and values of one or several prefixes, [num_layers, 2, num, num_heads, num_tokens,
-    head_dim].
+    """Return the keys and values of prefixes.
+
+    Returns:
+        fp32 [num_layers, 2, num, num_heads, num_tokens, head_dim].
     """
-    s, matrices = prompts.spec, prompts.matrices()
-    assert s.kind == "prefix"
-    return matrices.view(len(matrices), s.num_tokens, s.num_layers, 2, s.num_heads, -1).permute(
-        2, 3, 0, 4, 1, 5
-    )
+    spec = prompts.spec
+    assert spec.kind == "prefix"
+    matrices = prompts.matrices()
+    by_token = matrices.view(len(matrices), spec.num_tokens, spec.num_layers, 2, spec.num_heads, -1)
+    return by_token.permute(2, 3, 0, 4, 1, 5)
+
+
+# --- between models of different depth ---
 
 
 def depth_axis(spec: PromptSpec, name: str) -> int | None:
-    """The axis of a parameter along which the layers lie, or None."""
+    """Return the axis of a parameter along which the layers lie, or None."""
     if spec.kind == "input" or name == "embedding" or name.startswith("transform.0"):
         return None
     return 1 if name == "prompt" else 0
 
 
 def to_depth(tensors: Mapping[str, Tensor], spec: PromptSpec, num_layers: int) -> dict[str, Tensor]:
-    """Map a prompt of `spec` to a model of another depth: repeat up, mean down.
+    """Map a prompt to a model of another depth: repeat layers up, average them down.
 
     Source: the reference's `merge_param_dict`. Layer i of L belongs to layer floor(i * l / L) of
     the l of the shallower model, so every layer keeps its place in the order of depth.
+
+    Args:
+        tensors: the prompt's parameters by name, any shape.
+        spec: of that prompt.
+        num_layers: of the other model.
+
+    Returns:
+        The parameters by name; the axis of layers is `num_layers / spec.num_layers` times as long.
     """
     return {
-        name: _axis_to_depth(t, depth_axis(spec, name), spec, num_layers)
-        for name, t in tensors.items()
+        name: _axis_to_depth(tensor, depth_axis(spec, name), spec.num_layers, num_layers)
+        for name, tensor in tensors.items()
     }
 
 
-def _axis_to_depth(tensor: Tensor, axis: int | None, spec: PromptSpec, num_layers: int) -> Tensor:
-    if axis is None or num_layers == spec.num_layers:
+def _axis_to_depth(tensor: Tensor, axis: int | None, num_before: int, num_layers: int) -> Tensor:
+    """Map one parameter from `num_before` layers, which lie along `axis`, to `num_layers`."""
+    if axis is None or num_layers == num_before:
         return tensor
-    deep, shallow = max(num_layers, spec.num_layers), min(num_layers, spec.num_layers)
-    owner = torch.arange(deep, device=tensor.device) * shallow // deep
-    by_layer = tensor.unflatten(axis, (spec.num_layers, -1))
-    if num_layers > spec.num_layers:
+    deep = max(num_layers, num_before)
+    shallow = min(num_layers, num_before)
+    owner = torch.arange(deep, device=tensor.device) * shallow // deep  # of each deep layer
+    by_layer = tensor.unflatten(axis, (num_before, -1))
+    if num_layers > num_before:
         mapped = by_layer.index_select(axis, owner)
     else:
-        mapped = torch.stack(
-            [by_layer.index_select(axis, i).mean(axis) for i in _members(owner, shallow)], dim=axis
-        )
+        groups = [(owner == index).nonzero().flatten() for index in range(shallow)]
+        means = [by_layer.index_select(axis, group).mean(axis) for group in groups]
+        mapped = torch.stack(means, dim=axis)
     return mapped.flatten(axis, axis + 1).contiguous()
-
-
-def _members(owner: Tensor, num_groups: int) -> list[Tensor]:
-    return [(owner == group).nonzero().flatten() for group in range(num_groups)]
 
 
 @dataclass(frozen=True)
 class DepthMap:
-    """How prompts go between the global model and an auxiliary one of another depth.
+    """The mapping of prompts between the global model and an auxiliary one of another depth.
 
     Attributes:
         spec: of the prompts at the depth of the global model.
         num_layers: of the auxiliary model.
-        layers: which layers of the global model those of the auxiliary one are, and prompts belong
-            to the same ones in both; None: repeat and mean (`to_depth`).
+        layers: the layer of the global model that each layer of the auxiliary one is a copy of;
+            prompts stay with their layers. None: repeat and average (`to_depth`).
     """
 
     spec: PromptSpec
@@ -283,63 +314,73 @@ class DepthMap:
 
     @property
     def small(self) -> PromptSpec:
-        """The prompts at the depth of the auxiliary model."""
+        """The spec of the prompts at the depth of the auxiliary model."""
         return self.spec.at_depth(self.num_layers)
 
     def down(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The global model's prompts for the auxiliary model."""
+        """Map the parameters of a prompt, any shape, from the global to the auxiliary model."""
         if self.layers is None:
             return to_depth(tensors, self.spec, self.num_layers)
-        return {name: self._same(name, tensor) for name, tensor in tensors.items()}
+        return {name: self._select_layers(name, tensor) for name, tensor in tensors.items()}
 
     def up(self, tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The auxiliary model's prompts for the global model, whose layers without a counterpart
-        keep their own.
+        """Map the parameters of a prompt from the auxiliary to the global model.
+
+        Args:
+            tensors: by name, any shape, at the auxiliary model's depth.
+            own: the global model's parameters, whose layers without a counterpart stay as they are.
         """
         if self.layers is None:
             return to_depth(tensors, self.small, self.spec.num_layers)
-        return {name: self._with_same(name, tensor, own[name]) for name, tensor in tensors.items()}
+        return {
+            name: self._replace_layers(name, tensor, own[name]) for name, tensor in tensors.items()
+        }
 
-    def _same(self, name: str, whole: Tensor) -> Tensor:
-        """The part of one of the global model's parameters that the auxiliary model has as well,
-        copied.
-        """
+    def _select_layers(self, name: str, tensor: Tensor) -> Tensor:
+        """Copy the layers that the auxiliary model has out of a parameter of the global one."""
         axis = depth_axis(self.spec, name)
         if axis is None:
-            return whole.clone()
-        return whole.unflatten(axis, (self.spec.num_layers, -1))[self._at(axis)].flatten(
-            axis, axis + 1
-        )
+            return tensor.clone()
+        by_layer = tensor.unflatten(axis, (self.spec.num_layers, -1))
+        return by_layer[self._layers_along(axis)].flatten(axis, axis + 1)
 
-    def _with_same(self, name: str, part: Tensor, whole: Tensor) -> Tensor:
-        """A copy of one of the global model's parameters with that part."""
+    def _replace_layers(self, name: str, small: Tensor, large: Tensor) -> Tensor:
+        """Copy a parameter of the global model, with the auxiliary model's layers in it."""
         axis = depth_axis(self.spec, name)
         if axis is None:
-            return part.clone()
-        found = whole.clone()
-        found.unflatten(axis, (self.spec.num_layers, -1))[self._at(axis)] = part.unflatten(
-            axis, (self.num_layers, -1)
-        )
-        return found
+            return small.clone()
+        merged = large.clone()
+        by_layer = merged.unflatten(axis, (self.spec.num_layers, -1))  # a view
+        by_layer[self._layers_along(axis)] = small.unflatten(axis, (self.num_layers, -1))
+        return merged
 
-    def _at(self, axis: int) -> tuple[Any, ...]:
-        """Where the auxiliary model's layers lie along an axis of the global one's."""
-        return (slice(None),) * axis + (list(self.layers or ()),)
+    def _layers_along(self, axis: int) -> tuple[slice | list[int], ...]:
+        """Return the index of the auxiliary model's layers along an axis of the global one's."""
+        assert self.layers is not None
+        return (slice(None),) * axis + (list(self.layers),)
+
+
+# --- peft's file format ---
 
 
 def write_adapter(
-    folder: Path, tensors: NamedTensors, spec: PromptSpec, base: str, task: str = "CAUSAL_LM"
+    folder: Path,
+    tensors: NamedTensors,
+    spec: PromptSpec,
+    *,
+    base: str,
+    task: str = "CAUSAL_LM",
 ) -> None:
-    """Write a stock peft adapter: `PeftModel.from_pretrained(model, folder)` then answers with this
-    prompt.
+    """Write a stock peft adapter: `PeftModel.from_pretrained(model, folder)` uses this prompt.
 
-    A projection or an encoder is applied first, as peft itself does when it saves.
+    A projection or an encoder is applied first, as peft itself does when it saves; the file holds
+    fp32 [num_tokens, row_width].
 
     Args:
-        folder: made if it is not there.
-        tensors: the prompt's parameters, of the depth of the global model.
-        spec: what they are.
-        base: name or folder of the global model, for the adapter's own note.
+        folder: made if it does not exist.
+        tensors: the prompt's parameters, at the depth of the global model.
+        spec: of the prompt.
+        base: name or folder of the global model, noted in the adapter.
         task: peft's name for the kind of model.
     """
     prompt = Prompt(spec)
@@ -349,11 +390,6 @@ def write_adapter(
     folder.parent.mkdir(parents=True, exist_ok=True)
     part = ownership.begin_model(folder)
     safetensors.torch.save_file({"prompt_embeddings": matrix}, part / "adapter_model.safetensors")
-    prefix = (
-        {"encoder_hidden_size": spec.width, "prefix_projection": False}
-        if spec.kind == "prefix"
-        else {}
-    )
     settings = {
         "peft_type": "PREFIX_TUNING" if spec.kind == "prefix" else "PROMPT_TUNING",
         "task_type": task,
@@ -364,8 +400,9 @@ def write_adapter(
         "num_transformer_submodules": 1,
         "num_attention_heads": spec.num_heads,
         "num_layers": spec.num_layers,
-        **prefix,
     }
+    if spec.kind == "prefix":
+        settings |= {"encoder_hidden_size": spec.width, "prefix_projection": False}
     (part / "adapter_config.json").write_text(
         json.dumps(settings, indent=2) + "\n", encoding="utf-8"
     )
@@ -374,14 +411,14 @@ def write_adapter(
 
 
 def read_adapter(folder: Path) -> Tensor:
-    """The matrix [num_tokens, row_width] of a peft prefix- or prompt-tuning adapter.
+    """Return the prompt [num_tokens, row_width] of a peft prefix- or prompt-tuning adapter.
 
-    Raises ValueError if the folder holds none.
+    Raises:
+        ValueError: the folder holds none.
     """
     try:
-        return safetensors.torch.load_file(folder / "adapter_model.safetensors")[
-            "prompt_embeddings"
-        ]
+        tensors = safetensors.torch.load_file(folder / "adapter_model.safetensors")
+        return tensors["prompt_embeddings"]
     except (OSError, KeyError, safetensors.SafetensorError) as error:
         raise ValueError(
             f"{folder}: found no peft prompt ({error}), expected adapter_model.safetensors "

@@ -1,5 +1,5 @@
-"""A model's configuration and its tokenizer, read from a folder or the hub, and what is wrong with
-them in one line.
+"""Read a model's configuration and its tokenizer, from a folder or the hub; say in one line what is
+wrong with them.
 """
 
 from __future__ import annotations
@@ -10,61 +10,73 @@ from contextlib import contextmanager
 from typing import Any
 
 import transformers
+from transformers import PreTrainedConfig
 
+from fedsp_mpi.log import one_line
 from fedsp_mpi.models.families import FAMILIES, SIZES, shape_of
-from fedsp_mpi.models.hub import AbsentError, first_line, locate
+from fedsp_mpi.models.hub import AbsentError, locate
 from fedsp_mpi.models.remote_code import NO_CODE, require_no_code, require_whole_numbers
 
 
-def read_config(name: str, revision: str | None = None) -> Any:
-    """The configuration of a model, from a folder or the hub, without its weights.
+def read_config(name: str, revision: str | None = None) -> PreTrainedConfig:
+    """Read the configuration of a model, without its weights.
 
-    Raises ValueError if there is no such model, if it asks to run code of its own or is quantised,
-    if its family is not one of `FAMILIES`, or if its sizes make no model.
+    Args:
+        name: folder or hub name.
+        revision: of the hub's files; None is the main one.
+
+    Raises:
+        ValueError: there is no such model, it asks to run code of its own or is quantised, its
+            family is not one of `FAMILIES`, or its sizes make no model.
     """
+    problem = "which could not be read"
     expected = "a folder with a config.json, or a name that the hub or its local cache knows"
-    with refusing("model.name", name, "which could not be read", expected):
+    with refusing("model.name", name, problem, expected=expected):
         folder = locate(name, revision, "config.json")
     require_no_code(folder, "model.name", name)
     require_whole_numbers(folder, name)
-    with refusing("model.name", name, "which could not be read", expected):
+    with refusing("model.name", name, problem, expected=expected):
         config = transformers.AutoConfig.from_pretrained(folder, **NO_CODE)
     if hasattr(config, "auto_map"):
-        del (
-            config.auto_map
-        )  # of classes that transformers has: what is written later needs no code either
+        # It names classes that transformers has. A model written later is not to need code either.
+        del config.auto_map
     if config.model_type not in FAMILIES:
         raise ValueError(
-            f"model.name: found {name!r} of the family {config.model_type!r}, expected one "
-            f"of {', '.join(FAMILIES)}"
+            f"model.name: found {name!r} of the family {config.model_type!r}, "
+            f"expected one of {', '.join(FAMILIES)}"
         )
     _check_sizes(name, config)
     return config
 
 
 def read_tokenizer(name: str, revision: str | None = None) -> Any:
-    """The tokenizer of a model, from a folder or the hub.
+    """Read the tokenizer of a model.
 
-    Raises ValueError if there is none, or code comes with it.
+    Args:
+        name: folder or hub name.
+        revision: of the hub's files; None is the main one.
+
+    Raises:
+        ValueError: there is none, or it asks to run code of its own.
     """
+    problem = "which has no readable tokenizer"
     expected = "a folder with a tokenizer.json, or a hub name"
-    with refusing("model.tokenizer", name, "which has no readable tokenizer", expected):
+    with refusing("model.tokenizer", name, problem, expected=expected):
         folder = locate(name, revision, "tokenizer")
     require_no_code(folder, "model.tokenizer", name)
-    with refusing("model.tokenizer", name, "which has no readable tokenizer", expected):
+    with refusing("model.tokenizer", name, problem, expected=expected):
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **NO_CODE)
-    if not tokenizer("a b", add_special_tokens=False)[
-        "input_ids"
-    ]:  # what transformers makes up where there is none
+    # Where there is no tokenizer, transformers makes up one that knows no token.
+    if not tokenizer("a b", add_special_tokens=False)["input_ids"]:
         raise ValueError(
             f"model.tokenizer: found {name!r}, whose tokenizer turns a text into nothing; "
-            "expected a folder with the "
-            "tokenizer.json that belongs to the model"
+            "expected a folder with the tokenizer.json that belongs to the model"
         )
     return tokenizer
 
 
-def _check_sizes(name: str, config: Any) -> None:
+def _check_sizes(name: str, config: PreTrainedConfig) -> None:
+    """Raise ValueError unless the sizes are positive, and heads share keys and values evenly."""
     for size in SIZES:
         value = getattr(config, size, None)
         if value is not None and (not isinstance(value, int) or value < 1):
@@ -73,37 +85,35 @@ def _check_sizes(name: str, config: Any) -> None:
                 f"model.name: found {name!r} with {key} {value!r} in its config.json, "
                 "expected at least 1"
             )
-    heads, groups = config.num_attention_heads, shape_of(config).num_kv_heads
-    if heads % groups:
+    num_heads = config.num_attention_heads
+    num_kv_heads = shape_of(config).num_kv_heads
+    if num_heads % num_kv_heads:
         raise ValueError(
-            f"model.name: found {name!r} with {heads} heads over {groups} of keys and "
-            "values in its config.json, "
-            "expected a multiple of them"
+            f"model.name: found {name!r} with {num_heads} heads over {num_kv_heads} of keys and "
+            "values in its config.json, expected a multiple of them"
         )
 
 
 @contextmanager
-def refusing(key: str, name: str, what: str, expected: str) -> Iterator[None]:
-    """Turn into one ValueError what transformers throws at files that are not as they should be:
-    nearly anything.
+def refusing(key: str, name: str, problem: str, *, expected: str) -> Iterator[None]:
+    """Turn whatever a library raises at files that it cannot read into one ValueError.
 
     Args:
         key: of the configuration.
-        name: what the key says.
-        what: what is wrong with it.
+        name: the key's value.
+        problem: what is wrong with the files, as a clause: "which could not be read".
         expected: what would be right, and what to do.
     """
     try:
         yield
     except AbsentError as error:
         raise ValueError(f"{key}: {error}") from None
-    except pickle.UnpicklingError:  # its text advises to trust the file
+    except pickle.UnpicklingError:  # its message advises to trust the file
         raise ValueError(
-            f"{key}: found {name!r}, whose weights are pickled, which hold more than "
-            "numbers, or are damaged; expected "
-            "plain weights; take a copy with safetensors"
+            f"{key}: found {name!r}, whose weights are pickled with more than numbers in them, "
+            "or are damaged; expected plain weights; take a copy with safetensors"
         ) from None
     except Exception as error:
         raise ValueError(
-            f"{key}: found {name!r}, {what} ({first_line(error)}); expected {expected}"
+            f"{key}: found {name!r}, {problem} ({one_line(error, first_line=True)}); expected {expected}"
         ) from None

@@ -1,5 +1,5 @@
-"""Prompts in a space of few dimensions: a random matrix that everybody can make and nobody has to
-hold.
+"""Prompts in a space of few dimensions, by a random matrix that every rank can generate and none
+has to store.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from fedsp_mpi import rng
-from fedsp_mpi.models.backbone import LanguageModel
+from fedsp_mpi.models.language_model import LanguageModel
 from fedsp_mpi.models.prompts import Prompt, PromptSpec
 
-_ROWS = 2048  # of the matrix that there are at a time
+_BLOCK_ROWS = 2048  # rows of a matrix that are in memory at a time
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Subspace:
     """The map z -> A z, where A has independent values of N(0, scale^2) and one row for each value
     of a prompt.
 
-    A is made anew in pieces whenever it is asked for, and so takes no memory: with 500 dimensions
+    A is generated anew, block by block, in every call, and so takes no memory: with 500 dimensions
     it would have 500 times a prompt's size. Black-box tuning (Sun et al., 2022, arXiv 2201.03514)
     calls it the random projection.
 
@@ -40,39 +40,54 @@ class Subspace:
     seed: int
 
     def expand(self, points: np.ndarray) -> Tensor:
-        """A z for each row of `points` [num, dimension]: fp32 [num, tokens, row width] on the CPU."""
-        tokens, width = self.spec.num_tokens, self.spec.row_width
-        narrow = torch.from_numpy(np.asarray(points, dtype=np.float32)).T
-        found = torch.empty(len(points), tokens * width)
-        for block, start in enumerate(range(0, tokens * width, _ROWS)):
-            rows = min(_ROWS, tokens * width - start)
-            random = rng.generator(self.seed, "projection", block)
-            piece = torch.from_numpy(
-                random.standard_normal((rows, self.dimension), dtype=np.float32)
+        """Return A z for each point z.
+
+        Args:
+            points: [num, dimension], of any float type.
+
+        Returns:
+            fp32 [num, num_tokens, row_width] on the CPU.
+        """
+        num_tokens = self.spec.num_tokens
+        num_values = num_tokens * self.spec.row_width
+        columns = torch.from_numpy(np.asarray(points, dtype=np.float32)).T
+        expanded = torch.empty(len(points), num_values)
+        for block_index, start in enumerate(range(0, num_values, _BLOCK_ROWS)):
+            num_rows = min(_BLOCK_ROWS, num_values - start)
+            random = rng.generator(self.seed, "projection", block_index)
+            block = torch.from_numpy(
+                random.standard_normal((num_rows, self.dimension), dtype=np.float32)
             )
-            found[:, start : start + rows] = (piece @ narrow).T.mul_(self.scale)
-        return found.view(len(points), tokens, width)
+            expanded[:, start : start + num_rows] = (block @ columns).T.mul_(self.scale)
+        return expanded.view(len(points), num_tokens, self.spec.row_width)
 
 
 def scale_of(
-    model: LanguageModel, first: Prompt, dimension: int, step_size: float, spread: float
+    model: LanguageModel, first: Prompt, dimension: int, *, step_size: float, spread: float
 ) -> float:
-    """The scale with which A z, for z of N(0, step_size^2), has `spread` times the deviation of
-    what it is added to.
+    """Return the scale of a `Subspace` whose points deviate as much as what they are added to.
 
-    That is the deviation of all values of the word embeddings (as in FedBPT's reference), or of a
-    first prefix.
+    With it, A z for z of N(0, step_size^2) has `spread` times the standard deviation of all values
+    of the word embeddings (as in FedBPT's reference), or of the first prompt if it is a prefix.
+
+    Args:
+        model: whose word embeddings [vocabulary, hidden] are measured.
+        first: the prompt that a search starts from, [num_tokens, row_width].
+        dimension: of z.
+        step_size: standard deviation of z, at the start of the search.
+        spread: ratio of both deviations.
     """
     with torch.no_grad():
-        weights = (
-            model.model.get_input_embeddings().weight
-            if first.spec.kind == "input"
-            else first.matrix()
-        )
-        total = squares = 0.0
-        for part in weights.split(_ROWS):
-            values = part.double()
-            total, squares = total + float(values.sum()), squares + float(values.square().sum())
+        if first.spec.kind == "input":
+            weights = model.model.get_input_embeddings().weight
+        else:
+            weights = first.matrix()
+        total = 0.0
+        squares = 0.0
+        for rows in weights.split(_BLOCK_ROWS):
+            values = rows.double()
+            total += float(values.sum())
+            squares += float(values.square().sum())
     mean = total / weights.numel()
     deviation = math.sqrt(squares / weights.numel() - mean**2)
     return spread * deviation / (math.sqrt(dimension) * step_size)

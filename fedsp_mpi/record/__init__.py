@@ -1,6 +1,4 @@
-"""The run folder: what a run did, written so that no kill can spoil it, and read back as plain
-data.
-"""
+"""The run folder: what a run did, written so that no kill can spoil it, and read as plain data."""
 
 from fedsp_mpi.record.atomic import RecordError
 from fedsp_mpi.record.checkpoint import Checkpoint, Checkpoints

@@ -1,6 +1,4 @@
-"""Files that are whole or not there: written beside, synced, renamed; and the words for a write
-that failed.
-"""
+"""Files that are whole or absent: written beside their name, synced, renamed."""
 
 from __future__ import annotations
 
@@ -11,46 +9,47 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from fedsp_mpi.files import ownership
-from fedsp_mpi.record import tables
+from fedsp_mpi.log import one_line
 
 
 class RecordError(OSError):
-    """The run folder could not be written: which file, why, and what is still there."""
+    """The run folder could not be written: which file, why, and what is still intact."""
 
 
 Buffer = bytes | memoryview
-# bytes: what disks want addresses, offsets and sizes to be multiples of, past the page cache
-_ALIGNED = 4096
-_ROOM = 4 << 20  # bytes that are on their way there at once
+# In bytes: past the page cache, disks want addresses, offsets and sizes to be multiples of it.
+_ALIGNMENT = 4096
+_BUFFER_BYTES = 4 << 20  # of the aligned buffer through which a file is written
 
 
 def write(
-    path: Path, image: Sequence[Buffer], left: str, sync: bool = True, bypass: bool = False
+    path: Path, image: Sequence[Buffer], intact: str, *, sync: bool = True, bypass: bool = False
 ) -> None:
-    """Put the parts of `image` at `path`: its old content stays until the new one is wholly there.
+    """Replace a file; its old content stays until the new one is complete.
 
     Args:
+        path: of the file; its folder is made if it is missing.
         image: the content, part after part.
-        left: for the error: what is kept all the same.
+        intact: what is still there if this fails, for the error message.
         sync: when this returns, the file is on disk; otherwise it survives a kill, but not the loss
             of the machine.
-        bypass: go past the kernel's page cache where the file system lets us: for what is large and
+        bypass: write past the kernel's page cache where the file system can: for what is large and
             not read soon.
 
-    Raises RecordError.
+    Raises:
+        RecordError: the file cannot be written.
     """
     part = part_of(path)
-    with writing(path, left, part):
+    with writing(path, intact, part):
         ownership.make_folder(path.parent)
         handle, is_direct = _open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, bypass)
         try:
-            for each in _aligned(image) if is_direct else image:
-                _write_all(handle, each)
+            for buffer in _aligned(image) if is_direct else image:
+                _write_all(handle, buffer)
             os.ftruncate(handle, sum(map(len, image)))
             if sync:
                 os.fsync(handle)
@@ -60,76 +59,83 @@ def write(
 
 
 def read(path: Path) -> memoryview:
-    """A file's bytes, in memory that may be written to; past the page cache like what `bypass`
-    wrote.
+    """Return a file's bytes in writable memory, read past the page cache where the file system can.
+
+    Raises:
+        OSError: the file cannot be read.
     """
     handle, _ = _open(path, os.O_RDONLY, bypass=True)
     try:
         size = os.fstat(handle).st_size
-        room, done = _memory(_rounded_up(size)), 0
-        while done < size and (count := _past_cache(handle, os.preadv, [room[done:]], done)):
-            done += count
-        return room[:done]
+        buffer = _aligned_memory(_rounded_up(size))
+        num_read = 0
+        while num_read < size:
+            count = _retry_cached(os.preadv, handle, [buffer[num_read:]], num_read)
+            if count == 0:  # the file has become shorter
+                break
+            num_read += count
+        return buffer[:num_read]
     finally:
         os.close(handle)
 
 
 def _open(path: Path, flags: int, bypass: bool) -> tuple[int, bool]:
-    """A file's handle, and whether it goes past the page cache; not every file system can."""
+    """Open a file; return its handle and whether it goes past the page cache."""
     if bypass:
-        with suppress(OSError):
+        with suppress(OSError):  # not every file system can
             return os.open(path, flags | os.O_DIRECT, ownership.file_mode(path)), True
     return os.open(path, flags, ownership.file_mode(path)), False
 
 
 def _aligned(image: Sequence[Buffer]) -> Iterator[memoryview]:
-    """The same bytes in pieces that lie, begin and end where a disk wants it, with zeros behind the
-    last.
-    """
-    room, used = _room(), 0
+    """Yield the same bytes in aligned buffers of aligned sizes, with zeros behind the last byte."""
+    buffer = _shared_buffer()
+    num_used = 0
     for part in image:
-        rest = memoryview(part)
-        while rest:
-            count = min(len(rest), _ROOM - used)
-            room[used : used + count] = rest[:count]
-            used, rest = used + count, rest[count:]
-            if used == _ROOM:
-                yield room
-                used = 0
-    end = _rounded_up(used)
-    room[used:end] = bytes(end - used)
-    yield room[:end]
+        source = memoryview(part)
+        while source:
+            count = min(len(source), _BUFFER_BYTES - num_used)
+            buffer[num_used : num_used + count] = source[:count]
+            num_used += count
+            source = source[count:]
+            if num_used == _BUFFER_BYTES:
+                yield buffer
+                num_used = 0
+    end = _rounded_up(num_used)
+    buffer[num_used:end] = bytes(end - num_used)
+    yield buffer[:end]
 
 
 @cache
-def _room() -> memoryview:
-    """Kept, because new memory costs more than the copy into it."""
-    return _memory(_ROOM)
+def _shared_buffer() -> memoryview:
+    """Return one buffer for all writes: new memory costs more than the copy into it."""
+    return _aligned_memory(_BUFFER_BYTES)
 
 
-def _memory(size: int) -> memoryview:
-    """Aligned memory, from the allocator: pages that are new to a process cost more than what is
-    put in.
+def _aligned_memory(size: int) -> memoryview:
+    """Return `size` bytes that begin at an aligned address.
+
+    They come from the allocator, which reuses memory: pages that are new to a process cost more
+    than what is written into them.
     """
-    room = np.empty(size + _ALIGNED, dtype=np.uint8)
-    start = -room.ctypes.data % _ALIGNED
-    return room[start : start + size].data
+    memory = np.empty(size + _ALIGNMENT, dtype=np.uint8)
+    start = -memory.ctypes.data % _ALIGNMENT
+    return memory[start : start + size].data
 
 
 def _rounded_up(size: int) -> int:
-    return -(-size // _ALIGNED) * _ALIGNED
+    return -(-size // _ALIGNMENT) * _ALIGNMENT
 
 
 def _write_all(handle: int, part: Buffer) -> None:
-    rest = memoryview(part)
-    while rest:
-        rest = rest[_past_cache(handle, os.write, rest) :]
+    unwritten = memoryview(part)
+    while unwritten:
+        count = _retry_cached(os.write, handle, unwritten)
+        unwritten = unwritten[count:]
 
 
-def _past_cache(handle: int, call: Callable[..., int], *arguments: Any) -> int:
-    """Call with a handle; through the page cache after all, if the file system wants another
-    alignment.
-    """
+def _retry_cached(call: Callable[..., int], handle: int, *arguments: object) -> int:
+    """Read or write; through the page cache after all if the file system wants other alignments."""
     try:
         return call(handle, *arguments)
     except OSError as error:
@@ -141,36 +147,47 @@ def _past_cache(handle: int, call: Callable[..., int], *arguments: Any) -> int:
 
 
 @contextmanager
-def writing(path: Path, left: str, part: Path | None = None) -> Iterator[None]:
-    """Turn a failed write into RecordError, without its half-written file."""
+def writing(path: Path, intact: str, part: Path | None = None) -> Iterator[None]:
+    """Turn a failed write into a RecordError, and remove the half-written file.
+
+    Args:
+        path: is named in the error.
+        intact: what is still there, for the error message.
+        part: the half-written file, if there is one.
+
+    Raises:
+        RecordError: the body failed.
+    """
     try:
         yield
-    except (
-        OSError,
-        RuntimeError,
-        KeyError,
-    ) as error:  # HDF5 has all three for a file that it cannot write or copy
+    # HDF5 raises all three for a file that it cannot write or copy.
+    except (OSError, RuntimeError, KeyError) as error:
         if part is not None:
             with suppress(OSError):
                 part.unlink()
-        raise failure(path, error, left) from error
+        raise failure(path, error, intact) from error
 
 
-def failure(path: Path, error: BaseException, left: str) -> RecordError:
-    """The error of a write that failed, in one line."""
-    reason = (
-        error.strerror
-        if isinstance(error, OSError) and error.strerror
-        else tables.first_line(error)
-    )
+def failure(path: Path, error: BaseException, intact: str) -> RecordError:
+    """Return the error of a failed write, in one line.
+
+    Args:
+        path: of the file.
+        error: what went wrong.
+        intact: what is still there.
+    """
+    if isinstance(error, OSError) and error.strerror:
+        reason = error.strerror
+    else:
+        reason = one_line(error, first_line=True)
     return RecordError(
-        f"{path}: cannot be written ({reason}); {left}; make room or give permission, "
+        f"{path}: cannot be written ({reason}); {intact}; make room or give permission, "
         "then go on from there"
     )
 
 
 def part_of(path: Path) -> Path:
-    """Where a file grows before it takes its name."""
+    """Return where a file is written before it takes its name."""
     return path.with_name(path.name + ".part")
 
 
@@ -184,10 +201,15 @@ def sync(path: Path) -> None:
 
 
 def rename(part: Path, path: Path, synced: bool = True) -> None:
-    """Give a file its name, in the folder's data on disk too."""
+    """Give a file its name.
+
+    Args:
+        part: the file as it was written.
+        path: its name from now on.
+        synced: wait until the name is on disk too.
+    """
     part.replace(path)
     if synced:
-        with suppress(
-            OSError
-        ):  # some network file systems cannot sync a folder; the rename itself has happened
+        # Some network file systems cannot sync a folder; the rename itself has happened.
+        with suppress(OSError):
             sync(path.parent)

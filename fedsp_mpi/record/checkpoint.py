@@ -1,24 +1,22 @@
-"""Checkpoints: all that a run needs to go on with the same bits, on any number of ranks.
+"""Checkpoints: everything that a run needs to resume with the same bits, on any number of ranks.
 
-    checkpoints/0007.json                        the commit mark of round 7, written last: its
-    files' sizes and digests checkpoints/server-0007.safetensors          the server's state after
-    round 7 checkpoints/client-00003-0006.safetensors    client 3 after its work in round 6
-    checkpoints/distillation-400.safetensors     before the first round: the distillation after 400
-    steps checkpoints/distillation.json                its commit mark
+    checkpoints/0007.json                        manifest of round 7: sizes and digests of its files
+    checkpoints/server-0007.safetensors          the server's state after round 7
+    checkpoints/client-00003-0006.safetensors    client 3's state after it trained in round 6
+    checkpoints/distillation.json                manifest of the distillation, before round 1
+    checkpoints/distillation-400.safetensors     its state after 400 steps
 
 A client's file is written once, by the rank that plays the client, and belongs to every checkpoint
-from its round until the client works again. A checkpoint is there when its mark is: a kill before
-leaves the one before.
+from its round until the client trains again. The manifest is written last: a checkpoint exists when
+its manifest does, and a kill before that leaves the previous checkpoint.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from fedsp_mpi.files import fingerprint, ownership, untrusted
 from fedsp_mpi.record import atomic, states
@@ -26,11 +24,21 @@ from fedsp_mpi.tensors import State
 
 LAYOUT = 2
 FOLDER = "checkpoints"
+DISTILLATION_MANIFEST = "distillation.json"
+_DISTILLATION_PREFIX = "distillation"
+_INTACT = "the last checkpoint is still there"
+_MAX_MANIFEST_BYTES = 1 << 30  # a client takes less than 100
+# What reading a damaged manifest can raise.
+_UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError)
 
 
 class CheckpointFile(NamedTuple):
-    """A file of a checkpoint: the round after which it was written, its size in bytes, and its
-    64-bit digest.
+    """A file of a checkpoint.
+
+    Attributes:
+        round: after which it was written; of a distillation, the step.
+        size: in bytes.
+        digest: of its bytes, 64 bits.
     """
 
     round: int
@@ -39,9 +47,14 @@ class CheckpointFile(NamedTuple):
 
     @classmethod
     def of(cls, content: Sequence[object]) -> CheckpointFile:
-        """What JSON says of a file. Raises ValueError if that is no such three values."""
+        """Build a file from its form in JSON: [round, size, digest].
+
+        Raises:
+            ValueError: the content is something else.
+            TypeError: the content is no sequence.
+        """
         round, size, digest = content
-        if not (isinstance(round, int) and isinstance(size, int) and isinstance(digest, str)):
+        if type(round) is not int or type(size) is not int or not isinstance(digest, str):
             raise ValueError(
                 f"found {[type(value).__name__ for value in content]}, expected a round, a "
                 "size, a digest"
@@ -56,10 +69,11 @@ class Checkpoint:
     """A committed state of the whole run.
 
     Attributes:
-        round: the last round that it knows of.
+        round: the last round that is part of it.
         server: the server's file.
-        clients: client id -> its file, for those that have a state.
-        inputs: digest of all that the run reads; None in those of versions that wrote none.
+        clients: client id -> its file, for the clients that have a state.
+        inputs: digest of everything that the run reads; None in checkpoints of versions that wrote
+            none.
     """
 
     round: int
@@ -69,414 +83,316 @@ class Checkpoint:
 
 
 class Checkpoints:
-    """The checkpoints of one run folder. Every rank has one; `commit` is the server's."""
+    """The checkpoints of one run folder. Every rank has an instance; only the server commits."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder / FOLDER
 
+    # -- files of clients and of the server --------------------------------------------------------
+
     def write_client(self, client: int, round: int, state: State) -> CheckpointFile:
-        """Write a client's state after `round`; it is on disk for good after `sync`. Raises
-        RecordError.
+        """Write a client's state; it survives a loss of power only after `sync`.
+
+        Args:
+            client: its id.
+            round: after which the client has this state.
+            state: arrays of any shape by name.
+
+        Raises:
+            RecordError: the file cannot be written.
         """
         return self._write(client_file(client, round), round, state, is_client=True)
 
-    def read_client(self, client: int, piece: CheckpointFile) -> State:
-        """What `write_client` wrote. Raises ValueError if the file is not what was written."""
-        return states.unpack(self._image(client_file(client, piece.round), piece))
+    def read_client(self, client: int, file: CheckpointFile) -> State:
+        """Return the state that `write_client` wrote.
+
+        Raises:
+            ValueError: the file is not what was written.
+        """
+        return states.unpack(self._read(client_file(client, file.round), file))
 
     def read_server(self, checkpoint: Checkpoint) -> State:
-        """The server's state. Raises ValueError if the file is not what was written."""
-        return states.unpack(self._image(server_file(checkpoint.round), checkpoint.server))
+        """Return the server's state.
 
-    def obsolete(self, written: Mapping[int, Collection[int]]) -> list[tuple[int, int]]:
-        """Those of some clients' files, as (client, round), that no checkpoint needs and that are
-        not the newest.
+        Raises:
+            ValueError: the file is not what was written.
         """
-        kept = {
-            (id, piece.round)
-            for mark in self._marks()
-            for id, piece in self._clients_of(mark).items()
+        return states.unpack(self._read(server_file(checkpoint.round), checkpoint.server))
+
+    def unreferenced(self, written: Mapping[int, Collection[int]]) -> list[tuple[int, int]]:
+        """Return the files that no checkpoint refers to, but never a client's newest.
+
+        Args:
+            written: client id -> rounds of its files.
+
+        Returns:
+            Pairs of client and round.
+        """
+        referenced = {
+            (client, file.round)
+            for round in self._rounds()
+            for client, file in self._client_files(round).items()
         }
-        old = [
+        superseded = [
             (client, round)
             for client, rounds in written.items()
             for round in rounds
             if round < max(rounds)
         ]
-        return [pair for pair in old if pair not in kept]
+        return [pair for pair in superseded if pair not in referenced]
 
     def remove_client(self, client: int, round: int) -> None:
-        """Take away a file of `obsolete`. Raises RecordError."""
-        with atomic.writing(self.folder, _KEPT):
+        """Remove a file that is `unreferenced`.
+
+        Raises:
+            RecordError: it cannot be removed.
+        """
+        with atomic.writing(self.folder, _INTACT):
             (self.folder / client_file(client, round)).unlink(missing_ok=True)
 
     def sync(self, names: Collection[str]) -> None:
-        """Wait until files are on disk. Raises RecordError."""
+        """Wait until files are on disk.
+
+        Raises:
+            RecordError: they cannot be written.
+        """
         for name in names:
-            with atomic.writing(self.folder / name, _KEPT):
+            with atomic.writing(self.folder / name, _INTACT):
                 atomic.sync(self.folder / name)
+
+    # -- whole checkpoints -------------------------------------------------------------------------
 
     def commit(
         self,
         round: int,
         server: State,
         clients: Mapping[int, CheckpointFile],
+        *,
         keep: int,
         best: int | None = None,
         inputs: str | None = None,
     ) -> Checkpoint:
-        """Write the server's state, then the mark; then remove the marks and the server's files
-        that are not kept.
+        """Write the server's state, then the manifest; then remove what is no longer kept.
 
-        The clients' files are removed by those who play them; all that is left of them goes when
-        `clients` is empty, after the last round.
+        Files of clients are removed by the ranks that play them; what is left of them is removed
+        here once `clients` is empty, after the last round.
 
         Args:
             round: the last round that is committed in the record.
-            clients: the files of the clients, which are on disk.
-            keep: so many checkpoints are kept, the newest ones;
-            best: and this one.
-            inputs: digest of all that the run reads.
+            server: the server's state.
+            clients: the clients' files, which are on disk.
+            keep: number of checkpoints to keep, the newest ones.
+            best: a round whose checkpoint is kept besides.
+            inputs: digest of everything that the run reads.
 
-        Raises RecordError; the checkpoint before is still there then.
+        Raises:
+            RecordError: the disk cannot be written; the previous checkpoint is still there then.
         """
-        piece = self._write(server_file(round), round, server)
-        mark = {
+        file = self._write(server_file(round), round, server)
+        manifest = {
             "layout": LAYOUT,
             "round": round,
-            "server": piece,
-            "clients": {str(id): p for id, p in clients.items()},
+            "server": file,
+            "clients": {str(client): entry for client, entry in clients.items()},
+            "inputs": inputs,
         }
-        atomic.write(
-            self.folder / _mark_file(round), [fingerprint.seal({**mark, "inputs": inputs})], _KEPT
-        )
-        done = Checkpoint(round, piece, dict(clients), inputs)
-        self._sweep(done, keep, best)
-        return done
+        self._write_manifest(_manifest_file(round), manifest)
+        checkpoint = Checkpoint(round, file, dict(clients), inputs)
+        self._sweep(checkpoint, keep, best)
+        return checkpoint
+
+    def newest(self) -> tuple[Checkpoint | None, list[str]]:
+        """Return the newest intact checkpoint or None, and what is wrong with newer ones."""
+        damages = []
+        for round in sorted(self._rounds(), reverse=True):
+            try:
+                checkpoint = self._read_manifest(round)
+                self._verify(checkpoint)
+            except ValueError as error:
+                damages.append(str(error))
+                continue
+            return checkpoint, damages
+        return None, damages
+
+    def remove_after(self, round: int) -> None:
+        """Remove the manifests of later rounds, which the run is about to repeat.
+
+        Raises:
+            RecordError: they cannot be removed.
+        """
+        for later in [number for number in self._rounds() if number > round]:
+            with atomic.writing(self.folder, _INTACT):
+                (self.folder / _manifest_file(later)).unlink()
+
+    def remove_clients(self) -> None:
+        """Remove the clients' states of a complete run, and the checkpoints that refer to them.
+
+        Raises:
+            RecordError: they cannot be removed.
+        """
+        rounds = [round for round in self._rounds() if self._client_files(round)]
+        names = {_manifest_file(round) for round in rounds}
+        names |= {server_file(round) for round in rounds}
+        with atomic.writing(self.folder, "the run is complete all the same"):
+            paths = ownership.written_in(self.folder, "checkpoints")
+            # Manifests first (*.json before *.safetensors): no kill leaves one without its files.
+            for path in sorted(paths, key=lambda path: path.suffix):
+                if path.name in names or path.name.startswith("client-"):
+                    path.unlink()
+            ownership.remove_if_empty(self.folder)
+
+    # -- the distillation --------------------------------------------------------------------------
 
     def write_distillation(self, step: int, state: State, recipe: Any) -> None:
-        """Write how far a distillation is, in the place of what was written before.
+        """Write the state of a distillation, and remove the previous one.
 
-        Raises RecordError.
+        Args:
+            step: number of steps that are done.
+            state: arrays of any shape by name.
+            recipe: what the distillation depends on; anything that JSON can hold.
+
+        Raises:
+            RecordError: the disk cannot be written.
         """
-        piece = self._write(_distillation_file(step), step, state)
-        atomic.write(
-            self.folder / _REST, [fingerprint.seal({"recipe": recipe, "piece": piece})], _KEPT
-        )
-        self._sweep_distillation(piece.round)
+        file = self._write(_distillation_file(step), step, state)
+        self._write_manifest(DISTILLATION_MANIFEST, {"recipe": recipe, "piece": file})
+        self._sweep_distillation(file.round)
 
     def read_distillation(self, recipe: Any) -> State | None:
-        """What `write_distillation` wrote for the same recipe; None if there is nothing that is
-        whole.
-        """
+        """Return the state that was written for the same recipe; None if there is no intact one."""
         try:
-            mark = _parsed(self.folder / _REST)
-            piece = _piece(mark["piece"])
-            return (
-                states.unpack(self._image(_distillation_file(piece.round), piece))
-                if mark["recipe"] == recipe
-                else None
-            )
+            manifest = _read_json(self.folder / DISTILLATION_MANIFEST)
+            file = CheckpointFile.of(manifest["piece"])
+            image = self._read(_distillation_file(file.round), file)
+            return states.unpack(image) if manifest["recipe"] == recipe else None
         except _UNREADABLE:
             return None
 
     def remove_distillation(self) -> None:
-        """Take that away. Raises RecordError."""
-        with atomic.writing(self.folder, _KEPT):
-            (self.folder / _REST).unlink(missing_ok=True)
+        """Remove the state of the distillation.
+
+        Raises:
+            RecordError: it cannot be removed.
+        """
+        with atomic.writing(self.folder, _INTACT):
+            (self.folder / DISTILLATION_MANIFEST).unlink(missing_ok=True)
         self._sweep_distillation(None)
 
     def _sweep_distillation(self, step: int | None) -> None:
-        needed = None if step is None else _distillation_file(step)
-        with atomic.writing(self.folder, _KEPT):
+        """Remove all states of the distillation but that after `step`."""
+        keep = {DISTILLATION_MANIFEST}
+        if step is not None:
+            keep.add(_distillation_file(step))
+        with atomic.writing(self.folder, _INTACT):
             for path in ownership.written_in(self.folder, "checkpoints"):
-                if path.name.startswith(_STEPS) and path.name not in (needed, _REST):
+                if path.name.startswith(_DISTILLATION_PREFIX) and path.name not in keep:
                     path.unlink()
 
-    def remove_clients(self) -> None:
-        """Take away the clients' states, and the checkpoints that need them: of a run that is
-        complete.
-
-        Raises RecordError.
-        """
-        marks = [round for round in self._marks() if self._clients_of(round)]
-        gone = {_mark_file(round) for round in marks} | {server_file(round) for round in marks}
-        with atomic.writing(self.folder, "the run is complete all the same"):
-            for path in sorted(
-                ownership.written_in(self.folder, "checkpoints"), key=lambda path: path.suffix
-            ):
-                if path.name in gone or path.name.startswith(
-                    "client-"
-                ):  # marks first: *.json, *.safetensors
-                    path.unlink()
-            ownership.remove_if_empty(self.folder)
-
-    def newest(self) -> tuple[Checkpoint | None, list[str]]:
-        """The newest checkpoint that is whole, or None; and what is wrong with those that are
-        newer.
-        """
-        wrong = []
-        for round in sorted(self._marks(), reverse=True):
-            try:
-                checkpoint = self._read_mark(round)
-                self._verify(checkpoint)
-            except ValueError as error:
-                wrong.append(str(error))
-                continue
-            return checkpoint, wrong
-        return None, wrong
-
-    def remove_after(self, round: int) -> None:
-        """Take away the marks of later rounds, which the run is about to go through again.
-
-        Raises RecordError.
-        """
-        for later in [number for number in self._marks() if number > round]:
-            with atomic.writing(self.folder, _KEPT):
-                (self.folder / _mark_file(later)).unlink()
+    # -- reading and writing -----------------------------------------------------------------------
 
     def _write(
-        self, name: str, round: int, state: State, is_client: bool = False
+        self, name: str, round: int, state: State, *, is_client: bool = False
     ) -> CheckpointFile:
         image = states.pack(state)
-        atomic.write(self.folder / name, image, _KEPT, sync=not is_client, bypass=is_client)
-        return CheckpointFile(round, sum(len(part) for part in image), fingerprint.of_pieces(image))
+        # Clients' files are many and large: they are synced together, and seldom read soon.
+        atomic.write(self.folder / name, image, _INTACT, sync=not is_client, bypass=is_client)
+        size = sum(len(part) for part in image)
+        return CheckpointFile(round, size, fingerprint.of_pieces(image))
 
-    def _image(self, name: str, piece: CheckpointFile) -> memoryview:
+    def _write_manifest(self, name: str, manifest: Mapping[str, Any]) -> None:
+        atomic.write(self.folder / name, [fingerprint.seal(manifest)], _INTACT)
+
+    def _read(self, name: str, file: CheckpointFile) -> memoryview:
+        """Return a file's bytes. Raises ValueError if they are not what was written."""
         path = self.folder / name
         try:
-            if (size := path.stat().st_size) != piece.size:
-                raise ValueError(f"{path}: found {size} bytes, expected {piece.size}")
+            size = path.stat().st_size
+            if size != file.size:
+                raise ValueError(f"{path}: found {size} bytes, expected {file.size}")
             image = atomic.read(path)
         except OSError as error:
             raise ValueError(
-                f"{path}: found no readable file ({error.strerror}), expected {piece.size} bytes"
+                f"{path}: found no readable file ({error.strerror}), expected {file.size} bytes"
             ) from None
-        if (digest := fingerprint.of_pieces([image])) != piece.digest:
+        digest = fingerprint.of_pieces([image])
+        if digest != file.digest:
             raise ValueError(
-                f"{path}: found digest {digest}, expected {piece.digest}: the file was damaged"
+                f"{path}: found digest {digest}, expected {file.digest}: the file was damaged"
             )
         return image
 
     def _verify(self, checkpoint: Checkpoint) -> None:
-        for client, piece in checkpoint.clients.items():
-            self._image(client_file(client, piece.round), piece)
-        self._image(server_file(checkpoint.round), checkpoint.server)
+        """Raise ValueError unless all files of a checkpoint are what was written."""
+        for client, file in checkpoint.clients.items():
+            self._read(client_file(client, file.round), file)
+        self._read(server_file(checkpoint.round), checkpoint.server)
 
-    def _marks(self) -> list[int]:
+    def _rounds(self) -> list[int]:
+        """Return the rounds that have a manifest, readable or not."""
         return [int(path.stem) for path in self.folder.glob("*.json") if path.stem.isdecimal()]
 
-    def _read_mark(self, round: int) -> Checkpoint:
-        path = self.folder / _mark_file(round)
+    def _read_manifest(self, round: int) -> Checkpoint:
+        path = self.folder / _manifest_file(round)
         try:
-            mark = _parsed(path)
-            if mark["layout"] != LAYOUT:
-                raise ValueError(f"layout {mark['layout']!r}, expected {LAYOUT}")
-            if mark["round"] != round:
-                raise ValueError(f"round {mark['round']!r}, expected {round}")
-            clients = {int(id): _piece(piece) for id, piece in mark["clients"].items()}
-            return Checkpoint(round, _piece(mark["server"]), clients, mark.get("inputs"))
+            manifest = _read_json(path)
+            if manifest["layout"] != LAYOUT:
+                raise ValueError(f"layout {manifest['layout']!r}, expected {LAYOUT}")
+            if manifest["round"] != round:
+                raise ValueError(f"round {manifest['round']!r}, expected {round}")
+            clients = {
+                int(client): CheckpointFile.of(file) for client, file in manifest["clients"].items()
+            }
+            server = CheckpointFile.of(manifest["server"])
+            return Checkpoint(round, server, clients, manifest.get("inputs"))
         except _UNREADABLE as error:
             raise ValueError(
                 f"{path}: found no checkpoint ({error}), expected one of layout {LAYOUT}"
             ) from None
 
-    def _sweep(self, newest: Checkpoint, keep: int, best: int | None) -> None:
-        marks = sorted(self._marks(), reverse=True)
-        kept = {*marks[:keep], newest.round} | ({best} & set(marks) if best else set())
-        needed = {server_file(round) for round in kept}
-        needed |= {
-            client_file(id, piece.round)
-            for round in kept
-            for id, piece in self._clients_of(round).items()
-        }
-        with atomic.writing(self.folder, _KEPT):
-            for round in set(marks) - kept:
-                (self.folder / _mark_file(round)).unlink()
-            swept = ("server-",) if newest.clients else ("server-", "client-")
-            for path in ownership.written_in(self.folder, "checkpoints"):
-                if path.name.startswith(swept) and path.name not in needed:
-                    path.unlink()
-
-    def _clients_of(self, round: int) -> Mapping[int, CheckpointFile]:
+    def _client_files(self, round: int) -> Mapping[int, CheckpointFile]:
+        """Return the clients' files of a checkpoint; none if its manifest cannot be read."""
         try:
-            return self._read_mark(round).clients
+            return self._read_manifest(round).clients
         except ValueError:
             return {}
 
-
-def _parsed(path: Path) -> dict[str, Any]:
-    """The mapping in a mark. Raises OSError, ValueError."""
-    return fingerprint.open_sealed(untrusted.read_bytes(path, _LONGEST_MARK))
-
-
-def _piece(values: Any) -> CheckpointFile:
-    """A piece as a mark has it.
-
-    Raises TypeError if it has other parts, ValueError if they are of other types.
-    """
-    piece = CheckpointFile(*values)
-    if (
-        type(piece.round) is not int
-        or type(piece.size) is not int
-        or not isinstance(piece.digest, str)
-    ):
-        raise ValueError(f"{values!r} as a file's round, size and digest")
-    return piece
+    def _sweep(self, newest: Checkpoint, keep: int, best: int | None) -> None:
+        """Remove the manifests that are no longer kept, then the files that none refers to."""
+        rounds = sorted(self._rounds(), reverse=True)
+        kept_rounds = {*rounds[:keep], newest.round}
+        if best in rounds:
+            kept_rounds.add(best)
+        kept_files = {server_file(round) for round in kept_rounds}
+        for round in kept_rounds:
+            for client, file in self._client_files(round).items():
+                kept_files.add(client_file(client, file.round))
+        prefixes = ("server-",) if newest.clients else ("server-", "client-")
+        with atomic.writing(self.folder, _INTACT):
+            for round in set(rounds) - kept_rounds:
+                (self.folder / _manifest_file(round)).unlink()
+            for path in ownership.written_in(self.folder, "checkpoints"):
+                if path.name.startswith(prefixes) and path.name not in kept_files:
+                    path.unlink()
 
 
 def server_file(round: int) -> str:
-    """Name of the server's file."""
+    """Return the name of the server's file."""
     return f"server-{round:04d}.safetensors"
 
 
 def client_file(client: int, round: int) -> str:
-    """Name of a client's file."""
+    """Return the name of a client's file."""
     return f"client-{client:05d}-{round:04d}.safetensors"
 
 
 def _distillation_file(step: int) -> str:
-    return f"{_STEPS}-{step}.safetensors"
+    return f"{_DISTILLATION_PREFIX}-{step}.safetensors"
 
 
-def _mark_file(round: int) -> str:
+def _manifest_file(round: int) -> str:
     return f"{round:04d}.json"
 
 
-_UNREADABLE = (
-    OSError,
-    ValueError,
-    KeyError,
-    TypeError,
-    AttributeError,
-)  # what a damaged mark can bring about
-_LONGEST_MARK = 1 << 30  # bytes; a client takes less than 100
-_KEPT = "the last checkpoint is still there"
-_STEPS = "distillation"
-_REST = "distillation.json"  # written last: which file is good, and for which recipe
-
-
-class StateHolder(Protocol):
-    """What the shelf asks of an algorithm's clients."""
-
-    def has_state(self, client: int) -> bool: ...
-
-    def client_state(self, client: int) -> State: ...
-
-    def load_client_state(self, client: int, state: State) -> None: ...
-
-    def forget(self, client: int) -> None: ...
-
-
-class ClientStateCache:
-    """The states of one rank's clients between rounds: those that worked last in memory, the others
-    in files.
-
-    A thread of its own reads the state of the client that is next, and writes that of one that
-    rests, while another works.
-
-    Args:
-        keeper: holds the states that are in memory.
-        store: where the others go.
-        resident: so many stay in memory.
-        pieces: the states that are there already, when a run goes on.
-    """
-
-    def __init__(
-        self,
-        keeper: StateHolder,
-        store: Checkpoints,
-        resident: int,
-        pieces: Mapping[int, CheckpointFile],
-    ) -> None:
-        self._keeper, self._store, self._resident = keeper, store, resident
-        self._rounds: dict[
-            int, int
-        ] = {}  # in memory: client -> round of its last work, the longest idle first
-        self._pieces = dict(pieces)  # in files that are up to date
-        self._written = {
-            client: {piece.round} for client, piece in pieces.items()
-        }  # client -> rounds of its files
-        self._unsynced: set[str] = set()
-        self._thread = ThreadPoolExecutor(1, "states")
-        self._coming: deque[int] = deque()  # the clients that work next
-        self._reading: dict[int, Future[State]] = {}
-        self._writing: dict[int, Future[CheckpointFile]] = {}
-
-    def begin(self, clients: Iterable[int]) -> None:
-        """A round begins: the checkpoints of the last one are written, and what they do not need
-        goes.
-
-        Args:
-            clients: those that work in it, in their order.
-        """
-        for client, round in self._store.obsolete(self._written):
-            self._store.remove_client(client, round)
-            self._written[client].remove(round)
-            self._unsynced.discard(client_file(client, round))
-        self._coming = deque(clients)
-        self._read_ahead()
-
-    def fetch(self, client: int) -> None:
-        """Have a client's state in memory, if it has one, before its work; begin to read the next
-        one's.
-
-        Raises ValueError if its file is not what was written, RecordError if it could not be
-        written.
-        """
-        self._read_ahead()  # of this one, if it was still in memory when the one before began
-        self._coming.popleft()
-        state = self._reading.pop(client, None)
-        self._read_ahead()
-        if state is not None:
-            self._keeper.load_client_state(client, state.result())
-
-    def put(self, client: int, round: int) -> None:
-        """Take note of a client's work; make room for the next. Raises RecordError."""
-        self._pieces.pop(client, None)
-        self._rounds.pop(client, None)
-        if self._keeper.has_state(client):
-            self._rounds[client] = round
-        while len(self._rounds) > self._resident:
-            idle = next(iter(self._rounds))
-            self._write(idle)
-            self._keeper.forget(idle)
-            del self._rounds[idle]
-
-    def save(self) -> dict[int, CheckpointFile]:
-        """Bring every state to disk: client id -> its file. Raises RecordError."""
-        for client in self._rounds:
-            self._write(client)
-        for client in list(self._writing):
-            self._wait_for(client)
-        self._store.sync(self._unsynced)
-        self._unsynced.clear()
-        return dict(self._pieces)
-
-    def _read_ahead(self) -> None:
-        if (
-            not self._coming
-            or (client := self._coming[0]) in self._rounds
-            or client in self._reading
-        ):
-            return
-        self._wait_for(client)
-        if piece := self._pieces.get(client):
-            self._reading[client] = self._thread.submit(self._store.read_client, client, piece)
-
-    def _write(self, client: int) -> None:
-        if client in self._pieces or client in self._writing:
-            return
-        state, round = self._keeper.client_state(client), self._rounds[client]
-        while len(self._writing) >= _AT_ONCE:
-            self._wait_for(next(iter(self._writing)))
-        self._writing[client] = self._thread.submit(self._store.write_client, client, round, state)
-        self._written.setdefault(client, set()).add(round)
-        self._unsynced.add(client_file(client, round))
-
-    def _wait_for(self, client: int) -> None:
-        if (writing := self._writing.pop(client, None)) is not None:
-            self._pieces[client] = writing.result()
-
-
-_AT_ONCE = 2  # states that wait in memory to be written
+def _read_json(path: Path) -> dict[str, Any]:
+    """Return the mapping in a manifest. Raises OSError or ValueError."""
+    return fingerprint.open_sealed(untrusted.read_bytes(path, _MAX_MANIFEST_BYTES))

@@ -1,6 +1,4 @@
-"""Whether a folder can hold runs: written to by every rank, seen by all, with locks and atomic
-renames.
-"""
+"""Test whether a folder can hold runs: all ranks can write and see it; it has locks and renames."""
 
 from __future__ import annotations
 
@@ -21,22 +19,24 @@ _PATIENCE = 3.0  # seconds until a network file system must show what another ho
 
 
 class Probe:
-    """The server's side: a folder of its own below the run folder, which leaves nothing behind.
+    """The server's side of the test: a temporary folder below the folder of runs.
 
-    Raises RecordError if the folder cannot be made or written.
+    Raises:
+        RecordError: the folder cannot be made or written.
     """
 
     def __init__(self, runs: Path) -> None:
         self.folder = runs.expanduser().absolute() / f".check-{socket.gethostname()}-{os.getpid()}"
-        self._made = [
-            path for path in self.folder.parents if not path.exists()
-        ]  # the innermost first
+        # The innermost first.
+        self._new_parents = [path for path in self.folder.parents if not path.exists()]
         with atomic.writing(self.folder, "nothing was begun"):
             self.folder.mkdir(parents=True)
             self._lock = self._begin()
 
     def _begin(self) -> IO[str]:
-        path, part = self.folder / "lock", self.folder / "lock.part"
+        """Write a file, replace it by a rename, and lock it, as a run does."""
+        path = self.folder / "lock"
+        part = self.folder / "lock.part"
         path.write_text("before", encoding="utf-8")
         part.write_text(str(self.folder), encoding="utf-8")
         part.replace(path)
@@ -47,15 +47,15 @@ class Probe:
 
     @property
     def free(self) -> int:
-        """Bytes of room, as the file system says; it may not know of a quota."""
+        """Free space in bytes, as the file system says; it may not know of a quota."""
         return shutil.disk_usage(self.folder).free
 
     def heard_from(self, rank: int) -> bool:
-        """Whether the file that a rank wrote with `look` is seen here."""
-        return _reads(self.folder / str(rank), str(rank))
+        """Return whether the file that a rank wrote in `look` is visible here."""
+        return _becomes_readable(self.folder / str(rank), str(rank))
 
     def remove(self) -> None:
-        """Take away what the ranks wrote, and the folders that were not there before."""
+        """Remove what the ranks wrote, and the folders that were not there before."""
         self._lock.close()
         for path in self.folder.glob("*"):
             if path.name.isdecimal() or path.name.startswith("lock"):
@@ -63,40 +63,43 @@ class Probe:
                     path.unlink()
         ownership.remove_if_empty(self.folder)
         with suppress(OSError):  # others may have put something there
-            for path in self._made:
+            for path in self._new_parents:
                 path.rmdir()
 
 
 def look(folder: Path, rank: int) -> dict[str, str]:
-    """A rank's side: read the server's file, try its lock, write a file.
+    """Take a rank's part in the test: read the server's file, try its lock, write a file.
 
-    Returns what went wrong under "reading", "locking" and "writing"; nothing if all is well.
+    Returns:
+        What went wrong under "reading", "locking" and "writing"; empty if nothing did.
     """
-    if not _reads(folder / "lock", str(folder)):
+    if not _becomes_readable(folder / "lock", str(folder)):
         return {"reading": f"does not see {folder.parent} as the server does"}
-    wrong = {}
+    problems = {}
     try:
         (folder / str(rank)).write_text(str(rank), encoding="utf-8")
     except OSError as error:
-        wrong["writing"] = f"cannot write into {folder.parent} ({error.strerror})"
-    if trouble := _lock_trouble(folder / "lock"):
-        wrong["locking"] = trouble
-    return wrong
+        problems["writing"] = f"cannot write into {folder.parent} ({error.strerror})"
+    lock_trouble = _lock_trouble(folder / "lock")
+    if lock_trouble:
+        problems["locking"] = lock_trouble
+    return problems
 
 
 def _lock_trouble(path: Path) -> str:
+    """Return what is wrong with locks in this folder; empty if the server's lock is respected."""
     try:
         with path.open("a", encoding="utf-8") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        return (
-            "" if error.errno in (errno.EWOULDBLOCK, errno.EACCES) else f"flock: {error.strerror}"
-        )
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            return ""
+        return f"flock: {error.strerror}"
     return "a lock that the server holds is not seen"
 
 
-def _reads(path: Path, text: str) -> bool:
-    """Whether a file holds this text, now or within the patience that a network file system needs."""
+def _becomes_readable(path: Path, text: str) -> bool:
+    """Return whether a file holds this text within the time that a network file system may need."""
     end = time.monotonic() + _PATIENCE
     while True:
         with suppress(OSError):

@@ -1,13 +1,12 @@
-"""HDF5 files that others may have made or damaged: the one way in which the package opens and reads
-them.
+"""Reads HDF5 files that others may have made or damaged: the package's only way to open one.
 
 A file is opened once; its digest is compared (trailer.py) before HDF5 parses a byte. Then only what
 a record can hold is read: nothing behind links, but for those to rounds/NNNN.h5 beside the file; no
 external storage and no virtual data sets, which name other files; no types but numbers and text; no
 more bytes than are stored. Nothing is allocated for a size that a file merely claims.
 
-Everything here raises ValueError with the words that follow "found"; what HDF5 itself raises goes
-through.
+Everything here raises ValueError with the words that follow "found" in a message; errors of HDF5
+itself pass through.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import h5py
 import numpy as np
@@ -29,48 +28,60 @@ from fedsp_mpi.files import untrusted
 from fedsp_mpi.record import trailer
 from fedsp_mpi.record.trailer import Extent, Trailer
 
-_MOST_BYTES = 4 << 30  # of the prompts of one round, in memory
-_MOST_CHUNK = 64 << 20  # bytes of one chunk in memory; h5py chooses 1 MiB at most
-_MOST_NAMES = 100_000  # in all groups below one
-_DEEPEST = 16  # groups in groups: a tensor's name has a part for each
-_PACKING = (h5z.FILTER_SHUFFLE, h5z.FILTER_DEFLATE, h5z.FILTER_FLETCHER32)
-_ROUND = re.compile(r"[0-9]{4,9}")
+_MAX_PROMPT_BYTES = 4 << 30  # of one round, in memory
+_MAX_CHUNK_BYTES = 64 << 20  # of one chunk in memory; h5py chooses 1 MiB at most
+_MAX_NAMES = 100_000  # in all groups below one
+_MAX_DEPTH = 16  # groups in groups: a tensor's name has a part for each
+_FILTERS = {h5z.FILTER_SHUFFLE, h5z.FILTER_DEFLATE, h5z.FILTER_FLETCHER32}
+_LAYOUTS = (h5d.COMPACT, h5d.CONTIGUOUS, h5d.CHUNKED)
 _NUMBERS = (h5t.INTEGER, h5t.FLOAT, h5t.ENUM)  # the last one is h5py's bool
+_ROUND = re.compile(r"[0-9]{4,9}")
 
 
 @dataclass(frozen=True)
-class Opened:
-    """An open file: `h5` to read from, and what its bytes were checked against; None for files of
-    earlier versions.
+class OpenFile:
+    """An open HDF5 file whose digest was right, or that has none.
+
+    Attributes:
+        path: of the file.
+        raw: its bytes.
+        h5: its content.
+        trailer: what the bytes were checked against; None for files of earlier versions.
     """
 
     path: Path
-    file: BinaryIO
+    raw: BinaryIO
     h5: h5py.File
     trailer: Trailer | None
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[Opened]:
-    """Open a file whose digest is right, or that has none.
+def open_file(path: Path) -> Iterator[OpenFile]:
+    """Open an HDF5 file after comparing its digest.
 
-    Raises OSError, ValueError if it is no regular file or its bytes are not what was written.
+    Raises:
+        OSError: it cannot be opened.
+        ValueError: it is no regular file, or its bytes are not what was written.
     """
-    with untrusted.open_plain(path) as file:
-        end = trailer.read(file)
+    with untrusted.open_plain(path) as raw:
+        end = trailer.read(raw)
         if end is not None:
-            end.require(file)
-        file.seek(0)
-        with h5py.File(file, "r") as h5:
+            end.require(raw)
+        raw.seek(0)
+        with h5py.File(raw, "r") as h5:
             if h5.userblock_size:
                 raise ValueError("a file with a user block, which no run writes")
-            yield Opened(path, file, h5, end)
+            yield OpenFile(path, raw, h5, end)
 
 
-def attribute(h5: h5py.File, name: str) -> Any:
-    """A text or a whole number among the attributes of the root; None if it is missing.
+# -- names and texts -------------------------------------------------------------------------------
 
-    Raises ValueError if it is of another type.
+
+def attribute(h5: h5py.File, name: str) -> str | int | None:
+    """Return an attribute of the root, a text or a whole number; None if it is missing.
+
+    Raises:
+        ValueError: it is of another type.
     """
     if name not in h5.attrs:
         return None
@@ -83,16 +94,18 @@ def attribute(h5: h5py.File, name: str) -> Any:
 
 
 def names(group: h5py.Group) -> list[str]:
-    """The names in a group. Raises ValueError if they are too many."""
-    if len(group) > _MOST_NAMES:
+    """Return the names in a group. Raises ValueError if they are too many."""
+    if len(group) > _MAX_NAMES:
         raise ValueError(f"{len(group)} names in {group.name}, which no run writes")
     return list(group)
 
 
 def child(group: h5py.Group, name: str) -> h5py.Group | h5py.Dataset:
-    """What a group holds under a name.
+    """Return what a group holds under a name.
 
-    Raises KeyError if there is none, ValueError for a link to somewhere else.
+    Raises:
+        KeyError: it holds nothing there.
+        ValueError: it is a link to somewhere else.
     """
     if not group.id.links.exists(name.encode("utf-8", "surrogateescape")):
         raise KeyError(f"no {name} in {group.name}")
@@ -105,23 +118,31 @@ def child(group: h5py.Group, name: str) -> h5py.Group | h5py.Dataset:
 
 
 def subgroup(group: h5py.Group, name: str) -> h5py.Group:
-    """A group in a group. Raises KeyError, ValueError."""
+    """Return a group in a group. Raises KeyError or ValueError."""
     item = child(group, name)
     if not isinstance(item, h5py.Group):
         raise ValueError(f"data at {name}, which is a group in the record of a run")
     return item
 
 
-def texts(opened: Opened, path: str, wanted: Iterable[str] | None = None) -> dict[str, str]:
-    """Texts that are stored as data sets in a group; all that there are, or those that are wanted.
+def texts(file: OpenFile, path: str, only: Iterable[str] | None = None) -> dict[str, str]:
+    """Return the texts that are stored as data sets in a group.
 
-    Raises KeyError, ValueError; also if all together are longer than the file, because several are
-    one in it.
+    Args:
+        file: to read from.
+        path: of the group.
+        only: their names; None: all that the group holds.
+
+    Raises:
+        KeyError: one is missing.
+        ValueError: one is no text; or together they are longer than the file, because several are
+            stored as one.
     """
-    group: h5py.Group = opened.h5 if path == "/" else subgroup(opened.h5, path)
-    read: dict[str, str] = {}
-    left = opened.file.seek(0, 2)
-    for name in names(group) if wanted is None else wanted:
+    group: h5py.Group = file.h5 if path == "/" else subgroup(file.h5, path)
+    content: dict[str, str] = {}
+    num_characters = 0
+    num_bytes = file.raw.seek(0, 2)
+    for name in names(group) if only is None else only:
         data = _dataset(group, name)
         if data.shape != () or h5py.check_string_dtype(data.dtype) is None:
             raise ValueError(
@@ -129,33 +150,98 @@ def texts(opened: Opened, path: str, wanted: Iterable[str] | None = None) -> dic
                 "record of a run"
             )
         _require_stored(data)
-        read[name] = data.asstr()[()]
-        left -= len(read[name])
-        if left < 0:
+        content[name] = data.asstr()[()]
+        num_characters += len(content[name])
+        if num_characters > num_bytes:
             raise ValueError(f"more text in {path} than the file has bytes")
-    return read
+    return content
 
 
-def table(opened: Opened, name: str) -> np.ndarray:
-    """A table [rows] of numbers and texts. Raises KeyError, ValueError."""
-    data = _dataset(opened.h5, name)
+# -- tables ----------------------------------------------------------------------------------------
+
+
+def table(file: OpenFile, name: str) -> np.ndarray:
+    """Return a table of numbers and texts, a structured array [rows].
+
+    Raises:
+        KeyError: it is missing.
+        ValueError: it is no such table, or claims more than the file has.
+    """
+    data = _dataset(file.h5, name)
     if data.ndim != 1 or not data.dtype.names:
         raise ValueError(
             f"data of {data.dtype} {data.shape} at {name}, which is a table in the record of a run"
         )
-    places = _text_columns(data)
+    offsets = _text_offsets(data)
     _require_stored(data)
-    _require_texts(opened, data, places)
+    _require_texts(file, data, offsets)
     return data[()]
 
 
-def linked_round(opened: Opened, name: str) -> Path | None:
-    """The file that holds a round's prompts; None where they lie in the opened file itself.
+def _text_offsets(data: h5py.Dataset) -> list[int]:
+    """Return the bytes at which texts begin in each row of a table, as it lies in the file.
 
-    Raises KeyError if there are none, ValueError for a link to any file but the round's own beside
-    the opened one.
+    Raises ValueError if a column holds neither numbers nor texts.
     """
-    group = subgroup(opened.h5, "prompts")
+    row_type = data.id.get_type()
+    offsets: list[int] = []
+    for column in range(row_type.get_nmembers()):
+        member = row_type.get_member_type(column)
+        if isinstance(member, h5t.TypeStringID) and member.is_variable_str():
+            # HDF5 gives the offset in memory, where a text is an address of 8 bytes; in the file a
+            # text takes 16.
+            offsets.append(row_type.get_member_offset(column) + 8 * len(offsets))
+        elif member.get_class() not in _NUMBERS:
+            raise ValueError(f"a column in {data.name} that holds neither numbers nor texts")
+    return offsets
+
+
+def _require_texts(file: OpenFile, data: h5py.Dataset, offsets: list[int]) -> None:
+    """Raise ValueError if a table claims more text than there is.
+
+    Many cells may point to one text; a run writes each text by itself, so that all together they
+    fit into the file.
+    """
+    if not offsets:
+        return
+    row_bytes = data.id.get_type().get_size() + 8 * len(offsets)
+    num_claimed = 0
+    for start, num_rows in _stored_rows(data, row_bytes):
+        file.raw.seek(start)
+        rows = np.frombuffer(file.raw.read(num_rows * row_bytes), np.uint8).reshape(-1, row_bytes)
+        for offset in offsets:
+            # A text is its length, in 4 bytes, and where it lies, in 12.
+            lengths = np.ascontiguousarray(rows[:, offset : offset + 4]).view("<u4")
+            num_claimed += int(lengths.sum(dtype=np.uint64))
+    size = file.raw.seek(0, 2)
+    if num_claimed > size:
+        raise ValueError(f"{num_claimed} bytes of text claimed at {data.name} in a file of {size}")
+
+
+def _stored_rows(data: h5py.Dataset, row_bytes: int) -> Iterator[tuple[int, int]]:
+    """Yield, for each chunk of a table, where its rows begin in the file and how many lie there.
+
+    Raises ValueError if a row has not `row_bytes` bytes there.
+    """
+    rows_per_chunk = data.chunks[0] if data.chunks else len(data)
+    for chunk, (start, size) in enumerate(_data_extents(data)):
+        if size != rows_per_chunk * row_bytes:
+            raise ValueError(f"rows of another length than {row_bytes} bytes at {data.name}")
+        first = data.id.get_chunk_info(chunk).chunk_offset[0] if data.chunks else 0
+        yield start, min(rows_per_chunk, len(data) - first)
+
+
+# -- prompts ---------------------------------------------------------------------------------------
+
+
+def linked_round(file: OpenFile, name: str) -> Path | None:
+    """Return the file that holds a round's prompts; None where they lie in the opened file itself.
+
+    Raises:
+        KeyError: there are none.
+        ValueError: the link leads to any file but the round's own beside the opened one.
+    """
+    group = subgroup(file.h5, "prompts")
     if not group.id.links.exists(name.encode()):
         raise KeyError(f"no prompts of round {name}")
     link = group.get(name, getlink=True)
@@ -165,39 +251,49 @@ def linked_round(opened: Opened, name: str) -> Path | None:
         raise ValueError(
             f"a link to {untrusted.printable(link.filename)!r}, which is no file of round {name}"
         )
-    return opened.path.parent / link.filename
+    return file.path.parent / link.filename
 
 
-def round_numbers(opened: Opened) -> list[int]:
-    """The rounds whose prompts a record names, in ascending order. Raises KeyError, ValueError."""
-    found = names(subgroup(opened.h5, "prompts"))
-    if strange := next((name for name in found if not _ROUND.fullmatch(name)), None):
-        raise ValueError(f"prompts of round {untrusted.printable(strange)!r}, which is no number")
-    return sorted(map(int, found))
+def round_numbers(file: OpenFile) -> list[int]:
+    """Return the rounds whose prompts a record names, in ascending order.
+
+    Raises:
+        KeyError: the record has no prompts.
+        ValueError: a name is no number.
+    """
+    numbers = []
+    for name in names(subgroup(file.h5, "prompts")):
+        if not _ROUND.fullmatch(name):
+            raise ValueError(f"prompts of round {untrusted.printable(name)!r}, which is no number")
+        numbers.append(int(name))
+    return sorted(numbers)
 
 
 def tensors(group: h5py.Group) -> dict[str, np.ndarray]:
-    """The tensors below a group, by name, in the order in which they were written.
+    """Return the tensors below a group, of any shape, by name, in the order they were written.
 
-    Raises KeyError, ValueError.
+    Raises:
+        KeyError: one has no place in the order.
+        ValueError: one is no tensor, or not as a run writes it.
     """
-    data = dict(_datasets(group, ""))
-    for name, each in data.items():
-        if each.dtype.kind not in "fiu":
+    datasets = dict(_datasets(group))
+    for name, data in datasets.items():
+        if data.dtype.kind not in "fiu":
             raise ValueError(
-                f"data of {each.dtype} at {name}, which is a tensor in the record of a run"
+                f"data of {data.dtype} at {name}, which is a tensor in the record of a run"
             )
-    if (size := sum(map(_size, data.values()))) > _MOST_BYTES:
+    size = sum(_claimed_bytes(data) for data in datasets.values())
+    if size > _MAX_PROMPT_BYTES:
         raise ValueError(f"prompts of {size} bytes, more than any run writes")
-    for each in data.values():
-        _require_unpacked(each)
-    order = sorted((int(each.attrs["position"]), name) for name, each in data.items())
-    return {name: np.asarray(data[name][()]) for _, name in order}
+    for data in datasets.values():
+        _require_unpacked(data)
+    order = sorted((int(data.attrs["position"]), name) for name, data in datasets.items())
+    return {name: np.asarray(datasets[name][()]) for _, name in order}
 
 
 def extents(group: h5py.Group) -> list[Extent]:
-    """Where the tensors below a group lie in the file, adjacent pieces joined."""
-    pieces = [piece for _, data in _datasets(group, "") for piece in _pieces(data)]
+    """Return where the tensors below a group lie in the file, adjacent extents joined."""
+    pieces = [extent for _, data in _datasets(group) for extent in _data_extents(data)]
     joined: list[Extent] = []
     for start, size in sorted(pieces):
         if joined and sum(joined[-1]) == start:
@@ -207,57 +303,64 @@ def extents(group: h5py.Group) -> list[Extent]:
     return joined
 
 
-def _pieces(data: h5py.Dataset) -> list[Extent]:
-    """Where a data set lies in the file: a piece for each chunk."""
+# -- data sets -------------------------------------------------------------------------------------
+
+
+def _data_extents(data: h5py.Dataset) -> list[Extent]:
+    """Return where a data set lies in the file, an extent for each chunk."""
     if data.chunks:
-        every = map(data.id.get_chunk_info, range(data.id.get_num_chunks()))
-        return [(chunk.byte_offset, chunk.size) for chunk in every if chunk.byte_offset is not None]
+        chunks = [data.id.get_chunk_info(index) for index in range(data.id.get_num_chunks())]
+        return [
+            (chunk.byte_offset, chunk.size) for chunk in chunks if chunk.byte_offset is not None
+        ]
     start = data.id.get_offset()
     return [] if start is None else [(start, data.id.get_storage_size())]
 
 
-def _datasets(group: h5py.Group, prefix: str) -> Iterator[tuple[str, h5py.Dataset]]:
-    """The data sets below a group by their names from there.
+def _datasets(root: h5py.Group) -> Iterator[tuple[str, h5py.Dataset]]:
+    """Yield the data sets below a group with their names from there.
 
-    Raises ValueError if they are too many, or too deep.
+    Raises ValueError if they are too many, or nested too deeply.
     """
-    left, num = [(group, prefix)], 0
-    while left:
-        group, prefix = left.pop()
+    groups = [(root, "")]
+    num_names = 0
+    while groups:
+        group, prefix = groups.pop()
         for name in names(group):
-            item, num = child(group, name), num + 1
+            item = child(group, name)
             path = f"{prefix}{name}"
-            if num > _MOST_NAMES or path.count("/") > _DEEPEST:
+            num_names += 1
+            if num_names > _MAX_NAMES or path.count("/") > _MAX_DEPTH:
                 raise ValueError("groups in groups without end")
             if isinstance(item, h5py.Group):
-                left.append((item, f"{path}/"))
+                groups.append((item, f"{path}/"))
             else:
-                yield path, _own_data(item, path)
+                yield path, _require_in_file(item, path)
 
 
 def _dataset(group: h5py.Group, name: str) -> h5py.Dataset:
     item = child(group, name)
     if not isinstance(item, h5py.Dataset):
         raise ValueError(f"a group at {name}, which is data in the record of a run")
-    return _own_data(item, name)
+    return _require_in_file(item, name)
 
 
-def _own_data(data: h5py.Dataset, name: str) -> h5py.Dataset:
-    """A data set whose values lie in this file."""
+def _require_in_file(data: h5py.Dataset, name: str) -> h5py.Dataset:
+    """Return a data set; raise ValueError unless its values lie in this file."""
     if data.external:
         raise ValueError(
             f"data at {name} that lie in another file "
             f"({untrusted.printable(str(data.external[0][0]))!r})"
         )
-    if data.id.get_create_plist().get_layout() not in (h5d.COMPACT, h5d.CONTIGUOUS, h5d.CHUNKED):
+    if data.id.get_create_plist().get_layout() not in _LAYOUTS:
         raise ValueError(f"virtual data at {name}, which may lie in other files")
     if data.shape is None:
         raise ValueError(f"nothing at {name}")
     return data
 
 
-def _size(data: h5py.Dataset) -> int:
-    """Bytes that a data set takes in memory, as it claims."""
+def _claimed_bytes(data: h5py.Dataset) -> int:
+    """Return how many bytes a data set claims to take in memory."""
     return math.prod(data.shape) * data.dtype.itemsize
 
 
@@ -265,91 +368,46 @@ def _require_stored(data: h5py.Dataset) -> None:
     """Raise ValueError unless all bytes that a data set claims are in the file, one by one."""
     if data.id.get_create_plist().get_nfilters():
         raise ValueError(f"compressed data at {data.name}, which no run writes")
-    size, stored = data.size * data.id.get_type().get_size(), data.id.get_storage_size()
+    size = data.size * data.id.get_type().get_size()
+    stored = data.id.get_storage_size()
     if size > stored:
         raise ValueError(f"{size} bytes claimed at {data.name} where {stored} are stored")
 
 
-def _text_columns(data: h5py.Dataset) -> list[int]:
-    """Where the texts of a table begin in each row, in bytes, as it lies in the file.
-
-    Raises ValueError if a column holds neither numbers nor texts.
-    """
-    kind, places = data.id.get_type(), list[int]()
-    for column in range(kind.get_nmembers()):
-        member = kind.get_member_type(column)
-        if isinstance(member, h5t.TypeStringID) and member.is_variable_str():
-            # HDF5 says how it lies in memory, where a text is an address of 8 bytes; in the file it
-            # takes 16.
-            places.append(kind.get_member_offset(column) + 8 * len(places))
-        elif member.get_class() not in _NUMBERS:
-            raise ValueError(f"a column in {data.name} that holds neither numbers nor texts")
-    return places
-
-
-def _require_texts(opened: Opened, data: h5py.Dataset, places: list[int]) -> None:
-    """Raise ValueError if a table claims more text than there is.
-
-    Many cells may point to one text; a run writes each text by itself, so that all together they
-    fit into the file.
-    """
-    width, claimed = data.id.get_type().get_size() + 8 * len(places), 0
-    for start, num in _stored_rows(data, width) if places else ():
-        opened.file.seek(start)
-        rows = np.frombuffer(opened.file.read(num * width), np.uint8).reshape(-1, width)
-        for place in places:  # a text is its length, in 4 bytes, and where it lies, in 12
-            claimed += int(
-                np.ascontiguousarray(rows[:, place : place + 4]).view("<u4").sum(dtype=np.uint64)
-            )
-    if claimed > (size := opened.file.seek(0, 2)):
-        raise ValueError(f"{claimed} bytes of text claimed at {data.name} in a file of {size}")
-
-
-def _stored_rows(data: h5py.Dataset, width: int) -> Iterator[tuple[int, int]]:
-    """Where a table's rows begin in the file, and how many lie there: a pair for each chunk.
-
-    Raises ValueError if a row has not `width` bytes there.
-    """
-    rows = data.chunks[0] if data.chunks else len(data)
-    for place, (start, size) in enumerate(_pieces(data)):
-        if size != rows * width:
-            raise ValueError(f"rows of another length than {width} bytes at {data.name}")
-        first = data.id.get_chunk_info(place).chunk_offset[0] if data.chunks else 0
-        yield start, min(rows, len(data) - first)
-
-
 def _require_unpacked(data: h5py.Dataset) -> None:
-    """Raise ValueError unless a tensor's chunks are all there, and none unpacks to more than a
-    chunk.
-    """
+    """Raise ValueError unless a tensor's chunks are all there and unpack to a chunk each."""
     properties = data.id.get_create_plist()
-    filters = [properties.get_filter(place)[0] for place in range(properties.get_nfilters())]
+    filters = [properties.get_filter(index)[0] for index in range(properties.get_nfilters())]
     if not filters:
-        return _require_stored(data)
-    if len(set(filters)) < len(filters) or not set(filters) <= set(_PACKING):
+        _require_stored(data)
+        return
+    if len(set(filters)) < len(filters) or not set(filters) <= _FILTERS:
         raise ValueError(f"data at {data.name} that are packed as no run does it")
-    size = math.prod(data.chunks) * data.dtype.itemsize
-    num = math.prod(-(-length // step) for length, step in zip(data.shape, data.chunks))
-    if size > _MOST_CHUNK or num != data.id.get_num_chunks():
+    chunk_bytes = math.prod(data.chunks) * data.dtype.itemsize
+    num_chunks = math.prod(-(-length // step) for length, step in zip(data.shape, data.chunks))
+    if chunk_bytes > _MAX_CHUNK_BYTES or num_chunks != data.id.get_num_chunks():
         raise ValueError(
-            f"{data.id.get_num_chunks()} of {num} chunks of {size} bytes at {data.name}"
+            f"{data.id.get_num_chunks()} of {num_chunks} chunks of {chunk_bytes} bytes at "
+            f"{data.name}"
         )
+    # A chunk's mask has the bits of the filters that were skipped when it was written.
     deflate = 1 << filters.index(h5z.FILTER_DEFLATE) if h5z.FILTER_DEFLATE in filters else 0
-    for place in range(num):
-        chunk = data.id.get_chunk_info(place)
-        if chunk.size > size + size // 100 + 1024:
+    for index in range(num_chunks):
+        chunk = data.id.get_chunk_info(index)
+        if chunk.size > chunk_bytes + chunk_bytes // 100 + 1024:
             raise ValueError(
-                f"a chunk of {chunk.size} bytes at {data.name} where {size} are enough"
+                f"a chunk of {chunk.size} bytes at {data.name} where {chunk_bytes} are enough"
             )
         if deflate and not chunk.filter_mask & deflate:
             _, packed = data.id.read_direct_chunk(chunk.chunk_offset)
-            if len(_unpacked(packed, size + 1)) != size:
-                raise ValueError(f"a chunk at {data.name} that does not unpack to {size} bytes")
-    return None
+            if len(_unpacked(packed, chunk_bytes + 1)) != chunk_bytes:
+                raise ValueError(
+                    f"a chunk at {data.name} that does not unpack to {chunk_bytes} bytes"
+                )
 
 
-def _unpacked(packed: bytes, most: int) -> bytes:
+def _unpacked(packed: bytes, max_bytes: int) -> bytes:
     try:
-        return zlib.decompressobj().decompress(packed, most)
+        return zlib.decompressobj().decompress(packed, max_bytes)
     except zlib.error as error:
         raise ValueError(f"damaged data ({error})") from None

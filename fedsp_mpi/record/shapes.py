@@ -1,18 +1,16 @@
-"""What the free-form parts of a record must be like, so that everybody who reads one can rely on
-it.
-"""
+"""Checks the free-form parts of a record, so that every reader of one can rely on their types."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, get_type_hints
 
 from fedsp_mpi.config import Config
 
 _NUMBER = (int, float)
-# Where a value is used as more than a text, what it must be; it may be absent.
-_KINDS: dict[str, tuple[type, ...]] = {
+# What a value must be that the package uses as more than a text; it may be absent.
+_TYPES: dict[str, tuple[type, ...]] = {
     "config.attack.clients": (list,),
     "config.client.alignment.steps": (int,),
     "config.data.loss_over": (str,),
@@ -36,42 +34,51 @@ _WORDS = {
 
 
 def require(config: Mapping[str, Any], sections: Mapping[str, Any]) -> None:
-    """Raise ValueError, naming the place, if a part that the package reads is of another kind than
-    a run writes.
+    """Raise ValueError if a part that the package reads is of another type than a run writes.
+
+    The error names the place.
     """
     _require_sections(Config, config, "config")
-    for place, kinds in _KINDS.items():
-        root, *path = place.split(".")
-        for value in _values({"config": config, "sections": sections}.get(root, {}), path):
-            if not isinstance(value, kinds) or isinstance(value, bool):
+    content = {"config": config, "sections": sections}
+    for place, types in _TYPES.items():
+        for value in _values_at(content, place.split(".")):
+            # A bool is an int in Python, and never what a run writes in these places.
+            if not isinstance(value, types) or isinstance(value, bool):
                 raise ValueError(
-                    f"{_kind(value)} at {place}, where a run writes {_WORDS[kinds[0]]}"
+                    f"{_described(value)} at {place}, where a run writes {_WORDS[types[0]]}"
                 )
 
 
-def _require_sections(kind: Any, content: Any, place: str) -> None:
-    """What is a section of the configuration must be a mapping."""
+def _require_sections(section: Any, content: Any, place: str) -> None:
+    """Raise ValueError unless every section of the configuration is a mapping.
+
+    Args:
+        section: the section's dataclass.
+        content: what the record has in its place.
+        place: its dotted name, for the error.
+    """
     if not isinstance(content, Mapping):
-        raise ValueError(f"{_kind(content)} at {place}, where a run writes a mapping")
-    hints = get_type_hints(kind)
-    for field in dataclasses.fields(kind):
-        below = hints[field.name]
-        if dataclasses.is_dataclass(below) and field.name in content:
-            _require_sections(below, content[field.name], f"{place}.{field.name}")
+        raise ValueError(f"{_described(content)} at {place}, where a run writes a mapping")
+    hints = get_type_hints(section)
+    for field in dataclasses.fields(section):
+        subsection = hints[field.name]
+        if dataclasses.is_dataclass(subsection) and field.name in content:
+            _require_sections(subsection, content[field.name], f"{place}.{field.name}")
 
 
-def _values(content: Any, path: list[str]) -> list[Any]:
-    """What lies at a path; "*" stands for all items of a list."""
-    values = [content]
+def _values_at(content: object, path: Sequence[str]) -> list[object]:
+    """Return the values at a path of keys; "*" stands for all items of a list."""
+    values: list[object] = [content]
     for name in path:
-        if name == "*":
-            values = [item for value in values if isinstance(value, list) for item in value]
-        else:
-            values = [
-                value[name] for value in values if isinstance(value, Mapping) and name in value
-            ]
+        below: list[object] = []
+        for value in values:
+            if name == "*" and isinstance(value, list):
+                below += value
+            elif name != "*" and isinstance(value, Mapping) and name in value:
+                below.append(value[name])
+        values = below
     return values
 
 
-def _kind(value: Any) -> str:
+def _described(value: object) -> str:
     return _WORDS.get(type(value), f"{value!r}")

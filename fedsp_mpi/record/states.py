@@ -1,4 +1,4 @@
-"""A state as the bytes of a safetensors file, and back."""
+"""Turn a state into the bytes of a safetensors file, and back."""
 
 from __future__ import annotations
 
@@ -9,17 +9,20 @@ import numpy as np
 from fedsp_mpi.record import atomic
 from fedsp_mpi.tensors import State
 
-_TYPES = {"<f4": "F32", "<f8": "F64", "<i8": "I64"}
+_SAFETENSORS_TYPES = {"<f4": "F32", "<f8": "F64", "<i8": "I64"}
+_NUMPY_TYPES = {name: dtype for dtype, name in _SAFETENSORS_TYPES.items()}
 
 
 def pack(state: State) -> list[atomic.Buffer]:
-    """A safetensors file in parts: its header, and the arrays as they lie in memory."""
-    header, parts, end = {}, [], 0
-    for name, value in state.items():
-        flat = np.ascontiguousarray(value).reshape(-1).view(np.uint8)
+    """Return a safetensors file in parts: its header, then the arrays as they lie in memory."""
+    header = {}
+    parts: list[atomic.Buffer] = []
+    end = 0
+    for name, array in state.items():
+        flat = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
         header[name] = {
-            "dtype": _TYPES[value.dtype.str],
-            "shape": value.shape,
+            "dtype": _SAFETENSORS_TYPES[array.dtype.str],
+            "shape": array.shape,
             "data_offsets": [end, end + flat.size],
         }
         parts.append(flat.data)
@@ -30,12 +33,11 @@ def pack(state: State) -> list[atomic.Buffer]:
 
 
 def unpack(image: memoryview) -> State:
-    """The arrays of `pack`, as writable views of the image."""
+    """Return the arrays that `pack` was given, as writable views of the image."""
     start = 8 + int.from_bytes(image[:8], "little")
-    names = {short: long for long, short in _TYPES.items()}
-    found = {}
+    state = {}
     for name, entry in json.loads(bytes(image[8:start])).items():
         begin, end = entry["data_offsets"]
         raw = image[start + begin : start + end]
-        found[name] = np.frombuffer(raw, names[entry["dtype"]]).reshape(entry["shape"])
-    return found
+        state[name] = np.frombuffer(raw, _NUMPY_TYPES[entry["dtype"]]).reshape(entry["shape"])
+    return state

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,21 +21,20 @@ TRIGGERED = "test+trigger"  # the split of a result that is an attack's success
 
 @dataclass(frozen=True, kw_only=True)
 class RoundRow:
-    """What one round took and brought. Seconds on the root's clock, bytes on the wire, losses in
-    nats a token.
+    """One round: times in seconds on rank 0's clock, bytes on the wire, losses in nats per token.
 
     Attributes:
-        round: from 1.
-        seconds_control: the server-only control's tuning, while the clients work.
-        seconds_clients: from then on, until the slowest client has reported.
-        seconds_server: the server's tuning on the global model (absorb).
+        round: counted from 1.
+        seconds_control: tuning of the server-only control, while the clients train.
+        seconds_clients: from then until the slowest client has reported.
+        seconds_server: the server's tuning on the global model.
         bytes_down, bytes_up: all ranks together.
-        num_clients: those that took part, whether or not they failed.
-        num_failed: those of them whose update was not merged.
+        num_clients: clients that took part, whether or not they failed.
+        num_failed: clients among them whose update was not aggregated.
         server_loss_first, server_loss_last: first and last step of the server's tuning.
-        validation_merged: global model with the merged prompts, before the server touches them.
+        validation_merged: global model with the aggregated prompts, before the server tunes them.
         validation_loss: the same after the server's tuning.
-        control_validation_loss: the server-only control after equally many steps.
+        control_validation_loss: of the server-only control after as many steps.
         is_best: lowest validation_loss so far.
     """
 
@@ -61,14 +60,16 @@ class RoundRow:
 
 @dataclass(frozen=True, kw_only=True)
 class ClientRow:
-    """One client in one round; `reason` says why its status is "failed", or "rejected" by the rule
-    of aggregation.
+    """One client in one round.
 
     Attributes:
-        attack_success: share of triggered questions that a poisoned client's own prompts answer as
-            its attacker wants.
-        fitness: what a search's result is ranked by (`search.rank_by`).
+        status: "ok", "failed", or "rejected" by the aggregation rule.
+        reason: why it failed or was rejected.
+        attack_success: fraction of triggered questions that a poisoned client's own prompts answer
+            as its attacker wants.
+        fitness: by which a search's result is ranked (`search.rank_by`).
         step_size: root of the sum of squares of a search's step sizes in the round.
+        extra: further columns, of a method of one's own; nan in rows that lack them.
     """
 
     round: int
@@ -89,6 +90,7 @@ class ClientRow:
     attack_success: float = NAN
     fitness: float = NAN
     step_size: float = NAN
+    extra: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,13 +99,13 @@ class ResultRow:
 
     Attributes:
         method: "zero-shot", "server-only", "fedsp", ...
-        split: "test"; "test+trigger" where acc is the share that an attack's trigger brings to its
-            answer.
+        split: "test"; or "test+trigger", where acc is the fraction of questions that an attack's
+            trigger makes the model answer as the attacker wants.
         round: the round whose prompts were scored; 0 for a method without rounds.
-        n: items scored.
+        n: number of items that were scored.
         acc, acc_norm, exact_match: fractions from 0 to 1; nan where the task has no such measure.
         stderr: standard error of exact_match where the task has it, of acc otherwise; a fraction.
-        loss: loss on the validation split, nats a token.
+        loss: on the validation split, in nats per token.
     """
 
     method: str
@@ -120,13 +122,14 @@ class ResultRow:
 
 @dataclass(frozen=True, kw_only=True)
 class WireRow:
-    """One name of the wire's manifest, summed over the run.
+    """One entry of the wire's manifest: what travelled under one name, summed over the run.
 
     Attributes:
-        direction: "start-up", "handout", "down" or "up"; `phase` says when.
+        direction: "start-up", "handout", "down" or "up".
+        phase: of the run, in which it travelled.
         shape, dtype: of one tensor; empty for what is no tensor.
-        count, bytes: logical: one message a client and round, however the clients are placed.
-        bytes_crossed: what really went from one process to another.
+        count, bytes: logical: one message per client and round, however the clients are placed.
+        bytes_crossed: bytes that really went from one process to another.
     """
 
     name: str
@@ -145,79 +148,109 @@ TABLES: dict[str, type] = {
     "results": ResultRow,
     "wire": WireRow,
 }
-# Columns that records of earlier versions lack, and what is in them then.
+# Columns that records of earlier versions lack, and what they are filled with then.
 LATER: dict[str, dict[str, Any]] = {
     "clients": dict.fromkeys(("attack_success", "fitness", "step_size"), NAN)
 }
+_EXTRA = "extra"  # the field of a row whose names are columns of their own
 _TYPES: dict[Any, Any] = {int: np.dtype("i8"), float: np.dtype("f8"), bool: np.dtype("?")}
 
 
-def table_type(row: type) -> np.dtype:
-    """The compound type of a row class: int64, float64, bool, and UTF-8 text of any length for the
-    rest.
+def table_type(row: type, extra: Sequence[str] = ()) -> np.dtype:
+    """Return the numpy type of a row class: int64, float64, bool, and UTF-8 text for the rest.
+
+    Args:
+        row: the class.
+        extra: names of further float64 columns.
     """
     hints = typing.get_type_hints(row)
-    return np.dtype(
-        [(f.name, _TYPES.get(hints[f.name], h5py.string_dtype())) for f in dataclasses.fields(row)]
-    )
+    columns = []
+    for field in dataclasses.fields(row):
+        if field.name != _EXTRA:
+            columns.append((field.name, _TYPES.get(hints[field.name], h5py.string_dtype())))
+    return np.dtype(columns + [(name, _TYPES[float]) for name in extra])
 
 
-def table(row: type, rows: Iterable[Any] = ()) -> np.ndarray:
-    """Rows of one class as a read-only structured array of shape [rows]."""
-    values = [tuple(_cell(getattr(one, f.name)) for f in dataclasses.fields(row)) for one in rows]
-    return frozen(np.array(values, dtype=table_type(row)))
+def extra_columns(row: type, table_type: np.dtype) -> list[str]:
+    """Return the columns of a table's type that are not fields of its row class."""
+    fields = {field.name for field in dataclasses.fields(row)}
+    return [name for name in table_type.names or () if name not in fields]
+
+
+def table(row_class: type, rows: Iterable[Any] = ()) -> np.ndarray:
+    """Build a read-only structured array [rows] from rows of one class."""
+    rows = list(rows)
+    extras: list[Mapping[str, float]] = [getattr(row, _EXTRA, {}) for row in rows]
+    extra_names = list(dict.fromkeys(name for extra in extras for name in extra))
+    names = [field.name for field in dataclasses.fields(row_class) if field.name != _EXTRA]
+    cells = []
+    for row, extra in zip(rows, extras):
+        own_cells = [_to_cell(getattr(row, name)) for name in names]
+        cells.append((*own_cells, *(extra.get(name, NAN) for name in extra_names)))
+    return frozen(np.array(cells, dtype=table_type(row_class, extra_names)))
 
 
 def never_merged(clients: np.ndarray) -> dict[int, str]:
-    """Return the clients that took part in rounds and of which no update was ever merged, each with
-    its last reason.
+    """Return the clients that trained but none of whose updates was ever aggregated.
 
     Args:
-        clients: the table of that name.
+        clients: the table of that name, [rows].
+
+    Returns:
+        Client id -> the reason of its last round.
     """
     is_ok = clients["status"] == "ok"
     lost = np.setdiff1d(clients["client"], clients["client"][is_ok])
     rows = clients[np.isin(clients["client"], lost)]
-    return {int(row["client"]): _plain(row["reason"]) for row in rows}
+    return {int(row["client"]): _from_cell(row["reason"]) for row in rows}
 
 
-def wire_rows(found: np.ndarray) -> list[WireRow]:
-    """The rows of the table `wire` as objects again."""
+def wire_rows(wire: np.ndarray) -> list[WireRow]:
+    """Turn the table `wire`, [rows], into objects again."""
     rows = []
-    for row in found:
-        cells = {name: _plain(row[name]) for name in found.dtype.names or ()}
-        rows.append(WireRow(**{**cells, "shape": tuple(untrusted.parse_json(cells["shape"]))}))
+    for row in wire:
+        cells = {name: _from_cell(row[name]) for name in wire.dtype.names or ()}
+        cells["shape"] = tuple(untrusted.parse_json(cells["shape"]))
+        rows.append(WireRow(**cells))
     return rows
 
 
-def _plain(cell: Any) -> Any:
-    return cell.decode() if isinstance(cell, bytes) else getattr(cell, "item", lambda: cell)()
-
-
-def append(before: np.ndarray, after: np.ndarray) -> np.ndarray:
-    """Two tables of one type, one below the other."""
-    joined = np.empty(len(before) + len(after), dtype=before.dtype)
-    joined[: len(before)], joined[len(before) :] = before, after
+def append(table: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Return a table [rows] with the rows of another one below; columns that one lacks are nan."""
+    columns: dict[str, np.dtype] = {}
+    for part in (table, rows):
+        columns |= {name: part.dtype[name] for name in part.dtype.names or ()}
+    joined = np.empty(len(table) + len(rows), dtype=list(columns.items()))
+    for name in columns:
+        joined[name][: len(table)] = table[name] if name in (table.dtype.names or ()) else NAN
+        joined[name][len(table) :] = rows[name] if name in (rows.dtype.names or ()) else NAN
     return frozen(joined)
 
 
 def frozen(array: np.ndarray) -> np.ndarray:
-    """The same array, marked read-only."""
+    """Mark an array of any shape read-only, and return it."""
     array.flags.writeable = False
     return array
 
 
 def clean(text: str) -> str:
-    """Text that HDF5 can hold as UTF-8: zero bytes and lone surrogates are written out as escapes."""
+    """Write out zero bytes and lone surrogates, which HDF5 cannot hold as UTF-8, as escapes."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8").replace("\0", "\\x00")
 
 
-def _cell(value: Any) -> Any:
+def _to_cell(value: Any) -> Any:
+    """Turn an attribute of a row into what a table holds: tuples become JSON."""
     if isinstance(value, tuple):
         return json.dumps(value)
-    return clean(value) if isinstance(value, str) else value
+    if isinstance(value, str):
+        return clean(value)
+    return value
 
 
-def first_line(error: BaseException) -> str:
-    """What an error says, in one line that is safe to show."""
-    return untrusted.printable((str(error).strip() or type(error).__name__).splitlines()[0])
+def _from_cell(cell: Any) -> Any:
+    """Turn a cell of a table into a plain Python value."""
+    if isinstance(cell, bytes):
+        return cell.decode()
+    if isinstance(cell, np.generic):
+        return cell.item()
+    return cell

@@ -1,4 +1,4 @@
-"""The digest at the end of a record's files: it tells damage before HDF5, which can hang on it,
+"""The digest at the end of a record's files: it shows damage before HDF5, which can hang on it,
 sees a byte.
 
 HDF5 ends where its superblock says, so a trailer behind it disturbs no reader. It comes and goes
@@ -7,9 +7,9 @@ alone can be checked like the original.
 
     <HDF5 file> <JSON> <64-bit digest of the JSON> <its length, 8 bytes, little-endian> <MAGIC>
 
-A folded run.h5 can be large. The bytes of each round's prompts have a digest of their own there,
-which is compared when those prompts are asked for; reading the tables does not cost reading the
-prompts.
+A run.h5 that holds the prompts of all rounds can be large. The bytes of each round's prompts
+therefore have a digest of their own, which is compared when those prompts are asked for; reading
+the tables does not cost reading the prompts.
 """
 
 from __future__ import annotations
@@ -25,8 +25,11 @@ import xxhash
 from fedsp_mpi.files import untrusted
 
 MAGIC = b"\x89FedSP\r\n"
-_ENDING = 8 + 8 + len(MAGIC)  # digest, length, magic
-_ROOM = 1 << 20  # bytes that are in memory at once
+_ENDING = 8 + 8 + len(MAGIC)  # bytes: digest, length, magic
+_CHUNK = 1 << 20  # bytes that are in memory at once
+_HDF5_MAGIC = b"\x89HDF\r\n\x1a\n"
+# Version of the superblock -> where it says at which byte the file ends (8 bytes).
+_END_ADDRESS = {0: 40, 2: 28, 3: 28}
 Extent = tuple[int, int]  # offset and size, in bytes
 
 
@@ -37,8 +40,8 @@ class Trailer:
     Attributes:
         size: of the HDF5 file in front of the trailer, in bytes.
         digest: of its bytes outside of all extents.
-        extents: where the prompts of a round lie, by the round's name; none where they are files of
-            their own.
+        extents: where the prompts of a round lie, by the round's name; empty where they are files
+            of their own.
         digests: of the bytes in each round's extents.
     """
 
@@ -49,10 +52,8 @@ class Trailer:
 
     def require(self, file: BinaryIO) -> None:
         """Raise ValueError if the bytes outside of the extents are not what was written."""
-        rest = _between(
-            [extent for extents in self.extents.values() for extent in extents], self.size
-        )
-        if _digest(file, rest) != self.digest:
+        outside = _outside(_joined(self.extents), self.size)
+        if _digest(file, outside) != self.digest:
             raise ValueError("bytes that are not what was written (their digest differs)")
 
     def require_round(self, file: BinaryIO, name: str) -> None:
@@ -66,31 +67,33 @@ class Trailer:
 
 
 def of_image(image: bytes) -> bytes:
-    """The trailer of an HDF5 file that is in memory and has no extents."""
-    return _packed(len(image), xxhash.xxh3_128_hexdigest(image), {}, {})
+    """Return the trailer of an HDF5 file that is in memory and has no extents."""
+    trailer = Trailer(len(image), xxhash.xxh3_128_hexdigest(image))
+    return _to_bytes(trailer)
 
 
 def of_file(file: BinaryIO, extents: Mapping[str, Sequence[Extent]]) -> bytes:
-    """The trailer of an HDF5 file.
+    """Return the trailer of an HDF5 file.
 
     Args:
         file: open for reading, without a trailer.
         extents: where the prompts of each round lie in it.
     """
     size = os.fstat(file.fileno()).st_size
-    rest = _between([extent for every in extents.values() for extent in every], size)
-    digests = {name: _digest(file, every) for name, every in extents.items()}
-    return _packed(size, _digest(file, rest), extents, digests)
+    digest = _digest(file, _outside(_joined(extents), size))
+    digests = {name: _digest(file, of_round) for name, of_round in extents.items()}
+    return _to_bytes(Trailer(size, digest, extents, digests))
 
 
 def read(file: BinaryIO) -> Trailer | None:
-    """The trailer of an open file; None for a file of a version that wrote none.
+    """Return the trailer of an open file; None for a file of a version that wrote none.
 
-    Raises ValueError if the trailer itself is damaged.
+    Raises:
+        ValueError: the trailer itself is damaged.
     """
     size = os.fstat(file.fileno()).st_size
     if size < _ENDING:
-        return None  # nor is it an HDF5 file
+        return None  # and no HDF5 file either
     file.seek(size - _ENDING)
     ending = file.read(_ENDING)
     if ending[16:] != MAGIC:
@@ -105,59 +108,74 @@ def read(file: BinaryIO) -> Trailer | None:
     if xxhash.xxh3_64_digest(text) != ending[:8]:
         raise ValueError("a digest that is damaged")
     try:
-        return _unpacked(untrusted.parse_json(text), size - _ENDING - length)
+        return _from_json(untrusted.parse_json(text), size - _ENDING - length)
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"a digest that no run writes ({error!r})") from None
 
 
 def _end_of_hdf5(file: BinaryIO) -> int:
-    """Where an HDF5 file ends, as its superblock says; a large number if that is none that h5py
-    writes.
+    """Return where an HDF5 file ends, as its superblock says.
+
+    A large number where the superblock is none that h5py writes.
     """
     file.seek(0)
     head = file.read(48)
-    places = {0: 40, 2: 28, 3: 28}  # by the version of the superblock; its addresses have 8 bytes
-    place = places.get(head[8]) if head[:8] == b"\x89HDF\r\n\x1a\n" else None
-    return 1 << 64 if place is None else int.from_bytes(head[place : place + 8], "little")
+    place = _END_ADDRESS.get(head[8]) if head[:8] == _HDF5_MAGIC else None
+    if place is None:
+        return 1 << 64
+    return int.from_bytes(head[place : place + 8], "little")
 
 
-def _packed(
-    size: int, digest: str, extents: Mapping[str, Sequence[Extent]], digests: Mapping[str, str]
-) -> bytes:
-    content = {"size": size, "digest": digest, "extents": extents, "digests": digests}
+def _to_bytes(trailer: Trailer) -> bytes:
+    content = {
+        "size": trailer.size,
+        "digest": trailer.digest,
+        "extents": trailer.extents,
+        "digests": trailer.digests,
+    }
     text = json.dumps(content, separators=(",", ":")).encode()
     return text + xxhash.xxh3_64_digest(text) + len(text).to_bytes(8, "little") + MAGIC
 
 
-def _unpacked(content: Any, size: int) -> Trailer:
+def _from_json(content: Any, size: int) -> Trailer:
+    """Build a trailer from its JSON; `size` is that of the HDF5 file in front of it."""
     if content["size"] != size:
         raise ValueError(f"{size} bytes before its digest where {content['size']} were written")
     extents = {
-        name: [(start, length) for start, length in every]
-        for name, every in content["extents"].items()
+        name: [(start, length) for start, length in of_round]
+        for name, of_round in content["extents"].items()
     }
     return Trailer(size, str(content["digest"]), extents, dict(content["digests"]))
 
 
-def _between(extents: Iterable[Extent], size: int) -> Iterator[Extent]:
-    """The rest of a file. Raises ValueError if extents overlap, or lie beyond its end."""
-    place = 0
+def _joined(extents: Mapping[str, Sequence[Extent]]) -> list[Extent]:
+    return [extent for of_round in extents.values() for extent in of_round]
+
+
+def _outside(extents: Iterable[Extent], size: int) -> Iterator[Extent]:
+    """Yield the extents of everything else in a file of `size` bytes.
+
+    Raises ValueError if extents overlap, or lie beyond the file's end.
+    """
+    end = 0
     for start, length in sorted(extents):
-        if start < place or length < 0 or start + length > size:
+        if start < end or length < 0 or start + length > size:
             raise ValueError("a digest of bytes that are not in the file")
-        yield place, start - place
-        place = start + length
-    yield place, size - place
+        yield end, start - end
+        end = start + length
+    yield end, size - end
 
 
 def _digest(file: BinaryIO, extents: Iterable[Extent]) -> str:
+    """Return the 128-bit digest of some bytes of a file."""
     digest = xxhash.xxh3_128()
     for start, length in extents:
         file.seek(start)
-        while length:
-            piece = file.read(min(length, _ROOM))
-            if not piece:
+        unread = length
+        while unread:
+            chunk = file.read(min(unread, _CHUNK))
+            if not chunk:
                 raise ValueError("fewer bytes than were written")
-            digest.update(piece)
-            length -= len(piece)
+            digest.update(chunk)
+            unread -= len(chunk)
     return digest.hexdigest()

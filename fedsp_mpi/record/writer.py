@@ -1,9 +1,9 @@
-"""The record of a run, written by one process (rank 0), that a SIGKILL at any moment leaves whole.
+"""Writes the record of a run, on rank 0, so that a SIGKILL at any moment leaves it intact.
 
 Nothing on disk is ever changed in place. The small tables are kept here as a frozen view; a commit
 makes the next view, builds the whole run.h5 from it in memory, writes that to run.h5.part, syncs,
 and renames it over run.h5. Each round's prompts are a file of their own, written once in the same
-way before run.h5 links to it. So a reader sees the state before a commit or after it, and a failed
+way before run.h5 links to it. So a reader sees the state before or after a commit, and a failed
 write changes neither the disk nor the view.
 """
 
@@ -19,24 +19,29 @@ from typing import Any
 import numpy as np
 
 from fedsp_mpi.files import ownership
+from fedsp_mpi.log import one_line
 from fedsp_mpi.record import atomic, hdf5, tables, trailer
 from fedsp_mpi.record.atomic import RecordError
 from fedsp_mpi.record.hdf5 import Run
 from fedsp_mpi.record.tables import ClientRow, ResultRow, RoundRow, WireRow
 
-FINAL = ("complete", "stopped", "failed")
+FINAL_STATUSES = ("complete", "stopped", "failed")
 
 
 class RunRecord:
-    """One run's folder: `run.h5`, `config.yaml`, and `rounds/` while the run goes on.
+    """The folder of a run: `run.h5`, `config.yaml`, and `rounds/` while the run goes on.
 
-    Make one with `create` or `open`. `run` is what is on disk. Every method that writes raises
-    RecordError on a full disk, a folder without permission and the like, and leaves the last
-    committed state as it was.
+    Made by `create` or `open`. Every method that writes raises RecordError on a full disk, a folder
+    without permission and the like, and leaves the last committed state as it was.
+
+    Attributes:
+        folder: of the run.
+        run: what is on disk.
     """
 
     def __init__(self, folder: Path, run: Run) -> None:
-        self.folder, self.run = folder, run
+        self.folder = folder
+        self.run = run
         self._finished = False
 
     @classmethod
@@ -49,16 +54,18 @@ class RunRecord:
         environment: Mapping[str, Any],
         if_exists: str = "refuse",
     ) -> RunRecord:
-        """Make the folder with config.yaml and a run.h5 without rounds.
+        """Make a run folder with config.yaml and a run.h5 without rounds.
 
         Args:
-            config: the resolved configuration as plain data; `config_text` is the same as YAML.
+            folder: to make.
+            config: the resolved configuration as plain data.
+            config_text: the same as YAML.
             environment: host, ranks, versions, commit: anything that JSON can hold.
-            if_exists: "refuse", or "replace": delete what an earlier run of that name wrote. Other
-                files are left.
+            if_exists: "refuse", or "replace": delete what an earlier run of that name wrote; other
+                files stay.
 
         Raises:
-            ValueError: the folder holds a run already, or is not that of a run.
+            ValueError: the folder holds a run already, or something else.
             RecordError: it cannot be written.
         """
         assert if_exists in ("refuse", "replace"), if_exists
@@ -66,16 +73,17 @@ class RunRecord:
         run = Run(
             file=folder / "run.h5",
             name=folder.resolve().name,
-            config=hdf5.plain(dict(config), "config"),
+            config=hdf5.to_plain(dict(config), "config"),
             config_text=config_text,
-            environment=hdf5.plain(dict(environment), "environment"),
+            environment=hdf5.to_plain(dict(environment), "environment"),
             created=_now(),
         )
         _claim(folder, config_text, if_exists)
         record = cls(folder, run)
         try:
             record._save(run)
-        except RecordError:  # give the name back, so that the next try is not refused
+        except RecordError:
+            # Give the name back, so that the next try is not refused.
             with suppress(OSError):
                 (folder / "config.yaml").unlink()
             raise
@@ -83,9 +91,11 @@ class RunRecord:
 
     @classmethod
     def open(cls, folder: str | Path) -> RunRecord:
-        """Open an existing run to go on with it; its status becomes "running".
+        """Open an existing run to resume it; its status becomes "running".
 
-        Raises ValueError if it cannot be read, RecordError if it cannot be written.
+        Raises:
+            ValueError: it cannot be read.
+            RecordError: it cannot be written.
         """
         folder = Path(folder)
         run = hdf5.read(folder)
@@ -101,12 +111,14 @@ class RunRecord:
     def describe(self, **sections: Mapping[str, Any]) -> None:
         """Add to what the record says about the run: `describe(models={...}, data={...})`.
 
-        A section that is there already keeps its other keys. Raises ValueError if JSON cannot hold
-        a value.
+        A section that exists keeps its other keys.
+
+        Raises:
+            ValueError: JSON cannot hold a value.
         """
         merged = dict(self.run.sections)
         for name, section in sections.items():
-            merged[name] = {**merged.get(name, {}), **hdf5.plain(dict(section), name)}
+            merged[name] = {**merged.get(name, {}), **hdf5.to_plain(dict(section), name)}
         self._save(replace(self.run, sections=merged))
 
     def commit_round(
@@ -114,34 +126,40 @@ class RunRecord:
         row: RoundRow,
         clients: Iterable[ClientRow] = (),
         prompts: Mapping[str, np.ndarray] | None = None,
+        *,
         wire: Iterable[WireRow] | None = None,
     ) -> None:
-        """Write one round with all that belongs to it; when this returns, the round is on disk.
+        """Write one round with everything that belongs to it; on return the round is on disk.
 
         Args:
             row: its `round` must follow the last committed one.
-            clients: one row a client.
-            prompts: name -> array of any numeric type and shape; None keeps none for this round.
-            wire: the wire's manifest up to now; None leaves the last one.
+            clients: a row for each client.
+            prompts: arrays of any numeric dtype and any shape by name; None keeps none for this
+                round.
+            wire: the wire's manifest so far; None leaves the last one.
+
+        Raises:
+            ValueError: the round does not follow the last committed one.
         """
-        run, clients = self.run, list(clients)
+        run = self.run
+        clients = list(clients)
         if row.round != run.committed_rounds + 1:
             raise ValueError(
                 f"{run.file}: found round {row.round}, expected {run.committed_rounds + 1}; "
                 "cut the record to the round that the run goes on from"
             )
         assert all(client.round == row.round for client in clients), "client rows of another round"
+        prompt_rounds = run.prompt_rounds
         if prompts is not None:
             self._write(self.folder / hdf5.round_file(row.round), hdf5.prompts_image(prompts))
+            prompt_rounds = (*prompt_rounds, row.round)
         self._save(
             replace(
                 run,
                 rounds=tables.append(run.rounds, tables.table(RoundRow, [row])),
                 clients=tables.append(run.clients, tables.table(ClientRow, clients)),
                 wire=run.wire if wire is None else tables.table(WireRow, wire),
-                prompt_rounds=run.prompt_rounds
-                if prompts is None
-                else (*run.prompt_rounds, row.round),
+                prompt_rounds=prompt_rounds,
                 committed_rounds=row.round,
             )
         )
@@ -151,15 +169,14 @@ class RunRecord:
         self._save(replace(self.run, wire=tables.table(WireRow, manifest)))
 
     def write_results(self, results: Iterable[ResultRow]) -> None:
-        """Add result rows; one of the same method and split takes the place of the earlier one."""
-        table = tables.table(ResultRow, results)
-        new = {(row["method"], row["split"]) for row in table}
-        kept = [(row["method"], row["split"]) not in new for row in self.run.results]
-        self._save(replace(self.run, results=tables.append(self.run.results[kept], table)))
+        """Add result rows; a row of the same method and split replaces the earlier one."""
+        new = tables.table(ResultRow, results)
+        replaced = {(row["method"], row["split"]) for row in new}
+        stays = [(row["method"], row["split"]) not in replaced for row in self.run.results]
+        self._save(replace(self.run, results=tables.append(self.run.results[stays], new)))
 
     def cut(self, after_round: int) -> None:
-        """Remove every round above `after_round`, with its clients, its prompts, and the results
-        scored on it.
+        """Remove the rounds above `after_round`, with their clients, prompts and results.
 
         The wire's manifest stays as it is: what it counts has travelled.
         """
@@ -180,30 +197,35 @@ class RunRecord:
         self._sweep()
 
     def finish(self, status: str = "complete", reason: str = "") -> None:
-        """Write how the run ended; nothing can be written after it.
+        """Write how the run ended; nothing can be written afterwards.
 
-        A complete run becomes one self-contained run.h5. One that was stopped or failed keeps its
+        A complete run becomes one self-contained run.h5. A stopped or failed one keeps its
         `rounds/`, since it is likely to be resumed.
+
+        Args:
+            status: one of FINAL_STATUSES.
+            reason: why it ended so, in one line.
         """
-        assert status in FINAL, status
+        assert status in FINAL_STATUSES, status
         self._save(replace(self.run, status=status, reason=reason))
         self._finished = True
         if status == "complete" and self.run.prompt_rounds:
             self._fold()
 
     def _fold(self) -> None:
+        """Move the prompts of all rounds into run.h5."""
         part = atomic.part_of(self.run.file)
-        with atomic.writing(self.run.file, self._kept, part):
+        with atomic.writing(self.run.file, self._intact, part):
             part.write_bytes(hdf5.run_image(self.run))
             ownership.give_rights(part)
             try:
                 hdf5.fold_into(part, self.folder, self.run.prompt_rounds)
-            # a round's file that was damaged since; the others can be read where they are
             except ValueError as error:
-                raise OSError(tables.first_line(error)) from error
+                # A round's file was damaged since; the others can be read where they are.
+                raise OSError(one_line(error, first_line=True)) from error
             atomic.sync(part)
             atomic.rename(part, self.run.file)
-        with atomic.writing(self.folder / "rounds", self._kept):
+        with atomic.writing(self.folder / "rounds", self._intact):
             for path in ownership.written_in(self.folder / "rounds", "rounds"):
                 path.unlink()
             ownership.remove_if_empty(self.folder / "rounds")
@@ -219,28 +241,25 @@ class RunRecord:
         self.run = run
 
     def _write(self, path: Path, image: bytes) -> None:
-        atomic.write(path, [image, trailer.of_image(image)], self._kept)
+        atomic.write(path, [image, trailer.of_image(image)], self._intact)
 
     @property
-    def _kept(self) -> str:
+    def _intact(self) -> str:
         return f"the record keeps its {self.run.committed_rounds} rounds"
 
     def _sweep(self) -> None:
-        """Delete round files that run.h5 does not know, and what a killed write left."""
-        known = {self.folder / hdf5.round_file(round) for round in self.run.prompt_rounds}
+        """Delete round files that run.h5 does not refer to, and what a killed write left."""
+        referenced = {self.folder / hdf5.round_file(round) for round in self.run.prompt_rounds}
         folder = self.folder / "rounds"
-        with atomic.writing(folder, self._kept):
+        with atomic.writing(folder, self._intact):
             for path in ownership.written_in(folder, "rounds"):
-                if path not in known:
+                if path not in referenced:
                     path.unlink()
             (self.folder / "run.h5.part").unlink(missing_ok=True)
 
 
 def _claim(folder: Path, config_text: str, if_exists: str) -> None:
-    """Take the folder for this run.
-
-    config.yaml is made exclusively, so that of two processes one is refused.
-    """
+    """Make the folder and its config.yaml, exclusively: of two processes one is refused."""
     if if_exists == "replace":
         with _creating(folder):
             ownership.clear(folder)
@@ -258,17 +277,15 @@ def _claim(folder: Path, config_text: str, if_exists: str) -> None:
 
 def require_free(folder: Path) -> None:
     """Raise ValueError if a folder holds a run."""
-    if found := next(
-        (name for name in ("run.h5", "config.yaml") if (folder / name).exists()), None
-    ):
-        raise _taken(folder, found)
+    for name in ("run.h5", "config.yaml"):
+        if (folder / name).exists():
+            raise _taken(folder, name)
 
 
-def _taken(folder: Path, found: str) -> ValueError:
+def _taken(folder: Path, evidence: str) -> ValueError:
     return ValueError(
-        f"{folder}: found a run ({found}), expected a new folder; set run.name to "
-        "another name, run.resume=must to go "
-        "on with that run, run.if_exists=replace to lose it, or delete it"
+        f"{folder}: found a run ({evidence}), expected a new folder; set run.name to another name, "
+        "run.resume=must to go on with that run, run.if_exists=replace to lose it, or delete it"
     )
 
 

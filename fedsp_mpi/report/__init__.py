@@ -1,12 +1,12 @@
-"""Run folders as text, tables and pictures: one run, several beside each other, and what differs
-between two.
-"""
+"""Run folders as text, tables and pictures: one run, several side by side, and what differs."""
 
-from fedsp_mpi.report.comparison import compare, comparison_table, main_result, read_all
+from fedsp_mpi.report.comparison import compare, comparison_table, read_all
 from fedsp_mpi.report.diff import difference
+from fedsp_mpi.report.experiments import markdown
+from fedsp_mpi.report.facts import main_result
 from fedsp_mpi.report.gain import gain_table
 from fedsp_mpi.report.plot import draw_bars, draw_curves
-from fedsp_mpi.report.summary import markdown, summarize
+from fedsp_mpi.report.summary import summarize
 
 __all__ = [
     "compare",

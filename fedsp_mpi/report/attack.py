@@ -1,8 +1,9 @@
-"""What a record says about a backdoor: how often its trigger brings about the attacker's answer.
+"""What a record says about a backdoor: how often its trigger makes a model answer as the attacker
+wants.
 
-After averaging it is a row of the results, of the split "test+trigger", whose `acc` is the success
-rate; of a poisoned client it is what its own prompts do right after its local training, in the
-clients' table.
+After aggregation it is a row of the results, of the split "test+trigger", whose `acc` is the
+success rate. For a poisoned client it is what its own prompts do right after its local training, in
+the clients' table.
 """
 
 from __future__ import annotations
@@ -15,73 +16,80 @@ import numpy as np
 
 from fedsp_mpi.record.hdf5 import Run
 from fedsp_mpi.record.tables import TRIGGERED
-from fedsp_mpi.report.formatting import percent, spread, table
+from fedsp_mpi.report.formatting import as_percent, mean_and_deviation, table
 
 
-def successes(run: Run) -> dict[str, float]:
-    """The attack's success rate by method, a fraction; empty where none was measured."""
+def success_rates(run: Run) -> dict[str, float]:
+    """Return the attack's success rate by method, a fraction; empty if none was measured."""
     return {
         str(row["method"]): float(row["acc"]) for row in run.results if row["split"] == TRIGGERED
     }
 
 
 def local_success(run: Run) -> float:
-    """That of what poisoned clients had tuned themselves, mean over those of the last round that
-    has some; or nan.
+    """Return the mean success rate of the poisoned clients' own prompts; nan if none is known.
+
+    That of the last round in which one was measured.
     """
-    known = run.clients[~np.isnan(run.clients["attack_success"])]
-    last = known[known["round"] == known["round"].max(initial=0)]
-    return statistics.fmean(last["attack_success"].tolist()) if len(last) else math.nan
+    rates = run.clients["attack_success"]
+    measured = run.clients[~np.isnan(rates)]
+    if not len(measured):
+        return math.nan
+    last = measured[measured["round"] == measured["round"].max()]
+    return statistics.fmean(last["attack_success"].tolist())
 
 
-def lines(run: Run) -> list[str]:
-    """A table for the summary of a run; nothing where no attack was studied."""
-    rows = [row for row in run.results if row["split"] == TRIGGERED]
-    if not rows:
+def summary_lines(run: Run) -> list[str]:
+    """Return a table for the summary of a run; nothing if no attack was studied."""
+    results = [row for row in run.results if row["split"] == TRIGGERED]
+    if not results:
         return []
     settings = run.config.get("attack", {})
-    who = ", ".join(map(str, settings.get("clients", ()))) or "nobody"
-    body = [
-        [str(row["method"]), str(row["n"]), percent(row["acc"]), percent(row["stderr"])]
-        for row in rows
-    ]
-    body += [
-        [f"client {row['client']}, round {row['round']}", "", percent(row["attack_success"]), ""]
-        for row in _local(run)
-    ]
+    poisoned = ", ".join(map(str, settings.get("clients", ()))) or "nobody"
     title = (
-        f"attack: {settings.get('trigger')!r} for choice {settings.get('target')}, poisoned: {who}"
+        f"attack: {settings.get('trigger')!r} for choice {settings.get('target')}, "
+        f"poisoned: {poisoned}"
     )
-    return [
-        "",
-        title,
-        *table(["on what was tuned by", "n", "success %", "std. error"], body, num_left=1),
+    body = [
+        [str(row["method"]), str(row["n"]), as_percent(row["acc"]), as_percent(row["stderr"])]
+        for row in results
     ]
+    for row in _first_and_last(run):
+        name = f"client {row['client']}, round {row['round']}"
+        body.append([name, "", as_percent(row["attack_success"]), ""])
+    head = ["method or client", "n", "success %", "std. error"]
+    return ["", title, *table(head, body)]
 
 
-def cell(runs: Sequence[Run], label: str, with_clients: bool = True) -> str:
-    """Success of some runs of what is called `label`, after averaging and on poisoned clients;
-    percent, over seeds.
+def cell(runs: Sequence[Run], label: str, *, with_clients: bool = True) -> str:
+    """Write the success rate of a method in percent, over seeds: "12.50 (client 100.00)".
+
+    Args:
+        runs: of the method, one for each seed.
+        label: of the method, or of a control of the runs.
+        with_clients: add the success rate on poisoned clients, before aggregation.
     """
-    after = [100 * found[label] for run in runs if label in (found := successes(run))]
-    local = [100 * value for run in runs if not math.isnan(value := local_success(run))]
-    return (
-        spread(after) + (f" (client {spread(local)})" if local and with_clients else "")
-        if after
-        else ""
-    )
+    rates = [success_rates(run) for run in runs]
+    aggregated = [100 * by_label[label] for by_label in rates if label in by_label]
+    if not aggregated:
+        return ""
+    text = mean_and_deviation(aggregated)
+    local = [100 * rate for run in runs if not math.isnan(rate := local_success(run))]
+    if local and with_clients:
+        text += f" (client {mean_and_deviation(local)})"
+    return text
 
 
-def _local(run: Run) -> list[np.void]:
-    """Of each poisoned client, the row of its first round and that of its last."""
-    known = [row for row in run.clients if not math.isnan(row["attack_success"])]
-    by_client = (
-        {int(row["client"]): row for row in reversed(known)},
-        {int(row["client"]): row for row in known},
-    )
-    ends = [each[client] for client in sorted(by_client[0]) for each in by_client]
-    return [
-        row
-        for place, row in enumerate(ends)
-        if place % 2 == 0 or row["round"] != ends[place - 1]["round"]
-    ]
+def _first_and_last(run: Run) -> list[np.void]:
+    """Return each poisoned client's rows of its first and its last round, once if they are one."""
+    rows_of: dict[int, list[np.void]] = {}
+    for row in run.clients:
+        if not math.isnan(row["attack_success"]):
+            rows_of.setdefault(int(row["client"]), []).append(row)
+    ends = []
+    for client in sorted(rows_of):
+        rows = rows_of[client]
+        ends.append(rows[0])
+        if rows[-1]["round"] != rows[0]["round"]:
+            ends.append(rows[-1])
+    return ends

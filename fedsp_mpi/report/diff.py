@@ -1,30 +1,34 @@
-"""What differs between two runs that should be equal."""
+"""Finds what differs between two runs that should be equal."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
 from fedsp_mpi.files.untrusted import printable
 from fedsp_mpi.record.hdf5 import Run
 
-_OF_THE_MACHINE = (
-    "seconds",
-    "bytes",
-    "rank",
-    "reason",
-)  # columns that may differ between equal runs
+# Columns that begin so depend on the machine: they may differ between equal runs.
+_MACHINE_COLUMNS = ("seconds", "bytes", "rank", "reason")
+# The columns that identify a row of each table.
+_KEYS = {
+    "rounds": ("round",),
+    "clients": ("round", "client"),
+    "results": ("method", "split"),
+}
+_MAX_ROUNDS_NAMED = 8
 
 
 def difference(run_a: Run, run_b: Run) -> list[str]:
-    """What differs between two runs that should be equal, bit by bit; an empty list if nothing
-    does.
+    """Return what differs between two runs that should be equal bit by bit, in a line each.
 
     Compares every round's prompts, the losses of rounds and clients, and the results. Seconds,
-    bytes and ranks may differ. Raises ValueError if prompts cannot be read.
+    bytes and ranks may differ.
+
+    Raises:
+        ValueError: prompts cannot be read.
     """
     lines = []
     if run_a.committed_rounds != run_b.committed_rounds:
@@ -34,78 +38,94 @@ def difference(run_a: Run, run_b: Run) -> list[str]:
         )
     lines += _prompt_differences(run_a, run_b)
     last = min(run_a.committed_rounds, run_b.committed_rounds)
-    for name, keys in {
-        "rounds": ("round",),
-        "clients": ("round", "client"),
-        "results": ("method", "split"),
-    }.items():
-        a, b = getattr(run_a, name), getattr(run_b, name)
+    for name in _KEYS:
+        table_a = getattr(run_a, name)
+        table_b = getattr(run_b, name)
         if name != "results":
-            a, b = a[a["round"] <= last], b[b["round"] <= last]
-        lines += _table_differences(name, keys, a, b)
+            table_a = table_a[table_a["round"] <= last]
+            table_b = table_b[table_b["round"] <= last]
+        lines += _table_differences(name, table_a, table_b)
     return [printable(line) for line in lines]
 
 
 def _prompt_differences(run_a: Run, run_b: Run) -> list[str]:
     lines = []
-    only = set(run_a.prompt_rounds) ^ set(run_b.prompt_rounds)
     last = min(run_a.committed_rounds, run_b.committed_rounds)
-    missing = sorted(round for round in only if round <= last)
+    in_one = set(run_a.prompt_rounds) ^ set(run_b.prompt_rounds)
+    missing = sorted(round for round in in_one if round <= last)
     if missing:
-        rounds = ", ".join(map(str, missing[:8])) + (", ..." if len(missing) > 8 else "")
+        rounds = ", ".join(map(str, missing[:_MAX_ROUNDS_NAMED]))
+        if len(missing) > _MAX_ROUNDS_NAMED:
+            rounds += ", ..."
         lines.append(f"prompts of round {rounds} were kept by one run only")
-    common = sorted(set(run_a.prompt_rounds) & set(run_b.prompt_rounds))
-    differing: list[int] = []
-    for round in common:
-        found = list(_tensor_differences(run_a.prompts(round), run_b.prompts(round)))
-        if found and not differing:
-            lines += [f"round {round}, the first whose prompts differ: {line}" for line in found]
-        differing += [round] if found else []
-    if len(differing) > 1:
-        lines.append(f"prompts differ in {len(differing)} of {len(common)} rounds")
+    in_both = sorted(set(run_a.prompt_rounds) & set(run_b.prompt_rounds))
+    num_differing = 0
+    for round in in_both:
+        tensor_lines = list(_tensor_differences(run_a.prompts(round), run_b.prompts(round)))
+        if not tensor_lines:
+            continue
+        if num_differing == 0:
+            lines += [f"round {round}, the first whose prompts differ: {t}" for t in tensor_lines]
+        num_differing += 1
+    if num_differing > 1:
+        lines.append(f"prompts differ in {num_differing} of {len(in_both)} rounds")
     return lines
 
 
-def _tensor_differences(a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray]) -> Iterator[str]:
-    for name in dict.fromkeys([*a, *b]):
-        if name not in a or name not in b:
-            yield f"tensor {name!r} is only in the {'first' if name in a else 'second'} run"
-        elif (a[name].shape, a[name].dtype) != (b[name].shape, b[name].dtype):
-            kinds = [f"{x[name].dtype} {list(x[name].shape)}" for x in (a, b)]
-            yield f"tensor {name!r} is {kinds[0]} in the first run, {kinds[1]} in the second"
-        elif a[name].tobytes() != b[name].tobytes():
-            yield f"tensor {name!r}: {_how_far(a[name], b[name])}"
+def _tensor_differences(
+    prompts_a: Mapping[str, np.ndarray], prompts_b: Mapping[str, np.ndarray]
+) -> Iterator[str]:
+    for name in dict.fromkeys([*prompts_a, *prompts_b]):
+        if name not in prompts_a or name not in prompts_b:
+            yield f"tensor {name!r} is only in the {'first' if name in prompts_a else 'second'} run"
+            continue
+        a = prompts_a[name]
+        b = prompts_b[name]
+        if (a.shape, a.dtype) != (b.shape, b.dtype):
+            yield (
+                f"tensor {name!r} is {a.dtype} {list(a.shape)} in the first run, "
+                f"{b.dtype} {list(b.shape)} in the second"
+            )
+        elif a.tobytes() != b.tobytes():
+            yield f"tensor {name!r}: {_distance(a, b)}"
 
 
-def _how_far(a: np.ndarray, b: np.ndarray) -> str:
-    """In how many values two arrays of one type and shape differ bit by bit, and how far."""
+def _distance(a: np.ndarray, b: np.ndarray) -> str:
+    """Say in how many values two arrays of the same shape and dtype differ, and by how much."""
     bits = f"V{a.dtype.itemsize}"
-    num = int((np.atleast_1d(a).view(bits) != np.atleast_1d(b).view(bits)).sum())
+    num_differing = int((np.atleast_1d(a).view(bits) != np.atleast_1d(b).view(bits)).sum())
     with np.errstate(invalid="ignore"):
         gaps = np.abs(a.astype(np.float64) - b.astype(np.float64))
     largest = float(np.nanmax(gaps)) if not np.isnan(gaps).all() else math.nan
-    return f"{num} of {a.size} values, largest difference {largest:.3g}"
+    return f"{num_differing} of {a.size} values, largest difference {largest:.3g}"
 
 
-def _table_differences(name: str, keys: Sequence[str], a: np.ndarray, b: np.ndarray) -> list[str]:
-    """The first differing row of each column, over the rows that both tables have."""
-    columns = [c for c in a.dtype.names or () if not c.startswith(_OF_THE_MACHINE)]
-    rows_a, rows_b = ({tuple(row[k] for k in keys): row for row in table} for table in (a, b))
-    lines = [
-        f"{name}: {_key(keys, key)} is only in the {'first' if key in rows_a else 'second'} run"
-        for key in [*rows_a, *rows_b]
-        if key not in rows_a or key not in rows_b
-    ]
-    for column in columns:
-        for key in (key for key in rows_a if key in rows_b):
-            x, y = rows_a[key][column], rows_b[key][column]
-            if x != y and not (x != x and y != y):
+def _table_differences(name: str, table_a: np.ndarray, table_b: np.ndarray) -> list[str]:
+    """Name the rows that only one table has, and each column's first difference in the others."""
+    keys = _KEYS[name]
+    rows_a = {tuple(row[key] for key in keys): row for row in table_a}
+    rows_b = {tuple(row[key] for key in keys): row for row in table_b}
+    lines = []
+    for values in [*rows_a, *rows_b]:
+        if values not in rows_a or values not in rows_b:
+            run = "first" if values in rows_a else "second"
+            lines.append(f"{name}: {_key_text(keys, values)} is only in the {run} run")
+    in_both = [values for values in rows_a if values in rows_b]
+    for column in table_a.dtype.names or ():
+        if column.startswith(_MACHINE_COLUMNS):
+            continue
+        for values in in_both:
+            cell_a = rows_a[values][column]
+            cell_b = rows_b[values][column]
+            both_nan = cell_a != cell_a and cell_b != cell_b
+            if cell_a != cell_b and not both_nan:
                 lines.append(
-                    f"{name}: {column} differs first at {_key(keys, key)}: {x!s} and {y!s}"
+                    f"{name}: {column} differs first at {_key_text(keys, values)}: "
+                    f"{cell_a!s} and {cell_b!s}"
                 )
                 break
     return lines
 
 
-def _key(keys: Sequence[str], values: Sequence[Any]) -> str:
+def _key_text(keys: Sequence[str], values: Sequence[object]) -> str:
     return ", ".join(f"{key} {value}" for key, value in zip(keys, values))

@@ -1,4 +1,7 @@
-"""Numbers, lists and tables as text of at most 100 columns."""
+"""Formats numbers, lists and tables as text: the only place that does, for all commands.
+
+Empty text stands for a number that is not known (nan).
+"""
 
 from __future__ import annotations
 
@@ -8,103 +11,146 @@ from collections.abc import Sequence
 
 from fedsp_mpi.files.untrusted import printable
 
-WIDTH = 100
+WIDTH = 100  # columns of a terminal
+# Labels whose lines are not shortened: paths and commands, which are to be copied.
+_UNCLIPPED = ("folder ", "go on ")
+
+# -- numbers ---------------------------------------------------------------------------------------
+
+
+def as_decimal(value: float, digits: int = 4) -> str:
+    """Write a number with a fixed number of digits after the point."""
+    return "" if math.isnan(value) else f"{value:.{digits}f}"
+
+
+def as_percent(fraction: float) -> str:
+    """Write a fraction as percent, two digits after the point, without the sign: 62.50."""
+    return as_decimal(100 * float(fraction), 2)
+
+
+def as_seconds(seconds: float) -> str:
+    """Write seconds without the unit, in whole seconds from 100 on: 1.25, 346."""
+    return as_decimal(seconds, 2 if seconds < 99.995 else 0)
+
+
+def scaled(number: float, unit: str = "") -> str:
+    """Write a number with three significant digits and a decimal prefix: 24.6 MB, 6.14 M."""
+    for prefix in ("", "k", "M", "G", "T", "P", "E"):
+        if number < 999.5:
+            return f"{number:.3g} {prefix}{unit}".rstrip()
+        number /= 1000
+    return f"{number:,.0f} Z{unit}"
+
+
+def as_bytes(num_bytes: float) -> str:
+    """Write a number of bytes in decimal units, as networks count: 24.6 MB."""
+    return scaled(num_bytes, "B")
+
+
+def as_gib(num_bytes: float) -> str:
+    """Write a number of bytes in binary units, as memory is sold: 1.50 GiB."""
+    return f"{num_bytes / 2**30:.2f} GiB"
+
+
+def as_count(number: float) -> str:
+    """Write a number of parameters, with B for billions: 1.56 B, 6.14 M."""
+    return scaled(number).replace("G", "B")
+
+
+def as_date(iso_time: str) -> str:
+    """Write an ISO 8601 time as date and time to the minute."""
+    return iso_time[:16].replace("T", " ")
 
 
 def deviation(values: Sequence[float]) -> float:
-    """Sample standard deviation of at least two values; nan if one of them is not finite."""
+    """Return the sample standard deviation of two or more values; nan if one is not finite."""
     return statistics.stdev(values) if all(map(math.isfinite, values)) else math.nan
 
 
-def spread(values: Sequence[float], digits: int = 2, sign: bool = False) -> str:
-    """Mean ± sample standard deviation of the values that are known; without ± for a single one."""
-    known = [value for value in values if not math.isnan(value)]
-    if not known:
+def mean_and_deviation(values: Sequence[float], *, digits: int = 2, sign: bool = False) -> str:
+    """Write the mean ± sample standard deviation of the values that are not nan: 61.50 ± 0.71.
+
+    Args:
+        values: a single one has no deviation; "-" stands for none.
+        digits: after the point.
+        sign: write a + before a positive mean.
+    """
+    numbers = [value for value in values if not math.isnan(value)]
+    if not numbers:
         return "-"
-    mean = f"{statistics.fmean(known):{'+' if sign else ''}.{digits}f}"
-    return f"{mean} ± {deviation(known):.{digits}f}" if len(known) > 1 else mean
+    mean = f"{statistics.fmean(numbers):{'+' if sign else ''}.{digits}f}"
+    if len(numbers) == 1:
+        return mean
+    return f"{mean} ± {deviation(numbers):.{digits}f}"
 
 
-def table(head: Sequence[str], body: Sequence[Sequence[str]], num_left: int) -> list[str]:
-    """Aligned columns, the first `num_left` to the left; a column without a single entry is left
-    out.
+# -- lines and tables ------------------------------------------------------------------------------
+
+
+def table(head: Sequence[str], body: Sequence[Sequence[str]], *, num_left: int = 1) -> list[str]:
+    """Lay out a table for a terminal, a rule below its head; columns without an entry are left out.
+
+    Args:
+        head: titles of the columns.
+        body: a text for each column, row by row.
+        num_left: number of columns that are aligned to the left, from the first on.
+
+    Returns:
+        The lines.
     """
-    shown = [i for i in range(len(head)) if any(line[i] for line in body)]
-    lines = [[line[i] for i in shown] for line in (head, *body)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(shown))]
-    aligned = [
-        "  ".join(
-            cell.ljust(w) if i < num_left else cell.rjust(w)
-            for i, (cell, w) in enumerate(zip(line, widths))
-        )
-        for line in lines
-    ]
-    rule = "  ".join("-" * w for w in widths)
-    return [line.rstrip() for line in (aligned[0], rule, *aligned[1:])]
+    shown = [column for column in range(len(head)) if any(row[column] for row in body)]
+    widths = {column: max(len(row[column]) for row in (head, *body)) for column in shown}
+
+    def line(cells: Sequence[str]) -> str:
+        padded = []
+        for column in shown:
+            pad = str.ljust if column < num_left else str.rjust
+            padded.append(pad(cells[column], widths[column]))
+        return "  ".join(padded).rstrip()
+
+    rule = "  ".join("-" * widths[column] for column in shown)
+    return [line(head), rule, *(line(row) for row in body)]
 
 
-def markdown_row(cells: Sequence[str]) -> str:
-    """One line of a Markdown table, in which no cell can end its cell, its line, or speak to the
-    terminal.
+def markdown_table(head: Sequence[str], body: Sequence[Sequence[str]], *, num_left: int = 1) -> str:
+    """Write a Markdown table, in which no cell can end its cell or its line.
+
+    Args:
+        head: titles of the columns.
+        body: a text for each column, row by row.
+        num_left: number of columns that are aligned to the left, from the first on.
     """
+    rule = ["---"] * num_left + ["---:"] * (len(head) - num_left)
+    return "\n".join(_markdown_row(row) for row in (head, rule, *body))
+
+
+def _markdown_row(cells: Sequence[str]) -> str:
     return "| " + " | ".join(printable(cell).replace("|", "\\|") for cell in cells) + " |"
 
 
 def wrapped(label: str, items: Sequence[str]) -> list[str]:
-    """Items after a label, separated by commas, on as many lines as they need; none without items."""
+    """Lay out items after a label, separated by commas, on as many lines as they need.
+
+    Returns:
+        The lines; none without items.
+    """
     if not items:
         return []
+    indent = " " * len(label)
     lines = [label]
     for i, item in enumerate(items):
-        text = item + ("," if i + 1 < len(items) else "")
-        if len(lines[-1]) + len(text) + 1 > WIDTH and lines[-1].strip() != label.strip():
-            lines.append(" " * len(label))
-        lines[-1] += text if len(lines[-1]) == len(label) else f" {text}"
+        text = item if i == len(items) - 1 else f"{item},"
+        is_first = len(lines[-1]) == len(label)
+        if not is_first and len(lines[-1]) + len(text) + 1 > WIDTH:
+            lines.append(indent)
+            is_first = True
+        lines[-1] += text if is_first else f" {text}"
     return lines
 
 
 def clip(line: str) -> str:
-    """At most 100 printable ASCII characters; all of a path and of a command, which are to be
-    typed.
-    """
-    if line.startswith(("folder ", "go on ")):
+    """Shorten a line to 100 printable ASCII characters, unless it is a path or a command."""
+    if line.startswith(_UNCLIPPED):
         return line
     line = line.encode("ascii", "replace").decode()
     return line if len(line) <= WIDTH else line[: WIDTH - 3] + "..."
-
-
-def loss(value: float) -> str:
-    """Four digits; empty for what is not known."""
-    return "" if math.isnan(value) else f"{value:.4f}"
-
-
-def as_seconds(value: float) -> str:
-    """Without the unit; empty for what is not known."""
-    return "" if math.isnan(value) else f"{value:.2f}" if value < 99.995 else f"{value:.0f}"
-
-
-def percent(value: float) -> str:
-    """A fraction as percent, without the sign; empty for what is not known."""
-    return "" if math.isnan(value) else f"{100 * float(value):.2f}"
-
-
-def as_bytes(num: float) -> str:
-    """Decimal units, as networks count: 24.6 MB."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if num < 999.95 or unit == "GB":
-            return f"{num:.0f} B" if unit == "B" else f"{num:.1f} {unit}"
-        num /= 1000
-    raise AssertionError("unreachable")
-
-
-def as_count(num: float) -> str:
-    """1557611200 as 1.56 B, 6144000 as 6.14 M."""
-    for limit, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if num >= limit:
-            return f"{num / limit:.2f} {unit}"
-    return f"{num:.0f}"
-
-
-def date(text: str) -> str:
-    """Date and time to the minute, of an ISO time."""
-    return text[:16].replace("T", " ")

@@ -1,91 +1,91 @@
-"""What clients bring: methods against the server-only control, and the part of the way to
-centralised tuning.
+"""What clients bring: methods against the server-only control, and how much of the gap to tuning on
+all data in one place they close.
 """
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterator
 
 from fedsp_mpi.files.untrusted import printable
 from fedsp_mpi.record.hdf5 import Run
-from fedsp_mpi.report.comparison import Comparison, Method
-from fedsp_mpi.report.formatting import deviation, markdown_row
-from fedsp_mpi.report.summary import main_measure
+from fedsp_mpi.report.comparison import Comparison, MethodResults
+from fedsp_mpi.report.facts import main_measure
+from fedsp_mpi.report.formatting import deviation, markdown_table
 
 
-def gain_table(found: Comparison) -> str | None:
-    """A Markdown table of what methods gain on their control; None where no method has one.
+def gain_table(comparison: Comparison) -> str | None:
+    """Write what methods gain over their control as a Markdown table; None if none has a control.
 
     A gain is the difference of the main measure in points, seed by seed, with the standard error of
     its mean over seeds. Where one method tuned prompts on all data in one place, with all of these
-    seeds, the part of the gap between the control and that is given, of the means.
+    seeds, the part of the gap between the control and that method is given, of the means.
     """
-    tops = [row for row in found.methods if _is_centralised(row)]
-    top = tops[0] if len(tops) == 1 else None
-    rows = [
-        [method.label, *_cells(found, control, method, top)] for control, method in _pairs(found)
-    ]
-    if not rows:
+    centralised = [row for row in comparison.methods if _is_centralised(row)]
+    top = centralised[0] if len(centralised) == 1 else None
+    by_label = {row.label: row for row in comparison.methods}
+    body = []
+    for control in comparison.methods:
+        for label in control.control_of:
+            method = by_label[label]
+            cells = [
+                _cell(_points(control, task), _points(method, task), _points(top, task))
+                for task in comparison.tasks
+            ]
+            body.append([label, *cells])
+    if not body:
         return None
-    lines = [["gain", *found.tasks], ["---", *["---:"] * len(found.tasks)], *rows]
-    way = (
-        f"; in brackets, the part of the gap between it and {printable(top.label)} that this closes"
-        if top
-        else ""
-    )
-    legend = f"Points above server-only, mean ± standard error over seeds{way}."
-    if any("±" in cell for row in rows for cell in row[1:]):
+    legend = "Points above server-only, mean ± standard error over seeds"
+    if top is not None:
+        legend += (
+            "; in brackets, the part of the gap between it and "
+            f"{printable(top.label)} that this closes"
+        )
+    legend += "."
+    if any("±" in cell for row in body for cell in row[1:]):
         legend += (
             " A gain of less than two standard errors is no difference that these seeds can show."
         )
-    return "\n".join([*map(markdown_row, lines), "", legend])
+    return f"{markdown_table(['gain', *comparison.tasks], body)}\n\n{legend}"
 
 
-def _pairs(found: Comparison) -> Iterator[tuple[Method, Method]]:
-    """Each control with each of the methods that it belongs to."""
-    by_label = {row.label: row for row in found.methods}
-    for control in found.methods:
-        yield from ((control, by_label[label]) for label in control.of)
+def _is_centralised(row: MethodResults) -> bool:
+    """Return whether a method's runs tuned prompts without clients, on all data."""
+    return bool(row.runs) and all(_tunes_on_all_data(run) for run in row.runs)
 
 
-def _is_centralised(row: Method) -> bool:
-    """Whether its runs tuned prompts without clients, on all data."""
-
-    def is_one(run: Run) -> bool:
-        alone = (
-            run.config.get("federation", {}).get("clients") == 0
-            and run.config.get("method") == "fedsp"
-        )
-        return alone and run.config.get("data", {}).get("server_share") is None
-
-    return bool(row.runs) and all(map(is_one, row.runs))
+def _tunes_on_all_data(run: Run) -> bool:
+    return (
+        run.config.get("method") == "fedsp"
+        and run.config.get("federation", {}).get("clients") == 0
+        and run.config.get("data", {}).get("server_share") is None
+    )
 
 
-def _cells(found: Comparison, control: Method, method: Method, top: Method | None) -> list[str]:
-    return [
-        _cell(_points(control, task), _points(method, task), _points(top, task))
-        for task in found.tasks
-    ]
-
-
-def _points(row: Method | None, task: str) -> dict[int, float]:
-    """The main measure by seed, in percent."""
+def _points(row: MethodResults | None, task: str) -> dict[int, float]:
+    """Return the main measure in percent by seed; empty without a row."""
     results = row.results.get(task, {}) if row else {}
     return {seed: 100 * main_measure(result)[1] for seed, result in results.items()}
 
 
 def _cell(control: dict[int, float], method: dict[int, float], top: dict[int, float]) -> str:
+    """Write a gain with its standard error, and in brackets the part of the gap that it closes.
+
+    Args:
+        control: points by seed.
+        method: points by seed.
+        top: of the centralised method; empty if there is none.
+    """
     seeds = sorted(control.keys() & method.keys())
     if not seeds:
         return "-"
     gains = [method[seed] - control[seed] for seed in seeds]
     gain = statistics.fmean(gains)
-    error = f" ± {deviation(gains) / math.sqrt(len(gains)):.2f}" if len(gains) > 1 else ""
-    gap = (
-        statistics.fmean([top[seed] - control[seed] for seed in seeds])
-        if top.keys() >= set(seeds)
-        else 0.0
-    )
-    return f"{gain:+.2f}{error}" + (f" ({gain / gap:.0%})" if gap > 0 else "")
+    text = f"{gain:+.2f}"
+    if len(gains) > 1:
+        text += f" ± {deviation(gains) / math.sqrt(len(gains)):.2f}"
+    if all(seed in top for seed in seeds):
+        gap = statistics.fmean([top[seed] - control[seed] for seed in seeds])
+        if gap > 0:
+            text += f" ({gain / gap:.0%})"
+    return text

@@ -1,6 +1,4 @@
-"""Pictures of runs: scores as bars, losses as curves. The only importer of matplotlib, which is an
-extra.
-"""
+"""Draws runs: scores as bars, losses as curves. Only this file imports matplotlib, an extra."""
 
 from __future__ import annotations
 
@@ -11,28 +9,32 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from fedsp_mpi.files import ownership
 from fedsp_mpi.files.untrusted import printable
 from fedsp_mpi.record.hdf5 import Run
-from fedsp_mpi.report import comparison, costs, formatting, summary
-from fedsp_mpi.report.comparison import Comparison, Method
+from fedsp_mpi.report.comparison import Comparison, MethodResults
+from fedsp_mpi.report.costs import training_seconds
+from fedsp_mpi.report.facts import label_of, seed_of
+from fedsp_mpi.report.formatting import as_bytes, deviation
+from fedsp_mpi.report.grouping import control_groups, require_distinct, task_names
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 ENDINGS = (".png", ".svg")
-# Okabe and Ito's colours, which the colour-blind tell apart; black is left to what is said in
-# words.
+# Okabe and Ito's colours, which colour-blind people can tell apart; black is left to text.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D1F")
-DASHES: tuple[Any, ...] = ("-", "-.", (0, (1, 1)), (0, (7, 1, 1, 1, 1, 1)))
+DASHES = ("-", "-.", (0, (1, 1)), (0, (7, 1, 1, 1, 1, 1)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 GREYS = ("#BBBBBB", "#777777", "#999999", "#555555")  # of controls
-_BARS = 36  # in a row
+HATCHES = ("", "///", "...")
+_MAX_BARS = 36  # in a row
+_DPI = 150
 _STYLE: Any = {
     "font.size": 9,
     "axes.spines.top": False,
@@ -45,108 +47,138 @@ _STYLE: Any = {
     "svg.fonttype": "none",  # text stays text
     "svg.hashsalt": "fedsp_mpi",  # equal pictures are equal files
 }
+# Keyword arguments of matplotlib: colour, line style and the like.
+Look = dict[str, Any]
 
 
-def draw_bars(found: Comparison, path: str | Path) -> None:
-    """Draw the scores of a comparison: a group of bars for each task, a bar for each method; in
-    rows if they are many.
+def draw_bars(comparison: Comparison, path: str | Path) -> None:
+    """Draw the scores of a comparison: a group of bars for each task, a bar for each method.
 
-    Raises ValueError if matplotlib is not there, or the file cannot be written.
+    Many bars are drawn in several rows.
+
+    Raises:
+        ValueError: matplotlib is missing, or the file cannot be written.
     """
-    num = len(found.methods) + 1
-    wide = max(1, _BARS // num)
-    parts = [found.tasks[at : at + wide] for at in range(0, len(found.tasks), wide)]
+    methods = comparison.methods
+    num_slots = len(methods) + 1  # of a group: its bars, and the space before the next group
+    tasks_per_row = max(1, _MAX_BARS // num_slots)
+    rows = [
+        comparison.tasks[first : first + tasks_per_row]
+        for first in range(0, len(comparison.tasks), tasks_per_row)
+    ]
+    longest_row = min(tasks_per_row, len(comparison.tasks))
     with _picture(path) as figure:
-        figure.set_size_inches(
-            4 + 0.4 * max(4, num * min(wide, len(found.tasks))), 0.8 + 3.2 * len(parts)
-        )
-        every = figure.subplots(len(parts), squeeze=False, sharey=True)[:, 0]
-        for axes, tasks in zip(every, parts):
-            for place, (method, look) in enumerate(zip(found.methods, _bar_looks(found.methods))):
-                _draw_bars(axes, tasks, method, (place + 1) / num - 0.5, 1 / num, look)
-            axes.set_xticks(range(len(tasks)), list(map(printable, tasks)))
-            axes.set_xlim(-0.5, min(wide, len(found.tasks)) - 0.5)
+        width = 4 + 0.4 * max(4, num_slots * longest_row)
+        figure.set_size_inches(width, 0.8 + 3.2 * len(rows))
+        grid = figure.subplots(len(rows), squeeze=False, sharey=True)[:, 0]
+        for axes, tasks in zip(grid, rows):
+            for position, (method, look) in enumerate(zip(methods, _bar_looks(methods)), 1):
+                offset = position / num_slots - 0.5
+                _draw_bars(axes, tasks, method, offset=offset, width=1 / num_slots, look=look)
+            axes.set_xticks(range(len(tasks)), [printable(task) for task in tasks])
+            axes.set_xlim(-0.5, longest_row - 0.5)
             axes.tick_params(axis="x", length=0)
             axes.grid(visible=False, axis="x")
             axes.set_ylabel("score in percent")
-        _legend(figure, every, "outside right upper", 1)
+        _add_legend(figure, grid, location="outside right upper", max_columns=1)
 
 
 def draw_curves(runs: Sequence[Run], path: str | Path) -> None:
-    """Draw validation losses against rounds, bytes and client seconds: a line for each method, a
-    row for each task.
+    """Draw validation losses against rounds, bytes and client seconds.
 
-    A task has a row for each `data.loss_over` among its runs, whose losses have different scales. A
-    line is the mean over seeds, its band the standard deviation. What has no bytes or seconds is
-    drawn across, at its lowest loss. Only complete runs are drawn, if there are some.
+    A line for each method, a row for each task. A task has a row for each `data.loss_over` among
+    its runs, whose losses have different scales. A line is the mean over seeds, its band the
+    standard deviation. What sends no bytes or takes no seconds is drawn across, at its lowest loss.
+    Only complete runs are drawn, if there are any.
 
-    Raises ValueError if no run has a round, two are the same task, method and seed, matplotlib is
-    not there, or the file cannot be written.
+    Raises:
+        ValueError: no run has a round, two have the same task, method and seed, matplotlib is
+            missing, or the file cannot be written.
     """
-    begun = [run for run in runs if run.committed_rounds]
-    if not begun:
+    started = [run for run in runs if run.committed_rounds]
+    if not started:
         raise ValueError(
             f"found {len(runs)} runs without a round, expected at least one with a round to draw"
         )
-    shown = [run for run in begun if run.status == "complete"] or begun
-    comparison.require_once(shown)
-    looks = _line_looks(shown)
-    lines = {row: _lines(some, looks) for row, some in _rows(shown).items()}
+    drawn = [run for run in started if run.status == "complete"] or started
+    require_distinct(drawn)
+    looks = _line_looks(drawn)
+    lines_of = {title: _lines(row_runs, looks) for title, row_runs in _rows(drawn).items()}
     with _picture(path) as figure:
-        figure.set_size_inches(12, 0.7 + 3.2 * len(lines))
-        grid = figure.subplots(len(lines), len(_PANELS), squeeze=False, sharey="row")
-        for row, (title, drawn) in zip(grid, lines.items()):
+        figure.set_size_inches(12, 0.7 + 3.2 * len(lines_of))
+        grid = figure.subplots(len(lines_of), len(_PANELS), squeeze=False, sharey="row")
+        for row, (title, lines) in zip(grid, lines_of.items()):
             for axes, panel in zip(row, _PANELS):
-                _draw_panel(axes, panel, drawn)
-            row[0].set_ylabel("validation loss, nats a token")
+                _draw_panel(axes, panel, lines)
+            row[0].set_ylabel("validation loss, nats per token")
             row[0].set_title(printable(title), loc="left", fontweight="bold")
-        _legend(figure, grid[:, 0], "outside lower center", 4)
+        _add_legend(figure, grid[:, 0], location="outside lower center", max_columns=4)
 
 
 # -- bars ------------------------------------------------------------------------------------------
 
 
-def _bar_looks(methods: Sequence[Method]) -> Iterator[dict[str, Any]]:
-    """Greys for the controls, colours for the others; hatched where colours come again."""
-    greys = coloured = 0
+def _bar_looks(methods: Sequence[MethodResults]) -> Iterator[Look]:
+    """Yield greys for the controls, colours for the methods; hatched where colours come again."""
+    num_greys = 0
+    num_coloured = 0
     for method in methods:
         if not method.runs:
-            yield {"color": GREYS[greys % len(GREYS)]}
-            greys += 1
+            yield {"color": GREYS[num_greys % len(GREYS)]}
+            num_greys += 1
         else:
-            again = coloured // len(COLOURS)
+            num_repeats = num_coloured // len(COLOURS)
             yield {
-                "color": COLOURS[coloured % len(COLOURS)],
-                "hatch": ("", "///", "...")[again % 3],
+                "color": COLOURS[num_coloured % len(COLOURS)],
+                "hatch": HATCHES[num_repeats % len(HATCHES)],
                 "edgecolor": "white",
             }
-            coloured += 1
+            num_coloured += 1
 
 
 def _draw_bars(
     axes: Axes,
     tasks: Sequence[str],
-    method: Method,
+    method: MethodResults,
+    *,
     offset: float,
     width: float,
-    look: dict[str, Any],
+    look: Look,
 ) -> None:
-    """The bars of one method, one in each task's group; with the mean above, and the deviation over
-    seeds.
+    """Draw a method's bars, with the mean above and the standard deviation over seeds.
+
+    Args:
+        axes: to draw on.
+        tasks: their groups are at 0, 1, 2 ...
+        method: has a bar in the group of each task that it has results on.
+        offset: of its bars in their groups.
+        width: of a bar and the space beside it.
+        look: of the bars.
     """
-    places = [place for place, task in enumerate(tasks) if method.percents(task)]
-    values = [method.percents(tasks[place]) for place in places]
-    means = [statistics.fmean(some) for some in values]
-    errors = [formatting.deviation(some) if len(some) > 1 else 0.0 for some in values]
-    at = [place + offset for place in places]
-    axes.bar(at, means, 0.92 * width, label=method.label, **look)
-    several = [i for i, error in enumerate(errors) if error]
-    x, y, spread = ([each[i] for i in several] for each in (at, means, errors))
-    axes.errorbar(x, y, spread, fmt="none", ecolor="black", elinewidth=1, capsize=2)
-    for where, mean, error in zip(at, means, errors):
+    positions = []
+    means = []
+    deviations = []
+    for group, task in enumerate(tasks):
+        values = method.percents(task)
+        if values:
+            positions.append(group + offset)
+            means.append(statistics.fmean(values))
+            deviations.append(deviation(values) if len(values) > 1 else 0.0)
+    axes.bar(positions, means, 0.92 * width, label=method.label, **look)
+    with_error = [i for i, error in enumerate(deviations) if error]
+    axes.errorbar(
+        [positions[i] for i in with_error],
+        [means[i] for i in with_error],
+        [deviations[i] for i in with_error],
+        fmt="none",
+        ecolor="black",
+        elinewidth=1,
+        capsize=2,
+    )
+    for position, mean, error in zip(positions, means, deviations):
         axes.annotate(
             f"{mean:.1f}",
-            (where, mean + error),
+            (position, mean + error),
             (0, 2),
             textcoords="offset points",
             ha="center",
@@ -159,142 +191,170 @@ def _draw_bars(
 
 @dataclass(frozen=True)
 class _Panel:
-    """What the losses are drawn against: `reached` gives it by round, [rounds], of one run."""
+    """What losses are drawn against.
+
+    Attributes:
+        title: of the axis.
+        progress: returns how far a run is after each of its rounds, [rounds].
+        show: writes a value of the axis; None for whole rounds.
+    """
 
     title: str
-    reached: Callable[[Run], np.ndarray]
+    progress: Callable[[Run], np.ndarray]
     show: Callable[[float], str] | None = None
 
 
 @dataclass(frozen=True)
 class _Line:
-    """One line: its runs, one for each seed, the column of their losses, and how it looks."""
+    """A line of a panel.
+
+    Attributes:
+        label: in the legend.
+        runs: one for each seed.
+        column: of the table of rounds, with the losses.
+        look: of the line.
+    """
 
     label: str
     runs: Sequence[Run]
     column: str
-    look: dict[str, Any]
+    look: Look
 
     def losses(self) -> np.ndarray:
-        """[seeds, rounds], of the rounds that all of them have."""
+        """Return the losses of the rounds that all runs have, [seeds, rounds]."""
         return _stacked([run.rounds[self.column] for run in self.runs])
 
-    def reached(self, panel: _Panel) -> np.ndarray | None:
-        """How far each round came, [rounds]; None for what does not get on in this measure."""
+    def progress(self, panel: _Panel) -> np.ndarray | None:
+        """Return how far the runs are after each round on average, [rounds].
+
+        None for what makes no progress in this measure.
+        """
         if panel.show is not None and self.column != "validation_loss":
             return None  # a control has no clients
-        found = _stacked([panel.reached(run) for run in self.runs]).mean(0)
-        return found if found[-1] > 0 else None
+        progress = _stacked([panel.progress(run) for run in self.runs]).mean(0)
+        return progress if progress[-1] > 0 else None
 
 
-def _stacked(each: Sequence[np.ndarray]) -> np.ndarray:
-    return np.stack([values[: min(map(len, each))] for values in each])
+def _stacked(series: Sequence[np.ndarray]) -> np.ndarray:
+    """Stack series [rounds] of different lengths, cut to the shortest: [seeds, rounds]."""
+    shortest = min(map(len, series))
+    return np.stack([values[:shortest] for values in series])
 
 
-def _seconds(run: Run) -> np.ndarray:
-    spent = costs.training_seconds(run.clients)
-    return np.array([spent[run.clients["round"] == round].sum() for round in run.rounds["round"]])
+def _bytes_so_far(run: Run) -> np.ndarray:
+    """Return the bytes sent after each round, [rounds]."""
+    return np.cumsum(run.rounds["bytes_down"] + run.rounds["bytes_up"]).astype(float)
+
+
+def _client_seconds_so_far(run: Run) -> np.ndarray:
+    """Return the seconds that all clients have trained after each round, [rounds]."""
+    seconds = training_seconds(run.clients)
+    per_round = [seconds[run.clients["round"] == round].sum() for round in run.rounds["round"]]
+    return np.cumsum(np.array(per_round))
 
 
 _PANELS = (
     _Panel("round", lambda run: run.rounds["round"].astype(float)),
+    _Panel("bytes sent so far, without the hand-out", _bytes_so_far, as_bytes),
     _Panel(
-        "bytes sent so far, without the hand-out",
-        lambda run: np.cumsum(run.rounds["bytes_down"] + run.rounds["bytes_up"]).astype(float),
-        lambda value: summary.as_bytes(value).replace(".0 ", " "),
-    ),
-    _Panel(
-        "seconds of all clients so far",
-        lambda run: np.cumsum(_seconds(run)),
-        lambda value: f"{value:g} s",
+        "seconds of all clients so far", _client_seconds_so_far, lambda seconds: f"{seconds:g} s"
     ),
 )
 
 
 def _rows(runs: Sequence[Run]) -> dict[str, list[Run]]:
-    """The runs of each row, by its title: tasks as they came, and in each its kinds of losses."""
-    names = comparison.task_names(runs)
-    kinds: dict[str, dict[str, list[Run]]] = {}
+    """Return the runs of each row by its title: tasks in the order of runs, split by loss kind."""
+    names = task_names(runs)
+    by_task: dict[str, dict[str, list[Run]]] = {}
     for run in runs:
-        kind = run.config.get("data", {}).get("loss_over", "vocabulary")
-        kinds.setdefault(names[run.file], {}).setdefault(kind, []).append(run)
-    return {
-        task if len(by_kind) == 1 else f"{task}, data.loss_over: {kind}": some
-        for task, by_kind in kinds.items()
-        for kind, some in by_kind.items()
-    }
+        loss_kind = run.config.get("data", {}).get("loss_over", "vocabulary")
+        by_task.setdefault(names[run.file], {}).setdefault(loss_kind, []).append(run)
+    rows = {}
+    for task, by_kind in by_task.items():
+        for loss_kind, row_runs in by_kind.items():
+            title = task if len(by_kind) == 1 else f"{task}, data.loss_over: {loss_kind}"
+            rows[title] = row_runs
+    return rows
 
 
-def _line_looks(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
-    """How the line of each method looks, the same in all rows."""
-    labels = dict.fromkeys(comparison.label_of(run) for run in runs)
-    return {
-        label: {
+def _line_looks(runs: Sequence[Run]) -> dict[str, Look]:
+    """Return how the line of each method looks, the same in all rows."""
+    looks = {}
+    for i, label in enumerate(dict.fromkeys(label_of(run) for run in runs)):
+        # There are as many colours as markers: shifted by one whenever the colours begin again.
+        marker = (i + i // len(MARKERS)) % len(MARKERS)
+        looks[label] = {
             "color": COLOURS[i % len(COLOURS)],
             "linestyle": DASHES[i % len(DASHES)],
-            "marker": MARKERS[
-                (i + i // len(MARKERS)) % len(MARKERS)
-            ],  # another one where a colour comes again
+            "marker": MARKERS[marker],
         }
-        for i, label in enumerate(labels)
-    }
+    return looks
 
 
-def _lines(runs: Sequence[Run], looks: dict[str, dict[str, Any]]) -> list[_Line]:
-    """The methods of one row as they came, then their controls."""
+def _lines(runs: Sequence[Run], looks: dict[str, Look]) -> list[_Line]:
+    """Return the lines of one row: methods in the order of runs, then their controls."""
     by_label: dict[str, list[Run]] = {}
     for run in runs:
-        by_label.setdefault(comparison.label_of(run), []).append(run)
+        by_label.setdefault(label_of(run), []).append(run)
     lines = [
-        _Line(label, some, "validation_loss", looks[label]) for label, some in by_label.items()
+        _Line(label, method_runs, "validation_loss", looks[label])
+        for label, method_runs in by_label.items()
     ]
-    controls = comparison.control_groups(runs, _control, _same_losses)
+    controls = control_groups(runs, _control_losses, _same_losses)
     for control in controls:
-        colour = "#444444" if len(controls) == 1 else looks[control.of[0]]["color"]
-        one_each = {comparison.seed_of(run): run for run in reversed(control.runs)}
+        colour = "#444444" if len(controls) == 1 else looks[control.methods[0]]["color"]
         look = {"color": colour, "linestyle": "--", "linewidth": 1.2}
-        lines.append(_Line(control.label, list(one_each.values()), "control_validation_loss", look))
+        one_per_seed = {seed_of(run): run for run in reversed(control.runs)}
+        column = "control_validation_loss"
+        lines.append(_Line(control.label, list(one_per_seed.values()), column, look))
     return lines
 
 
-def _control(run: Run) -> np.ndarray | None:
+def _control_losses(run: Run) -> np.ndarray | None:
+    """Return the losses of the server-only control, [rounds]; None if the run has none."""
     losses = run.rounds["control_validation_loss"]
     return None if np.isnan(losses).all() else losses
 
 
-def _same_losses(one: np.ndarray, other: np.ndarray) -> bool:
-    return one.shape == other.shape and np.allclose(one, other, rtol=1e-3, equal_nan=True)
+def _same_losses(a: np.ndarray, b: np.ndarray) -> bool:
+    return a.shape == b.shape and np.allclose(a, b, rtol=1e-3, equal_nan=True)
 
 
 def _draw_panel(axes: Axes, panel: _Panel, lines: Sequence[_Line]) -> None:
-    """All lines of one task against one measure."""
-    reached = [line.reached(panel) for line in lines]
-    for line, x in zip(lines, reached):
-        _draw_line(axes, line, x)
+    """Draw all lines of one task against one measure."""
+    ends = []
+    for line in lines:
+        progress = line.progress(panel)
+        _draw_line(axes, line, progress)
+        if progress is not None:
+            ends.append(progress[-1])
     axes.set_xlabel(panel.title)
-    _scale(axes, panel, [x[-1] for x in reached if x is not None])
+    _set_scale(axes, panel, ends)
 
 
-def _draw_line(axes: Axes, line: _Line, x: np.ndarray | None) -> None:
+def _draw_line(axes: Axes, line: _Line, progress: np.ndarray | None) -> None:
+    """Draw a line over its progress, [rounds]; without any, across the panel."""
     losses = line.losses()
     mean = losses.mean(0)
-    if x is None:
+    if progress is None:
         look = {key: value for key, value in line.look.items() if key != "marker"}
         axes.axhline(float(np.nanmin(mean)), label=line.label, **look)
         return
-    axes.plot(
-        x, mean, label=line.label, markersize=3.5, markevery=max(1, len(x) // 10), **line.look
-    )
+    every = max(1, len(progress) // 10)
+    axes.plot(progress, mean, label=line.label, markersize=3.5, markevery=every, **line.look)
     if len(losses) > 1:
-        spread = losses.std(0, ddof=1)
-        axes.fill_between(
-            x, mean - spread, mean + spread, color=line.look["color"], alpha=0.15, linewidth=0
-        )
+        band = losses.std(0, ddof=1)
+        colour = line.look["color"]
+        axes.fill_between(progress, mean - band, mean + band, color=colour, alpha=0.15, linewidth=0)
 
 
-def _scale(axes: Axes, panel: _Panel, ends: Sequence[float]) -> None:
-    """Whole rounds; other measures with their unit, on a logarithmic axis where lines end far from
-    each other.
+def _set_scale(axes: Axes, panel: _Panel, ends: Sequence[float]) -> None:
+    """Show whole rounds; other measures with their unit, logarithmic if lines end far apart.
+
+    Args:
+        axes: of the panel.
+        panel: says what is shown.
+        ends: where the lines end.
     """
     from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
@@ -316,9 +376,13 @@ def _scale(axes: Axes, panel: _Panel, ends: Sequence[float]) -> None:
 
 @contextmanager
 def _picture(path: str | Path) -> Iterator[Figure]:
-    """An empty figure, written to `path` at the end; what is wrong with either as ValueError."""
+    """Yield an empty figure, and write it to a file at the end.
+
+    Raises ValueError if matplotlib is missing, or the file cannot be written.
+    """
     path = Path(path)
-    if path.suffix.lower() not in ENDINGS:
+    ending = path.suffix.lower()
+    if ending not in ENDINGS:
         raise ValueError(
             f"{path}: found the ending {path.suffix!r}, expected {' or '.join(ENDINGS)}"
         )
@@ -334,11 +398,10 @@ def _picture(path: str | Path) -> Iterator[Figure]:
     with matplotlib.rc_context(_STYLE):
         figure = Figure(layout="constrained")
         yield figure
+        image = io.BytesIO()
         try:
-            ending, image = path.suffix.lower(), io.BytesIO()
-            figure.savefig(
-                image, format=ending[1:], dpi=150, metadata=ownership.picture_mark(ending)
-            )
+            metadata = ownership.picture_mark(ending)
+            figure.savefig(image, format=ending[1:], dpi=_DPI, metadata=metadata)
             ownership.replace_picture(path, image.getvalue())
         except OSError as error:
             raise ValueError(
@@ -346,13 +409,30 @@ def _picture(path: str | Path) -> Iterator[Figure]:
             ) from None
 
 
-def _legend(figure: Figure, every: Iterable[Axes], place: Any, most: int) -> None:
-    """One legend beside all, each label once, in `most` columns at most."""
-    found: dict[str, Any] = {}
-    for axes in every:
+def _add_legend(
+    figure: Figure,
+    grid: Iterable[Axes],
+    *,
+    location: Literal["outside right upper", "outside lower center"],
+    max_columns: int,
+) -> None:
+    """Add one legend for all axes, with each label once.
+
+    Args:
+        figure: to draw on.
+        grid: the axes.
+        location: in matplotlib's words.
+        max_columns: of the legend.
+    """
+    handles: dict[str, Any] = {}
+    for axes in grid:
         for handle, label in zip(*axes.get_legend_handles_labels()):
-            found.setdefault(label, handle)
-    texts = [textwrap.fill(printable(label), 40, break_on_hyphens=False) for label in found]
+            handles.setdefault(label, handle)
+    texts = [textwrap.fill(printable(label), 40, break_on_hyphens=False) for label in handles]
     figure.legend(
-        list(found.values()), texts, loc=place, ncols=min(most, len(texts)), handlelength=3
+        list(handles.values()),
+        texts,
+        loc=location,
+        ncols=min(max_columns, len(texts)),
+        handlelength=3,
     )

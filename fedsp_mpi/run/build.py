@@ -5,522 +5,336 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from importlib import import_module
 from pathlib import Path
-from typing import Any, TypeVar
 
 import numpy as np
 
-from fedsp_mpi.aggregation.fedavg import Updates, weighted_mean
+from fedsp_mpi.aggregation.fedavg import weighted_mean
 from fedsp_mpi.aggregation.robust import coordinate_median, without_outliers
-from fedsp_mpi.algorithms import backdoor, fedbpt, fedsp, finetune, inference, prompt_server
-from fedsp_mpi.algorithms.client_state import ShardError
+from fedsp_mpi.algorithms.backdoor import METRICS as ATTACK_METRICS
+from fedsp_mpi.algorithms.backdoor import AttackMonitor
+from fedsp_mpi.algorithms.base import (
+    Client,
+    ClientContext,
+    InferenceCall,
+    Method,
+    Rule,
+    Server,
+    ServerContext,
+)
 from fedsp_mpi.algorithms.privacy import LocalDPClient
-from fedsp_mpi.algorithms.prompt_distillation import PromptDistiller
 from fedsp_mpi.comm import Handout
-from fedsp_mpi.config.training import StageConfig
-from fedsp_mpi.data.tokens import Batches
 from fedsp_mpi.evaluation.scoring import score
 from fedsp_mpi.log import RoundProgress
 from fedsp_mpi.models import auxiliary, backbone
-from fedsp_mpi.models.backbone import LanguageModel
 from fedsp_mpi.models.families import PEFT_TASKS
-from fedsp_mpi.models.prompts import DepthMap, Prompt, write_adapter
-from fedsp_mpi.models.subspace import Subspace, scale_of
-from fedsp_mpi.record.checkpoint import Checkpoint, CheckpointFile, Checkpoints, ClientStateCache
-from fedsp_mpi.roles import Client, HostedClients, RoundJournal, Server, ServerRole
+from fedsp_mpi.models.language_model import LanguageModel
+from fedsp_mpi.models.prompts import write_adapter
+from fedsp_mpi.record.checkpoint import Checkpoint, Checkpoints
+from fedsp_mpi.record.client_cache import ClientStateCache
+from fedsp_mpi.record.journal import RoundJournal
+from fedsp_mpi.roles import HostedClients, ServerRole
 from fedsp_mpi.run import participation
+from fedsp_mpi.run.handout import HandoutMeta
 from fedsp_mpi.run.inputs import ExperimentInputs
-from fedsp_mpi.tensors import Contract, NamedTensors, Schema
+from fedsp_mpi.tensors import Contract, NamedTensors
 from fedsp_mpi.training.device import DTYPES, Compute
 from fedsp_mpi.training.process_group import ServerGroup
 
-Made = TypeVar("Made")
-Ask = Callable[[int, np.ndarray], np.ndarray]
+Answer = Callable[[np.ndarray], np.ndarray]
 
 
-@dataclass(frozen=True)
-class Method:
-    """How the objects of one method are made.
+def method_of(inputs: ExperimentInputs) -> Method:
+    """Import the file of the configured method, and return what builds its two sides."""
+    method: Method = import_module(inputs.config.method_facts.module).METHOD
+    return method
 
-    Attributes:
-        server: one server around a global model; of two servers each has its own. The last argument
-            is the clients' model, for a server that learns from what comes of it; the control has
-            none.
-        handout: from a server and the clients' model, what is handed out: the configuration of that
-            model, tensors, and what may travel afterwards.
-        client: the clients of one process. The last two arguments are what the server answers to a
-            client's question, and what hears of their steps.
+
+def rule_of(inputs: ExperimentInputs) -> Rule:
+    """Return the rule that makes one update of many."""
+    federation = inputs.config.federation
+    rules: dict[str, Rule] = {
+        "mean": weighted_mean,
+        "median": coordinate_median,
+        "reject_outliers": partial(without_outliers, deviations=federation.outlier_deviations),
+    }
+    return rules[federation.rule]
+
+
+# -- the server ------------------------------------------------------------------------------------
+
+
+def global_model(inputs: ExperimentInputs, compute: Compute) -> LanguageModel:
+    """Load the global model: frozen and sealed, or trainable.
+
+    Raises:
+        ValueError: its weights cannot be read.
     """
-
-    server: Callable[
-        [ExperimentInputs, LanguageModel, Compute, ServerGroup, LanguageModel | None], Server
-    ]
-    handout: Callable[[ExperimentInputs, Server, LanguageModel], tuple[Any, NamedTensors, Contract]]
-    client: Callable[
-        [ExperimentInputs, Compute, Handout, Sequence[int], Ask, RoundProgress], Client
-    ]
-
-
-def global_model(materials: ExperimentInputs, compute: Compute) -> LanguageModel:
-    """Load the global model: frozen and sealed, or trainable. Raises ValueError if its weights
-    cannot be read.
-    """
-    settings = materials.config.model
+    settings = inputs.config.model
     return backbone.load_global(
-        materials.model_name,
+        inputs.model_name,
         device=compute.device,
         revision=settings.revision,
         dtype=compute.dtype,
         checkpointing=settings.gradient_checkpointing,
-        trainable=materials.config.tunes_weights,
-        candidates=materials.candidates,
+        trainable=inputs.config.tunes_weights,
+        candidates=inputs.candidates,
     )
 
 
 @dataclass(frozen=True)
 class Servers:
-    """The server of the algorithm, and the same without clients: the server-only control, if it is
-    asked for.
-    """
+    """The method's server, and the same without clients: the server-only control, if asked for."""
 
     server: Server
     control: Server | None
 
 
 def servers(
-    materials: ExperimentInputs,
+    inputs: ExperimentInputs,
     model: LanguageModel,
     compute: Compute,
-    team: ServerGroup,
-    small: LanguageModel | None = None,
+    *,
+    group: ServerGroup,
+    client_model: LanguageModel | None = None,
 ) -> Servers:
-    """What a rank of the server works with, from its global model on; rank 0 has the clients' model
-    too.
+    """Build the method's server, and the control beside it.
+
+    Args:
+        inputs: of the experiment.
+        model: the global model.
+        compute: the server's device.
+        group: the ranks that are the server together.
+        client_model: the model that clients get; rank 0 has it.
     """
-    config, make = materials.config, METHODS[materials.config.method].server
+    method = method_of(inputs)
+    config = inputs.config
+    context = ServerContext(inputs, model, compute, group, rule_of(inputs))
     control = None
     if config.evaluation.server_only and config.server.tuning.steps and config.federation.clients:
-        own = copy.deepcopy(model) if config.tunes_weights else model
-        control = make(materials, own, compute, team, None)
-    return Servers(make(materials, model, compute, team, small), control)
+        control_model = copy.deepcopy(model) if config.tunes_weights else model
+        control = method.build_server(replace(context, model=control_model))
+    server = method.build_server(replace(context, client_model=client_model))
+    return Servers(server, control)
 
 
 def handout(
-    materials: ExperimentInputs,
-    small: LanguageModel,
+    inputs: ExperimentInputs,
+    client_model: LanguageModel,
     server: Server,
-    meta: dict[str, Any],
+    *,
+    meta: HandoutMeta,
     resumed: Checkpoint | None,
 ) -> Handout:
-    """What everybody gets once: the clients' model, the first prompts, and where clients find their
-    earlier states.
+    """Return what every rank gets once: the clients' model, the first prompt, earlier states.
 
     Args:
-        small: the clients' model.
-        meta: goes with it.
-        resumed: what the run goes on from.
+        inputs: of the experiment.
+        client_model: the model that clients get.
+        server: the method's server.
+        meta: of the run; the clients' model and states are filled in here.
+        resumed: what the run continues from.
     """
-    settings, tensors, contract = METHODS[materials.config.method].handout(materials, server, small)
-    meta = meta | {
-        "cell": settings.to_dict(),
-        "depth": small.shape.num_layers,
-        "done": resumed.round if resumed else 0,
-        "states": {str(id): list(piece) for id, piece in resumed.clients.items()}
-        if resumed
-        else {},
-    }
-    return Handout(meta, tensors, contract)
+    method = method_of(inputs)
+    handed_out = method.hand_out(inputs, server, client_model)
+    contract = Contract(
+        handed_out.down,
+        handed_out.up,
+        (*method.metrics, *ATTACK_METRICS),
+        handed_out.num_inference_ranks,
+        handed_out.finite,
+    )
+    meta = replace(
+        meta,
+        cell=handed_out.model_config.to_dict(),
+        depth=client_model.shape.num_layers,
+        rounds_done=resumed.round if resumed else 0,
+        client_states=resumed.clients if resumed else {},
+    )
+    return Handout(meta.to_json(), handed_out.tensors, contract)
 
 
-def sizes(
-    materials: ExperimentInputs,
+def parameter_counts(
+    inputs: ExperimentInputs,
     model: LanguageModel,
-    small: LanguageModel,
+    client_model: LanguageModel,
+    *,
     server: Server,
-    given: Handout,
+    contract: Contract,
 ) -> dict[str, int]:
-    """Parameter counts for the record."""
-    searched = {"searched": materials.config.search.dimension} if materials.config.searches else {}
-    return {
+    """Return the parameter counts for the record.
+
+    Args:
+        inputs: of the experiment.
+        model: the global model.
+        client_model: the model that clients get.
+        server: the method's server.
+        contract: what travels.
+    """
+    config = inputs.config
+    counts = {
         "global": model.num_parameters(),
-        "auxiliary": 0 if materials.config.asks_server else small.num_parameters(),
+        "auxiliary": 0 if config.asks_server else client_model.num_parameters(),
         "prompt": server.prompt.num_parameters() if server.prompt else 0,
-        "prompt_on_the_wire": given.contract.down.num_values,
-        **searched,
+        "prompt_on_the_wire": contract.down.num_values,
     }
+    if config.searches:
+        counts["searched"] = config.search.dimension
+    return counts
 
 
-def server_side(
-    materials: ExperimentInputs,
+def server_role(
+    inputs: ExperimentInputs,
     both: Servers,
     compute: Compute,
-    team: ServerGroup,
-    archive: RoundJournal | None,
+    *,
+    group: ServerGroup,
+    journal: RoundJournal | None,
 ) -> ServerRole:
-    """A rank's side of the rounds, before the first one."""
-    tokens = materials.config.evaluation.batch_tokens
-    keeps_worse = materials.config.server.accept == "always"
-    answer = None
-    if materials.config.asks_server and isinstance(searching := both.server, fedbpt.Server):
+    """Build a rank's part of the server, as it is before the first round.
 
-        def answer(question: np.ndarray) -> np.ndarray:
-            compute.begin()
-            return searching.answer(question)
-
-    about = (materials.validation, tokens, team, archive, keeps_worse, answer)
-    return ServerRole(both.server, both.control, compute, *about)
-
-
-def client_side(
-    materials: ExperimentInputs,
-    compute: Compute,
-    given: Handout,
-    ids: Sequence[int],
-    ask: Ask,
-    progress: RoundProgress | None = None,
-) -> HostedClients:
-    """The clients of one process, from what the server handed out and their own text; `ask` asks it
-    in a round.
+    Args:
+        inputs: of the experiment.
+        both: the method's server and the control.
+        compute: the server's device.
+        group: the ranks that are the server together.
+        journal: what rank 0 writes.
     """
-    progress = progress or RoundProgress()
-    compute.begin()
-    client = METHODS[materials.config.method].client(materials, compute, given, ids, ask, progress)
-    privacy = materials.config.client.privacy
-    if privacy.clip is not None and privacy.noise_scale is not None:
-        client = LocalDPClient(client, privacy.clip, privacy.noise_scale)
-    states = {int(id): CheckpointFile(*piece) for id, piece in given.meta["states"].items()}
-    mine = {id: piece for id, piece in states.items() if id in set(ids)}
-    shelf = ClientStateCache(
-        client.states,
-        Checkpoints(Path(given.meta["folder"])),
-        materials.config.client.resident,
-        mine,
-    )
-    return HostedClients(
-        client, ids, compute, shelf, partial(participation.chosen, materials), progress
+    config = inputs.config
+    answer = None
+    if config.asks_server:
+        answer = _on_device(method_of(inputs).answer(both.server), compute)
+    return ServerRole(
+        both.server,
+        both.control,
+        compute,
+        validation=inputs.validation,
+        batch_tokens=config.evaluation.batch_tokens,
+        group=group,
+        journal=journal,
+        expected=partial(participation.expected, inputs, journal.rank_of) if journal else None,
+        always_accept=config.server.accept == "always",
+        answer=answer,
     )
 
 
-def save(materials: ExperimentInputs, server: Server, tuned: NamedTensors, folder: Path) -> None:
-    """Write what a run is for: the prompt as a peft adapter, in `prompt`; or the tuned model, in
-    `model`.
+def _on_device(answer: Answer | None, compute: Compute) -> Answer | None:
+    """Return `answer`, called with the server's device and threads active."""
+    if answer is None:
+        return None
+
+    def answer_on_device(request: np.ndarray) -> np.ndarray:
+        compute.begin()
+        return answer(request)
+
+    return answer_on_device
+
+
+def save(inputs: ExperimentInputs, server: Server, *, exported: NamedTensors, folder: Path) -> None:
+    """Write what a run is for: the prompt as a peft adapter in `prompt`, or the model in `model`.
+
+    Args:
+        inputs: of the experiment.
+        server: the method's server.
+        exported: what it exported in its best round.
+        folder: of the run.
     """
     if server.prompt:
         task = PEFT_TASKS[server.model.kind]
-        write_adapter(folder / "prompt", tuned, materials.prompt_spec, materials.model_name, task)
-    else:
-        server.load(tuned)
-        auxiliary.write_model(folder / "model", server.model.model, materials.tokenizer)
-
-
-def scoring_model(materials: ExperimentInputs, model: LanguageModel) -> LanguageModel:
-    """The global model as it was before anything was tuned, in the type that it is scored in."""
-    dtype = DTYPES[materials.config.evaluation.dtype]
-    if model.dtype != dtype or materials.config.tunes_weights:
-        backbone.reread(
-            model, materials.model_name, revision=materials.config.model.revision, dtype=dtype
+        write_adapter(
+            folder / "prompt", exported, inputs.prompt_spec, base=inputs.model_name, task=task
         )
+    else:
+        server.restore(exported)
+        auxiliary.write_model(folder / "model", server.model.model, inputs.tokenizer)
+
+
+def scoring_model(inputs: ExperimentInputs, model: LanguageModel) -> LanguageModel:
+    """Return the global model as it was before anything was tuned, in the dtype of the scoring."""
+    dtype = DTYPES[inputs.config.evaluation.dtype]
+    if model.dtype != dtype or inputs.config.tunes_weights:
+        revision = inputs.config.model.revision
+        backbone.reread(model, inputs.model_name, revision=revision, dtype=dtype)
     return model
 
 
-# -- the parts of each method ----------------------------------------------------------------------
+# -- the clients -----------------------------------------------------------------------------------
 
 
-def _prompt_server(
-    materials: ExperimentInputs,
-    model: LanguageModel,
+def hosted_clients(
+    inputs: ExperimentInputs,
     compute: Compute,
-    team: ServerGroup,
-    small: LanguageModel | None,
-) -> Server:
-    prompt = materials.first_prompt(model).to(compute.device)
-    translator = (
-        _translator(materials, small, prompt) if small and materials.config.translates else None
-    )
-    tuning = _tuning(materials, team)
-    return prompt_server.Server(
-        model, prompt, materials.depth_map, *tuning, _rule(materials), team, translator
-    )
-
-
-def _rule(materials: ExperimentInputs) -> Callable[[Updates], NamedTensors]:
-    """What makes one update of many."""
-    plan = materials.config.federation
-    rules: dict[str, Callable[[Updates], NamedTensors]] = {
-        "mean": weighted_mean,
-        "median": coordinate_median,
-        "reject_outliers": partial(without_outliers, deviations=plan.outlier_deviations),
-    }
-    return rules[plan.rule]
-
-
-def _translator(
-    materials: ExperimentInputs, small: LanguageModel, prompt: Prompt
-) -> PromptDistiller:
-    """The auxiliary model as the teacher of the global model's prompts."""
-    depths, stage, config = (
-        materials.depth_map,
-        materials.config.server.translation,
-        materials.config,
-    )
-    messengers = Prompt(depths.small).to(small.device)
-    messengers.load(depths.down(prompt.tensors()))
-    batches = Batches(
-        materials.questions, stage.batch_size, stage.micro_batch, config.run.seed, "translation"
-    )
-    teacher = (
-        copy.deepcopy(small).round_weights() if small.casts else small
-    )  # it is still to be handed out as it is
-    return PromptDistiller(teacher, messengers, batches, stage)
-
-
-def _prompt_handout(
-    materials: ExperimentInputs, server: Server, small: LanguageModel
-) -> tuple[Any, NamedTensors, Contract]:
-    prompts = server.broadcast()
-    cell = auxiliary.cell_config(materials.model_config, materials.config.auxiliary)
-    tensors = NamedTensors.join({"auxiliary/": auxiliary.pack(small), "prompt/": prompts})
-    return (
-        cell,
-        tensors,
-        Contract(prompts.schema, prompts.schema, (*fedsp.METRICS, *backdoor.METRICS)),
-    )
-
-
-def _fedsp_client(
-    materials: ExperimentInputs,
-    compute: Compute,
-    given: Handout,
+    handed_out: Handout,
+    *,
     ids: Sequence[int],
-    ask: Ask,
-    progress: RoundProgress,
-) -> Client:
-    config = materials.config
-    stages = config.client
+    call_server: InferenceCall,
+    progress: RoundProgress | None = None,
+) -> HostedClients:
+    """Build the clients of one process, from the hand-out and their own text.
 
-    def shard(id: int) -> fedsp.Shard:
-        alignment = materials.batches(id + 1, stages.alignment, "alignment")
-        return fedsp.Shard(alignment, materials.batches(id + 1, stages.tuning, "prompt"))
-
-    model = _clients_model(materials, compute, given, config.auxiliary.dropout)
-    prompt = Prompt(materials.prompt_spec.at_depth(given.meta["depth"])).to(compute.device)
-    client = fedsp.Client(
-        model if config.clients_train_weights else model.round_weights(),
-        given.tensors.select("auxiliary/"),
-        prompt,
-        {id: _usable(shard, id) for id in ids},
-        stages.alignment,
-        stages.tuning,
-        config.federation.rounds,
-        config.run.seed,
-        config.federation.client_state == "kept",
-        stages.training == "joint",
-        config.federation.client_seconds,
-        progress,
-    )
-    return _watched(materials, client, model, prompt, ids)
-
-
-def _weights_server(
-    materials: ExperimentInputs,
-    model: LanguageModel,
-    compute: Compute,
-    team: ServerGroup,
-    small: LanguageModel | None,
-) -> Server:
-    return finetune.Server(model, *_tuning(materials, team), _rule(materials), team)
-
-
-def _weights_handout(
-    materials: ExperimentInputs, server: Server, small: LanguageModel
-) -> tuple[Any, NamedTensors, Contract]:
-    schema = Schema.of((name, weight.shape) for name, weight in small.weights.items())
-    return (
-        small.model.config,
-        NamedTensors.pack({}),
-        Contract(schema, schema, (*finetune.METRICS, *backdoor.METRICS)),
-    )
-
-
-def _weights_client(
-    materials: ExperimentInputs,
-    compute: Compute,
-    given: Handout,
-    ids: Sequence[int],
-    ask: Ask,
-    progress: RoundProgress,
-) -> Client:
-    config = materials.config
-    stage = config.client.tuning
-    model = _clients_model(materials, compute, given)
-    client = finetune.Client(
-        model,
-        {id: _usable(lambda id: materials.batches(id + 1, stage, "prompt"), id) for id in ids},
-        stage,
-        config.federation.rounds,
-        config.federation.client_state == "kept",
-        config.federation.client_seconds,
-        progress,
-    )
-    return _watched(materials, client, model, None, ids)
-
-
-def _watched(
-    materials: ExperimentInputs,
-    client: Client,
-    model: LanguageModel,
-    prompt: Prompt | None,
-    ids: Sequence[int],
-) -> Client:
-    """The clients of a process; those of them that are poisoned tell how well the attack works on
-    what they tuned.
-
-    `model` and `prompt` are what the clients work in.
+    Args:
+        inputs: of the experiment.
+        compute: the clients' device.
+        handed_out: by the server.
+        ids: of the clients.
+        call_server: asks the server for losses, where clients hold no model.
+        progress: is told of every step.
     """
-    attack, tokens = materials.config.attack, materials.config.evaluation.batch_tokens
-    who = set(attack.clients) & set(ids)
-    if not who or not attack.questions:
+    config = inputs.config
+    meta = HandoutMeta.from_json(handed_out.meta)
+    progress = progress or RoundProgress()
+    compute.begin()
+
+    def build_model(dropout: bool) -> LanguageModel:
+        return auxiliary.build(
+            meta.cell,
+            meta.depth,
+            compute.device,
+            dtype=compute.dtype,
+            dropout=dropout,
+            checkpointing=config.model.gradient_checkpointing,
+            candidates=inputs.candidates,
+        )
+
+    context = ClientContext(
+        inputs=inputs,
+        compute=compute,
+        ids=ids,
+        tensors=handed_out.tensors,
+        depth=meta.depth,
+        build_model=build_model,
+        call_server=call_server,
+        progress=progress,
+    )
+    client = _monitored(inputs, method_of(inputs).build_client(context), ids)
+    privacy = config.client.privacy
+    if privacy.clip is not None and privacy.noise_scale is not None:
+        client = LocalDPClient(client, privacy.clip, privacy.noise_scale)
+    cache = ClientStateCache(
+        client.states,
+        Checkpoints(Path(meta.folder)),
+        max_in_memory=config.client.resident,
+        files={id: file for id, file in meta.client_states.items() if id in set(ids)},
+    )
+    participants = partial(participation.chosen, inputs)
+    return HostedClients(client, ids, compute, cache, participants, progress)
+
+
+def _monitored(inputs: ExperimentInputs, client: Client, ids: Sequence[int]) -> Client:
+    """Return clients of which the poisoned ones report how well the attack works, if asked to."""
+    attack = inputs.config.attack
+    poisoned_ids = set(attack.clients) & set(ids)
+    model = client.model
+    if model is None or not poisoned_ids or not attack.questions:
         return client
-    asked = materials.triggered_test[: attack.questions]
+    questions = inputs.triggered_test[: attack.questions]
+    batch_tokens = inputs.config.evaluation.batch_tokens
 
-    def measure() -> float:
-        found = score(model, prompt, asked, "multiple_choice", tokens)
-        return found.acc if found else math.nan
+    def attack_success() -> float:
+        result = score(model, client.prompt, questions, "multiple_choice", batch_tokens)
+        return result.acc if result else math.nan
 
-    return backdoor.AttackMonitor(client, who, measure)
-
-
-def _search_server(
-    materials: ExperimentInputs,
-    model: LanguageModel,
-    compute: Compute,
-    team: ServerGroup,
-    small: LanguageModel | None,
-) -> Server:
-    first, search = materials.first_prompt(model), materials.config.search
-    subspace, forwards = _subspace(materials, _scale(materials, model, first)), None
-    if materials.config.asks_server:
-        layers = model.shape.num_layers
-        whole = DepthMap(materials.prompt_spec, layers, tuple(range(layers)))
-        tried, begin = (
-            Prompt(materials.prompt_spec).to(compute.device),
-            first.matrix().detach().clone(),
-        )
-        forwards = inference.LocalInference(
-            model, tried, begin, subspace, whole, search.batch_tokens
-        )
-    return fedbpt.Server(model, first.to(compute.device), subspace, search, forwards)
-
-
-def _search_handout(
-    materials: ExperimentInputs, server: Server, small: LanguageModel
-) -> tuple[Any, NamedTensors, Contract]:
-    down, names = server.broadcast().schema, materials.config.search.travelling()[1]
-    up, metrics = (
-        Schema(spec for spec in down if spec.name in names),
-        (*fedbpt.METRICS, *backdoor.METRICS),
-    )
-    first, cell = materials.first_prompt(server.model), materials.model_config
-    if materials.config.asks_server:
-        contract = Contract(
-            down, up, metrics, materials.config.topology.server_ranks, fedbpt.FINITE
-        )
-        return cell, NamedTensors.pack({}), contract
-    scale = np.array([_scale(materials, server.model, first)])
-    parts = {
-        "auxiliary/": auxiliary.pack(small),
-        "prompt/": NamedTensors.pack(materials.depth_map.down(first.tensors())),
-    }
-    tensors = NamedTensors.join(parts | {"search/": NamedTensors.of({"scale": scale})})
-    return (
-        auxiliary.cell_config(cell, materials.config.auxiliary),
-        tensors,
-        Contract(down, up, metrics, 0, fedbpt.FINITE),
-    )
-
-
-def _scale(materials: ExperimentInputs, model: LanguageModel, first: Prompt) -> float:
-    settings = materials.config.search
-    return float(
-        np.float32(scale_of(model, first, settings.dimension, settings.step_size, settings.spread))
-    )
-
-
-def _subspace(materials: ExperimentInputs, scale: float) -> Subspace:
-    return Subspace(
-        materials.prompt_spec, materials.config.search.dimension, scale, materials.config.run.seed
-    )
-
-
-def _search_client(
-    materials: ExperimentInputs,
-    compute: Compute,
-    given: Handout,
-    ids: Sequence[int],
-    ask: Ask,
-    progress: RoundProgress,
-) -> Client:
-    config, depths = materials.config, materials.depth_map
-    shards = {id: _usable(lambda id: materials.shard(id + 1), id) for id in ids}
-    about = (
-        shards,
-        materials.words,
-        config.search,
-        config.run.seed,
-        config.federation.client_seconds,
-        progress,
-    )
-    if config.asks_server:
-        return fedbpt.Client(inference.RemoteInference(ask), *about)
-    model = _clients_model(materials, compute, given)
-    auxiliary.load_weights(model, given.tensors.select("auxiliary/").torch())
-    model.train_weights(False)
-    prompt = Prompt(depths.small).to(compute.device)
-    first = given.tensors.select("prompt/").torch()["prompt"].clone()
-    subspace = _subspace(materials, given.tensors["search/scale"].item())
-    held = inference.LocalInference(
-        model.round_weights(), prompt, first, subspace, depths, config.search.batch_tokens
-    )
-    return _watched(materials, fedbpt.Client(held, *about), model, prompt, ids)
-
-
-def _tuning(
-    materials: ExperimentInputs, team: ServerGroup
-) -> tuple[Batches | None, StageConfig, int]:
-    """The server's batches, if it tunes, the stage, and its rounds."""
-    stage, rounds = materials.config.server.tuning, materials.config.federation.rounds
-    return materials.batches(0, stage, "server", team) if stage.steps else None, stage, rounds
-
-
-def _clients_model(
-    materials: ExperimentInputs, compute: Compute, given: Handout, dropout: bool = False
-) -> LanguageModel:
-    checkpointing = materials.config.model.gradient_checkpointing
-    return auxiliary.build(
-        given.meta["cell"],
-        given.meta["depth"],
-        compute.device,
-        compute.dtype,
-        dropout,
-        checkpointing,
-        materials.candidates,
-    )
-
-
-def _usable(shard: Callable[[int], Made], id: int) -> Made | ShardError:
-    """A client's text, or why it cannot be used: one owner's text is not a reason to stop the
-    others.
-    """
-    try:
-        return shard(id)
-    except ValueError as error:
-        return ShardError(f"its text cannot be used: {error}")
-
-
-METHODS = {
-    "fedsp": Method(_prompt_server, _prompt_handout, _fedsp_client),
-    "finetune": Method(_weights_server, _weights_handout, _weights_client),
-    "fedbpt": Method(_search_server, _search_handout, _search_client),
-}
+    return AttackMonitor(client, poisoned_ids, attack_success)

@@ -1,114 +1,162 @@
-"""Which roles a rank plays, on which device and with how many threads, as it says at the start."""
+"""Which roles a rank plays, on which device and with how many threads."""
 
 from __future__ import annotations
 
 import resource
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fedsp_mpi.comm import Topology
+from fedsp_mpi.comm.inspection import require_fields
 from fedsp_mpi.config import ComputeConfig, Config
+from fedsp_mpi.log import one_line
+
+_KIB = 1024
+
+
+@dataclass(frozen=True)
+class DeviceInfo:
+    """The device of one role on one rank.
+
+    Attributes:
+        name: "cpu", or the GPU's number and model.
+        threads: of the role's computation on the CPU.
+        uuid: of a GPU.
+        free: bytes of a GPU's memory that nobody uses.
+        emulates: the dtype that the role asks a CPU for and that it has no units for.
+        error: why the device cannot be used.
+    """
+
+    name: str
+    threads: int
+    uuid: str | None = None
+    free: int | None = None
+    emulates: str | None = None
+    error: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what is known, by name."""
+        values = {
+            "name": self.name,
+            "threads": self.threads,
+            "emulates": self.emulates,
+            "error": self.error,
+            "uuid": self.uuid,
+            "free": self.free,
+        }
+        return {key: value for key, value in values.items() if value is not None}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any], rank: int) -> DeviceInfo:
+        """Read what a rank sent; raise ProtocolError, naming the rank, if it cannot be."""
+        optional = {"uuid": str, "free": int, "emulates": str, "error": str}
+        kinds = {"name": str, "threads": int}
+        kinds |= {key: kind for key, kind in optional.items() if key in values}
+        require_fields(values, rank, kinds)
+        return cls(**{key: values[key] for key in kinds})
 
 
 def roles(rank: int, size: int, server_ranks: int) -> tuple[str, ...]:
-    """ "server", "client", or both, if there is one rank for all."""
+    """Return a rank's roles: "server", "client", or both if there is one rank for all."""
     if size == 1:
         return "server", "client"
     return ("server",) if rank < server_ranks else ("client",)
 
 
-def devices(config: Config, here: Topology) -> dict[str, dict[str, Any]]:
-    """For each role of this rank its device's "name" and "threads"; of a GPU "uuid" and "free"
-    bytes too.
-
-    In place of what is not there: an "error". "emulates": the type that the role asks a CPU for and
-    that it has no units for, if there is one.
-    """
+def devices(config: Config, topology: Topology) -> dict[str, DeviceInfo]:
+    """Find the device of each role of this rank, by role."""
     computes = {"server": config.server.compute, "client": config.client.compute}
     return {
-        role: _device(computes[role], here)
-        for role in roles(here.rank, here.size, config.topology.server_ranks)
+        role: _device(computes[role], topology)
+        for role in roles(topology.rank, topology.size, config.topology.server_ranks)
     }
 
 
-def shared_gpus(ranks: Sequence[Mapping[str, Any]]) -> dict[str, list[int]]:
-    """GPUs that more than one rank uses: the ranks by UUID.
+def shared_gpus(devices_by_rank: Sequence[Mapping[str, DeviceInfo]]) -> dict[str, list[int]]:
+    """Return the ranks of each GPU that several ranks use, by its UUID.
 
     Args:
-        ranks: what each rank said of its "devices".
+        devices_by_rank: the devices of each rank, by role.
     """
-    users: dict[str, list[int]] = {}
-    for number, rank in enumerate(ranks):
-        for uuid in {device["uuid"] for device in rank["devices"].values() if "uuid" in device}:
-            users.setdefault(uuid, []).append(number)
-    return {uuid: some for uuid, some in users.items() if len(some) > 1}
+    ranks_of: dict[str, list[int]] = {}
+    for rank, devices_of_rank in enumerate(devices_by_rank):
+        for uuid in {device.uuid for device in devices_of_rank.values() if device.uuid}:
+            ranks_of.setdefault(uuid, []).append(rank)
+    return {uuid: ranks for uuid, ranks in ranks_of.items() if len(ranks) > 1}
 
 
-def peak() -> dict[str, Any]:
-    """The most memory that this process has had so far, in bytes: on its "host", libraries too, and
-    on its "device".
+def peak_memory() -> dict[str, int]:
+    """Return the most memory that this process has had so far, in bytes.
+
+    "host" counts libraries too; "device" is there if torch was loaded and sees a GPU.
     """
-    found = {
-        "host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    }  # Linux counts it in KiB
+    peaks = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _KIB}  # Linux: in KiB
     torch = sys.modules.get("torch")  # a rank that has not needed it has no device memory
     if torch is not None and torch.cuda.is_available():
-        found["device"] = torch.cuda.max_memory_allocated()
-    return found
+        peaks["device"] = torch.cuda.max_memory_allocated()
+    return peaks
 
 
-def peaks(ranks: Sequence[Mapping[str, Any]], server_ranks: int) -> dict[str, Any]:
-    """The `peak` of each role, of the rank where it is highest, and of all "ranks".
+def peaks_by_role(peaks: Sequence[Mapping[str, int]], server_ranks: int) -> dict[str, Any]:
+    """Return the highest peak of each role in bytes, and the peaks of all "ranks".
 
-    A role's is that of its device, if it has one; one process that plays all has the "server"'s
-    only.
+    A role's peak is that of its device, if it has one. One process that plays all roles counts as
+    the "server".
+
+    Args:
+        peaks: what `peak_memory` gave on each rank.
+        server_ranks: how many of them, from rank 0 on, are the server.
     """
-    found: dict[str, Any] = {"ranks": [dict(rank) for rank in ranks]}
-    for number, rank in enumerate(ranks):
-        role = "server" if number < server_ranks else "clients"
-        found[role] = max(found.get(role, 0), rank.get("device") or rank["host"])
-    return found
+    highest: dict[str, int] = {}
+    for rank, peak in enumerate(peaks):
+        role = "server" if rank < server_ranks else "clients"
+        highest[role] = max(highest.get(role, 0), peak.get("device") or peak["host"])
+    return {"ranks": [dict(peak) for peak in peaks]} | highest
 
 
-def spans(numbers: Sequence[int]) -> str:
-    """[0, 1, 2, 5] as "0-2, 5"."""
-    begins = [n for n in numbers if n - 1 not in numbers]
-    ends = [n for n in numbers if n + 1 not in numbers]
-    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in zip(begins, ends))
+def format_ranges(numbers: Sequence[int]) -> str:
+    """Write [0, 1, 2, 5] as "0-2, 5"."""
+    starts = [number for number in numbers if number - 1 not in numbers]
+    ends = [number for number in numbers if number + 1 not in numbers]
+    ranges = zip(starts, ends)
+    return ", ".join(str(start) if start == end else f"{start}-{end}" for start, end in ranges)
 
 
 def has_bf16(file: Path = Path("/proc/cpuinfo")) -> bool:
-    """Whether the CPU multiplies bf16 matrices in units of its own: AMX or AVX-512 on x86, BF16 on
-    Arm.
-    """
-    lines = file.read_text().splitlines() if file.exists() else []
+    """Return whether the CPU has units for bf16 matrices: AMX or AVX-512 on x86, BF16 on Arm."""
+    if not file.exists():
+        return False
+    lines = file.read_text().splitlines()
     flags = {
         flag for line in lines if line.startswith(("flags", "Features")) for flag in line.split()
     }
     return bool(flags & {"amx_bf16", "avx512_bf16", "bf16"})
 
 
-def _device(settings: ComputeConfig, here: Topology) -> dict[str, Any]:
-    """torch is imported only where there may be another device than the CPU."""
-    said: dict[str, Any] = {"name": "cpu", "threads": settings.threads or here.cores}
-    if settings.dtype == "bfloat16" and not has_bf16():
-        said["emulates"] = settings.dtype
-    if settings.device == "cpu" or (
-        settings.device == "auto" and not any(Path("/dev").glob("nvidia[0-9]*"))
-    ):
-        return said
+def _device(settings: ComputeConfig, topology: Topology) -> DeviceInfo:
+    """Find a role's device; torch is imported only where there may be another than the CPU."""
+    threads = settings.threads or topology.cores
+    is_emulated = settings.dtype == "bfloat16" and not has_bf16()
+    cpu = DeviceInfo("cpu", threads, emulates=settings.dtype if is_emulated else None)
+    if settings.device == "cpu":
+        return cpu
+    if settings.device == "auto" and not any(Path("/dev").glob("nvidia[0-9]*")):
+        return cpu
     import torch
 
     from fedsp_mpi.training.device import Compute
 
     try:
-        device = Compute.of(settings, here).device
+        device = Compute.of(settings, topology).device
     except ValueError as error:
-        return said | {"error": " ".join(str(error).split())}
+        message = one_line(error)
+        return DeviceInfo("cpu", threads, emulates=cpu.emulates, error=message)
     if device.type == "cpu":
-        return said
-    said.pop("emulates", None)
-    known, (free, _) = torch.cuda.get_device_properties(device), torch.cuda.mem_get_info(device)
-    return said | {"name": f"{device} {known.name}", "uuid": str(known.uuid), "free": free}
+        return cpu
+    properties = torch.cuda.get_device_properties(device)
+    free, _ = torch.cuda.mem_get_info(device)
+    name = f"{device} {properties.name}"
+    return DeviceInfo(name, threads, uuid=str(properties.uuid), free=free)

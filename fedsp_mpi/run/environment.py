@@ -1,4 +1,4 @@
-"""What a record says about where it was made: versions, commit, machine, job."""
+"""Where a run was made, for its record: versions, commit, machine, job."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ import importlib.metadata
 import os
 import platform
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from fedsp_mpi.run.ranks import RankInfo
 
 VERSIONS = (
     "torch",
@@ -23,21 +26,19 @@ VERSIONS = (
 )
 
 
-def threads(hosts: list[dict[str, Any]]) -> str:
-    """How many each role has: "server 2, client 1 or 4"."""
-    found: dict[str, set[int]] = {}
-    for host in hosts:
-        for role, device in host["devices"].items():
-            found.setdefault(role, set()).add(device["threads"])
+def threads(ranks: Sequence[RankInfo]) -> str:
+    """Write the threads of each role as "server 2, client 1 or 4"."""
+    counts_by_role: dict[str, set[int]] = {}
+    for rank in ranks:
+        for role, device in rank.devices.items():
+            counts_by_role.setdefault(role, set()).add(device.threads)
     return ", ".join(
-        f"{role} {' or '.join(map(str, sorted(some)))}" for role, some in found.items()
+        f"{role} {' or '.join(map(str, sorted(counts)))}" for role, counts in counts_by_role.items()
     )
 
 
-def environment(hosts: list[dict[str, Any]]) -> dict[str, Any]:
-    """Versions, commit, machine and job of the run that begins here; `hosts` is what each rank said
-    of itself.
-    """
+def environment(ranks: Sequence[RankInfo]) -> dict[str, Any]:
+    """Return versions, commit, machine, ranks and job of the run that begins here, for JSON."""
     versions = {
         "fedsp_mpi": importlib.metadata.version("fedsp_mpi"),
         "python": platform.python_version(),
@@ -45,7 +46,7 @@ def environment(hosts: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "versions": versions | {name: importlib.metadata.version(name) for name in VERSIONS},
         "commit": _commit(),
-        "hosts": hosts,
+        "hosts": [rank.to_json() for rank in ranks],
         "machine": (
             f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, "
             f"{platform.system()}"
@@ -59,16 +60,17 @@ def environment(hosts: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _commit() -> str:
-    """The commit that the package runs from, with + if it was changed since; empty outside a
-    checkout of its own.
+    """Return the commit that the package runs from, with + if it was changed since.
+
+    It is empty outside a checkout of the package's own.
     """
     root = Path(__file__).resolve().parent.parent.parent
 
     def git(*words: str) -> str:
-        done = subprocess.run(
+        process = subprocess.run(
             ["git", "-C", str(root), *words], capture_output=True, text=True, timeout=10
         )
-        return done.stdout.strip()
+        return process.stdout.strip()
 
     try:
         if git("rev-parse", "--show-toplevel") != str(root):

@@ -1,73 +1,119 @@
-"""A run from its start to its table: preparation, hand-out, rounds, scores, record."""
+"""One run from its start to its end, on every rank: preparation, hand-out, rounds, scores.
+
+What the server finds wrong, all ranks hear and raise together (`agreed`).
+"""
 
 from __future__ import annotations
 
-import os
 import platform
 import time
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from fedsp_mpi import comm
 from fedsp_mpi.comm import guard
-from fedsp_mpi.comm.inspection import ProtocolError, require_fields
 from fedsp_mpi.config import Config
-from fedsp_mpi.config.parsing import differences
-from fedsp_mpi.log import Log, RoundProgress
-from fedsp_mpi.run import devices as placement
-from fedsp_mpi.run.server import ServerRun, one_line
+from fedsp_mpi.log import Log, RoundProgress, one_line
+from fedsp_mpi.run import devices
+from fedsp_mpi.run.handout import HandoutMeta
+from fedsp_mpi.run.ranks import (
+    RankInfo,
+    ReadyReport,
+    introduction,
+    load_waves,
+    read_introductions,
+    require_topology,
+)
 
 if TYPE_CHECKING:
     from fedsp_mpi.comm.solo import Solo
     from fedsp_mpi.comm.wire import Wire
     from fedsp_mpi.roles import HostedClients
     from fedsp_mpi.run.secondary import SecondaryServer
-
-Made = TypeVar("Made")
+    from fedsp_mpi.run.server import ServerRun
+    from fedsp_mpi.run.server_rank import ServerRank
 
 
 def execute(
-    config: Config | ValueError, name: str, log: Log, aside: Log | None = None
+    config: Config,
+    name: str,
+    log: Log,
+    *,
+    client_log: Log | None = None,
+    error: ValueError | None = None,
 ) -> Path | None:
-    """Run one experiment; every rank calls this. The server gets the run's folder, the others None.
+    """Run one experiment; every rank calls this.
 
     Heavy libraries are imported by the server at once and by the clients when the hand-out has
-    come, so that ranks that only wait leave the processor to the distillation.
+    come: ranks that only wait leave the processor to the distillation.
 
     Args:
-        config: checked, the same on every rank; or what is wrong with it, which all ranks then
-            hear.
-        name: the configuration's name, for a run that has none.
+        config: checked, the same on every rank.
+        name: of the configuration, for a run that has none.
         log: speaks on the server only.
-        aside: speaks on every rank; that of the first which plays clients says how far these are in
-            a long round.
+        client_log: speaks on every rank; the first rank that plays clients says on it how far they
+            are in a long round.
+        error: what is wrong with the configuration on this rank; `config` is the default one then.
 
-    Raises comm.Refused on every rank for a mistake of the user, before anything was trained where
-    that is possible; with status 75 if the run was told to stop (SIGUSR1), and with 0 if there is
-    nothing to go on with.
+    Returns:
+        The run's folder on the server, None elsewhere.
+
+    Raises:
+        comm.Refused: on every rank, for a mistake of the user, before training where that is
+            possible; with status 75 if the run was told to stop (SIGUSR1), and with 0 if there is
+            nothing left to do.
     """
-    begun = time.perf_counter()
+    started_at = time.perf_counter()
+    server: ServerRun | None = None
     with guard.phase("start-up"):
-        wire = connect(config if isinstance(config, Config) else Config())
-        hosts = wire.collect(_introduction(config, wire.topology))
-        wire.agree(_first_mistake(hosts) if hosts else None)
-    assert isinstance(config, Config)
-    if hosts:
-        guard.know_peers((host["host"], host["pid"]) for host in hosts)
-    server = ServerRun(config, name, log, hosts, begun) if wire.is_server else None
+        wire = connect(config)
+        messages = wire.collect(introduction(config, wire.topology, error))
+        with agreed(wire):
+            ranks = read_introductions(messages) if messages else []
+    if ranks:
+        guard.know_peers((rank.host, rank.pid) for rank in ranks)
     try:
-        with guard.phase("checks"):
-            verdict = server.refusal(wire) if server else None
-            met = wire.agree(
-                verdict, "handout", server.meeting_point() if server and not verdict else None
-            )
-        helper = _helper(config, wire, met, server) if met else None
-        _train(config, wire, server, server or helper, aside or Log())
-    except Exception as error:
+        with guard.phase("checks"), agreed(wire, "handout") as agreement:
+            if wire.is_server:
+                server = _start(config, name, wire, ranks=ranks, log=log, started_at=started_at)
+                guard.report_into(server.folder)
+                agreement.note = server.rendezvous()
+        helper = None
+        if agreement.note:
+            helper = _load_helper(config, wire, server, *agreement.note)
+        server_rank: ServerRank | None = server or helper
+
+        handed_out = _hand_out(wire, server_rank)
+        meta = HandoutMeta.from_json(handed_out.meta)
+        if server is None:
+            guard.report_into(Path(meta.folder))
+        guard.know_peers(meta.processes)
+        clients = _load_clients(config, wire, handed_out, server=server, log=client_log or Log())
+        role = server_rank.build_role(meta) if server_rank else None
+        del handed_out  # its tensors take as much memory as the clients' model
+
+        from fedsp_mpi.federate import Schedule, federate
+
+        schedule = Schedule(config.federation, config.checkpoint, meta.rounds_done)
+        is_complete = federate(wire, schedule, server=role, clients=clients)
+
+        with guard.phase("end of the rounds"):
+            peaks = wire.collect(devices.peak_memory(), "end")
+            if server and peaks:
+                memory = devices.peaks_by_role(peaks, config.topology.server_ranks)
+                server.record.describe(memory=memory)
+        with guard.phase("evaluation"), agreed(wire, "finish"):
+            if server_rank and role:
+                is_complete = is_complete and server_rank.score_and_finish(role, wire)
+                server_rank.close()
+            if server and not is_complete:
+                raise server.stop_refusal()
+    except Exception as failure:
         if server:
-            server.give_up(error)
+            server.record_failure(failure)
         raise
     with guard.phase("end"):
         wire.finish()
@@ -75,176 +121,186 @@ def execute(
 
 
 def connect(config: Config) -> Wire | Solo:
-    """The wire between all ranks.
-
-    Raises comm.Refused if the launcher's processes do not see each other.
-    """
+    """Connect all ranks; raise comm.Refused if the launcher's processes do not see each other."""
     try:
         return comm.connect(deadlines=comm.Deadlines(**asdict(config.deadlines)))
     except ValueError as error:
         raise comm.Refused(str(error)) from None
 
 
-def _train(
+@dataclass
+class Agreement:
+    """What the server tells all ranks.
+
+    Attributes:
+        note: anything that JSON can say; set by the server, known to all ranks after the `with`.
+    """
+
+    note: Any = None
+
+
+@contextmanager
+def agreed(wire: Wire | Solo, phase: str = "start_up") -> Iterator[Agreement]:
+    """Have all ranks agree at the end of the `with` that the run goes on.
+
+    Collective. A comm.Refused that the server raises inside is raised on every rank; other ranks
+    raise none of their own.
+
+    Args:
+        wire: between all ranks.
+        phase: names the deadline of the ranks that wait for the server.
+    """
+    agreement = Agreement()
+    refusal = None
+    try:
+        yield agreement
+    except comm.Refused as error:
+        refusal = error
+    agreement.note = wire.agree(refusal, phase, agreement.note)
+
+
+def _start(
+    config: Config,
+    name: str,
+    wire: Wire | Solo,
+    *,
+    ranks: Sequence[RankInfo],
+    log: Log,
+    started_at: float,
+) -> ServerRun:
+    """Start the server; what can be checked without torch is checked before it is imported."""
+    try:
+        require_topology(config, ranks, wire.topology)
+        from fedsp_mpi.run.server import ServerRun
+    except (ValueError, OSError) as error:
+        raise comm.Refused(one_line(error)) from None
+    return ServerRun.start(
+        config, name, ranks=ranks, topology=wire.topology, log=log, started_at=started_at
+    )
+
+
+def _hand_out(wire: Wire | Solo, server_rank: ServerRank | None) -> comm.Handout:
+    """Distil the auxiliary model on the server's ranks, and hand it out to all."""
+    with guard.phase("distillation"), agreed(wire, "handout"):
+        handout = server_rank.prepare() if server_rank else None
+    with guard.phase("hand-out"):
+        return wire.handout(handout)
+
+
+# -- loading model and data ------------------------------------------------------------------------
+
+
+class _HasDigests(Protocol):
+    @property
+    def digests(self) -> Mapping[str, str]: ...
+
+
+Loaded = TypeVar("Loaded", bound=_HasDigests)
+
+
+def _load_helper(
     config: Config,
     wire: Wire | Solo,
     server: ServerRun | None,
-    role: ServerRun | SecondaryServer | None,
-    aside: Log,
-) -> None:
-    """`server` is rank 0's, `role` that of every rank of the server."""
-    with guard.phase("distillation"):
-        handout, verdict = role.prepare() if role else (None, None)
-        wire.agree(verdict, "handout")
-    with guard.phase("hand-out"):
-        given = wire.handout(handout)
-        del handout
-    if server is None:
-        guard.report_into(Path(given.meta["folder"]))
-    guard.know_peers(given.meta["processes"])
-    clients = _client_side(config, wire, given, server, aside)
-    here, done = role.side(given) if role else None, given.meta["done"]
-    del given
-    from fedsp_mpi.federate import Plan, federate
-
-    finished = federate(wire, Plan(config.federation, config.checkpoint, done), here, clients)
-    with guard.phase("end of the rounds"):
-        peaks = wire.collect(placement.peak(), "end")
-        if server and peaks:
-            server.record.describe(memory=placement.peaks(peaks, config.topology.server_ranks))
-    with guard.phase("evaluation"):
-        if role and here:
-            finished = finished and role.finish(here, wire)
-            role.leave()
-        wire.agree(server.stopped() if server and not finished else None, "finish")
-
-
-def _helper(
-    config: Config, wire: Wire | Solo, met: list[Any], server: ServerRun | None
+    address: str,
+    port: int,
+    hosts: Sequence[str],
 ) -> SecondaryServer | None:
-    """What this rank needs to share the server's work, if it is one of those that do."""
-    address, port, hosts = met
-    turns = reading_turns(hosts[: config.topology.server_ranks])
-    turns = [turn - {0} for turn in turns]
+    """Load the global model on the server's other ranks; return None elsewhere."""
+    server_ranks = config.topology.server_ranks
+    waves = [wave - {0} for wave in load_waves(hosts[:server_ranks])]
 
-    def make() -> SecondaryServer:
+    def load() -> SecondaryServer:
         from fedsp_mpi.run.secondary import SecondaryServer
+        from fedsp_mpi.training.process_group import Rendezvous
 
-        return SecondaryServer(config, wire.topology, address, port)
+        return SecondaryServer(config, wire.topology, Rendezvous(address, port, server_ranks))
 
-    return _in_turns(wire, turns, make, "helper", server)
+    return _load_in_waves(wire, waves, load, role="helper", server=server)
 
 
-def _client_side(
-    config: Config, wire: Wire | Solo, given: comm.Handout, server: ServerRun | None, aside: Log
+def _load_clients(
+    config: Config,
+    wire: Wire | Solo,
+    handed_out: comm.Handout,
+    *,
+    server: ServerRun | None,
+    log: Log,
 ) -> HostedClients | None:
-    """The clients of this rank, if it has any, once all ranks have theirs."""
-    turns = reading_turns([host for host, _ in given.meta["processes"]])
-    assignment = given.meta["assignment"]
-    mine = assignment[wire.topology.rank]
-    first = next((rank for rank, ids in enumerate(assignment) if ids), None)
-    every = config.record.progress_seconds if wire.topology.rank == first else None
+    """Build the clients of every rank that has some; return this rank's, or None."""
+    meta = HandoutMeta.from_json(handed_out.meta)
+    hosting = {rank for rank, ids in enumerate(meta.assignment) if ids}
+    waves = [wave & hosting for wave in load_waves([host for host, _ in meta.processes])]
+    rank = wire.topology.rank
+    ids = meta.assignment[rank]
+    is_first = rank == min(hosting, default=None)
 
-    def make() -> HostedClients:
+    def load() -> HostedClients:
         from fedsp_mpi.run import build, fingerprints
         from fedsp_mpi.run.inputs import ExperimentInputs
         from fedsp_mpi.training.device import Compute
 
         compute = Compute.of(config.client.compute, wire.topology)
-        materials = server.materials if server else ExperimentInputs(config)
-        side = build.client_side(
-            materials, compute, given, mine, wire.ask, RoundProgress(aside.say, every)
+        inputs = server.inputs if server else ExperimentInputs(config)
+        clients = build.hosted_clients(
+            inputs,
+            compute,
+            handed_out,
+            ids=ids,
+            call_server=wire.call,
+            # One rank speaks for all: their clients have about the same work.
+            progress=RoundProgress(log.say, config.record.progress_seconds if is_first else None),
         )
-        side.texts.update(fingerprints.of_clients(materials, mine))
-        return side
+        clients.digests.update(fingerprints.of_clients(inputs, ids))
+        return clients
 
-    return _in_turns(wire, turns, make if mine else None, "client", server)
+    return _load_in_waves(wire, waves, load, role="client", server=server)
 
 
-def _in_turns(
+def _load_in_waves(
     wire: Wire | Solo,
-    turns: list[set[int]],
-    make: Callable[[], Made] | None,
-    who: str,
+    waves: Sequence[set[int]],
+    load: Callable[[], Loaded],
+    *,
+    role: str,
     server: ServerRun | None,
-) -> Made | None:
-    """What `make` gives on each rank that is in a turn, turn by turn.
+) -> Loaded | None:
+    """Call `load` on the ranks of each wave, wave by wave; all ranks hear of a mistake.
 
-    A mistake found on one is told to all.
-    """
-    start, made, error = time.perf_counter(), None, None
-    with guard.phase(f"{who} set-up"):
-        for turn in turns:
-            if make is not None and wire.topology.rank in turn:
-                try:
-                    made = make()
-                except ValueError as found:
-                    error = f"rank {wire.topology.rank} on {platform.node()}: {one_line(found)}"
-            texts = getattr(made, "texts", {})  # of clients: what they read
-            ready = wire.collect(
-                {"error": error, "seconds": time.perf_counter() - start, "texts": texts}
-            )
-            wire.agree(server.heard(ready or [], who) if server else None)
-    return made
-
-
-def reading_turns(hosts: list[str]) -> list[set[int]]:
-    """Which ranks read model and data at the same time, so that those of one host never fill its
-    cache together.
-
-    The first on the server's host was the server; on any other it is the lowest rank. Where no rank
-    needs to wait, all take one turn.
+    Collective.
 
     Args:
-        hosts: by rank.
+        wire: between all ranks.
+        waves: the ranks that load at the same time.
+        load: reads model and data; raises ValueError.
+        role: what is loaded: "client" or "helper".
+        server: rank 0's.
+
+    Returns:
+        What `load` returned; None on ranks that are in no wave.
+
+    Raises:
+        comm.Refused: on every rank, if one of them raised ValueError.
     """
-    late = {
-        rank for rank, host in enumerate(hosts) if host != hosts[0] and hosts.index(host) != rank
-    }
-    return [turn for turn in (set(range(len(hosts))) - late, late) if turn]
-
-
-def _introduction(config: Config | ValueError, here: comm.Topology) -> dict[str, Any]:
-    """What a rank says of itself at the start."""
-    if not isinstance(config, Config):
-        return {"host": platform.node(), "error": one_line(config)}
-    devices = placement.devices(config, here)
-    if error := next((device["error"] for device in devices.values() if "error" in device), None):
-        return {"host": platform.node(), "error": f"rank {here.rank} on {platform.node()}: {error}"}
-    names = " and ".join(sorted({device["name"] for device in devices.values()}))
-    said = {
-        "host": platform.node(),
-        "pid": os.getpid(),
-        "device": names,
-        "devices": devices,
-        "cores": here.cores,
-    }
-    return {**said, "config": asdict(config)}
-
-
-def _first_mistake(hosts: list[dict[str, Any]]) -> comm.Refused | None:
-    """What is wrong with somebody's configuration, or how it differs from the server's."""
-    for rank, host in enumerate(hosts):
-        about: dict[str, type] = (
-            {"error": str}
-            if "error" in host
-            else {"pid": int, "device": str, "devices": dict, "config": dict}
-        )
-        require_fields(host, rank, {"host": str, **about})
-        # The guard signals these processes when a rank hangs; 0 and negative numbers would mean
-        # whole groups of them.
-        if host.get("pid", 2) < 2 or not host["host"].isprintable():
-            raise ProtocolError(
-                f"rank {rank}: found process {host.get('pid')} on {host['host']!r}, which cannot be"
-            )
-    if error := next((host["error"] for host in hosts if "error" in host), None):
-        return comm.Refused(error)
-    configs = [host.pop("config") for host in hosts]
-    for host, config in zip(hosts, configs):
-        if changed := differences(configs[0], config):
-            return comm.Refused(
-                f"configuration: found another one on host {host['host']} than on the server's "
-                f"({'; '.join(changed)}), "
-                "expected the same on every rank; put the file where all hosts see it"
-            )
-    return None
+    start = time.perf_counter()
+    rank = wire.topology.rank
+    loaded: Loaded | None = None
+    with guard.phase(f"{role} set-up"):
+        for wave in waves:
+            error = None
+            if rank in wave:
+                try:
+                    loaded = load()
+                except ValueError as mistake:
+                    error = f"rank {rank} on {platform.node()}: {one_line(mistake)}"
+            digests = loaded.digests if loaded is not None else {}
+            report = ReadyReport(error, time.perf_counter() - start, digests)
+            messages = wire.collect(report.to_json())
+            with agreed(wire):
+                if server and messages:
+                    reports = [
+                        ReadyReport.from_json(message, sender)
+                        for sender, message in enumerate(messages)
+                    ]
+                    server.report_ready(reports, role)
+    return loaded

@@ -14,77 +14,99 @@ from fedsp_mpi.run import build
 from fedsp_mpi.run.inputs import ExperimentInputs
 
 
-def candidates(here: ServerRole, name: str, zero_shot: bool) -> dict[str, Best | None]:
-    """What can be scored: what had the lowest validation loss, by method; None is the global model
-    as it was.
-    """
-    none: dict[str, Best | None] = {"zero-shot": None} if zero_shot else {}
-    control = {"server-only": here.control_best} if here.control_best else {}
-    return {**none, **control, name: here.best}
-
-
 def score_all(
-    here: ServerRole,
-    materials: ExperimentInputs,
+    role: ServerRole,
+    inputs: ExperimentInputs,
     log: Log,
+    *,
     stop: Callable[[], bool],
-    there: Collection[str] = (),
-    write: Callable[[list[ResultRow]], None] = lambda rows: None,
+    scored: Collection[str] = (),
+    write: Callable[[list[ResultRow]], None] | None = None,
 ) -> bool:
     """Score what has no result yet. Every rank of the server calls this.
 
     Args:
+        role: this rank's part of the server.
+        inputs: of the experiment.
+        log: is told what was scored.
         stop: asked between two batches.
-        there: methods that have a result; rank 0's counts.
-        write: gets the rows of each method as soon as all of them are known.
+        scored: methods that have a result; rank 0's count.
+        write: gets the rows of each method as soon as all of them are known; rank 0 has one.
 
     Returns:
         False if told to stop before the last score.
     """
-    config = materials.config
-    every = candidates(here, config.run.label or config.method, config.evaluation.zero_shot)
-    build.scoring_model(materials, here.server.model)
-    for method in here.team.tell([method for method in every if method not in there]):
-        rows = _score(here, materials, log, stop, method, every[method])
+    candidates = _candidates(role, inputs)
+    build.scoring_model(inputs, role.server.model)
+    missing = [method for method in candidates if method not in scored]
+    for method in role.group.tell(missing):
+        rows = _score(role, inputs, log, stop=stop, method=method, best=candidates[method])
         if rows is None:
             return False
-        write(rows)
+        if write is not None:
+            write(rows)
     return True
 
 
+def _candidates(role: ServerRole, inputs: ExperimentInputs) -> dict[str, Best | None]:
+    """Return what had the lowest validation loss, by method; None is the model as it was."""
+    config = inputs.config
+    candidates: dict[str, Best | None] = {}
+    if config.evaluation.zero_shot:
+        candidates["zero-shot"] = None
+    if role.control_best:
+        candidates["server-only"] = role.control_best
+    candidates[config.run.label or config.method] = role.best
+    return candidates
+
+
 def _score(
-    here: ServerRole,
-    materials: ExperimentInputs,
+    role: ServerRole,
+    inputs: ExperimentInputs,
     log: Log,
+    *,
     stop: Callable[[], bool],
     method: str,
     best: Best | None,
 ) -> list[ResultRow] | None:
-    """The test, and where an attack is studied its success, of what a method has tuned."""
-    model, tokens = here.server.model, materials.config.evaluation.batch_tokens
-    prompt = here.server.prompt if best else None
+    """Score what a method has tuned on the test, and where an attack is studied on its success.
+
+    Returns:
+        A row for each; None if told to stop.
+    """
+    model = role.server.model
+    group = role.group
+    batch_tokens = inputs.config.evaluation.batch_tokens
+    prompt = None
     if best is not None:
-        here.server.load(best.tuned)
-        here.team.lead(here.server.parameters())
-    loss = answer_loss_mean(model, prompt, here.validation, tokens, here.team)
+        prompt = role.server.prompt
+        role.server.restore(best.exported)
+        group.lead(role.server.parameters())
+    loss = answer_loss_mean(model, prompt, role.validation, batch_tokens, group)
     rows: list[ResultRow] = []
-    for split, asked in {"test": materials.test, TRIGGERED: materials.triggered_test}.items():
-        if not asked:
+    for split, questions in {"test": inputs.test, TRIGGERED: inputs.triggered_test}.items():
+        if not questions:
             continue
-        num_options = sum(len(question.options) for question in asked)
-        progress = log.progress(f"scoring {method}", num_options // here.team.size)
-        found = score(
-            model, prompt, asked, materials.task.metric, tokens, progress.step, stop, here.team
+        num_options = sum(len(question.options) for question in questions)
+        progress = log.progress(f"scoring {method}", num_options // group.size)
+        result = score(
+            model,
+            prompt,
+            questions,
+            inputs.task.metric,
+            batch_tokens,
+            progress.step,
+            stop,
+            group,
         )
-        if found is None:
+        if result is None:
             return None
-        log.say(f"scored {method}: {found.n} questions in {duration(found.seconds)}")
-        own = {"loss": loss} if split == "test" else {"acc_norm": math.nan}
-        rows.append(
-            ResultRow(**asdict(found) | {"method": method, "split": split} | own | _round(best))
-        )
+        log.say(f"scored {method}: {result.n} questions in {duration(result.seconds)}")
+        values = asdict(result)
+        if split == "test":
+            values["loss"] = loss
+        else:
+            values["acc_norm"] = math.nan  # of an attack, its success rate is all that counts
+        round_of_best = best.round if best else 0
+        rows.append(ResultRow(**values, method=method, split=split, round=round_of_best))
     return rows
-
-
-def _round(best: Best | None) -> dict[str, int]:
-    return {"round": best.round if best else 0}

@@ -1,64 +1,82 @@
-"""What a run reads from outside, as digests: a run that goes on must read the same, or it would be
-two in one record.
+"""Digests of what a run reads: a run that is resumed must read the same, or it would be two runs.
 
-Every rank takes the digests of what it reads itself, after tokenisation. The record keeps them all,
-and each checkpoint one digest of them together.
+Every rank takes the digests of what it reads itself, after tokenisation. The record keeps all of
+them, and each checkpoint one digest of them together.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from fedsp_mpi.comm.inspection import ProtocolError
 from fedsp_mpi.files import fingerprint
-from fedsp_mpi.models.backbone import LanguageModel
+from fedsp_mpi.models.language_model import LanguageModel
 from fedsp_mpi.run.inputs import ExperimentInputs
 
 SECTION = "inputs"  # of the record
-_CLIENTS = "texts of client"
-_LONGEST = 64  # signs of a digest
-_SHOWN = 8  # names in a message
+WEIGHTS = "weights of model.name"
 UNUSABLE = "unusable"  # in the place of the digest of a text that could not be read
+_CLIENTS = "texts of client"
+_MAX_LENGTH = 64  # characters of a digest
+_MAX_NAMED = 8  # inputs in a message
 
 
-def of_server(materials: ExperimentInputs, model: LanguageModel) -> dict[str, str]:
-    """Digests of what the server reads: the global model's weights, its own texts, the splits that
-    it scores.
+def of_server(inputs: ExperimentInputs, model: LanguageModel) -> dict[str, str]:
+    """Return the digests of what the server reads, by name: weights, its texts, scored splits.
 
-    Tokenises what is not tokenised yet. Raises ValueError if that cannot be done.
+    Tokenises what is not tokenised yet.
+
+    Args:
+        inputs: of the experiment.
+        model: the global model.
+
+    Raises:
+        ValueError: a text cannot be tokenised.
     """
     digests = {
-        "weights of model.name": fingerprint.of_weights(model.weights),
-        "texts of the server": fingerprint.of_texts(materials.shard(0)),
-        "validation split": fingerprint.of_texts(materials.validation),
-        "test split": fingerprint.of_rows(materials.splits.test),
+        WEIGHTS: fingerprint.of_weights(model.weights),
+        "texts of the server": fingerprint.of_texts(inputs.shard(0)),
+        "validation split": fingerprint.of_texts(inputs.validation),
+        "test split": fingerprint.of_rows(inputs.splits.test),
     }
-    config = materials.config
+    config = inputs.config
     if config.distillation.text is not None:
-        texts = [*materials.alignment_texts, *(materials.questions if config.translates else [])]
+        texts = list(inputs.alignment_texts)
+        if config.translates:
+            texts += inputs.server_questions
         digests["distillation.text"] = fingerprint.of_texts(texts)
     return digests
 
 
-def of_clients(materials: ExperimentInputs, ids: Iterable[int]) -> dict[str, str]:
-    """The digest of each client's tokenised text, by its name in messages."""
-    return {f"{_CLIENTS} {id}": _of_client(materials, id) for id in ids}
+def of_clients(inputs: ExperimentInputs, ids: Iterable[int]) -> dict[str, str]:
+    """Return the digest of each client's tokenised text, by its name in messages."""
+    return {f"{_CLIENTS} {client}": _of_client(inputs, client) for client in ids}
 
 
-def _of_client(materials: ExperimentInputs, id: int) -> str:
+def _of_client(inputs: ExperimentInputs, client: int) -> str:
     try:
-        return fingerprint.of_texts(materials.shard(id + 1))
+        return fingerprint.of_texts(inputs.shard(client + 1))
     except ValueError:  # the client fails in its first round, and is named there
         return UNUSABLE
 
 
 def require_own(digests: Mapping[str, Any], rank: int, ids: Iterable[int]) -> None:
-    """Raise ProtocolError unless what a rank sends are digests of texts of clients that it plays."""
-    names = {f"{_CLIENTS} {id}" for id in ids}
+    """Check that what a rank sent are digests of texts of its clients.
+
+    Args:
+        digests: that it sent, by name.
+        rank: for the message.
+        ids: of the clients that it plays.
+
+    Raises:
+        ProtocolError: there are others.
+    """
+    names = {f"{_CLIENTS} {client}" for client in ids}
     for name, digest in digests.items():
-        if name not in names or not isinstance(digest, str) or len(digest) > _LONGEST:
+        if name not in names or not isinstance(digest, str) or len(digest) > _MAX_LENGTH:
             raise ProtocolError(
                 f"rank {rank}: found digests that are not of texts of its clients, "
                 "expected those alone"
@@ -66,24 +84,31 @@ def require_own(digests: Mapping[str, Any], rank: int, ids: Iterable[int]) -> No
 
 
 def combined(digests: Mapping[str, str]) -> str:
-    """One digest of all, whatever their order."""
+    """Return one digest of all digests, whatever their order."""
     return fingerprint.of_pieces([json.dumps(dict(sorted(digests.items()))).encode()])
 
 
 def changed(before: Mapping[str, Any], now: Mapping[str, str]) -> str:
-    """The names of the inputs that both have and that differ, for a message; empty if there are
-    none.
-    """
+    """Name the inputs whose digests differ, for a message; those that only one has do not count."""
     names = [name for name, digest in now.items() if before.get(name, digest) != digest]
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more
+    more = f" and {len(names) - _MAX_NAMED} more" if len(names) > _MAX_NAMED else ""
+    return ", ".join(names[:_MAX_NAMED]) + more
 
 
-def require_same(folder: Any, before: Mapping[str, Any], now: Mapping[str, str]) -> None:
-    """Raise ValueError, naming what differs, unless a run reads now what it read at its start."""
-    if names := changed(before, now):
+def require_same(folder: Path, before: Mapping[str, Any], now: Mapping[str, str]) -> None:
+    """Check that a run reads now what it read at its start.
+
+    Args:
+        folder: of the run, for the message.
+        before: digests by name, of the record.
+        now: digests by name.
+
+    Raises:
+        ValueError: names the inputs that differ.
+    """
+    names = changed(before, now)
+    if names:
         raise ValueError(
-            f"{folder}: found other inputs than the run was begun with ({names}), expected "
-            "the same; bring those back, "
-            "or begin another run under another run.name"
+            f"{folder}: found other inputs than the run was begun with ({names}), expected the "
+            "same; bring those back, or begin another run under another run.name"
         )

@@ -1,6 +1,4 @@
-"""The folder of a run: which one it is, whether this job may write to it, and what there is to go
-on with.
-"""
+"""The folder of a run: which one it is, whether this job may write to it, and what is in it."""
 
 from __future__ import annotations
 
@@ -22,33 +20,32 @@ if TYPE_CHECKING:
 
 
 class RunFolder:
-    """One run's folder, from the moment that this job takes it.
+    """One run's folder, which one job at a time may write to.
 
     Args:
-        config: the run's.
-        name: the configuration's name, for a run that has none.
+        config: of the run.
+        name: of the configuration, for a run that has none.
 
     Attributes:
-        path: the folder; `take` makes it if it is absent.
-        goes_on: whether it holds a run that this job goes on with; known after `take`.
+        path: the folder; `acquire` makes it if it is absent.
+        is_resumed: whether it holds a run that this job resumes; known after `acquire`.
     """
 
     def __init__(self, config: Config, name: str) -> None:
         self._config = config
         self.path = _path(config, name)
-        self.goes_on = False
+        self.is_resumed = False
         self._lock: RunLock | None = None
 
-    def take(self, inputs: Mapping[str, str | None]) -> None:
-        """Be the only job that writes to the folder, and find out whether there is a run to go on
-        with.
+    def acquire(self, inputs: Mapping[str, str | None]) -> None:
+        """Lock the folder, and find out whether there is a run to resume.
 
         Args:
             inputs: the paths that the run reads, by their keys.
 
         Raises:
-            ValueError: the folder is not that of a run, holds an input or another run; or there is
-            none to go on with.
+            ValueError: the folder is not that of a run, or holds an input or another run; or there
+                is no run to resume.
             RecordError: it cannot be written.
             comm.Refused: the run is complete, with status 0.
         """
@@ -56,18 +53,18 @@ class RunFolder:
         from fedsp_mpi.record.writer import require_free
 
         settings = self._config.run
-        for require in (ownership.require_readable_path, ownership.require_plain_name):
-            require("run.name", self.path.name)  # which may be that of the configuration's file
+        # The name may be that of the configuration's file, which nothing has checked.
+        ownership.require_readable_path("run.name", self.path.name)
+        ownership.require_plain_name("run.name", self.path.name)
         ownership.require_apart(self.path, inputs)
         self._lock = RunLock.take(self.path, settings.permissions == "private")
-        self.goes_on = settings.resume != "never" and (self.path / "run.h5").exists()
-        if settings.resume == "must" and not self.goes_on:
+        self.is_resumed = settings.resume != "never" and (self.path / "run.h5").exists()
+        if settings.resume == "must" and not self.is_resumed:
             raise ValueError(
                 f"run.resume: found no run in {self.path}, expected one to go on from; name it "
-                "with --name, or take "
-                "--resume auto to begin it where there is none"
+                "with --name, or take --resume auto to begin it where there is none"
             )
-        if self.goes_on:
+        if self.is_resumed:
             self._require_unfinished()
         elif settings.if_exists == "refuse" and settings.resume != "auto":
             require_free(self.path)
@@ -75,7 +72,8 @@ class RunFolder:
     def clear(self) -> None:
         """Remove what an earlier run, or one that was killed before it began, has written here.
 
-        Raises RecordError.
+        Raises:
+            RecordError: it cannot be removed.
         """
         from fedsp_mpi.record import atomic
 
@@ -84,53 +82,60 @@ class RunFolder:
             if self._config.run.permissions == "private":
                 ownership.make_folder(self.path, private=True)
 
-    def give_back(self) -> None:
-        """After a refusal: leave nothing behind where there was nothing, so that the next try is
-        not refused for it.
+    def release(self) -> None:
+        """Unlock the folder after a refusal.
+
+        Where there was nothing before, nothing is left behind, so that the next try is not refused
+        for it.
         """
-        if self._lock is not None:
-            self._lock.release(
-                delete=[path.name for path in self.path.iterdir()] == [ownership.LOCK]
-            )
-            ownership.remove_if_empty(self.path)
+        if self._lock is None:
+            return
+        names = [path.name for path in self.path.iterdir()]
+        self._lock.release(delete=names == [ownership.LOCK])
+        ownership.remove_if_empty(self.path)
 
     def _require_unfinished(self) -> None:
+        """Raise unless the run in the folder can be resumed under this configuration."""
         from fedsp_mpi.record import Checkpoints, read, resume_command
 
         run = read(self.path)
         if run.status == "complete":
             if not self._config.checkpoint.keep_client_states:
-                Checkpoints(
-                    self.path
-                ).remove_clients()  # a job that was killed at its very end has not come to it
+                # A job that was killed at its very end has not come to this.
+                Checkpoints(self.path).remove_clients()
             raise comm.Refused(
                 f"{self.path}: this run is complete, there is nothing to go on with", 0
             )
-        if changed := changed_keys(run.config, asdict(self._config)):
+        changes = changed_keys(run.config, asdict(self._config))
+        if changes:
             raise ValueError(
                 f"{self.path}: found another configuration than the run was begun with "
-                f"({'; '.join(changed)}), "
-                f"expected the same; go on with {resume_command(self.path, run.config)}, or "
-                "choose another run.name"
+                f"({'; '.join(changes)}), expected the same; go on with "
+                f"{resume_command(self.path, run.config)}, or choose another run.name"
             )
 
 
 def _path(config: Config, name: str) -> Path:
+    """Return the folder that `run.name` stands for."""
     folder = Path(config.run.folder).expanduser()
     if config.run.name != "auto":
         return folder / config.run.name
-    if config.run.resume != "never" and (newest := _unfinished(folder, name)):
-        return newest
+    if config.run.resume != "never":
+        newest = _newest_unfinished(folder, name)
+        if newest is not None:
+            return newest
     stamped = folder / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
-    return stamped if not stamped.exists() else stamped.with_name(f"{stamped.name}-{os.getpid()}")
+    if stamped.exists():
+        return stamped.with_name(f"{stamped.name}-{os.getpid()}")
+    return stamped
 
 
-def _unfinished(folder: Path, name: str) -> Path | None:
-    """The newest run of a configuration that did not come to its end."""
+def _newest_unfinished(folder: Path, name: str) -> Path | None:
+    """Find the newest run of a configuration that did not come to its end."""
     from fedsp_mpi.record import read
 
-    for found in sorted(folder.glob(f"{glob.escape(name)}-[0-9]*"), reverse=True):
+    for path in sorted(folder.glob(f"{glob.escape(name)}-[0-9]*"), reverse=True):
         with suppress(ValueError):
-            if read(found).status != "complete":
-                return found
+            if read(path).status != "complete":
+                return path
     return None

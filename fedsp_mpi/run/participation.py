@@ -9,25 +9,37 @@ from fedsp_mpi.comm.inspection import Expected
 from fedsp_mpi.run.inputs import ExperimentInputs
 
 
-def chosen(materials: ExperimentInputs, round: int) -> list[int]:
-    """The clients that take part in a round, by id; the same on every rank."""
-    plan, sizes = materials.config.federation, [len(shard) for shard in materials.shards[1:]]
+def chosen(inputs: ExperimentInputs, round: int) -> list[int]:
+    """Return the ids of the clients that take part in a round; the same on every rank."""
+    federation = inputs.config.federation
+    sizes = [len(shard) for shard in inputs.shards[1:]]
     return participants(
-        plan.sampling, plan.clients_per_round, sizes, materials.config.run.seed, round
+        federation.sampling,
+        federation.clients_per_round,
+        sizes,
+        seed=inputs.config.run.seed,
+        round=round,
     )
 
 
-def expected(materials: ExperimentInputs, rank_of: Mapping[int, int], round: int) -> Expected:
-    """Who answers in a round, from which rank, and with how many samples at most.
+def expected(inputs: ExperimentInputs, rank_of: Mapping[int, int], round: int) -> Expected:
+    """Return who answers in a round, from which rank, and with how many samples at most.
 
     A client that searches weighs as much as it has examples, poisoned copies among them; one that
     trains, as many as its steps process.
+
+    Args:
+        inputs: of the experiment.
+        rank_of: the rank that plays each client.
+        round: from 1.
     """
-    config = materials.config
+    config = inputs.config
     stage = config.client.tuning
-    clients = chosen(materials, round)
-    trained = float(stage.steps * stage.batch_size)
-    copies = {id: 2 if id in config.attack.clients else 1 for id in clients}
-    examples = {id: float(copies[id] * len(materials.shards[id + 1])) for id in clients}
-    samples = examples if config.searches else dict.fromkeys(clients, trained)
-    return Expected({id: rank_of[id] for id in clients}, samples)
+    max_samples: dict[int, float] = {}
+    for client in chosen(inputs, round):
+        if config.searches:
+            copies = 2 if client in config.attack.clients else 1
+            max_samples[client] = float(copies * len(inputs.shards[client + 1]))
+        else:
+            max_samples[client] = float(stage.steps * stage.batch_size)
+    return Expected({client: rank_of[client] for client in max_samples}, max_samples)

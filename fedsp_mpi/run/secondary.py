@@ -1,84 +1,94 @@
-"""What the server's other ranks do before the first round and after the last, where the server is
-more than rank 0.
-"""
+"""The server's other ranks, where the server is more than rank 0."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import MappingProxyType
+from typing import TYPE_CHECKING
 
-from fedsp_mpi import comm
-from fedsp_mpi.comm import Topology, guard
+from fedsp_mpi.comm import Topology
 from fedsp_mpi.config import Config
 from fedsp_mpi.log import Log
+from fedsp_mpi.record import Checkpoints
+from fedsp_mpi.roles import ServerRole
+from fedsp_mpi.run import auxiliary_model, build
+from fedsp_mpi.run.final_scores import score_all
+from fedsp_mpi.run.handout import HandoutMeta
+from fedsp_mpi.run.inputs import ExperimentInputs
+from fedsp_mpi.run.server_rank import LoadedServer, PreparedServer, join_group, stop_requested
+from fedsp_mpi.training.distill import StoppedError
+from fedsp_mpi.training.process_group import Rendezvous
 
 if TYPE_CHECKING:
-    from fedsp_mpi.roles import ServerRole
+    from fedsp_mpi.comm.solo import Solo
+    from fedsp_mpi.comm.wire import Wire
 
 
 class SecondaryServer:
-    """A rank that holds the global model and shares the server's work. It decides nothing and
-    writes nothing.
+    """A rank that holds the global model and shares the server's work.
+
+    It decides nothing and writes nothing. Its phases are those of `server_rank.ServerRank`.
 
     Args:
-        config: the run's.
-        here: this rank's place.
-        address, port: where the server's ranks meet.
+        config: of the run.
+        topology: this rank's place.
+        rendezvous: where the server's ranks meet.
 
-    Raises ValueError if model or data cannot be read here.
+    Attributes:
+        digests: of clients' texts, of which this rank reads none.
+
+    Raises:
+        ValueError: model or data cannot be read here.
     """
 
-    def __init__(self, config: Config, here: Topology, address: str, port: int) -> None:
-        from fedsp_mpi.run import build
-        from fedsp_mpi.run.inputs import ExperimentInputs
-        from fedsp_mpi.training.device import Compute
-        from fedsp_mpi.training.process_group import Rendezvous
+    digests: Mapping[str, str] = MappingProxyType({})
 
-        self.materials = ExperimentInputs(config)
-        self.materials.check()
-        self._config, self._rank = config, here.rank
-        self._meeting = Rendezvous(address, port, config.topology.server_ranks)
-        self._compute = Compute.of(config.server.compute, here)
-        self._compute.begin()
-        self._model = build.global_model(self.materials, self._compute)
+    def __init__(self, config: Config, topology: Topology, rendezvous: Rendezvous) -> None:
+        inputs = ExperimentInputs(config)
+        inputs.check()
+        self._config = config
+        self._rank = topology.rank
+        self._rendezvous = rendezvous
+        self._loaded = LoadedServer.load(inputs, topology)
+        self._prepared: PreparedServer | None = None  # from `prepare` on
 
-    def prepare(self) -> tuple[None, None]:
-        """Join the team and help to distil. There is nothing to hand out, and no verdict."""
-        from fedsp_mpi.run import auxiliary_model, build
-        from fedsp_mpi.training.distill import StoppedError
-        from fedsp_mpi.training.process_group import ServerGroup
-
-        seconds = self._config.deadlines.server
-        self._team = ServerGroup.join(self._meeting, self._rank, self._compute.device, seconds)
+    def prepare(self) -> None:
+        """Join the group and help to distil. There is nothing to hand out."""
+        loaded = self._loaded
+        group = join_group(self._config, self._rendezvous, self._rank, compute=loaded.compute)
         try:
-            auxiliary_model.help_to_distil(
-                self.materials, self._model, self._team, lambda: guard.told_to_stop
-            )
+            auxiliary_model.help_to_distil(loaded.inputs, loaded.model, group, stop=stop_requested)
         except StoppedError:
-            return None, None  # rank 0 says so to all
-        self._servers = build.servers(self.materials, self._model, self._compute, self._team)
-        return None, None
+            return  # rank 0 refuses to continue, for all ranks
+        servers = build.servers(loaded.inputs, loaded.model, loaded.compute, group=group)
+        self._prepared = PreparedServer(group, servers)
 
-    def side(self, given: comm.Handout) -> ServerRole:
-        """This rank's side of the rounds, where an earlier stretch of the run has left it."""
-        from fedsp_mpi.record import Checkpoints
-        from fedsp_mpi.run import build
-
-        side = build.server_side(self.materials, self._servers, self._compute, self._team, None)
-        if done := given.meta["done"]:
-            checkpoints = Checkpoints(Path(given.meta["folder"]))
+    def build_role(self, meta: HandoutMeta) -> ServerRole:
+        """Build this rank's part of the server, where an earlier stretch of the run has left it."""
+        assert self._prepared is not None, "prepare comes first"
+        role = build.server_role(
+            self._loaded.inputs,
+            self._prepared.servers,
+            self._loaded.compute,
+            group=self._prepared.group,
+            journal=None,
+        )
+        if meta.rounds_done:
+            checkpoints = Checkpoints(Path(meta.folder))
             newest, _ = checkpoints.newest()
-            assert newest is not None and newest.round == done, "rank 0 removed all later ones"
-            side.load_state(checkpoints.read_server(newest))
-        return side
+            assert newest is not None and newest.round == meta.rounds_done, (
+                "rank 0 removed all later ones"
+            )
+            role.load_state(checkpoints.read_server(newest))
+        return role
 
-    def finish(self, here: ServerRole, wire: Any) -> bool:
-        """Help to score. False if the run was told to stop before the last score."""
-        from fedsp_mpi.run.final_scores import score_all
+    def score_and_finish(self, role: ServerRole, wire: Wire | Solo) -> bool:
+        """Help to score; return False if the run was told to stop before the last score."""
+        self._loaded.compute.begin()
+        return score_all(role, self._loaded.inputs, Log(), stop=stop_requested)
 
-        self._compute.begin()
-        return score_all(here, self.materials, Log(), lambda: guard.told_to_stop)
-
-    def leave(self) -> None:
+    def close(self) -> None:
         """End what the server's ranks do together."""
-        self._team.leave()
+        assert self._prepared is not None, "prepare comes first"
+        self._prepared.group.leave()

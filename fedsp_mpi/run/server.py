@@ -1,478 +1,336 @@
-"""What the server does before the first round and after the last: checks, record, preparation,
-scores.
-"""
+"""Rank 0 before the first round and after the last: checks, record, preparation, scores."""
 
 from __future__ import annotations
 
 import time
-from contextlib import suppress
-from dataclasses import asdict, replace
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fedsp_mpi import comm
-from fedsp_mpi.comm import guard
-from fedsp_mpi.comm.inspection import require_fields
-from fedsp_mpi.config import Config, to_yaml
-from fedsp_mpi.config.parsing import error_line
-from fedsp_mpi.files import ownership
-from fedsp_mpi.log import Log, duration
-from fedsp_mpi.run import devices, environment
+from fedsp_mpi.comm import Topology
+from fedsp_mpi.config import Config
+from fedsp_mpi.log import Log, duration, one_line
+from fedsp_mpi.record import Checkpoints, RunRecord, resume_command
+from fedsp_mpi.record.journal import RoundJournal, manifest_rows
+from fedsp_mpi.record.tables import never_merged, wire_rows
+from fedsp_mpi.roles import ServerRole
+from fedsp_mpi.run import auxiliary_model, build, fingerprints, overview
+from fedsp_mpi.run.final_scores import score_all
 from fedsp_mpi.run.folder import RunFolder
+from fedsp_mpi.run.handout import HandoutMeta
+from fedsp_mpi.run.inputs import ExperimentInputs, expected_work
+from fedsp_mpi.run.opening import (
+    STOPPED,
+    OpenRecord,
+    begin_record,
+    record_failure,
+    resume_record,
+)
+from fedsp_mpi.run.ranks import Assignment, RankInfo, ReadyReport, assign_clients
+from fedsp_mpi.run.server_rank import LoadedServer, PreparedServer, join_group, stop_requested
+from fedsp_mpi.training.distill import StoppedError
+from fedsp_mpi.training.process_group import Rendezvous
 
 if TYPE_CHECKING:
     from fedsp_mpi.comm.solo import Solo
     from fedsp_mpi.comm.wire import Wire
-    from fedsp_mpi.models.backbone import LanguageModel
-    from fedsp_mpi.record import Checkpoint, RunRecord
-    from fedsp_mpi.roles import ServerRole
-    from fedsp_mpi.run.build import Servers
-    from fedsp_mpi.run.inputs import ExperimentInputs
-    from fedsp_mpi.training.device import Compute
-    from fedsp_mpi.training.process_group import Rendezvous, ServerGroup
 
-_SHOWN = 5  # lost clients that are named
-STOPPED = 75  # exit status: told to stop; run.resume goes on
+_MAX_NAMED = 5  # lost clients that are named
 
 
 class ServerRun:
-    """What the server does before the first round and after the last."""
+    """Rank 0 of the server, which decides and writes the record.
+
+    `start` makes one. Its phases are those of `server_rank.ServerRank`.
+
+    Args:
+        loaded: inputs and global model.
+        place: the run's folder, locked.
+        opened: the record.
+        rendezvous: where the server's ranks meet.
+        assignment: the clients of each rank.
+        ranks: all of them.
+        log: is told what happens.
+        started_at: time.perf_counter() at the start of the run.
+
+    Attributes:
+        inputs: of the experiment.
+        folder: of the run.
+        record: of the run.
+    """
 
     def __init__(
-        self, config: Config, name: str, log: Log, hosts: list[dict[str, Any]] | None, begun: float
+        self,
+        loaded: LoadedServer,
+        *,
+        place: RunFolder,
+        opened: OpenRecord,
+        rendezvous: Rendezvous,
+        assignment: Assignment,
+        ranks: Sequence[RankInfo],
+        log: Log,
+        started_at: float,
     ) -> None:
-        self.config, self.log, self.hosts, self._begun = config, log, hosts or [], begun
-        self._place, self._is_embedded = RunFolder(config, name), name == "embedded"
-        self.folder = self._place.path
-        self.resumed: Checkpoint | None = None
-        self._rounds_again = 0  # that clients have been asked for more than once
-        self.materials: ExperimentInputs
-        self.record: RunRecord
-        self._inputs: dict[str, str] = {}
-        self._meeting: Rendezvous
-        self._team: ServerGroup
-        self._servers: Servers
-        self._model: LanguageModel
-        self._compute: Compute
-        self._assignment: list[tuple[int, ...]]
+        self._loaded = loaded
+        self._place = place  # holds the lock
+        self._opened = opened
+        self._rendezvous = rendezvous
+        self._assignment = assignment
+        self._ranks = ranks
+        self._log = log
+        self._started_at = started_at
+        self._prepared: PreparedServer | None = None  # from `prepare` on
 
-    def refusal(self, wire: Wire | Solo) -> comm.Refused | None:
-        """Find every mistake that can be found without training, and open the record. The first
-        one, or None.
+    @classmethod
+    def start(
+        cls,
+        config: Config,
+        name: str,
+        *,
+        ranks: Sequence[RankInfo],
+        topology: Topology,
+        log: Log,
+        started_at: float,
+    ) -> ServerRun:
+        """Find every mistake that can be found without training, load the model, open the record.
 
-        The weights are read last, when everything else is known to be right.
+        Weights are read last, when everything else is known to be right.
+
+        Args:
+            config: of the run.
+            name: of the configuration, for a run that has none.
+            ranks: all of them.
+            topology: of the server.
+            log: gets an overview of the run.
+            started_at: time.perf_counter() at the start of the run.
+
+        Raises:
+            comm.Refused: the first mistake; or there is nothing left to do.
         """
+        place = RunFolder(config, name)
         try:
-            self._check_ranks(wire)
-            from fedsp_mpi.run import build
-            from fedsp_mpi.run.inputs import ExperimentInputs, expected_work
-            from fedsp_mpi.training.device import Compute
-            from fedsp_mpi.training.process_group import Rendezvous
-
-            self.materials = ExperimentInputs(self.config)
-            self._place.take(self.materials.paths)
-            self.materials.check()
-            self._compute = Compute.of(self.config.server.compute, wire.topology)
-            self._assignment = self._spread(wire, expected_work(self.materials))
-            self._summary(wire)
-            self._compute.begin()
-            self._model = build.global_model(self.materials, self._compute)
-            places = {host["host"] for host in self.hosts[: self._num_servers]}
-            self._meeting = Rendezvous.open(self._num_servers, len(places) == 1)
-            self._open_record()
+            inputs = ExperimentInputs(config)
+            place.acquire(inputs.paths)
+            inputs.check()
+            servers = config.topology.server_ranks
+            assignment = assign_clients(expected_work(inputs), topology.size, servers)
+            overview.say_ranks(log, config, ranks, assignment)
+            overview.say_inputs(log, inputs, is_embedded=name == "embedded")
+            log.say(f"folder    {place.path}")
+            loaded = LoadedServer.load(inputs, topology)
+            is_one_host = len({rank.host for rank in ranks[:servers]}) == 1
+            rendezvous = Rendezvous.open(servers, is_one_host)
+            digests = fingerprints.of_server(inputs, loaded.model)
+            if place.is_resumed:
+                opened = resume_record(place.path, config, digests, ranks=ranks, log=log)
+            else:
+                opened = begin_record(place, inputs, digests, ranks=ranks, assignment=assignment)
         except (ValueError, OSError) as error:
-            self._place.give_back()
-            return comm.Refused(one_line(error))
-        except comm.Refused as nothing_to_do:
-            return nothing_to_do
-        guard.report_into(self.folder)
-        return None
-
-    def meeting_point(self) -> tuple[str, int, list[str]] | None:
-        """What the server's other ranks hear, if there are some: where to find this one, and the
-        hosts of all ranks.
-        """
-        if self._num_servers == 1:
-            return None
-        return self._meeting.address, self._meeting.port, [host["host"] for host in self.hosts]
-
-    def give_up(self, error: Exception) -> None:
-        """Write into the record that the run ended before its end."""
-        if hasattr(self, "record"):
-            stopped = isinstance(error, comm.Refused) and error.exit_status == STOPPED
-            with suppress(ValueError, OSError):  # the error is what matters
-                self.record.finish("stopped" if stopped else "failed", one_line(error))
-
-    def prepare(self) -> tuple[comm.Handout | None, comm.Refused | None]:
-        """Distil the auxiliary model, describe all models in the record, and give what goes to the
-        clients.
-
-        A verdict instead, if the run was told to stop meanwhile.
-        """
-        from fedsp_mpi.run import auxiliary_model, build
-        from fedsp_mpi.training.distill import StoppedError
-        from fedsp_mpi.training.process_group import ServerGroup
-
-        self._team = ServerGroup.join(
-            self._meeting, 0, self._compute.device, self.config.deadlines.server
+            place.release()
+            raise comm.Refused(one_line(error)) from None
+        return cls(
+            loaded,
+            place=place,
+            opened=opened,
+            rendezvous=rendezvous,
+            assignment=assignment,
+            ranks=ranks,
+            log=log,
+            started_at=started_at,
         )
-        about = (self.materials, self._model, self._compute, self._team)
-        resumed = self.resumed
+
+    @property
+    def inputs(self) -> ExperimentInputs:
+        return self._loaded.inputs
+
+    @property
+    def folder(self) -> Path:
+        return self._place.path
+
+    @property
+    def record(self) -> RunRecord:
+        return self._opened.record
+
+    def rendezvous(self) -> tuple[str, int, list[str]] | None:
+        """Return what the server's other ranks must know; None if there are none.
+
+        That is address and port of this rank, and the hosts of all ranks.
+        """
+        if self._config.topology.server_ranks == 1:
+            return None
+        hosts = [rank.host for rank in self._ranks]
+        return self._rendezvous.address, self._rendezvous.port, hosts
+
+    def record_failure(self, error: Exception) -> None:
+        """Write into the record that the run ended before its end, and why."""
+        record_failure(self.record, error)
+
+    def report_ready(self, reports: Sequence[ReadyReport], role: str) -> None:
+        """Log and record the slowest set-up, and the digests of the clients' texts.
+
+        Args:
+            reports: of all ranks.
+            role: what was set up: "client" or "helper".
+
+        Raises:
+            comm.Refused: the first error that a rank reports; or a text is not the one that the
+                run was begun with.
+            ProtocolError: a rank sent digests of what is not its own.
+        """
+        for report in reports:
+            if report.error is not None:
+                raise comm.Refused(report.error)
+        digests: dict[str, str] = {}
+        for rank, report in enumerate(reports):
+            fingerprints.require_own(report.digests, rank, self._assignment[rank])
+            digests |= report.digests
+        digests_before = self.record.run.sections.get(fingerprints.SECTION, {})
         try:
-            small, story = auxiliary_model.auxiliary_model(
-                *about,
-                self.folder,
-                self.log,
-                lambda: guard.told_to_stop,
-                resumed is not None,
-                self._inputs["weights of model.name"],
+            fingerprints.require_same(self.folder, digests_before, digests)
+        except ValueError as error:
+            raise comm.Refused(one_line(error)) from None
+        self._opened.digests.update(digests)
+        seconds = max(report.seconds for report in reports)
+        self.record.describe(
+            timing={f"seconds_{role}_setup": seconds},
+            **{fingerprints.SECTION: self._opened.digests},
+        )
+        self._log.say(f"{role}s are ready after {duration(seconds)}")
+
+    def prepare(self) -> comm.Handout:
+        """Distil the auxiliary model, describe all models in the record; return what clients get.
+
+        Raises:
+            comm.Refused: the run was told to stop meanwhile.
+        """
+        inputs = self.inputs
+        loaded = self._loaded
+        resumed = self._opened.resumed
+        group = join_group(self._config, self._rendezvous, 0, compute=loaded.compute)
+        try:
+            client_model, account = auxiliary_model.auxiliary_model(
+                inputs,
+                loaded.model,
+                loaded.compute,
+                group=group,
+                folder=self.folder,
+                log=self._log,
+                stop=stop_requested,
+                is_resumed=resumed is not None,
+                digest=self._opened.digests[fingerprints.WEIGHTS],
             )
         except StoppedError as stopped:
             self.record.describe(distillation={"steps": stopped.kept})
-            return None, comm.Refused(str(stopped), STOPPED)
-        self._servers = build.servers(*about, small)
-        meta = {
-            "assignment": [list(ids) for ids in self._assignment],
-            "processes": [(host["host"], host["pid"]) for host in self.hosts],
-            "folder": str(self.folder.resolve()),
-        }
-        handout = build.handout(self.materials, small, self._servers.server, meta, resumed)
-        sizes = build.sizes(self.materials, self._model, small, self._servers.server, handout)
-        self.record.describe(models=sizes, distillation=story)
-        self.log.say(
-            "parameters: global model {global:,}, auxiliary model {auxiliary:,}, prompts {prompt:,} "
-            "({prompt_on_the_wire:,} travel)".format(**sizes)
+            raise comm.Refused(str(stopped), STOPPED) from None
+        servers = build.servers(
+            inputs, loaded.model, loaded.compute, group=group, client_model=client_model
         )
-        return handout, None
+        self._prepared = PreparedServer(group, servers)
+        meta = HandoutMeta(
+            assignment=self._assignment,
+            processes=[(rank.host, rank.pid) for rank in self._ranks],
+            folder=str(self.folder.resolve()),
+        )
+        server = servers.server
+        handout = build.handout(inputs, client_model, server, meta=meta, resumed=resumed)
+        counts = build.parameter_counts(
+            inputs, loaded.model, client_model, server=server, contract=handout.contract
+        )
+        self.record.describe(models=counts, distillation=account)
+        self._log.say(
+            f"parameters: global model {counts['global']:,}, auxiliary model "
+            f"{counts['auxiliary']:,}, prompts {counts['prompt']:,} "
+            f"({counts['prompt_on_the_wire']:,} travel)"
+        )
+        return handout
 
-    def stopped(self) -> comm.Refused:
-        """What all ranks hear when the run was told to stop."""
-        from fedsp_mpi.record import resume_command
+    def build_role(self, meta: HandoutMeta) -> ServerRole:
+        """Build this rank's part of the server, where an earlier stretch of the run has left it."""
+        assert self._prepared is not None, "prepare comes first"
+        checkpoints = Checkpoints(self.folder)
+        journal = RoundJournal(
+            record=self.record,
+            checkpoints=checkpoints,
+            log=self._log,
+            keep_prompts=self._config.record.prompts and not self._config.tunes_weights,
+            rank_of=meta.rank_of,
+            carried=wire_rows(self.record.run.wire),
+            inputs=fingerprints.combined(self._opened.digests),
+        )
+        role = build.server_role(
+            self.inputs,
+            self._prepared.servers,
+            self._loaded.compute,
+            group=self._prepared.group,
+            journal=journal,
+        )
+        if self._opened.resumed:
+            role.load_state(checkpoints.read_server(self._opened.resumed))
+        return role
 
-        rounds = self.record.run.committed_rounds
-        again = resume_command(self.folder, self.record.run.config)
-        return comm.Refused(f"told to stop after round {rounds}; go on with {again}", STOPPED)
+    def score_and_finish(self, role: ServerRole, wire: Wire | Solo) -> bool:
+        """Write what was tuned, score it, and close the record.
 
-    def heard(self, ready: list[dict[str, Any]], who: str) -> comm.Refused | None:
-        """Take note that ranks are ready, and of what they read.
-
-        The first mistake that one of them found, or None.
+        Returns:
+            False if the run was told to stop before the last score.
         """
-        for rank, answer in enumerate(ready):
-            require_fields(
-                answer, rank, {"seconds": (int, float), "error": (str, type(None)), "texts": dict}
-            )
-        if mistake := next((answer["error"] for answer in ready if answer["error"]), None):
-            return comm.Refused(mistake)
-        from fedsp_mpi.run import fingerprints
-
-        for rank, answer in enumerate(ready):
-            fingerprints.require_own(answer["texts"], rank, self._assignment[rank])
-        texts = {name: digest for answer in ready for name, digest in answer["texts"].items()}
-        try:
-            fingerprints.require_same(
-                self.folder, self.record.run.sections.get(fingerprints.SECTION, {}), texts
-            )
-        except ValueError as error:
-            return comm.Refused(one_line(error))
-        self._inputs |= texts
-        seconds = max(answer["seconds"] for answer in ready)
-        self.record.describe(
-            timing={f"seconds_{who}_setup": seconds}, **{fingerprints.SECTION: self._inputs}
+        journal = role.journal
+        assert journal is not None, "rank 0 writes the journal"
+        self._loaded.compute.begin()
+        build.save(self.inputs, role.server, exported=role.best.exported, folder=self.folder)
+        is_complete = score_all(
+            role,
+            self.inputs,
+            self._log,
+            stop=stop_requested,
+            scored=self.record.run.methods(),
+            write=self.record.write_results,
         )
-        self.log.say(f"{who}s are ready after {duration(seconds)}")
-        return None
-
-    def side(self, given: comm.Handout) -> ServerRole:
-        """The server's side of the rounds, where an earlier stretch of the run has left it."""
-        from fedsp_mpi.record import Checkpoints
-        from fedsp_mpi.record.tables import wire_rows
-        from fedsp_mpi.roles import RoundJournal
-        from fedsp_mpi.run import build, fingerprints, participation
-
-        ranks = {
-            client: rank for rank, ids in enumerate(given.meta["assignment"]) for client in ids
-        }
-        checkpoints, keep = (
-            Checkpoints(self.folder),
-            self.config.record.prompts and not self.config.tunes_weights,
-        )
-        carried = wire_rows(self.record.run.wire)
-        expected = partial(participation.expected, self.materials, ranks)
-        made_from = fingerprints.combined(self._inputs)
-        self._archive = RoundJournal(
-            self.record, keep, ranks, expected, self.log, checkpoints, carried, made_from
-        )
-        here = build.server_side(
-            self.materials, self._servers, self._compute, self._team, self._archive
-        )
-        if self.resumed:
-            here.load_state(checkpoints.read_server(self.resumed))
-        return here
-
-    def finish(self, here: ServerRole, wire: Wire | Solo) -> bool:
-        """Write what was tuned, score, close the record.
-
-        False if the run was told to stop before the last score.
-        """
-        from fedsp_mpi.federate import manifest
-        from fedsp_mpi.run import build
-        from fedsp_mpi.run.final_scores import score_all
-
-        self._compute.begin()
-        build.save(self.materials, here.server, here.best.tuned, self.folder)
-        there = self.record.run.methods()
-        finished = score_all(
-            here,
-            self.materials,
-            self.log,
-            lambda: guard.told_to_stop,
-            there,
-            self.record.write_results,
-        )
-        if not finished:
+        if not is_complete:
             return False
-        self.record.write_wire(manifest(wire, self._archive.carried))
-        checkpoints = self._archive.seconds_checkpoints
-        spent = {"seconds_checkpoints": sum(checkpoints), "checkpoints": len(checkpoints)}
-        self.record.describe(timing={"seconds": time.perf_counter() - self._begun, **spent})
+        self.record.write_wire(manifest_rows(wire.manifest, journal.carried))
+        self.record.describe(
+            timing={
+                "seconds": time.perf_counter() - self._started_at,
+                "seconds_checkpoints": sum(journal.checkpoint_seconds),
+                "checkpoints": len(journal.checkpoint_seconds),
+            }
+        )
         self.record.finish()
-        if not self.config.checkpoint.keep_client_states:
-            self._archive.checkpoints.remove_clients()
+        if not self._config.checkpoint.keep_client_states:
+            journal.checkpoints.remove_clients()
         self._name_lost_clients()
         return True
 
-    def _name_lost_clients(self) -> None:
-        """Say which clients took part and have no share in what was tuned: the run looks complete
-        without them.
-        """
-        from fedsp_mpi.record.tables import never_merged
+    def stop_refusal(self) -> comm.Refused:
+        """Return what all ranks are told when the run was told to stop."""
+        run = self.record.run
+        command = resume_command(self.folder, run.config)
+        return comm.Refused(
+            f"told to stop after round {run.committed_rounds}; go on with {command}", STOPPED
+        )
 
+    def close(self) -> None:
+        """End what the server's ranks do together."""
+        assert self._prepared is not None, "prepare comes first"
+        self._prepared.group.leave()
+
+    @property
+    def _config(self) -> Config:
+        return self.inputs.config
+
+    def _name_lost_clients(self) -> None:
+        """Name the clients that took part and whose updates were never merged.
+
+        The run looks complete without them.
+        """
         lost = never_merged(self.record.run.clients)
         if not lost:
             return
-        self.log.say(
-            f"{len(lost)} of {self.config.federation.clients} clients took part, and in no "
-            "round was their update "
-            "merged; correct what is wrong with them, and run again:"
+        self._log.say(
+            f"{len(lost)} of {self._config.federation.clients} clients took part, and in no round "
+            "was their update merged; correct what is wrong with them, and run again:"
         )
-        for client, reason in sorted(lost.items())[:_SHOWN]:
-            self.log.say(f"  client {client}: {' '.join(reason.split())}")
-
-    def leave(self) -> None:
-        """End what the server's ranks do together."""
-        self._team.leave()
-
-    @property
-    def _num_servers(self) -> int:
-        return self.config.topology.server_ranks
-
-    def _check_ranks(self, wire: Wire | Solo) -> None:
-        wanted, found, servers = self.config.topology.ranks, wire.topology.size, self._num_servers
-        if wanted is not None and found != wanted:
-            raise ValueError(
-                f"topology.ranks: found {found} ranks, expected {wanted}; start that many processes"
-            )
-        if servers > 1 and found <= servers:
-            raise ValueError(
-                f"topology.server_ranks: found {servers} with {found} ranks, expected at least "
-                "one rank more, for the "
-                f"clients; start {servers + 1} processes or more"
-            )
-        self._spread(wire, [1.0] * self.config.federation.clients)
-        if shared := [
-            ranks for ranks in devices.shared_gpus(self.hosts[:servers]).values() if len(ranks) > 1
-        ]:
-            raise ValueError(
-                f"topology.server_ranks: found ranks {shared[0]} on one GPU, expected one for "
-                "each; start them where "
-                f"there are {servers} GPUs, or set server.compute.device=cpu"
-            )
-
-    def _spread(self, wire: Wire | Solo, work: list[float]) -> list[tuple[int, ...]]:
-        """Clients of every rank; the server's have none, unless there is one rank for all."""
-        if not work:
-            return [()] * wire.topology.size
-        if wire.topology.size == 1:
-            return [tuple(range(len(work)))]
-        servers: list[tuple[int, ...]] = [()] * self._num_servers
-        return servers + comm.spread(work, wire.topology.size - len(servers))
-
-    def _open_record(self) -> None:
-        """Begin a record, or go on with the one that is there."""
-        from fedsp_mpi.run import fingerprints
-
-        self._inputs = fingerprints.of_server(self.materials, self._model)
-        if self._place.goes_on:
-            self._go_on()
-        else:
-            self._begin()
-
-    def _go_on(self) -> None:
-        from fedsp_mpi.record import Checkpoints, RunRecord, read
-        from fedsp_mpi.run import fingerprints
-
-        before = read(self.folder).sections.get(fingerprints.SECTION, {})
-        fingerprints.require_same(self.folder, before, self._inputs)
-        ownership.remove_parts(self.folder)
-        checkpoints = Checkpoints(self.folder)
-        self.resumed, damaged = checkpoints.newest()
-        for each in damaged:
-            self.log.say(f"checkpoint is not usable: {each}")
-        done = self.resumed.round if self.resumed else 0
-        self._require_own_checkpoint(before)
-        self.record = RunRecord.open(self.folder)
-        if done > (rounds := self.record.run.committed_rounds):
-            raise ValueError(
-                f"{self.folder}: found a checkpoint of round {done} and a record of {rounds} "
-                "rounds, expected them of "
-                "one run; choose another run.name"
-            )
-        # The noise of rounds that are done again is new, and so is that of the one that was under
-        # way.
-        self._rounds_again = (
-            self.record.run.sections.get("privacy", {}).get("rounds_again", 0) + rounds - done + 1
-        )
-        self.record.describe(**self._privacy())
-        self.record.cut(done)
-        checkpoints.remove_after(done)
-        number = len(self.record.run.sections.get("resumes", {})) + 1
-        self.record.describe(
-            resumes={
-                str(number): {"round": done, "environment": environment.environment(self.hosts)}
-            }
-        )
-        self.log.say(
-            f"goes on after round {done} of {self.folder}"
-            + ("" if self.resumed else ": it has no checkpoint")
-        )
-
-    def _begin(self) -> None:
-        from fedsp_mpi.record import RunRecord
-
-        self._place.clear()
-        again: dict[str, Any] = {"name": self.folder.name, "if_exists": "refuse", "resume": "never"}
-        self.record = RunRecord.create(
-            self.folder,
-            config=asdict(self.config),
-            config_text=to_yaml(replace(self.config, run=replace(self.config.run, **again))),
-            environment=environment.environment(self.hosts),
-        )
-        splits, shards = self.materials.splits, self.materials.shards
-        self.record.describe(
-            data={
-                "task": self.config.data.task,
-                "train": len(splits.train),
-                "validation": len(splits.validation),
-                "test": len(splits.test),
-                "server_shard": len(shards[0]),
-                "client_shards": [len(shard) for shard in shards[1:]],
-                "notes": list(self.materials.notes),
-            },
-            topology={"assignment": [list(ids) for ids in self._assignment]},
-            inputs=self._inputs,
-            **self._privacy(),
-        )
-
-    def _require_own_checkpoint(self, before: dict[str, Any]) -> None:
-        """Raise ValueError if the checkpoint was made from other inputs than the record; say so if
-        it has no digest.
-        """
-        from fedsp_mpi.run import fingerprints
-
-        if self.resumed is None:
-            return
-        if not before or self.resumed.inputs is None:
-            self.log.say(
-                "checkpoint: has no digests of texts and weights; whether they are the same "
-                "is not checked"
-            )
-        elif self.resumed.inputs != fingerprints.combined(before):
-            raise ValueError(
-                f"{self.folder}: found a checkpoint of round {self.resumed.round} that was made "
-                "from other texts or "
-                "weights than the record, expected them of one run; copy the whole run folder "
-                "again, or choose another "
-                "run.name"
-            )
-
-    def _privacy(self) -> dict[str, Any]:
-        """What is promised to clients whose updates get noise: epsilon of a round, and of all if
-        they are in each.
-        """
-        settings, again = self.config.client.privacy, self._rounds_again
-        if settings.epsilon is None:
-            return {}
-        whole = (self.config.federation.rounds + again) * settings.epsilon
-        return {
-            "privacy": asdict(settings)
-            | {"epsilon": settings.epsilon, "epsilon_all": whole, "rounds_again": again}
-        }
-
-    def _whose_settings(self) -> str:
-        """Where the settings come from, if they were made for another model than the one that is
-        tuned.
-        """
-        if not self._is_embedded or self.config.model.name == "embedded":
-            return ""
-        return (
-            ", with the settings of the embedded default, which suit its tiny model; for "
-            "others begin from "
-            "configs/smollm2/arc_easy.yaml"
-        )
-
-    def _summary(self, wire: Wire | Solo) -> None:
-        say, config = self.log.say, self.config
-        by_host: dict[str, list[str]] = {}
-        for host in self.hosts:
-            by_host.setdefault(host["host"], []).extend(
-                device["name"] for device in host["devices"].values()
-            )
-        where = ", ".join(
-            f"{host} ({', '.join(sorted(set(names)))})" for host, names in by_host.items()
-        )
-        size, servers = wire.topology.size, self._num_servers
-        kind = (
-            "one process plays all"
-            if size == 1
-            else f"{servers} server, {size - servers} client ranks"
-        )
-        say(f"ranks     {size} ({kind}) on {where}")
-        for uuid, some in devices.shared_gpus(self.hosts).items():
-            say(f"          {uuid} is shared by ranks {devices.spans(some)}")
-        most = max(len(ids) for ids in self._assignment)
-        threads = environment.threads(self.hosts)
-        say(f"clients   {config.federation.clients}, at most {most} on a rank; threads: {threads}")
-        model, splits, shards = (
-            self.materials.model_config,
-            self.materials.splits,
-            self.materials.shards,
-        )
-        say(f"recipe    {config.recipe}{self._whose_settings()}")
-        say(f"model     {config.model.name}: {model.model_type}, {model.num_hidden_layers} layers")
-        each = sum(map(len, shards[1:])) // max(1, len(shards) - 1)
-        train = (
-            f"{len(splits.train)} train ({len(shards[0])} the server's, about {each} each client's)"
-        )
-        say(
-            f"data      {config.data.task}: {train}, {len(splits.validation)} validation, "
-            f"{len(splits.test)} test"
-        )
-        for note in self.materials.notes:
-            say(f"          {note}")
-        for told in self._privacy().values():
-            say(
-                f"privacy   an update's epsilon is {told['epsilon']:g}, of all rounds "
-                f"{told['epsilon_all']:g}"
-            )
-        if config.asks_server:
-            say(
-                "privacy   clients hold no model: their text goes to the server "
-                "(search.forward=server)"
-            )
-        say(f"folder    {self.folder}")
-
-
-def one_line(error: Exception) -> str:
-    """What an error says, in one line, with long values shortened."""
-    return error_line(str(error)) or type(error).__name__
+        for client, reason in sorted(lost.items())[:_MAX_NAMED]:
+            self._log.say(f"  client {client}: {' '.join(reason.split())}")

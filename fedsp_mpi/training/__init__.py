@@ -1,3 +1,3 @@
 """Optimizers, the one gradient loop, and the distillation that runs in it; the only importer of
-deepspeed.
+deepspeed and of cmaes.
 """

@@ -1,11 +1,11 @@
-"""CMA-ES (Hansen, 2016, arXiv 1604.00772) as plain arrays: a search that sends, keeps and resumes
-all that it knows.
+"""CMA-ES (Hansen, 2016, arXiv 1604.00772) as plain arrays: a search whose complete state can be
+sent, stored and resumed.
 
-The library is `cmaes`, and this is its one importer. Its whole state is the arrays and numbers that
-it gives to be pickled, and takes back (nothing is pickled here). `cma` (pycma), which FedBPT's
+The library is `cmaes`, and this is its one importer. Its complete state is the arrays and numbers
+that it hands to pickle and takes back (nothing is pickled here). `cma` (pycma), which FedBPT's
 reference uses, spreads its state over samplers, step-size adapters and options that only a pickle
 keeps together. Linear algebra runs on one thread, so that bits do not depend on the cores that a
-rank may use, and nothing follows from the eigenvectors that a processor's BLAS happens to choose:
+rank may use, and no result depends on the eigenvectors that a processor's BLAS happens to choose:
 see `CmaEs.sample`.
 """
 
@@ -29,7 +29,7 @@ _PATHS = ("step_path", "mean_path")
 
 
 def sizes(dimension: int) -> dict[str, int]:
-    """How many numbers each part of a state has, by its name in `CmaEs.state`."""
+    """Return the number of values of each part of a state, by its name in `CmaEs.state`."""
     return {
         "mean": dimension,
         "step_size": 1,
@@ -40,21 +40,21 @@ def sizes(dimension: int) -> dict[str, int]:
 
 
 def identity(dimension: int) -> np.ndarray:
-    """The identity's upper triangle, row by row, fp64."""
+    """Return the identity's upper triangle, row by row, fp64 [dimension (dimension + 1) / 2]."""
     return np.eye(dimension)[np.triu_indices(dimension)]
 
 
 @dataclass
 class CmaEs:
-    """The normal distribution N(mean, step_size^2 covariance) that CMA-ES moves, and the ways that
-    it came.
+    """The normal distribution N(mean, step_size^2 covariance) that CMA-ES moves, and its paths.
 
     Attributes:
         mean: fp64 [dimension].
         step_size: above 0.
         covariance: its upper triangle, row by row, fp64 [dimension (dimension + 1) / 2].
-        step_path, mean_path: the two evolution paths (p_sigma and p_c), fp64 [dimension].
-        generation: updates so far.
+        step_path: evolution path of the step size (p_sigma), fp64 [dimension].
+        mean_path: evolution path of the covariance (p_c), fp64 [dimension].
+        generation: number of updates so far.
     """
 
     mean: np.ndarray
@@ -63,41 +63,45 @@ class CmaEs:
     step_path: np.ndarray
     mean_path: np.ndarray
     generation: int = 0
-    _ready: CMA | None = field(default=None, init=False, repr=False, compare=False)
+    # The library's object after `sample`, whose eigendecomposition `update` reuses.
+    _sampler: CMA | None = field(default=None, init=False, repr=False, compare=False)
 
     @classmethod
     def of(cls, state: Mapping[str, np.ndarray]) -> CmaEs:
-        """The search of `state()`, copied.
+        """Build a search from a copy of what `state` returned.
 
-        A covariance that is not there is the identity, paths are 0.
+        Args:
+            state: at least mean [dimension] and step_size [1]. A missing covariance is the
+                identity, missing paths and a missing generation are 0.
         """
         mean = np.array(state["mean"], dtype=np.float64)
-        own = {
+        paths = {
             name: np.array(state.get(name, np.zeros_like(mean)), dtype=np.float64)
             for name in _PATHS
         }
         covariance = np.array(state.get("covariance", identity(len(mean))), dtype=np.float64)
         generation = int(state["generation"].item()) if "generation" in state else 0
-        return cls(mean, float(state["step_size"].item()), covariance, **own, generation=generation)
+        step_size = float(state["step_size"].item())
+        return cls(mean, step_size, covariance, **paths, generation=generation)
 
     def state(self) -> State:
-        """All that it knows: mean, step_size [1], covariance, step_path, mean_path, generation [1];
-        views, fp64.
+        """Return the complete state by name, fp64, as views where it is an array.
+
+        Returns:
+            mean, step_path, mean_path [dimension], step_size, generation [1] and covariance
+            [dimension (dimension + 1) / 2].
         """
-        numbers = {
-            name: np.array([getattr(self, name)], dtype=np.float64)
-            for name in ("step_size", "generation")
+        return {
+            "mean": self.mean,
+            "step_size": np.array([self.step_size], dtype=np.float64),
+            "covariance": self.covariance,
+            "step_path": self.step_path,
+            "mean_path": self.mean_path,
+            "generation": np.array([self.generation], dtype=np.float64),
         }
-        paths = {name: getattr(self, name) for name in _PATHS}
-        return (
-            {"mean": self.mean, "step_size": numbers["step_size"], "covariance": self.covariance}
-            | paths
-            | numbers
-        )
 
     def sample(self, num: int, seed: int) -> np.ndarray:
-        """Draw `num` points, fp64 [num, dimension], which follow from the distribution and the seed
-        alone; at least 2.
+        """Draw points that follow from the distribution and the seed alone.
 
         A point is mean + step_size * C^(1/2) z, with z standard normal and C^(1/2) = B D B^T, the
         symmetric root, where B and D^2 are the eigenvectors and eigenvalues of the covariance C.
@@ -105,70 +109,79 @@ class CmaEs:
         the eigenvectors of (nearly) equal eigenvalues, such as those of the identity that a search
         begins with, are whatever the BLAS kernel of a processor makes of them, and with other
         eigenvectors the same z gives other points. The symmetric root is unique.
+
+        Args:
+            num: number of points, at least 2.
+            seed: of z.
+
+        Returns:
+            fp64 [num, dimension].
         """
         standard = np.random.default_rng(seed).standard_normal((num, len(self.mean)))
         with _one_thread():
-            self._ready = self._library(num)
-            vectors, deviations = (
-                self._ready._eigen_decomposition()
-            )  # which `update` takes from there
+            self._sampler = self._to_library(num)
+            vectors, deviations = self._sampler._eigen_decomposition()
             root = (vectors * deviations) @ vectors.T
             return self.mean + self.step_size * (standard @ root)
 
     def update(
         self, points: np.ndarray, losses: np.ndarray, parents: Literal["half", "all"] = "half"
     ) -> None:
-        """Move towards those of the points, [2 or more, dimension], whose losses are low; equal
-        ones in their order.
+        """Move towards the points of low loss; equal ones count in their order.
 
-        `parents` says which of them the new mean is made of: the better "half", rounded down, or
-        "all". Then they have the weights, and the search the learning rates, of the better half of
-        twice as many, and none counts against.
+        Args:
+            points: fp64 [num, dimension], at least 2.
+            losses: [num].
+            parents: the points that the new mean is made of: the better "half", rounded down, or
+                "all". With "all" they have the weights, and the search the learning rates, of the
+                better half of twice as many points, and none has a negative weight.
         """
-        ready, self._ready = self._ready, None
+        sampler = self._sampler
+        self._sampler = None
         with _one_thread():
             if parents == "all":
-                ready = self._library(2 * len(points), worse=False)
+                # The worse half is made up: it lies at the mean, and its weights are 0.
+                sampler = self._to_library(2 * len(points), negative_weights=False)
                 points = np.concatenate([points, np.broadcast_to(self.mean, np.shape(points))])
                 losses = np.concatenate([losses, np.full(len(losses), np.inf)])
-            elif ready is None or ready.population_size != len(points):
-                ready = self._library(len(points))
+            elif sampler is None or sampler.population_size != len(points):
+                sampler = self._to_library(len(points))
+            solutions = [
+                (np.asarray(point, np.float64), float(loss)) for point, loss in zip(points, losses)
+            ]
             with np.errstate(divide="ignore"):
-                ready.tell(
-                    [
-                        (np.asarray(point, np.float64), float(loss))
-                        for point, loss in zip(points, losses)
-                    ]
-                )
-        found = ready.__getstate__()
-        self.mean, self.step_size, self.covariance = (
-            found["_mean"],
-            float(found["_sigma"]),
-            found["_c_1d"],
-        )
-        self.step_path, self.mean_path, self.generation = (
-            found["_p_sigma"],
-            found["_pc"],
-            found["_g"],
-        )
+                sampler.tell(solutions)
+        state = sampler.__getstate__()
+        self.mean = state["_mean"]
+        self.step_size = float(state["_sigma"])
+        self.covariance = state["_c_1d"]
+        self.step_path = state["_p_sigma"]
+        self.mean_path = state["_pc"]
+        self.generation = state["_g"]
 
-    def _library(self, population: int, worse: bool = True) -> CMA:
-        """The library's object with this state. Its learning rates follow from dimension and
-        population alone.
+    def _to_library(self, population: int, negative_weights: bool = True) -> CMA:
+        """Return the library's object with this state.
 
-        Unless `worse`, the covariance hears nothing of the worse half.
+        Its learning rates follow from dimension and population alone.
+
+        Args:
+            population: number of points of an update.
+            negative_weights: whether the worse half takes part in the update of the covariance.
         """
         from cmaes import CMA  # here, because it loads scipy.stats, for a second or more
 
-        with np.errstate(
-            divide="ignore"
-        ):  # of 2 or 3 points one is taken, and the rank-mu rate is 0
-            made = CMA(mean=self.mean, sigma=self.step_size, population_size=population)
-        paths = {"_p_sigma": self.step_path, "_pc": self.mean_path, "_g": self.generation}
-        known = made.__getstate__()
-        weights = known["_weights"] if worse else np.maximum(known["_weights"], 0)
-        made.__setstate__({**known, "_weights": weights, "_c_1d": self.covariance, **paths})
-        return made
+        # Of 2 or 3 points only one is a parent; the rate of the rank-mu update is 0 then.
+        with np.errstate(divide="ignore"):
+            library = CMA(mean=self.mean, sigma=self.step_size, population_size=population)
+        state = dict(library.__getstate__())
+        if not negative_weights:
+            state["_weights"] = np.maximum(state["_weights"], 0)
+        state["_c_1d"] = self.covariance
+        state["_p_sigma"] = self.step_path
+        state["_pc"] = self.mean_path
+        state["_g"] = self.generation
+        library.__setstate__(state)
+        return library
 
 
 @cache
@@ -178,5 +191,6 @@ def _controller() -> ThreadpoolController:
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
+    """Run the block with one thread in BLAS."""
     with _controller().limit(limits=1, user_api="blas"):
         yield

@@ -1,4 +1,4 @@
-"""Which device a role computes on, in which type, with how many threads."""
+"""The device that a role computes on, its type of numbers and its threads."""
 
 from __future__ import annotations
 
@@ -10,38 +10,34 @@ import torch
 
 from fedsp_mpi.comm import Topology
 from fedsp_mpi.config import ComputeConfig
+from fedsp_mpi.log import one_line
 from fedsp_mpi.tensors import ClientError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class OutOfMemoryError(ClientError):
-    """A client's work did not fit into memory."""
+    """The work of a client did not fit into memory."""
 
 
 @contextmanager
 def oom_as_client_error() -> Iterator[None]:
-    """Turn what torch and Python raise when memory ends into OutOfMemoryError; give back what the
-    allocator holds.
-    """
+    """Turn errors of torch and Python about memory into OutOfMemoryError, and free CUDA's cache."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        # torch has no class of its own for the CPU's allocator
-        if not isinstance(
-            error, (MemoryError, torch.OutOfMemoryError)
-        ) and "can't allocate memory" not in str(error):
+        # torch has no class of its own for the CPU's allocator.
+        is_cpu_allocator = "can't allocate memory" in str(error)
+        if not is_cpu_allocator and not isinstance(error, (MemoryError, torch.OutOfMemoryError)):
             raise
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        raise OutOfMemoryError(
-            f"out of memory: {(str(error).strip() or 'MemoryError').splitlines()[0]}"
-        ) from None
+        raise OutOfMemoryError(f"out of memory: {one_line(error, first_line=True)}") from None
 
 
 @dataclass(frozen=True)
 class Compute:
-    """What a role computes with.
+    """The device, type and threads of a role.
 
     Attributes:
         device: torch device.
@@ -54,26 +50,29 @@ class Compute:
     threads: int
 
     @classmethod
-    def of(cls, settings: ComputeConfig, here: Topology) -> Compute:
+    def of(cls, settings: ComputeConfig, topology: Topology) -> Compute:
         """Resolve device and threads by the rank's place on its host.
 
-        Raises ValueError where CUDA is asked for but absent.
+        Args:
+            settings: of the role.
+            topology: of this rank; ranks of a host take its GPUs in turn.
+
+        Raises:
+            ValueError: CUDA is asked for, and the host has no such device.
         """
         num_devices = torch.cuda.device_count() if settings.device != "cpu" else 0
         if settings.device == "cuda" and not num_devices:
             raise ValueError(
-                "compute.device: found no CUDA device on this host, expected one; set it "
-                "to auto or cpu"
+                "compute.device: found no CUDA device on this host, expected one; "
+                "set it to auto or cpu"
             )
-        device = (
-            torch.device("cuda", here.local_rank % num_devices)
-            if num_devices
-            else torch.device("cpu")
-        )
-        return cls(device, DTYPES[settings.dtype], settings.threads or here.cores)
+        device = torch.device("cpu")
+        if num_devices:
+            device = torch.device("cuda", topology.local_rank % num_devices)
+        return cls(device, DTYPES[settings.dtype], settings.threads or topology.cores)
 
     def begin(self) -> None:
-        """Set this process up for the role's work; one process may play both roles in turn."""
+        """Set threads and device of this process; one process may play both roles in turn."""
         if torch.get_num_threads() != self.threads:
             torch.set_num_threads(self.threads)
         if self.device.type == "cuda":

@@ -1,6 +1,4 @@
-"""Plain torch or DeepSpeed behind the same three calls: backward, step, and the number of steps
-done.
-"""
+"""Plain torch or DeepSpeed behind the same calls: add a gradient, take a step, export the state."""
 
 from __future__ import annotations
 
@@ -20,20 +18,25 @@ from fedsp_mpi.training.process_group import SINGLE_RANK, ServerGroup
 
 
 def learning_rate(settings: OptimizerConfig, step: int, total_steps: int) -> float:
-    """The rate of optimizer step `step` (from 0) of `total_steps`: linear warm-up, then linear
-    decay.
+    """Return the learning rate of a step: linear warm-up, then linear decay.
 
     With W = round(warmup * total): (step + 1) / W of the full rate while step < W, then (total -
     step) / (total - W). No step has rate 0, so none is wasted; past the end the last rate stays.
+
+    Args:
+        settings: full rate, and the share of warm-up.
+        step: from 0.
+        total_steps: length of the schedule.
     """
-    warm = round(settings.warmup * total_steps)
-    if step < warm:
-        return settings.learning_rate * (step + 1) / warm
-    return settings.learning_rate * max(total_steps - step, 1) / max(total_steps - warm, 1)
+    num_warmup = round(settings.warmup * total_steps)
+    if step < num_warmup:
+        return settings.learning_rate * (step + 1) / num_warmup
+    num_left = max(total_steps - step, 1)
+    return settings.learning_rate * num_left / max(total_steps - num_warmup, 1)
 
 
 def adamw(parameters: Iterable[nn.Parameter], settings: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW over `parameters` as configured."""
+    """Build AdamW over the parameters as configured."""
     return torch.optim.AdamW(
         parameters,
         lr=settings.learning_rate,
@@ -45,13 +48,16 @@ def adamw(parameters: Iterable[nn.Parameter], settings: OptimizerConfig) -> torc
 
 
 class TorchEngine:
-    """AdamW, schedule and clipping over some parameters.
+    """AdamW with schedule and clipping.
 
     Args:
         parameters: what is trained, fp32.
         settings: optimizer and schedule.
         total_steps: length of the schedule.
-        team: the ranks that step together, each with the gradient of its part.
+        group: the ranks that step together, each with the gradient of its part.
+
+    Attributes:
+        steps_done: steps of the schedule so far.
     """
 
     def __init__(
@@ -59,26 +65,29 @@ class TorchEngine:
         parameters: Iterable[nn.Parameter],
         settings: OptimizerConfig,
         total_steps: int,
-        team: ServerGroup = SINGLE_RANK,
+        *,
+        group: ServerGroup = SINGLE_RANK,
     ) -> None:
+        self.group = group
+        self.steps_done = 0
+        self._settings = settings
+        self._total_steps = total_steps
         self._parameters = list(parameters)
         self._optimizer = adamw(self._parameters, settings)
-        self._settings, self._total, self.team = settings, total_steps, team
-        self.steps_done = 0
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradient of `loss`."""
+        """Add the gradient of a loss, a scalar."""
         loss.backward()
 
     def step(self) -> None:
-        """Clip, update, forget the gradient."""
-        self.team.sum(
+        """Sum the gradient over the ranks, clip it, update the parameters, and clear it."""
+        self.group.sum(
             parameter.grad for parameter in self._parameters if parameter.grad is not None
         )
         if self._settings.clip is not None:
             nn.utils.clip_grad_norm_(self._parameters, self._settings.clip)
-        for group in self._optimizer.param_groups:
-            group["lr"] = learning_rate(self._settings, self.steps_done, self._total)
+        for param_group in self._optimizer.param_groups:
+            param_group["lr"] = learning_rate(self._settings, self.steps_done, self._total_steps)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         self.steps_done += 1
@@ -88,75 +97,85 @@ class TorchEngine:
         self._optimizer.zero_grad(set_to_none=True)
 
     def to(self, device: torch.device) -> None:
-        """Move the optimizer's moments; nothing is copied that is there already."""
+        """Move the optimizer's moments, unless they are on the device already."""
         for moments in self._optimizer.state.values():
             for name, value in moments.items():
                 if name != "step" and value.device != device:
                     moments[name] = value.to(device)
 
     def state(self) -> State:
-        """Everything that a later step depends on, beside the parameters: views, where they lie on
-        the CPU.
+        """Return everything that a later step depends on, except the parameters.
+
+        The arrays are views where the parameters are on the CPU.
         """
-        return {
-            "steps_done": np.array(self.steps_done),
-            **_moments(self._optimizer, self._parameters),
-        }
+        moments = _moments(self._optimizer, self._parameters)
+        return {"steps_done": np.array(self.steps_done), **moments}
 
     def load_state(self, state: State) -> None:
-        """Go on from `state()`, whose arrays are the engine's from now on, where the parameters are
-        on the CPU.
+        """Continue from `state()`.
+
+        Where the parameters are on the CPU, the engine writes to these arrays from now on.
         """
         self.steps_done = int(state["steps_done"])
         _load_moments(self._optimizer, self._parameters, state)
 
 
-def _moments(optimizer: Any, parameters: Sequence[nn.Parameter]) -> State:
-    found = {}
+def _moments(
+    optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter]
+) -> dict[str, np.ndarray]:
+    """Return the optimizer's state as "index of the parameter/name"."""
+    moments = {}
     for index, parameter in enumerate(parameters):
         for name, value in optimizer.state.get(parameter, {}).items():
-            found[f"{index}/{name}"] = value.cpu().numpy()
-    return found
+            moments[f"{index}/{name}"] = value.cpu().numpy()
+    return moments
 
 
-def _load_moments(optimizer: Any, parameters: Sequence[nn.Parameter], state: State) -> None:
+def _load_moments(
+    optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter], state: State
+) -> None:
+    """Set the optimizer's state of every parameter that `state` has moments of."""
     for index, parameter in enumerate(parameters):
-        if moments := part_of_state(state, str(index)):
-            tensors = {
+        moments = part_of_state(state, str(index))
+        if moments:
+            optimizer.state[parameter] = {
                 name: torch.from_numpy(value).to(parameter.device)
                 for name, value in moments.items()
             }
-            optimizer.state[parameter] = tensors
 
 
 class JointEngine:
-    """Engines over different parameters that step on one loss."""
+    """Engines over different parameters that step on one loss, on one rank."""
 
     def __init__(self, *engines: TorchEngine) -> None:
-        self._engines, self.team = engines, SINGLE_RANK
+        self.group = SINGLE_RANK
+        self._engines = engines
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradient of `loss` for all of them."""
+        """Add the gradient of a loss, a scalar, for all engines."""
         loss.backward()
 
     def step(self) -> None:
-        """Each clips, updates and forgets its own."""
+        """Take one step with every engine."""
         for engine in self._engines:
             engine.step()
 
 
 class DeepSpeedEngine:
-    """The same three calls over a DeepSpeed engine, which lives on the server's ranks alone.
+    """The same calls over a DeepSpeed engine, which exists on the server's ranks alone.
 
     Args:
         model: the module that is trained, on its device.
         settings: optimizer and schedule.
         total_steps: length of the schedule.
-        num_micro_batches: calls of `backward` for one of `step`, the same on every rank of the
-            team.
-        zero_stage: 0 to 3: what the team's ranks hold in parts (nothing; moments; gradients too;
-            weights too).
-        team: the ranks that step together.
+        num_micro_batches: calls of `backward` for one of `step`, the same on every rank.
+        zero_stage: 0 to 3: what the ranks hold in parts (nothing; moments; gradients too; weights
+            too).
+        group: the ranks that step together.
+
+    Attributes:
+        version: of DeepSpeed.
+        steps_done: steps of the schedule so far.
     """
 
     def __init__(
@@ -164,18 +183,25 @@ class DeepSpeedEngine:
         model: nn.Module,
         settings: OptimizerConfig,
         total_steps: int,
+        *,
         num_micro_batches: int,
         zero_stage: int,
-        team: ServerGroup = SINGLE_RANK,
+        group: ServerGroup = SINGLE_RANK,
     ) -> None:
-        self._deepspeed = deepspeed = _import_deepspeed(team)
-        self.team = team
-        self.version, self.zero_stage = deepspeed.__version__, zero_stage
-        self._settings, self._total, self._micro = settings, total_steps, num_micro_batches
-        self._trained = [p for p in model.parameters() if p.requires_grad]
+        deepspeed = _import_deepspeed(group)
+        self.group = group
+        self.version = deepspeed.__version__
+        self.zero_stage = zero_stage
+        self.steps_done = 0
+        self._deepspeed = deepspeed
+        self._settings = settings
+        self._total_steps = total_steps
+        self._num_micro_batches = num_micro_batches
+        self._num_backward = 0
+        self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=model,
-            optimizer=adamw(self._trained, settings),
+            optimizer=adamw(self._parameters, settings),
             config={
                 "train_micro_batch_size_per_gpu": 1,
                 "gradient_accumulation_steps": num_micro_batches,
@@ -185,74 +211,73 @@ class DeepSpeedEngine:
                 "steps_per_print": 2**31,
             },
         )
-        self.steps_done = 0
-        self._calls = 0
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradient of `loss`; the engine takes means over micro-batches and ranks, which is
-        undone here.
+        """Add the gradient of a loss, a scalar.
 
-        The forward pass goes past the engine, so ZeRO is told that another one has begun; otherwise
-        it would take the last micro-batch for all of them.
+        DeepSpeed takes means over micro-batches and ranks, which is undone here. The forward pass
+        does not go through its engine, so ZeRO is told that another one has begun; otherwise it
+        would take the last micro-batch for all of them.
         """
         if self.zero_stage:
             self._engine.optimizer.clear_backward_seen_flag()
-        share = self._micro * self.team.size
-        self._engine.backward(loss * share if share > 1 else loss)
-        self._calls += 1
-        if self._calls % self._micro:
-            self._engine.step()  # counts the micro-batch; the last one is counted by `step`
+        num_averaged = self._num_micro_batches * self.group.size
+        self._engine.backward(loss * num_averaged if num_averaged > 1 else loss)
+        self._num_backward += 1
+        if self._num_backward % self._num_micro_batches:
+            # This counts the micro-batch; the last one is counted by `step`.
+            self._engine.step()
 
     def step(self) -> None:
-        """Clip, update, forget the gradient."""
-        for group in self._optimizer.param_groups:
-            group["lr"] = learning_rate(self._settings, self.steps_done, self._total)
+        """Clip the gradient, update the parameters, and clear it."""
+        for param_group in self._optimizer.param_groups:
+            param_group["lr"] = learning_rate(self._settings, self.steps_done, self._total_steps)
         self._engine.step()
         self.steps_done += 1
 
     def state(self) -> State:
-        """As TorchEngine's; only without sharding, where each rank has all of it."""
+        """Return the same as TorchEngine; only without sharding, where each rank has all of it."""
         assert self.zero_stage == 0
-        return {"steps_done": np.array(self.steps_done), **_moments(self._optimizer, self._trained)}
+        moments = _moments(self._optimizer, self._parameters)
+        return {"steps_done": np.array(self.steps_done), **moments}
 
     def load_state(self, state: State) -> None:
-        """Go on from `state()`, as TorchEngine does."""
+        """Continue from `state()`, as TorchEngine does."""
         assert self.zero_stage == 0
         self.steps_done = int(state["steps_done"])
-        _load_moments(self._optimizer, self._trained, state)
+        _load_moments(self._optimizer, self._parameters, state)
 
     def close(self) -> None:
-        """Give every rank the whole weights, and leave DeepSpeed: nothing of it outlives the
+        """Give every rank all weights, and leave DeepSpeed: nothing of it outlives the
         distillation.
         """
+        # Only stage 3 shards weights; they are copied before the engine frees them.
         parameters = list(self._engine.module.parameters()) if self.zero_stage == 3 else []
         with self._deepspeed.zero.GatheredParameters(parameters):
-            whole = [parameter.data.clone() for parameter in parameters]
+            values = [parameter.data.clone() for parameter in parameters]
         self._engine.destroy()
-        for parameter, value in zip(parameters, whole):
+        for parameter, value in zip(parameters, values):
             parameter.data = value
-        if self.team.size == 1:
+        if self.group.size == 1:
             self._deepspeed.comm.destroy_process_group()
 
 
-def _import_deepspeed(team: ServerGroup) -> Any:
-    """Import DeepSpeed over the process group of the server's ranks; a server of one rank makes one
-    of its own.
+def _import_deepspeed(group: ServerGroup) -> Any:
+    """Import DeepSpeed over the process group of the server's ranks; a single rank makes its own.
 
-    Left to itself, `init_distributed` looks for MPI and would wait for the clients; and on a CPU it
-    compiles a shared-memory operator, which needs a compiler and a minute, so that operator is
+    Left to itself, `init_distributed` looks for MPI and would wait for the clients. On a CPU it
+    also compiles a shared-memory operator, which needs a compiler and a minute, so that operator is
     marked as not available.
     """
     import deepspeed
 
     deepspeed.logger.setLevel("ERROR")
-    warnings.filterwarnings(
-        "ignore", category=FutureWarning, module=r"torch\.distributed"
-    )  # it uses older names
+    # It uses names of torch.distributed that have newer ones.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    ranks = {"RANK": team.rank, "WORLD_SIZE": team.size, "LOCAL_RANK": team.device.index or 0}
+    ranks = {"RANK": group.rank, "WORLD_SIZE": group.size, "LOCAL_RANK": group.device.index or 0}
     os.environ.update({name: str(value) for name, value in ranks.items()})
-    if team.size == 1:
+    if group.size == 1:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]

@@ -14,6 +14,8 @@ from torch import Tensor
 from fedsp_mpi.tensors import Batch, ClientError
 from fedsp_mpi.training.process_group import ServerGroup
 
+# Steps whose micro-batches are cut at once: one at a time, between two steps, cutting takes four
+# times as long.
 BLOCK = 32
 
 
@@ -22,14 +24,18 @@ class NonFiniteError(ClientError, ArithmeticError):
 
 
 class Engine(Protocol):
-    """What the loop asks of an optimizer, and who steps it together."""
+    """An optimizer as the loop sees it, and the ranks that step together."""
 
     @property
-    def team(self) -> ServerGroup: ...
+    def group(self) -> ServerGroup: ...
 
-    def backward(self, loss: Tensor) -> None: ...
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of a loss, a scalar."""
+        ...
 
-    def step(self) -> None: ...
+    def step(self) -> None:
+        """Update the parameters by the gradient, and clear it."""
+        ...
 
 
 class Batches(Protocol):
@@ -43,11 +49,11 @@ class Batches(Protocol):
 
 @dataclass(frozen=True)
 class Trace:
-    """What a stretch of training did.
+    """The course of a stretch of training.
 
     Attributes:
         losses: mean loss of each step.
-        samples: examples processed.
+        samples: number of examples processed.
         seconds: wall time.
     """
 
@@ -57,58 +63,81 @@ class Trace:
 
     @property
     def first(self) -> float:
+        """Loss of the first step, nan if there is none."""
         return self.losses[0] if self.losses else math.nan
 
     @property
     def last(self) -> float:
+        """Loss of the last step, nan if there is none."""
         return self.losses[-1] if self.losses else math.nan
+
+
+def num_answer_tokens(batch: Batch) -> int:
+    """Return the number of tokens that a batch's targets [batch, length] ask for."""
+    return int((batch.targets != -100).sum())
+
+
+def num_text_tokens(batch: Batch) -> int:
+    """Return the number of tokens of a batch [batch, length] that are not padding."""
+    return int(batch.attention_mask.sum())
 
 
 def train(
     engine: Engine,
     batches: Batches,
+    loss: Callable[[Batch], Tensor],
+    *,
     first_step: int,
     num_steps: int,
-    loss: Callable[[Batch], Tensor],
-    count: Callable[[Batch], int],
     device: torch.device,
+    count: Callable[[Batch], int] = num_answer_tokens,
     on_step: Callable[[Tensor], None] | None = None,
     until: float | None = None,
 ) -> Trace:
-    """Take `num_steps` optimizer steps over the batches from `first_step` on.
-
-    With `until`, a time of `time.perf_counter()`, no step begins after it but the first.
+    """Take optimizer steps over consecutive batches.
 
     A step's loss is the sum of `loss` over its micro-batches divided by the sum of `count`, so it
     does not depend on how the batch is cut, or on how many ranks share it. Losses are fetched from
     the device once, at the end.
 
-    Raises NonFiniteError naming the first step whose loss is not finite.
+    Args:
+        engine: holds the optimizer of what is trained.
+        batches: by the number of the step.
+        loss: returns the sum of a micro-batch's losses, a scalar.
+        first_step: number of the first batch.
+        num_steps: steps to take.
+        device: that batches are moved to.
+        count: returns the number that losses are averaged over.
+        on_step: is called with every step's loss, a scalar on the device.
+        until: a time of `time.perf_counter()`, in seconds, after which no step begins but the
+            first.
+
+    Raises:
+        NonFiniteError: names the first step whose loss is not finite.
     """
     start = time.perf_counter()
-    losses: list[Tensor] = []
-    for micro_batches, total in _in_blocks(batches, first_step, num_steps, count, engine.team):
-        shares = [_share(engine, loss(batch.to(device)) / total) for batch in micro_batches]
+    step_losses: list[Tensor] = []
+    for micro_batches, total in _in_blocks(batches, first_step, num_steps, count, engine.group):
+        # --- forward and backward ---
+        step_loss: Tensor | None = None
+        for batch in micro_batches:
+            share = loss(batch.to(device)) / total
+            engine.backward(share)
+            step_loss = share.detach() if step_loss is None else step_loss + share.detach()
+        assert step_loss is not None, "a step has at least one micro-batch"
+        # --- update ---
         engine.step()
-        losses.append(sum(shares[1:], shares[0]))
-        engine.team.sum(losses[-1:])
+        # --- report ---
+        engine.group.sum([step_loss])
+        step_losses.append(step_loss)
         if on_step is not None:
-            on_step(losses[-1])
-        if until is not None and _is_past(until, losses[-1]):
+            on_step(step_loss)
+        if until is not None and _is_past(until, step_loss):
             break
-    found = torch.stack(losses).tolist() if losses else []
-    _require_finite(found)
-    return Trace(tuple(found), len(found) * batches.batch_size, time.perf_counter() - start)
-
-
-def num_answer_tokens(batch: Batch) -> int:
-    """Tokens that a batch asks for."""
-    return int((batch.targets != -100).sum())
-
-
-def num_text_tokens(batch: Batch) -> int:
-    """Tokens of a batch that are not padding."""
-    return int(batch.attention_mask.sum())
+    losses = torch.stack(step_losses).tolist() if step_losses else []
+    _require_finite(losses)
+    seconds = time.perf_counter() - start
+    return Trace(tuple(losses), len(losses) * batches.batch_size, seconds)
 
 
 def _in_blocks(
@@ -116,34 +145,29 @@ def _in_blocks(
     first_step: int,
     num_steps: int,
     count: Callable[[Batch], int],
-    team: ServerGroup,
+    group: ServerGroup,
 ) -> Iterator[tuple[list[Batch], float]]:
-    """The micro-batches of every step, and what they count on all ranks together.
+    """Yield every step's micro-batches, and what they count on all ranks together.
 
-    They are cut many steps at a time: alone, between two steps, one takes four times as long.
+    They are cut `BLOCK` steps at a time.
     """
     end = first_step + num_steps
     for start in range(first_step, end, BLOCK):
         block = [batches.step(index) for index in range(start, min(start + BLOCK, end))]
-        yield from zip(
-            block, team.totals([sum(map(count, micro_batches)) for micro_batches in block])
-        )
+        counts = [sum(map(count, micro_batches)) for micro_batches in block]
+        yield from zip(block, group.totals(counts))
 
 
 def _is_past(until: float, loss: Tensor) -> bool:
-    loss.item()  # a device works behind the clock
+    # A device works behind the clock: wait until it has this step's loss.
+    loss.item()
     return time.perf_counter() >= until
-
-
-def _share(engine: Engine, loss: Tensor) -> Tensor:
-    engine.backward(loss)
-    return loss.detach()
 
 
 def _require_finite(losses: list[float]) -> None:
     for index, value in enumerate(losses):
         if not math.isfinite(value):
             raise NonFiniteError(
-                f"the loss of step {index + 1} of {len(losses)} is {value}, expected a "
-                "finite number"
+                f"the loss of step {index + 1} of {len(losses)} is {value}, "
+                "expected a finite number"
             )

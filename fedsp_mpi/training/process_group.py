@@ -1,6 +1,4 @@
-"""Several ranks in one role: each takes its part of the work, and what they add up is the same on
-all of them.
-"""
+"""Several ranks in one role: each does its part of the work, and sums are the same on all."""
 
 from __future__ import annotations
 
@@ -16,123 +14,142 @@ import torch
 from torch import Tensor, distributed
 
 from fedsp_mpi.comm import DeadlineError
+from fedsp_mpi.log import one_line
+
+_DAY = 86400.0  # seconds
 
 
 class Rendezvous:
-    """Where a team meets.
+    """The place where the ranks of a group connect.
 
     Attributes:
-        address, port: of the leader.
+        address: of the leader's host.
+        port: of its store.
         size: ranks that are to come.
-        store: the open door itself, at the leader.
+        store: the open store itself, on the leader; None elsewhere.
     """
 
-    def __init__(self, address: str, port: int, size: int, store: Any = None) -> None:
-        self.address, self.port, self.size, self.store = address, port, size, store
+    def __init__(
+        self,
+        address: str,
+        port: int,
+        size: int,
+        *,
+        store: distributed.TCPStore | None = None,
+    ) -> None:
+        self.address = address
+        self.port = port
+        self.size = size
+        self.store = store
 
     @classmethod
     def open(cls, size: int, one_host: bool) -> Rendezvous:
-        """The leader's: a port that is free, on an address that the others reach. A team of one
-        needs none.
+        """Open a store on a free port of this host, which the leader does.
+
+        A group of one rank needs none.
+
+        Args:
+            size: ranks that are to come.
+            one_host: whether all of them run on this host.
         """
         if size == 1:
             return cls("localhost", 0, 1)
         address = "localhost" if one_host else socket.gethostname()
         store = distributed.TCPStore("localhost", 0, size, is_master=True, wait_for_workers=False)
-        return cls(address, store.port, size, store)
+        return cls(address, store.port, size, store=store)
 
 
 class ServerGroup:
-    """The ranks that share a role's work. They call the same things in the same order; alone, every
-    call is free.
+    """The ranks that share a role's work; with one rank, every method returns at once.
 
-    Sums are of all ranks and bit-equal on all of them, so what follows from sums alone stays equal
-    without being sent.
+    All ranks call the same methods in the same order. Sums are over all ranks and bit-equal on all
+    of them, so what follows from sums alone stays equal without being sent.
 
     Attributes:
-        rank, size: among the team; rank 0 leads.
-        device: where `tell` and `totals` compute.
+        rank: of this process in the group; rank 0 leads.
+        size: number of ranks.
+        device: that `tell` and `totals` compute on.
     """
 
     def __init__(self, rank: int = 0, size: int = 1, device: torch.device | None = None) -> None:
-        self.rank, self.size = rank, size
+        self.rank = rank
+        self.size = size
         self.device = device or torch.device("cpu")
 
     @classmethod
     def join(
-        cls, meeting: Rendezvous, rank: int, device: torch.device, seconds: float | None
+        cls, meeting: Rendezvous, rank: int, device: torch.device, *, seconds: float | None
     ) -> ServerGroup:
-        """Wait for the others at the meeting point: gloo for tensors on the CPU, NCCL for those on
-        GPUs.
+        """Connect to the other ranks: by gloo for tensors on the CPU, by NCCL for those on GPUs.
 
         Args:
-            meeting: as the leader opened it, or heard of it.
-            rank: of this process in the team.
+            meeting: as the leader opened it, or with the address that it told.
+            rank: of this process in the group.
             device: of this process's work.
-            seconds: longest wait for the others in any later call; None: a day.
+            seconds: longest wait for the others, here and in any later call; None: a day.
 
         Raises:
-            DeadlineError: not everybody came.
+            DeadlineError: a rank did not come in time.
         """
         if meeting.size == 1:
             return cls(device=device)
         if meeting.address == "localhost":
-            os.environ.setdefault(
-                "GLOO_SOCKET_IFNAME", "lo"
-            )  # a host's name need not lead to itself
+            # The name of a host need not resolve to the host itself.
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        patience = timedelta(seconds=seconds or 86400)
+        timeout = timedelta(seconds=seconds or _DAY)
         with _deadline():
             store = meeting.store or distributed.TCPStore(
-                meeting.address, meeting.port, meeting.size, timeout=patience
+                meeting.address, meeting.port, meeting.size, timeout=timeout
             )
             distributed.init_process_group(
-                backend, store=store, rank=rank, world_size=meeting.size, timeout=patience
+                backend, store=store, rank=rank, world_size=meeting.size, timeout=timeout
             )
         return cls(rank, meeting.size, device)
 
     def sum(self, tensors: Iterable[Tensor]) -> None:
-        """Put the sum over all ranks into each tensor, in place."""
+        """Replace each tensor, of any shape, by its sum over all ranks, in place."""
         if self.size > 1:
             with _deadline():
                 for tensor in tensors:
                     distributed.all_reduce(tensor)
 
     def lead(self, tensors: Iterable[Tensor]) -> None:
-        """Put the leader's values into each tensor, in place."""
+        """Replace each tensor, of any shape, by the leader's, in place."""
         if self.size > 1:
             with _deadline():
                 for tensor in tensors:
                     distributed.broadcast(tensor.detach(), 0)
 
     def totals(self, numbers: Sequence[float]) -> list[float]:
-        """The sums over all ranks of some numbers, in fp64."""
+        """Return the sum of each number over all ranks, computed in fp64."""
         if self.size == 1:
             return list(numbers)
         sums = torch.tensor(numbers, dtype=torch.float64, device=self.device)
         self.sum([sums])
         return sums.tolist()
 
-    def any(self, here: bool) -> bool:
-        """Whether one of the ranks says so."""
-        return self.totals([here])[0] > 0
+    def any(self, flag: bool) -> bool:
+        """Return whether the flag is set on any rank."""
+        return self.totals([flag])[0] > 0
 
     def is_mine(self, index: int) -> bool:
-        """Whether this rank does piece `index` of some work that is dealt out."""
+        """Return whether this rank does item `index` of work that is dealt out to all ranks."""
         return index % self.size == self.rank
 
     def tell(self, value: Any = None) -> Any:
-        """What the leader says, which is anything that JSON can say; the others pass nothing."""
+        """Return the leader's value, which JSON can express; the other ranks pass nothing."""
         if self.size == 1:
             return value
-        said = json.dumps(value).encode() if self.rank == 0 else b""
-        size = int(self.totals([len(said)])[0])
-        letter = torch.frombuffer(bytearray(said.ljust(size)), dtype=torch.uint8).to(self.device)
-        self.lead([letter])
-        return json.loads(bytes(letter.tolist()))
+        message = json.dumps(value).encode() if self.rank == 0 else b""
+        num_bytes = int(self.totals([len(message)])[0])
+        padded = bytearray(message.ljust(num_bytes))
+        buffer = torch.frombuffer(padded, dtype=torch.uint8).to(self.device)
+        self.lead([buffer])
+        return json.loads(bytes(buffer.tolist()))
 
     def leave(self) -> None:
-        """The end of the team; whoever leaves first does not disturb the others."""
+        """Wait until all ranks are done, and disconnect."""
         if self.size > 1:
             self.totals([0])
             distributed.destroy_process_group()
@@ -140,7 +157,7 @@ class ServerGroup:
 
 @contextmanager
 def _deadline() -> Iterator[None]:
-    """Say what it means that the others did not come in time."""
+    """Turn a timeout inside the block into a DeadlineError."""
     try:
         yield
     except RuntimeError as error:
@@ -148,7 +165,7 @@ def _deadline() -> Iterator[None]:
             raise
         raise DeadlineError(
             "server's ranks: found one that did not take part in time "
-            f"({str(error).splitlines()[0]}); look at what "
+            f"({one_line(error, first_line=True)}); look at what "
             "they were doing, or raise deadlines.server"
         ) from None
 

@@ -8,7 +8,7 @@ from fedsp_mpi.data.tokens import Batches
 from fedsp_mpi.files.fingerprint import of_weights
 from fedsp_mpi.log import Log
 from fedsp_mpi.models import auxiliary
-from fedsp_mpi.models.backbone import LanguageModel
+from fedsp_mpi.models.language_model import LanguageModel
 from fedsp_mpi.training.distill import Progress, distil
 from fedsp_mpi.training.process_group import SINGLE_RANK
 from helpers import tiny
@@ -45,12 +45,12 @@ def distilled(
         student,
         teacher,
         batches,
-        settings,
-        1,
-        Log(),
-        lambda: next(asked) == stop_at,
-        team,
-        progress or Progress(),
+        settings=settings,
+        seed=1,
+        log=Log(),
+        stop=lambda: next(asked) == stop_at,
+        group=team,
+        progress=progress or Progress(),
     )
     assert of_weights(teacher.weights) == before
     return done, student

@@ -18,7 +18,7 @@ def make(
     offset: float = 0.0,
     **config: Any,
 ) -> RunRecord:
-    """A record with some rounds of two clients and an 8x4 prompt."""
+    """Make a record with some rounds of two clients and an 8x4 prompt."""
     record = RunRecord.create(
         folder,
         config={"run": {"seed": seed}, "model": {"name": "tiny"}, **config},
@@ -43,7 +43,7 @@ def make(
 
 
 def tensors(round: int, offset: float = 0.0) -> dict[str, np.ndarray]:
-    """Prompts of several shapes, with values that only bits can tell apart."""
+    """Make prompts of several shapes, with values that only bits can tell apart."""
     prefix = np.random.default_rng(round).standard_normal((8, 4)).astype(np.float32) + np.float32(
         offset
     )
@@ -63,7 +63,7 @@ def assert_same_bits(found: dict[str, np.ndarray], expected: dict[str, np.ndarra
 
 
 def results(fedsp: float, loss: float = 2.0) -> list[ResultRow]:
-    """Zero-shot 0.5, server-only 0.6, fedsp as given."""
+    """Make results: zero-shot 0.5, server-only 0.6, fedsp as given."""
     scores = {"zero-shot": 0.5, "server-only": 0.6, "fedsp": fedsp}
     return [
         ResultRow(

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 
 from fedsp_mpi import rng
-from fedsp_mpi.algorithms import fedbpt
+from fedsp_mpi.algorithms import fedavg_bbt, fedbpt
 from fedsp_mpi.comm.messages import Report
 from fedsp_mpi.comm.updates import Updates
 from fedsp_mpi.config.search import SearchConfig
@@ -29,13 +29,12 @@ def rosenbrock(x: np.ndarray) -> float:
     return float((100 * (x[1:] - x[:-1] ** 2) ** 2 + (1 - x[:-1]) ** 2).sum())
 
 
-class FunctionServer(fedbpt.Server):
+def function_server(settings: SearchConfig) -> fedbpt.SearchServer:
     """The server without a model: nothing is made of z."""
-
-    def __init__(self, settings: SearchConfig) -> None:
-        model = SimpleNamespace()
-        spec = PromptSpec("input", 1, 1, 1, 1)
-        super().__init__(model, Prompt(spec), Subspace(spec, settings.dimension, 1.0, 1), settings)
+    method = fedavg_bbt.METHOD if settings.rule == "average" else fedbpt.METHOD
+    spec = PromptSpec("input", 1, 1, 1, 1)
+    subspace = Subspace(spec, settings.dimension, 1.0, 1)
+    return method.server_class(SimpleNamespace(), Prompt(spec), subspace, settings=settings)
 
 
 class Function:
@@ -54,11 +53,12 @@ class Function:
 
 def function_client(
     function: Callable[[np.ndarray], float] | Function, settings, seed, clients
-) -> fedbpt.Client:
+) -> fedbpt.SearchClient:
     """Clients whose objective is a function of z."""
     shards = {client: [None] * (client + 1) for client in range(clients)}
     forward = function if isinstance(function, Function) else Function(function)
-    return fedbpt.Client(forward, shards, np.arange(9), settings, seed)
+    method = fedavg_bbt.METHOD if settings.rule == "average" else fedbpt.METHOD
+    return method.client_class(forward, shards, np.arange(9), settings=settings, seed=seed)
 
 
 def gathered(updates: list[Update]) -> Updates:
@@ -71,14 +71,14 @@ def gathered(updates: list[Update]) -> Updates:
 
 def evaluations_together(function, settings: SearchConfig, clients: int, seed: int) -> float:
     """How often each of the clients asks the function until one of them is below 1e-8."""
-    server, asked = FunctionServer(settings), Function(function)
+    server, asked = function_server(settings), Function(function)
     client = function_client(asked, settings, seed, clients)
     for round in range(1, 400):
         down = server.broadcast()
-        updates = [client.local(id, round, down) for id in range(clients)]
+        updates = [client.local_update(id, round, down) for id in range(clients)]
         if asked.best < 1e-8:
             return asked.evaluations / clients
-        server.take(server.merge(gathered(updates)))
+        server.load_aggregate(server.aggregate(gathered(updates)))
     return math.inf
 
 
@@ -96,7 +96,9 @@ def evaluations_alone(function, settings: SearchConfig, seed: int) -> float:
     return math.inf
 
 
-def told(server: FunctionServer, clients: int, losses: list[float] | None = None) -> list[Update]:
+def told(
+    server: fedbpt.SearchServer, clients: int, losses: list[float] | None = None
+) -> list[Update]:
     """One update of each client from the server's broadcast."""
     client = function_client(sphere, server._settings, 3, clients)
-    return [client.local(id, 1, server.broadcast()) for id in range(clients)]
+    return [client.local_update(id, 1, server.broadcast()) for id in range(clients)]

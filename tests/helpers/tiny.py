@@ -23,8 +23,8 @@ from transformers import (
 from fedsp_mpi.config import AuxiliaryConfig
 from fedsp_mpi.data.tokens import Text, collate
 from fedsp_mpi.models import backbone
-from fedsp_mpi.models.backbone import LanguageModel
 from fedsp_mpi.models.families import model_class
+from fedsp_mpi.models.language_model import LanguageModel
 from fedsp_mpi.tensors import Batch
 
 FAMILIES = ("gpt2", "opt", "llama", "qwen2")  # that all tests of families take

@@ -107,12 +107,12 @@ def test_before_mpi_and_alone_a_crash_is_reported_and_leaves_status_1() -> None:
 def test_phases_nest_and_an_error_remembers_its_own() -> None:
     with pytest.raises(RuntimeError) as caught, guard.phase("round", round=3):
         with guard.phase("local training", client=5):
-            assert str(guard.scene()) == "round 3, client 5, phase 'local training'"
-        assert str(guard.scene()) == "round 3, phase 'round'"
+            assert str(guard.phase_info()) == "round 3, client 5, phase 'local training'"
+        assert str(guard.phase_info()) == "round 3, phase 'round'"
         with guard.phase("merge"):
             raise RuntimeError
-    assert str(guard.scene(caught.value)) == "round 3, phase 'merge'"
-    assert str(guard.scene()) == "phase 'start-up'"
+    assert str(guard.phase_info(caught.value)) == "round 3, phase 'merge'"
+    assert str(guard.phase_info()) == "phase 'start-up'"
 
 
 def test_the_guard_passes_on_what_harms_nobody() -> None:
@@ -125,7 +125,7 @@ def test_the_guard_passes_on_what_harms_nobody() -> None:
 
 
 def test_a_request_to_stop_does_not_kill_what_is_about_to_end() -> None:
-    """Python gives signals their default action, which is to kill, before it takes a process apart."""
+    """At exit Python restores the signals' default action, which is to kill."""
     code = """
 import os, signal, sys
 from fedsp_mpi.comm import guard

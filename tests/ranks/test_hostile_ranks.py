@@ -1,6 +1,4 @@
-"""A client rank that does not keep to the protocol, on a real mpirun: never averaged, and always
-named.
-"""
+"""A client rank that breaks the protocol, under a real mpirun: never averaged, always named."""
 
 from __future__ import annotations
 
@@ -31,19 +29,19 @@ ALL_DROPPED = {  # why clients 2 and 3 are
 }
 ENDS = {  # what the job ends with
     "foreign": (
-        "update of client 0 from rank 2: found a client that this rank does not play in round 1"
+        "update of client 0 from rank 2: found a client that this rank does not host in round 1"
     ),
-    "duplicate": "update of client 2 from rank 2: found two answers, expected one",
+    "duplicate": "update of client 2 from rank 2: found two results, expected one",
     "wrong_round": "update of client 2 from rank 2: found [round, values, schema] [2, 20,",
     "crafted": (
         "update of client 2 from rank 2: found [round, values, schema] [1, 9223372036854775808,"
     ),
-    "asks": "update of client 2 from rank 2: found 4294967295 questions, expected none",
+    "asks": "update of client 2 from rank 2: found 4294967295 requests, expected none",
     "torn": (
-        "rank 2: found a letter of answers that cannot be read (ValueError: rank 2: found 249 bytes"
+        "rank 2: found a message of results that cannot be read (ValueError: rank 2: found 249 bytes"
     ),
-    "noise": "rank 2: found a letter of answers that cannot be read",
-    "long_letter": "rank 2: found a letter of 1048576 bytes in gather, expected at most 8704",
+    "noise": "rank 2: found a message of results that cannot be read",
+    "long_message": "rank 2: found a message of 1048576 bytes in gather, expected at most 8704",
     "late_nan": (
         "update of client 2 from rank 2 in round 1: values 12 to 20: the update is not finite"
     ),
@@ -53,34 +51,31 @@ ENDS = {  # what the job ends with
     "json_deep": "rank 2: found a JSON message that cannot be read (RecursionError",
     "json_not_utf8": "rank 2: found a JSON message that cannot be read (UnicodeDecodeError",
     "json_cut": "rank 2: found a JSON message that cannot be read (JSONDecodeError",
-    "json_large": "rank 2: found a letter of 68157696 bytes in gather, expected at most 67108864",
+    "json_large": "rank 2: found a message of 68157696 bytes in gather, expected at most 67108864",
 }
-SILENT = ("mute", "no_pieces")  # nothing comes: the deadline says from whom
+SILENT = ("mute", "no_chunks")  # nothing comes: the deadline says from whom
 
 
 def test_what_a_client_cannot_have_sent_is_left_out_by_name(tmp_path):
     ways = [*DROPPED, *ALL_DROPPED, "honest"]
     run_mpi(3, [PROGRAMS / "hostile.py", tmp_path / "out.json", *ways])
     rounds = json.loads((tmp_path / "out.json").read_text())
-    assert [found["way"] for found in rounds] == ways
-    for found in rounds:
-        way = found["way"]
-        reasons = (
-            {"2": DROPPED[way]}
-            if way in DROPPED
-            else dict.fromkeys("23", ALL_DROPPED[way])
-            if way in ALL_DROPPED
-            else {}
-        )
-        assert found["failures"] == reasons, way
-        assert found["accepted"] == [client for client in range(4) if str(client) not in reasons], (
-            way
-        )
+    assert [outcome["way"] for outcome in rounds] == ways
+    for outcome in rounds:
+        way = outcome["way"]
+        reasons = {}
+        if way in DROPPED:
+            reasons = {"2": DROPPED[way]}
+        elif way in ALL_DROPPED:
+            reasons = dict.fromkeys("23", ALL_DROPPED[way])
+        accepted = [client for client in range(4) if str(client) not in reasons]
+        assert outcome["failures"] == reasons, way
+        assert outcome["accepted"] == accepted, way
         for start, width in ((0, 12), (12, 8)):
-            rows = [[1.0 + client] * width for client in found["accepted"]]
+            rows = [[1.0 + client] * width for client in accepted]
             if way == "honest" and start == 0:
                 rows[2][3] = 3.0
-            assert found["rows"][str(start)] == rows, way
+            assert outcome["rows"][str(start)] == rows, way
 
 
 @pytest.mark.parametrize("way", ENDS)

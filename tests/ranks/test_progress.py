@@ -44,7 +44,7 @@ def test_every_stage_of_fedsp_says_how_far_it_is(tmp_path):
         "client.tuning.steps=1",
         "federation.rounds=1",
     ]
-    execute.execute(config.load(None, settings), "progress", Log(), Log(lines.append))
+    execute.execute(config.load(None, settings), "progress", Log(), client_log=Log(lines.append))
     stages = ("alignment step 1 of 2", "alignment step 2 of 2", "tuning step 1 of 1")
     assert lines == [
         f"round 1: client {id} ({id + 1} of 2 on this rank) at {s}" for id in (0, 1) for s in stages

@@ -28,17 +28,21 @@ from fedsp_mpi.record import ClientRow, RecordError, RoundRow, RunRecord, WireRo
 
 def prompts(round, size):
     rng = np.random.default_rng(round)
-    return {name: rng.standard_normal(size, dtype=np.float32) for name in ("layer.0/key", "layer.0/value")}
+    names = ("layer.0/key", "layer.0/value")
+    return {name: rng.standard_normal(size, dtype=np.float32) for name in names}
 
 def commit(record, size):
     number = record.run.committed_rounds + 1
     clients = [ClientRow(round=number, client=c, rank=1, reason="long " * 50) for c in range(8)]
-    wire = [WireRow(name="layer.0/key", shape=(size,), dtype="float32", direction="up", count=number, bytes=4 * size)]
-    record.commit_round(RoundRow(round=number, num_clients=8), clients, prompts(number, size), wire)
+    entry = {"name": "layer.0/key", "shape": (size,), "dtype": "float32", "direction": "up"}
+    wire = [WireRow(**entry, count=number, bytes=4 * size)]
+    row = RoundRow(round=number, num_clients=8)
+    record.commit_round(row, clients, prompts(number, size), wire=wire)
     print("committed", number, flush=True)
 
 def create(folder):
-    return RunRecord.create(folder, config={"run": {"seed": 1}}, config_text="run: {seed: 1}", environment={})
+    config = {"run": {"seed": 1}}
+    return RunRecord.create(folder, config=config, config_text="run: {seed: 1}", environment={})
 """
 
 
@@ -79,21 +83,21 @@ def kill_at(code: str, folder: Path, delay: float) -> list[str]:
     """
     child = start(code, folder)
     assert child.stdout is not None
-    said = []
+    lines = []
     try:
         for line in child.stdout:
-            said.append(line.strip())
-            if said[-1] == "created":
+            lines.append(line.strip())
+            if lines[-1] == "created":
                 break
         time.sleep(delay)
         live = read(folder)  # reading goes on while it writes
         assert live.status in ("running", "complete")
     finally:
         child.send_signal(signal.SIGKILL)
-        rest = child.stdout.read()
+        last_words = child.stdout.read()
         child.wait(10)
         child.stdout.close()
-    return said + rest.splitlines()
+    return lines + last_words.splitlines()
 
 
 def expected_prompts(round: int, size: int) -> dict[str, np.ndarray]:
@@ -111,8 +115,8 @@ def test_killed_at_any_moment_keeps_every_committed_round(
     dice = random.Random(7)
     for moment in range(moments):
         folder = tmp_path / str(moment)
-        said = kill_at(code, folder, dice.uniform(0, 0.35))
-        claimed = [int(line.split()[1]) for line in said if line.startswith(("committed", "cut"))]
+        output = kill_at(code, folder, dice.uniform(0, 0.35))
+        claimed = [int(line.split()[1]) for line in output if line.startswith(("committed", "cut"))]
         run = read(folder)
         # a commit, or a cut of one round, may be on disk before it was said
         last = claimed[-1] if claimed else 0
@@ -149,10 +153,10 @@ except RecordError as error:
 )
 def test_full_disk_keeps_the_last_state(tmp_path: Path, limit: int, what: str) -> None:
     child = start(FULL_DISK, tmp_path / "a", limit, stderr=subprocess.PIPE)
-    said, complaints = child.communicate(timeout=30)
+    output, complaints = child.communicate(timeout=30)
     assert child.returncode == 0, complaints
-    assert f"{what}: cannot be written" in said and "keeps its 2 rounds" in said, said
-    assert "File too large" in said or "write failed" in said or "flush" in said, said
+    assert f"{what}: cannot be written" in output and "keeps its 2 rounds" in output, output
+    assert "File too large" in output or "write failed" in output or "flush" in output, output
     run = read(tmp_path / "a")
     assert run.committed_rounds == 2 and not list(tmp_path.rglob("*.part"))
     for round in (1, 2):
@@ -186,13 +190,13 @@ def test_read_only_folder(tmp_path: Path) -> None:
         child = start(
             READ_ONLY, tmp_path / "a", stderr=subprocess.PIPE, preexec_fn=_obey_permissions
         )
-        said, complaints = child.communicate(timeout=30)
+        output, complaints = child.communicate(timeout=30)
     finally:
         (tmp_path / "a").chmod(0o755)
     if child.returncode == 77:
         pytest.skip("root, and its right to write everywhere cannot be given up here")
     assert child.returncode == 0, complaints
-    lines = said.splitlines()
+    lines = output.splitlines()
     assert (
         "run.h5: cannot be written (Permission denied); the record keeps its 3 rounds" in lines[0]
     )

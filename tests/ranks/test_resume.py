@@ -40,20 +40,20 @@ def go(n: int, folder: Path, name: str, *more: str, fault: str = "", status: int
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """Holds `whole`, the run that nobody disturbed; the others take their auxiliary model from it."""
+    """Make a folder with the undisturbed run `whole`, whose auxiliary model the others reuse."""
     folder = tmp_path_factory.mktemp("runs")
     go(2, folder, "whole")
     return folder
 
 
 def require_equal(folder: Path, name: str) -> None:
-    """The run has the bits of the undisturbed one, and every round once."""
-    whole, run = read(folder / "whole"), read(folder / name)
-    assert run.status == "complete" and difference(whole, run) == []
+    """Require that the run has the bits of the undisturbed one, and every round once."""
+    undisturbed, run = read(folder / "whole"), read(folder / name)
+    assert run.status == "complete" and difference(undisturbed, run) == []
     assert run.rounds["round"].tolist() == [1, 2, 3, 4, 5]
     assert run.clients["client"].tolist() == [0, 1, 2] * 5
     for column in ("acc", "loss", "round"):
-        assert run.results[column].tobytes() == whole.results[column].tobytes()
+        assert run.results[column].tobytes() == undisturbed.results[column].tobytes()
 
 
 MOMENTS = [

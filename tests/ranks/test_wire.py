@@ -1,4 +1,4 @@
-"""The wire on real processes: the same bits and the same books for any number of them."""
+"""The wire on real processes: the same bits and the same ledger for any number of them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def without(rounds: list[dict[str, Any]], *names: str) -> list[dict[str, Any]]:
         ("--chunk", 4 * 7, "--values", 101),
         ("--values", 300_000, "--chunk", 4 * 131_072),
     ],
-    ids=["failures", "partial", "tiny-pieces", "large"],
+    ids=["failures", "partial", "tiny-chunks", "large"],
 )
 def test_one_result_on_one_two_and_four_processes(
     tmp_path: Path, options: tuple[object, ...]
@@ -61,29 +61,33 @@ def test_a_rule_that_stops_reading_does_not_break_the_next_round(tmp_path: Path)
 
 
 @pytest.mark.parametrize("processes", [0, 3])
-def test_the_merge_needs_memory_for_one_piece_of_every_update(
+def test_the_merge_needs_memory_for_one_chunk_of_every_update(
     tmp_path: Path, processes: int
 ) -> None:
-    values, clients, chunk = 500_000, 30, 16 << 10
+    values = 500_000
+    clients = 30
+    chunk = 16 << 10
     rounds = fold(
         tmp_path / "out.json", processes, "--values", values, "--clients", clients, "--chunk", chunk
     )["rounds"]
-    everything, allowed = (
-        clients * 4 * values,
-        clients * chunk + 4 * values + 200_000,
-    )  # pieces, the result, and change
+    everything = clients * 4 * values
+    allowed = clients * chunk + 4 * values + 200_000  # chunks, the result, and a margin
     assert max(seen["peak"] for seen in rounds) < allowed < everything / 20
 
 
 def test_the_manifest_names_every_byte(tmp_path: Path) -> None:
-    clients, client_ranks, rounds, values = 5, 3, 3, 1003
+    clients = 5
+    client_ranks = 3
+    rounds = 3
+    values = 1003
     runs = [fold(tmp_path / f"{n}.json", n) for n in (0, 4)]
     for run, ranks in zip(runs, (0, client_ranks)):
         book = {
             (entry["direction"], entry["phase"], entry["name"]): entry for entry in run["manifest"]
         }
         for direction, phase in (("down", "broadcast"), ("up", "gather")):
-            prefix, header = book[direction, phase, "prefix"], book[direction, phase, "(header)"]
+            prefix = book[direction, phase, "prefix"]
+            header = book[direction, phase, "(header)"]
             assert (prefix["shape"], prefix["dtype"]) == ([500, 2], "float32")
             assert (prefix["messages"], prefix["bytes"]) == (
                 clients * rounds,
@@ -94,9 +98,8 @@ def test_the_manifest_names_every_byte(tmp_path: Path) -> None:
                 clients * rounds * 256,
             )
         assert book["down", "broadcast", "prefix"]["crossed"] == ranks * rounds
-        assert book["down", "broadcast", "(header)"]["crossed"] == ranks * (
-            rounds + 1
-        )  # and the word to stop
+        # One more header says that there are no more rounds.
+        assert book["down", "broadcast", "(header)"]["crossed"] == ranks * (rounds + 1)
         assert book["up", "gather", "prefix"]["crossed"] == (clients * rounds if ranks else 0)
         assert book["handout", "handout", "input"]["bytes"] == max(1, ranks) * 12
         for entry in run["rounds"]:
@@ -152,7 +155,7 @@ def test_what_must_not_travel_is_refused(case: str, who: str, message: str) -> N
 
 def test_a_client_that_answers_on_two_ranks_is_refused() -> None:
     run = run_mpi(3, [PROGRAMS / "refuse.py", "twice"], timeout=30, status=None)
-    assert run.returncode != 0 and "found two answers of client 0 in one round" in run.stderr
+    assert run.returncode != 0 and "found two results of client 0 in one round" in run.stderr
 
 
 def test_a_verdict_is_no_crash() -> None:

@@ -15,7 +15,8 @@ PACKAGE = ROOT / "fedsp_mpi"
 # A file imports from its own room and from the rows above, never from its neighbours.
 ORDER = (
     {"fedsp_mpi", "files"},
-    {"config", "tensors", "rng", "log"},
+    {"config"},
+    {"tensors", "rng", "log"},
     {"comm", "data", "models", "aggregation", "record"},
     {"training", "report"},
     {"algorithms", "evaluation"},
@@ -156,7 +157,7 @@ def test_every_heavy_library_but_peft_is_used_at_all():
     assert set(HOME) - {"peft"} <= used
 
 
-def test_modules_are_named_at_run_time_in_one_place_only():
+def test_modules_are_named_at_run_time_in_two_places_only():
     names = {
         (file, getattr(node, "id", getattr(node, "attr", "")))
         for file in FILES
@@ -166,7 +167,8 @@ def test_modules_are_named_at_run_time_in_one_place_only():
     dynamic = {
         (file, name) for file, name in names if name in ("import_module", "__import__", "exec")
     }
-    assert dynamic == {("comm/__init__.py", "import_module")}
+    # names of the room that are loaded late; the file of a method
+    assert dynamic == {(file, "import_module") for file in ("comm/__init__.py", "run/build.py")}
 
 
 WITHOUT_TORCH = {

@@ -1,6 +1,4 @@
-"""What travels: named fp32 views of one vector, schemas that say where they differ, and the global
-model's seal.
-"""
+"""Named fp32 views of one vector, schemas, and the protection of the global model's memory."""
 
 import subprocess
 import sys
@@ -12,7 +10,7 @@ import torch
 from fedsp_mpi import rng
 from fedsp_mpi.tensors import Batch, Contract, NamedTensors, Schema, SealedTensorError, seal
 
-SOME = {
+TENSORS = {
     "a": torch.arange(6.0).reshape(2, 3),
     "b.x": torch.tensor(7.0),
     "b.y": torch.arange(4.0) + 10,
@@ -30,7 +28,7 @@ def unsealed():
 
 
 def test_packed_tensors_lie_side_by_side_in_one_vector():
-    packed = NamedTensors.pack(SOME)
+    packed = NamedTensors.pack(TENSORS)
     assert packed.schema == (("a", (2, 3)), ("b.x", ()), ("b.y", (4,)))
     assert (
         packed.flat.tolist() == [0, 1, 2, 3, 4, 5, 7, 10, 11, 12, 13]
@@ -45,7 +43,8 @@ def test_packed_tensors_lie_side_by_side_in_one_vector():
 
 
 def test_packing_copies_whatever_the_layout_and_the_type():
-    half, turned = torch.tensor([0.1, 2.0], dtype=torch.bfloat16), torch.arange(6.0).reshape(2, 3).T
+    half = torch.tensor([0.1, 2.0], dtype=torch.bfloat16)
+    turned = torch.arange(6.0).reshape(2, 3).T
     packed = NamedTensors.pack(
         {"half": half, "turned": turned, "wide": torch.tensor([0.5], dtype=torch.float64)}
     )
@@ -60,10 +59,10 @@ def test_packing_copies_whatever_the_layout_and_the_type():
 
 
 def test_torch_tensors_are_the_same_memory():
-    packed = NamedTensors.pack(SOME)
+    packed = NamedTensors.pack(TENSORS)
     views = packed.torch()
     assert {name: view.tolist() for name, view in views.items()} == {
-        n: x.tolist() for n, x in SOME.items()
+        n: x.tolist() for n, x in TENSORS.items()
     }
     views["a"][1, 2] = 50
     assert packed.flat[5] == 50 and packed["a"][1, 2] == 50
@@ -75,24 +74,25 @@ def test_torch_tensors_are_the_same_memory():
 
 
 def test_join_puts_the_parts_name_in_front_and_select_takes_it_off():
-    one, two = NamedTensors.pack(SOME), NamedTensors.pack({"a": torch.ones(2)})
-    both = NamedTensors.join({"first/": one, "second/": two})
-    assert list(both) == ["first/a", "first/b.x", "first/b.y", "second/a"]
-    for name, part in {"first/": one, "second/": two}.items():
-        selected = both.select(name)
+    first = NamedTensors.pack(TENSORS)
+    second = NamedTensors.pack({"a": torch.ones(2)})
+    joined = NamedTensors.join({"first/": first, "second/": second})
+    assert list(joined) == ["first/a", "first/b.x", "first/b.y", "second/a"]
+    for name, part in {"first/": first, "second/": second}.items():
+        selected = joined.select(name)
         assert selected.schema == part.schema and (selected.flat == part.flat).all()
-    assert list(both.select("first/b.")) == ["x", "y"] and both.select("first/b.")[
-        "y"
-    ].tolist() == [10, 11, 12, 13]
-    both.select("second/")["a"][0] = 5
-    assert both["second/a"].tolist() == [5, 1]  # no copy
-    assert list(both.select("third/")) == [] and both.select("third/").flat.size == 0
+    selected = joined.select("first/b.")
+    assert list(selected) == ["x", "y"]
+    assert selected["y"].tolist() == [10, 11, 12, 13]
+    joined.select("second/")["a"][0] = 5
+    assert joined["second/a"].tolist() == [5, 1]  # no copy
+    assert list(joined.select("third/")) == [] and joined.select("third/").flat.size == 0
 
 
 def test_only_a_contiguous_fp32_vector_of_the_right_length_will_do():
     schema = Schema.of([("a", [2, 2])])
-    whole = np.zeros((4, 2), dtype=np.float32)
-    for wrong in (np.zeros(4), np.zeros((2, 2), np.float32), whole[:, 0], np.zeros(4, ">f4")):
+    matrix = np.zeros((4, 2), dtype=np.float32)
+    for wrong in (np.zeros(4), np.zeros((2, 2), np.float32), matrix[:, 0], np.zeros(4, ">f4")):
         with pytest.raises(ValueError, match=r"found a .* expected a contiguous float32 vector"):
             NamedTensors(schema, wrong)
     for size in (3, 5):
@@ -103,7 +103,7 @@ def test_only_a_contiguous_fp32_vector_of_the_right_length_will_do():
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_finite(value):
-    packed = NamedTensors.pack(SOME)
+    packed = NamedTensors.pack(TENSORS)
     assert packed.is_finite()
     packed.flat[-1] = value
     assert not packed.is_finite()
@@ -117,7 +117,7 @@ def schema(**shapes: list[int]) -> Schema:
 
 
 @pytest.mark.parametrize(
-    ("found", "words"),
+    ("actual", "message"),
     [
         (schema(a=[2, 3], c=[4]), "client 3: found tensor 'c' [4], expected 'b' [4]"),
         (schema(a=[3, 2], b=[4]), "client 3: found tensor 'a' [3, 2], expected 'a' [2, 3]"),
@@ -130,12 +130,12 @@ def schema(**shapes: list[int]) -> Schema:
         (schema(), "client 3: found 0 tensors, expected 2; the first that differs is 'a'"),
     ],
 )
-def test_a_schema_says_where_it_differs(found, words):
+def test_a_schema_says_where_it_differs(actual, message):
     expected = schema(a=[2, 3], b=[4])
     expected.require(expected, "client 3")
-    with pytest.raises(ValueError) as told:
-        found.require(expected, "client 3")
-    assert str(told.value) == words
+    with pytest.raises(ValueError) as error:
+        actual.require(expected, "client 3")
+    assert str(error.value) == message
 
 
 def test_equal_schemas_share_a_digest_and_others_do_not():
@@ -144,14 +144,14 @@ def test_equal_schemas_share_a_digest_and_others_do_not():
         base.digest == NamedTensors.pack({"a": torch.zeros(2, 3), "b": torch.ones(4)}).schema.digest
     )
     assert isinstance(base.digest, bytes) and len(base.digest) == 16
-    others = [
+    different = [
         schema(b=[4], a=[2, 3]),
         schema(a=[3, 2], b=[4]),
         schema(a=[6], b=[4]),
         schema(a=[2, 3], c=[4]),
     ]
-    others += [schema(a=[2, 3]), schema(a=[2, 3], b=[4], c=[1]), schema(a=[2], b=[34]), schema()]
-    assert len({each.digest for each in [base, *others]}) == len(others) + 1
+    different += [schema(a=[2, 3]), schema(a=[2, 3], b=[4], c=[1]), schema(a=[2], b=[34]), schema()]
+    assert len({item.digest for item in [base, *different]}) == len(different) + 1
     assert Contract(base, base).up.digest == base.digest
 
 
@@ -171,10 +171,10 @@ def test_a_digest_is_the_same_in_another_process():
 
 @pytest.fixture
 def weight() -> torch.nn.Parameter:
-    """A sealed weight of the global model."""
-    found = torch.nn.Parameter(torch.randn(8, 6))
-    seal.add([("layer.weight", found)])
-    return found
+    """Return a protected weight of the global model."""
+    parameter = torch.nn.Parameter(torch.randn(8, 6))
+    seal.add([("layer.weight", parameter)])
+    return parameter
 
 
 VIEWS = {
@@ -229,13 +229,13 @@ def test_the_neighbours_of_sealed_memory_are_free():
 
 
 def test_sealed_memory_is_held_so_that_nothing_else_gets_its_address():
-    taken = []
+    addresses = []
     for _ in range(20):
         weight = torch.randn(1000)
-        taken.append(weight.data_ptr())
+        addresses.append(weight.data_ptr())
         seal.add([("w", weight)])
         del weight
-    assert len(set(taken)) == 20
+    assert len(set(addresses)) == 20
     assert NamedTensors.pack({"p": torch.zeros(1000)}).flat.size == 1000
 
 
@@ -261,8 +261,8 @@ def test_a_batch_on_the_cpu_stays_itself():
 def test_randomness_is_keyed_by_its_meaning():
     assert rng.key(1, "order", 2, 3) == rng.key(1, "order", 2, 3) < 2**63
     keys = [
-        rng.key(*each)
-        for each in [
+        rng.key(*arguments)
+        for arguments in [
             (1, "a"),
             (2, "a"),
             (1, "b"),

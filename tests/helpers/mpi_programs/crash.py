@@ -26,9 +26,8 @@ def go_wrong(how: str) -> None:
         time.sleep(60)
     if how in ("exit", "exit0"):
         sys.exit(3 if how == "exit" else 0)
-    signal.signal(
-        signal.SIGINT, signal.default_int_handler
-    )  # what runs in the background may ignore it
+    # A shell starts background processes so that they ignore SIGINT.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     numbers = {
         "interrupt": signal.SIGINT,
         "term": signal.SIGTERM,
@@ -40,12 +39,12 @@ def go_wrong(how: str) -> None:
     time.sleep(60)
 
 
-def main(who: str, where: str, how: str, folder: str | None) -> None:
+def main(who: str, where: str, how: str, *, folder: str | None) -> None:
     rank = launcher_rank() or 0
-    concerned = {"server": rank == 0, "one": rank == 1, "clients": rank > 0, "all": True}[who]
+    is_concerned = {"server": rank == 0, "one": rank == 1, "clients": rank > 0, "all": True}[who]
 
     def reach(place: str) -> None:
-        if place == where and concerned:
+        if place == where and is_concerned:
             go_wrong(how)
 
     reach("import")
@@ -70,7 +69,8 @@ def main(who: str, where: str, how: str, folder: str | None) -> None:
     wire.handout(Handout({}, tensors, Contract(schema, schema)) if wire.is_server else None)
     for round in range(2):
         with guard.phase("round", round=round):
-            reach("broadcast") if round else None
+            if round > 0:
+                reach("broadcast")
             wire.broadcast(RoundBroadcast(round, tensors=tensors) if wire.is_server else None)
             if wire.is_server:
                 updates = wire.gather(round, ())
@@ -88,4 +88,4 @@ def main(who: str, where: str, how: str, folder: str | None) -> None:
 
 
 with guard("crash"):
-    main(*sys.argv[1:4], sys.argv[4] if len(sys.argv) > 4 else None)
+    main(*sys.argv[1:4], folder=sys.argv[4] if len(sys.argv) > 4 else None)

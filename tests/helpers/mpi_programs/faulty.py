@@ -1,17 +1,21 @@
-"""The command line with one fault put in: python faulty.py WHERE ARGUMENTS...
+"""The command line with one fault injected: python faulty.py FAULT ARGUMENTS...
 
-WHERE is one of
-    raise:PHASE:RANK[:ROUND]    raise where that phase begins on that rank kill:PHASE:RANK[:ROUND]
-    SIGKILL every rank there die:PHASE:RANK[:ROUND]      SIGKILL that rank there
-    stop:PHASE:RANK[:ROUND]     SIGSTOP that rank there hang:PHASE:RANK[:ROUND]     that rank waits
-    for ever there, in a system call signal:PHASE:RANK[:ROUND]   SIGUSR1 to that rank there
+FAULT is one of
+    raise:PHASE:RANK[:ROUND]    raise where that phase begins on that rank
+    kill:PHASE:RANK[:ROUND]     SIGKILL every rank there
+    die:PHASE:RANK[:ROUND]      SIGKILL that rank there
+    stop:PHASE:RANK[:ROUND]     SIGSTOP that rank there
+    hang:PHASE:RANK[:ROUND]     that rank waits for ever there, in a system call
+    signal:PHASE:RANK[:ROUND]   SIGUSR1 to that rank there
     tear:FILE:COUNT             SIGKILL every rank in the middle of the COUNT-th write to a name
-    with FILE in it full:FILE:COUNT             no space is left from the COUNT-th such write on
-    nan:CLIENT[:ROUND]          the losses of one client are not a number memory:CLIENT[:ROUND]
-    one client runs out of memory text:CLIENT                 one client's text cannot be used
-    slow:CLIENT:SECONDS         each step of one client takes so long lie:WHAT:CLIENT
-    what one client sends, past its rank's own checks: "values" that are no numbers, the
-                                "weight" of a million, or nothing at all ("silent")
+                                with FILE in it
+    full:FILE:COUNT             no space is left from the COUNT-th such write on
+    nan:CLIENT[:ROUND]          the losses of one client are not a number
+    memory:CLIENT[:ROUND]       one client runs out of memory
+    text:CLIENT                 one client's text cannot be used
+    slow:CLIENT:SECONDS         each step of one client takes so long
+    lie:WHAT:CLIENT             what one client sends, past its rank's own checks: "values" that are
+                                not numbers, the "weight" of a million, or nothing at all ("silent")
 """
 
 import errno
@@ -26,7 +30,7 @@ from fedsp_mpi.comm import guard, launcher_rank
 
 
 def kill_all() -> None:
-    """SIGKILL to every rank, this one last."""
+    """Send SIGKILL to every rank, this one last."""
     for _, pid in sorted(guard._peers, key=lambda peer: peer[1] == os.getpid()):
         os.kill(pid, signal.SIGKILL)
     os.kill(os.getpid(), signal.SIGKILL)
@@ -37,18 +41,15 @@ def fault() -> None:
 
 
 def in_phase(action, phase: str, rank: str, round: str | None = None) -> None:
-    """Do something when the guard is told that `phase` begins."""
+    """Run `action` when the guard enters `phase`."""
     original = guard.phase
 
     @contextmanager
     def faulty(name, **where):
         with original(name, **where):
-            here = where.get("round", guard.scene().round)
-            if (
-                name == phase
-                and (launcher_rank() or 0) == int(rank)
-                and (round is None or here == int(round))
-            ):
+            current_round = where.get("round", guard.phase_info().round)
+            is_place = name == phase and (launcher_rank() or 0) == int(rank)
+            if is_place and (round is None or current_round == int(round)):
                 action()
             yield
 
@@ -59,14 +60,17 @@ def tear(part: str, count: str) -> None:
     """Kill the job when half of a file is written."""
     from fedsp_mpi.record import atomic
 
-    write, seen = atomic.write, []
+    write = atomic.write
+    num_writes = 0
 
     def torn(path, image, *more, **named):
-        seen.extend([path] if part in path.name else [])
-        if part in path.name and len(seen) == int(count):
-            whole = b"".join(image)
-            atomic.part_of(path).write_bytes(whole[: len(whole) // 2])
-            kill_all()
+        nonlocal num_writes
+        if part in path.name:
+            num_writes += 1
+            if num_writes == int(count):
+                content = b"".join(image)
+                atomic.part_of(path).write_bytes(content[: len(content) // 2])
+                kill_all()
         write(path, image, *more, **named)
 
     atomic.write = torn
@@ -74,15 +78,16 @@ def tear(part: str, count: str) -> None:
 
 def full(part: str, count: str) -> None:
     """Let the disk be full."""
-
     from fedsp_mpi.record import atomic
 
-    original, seen = atomic._open, []
+    original = atomic._open
+    num_writes = 0
 
     def opened(path, flags, bypass):
+        nonlocal num_writes
         if flags & os.O_CREAT and part in path.name:
-            seen.append(path)
-            if len(seen) >= int(count):
+            num_writes += 1
+            if num_writes >= int(count):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return original(path, flags, bypass)
 
@@ -95,14 +100,14 @@ def memory_in(client: str, round: str | None = None) -> None:
 
     from fedsp_mpi.algorithms.fedsp import Client
 
-    original = Client._begin
+    original = Client._begin_round
 
     def greedy(self, bench, id, number, *more):
         if id == int(client) and (round is None or number == int(round)):
             torch.empty(1 << 60)
         return original(self, bench, id, number, *more)
 
-    Client._begin = greedy
+    Client._begin_round = greedy
 
 
 def text_of(client: str) -> None:
@@ -111,46 +116,53 @@ def text_of(client: str) -> None:
 
     original = ExperimentInputs.shard
 
-    def broken(self, participant):
-        if participant == int(client) + 1:
+    def broken(self, owner):
+        if owner == int(client) + 1:
             raise ValueError("found no text")
-        return original(self, participant)
+        return original(self, owner)
 
     ExperimentInputs.shard = broken
 
 
 def slow(client: str, seconds: str) -> None:
     """Let one client's steps take their time."""
-    from fedsp_mpi.algorithms import fedsp, prompt_server
+    from fedsp_mpi.algorithms import fedsp
 
-    local, loss, at_work = fedsp.Client.local, prompt_server.answer_loss, []
+    local_update = fedsp.Client.local_update
+    loss = fedsp.answer_loss_of
+    current_client = None
 
     def noted(self, id, *more):
-        at_work[:] = [id]
-        return local(self, id, *more)
+        nonlocal current_client
+        current_client = id
+        return local_update(self, id, *more)
 
-    def delayed(*some):
-        time.sleep(float(seconds) if at_work == [int(client)] else 0)
-        return loss(*some)
+    def delayed(*arguments):
+        if current_client == int(client):
+            time.sleep(float(seconds))
+        return loss(*arguments)
 
-    fedsp.Client.local, prompt_server.answer_loss = noted, delayed
+    fedsp.Client.local_update = noted
+    fedsp.answer_loss_of = delayed
 
 
 def nan_in(client: str, round: str | None = None) -> None:
-    """Let the learning of one client go to infinity."""
-    from fedsp_mpi.algorithms import prompt_server
+    """Let the training of one client diverge."""
+    from fedsp_mpi.algorithms import fedsp
     from fedsp_mpi.algorithms.fedsp import Client
-    from fedsp_mpi.models import losses
 
-    original = Client.local
+    original = Client.local_update
+    loss = fedsp.answer_loss_of
 
     def faulty(self, id, number, down):
-        hit = id == int(client) and (round is None or number == int(round))
-        spoilt = lambda *some: losses.answer_loss(*some) * float("nan")  # noqa: E731
-        prompt_server.answer_loss = spoilt if hit else losses.answer_loss
+        is_hit = id == int(client) and (round is None or number == int(round))
+        fedsp.answer_loss_of = nan_loss if is_hit else loss
         return original(self, id, number, down)
 
-    Client.local = faulty
+    def nan_loss(*arguments):
+        return loss(*arguments) * float("nan")
+
+    Client.local_update = faulty
 
 
 def lie(what: str, client: str) -> None:
@@ -160,18 +172,21 @@ def lie(what: str, client: str) -> None:
     from fedsp_mpi.comm.wire import Wire
     from fedsp_mpi.tensors import Update
 
-    original = Wire._give
+    original = Wire._send_updates
 
-    def lying(self, round, mine, contract, asked):
-        for place, item in enumerate(mine):
-            if item.client == int(client) and isinstance(item, Update) and what == "values":
-                item.tensors.flat[1] = float("nan")
-            elif item.client == int(client) and isinstance(item, Update) and what == "weight":
-                mine[place] = replace(item, weight=1e6)
-        kept = [item for item in mine if item.client != int(client) or what != "silent"]
-        original(self, round, kept, contract, asked)
+    def lying(self, round, contract, results, *, calls):
+        false_results = []
+        for result in results:
+            if result.client == int(client) and isinstance(result, Update):
+                if what == "values":
+                    result.tensors.flat[1] = float("nan")
+                elif what == "weight":
+                    result = replace(result, weight=1e6)
+            if result.client != int(client) or what != "silent":
+                false_results.append(result)
+        original(self, round, contract, false_results, calls=calls)
 
-    Wire._give = lying
+    Wire._send_updates = lying
 
 
 if __name__ == "__main__":
@@ -184,7 +199,7 @@ if __name__ == "__main__":
         "stop": lambda: os.kill(os.getpid(), signal.SIGSTOP),
         "signal": lambda: os.kill(os.getpid(), signal.SIGUSR1),
     }
-    others = {
+    elsewhere = {
         "nan": nan_in,
         "tear": tear,
         "full": full,
@@ -196,5 +211,5 @@ if __name__ == "__main__":
     if kind in in_phases:
         in_phase(in_phases[kind], *details)
     else:
-        others[kind](*details)
+        elsewhere[kind](*details)
     sys.exit(cli.main(sys.argv[2:]))

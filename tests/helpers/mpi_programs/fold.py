@@ -1,4 +1,4 @@
-"""A few rounds of a toy federation; the server writes what it saw as JSON.
+"""A few rounds of a toy federation; the server writes their outcome as JSON.
 
 Usage: fold.py OUT --clients N --values N --chunk BYTES --rounds N [--fail] [--partial]
 [--stop-early]
@@ -63,15 +63,15 @@ def local(
 
 
 def work(
-    args: argparse.Namespace, round: int, mine: tuple[int, ...], down: NamedTensors
+    args: argparse.Namespace, round: int, clients: tuple[int, ...], down: NamedTensors
 ) -> Iterator[Update | Failure]:
-    for client in reversed(mine):  # not in the order of ids, which the server restores
+    for client in reversed(clients):  # not in the order of ids, which the server restores
         if not args.partial or round != 1 or client == 0:
             yield local(args, round, client, down)
 
 
 def mean(updates: Updates, before: np.ndarray, early: bool) -> np.ndarray:
-    """Weighted mean with an fp64 accumulator, rows folded in the order of client ids."""
+    """Return the weighted mean fp32 [num_values], summed in fp64 in the order of client ids."""
     merged = before.copy()
     total = sum(report.weight for report in updates.reports)
     for part, rows in updates.columns():
@@ -86,7 +86,7 @@ def mean(updates: Updates, before: np.ndarray, early: bool) -> np.ndarray:
     return merged
 
 
-def seen(
+def outcome(
     round: int, updates: Updates, merged: np.ndarray, peak: int, sizes: dict[str, Any]
 ) -> dict[str, Any]:
     return {
@@ -105,14 +105,15 @@ def main(args: argparse.Namespace) -> None:
     wire.agree(None)
     agreed = contract(args.values)
     first = NamedTensors(agreed.down, np.zeros(agreed.down.num_values, dtype=np.float32))
-    given = wire.handout(
+    handout = wire.handout(
         Handout({"seed": 7, "é": [1.5]}, first, agreed) if wire.is_server else None
     )
-    assert given.contract == agreed and given.meta == {"seed": 7, "é": [1.5]}
+    assert handout.contract == agreed and handout.meta == {"seed": 7, "é": [1.5]}
     ranks = max(1, wire.topology.size - 1)
     places = spread([1.0 + client % 4 for client in range(args.clients)], ranks)
-    mine = () if not wire.is_client else places[max(0, wire.topology.rank - 1)]
-    prompt, rounds = given.tensors.flat, []
+    clients = places[max(0, wire.topology.rank - 1)] if wire.is_client else ()
+    prompt = handout.tensors.flat
+    rounds = []
     for round in range(args.rounds):
         down = wire.broadcast(
             RoundBroadcast(round, tensors=NamedTensors(agreed.down, prompt))
@@ -120,13 +121,13 @@ def main(args: argparse.Namespace) -> None:
             else None
         )
         assert down.tensors is not None and down.round == round
-        updates = wire.gather(round, work(args, round, mine, down.tensors))
+        updates = wire.gather(round, list(work(args, round, clients, down.tensors)))
         if updates is not None:
             tracemalloc.start()
             prompt = mean(updates, prompt, args.stop_early and round == 0)
             peak = tracemalloc.get_traced_memory()[1]
             tracemalloc.stop()
-            rounds.append(seen(round, updates, prompt, peak, wire.round_bytes()))
+            rounds.append(outcome(round, updates, prompt, peak, wire.round_bytes()))
     stop = wire.broadcast(RoundBroadcast(args.rounds, stop=True) if wire.is_server else None)
     assert stop.stop and stop.tensors is None and stop.round == args.rounds
     wire.finish()

@@ -1,7 +1,7 @@
-"""A toy federation of which rank 2 does not keep to the protocol, each round in another way.
+"""A toy federation in which rank 2 breaks the protocol, each round in another way.
 
-Usage: hostile.py OUT WAY...: clients 0 and 1 are played by rank 1, 2 and 3 by rank 2, which does
-the WAY of the round; the server writes as JSON whom it accepted, and why not the others.
+Usage: hostile.py OUT WAY...: rank 1 hosts clients 0 and 1, rank 2 hosts 2 and 3 and does the WAY of
+the round; the server writes as JSON whom it accepted, and why not the others.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from fedsp_mpi.tensors import Contract, Failure, NamedTensors, Schema, Update
 
 SCHEMA = Schema.of([("prefix", [10, 2])])
 CONTRACT = Contract(SCHEMA, SCHEMA, ("loss", "fitness"), finite=("fitness",))
-CHUNK = 4 * 12  # bytes: two pieces of an update
+CHUNK = 4 * 12  # bytes: two chunks of an update
 EXPECTED = Expected({0: 1, 1: 1, 2: 2, 3: 2}, dict.fromkeys(range(4), 16.0))
 VALUES = {"nan": math.nan, "infinite": math.inf, "huge": 1e30}
 WEIGHTS = {"heavy": 1e6, "astronomic": 1e30, "negative": -1.0, "weight_nan": math.nan}
@@ -37,7 +37,7 @@ def update(client: int, weight: float = 8.0) -> Update:
 
 
 def headers(way: str, round: int) -> list[Header]:
-    """What rank 2 says that it sends."""
+    """Return the headers that rank 2 sends."""
     first, second = (Header.of(update(client), round) for client in (2, 3))
     numbers = {"weight": WEIGHTS.get(way, 8.0), "metrics": METRICS.get(way, first.metrics)}
     first = Header(first.kind, round, 2, first.num_values, first.digest, **numbers)
@@ -56,36 +56,33 @@ def headers(way: str, round: int) -> list[Header]:
     return [] if way == "silent" else [first, second]
 
 
-def letter(way: str, round: int) -> bytes:
+def packed_headers(way: str, round: int) -> bytes:
     packed = b"".join(header.pack(CONTRACT.metrics) for header in headers(way, round))
     if way == "torn":
         return packed[:-7]
     if way == "noise":
         return np.random.default_rng(0).bytes(2 * HEADER_BYTES)
-    return bytes(1 << 20) if way == "long_letter" else packed
+    return bytes(1 << 20) if way == "long_message" else packed
 
 
 def send(wire: Wire, way: str, round: int) -> None:
-    """What `Wire.gather` sends, but for the way in which it lies."""
+    """Send what `Wire.gather` sends, except for the way in which it lies."""
     if way == "mute":
         guard.phase("mute").__enter__()
         wire._wait(lambda: False, "handout")
-    wire._write(letter(way, round), 1, "gather")
+    wire._send_message(packed_headers(way, round), 1, "gather")
     rows = np.array([update(client).tensors.flat for client in (2, 3)])
     rows[0, 15 if way == "late_nan" else 3] = VALUES.get(
         way, math.nan if way == "late_nan" else 3.0
     )
     if way == "failure":
         rows = rows[1:]
-    for part in (slice(0, 12), slice(12, 20)) if way not in ("silent", "no_pieces") else ():
+    for part in (slice(0, 12), slice(12, 20)) if way not in ("silent", "no_chunks") else ():
         values = np.ascontiguousarray(rows[:, part]).ravel()
-        values = (
-            values[:-5]
-            if way == "short"
-            else np.append(values, values)
-            if way == "long"
-            else values
-        )
+        if way == "short":
+            values = values[:-5]
+        elif way == "long":
+            values = np.append(values, values)
         request = wire._comm.Isend([values, wire._mpi.FLOAT], dest=0, tag=5)
         wire._wait(request.Test, "gather")
 
@@ -125,7 +122,7 @@ def main(out: Path, ways: list[str]) -> None:
             rounds.append({"way": way, "accepted": reports, "failures": reasons, "rows": merged})
         if rank == 2 and way in JSON:
             body = JSON[way]
-            wire._write(
+            wire._send_message(
                 Header(Kind.JSON, client=2, num_values=len(body)).pack() + body, 2, "gather"
             )
         else:

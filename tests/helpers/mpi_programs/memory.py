@@ -1,7 +1,7 @@
-"""What merging costs the server. Usage: memory.py CLIENTS VALUES CHUNK_BYTES
+"""Memory that aggregation needs on the server. Usage: memory.py CLIENTS VALUES CHUNK_BYTES
 
-Rank 0 prints, as JSON, the bytes by which its resident memory grew in the gather and the merge, at
-its highest.
+Rank 0 prints as JSON by how many bytes its peak resident memory grew in the gather and the
+aggregation.
 """
 
 from __future__ import annotations
@@ -17,15 +17,14 @@ from fedsp_mpi.comm import Handout, RoundBroadcast, Wire, connect
 from fedsp_mpi.tensors import Contract, NamedTensors, Schema, Update
 
 
-def highest() -> int:
-    """Bytes of the highest resident memory since `forget`."""
+def peak() -> int:
+    """Return the bytes of the peak resident memory since `reset_peak`."""
     status = Path("/proc/self/status").read_text()
-    return 1024 * int(
-        next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1]
-    )
+    line = next(line for line in status.splitlines() if line.startswith("VmHWM"))
+    return 1024 * int(line.split()[1])
 
 
-def forget() -> None:
+def reset_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
@@ -37,18 +36,19 @@ def main(clients: int, values: int, chunk: int) -> None:
     wire.handout(Handout({}, nothing, Contract(schema, schema)) if wire.is_server else None)
     prompt = NamedTensors(schema, np.zeros(values, dtype=np.float32))
     down = wire.broadcast(RoundBroadcast(1, tensors=prompt) if wire.is_server else None)
-    mine = [] if wire.is_server else range(wire.topology.rank - 1, clients, wire.topology.size - 1)
-    updates = [
-        Update(id, 1.0, NamedTensors(schema, np.full(values, id, dtype=np.float32))) for id in mine
-    ]
+    results = []
+    if not wire.is_server:
+        for client in range(wire.topology.rank - 1, clients, wire.topology.size - 1):
+            tensors = NamedTensors(schema, np.full(values, client, dtype=np.float32))
+            results.append(Update(client, 1.0, tensors))
     if wire.is_server:
-        forget()
-        before = highest()
-    got = wire.gather(down.round, updates)
-    if got is not None:
-        merged = weighted_mean(got)
+        reset_peak()
+        before = peak()
+    updates = wire.gather(down.round, results)
+    if updates is not None:
+        merged = weighted_mean(updates)
         assert (merged.flat == (clients - 1) / 2).all()
-        print(json.dumps({"grown": highest() - before}), flush=True)
+        print(json.dumps({"grown": peak() - before}), flush=True)
     wire.finish()
 
 

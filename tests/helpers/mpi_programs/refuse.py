@@ -1,4 +1,4 @@
-"""What must not travel. Usage: refuse.py CASE
+"""Messages that must not travel. Usage: refuse.py CASE
 
 CASE: up, unseen, twice, metric, down, sealed, verdict.
 """
@@ -37,7 +37,7 @@ def down(case: str) -> RoundBroadcast:
         import torch
 
         model = torch.zeros(11)
-        message = NamedTensors(GOOD, model.numpy())  # before the seal knows: the wire looks again
+        message = NamedTensors(GOOD, model.numpy())  # before it is protected: the wire checks again
         seal.add([("transformer.wte", model)])
         return RoundBroadcast(0, tensors=message)
     return RoundBroadcast(0, tensors=zeros(GOOD))

@@ -1,5 +1,4 @@
-"""Distil with every engine on all ranks together: python team.py MODEL; rank 0 says how far it is
-from one rank alone.
+"""Distil with every engine on all ranks together, and compare with one rank: team.py MODEL.
 
 The last line is JSON: by "ENGINE ZERO MICRO" the largest difference of a step's loss, of a weight,
 and of a weight between two ranks.
@@ -19,18 +18,21 @@ torch.set_num_threads(1)
 meeting = Rendezvous.open(world.size, one_host=True) if world.rank == 0 else None
 port = world.bcast(meeting.port if meeting else None)
 cpu = torch.device("cpu")
-team = ServerGroup.join(meeting or Rendezvous("localhost", port, world.size), world.rank, cpu, 60.0)
+team = ServerGroup.join(
+    meeting or Rendezvous("localhost", port, world.size), world.rank, cpu, seconds=60.0
+)
 assert team.tell({"said": [1, "ü"]} if world.rank == 0 else None) == {"said": [1, "ü"]}
 
 
 def flat(student) -> torch.Tensor:
+    """Return all parameters as one vector [num_values]."""
     return torch.cat([parameter.detach().flatten() for parameter in student.model.parameters()])
 
 
-found = {}
+differences = {}
 for micro in (None, 2):
     alone, student = distilled(sys.argv[1], micro, steps=5, logits_weight=0.5, clip=0.05)
-    wanted = flat(student)
+    expected = flat(student)
     for engine, zero in [("torch", 0), *(("deepspeed", stage) for stage in range(4))]:
         done, student = distilled(
             sys.argv[1],
@@ -46,9 +48,9 @@ for micro in (None, 2):
         weights = flat(student)
         leader = weights.clone()
         team.lead([leader])
-        apart = torch.stack([(weights - wanted).abs().max(), (weights - leader).abs().max()])
+        apart = torch.stack([(weights - expected).abs().max(), (weights - leader).abs().max()])
         team.sum([apart])
-        found[f"{engine} {zero} {micro}"] = [losses, *apart.tolist()]
+        differences[f"{engine} {zero} {micro}"] = [losses, *apart.tolist()]
 team.leave()
 if world.rank == 0:
-    print(json.dumps(found), flush=True)
+    print(json.dumps(differences), flush=True)

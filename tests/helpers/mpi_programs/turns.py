@@ -1,7 +1,6 @@
-"""The command line on hosts of two ranks each, as far as it asks for names: python turns.py FOLDER
-ARGUMENTS...
+"""The command line on simulated hosts of two ranks each: python turns.py FOLDER ARGUMENTS...
 
-Every rank notes in FOLDER/<rank> when its reading of the data began and ended.
+Every rank writes to FOLDER/<rank> when its reading of the data began and ended.
 """
 
 import platform
@@ -17,17 +16,17 @@ RANK = launcher_rank() or 0
 
 
 def note_reading(folder: Path) -> None:
-    """Write down the times of the one reading; every rank takes a while for it."""
+    """Write down when the data is read, and make that take a while."""
     from fedsp_mpi.run.build import ExperimentInputs
 
     read = ExperimentInputs.splits.func
 
     def noted(self):
         begin = time.time()
-        found = read(self)
+        splits = read(self)
         time.sleep(0.3)
         (folder / str(RANK)).write_text(f"{begin} {time.time()}")
-        return found
+        return splits
 
     ExperimentInputs.splits = cached_property(noted)
     ExperimentInputs.splits.__set_name__(ExperimentInputs, "splits")

@@ -23,7 +23,7 @@ def updates(rows: np.ndarray, weights: list[float] | None = None, width: int = 3
     ]
     reports = [Report(2 * i, weight, {}) for i, weight in enumerate(weights or [1.0] * len(rows))]
     source = ((cut, rows[:, cut].copy()) for cut in cuts)
-    return Updates(reports, [], Schema.of([("prompt", (rows.shape[1],))]), source)
+    return Updates(reports, [], Schema.of([("prompt", (rows.shape[1],))]), source=source)
 
 
 def noise(num: int, size: int = 11, seed: int = 0) -> np.ndarray:

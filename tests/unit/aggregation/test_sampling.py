@@ -23,7 +23,9 @@ def drawn(
     rule: str, num: int | None, rounds: int = ROUNDS, sizes: list[int] = SIZES, seed: int = 3
 ) -> list[list[int]]:
     """The participants of rounds 1, 2, ..."""
-    return [participants(rule, num, sizes, seed, round) for round in range(1, rounds + 1)]
+    return [
+        participants(rule, num, sizes, seed=seed, round=round) for round in range(1, rounds + 1)
+    ]
 
 
 def counts(rounds: list[list[int]], num_clients: int = len(SIZES)) -> list[int]:
@@ -54,7 +56,7 @@ def test_so_many_different_clients_in_ascending_order(rule, num):
 @pytest.mark.parametrize("rule", RULES)
 def test_every_call_gives_the_same_answer_whatever_was_asked_before(rule):
     rounds = drawn(rule, 3, rounds=50)
-    backwards = [participants(rule, 3, SIZES, 3, round) for round in range(50, 0, -1)]
+    backwards = [participants(rule, 3, SIZES, seed=3, round=round) for round in range(50, 0, -1)]
     assert backwards[::-1] == rounds == drawn(rule, 3, rounds=50)
 
 
@@ -69,7 +71,7 @@ def test_seed_and_round_change_the_answer(rule):
 def test_another_process_gets_the_same_answer(hash_seed):
     code = (
         "from fedsp_mpi.aggregation.sampling import participants\n"
-        f"print([participants(rule, 3, {SIZES}, 3, round) for rule in {RULES} for round "
+        f"print([participants(rule, 3, {SIZES}, seed=3, round=round) for rule in {RULES} for round "
         "in range(1, 11)])"
     )
     env = {"PYTHONHASHSEED": hash_seed, "PYTHONPATH": str(ROOT)}

@@ -17,7 +17,7 @@ from fedsp_mpi import rng
 from fedsp_mpi.aggregation.fedavg import weighted_mean
 from fedsp_mpi.aggregation.step_size import corrected, effective
 from fedsp_mpi.algorithms import fedbpt
-from fedsp_mpi.algorithms.client_state import ShardError
+from fedsp_mpi.algorithms.base import ShardError
 from fedsp_mpi.algorithms.inference import LocalInference
 from fedsp_mpi.config.search import SearchConfig
 from fedsp_mpi.data.tokens import collate
@@ -30,8 +30,8 @@ from fedsp_mpi.training.loop import NonFiniteError
 from helpers import tiny
 from helpers.paths import ROOT
 from helpers.searches import (
-    FunctionServer,
     function_client,
+    function_server,
     gathered,
     sphere,
     told,
@@ -75,7 +75,7 @@ def test_the_effective_parents_are_the_library_s(population):
 
 def test_a_client_tells_the_sum_of_its_squared_step_sizes():
     settings = SearchConfig(6, iterations=3, objective="loss")
-    server = FunctionServer(settings)
+    server = function_server(settings)
     [update] = told(server, 1)
     search, squares = CmaEs.of(server.broadcast()), 0.0
     for iteration in range(3):
@@ -87,15 +87,15 @@ def test_a_client_tells_the_sum_of_its_squared_step_sizes():
         update.tensors
     ) == ["mean"]
     assert update.metrics["fitness"] == sphere(update.tensors["mean"].astype(np.float64))
-    assert set(update.metrics) == set(fedbpt.METRICS) and update.weight == 1.0
+    assert set(update.metrics) == set(fedbpt.METHOD.metrics) and update.weight == 1.0
 
 
 def test_the_server_ranks_the_clients_means():
     """Against the arithmetic of Hansen's tutorial, for a first generation: mean, path, step size."""
     settings = SearchConfig(4, iterations=2, objective="loss", step_size=0.7)
-    server = FunctionServer(settings)
+    server = function_server(settings)
     updates = told(server, 6)
-    merged = server.merge(gathered(updates))
+    merged = server.aggregate(gathered(updates))
     best = sorted(updates, key=lambda update: update.metrics["fitness"])[:3]
     weights = np.log(3.5) - np.log(np.arange(1, 4))
     weights /= weights.sum()
@@ -118,9 +118,9 @@ def test_the_server_ranks_the_clients_means():
 def test_the_server_moves_to_all_clients():
     """Weighted by their ranks, as the better half of 12."""
     settings = SearchConfig(4, iterations=2, objective="loss", parents="all")
-    server = FunctionServer(settings)
+    server = function_server(settings)
     updates = told(server, 6)
-    merged = server.merge(gathered(updates))
+    merged = server.aggregate(gathered(updates))
     ranked = sorted(updates, key=lambda update: update.metrics["fitness"])
     weights = np.log(6.5) - np.log(np.arange(1, 7))
     weights /= weights.sum()
@@ -158,11 +158,11 @@ def test_of_all_points_the_covariance_hears_too():
 def test_clients_step_sizes_go_on_where_they_were():
     """Their geometric mean changes as the server's does by itself; paths stay where they are."""
     own = {"iterations": 3, "objective": "loss", "step_size": 0.7}
-    server = FunctionServer(SearchConfig(4, step_size_by="clients", **own))
+    server = function_server(SearchConfig(4, step_size_by="clients", **own))
     updates = told(server, 6)
     assert [list(update.tensors) for update in updates] == [["mean", "step_size"]] * 6
     merged, ends = (
-        server.merge(gathered(updates)),
+        server.aggregate(gathered(updates)),
         [update.tensors["step_size"].item() for update in updates],
     )
     assert len(set(ends)) == 6
@@ -179,7 +179,7 @@ def test_clients_step_sizes_go_on_where_they_were():
     assert merged["step_size"].item() == pytest.approx(
         math.prod(ends) ** (1 / 6) * change, rel=1e-5
     )
-    server.take(merged)
+    server.load_aggregate(merged)
     assert list(server.broadcast()) == ["mean", "step_size", "covariance"]
     [again], search = told(server, 1), CmaEs.of(server.broadcast())
     assert server.state()["step_path"].any() and not search.step_path.any()
@@ -191,33 +191,33 @@ def test_clients_step_sizes_go_on_where_they_were():
 
 
 def test_of_a_single_client_the_server_takes_the_mean():
-    server = FunctionServer(SearchConfig(4, iterations=2, objective="loss"))
+    server = function_server(SearchConfig(4, iterations=2, objective="loss"))
     [update] = told(server, 1)
     before = server.broadcast()
-    server.take(server.merge(gathered([update])))
+    server.load_aggregate(server.aggregate(gathered([update])))
     after = server.broadcast()
     assert np.array_equal(after["mean"], update.tensors["mean"])
     assert all(np.array_equal(after[name], before[name]) for name in ("step_size", "covariance"))
 
 
 def test_the_other_rule_averages_all_that_the_clients_know():
-    server = FunctionServer(SearchConfig(4, iterations=2, objective="loss", rule="average"))
+    server = function_server(SearchConfig(4, iterations=2, objective="loss", rule="average"))
     updates = told(server, 3)
     assert list(updates[0].tensors) == ["mean", "step_size", "covariance", "step_path", "mean_path"]
-    merged = server.merge(gathered(updates))
+    merged = server.aggregate(gathered(updates))
     assert np.array_equal(merged.flat, weighted_mean(gathered(updates)).flat)
     wanted = (
         sum(u.weight * u.tensors["covariance"].astype(np.float64) for u in updates) / 6
     )  # of 1, 2 and 3 examples
     assert merged["covariance"] == pytest.approx(wanted, rel=1e-6)
-    server.take(merged)
+    server.load_aggregate(merged)
     assert np.array_equal(server.broadcast().flat, merged.flat)
 
 
 def test_the_identity_does_not_travel():
-    server = FunctionServer(SearchConfig(9, covariance="identity", iterations=2, objective="loss"))
+    server = function_server(SearchConfig(9, covariance="identity", iterations=2, objective="loss"))
     updates = told(server, 4)
-    server.take(server.merge(gathered(updates)))
+    server.load_aggregate(server.aggregate(gathered(updates)))
     assert [(spec.name, spec.shape) for spec in server.broadcast().schema] == [
         ("mean", (9,)),
         ("step_size", (1,)),
@@ -229,17 +229,19 @@ def test_the_identity_does_not_travel():
 
 def test_a_server_goes_on_from_its_state_with_equal_bits():
     settings = SearchConfig(5, iterations=2, objective="loss")
-    one, client = FunctionServer(settings), function_client(sphere, settings, 1, 4)
+    one, client = function_server(settings), function_client(sphere, settings, 1, 4)
     for round in range(1, 7):
         if round == 4:
             kept = {name: value.copy() for name, value in one.state().items()}
-            other = FunctionServer(settings)
+            other = function_server(settings)
             other.load_state(kept)
         for server in [one] + ([other] if round >= 4 else []):
             updates = [
-                client.local(id, round, server.broadcast()) for id in (3, 1, 0, 2)
+                client.local_update(id, round, server.broadcast()) for id in (3, 1, 0, 2)
             ]  # in any order
-            server.take(server.merge(gathered(sorted(updates, key=lambda update: update.client))))
+            server.load_aggregate(
+                server.aggregate(gathered(sorted(updates, key=lambda update: update.client)))
+            )
     assert (
         NamedTensors.of(one.state()).flat.tobytes() == NamedTensors.of(other.state()).flat.tobytes()
     )
@@ -289,7 +291,7 @@ def model(tmp_path_factory):
     return tiny.load(tiny.model_folder(tmp_path_factory.mktemp("model"), "gpt2"))
 
 
-def searching(model, **changes) -> fedbpt.Client:
+def searching(model, **changes) -> fedbpt.SearchClient:
     """Two clients, and one without text, that search in 6 dimensions for an input prompt of 3
     tokens.
     """
@@ -303,13 +305,20 @@ def searching(model, **changes) -> fedbpt.Client:
     }
     space = Subspace(spec, 6, 0.1, 1)
     depths = DepthMap(spec, model.shape.num_layers)
-    forward = LocalInference(model, Prompt(spec), first, space, depths, settings.batch_tokens)
-    return fedbpt.Client(forward, shards, np.arange(4, 100), settings, 1)
+    inference = LocalInference(
+        model,
+        Prompt(spec),
+        first,
+        subspace=space,
+        depths=depths,
+        batch_tokens=settings.batch_tokens,
+    )
+    return fedbpt.SearchClient(inference, shards, np.arange(4, 100), settings=settings, seed=1)
 
 
 def beginning(settings: SearchConfig) -> NamedTensors:
     """What goes down in the first round."""
-    return FunctionServer(settings).broadcast()
+    return function_server(settings).broadcast()
 
 
 @pytest.mark.parametrize("objective", ["loss", "ratio_of_means", "mean_of_ratios"])
@@ -324,19 +333,19 @@ def test_a_client_s_round_is_forward_passes(model, objective, monkeypatch):
         return logits, targets
 
     monkeypatch.setattr(model, "answer_logits", noted)
-    update = client.local(0, 1, beginning(client._settings))
+    update = client.local_update(0, 1, beginning(client._settings))
     assert sum(passes) == 4 * (2 * 5 + 1) * (
         1 if objective == "loss" else 2
     )  # texts, points, copies
-    held = client._forward
+    held = client._inference
     assert not any(graphs) and all(
-        p.grad is None for p in [*model.weights.values(), held._prompt.prompt]
+        p.grad is None for p in [*model.weights.values(), held.prompt.prompt]
     )
     assert update.weight == 4 and np.isfinite(list(update.metrics.values())).all()
     texts = client._shards[0]
-    prompt = Prompt(held._prompt.spec)
+    prompt = Prompt(held.prompt.spec)
     change = held._subspace.expand(update.tensors["mean"][None])[0]
-    prompt.load({"prompt": held._first + change})
+    prompt.load({"prompt": held._initial + change})
     with torch.no_grad():
         losses = [F.cross_entropy(*answer_logits(collate([text]), prompt)).item() for text in texts]
     assert update.metrics["loss_prompt_last"] == pytest.approx(np.mean(losses), rel=1e-4)
@@ -349,15 +358,17 @@ def test_clients_may_be_ranked_by_their_improvement(model, objective):
     client, plain = (
         searching(model, objective=objective, rank_by=by) for by in ("improvement", "objective")
     )
-    update, other = (some.local(0, 1, beginning(client._settings)) for some in (client, plain))
+    update, other = (
+        some.local_update(0, 1, beginning(client._settings)) for some in (client, plain)
+    )
     assert np.array_equal(update.tensors["mean"], other.tensors["mean"])
-    held = client._forward
-    own = held._first + held._subspace.expand(update.tensors["mean"][None])[0]
-    assert torch.allclose(held._prompt.prompt, own, atol=1e-6), (
+    held = client._inference
+    own = held._initial + held._subspace.expand(update.tensors["mean"][None])[0]
+    assert torch.allclose(held.prompt.prompt, own, atol=1e-6), (
         "what was tuned is what an attack is tried on"
     )
-    texts = client._both(client._shards[0], 0, 1)
-    before = client._judge(0, np.zeros((1, 6)), texts)[0][0]
+    texts = client._with_perturbed_copy(client._shards[0], 0, 1)
+    before = client._evaluate(0, np.zeros((1, 6)), texts)[0][0]
     assert update.metrics["fitness"] == pytest.approx(other.metrics["fitness"] / before, rel=1e-6)
     assert update.metrics["loss_prompt_last"] == pytest.approx(
         other.metrics["loss_prompt_last"], rel=1e-6
@@ -369,9 +380,9 @@ def test_clients_may_be_ranked_by_their_improvement(model, objective):
 def test_a_client_s_round_follows_from_who_and_when(model):
     client = searching(model)
     down = beginning(client._settings)
-    one = client.local(0, 1, down)
-    client.local(1, 1, down)
-    again, later = client.local(0, 1, down), client.local(0, 2, down)
+    one = client.local_update(0, 1, down)
+    client.local_update(1, 1, down)
+    again, later = client.local_update(0, 1, down), client.local_update(0, 2, down)
     assert (
         np.array_equal(one.tensors.flat, again.tensors.flat)
         and one.metrics["fitness"] == again.metrics["fitness"]
@@ -383,26 +394,26 @@ def test_a_client_s_round_follows_from_who_and_when(model):
 def test_a_client_that_cannot_search_says_so(model, monkeypatch):
     client = searching(model)
     with pytest.raises(ShardError, match="nothing here"):
-        client.local(2, 1, beginning(client._settings))
+        client.local_update(2, 1, beginning(client._settings))
     monkeypatch.setattr(fedbpt, "fitness", lambda *some: torch.tensor(math.nan))
     with pytest.raises(NonFiniteError, match="the objective is nan, expected a finite number"):
-        client.local(0, 1, beginning(client._settings))
+        client.local_update(0, 1, beginning(client._settings))
 
 
 def test_a_slow_client_ends_after_its_iteration(model):
     client = searching(model, iterations=50)
-    client._seconds = 0.0
-    update = client.local(0, 1, beginning(client._settings))
+    client._max_seconds = 0.0
+    update = client.local_update(0, 1, beginning(client._settings))
     assert update.metrics["step_size"] == 1.0  # of one iteration
 
 
 MEMORY = """
 import numpy as np, torch
 from transformers import AutoModelForCausalLM, GPT2Config
-from fedsp_mpi.algorithms.fedbpt import Client
+from fedsp_mpi.algorithms.fedbpt import SearchClient
 from fedsp_mpi.algorithms.inference import LocalInference
 from fedsp_mpi.data.tokens import Text, collate
-from fedsp_mpi.models.backbone import LanguageModel
+from fedsp_mpi.models.language_model import LanguageModel
 from fedsp_mpi.models.prompts import DepthMap, Prompt, PromptSpec
 from fedsp_mpi.models.subspace import Subspace
 from fedsp_mpi.config.search import SearchConfig
@@ -437,7 +448,7 @@ def gradient():
     torch.nn.functional.cross_entropy(*model.answer_logits(collate(texts), prompt)).backward()
 
 forward()
-print(peak(forward), peak(lambda: client.local(0, 1, down)), peak(gradient))
+print(peak(forward), peak(lambda: client.local_update(0, 1, down)), peak(gradient))
 """
 
 

@@ -88,7 +88,10 @@ def test_the_prompt_is_the_first_one_and_a_projection(whole):
     large = load_global(materials.model_name, device=tiny.CPU)
     first = materials.first_prompt(large).prompt.detach()
     space = Subspace(
-        materials.prompt_spec, 20, scale_of(large, materials.first_prompt(large), 20, 1.0, 1.0), 1
+        materials.prompt_spec,
+        20,
+        scale_of(large, materials.first_prompt(large), 20, step_size=1.0, spread=1.0),
+        1,
     )
     matrix = space.expand(np.eye(20)).flatten(1).T
     rest = torch.linalg.lstsq(matrix, (adapter - first).flatten()[:, None])

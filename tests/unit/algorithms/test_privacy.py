@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedsp_mpi.algorithms.privacy import LocalDPClient, laplace, privatised
+from fedsp_mpi.algorithms.privacy import LocalDPClient, laplace, privatize
 from fedsp_mpi.record import read
 from fedsp_mpi.report import difference
 from fedsp_mpi.tensors import NamedTensors, Schema, Update
@@ -73,7 +73,7 @@ def test_the_operating_system_is_asked_each_time():
 @pytest.mark.parametrize("clip", [0.5, 10.0])
 def test_a_long_update_is_shortened_to_the_clip(clip):
     received, tuned = vector(noise(0)), vector(noise(1))
-    found = privatised(received, tuned, clip, 1.0, silent)
+    found = privatize(received, tuned, clip=clip, scale=1.0, random_bytes=silent)
     whole = tuned.flat.astype(float) - received.flat
     wanted = received.flat + whole * clip / np.abs(whole).sum()
     assert np.abs(found.flat - wanted).max() < 1e-6
@@ -83,27 +83,39 @@ def test_a_long_update_is_shortened_to_the_clip(clip):
 def test_a_short_update_stays_as_it_is():
     received = vector(noise(0))
     tuned = vector(received.flat + 1e-4 * noise(1))
-    assert np.array_equal(privatised(received, tuned, 1.0, 1.0, silent).flat, tuned.flat)
-    assert np.array_equal(privatised(received, received, 1.0, 1.0, silent).flat, received.flat)
+    assert np.array_equal(
+        privatize(received, tuned, clip=1.0, scale=1.0, random_bytes=silent).flat, tuned.flat
+    )
+    assert np.array_equal(
+        privatize(received, received, clip=1.0, scale=1.0, random_bytes=silent).flat, received.flat
+    )
 
 
 def test_any_two_updates_are_at_most_twice_the_clip_apart():
     """The sensitivity that epsilon = 2 clip / scale is reckoned with; opposite updates reach it."""
     received, clip = vector(np.zeros(SIZE)), 2.0
-    one = privatised(received, vector(noise(1)), clip, 1.0, silent).flat.astype(float)
-    other = privatised(received, vector(-noise(1)), clip, 1.0, silent).flat.astype(float)
-    third = privatised(received, vector(9 * noise(2)), clip, 1.0, silent).flat.astype(float)
+    one = privatize(
+        received, vector(noise(1)), clip=clip, scale=1.0, random_bytes=silent
+    ).flat.astype(float)
+    other = privatize(
+        received, vector(-noise(1)), clip=clip, scale=1.0, random_bytes=silent
+    ).flat.astype(float)
+    third = privatize(
+        received, vector(9 * noise(2)), clip=clip, scale=1.0, random_bytes=silent
+    ).flat.astype(float)
     assert np.abs(one - other).sum() == pytest.approx(2 * clip, rel=1e-5)
     assert np.abs(one - third).sum() <= 2 * clip
 
 
 def test_noise_is_added_to_every_value_and_cut_in_stretches(monkeypatch):
     received, tuned = vector(np.zeros(SIZE)), vector(noise(1))
-    found = privatised(received, tuned, 1.0, 5.0, seeded(3)).flat
-    plain = privatised(received, tuned, 1.0, 5.0, silent).flat
+    found = privatize(received, tuned, clip=1.0, scale=5.0, random_bytes=seeded(3)).flat
+    plain = privatize(received, tuned, clip=1.0, scale=5.0, random_bytes=silent).flat
     assert np.abs(found - plain).mean() == pytest.approx(5.0, rel=0.15) and (found != plain).all()
-    monkeypatch.setattr("fedsp_mpi.algorithms.privacy._STRETCH", 64)
-    assert np.array_equal(privatised(received, tuned, 1.0, 5.0, seeded(3)).flat, found)
+    monkeypatch.setattr("fedsp_mpi.algorithms.privacy._CHUNK_VALUES", 64)
+    assert np.array_equal(
+        privatize(received, tuned, clip=1.0, scale=5.0, random_bytes=seeded(3)).flat, found
+    )
 
 
 class _Fixed:
@@ -111,7 +123,7 @@ class _Fixed:
 
     states = "its benches"
 
-    def local(self, client: int, round: int, down: NamedTensors) -> Update:
+    def local_update(self, client: int, round: int, down: NamedTensors) -> Update:
         down.flat[:] = 7  # a client may work in what it got
         return Update(
             client, 3.0, vector(noise(1)), {"loss_prompt_last": 1.5, "seconds_prompt": 2.0}
@@ -120,9 +132,12 @@ class _Fixed:
 
 def test_what_goes_up_is_private_and_tells_no_loss():
     received = vector(noise(0))
-    found = LocalDPClient(_Fixed(), 1.0, 1.0, silent).local(4, 1, received.copy())
+    found = LocalDPClient(_Fixed(), 1.0, 1.0, random_bytes=silent).local_update(
+        4, 1, received.copy()
+    )
     assert np.array_equal(
-        found.tensors.flat, privatised(received, vector(noise(1)), 1.0, 1.0, silent).flat
+        found.tensors.flat,
+        privatize(received, vector(noise(1)), clip=1.0, scale=1.0, random_bytes=silent).flat,
     )
     assert (found.client, found.weight, found.metrics) == (4, 3.0, {"seconds_prompt": 2.0})
     assert LocalDPClient(_Fixed(), 1.0, 1.0).states == "its benches"
@@ -130,7 +145,7 @@ def test_what_goes_up_is_private_and_tells_no_loss():
 
 def test_other_tensors_than_came_down_are_refused():
     with pytest.raises(ValueError, match="update that is to be private"):
-        privatised(vector(noise(0)), vector(noise(0, SIZE - 1)), 1.0, 1.0)
+        privatize(vector(noise(0)), vector(noise(0, SIZE - 1)), clip=1.0, scale=1.0)
 
 
 @pytest.mark.parametrize(

@@ -16,9 +16,9 @@ from fedsp_mpi.algorithms.inference import (
     Limits,
     LocalInference,
     RemoteInference,
-    answered,
-    packed,
-    unpacked,
+    decode_request,
+    encode_request,
+    handle_request,
 )
 from fedsp_mpi.comm import Handout, Solo
 from fedsp_mpi.data.tokens import Text
@@ -29,7 +29,7 @@ from fedsp_mpi.models.subspace import Subspace
 from fedsp_mpi.record import Run, read
 from fedsp_mpi.report import difference
 from fedsp_mpi.run.inputs import ExperimentInputs
-from fedsp_mpi.tensors import Contract, Failure, NamedTensors, Schema, SealedTensorError, seal
+from fedsp_mpi.tensors import Contract, NamedTensors, Schema, SealedTensorError, seal
 from helpers import tiny
 from helpers.mpi import both_ends, only_report
 from helpers.runs import FAULTY, FEDBPT, gap_settings, short, short_run
@@ -64,7 +64,7 @@ def test_bits_depend_neither_on_ranks_nor_on_who_holds_the_model(runs, other):
 
 
 def asked_bytes(run: Run) -> tuple[int, int]:
-    """What client 0 asks in a round and is answered, counted from its texts by hand."""
+    """What client 0 asks in a round and is handle_request, counted from its texts by hand."""
     materials = ExperimentInputs(config.load(run.file.parent / "config.yaml"))
     texts = 2 * len(materials.shard(1))
     tokens = 2 * sum(len(text.ids) for text in materials.shard(1))  # copies are as long
@@ -132,7 +132,7 @@ def test_texts_and_points_come_through():
         [Text(np.array([9, 3, 4], dtype=np.int32), 1, gap=250_001)],
     ]
     points = np.random.default_rng(0).standard_normal((4, 6)).astype(np.float32)
-    found, texts = unpacked(packed(points, groups), Limits(6, 16_000_002, 3))
+    found, texts = decode_request(encode_request(points, groups), Limits(6, 16_000_002, 3))
     assert np.array_equal(found, points) and [len(group) for group in texts] == [2, 1]
     for text, other in zip(
         (t for group in groups for t in group), (t for group in texts for t in group)
@@ -144,13 +144,13 @@ def test_texts_and_points_come_through():
         assert other.ids.dtype == np.int32
 
 
-def test_a_question_that_is_none_is_refused_before_it_is_answered():
+def test_a_question_that_is_none_is_refused_before_it_is_handle_request():
     """Whatever a client sends: a ValueError, or points and texts within the limits; and no memory
     for what is not.
     """
     limits, random = Limits(3, 100, 4), np.random.default_rng(0)
     points = random.standard_normal((2, 3)).astype(np.float32)
-    good = packed(
+    good = encode_request(
         points,
         [
             [Text(np.array([1, 2, 99], dtype=np.int32), 2)],
@@ -166,7 +166,7 @@ def test_a_question_that_is_none_is_refused_before_it_is_answered():
             )
         question = question[: random.integers(len(question))] if random.random() < 0.1 else question
         try:
-            tried, groups = unpacked(question, limits)
+            tried, groups = decode_request(question, limits)
         except ValueError as error:
             assert "expected" in str(error)
             continue
@@ -187,12 +187,12 @@ def test_asking_gives_the_losses_of_holding(tmp_path):
     layers = model.shape.num_layers
     first = model.model.get_input_embeddings().weight[4:7].detach().clone()
     space, whole = Subspace(spec, 6, 0.1, 1), DepthMap(spec, layers, tuple(range(layers)))
-    held = LocalInference(model, Prompt(spec), first, space, whole, 40)
+    held = LocalInference(model, Prompt(spec), first, subspace=space, depths=whole, batch_tokens=40)
     groups = [tiny.texts((9, 8, 12, 6)), tiny.texts((7, 5), seed=1)]
     points = np.random.default_rng(0).standard_normal((2, 6))
     wanted = held.losses(0, points, groups)
     found = RemoteInference(
-        lambda client, values: answered(held, values, Limits(6, tiny.VOCABULARY, 40))
+        lambda client, values: handle_request(held, values, Limits(6, tiny.VOCABULARY, 40))
     ).losses(0, points, groups)
     assert [each.shape for each in found] == [(2, 4), (2, 2)]
     assert all(np.array_equal(one, other) for one, other in zip(wanted, found))
@@ -208,13 +208,9 @@ def test_an_answer_is_never_the_global_model():
     try:
         wire = Solo()
         wire.handout(Handout({}, nothing, Contract(nothing.schema, Schema(()), servers=1)))
-
-        def work():
-            wire.ask(0, np.ones(4, np.float32))
-            yield Failure(0, 1, "never", "here")
-
+        wire.serve(lambda values: weights.weight.detach().numpy())
         with pytest.raises(SealedTensorError, match="which never leaves the server"):
-            wire.gather(1, work(), lambda values: weights.weight.detach().numpy())
+            wire.call(0, np.ones(4, np.float32))
     finally:
         seal.clear()
 

@@ -13,14 +13,14 @@ import torch
 
 from fedsp_mpi import config
 from fedsp_mpi.algorithms.prompt_distillation import PromptDistiller
-from fedsp_mpi.algorithms.prompt_server import Server
+from fedsp_mpi.algorithms.prompt_server import PromptServer
 from fedsp_mpi.config import StageConfig
 from fedsp_mpi.config.training import OptimizerConfig
 from fedsp_mpi.data import pseudo_questions
 from fedsp_mpi.data.tasks import Example
 from fedsp_mpi.data.tokens import Batches
 from fedsp_mpi.models import auxiliary
-from fedsp_mpi.models.backbone import LanguageModel
+from fedsp_mpi.models.language_model import LanguageModel
 from fedsp_mpi.models.losses import logits_loss
 from fedsp_mpi.models.prompts import DepthMap, Prompt, PromptSpec
 from fedsp_mpi.report import difference
@@ -118,7 +118,9 @@ def pair(request, tmp_path) -> tuple[LanguageModel, LanguageModel, DepthMap]:
     return whole, small, DepthMap(PromptSpec.of(whole.shape, "prefix", 3, None), 2, (0, 1))
 
 
-def server_of(pair, stage: StageConfig = STAGE, rounds: int = 1) -> tuple[Server, PromptDistiller]:
+def server_of(
+    pair, stage: StageConfig = STAGE, rounds: int = 1
+) -> tuple[PromptServer, PromptDistiller]:
     whole, small, depths = pair
     prompt = Prompt(depths.spec).initialise(1, 0.5)
     messengers = Prompt(depths.small)
@@ -126,12 +128,20 @@ def server_of(pair, stage: StageConfig = STAGE, rounds: int = 1) -> tuple[Server
     batches = Batches(tiny.texts([5, 6, 7, 8] * 4), stage.batch_size, None, 1, "translation")
     translator = PromptDistiller(small, messengers, batches, stage)
     none = StageConfig(steps=0)
-    return Server(
-        whole, prompt, depths, None, none, rounds, lambda updates: updates, translator=translator
-    ), translator
+    server = PromptServer(
+        whole,
+        prompt,
+        depths,
+        batches=None,
+        stage=none,
+        total_rounds=rounds,
+        rule=lambda updates: updates,
+        distiller=translator,
+    )
+    return server, translator
 
 
-def apart(pair, server: Server, messengers: Prompt) -> float:
+def apart(pair, server: PromptServer, messengers: Prompt) -> float:
     """KL divergence of the global model's answers from the auxiliary one's, a token."""
     whole, small, _ = pair
     batch = tiny.batch()
@@ -147,11 +157,11 @@ def test_the_global_model_comes_to_answer_like_the_auxiliary_one(pair):
     server, translator = server_of(pair)
     _, small, depths = pair
     learned = NamedTensors.pack(Prompt(depths.small).initialise(5, 0.5).tensors())
-    server.take(learned)
+    server.load_aggregate(learned)
     before = {name: weight.clone() for name, weight in small.weights.items()}
-    start = apart(pair, server, translator.messengers)
-    server.absorb(1)
-    assert apart(pair, server, translator.messengers) < 0.7 * start
+    start = apart(pair, server, translator.client_prompt)
+    server.server_update(1)
+    assert apart(pair, server, translator.client_prompt) < 0.7 * start
     assert all(torch.equal(weight, before[name]) for name, weight in small.weights.items())
 
 
@@ -161,8 +171,8 @@ def test_what_goes_down_is_what_was_merged(pair):
     first = server.broadcast()
     assert np.array_equal(first["prompt"], depths.down(server.prompt.tensors())["prompt"])
     learned = NamedTensors.pack(Prompt(depths.small).initialise(5, 0.5).tensors())
-    server.take(learned)
-    server.absorb(1)
+    server.load_aggregate(learned)
+    server.server_update(1)
     assert np.array_equal(server.broadcast()["prompt"], learned["prompt"])
 
 
@@ -175,18 +185,18 @@ def test_a_server_goes_on_with_its_translator(pair):
     ]
     whole, _ = server_of(pair, stage, 2)
     for round, merged in enumerate(learned, 1):
-        whole.take(merged)
-        whole.absorb(round)
+        whole.load_aggregate(merged)
+        whole.server_update(round)
     begun, _ = server_of(pair, stage, 2)
-    begun.take(learned[0])
-    begun.absorb(1)
+    begun.load_aggregate(learned[0])
+    begun.server_update(1)
     state = {name: value.copy() for name, value in begun.state().items()}
     again, _ = server_of(pair, stage, 2)
     again.load_state(state)
     assert np.array_equal(again.broadcast()["prompt"], learned[0]["prompt"])
     again.take(learned[1])
-    again.absorb(2)
-    assert np.array_equal(again.tuned()["prompt"], whole.tuned()["prompt"])
+    again.server_update(2)
+    assert np.array_equal(again.export()["prompt"], whole.export()["prompt"])
 
 
 # -- in a run --------------------------------------------------------------------------------------
@@ -222,8 +232,8 @@ def test_the_server_asks_about_plain_text_from_all_over(tmp_path):
 
     def asked(seed: int, *more: str) -> list[str]:
         materials = ExperimentInputs(config.load(None, [*settings, f"run.seed={seed}", *more]))
-        assert materials.alignment_texts == materials.questions
-        return [materials.tokenizer.decode(text.ids) for text in materials.questions]
+        assert materials.alignment_texts == materials.server_questions
+        return [materials.tokenizer.decode(text.ids) for text in materials.server_questions]
 
     first = asked(1)
     assert len(first) == 8 and first == asked(1) != asked(2) and len(set(first)) == 8

@@ -1,10 +1,9 @@
-"""Who is where, what the messages look like, and the wire in one process."""
+"""Topology, messages, and the wire in one process."""
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -15,7 +14,7 @@ from fedsp_mpi.comm import (
     Refused,
     RoundBroadcast,
     Solo,
-    checked,
+    checked_result,
     connect,
     launcher_rank,
     launcher_size,
@@ -25,7 +24,7 @@ from fedsp_mpi.comm import (
 from fedsp_mpi.comm.inspection import (
     Expected,
     ProtocolError,
-    failures_of,
+    collect_failures,
     read_headers,
     require_one_rank_each,
 )
@@ -36,10 +35,10 @@ from fedsp_mpi.comm.messages import (
     CallStats,
     Header,
     Kind,
-    pack_answers,
-    reports_of,
-    slices,
-    unpack_answers,
+    accepted_reports,
+    chunk_slices,
+    pack_results,
+    unpack_results,
 )
 from fedsp_mpi.comm.updates import reorder
 from fedsp_mpi.tensors import (
@@ -76,7 +75,7 @@ def no_launcher(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     return monkeypatch
 
 
-# Who is where.
+# Topology.
 
 
 def test_without_a_launcher_there_is_no_rank_and_connect_is_solo(
@@ -220,19 +219,17 @@ def test_a_long_reason_is_cut_between_characters() -> None:
 
 
 def test_a_long_reason_goes_on_behind_its_header() -> None:
-    """Whole, up to a limit, and cut between characters; a letter that is not what its headers say
-    is refused.
-    """
+    """It arrives up to a limit, cut between characters; wrong lengths are refused."""
     short, long, endless = (
         Failure(client, 2, "local", "ü" * size) for client, size in ((1, 3), (2, 900), (3, 9000))
     )
     update = Update(4, 1.0, tensors(), {"loss": 0.5})
     headers = [Header.of(item, 2) for item in (short, long, endless, update)]
-    letter = pack_answers(headers, CONTRACT.metrics)
-    assert len(letter) == 4 * HEADER_BYTES + (6 + 2 * 900 - TEXT_BYTES) + REASON_BYTES
-    unpacked = unpack_answers(letter, "rank 3", CONTRACT.metrics)
-    failures = failures_of(unpacked, CONTRACT, 2, None)
-    assert (failures[:2], [report.client for report in reports_of(unpacked)]) == (
+    message = pack_results(headers, CONTRACT.metrics)
+    assert len(message) == 4 * HEADER_BYTES + (6 + 2 * 900 - TEXT_BYTES) + REASON_BYTES
+    unpacked = unpack_results(message, "rank 3", CONTRACT.metrics)
+    failures = collect_failures(unpacked, CONTRACT, round=2, expected=None)
+    assert (failures[:2], [report.client for report in accepted_reports(unpacked)]) == (
         [short, long],
         [4],
     )
@@ -241,12 +238,12 @@ def test_a_long_reason_goes_on_behind_its_header() -> None:
         and len(failures[2].reason) == 42 + REASON_BYTES // 2
     )
     for wrong in (
-        letter[:-1],
-        letter[: HEADER_BYTES + 300],
-        pack_answers([replace(headers[1], num_values=9999)], ()),
+        message[:-1],
+        message[: HEADER_BYTES + 300],
+        pack_results([replace(headers[1], num_values=9999)], ()),
     ):
         with pytest.raises(ValueError, match=r"rank 3: found .* expected"):
-            unpack_answers(wrong, "rank 3", CONTRACT.metrics)
+            unpack_results(wrong, "rank 3", CONTRACT.metrics)
 
 
 def test_a_foreign_header_is_refused() -> None:
@@ -261,22 +258,22 @@ def test_checked_refuses_what_the_contract_does_not_say() -> None:
     with pytest.raises(
         ValueError, match=r"update of client 5: found tensor 'wte' \[3\], expected 'input' \[3\]"
     ):
-        checked(Update(5, 1.0, other), CONTRACT, 0)
+        checked_result(Update(5, 1.0, other), CONTRACT, 0)
     with pytest.raises(
         ValueError, match=r"found metrics \['labels'\], expected some of \['loss', 'seconds'\]"
     ):
-        checked(Update(5, 1.0, tensors(), {"labels": 1.0}), CONTRACT, 0)
+        checked_result(Update(5, 1.0, tensors(), {"labels": 1.0}), CONTRACT, 0)
     with pytest.raises(ValueError, match="found weight -1"):
-        checked(Update(5, -1.0, tensors()), CONTRACT, 0)
+        checked_result(Update(5, -1.0, tensors()), CONTRACT, 0)
 
 
 def test_checked_turns_what_is_not_finite_into_a_failure() -> None:
     bad = tensors()
     bad["input"][2] = np.inf
-    assert checked(Update(5, 1.0, bad), CONTRACT, 4) == Failure(
+    assert checked_result(Update(5, 1.0, bad), CONTRACT, 4) == Failure(
         5, 4, "check", "tensor 'input' is not finite"
     )
-    assert checked(Update(5, float("nan"), tensors()), CONTRACT, 4) == Failure(
+    assert checked_result(Update(5, float("nan"), tensors()), CONTRACT, 4) == Failure(
         5, 4, "check", "weight is nan"
     )
 
@@ -286,7 +283,11 @@ EXPECTED = Expected({4: 1, 5: 2, 6: 2}, {4: 8.0, 5: 8.0, 6: 8.0})
 
 def read_from_rank_2(*headers: Header) -> list[Header]:
     return read_headers(
-        b"".join(header.pack(CONTRACT.metrics) for header in headers), 2, CONTRACT, 4, EXPECTED
+        b"".join(header.pack(CONTRACT.metrics) for header in headers),
+        2,
+        CONTRACT,
+        round=4,
+        expected=EXPECTED,
     )
 
 
@@ -311,10 +312,10 @@ def test_the_server_refuses_headers_that_break_the_contract() -> None:
             "client 5 from rank 2.*BROADCAST",
         ),
         "failure": (Header.of(Failure(5, 3, "local", "gone"), 3), r"client 5 from rank 2.*\[3, 0"),
-        "foreign": (Header.of(Update(4, 1.0, tensors()), 4), "client 4 from rank 2.*does not play"),
-        "questions": (
-            Header(Kind.UPDATE, 4, 5, 11, SCHEMA.digest, 1.0, asked=CallStats(1, 300, 300)),
-            "found 1 questions",
+        "foreign": (Header.of(Update(4, 1.0, tensors()), 4), "client 4 from rank 2.*does not host"),
+        "requests": (
+            Header(Kind.UPDATE, 4, 5, 11, SCHEMA.digest, 1.0, calls=CallStats(1, 300, 300)),
+            "found 1 requests",
         ),
     }
     for header, message in breaches.values():
@@ -322,26 +323,26 @@ def test_the_server_refuses_headers_that_break_the_contract() -> None:
             read_from_rank_2(header)
     hidden = bytearray(good.pack(CONTRACT.metrics))
     hidden[-120] = 1  # in a metric that the contract does not have
-    with pytest.raises(ProtocolError, match="rank 2: found bytes in its answers that the contract"):
-        read_headers(bytes(hidden), 2, CONTRACT, 4, EXPECTED)
-    with pytest.raises(ProtocolError, match="client 5 from rank 2: found two answers"):
+    with pytest.raises(ProtocolError, match="rank 2: found bytes in its results that the contract"):
+        read_headers(bytes(hidden), 2, CONTRACT, round=4, expected=EXPECTED)
+    with pytest.raises(ProtocolError, match="client 5 from rank 2: found two results"):
         read_from_rank_2(good, good)
     with pytest.raises(
-        ProtocolError, match="rank 2: found a letter of answers that cannot be read"
+        ProtocolError, match="rank 2: found a message of results that cannot be read"
     ):
-        read_headers(bytes(300), 2, CONTRACT, 4, EXPECTED)
-    with pytest.raises(ProtocolError, match="ranks 1 and 2: found two answers of client 5"):
+        read_headers(bytes(300), 2, CONTRACT, round=4, expected=EXPECTED)
+    with pytest.raises(ProtocolError, match="ranks 1 and 2: found two results of client 5"):
         require_one_rank_each([[], [5], [5, 6]])
 
 
 def test_what_one_client_cannot_have_sent_is_its_failure() -> None:
     contract = Contract(SCHEMA, SCHEMA, ("loss", "fitness"), finite=("fitness",))
-    said = {5: (1.0, {"fitness": 1.0, "loss": math.nan}), 6: (8.5, {"fitness": 1.0})}
+    results = {5: (1.0, {"fitness": 1.0, "loss": math.nan}), 6: (8.5, {"fitness": 1.0})}
     headers = [
         Header.of(Update(id, weight, tensors(), metrics), 4)
-        for id, (weight, metrics) in said.items()
+        for id, (weight, metrics) in results.items()
     ]
-    failures = failures_of(headers, contract, 4, EXPECTED)
+    failures = collect_failures(headers, contract, round=4, expected=EXPECTED)
     assert [(failure.client, failure.phase) for failure in failures] == [
         (4, "gather"),
         (6, "check"),
@@ -356,19 +357,17 @@ def test_what_one_client_cannot_have_sent_is_its_failure() -> None:
         (1.0, {"fitness": 1.0, "loss": math.inf}, "metric loss is inf"),
         (1.0, {}, "found no metric fitness"),
     ):
-        [failure] = failures_of(
+        [failure] = collect_failures(
             [Header.of(Update(5, weight, tensors(), metrics), 4)],
             contract,
-            4,
-            Expected({5: 2}, {5: 8}),
+            round=4,
+            expected=Expected({5: 2}, {5: 8}),
         )
         assert reason in failure.reason
 
 
 def test_no_mutated_header_is_accepted_that_the_contract_does_not_allow() -> None:
-    """5,000 letters of two headers with random bytes changed, cut, doubled: refused, or still what
-    may be said.
-    """
+    """Change, cut or double 5,000 messages of two headers: each is refused, or still allowed."""
     random = np.random.default_rng(0)
     good = b"".join(
         Header.of(Update(id, 3.0, tensors(), {"loss": 1.0}), 4).pack(CONTRACT.metrics)
@@ -376,27 +375,27 @@ def test_no_mutated_header_is_accepted_that_the_contract_does_not_allow() -> Non
     )
     accepted = 0
     for _ in range(5000):
-        letter = bytearray(good)
+        message = bytearray(good)
         for place in random.integers(
-            0, len(letter) if random.random() < 0.5 else 60, random.integers(1, 6)
+            0, len(message) if random.random() < 0.5 else 60, random.integers(1, 6)
         ):
-            letter[place] = random.choice([0, 1, 4, 127, 128, 255, random.integers(256)])
+            message[place] = random.choice([0, 1, 4, 127, 128, 255, random.integers(256)])
         cut = random.integers(0, 10)
-        letter = (
-            letter[: random.integers(len(letter))]
-            if cut == 0
-            else letter * 2
-            if cut == 1
-            else letter
-        )
+        if cut == 0:
+            message = message[: random.integers(len(message))]
+        elif cut == 1:
+            message = message * 2
         try:
-            headers = read_headers(bytes(letter), 2, CONTRACT, 4, EXPECTED)
+            headers = read_headers(bytes(message), 2, CONTRACT, round=4, expected=EXPECTED)
         except ProtocolError as error:
             assert "rank 2" in str(error) and len(str(error)) < 300 and str(error).isprintable()
             continue
-        failed = {failure.client for failure in failures_of(headers, CONTRACT, 4, EXPECTED)}
+        failed = {
+            failure.client
+            for failure in collect_failures(headers, CONTRACT, round=4, expected=EXPECTED)
+        }
         for header in headers:
-            assert (header.round, header.client in (5, 6), header.asked) == (4, True, CallStats())
+            assert (header.round, header.client in (5, 6), header.calls) == (4, True, CallStats())
             if header.kind is Kind.UPDATE and header.client not in failed:
                 assert (header.num_values, header.digest) == (
                     11,
@@ -418,42 +417,34 @@ def test_reorder_in_place_is_what_indexing_does() -> None:
 
 
 def test_slices_cover_the_vector_once() -> None:
-    assert list(slices(10, 4)) == [slice(0, 4), slice(4, 8), slice(8, 10)]
-    assert list(slices(8, 4)) == [slice(0, 4), slice(4, 8)]
-    assert list(slices(0, 4)) == []
+    assert list(chunk_slices(10, 4)) == [slice(0, 4), slice(4, 8), slice(8, 10)]
+    assert list(chunk_slices(8, 4)) == [slice(0, 4), slice(4, 8)]
+    assert list(chunk_slices(0, 4)) == []
 
 
 # Solo.
 
 
 def test_solo_never_shares_memory_between_server_and_clients() -> None:
-    wire, mine = Solo(), tensors(1.0)
+    wire = Solo()
+    server_tensors = tensors(1.0)
     meta = {"list": [1]}
-    given = wire.handout(Handout(meta, mine, CONTRACT))
-    assert not np.shares_memory(given.tensors.flat, mine.flat) and given.meta == meta
-    given.meta["list"].append(2)
+    received = wire.handout(Handout(meta, server_tensors, CONTRACT))
+    assert not np.shares_memory(received.tensors.flat, server_tensors.flat)
+    assert received.meta == meta
+    received.meta["list"].append(2)
     assert meta == {"list": [1]}
-    down = wire.broadcast(RoundBroadcast(0, tensors=mine))
-    assert down.tensors is not None and not np.shares_memory(down.tensors.flat, mine.flat)
-    np.testing.assert_array_equal(down.tensors.flat, mine.flat)
+    down = wire.broadcast(RoundBroadcast(0, tensors=server_tensors))
+    assert down.tensors is not None and not np.shares_memory(down.tensors.flat, server_tensors.flat)
+    np.testing.assert_array_equal(down.tensors.flat, server_tensors.flat)
 
 
-def test_solo_reads_the_answers_lazily_and_columns_once() -> None:
-    events: list[str] = []
-
-    def outgoing() -> Iterator[Update | Failure]:
-        for client in (2, 0):
-            events.append(f"train {client}")
-            yield Update(client, 1.0, tensors(client))
-        yield Failure(1, 0, "local", "gone")
-
-    wire = solo()
-    answers = outgoing()
-    assert events == []
-    updates = wire.gather(0, answers)
-    assert events == ["train 2", "train 0"]
+def test_solo_sorts_results_by_client_and_reads_columns_once() -> None:
+    failure = Failure(1, 0, "local", "gone")
+    results = [Update(2, 1.0, tensors(2)), Update(0, 1.0, tensors(0)), failure]
+    updates = solo().gather(0, results)
     assert [report.client for report in updates.reports] == [0, 2]
-    assert updates.failures == [Failure(1, 0, "local", "gone")]
+    assert updates.failures == [failure]
     np.testing.assert_array_equal(
         updates.rows(), np.array([[0.0] * 11, [2.0] * 11], dtype=np.float32)
     )
@@ -470,7 +461,8 @@ def test_leaving_the_columns_early_does_not_stop_the_rest() -> None:
 
 
 def test_solo_refuses_a_breach_of_contract() -> None:
-    wire, other = solo(), tensors(schema=Schema.of([("wte", [11])]))
+    wire = solo()
+    other = tensors(schema=Schema.of([("wte", [11])]))
     with pytest.raises(ValueError, match="update of client 0: found tensor 'wte'"):
         wire.gather(0, [Update(0, 1.0, other)])
     with pytest.raises(ValueError, match="broadcast of round 1: found tensor 'wte'"):
@@ -484,7 +476,8 @@ def test_solo_refuses_a_breach_of_contract() -> None:
 def test_solo_refuses_the_memory_of_the_global_model() -> None:
     torch = pytest.importorskip("torch")
     model = torch.zeros(11)
-    message, wire = NamedTensors(SCHEMA, model.numpy()), solo()
+    message = NamedTensors(SCHEMA, model.numpy())
+    wire = solo()
     seal.add([("transformer.wte", model)])
     try:
         for send in (

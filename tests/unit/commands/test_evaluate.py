@@ -24,11 +24,12 @@ from transformers import AutoModelForCausalLM
 from fedsp_mpi import cli, config, evaluation
 from fedsp_mpi.commands import evaluate
 from fedsp_mpi.commands.evaluate import Options
+from fedsp_mpi.data.tasks import TASKS
 from fedsp_mpi.data.tokens import Text
 from fedsp_mpi.evaluation.scoring import score
 from fedsp_mpi.log import Log
 from fedsp_mpi.models import auxiliary, backbone
-from fedsp_mpi.models.backbone import LanguageModel
+from fedsp_mpi.models.language_model import LanguageModel
 from fedsp_mpi.models.prompts import Prompt, PromptSpec, write_adapter
 from fedsp_mpi.record import ResultRow, RunRecord, read
 from fedsp_mpi.run.inputs import ExperimentInputs
@@ -88,7 +89,10 @@ def finished(folder: Path, *settings: str) -> Path:
     materials = ExperimentInputs(chosen)
     prompt = Prompt(replace(materials.prompt_spec, projection=None)).initialise(1, 0.5)
     write_adapter(
-        folder / "prompt", NamedTensors.pack(prompt.tensors()), prompt.spec, materials.model_name
+        folder / "prompt",
+        NamedTensors.pack(prompt.tensors()),
+        prompt.spec,
+        base=materials.model_name,
     )
     model = backbone.load_global(materials.model_name, device=tiny.CPU)
     for method, tuned in {"zero-shot": None, "fedsp": prompt}.items():
@@ -260,9 +264,7 @@ def test_local_rows_of_every_task(gpt2, task, tmp_path):
     )
     lines = asked(folder)
     require_equal(folder, lines)
-    assert {line.task for line in lines} == {evaluate.OTHER_NAMES.get(task, task)} and lines[
-        0
-    ].n == 14
+    assert {line.task for line in lines} == {TASKS[task].lm_eval_name} and lines[0].n == 14
 
 
 def test_the_same_rows_are_asked_as_the_run_had(gpt2, tmp_path):
@@ -319,7 +321,7 @@ def test_a_result_that_is_not_equal_is_called_so(gpt2, tmp_path):
     )
     spec = PromptSpec.of(tiny.load(gpt2).shape, "prefix", 5, None)
     other = Prompt(spec).initialise(2, 3.0)
-    write_adapter(folder / "prompt", NamedTensors.pack(other.tensors()), spec, gpt2)
+    write_adapter(folder / "prompt", NamedTensors.pack(other.tensors()), spec, base=gpt2)
     found = evaluate.evaluate(folder, Options(), Log())
     assert [line.equal for line in found.lines] == [False, True]
     assert "not equal: look for another" in evaluate.text(found)
@@ -514,7 +516,7 @@ def test_options_with_a_prompt_are_lm_evals_with_stock_peft(model, kind, tmp_pat
     loaded = tiny.load(model)
     prompt = prompt_for(loaded, kind)
     assert prompt is not None
-    write_adapter(tmp_path, NamedTensors.pack(prompt.tensors()), prompt.spec, model)
+    write_adapter(tmp_path, NamedTensors.pack(prompt.tensors()), prompt.spec, base=model)
     stock = peft.PeftModel.from_pretrained(
         AutoModelForCausalLM.from_pretrained(model), tmp_path
     ).eval()
@@ -709,7 +711,7 @@ def test_a_run_that_is_not_complete(gpt2, tmp_path, capsys):
     assert "found no such folder, expected what the run has tuned" in capsys.readouterr().err
     spec = PromptSpec.of(tiny.load(gpt2).shape, "prefix", 3, None)
     write_adapter(
-        tmp_path / "run" / "prompt", NamedTensors.pack(Prompt(spec).tensors()), spec, gpt2
+        tmp_path / "run" / "prompt", NamedTensors.pack(Prompt(spec).tensors()), spec, base=gpt2
     )
     assert cli.main(["evaluate", str(tmp_path / "run")]) == 2
     assert "found a prompt of shape [3, 256], expected [16, 256]" in capsys.readouterr().err

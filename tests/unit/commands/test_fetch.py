@@ -14,8 +14,8 @@ from fedsp_mpi import config
 from fedsp_mpi.commands.fetch import fetch as fetch_all
 from fedsp_mpi.log import Log
 from fedsp_mpi.record import read
-from fedsp_mpi.run.execute import reading_turns
 from fedsp_mpi.run.inputs import RESOURCES
+from fedsp_mpi.run.ranks import load_waves
 from helpers.mpi import both_ends, run_mpi
 from helpers.paths import PROGRAMS
 
@@ -216,7 +216,7 @@ def test_first_a_rank_of_each_host_then_the_others(tmp_path):
 
 
 def test_ranks_take_turns_only_where_a_host_has_several_that_did_not_read_yet():
-    assert reading_turns(["a"]) == [{0}]
-    assert reading_turns(["a"] * 4) == [{0, 1, 2, 3}]
-    assert reading_turns(["a", "a", "b", "c"]) == [{0, 1, 2, 3}]
-    assert reading_turns(["a", "b", "a", "b", "c", "b", "c"]) == [{0, 1, 2, 4}, {3, 5, 6}]
+    assert load_waves(["a"]) == [{0}]
+    assert load_waves(["a"] * 4) == [{0, 1, 2, 3}]
+    assert load_waves(["a", "a", "b", "c"]) == [{0, 1, 2, 3}]
+    assert load_waves(["a", "b", "a", "b", "c", "b", "c"]) == [{0, 1, 2, 4}, {3, 5, 6}]

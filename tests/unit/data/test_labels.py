@@ -7,7 +7,7 @@ from pathlib import Path
 import datasets
 import pytest
 
-from fedsp_mpi.data import tasks
+from fedsp_mpi.data import loading, tasks
 from fedsp_mpi.data.labels import ClassId, ClassNames, NoLabelError, position
 
 CHOICES = ("negative", "positive")
@@ -97,10 +97,10 @@ def folder_of_classes(folder: Path, form: str, column: str, names: list[str]) ->
 def test_class_numbers_go_by_the_names_of_the_schema(tmp_path, form):
     def gold(name: str, *names: str) -> list[int]:
         source = folder_of_classes(tmp_path / name, form, "sentence", list(names))
-        splits = tasks.load("sst2", source, seed=0)
+        splits = loading.load("sst2", source, seed=0)
         assert splits.train == splits.validation == splits.test
         assert (len(splits.notes) == 1) == (name == "strange"), splits.notes
-        table, examples = tasks.scored_rows(tasks.TASKS["sst2"], source, 0, 3)
+        table, examples = loading.scored_rows(tasks.TASKS["sst2"], source, seed=0, limit=3)
         assert (
             table[:]["label"] == [example.gold[0] for example in examples] and len(table) == 3
         )  # lm-eval's form
@@ -121,8 +121,13 @@ def test_classes_of_another_task_are_refused(tmp_path):
     with pytest.raises(
         ValueError, match="2 classes in the order neg, pos, expected the 4 choices world, sports, "
     ):
-        tasks.load("ag_news", two, seed=0)
+        loading.load("ag_news", two, seed=0)
     own = folder_of_classes(
         tmp_path / "own", "parquet", "text", ["World", "Sci/Tech", "Sports", "Business"]
     )
-    assert [example.gold[0] for example in tasks.load("ag_news", own, seed=0).test] == [0, 3, 0, 3]
+    assert [example.gold[0] for example in loading.load("ag_news", own, seed=0).test] == [
+        0,
+        3,
+        0,
+        3,
+    ]

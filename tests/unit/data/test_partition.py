@@ -41,8 +41,10 @@ def make(
     if kind == "iid":
         return partition.iid(num_examples, num_shards, seed)
     if kind == "quantity":
-        return partition.quantity(num_examples, num_shards, alpha, seed)
-    return partition.dirichlet_labels(labels_of(num_examples, 4), num_shards, alpha, seed)
+        return partition.quantity(num_examples, num_shards, alpha=alpha, seed=seed)
+    return partition.dirichlet_labels(
+        labels_of(num_examples, 4), num_shards, alpha=alpha, seed=seed
+    )
 
 
 @pytest.mark.parametrize("kind", ["iid", "quantity", "labels"])
@@ -70,9 +72,11 @@ def test_depends_on_the_seed_and_on_nothing_else(kind):
 def test_known_draw():
     """A record is reproduced from its seed, so the draw of a seed stays what it is."""
     assert [shard.tolist() for shard in partition.iid(8, 3, 12345)] == KNOWN["iid"]
-    assert [shard.tolist() for shard in partition.quantity(8, 3, 0.5, 12345)] == KNOWN["quantity"]
+    assert [shard.tolist() for shard in partition.quantity(8, 3, alpha=0.5, seed=12345)] == KNOWN[
+        "quantity"
+    ]
     assert [
-        s.tolist() for s in partition.dirichlet_labels(list("aabbabba"), 3, 0.5, 12345)
+        s.tolist() for s in partition.dirichlet_labels(list("aabbabba"), 3, alpha=0.5, seed=12345)
     ] == KNOWN["labels"]
     assert partition.few_shot(list("aabbabba"), 2, 12345).tolist() == KNOWN["few"]
 
@@ -92,7 +96,7 @@ def test_label_skew_grows_as_alpha_falls():
     labels = labels_of(10001, 4)
 
     def largest_share(alpha: float) -> float:
-        shards = partition.dirichlet_labels(labels, 11, alpha, 0)
+        shards = partition.dirichlet_labels(labels, 11, alpha=alpha, seed=0)
         return float(np.mean([max(Counter(labels[s].tolist()).values()) / len(s) for s in shards]))
 
     strong, middle, weak = largest_share(0.05), largest_share(1.0), largest_share(1e4)
@@ -102,18 +106,18 @@ def test_label_skew_grows_as_alpha_falls():
 
 def test_quantity_skew_grows_as_alpha_falls_and_keeps_the_labels():
     spread = {
-        alpha: np.std([len(s) for s in partition.quantity(10001, 11, alpha, 0)])
+        alpha: np.std([len(s) for s in partition.quantity(10001, 11, alpha=alpha, seed=0)])
         for alpha in (0.1, 1.0, 1e4)
     }
     assert spread[0.1] > spread[1.0] > 10 * spread[1e4]
     labels = labels_of(10001, 4)
-    big = max(partition.quantity(10001, 11, 0.5, 0), key=len)
+    big = max(partition.quantity(10001, 11, alpha=0.5, seed=0), key=len)
     assert abs((labels[big] == 0).mean() - 0.25) < 0.03
 
 
 def test_labels_may_be_words():
     words = np.array(["yes", "no", "maybe"])[labels_of(300, 3)]
-    require_partition(partition.dirichlet_labels(words.tolist(), 5, 0.3, 1), 300, 5)
+    require_partition(partition.dirichlet_labels(words.tolist(), 5, alpha=0.3, seed=1), 300, 5)
 
 
 def test_few_shot_takes_the_same_number_of_each_label():
@@ -130,11 +134,14 @@ def test_few_shot_takes_the_same_number_of_each_label():
     [
         (lambda: partition.iid(10, 11, 0), ["found 10 examples", "at least 11", "fewer clients"]),
         (lambda: partition.iid(10, 0, 0), ["found 0 shards", "at least 1"]),
-        (lambda: partition.quantity(3, 4, 1.0, 0), ["found 3 examples", "at least 4"]),
-        (lambda: partition.quantity(9, 4, 0.0, 0), ["found alpha 0.0", "positive"]),
-        (lambda: partition.dirichlet_labels([0, 1], 3, 1.0, 0), ["found 2 examples", "at least 3"]),
+        (lambda: partition.quantity(3, 4, alpha=1.0, seed=0), ["found 3 examples", "at least 4"]),
+        (lambda: partition.quantity(9, 4, alpha=0.0, seed=0), ["found alpha 0.0", "positive"]),
         (
-            lambda: partition.dirichlet_labels([0, 1], 2, float("nan"), 0),
+            lambda: partition.dirichlet_labels([0, 1], 3, alpha=1.0, seed=0),
+            ["found 2 examples", "at least 3"],
+        ),
+        (
+            lambda: partition.dirichlet_labels([0, 1], 2, alpha=float("nan"), seed=0),
             ["found alpha nan", "positive"],
         ),
         (
@@ -158,13 +165,16 @@ def test_mistakes_are_told_in_one_line(call, words):
 )
 def test_the_servers_share_and_the_clients_shards_are_everything(kind, share, mine):
     labels = labels_of(200, 4).tolist()
-    shards = partition.divide(labels, 7, 3, kind, 0.3, share)
+    shards = partition.divide(labels, 7, 3, kind=kind, alpha=0.3, share=share)
     assert np.array_equal(np.sort(np.concatenate(shards)), np.arange(200)) and all(
         map(len, shards[1:])
     )
     assert mine is None or len(shards[0]) == mine
     if share is not None:  # whatever the clients' skew, the server's is the same sample
-        assert shards[0].tolist() == partition.divide(labels, 7, 3, "iid", 0.3, share)[0].tolist()
+        assert (
+            shards[0].tolist()
+            == partition.divide(labels, 7, 3, kind="iid", alpha=0.3, share=share)[0].tolist()
+        )
 
 
 def test_without_a_share_the_server_is_one_owner_like_the_others():

@@ -17,7 +17,7 @@ from pathlib import Path
 import datasets
 import pytest
 
-from fedsp_mpi.data import tasks
+from fedsp_mpi.data import loading, tasks
 from helpers.paths import ROOT, SHARED
 
 DATA = SHARED / "data"
@@ -61,7 +61,7 @@ def write(folder: Path, **files: object) -> str:
 
 
 def test_splits_as_they_are():
-    splits = tasks.load("arc_easy", local("arc_easy"), seed=0)
+    splits = loading.load("arc_easy", local("arc_easy"), seed=0)
     assert [len(s) for s in (splits.train, splits.validation, splits.test)] == [2251, 570, 2376]
     assert splits.notes == ()
 
@@ -69,7 +69,7 @@ def test_splits_as_they_are():
 def test_a_missing_validation_is_cut_from_train():
     whole = datasets.load_dataset(local("web_questions"), split="train")["question"]
     splits, other = (
-        tasks.load("web_questions", local("web_questions"), seed=seed) for seed in (0, 1)
+        loading.load("web_questions", local("web_questions"), seed=seed) for seed in (0, 1)
     )
     assert [len(s) for s in (splits.train, splits.validation, splits.test)] == [3401, 377, 2032]
     assert "validation = 377 rows cut from 'train' with seed 0" in splits.notes[0]
@@ -87,7 +87,7 @@ def is_subsequence(part: list[str], whole: list[str]) -> bool:
 
 
 def test_where_validation_is_scored_train_gives_a_new_one():
-    splits = tasks.load("hellaswag", local("hellaswag"), seed=0)
+    splits = loading.load("hellaswag", local("hellaswag"), seed=0)
     assert [len(s) for s in (splits.train, splits.validation, splits.test)] == [35915, 3990, 10042]
     assert splits.notes[0] == "test = the split 'validation': the source has no split 'test'"
 
@@ -97,15 +97,15 @@ def test_a_test_split_with_hidden_answers_is_not_scored(tmp_path):
     source = write(
         tmp_path / "own", train=[CHOICE_ROW] * 20, validation=[CHOICE_ROW] * 3, test=hidden
     )
-    splits = tasks.load("multiple_choice", source, seed=0)
+    splits = loading.load("multiple_choice", source, seed=0)
     assert [len(s) for s in (splits.train, splits.validation, splits.test)] == [18, 2, 3]
     assert "the answers of the split 'test' are not public" in splits.notes[0]
 
 
 def test_limit_takes_the_first_rows_and_moves_nothing_else():
-    whole = tasks.load("web_questions", local("web_questions"), seed=0)
+    whole = loading.load("web_questions", local("web_questions"), seed=0)
     limits = {"train": 50, "validation": 20, "test": 7}
-    part = tasks.load("web_questions", local("web_questions"), seed=0, limit=limits)
+    part = loading.load("web_questions", local("web_questions"), seed=0, limit=limits)
     assert (part.train, part.validation, part.test) == (
         whole.train[:50],
         whole.validation[:20],
@@ -118,12 +118,12 @@ def test_rows_with_nothing_to_teach_are_left_out_of_training_alone(tmp_path):
     empty = CHOICE_ROW | {"choices": [" ", "b"]}
     rows = [CHOICE_ROW, empty, CHOICE_ROW, empty]
     source = write(tmp_path / "own", train=rows, validation=[CHOICE_ROW], test=rows)
-    splits = tasks.load("multiple_choice", source, seed=0)
+    splits = loading.load("multiple_choice", source, seed=0)
     assert (len(splits.train), len(splits.test)) == (2, 4)
     assert splits.notes == ("train: 2 rows without an answer left out (train 1, 3)",)
     unanswered = {"context": "?", "answers": []}
     rows = [{"context": "?", "answers": ["a"]}, unanswered]
-    splits = tasks.load(
+    splits = loading.load(
         "question_answering", write(tmp_path / "qa", train=rows * 5, test=rows), seed=0
     )
     assert len(splits.test) == 1
@@ -155,10 +155,10 @@ def test_forms_of_a_local_source(tmp_path, form):
             split: datasets.Dataset.from_list(rows) for split in ("train", "validation", "test")
         }
         datasets.DatasetDict(parts).save_to_disk(tmp_path)
-    splits = tasks.load("sst2", str(tmp_path), seed=0)
+    splits = loading.load("sst2", str(tmp_path), seed=0)
     assert splits.train == splits.validation == splits.test
     assert [example.gold for example in splits.test] == [(0,), (1,)] * 5
-    tasks.check_columns("sst2", str(tmp_path))
+    loading.check_columns("sst2", str(tmp_path))
 
 
 @pytest.mark.parametrize("form", ["saved", "folder"])
@@ -172,8 +172,8 @@ def test_a_further_split_may_have_columns_of_its_own(tmp_path, form):
         ).save_to_disk(tmp_path / "own")
     else:
         write(tmp_path / "own", **parts)
-    tasks.check_columns("multiple_choice", str(tmp_path / "own"))
-    splits = tasks.load("multiple_choice", str(tmp_path / "own"), seed=0)
+    loading.check_columns("multiple_choice", str(tmp_path / "own"))
+    splits = loading.load("multiple_choice", str(tmp_path / "own"), seed=0)
     assert [len(s) for s in (splits.train, splits.validation, splits.test)] == [4, 4, 4]
 
 
@@ -191,29 +191,29 @@ def test_configurations_of_a_folder(tmp_path):
         for config in ("ARC-Easy", "ARC-Challenge")
     )
     (tmp_path / "README.md").write_text(f"---\nconfigs:\n{head}---\n")
-    assert "easy" in tasks.load("arc_easy", str(tmp_path), seed=0).test[0].context
-    assert "hard" in tasks.load("arc_challenge", str(tmp_path), seed=0).test[0].context
-    assert "hard" in tasks.load("arc_easy", f"{tmp_path}:ARC-Challenge", seed=0).test[0].context
+    assert "easy" in loading.load("arc_easy", str(tmp_path), seed=0).test[0].context
+    assert "hard" in loading.load("arc_challenge", str(tmp_path), seed=0).test[0].context
+    assert "hard" in loading.load("arc_easy", f"{tmp_path}:ARC-Challenge", seed=0).test[0].context
     with pytest.raises(ValueError, match="found the configurations ARC-"):
-        tasks.load("arc_easy", f"{tmp_path}:ARC-Middle", seed=0)
+        loading.load("arc_easy", f"{tmp_path}:ARC-Middle", seed=0)
 
 
 def test_a_changed_file_is_read_again(tmp_path):
     source = write(
         tmp_path / "own", train=[CHOICE_ROW] * 5, validation=[CHOICE_ROW] * 2, test=[CHOICE_ROW] * 2
     )
-    assert len(tasks.load("multiple_choice", source, seed=0).test) == 2
+    assert len(loading.load("multiple_choice", source, seed=0).test) == 2
     write(tmp_path / "own", test=[CHOICE_ROW] * 3)
-    assert len(tasks.load("multiple_choice", source, seed=0).test) == 3
+    assert len(loading.load("multiple_choice", source, seed=0).test) == 3
 
 
 def test_the_settings_of_the_library_are_as_before():
     datasets.enable_progress_bars()
-    tasks.load("arc_easy", local("arc_easy"), seed=0)
+    loading.load("arc_easy", local("arc_easy"), seed=0)
     assert not datasets.are_progress_bars_disabled()
 
 
-LOAD = "from fedsp_mpi.data import tasks; print(len(tasks.load('sst2', {!r}, seed=0).train))"
+LOAD = "from fedsp_mpi.data import loading; print(len(loading.load('sst2', {!r}, seed=0).train))"
 
 
 def test_four_processes_may_load_at_once_and_nothing_is_written_into_the_source(tmp_path):
@@ -242,7 +242,7 @@ ALL = {"train_csv": SST2, "validation_csv": SST2, "test_csv": SST2}
 
 
 def gold(source: str, split: str = "train") -> list[int]:
-    return [example.gold[0] for example in getattr(tasks.load("sst2", source, seed=0), split)]
+    return [example.gold[0] for example in getattr(loading.load("sst2", source, seed=0), split)]
 
 
 def as_files(folder: Path, form: str, labels: list[int]) -> str:
@@ -278,7 +278,7 @@ def test_the_rows_that_are_there_are_read_whatever_the_time_of_the_file(tmp_path
 
 def test_several_files_of_a_split_are_named_with_their_rows(tmp_path):
     source = write(tmp_path / "own", **ALL, train_old_csv=SST2 + "d,1\n", notes_csv=SST2)
-    splits = tasks.load("sst2", source, seed=0)
+    splits = loading.load("sst2", source, seed=0)
     assert [example.gold[0] for example in splits.train] == [0, 1, 0, 0, 1, 0, 1]
     assert splits.notes[0].startswith("train = 2 files: train.csv (3 rows), train.old.csv (4 rows)")
     assert splits.notes[1] == "not read, because their names say no split: notes.csv"
@@ -289,13 +289,13 @@ def test_shards_are_one_file_and_a_missing_one_is_named(tmp_path):
     for k in range(2):
         (tmp_path / "own" / "data" / f"train-0000{k}-of-00002.csv").write_text(SST2)
     source = write(tmp_path / "own", validation_csv=SST2, test_csv=SST2)
-    splits = tasks.load("sst2", source, seed=0)
+    splits = loading.load("sst2", source, seed=0)
     assert (len(splits.train), splits.notes) == (6, ())
     (tmp_path / "own" / "data" / "train-00000-of-00002.csv").unlink()
     with pytest.raises(
         ValueError, match=r"found 1 of the 2 shards of train in .*number 0 is missing"
     ):
-        tasks.load("sst2", source, seed=0)
+        loading.load("sst2", source, seed=0)
 
 
 @pytest.mark.parametrize("form", ["files", "saved"])
@@ -309,7 +309,7 @@ def test_splits_by_their_other_names(tmp_path, form, name):
         source = str(tmp_path / "own")
         tables = {split: datasets.Dataset.from_list(rows) for split, rows in parts.items()}
         datasets.DatasetDict(tables).save_to_disk(source)
-    splits = tasks.load("multiple_choice", source, seed=0)
+    splits = loading.load("multiple_choice", source, seed=0)
     assert [len(s) for s in (splits.train, splits.validation, splits.test)] == [4, 2, 3]
     assert splits.notes == ()
 
@@ -317,7 +317,7 @@ def test_splits_by_their_other_names(tmp_path, form, name):
 def test_two_sources_for_a_split_are_refused(tmp_path):
     def refusal(name: str, **files: str) -> str:
         with pytest.raises(ValueError) as told:
-            tasks.load("sst2", write(tmp_path / name, **ALL, **files), seed=0)
+            loading.load("sst2", write(tmp_path / name, **ALL, **files), seed=0)
         return str(told.value)
 
     assert "found dev.csv and validation.csv in" in refusal("dev", dev_csv=SST2)
@@ -334,7 +334,7 @@ def test_two_sources_for_a_split_are_refused(tmp_path):
     with pytest.raises(
         ValueError, match="found the splits dev and validation, which both mean validation"
     ):
-        tasks.check_columns("multiple_choice", str(tmp_path / "saved"))
+        loading.check_columns("multiple_choice", str(tmp_path / "saved"))
 
 
 def test_a_folder_whose_name_is_a_pattern(tmp_path):
@@ -349,7 +349,7 @@ def test_a_table_is_text_as_it_stands(tmp_path):
         + "".join(f'"{word}",{k % 2}\n' for k, word in enumerate(words))
         + "x,\ny,positive\n"
     )
-    splits = tasks.load("sst2", write(tmp_path / "own", **ALL | {"train_csv": text}), seed=0)
+    splits = loading.load("sst2", write(tmp_path / "own", **ALL | {"train_csv": text}), seed=0)
     assert [example.context.split("\n")[0] for example in splits.train] == [*words, "y"]
     assert [example.gold[0] for example in splits.train] == [0, 1, 0, 1, 0, 1, 1]
     assert splits.notes == ("train: 1 row without an answer left out (train 6)",)
@@ -357,7 +357,7 @@ def test_a_table_is_text_as_it_stands(tmp_path):
     tsv = write(
         tmp_path / "tsv", **{f"{split}_tsv": text for split in ("train", "validation", "test")}
     )
-    assert tasks.load("multiple_choice", tsv, seed=0).train[0].choices == ("a, b", "c")
+    assert loading.load("multiple_choice", tsv, seed=0).train[0].choices == ("a, b", "c")
 
 
 def test_columns_by_the_names_of_the_file(tmp_path):
@@ -366,8 +366,8 @@ def test_columns_by_the_names_of_the_file(tmp_path):
         tmp_path / "own", train_csv=text, validation_csv=text, test_csv="label,review\nx,a film\n"
     )
     names = {"sentence": "review", "label": "stars"}
-    tasks.check_columns("sst2", source, names)
-    splits = tasks.load("sst2", source, seed=0, columns=names)
+    loading.check_columns("sst2", source, names)
+    splits = loading.load("sst2", source, seed=0, columns=names)
     assert [example.gold[0] for example in splits.test] == [1, 0] and splits.test[
         0
     ].context.startswith("good film\n")
@@ -382,7 +382,7 @@ def test_columns_by_the_names_of_the_file(tmp_path):
         ),
     ):
         with pytest.raises(ValueError, match=words):
-            tasks.check_columns("sst2", source, wrong)
+            loading.check_columns("sst2", source, wrong)
 
 
 @pytest.mark.parametrize("form", ["csv", "jsonl", "parquet"])
@@ -391,8 +391,8 @@ def test_a_test_split_without_labels_is_not_scored_in_any_format(tmp_path, form)
     table = datasets.Dataset.from_list([{"sentence": "x"}] * 3)
     path = tmp_path / "own" / f"test.{form}"
     {"csv": table.to_csv, "jsonl": table.to_json, "parquet": table.to_parquet}[form](path)
-    tasks.check_columns("sst2", source)
-    splits = tasks.load("sst2", source, seed=0)
+    loading.check_columns("sst2", source)
+    splits = loading.load("sst2", source, seed=0)
     assert len(splits.test) == 20 and len(splits.validation) == 2
     assert (
         splits.notes[0] == "test = the split 'validation': the split 'test' has no column 'label'"
@@ -407,7 +407,7 @@ def test_rows_with_an_empty_choice_are_left_out_and_named(tmp_path):
         validation=[CHOICE_ROW],
         test=[empty, CHOICE_ROW],
     )
-    splits = tasks.load("multiple_choice", source, seed=0)
+    splits = loading.load("multiple_choice", source, seed=0)
     assert (
         len(splits.train) == 2 and len(splits.test) == 1
     )  # what is trained on has its answer, and is not scored
@@ -418,7 +418,7 @@ def test_rows_with_an_empty_choice_are_left_out_and_named(tmp_path):
     ]  # "" begins every answer
     assert (
         len(
-            tasks.load(
+            loading.load(
                 "question_answering",
                 write(tmp_path / "qa", train=answers * 4, test=answers),
                 seed=0,
@@ -550,7 +550,7 @@ MISTAKES = {
 def test_mistakes_in_the_files(tmp_path, mistake):
     files, words = MISTAKES[mistake]
     with pytest.raises(ValueError) as told:
-        tasks.load("multiple_choice", write(tmp_path / "own", **files), seed=0)
+        loading.load("multiple_choice", write(tmp_path / "own", **files), seed=0)
     require_line(str(told.value), words)
 
 
@@ -562,32 +562,32 @@ def require_line(message: str, words: list[str]) -> None:
 def test_mistakes_in_the_call(tmp_path):
     source = write(tmp_path / "own", **GOOD)
     for call, words in (
-        (lambda: tasks.load("multiple_chice", None, seed=0), "did you mean 'multiple_choice'?"),
+        (lambda: loading.load("multiple_chice", None, seed=0), "did you mean 'multiple_choice'?"),
         (lambda: tasks.find("text_classification"), "is not known; expected one of arc_easy, "),
         (
             lambda: tasks.find("text_classification"),
             "for data of your own, by columns, multiple_choice (context, choi",
         ),
         (
-            lambda: tasks.load("arc_easy", str(tmp_path / "nowhere"), seed=0),
+            lambda: loading.load("arc_easy", str(tmp_path / "nowhere"), seed=0),
             f"found no folder {tmp_path}/nowhere",
         ),
-        (lambda: tasks.load("arc_easy", f"{source}/train.jsonl", seed=0), "expected a folder"),
-        (lambda: tasks.load("multiple_choice", None, seed=0), "found no source"),
+        (lambda: loading.load("arc_easy", f"{source}/train.jsonl", seed=0), "expected a folder"),
+        (lambda: loading.load("multiple_choice", None, seed=0), "found no source"),
         (
-            lambda: tasks.load("multiple_choice", source, seed=0, limit={"tran": 1}),
+            lambda: loading.load("multiple_choice", source, seed=0, limit={"tran": 1}),
             "found a limit for 'tran'",
         ),
         (
-            lambda: tasks.load("multiple_choice", source, seed=0, limit={"train": 0}),
+            lambda: loading.load("multiple_choice", source, seed=0, limit={"train": 0}),
             "found limit 0 for train",
         ),
         (
-            lambda: tasks.load("arc_easy", source, seed=0),
+            lambda: loading.load("arc_easy", source, seed=0),
             "found no column 'question', 'answerKey' in train",
         ),
         (
-            lambda: tasks.check_columns("arc_easy", source),
+            lambda: loading.check_columns("arc_easy", source),
             "found no column 'question', 'answerKey' in train",
         ),
     ):
@@ -607,7 +607,7 @@ def load_with_hub_at(address: str, source: str | None, home: Path) -> str:
         "all_proxy",
     )
     env = {name: value for name, value in os.environ.items() if name not in names}
-    program = f"from fedsp_mpi.data import tasks\ntasks.load('arc_easy', {source!r}, seed=0)"
+    program = f"from fedsp_mpi.data import loading\nloading.load('arc_easy', {source!r}, seed=0)"
     command = [sys.executable, "-c", program]
     env |= {"HF_ENDPOINT": address, "HF_HOME": str(home)}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=60)

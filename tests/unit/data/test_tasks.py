@@ -9,7 +9,7 @@ from pathlib import Path
 import datasets
 import pytest
 
-from fedsp_mpi.data import tasks
+from fedsp_mpi.data import loading
 from fedsp_mpi.data.tasks import TASKS, Example
 from helpers.paths import SHARED
 
@@ -146,7 +146,7 @@ def test_what_is_scored_equals_lm_eval(name, monkeypatch):
     other, split = LM_EVAL[name]
     if name == "sciq":  # lm-eval has a test split in mind that the local copy does not have
         data["test"] = data["validation"]
-    splits = tasks.load(name, local(name), seed=0)
+    splits = loading.load(name, local(name), seed=0)
     ours = splits.validation if name == "sst2" else splits.test
     theirs = requests_of(lm_eval_task(other, data, monkeypatch))
     assert len(ours) == len(theirs) == len(data[split])
@@ -181,7 +181,7 @@ def test_awkward_rows_equal_lm_eval(name, tmp_path, monkeypatch):
     rows = AWKWARD[name]
     source = write(tmp_path / name, train=rows * 10, validation=rows, test=rows)
     theirs = requests_of(lm_eval_task(name, datasets.load_dataset(source), monkeypatch))
-    ours = tasks.load(name, source, seed=0).test
+    ours = loading.load(name, source, seed=0).test
     assert len(ours) == len(theirs) == len(rows)
     for example, expected in zip(ours, theirs):
         same(example, *expected)
@@ -205,7 +205,7 @@ def test_race_equals_lm_eval_in_both_forms_of_columns(tmp_path, monkeypatch):
     rows = race_rows()
     source = write(tmp_path / "race", train=rows, validation=rows, test=rows)
     theirs = requests_of(lm_eval_task("race", datasets.load_dataset(source), monkeypatch))
-    ours = tasks.load("race", source, seed=0).test
+    ours = loading.load("race", source, seed=0).test
     assert len(ours) == len(theirs) == 4
     for example, expected in zip(ours, theirs):
         same(example, *expected)
@@ -219,7 +219,7 @@ def test_race_equals_lm_eval_in_both_forms_of_columns(tmp_path, monkeypatch):
 
 def test_the_target_is_the_right_choice_after_a_blank():
     for name in ("arc_easy", "openbookqa", "hellaswag", "sst2", "ag_news"):
-        train = tasks.load(name, local(name), seed=0, limit={"train": 200}).train
+        train = loading.load(name, local(name), seed=0, limit={"train": 200}).train
         assert len(train) == 200
         assert all(example.target == f" {example.choices[example.gold[0]]}" for example in train)
 

@@ -17,7 +17,8 @@ from transformers import PreTrainedTokenizerFast
 from fedsp_mpi import config
 from fedsp_mpi.comm.messages import TEXT_BYTES
 from fedsp_mpi.data import answers, cloze, fit
-from fedsp_mpi.data.tasks import Example, Splits
+from fedsp_mpi.data.examples import Example
+from fedsp_mpi.data.tasks import Splits
 from fedsp_mpi.data.tokens import collate, encode, encode_pairs, pieces
 from fedsp_mpi.evaluation.scoring import questions
 from fedsp_mpi.log import Log
@@ -158,7 +159,7 @@ def test_letters_that_a_tokenizer_takes_apart_are_not_overlooked():
 
 
 def test_a_run_leaves_long_rows_out_and_check_finds_them(tmp_path, capsys):
-    """Of the server and of a client, of train and of validation; a test question keeps its place."""
+    """Of the server and a client, of train and validation; a test question keeps its place."""
     from fedsp_mpi import cli
 
     long_row = row("w4", (long(70), "w2"))

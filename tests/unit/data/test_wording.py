@@ -35,7 +35,7 @@ def test_a_template_takes_columns_and_words():
     found = example("rte", RTE, "{{{sentence1}}} {sentence2}? {mask}")
     assert found == Example("{It rains.} It is wet.?", " True", ("True", "False"), (0,), "")
     assert (
-        example("rte", RTE, "{mask}, {sentence1} or {sentence2}").after
+        example("rte", RTE, "{mask}, {sentence1} or {sentence2}").suffix
         == ", It rains. or It is wet."
     )
 

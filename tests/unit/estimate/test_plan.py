@@ -379,7 +379,7 @@ def test_markdown_has_a_row_for_each_method_and_each_configuration(capsys):
 
 def test_tokens_are_cut_to_what_a_run_would_read():
     assert planned("gpt2xl/fedsp/arc_easy.yaml", tokens=5000).texts.tokens == 1024 - 40 + 1
-    assert planned("opt/fedsp/race.yaml", "data.max_length=200").texts == cost.Texts(
+    assert planned("opt/fedsp/race.yaml", "data.max_length=200").texts == cost.TextLengths(
         200, 8, 200, "estimated"
     )
 

@@ -9,12 +9,12 @@ import tokenizers
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from fedsp_mpi.data import tasks
+from fedsp_mpi.data import loading
 from fedsp_mpi.data.tasks import Example
 from fedsp_mpi.data.tokens import Text, by_length, collate, encode, encode_pairs, truncate
 from fedsp_mpi.evaluation import scoring
 from fedsp_mpi.evaluation.scoring import Question, answer_loss_mean, questions, score
-from fedsp_mpi.models.backbone import LanguageModel
+from fedsp_mpi.models.language_model import LanguageModel
 from fedsp_mpi.models.prompts import Prompt, PromptSpec
 from fedsp_mpi.tensors import seal
 from helpers import tiny
@@ -473,7 +473,7 @@ def test_tiny_scores_equal_lm_evals(gpt2, tmp_path, monkeypatch):
         "doc_to_target": "label",
         "metric_list": [{"metric": metric} for metric in ("acc", "acc_norm")],
     }
-    ours = list(tasks.load("multiple_choice", source, seed=0).test)
+    ours = list(loading.load("multiple_choice", source, seed=0).test)
     model, tokenizer = AutoModelForCausalLM.from_pretrained(gpt2), tiny.tokenizer()
     theirs = lm_eval_results(model, tokenizer, "tiny_choices", table, 30, monkeypatch, config)
     compare(gpt2, tokenizer, ours, "multiple_choice", theirs, monkeypatch)
@@ -491,7 +491,7 @@ def test_scores_of_a_trained_model_equal_lm_evals(name, other, metric, number, m
     path, source = SHARED / "models" / "stories15m", SHARED / "data" / name
     if not path.is_dir() or not source.is_dir():
         pytest.skip(f"no local copy of stories15m and {name} in ../shared")
-    ours = list(tasks.load(name, str(source), seed=0, limit={"test": number}).test)
+    ours = list(loading.load(name, str(source), seed=0, limit={"test": number}).test)
     data = datasets.load_dataset(str(source))
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(path)

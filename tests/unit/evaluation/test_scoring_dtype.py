@@ -11,7 +11,7 @@ import torch
 
 from fedsp_mpi.config import Config, load
 from fedsp_mpi.evaluation.scoring import Score, answer_loss_mean, score
-from fedsp_mpi.models.backbone import LanguageModel
+from fedsp_mpi.models.language_model import LanguageModel
 from fedsp_mpi.models.prompts import Prompt
 from fedsp_mpi.record import read
 from fedsp_mpi.run import build

@@ -1,6 +1,4 @@
-"""Whose a folder is: what runs take, remove and replace, and that a file of somebody else outlives
-every verb.
-"""
+"""Ownership of folders: what runs remove and replace, and that other files outlive every verb."""
 
 from __future__ import annotations
 
@@ -46,13 +44,15 @@ SHORT = (
 
 
 def words(runs: Path, name: str, *settings: str) -> list[str]:
-    """The command line of a short run of the embedded default."""
-    every = (*SHORT, f"run.folder={runs}", *settings)
-    return ["run", "--name", name, *(word for setting in every for word in ("--set", setting))]
+    """Return the command line of a short run of the embedded default."""
+    command = ["run", "--name", name]
+    for setting in (*SHORT, f"run.folder={runs}", *settings):
+        command += ["--set", setting]
+    return command
 
 
-def here(capsys: pytest.CaptureFixture[str], *line: str) -> tuple[int, str, str]:
-    """Status and output of a command in this process."""
+def run_command(capsys: pytest.CaptureFixture[str], *line: str) -> tuple[int, str, str]:
+    """Run a command in this process; return its status, stdout and stderr."""
     status = cli.main(list(line))
     return status, *capsys.readouterr()
 
@@ -158,7 +158,7 @@ WRITERS = {
 
 
 def is_path_call(node: ast.Call) -> bool:
-    """Whether a call removes or overwrites a file; text.replace(a, b) and list.remove(a) do not."""
+    """Return True if a call removes or overwrites a file, unlike str.replace and list.remove."""
     if not isinstance(node.func, ast.Attribute) or node.func.attr not in CALLS:
         return False
     owner = ast.unparse(node.func.value)
@@ -166,7 +166,7 @@ def is_path_call(node: ast.Call) -> bool:
         return len(node.args) == 1 and not node.keywords
     return not (
         node.func.attr == "remove"
-        and (owner in ("hook", "left", "self._probe") or "[" in owner or "_child" in owner)
+        and (owner in ("hook", "open_ranks", "self._probe") or "[" in owner or "_child" in owner)
     )
 
 
@@ -190,17 +190,23 @@ def opens_for_writing(node: ast.Call) -> bool:
     )
 
 
-def calls(wanted) -> set[tuple[str, str]]:
-    """(file, function) of the calls that are wanted."""
-    found = set()
+def calls(predicate) -> set[tuple[str, str]]:
+    """Return (file, function) of the calls for which the predicate is true."""
+    places = set()
     for path in PACKAGE.rglob("*.py"):
         tree = ast.parse(path.read_text(encoding="utf-8"))
-        functions = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)]
-        for node in (n for n in ast.walk(tree) if isinstance(n, ast.Call) and wanted(n)):
-            around = [f for f in functions if f.lineno <= node.lineno <= f.end_lineno]
-            inner = max(around, key=lambda f: f.lineno).name if around else ""
-            found.add((path.relative_to(PACKAGE).as_posix(), inner))
-    return found
+        functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+        for node in ast.walk(tree):
+            if not (isinstance(node, ast.Call) and predicate(node)):
+                continue
+            around = [
+                function
+                for function in functions
+                if function.lineno <= node.lineno <= function.end_lineno
+            ]
+            inner = max(around, key=lambda function: function.lineno).name if around else ""
+            places.add((path.relative_to(PACKAGE).as_posix(), inner))
+    return places
 
 
 def test_every_call_that_removes_or_overwrites_has_its_reason():
@@ -231,9 +237,11 @@ def test_every_call_that_removes_or_overwrites_has_its_reason():
     ],
 )
 def test_a_name_is_one_plain_component_of_a_path(name, capsys):
-    status, _, said = here(capsys, "run", f"--name={name}")
-    assert status == 2 and said.startswith("fedsp_mpi: run.name: found ") and said.count("\n") == 1
-    assert said.isprintable() or said[:-1].isprintable()
+    status, _, error = run_command(capsys, "run", f"--name={name}")
+    assert (
+        status == 2 and error.startswith("fedsp_mpi: run.name: found ") and error.count("\n") == 1
+    )
+    assert error.isprintable() or error[:-1].isprintable()
 
 
 @pytest.mark.parametrize("name", ["a", "a b", "ünter", "1.5-x_y", "auto", ".hidden", "[v2]"])
@@ -264,11 +272,11 @@ def test_a_path_that_the_locale_cannot_write_is_one_line(tmp_path):
             capture_output=True,
             timeout=60,
         )
-        said = done.stderr.decode()
+        error = done.stderr.decode()
         assert (
             done.returncode == 2
-            and said.startswith("fedsp_mpi: run.folder: found")
-            and said.count("\n") == 1
+            and error.startswith("fedsp_mpi: run.folder: found")
+            and error.count("\n") == 1
         )
 
 
@@ -280,7 +288,7 @@ def test_a_folder_is_ours_if_it_is_absent_empty_or_marked(tmp_path):
     assert ownership.is_ours(folder)
     folder.mkdir()
     assert ownership.is_ours(folder)
-    (folder / "lock").touch()  # killed between the making of the lock and its first word
+    (folder / "lock").touch()  # killed before the note was written
     assert ownership.is_ours(folder)
     (folder / "mine.txt").write_text("x")
     for text in ("", "mine", "[]", '{"host": 1}', "[" * 100_000):
@@ -367,8 +375,9 @@ def test_a_model_takes_its_place_beside_files_of_somebody_else(tmp_path):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> Path:
-    """Holds `whole`, a run that is complete and keeps its clients' states, with somebody's files in
-    its folder.
+    """Return a folder with `whole`, a complete run whose folder also has files of somebody else.
+
+    It keeps its clients' states.
     """
     folder = tmp_path_factory.mktemp("runs")
     (folder / "data").mkdir()
@@ -385,7 +394,7 @@ STRANGERS = ("notes.txt", "prompt/mine.txt", "checkpoints/mine-1.txt")
 
 
 def unfinished(runs: Path, name: str) -> Path:
-    """A copy of `whole` as a kill in round 2 would leave it: `runs/NAME/a`."""
+    """Copy `whole` to `runs/NAME/a`, as a kill in round 2 would leave it."""
     folder = runs / name / "a"
     shutil.copytree(runs / "whole", folder)
     Checkpoints(folder).remove_after(1)
@@ -394,13 +403,13 @@ def unfinished(runs: Path, name: str) -> Path:
     return folder
 
 
-def go_on(capsys, folder: Path, *settings: str) -> tuple[int, str, str]:
+def resume(capsys, folder: Path, *settings: str) -> tuple[int, str, str]:
     settings = (
         f"data.source={folder.parent.parent / 'data'}",
         "checkpoint.keep_client_states=true",
         *settings,
     )
-    return here(capsys, *words(folder.parent, "a", *settings), "--resume")
+    return run_command(capsys, *words(folder.parent, "a", *settings), "--resume")
 
 
 def test_a_run_refuses_what_is_not_ours_and_what_it_reads(tmp_path, capsys):
@@ -409,11 +418,11 @@ def test_a_run_refuses_what_is_not_ours_and_what_it_reads(tmp_path, capsys):
     (project / "model" / "mine.txt").write_text("x")
     before = contents(tmp_path)
     for more in ([], ["--replace"], ["--resume", "auto"], ["--resume"]):
-        status, _, said = here(capsys, *words(tmp_path, "project"), *more)
+        status, _, error = run_command(capsys, *words(tmp_path, "project"), *more)
         assert (
             status == 2
-            and "found 'model' and no sign that a run wrote it" in said
-            and said.count("\n") == 1
+            and "found 'model' and no sign that a run wrote it" in error
+            and error.count("\n") == 1
         )
     for key, name in (
         ("model.name", "project"),
@@ -423,10 +432,12 @@ def test_a_run_refuses_what_is_not_ours_and_what_it_reads(tmp_path, capsys):
         shutil.rmtree(tmp_path / "project", ignore_errors=True)
         RunLock.take(project).release()
         shutil.copytree(PACKAGE / "resources" / "model", project / "model")
-        status, _, said = here(
+        status, _, error = run_command(
             capsys, *words(tmp_path, "project", f"{key}={tmp_path / name}"), "--replace"
         )
-        assert status == 2 and f"of {key} in the run's folder, expected it elsewhere" in said, said
+        assert status == 2 and f"of {key} in the run's folder, expected it elsewhere" in error, (
+            error
+        )
     assert set(contents(tmp_path)) >= set(before) - {"project/model/mine.txt"}
 
 
@@ -440,46 +451,44 @@ def test_a_stranger_s_file_outlives_every_verb(runs, capsys, tmp_path):
     (folder.parent / "configs").mkdir()
     (folder.parent / "configs" / "t-m-1.yaml").write_text("mine: 1\n")
     source = f"data.source={runs / 'data'}"
-    status, _, said = here(capsys, *words(folder.parent, "a", source))
-    assert status == 2 and "found a run (run.h5), expected a new folder" in said
-    status, _, said = here(capsys, "report", str(folder), "--plot", str(picture))
+    status, _, error = run_command(capsys, *words(folder.parent, "a", source))
+    assert status == 2 and "found a run (run.h5), expected a new folder" in error
+    status, _, error = run_command(capsys, "report", str(folder), "--plot", str(picture))
     assert (
         status == 2
-        and "found a file that no report wrote" in said
+        and "found a file that no report wrote" in error
         and picture.read_text() == "mine"
     )
-    status, _, said = here(capsys, "sweep", str(tmp_path / "sweep.yaml"))
+    status, _, error = run_command(capsys, "sweep", str(tmp_path / "sweep.yaml"))
     assert (
         status == 2
-        and "t-m-1.yaml: found a file that no sweep wrote" in said
-        and "no run was started" in said
+        and "t-m-1.yaml: found a file that no sweep wrote" in error
+        and "no run was started" in error
     )
     assert (folder.parent / "configs" / "t-m-1.yaml").read_text() == "mine: 1\n"
-    assert here(capsys, "fetch", str(folder / "config.yaml"))[0] == 0
-    assert here(capsys, "check", "--set", f"run.folder={folder.parent}")[0] == 0
+    assert run_command(capsys, "fetch", str(folder / "config.yaml"))[0] == 0
+    assert run_command(capsys, "check", "--set", f"run.folder={folder.parent}")[0] == 0
     (folder / "auxiliary.part77").mkdir()
-    status, out, said = go_on(capsys, folder)
+    status, out, error = resume(capsys, folder)
     assert (
-        (status, said) == (0, "")
+        (status, error) == (0, "")
         and "goes on after round 1" in out
         and not (folder / "auxiliary.part77").exists()
     )
     assert difference(read(runs / "whole"), read(folder)) == []
     (folder / "evaluation.json").write_text("mine")
-    status, _, said = here(capsys, "evaluate", str(folder))
-    assert status == 2 and "found a file that `evaluate` did not write" in said
+    status, _, error = run_command(capsys, "evaluate", str(folder))
+    assert status == 2 and "found a file that `evaluate` did not write" in error
     (folder / "evaluation.json").unlink()
-    assert here(capsys, "report", str(folder), "--plot", str(tmp_path / "new.svg"))[0] == 0
-    assert (
-        here(capsys, "report", str(folder), "--plot", str(tmp_path / "new.svg"))[0] == 0
-    )  # its own is replaced
+    assert run_command(capsys, "report", str(folder), "--plot", str(tmp_path / "new.svg"))[0] == 0
+    # Its own picture is replaced.
+    assert run_command(capsys, "report", str(folder), "--plot", str(tmp_path / "new.svg"))[0] == 0
     assert [(folder / name).read_text() for name in STRANGERS] == ["mine"] * 3
-    assert here(capsys, *words(folder.parent, "a", source), "--replace")[0] == 0
+    assert run_command(capsys, *words(folder.parent, "a", source), "--replace")[0] == 0
     assert [(folder / name).read_text() for name in STRANGERS] == ["mine"] * 3
     assert read(folder).status == "complete" and read(folder).committed_rounds == 2
-    assert not list(
-        (folder / "checkpoints").glob("client-*")
-    )  # gone at the end, unless they are to be kept
+    # States of clients are removed at the end, unless checkpoint.keep_client_states is set.
+    assert not list((folder / "checkpoints").glob("client-*"))
 
 
 # --- inputs, and what is read back ---
@@ -487,8 +496,15 @@ def test_a_stranger_s_file_outlives_every_verb(runs, capsys, tmp_path):
 
 @contextmanager
 def changed(path: Path, before: str, after: str) -> Iterator[None]:
-    """A data file in which one text stands for another, with the time stamp of the old one."""
-    image, at = path.read_bytes(), path.stat()
+    """Replace a text in a data file, and restore the file and its time stamps afterwards.
+
+    Args:
+        path: gzip file.
+        before: text to be replaced.
+        after: text in its place.
+    """
+    image = path.read_bytes()
+    times = path.stat()
     text = gzip.decompress(image).decode()
     assert before in text
     path.write_bytes(gzip.compress(text.replace(before, after).encode()))
@@ -496,7 +512,7 @@ def changed(path: Path, before: str, after: str) -> Iterator[None]:
         yield
     finally:
         path.write_bytes(image)
-        os.utime(path, ns=(at.st_atime_ns, at.st_mtime_ns))
+        os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
 
 
 @pytest.mark.parametrize(
@@ -507,11 +523,11 @@ def test_other_texts_end_a_resume_before_it_begins(runs, capsys, split, names):
     folder = unfinished(runs, f"other-{split}")
     before = contents(folder)
     with changed(runs / "data" / f"{split}.jsonl.gz", "Question: ", "Query: "):
-        status, _, said = go_on(capsys, folder)
+        status, _, error = resume(capsys, folder)
     assert (
         status == 2
-        and f"found other inputs than the run was begun with ({names})" in said
-        and said.count("\n") == 1
+        and f"found other inputs than the run was begun with ({names})" in error
+        and error.count("\n") == 1
     )
     assert {
         name: image for name, image in contents(folder).items() if name != "lock"
@@ -528,9 +544,9 @@ def test_a_label_of_one_client_is_named(runs, capsys):
     with changed(
         runs / "data" / "train.jsonl.gz", row, row[:-2] + str((int(row[-2]) + 1) % 4) + "}"
     ):
-        status, _, said = go_on(capsys, folder)
-    assert status == 2 and "(texts of client 1)" in said
-    assert go_on(capsys, folder)[0] == 0 and difference(read(runs / "whole"), read(folder)) == []
+        status, _, error = resume(capsys, folder)
+    assert status == 2 and "(texts of client 1)" in error
+    assert resume(capsys, folder)[0] == 0 and difference(read(runs / "whole"), read(folder)) == []
 
 
 def test_other_weights_end_a_resume_before_it_begins(tmp_path, capsys):
@@ -544,7 +560,7 @@ def test_other_weights_end_a_resume_before_it_begins(tmp_path, capsys):
         "federation.rounds=1",
         "evaluation.server_only=false",
     )
-    status, out, _ = here(capsys, *words(tmp_path, "a", *settings))
+    status, out, _ = run_command(capsys, *words(tmp_path, "a", *settings))
     assert (
         status == 0
         and "recipe    paper, with the settings of the embedded default, which suit its tiny model"
@@ -555,8 +571,8 @@ def test_other_weights_end_a_resume_before_it_begins(tmp_path, capsys):
     state = safetensors.torch.load_file(model / "model.safetensors")
     next(iter(state.values())).view(-1)[0] += 1
     safetensors.torch.save_file(state, model / "model.safetensors", {"format": "pt"})
-    status, _, said = here(capsys, *words(tmp_path, "a", *settings), "--resume")
-    assert status == 2 and "(weights of model.name, distillation.text)" in said
+    status, _, error = run_command(capsys, *words(tmp_path, "a", *settings), "--resume")
+    assert status == 2 and "(weights of model.name, distillation.text)" in error
 
 
 def test_a_checkpoint_without_digests_goes_on_with_a_note(runs, capsys):
@@ -569,7 +585,7 @@ def test_a_checkpoint_without_digests_goes_on_with_a_note(runs, capsys):
     for name in ("auxiliary", "prompt"):
         (folder / name / "digests.json").unlink()
     (folder / "lock").write_text('{"host": "h", "pid": 1, "job": null}')
-    status, out, _ = go_on(capsys, folder)
+    status, out, _ = resume(capsys, folder)
     assert status == 0 and "checkpoint: has no digests of texts and weights" in out
     assert (
         "auxiliary has no digests" in out and difference(read(runs / "whole"), read(folder)) == []
@@ -585,8 +601,8 @@ def test_a_mark_of_other_inputs_or_with_a_flipped_byte_is_not_gone_on_from(runs,
     mark.write_bytes(
         fingerprint.seal({**fingerprint.open_sealed(image), "inputs": "of another run"})
     )
-    status, _, said = go_on(capsys, folder)
-    assert status == 2 and "was made from other texts or weights than the record" in said
+    status, _, error = resume(capsys, folder)
+    assert status == 2 and "was made from other texts or weights than the record" in error
 
 
 def flip(path: Path) -> None:
@@ -617,7 +633,7 @@ def test_an_auxiliary_model_is_reused_only_as_it_was_written(
         damage(tmp_path / "earlier" / "auxiliary" / "model.safetensors")
     except PermissionError:
         pytest.skip("only root can give a file to somebody else")
-    status, out, _ = here(
+    status, out, _ = run_command(
         capsys, *words(tmp_path, "next", f"data.source={runs / 'data'}", "federation.rounds=1")
     )
     assert (
@@ -631,7 +647,7 @@ def test_an_auxiliary_model_is_reused_only_as_it_was_written(
 def test_a_resumed_run_makes_a_damaged_auxiliary_model_anew(runs, capsys, damage, request):
     folder = unfinished(runs, request.node.callspec.id)
     damage(folder / "auxiliary" / "model.safetensors")
-    status, out, _ = go_on(capsys, folder)
+    status, out, _ = resume(capsys, folder)
     assert status == 0 and "it is not taken" in out and "distilled in 2 steps" in out
     assert difference(read(runs / "whole"), read(folder)) == []
 
@@ -640,9 +656,9 @@ def test_a_damaged_prompt_is_not_evaluated(runs, capsys):
     pytest.importorskip("lm_eval")
     shutil.copytree(runs / "whole", runs / "prompt")
     flip(runs / "prompt" / "prompt" / "adapter_model.safetensors")
-    status, _, said = here(capsys, "evaluate", str(runs / "prompt"))
+    status, _, error = run_command(capsys, "evaluate", str(runs / "prompt"))
     assert (
-        status == 2 and "the file was changed or damaged; copy the whole run folder again" in said
+        status == 2 and "the file was changed or damaged; copy the whole run folder again" in error
     )
 
 
@@ -651,23 +667,26 @@ def test_a_damaged_prompt_is_not_evaluated(runs, capsys):
 
 def test_a_refused_resume_names_the_command_that_goes_on(runs, capsys, monkeypatch):
     folder = unfinished(runs, "command")
-    status, _, said = here(
+    status, _, error = run_command(
         capsys, "run", "--name", "a", "--set", f"run.folder={folder.parent}", "--resume"
     )
-    assert status == 2 and (command := f"run {folder}/config.yaml --name a --resume") in said
+    command = f"run {folder}/config.yaml --name a --resume"
+    assert status == 2 and command in error
     RunLock.take(folder).release()  # the process that had it is gone
-    status, out, _ = here(capsys, "report", str(folder))
+    status, out, _ = run_command(capsys, "report", str(folder))
     assert "stopped (it was killed: no process writes to it any more)" in out
     assert (
         out.splitlines()[-1]
         == f"go on     python -m fedsp_mpi {command} --set run.folder={folder.parent}"
     )
-    status, out, _ = here(capsys, *shlex.split(out.splitlines()[-1])[5:])
+    status, out, _ = run_command(capsys, *shlex.split(out.splitlines()[-1])[5:])
     assert status == 0 and difference(read(runs / "whole"), read(folder)) == []
 
 
 def test_a_refused_run_leaves_nothing_where_there_was_nothing(tmp_path, capsys):
-    assert here(capsys, *words(tmp_path, "a", "data.task=sst2", "data.source=embedded"))[0] == 2
+    assert (
+        run_command(capsys, *words(tmp_path, "a", "data.task=sst2", "data.source=embedded"))[0] == 2
+    )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -681,18 +700,17 @@ def test_a_run_that_is_held_is_running(tmp_path):
 
 
 def test_a_lock_that_was_replaced_lets_nobody_in_beside_its_owner(tmp_path, monkeypatch):
-    """Between opening and locking, the file of that name may become another one: that one is to be
-    locked.
-    """
+    """Between opening and locking, the file may be replaced: then the new one must be locked."""
     folder = tmp_path / "a"
     RunLock.take(folder).release()
-    flock, others = fcntl.flock, []
+    flock = fcntl.flock
+    new_locks = []
 
     def replaced_before(file, how):
-        if not others:
+        if not new_locks:
             (folder / "lock").unlink()
-            others.append(None)
-            others.append(RunLock.take(folder))
+            new_locks.append(None)  # taking the lock calls this function again
+            new_locks.append(RunLock.take(folder))
         flock(file, how)
 
     monkeypatch.setattr(fcntl, "flock", replaced_before)
@@ -703,35 +721,37 @@ def test_a_lock_that_was_replaced_lets_nobody_in_beside_its_owner(tmp_path, monk
     assert "delete" not in str(refusal.value)
 
 
-@pytest.mark.parametrize(("permissions", "rights"), [("private", 0o077), ("umask", 0o022)])
+@pytest.mark.parametrize(("permissions", "forbidden"), [("private", 0o077), ("umask", 0o022)])
 def test_what_a_run_writes_is_its_owner_s_alone_by_default(
-    runs, tmp_path, capsys, permissions, rights
+    runs, tmp_path, capsys, permissions, forbidden
 ):
     umask = os.umask(0o022)
     try:
         shown = [] if permissions == "private" else ["run.permissions=umask"]
-        assert here(capsys, *words(tmp_path / "r", "a", "record.prompts=true", *shown))[0] == 0
+        assert (
+            run_command(capsys, *words(tmp_path / "r", "a", "record.prompts=true", *shown))[0] == 0
+        )
     finally:
         os.umask(umask)
-    made = [tmp_path / "r" / "a", *(tmp_path / "r" / "a").rglob("*")]
-    open_to = {str(path): stat.S_IMODE(path.stat().st_mode) for path in made}
-    wrong = [
-        name
-        for name, mode in open_to.items()
-        if mode & rights or bool(mode & 0o044) == (permissions == "private")
-    ]
-    assert wrong == [] and len(made) > 15
+    folder = tmp_path / "r" / "a"
+    paths = [folder, *folder.rglob("*")]
+    wrong = []
+    for path in paths:
+        mode = stat.S_IMODE(path.stat().st_mode)
+        is_readable_by_others = bool(mode & 0o044)
+        if mode & forbidden or is_readable_by_others == (permissions == "private"):
+            wrong.append(path)
+    assert wrong == [] and len(paths) > 15
 
 
 def test_a_complete_run_forgets_the_states_of_its_clients(runs, capsys):
-    assert list(
-        (runs / "whole" / "checkpoints").glob("client-*-0001.safetensors")
-    )  # it was asked to keep them
+    # `whole` was told to keep them.
+    assert list((runs / "whole" / "checkpoints").glob("client-*-0001.safetensors"))
     folder = runs / "forgets" / "whole"
     shutil.copytree(runs / "whole", folder)
-    status, _, said = here(
+    status, _, error = run_command(
         capsys, *words(runs / "forgets", "whole", f"data.source={runs / 'data'}"), "--resume"
     )
-    assert status == 0 and "is complete, there is nothing to go on with" in said
-    kept = sorted(path.name for path in (folder / "checkpoints").iterdir())
-    assert kept == ["0002.json", "mine-1.txt", "server-0002.safetensors"]
+    assert status == 0 and "is complete, there is nothing to go on with" in error
+    names = sorted(path.name for path in (folder / "checkpoints").iterdir())
+    assert names == ["0002.json", "mine-1.txt", "server-0002.safetensors"]

@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM
 
 from fedsp_mpi.config import AuxiliaryConfig
 from fedsp_mpi.models import auxiliary
-from fedsp_mpi.models.backbone import LanguageModel, layers_of
+from fedsp_mpi.models.families import layers_of
+from fedsp_mpi.models.language_model import LanguageModel
 from fedsp_mpi.models.prompts import Prompt, PromptSpec
 from fedsp_mpi.tensors import seal
 from helpers import tiny
@@ -94,11 +95,14 @@ def test_layers_compute_as_they_do_in_the_global_model(folder, cell, tmp_path):
             auxiliary.cell_config(whole.model.config, settings).to_dict(),
             len(taken),
             tiny.CPU,
-            torch.float32,
+            dtype=torch.float32,
         )
         auxiliary.load_weights(built, auxiliary.pack(small).torch())
         size = auxiliary.cell_size(settings, tiny.LAYERS)
-        auxiliary.save(tmp_path / "auxiliary", small, size, tiny.tokenizer(), {"depth": len(taken)})
+        recipe = {"depth": len(taken)}
+        auxiliary.save(
+            tmp_path / "auxiliary", small, size, tokenizer=tiny.tokenizer(), recipe=recipe
+        )
         again = auxiliary.load(tmp_path / "auxiliary")
         for model in (small, built, again):
             logits = model.head(model.hidden(batch))

@@ -22,8 +22,8 @@ from fedsp_mpi.data import cloze
 from fedsp_mpi.data.tasks import Example
 from fedsp_mpi.data.tokens import Batches, Text, by_length, collate
 from fedsp_mpi.evaluation.scoring import answer_loss_mean, gap_questions, loglikelihoods, score
-from fedsp_mpi.models import backbone
 from fedsp_mpi.models.families import model_class
+from fedsp_mpi.models.language_model import LanguageModel
 from fedsp_mpi.models.prompts import Prompt, PromptBatch, PromptSpec
 from fedsp_mpi.run.inputs import ExperimentInputs
 from helpers import tiny
@@ -48,7 +48,7 @@ def texts(family: str, examples: list[Example] | None = None, room: int = 60) ->
     return cloze.encode(tiny.gap_tokenizer(family), examples or EXAMPLES, room)
 
 
-def prompt_for(model: backbone.LanguageModel, num_tokens: int = 5) -> Prompt:
+def prompt_for(model: LanguageModel, num_tokens: int = 5) -> Prompt:
     return Prompt(PromptSpec.of(model.shape, "input", num_tokens, None)).initialise(1, 0.5)
 
 
@@ -58,7 +58,7 @@ def family(request) -> str:
 
 
 @pytest.fixture
-def model(family, tmp_path) -> backbone.LanguageModel:
+def model(family, tmp_path) -> LanguageModel:
     return tiny.load(tiny.model_folder(tmp_path / "model", family))
 
 
@@ -159,7 +159,7 @@ def test_a_real_tokenizers_pieces_are_named():
 # -- logits ----------------------------------------------------------------------------------------
 
 
-def plain_logits(model: backbone.LanguageModel, text: Text, prompt: Prompt | None) -> torch.Tensor:
+def plain_logits(model: LanguageModel, text: Text, prompt: Prompt | None) -> torch.Tensor:
     """What transformers itself says at the gap of one text, without padding, by the model's own
     forward pass.
     """

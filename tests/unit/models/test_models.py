@@ -23,8 +23,8 @@ from transformers import (
 )
 
 from fedsp_mpi.files import fingerprint
-from fedsp_mpi.models import auxiliary, backbone, prompts
-from fedsp_mpi.models.backbone import LanguageModel
+from fedsp_mpi.models import auxiliary, backbone, families, language_model, prompts
+from fedsp_mpi.models.language_model import LanguageModel
 from fedsp_mpi.models.losses import answer_loss
 from fedsp_mpi.models.prompts import Prompt, PromptBatch, PromptSpec
 from fedsp_mpi.tensors import NamedTensors, SealedTensorError, seal
@@ -81,7 +81,7 @@ def weights(model: LanguageModel) -> dict[str, torch.Tensor]:
 def test_virtual_layers_share_the_weights_of_their_cell(folder, start, layers, depth):
     whole = tiny.load(folder)
     small = unrolled(whole, start, layers, depth)
-    virtual, real = backbone.layers_of(small.model), backbone.layers_of(whole.model)
+    virtual, real = families.layers_of(small.model), families.layers_of(whole.model)
     assert len(virtual) == small.shape.num_layers == small.model.config.num_hidden_layers == depth
     assert len({id(layer) for layer in virtual}) == depth
     for i, layer in enumerate(virtual):
@@ -108,7 +108,7 @@ def test_it_computes_what_its_layers_compute_one_after_the_other(folder, start, 
     copied = AutoModelForCausalLM.from_config(
         auxiliary.cell_config(whole.model.config, tiny.cell(depth))
     ).eval()
-    state, path = whole.model.state_dict(), backbone.FAMILIES[whole.model.config.model_type]
+    state, path = whole.model.state_dict(), families.FAMILIES[whole.model.config.model_type]
     for name in copied.state_dict():
         place, _, rest = name[len(path) + 1 :].partition(".")
         if name.startswith(path):
@@ -156,16 +156,16 @@ def test_a_shared_weights_gradient_is_the_sum_over_its_layers(gpt2):
     whole = tiny.load(gpt2)
     shared, apart = unrolled(whole, 1, 1, 3), unrolled(whole, 0, 3, 3)
     with torch.no_grad():
-        for layer in backbone.layers_of(apart.model):
-            layer.load_state_dict(backbone.layers_of(whole.model)[1].state_dict())
+        for layer in families.layers_of(apart.model):
+            layer.load_state_dict(families.layers_of(whole.model)[1].state_dict())
     for model in (shared, apart):
         model.train_weights(True)
         answer_loss(*model.answer_logits(tiny.batch())).backward()
     name = "mlp.c_fc.weight"
     total = sum(
-        dict(layer.named_parameters())[name].grad for layer in backbone.layers_of(apart.model)
+        dict(layer.named_parameters())[name].grad for layer in families.layers_of(apart.model)
     )
-    found = dict(backbone.layers_of(shared.model)[0].named_parameters())[name].grad
+    found = dict(families.layers_of(shared.model)[0].named_parameters())[name].grad
     assert torch.allclose(found, total, atol=1e-5 * total.abs().max())
 
 
@@ -177,7 +177,7 @@ def test_what_travels_makes_the_same_model_elsewhere(folder, layers, depth):
     packed = auxiliary.pack(small)
     assert packed.schema.num_values == small.num_parameters() and len(packed) == len(weights(small))
     cell = auxiliary.cell_config(small.model.config, tiny.cell(layers)).to_dict()
-    other = auxiliary.build(cell, depth, tiny.CPU, torch.float32)
+    other = auxiliary.build(cell, depth, tiny.CPU, dtype=torch.float32)
     auxiliary.load_weights(other, packed.torch())
     batch, prompt = tiny.batch(), prompt_for(small)
     assert torch.equal(other.hidden(batch, prompt), small.hidden(batch, prompt))
@@ -198,7 +198,7 @@ def test_saved_and_loaded_again_it_is_the_same_and_stock_transformers_reads_it(
     target, notes = tmp_path / "runs" / "auxiliary", {"depth": depth, "note": [1]}
     target.parent.mkdir()
     for _ in range(2):  # the second time over the first
-        auxiliary.save(target, small, layers, tiny.tokenizer(), notes)
+        auxiliary.save(target, small, layers, tokenizer=tiny.tokenizer(), recipe=notes)
     assert [path.name for path in target.parent.iterdir()] == ["auxiliary"]
     again = auxiliary.load(target)
     batch, prompt = tiny.batch(), prompt_for(small)
@@ -246,7 +246,7 @@ def test_sizes_of_the_papers_models(settings, full, small):
     with torch.device("meta"):
         whole = LanguageModel(AutoModelForCausalLM.from_config(settings))
         cell = auxiliary.cell_config(settings, tiny.cell(1)).to_dict()
-        built = auxiliary.build(cell, layers, torch.device("meta"), torch.float32)
+        built = auxiliary.build(cell, layers, torch.device("meta"), dtype=torch.float32)
         assert (whole.num_parameters(), built.num_parameters()) == (full, small)
         assert (
             auxiliary.unroll(auxiliary.cut(whole, tiny.cell(1)), layers).num_parameters() == small
@@ -435,7 +435,7 @@ def test_a_new_model_has_no_dropout_that_was_not_asked_for(tmp_path):
         auxiliary.cell_config(whole.model.config, tiny.cell(1)).to_dict(),
         4,
         tiny.CPU,
-        torch.float32,
+        dtype=torch.float32,
     )
     auxiliary.load_weights(built, auxiliary.pack(cut).torch())
     for model in (cut, built):
@@ -449,7 +449,7 @@ import {first}
 import torch, transformers
 from fedsp_mpi.models import auxiliary
 small = transformers.GPT2Config(n_embd=8, n_layer=2, n_head=2, vocab_size=9, n_positions=8).to_dict()
-assert auxiliary.build(small, 2, torch.device("cpu"), torch.float32).num_parameters() > 0
+assert auxiliary.build(small, 2, torch.device("cpu"), dtype=torch.float32).num_parameters() > 0
 """
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120
@@ -462,7 +462,7 @@ assert auxiliary.build(small, 2, torch.device("cpu"), torch.float32).num_paramet
 
 def as_peft(path: str, prompt: Prompt, target) -> peft.PeftModel:
     """The adapter that is written for a prompt, read back by stock peft over a stock model."""
-    prompts.write_adapter(target, NamedTensors.pack(prompt.tensors()), prompt.spec, path)
+    prompts.write_adapter(target, NamedTensors.pack(prompt.tensors()), prompt.spec, base=path)
     return peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(path), target).eval()
 
 
@@ -534,7 +534,7 @@ def test_padding_does_not_matter(folder, kind, projection):
 def test_a_written_adapter_is_read_back(folder, kind, projection, tmp_path):
     whole = tiny.load(folder)
     prompt = prompt_for(whole, kind, projection)
-    prompts.write_adapter(tmp_path, NamedTensors.pack(prompt.tensors()), prompt.spec, folder)
+    prompts.write_adapter(tmp_path, NamedTensors.pack(prompt.tensors()), prompt.spec, base=folder)
     assert torch.equal(prompts.read_adapter(tmp_path), prompt.matrix())
     assert peft.PeftConfig.from_pretrained(tmp_path).num_virtual_tokens == 5
 
@@ -737,7 +737,7 @@ def test_every_dropout_of_a_layer_can_be_left_out(family):
     ]
     for name in rates:
         setattr(config, name, 0.5)
-    assert rates and not any(getattr(backbone.without_dropout(config), name) for name in rates)
+    assert rates and not any(getattr(families.without_dropout(config), name) for name in rates)
 
 
 def gradients(
@@ -750,7 +750,7 @@ def gradients(
     calls = []
     inner = next(
         module
-        for module in backbone.layers_of(model.model)[1].modules()
+        for module in families.layers_of(model.model)[1].modules()
         if not list(module.children())
     )
     hook = inner.register_forward_pre_hook(lambda _, arguments: calls.append(arguments[0].shape[1]))
@@ -771,7 +771,8 @@ def test_checkpointing_gives_the_gradients_of_an_input_prompt(folder, of_weights
         cell = auxiliary.cell_config(lean.model.config, tiny.cell(2)).to_dict()
         values = auxiliary.pack(unrolled(plain, 0, 2, 4)).torch()
         plain, lean = (
-            auxiliary.build(cell, 4, tiny.CPU, torch.float32, False, on) for on in (False, True)
+            auxiliary.build(cell, 4, tiny.CPU, dtype=torch.float32, checkpointing=on)
+            for on in (False, True)
         )
         for model in (plain, lean):
             auxiliary.load_weights(model, values)
@@ -804,7 +805,7 @@ def test_checkpointing_leaves_dropout_off(tmp_path):
     cell = auxiliary.cell_config(
         tiny.load(path).model.config, tiny.cell(1)
     ).to_dict()  # of a run without checkpointing
-    built = auxiliary.build(cell, 4, tiny.CPU, torch.float32, checkpointing=True)
+    built = auxiliary.build(cell, 4, tiny.CPU, dtype=torch.float32, checkpointing=True)
     auxiliary.load_weights(built, auxiliary.pack(unrolled(lean, 0, 1, 4)).torch())
     built.train_weights(True)
     assert torch.equal(built.hidden(batch), built.hidden(batch))
@@ -818,7 +819,7 @@ def test_checkpointing_leaves_dropout_off(tmp_path):
 @pytest.mark.parametrize(("kind", "saved"), [("prefix", 1), ("input", 1), ("input", 1000)])
 def test_texts_of_a_batch_have_prompts_of_their_own(folder, kind, saved, monkeypatch):
     """As each of them alone; input prompts are read before the texts, or with them."""
-    monkeypatch.setitem(backbone._WORTHWHILE, "cpu", saved)
+    monkeypatch.setitem(language_model.MIN_SAVED_POSITIONS, "cpu", saved)
     whole, batch = tiny.load(folder), tiny.batch((11, 7, 4, 9))
     values = torch.stack([prompt_for(whole, kind).matrix() * scale for scale in (1, -0.5, 2)])
     owners = torch.tensor([2, 0, 2, 1])

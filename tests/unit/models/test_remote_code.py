@@ -102,7 +102,9 @@ def test_a_class_that_transformers_has_itself_is_read_by_its_own_code(tmp_path):
     (folder / "configuration_phi3.py").write_text(EVIL)
     model = tiny.load(str(folder))
     small = backbone.LanguageModel(auxiliary.unroll(auxiliary.cut(model, tiny.cell(1)), 4))
-    auxiliary.save(tmp_path / "auxiliary", small, 1, tiny.tokenizer(), {"depth": 4})
+    auxiliary.save(
+        tmp_path / "auxiliary", small, 1, tokenizer=tiny.tokenizer(), recipe={"depth": 4}
+    )
     assert (
         type(model.model).__module__.startswith("transformers.") and not (folder / "ran").exists()
     )
@@ -164,10 +166,10 @@ def test_a_pickle_that_runs_code_is_not_opened(tmp_path):
 
 
 def test_a_script_in_a_data_folder_is_not_run(tmp_path):
-    from fedsp_mpi.data import tasks
+    from fedsp_mpi.data import loading
 
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "data.py").write_text(EVIL)
     with pytest.raises(ValueError, match="found no data file"):
-        tasks.load("sst2", str(tmp_path / "data"), seed=0)
+        loading.load("sst2", str(tmp_path / "data"), seed=0)
     assert not (tmp_path / "data" / "ran").exists()

@@ -18,7 +18,7 @@ import torch
 
 from fedsp_mpi.files import fingerprint
 from fedsp_mpi.models import auxiliary
-from fedsp_mpi.models.backbone import LanguageModel
+from fedsp_mpi.models.language_model import LanguageModel
 from fedsp_mpi.models.prompts import Prompt, PromptSpec, read_adapter, write_adapter
 from fedsp_mpi.record import Checkpoint, Checkpoints, RunRecord, WireRow, read
 from fedsp_mpi.tensors import NamedTensors
@@ -45,9 +45,7 @@ def damage(path: Path, dice: random.Random) -> str:
 def outcomes(
     files: Sequence[Path], number: int, look: Callable[[], str], seed: int
 ) -> Counter[str]:
-    """What becomes of so many damages: `look` says "seen", "no effect", or something that must not
-    be.
-    """
+    """Count what becomes of damages: `look` says "seen", "no effect", or what went wrong."""
     dice, ends = random.Random(seed), Counter[str]()
     for _ in range(number):
         path = dice.choice(files)
@@ -61,9 +59,7 @@ def outcomes(
 
 
 def require_seen(ends: Counter[str], number: int, at_least: float) -> None:
-    """All were seen or had no effect; so many that the share of seen ones shows that something was
-    looked at.
-    """
+    """Require that every damage was seen or had no effect, and that enough of them were seen."""
     assert set(ends) <= {"seen", "no effect"} and ends.total() == number, ends
     assert ends["seen"] >= at_least * number, ends
 
@@ -72,7 +68,7 @@ def require_seen(ends: Counter[str], number: int, at_least: float) -> None:
 
 
 def content(folder: Path) -> list[Any]:
-    """All that can be read from a record."""
+    """Return all that can be read from a record."""
     run = read(folder)
     tables = [getattr(run, name).tolist() for name in ("rounds", "clients", "results", "wire")]
     prompts = [
@@ -104,11 +100,11 @@ def test_a_damaged_record_is_never_read_as_another(tmp_path, kind, number):
         record.finish()
     files = [tmp_path / "a" / "run.h5", *sorted((tmp_path / "a").glob("rounds/*.h5"))]
     assert len(files) == (3 if kind == "running" else 1)
-    whole = content(tmp_path / "a")
+    original = content(tmp_path / "a")
 
     def look() -> str:
         try:
-            return "no effect" if content(tmp_path / "a") == whole else "read as something else"
+            return "no effect" if content(tmp_path / "a") == original else "read as something else"
         except ValueError as error:
             return (
                 "seen"
@@ -163,7 +159,7 @@ def written(folder: Path) -> Checkpoints:
 
 
 def holds(place: Checkpoints, checkpoint: Checkpoint) -> bool:
-    """Whether a checkpoint has the states of its round, bit by bit."""
+    """Return whether a checkpoint has the states of its round, bit by bit."""
     rounds = {id: min(checkpoint.round, 1 if id == 2 else 2) for id in range(3)}
     pairs = [(place.read_server(checkpoint), state(checkpoint.round, 9))]
     pairs += [
@@ -178,13 +174,13 @@ def holds(place: Checkpoints, checkpoint: Checkpoint) -> bool:
 @numbers
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, number):
     place = written(tmp_path)
-    whole, _ = place.newest()
+    newest, _ = place.newest()
 
     def look() -> str:
         checkpoint, wrong = place.newest()
         if checkpoint is None or not holds(place, checkpoint):
             return "gone on from something else"
-        if checkpoint == whole:
+        if checkpoint == newest:
             return "no effect"
         return (
             "seen"
@@ -234,15 +230,15 @@ def test_a_mark_of_another_kind_is_no_checkpoint(tmp_path, mark):
 def test_a_damaged_distillation_is_begun_anew(tmp_path, number):
     place, recipe = Checkpoints(tmp_path), {"depth": 3, "seed": 1}
     place.write_distillation(40, state(1, 1), recipe)
-    whole = state(1, 1)
+    original = state(1, 1)
 
     def look() -> str:
-        kept = place.read_distillation(recipe)
-        if kept is None:
+        restored = place.read_distillation(recipe)
+        if restored is None:
             return "seen"
         return (
             "no effect"
-            if all(np.array_equal(kept[name], whole[name]) for name in whole)
+            if all(np.array_equal(restored[name], original[name]) for name in original)
             else "another state"
         )
 
@@ -257,7 +253,7 @@ def test_a_damaged_distillation_is_begun_anew(tmp_path, number):
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether a model's files are those that were written, as every reader of one asks first."""
+    """Return whether a model's files are those that were written, as every reader asks first."""
     try:
         return fingerprint.require_listed(folder)
     except ValueError as error:
@@ -269,13 +265,13 @@ def is_whole(folder: Path) -> bool:
 def test_a_damaged_prompt_is_seen(tmp_path, number):
     spec = PromptSpec(kind="prefix", num_tokens=3, num_layers=2, width=8, num_heads=2)
     prompt, folder = Prompt(spec), tmp_path / "prompt"
-    write_adapter(folder, NamedTensors.pack(prompt.tensors()), spec, "tiny")
-    whole = read_adapter(folder)
+    write_adapter(folder, NamedTensors.pack(prompt.tensors()), spec, base="tiny")
+    original = read_adapter(folder)
 
     def look() -> str:
         if not is_whole(folder):
             return "seen"
-        return "no effect" if torch.equal(read_adapter(folder), whole) else "another prompt"
+        return "no effect" if torch.equal(read_adapter(folder), original) else "another prompt"
 
     require_seen(outcomes(sorted(folder.iterdir()), number, look, seed=5), number, at_least=0.9)
 
@@ -286,9 +282,13 @@ def test_a_damaged_model_is_seen(tmp_path, number):
     cell, folder = auxiliary.cut(model, tiny.cell(2)), tmp_path / "auxiliary"
     small = LanguageModel(auxiliary.unroll(cell, 2), model.dtype)
     auxiliary.save(
-        folder, small, 2, tiny.tokenizer(), {"depth": 2, "recipe": {}, "distillation": {}}
+        folder,
+        small,
+        2,
+        tokenizer=tiny.tokenizer(),
+        recipe={"depth": 2, "recipe": {}, "distillation": {}},
     )
-    whole = fingerprint.of_weights(auxiliary.load(folder).weights)
+    original = fingerprint.of_weights(auxiliary.load(folder).weights)
     shutil.rmtree(tmp_path / "global")
 
     def look() -> str:
@@ -296,7 +296,7 @@ def test_a_damaged_model_is_seen(tmp_path, number):
             return "seen"
         return (
             "no effect"
-            if fingerprint.of_weights(auxiliary.load(folder).weights) == whole
+            if fingerprint.of_weights(auxiliary.load(folder).weights) == original
             else "another model"
         )
 

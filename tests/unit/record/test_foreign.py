@@ -25,7 +25,7 @@ from fedsp_mpi.cli import main
 from fedsp_mpi.config import Config
 from fedsp_mpi.files import untrusted
 from fedsp_mpi.record import ClientRow, RoundRow, read
-from fedsp_mpi.record.hdf5 import plain
+from fedsp_mpi.record.hdf5 import to_plain
 from fedsp_mpi.report import (
     compare,
     comparison_table,
@@ -175,7 +175,7 @@ def sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def altered(sample: Path, tmp_path: Path, alter: Callable[[h5py.File], Any]) -> Path:
-    """A copy of a record in which somebody has changed something; h5py leaves no digest behind."""
+    """Copy a record and change it; h5py leaves no digest behind."""
     folder = tmp_path / "a"
     (folder / "rounds").mkdir(parents=True)
     for file in ("run.h5", *(f"rounds/000{round}.h5" for round in (1, 2, 3))):
@@ -209,7 +209,7 @@ def test_what_no_run_writes_is_refused(sample, tmp_path, alter, capsys):
 
 
 def bomb(h5: h5py.File) -> None:
-    """One chunk that is declared to have 1 MiB, is stored in less, and unpacks to 384 MiB."""
+    """Add a chunk that is declared to have 1 MiB, is stored in less, and unpacks to 384 MiB."""
     data = h5.create_dataset("prompt/p", (1 << 18,), "f4", chunks=(1 << 18,), compression="gzip")
     packer = zlib.compressobj()
     packed = b"".join(packer.compress(bytes(1 << 20)) for _ in range(384)) + packer.flush()
@@ -315,7 +315,7 @@ SECTIONS = {
 
 
 def places(value: Any, place: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """The path of every value in nested mappings and lists, and of the whole."""
+    """Yield the path of every value in nested mappings and lists, and of the whole."""
     yield place
     below = (
         value.items()
@@ -337,9 +337,7 @@ def put(value: Any, place: tuple[Any, ...], junk: Any) -> Any:
 
 
 def put_junk(h5: h5py.File, dice: random.Random) -> None:
-    """One value of a mapping, or one cell of a table, becomes another one, of any kind in the
-    mapping.
-    """
+    """Replace one value of a mapping by junk of any type, or one cell of a table by an odd one."""
     if dice.random() < 0.7:
         name = dice.choice(["config", "environment", *(f"sections/{name}" for name in SECTIONS)])
         value = json.loads(h5[name].asstr()[()])
@@ -362,7 +360,7 @@ def put_junk(h5: h5py.File, dice: random.Random) -> None:
 
 @pytest.mark.parametrize("number", [60, pytest.param(1500, marks=pytest.mark.slow)])
 def test_no_value_in_a_record_is_a_traceback(tmp_path, number):
-    dice, config = random.Random(5), plain(asdict(Config()), "config")
+    dice, config = random.Random(5), to_plain(asdict(Config()), "config")
     for seed, name in enumerate(("a", "b"), 1):
         record = make(
             tmp_path / name,

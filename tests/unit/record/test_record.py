@@ -90,7 +90,7 @@ def test_reading_prompts_while_they_are_folded(
     record = make(tmp_path / "a")
     run, linked_round = read(tmp_path / "a"), reader.linked_round
 
-    def finish_after_opening(opened: reader.Opened, name: str) -> Path | None:
+    def finish_after_opening(opened: reader.OpenFile, name: str) -> Path | None:
         monkeypatch.setattr(reader, "linked_round", linked_round)
         record.finish()  # the opened file still links to rounds/, which is gone now
         return linked_round(opened, name)

@@ -1,4 +1,4 @@
-"""Methods against each other, from made-up records: the table, what is said below it, and pictures."""
+"""Compare methods, from made-up records: the table, what is said below it, and pictures."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def made(
     label: str = "FedSP",
     task: str = "sciq",
     seed: int = 1,
-    own: float = 0.7,
+    score: float = 0.7,
     control: float | None = 0.6,
     n: int = 400,
     clients: int = 2,
@@ -45,9 +45,7 @@ def made(
     status: str = "complete",
     **config: Any,
 ) -> Run:
-    """A record with a result of its own, zero-shot 0.5 and, unless it is None, a server-only
-    control.
-    """
+    """Make a record with zero-shot 0.5, a score of its method and, unless None, a control."""
     record = RunRecord.create(
         folder / f"{task}-{label}-{seed}".replace(" ", "_"),
         config={
@@ -66,7 +64,7 @@ def made(
     )
     record.describe(models={"global": 9000, "auxiliary": 3000, "prompt_on_the_wire": 500})
     for round in range(1, ROUNDS + 1):
-        some = [
+        client_rows = [
             ClientRow(
                 round=round,
                 client=id,
@@ -85,9 +83,9 @@ def made(
             validation_loss=3 - slope * round + 0.02 * seed,
             control_validation_loss=float("nan") if control is None else 4 - control - 0.05 * round,
         )
-        record.commit_round(row, some)
+        record.commit_round(row, client_rows)
     scores = (
-        {"zero-shot": 0.5} | ({} if control is None else {"server-only": control}) | {label: own}
+        {"zero-shot": 0.5} | ({} if control is None else {"server-only": control}) | {label: score}
     )
     record.write_results(
         ResultRow(method=m, split="test", n=n, acc=a, loss=2 - a) for m, a in scores.items()
@@ -102,9 +100,9 @@ def grid(
     tasks: Sequence[str] = ("sciq",),
     seeds: Sequence[int] = (1, 2),
 ):
-    """A run of each label, task and seed; scores rise with all of them."""
+    """Make a run of each label, task and seed; scores rise with all of them."""
     return [
-        made(folder, label, task, seed, own=0.6 + 0.02 * i + 0.01 * seed, slope=0.05 * (i + 1))
+        made(folder, label, task, seed, score=0.6 + 0.02 * i + 0.01 * seed, slope=0.05 * (i + 1))
         for seed in seeds
         for task in tasks
         for i, label in enumerate(labels)
@@ -112,7 +110,7 @@ def grid(
 
 
 def rows(text: str) -> dict[str, list[str]]:
-    """The cells of a Markdown table by method."""
+    """Return the cells of a Markdown table by method."""
     lines = [line for line in text.splitlines() if line.startswith("|")]
     assert len({line.count("|") for line in lines}) == 1
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
@@ -123,23 +121,23 @@ def test_what_clients_bring_is_told_beside_what_all_text_in_one_place_would(tmp_
     """Gains of 6, 10 and 5 points: 7 ± 1.53. The gap is 20 with each seed."""
     scores = {1: (0.60, 0.66, 0.80), 2: (0.62, 0.72, 0.82), 3: (0.60, 0.65, 0.80)}
     runs = [
-        made(tmp_path, "FedSP", seed=seed, own=own, control=control)
-        for seed, (control, own, _) in scores.items()
+        made(tmp_path, "FedSP", seed=seed, score=score, control=control)
+        for seed, (control, score, _) in scores.items()
     ]
     centralised = {"federation": {"clients": 0}, "clients": 0, "control": None}
     runs += [
-        made(tmp_path, "All", seed=seed, own=top, **centralised)
+        made(tmp_path, "All", seed=seed, score=top, **centralised)
         for seed, (*_, top) in scores.items()
     ]
-    for some in (runs[:3], runs[:5]):  # without all seeds of the other, nothing is said of it
-        assert rows(gain_table(compare(some))) == {"gain": ["sciq"], "FedSP": ["+7.00 ± 1.53"]}
+    for shown in (runs[:3], runs[:5]):  # without all seeds of the other, nothing is said of it
+        assert rows(gain_table(compare(shown))) == {"gain": ["sciq"], "FedSP": ["+7.00 ± 1.53"]}
     assert rows(gain_table(compare(runs))) == {"gain": ["sciq"], "FedSP": ["+7.00 ± 1.53 (35%)"]}
     assert "the gap between it and All" in gain_table(compare(runs))
     assert gain_table(compare(runs[3:])) is None
     few = made(
         tmp_path,
         "Few",
-        own=0.9,
+        score=0.9,
         control=None,
         federation={"clients": 0},
         clients=0,
@@ -153,7 +151,7 @@ def warnings(text: str) -> list[str]:
 
 
 def named(run: Run, task: str | None) -> Run:
-    """A run whose task has this name in tables."""
+    """Return a run whose task has this name in tables."""
     return replace(run, config={**run.config, "run": {**run.config["run"], "task_label": task}})
 
 
@@ -167,13 +165,13 @@ def test_tables_show_the_names_that_a_sweep_gave_to_its_tasks(tmp_path):
                 tmp_path / task,
                 label,
                 seed=seed,
-                own=own,
+                score=score,
                 data={"task": "multiple_choice", "source": folder},
             ),
             task if seed == 1 else None,  # an earlier version of the package has begun this sweep
         )
         for folder, task in (("/d/a", "trec"), ("/d/b", "piqa"))
-        for label, own in (("FedSP", 0.7), ("FedPrompt", 0.8))
+        for label, score in (("FedSP", 0.7), ("FedPrompt", 0.8))
         for seed in (1, 2)
     ]
     text = comparison_table(compare(runs))
@@ -206,9 +204,9 @@ def test_tables_show_the_names_that_a_sweep_gave_to_its_tasks(tmp_path):
 
 def test_methods_against_tasks_over_seeds(tmp_path):
     text = comparison_table(compare(grid(tmp_path, ["FedSP", "FedPrompt"], ["sciq", "piqa"])))
-    found = rows(text)
-    assert list(found) == ["method", "zero-shot", "server-only", "FedSP", "FedPrompt"]
-    assert found["method"] == [
+    cells = rows(text)
+    assert list(cells) == ["method", "zero-shot", "server-only", "FedSP", "FedPrompt"]
+    assert cells["method"] == [
         "sciq (acc)",
         "piqa (acc)",
         "holds",
@@ -217,10 +215,10 @@ def test_methods_against_tasks_over_seeds(tmp_path):
         "client s",
         "peak memory",
     ]
-    assert found["zero-shot"] == ["50.00 ± 0.00"] * 2 + [""] * 5
-    assert found["server-only"] == ["60.00 ± 0.00"] * 2 + [""] * 5
-    assert found["FedSP"] == ["61.50 ± 0.71"] * 2 + ["3.00 k", "3.50 k", "2.0 kB", "1.50", ""]
-    assert found["FedPrompt"][:2] == ["63.50 ± 0.71"] * 2
+    assert cells["zero-shot"] == ["50.00 ± 0.00"] * 2 + [""] * 5
+    assert cells["server-only"] == ["60.00 ± 0.00"] * 2 + [""] * 5
+    assert cells["FedSP"] == ["61.50 ± 0.71"] * 2 + ["3 k", "3.5 k", "2 kB", "1.50", ""]
+    assert cells["FedPrompt"][:2] == ["63.50 ± 0.71"] * 2
     for fact in (
         "test questions: sciq 400, piqa 400",
         "seeds: 1, 2",
@@ -235,11 +233,11 @@ def test_methods_against_tasks_over_seeds(tmp_path):
 
 
 def test_one_seed_has_no_deviation_and_exact_match_is_a_main_measure(tmp_path):
-    run = made(tmp_path, own=0.25)
+    run = made(tmp_path, score=0.25)
     results = run.results.copy()
     results["exact_match"] = [0.1, 0.2, 0.3]
-    found = rows(comparison_table(compare([replace(run, results=results)])))
-    assert found["method"][0] == "sciq (exact match)" and found["FedSP"][0] == "30.00"
+    cells = rows(comparison_table(compare([replace(run, results=results)])))
+    assert cells["method"][0] == "sciq (exact match)" and cells["FedSP"][0] == "30.00"
     assert main_result(run) == ("acc", 0.25)
 
 
@@ -254,11 +252,11 @@ def test_what_clients_hold_and_train(tmp_path):
         "models": {"global": 9000, "auxiliary": 9000, "prompt": 0, "prompt_on_the_wire": 9000},
     }
     memory = {"memory": {"clients": 1_500_000_000, "server": 3}}
-    found = rows(comparison_table(compare([*runs, replace(tuned, sections=sections | memory)])))
-    assert found["prompts"][1:] == ["3.00 k", "500", "2.0 kB", "1.50", ""]
-    assert found["joint"][1:3] == ["3.00 k", "3.50 k"]
-    assert found["tuned"][1:] == ["9.00 k", "9.00 k", "2.0 kB", "1.50", "1.5 GB"]
-    assert found["central"] == ["70.00", "", "", "", "", ""]
+    cells = rows(comparison_table(compare([*runs, replace(tuned, sections=sections | memory)])))
+    assert cells["prompts"][1:] == ["3 k", "500", "2 kB", "1.50", ""]
+    assert cells["joint"][1:3] == ["3 k", "3.5 k"]
+    assert cells["tuned"][1:] == ["9 k", "9 k", "2 kB", "1.50", "1.5 GB"]
+    assert cells["central"] == ["70.00", "", "", "", "", ""]
 
 
 def test_controls_that_disagree_have_rows_of_their_own(tmp_path):
@@ -266,17 +264,17 @@ def test_controls_that_disagree_have_rows_of_their_own(tmp_path):
     chance.
     """
     runs = [made(tmp_path, "FedSP", seed=seed) for seed in (1, 2)]
-    runs += [made(tmp_path, "FedSP without KD", seed=seed, own=0.65) for seed in (1, 2)]
+    runs += [made(tmp_path, "FedSP without KD", seed=seed, score=0.65) for seed in (1, 2)]
     runs += [made(tmp_path, "FedPrompt", seed=1), made(tmp_path, "FedPrompt", seed=2, control=0.64)]
     runs += [
         made(tmp_path, "FedSP without server tuning", seed=seed, control=None) for seed in (1, 2)
     ]
-    found = rows(comparison_table(compare(runs)))
-    both = "server-only (of FedSP and FedSP without KD)"
-    assert list(found)[1:4] == ["zero-shot", both, "server-only (of FedPrompt)"]
+    cells = rows(comparison_table(compare(runs)))
+    shared = "server-only (of FedSP and FedSP without KD)"
+    assert list(cells)[1:4] == ["zero-shot", shared, "server-only (of FedPrompt)"]
     assert (
-        found[both][0] == "60.00 ± 0.00"
-        and found["server-only (of FedPrompt)"][0] == "62.00 ± 2.83"
+        cells[shared][0] == "60.00 ± 0.00"
+        and cells["server-only (of FedPrompt)"][0] == "62.00 ± 2.83"
     )
     more = comparison_table(
         compare([*runs, *(made(tmp_path, "joint", seed=seed) for seed in (1, 2))])
@@ -333,8 +331,8 @@ def test_columns_say_what_sets_them_apart(tmp_path):
     # Where no server tunes, and each method has a partition of its own, it belongs to the method
     # too.
     alone = [
-        made(tmp_path / name, name, control=None, **own)
-        for name, own in (("equal", {}), ("skewed", skewed))
+        made(tmp_path / name, name, control=None, **settings)
+        for name, settings in (("equal", {}), ("skewed", skewed))
     ]
     assert compare(alone).tasks == ("sciq",) and compare([*alone, runs[0]]).tasks == (
         "sciq, iid",
@@ -375,8 +373,8 @@ def test_a_folder_of_runs_stands_for_those_in_it(tmp_path):
     for name in ("b", "a"):
         made(tmp_path / "runs", name)
     (tmp_path / "runs" / "configs").mkdir()
-    one = tmp_path / "runs" / "sciq-a-1"
-    names = [run.name for run in read_all([one, tmp_path / "runs", one / "run.h5"])]
+    first = tmp_path / "runs" / "sciq-a-1"
+    names = [run.name for run in read_all([first, tmp_path / "runs", first / "run.h5"])]
     assert sorted(names) == ["sciq-a-1", "sciq-b-1"] and names[0] == "sciq-a-1"
     with pytest.raises(ValueError, match="found no such file, expected the record of a run"):
         read_all([tmp_path / "runs" / "configs"])
@@ -398,20 +396,20 @@ def test_runs_of_a_folder_come_as_they_began(tmp_path, monkeypatch):
 
 
 def drawn(path: Path) -> list[str]:
-    """All texts of an SVG picture."""
+    """Return all texts of an SVG picture."""
     return re.findall(r"<text[^>]*>([^<]*)</text>", path.read_text())
 
 
 def pixels(path: Path) -> tuple[int, int]:
-    """Width and height of a PNG picture."""
+    """Return width and height of a PNG picture."""
     head = path.read_bytes()[:24]
     assert head[:8] == b"\x89PNG\r\n\x1a\n"
     return struct.unpack(">II", head[16:24])
 
 
 def test_bars_have_a_group_for_each_task_and_a_colour_for_each_method(tmp_path):
-    found = compare(grid(tmp_path, ["FedSP", "FedPrompt"], ["sciq", "piqa"]))
-    draw_bars(found, tmp_path / "bars.svg")
+    comparison = compare(grid(tmp_path, ["FedSP", "FedPrompt"], ["sciq", "piqa"]))
+    draw_bars(comparison, tmp_path / "bars.svg")
     texts = drawn(tmp_path / "bars.svg")
     assert {
         "sciq",
@@ -429,14 +427,14 @@ def test_bars_have_a_group_for_each_task_and_a_colour_for_each_method(tmp_path):
     assert texts.count("61.5") == texts.count("63.5") == 2
     picture = (tmp_path / "bars.svg").read_text()
     assert picture.count("#0072b2") == picture.count("#d55e00") == 2 + 1  # bars and legend
-    draw_bars(found, tmp_path / "bars.png")
+    draw_bars(comparison, tmp_path / "bars.png")
     width, height = pixels(tmp_path / "bars.png")
     assert width > height > 400
 
 
 def test_many_methods_are_told_apart(tmp_path):
-    found = compare(grid(tmp_path, [f"method {i}" for i in range(9)]))
-    draw_bars(found, tmp_path / "bars.svg")
+    comparison = compare(grid(tmp_path, [f"method {i}" for i in range(9)]))
+    draw_bars(comparison, tmp_path / "bars.svg")
     assert (tmp_path / "bars.svg").read_text().count(
         "<pattern"
     ) == 2  # the eighth and ninth are hatched
@@ -453,7 +451,7 @@ def test_curves_against_rounds_bytes_and_seconds(tmp_path):
         "sciq",
     ):
         assert text in texts
-    assert "validation loss, nats a token" in texts
+    assert "validation loss, nats per token" in texts
     assert texts.count("server-only") == texts.count("FedSP") == texts.count("FedPrompt") == 1
     assert {"0 B", "16 kB", "0 s"} <= set(texts), texts
     draw_curves(runs, tmp_path / "curves.png")
@@ -468,7 +466,7 @@ def test_equal_pictures_are_equal_files(tmp_path):
 
 
 def panels(runs: Sequence[Run]) -> list[Any]:
-    """The axes of a picture of curves, instead of a file."""
+    """Return the axes of a picture of curves, instead of a file."""
     from fedsp_mpi.report import plot
 
     figures = []
@@ -488,32 +486,32 @@ def panels(runs: Sequence[Run]) -> list[Any]:
 
 
 def test_lines_are_means_over_seeds_and_the_control_is_dashed(tmp_path):
-    rounds, sent, seconds = panels(grid(tmp_path, ["FedSP"]))
+    rounds, num_bytes, seconds = panels(grid(tmp_path, ["FedSP"]))
     method, control = rounds.lines
     assert method.get_xdata().tolist() == [1, 2, 3, 4] and control.get_linestyle() == "--"
     assert method.get_ydata() == pytest.approx([3 - 0.05 * round + 0.03 for round in range(1, 5)])
     assert control.get_ydata() == pytest.approx([3.4 - 0.05 * round for round in range(1, 5)])
-    assert sent.lines[0].get_xdata().tolist() == [4000, 8000, 12000, 16000]
+    assert num_bytes.lines[0].get_xdata().tolist() == [4000, 8000, 12000, 16000]
     assert seconds.lines[0].get_xdata().tolist() == [3, 6, 9, 12]
-    for panel in (sent, seconds):  # the control sends nothing: drawn across, at its lowest
+    for panel in (num_bytes, seconds):  # the control sends nothing: drawn across, at its lowest
         assert (
             panel.lines[1].get_ydata() == pytest.approx([3.2, 3.2])
             and panel.get_xscale() == "linear"
         )
-    [band] = [each for each in rounds.collections if len(each.get_paths())][:1]
+    [band] = [collection for collection in rounds.collections if len(collection.get_paths())][:1]
     assert np.ptp(band.get_paths()[0].vertices[:, 1]) == pytest.approx(0.15 + 2 * 0.01414, abs=1e-3)
 
 
 def test_bytes_far_apart_are_on_a_logarithmic_axis_and_none_at_all_is_a_level(tmp_path):
     runs = [made(tmp_path), made(tmp_path, "Fine-tuning", wire=500 * OWN)]
     runs.append(made(tmp_path, "central", clients=0, control=None))
-    rounds, sent, seconds = panels(runs)
-    assert (rounds.get_xscale(), sent.get_xscale(), seconds.get_xscale()) == (
+    rounds, num_bytes, seconds = panels(runs)
+    assert (rounds.get_xscale(), num_bytes.get_xscale(), seconds.get_xscale()) == (
         "linear",
         "log",
         "linear",
     )
-    assert [len(set(line.get_ydata())) for line in sent.lines] == [4, 4, 1, 1]
+    assert [len(set(line.get_ydata())) for line in num_bytes.lines] == [4, 4, 1, 1]
     assert len({(line.get_color(), str(line.get_linestyle())) for line in rounds.lines}) == 4
 
 
@@ -535,18 +533,18 @@ def test_losses_of_another_kind_have_a_row_of_their_own_and_methods_look_the_sam
 
 def test_controls_that_differ_are_drawn_in_the_colours_of_their_methods(tmp_path):
     rounds, *_ = panels([made(tmp_path), made(tmp_path, "FedPrompt", control=0.64)])
-    one, other, *controls = rounds.lines
+    first, second, *controls = rounds.lines
     assert [line.get_label() for line in controls] == [
         "server-only (of FedSP)",
         "server-only (of FedPrompt)",
     ]
-    assert [line.get_color() for line in controls] == [one.get_color(), other.get_color()]
+    assert [line.get_color() for line in controls] == [first.get_color(), second.get_color()]
 
 
 def test_each_task_has_a_row_and_runs_that_are_not_complete_are_left_out(tmp_path):
     runs = [made(tmp_path), made(tmp_path, task="piqa"), made(tmp_path, "open", status="stopped")]
     axes = panels(runs)
-    assert len(axes) == 6 and [len(each.lines) for each in axes] == [2] * 6
+    assert len(axes) == 6 and [len(panel.lines) for panel in axes] == [2] * 6
     assert len(panels([runs[2]])) == 3  # a run that goes on, alone
     with pytest.raises(ValueError, match="found 1 runs without a round"):
         draw_curves([replace(runs[2], committed_rounds=0)], tmp_path / "x.png")

@@ -51,8 +51,8 @@ def test_summary_fits_a_terminal_and_says_what_was_gained(tmp_path: Path) -> Non
         "fedsp against zero-shot (test): +20.00 points of acc, standard error 1.41 (unpaired)"
         in lines
     )
-    assert "wire      down 3.0 kB, up 6.0 kB, handout 4.5 MB, in all 4.5 MB" in lines
-    assert "          a client and round: down 500 B, up 1.0 kB" in lines
+    assert "wire      down 3 kB, up 6 kB, handout 4.5 MB, in all 4.51 MB" in lines
+    assert "          per client and round: down 500 B, up 1 kB" in lines
     assert lines[-1] == f"folder    {tmp_path / 'a'}"
 
 
@@ -96,7 +96,7 @@ def test_summary_explains_its_columns(tmp_path: Path) -> None:
     assert all(name in head and f"{name} = " in text for name in ("wait s", "server s", "round s"))
     assert "best = the round of the lowest validation loss" in text
     assert (
-        "overhead 1.25 a client and round" in text
+        "overhead per client and round 1.25" in text
         and "overhead = local work other than training" in text
     )
     assert not any(line.endswith("...") for line in lines)
@@ -147,7 +147,7 @@ def test_summary_counts_failed_clients_among_those_that_took_part(tmp_path: Path
         "2/3",
         "2.0000",
     ]
-    assert "          a client and round: down 1.0 kB, up 700 B" in lines
+    assert "          per client and round: down 1 kB, up 700 B" in lines
     assert "3 clients" in lines[1]
 
 

@@ -1,4 +1,4 @@
-"""Guarantees that nothing else would miss: what is synced before what, ties, the quorum, the lock."""
+"""Guarantees that no other test covers: what is synced before what, ties, the quorum, the lock."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Disk:
 
 
 def whole(path: str) -> list[tuple[str, str]]:
-    """A file that is on disk before it has its name, and then its name is."""
+    """Return the calls that put a file on disk before it has its name, and then the name."""
     return [("sync", f"{path}.part"), ("name", path), ("sync", str(Path(path).parent))]
 
 
@@ -86,12 +86,12 @@ def test_of_rounds_with_equal_losses_the_first_is_the_best():
     )
     best = Best(start)
     assert (
-        best.offer(first, 1, 0.5)
-        and not best.offer(second, 2, 0.5)
-        and not best.offer(second, 3, math.nan)
+        best.update_if_better(first, 1, 0.5)
+        and not best.update_if_better(second, 2, 0.5)
+        and not best.update_if_better(second, 3, math.nan)
     )
-    assert (best.round, best.loss) == (1, 0.5) and best.tuned is first
-    assert best.offer(second, 4, math.nextafter(0.5, 0)) and best.round == 4
+    assert (best.round, best.loss) == (1, 0.5) and best.exported is first
+    assert best.update_if_better(second, 4, math.nextafter(0.5, 0)) and best.round == 4
 
 
 def test_updates_that_the_rule_rejects_are_missing_from_the_quorum_of_a_run(tmp_path, capsys):
@@ -109,12 +109,12 @@ def test_updates_that_the_rule_rejects_are_missing_from_the_quorum_of_a_run(tmp_
     settings = [*short, *rule, "federation.min_clients=3", f"run.folder={tmp_path}"]
     with pytest.raises(SystemExit) as end:  # of one process; a job of several is aborted
         main(["run", "--name", "a", *(word for setting in settings for word in ("--set", setting))])
-    said = capsys.readouterr().err
+    stderr = capsys.readouterr().err
     assert (
         end.value.code == 1
-        and "found 2 updates, expected at least federation.min_clients=3: client" in said
+        and "found 2 updates, expected at least federation.min_clients=3: client" in stderr
     )
-    assert "rejected: " in said and read(tmp_path / "a").committed_rounds == 0
+    assert "rejected: " in stderr and read(tmp_path / "a").committed_rounds == 0
 
 
 # --- one job for one folder ---

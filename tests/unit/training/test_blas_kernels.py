@@ -18,8 +18,8 @@ PROGRAM = """
 import json
 import numpy as np
 from threadpoolctl import threadpool_info
-from fedsp_mpi.training.evolution import Evolution
-search = Evolution.of({"mean": np.zeros(20), "step_size": np.ones(1)})
+from fedsp_mpi.training.cma_es import CmaEs
+search = CmaEs.of({"mean": np.zeros(20), "step_size": np.ones(1)})
 for generation in range(10):
     points = search.sample(6, generation)
     search.update(points, np.square(points - np.arange(20)).sum(1))

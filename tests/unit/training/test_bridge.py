@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -16,11 +17,12 @@ from fedsp_mpi import config
 from fedsp_mpi.config import ConfigError, DistillationConfig
 from fedsp_mpi.data.tokens import Text
 from fedsp_mpi.models import auxiliary
-from fedsp_mpi.models.backbone import FAMILIES, LanguageModel, layers_of
+from fedsp_mpi.models.families import FAMILIES, layers_of
+from fedsp_mpi.models.language_model import LanguageModel
 from fedsp_mpi.models.prompts import DepthMap, Prompt, PromptSpec, key_values
 from fedsp_mpi.run.inputs import ExperimentInputs
 from fedsp_mpi.tensors import Batch, seal
-from fedsp_mpi.training.bridge import BridgeEnd, fit_bridge
+from fedsp_mpi.training.bridge import BridgeEnd, BridgeFit, fit_bridge
 from fedsp_mpi.training.distill import StoppedError
 from fedsp_mpi.training.process_group import SINGLE_RANK
 from helpers import tiny
@@ -98,17 +100,32 @@ def test_what_enters_a_layer(folder):
     )
     for kind in ("prefix", "input"):
         prompt = Prompt(PromptSpec.of(model.shape, kind, 3, None)).initialise(1, 0.5)
-        found = model.entering(last, batch, prompt)
+        found = model.input_states_of(last, batch, prompt)
         assert not seen and found.shape == (*batch.input_ids.shape, tiny.WIDTH)
         model.hidden(batch, prompt)
         assert torch.equal(found, seen.pop()[:, -batch.input_ids.shape[1] :])
-    assert not torch.equal(model.entering(first, batch), model.entering(last, batch))
+    assert not torch.equal(model.input_states_of(first, batch), model.input_states_of(last, batch))
+
+
+def fitted(
+    student: BridgeEnd, teacher: BridgeEnd, texts: Sequence[Text], stop: bool = False, **changes
+) -> BridgeFit:
+    """Fit the student's bridge on one rank."""
+    return fit_bridge(
+        student,
+        teacher,
+        texts,
+        settings=DistillationConfig(**changes),
+        seed=1,
+        group=SINGLE_RANK,
+        stop=lambda: stop,
+    )
 
 
 def test_a_bridge_over_nothing_is_the_identity(folder):
-    """What is there already is explained whole."""
+    """The states are equal already, so all of their variance is explained."""
     small, whole = sides(folder, tiny.LAYERS)
-    fit = fit_bridge(small, whole, texts(40), DistillationConfig(), 1, SINGLE_RANK, lambda: False)
+    fit = fitted(small, whole, texts(40))
     assert (
         torch.allclose(small.part.weight, torch.eye(tiny.WIDTH), atol=1e-4)
         and small.part.bias.abs().max() < 1e-4
@@ -119,15 +136,14 @@ def test_a_bridge_over_nothing_is_the_identity(folder):
 def test_the_bridge_is_the_ridge_regression(folder):
     """Against numpy, over rows of single positions: answers weigh as much as all others together."""
     small, whole = sides(folder, 2)
-    some, ridge = texts(32), 0.05
+    examples = texts(32)
+    ridge = 0.05
     inputs, goals, weights = [], [], []
-    for text in some:
+    for text in examples:
         ids = torch.from_numpy(text.ids.astype(np.int64))[None, :-1]
         batch = Batch(ids, torch.ones_like(ids), torch.full_like(ids, -100))
-        for side, found in ((small, inputs), (whole, goals)):
-            found.append(
-                side.model.entering(side.part, batch, side.prompt)[0].detach().double().numpy()
-            )
+        for side, states in ((small, inputs), (whole, goals)):
+            states.append(side.states(batch)[0].detach().double().numpy())
         weights += [False] * (text.answer - 1) + [True] * (len(text.ids) - text.answer)
     x, y, asked = np.concatenate(inputs), np.concatenate(goals), np.array(weights)
     unit = np.sqrt((y**2).mean(axis=1, keepdims=True))
@@ -138,9 +154,7 @@ def test_the_bridge_is_the_ridge_regression(folder):
     wanted = np.linalg.solve(gram + held, (x.T * w) @ y + held @ np.eye(tiny.WIDTH + 1, tiny.WIDTH))
 
     before = {name: weight.clone() for name, weight in small.model.weights.items()}
-    fit = fit_bridge(
-        small, whole, some, DistillationConfig(bridge_ridge=ridge), 1, SINGLE_RANK, lambda: False
-    )
+    fit = fitted(small, whole, examples, bridge_ridge=ridge)
     assert np.allclose(small.part.weight.detach().numpy().T, wanted[:-1], atol=1e-4)
     assert np.allclose(small.part.bias.detach().numpy(), wanted[-1], atol=1e-4)
     moved = {
@@ -161,14 +175,16 @@ def test_the_bridge_is_the_ridge_regression(folder):
 def test_a_fit_that_is_told_to_stop(folder):
     small, whole = sides(folder, 2)
     with pytest.raises(StoppedError):
-        fit_bridge(small, whole, texts(40), DistillationConfig(), 1, SINGLE_RANK, lambda: True)
+        fitted(small, whole, texts(40), stop=True)
 
 
 def test_a_bridge_outlives_its_folder_and_travels(folder, tmp_path):
     small, whole = sides(folder, 3, 2)
-    fit_bridge(small, whole, texts(40), DistillationConfig(), 1, SINGLE_RANK, lambda: False)
-    auxiliary.save(tmp_path / "auxiliary", small.model, 3, tiny.tokenizer(), {"depth": 3})
-    built = auxiliary.build(small.model.model.config.to_dict(), 3, tiny.CPU, torch.float32)
+    fitted(small, whole, texts(40))
+    auxiliary.save(
+        tmp_path / "auxiliary", small.model, 3, tokenizer=tiny.tokenizer(), recipe={"depth": 3}
+    )
+    built = auxiliary.build(small.model.model.config.to_dict(), 3, tiny.CPU, dtype=torch.float32)
     auxiliary.load_weights(built, auxiliary.pack(small.model).torch())
     batch = tiny.batch()
     wanted = small.model.hidden(batch, small.prompt)

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -17,18 +18,18 @@ from torch import nn
 
 from fedsp_mpi import federate
 from fedsp_mpi.algorithms import fedsp
-from fedsp_mpi.algorithms.prompt_server import Server
+from fedsp_mpi.algorithms.prompt_server import PromptServer
 from fedsp_mpi.comm import RoundBroadcast, Topology
 from fedsp_mpi.config import ComputeConfig, DistillationConfig, StageConfig
 from fedsp_mpi.config.training import OptimizerConfig
 from fedsp_mpi.data.tokens import Batches, collate
 from fedsp_mpi.files.fingerprint import of_weights
 from fedsp_mpi.models import auxiliary
-from fedsp_mpi.models.backbone import LanguageModel
-from fedsp_mpi.models.losses import answer_loss, hidden_loss, logits_loss
+from fedsp_mpi.models.language_model import LanguageModel
+from fedsp_mpi.models.losses import answer_loss, answer_loss_of, hidden_loss, logits_loss
 from fedsp_mpi.models.prompts import DepthMap, Prompt, PromptSpec
 from fedsp_mpi.record import Checkpoints
-from fedsp_mpi.record.checkpoint import ClientStateCache
+from fedsp_mpi.record.client_cache import ClientStateCache
 from fedsp_mpi.roles import HostedClients
 from fedsp_mpi.tensors import Failure, NamedTensors, State, seal
 from fedsp_mpi.training.device import Compute
@@ -143,7 +144,8 @@ def tuned(
     moving = small.model.parameters() if weights else prompt.parameters()
     engine = TorchEngine(moving, OptimizerConfig(learning_rate=0.01, epsilon=1e-3, clip=1.0), 10)
     batches = Batches(tiny.texts(range(4, 17)), 6, micro, 1, "test")
-    trace = fedsp.tune(small, prompt, engine, batches, StageConfig(steps=steps), 1)
+    loss = partial(answer_loss_of, small, prompt)
+    trace = train(engine, batches, loss, first_step=0, num_steps=steps, device=tiny.CPU)
     return trace, auxiliary.pack(small) if weights else NamedTensors.pack(prompt.tensors())
 
 
@@ -214,21 +216,20 @@ class EvalRow:
 def test_training_takes_the_batches_it_is_told_to():
     line, seen = EvalRow(5.0, 4.0, 3.0, 2.0), []
     engine = TorchEngine([line.weight], PLAIN, 4)
-    first = train(engine, line, 2, 1, line.loss, num_answer_tokens, tiny.CPU)
+    first = train(engine, line, line.loss, first_step=2, num_steps=1, device=tiny.CPU)
     rest = train(
         engine,
         line,
-        0,
-        3,
         line.loss,
-        num_answer_tokens,
-        tiny.CPU,
-        lambda loss: seen.append(loss.item()),
+        first_step=0,
+        num_steps=3,
+        device=tiny.CPU,
+        on_step=lambda loss: seen.append(loss.item()),
     )
     assert (first.losses, rest.losses, line.asked) == ((3.0,), (5.0, 4.0, 3.0), [2, 0, 1, 2])
     assert seen == [5.0, 4.0, 3.0] and (rest.first, rest.last, rest.samples) == (5.0, 3.0, 12)
     assert engine.steps_done == 4
-    nothing = train(engine, line, 0, 0, line.loss, num_answer_tokens, tiny.CPU)
+    nothing = train(engine, line, line.loss, first_step=0, num_steps=0, device=tiny.CPU)
     assert nothing.losses == () and nothing.samples == 0 and math.isnan(nothing.last)
 
 
@@ -238,9 +239,8 @@ def test_a_loss_that_is_not_finite_is_told_with_its_first_step(value):
     with pytest.raises(
         NonFiniteError, match=rf"the loss of step 2 of 3 is {value}, expected a finite number"
     ):
-        train(
-            TorchEngine([line.weight], PLAIN, 3), line, 0, 3, line.loss, num_answer_tokens, tiny.CPU
-        )
+        engine = TorchEngine([line.weight], PLAIN, 3)
+        train(engine, line, line.loss, first_step=0, num_steps=3, device=tiny.CPU)
 
 
 # -- state -----------------------------------------------------------------------------------------
@@ -459,7 +459,7 @@ def client(
     cell = auxiliary.unroll(auxiliary.cut(whole, tiny.cell(1)), 4)
     given = auxiliary.pack(LanguageModel(cell))
     model = auxiliary.build(
-        auxiliary.cell_config(cell.config, tiny.cell(1)).to_dict(), 4, tiny.CPU, torch.float32
+        auxiliary.cell_config(cell.config, tiny.cell(1)).to_dict(), 4, tiny.CPU, dtype=torch.float32
     )
     alignment = StageConfig(
         steps=steps, batch_size=4, optimizer=OptimizerConfig(learning_rate=0.001)
@@ -473,12 +473,15 @@ def client(
         for id, own in texts.items()
     }
     prompt = Prompt(PromptSpec.of(model.shape, "prefix", 5, None))
-    return fedsp.Client(model, given, prompt, shards, alignment, tuning, 6, 1, keep)
+    training = fedsp.LocalTraining(
+        alignment, tuning, joint=False, total_rounds=6, keep_state=keep, seed=1
+    )
+    return fedsp.Client(model, given, prompt, shards=shards, training=training)
 
 
 def downs(model: fedsp.Client, count: int) -> list[NamedTensors]:
     """Broadcasts of some rounds, each different."""
-    spec = model._prompt.spec
+    spec = model.prompt.spec
     return [
         NamedTensors.pack(Prompt(spec).initialise(seed, 0.5).tensors()) for seed in range(count)
     ]
@@ -504,35 +507,37 @@ def same(one, other) -> bool:
 def test_a_client_whose_loss_is_not_finite_begins_anew_from_the_handout(gpt2):
     failing, sound, fresh = (client(gpt2) for _ in range(3))
     first, second, third = downs(failing, 3)
-    assert same(failing.local(0, 1, first), sound.local(0, 1, first))
-    assert same(failing.local(1, 1, first), sound.local(1, 1, first))
+    assert same(failing.local_update(0, 1, first), sound.local_update(0, 1, first))
+    assert same(failing.local_update(1, 1, first), sound.local_update(1, 1, first))
     with pytest.raises(NonFiniteError, match="the loss of step 1 of 2 is nan"):
-        failing.local(0, 2, broken(second))
+        failing.local_update(0, 2, broken(second))
     assert not failing.states.has_state(0) and failing.states.has_state(1)
     assert same(
-        failing.local(1, 2, second), sound.local(1, 2, second)
+        failing.local_update(1, 2, second), sound.local_update(1, 2, second)
     )  # the other one is not touched
-    sound.local(0, 2, second)
-    anew = failing.local(0, 3, third)
-    assert same(anew, fresh.local(0, 3, third)) and not same(anew, sound.local(0, 3, third))
-    assert same(failing.local(1, 3, third), sound.local(1, 3, third))
+    sound.local_update(0, 2, second)
+    anew = failing.local_update(0, 3, third)
+    assert same(anew, fresh.local_update(0, 3, third)) and not same(
+        anew, sound.local_update(0, 3, third)
+    )
+    assert same(failing.local_update(1, 3, third), sound.local_update(1, 3, third))
 
 
 def test_its_update_is_refused_and_the_others_go_on(gpt2, tmp_path):
     playing = client(gpt2, ids=(0, 1, 2))
-    playing.local(0, 1, downs(playing, 1)[0])
-    local = playing.local
+    playing.local_update(0, 1, downs(playing, 1)[0])
+    local = playing.local_update
 
     class Breaks:
-        def local(self, client, round, down):
+        def local_update(self, client, round, down):
             return local(client, round, broken(down) if client == 1 else down)
 
     breaks, everybody = Breaks(), (0, 1, 2)
     compute = Compute.of(ComputeConfig(device="cpu"), Topology.alone())
-    shelf = ClientStateCache(playing.states, Checkpoints(tmp_path), 3, {})
+    shelf = ClientStateCache(playing.states, Checkpoints(tmp_path), max_in_memory=3, files={})
     side = HostedClients(breaks, everybody, compute, shelf, lambda round: everybody)
     down = downs(playing, 2)[1]
-    found = list(federate.local_work(side, RoundBroadcast(2, tensors=down)))
+    found = list(federate.train_clients(side, RoundBroadcast(2, tensors=down)))
     assert [type(each) for each in found] == [fedsp.Update, Failure, fedsp.Update]
     assert found[1] == Failure(
         1, 2, "local training", "the loss of step 1 of 2 is nan, expected a finite number"
@@ -543,17 +548,17 @@ def test_its_update_is_refused_and_the_others_go_on(gpt2, tmp_path):
 def test_a_prompt_that_is_not_finite_is_refused_even_if_its_losses_are(gpt2):
     playing = client(gpt2, prompt_rate=1e39, steps=1)
     with pytest.raises(NonFiniteError, match="the tuned prompt holds numbers that are not finite"):
-        playing.local(0, 1, downs(playing, 1)[0])
+        playing.local_update(0, 1, downs(playing, 1)[0])
     assert not playing.states.has_state(0)
 
 
 def test_a_client_goes_on_from_its_state_with_equal_bits(gpt2):
     one, other = client(gpt2), client(gpt2)
     first, second = downs(one, 2)
-    one.local(0, 1, first)
-    other.local(1, 5, second)  # has something else in its hands
+    one.local_update(0, 1, first)
+    other.local_update(1, 5, second)  # has something else in its hands
     other.states.load_client_state(0, stored(one.states.client_state(0)))
-    assert same(one.local(0, 2, second), other.local(0, 2, second))
+    assert same(one.local_update(0, 2, second), other.local_update(0, 2, second))
     assert not one.states.has_state(7)
 
 
@@ -561,32 +566,38 @@ def test_what_is_kept_between_rounds_matters_and_can_be_left(gpt2):
     kept, restarted, fresh = client(gpt2), client(gpt2, keep=False), client(gpt2, keep=False)
     first, second = downs(kept, 2)
     for each in (kept, restarted):
-        each.local(0, 1, first)
+        each.local_update(0, 1, first)
     assert not restarted.states.has_state(0)
-    wanted = fresh.local(0, 2, second)
-    assert same(restarted.local(0, 2, second), wanted) and not same(
-        kept.local(0, 2, second), wanted
+    wanted = fresh.local_update(0, 2, second)
+    assert same(restarted.local_update(0, 2, second), wanted) and not same(
+        kept.local_update(0, 2, second), wanted
     )
 
 
 def test_a_server_goes_on_from_its_state_with_equal_bits(gpt2):
-    def server() -> Server:
+    def server() -> PromptServer:
         model = tiny.load(gpt2)
         prompt = Prompt(PromptSpec.of(model.shape, "prefix", 5, None)).initialise(1, 0.5)
         stage = StageConfig(steps=2, batch_size=4, optimizer=OptimizerConfig(learning_rate=0.01))
         batches = Batches(tiny.texts(range(4, 16)), 4, None, 1, "server")
-        return Server(
-            model, prompt, DepthMap(prompt.spec, 2), batches, stage, 4, lambda updates: updates
+        return PromptServer(
+            model,
+            prompt,
+            DepthMap(prompt.spec, 2),
+            batches=batches,
+            stage=stage,
+            total_rounds=4,
+            rule=lambda updates: updates,
         )
 
     one, other = server(), server()
-    one.absorb(1)
+    one.server_update(1)
     other.load_state(stored(one.state()))
-    assert one.absorb(2).losses == other.absorb(2).losses
-    assert (one.tuned().flat == other.tuned().flat).all()
+    assert one.server_update(2).losses == other.server_update(2).losses
+    assert (one.export().flat == other.export().flat).all()
     down = one.broadcast()
     assert down.schema == (("prompt", (5, 2 * 2 * 32)),)  # two layers, each a key and a value of 32
-    one.take(down)
+    one.load_aggregate(down)
     assert (one.broadcast().flat == down.flat).all()
 
 

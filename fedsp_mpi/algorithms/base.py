@@ -1,0 +1,268 @@
+"""What a method is to the rest of the package: a server, clients, and what may travel between them.
+
+A method's file defines two classes, one for each side, and at its end a subclass of `Method` that
+builds them. It reads the configuration there and nowhere else. `config/methods.py` has a row for
+each method: what must be known before torch is loaded.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+import numpy as np
+from torch import nn
+
+from fedsp_mpi.aggregation.fedavg import Updates
+from fedsp_mpi.config import Config, StageConfig
+from fedsp_mpi.data.tokens import Batches, Text
+from fedsp_mpi.log import RoundProgress
+from fedsp_mpi.models.language_model import LanguageModel
+from fedsp_mpi.models.prompts import DepthMap, Prompt, PromptSpec
+from fedsp_mpi.tensors import ClientError, NamedTensors, Schema, State, Update
+from fedsp_mpi.training.device import Compute
+from fedsp_mpi.training.loop import Trace
+from fedsp_mpi.training.process_group import ServerGroup
+
+if TYPE_CHECKING:
+    from fedsp_mpi.record.client_cache import StateHolder
+
+Rule = Callable[[Updates], NamedTensors]
+InferenceCall = Callable[[int, np.ndarray], np.ndarray]
+Shard = TypeVar("Shard")
+
+
+class ShardError(ClientError):
+    """A client's text cannot be trained on."""
+
+
+class Server(Protocol):
+    """The server's side of a method: what the round calls, in the order in which it does.
+
+    Attributes:
+        model: the global model.
+    """
+
+    model: LanguageModel
+
+    @property
+    def prompt(self) -> Prompt | None:
+        """The prompt in front of every text; None where the model itself is tuned."""
+
+    def broadcast(self) -> NamedTensors:
+        """Return what clients start the round from."""
+
+    def aggregate(self, updates: Updates) -> NamedTensors:
+        """Return one set of tensors from those of all clients."""
+
+    def load_aggregate(self, aggregate: NamedTensors) -> None:
+        """Make the aggregate the server's own."""
+
+    def server_update(self, round: int) -> Trace:
+        """Tune on the global model; a method without such a step returns an empty trace."""
+
+    def parameters(self) -> Iterable[nn.Parameter]:
+        """Return what the server tunes."""
+
+    def export(self) -> NamedTensors:
+        """Return a copy of what the run is for: the prompt, or the model's weights."""
+
+    def restore(self, exported: NamedTensors) -> None:
+        """Copy in what `export` returned."""
+
+    def state(self) -> State:
+        """Return all that the next round depends on."""
+
+    def load_state(self, state: State) -> None:
+        """Continue from `state()`."""
+
+
+class Client(Protocol):
+    """The clients' side of a method: all clients of one process, which share one working model.
+
+    Attributes:
+        model: what the clients work on; None if the server runs their forward passes.
+        prompt: what they tune while they work; None where the model itself is tuned.
+    """
+
+    @property
+    def model(self) -> LanguageModel | None: ...
+
+    @property
+    def prompt(self) -> Prompt | None: ...
+
+    @property
+    def states(self) -> StateHolder:
+        """What clients keep between rounds."""
+
+    def local_update(self, client: int, round: int, broadcast: NamedTensors) -> Update:
+        """Train one client on its own text, starting from the broadcast.
+
+        Args:
+            client: its id.
+            round: from 1.
+            broadcast: the server's tensors of this round.
+
+        Raises:
+            ClientError: the client cannot contribute to this round.
+        """
+
+
+class MethodInputs(Protocol):
+    """What a method may ask of the experiment's inputs (run/inputs.py)."""
+
+    config: Config
+
+    @property
+    def model_config(self) -> Any: ...
+
+    @property
+    def prompt_spec(self) -> PromptSpec: ...
+
+    @property
+    def depth_map(self) -> DepthMap: ...
+
+    @property
+    def server_questions(self) -> Sequence[Text]: ...
+
+    @property
+    def word_token_ids(self) -> np.ndarray:
+        """Sorted ids of the tokens that are words, int64 [number]."""
+
+    def first_prompt(self, model: LanguageModel) -> Prompt: ...
+
+    def shard(self, owner: int) -> Sequence[Text]: ...
+
+    def batches(
+        self, owner: int, stage: StageConfig, purpose: str, *, group: ServerGroup = ...
+    ) -> Batches:
+        """Return the batches of one owner's stage; see `run.inputs.ExperimentInputs.batches`."""
+
+
+@dataclass(frozen=True)
+class ServerContext:
+    """What a method's server is built from.
+
+    Attributes:
+        inputs: configuration, data and first prompt.
+        model: the global model, on the device.
+        compute: the server's device and dtype.
+        group: the ranks that are the server together.
+        rule: makes one update of many.
+        client_model: the model that clients get, for a server that learns from it; None for the
+            server-only control and on the server's other ranks.
+    """
+
+    inputs: MethodInputs
+    model: LanguageModel
+    compute: Compute
+    group: ServerGroup
+    rule: Rule
+    client_model: LanguageModel | None = None
+
+    def batches(self) -> Batches | None:
+        """Return the server's training batches; None if it does not tune."""
+        stage = self.inputs.config.server.tuning
+        return self.inputs.batches(0, stage, "server", group=self.group) if stage.steps else None
+
+
+@dataclass(frozen=True)
+class ClientContext:
+    """What a method's clients in one process are built from.
+
+    Attributes:
+        inputs: configuration and the clients' own text.
+        compute: the clients' device and dtype.
+        ids: of the clients in this process.
+        tensors: those of the hand-out.
+        depth: layers of the clients' model.
+        build_model: builds the clients' model without weights; True: with dropout.
+        call_server: asks the server for losses, where clients hold no model.
+        progress: is told of every step.
+    """
+
+    inputs: MethodInputs
+    compute: Compute
+    ids: Sequence[int]
+    tensors: NamedTensors
+    depth: int
+    build_model: Callable[[bool], LanguageModel]
+    call_server: InferenceCall
+    progress: RoundProgress
+
+    def shards(self, read: Callable[[int], Shard]) -> dict[int, Shard | ShardError]:
+        """Return each client's text, or why it cannot be used.
+
+        One owner's unusable text is no reason to stop the others.
+
+        Args:
+            read: returns a client's text by its id; raises ValueError.
+        """
+        shards: dict[int, Shard | ShardError] = {}
+        for client in self.ids:
+            try:
+                shards[client] = read(client)
+            except ValueError as error:
+                shards[client] = ShardError(f"its text cannot be used: {error}")
+        return shards
+
+
+@dataclass(frozen=True)
+class HandedOut:
+    """What a method hands out once, before the first round.
+
+    Attributes:
+        model_config: transformers' configuration of the clients' model.
+        tensors: what clients get at the start.
+        down, up: names and shapes of a broadcast and of an update.
+        finite: names of the metrics that the server merges by, which must be finite.
+        num_inference_ranks: server ranks that run forward passes for clients; 0 if clients hold the
+            model.
+    """
+
+    model_config: Any
+    tensors: NamedTensors
+    down: Schema
+    up: Schema
+    finite: tuple[str, ...] = ()
+    num_inference_ranks: int = 0
+
+
+class Method(ABC):
+    """Builds the two sides of one method, and says what travels between them.
+
+    Attributes:
+        metrics: names of the numbers that come with an update; each is a column of the record's
+            table of clients.
+    """
+
+    metrics: tuple[str, ...]
+
+    @abstractmethod
+    def build_server(self, context: ServerContext) -> Server:
+        """Return a server around a global model."""
+
+    @abstractmethod
+    def hand_out(
+        self, inputs: MethodInputs, server: Server, client_model: LanguageModel
+    ) -> HandedOut:
+        """Return what every client gets before the first round.
+
+        Args:
+            inputs: of the experiment.
+            server: as `build_server` returned it.
+            client_model: the model that clients get.
+        """
+
+    @abstractmethod
+    def build_client(self, context: ClientContext) -> Client:
+        """Return the clients of one process."""
+
+    def answer(self, server: Server) -> Callable[[np.ndarray], np.ndarray] | None:
+        """Return what answers clients that hold no model, from fp32 [any number] to the same.
+
+        None if every client holds a model.
+        """
+        return None

@@ -1,0 +1,162 @@
+"""Checks across sections: values that each could work, but not together."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from fedsp_mpi.config.parsing import ConfigError
+
+if TYPE_CHECKING:
+    from fedsp_mpi.config.experiment import Config
+
+
+def require_consistent(config: Config) -> None:
+    """Raise ConfigError on the first values of different keys that contradict each other."""
+    if config.searches:
+        _require_search(config)
+    _require_federation(config)
+    _require_prompt(config)
+    _require_shares(config)
+    _require_server_ranks(config)
+
+
+def _require_search(config: Config) -> None:
+    """Check what a search without gradients needs, and which keys it leaves no choice."""
+    if config.federation.clients == 0:
+        raise ConfigError(
+            "federation.clients: found 0 with method=fedbpt, expected at least 1: clients search"
+        )
+    for key, (required, reason) in config.method_facts.required.items():
+        value = config.value(key)
+        if value != required:
+            expected = "null" if required is None else required
+            raise ConfigError(
+                f"{key}: found {value} with method=fedbpt, expected {expected}: {reason}"
+            )
+    prompt = config.prompt
+    if prompt.kind == "prefix" and prompt.init == "random" and not prompt.init_std:
+        raise ConfigError(
+            "prompt.init_std: found 0 with method=fedbpt, expected a number above 0, which the "
+            "search's scale follows from; or set prompt.init=text"
+        )
+
+
+def _require_federation(config: Config) -> None:
+    federation = config.federation
+    if federation.clients == 0:
+        _require_centralised(config)
+        return
+    per_round = federation.clients_per_round
+    if per_round is not None and per_round > federation.clients:
+        raise ConfigError(
+            f"federation.clients_per_round: found {per_round}, expected at most the "
+            f"{federation.clients} of federation.clients"
+        )
+    participants = per_round or federation.clients
+    if federation.min_clients > participants:
+        name = "clients_per_round" if per_round else "clients"
+        raise ConfigError(
+            f"federation.min_clients: found {federation.min_clients}, expected at most the "
+            f"{participants} of federation.{name}"
+        )
+    if (federation.stragglers == "drop") != (federation.client_seconds is not None):
+        raise ConfigError(
+            f"federation.stragglers: found {federation.stragglers} with client_seconds "
+            f"{federation.client_seconds}, expected drop with a number of seconds, or wait "
+            "without one"
+        )
+
+
+def _require_centralised(config: Config) -> None:
+    if not config.server.tuning.steps:
+        raise ConfigError(
+            "server.tuning.steps: found 0 with federation.clients=0, expected at least 1: the "
+            "server tunes alone"
+        )
+    if config.federation.clients_per_round is not None:
+        raise ConfigError(
+            "federation.clients_per_round: found with federation.clients=0, expected null"
+        )
+
+
+def _require_prompt(config: Config) -> None:
+    prompt = config.prompt
+    if prompt.projection is not None and prompt.kind == "input":
+        raise ConfigError(
+            "prompt.projection: found with prompt.kind=input, expected prompt.kind=prefix"
+        )
+    if prompt.projection is not None and prompt.init == "text":
+        raise ConfigError("prompt.init: found text with prompt.projection, expected random")
+    if prompt.encoder is not None and prompt.kind != "input":
+        raise ConfigError(
+            "prompt.encoder: found with prompt.kind=prefix, expected prompt.kind=input"
+        )
+    if prompt.encoder is not None and prompt.init == "text":
+        raise ConfigError("prompt.init: found text with prompt.encoder, expected random")
+    if not prompt.init_text.strip():
+        raise ConfigError(
+            "prompt.init_text: found no words, expected at least one; or set prompt.init=random"
+        )
+    if (
+        prompt.mapping == "same_layers"
+        and config.auxiliary.shares_layers
+        and not config.tunes_weights
+    ):
+        raise ConfigError(
+            "prompt.mapping: found same_layers with an auxiliary model that runs its layers more "
+            f"than once (auxiliary.layers_per_cell={config.auxiliary.layers_per_cell}), expected "
+            "repeat; or set auxiliary.layers_per_cell=null"
+        )
+    if config.model.gradient_checkpointing and prompt.kind == "prefix":
+        raise ConfigError(
+            "model.gradient_checkpointing: found true with prompt.kind=prefix, which trains "
+            "silently wrong (checkpointed layers drop the prefix), expected false; or set "
+            "prompt.kind=input"
+        )
+    if config.model.gradient_checkpointing and config.auxiliary.dropout:
+        raise ConfigError(
+            "auxiliary.dropout: found true with model.gradient_checkpointing=true, expected one "
+            "of them false"
+        )
+
+
+def _require_shares(config: Config) -> None:
+    """Check what a server without examples cannot do, and a server of several ranks."""
+    has_no_examples = config.data.server_share == 0
+    has_no_text = config.distillation.text is None
+    if has_no_examples and config.server.tuning.steps:
+        raise ConfigError(
+            f"server.tuning.steps: found {config.server.tuning.steps} with data.server_share=0, "
+            "expected 0: a server without examples only averages"
+        )
+    if has_no_examples and has_no_text and config.distils:
+        raise ConfigError(
+            "distillation.text: found none with data.server_share=0, expected a file of plain "
+            "text; or set distillation.stage.steps=0 and auxiliary.first_layers=null"
+        )
+    if config.translates and config.topology.server_ranks > 1:
+        raise ConfigError(
+            f"server.translation.steps: found {config.server.translation.steps} with "
+            f"topology.server_ranks={config.topology.server_ranks}, expected one rank of the "
+            "server; or set server.translation.steps=0"
+        )
+    if has_no_examples and has_no_text and config.translates:
+        raise ConfigError(
+            "distillation.text: found none with data.server_share=0, expected a file of plain "
+            "text to ask about; or set server.translation.steps=0"
+        )
+
+
+def _require_server_ranks(config: Config) -> None:
+    """Check that batches of the server can be shared equally among its ranks."""
+    stages = {
+        "distillation.stage": config.distillation.stage,
+        "server.tuning": config.server.tuning,
+    }
+    for key, stage in stages.items():
+        if stage.batch_size % config.topology.server_ranks:
+            raise ConfigError(
+                f"{key}.batch_size: found {stage.batch_size}, expected a multiple of "
+                f"topology.server_ranks={config.topology.server_ranks}, so that each of them "
+                "gets an equal part"
+            )

@@ -1,0 +1,66 @@
+"""The sections `federation`, `server` and `client`: rounds, roles, and how each of them tunes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from fedsp_mpi.config.threats import PrivacyConfig
+from fedsp_mpi.config.training import ComputeConfig, StageConfig
+
+
+@dataclass(frozen=True)
+class FederationConfig:
+    """Rounds, clients, and what happens when one of them fails."""
+
+    # 0: centralised, the server tunes alone, on all data unless data.server_share says otherwise.
+    clients: int = 7
+    rounds: int = 10
+    # Auxiliary model, optimizers and schedules between rounds; restarted: each round begins from
+    # the hand-out.
+    client_state: Literal["kept", "restarted"] = "kept"
+    on_failure: Literal["drop", "stop"] = "drop"  # a client whose loss or update is not finite
+    min_clients: int = 1  # fewer updates than this in a round stop the run
+    clients_per_round: int | None = None  # None: all
+    sampling: Literal["uniform", "by_size", "round_robin"] = "uniform"  # who they are
+    # drop: a client's work is cut after client_seconds, and it counts for what it did. Bits then
+    # depend on the clock.
+    stragglers: Literal["wait", "drop"] = "wait"
+    client_seconds: float | None = None
+    # What makes one update of many: the mean weighted by samples, each value's median, or the mean
+    # of those that lie no more than so many deviations further from the median than the others do
+    # (aggregation/robust.py).
+    rule: Literal["mean", "median", "reject_outliers"] = "mean"
+    outlier_deviations: float = 3.0
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """The owner of the global model."""
+
+    # Before the tuning: towards the answers of the auxiliary model under the merged prompts, to
+    # questions about distillation.text, or about the server's shard.
+    translation: StageConfig = StageConfig(steps=0)
+    tuning: StageConfig = StageConfig()
+    # better: a round's tuning that makes the validation loss worse is taken back, the control's
+    # too.
+    accept: Literal["always", "better"] = "always"
+    compute: ComputeConfig = ComputeConfig()
+
+
+@dataclass(frozen=True)
+class ClientConfig:
+    """An owner of text, which tunes its auxiliary model and then the prompts.
+
+    FedSP calls this alternative training.
+    """
+
+    # joint: both at once, in the steps of `tuning`, each with its own optimizer (FedSP without
+    # alternative training).
+    training: Literal["alternating", "joint"] = "alternating"
+    alignment: StageConfig = StageConfig()
+    tuning: StageConfig = StageConfig()
+    privacy: PrivacyConfig = PrivacyConfig()
+    compute: ComputeConfig = ComputeConfig()
+    # Clients of a rank whose state stays in memory between rounds; that of the others goes to disk.
+    resident: int = 8

@@ -1,0 +1,78 @@
+"""The methods: what must be known of each before torch is loaded, a row each.
+
+What a method does is in its file in algorithms/, whose `METHOD` builds its server and its clients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from fedsp_mpi.config.parsing import parse
+
+
+@dataclass(frozen=True)
+class MethodFacts:
+    """What configuration, checks and estimates need to know of a method.
+
+    Attributes:
+        module: absolute name of the module that defines `METHOD`, an `algorithms.base.Method`.
+        title: name in tables.
+        tunes_weights: the model's own weights are tuned and travel; there is no prompt, and clients
+            hold the whole model.
+        searches: prompts are searched for without gradients: clients run forward passes alone, and
+            the server merges but does not tune.
+        distils_prompts: the server may learn from the auxiliary model what a merged prompt means.
+        required: values that keys must have with this method, by key, and why.
+    """
+
+    module: str
+    title: str
+    tunes_weights: bool = False
+    searches: bool = False
+    distils_prompts: bool = False
+    required: Mapping[str, tuple[object, str]] = field(default_factory=dict)
+
+
+_OWN_PROJECTION = "the search has a projection of its own (search.dimension)"
+_OWN_STEP = "the server searches among what its clients found, and does not tune"
+_NO_CHANGE = "clip and noise are for prompts and weights, of which the update is a change"
+_SEARCH_REQUIRES: dict[str, tuple[object, str]] = {
+    "server.tuning.steps": (0, _OWN_STEP),
+    "prompt.projection": (None, _OWN_PROJECTION),
+    "prompt.encoder": (None, _OWN_PROJECTION),
+    "federation.rule": ("mean", "what merges is search.rule"),
+    "client.privacy.clip": (None, _NO_CHANGE),
+}
+_FEDBPT = MethodFacts(
+    "fedsp_mpi.algorithms.fedbpt", "FedBPT", searches=True, required=_SEARCH_REQUIRES
+)
+METHODS: dict[str, MethodFacts] = {
+    "fedsp": MethodFacts("fedsp_mpi.algorithms.fedsp", "FedSP", distils_prompts=True),
+    "finetune": MethodFacts("fedsp_mpi.algorithms.finetune", "fine-tuning", tunes_weights=True),
+    "fedbpt": _FEDBPT,
+    # method=fedbpt with search.rule=average
+    "fedavg_bbt": replace(_FEDBPT, module="fedsp_mpi.algorithms.fedavg_bbt", title="FedAvg-BBT"),
+}
+
+
+def register(name: str, facts: MethodFacts) -> None:
+    """Add a method of one's own, so that a configuration can name it.
+
+    Args:
+        name: value of the key `method`.
+        facts: of the method.
+
+    Raises:
+        ValueError: there is a method of that name.
+    """
+    if name in METHODS:
+        raise ValueError(f"method {name}: found another one of that name, expected a new name")
+    METHODS[name] = facts
+
+
+def require_method(name: str) -> None:
+    """Raise ConfigError, with the nearest name, unless there is such a method."""
+    names = [method for method in METHODS if method != "fedavg_bbt"]
+    parse(Literal[tuple(names)], name, "method")  # type: ignore[valid-type]

@@ -1,0 +1,286 @@
+"""Load the examples of a task: from the hub, a copy of a hub set, or the user's own files."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import datasets
+
+from fedsp_mpi.data import labels, sources
+from fedsp_mpi.data.cells import describe_choices
+from fedsp_mpi.data.examples import Example
+from fedsp_mpi.data.splits import SPLITS
+from fedsp_mpi.data.tasks import Splits, Task, find
+
+_NUM_ROWS_SHOWN = 5  # row numbers that a note lists
+
+
+def load(
+    task: Task | str,
+    source: str | None,
+    *,
+    seed: int,
+    limit: Mapping[str, int | None] | None = None,
+    columns: Mapping[str, str] | None = None,
+) -> Splits:
+    """Read the examples of a task.
+
+    Test is the split `test` if it is there with its answers, else `validation`. Validation is the
+    split `validation` unless test took it; then it is a tenth of `train`, drawn with `seed` and the
+    same for every `limit`. A row of train or validation with nothing to teach, and any row with
+    nothing to score, is left out. The notes say all of it.
+
+    Args:
+        task: the task, or its name.
+        source: None for the task's own data set on the hub; a folder with train/validation/test
+            files (.jsonl, .jsonl.gz, .json, .csv, .parquet), a copy of a hub set, or one saved by
+            `save_to_disk`; or the name of another hub set. "folder:configuration" and
+            "name:configuration" choose among several configurations.
+        seed: the experiment's seed; it matters only where validation is cut from train.
+        limit: maximum number of rows of "train", "validation", "test": the first ones in file
+            order, as with lm-eval's `limit`. A cut validation keeps the file order too.
+        columns: the source's name of a column by the task's, where they differ.
+
+    Raises:
+        ValueError: unknown task, no such folder or hub set, hub out of reach, missing column or
+            split, empty split, or a row that does not read; one line with found, expected and what
+            to do.
+    """
+    task = find(task) if isinstance(task, str) else task
+    limits = _checked_limits(limit)
+    tables, notes = read_tables(task, source, columns)
+    rows, decisions = sources.split_rows(task.name, tables, task.column_sets, seed=seed)
+    notes += decisions
+    examples: dict[str, tuple[Example, ...]] = {}
+    for split in SPLITS:
+        origin, numbers = rows[split]
+        max_rows = limits.get(split)
+        if max_rows is not None and max_rows < len(numbers):
+            notes.append(f"{split} = the first {max_rows} of {len(numbers)} rows (limit)")
+            numbers = numbers[:max_rows]
+        examples[split], split_notes = _examples(
+            task, tables[origin], origin, numbers=numbers, split=split
+        )
+        notes += split_notes
+    return Splits(**examples, notes=tuple(dict.fromkeys(notes)))
+
+
+def read_tables(
+    task: Task, source: str | None, columns: Mapping[str, str] | None
+) -> tuple[dict[str, datasets.Dataset], list[str]]:
+    """Read the tables of a source by split, in the task's names of columns.
+
+    Args:
+        task: the task.
+        source: as in `load`.
+        columns: as in `load`.
+
+    Returns:
+        The tables by split, and notes on what they were made of.
+
+    Raises:
+        ValueError: as `load` does.
+    """
+    location = sources.locate(task.name, task.hub, source, columns=columns)
+    return sources.read(task.name, location, task.column_sets)
+
+
+def check_columns(
+    task: Task | str, source: str | None, columns: Mapping[str, str] | None = None
+) -> None:
+    """Raise ValueError if `load` would not find its folder or hub set, or a column of it.
+
+    Reads the first row of each split at most.
+
+    Args:
+        task: the task, or its name.
+        source: as in `load`.
+        columns: as in `load`.
+    """
+    task = find(task) if isinstance(task, str) else task
+    location = sources.locate(task.name, task.hub, source, columns=columns)
+    sources.check(task.name, location, task.column_sets)
+
+
+def scored_rows(
+    task: Task,
+    source: str | None,
+    *,
+    seed: int,
+    limit: int | None,
+    columns: Mapping[str, str] | None = None,
+) -> tuple[datasets.Dataset, list[Example]]:
+    """Read the rows of the test split that `load` keeps, with answers in lm-eval's form.
+
+    Args:
+        task: the task.
+        source: as in `load`.
+        seed: as in `load`.
+        limit: maximum number of rows.
+        columns: as in `load`.
+
+    Returns:
+        The rows, and their examples.
+
+    Raises:
+        ValueError: as `load` does.
+    """
+    tables, _ = read_tables(task, source, columns)
+    rows, _ = sources.split_rows(task.name, tables, task.column_sets, seed=seed)
+    origin, numbers = rows["test"]
+    numbers = numbers[:limit]
+    usable = _sort_out(_read_rows(task, tables[origin], origin, numbers=numbers), "test").usable
+    table = tables[origin].select([number for number, _ in usable])
+    examples = [example for _, example in usable]
+    if task.answers_are_positions:
+        answer_column = task.columns[-1]
+        positions: list[int] | list[str] = [example.gold[0] for example in examples]
+        if task.lm_eval and task.lm_eval.labels_are_text:
+            positions = [str(position) for position in positions]
+        if table[:][answer_column] != positions:
+            table = table.remove_columns(answer_column).add_column(answer_column, positions)
+    return table, examples
+
+
+def _checked_limits(limit: Mapping[str, int | None] | None) -> dict[str, int | None]:
+    """Return the limits; raise ValueError if one is of no split, or not a number of rows."""
+    limits = dict(limit or {})
+    for split, max_rows in limits.items():
+        if split not in SPLITS:
+            raise ValueError(
+                f"found a limit for {split!r}, expected one for {', '.join(SPLITS)}; rename it"
+            )
+        if max_rows is not None and (not isinstance(max_rows, int) or max_rows < 1):
+            raise ValueError(
+                f"found limit {max_rows!r} for {split}, expected a whole number from 1, or none "
+                "for all rows"
+            )
+    return limits
+
+
+def _examples(
+    task: Task,
+    table: datasets.Dataset,
+    origin: str,
+    *,
+    numbers: Sequence[int],
+    split: str,
+) -> tuple[tuple[Example, ...], list[str]]:
+    """Read the rows `numbers` of the source's split `origin` as examples of `split`.
+
+    Returns:
+        The examples, and notes on the rows that were left out.
+    """
+    names = _class_names(task, table)
+    rows = _sort_out(_read_rows(task, table, origin, numbers=numbers, names=names), split)
+    if not rows.usable:
+        with_empty_choice = f", {len(rows.empty)} with an empty choice" if rows.empty else ""
+        raise ValueError(
+            f"{task.name}: found no usable row in {origin} ({len(numbers)} read"
+            f"{with_empty_choice}), expected at least 1"
+        )
+    notes = []
+    if rows.unanswered:
+        notes.append(_left_out_note(split, origin, rows.unanswered, reason="without an answer"))
+    if rows.empty:
+        notes.append(_left_out_note(split, origin, rows.empty, reason="with an empty choice"))
+    if names and names.are_unknown:
+        notes.append(
+            f"the classes of the column {task.columns[-1]!r} have other names than the task's "
+            f"choices ({describe_choices(names.texts)}); 0 was taken for the first choice, 1 for "
+            "the second, and so on"
+        )
+    examples = tuple(
+        replace(example, row=f"row {number} of {origin}") for number, example in rows.usable
+    )
+    return examples, notes
+
+
+def _left_out_note(split: str, origin: str, numbers: Sequence[int], *, reason: str) -> str:
+    rows = "row" if len(numbers) == 1 else "rows"
+    shown = ", ".join(map(str, numbers[:_NUM_ROWS_SHOWN]))
+    if len(numbers) > _NUM_ROWS_SHOWN:
+        shown += ", ..."
+    return f"{split}: {len(numbers)} {rows} {reason} left out ({origin} {shown})"
+
+
+def _answer_column(task: Task, names: Container[str]) -> str:
+    """Return the column that holds the answers: of the first of the task's sets that has it."""
+    return next(columns[-1] for columns in task.column_sets if columns[-1] in names)
+
+
+def _class_names(task: Task, table: datasets.Dataset) -> labels.ClassNames | None:
+    """Return the class names that the schema gives to the answers; None if it gives none."""
+    feature = table.features.get(_answer_column(task, table.column_names))
+    if not isinstance(feature, datasets.ClassLabel):
+        return None
+    return labels.ClassNames(tuple(feature.names))
+
+
+def _read_rows(
+    task: Task,
+    table: datasets.Dataset,
+    origin: str,
+    *,
+    numbers: Sequence[int],
+    names: labels.ClassNames | None = None,
+) -> Iterator[tuple[int, Example | None]]:
+    """Yield the number of each row and its example, or None where the row has no label.
+
+    Raises:
+        ValueError: a row does not read; the message names it.
+    """
+    names = names or _class_names(task, table)
+    is_csv = table.info.builder_name == "csv"
+    for number, row in zip(numbers, table.select(numbers).to_list()):
+        answer_column = _answer_column(task, row)
+        label = row[answer_column]
+        if label is None:
+            yield number, None
+            continue
+        if names:
+            row[answer_column] = labels.ClassId(label, names)
+        elif is_csv and task.answers_are_positions:
+            row[answer_column] = labels.number_in_cell(label)
+        try:
+            yield number, task.example(row)
+        except labels.NoLabelError:
+            yield number, None
+        except ValueError as error:
+            raise ValueError(
+                f"{task.name}, row {number} of {origin} (counted from 0): {error}"
+            ) from error
+
+
+@dataclass
+class _SortedRows:
+    """Rows of a split by what can be done with them.
+
+    Attributes:
+        usable: number and example of the rows that are kept.
+        unanswered: numbers of the rows without an answer.
+        empty: numbers of the rows with an empty choice.
+    """
+
+    usable: list[tuple[int, Example]] = field(default_factory=list)
+    unanswered: list[int] = field(default_factory=list)
+    empty: list[int] = field(default_factory=list)
+
+
+def _sort_out(rows: Iterable[tuple[int, Example | None]], split: str) -> _SortedRows:
+    """Separate the rows that can be used in `split` from those that cannot."""
+    is_test = split == "test"
+    sorted_rows = _SortedRows()
+    for number, example in rows:
+        if example is None or not example.choices:
+            sorted_rows.unanswered.append(number)
+        elif is_test and "" in example.choices:
+            # An empty choice has no tokens to score and no length to divide by. Only the test
+            # split scores choices.
+            sorted_rows.empty.append(number)
+        elif not is_test and not example.target.strip():
+            sorted_rows.unanswered.append(number)
+        else:
+            sorted_rows.usable.append((number, example))
+    return sorted_rows

@@ -1,0 +1,406 @@
+"""Language models as the rest of the package sees them: a text and a soft prompt in, hidden states
+or answer logits out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from fedsp_mpi.models.families import kind_of, logits_of, shape_of
+from fedsp_mpi.models.prompts import Prompt, PromptBatch, key_values
+from fedsp_mpi.tensors import Batch
+
+# The fewest prompt positions that must be saved before an input prompt gets a pass of its own. On a
+# GPU each pass has a fixed price; on other devices any saving pays.
+MIN_SAVED_POSITIONS = {"cuda": 1024}
+
+
+class _ReachedError(Exception):
+    """The forward pass has reached the submodule whose input was asked for."""
+
+
+class LanguageModel:
+    """A language model that takes a soft prompt and gives logits where an answer is due.
+
+    Causal models read from left to right. Masked ones (BERT, RoBERTa) read the full text and answer
+    at its mask token. An encoder and a decoder (T5) answer with the text of the gap that a token
+    marks.
+
+    Args:
+        model: a transformers model with its language-model head.
+        dtype: type of the forward pass; autocast is used where the weights have another one.
+        dropout: whether the model's own dropout acts while its weights are trained.
+        checkpointing: recompute activations in the backward pass. transformers does so in training
+            mode only, where dropout acts too, so the model must have been made `without_dropout`.
+        candidates: sorted ids of the tokens that an answer's token is chosen from, int64
+            [candidates]; None: the whole vocabulary.
+
+    Attributes:
+        weights: the parameters by name, each shared one once.
+        shape: the sizes that a prompt must fit.
+        kind: "causal", "masked" or "encoder_decoder".
+        device: of the weights.
+        casts: whether the weights have another type than the forward pass.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        dtype: torch.dtype = torch.float32,
+        *,
+        dropout: bool = False,
+        checkpointing: bool = False,
+        candidates: Tensor | None = None,
+    ) -> None:
+        self.dropout = dropout
+        self.checkpointing = checkpointing
+        self.candidates = candidates
+        self.set_model(model, dtype)
+
+    def set_model(self, model: Any, dtype: torch.dtype) -> None:
+        """Use another transformers model from now on, computing in `dtype`."""
+        self.model = model
+        self.dtype = dtype
+        self.weights = dict(model.named_parameters())
+        self.shape = shape_of(model.config)
+        self.kind = kind_of(model.config)
+        first_weight = next(model.parameters())
+        self.device = first_weight.device
+        self.casts = first_weight.dtype != dtype
+        if self.candidates is not None:
+            self.candidates = self.candidates.to(self.device)
+        if self.device.type == "cpu" and dtype is torch.bfloat16:
+            # The backward pass of the fused implementation is slower on short texts.
+            model.set_attn_implementation("eager")
+        if self.checkpointing:
+            model.gradient_checkpointing_enable()
+        model.train(self.checkpointing)
+
+    def beside(self, other: LanguageModel) -> LanguageModel:
+        """Move the weights to the device of `other`, and share its answer candidates.
+
+        Returns:
+            A model over the moved weights; this one is not to be used any more.
+        """
+        return LanguageModel(
+            self.model.to(other.device),
+            self.dtype,
+            dropout=self.dropout,
+            checkpointing=self.checkpointing,
+            candidates=other.candidates,
+        )
+
+    def round_weights(self) -> LanguageModel:
+        """Round the weights to the type of the forward pass, so that no pass casts them; return
+        self.
+
+        Only for weights that are not trained any more.
+        """
+        for weight in self.weights.values():
+            weight.data = weight.data.to(self.dtype)
+        self.casts = False
+        return self
+
+    def train_weights(self, on: bool) -> None:
+        """Make every weight trainable, or none.
+
+        Dropout acts only in the first case, and only if it was asked for.
+        """
+        for weight in self.weights.values():
+            weight.requires_grad = on
+        mode = (on and self.dropout) or self.checkpointing
+        if self.model.training is not mode:
+            self.model.train(mode)
+
+    def freeze_untied_head(self) -> None:
+        """Exclude the output head from training unless it is also the input embedding."""
+        head = self.model.get_output_embeddings()
+        if head.weight is not self.model.get_input_embeddings().weight:
+            head.requires_grad_(False)
+
+    def num_parameters(self) -> int:
+        """Return the number of values in all weights, shared ones counted once."""
+        return sum(weight.numel() for weight in self.weights.values())
+
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        """Run the block with matrix products in the type of the forward pass."""
+        with torch.autocast(self.device.type, self.dtype, enabled=self.casts):
+            yield
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Run the block in evaluation mode; in training mode, a checkpointing model keeps no
+        cache.
+        """
+        mode = self.model.training
+        self.model.eval()
+        try:
+            yield
+        finally:
+            self.model.train(mode)
+
+    # --- the forward pass ---
+
+    def hidden(self, batch: Batch, prompt: Prompt | PromptBatch | None = None) -> Tensor:
+        """Return the last hidden states, after the final norm, at the text's positions.
+
+        The prompt takes the first positions and the text those behind it, as in stock peft.
+
+        Args:
+            batch: int64 [batch, length], on the model's device.
+            prompt: at this model's depth; goes in front of every text.
+
+        Returns:
+            [batch, length, hidden], in the type of the forward pass.
+        """
+        with self.computing():
+            inputs, num_before = self.inputs(batch, prompt)
+            return self.model.base_model(**inputs).last_hidden_state[:, num_before:]
+
+    def answer_states(self, batch: Batch, prompt: Prompt | PromptBatch | None = None) -> Tensor:
+        """Return the last hidden states [answers, hidden] where the batch has a target, row by row.
+
+        Args:
+            batch: int64 [batch, length], on the model's device.
+            prompt: at this model's depth; goes in front of every text.
+        """
+        is_answer = batch.targets != -100
+        with self.computing():
+            inputs, num_before = self.inputs(batch, prompt)
+            if self.kind == "encoder_decoder":
+                return self._gap_states(inputs, batch.input_ids[is_answer])
+            return self.model.base_model(**inputs).last_hidden_state[:, num_before:][is_answer]
+
+    def _gap_states(self, inputs: dict[str, Any], gaps: Tensor) -> Tensor:
+        """Return the decoder's states [batch, hidden] after the token that marks each text's gap.
+
+        There the decoder says what belongs into the gap.
+
+        Args:
+            inputs: of the encoder.
+            gaps: the marking token of each text, int64 [batch].
+        """
+        encoded = self.model.encoder(**inputs).last_hidden_state
+        gap = gaps[:, None]
+        start = torch.full_like(gap, self.model.config.decoder_start_token_id)
+        decoded = self.model.decoder(
+            input_ids=torch.cat([start, gap], dim=1),
+            use_cache=False,
+            encoder_hidden_states=encoded,
+            encoder_attention_mask=inputs["attention_mask"],
+        )
+        return decoded.last_hidden_state[:, -1]
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Return the logits [..., vocabulary] of last hidden states [..., hidden]."""
+        with self.computing():
+            return logits_of(self.model, hidden)
+
+    def answer_logits(
+        self, batch: Batch, prompt: Prompt | PromptBatch | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return logits and targets of the positions that have a target, and only of those.
+
+        Args:
+            batch: int64 [batch, length], on the model's device.
+            prompt: at this model's depth; goes in front of every text.
+
+        Returns:
+            What `logits_and_targets` returns.
+        """
+        return self.logits_and_targets(self.answer_states(batch, prompt), batch)
+
+    def logits_and_targets(self, states: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return the logits of `answer_states`, and the targets that belong to them.
+
+        Args:
+            states: [answers, hidden].
+            batch: int64 [batch, length], whose answer states they are.
+
+        Returns:
+            Logits [answers, vocabulary], and token ids, int64 [answers]. With candidates, logits
+            [answers, candidates], and indices of candidates.
+        """
+        logits = self.head(states)
+        targets = batch.targets[batch.targets != -100]
+        if self.candidates is None:
+            return logits, targets
+        return logits[:, self.candidates], torch.searchsorted(self.candidates, targets)
+
+    def input_states_of(
+        self, part: nn.Module, batch: Batch, prompt: Prompt | None = None
+    ) -> Tensor:
+        """Return the hidden states that enter a submodule, at the text's positions.
+
+        The layers behind the submodule are not run.
+
+        Args:
+            part: a submodule of the base model.
+            batch: int64 [batch, length], on the model's device.
+            prompt: at this model's depth; goes in front of every text.
+
+        Returns:
+            [batch, length, hidden].
+        """
+        states: list[Tensor] = []
+
+        def keep_input(_: nn.Module, arguments: tuple[Any, ...]) -> None:
+            states.append(arguments[0])
+            raise _ReachedError
+
+        with self.computing():
+            inputs, num_before = self.inputs(batch, prompt)
+            hook = part.register_forward_pre_hook(keep_input, prepend=True)
+            try:
+                with suppress(_ReachedError):
+                    self.model.base_model(**inputs)
+            finally:
+                hook.remove()
+        return states[0][:, num_before:]
+
+    def continue_from(
+        self, ids: Tensor, prompt: Prompt | None, rows: Tensor, endings: Batch | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Run contexts once, then several continuations of each.
+
+        Args:
+            ids: contexts of one length, int64 [contexts, length].
+            prompt: at this model's depth, or None.
+            rows: the context of each continuation, int64 [continuations].
+            endings: right-padded continuations without their last token, int64 [continuations,
+                longest - 1], or None if all are one token long.
+
+        Returns:
+            Logits of the continuations' first token [continuations, vocabulary], and of the further
+            ones [continuations, longest - 1, vocabulary] or None.
+        """
+        batch = Batch(ids, torch.ones_like(ids), ids)
+        with self.computing():
+            inputs, _ = self.inputs(batch, prompt)
+            inputs["use_cache"] = True
+            output = self.model.base_model(**inputs)
+            first_logits = self.head(output.last_hidden_state[:, -1])[rows]
+            if endings is None:
+                return first_logits, None
+            cache = output.past_key_values
+            cache.batch_select_indices(rows)
+            context_mask = inputs["attention_mask"][rows]
+            output = self.model.base_model(
+                input_ids=endings.input_ids,
+                attention_mask=torch.cat([context_mask, endings.attention_mask], dim=1),
+                past_key_values=cache,
+            )
+            return first_logits, self.head(output.last_hidden_state)
+
+    # --- the prompt in front of the text ---
+
+    def inputs(
+        self, batch: Batch, prompt: Prompt | PromptBatch | None
+    ) -> tuple[dict[str, Any], int]:
+        """Return the arguments of the base model's forward pass.
+
+        Args:
+            batch: int64 [batch, length], on the model's device.
+            prompt: at this model's depth; goes in front of every text.
+
+        Returns:
+            The arguments by name, and the number of prompt positions that the output has in front
+            of the text's.
+        """
+        mask = batch.attention_mask
+        if prompt is None:
+            return {"input_ids": batch.input_ids, "attention_mask": mask, "use_cache": False}, 0
+        batch_size = len(mask)
+        num_tokens = prompt.spec.num_tokens
+        mask = torch.cat([mask.new_ones(batch_size, num_tokens), mask], dim=1)
+        if prompt.spec.kind == "prefix" or self._caches_input_prompt(prompt, batch_size):
+            cache = self.cache(prompt, batch_size)
+            inputs = {
+                "input_ids": batch.input_ids,
+                "attention_mask": mask,
+                "past_key_values": cache,
+            }
+            return inputs, 0
+        text = self.model.get_input_embeddings()(batch.input_ids)
+        soft = prompt.expand(prompt.matrices().to(text.dtype), batch_size)
+        embeddings = torch.cat([soft, text], dim=1)
+        inputs = {"inputs_embeds": embeddings, "attention_mask": mask, "use_cache": False}
+        return inputs, num_tokens
+
+    def cache(self, prompt: Prompt | PromptBatch, batch_size: int) -> Any:
+        """Return the prompt as a transformers cache for a batch of texts.
+
+        Each layer has keys and values [batch, heads, num_tokens, head_dim].
+        """
+        layers = prompt.cache or self._key_values(prompt)
+        return transformers.DynamicCache(
+            [
+                (prompt.expand(keys, batch_size), prompt.expand(values, batch_size))
+                for keys, values in layers
+            ]
+        )
+
+    def remember(self, prompts: PromptBatch) -> PromptBatch:
+        """Return the prompts with their keys and values, so that later passes need not compute
+        them.
+
+        Input prompts have none in a masked model, whose prompt sees the text behind it, and in
+        training mode; they are returned as they are.
+        """
+        is_prefix = prompts.spec.kind == "prefix"
+        if not is_prefix and (self.kind != "causal" or self.model.training):
+            return prompts
+        with self.computing():
+            return replace(prompts, cache=self._key_values(prompts))
+
+    def _key_values(self, prompt: Prompt | PromptBatch) -> list[tuple[Tensor, Tensor]]:
+        """Compute each layer's keys and values of prompts, [num, heads, num_tokens, head_dim]."""
+        if prompt.spec.kind == "prefix":
+            return [(keys, values) for keys, values in key_values(prompt).to(self.dtype)]
+        soft = prompt.matrices().to(self.model.get_input_embeddings().weight.dtype)
+        cache = self.model.base_model(inputs_embeds=soft, **_full_cache()).past_key_values
+        return [(layer.keys, layer.values) for layer in cache.layers]
+
+    def _caches_input_prompt(self, prompt: Prompt | PromptBatch, batch_size: int) -> bool:
+        """Return whether an input prompt runs through the model once for all texts of a batch.
+
+        That is possible in a causal model, where the prompt does not see the texts behind it. In
+        training mode rows differ in their dropout, and checkpointing keeps no cache.
+        """
+        if self.kind != "causal" or self.model.training:
+            return False
+        num_saved = (batch_size - prompt.num) * prompt.spec.num_tokens
+        min_saved = MIN_SAVED_POSITIONS.get(self.device.type, 1)
+        return prompt.cache is not None or num_saved >= min_saved
+
+    def keys_and_values(self, ids: Tensor) -> Tensor:
+        """Return every layer's keys and values of tokens that stand alone.
+
+        Args:
+            ids: int64 [tokens].
+
+        Returns:
+            fp32 [num_layers, 2, num_heads, tokens, head_dim].
+        """
+        with torch.no_grad(), self.computing(), self.evaluating():
+            output = self.model.base_model(input_ids=ids[None].to(self.device), **_full_cache())
+        layers = output.past_key_values.layers
+        return torch.stack(
+            [torch.stack([layer.keys[0], layer.values[0]]) for layer in layers]
+        ).float()
+
+
+def _full_cache() -> dict[str, Any]:
+    """Return the arguments of a pass that keeps all keys and values.
+
+    By default, transformers drops those that have left a layer's sliding window.
+    """
+    return {"use_cache": True, "past_key_values": transformers.DynamicCache()}

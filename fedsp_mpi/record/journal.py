@@ -1,0 +1,160 @@
+"""Writes what a round brought: rows, prompts and the wire's manifest, on the server's first rank."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import numpy as np
+
+from fedsp_mpi.log import Log
+from fedsp_mpi.record.checkpoint import Checkpoints
+from fedsp_mpi.record.tables import ClientRow, RoundRow, WireRow
+from fedsp_mpi.record.writer import RunRecord
+from fedsp_mpi.tensors import Failure
+
+
+class Report(Protocol):
+    """What a client sent beside its tensors."""
+
+    @property
+    def client(self) -> int: ...
+
+    @property
+    def weight(self) -> float: ...
+
+    @property
+    def metrics(self) -> Mapping[str, float]: ...
+
+
+class RoundReports(Protocol):
+    """What a round brought: updates, failures, and why the rule rejected an update."""
+
+    @property
+    def reports(self) -> Sequence[Report]: ...
+
+    @property
+    def failures(self) -> Sequence[Failure]: ...
+
+    @property
+    def rejected(self) -> Mapping[int, str]: ...
+
+
+@dataclass
+class RoundJournal:
+    """The record and the checkpoints of a run, as the rounds write them.
+
+    Attributes:
+        record: is written to.
+        checkpoints: are written to.
+        log: of the server.
+        keep_prompts: whether every round's prompt is recorded.
+        rank_of: the rank of every client.
+        carried: the manifest of the run's earlier stretches.
+        inputs: digest of all that the run reads.
+        checkpoint_seconds: of each checkpoint so far.
+    """
+
+    record: RunRecord
+    checkpoints: Checkpoints
+    log: Log
+    keep_prompts: bool
+    rank_of: Mapping[int, int]
+    carried: Sequence[WireRow] = ()
+    inputs: str | None = None
+    checkpoint_seconds: list[float] = field(default_factory=list)
+
+    def commit_round(
+        self,
+        row: RoundRow,
+        results: RoundReports,
+        prompts: Mapping[str, np.ndarray] | None,
+        *,
+        round_bytes: Mapping[str, Mapping[int, int]],
+        entries: Sequence[Mapping[str, Any]],
+    ) -> None:
+        """Write one round; when this returns, the round is on disk.
+
+        Args:
+            row: the round's, without its bytes.
+            results: what the clients sent.
+            prompts: fp32 arrays of any shape by name; None if they are not kept.
+            round_bytes: by direction ("down", "up") and client.
+            entries: the wire's manifest so far.
+        """
+        rows: list[ClientRow] = []
+        fields = {field.name for field in dataclasses.fields(ClientRow)}
+        for report in results.reports:
+            standard = {name: value for name, value in report.metrics.items() if name in fields}
+            extra = {name: value for name, value in report.metrics.items() if name not in fields}
+            reason = results.rejected.get(report.client)
+            rows.append(
+                ClientRow(
+                    round=row.round,
+                    client=report.client,
+                    rank=self.rank_of[report.client],
+                    status="ok" if reason is None else "rejected",
+                    reason=reason or "",
+                    samples=int(report.weight),
+                    bytes_down=round_bytes["down"].get(report.client, 0),
+                    bytes_up=round_bytes["up"].get(report.client, 0),
+                    extra=extra,
+                    **standard,
+                )
+            )
+        for failure in results.failures:
+            rows.append(
+                ClientRow(
+                    round=row.round,
+                    client=failure.client,
+                    rank=self.rank_of[failure.client],
+                    status="failed",
+                    reason=f"{failure.phase}: {failure.reason}",
+                    bytes_down=round_bytes["down"].get(failure.client, 0),
+                    bytes_up=round_bytes["up"].get(failure.client, 0),
+                )
+            )
+        row = replace(
+            row,
+            bytes_down=sum(round_bytes["down"].values()),
+            bytes_up=sum(round_bytes["up"].values()),
+        )
+        rows.sort(key=lambda client_row: client_row.client)
+        manifest = manifest_rows(entries, self.carried)
+        self.record.commit_round(row, rows, prompts, wire=manifest)
+
+
+def manifest_rows(
+    entries: Sequence[Mapping[str, Any]], carried: Sequence[WireRow] = ()
+) -> list[WireRow]:
+    """Return the wire's manifest as rows of the record.
+
+    Args:
+        entries: of this process's wire.
+        carried: rows of earlier stretches of the run, which are added up.
+    """
+    rows = {(row.direction, row.phase, row.name): row for row in carried}
+    for entry in entries:
+        row = WireRow(
+            name=entry["name"],
+            shape=tuple(entry["shape"] or ()),
+            dtype=entry["dtype"],
+            direction=entry["direction"],
+            phase=entry["phase"],
+            count=entry["messages"],
+            bytes=entry["bytes"],
+            bytes_crossed=entry["bytes_crossed"],
+        )
+        key = (row.direction, row.phase, row.name)
+        earlier = rows.get(key)
+        if earlier is not None:
+            row = replace(
+                row,
+                count=earlier.count + row.count,
+                bytes=earlier.bytes + row.bytes,
+                bytes_crossed=earlier.bytes_crossed + row.bytes_crossed,
+            )
+        rows[key] = row
+    return list(rows.values())

@@ -1,0 +1,172 @@
+"""Writes several runs as a Markdown table: a row for each experiment, method and split."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from fedsp_mpi.files.untrusted import printable
+from fedsp_mpi.record.hdf5 import Run
+from fedsp_mpi.record.tables import TRIGGERED
+from fedsp_mpi.report import attack
+from fedsp_mpi.report.facts import CONTROLS, SERVER_ONLY, main_measure, result_of, run_setting
+from fedsp_mpi.report.formatting import markdown_table, mean_and_deviation
+
+_HEAD = (
+    "experiment",
+    "method",
+    "split",
+    "seeds",
+    "n",
+    "acc",
+    "acc_norm",
+    "exact match",
+    "val. loss",
+    "gain",
+)
+# Settings that do not change what is computed, or only by chance.
+_SAME_EXPERIMENT = ("run", "topology", "deadlines", "record", "seed")
+
+
+def markdown(runs: Iterable[Run]) -> str:
+    """Write runs as a Markdown table: mean ± standard deviation over seeds.
+
+    Runs that differ only in their seed, name, ranks or deadlines are one experiment. Measures are
+    percent; `gain` is points over the server-only control of the same run. Runs without results are
+    named below the table.
+    """
+    runs = list(runs)
+    by_settings: dict[str, list[Run]] = {}
+    for run in runs:
+        by_settings.setdefault(json.dumps(_settings(run), sort_keys=True), []).append(run)
+    experiments = list(by_settings.values())
+    names = _given_names(experiments) or _distinguishing_settings(experiments)
+
+    head = [*_HEAD]
+    if any(attack.success_rates(run) for run in runs):
+        head.append("attack success")
+    body = []
+    for name, experiment in zip(names, experiments):
+        for row in _rows(name, experiment):
+            body.append(row[: len(head)])
+    text = markdown_table(head, body, num_left=4)
+
+    unfinished = [
+        printable(f"{run.name} ({run.status})")
+        for run in runs
+        if run.status != "complete" or not len(run.results)
+    ]
+    if unfinished:
+        text += f"\n\nNot complete: {', '.join(unfinished)}."
+    return text
+
+
+def _rows(name: str, runs: Sequence[Run]) -> Iterator[list[str]]:
+    """Yield the rows of an experiment, in the order in which its methods were first seen.
+
+    Each ends with the attack's success, also where none was studied.
+    """
+    keys = dict.fromkeys(
+        (str(row["method"]), str(row["split"])) for run in runs for row in run.results
+    )
+    for method, split in keys:
+        if split == TRIGGERED:
+            continue
+        seeds = []
+        results = []
+        gains = []
+        successes = []
+        for run in runs:
+            result = result_of(run, method, split)
+            if result is None:
+                continue
+            results.append(result)
+            seed = run_setting(run, "seed")
+            seeds.append("?" if seed is None else str(seed))
+            if method not in CONTROLS:
+                gains.append(100 * _gain(run, result))
+            rates = attack.success_rates(run)
+            if method in rates:
+                successes.append(100 * rates[method])
+        counts = [int(result["n"]) for result in results]
+        yield [
+            name,
+            method,
+            split,
+            ", ".join(seeds),
+            "-".join(str(n) for n in dict.fromkeys([min(counts), max(counts)])),
+            mean_and_deviation([100 * float(result["acc"]) for result in results]),
+            mean_and_deviation([100 * float(result["acc_norm"]) for result in results]),
+            mean_and_deviation([100 * float(result["exact_match"]) for result in results]),
+            mean_and_deviation([float(result["loss"]) for result in results], digits=4),
+            mean_and_deviation(gains, sign=True),
+            mean_and_deviation(successes),
+        ]
+
+
+def _gain(run: Run, result: np.void) -> float:
+    """Return a result's main measure over that of the server-only control; nan without one."""
+    control = result_of(run, SERVER_ONLY, result["split"])
+    measure, value = main_measure(result)
+    return math.nan if control is None else value - float(control[measure])
+
+
+# -- what an experiment is called ------------------------------------------------------------------
+
+
+def _settings(run: Run) -> dict[str, Any]:
+    """Return the settings that runs of one experiment have in common."""
+    return {key: value for key, value in run.config.items() if key not in _SAME_EXPERIMENT}
+
+
+def _given_names(experiments: Sequence[Sequence[Run]]) -> list[str] | None:
+    """Return what the user calls each experiment: the labels of its task and of its method.
+
+    None where one has no such name, or the same as another.
+    """
+    names = []
+    for runs in experiments:
+        labels = [_common_setting(runs, "task_label"), _common_setting(runs, "label")]
+        names.append(", ".join(label for label in labels if label))
+    if not all(names) or len(set(names)) < len(names):
+        return None
+    if len(experiments) == 1 and not _common_setting(experiments[0], "task_label"):
+        return None  # the method has a column of its own
+    return names
+
+
+def _common_setting(runs: Sequence[Run], key: str) -> str | None:
+    """Return a setting of the section `run` if all runs have the same, else None."""
+    values = {run_setting(run, key) for run in runs}
+    return values.pop() if len(values) == 1 else None
+
+
+def _distinguishing_settings(experiments: Sequence[Sequence[Run]]) -> list[str]:
+    """Name each experiment by the settings that differ; a single one by its model and task."""
+    configs = [_flat(_settings(runs[0])) for runs in experiments]
+    differing = []
+    for key in dict.fromkeys(key for config in configs for key in config):
+        values = {json.dumps(config.get(key), sort_keys=True) for config in configs}
+        if len(values) > 1:
+            differing.append(key)
+    shown = differing or ["model.name", "data.task"]
+    names = []
+    for config in configs:
+        settings = [f"{key}={config[key]}" for key in shown if key in config]
+        names.append(", ".join(settings) or "all")
+    return names
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested sections as dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping) and value:
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

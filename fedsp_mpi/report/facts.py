@@ -1,0 +1,99 @@
+"""What several reports take from a record: results, the measure that counts, names, the machine."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from fedsp_mpi.record.hdf5 import Run
+
+ZERO_SHOT = "zero-shot"
+SERVER_ONLY = "server-only"
+CONTROLS = (ZERO_SHOT, SERVER_ONLY)
+
+
+def main_measure(result: np.void) -> tuple[str, float]:
+    """Return the measure by which results are compared, and its value, a fraction.
+
+    Exact match where the task has it, else accuracy.
+    """
+    name = "acc" if math.isnan(result["exact_match"]) else "exact_match"
+    return name, float(result[name])
+
+
+def result_of(run: Run, method: str, split: str) -> np.void | None:
+    """Return the result of a method on a split, a row of the results; None if there is none.
+
+    Args:
+        run: the record.
+        method: of the run, or one of its controls.
+        split: of the data, such as "test".
+    """
+    for row in run.results:
+        if row["method"] == method and row["split"] == split:
+            return row
+    return None
+
+
+def results_on_test(run: Run) -> dict[str, np.void]:
+    """Return the results on the test split, rows of the results by method."""
+    return {str(row["method"]): row for row in run.results if row["split"] == "test"}
+
+
+def main_result(run: Run) -> tuple[str, float] | None:
+    """Return the main measure of the run's own method on the test split, and its value.
+
+    None if it has no result yet.
+    """
+    result = own_result(run)
+    return None if result is None else main_measure(result)
+
+
+def own_result(run: Run) -> np.void | None:
+    """Return the test result of the run's own method, which is no control; None if it has none."""
+    results = [row for method, row in results_on_test(run).items() if method not in CONTROLS]
+    return results[-1] if results else None
+
+
+def label_of(run: Run) -> str:
+    """Return what tables call the run's method."""
+    result = own_result(run)
+    if result is not None:
+        return str(result["method"])
+    return str(run_setting(run, "label") or run.config.get("method", "fedsp"))
+
+
+def seed_of(run: Run) -> int:
+    """Return the seed that all randomness of the run is keyed by."""
+    return int(run.config.get("run", {}).get("seed", 1))
+
+
+def run_setting(run: Run, key: str) -> Any:
+    """Return a setting of the section `run` of the configuration; None if it is not set."""
+    return run.config.get("run", {}).get(key)
+
+
+def ranks_of(environment: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Return what an environment says of each rank (host, pid, device), as far as it does."""
+    hosts = environment.get("hosts")
+    if not isinstance(hosts, list):
+        return []
+    return [rank for rank in hosts if isinstance(rank, Mapping)]
+
+
+def machine(environment: Mapping[str, Any]) -> list[str]:
+    """Return hosts, kind of machine, number of ranks and their devices, as far as known."""
+    ranks = ranks_of(environment)
+    facts = list(dict.fromkeys(str(rank["host"]) for rank in ranks if "host" in rank))
+    if not facts:
+        facts.append(str(environment.get("host", "unknown machine")))
+    if environment.get("machine"):
+        facts.append(str(environment["machine"]))
+    num_ranks = len(ranks) or environment.get("num_ranks")
+    if num_ranks:
+        facts.append(f"{num_ranks} ranks")
+    facts += dict.fromkeys(str(rank["device"]) for rank in ranks if "device" in rank)
+    return facts

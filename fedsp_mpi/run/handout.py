@@ -1,0 +1,64 @@
+"""What the hand-out says beside its tensors: where the run is, and how clients begin."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from fedsp_mpi.record.checkpoint import CheckpointFile
+
+
+@dataclass(frozen=True)
+class HandoutMeta:
+    """What every rank must know before the rounds.
+
+    Attributes:
+        assignment: ids of the clients of each rank.
+        processes: host and process id of each rank.
+        folder: of the run, absolute.
+        cell: the configuration of the clients' model, as transformers writes it.
+        depth: layers that the clients' model runs.
+        rounds_done: by an earlier stretch of the run.
+        client_states: the checkpoint file of each client that has one, by client.
+    """
+
+    assignment: Sequence[Sequence[int]]
+    processes: Sequence[tuple[str, int]]
+    folder: str
+    cell: Mapping[str, Any] = field(default_factory=dict)
+    depth: int = 0
+    rounds_done: int = 0
+    client_states: Mapping[int, CheckpointFile] = field(default_factory=dict)
+
+    @property
+    def rank_of(self) -> dict[int, int]:
+        """The rank that plays each client, by client."""
+        return {client: rank for rank, ids in enumerate(self.assignment) for client in ids}
+
+    def to_json(self) -> dict[str, Any]:
+        """Return this as it travels."""
+        return {
+            "assignment": [list(ids) for ids in self.assignment],
+            "processes": [list(process) for process in self.processes],
+            "folder": self.folder,
+            "cell": dict(self.cell),
+            "depth": self.depth,
+            "done": self.rounds_done,
+            "states": {str(client): list(file) for client, file in self.client_states.items()},
+        }
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> HandoutMeta:
+        """Read what the server handed out."""
+        return cls(
+            assignment=values["assignment"],
+            processes=[(host, pid) for host, pid in values["processes"]],
+            folder=values["folder"],
+            cell=values["cell"],
+            depth=values["depth"],
+            rounds_done=values["done"],
+            client_states={
+                int(client): CheckpointFile(*file) for client, file in values["states"].items()
+            },
+        )

@@ -1,0 +1,86 @@
+"""The lines that a run says at its start: ranks, clients, model, data, privacy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fedsp_mpi.config import Config
+from fedsp_mpi.log import Log
+from fedsp_mpi.run import devices, environment
+from fedsp_mpi.run.inputs import ExperimentInputs
+from fedsp_mpi.run.opening import privacy_section
+from fedsp_mpi.run.ranks import Assignment, RankInfo
+
+
+def say_ranks(log: Log, config: Config, ranks: Sequence[RankInfo], assignment: Assignment) -> None:
+    """Say where the ranks are and how the clients are spread over them.
+
+    Args:
+        log: gets the lines.
+        config: of the run.
+        ranks: all of them.
+        assignment: the clients of each rank.
+    """
+    size = len(ranks)
+    servers = config.topology.server_ranks
+    if size == 1:
+        kind = "one process plays all"
+    else:
+        kind = f"{servers} server, {size - servers} client ranks"
+    names_by_host: dict[str, set[str]] = {}
+    for rank in ranks:
+        names = {device.name for device in rank.devices.values()}
+        names_by_host.setdefault(rank.host, set()).update(names)
+    hosts = [f"{host} ({', '.join(sorted(names))})" for host, names in names_by_host.items()]
+    log.say(f"ranks     {size} ({kind}) on {', '.join(hosts)}")
+    for uuid, sharing in devices.shared_gpus([rank.devices for rank in ranks]).items():
+        log.say(f"          {uuid} is shared by ranks {devices.format_ranges(sharing)}")
+    most = max(len(ids) for ids in assignment)
+    log.say(
+        f"clients   {config.federation.clients}, at most {most} on a rank; "
+        f"threads: {environment.threads(ranks)}"
+    )
+
+
+def say_inputs(log: Log, inputs: ExperimentInputs, *, is_embedded: bool) -> None:
+    """Say which model and data are used, and what is promised to clients.
+
+    Args:
+        log: gets the lines.
+        inputs: of the experiment.
+        is_embedded: the configuration is the embedded default, with changes.
+    """
+    config = inputs.config
+    model = inputs.model_config
+    splits = inputs.splits
+    server_shard, *client_shards = inputs.shards
+    log.say(f"recipe    {config.recipe}{_settings_note(config, is_embedded)}")
+    log.say(f"model     {config.model.name}: {model.model_type}, {model.num_hidden_layers} layers")
+    mean_size = sum(len(shard) for shard in client_shards) // max(1, len(client_shards))
+    log.say(
+        f"data      {config.data.task}: {len(splits.train)} train ({len(server_shard)} the "
+        f"server's, about {mean_size} each client's), {len(splits.validation)} validation, "
+        f"{len(splits.test)} test"
+    )
+    for note in inputs.notes:
+        log.say(f"          {note}")
+    privacy = privacy_section(config)
+    if privacy:
+        log.say(
+            f"privacy   an update's epsilon is {privacy['epsilon']:g}, of all rounds "
+            f"{privacy['epsilon_all']:g}"
+        )
+    if config.asks_server:
+        log.say(
+            "privacy   clients hold no model: their text goes to the server (search.forward=server)"
+        )
+
+
+def _settings_note(config: Config, is_embedded: bool) -> str:
+    """Warn of settings that were made for another model than the one that is tuned."""
+    if not is_embedded or config.model.name == "embedded":
+        return ""
+    return (
+        ", with the settings of the embedded default, which suit its tiny model; for others begin "
+        "from configs/smollm2/arc_easy.yaml"
+    )
