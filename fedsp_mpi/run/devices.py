@@ -60,7 +60,13 @@ class DeviceInfo:
 
 
 def roles(rank: int, size: int, server_ranks: int) -> tuple[str, ...]:
-    """Return a rank's roles: "server", "client", or both if there is one rank for all."""
+    """Return a rank's roles: "server", "client", or both if there is one rank for all.
+
+    Args:
+        rank: the rank.
+        size: number of ranks.
+        server_ranks: how many of them, from rank 0 on, are the server.
+    """
     if size == 1:
         return "server", "client"
     return ("server",) if rank < server_ranks else ("client",)

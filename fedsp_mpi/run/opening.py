@@ -58,7 +58,7 @@ def begin_record(
     """
     config = inputs.config
     place.clear()
-    # The text is for `--config RUN/config.yaml`: the same run again, as a new one.
+    # Whoever starts RUN/config.yaml again begins a new run: it resumes and replaces nothing.
     run = replace(config.run, name=place.path.name, if_exists="refuse", resume="never")
     record = RunRecord.create(
         place.path,
@@ -116,7 +116,7 @@ def resume_record(
         log.say(f"checkpoint is not usable: {problem}")
     rounds_done = resumed.round if resumed else 0
     if resumed is not None:
-        _require_own_checkpoint(folder, resumed, digests_before, log)
+        _require_own_checkpoint(folder, resumed, digests_before, log=log)
     record = RunRecord.open(folder)
     with failure_recorded(record):
         num_rounds = record.run.committed_rounds
@@ -183,7 +183,7 @@ def _privacy(config: Config, rounds_again: int = 0) -> dict[str, dict[str, Any]]
 
 
 def _require_own_checkpoint(
-    folder: Path, checkpoint: Checkpoint, digests_before: Mapping[str, str], log: Log
+    folder: Path, checkpoint: Checkpoint, digests_before: Mapping[str, str], *, log: Log
 ) -> None:
     """Raise ValueError if the checkpoint was made from other inputs than the record."""
     if not digests_before or checkpoint.inputs is None:
