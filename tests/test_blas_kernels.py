@@ -1,6 +1,4 @@
-"""Searches do not depend on the processor: OpenBLAS has a kernel for each, and each picks other
-eigenvectors.
-"""
+"""Searches do not depend on the processor, although OpenBLAS kernels pick other eigenvectors."""
 
 from __future__ import annotations
 
@@ -17,14 +15,18 @@ PROGRAM = """
 import json
 import numpy as np
 from threadpoolctl import threadpool_info
-from fedsp_mpi.training.evolution import Evolution
-search = Evolution.of({"mean": np.zeros(20), "step_size": np.ones(1)})
+from fedsp_mpi.training.cma_es import CmaEs
+search = CmaEs.of({"mean": np.zeros(20), "step_size": np.ones(1)})
 for generation in range(10):
     points = search.sample(6, generation)
     search.update(points, np.square(points - np.arange(20)).sum(1))
 vectors = np.linalg.eigh(np.eye(20) + 1e-12 * np.outer(np.arange(20), np.arange(20)))[1]
-architectures = [library["architecture"] for library in threadpool_info() if library["internal_api"] == "openblas"]
-result = {"kernel": architectures, "search": search.mean.tolist(), "vectors": np.abs(vectors).ravel().tolist()}
+libraries = [library for library in threadpool_info() if library["internal_api"] == "openblas"]
+result = {
+    "kernel": [library["architecture"] for library in libraries],
+    "search": search.mean.tolist(),
+    "vectors": np.abs(vectors).ravel().tolist(),
+}
 print(json.dumps(result))
 """
 

@@ -730,7 +730,7 @@ from fedsp_mpi.models.prompts import DepthMap, Prompt, PromptSpec
 from fedsp_mpi.models.subspace import Subspace
 from fedsp_mpi.search import SearchConfig
 from fedsp_mpi.tensors import NamedTensors
-from fedsp_mpi.training.evolution import Evolution
+from fedsp_mpi.training.cma_es import CmaEs
 
 torch.set_num_threads(1)
 config = GPT2Config(vocab_size=250000, n_embd=512, n_layer=2, n_head=8, n_positions=128)
@@ -750,7 +750,7 @@ inference = LocalInference(
     batch_tokens=settings.batch_tokens,
 )
 client = SearchClient(inference, {0: texts}, np.arange(9), settings=settings, seed=1)
-state = Evolution.of({"mean": np.zeros(settings.dimension), "step_size": np.ones(1)}).state()
+state = CmaEs.of({"mean": np.zeros(settings.dimension), "step_size": np.ones(1)}).state()
 down = NamedTensors.of({name: state[name] for name in settings.travelling()[0]})
 
 def peak(work):
