@@ -1,6 +1,4 @@
-"""`evaluate`: real lm-eval, on local data and without a network, finds what the run's own scorer
-found.
-"""
+"""`evaluate`: lm-eval, on local data and without a network, agrees with the run's own scorer."""
 
 from __future__ import annotations
 
@@ -25,8 +23,9 @@ from test_variants import short
 from transformers import AutoModelForCausalLM
 
 from fedsp_mpi import cli, config, evaluation
-from fedsp_mpi.commands import evaluate
+from fedsp_mpi.commands import evaluate, evaluation_results
 from fedsp_mpi.commands.evaluate import Options
+from fedsp_mpi.commands.evaluation_results import EvalRow
 from fedsp_mpi.data.tokens import Text
 from fedsp_mpi.evaluation.scoring import score
 from fedsp_mpi.log import Log
@@ -115,12 +114,12 @@ def of_model(
     ]
 
 
-def asked(folder: Path, **options: Any) -> list[evaluate.EvalRow]:
-    return list(evaluate.evaluate(folder, Options(**options), Log()).lines)
+def asked(folder: Path, **options: Any) -> list[EvalRow]:
+    return list(evaluate.evaluate(folder, Options(**options), Log()).rows)
 
 
 def require_equal(
-    folder: Path, lines: list[evaluate.EvalRow], methods: tuple[str, ...] = ("fedsp", "zero-shot")
+    folder: Path, lines: list[EvalRow], methods: tuple[str, ...] = ("fedsp", "zero-shot")
 ) -> None:
     """Every line equals its row of the record, to the last bit but for the standard error."""
     rows = {row["method"]: row for row in read(folder).results}
@@ -321,8 +320,8 @@ def test_a_result_that_is_not_equal_is_called_so(gpt2, tmp_path):
     other = Prompt(spec).initialise(2, 3.0)
     write_adapter(folder / "prompt", NamedTensors.pack(other.tensors()), spec, gpt2)
     found = evaluate.evaluate(folder, Options(), Log())
-    assert [line.equal for line in found.lines] == [False, True]
-    assert "not equal: look for another" in evaluate.text(found)
+    assert [row.equal for row in found.rows] == [False, True]
+    assert "not equal: look for another" in evaluation_results.table(found)
 
 
 def test_a_tuned_model(gpt2, tmp_path):
@@ -370,9 +369,11 @@ def requests(*arguments: tuple[Any, ...]) -> list[Any]:
 
 
 def answers(model: LanguageModel, prompt: Prompt | None, batch_tokens: int = 200) -> Any:
-    from fedsp_mpi.evaluation.harness import Answers
+    from fedsp_mpi.evaluation.harness import PromptedLM
 
-    return Answers(model, prompt, tiny.tokenizer(), batch_tokens, "test", Log())
+    return PromptedLM(
+        model, prompt, tiny.tokenizer(), batch_tokens=batch_tokens, label="test", log=Log()
+    )
 
 
 def prompt_for(model: LanguageModel, kind: str | None) -> Prompt | None:
@@ -467,7 +468,7 @@ def test_what_is_not_greedy_is_refused(gpt2, settings, message):
 
 @pytest.mark.parametrize("kind", [None, *KINDS])
 def test_whole_texts_are_summed_over_windows(model, kind):
-    """Each token once; windows of all positions that there are, the last one as full as the others."""
+    """Each token once, in windows of all positions; the last one is as full as the others."""
     loaded, random = tiny.load(model), np.random.default_rng(3)
     prompt, stock = prompt_for(loaded, kind), AutoModelForCausalLM.from_pretrained(model).eval()
     room = tiny.POSITIONS - (5 if kind else 0)
@@ -760,13 +761,13 @@ def unloaded(monkeypatch) -> None:
     import fedsp_mpi.evaluation.harness  # noqa: F401
 
     monkeypatch.delitem(sys.modules, "fedsp_mpi.evaluation.harness")
-    monkeypatch.delattr(evaluation, "lm_eval")
+    monkeypatch.delattr(evaluation, "harness")
 
 
 def test_without_lm_eval(ready, unloaded, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     assert cli.main(["evaluate", str(ready)]) == 2
-    assert "found no lm-eval that will do" in (told := capsys.readouterr().err)
+    assert "found no usable lm-eval" in (told := capsys.readouterr().err)
     assert "pip install 'fedsp_mpi[evaluate]'" in told and told.count("\n") == 1
 
 

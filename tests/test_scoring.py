@@ -1,4 +1,4 @@
-"""Scores against every option's own full sequence, and against lm-eval through its own model class."""
+"""Scores against every option's own full sequence, and against lm-eval's own model class."""
 
 import math
 from pathlib import Path
@@ -119,9 +119,11 @@ def all_found(
     batch_tokens: int = 100,
 ):
     """What `score` finds for every option, with the score itself."""
-    kept, judge = [], scoring._judge
+    kept, judge = [], scoring._is_correct
     monkeypatch.setattr(
-        scoring, "_judge", lambda question, found: (kept.append(found), judge(question, found))[1]
+        scoring,
+        "_is_correct",
+        lambda question, scores: (kept.append(scores), judge(question, scores))[1],
     )
     result = score(model, prompt, asked, "multiple_choice", batch_tokens)
     return result, [list(zip(found.loglikelihood, found.greedy)) for found in kept]
@@ -200,7 +202,7 @@ def test_how_options_are_batched_is_of_no_consequence(gpt2, batch_tokens, monkey
         [[v for v, _ in f] for f in found], [[v for v, _ in f] for f in again], atol=1e-4
     )
     assert (other.acc, other.acc_norm) == (wanted.acc, wanted.acc_norm)
-    score(model, prompt, asked, "multiple_choice", batch_tokens, done.append)
+    score(model, prompt, asked, "multiple_choice", batch_tokens, on_done=done.append)
     assert sum(done) == 3 * len(asked) and len(done) > 1
 
 
@@ -312,7 +314,7 @@ def asked_of(*gold: tuple[int, ...], lengths: tuple[int, ...] = (1, 1, 1)) -> li
 
 
 def test_scores_by_hand(gpt2, monkeypatch):
-    """acc by the sum, acc_norm by the sum over characters, exact match by any right greedy answer."""
+    """acc by the sum, acc_norm by the sum over characters, exact match by a right greedy answer."""
     model, lengths = tiny.load(gpt2), (2, 10, 5)
     rigged(
         monkeypatch,
@@ -497,9 +499,11 @@ def compare(path: str, tokenizer, ours: list[Example], metric: str, theirs, monk
     results, samples = theirs
     asked = questions(tokenizer, ours)
     monkeypatch.undo()
-    kept, judge = [], scoring._judge
+    kept, judge = [], scoring._is_correct
     monkeypatch.setattr(
-        scoring, "_judge", lambda question, found: (kept.append(found), judge(question, found))[1]
+        scoring,
+        "_is_correct",
+        lambda question, scores: (kept.append(scores), judge(question, scores))[1],
     )
     found = score(tiny.load(path), None, asked, metric, 2048)
     assert len(samples) == found.n == len(ours)

@@ -74,7 +74,14 @@ def _score(
         num_options = sum(len(question.options) for question in asked)
         progress = log.progress(f"scoring {method}", num_options // here.group.size)
         found = score(
-            model, prompt, asked, materials.task.metric, tokens, progress.step, stop, here.group
+            model,
+            prompt,
+            asked,
+            materials.task.metric,
+            tokens,
+            on_done=progress.step,
+            stop=stop,
+            group=here.group,
         )
         if found is None:
             return None
