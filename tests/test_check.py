@@ -313,12 +313,12 @@ def lines_of(judge, *arguments) -> list[str]:
 
 
 def test_ranks_that_share_a_gpu_are_named():
-    some = [gpu("x"), gpu("y"), gpu("x"), gpu("x")]
-    lines = lines_of(check_ranks._check_devices, [introduction(client=device) for device in some])
+    gpus = [gpu("x"), gpu("y"), gpu("x"), gpu("x")]
+    lines = lines_of(check_ranks._check_devices, [introduction(client=device) for device in gpus])
     assert lines == ["warn  device         GPU-x is shared by ranks 0, 2-3"]
-    both = introduction(server=gpu("x"), client=gpu("x"))
+    rank = introduction(server=gpu("x"), client=gpu("x"))
     assert (
-        lines_of(check_ranks._check_devices, [both]) == []
+        lines_of(check_ranks._check_devices, [rank]) == []
     )  # one process plays both roles in turn
 
 
@@ -332,7 +332,7 @@ def test_a_cpu_without_units_for_bf16_is_named(tmp_path):
         "no units for it and is faster "
         "with float32"
     ]
-    for flags, wanted in (
+    for flags, expected in (
         ("flags : fma avx512f avx512_vnni", False),
         ("flags : fma avx512_bf16", True),
         ("flags : amx_bf16 amx_tile", True),
@@ -340,7 +340,7 @@ def test_a_cpu_without_units_for_bf16_is_named(tmp_path):
         ("", False),
     ):
         (tmp_path / "cpuinfo").write_text(f"processor : 0\n{flags}\n")
-        assert placement.has_bf16(tmp_path / "cpuinfo") is wanted
+        assert placement.has_bf16(tmp_path / "cpuinfo") is expected
 
 
 def test_a_device_that_is_not_there(tmp_path):
@@ -369,19 +369,19 @@ def test_more_threads_than_cores():
     assert "rank 1 is bound to fewer" in lines_of(check_ranks._check_threads, bound)[0]
     apart = [introduction("a", [0], server=cpu(1)), introduction("b", [0], client=cpu(1))]
     assert [line[:5] for line in lines_of(check_ranks._check_threads, apart)] == ["ok   ", "ok   "]
-    both = [introduction(cores=[0, 1], server=cpu(2), client=cpu(2))]
-    assert lines_of(check_ranks._check_threads, both)[0].startswith("ok")  # in turn
+    one_process = [introduction(cores=[0, 1], server=cpu(2), client=cpu(2))]
+    assert lines_of(check_ranks._check_threads, one_process)[0].startswith("ok")  # in turn
 
 
 def test_versions_that_differ_and_those_that_are_missing():
-    both = {"fedsp_mpi": "1", "python": "3", "torch": "2", "h5py": "4"}
-    assert lines_of(check_ranks._check_versions, [both, both])[0].startswith("ok")
-    lines = lines_of(check_ranks._check_versions, [both, both | {"h5py": "5"}])
+    versions = {"fedsp_mpi": "1", "python": "3", "torch": "2", "h5py": "4"}
+    assert lines_of(check_ranks._check_versions, [versions, versions])[0].startswith("ok")
+    lines = lines_of(check_ranks._check_versions, [versions, versions | {"h5py": "5"}])
     assert (
         len(lines) == 1
         and "found h5py 4 on rank 0; h5py 5 on rank 1; expected the same" in lines[0]
     )
-    lines = lines_of(check_ranks._check_versions, [both | {"h5py": "not installed"}] * 2)
+    lines = lines_of(check_ranks._check_versions, [versions | {"h5py": "not installed"}] * 2)
     assert len(lines) == 1 and lines[0].startswith("FAIL") and "found no h5py" in lines[0]
 
 
@@ -431,14 +431,18 @@ def test_the_plan_counts_weights_optimizers_and_resting_clients():
     settings = config.load(
         None, [*still, "client.tuning.batch_size=1", "server.compute.dtype=bfloat16"]
     )
-    rest = (
+    other_bytes = (
         16 * 20 + 16 * 8 * 32 * 4 * 4
     )  # of what is trained: itself, gradient, two moments; activations
-    assert memory.client(settings, SIZES, 1) == memory.MemoryNeed(4 * 100 + rest, 4 * 100 + 12 * 20)
+    assert memory.client(settings, SIZES, 1) == memory.MemoryNeed(
+        4 * 100 + other_bytes, 4 * 100 + 12 * 20
+    )
     joint = config.load(None, [*still, "client.tuning.batch_size=1", "client.training=joint"])
-    assert memory.client(joint, SIZES, 1) == memory.MemoryNeed(16 * 100 + rest, 4 * 100 + 12 * 120)
+    assert memory.client(joint, SIZES, 1) == memory.MemoryNeed(
+        16 * 100 + other_bytes, 4 * 100 + 12 * 120
+    )
     assert memory.client(joint, SIZES, 20) == memory.MemoryNeed(
-        16 * 100 + rest, 4 * 100 + 8 * 12 * 120
+        16 * 100 + other_bytes, 4 * 100 + 8 * 12 * 120
     )  # resident
     restarted = config.load(
         None, [*still, "client.tuning.batch_size=1", "federation.client_state=restarted"]
@@ -507,8 +511,8 @@ def test_the_plan_is_near_what_a_run_takes(tmp_path):
 def test_free_memory_is_the_host_s_where_no_group_limits_it(tmp_path):
     (tmp_path / "cgroup").write_text("0::/\n")
     lines = Path("/proc/meminfo").read_text()
-    found, total = free_memory(tmp_path / "cgroup", tmp_path), re.search(r"MemTotal: +(\d+)", lines)
-    assert total and 0 < found < int(total[1]) << 10
+    free, total = free_memory(tmp_path / "cgroup", tmp_path), re.search(r"MemTotal: +(\d+)", lines)
+    assert total and 0 < free < int(total[1]) << 10
 
 
 @pytest.mark.parametrize("version", [1, 2])

@@ -83,22 +83,22 @@ def embedded(*settings: str) -> cost.CostEstimate:
     ],
 )
 def test_the_paper_s_models_have_their_known_sizes(model, large, small, wire, shown):
-    found = planned(model, "arc_easy-fedsp")
-    assert (found.sizes.global_model, found.sizes.auxiliary) == (large, small)
-    assert found.sizes.prompt == found.sizes.wire == wire // 4
-    own, unshared, whole, single, alone, tuned = found.methods
-    assert own.down == own.up == whole.up == alone.up == wire + HEADER
+    estimate = planned(model, "arc_easy-fedsp")
+    assert (estimate.sizes.global_model, estimate.sizes.auxiliary) == (large, small)
+    assert estimate.sizes.prompt == estimate.sizes.wire == wire // 4
+    fedsp, unshared, fedprompt, single, alone, tuned = estimate.methods
+    assert fedsp.down == fedsp.up == fedprompt.up == alone.up == wire + HEADER
     assert unshared.up == single.up == wire // {"gpt2xl": 48, "opt": 24}[model] + HEADER
-    assert (own.holds, unshared.holds, single.holds) == (small, small, small)
-    assert (whole.holds, alone.holds, tuned.holds, tuned.trains) == (large, large, large, large)
-    assert (own.trains, whole.trains) == (small + wire // 4, wire // 4)
-    assert (own.handout, tuned.handout, tuned.down) == (4 * small + wire, 0, 4 * large + HEADER)
-    rounds = found.config.federation.rounds
-    assert own.total == 10 * (4 * small + wire) + rounds * 10 * 2 * (wire + HEADER)
+    assert (fedsp.holds, unshared.holds, single.holds) == (small, small, small)
+    assert (fedprompt.holds, alone.holds, tuned.holds, tuned.trains) == (large, large, large, large)
+    assert (fedsp.trains, fedprompt.trains) == (small + wire // 4, wire // 4)
+    assert (fedsp.handout, tuned.handout, tuned.down) == (4 * small + wire, 0, 4 * large + HEADER)
+    rounds = estimate.config.federation.rounds
+    assert fedsp.total == 10 * (4 * small + wire) + rounds * 10 * 2 * (wire + HEADER)
     assert alone.total == 4 * large + wire + rounds * 2 * (wire + HEADER)
-    text = plan_text.text(found, 40)
-    said = plan_text.PAPER[found.config.model.name]
-    for piece in (f"{large:,}", f"{small:,}", f"{wire:,} bytes", f"paper says {said} x"):
+    text = plan_text.text(estimate, 40)
+    paper_ratio = plan_text.PAPER[estimate.config.model.name]
+    for piece in (f"{large:,}", f"{small:,}", f"{wire:,} bytes", f"paper says {paper_ratio} x"):
         assert piece in text
     assert all(piece in text for piece in shown)
 
@@ -133,8 +133,11 @@ def test_the_paper_s_models_have_their_known_sizes(model, large, small, wire, sh
     ],
 )
 def test_known_architectures_have_the_published_number_of_parameters(name, parameters):
-    found = architectures.config_of(name)
-    assert memory.meta_model(found, found.num_hidden_layers).num_parameters() == parameters
+    architecture = architectures.config_of(name)
+    assert (
+        memory.meta_model(architecture, architecture.num_hidden_layers).num_parameters()
+        == parameters
+    )
 
 
 def test_a_folder_goes_before_a_known_name(tmp_path, monkeypatch):
@@ -168,15 +171,15 @@ def test_flops_are_those_that_torch_counts(family, prompt_tokens):
         if prompt is not None:
             prompt.requires_grad_(trained == "prompts")
         with FlopCounterMode(display=False) as counter:
-            logits, asked = model.answer_logits(batch, prompt)
+            logits, answer_targets = model.answer_logits(batch, prompt)
             if factor > 1:
-                torch.nn.functional.cross_entropy(logits, asked).backward()
+                torch.nn.functional.cross_entropy(logits, answer_targets).backward()
         allowed = 0.03 if trained == "prompts" else 0
         spared = (
             0.05 if trained == "prompts" and family == "gpt_neox" else 0
         )  # its first MLP is beside the attention
-        wanted = factor * expected
-        assert (1 - spared) * wanted <= counter.get_total_flops() <= (1 + allowed) * wanted, trained
+        flops = factor * expected
+        assert (1 - spared) * flops <= counter.get_total_flops() <= (1 + allowed) * flops, trained
 
 
 @pytest.mark.parametrize("rows", [1, 8])
@@ -197,7 +200,9 @@ def test_an_input_prompt_is_counted_as_often_as_it_is_read(tmp_path, rows):
         "federation.rounds=1",
         "data.loss_over=vocabulary",
     ]
-    found = cost.plan(config.load(None, settings), "embedded", tokens=12).phases["server tuning"]
+    server_tuning = cost.plan(config.load(None, settings), "embedded", tokens=12).phases[
+        "server tuning"
+    ]
     model = tiny.load(name)
     model.model.set_attn_implementation("eager")  # torch does not count the fused one
     prompt = Prompt(PromptSpec.of(model.shape, "input", 20, None)).initialise(1, 0.1)
@@ -210,16 +215,16 @@ def test_an_input_prompt_is_counted_as_often_as_it_is_read(tmp_path, rows):
     )
     with FlopCounterMode(display=False) as counter:
         torch.nn.functional.cross_entropy(*model.answer_logits(batch, prompt)).backward()
-    assert found == pytest.approx(8 // rows * counter.get_total_flops(), rel=0.1)
+    assert server_tuning == pytest.approx(8 // rows * counter.get_total_flops(), rel=0.1)
 
 
 def test_phases_add_up_from_steps():
-    found = planned("gpt2xl", "arc_easy-fedsp", tokens=100)
+    estimate = planned("gpt2xl", "arc_easy-fedsp", tokens=100)
     model = memory.meta_model(
         architectures.config_of("gpt2-xl"), 48
     )  # the auxiliary model computes as much
     once, bare = (16 * architectures.forward(model, 100, *rest) for rest in ((140, 4), (100, 0)))
-    assert found.phases == pytest.approx(
+    assert estimate.phases == pytest.approx(
         {
             "distillation": 5000 * 4 * bare,
             "client alignment": 50 * 10 * 10 * 3 * once,
@@ -228,11 +233,11 @@ def test_phases_add_up_from_steps():
             "server-only control": 50 * 10 * 2 * once,
         }
     )
-    assert found.methods[0].steps == pytest.approx((3 * once, 2 * once))
-    assert found.methods[0].round == pytest.approx(50 * once)
-    assert found.critical == pytest.approx(5000 * 4 * bare + 50 * (50 + 20) * once)
-    assert f"{found.flops / 20e12 / 3600:.2f} h on one GPU of 20 TFLOP/s" in plan_text.text(
-        found, 20
+    assert estimate.methods[0].steps == pytest.approx((3 * once, 2 * once))
+    assert estimate.methods[0].round == pytest.approx(50 * once)
+    assert estimate.critical == pytest.approx(5000 * 4 * bare + 50 * (50 + 20) * once)
+    assert f"{estimate.flops / 20e12 / 3600:.2f} h on one GPU of 20 TFLOP/s" in plan_text.text(
+        estimate, 20
     )
 
 
@@ -303,15 +308,15 @@ def test_every_experiment_of_the_paper_takes_its_known_hours(model, monkeypatch)
 )
 @pytest.mark.parametrize("model", ["gpt2xl", "opt"])
 def test_the_baselines_are_configurations_of_the_same_system(model, method, row):
-    found = planned(model, f"arc_easy-{method}")
-    own, *others = found.methods
-    [same] = [other for other in others if other.name == (row or "prefix-tuning, 1 client")]
-    assert own == cost.MethodCost("as configured", *list(vars(same).values())[1:])
+    estimate = planned(model, f"arc_easy-{method}")
+    configured, *other_methods = estimate.methods
+    [same] = [other for other in other_methods if other.name == (row or "prefix-tuning, 1 client")]
+    assert configured == cost.MethodCost("as configured", *list(vars(same).values())[1:])
     assert (
-        found.phases["distillation"]
-        == found.phases["client alignment"]
+        estimate.phases["distillation"]
+        == estimate.phases["client alignment"]
         == 0
-        < found.phases["server tuning"]
+        < estimate.phases["server tuning"]
     )
 
 
@@ -332,21 +337,23 @@ def test_a_table_of_different_methods_has_a_column_for_each_phase():
 def test_the_plan_is_what_a_run_records(tmp_path):
     short_run(0, tmp_path, "short")
     run = read(tmp_path / "short")
-    found = cost.plan(config.load(tmp_path / "short" / "config.yaml"), "short")
-    own = found.methods[0]
+    estimate = cost.plan(config.load(tmp_path / "short" / "config.yaml"), "short")
+    fedsp = estimate.methods[0]
     assert run.sections["models"] == {
-        "global": found.sizes.global_model,
-        "auxiliary": found.sizes.auxiliary,
-        "prompt": found.sizes.prompt,
-        "prompt_on_the_wire": found.sizes.wire,
+        "global": estimate.sizes.global_model,
+        "auxiliary": estimate.sizes.auxiliary,
+        "prompt": estimate.sizes.prompt,
+        "prompt_on_the_wire": estimate.sizes.wire,
     }
-    assert set(run.clients["bytes_down"]) == {own.down} and set(run.clients["bytes_up"]) == {own.up}
+    assert set(run.clients["bytes_down"]) == {fedsp.down} and set(run.clients["bytes_up"]) == {
+        fedsp.up
+    }
     wire = [row for row in run.wire if row["direction"] in ("down", "up")]
-    assert sum(row["bytes"] for row in wire) == 2 * 3 * (own.down + own.up)
-    given = [
+    assert sum(row["bytes"] for row in wire) == 2 * 3 * (fedsp.down + fedsp.up)
+    handout_rows = [
         row for row in run.wire if row["direction"] == "handout" and not row["name"].startswith("(")
     ]
-    assert sum(row["bytes"] for row in given) == own.handout  # to one process
+    assert sum(row["bytes"] for row in handout_rows) == fedsp.handout  # to one process
 
 
 # The command.

@@ -42,7 +42,7 @@ def short_base(*more: str) -> dict[str, Any]:
 
 def written(home: Path, name: str = "sweep.yaml", /, **content: Any) -> Path:
     """A sweep's file: one task, FedSP and FedPrompt, one seed, unless `content` says otherwise."""
-    whole = {
+    defaults = {
         "folder": str(home / "runs"),
         "base": short_base(),
         "seeds": [1],
@@ -53,7 +53,7 @@ def written(home: Path, name: str = "sweep.yaml", /, **content: Any) -> Path:
         },
     }
     path = home / name
-    path.write_text(yaml.safe_dump({**whole, **content}, sort_keys=False))
+    path.write_text(yaml.safe_dump({**defaults, **content}, sort_keys=False))
     return path
 
 
@@ -558,10 +558,10 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(tmp_path):
 def test_a_run_whose_output_was_taken_away_is_a_line(tmp_path, capsys):
     path, script = written(tmp_path), tmp_path / "launch.sh"
     script.write_text(f"rm -r {tmp_path / 'runs' / 'logs'}; exit 3\n")
-    status, told, _ = in_process(capsys, path, "--launch", f"sh {script}", "--only", "*-1")
+    status, out, _ = in_process(capsys, path, "--launch", f"sh {script}", "--only", "*-1")
     assert (
         status == 1
-        and "FAILED with status 3: its output cannot be read: No such file or directory" in told
+        and "FAILED with status 3: its output cannot be read: No such file or directory" in out
     )
 
 
@@ -591,7 +591,7 @@ def test_places_are_equal_shares(monkeypatch, cores, visible, number, shares):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     assert [(set(place.cores), place.devices) for place in jobs.split_resources(number)] == [
-        (set(mine), devices) for mine, devices in shares
+        (set(share), devices) for share, devices in shares
     ]
 
 

@@ -94,7 +94,7 @@ def evaluate(run_folder: str | Path, options: Options, log: Log) -> Evaluation:
     folder = run.file.parent
     inputs = ExperimentInputs(_config(run, options))
     ownership.require_evaluation(folder / FILE)
-    _require_tuned(run, inputs.config, folder, options)
+    _require_tuned(run, inputs.config, folder, options=options)
     if inputs.fills_gaps:
         raise ValueError(
             f"{folder}: found a run with a {inputs.model_config.model_type}, expected a causal "
@@ -102,13 +102,15 @@ def evaluate(run_folder: str | Path, options: Options, log: Log) -> Evaluation:
         )
     harness = _import_harness()
     own_task = OTHER_NAMES.get(inputs.task.name, inputs.task.name)
-    specs = _task_specs(inputs, own_task, options, harness)
+    specs = _task_specs(inputs, own_task, options, harness=harness)
     log.say(f"lm-eval {harness.VERSION} loads {', '.join(specs)}")
     loaded = harness.load(specs, options.include)
     compute = Compute.of(inputs.config.server.compute, Topology.alone())
     compute.begin()
     rows = []
-    for method, model, prompt in _models(inputs, folder, compute, options.without_prompt):
+    for method, model, prompt in _models(
+        inputs, folder, compute, without_prompt=options.without_prompt
+    ):
         prompted_model = harness.PromptedLM(
             model,
             prompt,
@@ -167,7 +169,7 @@ def _config(run: Run, options: Options) -> Config:
     )
 
 
-def _require_tuned(run: Run, config: Config, folder: Path, options: Options) -> None:
+def _require_tuned(run: Run, config: Config, folder: Path, *, options: Options) -> None:
     """Raise ValueError if what was tuned is to be tested, and is not complete."""
     if options.without_prompt:
         return
@@ -190,7 +192,7 @@ def _require_tuned(run: Run, config: Config, folder: Path, options: Options) -> 
 
 
 def _models(
-    inputs: ExperimentInputs, folder: Path, compute: Compute, without_prompt: bool
+    inputs: ExperimentInputs, folder: Path, compute: Compute, *, without_prompt: bool
 ) -> Iterator[tuple[str, LanguageModel, Prompt | None]]:
     """Yield each method with its model and prompt; there is never more than one model in memory.
 
@@ -268,7 +270,7 @@ def _import_harness() -> ModuleType:
 
 
 def _task_specs(
-    inputs: ExperimentInputs, own_task: str, options: Options, harness: ModuleType
+    inputs: ExperimentInputs, own_task: str, options: Options, *, harness: ModuleType
 ) -> dict[str, dict[str, Any] | None]:
     """Return the tasks to load by lm-eval's name; only the run's own has a configuration.
 

@@ -73,7 +73,7 @@ def trials_of(file: Path, overrides: Sequence[str] = ()) -> list[Trial]:
     tasks = _read_layers(content, "tasks", file)
     methods = _read_layers(content, "methods", file)
     layers_by_pattern = _read_layers(content, "trials", file)
-    _require_matched(layers_by_pattern, tasks, methods, file)
+    _require_matched(layers_by_pattern, tasks, methods, file=file)
     trials = []
     for seed in content["seeds"]:
         for task, task_layer in tasks.items():
@@ -177,7 +177,7 @@ def _matching(layers: Mapping[str, dict[str, Any]], name: str) -> list[dict[str,
 
 
 def _require_matched(
-    patterns: Iterable[str], tasks: Iterable[str], methods: Iterable[str], file: Path
+    patterns: Iterable[str], tasks: Iterable[str], methods: Iterable[str], *, file: Path
 ) -> None:
     """Raise ConfigError if an entry of `trials` matches no task with a method."""
     names = [f"{task}-{method}" for task in tasks for method in methods]
