@@ -403,7 +403,9 @@ def test_lm_eval_is_asked_without_an_appended_ending(tmp_path):
     model = tiny.load(tiny.model_folder(tmp_path, "gpt2"))
 
     def asked(tokenizer: PreTrainedTokenizerFast) -> list[Any]:
-        library = lm_eval.Answers(model, None, tokenizer, 200, "test", Log())
+        library = lm_eval.PromptedLM(
+            model, None, tokenizer, batch_tokens=200, label="test", log=Log()
+        )
 
         def request(*arguments: Any) -> list[Any]:
             return [
