@@ -71,7 +71,7 @@ def test_every_engine_gives_the_losses_of_one_rank(tmp_path):
     model = tiny.model_folder(tmp_path, "gpt2")
     result = run_mpi(2, [PROGRAMS / "team.py", model], timeout=120)
     found = json.loads(result.stdout.splitlines()[-1])
-    assert len(found) == 10
+    assert len(found) == 6
     for case, (losses, weights, between_ranks) in found.items():
         assert losses < 1e-5 and weights < 1e-3 and between_ranks == 0, (case, found)
     assert "Warning" not in result.stderr

@@ -559,10 +559,12 @@ def test_clients_do_not_import_torch_for_the_check(tmp_path):
     code = f"""
         import sys
         from types import SimpleNamespace
-        from fedsp_mpi import check, config
-        from fedsp_mpi.comm import survey
-        survey.library = lambda wire: {{}}
-        said = check._introduction(config.load(None, []), SimpleNamespace(topology=SimpleNamespace(**{vars(place)})))
+        from fedsp_mpi import config
+        from fedsp_mpi.comm import diagnostics
+        from fedsp_mpi.commands import check
+        diagnostics.library = lambda wire: {{}}
+        wire = SimpleNamespace(topology=SimpleNamespace(**{vars(place)}))
+        said = check._introduction(config.load(None, []), wire, None)
         print(sorted(said), "torch" in sys.modules)
     """
     if any(Path("/dev").glob("nvidia[0-9]*")):

@@ -762,7 +762,7 @@ def unloaded(monkeypatch) -> None:
     import fedsp_mpi.evaluation.harness  # noqa: F401
 
     monkeypatch.delitem(sys.modules, "fedsp_mpi.evaluation.harness")
-    monkeypatch.delattr(evaluation, "lm_eval")
+    monkeypatch.delattr(evaluation, "harness")
 
 
 def test_without_lm_eval(ready, unloaded, monkeypatch, capsys):
