@@ -288,7 +288,7 @@ def save_checkpoint(
 
 
 def _round_broadcast(round: int, server: ServerRole) -> RoundBroadcast:
-    if guard.told_to_stop:
+    if guard.stop_requested:
         return RoundBroadcast(round, stop=True)
     return RoundBroadcast(round, tensors=server.server.broadcast())
 

@@ -183,7 +183,7 @@ def _require_tuned(run: Run, config: Config, folder: Path, *, options: Options) 
             f"{alternative}"
         )
     try:
-        fingerprint.require_listed(tuned)
+        fingerprint.require_digests(tuned)
     except ValueError as error:
         raise ValueError(f"{error}; copy the whole run folder again, or {alternative}") from None
 
@@ -210,7 +210,7 @@ def _models(
     )
     if has_tuned_weights:
         yield method, model, None
-        backbone.reread(
+        backbone.reload(
             model, inputs.model_name, revision=config.model.revision, dtype=compute.dtype
         )
     elif not without_prompt:

@@ -29,7 +29,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
 
 from fedsp_mpi.data.tasks import TASKS
-from fedsp_mpi.data.tokens import Text, encode_pairs, first_token, token_ids
+from fedsp_mpi.data.tokens import Text, encode_pairs, start_token, token_ids
 from fedsp_mpi.evaluation.scoring import Question, loglikelihoods, positions_for_text
 from fedsp_mpi.log import Log, Progress, one_line
 from fedsp_mpi.models.language_model import LanguageModel
@@ -412,7 +412,7 @@ class PromptedLM(LM):
         """Yield the windows of a text, as lm-eval makes them."""
         [ids] = token_ids(self._tokenizer, [text])
         for window in get_rolling_token_windows(
-            ids, first_token(self._tokenizer), self._max_positions, context_len=1
+            ids, start_token(self._tokenizer), self._max_positions, context_len=1
         ):
             context, answer = make_disjoint_window(window)
             yield Text(np.array([*context, *answer], dtype=np.int32), len(context))
@@ -440,7 +440,7 @@ class PromptedLM(LM):
             stops.append(self._tokenizer.eos_token)
         [ids] = token_ids(self._tokenizer, [context])
         if not ids:
-            ids = [first_token(self._tokenizer)]
+            ids = [start_token(self._tokenizer)]
         return GenerationRequest(
             ids=tuple(ids[max_tokens - self._max_positions :]),
             stops=tuple(stop for stop in stops if stop),

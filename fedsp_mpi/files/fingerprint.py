@@ -104,7 +104,7 @@ def list_folder(folder: Path) -> None:
     (folder / MANIFEST).write_text(json.dumps(digests, indent=2) + "\n", encoding="utf-8")
 
 
-def require_listed(folder: Path) -> bool:
+def require_digests(folder: Path) -> bool:
     """Check a folder's files against its list of digests.
 
     Returns:

@@ -15,7 +15,7 @@ _MAX_INTEGER = 1 << 70  # in JSON
 _UNSAFE = ("Cc", "Cf", "Cs", "Zl", "Zp")
 
 
-def open_plain(path: Path) -> BinaryIO:
+def open_regular_file(path: Path) -> BinaryIO:
     """Open a regular file for reading; refuse a FIFO or a device, which could hang or never end.
 
     Raises:
@@ -36,7 +36,7 @@ def read_bytes(path: Path, max_bytes: int) -> bytes:
         OSError: it cannot be read.
         ValueError: it is not a regular file, or has more than `max_bytes` bytes.
     """
-    with open_plain(path) as file:
+    with open_regular_file(path) as file:
         content = file.read(max_bytes + 1)
     if len(content) > max_bytes:
         raise ValueError(f"more than {max_bytes} bytes")

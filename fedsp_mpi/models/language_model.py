@@ -348,7 +348,7 @@ class LanguageModel:
             ]
         )
 
-    def remember(self, prompts: PromptBatch) -> PromptBatch:
+    def precompute_cache(self, prompts: PromptBatch) -> PromptBatch:
         """Return the prompts with their keys and values, so that later passes need not compute
         them.
 

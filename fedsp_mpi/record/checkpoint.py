@@ -234,7 +234,7 @@ class Checkpoints:
         names = {_manifest_file(round) for round in rounds}
         names |= {server_file(round) for round in rounds}
         with atomic.writing(self.folder, "the run is complete all the same"):
-            paths = ownership.written_in(self.folder, "checkpoints")
+            paths = ownership.run_files_in(self.folder, "checkpoints")
             # Manifests first (*.json before *.safetensors): no kill leaves one without its files.
             for path in sorted(paths, key=lambda path: path.suffix):
                 if path.name in names or path.name.startswith("client-"):
@@ -284,7 +284,7 @@ class Checkpoints:
         if step is not None:
             keep.add(_distillation_file(step))
         with atomic.writing(self.folder, _INTACT):
-            for path in ownership.written_in(self.folder, "checkpoints"):
+            for path in ownership.run_files_in(self.folder, "checkpoints"):
                 if path.name.startswith(_DISTILLATION_PREFIX) and path.name not in keep:
                     path.unlink()
 
@@ -370,7 +370,7 @@ class Checkpoints:
         with atomic.writing(self.folder, _INTACT):
             for round in set(rounds) - kept_rounds:
                 (self.folder / _manifest_file(round)).unlink()
-            for path in ownership.written_in(self.folder, "checkpoints"):
+            for path in ownership.run_files_in(self.folder, "checkpoints"):
                 if path.name.startswith(prefixes) and path.name not in kept_files:
                     path.unlink()
 

@@ -61,8 +61,8 @@ class RunLock:
                 ownership.make_folder(folder, private)
         file, owner = _opened(path)
         with atomic.writing(path, _UNTOUCHED):
-            is_listed = is_new or bool(owner.get(ownership.LISTED))
-            note = json.dumps(_this_process() | {ownership.LISTED: is_listed}).encode()
+            is_listed = is_new or bool(owner.get(ownership.LISTS_MODELS))
+            note = json.dumps(_this_process() | {ownership.LISTS_MODELS: is_listed}).encode()
             # In one write over the old note: a kill leaves the old or the new one, never an empty
             # file.
             old_size = os.fstat(file.fileno()).st_size
@@ -82,7 +82,7 @@ def is_abandoned(folder: Path) -> bool:
     try:
         with path.open(encoding="utf-8", errors="replace") as file:
             owner = _parse_note(file.read())
-            if not ownership.is_note(owner):
+            if not ownership.is_lock_note(owner):
                 return False
             try:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)

@@ -330,7 +330,7 @@ def _reload(source: Path, compute: Compute, log: Log) -> LanguageModel | None:
     """Load the auxiliary model in a folder; return None, and say why, if it is damaged."""
     try:
         auxiliary.read_recipe(source)
-        if not fingerprint.require_listed(source):
+        if not fingerprint.require_digests(source):
             log.say(f"auxiliary model: {source} has no digests, so damage to it would not be seen")
         return auxiliary.load(source, compute.dtype)
     except ValueError as error:

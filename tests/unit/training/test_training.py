@@ -124,7 +124,7 @@ def test_a_gradient_that_was_not_used_can_be_dropped():
     weight = nn.Parameter(torch.ones(2))
     engine = TorchEngine([weight], PLAIN, 4)
     engine.backward(weight.sum())
-    engine.forget_gradient()
+    engine.zero_grad()
     engine.step()
     assert weight.tolist() == [1, 1]
 
