@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedsp_mpi.files import ownership
+from fedsp_mpi.files.untrusted import JsonObject
 from fedsp_mpi.record import RecordError, atomic
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ class Evaluation:
     """
 
     folder: Path
-    provenance: dict[str, Any]
+    provenance: JsonObject
     rows: tuple[EvalRow, ...]
 
 

@@ -31,6 +31,7 @@ from typing import Any
 from fedsp_mpi.config import EMBEDDED, Config, checked
 from fedsp_mpi.config.parsing import ConfigError, merge, put, shown, unknown_key
 from fedsp_mpi.config.yaml_reader import extended, key_value, read_yaml, setting
+from fedsp_mpi.files.untrusted import JsonMapping, JsonObject
 
 _KEYS = ("folder", "base", "seeds", "tasks", "methods", "trials")
 _KEYS_OF_THE_SWEEP = ("run.folder", "run.name", "run.seed")  # set for every trial by the sweep
@@ -98,7 +99,7 @@ def trials_of(file: Path, overrides: Sequence[str] = ()) -> list[Trial]:
     return trials
 
 
-def _check_keys(content: Mapping[str, Any], file: Path) -> None:
+def _check_keys(content: JsonMapping, file: Path) -> None:
     """Raise ConfigError unless the content has the form of a sweep file."""
     for key in content:
         if key not in _KEYS:
@@ -143,7 +144,7 @@ def _check_names(entries: Any, file: Path, section: str) -> None:
             )
 
 
-def _read_layers(content: Mapping[str, Any], section: str, file: Path) -> dict[str, dict[str, Any]]:
+def _read_layers(content: JsonMapping, section: str, file: Path) -> dict[str, JsonObject]:
     """Return the settings of each entry of a section, by its name."""
     entries = content.get(section) or {}
     return {
@@ -151,7 +152,7 @@ def _read_layers(content: Mapping[str, Any], section: str, file: Path) -> dict[s
     }
 
 
-def _read_layer(entry: Any, file: Path, where: str) -> dict[str, Any]:
+def _read_layer(entry: Any, file: Path, where: str) -> JsonObject:
     """Return the settings of an entry, laid over those of the files that it names.
 
     Args:
@@ -171,7 +172,7 @@ def _read_layer(entry: Any, file: Path, where: str) -> dict[str, Any]:
     return extended(entry or {}, file)
 
 
-def _matching(layers: Mapping[str, dict[str, Any]], name: str) -> list[dict[str, Any]]:
+def _matching(layers: Mapping[str, JsonObject], name: str) -> list[JsonObject]:
     """Return the layers whose pattern matches a name TASK-METHOD."""
     return [layer for pattern, layer in layers.items() if fnmatchcase(name, pattern)]
 
@@ -189,13 +190,13 @@ def _require_matched(
             )
 
 
-def _read_overrides(items: Iterable[str]) -> dict[str, Any]:
+def _read_overrides(items: Iterable[str]) -> JsonObject:
     """Return the settings of `key=value` items.
 
     Raises:
         ConfigError: an item is malformed, or sets a key that belongs to the sweep.
     """
-    overrides: dict[str, Any] = {}
+    overrides: JsonObject = {}
     for item in items:
         key, value = key_value(item)
         if key in _KEYS_OF_THE_SWEEP:
@@ -207,7 +208,7 @@ def _read_overrides(items: Iterable[str]) -> dict[str, Any]:
     return overrides
 
 
-def _merged_config(name: str, layers: Sequence[dict[str, Any]]) -> Config:
+def _merged_config(name: str, layers: Sequence[JsonObject]) -> Config:
     """Return the checked configuration of a trial; later layers win.
 
     Raises:

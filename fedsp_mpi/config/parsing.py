@@ -13,7 +13,9 @@ from collections.abc import Iterable
 from contextlib import suppress
 from typing import Any, Literal, NoReturn
 
-Section = dict[str, Any]  # plain data by key, as YAML gives it
+from fedsp_mpi.files.untrusted import JsonObject
+
+Section = JsonObject  # plain data by key, as YAML gives it
 
 LONGEST_MESSAGE = 300  # characters of a message about a configuration
 LONGEST_TEXT = 10_000  # characters of a value

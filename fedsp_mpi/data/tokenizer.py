@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import Protocol
+
+from fedsp_mpi.files.untrusted import JsonMapping
 
 
 class Tokenizer(Protocol):
@@ -23,7 +25,7 @@ class Tokenizer(Protocol):
     unk_token_id: int | None
     mask_token: str | None
 
-    def __call__(self, text: str | list[str], **settings: bool) -> Mapping[str, Any]:
+    def __call__(self, text: str | list[str], **settings: bool) -> JsonMapping:
         """Tokenise one text or several; "input_ids" holds the ids of each."""
         ...
 

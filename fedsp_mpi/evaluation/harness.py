@@ -31,6 +31,7 @@ from torch import Tensor
 from fedsp_mpi.data.tasks import TASKS
 from fedsp_mpi.data.tokens import Text, encode_pairs, start_token, token_ids
 from fedsp_mpi.evaluation.scoring import Question, loglikelihoods, positions_for_text
+from fedsp_mpi.files.untrusted import JsonMapping, JsonObject
 from fedsp_mpi.log import Log, Progress, one_line
 from fedsp_mpi.models.language_model import LanguageModel
 from fedsp_mpi.models.prompts import Prompt
@@ -57,7 +58,7 @@ _BOOTSTRAP_SAMPLES = 1000  # for the standard error of measures without a formul
 _SIMILARITY = 0.7  # of a misspelt task's name to the one that is suggested
 
 # A task's configuration, as lm-eval reads it from YAML.
-TaskSpec = dict[str, Any]
+TaskSpec = JsonObject
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,7 @@ def _data_source(table: Any) -> TaskSpec:
     }
 
 
-def load(specs: Mapping[str, TaskSpec | None], include: Path | None) -> dict[str, Any]:
+def load(specs: Mapping[str, TaskSpec | None], include: Path | None) -> JsonObject:
     """Load tasks and groups, with their data.
 
     Args:
@@ -145,7 +146,7 @@ def load(specs: Mapping[str, TaskSpec | None], include: Path | None) -> dict[str
         names = [name for name, spec in specs.items() if spec is None or "group" in spec]
         manager = _task_manager(names, include)
         _require_known(names, manager.all_tasks)
-        loaded: dict[str, Any] = {"tasks": {}, "groups": {}, "group_map": {}}
+        loaded: JsonObject = {"tasks": {}, "groups": {}, "group_map": {}}
         # The run's own task last: it replaces the same task in a group of lm-eval's.
         for name, spec in sorted(specs.items(), key=lambda item: item[1] is not None):
             for section, entries in _load(manager, name, spec).items():
@@ -183,7 +184,7 @@ def _require_known(names: Sequence[str], known_names: Sequence[str]) -> None:
             )
 
 
-def _load(manager: TaskManager, name: str, spec: TaskSpec | None) -> dict[str, Any]:
+def _load(manager: TaskManager, name: str, spec: TaskSpec | None) -> JsonObject:
     """Load one task or group.
 
     Raises:
@@ -205,7 +206,7 @@ def _load(manager: TaskManager, name: str, spec: TaskSpec | None) -> dict[str, A
 # -- answers ---------------------------------------------------------------------------------------
 
 
-def measure(loaded: dict[str, Any], model: PromptedLM, limit: int | None) -> list[Result]:
+def measure(loaded: JsonObject, model: PromptedLM, limit: int | None) -> list[Result]:
     """Ask all questions of the tasks.
 
     Args:
@@ -231,7 +232,7 @@ def measure(loaded: dict[str, Any], model: PromptedLM, limit: int | None) -> lis
     return results
 
 
-def _results(task: str, values: Mapping[str, Any], n: int) -> list[Result]:
+def _results(task: str, values: JsonMapping, n: int) -> list[Result]:
     """Return a task's results by filter; none for a group without measures of its own.
 
     Args:
@@ -419,7 +420,7 @@ class PromptedLM(LM):
 
     # -- generation --------------------------------------------------------------------------------
 
-    def _generation_request(self, context: str, settings: Mapping[str, Any]) -> GenerationRequest:
+    def _generation_request(self, context: str, settings: JsonMapping) -> GenerationRequest:
         """Read a task's generation_kwargs, and tokenise the context as far as there is room.
 
         Raises:
@@ -536,7 +537,7 @@ def _end_ids(model: LanguageModel, tokenizer: Any) -> set[int]:
     return {token for token in (tokenizer.eos_token_id, *model_ends) if token is not None}
 
 
-def _require_greedy(settings: Mapping[str, Any]) -> None:
+def _require_greedy(settings: JsonMapping) -> None:
     """Raise ValueError unless a task's generation_kwargs ask for plain greedy decoding."""
     samples = settings.get("do_sample")
     if samples is None:

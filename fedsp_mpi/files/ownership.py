@@ -21,7 +21,8 @@ import unicodedata
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+
+from fedsp_mpi.files.untrusted import JsonMapping, JsonObject
 
 LOCK = "lock"
 RECORD = "run.h5"
@@ -364,7 +365,7 @@ def _is_marked(folder: Path) -> bool:
     return is_lock_note(_read_json(folder / LOCK)) or _is_record(folder / RECORD)
 
 
-def is_lock_note(content: Mapping[str, Any]) -> bool:
+def is_lock_note(content: JsonMapping) -> bool:
     """Return True if `content` is the note in a run's `lock`."""
     return content.keys() >= _NOTE_KEYS
 
@@ -413,7 +414,7 @@ def _umask() -> int:
     return umask
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path) -> JsonObject:
     """Return the mapping in a JSON file; an empty one if it cannot be read."""
     try:
         content = json.loads(path.read_bytes())

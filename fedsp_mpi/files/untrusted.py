@@ -6,8 +6,13 @@ import json
 import os
 import stat
 import unicodedata
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
+
+# An object of JSON, or of YAML: the values are whatever JSON has.
+JsonObject = dict[str, Any]
+JsonMapping = Mapping[str, Any]  # one that is only read
 
 _MAX_DEPTH = 50  # levels of JSON; what the package writes has fewer than 10
 _MAX_INTEGER = 1 << 70  # in JSON

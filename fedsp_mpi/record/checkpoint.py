@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fedsp_mpi.files import fingerprint, ownership, untrusted
+from fedsp_mpi.files.untrusted import JsonMapping, JsonObject
 from fedsp_mpi.record import atomic, states
 from fedsp_mpi.tensors import State
 
@@ -299,7 +300,7 @@ class Checkpoints:
         size = sum(len(part) for part in image)
         return CheckpointFile(round, size, fingerprint.of_pieces(image))
 
-    def _write_manifest(self, name: str, manifest: Mapping[str, Any]) -> None:
+    def _write_manifest(self, name: str, manifest: JsonMapping) -> None:
         atomic.write(self.folder / name, [fingerprint.seal(manifest)], _INTACT)
 
     def _read(self, name: str, file: CheckpointFile) -> memoryview:
@@ -393,6 +394,6 @@ def _manifest_file(round: int) -> str:
     return f"{round:04d}.json"
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path) -> JsonObject:
     """Return the mapping in a manifest. Raises OSError or ValueError."""
     return fingerprint.open_sealed(untrusted.read_bytes(path, _MAX_MANIFEST_BYTES))

@@ -14,11 +14,11 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from fedsp_mpi.files import ownership
+from fedsp_mpi.files.untrusted import JsonMapping
 from fedsp_mpi.log import one_line
 from fedsp_mpi.record import atomic, hdf5, tables, trailer
 from fedsp_mpi.record.atomic import RecordError
@@ -49,9 +49,9 @@ class RunRecord:
         cls,
         folder: str | Path,
         *,
-        config: Mapping[str, Any],
+        config: JsonMapping,
         config_text: str,
-        environment: Mapping[str, Any],
+        environment: JsonMapping,
         if_exists: str = "refuse",
     ) -> RunRecord:
         """Make a run folder with config.yaml and a run.h5 without rounds.
@@ -108,7 +108,7 @@ class RunRecord:
         record._sweep()
         return record
 
-    def describe(self, **sections: Mapping[str, Any]) -> None:
+    def describe(self, **sections: JsonMapping) -> None:
         """Add to what the record says about the run: `describe(models={...}, data={...})`.
 
         A section that exists keeps its other keys.
