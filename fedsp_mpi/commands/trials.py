@@ -26,7 +26,6 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import reduce
 from pathlib import Path
-from typing import Any
 
 from fedsp_mpi.config import EMBEDDED, Config, checked
 from fedsp_mpi.config.parsing import ConfigError, merge, put, shown, unknown_key
@@ -118,7 +117,7 @@ def _check_keys(content: JsonMapping, file: Path) -> None:
         )
 
 
-def _check_seeds(seeds: Any, file: Path) -> None:
+def _check_seeds(seeds: object, file: Path) -> None:
     """Raise ConfigError unless the seeds are a list of distinct whole numbers."""
     if not (isinstance(seeds, list) and seeds and all(type(seed) is int for seed in seeds)):
         raise ConfigError(
@@ -129,7 +128,7 @@ def _check_seeds(seeds: Any, file: Path) -> None:
         raise ConfigError(f"{file}: seeds: found {shown(seeds)}, expected each once")
 
 
-def _check_names(entries: Any, file: Path, section: str) -> None:
+def _check_names(entries: object, file: Path, section: str) -> None:
     """Raise ConfigError unless a section names its entries, and the names can be file names."""
     if not (isinstance(entries, dict) and entries):
         raise ConfigError(
@@ -152,7 +151,7 @@ def _read_layers(content: JsonMapping, section: str, file: Path) -> dict[str, Js
     }
 
 
-def _read_layer(entry: Any, file: Path, where: str) -> JsonObject:
+def _read_layer(entry: object, file: Path, where: str) -> JsonObject:
     """Return the settings of an entry, laid over those of the files that it names.
 
     Args:

@@ -22,6 +22,7 @@ import lm_eval
 import numpy as np
 import torch
 from lm_eval import evaluator
+from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks import __file__ as tasks_file
@@ -29,6 +30,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
 
 from fedsp_mpi.data.tasks import TASKS
+from fedsp_mpi.data.tokenizer import Tokenizer
 from fedsp_mpi.data.tokens import Text, encode_pairs, start_token, token_ids
 from fedsp_mpi.evaluation.scoring import Question, loglikelihoods, positions_for_text
 from fedsp_mpi.files.untrusted import JsonMapping, JsonObject
@@ -292,7 +294,7 @@ class PromptedLM(LM):
         self,
         model: LanguageModel,
         prompt: Prompt | None,
-        tokenizer: Any,
+        tokenizer: Tokenizer,
         *,
         batch_tokens: int,
         label: str,
@@ -311,7 +313,7 @@ class PromptedLM(LM):
     # -- lm-eval's interface -----------------------------------------------------------------------
 
     def loglikelihood(
-        self, requests: Sequence[Any], *_: Any, **__: Any
+        self, requests: Sequence[Instance], *_: object, **__: object
     ) -> list[tuple[float, bool]]:
         """Score each continuation after its context.
 
@@ -335,7 +337,9 @@ class PromptedLM(LM):
         questions = [(request.task_name, request.doc_id, request.args[0]) for request in requests]
         return self._score(texts, questions, "options")
 
-    def loglikelihood_rolling(self, requests: Sequence[Any], *_: Any, **__: Any) -> list[float]:
+    def loglikelihood_rolling(
+        self, requests: Sequence[Instance], *_: object, **__: object
+    ) -> list[float]:
         """Score whole texts, in windows of as many positions as there are, each token once.
 
         Args:
@@ -349,7 +353,7 @@ class PromptedLM(LM):
         scores = iter(self._score(windows, list(range(len(windows))), "windows"))
         return [sum(next(scores)[0] for _ in text_windows) for text_windows in windows_by_text]
 
-    def generate_until(self, requests: Sequence[Any], *_: Any, **__: Any) -> list[str]:
+    def generate_until(self, requests: Sequence[Instance], *_: object, **__: object) -> list[str]:
         """Continue each context by greedy decoding, up to the first stop string.
 
         Args:
@@ -528,7 +532,7 @@ class PromptedLM(LM):
         return self._log.progress(f"{self._label}: {unit}", total)
 
 
-def _end_ids(model: LanguageModel, tokenizer: Any) -> set[int]:
+def _end_ids(model: LanguageModel, tokenizer: Tokenizer) -> set[int]:
     """Return the tokens that end a generated text, by the tokenizer and by the model."""
     settings = getattr(model.model, "generation_config", None)
     model_ends = getattr(settings, "eos_token_id", None)

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from fedsp_mpi.files import fingerprint, ownership, untrusted
 from fedsp_mpi.files.untrusted import JsonMapping, JsonObject
@@ -244,7 +244,7 @@ class Checkpoints:
 
     # -- the distillation --------------------------------------------------------------------------
 
-    def write_distillation(self, step: int, state: State, recipe: Any) -> None:
+    def write_distillation(self, step: int, state: State, recipe: JsonMapping) -> None:
         """Write the state of a distillation, and remove the previous one.
 
         Args:
@@ -259,7 +259,7 @@ class Checkpoints:
         self._write_manifest(DISTILLATION_MANIFEST, {"recipe": recipe, "piece": file})
         self._sweep_distillation(file.round)
 
-    def read_distillation(self, recipe: Any) -> State | None:
+    def read_distillation(self, recipe: JsonMapping) -> State | None:
         """Return the state that was written for the same recipe; None if there is no intact one."""
         try:
             manifest = _read_json(self.folder / DISTILLATION_MANIFEST)

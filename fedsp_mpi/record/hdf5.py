@@ -327,7 +327,7 @@ def is_folded(file: Path) -> bool:
         return any(reader.linked_round(source, name) is None for name in names)
 
 
-def to_plain(value: Any, where: str) -> Any:
+def to_plain(value: object, where: str) -> Any:
     """Return a value as it comes back from JSON.
 
     Raises:
@@ -444,7 +444,7 @@ def _write_text(group: h5py.Group, name: str, text: str) -> None:
     group.create_dataset(name, data=tables.clean(text), dtype=h5py.string_dtype())
 
 
-def _to_json(value: Any) -> Any:
+def _to_json(value: object) -> object:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return dataclasses.asdict(value)
     if isinstance(value, (np.generic, np.ndarray)):

@@ -50,7 +50,7 @@ def require(config: JsonMapping, sections: JsonMapping) -> None:
                 )
 
 
-def _require_sections(section: Any, content: Any, place: str) -> None:
+def _require_sections(section: Any, content: object, place: str) -> None:
     """Raise ValueError unless every section of the configuration is a mapping.
 
     Args:

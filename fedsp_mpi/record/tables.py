@@ -239,7 +239,7 @@ def clean(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode("utf-8").replace("\0", "\\x00")
 
 
-def _to_cell(value: Any) -> Any:
+def _to_cell(value: object) -> object:
     """Turn an attribute of a row into what a table holds: tuples become JSON."""
     if isinstance(value, tuple):
         return json.dumps(value)
