@@ -202,7 +202,8 @@ def _check_devices(report: CheckReport, ranks: Sequence[JsonMapping]) -> None:
         report.add(
             "warn",
             "device",
-            f"{setting} on rank {format_ranges(numbers)}, whose CPU has no units for it and is faster "
+            f"{setting} on rank {format_ranges(numbers)}, whose CPU has no units for it "
+            "and is faster "
             "with float32",
         )
     devices = [

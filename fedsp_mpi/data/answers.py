@@ -39,8 +39,8 @@ def tokens(
 
     Args:
         tokenizer: of the model.
-        contexts: one for each ending, from `distinct_endings`; none for a model that fills in a gap, where
-            answers are one token.
+        contexts: one for each ending, from `distinct_endings`; none for a model that fills in a
+            gap, where answers are one token.
         answers: without the leading blank.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Writes what a round brought: rows, prompts and the wire's manifest, on the server's first rank."""
+"""Write what a round brought, on the server's first rank: rows, prompts and the wire's manifest."""
 
 from __future__ import annotations
 
