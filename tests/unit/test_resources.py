@@ -118,7 +118,7 @@ def test_the_model_loads_whole(model: Any, tokenizer: Any) -> None:
 
 
 def test_the_model_knows_what_is_a_job(model: Any, tokenizer: Any) -> None:
-    """After the beginning of a sentence, nearly all probability lies on things of the right kind."""
+    """After the beginning of a sentence, nearly all probability lies on words of the right kind."""
     world = make_embedded.World.make()
     for relation in make_embedded.RELATIONS:
         text = f" The {relation.noun} of {world.people[0]} is"

@@ -1,4 +1,4 @@
-"""FedBPT's parts against loops by hand: the server's merge, the objectives, clients with a model."""
+"""FedBPT's parts against loops by hand: the server's merge, objectives, clients with a model."""
 
 from __future__ import annotations
 
@@ -440,7 +440,7 @@ held = LocalInference(
     depths=DepthMap(spec, 2),
     batch_tokens=settings.batch_tokens,
 )
-client = Client(held, {0: texts}, np.arange(9), settings, 1)
+client = SearchClient(held, {0: texts}, np.arange(9), settings=settings, seed=1)
 state = CmaEs.of({"mean": np.zeros(settings.dimension), "step_size": np.ones(1)}).state()
 down = NamedTensors.of({name: state[name] for name in settings.travelling()[0]})
 
