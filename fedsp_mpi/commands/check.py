@@ -7,13 +7,14 @@ import platform
 from collections.abc import Sequence
 from dataclasses import asdict
 from importlib import metadata
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fedsp_mpi.comm import diagnostics
 from fedsp_mpi.commands.check_inputs import FolderView, ServerChecks
 from fedsp_mpi.commands.check_ranks import check_ranks
 from fedsp_mpi.commands.check_report import CheckReport
 from fedsp_mpi.config import Config
+from fedsp_mpi.files.untrusted import JsonObject
 from fedsp_mpi.log import Log, one_line
 from fedsp_mpi.run import devices as placement
 from fedsp_mpi.run import execute
@@ -61,7 +62,7 @@ def check(config: Config, log: Log, *, error: ValueError | None = None) -> None:
     wire.finish()
 
 
-def _introduction(config: Config, wire: Wire | Solo, error: ValueError | None) -> dict[str, Any]:
+def _introduction(config: Config, wire: Wire | Solo, error: ValueError | None) -> JsonObject:
     """Return what a rank says of itself, as JSON; it must not import torch on ranks without GPU."""
     topology = wire.topology
     versions = {name: _version(name) for name in ("fedsp_mpi", *VERSIONS)}

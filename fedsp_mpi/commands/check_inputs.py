@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from fedsp_mpi.comm import Handout, diagnostics
 from fedsp_mpi.commands.check_report import CheckReport, Status
 from fedsp_mpi.config import Config
+from fedsp_mpi.files.untrusted import JsonMapping, JsonObject
 from fedsp_mpi.log import one_line
 from fedsp_mpi.record import probe
 from fedsp_mpi.report.formatting import as_gib
@@ -38,17 +39,17 @@ class FolderView:
     missing: list[str]
 
     @classmethod
-    def of(cls, meta: Mapping[str, Any], rank: int) -> FolderView:
+    def of(cls, meta: JsonMapping, rank: int) -> FolderView:
         """Look at the folders that the hand-out's `meta` names, on this rank."""
         folder = probe.look(Path(meta["probe"]), rank) if meta["probe"] else {}
         return cls(folder, [path for path in meta["inputs"] if not Path(path).is_dir()])
 
     @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> FolderView:
+    def from_json(cls, values: JsonMapping) -> FolderView:
         """Read what `to_json` wrote."""
         return cls(values["folder"], values["missing"])
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         """Return plain values for the wire."""
         return asdict(self)
 
@@ -62,9 +63,7 @@ class ServerChecks:
         ranks: the introductions of all ranks.
     """
 
-    def __init__(
-        self, report: CheckReport, config: Config, ranks: Sequence[Mapping[str, Any]]
-    ) -> None:
+    def __init__(self, report: CheckReport, config: Config, ranks: Sequence[JsonMapping]) -> None:
         from fedsp_mpi.run.inputs import ExperimentInputs
 
         self._report = report

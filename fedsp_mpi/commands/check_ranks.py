@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from fedsp_mpi.commands.check_report import CheckReport
 from fedsp_mpi.config import Config
 from fedsp_mpi.config.parsing import differences
+from fedsp_mpi.files.untrusted import JsonMapping
 from fedsp_mpi.run import devices as placement
 from fedsp_mpi.run.devices import DeviceInfo, format_ranges
 
@@ -17,7 +17,7 @@ from fedsp_mpi.run.devices import DeviceInfo, format_ranges
 def check_ranks(
     report: CheckReport,
     config: Config,
-    ranks: Sequence[Mapping[str, Any]],
+    ranks: Sequence[JsonMapping],
     *,
     error: ValueError | None,
 ) -> bool:
@@ -157,7 +157,7 @@ def _check_versions(report: CheckReport, versions: Sequence[Mapping[str, str]]) 
         )
 
 
-def _check_configuration(report: CheckReport, ranks: Sequence[Mapping[str, Any]]) -> bool:
+def _check_configuration(report: CheckReport, ranks: Sequence[JsonMapping]) -> bool:
     """Require one valid configuration on all ranks. Return whether there is one."""
     for number, rank in enumerate(ranks):
         if "mistake" in rank:
@@ -178,7 +178,7 @@ def _check_configuration(report: CheckReport, ranks: Sequence[Mapping[str, Any]]
     return True
 
 
-def _device_text(role: str, device: Mapping[str, Any]) -> str:
+def _device_text(role: str, device: JsonMapping) -> str:
     uuid = f" {_gpu_name(device['uuid'])}" if "uuid" in device else ""
     return f"{role} on {device['name']}{uuid}, threads {device['threads']}"
 
@@ -188,7 +188,7 @@ def _gpu_name(uuid: str) -> str:
     return f"GPU-{uuid.removeprefix('GPU-')}"
 
 
-def _check_devices(report: CheckReport, ranks: Sequence[Mapping[str, Any]]) -> None:
+def _check_devices(report: CheckReport, ranks: Sequence[JsonMapping]) -> None:
     """Report missing devices, shared GPUs, and CPUs that emulate the type they are to use."""
     emulating_ranks: dict[str, list[int]] = {}
     for number, rank in enumerate(ranks):
@@ -202,7 +202,8 @@ def _check_devices(report: CheckReport, ranks: Sequence[Mapping[str, Any]]) -> N
         report.add(
             "warn",
             "device",
-            f"{setting} on rank {format_ranges(numbers)}, whose CPU has no units for it and is faster "
+            f"{setting} on rank {format_ranges(numbers)}, whose CPU has no units for it "
+            "and is faster "
             "with float32",
         )
     devices = [
@@ -220,7 +221,7 @@ def _check_devices(report: CheckReport, ranks: Sequence[Mapping[str, Any]]) -> N
             report.add("warn", "device", shared)
 
 
-def _check_threads(report: CheckReport, ranks: Sequence[Mapping[str, Any]]) -> None:
+def _check_threads(report: CheckReport, ranks: Sequence[JsonMapping]) -> None:
     """Compare the threads of each rank, and of each host's ranks, with the cores they may use."""
     ranks_by_host: dict[str, list[int]] = {}
     for number, rank in enumerate(ranks):
@@ -249,6 +250,6 @@ def _check_threads(report: CheckReport, ranks: Sequence[Mapping[str, Any]]) -> N
             report.add("ok", "cores", finding)
 
 
-def _num_threads(rank: Mapping[str, Any]) -> int:
+def _num_threads(rank: JsonMapping) -> int:
     """Return the threads that a rank uses at a time: one process plays its roles in turn."""
     return max((device["threads"] for device in rank["devices"].values()), default=0)

@@ -21,6 +21,7 @@ from fedsp_mpi.config.parsing import parse
 from fedsp_mpi.data import loading
 from fedsp_mpi.data.examples import Example
 from fedsp_mpi.files import fingerprint, ownership
+from fedsp_mpi.files.untrusted import JsonObject
 from fedsp_mpi.log import Log, duration
 from fedsp_mpi.models import backbone
 from fedsp_mpi.models.language_model import LanguageModel
@@ -183,7 +184,7 @@ def _require_tuned(run: Run, config: Config, folder: Path, *, options: Options) 
             f"{alternative}"
         )
     try:
-        fingerprint.require_listed(tuned)
+        fingerprint.require_digests(tuned)
     except ValueError as error:
         raise ValueError(f"{error}; copy the whole run folder again, or {alternative}") from None
 
@@ -210,7 +211,7 @@ def _models(
     )
     if has_tuned_weights:
         yield method, model, None
-        backbone.reread(
+        backbone.reload(
             model, inputs.model_name, revision=config.model.revision, dtype=compute.dtype
         )
     elif not without_prompt:
@@ -268,7 +269,7 @@ def _import_harness() -> ModuleType:
 
 def _task_specs(
     inputs: ExperimentInputs, own_task: str, options: Options, *, harness: ModuleType
-) -> dict[str, dict[str, Any] | None]:
+) -> dict[str, JsonObject | None]:
     """Return the tasks to load by lm-eval's name; only the run's own has a configuration.
 
     Args:
@@ -277,7 +278,7 @@ def _task_specs(
         options: with the tasks, which may be named by our names too.
         harness: the adapter.
     """
-    specs: dict[str, dict[str, Any] | None] = {}
+    specs: dict[str, JsonObject | None] = {}
     for name in options.tasks or (own_task,):
         if name in (own_task, inputs.task.name):
             specs[own_task] = _own_task_spec(inputs, own_task, harness)
@@ -286,7 +287,7 @@ def _task_specs(
     return specs
 
 
-def _own_task_spec(inputs: ExperimentInputs, name: str, harness: ModuleType) -> dict[str, Any]:
+def _own_task_spec(inputs: ExperimentInputs, name: str, harness: ModuleType) -> JsonObject:
     """Return the run's task over its own test rows.
 
     In lm-eval's words where it has the task, and the rows have its columns.
@@ -335,7 +336,7 @@ def _provenance(
     compute: Compute,
     lm_eval_version: str,
     seconds: float,
-) -> dict[str, Any]:
+) -> JsonObject:
     """Return model, versions and settings of an evaluation, as JSON.
 
     Args:

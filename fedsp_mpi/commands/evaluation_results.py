@@ -7,9 +7,10 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fedsp_mpi.files import ownership
+from fedsp_mpi.files.untrusted import JsonObject
 from fedsp_mpi.record import RecordError, atomic
 from fedsp_mpi.report import formatting
 
@@ -58,7 +59,7 @@ class Evaluation:
     """
 
     folder: Path
-    provenance: dict[str, Any]
+    provenance: JsonObject
     rows: tuple[EvalRow, ...]
 
 
@@ -190,7 +191,7 @@ def _remarks(rows: Sequence[EvalRow]) -> list[str]:
     return []
 
 
-def _without_nan(value: Any) -> Any:
+def _without_nan(value: object) -> object:
     """Replace nan and infinity by None: JSON has neither."""
     if isinstance(value, Mapping):
         return {key: _without_nan(item) for key, item in value.items()}

@@ -26,11 +26,11 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import reduce
 from pathlib import Path
-from typing import Any
 
 from fedsp_mpi.config import EMBEDDED, Config, checked
 from fedsp_mpi.config.parsing import ConfigError, merge, put, shown, unknown_key
 from fedsp_mpi.config.yaml_reader import extended, key_value, read_yaml, setting
+from fedsp_mpi.files.untrusted import JsonMapping, JsonObject
 
 _KEYS = ("folder", "base", "seeds", "tasks", "methods", "trials")
 _KEYS_OF_THE_SWEEP = ("run.folder", "run.name", "run.seed")  # set for every trial by the sweep
@@ -98,7 +98,7 @@ def trials_of(file: Path, overrides: Sequence[str] = ()) -> list[Trial]:
     return trials
 
 
-def _check_keys(content: Mapping[str, Any], file: Path) -> None:
+def _check_keys(content: JsonMapping, file: Path) -> None:
     """Raise ConfigError unless the content has the form of a sweep file."""
     for key in content:
         if key not in _KEYS:
@@ -117,7 +117,7 @@ def _check_keys(content: Mapping[str, Any], file: Path) -> None:
         )
 
 
-def _check_seeds(seeds: Any, file: Path) -> None:
+def _check_seeds(seeds: object, file: Path) -> None:
     """Raise ConfigError unless the seeds are a list of distinct whole numbers."""
     if not (isinstance(seeds, list) and seeds and all(type(seed) is int for seed in seeds)):
         raise ConfigError(
@@ -128,7 +128,7 @@ def _check_seeds(seeds: Any, file: Path) -> None:
         raise ConfigError(f"{file}: seeds: found {shown(seeds)}, expected each once")
 
 
-def _check_names(entries: Any, file: Path, section: str) -> None:
+def _check_names(entries: object, file: Path, section: str) -> None:
     """Raise ConfigError unless a section names its entries, and the names can be file names."""
     if not (isinstance(entries, dict) and entries):
         raise ConfigError(
@@ -143,7 +143,7 @@ def _check_names(entries: Any, file: Path, section: str) -> None:
             )
 
 
-def _read_layers(content: Mapping[str, Any], section: str, file: Path) -> dict[str, dict[str, Any]]:
+def _read_layers(content: JsonMapping, section: str, file: Path) -> dict[str, JsonObject]:
     """Return the settings of each entry of a section, by its name."""
     entries = content.get(section) or {}
     return {
@@ -151,7 +151,7 @@ def _read_layers(content: Mapping[str, Any], section: str, file: Path) -> dict[s
     }
 
 
-def _read_layer(entry: Any, file: Path, where: str) -> dict[str, Any]:
+def _read_layer(entry: object, file: Path, where: str) -> JsonObject:
     """Return the settings of an entry, laid over those of the files that it names.
 
     Args:
@@ -171,7 +171,7 @@ def _read_layer(entry: Any, file: Path, where: str) -> dict[str, Any]:
     return extended(entry or {}, file)
 
 
-def _matching(layers: Mapping[str, dict[str, Any]], name: str) -> list[dict[str, Any]]:
+def _matching(layers: Mapping[str, JsonObject], name: str) -> list[JsonObject]:
     """Return the layers whose pattern matches a name TASK-METHOD."""
     return [layer for pattern, layer in layers.items() if fnmatchcase(name, pattern)]
 
@@ -189,13 +189,13 @@ def _require_matched(
             )
 
 
-def _read_overrides(items: Iterable[str]) -> dict[str, Any]:
+def _read_overrides(items: Iterable[str]) -> JsonObject:
     """Return the settings of `key=value` items.
 
     Raises:
         ConfigError: an item is malformed, or sets a key that belongs to the sweep.
     """
-    overrides: dict[str, Any] = {}
+    overrides: JsonObject = {}
     for item in items:
         key, value = key_value(item)
         if key in _KEYS_OF_THE_SWEEP:
@@ -207,7 +207,7 @@ def _read_overrides(items: Iterable[str]) -> dict[str, Any]:
     return overrides
 
 
-def _merged_config(name: str, layers: Sequence[dict[str, Any]]) -> Config:
+def _merged_config(name: str, layers: Sequence[JsonObject]) -> Config:
     """Return the checked configuration of a trial; later layers win.
 
     Raises:

@@ -6,13 +6,14 @@ less. All results are bytes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from fedsp_mpi.config import Config, StageConfig
+from fedsp_mpi.files.untrusted import JsonMapping
 from fedsp_mpi.models import auxiliary
 from fedsp_mpi.models.language_model import LanguageModel
 from fedsp_mpi.models.prompts import Prompt, PromptSpec
@@ -167,9 +168,7 @@ class MemoryBudget:
     free: int
 
 
-def plan(
-    config: Config, sizes: ModelSizes, ranks: Sequence[Mapping[str, Any]]
-) -> list[MemoryBudget]:
+def plan(config: Config, sizes: ModelSizes, ranks: Sequence[JsonMapping]) -> list[MemoryBudget]:
     """Estimate what the ranks of each host and GPU need together.
 
     Args:

@@ -22,6 +22,7 @@ import lm_eval
 import numpy as np
 import torch
 from lm_eval import evaluator
+from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks import __file__ as tasks_file
@@ -29,8 +30,10 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
 
 from fedsp_mpi.data.tasks import TASKS
-from fedsp_mpi.data.tokens import Text, encode_pairs, first_token, token_ids
+from fedsp_mpi.data.tokenizer import Tokenizer
+from fedsp_mpi.data.tokens import Text, encode_pairs, start_token, token_ids
 from fedsp_mpi.evaluation.scoring import Question, loglikelihoods, positions_for_text
+from fedsp_mpi.files.untrusted import JsonMapping, JsonObject
 from fedsp_mpi.log import Log, Progress, one_line
 from fedsp_mpi.models.language_model import LanguageModel
 from fedsp_mpi.models.prompts import Prompt
@@ -57,7 +60,7 @@ _BOOTSTRAP_SAMPLES = 1000  # for the standard error of measures without a formul
 _SIMILARITY = 0.7  # of a misspelt task's name to the one that is suggested
 
 # A task's configuration, as lm-eval reads it from YAML.
-TaskSpec = dict[str, Any]
+TaskSpec = JsonObject
 
 
 @dataclass(frozen=True)
@@ -128,7 +131,7 @@ def _data_source(table: Any) -> TaskSpec:
     }
 
 
-def load(specs: Mapping[str, TaskSpec | None], include: Path | None) -> dict[str, Any]:
+def load(specs: Mapping[str, TaskSpec | None], include: Path | None) -> JsonObject:
     """Load tasks and groups, with their data.
 
     Args:
@@ -145,7 +148,7 @@ def load(specs: Mapping[str, TaskSpec | None], include: Path | None) -> dict[str
         names = [name for name, spec in specs.items() if spec is None or "group" in spec]
         manager = _task_manager(names, include)
         _require_known(names, manager.all_tasks)
-        loaded: dict[str, Any] = {"tasks": {}, "groups": {}, "group_map": {}}
+        loaded: JsonObject = {"tasks": {}, "groups": {}, "group_map": {}}
         # The run's own task last: it replaces the same task in a group of lm-eval's.
         for name, spec in sorted(specs.items(), key=lambda item: item[1] is not None):
             for section, entries in _load(manager, name, spec).items():
@@ -183,7 +186,7 @@ def _require_known(names: Sequence[str], known_names: Sequence[str]) -> None:
             )
 
 
-def _load(manager: TaskManager, name: str, spec: TaskSpec | None) -> dict[str, Any]:
+def _load(manager: TaskManager, name: str, spec: TaskSpec | None) -> JsonObject:
     """Load one task or group.
 
     Raises:
@@ -205,7 +208,7 @@ def _load(manager: TaskManager, name: str, spec: TaskSpec | None) -> dict[str, A
 # -- answers ---------------------------------------------------------------------------------------
 
 
-def measure(loaded: dict[str, Any], model: PromptedLM, limit: int | None) -> list[Result]:
+def measure(loaded: JsonObject, model: PromptedLM, limit: int | None) -> list[Result]:
     """Ask all questions of the tasks.
 
     Args:
@@ -231,7 +234,7 @@ def measure(loaded: dict[str, Any], model: PromptedLM, limit: int | None) -> lis
     return results
 
 
-def _results(task: str, values: Mapping[str, Any], n: int) -> list[Result]:
+def _results(task: str, values: JsonMapping, n: int) -> list[Result]:
     """Return a task's results by filter; none for a group without measures of its own.
 
     Args:
@@ -291,7 +294,7 @@ class PromptedLM(LM):
         self,
         model: LanguageModel,
         prompt: Prompt | None,
-        tokenizer: Any,
+        tokenizer: Tokenizer,
         *,
         batch_tokens: int,
         label: str,
@@ -310,7 +313,7 @@ class PromptedLM(LM):
     # -- lm-eval's interface -----------------------------------------------------------------------
 
     def loglikelihood(
-        self, requests: Sequence[Any], *_: Any, **__: Any
+        self, requests: Sequence[Instance], *_: object, **__: object
     ) -> list[tuple[float, bool]]:
         """Score each continuation after its context.
 
@@ -334,7 +337,9 @@ class PromptedLM(LM):
         questions = [(request.task_name, request.doc_id, request.args[0]) for request in requests]
         return self._score(texts, questions, "options")
 
-    def loglikelihood_rolling(self, requests: Sequence[Any], *_: Any, **__: Any) -> list[float]:
+    def loglikelihood_rolling(
+        self, requests: Sequence[Instance], *_: object, **__: object
+    ) -> list[float]:
         """Score whole texts, in windows of as many positions as there are, each token once.
 
         Args:
@@ -348,7 +353,7 @@ class PromptedLM(LM):
         scores = iter(self._score(windows, list(range(len(windows))), "windows"))
         return [sum(next(scores)[0] for _ in text_windows) for text_windows in windows_by_text]
 
-    def generate_until(self, requests: Sequence[Any], *_: Any, **__: Any) -> list[str]:
+    def generate_until(self, requests: Sequence[Instance], *_: object, **__: object) -> list[str]:
         """Continue each context by greedy decoding, up to the first stop string.
 
         Args:
@@ -412,14 +417,14 @@ class PromptedLM(LM):
         """Yield the windows of a text, as lm-eval makes them."""
         [ids] = token_ids(self._tokenizer, [text])
         for window in get_rolling_token_windows(
-            ids, first_token(self._tokenizer), self._max_positions, context_len=1
+            ids, start_token(self._tokenizer), self._max_positions, context_len=1
         ):
             context, answer = make_disjoint_window(window)
             yield Text(np.array([*context, *answer], dtype=np.int32), len(context))
 
     # -- generation --------------------------------------------------------------------------------
 
-    def _generation_request(self, context: str, settings: Mapping[str, Any]) -> GenerationRequest:
+    def _generation_request(self, context: str, settings: JsonMapping) -> GenerationRequest:
         """Read a task's generation_kwargs, and tokenise the context as far as there is room.
 
         Raises:
@@ -440,7 +445,7 @@ class PromptedLM(LM):
             stops.append(self._tokenizer.eos_token)
         [ids] = token_ids(self._tokenizer, [context])
         if not ids:
-            ids = [first_token(self._tokenizer)]
+            ids = [start_token(self._tokenizer)]
         return GenerationRequest(
             ids=tuple(ids[max_tokens - self._max_positions :]),
             stops=tuple(stop for stop in stops if stop),
@@ -527,7 +532,7 @@ class PromptedLM(LM):
         return self._log.progress(f"{self._label}: {unit}", total)
 
 
-def _end_ids(model: LanguageModel, tokenizer: Any) -> set[int]:
+def _end_ids(model: LanguageModel, tokenizer: Tokenizer) -> set[int]:
     """Return the tokens that end a generated text, by the tokenizer and by the model."""
     settings = getattr(model.model, "generation_config", None)
     model_ends = getattr(settings, "eos_token_id", None)
@@ -536,7 +541,7 @@ def _end_ids(model: LanguageModel, tokenizer: Any) -> set[int]:
     return {token for token in (tokenizer.eos_token_id, *model_ends) if token is not None}
 
 
-def _require_greedy(settings: Mapping[str, Any]) -> None:
+def _require_greedy(settings: JsonMapping) -> None:
     """Raise ValueError unless a task's generation_kwargs ask for plain greedy decoding."""
     samples = settings.get("do_sample")
     if samples is None:

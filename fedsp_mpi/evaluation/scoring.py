@@ -11,7 +11,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +19,7 @@ from torch.nn import functional as F
 
 from fedsp_mpi.data import cloze
 from fedsp_mpi.data.tasks import Example
+from fedsp_mpi.data.tokenizer import Tokenizer
 from fedsp_mpi.data.tokens import Text, by_length, collate, encode_pairs, require_answer, truncate
 from fedsp_mpi.models.language_model import LanguageModel
 from fedsp_mpi.models.losses import answer_loss
@@ -82,7 +82,7 @@ class OptionScores:
         self.greedy = np.zeros(num_options, dtype=bool)
 
 
-def questions(tokenizer: Any, examples: Sequence[Example]) -> list[Question]:
+def questions(tokenizer: Tokenizer, examples: Sequence[Example]) -> list[Question]:
     """Tokenise every option of every example as lm-eval does: context, then " " + option.
 
     Raises:
@@ -102,7 +102,9 @@ def questions(tokenizer: Any, examples: Sequence[Example]) -> list[Question]:
     return tokenised
 
 
-def gap_questions(tokenizer: Any, examples: Sequence[Example], max_length: int) -> list[Question]:
+def gap_questions(
+    tokenizer: Tokenizer, examples: Sequence[Example], max_length: int
+) -> list[Question]:
     """Tokenise every option of every example for models that fill in a gap.
 
     Args:

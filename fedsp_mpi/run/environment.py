@@ -8,8 +8,8 @@ import platform
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+from fedsp_mpi.files.untrusted import JsonObject
 from fedsp_mpi.run.ranks import RankInfo
 
 VERSIONS = (
@@ -39,7 +39,7 @@ def threads(ranks: Sequence[RankInfo]) -> str:
     )
 
 
-def environment(ranks: Sequence[RankInfo]) -> dict[str, Any]:
+def environment(ranks: Sequence[RankInfo]) -> JsonObject:
     """Return versions, commit, machine, ranks and job of the run that begins here, for JSON."""
     versions = {
         "fedsp_mpi": importlib.metadata.version("fedsp_mpi"),

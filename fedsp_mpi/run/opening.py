@@ -6,11 +6,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from fedsp_mpi import comm
 from fedsp_mpi.config import Config, to_yaml
 from fedsp_mpi.files import ownership
+from fedsp_mpi.files.untrusted import JsonObject
 from fedsp_mpi.log import Log, one_line
 from fedsp_mpi.record import Checkpoint, Checkpoints, RunRecord, read
 from fedsp_mpi.run import environment, fingerprints
@@ -156,7 +156,7 @@ def failure_recorded(record: RunRecord) -> Iterator[None]:
         raise
 
 
-def privacy_section(config: Config, rounds_again: int = 0) -> dict[str, Any] | None:
+def privacy_section(config: Config, rounds_again: int = 0) -> JsonObject | None:
     """Return what is promised to clients whose updates get noise; None without noise.
 
     "epsilon" is of one round, "epsilon_all" of a client that takes part in all of them.
@@ -176,7 +176,7 @@ def privacy_section(config: Config, rounds_again: int = 0) -> dict[str, Any] | N
     }
 
 
-def _privacy(config: Config, rounds_again: int = 0) -> dict[str, dict[str, Any]]:
+def _privacy(config: Config, rounds_again: int = 0) -> dict[str, JsonObject]:
     """Return the record's section `privacy`, if there is one."""
     section = privacy_section(config, rounds_again)
     return {} if section is None else {"privacy": section}

@@ -77,7 +77,7 @@ def test_every_engine_gives_the_losses_of_one_rank(tmp_path):
     model = tiny.model_folder(tmp_path, "gpt2")
     result = run_mpi(2, [PROGRAMS / "team.py", model], timeout=120)
     differences = json.loads(result.stdout.splitlines()[-1])
-    assert len(differences) == 10
+    assert len(differences) == 6
     for case, (losses, weights, between_ranks) in differences.items():
         assert losses < 1e-5 and weights < 1e-3 and between_ranks == 0, (case, differences)
     assert "Warning" not in result.stderr

@@ -30,10 +30,10 @@ def flat(student) -> torch.Tensor:
 
 
 differences = {}
-for micro in (None, 2):
+for micro, stages in ((None, (0, 2)), (2, (1, 3))):
     alone, student = distilled(sys.argv[1], micro, steps=5, logits_weight=0.5, clip=0.05)
     expected = flat(student)
-    for engine, zero in [("torch", 0), *(("deepspeed", stage) for stage in range(4))]:
+    for engine, zero in [("torch", 0), *(("deepspeed", stage) for stage in stages)]:
         done, student = distilled(
             sys.argv[1],
             micro,

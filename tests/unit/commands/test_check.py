@@ -575,7 +575,7 @@ def test_clients_do_not_import_torch_for_the_check(tmp_path):
         from fedsp_mpi.commands import check
         diagnostics.library = lambda wire: {{}}
         wire = SimpleNamespace(topology=SimpleNamespace(**{vars(place)}))
-        introduction = check._introduction(config.load(None, []), wire)
+        introduction = check._introduction(config.load(None, []), wire, None)
         print(sorted(introduction), "torch" in sys.modules)
     """
     if any(Path("/dev").glob("nvidia[0-9]*")):

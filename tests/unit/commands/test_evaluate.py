@@ -23,6 +23,7 @@ from fedsp_mpi import cli, config, evaluation
 from fedsp_mpi.commands import evaluate, evaluation_results
 from fedsp_mpi.commands.evaluate import Options
 from fedsp_mpi.commands.evaluation_results import EvalRow
+from fedsp_mpi.data.tasks import TASKS
 from fedsp_mpi.data.tokens import Text
 from fedsp_mpi.evaluation.scoring import score
 from fedsp_mpi.log import Log
@@ -321,7 +322,7 @@ def test_a_result_that_is_not_equal_is_called_so(gpt2, tmp_path):
     )
     spec = PromptSpec.of(tiny.load(gpt2).shape, "prefix", 5, None)
     other_prompt = Prompt(spec).initialise(2, 3.0)
-    write_adapter(folder / "prompt", NamedTensors.pack(other_prompt.tensors()), spec, gpt2)
+    write_adapter(folder / "prompt", NamedTensors.pack(other_prompt.tensors()), spec, base=gpt2)
     evaluation = evaluate.evaluate(folder, Options(), Log())
     assert [row.equal for row in evaluation.rows] == [False, True]
     assert "not equal: look for another" in evaluation_results.table(evaluation)

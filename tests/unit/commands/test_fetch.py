@@ -206,13 +206,13 @@ def test_a_mistake_in_any_configuration_is_found_before_anything_is_fetched(tmp_
 def test_first_a_rank_of_each_host_then_the_others(tmp_path):
     (tmp_path / "times").mkdir()
     program = [PROGRAMS / "turns.py", tmp_path / "times", "run", "--name", "turns"]
-    run_mpi(6, [*program, *short(tmp_path / "runs", "federation.clients=5")], timeout=120)
+    run_mpi(4, [*program, *short(tmp_path / "runs", "federation.clients=3")], timeout=120)
     times = {
         int(path.name): [float(t) for t in path.read_text().split()]
         for path in (tmp_path / "times").iterdir()
     }
-    assert sorted(times) == [0, 1, 2, 3, 4, 5]
-    for first, second in ((0, 1), (2, 3), (4, 5)):
+    assert sorted(times) == [0, 1, 2, 3]
+    for first, second in ((0, 1), (2, 3)):
         assert times[first][1] < times[second][0], times
 
 

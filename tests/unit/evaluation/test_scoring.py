@@ -459,29 +459,6 @@ def test_the_validation_loss_is_the_mean_over_all_answer_tokens(gpt2, kind):
 # -- against lm-eval -------------------------------------------------------------------------------
 
 
-def lm_eval_results(model, tokenizer, name: str, data, limit: int | None, monkeypatch, config=None):
-    """lm-eval's scores and log-likelihoods of a task over the given data, through its own model
-    class, in fp32.
-    """
-    evaluator = pytest.importorskip("lm_eval.evaluator")
-    from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
-    from lm_eval.tasks import __file__ as tasks_file
-
-    rooms = [str(Path(tasks_file).parent / room) for room in ("arc", "webqs")]
-    manager = TaskManager(include_path=rooms, include_defaults=False)
-    monkeypatch.setattr(datasets, "load_dataset", lambda path, name=None, **_: data)
-    task = manager.load(config or name)["tasks"][name]
-    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=8, backend="causal")
-    output = evaluator.evaluate(
-        lm=lm, task_dict={name: task}, limit=limit, bootstrap_iters=10, log_samples=True
-    )
-    samples = sorted(output["samples"][name], key=lambda sample: sample["doc_id"])
-    return output["results"][name], [
-        [tuple(r) for r in sample["filtered_resps"]] for sample in samples
-    ]
-
-
 def compare(
     path: str, tokenizer, examples: list[Example], metric: str, lm_eval_output, monkeypatch
 ) -> None:
@@ -521,7 +498,7 @@ def test_tiny_scores_equal_lm_evals(gpt2, tmp_path, monkeypatch):
         "doc_to_target": "label",
         "metric_list": [{"metric": metric} for metric in ("acc", "acc_norm")],
     }
-    examples = list(tasks.load("multiple_choice", source, seed=0).test)
+    examples = list(loading.load("multiple_choice", source, seed=0).test)
     model, tokenizer = AutoModelForCausalLM.from_pretrained(gpt2), tiny.tokenizer()
     lm_eval_output = lm_eval_results(
         model, tokenizer, "tiny_choices", table, 30, monkeypatch, config
@@ -541,7 +518,7 @@ def test_scores_of_a_trained_model_equal_lm_evals(name, other, metric, number, m
     path, source = SHARED / "models" / "stories15m", SHARED / "data" / name
     if not path.is_dir() or not source.is_dir():
         pytest.skip(f"no local copy of stories15m and {name} in ../shared")
-    examples = list(tasks.load(name, str(source), seed=0, limit={"test": number}).test)
+    examples = list(loading.load(name, str(source), seed=0, limit={"test": number}).test)
     data = datasets.load_dataset(str(source))
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(path)

@@ -297,7 +297,7 @@ def test_weights_are_read_again_in_another_type(folder, checkpointing):
     """
     large = tiny.load(folder, dtype=torch.bfloat16, checkpointing=checkpointing)
     before, old = large.hidden(tiny.batch()), weakref.ref(large.model)
-    backbone.reread(large, folder, dtype=torch.float32)
+    backbone.reload(large, folder, dtype=torch.float32)
     assert old() is None and not any(
         parameter.requires_grad for parameter in large.model.parameters()
     )
@@ -315,7 +315,7 @@ def test_weights_are_read_again_in_another_type(folder, checkpointing):
         torch.float32,
         torch.float32,
     )
-    backbone.reread(large, folder, dtype=torch.bfloat16)
+    backbone.reload(large, folder, dtype=torch.bfloat16)
     assert torch.equal(large.hidden(tiny.batch()), before)
 
 
@@ -834,7 +834,7 @@ def test_texts_of_a_batch_have_prompts_of_their_own(folder, kind, saved, monkeyp
     owners = torch.tensor([2, 0, 2, 1])
     prompts = PromptBatch(prompt_for(large, kind).spec, values, owners)
     actual = large.hidden(batch, prompts)
-    assert (large.hidden(batch, large.remember(prompts)) - actual).abs().max() < 1e-5
+    assert (large.hidden(batch, large.precompute_cache(prompts)) - actual).abs().max() < 1e-5
     for row, owner in enumerate(owners):
         prompt, length = prompt_for(large, kind), int(batch.attention_mask[row].sum())
         prompt.load({"prompt": values[owner]})

@@ -202,7 +202,7 @@ def test_a_bridge_outlives_its_folder_and_travels(folder, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("depth", "first", "num_layers", "wanted"),
+    ("depth", "first", "num_layers", "expected"),
     [
         (0.5, 1, 30, [0, *range(16, 30)]),
         (0.5, 6, 30, [*range(6), *range(21, 30)]),

@@ -124,7 +124,7 @@ def test_a_gradient_that_was_not_used_can_be_dropped():
     weight = nn.Parameter(torch.ones(2))
     engine = TorchEngine([weight], PLAIN, 4)
     engine.backward(weight.sum())
-    engine.forget_gradient()
+    engine.zero_grad()
     engine.step()
     assert weight.tolist() == [1, 1]
 
@@ -407,6 +407,7 @@ CASES = [
     [engine, zero, micro]
     for engine, zero in [("torch", 0), *(("deepspeed", z) for z in range(4))]
     for micro in (None, 4)
+    if engine == "torch" or micro == (4 if zero % 2 else None)
 ]
 
 
@@ -441,8 +442,7 @@ def engines(gpt2, tmp_path_factory) -> dict:
     return json.loads(done.stdout.splitlines()[-1]) | {"built": built}
 
 
-@pytest.mark.parametrize("micro", [None, 4])
-@pytest.mark.parametrize("zero", range(4))
+@pytest.mark.parametrize(("zero", "micro"), [(0, None), (1, 4), (2, None), (3, 4)])
 def test_deepspeed_gives_the_losses_and_weights_of_plain_torch(engines, zero, micro):
     expected, actual = engines[str(["torch", 0, micro])], engines[str(["deepspeed", zero, micro])]
     assert "error" not in actual, actual["error"]
