@@ -23,6 +23,7 @@ from fedsp_mpi.models.language_model import LanguageModel
 from fedsp_mpi.models.losses import answer_loss, answer_loss_of
 from fedsp_mpi.models.prompts import Prompt
 from fedsp_mpi.record.lock import RunLock
+from fedsp_mpi.report import formatting
 from fedsp_mpi.run import auxiliary_model, build
 from fedsp_mpi.run.inputs import ExperimentInputs
 from fedsp_mpi.tensors import Batch
@@ -240,15 +241,20 @@ def cosine(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> float:
 
 def table(points: Sequence[TransferPoint]) -> str:
     """Write the measurements as plain text."""
-    lines = [f"{'prompts':<32} {'global loss':>12} {'auxiliary':>10} {'cosine':>8} {'ceiling':>8}"]
-    for point in points:
-        lines.append(
-            f"{point.name:<32} {point.loss:>12.4f} {point.auxiliary_loss:>10.4f} "
-            f"{point.cosine:>8.3f} {point.ceiling:>8.3f}"
-        )
-    lines += [
+    head = ["prompts", "global loss", "auxiliary", "cosine", "ceiling"]
+    body = [
+        [
+            point.name,
+            formatting.as_decimal(point.loss),
+            formatting.as_decimal(point.auxiliary_loss),
+            formatting.as_decimal(point.cosine, 3),
+            formatting.as_decimal(point.ceiling, 3),
+        ]
+        for point in points
+    ]
+    legend = [
         "losses on the validation split, nats per token; cosine of the two models' gradients by",
         "the prompts, on the same text; ceiling: cosine of the global model's gradients on two",
         "halves of that text",
     ]
-    return "\n".join(lines)
+    return "\n".join([*formatting.table(head, body), *legend])

@@ -15,6 +15,7 @@ from fedsp_mpi.config import Config
 from fedsp_mpi.files.untrusted import JsonMapping, JsonObject
 from fedsp_mpi.log import one_line
 from fedsp_mpi.record import probe
+from fedsp_mpi.report.formatting import as_gib
 from fedsp_mpi.run.devices import format_ranges
 from fedsp_mpi.tensors import NamedTensors, Schema
 
@@ -131,7 +132,7 @@ class ServerChecks:
 
         for budget in memory.plan(self._config, sizes, self._ranks):
             finding = (
-                f"{budget.place}: about {_gib(budget.needed)} needed, {_gib(budget.free)} free"
+                f"{budget.place}: about {as_gib(budget.needed)} needed, {as_gib(budget.free)} free"
             )
             if budget.needed > budget.free:
                 advice = "take more hosts, fewer ranks on each, or smaller micro-batches"
@@ -153,7 +154,7 @@ class ServerChecks:
         free = self._probe.free
         needed = memory.disk(self._config, sizes) if sizes else 0
         parent = self._probe.folder.parent
-        finding = f"{parent}: about {_gib(needed)} needed, {_gib(free)} free"
+        finding = f"{parent}: about {as_gib(needed)} needed, {as_gib(free)} free"
         if needed > free:
             advice = "free some space, choose another run.folder, or lower checkpoint.keep"
             self._report.add("FAIL", "disk", f"{finding}; {advice}")
@@ -223,7 +224,3 @@ class ServerChecks:
             parent = self._probe.folder.parent
             problems = [f"the server does not see what {rank} wrote into {parent}"]
         return [f"{problem}; expected one folder that all hosts share" for problem in problems]
-
-
-def _gib(num_bytes: float) -> str:
-    return f"{num_bytes / 2**30:.2f} GiB"

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from fedsp_mpi.files import ownership
 from fedsp_mpi.files.untrusted import JsonObject
 from fedsp_mpi.record import RecordError, atomic
+from fedsp_mpi.report import formatting
 
 if TYPE_CHECKING:
     from fedsp_mpi.evaluation.harness import Result
@@ -110,7 +111,7 @@ def table(evaluation: Evaluation) -> str:
         f"made with lm-eval {provenance['versions']['lm_eval']}, {provenance['dtype']} on "
         f"{provenance['device']}",
         "",
-        *_aligned([head, *cells]),
+        *formatting.table(head, cells, num_left=2),
         *_remarks(rows),
     ]
     return "\n".join(lines)
@@ -170,25 +171,9 @@ def _cells(row: EvalRow, measures: Sequence[str], recorded: Sequence[str]) -> li
 
 def _value(measure: str, value: float | None) -> str:
     """Write a measure: the package's own in percent, others as lm-eval has them."""
-    if value is None or math.isnan(value):
+    if value is None:
         return ""
-    return f"{100 * value:.2f}" if measure in MEASURES else f"{value:.4f}"
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Align columns, the first two to the left; one without a single entry is left out."""
-    columns: list[list[str]] = []
-    for column in zip(*rows, strict=True):
-        head, *cells = column
-        if not any(cells):
-            continue
-        width = max(map(len, column))
-        lines = [head, "-" * width, *cells]
-        if len(columns) < 2:
-            columns.append([line.ljust(width) for line in lines])
-        else:
-            columns.append([line.rjust(width) for line in lines])
-    return ["  ".join(cells).rstrip() for cells in zip(*columns, strict=True)]
+    return formatting.as_percent(value) if measure in MEASURES else formatting.as_decimal(value)
 
 
 def _remarks(rows: Sequence[EvalRow]) -> list[str]:

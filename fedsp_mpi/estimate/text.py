@@ -7,6 +7,14 @@ from collections.abc import Sequence
 from fedsp_mpi.comm.messages import HEADER_BYTES
 from fedsp_mpi.estimate import memory
 from fedsp_mpi.estimate.cost import FP32_BYTES, CostEstimate, MethodCost
+from fedsp_mpi.report.formatting import (
+    as_bytes,
+    as_count,
+    as_gib,
+    markdown_table,
+    scaled,
+    table,
+)
 
 # How many times smaller than the global model the auxiliary one is, by FedSP's paper.
 PAPER = {"gpt2-xl": 14.5, "openai-community/gpt2-xl": 14.5, "facebook/opt-1.3b": 8.5}
@@ -32,9 +40,8 @@ def text(estimate: CostEstimate, tflops: float) -> str:
     """
     one_gpu = hours(estimate.flops, tflops)
     gpu_each = hours(estimate.critical, tflops)
-    table = _aligned([_HEAD, *(_row(method) for method in estimate.methods)])
     work = [
-        f"{phase:<21} {_scaled(flops, 'FLOP'):>11} {hours(flops, tflops):>12}"
+        f"{phase:<21} {scaled(flops, 'FLOP'):>11} {hours(flops, tflops):>12}"
         for phase, flops in estimate.phases.items()
     ]
     duration = [
@@ -45,7 +52,7 @@ def text(estimate: CostEstimate, tflops: float) -> str:
     lines = [
         *_facts(estimate),
         "",
-        *table,
+        *table(_HEAD, [_row(method) for method in estimate.methods]),
         "of a client: parameters; bytes once, per round, and of all clients and rounds; FLOPs,",
         "alignment / prompts where a round has both. All methods with the rounds, steps and",
         "batches of this configuration.",
@@ -83,8 +90,8 @@ def markdown(estimates: Sequence[CostEstimate], tflops: float) -> str:
     run_rows = [_run_row(estimate, phases, tflops) for estimate in estimates]
     return "\n\n".join(
         [
-            _markdown_table([method_head, *method_rows], num_left=2),
-            _markdown_table([run_head, *run_rows], num_left=1),
+            markdown_table(method_head, method_rows, num_left=2),
+            markdown_table(run_head, run_rows),
             f"Hours at {tflops:g} TFLOP/s sustained, without padding, validation and scoring.",
         ]
     )
@@ -106,9 +113,9 @@ def _run_row(estimate: CostEstimate, phases: Sequence[str], tflops: float) -> tu
         f"{sizes.global_model:,}",
         f"{sizes.auxiliary:,}",
         f"{estimate.ratios['as held']:#.3g} x" if estimate.ratios else "",
-        _gib(server),
-        _gib(client),
-        *(_scaled(estimate.phases.get(phase, 0.0), "FLOP") for phase in phases),
+        as_gib(server),
+        as_gib(client),
+        *(scaled(estimate.phases.get(phase, 0.0), "FLOP") for phase in phases),
         hours(estimate.flops, tflops),
         hours(estimate.critical, tflops),
     )
@@ -210,14 +217,17 @@ def _ratios(estimate: CostEstimate) -> list[str]:
 
 
 def _memory(estimate: CostEstimate) -> list[str]:
-    libraries = _gib(memory.LIBRARIES)
+    libraries = as_gib(memory.LIBRARIES)
     server = estimate.server
     client = estimate.client
     return [
-        f"server's rank: {_gib(server.device)} on its device; on its host {libraries} of libraries",
         (
-            f"client's rank: {_gib(client.device)} on its device; on its host {libraries}, and "
-            f"{_gib(client.host)} for one client"
+            f"server's rank: {as_gib(server.device)} on its device; on its host {libraries} of "
+            "libraries"
+        ),
+        (
+            f"client's rank: {as_gib(client.device)} on its device; on its host {libraries}, and "
+            f"{as_gib(client.host)} for one client"
         ),
     ]
 
@@ -226,51 +236,20 @@ def _row(method: MethodCost) -> tuple[str, ...]:
     """Return the cells of a method, in the columns of `_HEAD`."""
     return (
         method.name,
-        _scaled(method.holds).replace("G", "B"),  # billions of parameters
-        _scaled(method.trains).replace("G", "B"),
-        _scaled(method.handout, "B"),
-        _scaled(method.down, "B"),
-        _scaled(method.up, "B"),
-        _scaled(method.total, "B"),
-        " / ".join(_scaled(step) for step in method.steps),
-        _scaled(method.round),
+        as_count(method.holds),
+        as_count(method.trains),
+        as_bytes(method.handout),
+        as_bytes(method.down),
+        as_bytes(method.up),
+        as_bytes(method.total),
+        " / ".join(scaled(step) for step in method.steps),
+        scaled(method.round),
     )
 
 
 def _labelled(label: str, lines: Sequence[str]) -> list[str]:
     """Indent lines by a column of labels, in which the first line has one."""
     return [f"{label if index == 0 else '':<9} {line}" for index, line in enumerate(lines)]
-
-
-def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    """Align the columns of a table, the first to the left and the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = []
-    for first, *cells in rows:
-        padded = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
-        lines.append("  ".join([first.ljust(widths[0]), *padded]))
-    return lines
-
-
-def _markdown_table(rows: Sequence[tuple[str, ...]], num_left: int) -> str:
-    """Write rows, the first of which is the head, as a Markdown table.
-
-    Args:
-        rows: of equal length.
-        num_left: columns aligned to the left; the others to the right.
-    """
-    head, *body = rows
-    rule = ("---",) * num_left + ("---:",) * (len(head) - num_left)
-    return "\n".join("| " + " | ".join(row) + " |" for row in (head, rule, *body))
-
-
-def _scaled(number: float, unit: str = "") -> str:
-    """Write a number with three digits and a decimal prefix: 24.6 MB."""
-    for prefix in ("", "k", "M", "G", "T", "P", "E"):
-        if number < 999.5:
-            return f"{number:.3g} {prefix}{unit}".rstrip()
-        number /= 1000
-    return f"{number:,.0f} Z{unit}"
 
 
 def hours(flops: float, tflops: float) -> str:
@@ -283,7 +262,3 @@ def hours(flops: float, tflops: float) -> str:
     if number < 10:
         return f"{number:.2f} h"
     return f"{number:,.0f} h"
-
-
-def _gib(num_bytes: float) -> str:
-    return f"{num_bytes / 2**30:.2f} GiB"
