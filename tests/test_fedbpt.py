@@ -728,7 +728,7 @@ from fedsp_mpi.data.tokens import Text, collate
 from fedsp_mpi.models.language_model import LanguageModel
 from fedsp_mpi.models.prompts import DepthMap, Prompt, PromptSpec
 from fedsp_mpi.models.subspace import Subspace
-from fedsp_mpi.search import SearchConfig
+from fedsp_mpi.config.search import SearchConfig
 from fedsp_mpi.tensors import NamedTensors
 from fedsp_mpi.training.cma_es import CmaEs
 
