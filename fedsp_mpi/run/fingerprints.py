@@ -40,7 +40,7 @@ def of_server(inputs: ExperimentInputs, model: LanguageModel) -> dict[str, str]:
         WEIGHTS: fingerprint.of_weights(model.weights),
         "texts of the server": fingerprint.of_texts(inputs.shard(0)),
         "validation split": fingerprint.of_texts(inputs.validation),
-        "test split": fingerprint.of_rows(inputs.splits.test),
+        "test split": fingerprint.of_rows(example.as_text() for example in inputs.splits.test),
     }
     config = inputs.config
     if config.distillation.text is not None:
