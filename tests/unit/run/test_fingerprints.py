@@ -1,4 +1,4 @@
-"""Digests in records of earlier versions stay comparable: they depend on values, not on the code."""
+"""Digests in records of earlier versions stay comparable: they depend on values, not on names."""
 
 import numpy as np
 import torch
