@@ -1,4 +1,4 @@
-"""Short runs of the embedded default, on ranks and in this process, and settings that they share."""
+"""Short runs of the embedded default, on ranks and in this process, and their settings."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """Golden numbers: what every method of configs/methods makes of a short run, on 1, 2 and 4 ranks;
 and further features, whose bits depend as little on the number of ranks.
 
-FEDSP_GOLDEN=write pytest tests/ranks/test_golden.py writes golden.json anew; a changed number is a commit
-of its own that says why. The numbers hold to the digits that processors differ in; between numbers
-of ranks, bits are equal.
+FEDSP_GOLDEN=write pytest tests/ranks/test_golden.py writes golden.json anew; a changed number is a
+commit of its own that says why. The numbers hold to the digits that processors differ in; between
+numbers of ranks, bits are equal.
 """
 
 from __future__ import annotations

@@ -94,7 +94,7 @@ def test_no_sentence_has_a_word_of_the_questions() -> None:
 def test_every_word_is_one_known_token(
     rows: dict[str, list[dict[str, Any]]], tokenizer: Any
 ) -> None:
-    """And the tokens of context + " " + choice are those of the context and then that of " choice"."""
+    """The tokens of context + " " + choice are those of the context, then that of " choice"."""
     for row in rows["test"]:
         context = tokenizer(row["context"])["input_ids"]
         assert tokenizer.unk_token_id not in context and tokenizer.decode(context) == row["context"]
@@ -118,7 +118,7 @@ def test_the_model_loads_whole(model: Any, tokenizer: Any) -> None:
 
 
 def test_the_model_knows_what_is_a_job(model: Any, tokenizer: Any) -> None:
-    """After a sentence's beginning, almost all of the probability lies on things of the right kind."""
+    """After a sentence's beginning, almost all probability is on things of the right kind."""
     world = make_embedded.World.make()
     for relation in make_embedded.RELATIONS:
         text = f" The {relation.noun} of {world.people[0]} is"

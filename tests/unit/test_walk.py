@@ -1,4 +1,4 @@
-"""From the command line to a model's forward pass: at most ten calls in seven files (design.md, law 1)."""
+"""From the command line to a model's forward pass: at most ten calls in seven files (law 1)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rules for updates of which some may be poisoned, against numpy and against loops; and in a run."""
+"""Rules for updates of which some may be poisoned, against numpy and against loops."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""FedBPT's parts against hand loops: the server's merge, the objectives, and clients with a model."""
+"""FedBPT's parts against hand loops: the server's merge, objectives, clients with a model."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_a_client_tells_the_sum_of_its_squared_step_sizes():
 
 
 def test_the_server_ranks_the_clients_means():
-    """Against the arithmetic of Hansen's tutorial, for a first generation: mean, path, step size."""
+    """As in Hansen's tutorial, for a first generation: mean, path, step size."""
     settings = SearchConfig(4, iterations=2, objective="loss", step_size=0.7)
     server = function_server(settings)
     updates = told(server, 6)
@@ -248,7 +248,7 @@ def test_a_server_goes_on_from_its_state_with_equal_bits():
     assert torch.equal(one.prompt.prompt, other.prompt.prompt)
 
 
-# -- objectives -------------------------------------------------------------------------------------
+# -- objectives ------------------------------------------------------------------------------------
 
 
 def test_the_objectives_are_those_of_loops(tmp_path):
@@ -283,7 +283,7 @@ def test_the_objectives_are_those_of_loops(tmp_path):
     assert fitness("mean_of_ratios", torch.ones(2), torch.zeros(2)).isfinite()
 
 
-# -- clients with a model ---------------------------------------------------------------------------
+# -- clients with a model --------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -425,11 +425,13 @@ config = GPT2Config(vocab_size=250000, n_embd=512, n_layer=2, n_head=8, n_positi
 model = LanguageModel(AutoModelForCausalLM.from_config(config), candidates=torch.arange(4))
 model.train_weights(False)
 spec, random = PromptSpec.of(model.shape, "input", 50, None), np.random.default_rng(0)
-texts = [Text(np.append(random.integers(100, 5000, 40), i % 4).astype(np.int32), 40) for i in range(45)]
+ids = [np.append(random.integers(100, 5000, 40), i % 4).astype(np.int32) for i in range(45)]
+texts = [Text(row, 40) for row in ids]
 settings = SearchConfig(iterations=2)
 space = Subspace(spec, settings.dimension, 0.01, 1)
 prompt = Prompt(spec)
-held = LocalInference(model, prompt, torch.zeros(50, 512), space, DepthMap(spec, 2), settings.batch_tokens)
+first, depths = torch.zeros(50, 512), DepthMap(spec, 2)
+held = LocalInference(model, prompt, first, space, depths, settings.batch_tokens)
 client = Client(held, {0: texts}, np.arange(9), settings, 1)
 state = CmaEs.of({"mean": np.zeros(settings.dimension), "step_size": np.ones(1)}).state()
 down = NamedTensors.of({name: state[name] for name in settings.travelling()[0]})
@@ -437,7 +439,8 @@ down = NamedTensors.of({name: state[name] for name in settings.travelling()[0]})
 def peak(work):
     open("/proc/self/clear_refs", "w").write("5")  # the high-water mark begins anew
     work()
-    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 
 def forward():
     with torch.inference_mode():

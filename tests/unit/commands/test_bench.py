@@ -1,4 +1,4 @@
-"""The bare loop comes to the same prompts; what it cannot be compared with is refused in one line."""
+"""The bare loop comes to the same prompts; what it cannot be compared with is refused."""
 
 from __future__ import annotations
 

@@ -469,7 +469,7 @@ def test_what_is_not_greedy_is_refused(gpt2, settings, message):
 
 @pytest.mark.parametrize("kind", [None, *KINDS])
 def test_whole_texts_are_summed_over_windows(model, kind):
-    """Each token once; windows of all positions that there are, the last one as full as the others."""
+    """Each token once; windows of all positions, the last one as full as the others."""
     loaded, random = tiny.load(model), np.random.default_rng(3)
     prompt, stock = prompt_for(loaded, kind), AutoModelForCausalLM.from_pretrained(model).eval()
     room = tiny.POSITIONS - (5 if kind else 0)

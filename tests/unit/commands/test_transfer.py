@@ -42,7 +42,7 @@ def test_a_whole_copy_has_the_gradients_of_the_global_model(tmp_path):
 
 
 def test_both_choose_answers_from_the_same_tokens(tmp_path):
-    """A task whose examples have one set of choices; the auxiliary model is the whole global one."""
+    """A task with one set of choices; the auxiliary model is the whole global one."""
     source = tmp_path / "fixed"
     source.mkdir()
     for split in ("train", "validation", "test"):

@@ -350,7 +350,7 @@ def test_every_number_has_a_range():
 
 
 def test_values_out_of_range(tmp_path):
-    """The first whole number below each range and above it, and the ends that do not belong to it."""
+    """The first whole number below and above each range, and the ends that are not in it."""
     for dotted, limits in RANGES.items():
         low = limits.low if limits.above else limits.low - 1
         high = limits.high if limits.below else limits.high * 10 + 10
@@ -372,7 +372,7 @@ def test_the_least_value_itself_is_taken(tmp_path):
 
 @pytest.mark.parametrize("value", [".nan", "nan", ".inf"])
 def test_numbers_that_are_not_finite(tmp_path, value):
-    """One rule for all: nothing is steered by such a number, and None says that there is no limit."""
+    """One rule for all: no key takes such a number, and None says that there is no limit."""
     numbers = [key for key, hint in leaves(Config) if float in (hint, *typing.get_args(hint))]
     assert len(numbers) > 20
     taken = []

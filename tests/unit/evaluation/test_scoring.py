@@ -1,4 +1,4 @@
-"""Scores against every option's own full sequence, and against lm-eval through its own model class."""
+"""Scores against every option's own full sequence, and against lm-eval's own model class."""
 
 import math
 
@@ -280,7 +280,7 @@ def asked_of(*gold: tuple[int, ...], lengths: tuple[int, ...] = (1, 1, 1)) -> li
 
 
 def test_scores_by_hand(gpt2, monkeypatch):
-    """acc by the sum, acc_norm by the sum over characters, exact match by any right greedy answer."""
+    """acc by the sum, acc_norm by the sum over characters, exact match by any greedy answer."""
     model, lengths = tiny.load(gpt2), (2, 10, 5)
     rigged(
         monkeypatch,

@@ -27,7 +27,7 @@ def made(encoder: str) -> Prompt:
 
 
 def by_hand(t: dict[str, np.ndarray], encoder: str) -> np.ndarray:
-    """The encoder in numpy: LSTM cells one step after the other, both ways, then two linear layers."""
+    """The encoder in numpy: LSTM cells step by step, both ways, then two linear layers."""
     rows = t["embedding"].astype(float)
     if encoder == "lstm":
         for layer in (0, 1):

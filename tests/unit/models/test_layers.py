@@ -135,7 +135,7 @@ def test_nothing_else_of_a_layer_depends_on_its_place(folder):
 @pytest.mark.parametrize("window", [3, 8])
 @pytest.mark.parametrize("family", ["qwen2", "qwen3", "mistral", "phi3"])
 def test_a_prompt_longer_than_a_sliding_window_is_read_whole(family, window, tmp_path):
-    """Read once before its texts, or together with each of them; and as what a prefix begins with."""
+    """Read once before its texts, or together with each; and as what a prefix begins with."""
     mixed = (
         {"use_sliding_window": True, "max_window_layers": 2} if family.startswith("qwen") else {}
     )

@@ -448,7 +448,8 @@ def test_it_does_not_matter_which_library_was_imported_first(first):
 import {first}
 import torch, transformers
 from fedsp_mpi.models import auxiliary
-small = transformers.GPT2Config(n_embd=8, n_layer=2, n_head=2, vocab_size=9, n_positions=8).to_dict()
+small = transformers.GPT2Config(n_embd=8, n_layer=2, n_head=2, vocab_size=9, n_positions=8)
+small = small.to_dict()
 assert auxiliary.build(small, 2, torch.device("cpu"), dtype=torch.float32).num_parameters() > 0
 """
     done = subprocess.run(

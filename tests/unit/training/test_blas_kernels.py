@@ -24,8 +24,12 @@ for generation in range(10):
     points = search.sample(6, generation)
     search.update(points, np.square(points - np.arange(20)).sum(1))
 vectors = np.linalg.eigh(np.eye(20) + 1e-12 * np.outer(np.arange(20), np.arange(20)))[1]
-architectures = [library["architecture"] for library in threadpool_info() if library["internal_api"] == "openblas"]
-result = {"kernel": architectures, "search": search.mean.tolist(), "vectors": np.abs(vectors).ravel().tolist()}
+libraries = [library for library in threadpool_info() if library["internal_api"] == "openblas"]
+result = {
+    "kernel": [library["architecture"] for library in libraries],
+    "search": search.mean.tolist(),
+    "vectors": np.abs(vectors).ravel().tolist(),
+}
 print(json.dumps(result))
 """
 

@@ -52,7 +52,7 @@ def texts(count: int) -> list[Text]:
 
 
 def sides(folder: str, layers: int, last: int = 1) -> tuple[BridgeEnd, BridgeEnd]:
-    """An auxiliary model of both ends, and its global model, under the same prompts, at the bridge."""
+    """An auxiliary model of both ends and its global model, under the same prompts."""
     whole = tiny.load(folder)
     settings = tiny.cell(layers, first_layers=layers - last)
     small = LanguageModel(auxiliary.unroll(auxiliary.cut(whole, settings), layers))
@@ -134,7 +134,7 @@ def test_a_bridge_over_nothing_is_the_identity(folder):
 
 
 def test_the_bridge_is_the_ridge_regression(folder):
-    """Against numpy, over rows of single positions: answers weigh as much as all others together."""
+    """Against numpy, over single positions: answers weigh as much as all others together."""
     small, whole = sides(folder, 2)
     examples = texts(32)
     ridge = 0.05

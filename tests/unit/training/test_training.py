@@ -389,9 +389,14 @@ path, found = sys.argv[1], {}
 for case in json.loads(sys.argv[2]):
     engine, zero, micro = case
     try:
-        done, student = distilled(path, micro, steps=5, engine=engine, zero_stage=zero, logits_weight=0.5, clip=0.05)
-        found[str(case)] = dict(losses=done.trace.losses, flat=auxiliary.pack(student).flat.tolist(),
-            said=[done.engine, done.engine_version, done.zero_stage], group=torch.distributed.is_initialized())
+        settings = dict(engine=engine, zero_stage=zero, logits_weight=0.5, clip=0.05)
+        done, student = distilled(path, micro, steps=5, **settings)
+        found[str(case)] = dict(
+            losses=done.trace.losses,
+            flat=auxiliary.pack(student).flat.tolist(),
+            said=[done.engine, done.engine_version, done.zero_stage],
+            group=torch.distributed.is_initialized(),
+        )
     except Exception as error:
         found[str(case)] = dict(error=type(error).__name__ + ": " + str(error))
 print(json.dumps(found))
