@@ -248,8 +248,7 @@ def test_a_server_goes_on_from_its_state_with_equal_bits():
     assert torch.equal(one.prompt.prompt, other.prompt.prompt)
 
 
-# -- objectives
-# -------------------------------------------------------------------------------------
+# -- objectives ------------------------------------------------------------------------------------
 
 
 def test_the_objectives_are_those_of_loops(tmp_path):
@@ -284,8 +283,7 @@ def test_the_objectives_are_those_of_loops(tmp_path):
     assert fitness("mean_of_ratios", torch.ones(2), torch.zeros(2)).isfinite()
 
 
-# -- clients with a model
-# ---------------------------------------------------------------------------
+# -- clients with a model --------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
