@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 
@@ -336,6 +336,19 @@ class Update:
     weight: float
     tensors: NamedTensors
     metrics: dict[str, float] = field(default_factory=dict)
+
+
+class Report(Protocol):
+    """The sender of an update, its weight, and the numbers reported with it."""
+
+    @property
+    def client(self) -> int: ...
+
+    @property
+    def weight(self) -> float: ...
+
+    @property
+    def metrics(self) -> Mapping[str, float]: ...
 
 
 @dataclass(frozen=True)

@@ -2,25 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
 
-from fedsp_mpi.tensors import NamedTensors, Schema
-
-
-class Report(Protocol):
-    """The sender of an update, its weight, and the numbers reported with it."""
-
-    @property
-    def client(self) -> int: ...
-
-    @property
-    def weight(self) -> float: ...
-
-    @property
-    def metrics(self) -> Mapping[str, float]: ...
+from fedsp_mpi.tensors import NamedTensors, Report, Schema
 
 
 class Updates(Protocol):

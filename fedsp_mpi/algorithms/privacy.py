@@ -9,11 +9,11 @@ takes part in. Laplace noise is calibrated to the L1 norm; with a bound of the L
 would grow with the root of the number of values, so that is not what is clipped here.
 
 What it does not promise: the number of samples that a client used, its seconds, and whether it
-failed go up as they are, and so does what poisoned clients report in the backdoor study; losses are
-left out. Noise is computed in fp64 and rounded with the sum to fp32, so the attack on the last bits
-of floating point (Mironov, 2012) is not excluded. Nothing is promised about what a client keeps
-between rounds: its optimizer's moments lie in the run's folder as they are
-(federation.client_state=restarted keeps nothing). The server's own text, on which it tunes and
+failed go up as they are, and so does what poisoned clients report in the backdoor study; losses and
+a method's own metrics are left out. Noise is computed in fp64 and rounded with the sum to fp32, so
+the attack on the last bits of floating point (Mironov, 2012) is not excluded. Nothing is promised
+about what a client keeps between rounds: its optimizer's moments lie in the run's folder as they
+are (federation.client_state=restarted keeps nothing). The server's own text, on which it tunes and
 validates, has no noise. FedPrompt does not state the scale that its table V was made with.
 """
 
@@ -25,6 +25,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from fedsp_mpi.algorithms import backdoor
 from fedsp_mpi.algorithms.base import Client, WrappedClient
 from fedsp_mpi.tensors import NamedTensors, Update
 
@@ -52,7 +53,7 @@ class LocalDPClient(WrappedClient):
         self._random_bytes = random_bytes
 
     def local_update(self, client: int, round: int, broadcast: NamedTensors) -> Update:
-        """Train one client; return its update clipped, noisy and without its losses.
+        """Train one client; return its update clipped, noisy, and without what its metrics tell.
 
         See `Client.local_update`.
 
@@ -68,8 +69,11 @@ class LocalDPClient(WrappedClient):
             scale=self._scale,
             random_bytes=self._random_bytes,
         )
+        # Only these: a method's own numbers may say as much of the text as its losses do.
         metrics = {
-            name: value for name, value in update.metrics.items() if not name.startswith("loss")
+            name: value
+            for name, value in update.metrics.items()
+            if name.startswith("seconds_") or name in backdoor.METRICS
         }
         return replace(update, tensors=tensors, metrics=metrics)
 

@@ -15,7 +15,7 @@ from fedsp_mpi.config.checks import require_consistent
 from fedsp_mpi.config.data import DataConfig
 from fedsp_mpi.config.federation import ClientConfig, FederationConfig, ServerConfig
 from fedsp_mpi.config.limits import STAGES, require_ranges
-from fedsp_mpi.config.methods import METHODS, MethodFacts, require_method
+from fedsp_mpi.config.methods import FEDAVG_BBT, METHODS, MethodFacts, require_method
 from fedsp_mpi.config.model import (
     AuxiliaryConfig,
     DistillationConfig,
@@ -89,7 +89,7 @@ class Config:
     def method_facts(self) -> MethodFacts:
         """The method's row in config/methods.py."""
         if self.method == "fedbpt" and self.search.rule == "average":
-            return METHODS["fedavg_bbt"]
+            return FEDAVG_BBT
         return METHODS[self.method]
 
     @property

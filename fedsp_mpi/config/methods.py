@@ -52,9 +52,9 @@ METHODS: dict[str, MethodFacts] = {
     "fedsp": MethodFacts("fedsp_mpi.algorithms.fedsp", "FedSP", distils_prompts=True),
     "finetune": MethodFacts("fedsp_mpi.algorithms.finetune", "fine-tuning", tunes_weights=True),
     "fedbpt": _FEDBPT,
-    # method=fedbpt with search.rule=average
-    "fedavg_bbt": replace(_FEDBPT, module="fedsp_mpi.algorithms.fedavg_bbt", title="FedAvg-BBT"),
 }
+# method=fedbpt with search.rule=average
+FEDAVG_BBT = replace(_FEDBPT, module="fedsp_mpi.algorithms.fedavg_bbt", title="FedAvg-BBT")
 
 
 def register(name: str, facts: MethodFacts) -> None:
@@ -74,5 +74,4 @@ def register(name: str, facts: MethodFacts) -> None:
 
 def require_method(name: str) -> None:
     """Raise ConfigError, with the nearest name, unless there is such a method."""
-    names = [method for method in METHODS if method != "fedavg_bbt"]
-    parse(Literal[tuple(names)], name, "method")  # type: ignore[valid-type]
+    parse(Literal[tuple(METHODS)], name, "method")  # type: ignore[valid-type]

@@ -14,20 +14,7 @@ from fedsp_mpi.log import Log
 from fedsp_mpi.record.checkpoint import Checkpoints
 from fedsp_mpi.record.tables import ClientRow, RoundRow, WireRow
 from fedsp_mpi.record.writer import RunRecord
-from fedsp_mpi.tensors import Failure
-
-
-class Report(Protocol):
-    """What a client sent beside its tensors."""
-
-    @property
-    def client(self) -> int: ...
-
-    @property
-    def weight(self) -> float: ...
-
-    @property
-    def metrics(self) -> Mapping[str, float]: ...
+from fedsp_mpi.tensors import Failure, Report
 
 
 class RoundReports(Protocol):

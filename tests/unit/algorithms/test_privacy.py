@@ -125,12 +125,11 @@ class _Fixed:
 
     def local_update(self, client: int, round: int, down: NamedTensors) -> Update:
         down.flat[:] = 7  # a client may work in what it got
-        return Update(
-            client, 3.0, vector(noise(1)), {"loss_prompt_last": 1.5, "seconds_prompt": 2.0}
-        )
+        metrics = {"loss_prompt_last": 1.5, "seconds_prompt": 2.0, "prompt_norm": 3.0}
+        return Update(client, 3.0, vector(noise(1)), metrics)
 
 
-def test_what_goes_up_is_private_and_tells_no_loss():
+def test_what_goes_up_is_private_and_tells_neither_loss_nor_own_metrics():
     received = vector(noise(0))
     found = LocalDPClient(_Fixed(), 1.0, 1.0, random_bytes=silent).local_update(
         4, 1, received.copy()
