@@ -39,11 +39,12 @@ LAUNCHERS = ("PMI_", "PMIX_", "OMPI_COMM_WORLD_", "SLURM_")
 GIB = 2**30
 
 
-@pytest.fixture(autouse=True)
-def no_launcher(monkeypatch):
-    for name in os.environ:
-        if name.startswith(LAUNCHERS):
-            monkeypatch.delenv(name)
+@pytest.fixture(scope="module", autouse=True)
+def no_launcher():
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in os.environ if name.startswith(LAUNCHERS)]:
+            patch.delenv(name)
+        yield
 
 
 def table(
@@ -144,16 +145,23 @@ def test_four_ranks(tmp_path):
     assert clocks.startswith("ok") and "at most 0.0" in clocks
 
 
-def test_speed_is_measured_with_the_prompts_of_the_configuration(tmp_path):
-    [speed] = of(table(2, tmp_path, "prompt.num_tokens=100", "prompt.projection=64"), "speed")
+@pytest.fixture(scope="module")
+def in_a_job(tmp_path_factory) -> tuple[Path, list[str]]:
+    """A check on two ranks in a job of four tasks, and its run folder, which was there before."""
+    folder = tmp_path_factory.mktemp("check")
+    (folder / "there" / "a run").mkdir(parents=True)
+    settings = ("prompt.num_tokens=100", "prompt.projection=64", f"run.folder={folder / 'there'}")
+    return folder / "there", table(2, folder, *settings, SLURM_JOB_ID="7", SLURM_NTASKS="4")
+
+
+def test_speed_is_measured_with_the_prompts_of_the_configuration(in_a_job):
+    [speed] = of(in_a_job[1], "speed")
     # Embedding 100 x 128, Linear 128 -> 64, Linear 64 -> 3 layers x 2 x 128, fp32.
     assert f"prompts of {4 * (100 * 128 + 129 * 64 + 65 * 768) / 1e6:.2f} MB" in speed
 
 
-def test_a_run_folder_that_is_there_stays(tmp_path):
-    (tmp_path / "there" / "a run").mkdir(parents=True)
-    table(2, tmp_path, f"run.folder={tmp_path / 'there'}")
-    assert [path.name for path in (tmp_path / "there").iterdir()] == ["a run"]
+def test_a_run_folder_that_is_there_stays(in_a_job):
+    assert [path.name for path in in_a_job[0].iterdir()] == ["a run"]
 
 
 @pytest.mark.parametrize("n", [0, 3])
@@ -292,8 +300,8 @@ def test_tasks_that_do_not_see_each_other_are_told_the_cause_and_the_cure(tmp_pa
     assert re.search(r"mpi4py loads \((MPICH|Open MPI|Intel).* \d", line)
 
 
-def test_fewer_ranks_than_the_job_has_tasks(tmp_path):
-    [world] = of(table(2, tmp_path, SLURM_JOB_ID="7", SLURM_NTASKS="4"), "world")
+def test_fewer_ranks_than_the_job_has_tasks(in_a_job):
+    [world] = of(in_a_job[1], "world")
     assert world.startswith("warn") and "the Slurm job has 4 tasks" in world
 
 
