@@ -23,7 +23,7 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["fedsp_mpi", "fedsp_mpi.*"]),
     package_data={"fedsp_mpi.resources": ["*.yaml", "recipes/*.yaml", "model/*", "data/*"]},
-    # Lower bounds: the minor versions of constraints.txt, which are those that the tests have run with.
+    # Lower bounds: the minor versions of constraints.txt, with which the tests have run.
     install_requires=[
         "mpi4py>=4.1",
         "torch>=2.13",

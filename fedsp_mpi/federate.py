@@ -10,7 +10,6 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from fedsp_mpi.comm import RoundBroadcast, Updates, guard
 from fedsp_mpi.comm.inspection import ProtocolError, reading, require_fields
@@ -18,6 +17,7 @@ from fedsp_mpi.comm.solo import Solo
 from fedsp_mpi.comm.wire import Wire
 from fedsp_mpi.config import FederationConfig
 from fedsp_mpi.config.runtime import CheckpointConfig
+from fedsp_mpi.files.untrusted import JsonMapping, JsonObject
 from fedsp_mpi.log import duration
 from fedsp_mpi.record.atomic import RecordError
 from fedsp_mpi.record.checkpoint import CheckpointFile
@@ -270,7 +270,7 @@ def save_checkpoint(
     """
     with guard.phase("checkpoint", round=round):
         start = time.perf_counter()
-        answers: Sequence[Mapping[str, Any]] | None = []
+        answers: Sequence[JsonMapping] | None = []
         if round < schedule.federation.rounds:
             answers = wire.collect(_save_clients(clients), "checkpoint")
         if server is None or server.journal is None or answers is None:
@@ -288,12 +288,12 @@ def save_checkpoint(
 
 
 def _round_broadcast(round: int, server: ServerRole) -> RoundBroadcast:
-    if guard.told_to_stop:
+    if guard.stop_requested:
         return RoundBroadcast(round, stop=True)
     return RoundBroadcast(round, tensors=server.server.broadcast())
 
 
-def _save_clients(clients: HostedClients | None) -> dict[str, Any]:
+def _save_clients(clients: HostedClients | None) -> JsonObject:
     """Write the states of this process's clients; return their files, or why there are none."""
     try:
         files = clients.cache.save() if clients else {}
@@ -303,7 +303,7 @@ def _save_clients(clients: HostedClients | None) -> dict[str, Any]:
 
 
 def _client_files(
-    answers: Sequence[Mapping[str, Any]], rank_of: Mapping[int, int]
+    answers: Sequence[JsonMapping], rank_of: Mapping[int, int]
 ) -> dict[int, CheckpointFile]:
     """Return the files that ranks have written for their clients, by client id.
 
@@ -362,7 +362,7 @@ class Stopwatch:
         self._laps[phase] = self._laps.get(phase, 0.0) + now - self._last
         self._last = now
 
-    def seconds(self) -> dict[str, Any]:
+    def seconds(self) -> JsonObject:
         """Return the seconds as the fields of a round's row."""
         laps = {f"seconds_{phase}": seconds for phase, seconds in self._laps.items()}
         return {**laps, "seconds_total": time.perf_counter() - self._start}

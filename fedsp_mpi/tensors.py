@@ -111,7 +111,7 @@ class _ProtectedMemory:
         self._host_ranges: list[tuple[int, int, str]] = []  # first byte, end, name
 
     def add(self, named: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Protect the storages of (name, tensor of any shape) pairs; tied ones by their first name."""
+        """Protect the storages of pairs (name, tensor of any shape), tied ones once."""
         for name, tensor in named:
             storage = tensor.untyped_storage()
             address = storage.data_ptr()

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import replace
-from typing import Any
 
 from fedsp_mpi.algorithms.base import Client
 from fedsp_mpi.models.language_model import LanguageModel
 from fedsp_mpi.models.prompts import Prompt
+from fedsp_mpi.record.client_cache import StateHolder
 from fedsp_mpi.tensors import NamedTensors, Update
 from fedsp_mpi.training.device import oom_as_client_error
 
@@ -46,7 +46,7 @@ class AttackMonitor:
         return self._client.prompt
 
     @property
-    def states(self) -> Any:
+    def states(self) -> StateHolder:
         """What clients keep between rounds."""
         return self._client.states
 

@@ -69,7 +69,7 @@ class ClientStates:
         self._holds_initial = not self._trains_model
         for engine in state.engines.values():
             engine.to(self._model.device)
-            engine.forget_gradient()  # left by a client that failed in the middle of a step
+            engine.zero_grad()  # left by a client that failed in the middle of a step
         return state
 
     def store(self, client: int, state: ClientState) -> None:

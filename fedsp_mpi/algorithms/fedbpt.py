@@ -41,7 +41,7 @@ from fedsp_mpi.data.tokens import Text
 from fedsp_mpi.log import RoundProgress
 from fedsp_mpi.models import auxiliary
 from fedsp_mpi.models.language_model import LanguageModel
-from fedsp_mpi.models.losses import LEAST, fitness
+from fedsp_mpi.models.losses import MIN_LOSS, fitness
 from fedsp_mpi.models.prompts import DepthMap, Prompt
 from fedsp_mpi.models.subspace import Subspace, scale_of
 from fedsp_mpi.tensors import NamedTensors, Schema, State, Update
@@ -272,7 +272,7 @@ class SearchClient:
         objectives, losses = self._evaluate(client, np.stack(means), groups)
         rank = objectives[-1]
         if settings.compares:
-            rank = objectives[-1] / max(objectives[0], LEAST)
+            rank = objectives[-1] / max(objectives[0], MIN_LOSS)
         metrics = {
             "fitness": float(rank),
             "step_size": math.sqrt(sum_of_squares),

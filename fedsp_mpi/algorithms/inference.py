@@ -93,7 +93,7 @@ class LocalInference:
         pairs = [text for _ in points for text in texts]  # point by point
         with oom_as_client_error(), torch.inference_mode(), self.model.evaluating():
             indices = torch.arange(len(matrices))
-            prompts = self.model.remember(PromptBatch(spec, matrices, indices))
+            prompts = self.model.precompute_cache(PromptBatch(spec, matrices, indices))
             for batch in by_length(pairs, self._batch_tokens, spec.num_tokens):
                 point_of, text_of = np.divmod(batch, len(texts))
                 owners = torch.from_numpy(point_of).to(matrices.device)

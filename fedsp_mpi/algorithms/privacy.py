@@ -22,13 +22,13 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 
 from fedsp_mpi.algorithms.base import Client
 from fedsp_mpi.models.language_model import LanguageModel
 from fedsp_mpi.models.prompts import Prompt
+from fedsp_mpi.record.client_cache import StateHolder
 from fedsp_mpi.tensors import NamedTensors, Update
 
 RandomBytes = Callable[[int], bytes]
@@ -65,7 +65,7 @@ class LocalDPClient:
         return self._client.prompt
 
     @property
-    def states(self) -> Any:
+    def states(self) -> StateHolder:
         """What clients keep between rounds."""
         return self._client.states
 

@@ -93,13 +93,13 @@ class Guard:
     A DeadlineError ends the job with its own status. Before that, the missing ranks on this host
     are sent SIGUSR2, upon which they write their stacks to stderr, even from a blocking call.
 
-    SIGUSR1 sets `told_to_stop`, which the main thread polls. After the `with` the signal is
+    SIGUSR1 sets `stop_requested`, which the main thread polls. After the `with` the signal is
     ignored: a process that is about to end must not be killed by a request to stop. SIGTERM keeps
     its default action, which ends a process at once even in a long computation; the launcher then
     ends the others.
 
     Attributes:
-        told_to_stop: the run was requested to stop after the current round.
+        stop_requested: the run was requested to stop after the current round.
     """
 
     def __init__(self) -> None:
@@ -109,7 +109,7 @@ class Guard:
         self._reporting = threading.Lock()
         self._thread_hook = threading.excepthook
         self._peers: list[tuple[str, int]] = []  # (host, process id) by rank
-        self.told_to_stop = False
+        self.stop_requested = False
 
     def __call__(self, verb: str) -> Guard:
         """Name what is guarded (the verb of the command line), for the report."""
@@ -188,12 +188,12 @@ class Guard:
         if _rank() == 0 and earlier.exists():
             ownership.set_aside(earlier, f"failure-{int(earlier.stat().st_mtime)}.txt")
 
-    def know_peers(self, peers: Iterable[tuple[str, int]]) -> None:
+    def set_peers(self, peers: Iterable[tuple[str, int]]) -> None:
         """Set (host, process id) of every rank, by rank."""
         self._peers = list(peers)
 
     def _request_stop(self, *_: object) -> None:
-        self.told_to_stop = True
+        self.stop_requested = True
 
     def _leaves_others_waiting(self, error: SystemExit) -> bool:
         if not _has_other_ranks() or isinstance(error.__context__, Refused):

@@ -14,13 +14,13 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from fedsp_mpi.files.untrusted import printable
 from fedsp_mpi.tensors import Contract, Failure
 
+from ..files.untrusted import JsonMapping, JsonObject
 from .messages import (
     HEADER_BYTES,
     MAX_ABS,
@@ -82,7 +82,7 @@ def reading(rank: int, what: str) -> Iterator[None]:
 
 
 def require_fields(
-    content: Mapping[str, Any], rank: int, fields: Mapping[str, type | tuple[type, ...]]
+    content: JsonMapping, rank: int, fields: Mapping[str, type | tuple[type, ...]]
 ) -> None:
     """Raise ProtocolError unless a rank's mapping has all required fields.
 
@@ -255,7 +255,7 @@ def invalid_rows(matrix: np.ndarray) -> dict[int, str]:
     return reasons
 
 
-def open_json(message: bytes, rank: int) -> dict[str, Any]:
+def open_json(message: bytes, rank: int) -> JsonObject:
     """Return the mapping in a rank's JSON message.
 
     Raises:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from fedsp_mpi.tensors import Contract, Schema
 
+from ..files.untrusted import JsonObject
 from .messages import HEADER_BYTES, NO_CALLS, CallStats
 
 Direction = Literal["start-up", "handout", "down", "up", "checkpoint", "end"]
@@ -177,7 +178,7 @@ class Ledger:
         """Return the bytes of the last round: {"down": {client: bytes}, "up": {client: bytes}}."""
         return {direction: dict(clients) for direction, clients in self._round_bytes.items()}
 
-    def manifest(self) -> list[dict[str, Any]]:
+    def manifest(self) -> list[JsonObject]:
         """Return all entries as JSON-able dicts, in the order in which they were first added."""
         return [asdict(entry) for entry in self._entries.values()]
 

@@ -8,12 +8,14 @@ import struct
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
 from fedsp_mpi.files.untrusted import printable
 from fedsp_mpi.tensors import Contract, Failure, NamedTensors, Schema, Update, seal
+
+from ..files.untrusted import JsonMapping, JsonObject
 
 CHUNK_BYTES = 4 << 20  # of one vector that travel at once
 JsonPhase = Literal["start-up", "checkpoint", "end"]
@@ -52,7 +54,7 @@ class Handout:
         contract: names and shapes of all later messages.
     """
 
-    meta: dict[str, Any]
+    meta: JsonObject
     tensors: NamedTensors
     contract: Contract
 
@@ -426,7 +428,7 @@ def to_json(content: object) -> bytes:
     return text.encode("utf-8", "surrogatepass")
 
 
-def describe_handout(handout: Handout, chunk: int) -> dict[str, Any]:
+def describe_handout(handout: Handout, chunk: int) -> JsonObject:
     """Return as JSON mapping what clients must know before the tensors of a hand-out arrive.
 
     `chunk` is the number of values in a chunk of all later vectors.
@@ -448,7 +450,7 @@ def describe_handout(handout: Handout, chunk: int) -> dict[str, Any]:
     }
 
 
-def allocate_handout(content: Mapping[str, Any]) -> tuple[Handout, int]:
+def allocate_handout(content: JsonMapping) -> tuple[Handout, int]:
     """Read what `describe_handout` returned.
 
     Returns:

@@ -13,6 +13,7 @@ import numpy as np
 
 from fedsp_mpi.tensors import Contract, Failure, Update, seal
 
+from ..files.untrusted import JsonMapping, JsonObject
 from .guard import Refused, guard
 from .inspection import Expected, collect_failures, read_headers
 from .ledger import Ledger
@@ -73,9 +74,7 @@ class Solo:
 
     # The operations, in the order of a run.
 
-    def collect(
-        self, info: Mapping[str, Any], phase: JsonPhase = "start-up"
-    ) -> list[dict[str, Any]]:
+    def collect(self, info: JsonMapping, phase: JsonPhase = "start-up") -> list[JsonObject]:
         """Return a list with this process's mapping alone, as JSON represents it."""
         return [json.loads(to_json(info))]
 
@@ -179,7 +178,7 @@ class Solo:
         """Do nothing: there is no rank to wait for."""
 
     @property
-    def manifest(self) -> list[dict[str, Any]]:
+    def manifest(self) -> list[JsonObject]:
         """Everything that would have travelled so far: `ledger.Entry` as dicts."""
         return self._ledger.manifest()
 

@@ -21,6 +21,7 @@ import numpy as np
 
 from fedsp_mpi.tensors import Contract, Failure, NamedTensors, Update
 
+from ..files.untrusted import JsonMapping, JsonObject
 from .guard import Refused, guard
 from .incoming import IncomingUpdates
 from .inspection import (
@@ -115,9 +116,7 @@ class Wire:
 
     # The operations, in the order of a run.
 
-    def collect(
-        self, info: Mapping[str, Any], phase: JsonPhase = "start-up"
-    ) -> list[dict[str, Any]] | None:
+    def collect(self, info: JsonMapping, phase: JsonPhase = "start-up") -> list[JsonObject] | None:
         """Gather a JSON-able mapping of every rank on the server.
 
         Args:
@@ -301,7 +300,7 @@ class Wire:
             self._wait(self._comm.Ibarrier().Test, "finish")
 
     @property
-    def manifest(self) -> list[dict[str, Any]]:
+    def manifest(self) -> list[JsonObject]:
         """Everything that travelled so far, as this rank saw it: `ledger.Entry` as dicts."""
         return self._ledger.manifest()
 

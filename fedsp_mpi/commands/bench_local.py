@@ -1,11 +1,12 @@
-"""What the package adds to bare torch and bare mpi4py, as ratios of medians in one run."""
+"""Measure what the package adds to a bare PyTorch loop, as a ratio of medians in one run."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from statistics import median
-from typing import Any
+from typing import TypeVar
 
 import torch
 from torch.nn import functional as F
@@ -23,55 +24,89 @@ from fedsp_mpi.tensors import Batch, Contract, NamedTensors
 from fedsp_mpi.training.device import Compute
 from fedsp_mpi.training.engine import adamw, learning_rate
 
+_TOLERANCE = 1e-5  # largest difference between the prompts of the two loops
 
-def local(config: Config, repeats: int, log: Log) -> dict[str, float]:
-    """Time a client's local rounds, one after the other, against a bare PyTorch loop over the same
-    batches.
+# The micro-batches of a step, and the steps of a stage.
+Step = list[Batch]
+Stage = list[Step]
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class LocalTiming:
+    """Seconds of a client's local round, medians over the counted rounds.
+
+    Attributes:
+        package_seconds: by the package.
+        bare_seconds: by the bare loop.
+    """
+
+    package_seconds: float
+    bare_seconds: float
+
+    @property
+    def ratio(self) -> float:
+        """The package's time in units of the bare loop's."""
+        return self.package_seconds / self.bare_seconds
+
+
+def local(config: Config, repeats: int, log: Log) -> LocalTiming:
+    """Time a client's local rounds against a bare PyTorch loop over the same batches.
 
     The bare loop has its batches ready and knows no client state, no record and no failure; it
-    makes the same forward passes and ends with the same prompts, which is checked. The two take
-    turns, and turns at being first.
+    makes the same forward passes and ends with the same prompts, which is checked. The two
+    alternate, and so does which of them is first. The first round is not counted.
 
-    Returns:
-        Medians in seconds ("package", "bare") and their "ratio"; the first round is not counted.
+    Args:
+        config: checked.
+        repeats: counted rounds.
+        log: gets a line for each round.
 
     Raises:
         ValueError: no repetition, a mistake in model or data, or a configuration that asks for what
             the bare loop does not do.
-        AssertionError: the two disagree in the prompts.
+        AssertionError: the two end with different prompts.
     """
     _require_comparable(config, repeats)
     materials = ExperimentInputs(config)
     materials.check()
     compute = Compute.of(config.client.compute, Topology.alone())
     compute.begin()
-    handout, bare = _bare_side(materials, compute)
+    handout, bare_loop = _bare_side(materials, compute)
     client = build.hosted_clients(
         materials, compute, handout, ids=[0], call_server=Solo().call
     ).client
-    down = handout.tensors.select("prompt/")
-    times: dict[str, list[float]] = {"package": [], "bare": []}
-    tuned: dict[str, NamedTensors] = {}
+    prompt = handout.tensors.select("prompt/")
+    package_times: list[float] = []
+    bare_times: list[float] = []
     for round in range(1, repeats + 2):
-        ready = _ready(materials, compute, round)
-        turns = [
-            ("package", lambda round=round: client.local_update(0, round, down).tensors),
-            ("bare", lambda ready=ready: bare.round(ready, down)),
-        ]
-        for name, action in turns if round % 2 else reversed(turns):
-            seconds, tuned[name] = _timed(action)
-            times[name].append(seconds)
-        apart = float(abs(tuned["package"].flat - tuned["bare"].flat).max())
-        assert apart < 1e-5, f"the bare loop ended {apart} away from the package"
-        log.say(f"round {round}: {times['package'][-1]:.4f} s, bare {times['bare'][-1]:.4f} s")
-    package, plain = (median(times[name][1:]) for name in ("package", "bare"))
-    return {"package": package, "bare": plain, "ratio": package / plain}
+        stages = _prepare_stages(materials, compute, round)
+
+        def package_round(round: int = round) -> NamedTensors:
+            return client.local_update(0, round, prompt).tensors
+
+        def bare_round(stages: list[Stage] = stages) -> NamedTensors:
+            return bare_loop.round(stages, prompt)
+
+        if round % 2:
+            package_seconds, package_prompt = _timed(package_round)
+            bare_seconds, bare_prompt = _timed(bare_round)
+        else:
+            bare_seconds, bare_prompt = _timed(bare_round)
+            package_seconds, package_prompt = _timed(package_round)
+        package_times.append(package_seconds)
+        bare_times.append(bare_seconds)
+        difference = float(abs(package_prompt.flat - bare_prompt.flat).max())
+        assert difference < _TOLERANCE, f"the bare loop ended {difference} away from the package"
+        log.say(f"round {round}: {package_seconds:.4f} s, bare {bare_seconds:.4f} s")
+    return LocalTiming(median(package_times[1:]), median(bare_times[1:]))
 
 
 def _require_comparable(config: Config, repeats: int) -> None:
+    """Raise ValueError if the configuration asks for what the bare loop does not do."""
     if repeats < 1:
         raise ValueError(f"--repeats: found {repeats}, expected at least 1 round that counts")
-    for key, found, expected in (
+    for key, value, expected in (
         ("method", config.method, "fedsp"),
         ("federation.client_state", config.federation.client_state, "kept"),
         ("federation.stragglers", config.federation.stragglers, "wait"),
@@ -81,20 +116,19 @@ def _require_comparable(config: Config, repeats: int) -> None:
         ("auxiliary.dropout", config.auxiliary.dropout, False),
         ("model.gradient_checkpointing", config.model.gradient_checkpointing, False),
     ):
-        if found != expected:
-            shown = [str(value).lower() for value in (found, expected)]
+        if value != expected:
             raise ValueError(
-                f"{key}: found {shown[0]}, expected {shown[1]}, all that the bare loop does; "
-                "set it for the comparison"
+                f"{key}: found {str(value).lower()}, expected {str(expected).lower()}, which is "
+                "all that the bare loop does; set it for the comparison"
             )
 
 
 def _bare_side(materials: ExperimentInputs, compute: Compute) -> tuple[Handout, _BareLoop]:
-    """A hand-out without distillation, and the loop that begins with it as well."""
+    """Return a hand-out without distillation, and a bare loop that starts from it too."""
     config = materials.config
     model = backbone.load_global(materials.model_name, device=compute.device)
-    whole = auxiliary.unroll(auxiliary.cut(model, config.auxiliary), materials.depth)
-    small = LanguageModel(whole, compute.dtype, candidates=materials.candidates)
+    unrolled = auxiliary.unroll(auxiliary.cut(model, config.auxiliary), materials.depth)
+    small = LanguageModel(unrolled, compute.dtype, candidates=materials.candidates)
     prompt = Prompt(materials.prompt_spec.at_depth(materials.depth))
     prompt.initialise(config.run.seed, config.prompt.init_std).to(compute.device)
     down = NamedTensors.pack(prompt.tensors())
@@ -108,23 +142,30 @@ def _bare_side(materials: ExperimentInputs, compute: Compute) -> tuple[Handout, 
     return handout, _BareLoop(small, prompt, config)
 
 
-def _ready(materials: ExperimentInputs, compute: Compute, round: int) -> list[list[list[Batch]]]:
-    """The micro-batches of every step of both stages of client 0."""
-    stages = {
-        "alignment": materials.config.client.alignment,
-        "prompt": materials.config.client.tuning,
-    }
-    batches = {name: materials.batches(1, stage, name) for name, stage in stages.items()}
-    return [
-        [
-            [batch.to(compute.device) for batch in batches[name].step(index)]
-            for index in range((round - 1) * stage.steps, round * stage.steps)
-        ]
-        for name, stage in stages.items()
-    ]
+def _prepare_stages(materials: ExperimentInputs, compute: Compute, round: int) -> list[Stage]:
+    """Return client 0's micro-batches of every step of both stages of a round, on the device.
+
+    Args:
+        materials: of the experiment.
+        compute: the client's device.
+        round: counted from 1.
+    """
+    client = materials.config.client
+    prepared = []
+    for name, stage in (("alignment", client.alignment), ("prompt", client.tuning)):
+        batches = materials.batches(1, stage, name)
+        first_step = (round - 1) * stage.steps
+        prepared.append(
+            [
+                [batch.to(compute.device) for batch in batches.step(step)]
+                for step in range(first_step, first_step + stage.steps)
+            ]
+        )
+    return prepared
 
 
-def _timed(action: Callable[[], Any]) -> tuple[float, Any]:
+def _timed(action: Callable[[], Result]) -> tuple[float, Result]:
+    """Return the seconds that an action takes, and its result."""
     start = time.perf_counter()
     result = action()
     if torch.cuda.is_available():
@@ -133,41 +174,58 @@ def _timed(action: Callable[[], Any]) -> tuple[float, Any]:
 
 
 class _BareLoop:
-    """The loop as one would write it in a notebook: first the weights, then the prompt, round after
-    round.
+    """The loop as one would write it in a notebook: in each round first the weights, then the
+    prompt.
+
+    Args:
+        model: the auxiliary model.
+        prompt: on the model's device.
+        config: of the experiment.
     """
 
     def __init__(self, model: LanguageModel, prompt: Prompt, config: Config) -> None:
-        self._model, self._prompt, self._rounds = model, prompt, config.federation.rounds
+        self._model = model
+        self._prompt = prompt
+        self._rounds = config.federation.rounds
         self._stages = (config.client.alignment, config.client.tuning)
         self._optimizers = [
-            adamw(owner.parameters(), stage.optimizer)
-            for owner, stage in zip((model.model, prompt), self._stages)
+            adamw(model.model.parameters(), config.client.alignment.optimizer),
+            adamw(prompt.parameters(), config.client.tuning.optimizer),
         ]
         self._steps_done = [0, 0]
 
-    def round(self, ready: list[list[list[Batch]]], down: NamedTensors) -> NamedTensors:
-        """One round from the prompts `down`; gives the tuned prompts."""
+    def round(self, stages: list[Stage], down: NamedTensors) -> NamedTensors:
+        """Run a round.
+
+        Args:
+            stages: micro-batches of alignment and of prompt tuning.
+            down: the prompt that the round starts from.
+
+        Returns:
+            The tuned prompt.
+        """
         self._prompt.load(down.torch())
-        for which, steps in enumerate(ready):
-            self._model.model.requires_grad_(which == 0)
-            self._prompt.requires_grad_(which == 1)
+        for index, steps in enumerate(stages):
+            self._model.model.requires_grad_(index == 0)
+            self._prompt.requires_grad_(index == 1)
             for micro_batches in steps:
-                self._step(which, micro_batches)
+                self._step(index, micro_batches)
         return NamedTensors.pack(self._prompt.tensors())
 
-    def _step(self, which: int, micro_batches: list[Batch]) -> None:
-        stage, optimizer = self._stages[which], self._optimizers[which]
-        total = sum(int((batch.targets != -100).sum()) for batch in micro_batches)
+    def _step(self, index: int, micro_batches: Step) -> None:
+        """Make one optimizer step of stage `index`."""
+        stage = self._stages[index]
+        optimizer = self._optimizers[index]
+        num_answers = sum(int((batch.targets != -100).sum()) for batch in micro_batches)
         for batch in micro_batches:
             logits, targets = self._model.answer_logits(batch, self._prompt)
-            (F.cross_entropy(logits.float(), targets, reduction="sum") / total).backward()
+            loss = F.cross_entropy(logits.float(), targets, reduction="sum")
+            (loss / num_answers).backward()
         group = optimizer.param_groups[0]
         if stage.optimizer.clip is not None:
             torch.nn.utils.clip_grad_norm_(group["params"], stage.optimizer.clip)
-        group["lr"] = learning_rate(
-            stage.optimizer, self._steps_done[which], stage.steps * self._rounds
-        )
+        total_steps = stage.steps * self._rounds
+        group["lr"] = learning_rate(stage.optimizer, self._steps_done[index], total_steps)
         optimizer.step()
         optimizer.zero_grad()
-        self._steps_done[which] += 1
+        self._steps_done[index] += 1

@@ -1,9 +1,8 @@
-"""Whether the auxiliary model points prompts the right way: its gradients beside the global
-model's.
+"""Compare the auxiliary model's gradients with the global model's.
 
 Prompts that are tuned on the auxiliary model help the global one only if both models want them
-moved the same way. So the gradients of both are compared at the same prompts, on the same text,
-before and after some steps on either model.
+moved in the same direction. So the gradients of both are compared at the same prompts, on the same
+text, before and after some steps on either model.
 """
 
 from __future__ import annotations
@@ -24,6 +23,7 @@ from fedsp_mpi.models.language_model import LanguageModel
 from fedsp_mpi.models.losses import answer_loss, answer_loss_of
 from fedsp_mpi.models.prompts import Prompt
 from fedsp_mpi.record.lock import RunLock
+from fedsp_mpi.report import formatting
 from fedsp_mpi.run import auxiliary_model, build
 from fedsp_mpi.run.inputs import ExperimentInputs
 from fedsp_mpi.tensors import Batch
@@ -33,19 +33,20 @@ from fedsp_mpi.training.loop import train
 from fedsp_mpi.training.process_group import SINGLE_RANK
 
 FOLDER = "bench-transfer"
-_BATCHES = 4  # whose gradients are compared
+_NUM_STEPS_COMPARED = 4  # steps whose batches the gradients are computed on
 
 
 @dataclass(frozen=True)
-class Place:
-    """What is found at some prompts.
+class TransferPoint:
+    """What is measured at one prompt.
 
     Attributes:
-        name: which prompts. loss, auxiliary_loss: on the validation split, of the global model and
-            of the auxiliary one, nats a token.
-        cosine: of the two models' gradients by the prompts, at the auxiliary model's depth.
-        ceiling: of the global model's own gradients on two halves of the text (four batches; the
-            halves are alike if client 0 owns less): more cannot be hoped for.
+        name: says which prompt.
+        loss: of the global model on the validation split, nats per token.
+        auxiliary_loss: the same of the auxiliary model.
+        cosine: of the two models' gradients by the prompt, at the auxiliary model's depth.
+        ceiling: of the global model's gradients on two halves of the text (four batches; the halves
+            are alike if client 0 owns less): the best that can be hoped for.
     """
 
     name: str
@@ -55,14 +56,19 @@ class Place:
     ceiling: float
 
 
-def transfer(config: Config, steps: int, log: Log) -> list[Place]:
-    """Compare both models at the first prompts, and after `steps` of client.tuning on either, on
-    client 0's text.
+def transfer(config: Config, steps: int, log: Log) -> list[TransferPoint]:
+    """Compare both models at the first prompt, and after some steps on either model.
 
-    The auxiliary model is made as a run makes it, into `FOLDER` below run.folder, where later runs
-    of the same recipe find it.
+    The auxiliary model is made as a run makes it, in `FOLDER` below run.folder, where later calls
+    with the same recipe find it. The text is client 0's.
 
-    Raises ValueError for a mistake in model, data or steps, or if a run lives in that folder.
+    Args:
+        config: checked.
+        steps: of client.tuning.
+        log: gets the progress of the distillation.
+
+    Raises:
+        ValueError: a mistake in model, data or steps, or there is a run in that folder.
     """
     if steps < 1:
         raise ValueError(f"--steps: found {steps}, expected at least 1")
@@ -71,10 +77,10 @@ def transfer(config: Config, steps: int, log: Log) -> list[Place]:
             "method, federation.clients: found no clients with prompts, whose transfer "
             "could be measured"
         )
-    if (Path(config.run.folder) / FOLDER / "run.h5").exists():
+    folder = Path(config.run.folder) / FOLDER
+    if (folder / "run.h5").exists():
         raise ValueError(
-            f"{Path(config.run.folder) / FOLDER}: found a run, expected a folder for the "
-            "auxiliary model of `bench "
+            f"{folder}: found a run, expected a folder for the auxiliary model of `bench "
             "transfer`; choose another run.folder"
         )
     materials = ExperimentInputs(config)
@@ -82,7 +88,6 @@ def transfer(config: Config, steps: int, log: Log) -> list[Place]:
     compute = Compute.of(config.server.compute, Topology.alone())
     compute.begin()
     large = build.global_model(materials, compute)
-    folder = Path(config.run.folder) / FOLDER
     lock = RunLock.take(folder, config.run.permissions == "private")
     small, _ = auxiliary_model.auxiliary_model(
         materials,
@@ -96,111 +101,160 @@ def transfer(config: Config, steps: int, log: Log) -> list[Place]:
     )
     lock.release()
     small.train_weights(False)
-    return _Pair(materials, large, small, steps).places()
+    return _ModelPair(materials, large, small, steps=steps).measure()
 
 
-class _Pair:
-    """A global model and its auxiliary one."""
+class _ModelPair:
+    """A global model and its auxiliary one.
+
+    Args:
+        materials: of the experiment.
+        large: the global model.
+        small: the auxiliary model, on the same device.
+        steps: of prompt tuning on either.
+    """
 
     def __init__(
-        self, materials: ExperimentInputs, large: LanguageModel, small: LanguageModel, steps: int
+        self,
+        materials: ExperimentInputs,
+        large: LanguageModel,
+        small: LanguageModel,
+        *,
+        steps: int,
     ) -> None:
-        self._materials, self._large, self._small = materials, large, small
-        self._first = materials.first_prompt(large).to(large.device)
+        self._materials = materials
+        self._large = large
+        self._small = small
+        self._first_prompt = materials.first_prompt(large).to(large.device)
         self._stage = replace(materials.config.client.tuning, steps=steps)
         batches = materials.batches(1, self._stage, "transfer")
-        self._text = [batch for index in range(_BATCHES) for batch in batches.step(index)]
+        self._text = [batch for step in range(_NUM_STEPS_COMPARED) for batch in batches.step(step)]
 
-    def places(self) -> list[Place]:
-        """The first prompts, and where each model leads them."""
-        steps = self._stage.steps
-        first = self._first
-        found = [self._place("first prompts", self._fitted(first, self._small))]
+    def measure(self) -> list[TransferPoint]:
+        """Measure at the first prompt, and at those that each model tunes."""
+        first_prompt = self._at_depth_of(self._small, self._first_prompt)
+        points = [self._measure_at("first prompts", first_prompt)]
         for name, model in (
             ("the auxiliary model", self._small),
             ("the global model", self._large),
         ):
-            prompt = self._fitted(first, model)
-            engine = TorchEngine(prompt.parameters(), self._stage.optimizer, steps)
+            prompt = self._at_depth_of(model, self._first_prompt)
+            engine = TorchEngine(prompt.parameters(), self._stage.optimizer, self._stage.steps)
             train(
                 engine,
                 self._materials.batches(1, self._stage, "prompt"),
                 partial(answer_loss_of, model, prompt),
                 first_step=0,
-                num_steps=steps,
+                num_steps=self._stage.steps,
                 device=model.device,
             )
-            found.append(self._place(f"{steps} steps on {name}", self._fitted(prompt, self._small)))
-        return found
+            tuned = self._at_depth_of(self._small, prompt)
+            points.append(self._measure_at(f"{self._stage.steps} steps on {name}", tuned))
+        return points
 
-    def _place(self, name: str, prompt: Prompt) -> Place:
-        above, half = self._fitted(prompt, self._large), len(self._text) // 2
-        parts = [
-            self._gradient(self._large, above, some)
-            for some in (self._text[:half], self._text[half:])
-        ]
-        whole = {name: parts[0][name] + parts[1][name] for name in parts[0]}
-        own = self._gradient(self._small, prompt, self._text)
-        losses = (self._loss(self._large, above), self._loss(self._small, prompt))
-        return Place(name, *losses, cosine(whole, own), cosine(*parts))
+    def _measure_at(self, name: str, prompt: Prompt) -> TransferPoint:
+        """Measure at a prompt of the auxiliary model's depth."""
+        large_prompt = self._at_depth_of(self._large, prompt)
+        half = len(self._text) // 2
+        first_half = self._gradient(self._large, large_prompt, self._text[:half])
+        second_half = self._gradient(self._large, large_prompt, self._text[half:])
+        large_gradient = {key: first_half[key] + second_half[key] for key in first_half}
+        small_gradient = self._gradient(self._small, prompt, self._text)
+        return TransferPoint(
+            name=name,
+            loss=self._validation_loss(self._large, large_prompt),
+            auxiliary_loss=self._validation_loss(self._small, prompt),
+            cosine=cosine(large_gradient, small_gradient),
+            ceiling=cosine(first_half, second_half),
+        )
 
-    def _fitted(self, prompt: Prompt, model: LanguageModel) -> Prompt:
-        """The same prompts at the depth of a model; layers that only the global model has keep the
-        first prompts.
+    def _at_depth_of(self, model: LanguageModel, prompt: Prompt) -> Prompt:
+        """Copy a prompt to the depth of a model.
+
+        Layers that only the global model has get the first prompt.
         """
         depths = self._materials.depth_map
-        tensors, spec = prompt.tensors(), depths.small if model is self._small else depths.spec
-        if prompt.spec != spec:
-            tensors = (
-                depths.down(tensors)
-                if model is self._small
-                else depths.up(tensors, self._first.tensors())
-            )
-        fitted = Prompt(spec).to(model.device)
-        fitted.load(tensors)
-        return fitted
+        tensors = prompt.tensors()
+        if model is self._small:
+            spec = depths.small
+            if prompt.spec != spec:
+                tensors = depths.down(tensors)
+        else:
+            spec = depths.spec
+            if prompt.spec != spec:
+                tensors = depths.up(tensors, self._first_prompt.tensors())
+        copy = Prompt(spec).to(model.device)
+        copy.load(tensors)
+        return copy
 
     def _gradient(
         self, model: LanguageModel, prompt: Prompt, text: Sequence[Batch]
     ) -> dict[str, Tensor]:
+        """Return the gradient of the loss by the prompt, at the auxiliary model's depth.
+
+        Args:
+            model: either of the two.
+            prompt: at the model's depth.
+            text: batches, whose gradients are summed.
+
+        Returns:
+            By parameter, each tensor of the parameter's shape and dtype.
+        """
         prompt.zero_grad()
         for batch in text:
             answer_loss(*model.answer_logits(batch.to(model.device), prompt)).backward()
-        found = {name: p.grad for name, p in prompt.named_parameters() if p.grad is not None}
-        return (
-            found
-            if prompt.spec == self._materials.depth_map.small
-            else self._materials.depth_map.down(found)
-        )
+        gradient = {
+            name: parameter.grad
+            for name, parameter in prompt.named_parameters()
+            if parameter.grad is not None
+        }
+        depths = self._materials.depth_map
+        return gradient if prompt.spec == depths.small else depths.down(gradient)
 
-    def _loss(self, model: LanguageModel, prompt: Prompt) -> float:
-        tokens = self._materials.config.evaluation.batch_tokens
-        return answer_loss_mean(model, prompt, self._materials.validation, tokens)
-
-
-def cosine(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
-    """Of two sets of tensors, each taken as one vector; nan if one of them is zero."""
-    pairs = [(one[name].double(), other[name].double()) for name in one]
-    product, first, second = (
-        sum(float((a * b).sum()) for a, b in some) for some in _products(pairs)
-    )
-    return product / math.sqrt(first * second) if first * second else math.nan
+    def _validation_loss(self, model: LanguageModel, prompt: Prompt) -> float:
+        batch_tokens = self._materials.config.evaluation.batch_tokens
+        return answer_loss_mean(model, prompt, self._materials.validation, batch_tokens)
 
 
-def _products(pairs: list[tuple[Tensor, Tensor]]) -> list[list[tuple[Tensor, Tensor]]]:
-    return [pairs, [(a, a) for a, _ in pairs], [(b, b) for _, b in pairs]]
+def cosine(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> float:
+    """Return the cosine of two sets of tensors, each taken as one vector, computed in fp64.
+
+    Args:
+        first: tensors of any shape, by name.
+        second: of the same names and shapes.
+
+    Returns:
+        The cosine; nan if one of the vectors is zero.
+    """
+    product = 0.0
+    first_square = 0.0
+    second_square = 0.0
+    for name in first:
+        a = first[name].double()
+        b = second[name].double()
+        product += float((a * b).sum())
+        first_square += float((a * a).sum())
+        second_square += float((b * b).sum())
+    squares = first_square * second_square
+    return product / math.sqrt(squares) if squares else math.nan
 
 
-def table(places: Sequence[Place]) -> str:
-    """What was found, as plain text."""
-    head = f"{'prompts':<32} {'global loss':>12} {'auxiliary':>10} {'cosine':>8} {'ceiling':>8}"
-    rows = [
-        f"{p.name:<32} {p.loss:>12.4f} {p.auxiliary_loss:>10.4f} {p.cosine:>8.3f} {p.ceiling:>8.3f}"
-        for p in places
+def table(points: Sequence[TransferPoint]) -> str:
+    """Write the measurements as plain text."""
+    head = ["prompts", "global loss", "auxiliary", "cosine", "ceiling"]
+    body = [
+        [
+            point.name,
+            formatting.as_decimal(point.loss),
+            formatting.as_decimal(point.auxiliary_loss),
+            formatting.as_decimal(point.cosine, 3),
+            formatting.as_decimal(point.ceiling, 3),
+        ]
+        for point in points
     ]
-    legend = (
-        "losses on the validation split, nats a token; cosine of both models' "
-        "gradients by the prompts, on the same\n"
-        "text; ceiling: of the global model's own, on two halves of that text"
-    )
-    return "\n".join([head, *rows, legend])
+    legend = [
+        "losses on the validation split, nats per token; cosine of the two models' gradients by",
+        "the prompts, on the same text; ceiling: cosine of the global model's gradients on two",
+        "halves of that text",
+    ]
+    return "\n".join([*formatting.table(head, body), *legend])

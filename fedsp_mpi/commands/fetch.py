@@ -1,12 +1,11 @@
-"""Models and data into the local cache, on a node with a network, for runs on nodes without one."""
+"""Download models and data into the local cache, for runs on nodes without a network."""
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import safetensors
 
@@ -18,96 +17,108 @@ from fedsp_mpi.run.inputs import ExperimentInputs
 
 
 def fetch(config: Config, log: Log) -> None:
-    """Have all that a run of this configuration reads, and find out that it reads; folders are only
-    looked at.
+    """Download all that a run of this configuration reads, and check that it can be read.
 
-    Afterwards such a run needs no network (HF_HUB_OFFLINE=1 keeps the libraries from trying).
+    Local folders are only checked. Afterwards such a run needs no network (HF_HUB_OFFLINE=1 keeps
+    the libraries from trying).
 
     Args:
         config: checked.
-        log: told what was found or fetched, where, and how many bytes.
+        log: gets which files there are or were downloaded, where, and how many bytes.
 
-    Raises ValueError if something is neither here nor to be had, or is damaged.
+    Raises:
+        ValueError: something is neither local nor to be had, or is damaged.
     """
-    materials = ExperimentInputs(config)
-    # The weights last: a mistake is found before gigabytes have travelled.
-    _tell(log, f"model {config.model.name}", lambda: _model(materials))
-    _tell(log, f"data {config.data.task}", lambda: _data(materials))
-    _tell(
-        log,
-        "weights",
-        lambda: _weights(hub.locate(materials.model_name, config.model.revision, "weights")),
+    inputs = ExperimentInputs(config)
+    # The weights last: a mistake should be found before gigabytes are downloaded.
+    _fetch_part(log, f"model {config.model.name}", lambda: _model_files(inputs))
+    _fetch_part(log, f"data {config.data.task}", lambda: _data_files(inputs))
+    _fetch_part(log, "weights", lambda: _weight_files(inputs))
+
+
+def _fetch_part(log: Log, name: str, fetch_files: Callable[[], Sequence[Path]]) -> None:
+    """Fetch files, and say whether they are new, how large, and where.
+
+    Args:
+        log: gets the line.
+        name: of what is fetched.
+        fetch_files: downloads what is not there, and returns all files.
+    """
+    start_time = time.time()
+    start = time.perf_counter()
+    stats = {path: path.stat() for path in fetch_files()}
+    folders = sorted({str(path.parent) for path in stats})
+    num_bytes = sum(stat.st_size for stat in stats.values())
+    # Time stamps of files may be coarse.
+    is_new = any(stat.st_mtime > start_time - 1 for stat in stats.values())
+    state = f"written in {duration(time.perf_counter() - start)}" if is_new else "here"
+    log.say(
+        f"{name}: {state}, {len(stats)} files, {num_bytes / 1e6:.1f} MB in {', '.join(folders)}"
     )
 
 
-def _model(materials: ExperimentInputs) -> list[Path]:
-    """The files of the model's configuration and of its tokenizer, which are read once."""
-    _ = materials.shape, materials.tokenizer
-    settings, name = materials.config.model, materials.model_name
-    tokenizer = (settings.tokenizer, None) if settings.tokenizer else (name, settings.revision)
-    folder = hub.locate(*tokenizer, "tokenizer")
-    known = {file for files in hub.PARTS["tokenizer"] for file in files} | {"tokenizer_config.json"}
-    found = [folder / file for file in sorted(known) if (folder / file).exists()]
-    return [hub.locate(name, settings.revision, "config.json") / "config.json", *found]
+def _model_files(inputs: ExperimentInputs) -> list[Path]:
+    """Read the model's configuration and tokenizer once, and return their files."""
+    # Reading these properties downloads what they need.
+    _ = inputs.shape
+    _ = inputs.tokenizer
+    model = inputs.config.model
+    model_folder = hub.locate(inputs.model_name, model.revision, "config.json")
+    if model.tokenizer:
+        tokenizer_folder = hub.locate(model.tokenizer, None, "tokenizer")
+    else:
+        tokenizer_folder = hub.locate(inputs.model_name, model.revision, "tokenizer")
+    names = {name for alternatives in hub.PARTS["tokenizer"] for name in alternatives}
+    names.add("tokenizer_config.json")
+    tokenizer_files = [tokenizer_folder / name for name in sorted(names)]
+    return [model_folder / "config.json", *(path for path in tokenizer_files if path.exists())]
 
 
-def _data(materials: ExperimentInputs) -> list[Path]:
-    """The prepared files of the data set, whose rows are read once."""
-    columns = materials.config.data.columns
-    tables, _ = loading.read_tables(materials.task, materials.source, columns)
-    _ = materials.splits
+def _data_files(inputs: ExperimentInputs) -> list[Path]:
+    """Read the rows of the data set once, and return its prepared files."""
+    tables, _ = loading.read_tables(inputs.task, inputs.source, inputs.config.data.columns)
+    _ = inputs.splits
     return [Path(file["filename"]) for table in tables.values() for file in table.cache_files]
 
 
-def _weights(folder: Path) -> list[Path]:
-    """The files of weights that transformers would read.
+def _weight_files(inputs: ExperimentInputs) -> list[Path]:
+    """Return the files of weights that transformers would read.
 
-    Raises ValueError if one is missing or damaged.
+    Raises:
+        ValueError: one is missing or damaged.
     """
-    kinds = [files[0] for files in hub.PARTS["weights"]]
-    name = next((kind for kind in kinds if (folder / kind).exists()), None)
-    if name is None:
+    folder = hub.locate(inputs.model_name, inputs.config.model.revision, "weights")
+    names = [alternatives[0] for alternatives in hub.PARTS["weights"]]
+    existing = [name for name in names if (folder / name).exists()]
+    if not existing:
+        # Every other name is the index of a model in several files.
         raise ValueError(
-            f"model.name: found no weights in {folder}, expected {' or '.join(kinds[::2])}"
+            f"model.name: found no weights in {folder}, expected {' or '.join(names[::2])}"
         )
-    found = [folder / name]
-    if name.endswith(".index.json"):
-        shards = json.loads(found[0].read_text(encoding="utf-8"))["weight_map"].values()
-        found += [folder / shard for shard in sorted(set(shards))]
-    for path in found:
-        _require_whole(path)
-    return found
+    paths = [folder / existing[0]]
+    if existing[0].endswith(".index.json"):
+        weight_map = json.loads(paths[0].read_text(encoding="utf-8"))["weight_map"]
+        paths += [folder / shard for shard in sorted(set(weight_map.values()))]
+    for path in paths:
+        _require_complete(path)
+    return paths
 
 
-def _require_whole(path: Path) -> None:
-    """Raise ValueError if a file is missing or empty, or not as long as its safetensors header
-    says.
-    """
-    size = path.stat().st_size if path.exists() else None
-    trouble = "nothing" if size is None else "" if size else "no bytes"
-    if path.suffix == ".safetensors" and not trouble:
+def _require_complete(path: Path) -> None:
+    """Raise ValueError if a file is missing or empty, or its safetensors header does not fit."""
+    problem = ""
+    if not path.exists():
+        problem = "nothing"
+    elif path.stat().st_size == 0:
+        problem = "no bytes"
+    elif path.suffix == ".safetensors":
         try:
             with safetensors.safe_open(path, "numpy"):
                 pass
         except (OSError, safetensors.SafetensorError) as error:
-            trouble = f"damaged weights ({one_line(error, first_line=True)})"
-    if trouble:
+            problem = f"damaged weights ({one_line(error, first_line=True)})"
+    if problem:
         raise ValueError(
-            f"model.name: found {trouble} at {path}, expected a whole file; delete it "
+            f"model.name: found {problem} at {path}, expected a complete file; delete it "
             "and fetch again"
         )
-
-
-def _tell(log: Log, what: str, look: Callable[[], Iterable[Path]]) -> None:
-    """Say what came of a look: which files, whether they are new, how large, and where."""
-    begun, start = time.time(), time.perf_counter()
-    stats: dict[Path, Any] = {path: path.stat() for path in look()}
-    new = [stat for stat in stats.values() if stat.st_mtime > begun - 1]
-    folders = sorted({str(path.parent) for path in stats})
-    seconds = f" in {duration(time.perf_counter() - start)}" if new else ""
-    size = sum(stat.st_size for stat in stats.values())
-    log.say(
-        f"{what}: {'written' if new else 'here'}{seconds}, {len(stats)} files, "
-        f"{size / 1e6:.1f} MB in "
-        f"{', '.join(folders)}"
-    )

@@ -1,26 +1,7 @@
-"""Many experiments from one file or several: every task with every method and every seed.
-
-    folder: runs/paper            # of all runs, relative to where the command is given
-    base: ../smollm2/base.yaml    # or a list of files, relative to this one; without it the
-    embedded default
-    seeds: [1, 2, 3]
-    tasks:
-      arc_easy: {data: {task: arc_easy}}
-      sciq: sciq.yaml
-    methods:
-      fedsp: ../methods/fedsp.yaml
-      fedprompt: {extends: ../methods/fedprompt.yaml, client: {tuning: {optimizer: {learning_rate:
-      5.0e-2}}}}
-
-A cell is one task with one method and one seed, called TASK-METHOD-SEED: the base, the task laid
-over it, the method over both, and `--set` over all, where {task} stands for the task's name and
-{file} for that of the file, without its ending. Seeds change last, so that a sweep that is stopped
-half-way has compared all methods.
-"""
+"""Run all trials of sweep files, several at a time, and leave alone what is complete."""
 
 from __future__ import annotations
 
-import re
 import shlex
 import shutil
 import signal
@@ -30,316 +11,208 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
-from functools import reduce
+from itertools import chain
 from pathlib import Path
-from typing import Any
 
 from fedsp_mpi.comm import Refused
 from fedsp_mpi.commands import sweep_files
-from fedsp_mpi.commands.jobs import Jobs, ResourceSlice, last_words, places
-from fedsp_mpi.config import EMBEDDED, Config, changed_keys, checked, to_yaml
-from fedsp_mpi.config.parsing import ConfigError, merge, put, shown, unknown_key
-from fedsp_mpi.config.yaml_reader import extended, key_value, read_yaml, setting
+from fedsp_mpi.commands.jobs import Jobs, ResourceSlice, error_summary, split_resources
+from fedsp_mpi.commands.trials import Trial, trials_of
+from fedsp_mpi.config import changed_keys, to_yaml
+from fedsp_mpi.config.parsing import ConfigError
 from fedsp_mpi.log import Log, duration
 from fedsp_mpi.record import Run, read
 from fedsp_mpi.report import main_result
 
-_KEYS = ("folder", "base", "seeds", "tasks", "methods")
-_GIVEN = ("run.folder", "run.name", "run.seed")  # to every cell, by the sweep itself
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-_STOPPED = 75  # exit status of a run that SIGUSR1 told to stop
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One experiment; `config` is checked, with the run's name, folder and seed in it."""
-
-    name: str
-    task: str
-    method: str
-    config: Config
-
-    @property
-    def folder(self) -> Path:
-        """Of the run."""
-        return Path(self.config.run.folder).expanduser() / self.name
-
-    def beside(self, room: str, ending: str) -> Path:
-        """A file of this cell's in a folder beside the runs."""
-        return self.folder.parent / room / f"{self.name}{ending}"
-
-    @property
-    def label(self) -> str:
-        """What tables call the method."""
-        return self.config.run.label or self.config.method
+_EXIT_STOPPED = 75  # exit status of a run that SIGUSR1 asked to stop
+_MAX_NAMES = 12  # names of trials that a message lists
 
 
 def sweep(
     files: Sequence[Path],
     overrides: Sequence[str],
-    launch: str,
-    is_dry: bool,
     log: Log,
-    only: str = "*",
-    side_by_side: int = 1,
+    *,
+    launch: str = "",
+    dry_run: bool = False,
+    only: Sequence[str] = (),
+    num_parallel: int = 1,
 ) -> int:
-    """Run all cells of the files that have no complete record yet. Returns the exit status: 1 if
-    one of them failed.
+    """Run all trials of the files that have no complete record yet.
 
     Args:
-        files: of which no two have a run of the same folder and name.
-        overrides: `key=value`, for all cells.
-        launch: what starts a run's processes, for instance "mpirun -n 4"; empty for one process.
-        is_dry: only say what would be run.
-        log: told of each run.
-        only: a pattern that the names of the cells match, for instance "sst2-*-1".
-        side_by_side: runs at a time, each with its share of this process's cores and GPUs.
+        files: sweep files; no two may have a run of the same folder and name.
+        overrides: `key=value`, for all trials.
+        log: gets a line for each run.
+        launch: command that starts a run's processes, such as "mpirun -n 4"; empty for one process.
+        dry_run: only list what would be run.
+        only: names of the trials to run, with * and ? as wildcards ("sst2-*-1"); empty for all.
+        num_parallel: runs at a time, each with its share of this process's cores and GPUs.
+
+    Returns:
+        The exit status: 1 if a run failed, else 0.
 
     Raises:
-        ValueError: a mistake in the file, in a cell, or a record of another configuration; nothing
-        was started then.
-        Refused: a signal came; it was passed on to the runs, which have ended.
+        ValueError: a mistake in a file or trial, or a record of another configuration; nothing was
+            started then.
+        Refused: a signal came; it was forwarded to the runs, which have ended.
     """
-    words, at = _launch(launch), places(side_by_side)
-    by_file = {file: cells_of(file, overrides) for file in files}
-    _require_apart(by_file)
-    cells = [cell for some in by_file.values() for cell in some if fnmatchcase(cell.name, only)]
-    if not cells:
-        raise ConfigError(
-            f"--only {only}: found no run of that name in {_listed(files)}; --dry-run lists them"
-        )
-    found = {cell.folder: _found(cell) for cell in cells}
-    _require_same(cells, found)
-    sweep_files.require_ours(cell.folder for cell in cells)
+    launch_command = _launch_command(launch)
+    slices = split_resources(num_parallel)
+    trials_by_file = {file: trials_of(file, overrides) for file in files}
+    _require_separate(trials_by_file)
+    trials = _select(list(chain.from_iterable(trials_by_file.values())), only, files)
+    records = {trial.folder: _read_record(trial) for trial in trials}
+    _require_same_configuration(trials, records)
+    sweep_files.require_ours(trial.folder for trial in trials)
     is_complete = {
-        folder: run is not None and run.status == "complete" for folder, run in found.items()
+        folder: run is not None and run.status == "complete" for folder, run in records.items()
     }
-    log.say(
-        f"{len(cells)} runs in {_listed(_homes(cells))}, {sum(is_complete.values())} of "
-        "them complete"
-    )
-    if is_dry:
-        place = _places(cells)
-        for cell in cells:
-            log.say(f"{place[cell.folder]}  {_state(cell, found[cell.folder])}")
+    num_complete = sum(is_complete.values())
+    log.say(f"{len(trials)} runs in {_joined(_parents(trials))}, {num_complete} of them complete")
+    if dry_run:
+        titles = _numbered_names(trials)
+        for trial in trials:
+            log.say(f"{titles[trial.folder]}  {_progress(trial, records[trial.folder])}")
         return 0
-    sweep_files.write_configurations({cell.folder: to_yaml(cell.config) for cell in cells})
-    return _run_all(cells, is_complete, words, at, log)
+    sweep_files.write_configurations({trial.folder: to_yaml(trial.config) for trial in trials})
+    return _run_all(trials, is_complete, launch_command, slices=slices, log=log)
 
 
-def cells_of(file: Path, overrides: Sequence[str] = ()) -> list[Trial]:
-    """The cells of a sweep's file, in the order in which they run.
+def _select(trials: list[Trial], only: Sequence[str], files: Sequence[Path]) -> list[Trial]:
+    """Return the trials whose names match a pattern of `only`; all of them if it is empty.
 
-    Raises ConfigError on the first mistake.
+    Raises:
+        ConfigError: a pattern matches no name.
     """
-    content = read_yaml(file)
-    _check_keys(content, file)
-    base = _layer(content.get("base") or str(EMBEDDED.resolve()), file, "base")
-    tasks, methods = (_layers(content, section, file) for section in ("tasks", "methods"))
-    cells = []
-    for seed in content["seeds"]:
-        for task, its in tasks.items():
-            over = _overrides(
-                item.replace("{task}", task).replace("{file}", file.stem) for item in overrides
-            )
-            for method, own in methods.items():
-                name = f"{task}-{method}-{seed}"
-                given = {"run": {"folder": content["folder"], "name": name, "seed": seed}}
-                named = ({"run": {"task_label": task}}, its, {"run": {"label": method}}, own)
-                cells.append(Trial(name, task, method, _config(name, (base, *named, over, given))))
-    _require_distinct(cells, file)
-    return cells
-
-
-def _check_keys(content: Mapping[str, Any], file: Path) -> None:
-    """Raise ConfigError unless a sweep's file has the form of one."""
-    for key in content:
-        if key not in _KEYS:
-            raise ConfigError(f"{file}: {unknown_key(key, _KEYS)}")
-    if not isinstance(folder := content.get("folder"), str):
-        raise ConfigError(f"{file}: folder: found {shown(folder)}, expected the folder of all runs")
-    _check_seeds(content.get("seeds"), file)
-    for section in ("tasks", "methods"):
-        _check_names(content.get(section), file, section)
-
-
-def _check_seeds(seeds: Any, file: Path) -> None:
-    if not (isinstance(seeds, list) and seeds and all(type(seed) is int for seed in seeds)):
-        raise ConfigError(
-            f"{file}: seeds: found {shown(seeds)}, expected a list of whole numbers, for "
-            "instance [1, 2, 3]"
-        )
-    if len(set(seeds)) < len(seeds):
-        raise ConfigError(f"{file}: seeds: found {shown(seeds)}, expected each once")
-
-
-def _check_names(named: Any, file: Path, section: str) -> None:
-    if not (isinstance(named, dict) and named):
-        raise ConfigError(
-            f"{file}: {section}: found {shown(named)}, expected names, each with settings or a file"
-        )
-    for name in named:
-        if not _NAME.fullmatch(str(name)):
+    names = [trial.name for trial in trials]
+    for pattern in only:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            listed = ", ".join(names[:_MAX_NAMES])
+            if len(names) > _MAX_NAMES:
+                listed += f" and {len(names) - _MAX_NAMES} more, which --dry-run lists"
             raise ConfigError(
-                f"{file}: {section}: found the name {shown(name)}, expected letters, digits, "
-                "'.', '_' and '-': it "
-                "becomes a part of file names"
+                f"--only {pattern}: found no run of that name in {_joined(files)}, expected one "
+                f"of {listed}"
             )
+    if not only:
+        return trials
+    return [trial for trial in trials if any(fnmatchcase(trial.name, pattern) for pattern in only)]
 
 
-def _layers(content: Mapping[str, Any], section: str, file: Path) -> dict[str, dict[str, Any]]:
-    """The settings of each task, or of each method, by its name."""
-    return {
-        str(name): _layer(entry, file, f"{section}.{name}")
-        for name, entry in content[section].items()
-    }
-
-
-def _layer(entry: Any, file: Path, where: str) -> dict[str, Any]:
-    """The settings that an entry of the file stands for: its own, and those of files that it names."""
-    entry = {"extends": entry} if isinstance(entry, (str, list)) else entry
-    if not isinstance(entry, dict | None):
-        raise ConfigError(
-            f"{file}: {where}: found {shown(entry)}, expected settings, a file, or a list of files"
-        )
-    return extended(entry or {}, file)
-
-
-def _overrides(items: Iterable[str]) -> dict[str, Any]:
-    over: dict[str, Any] = {}
-    for item in items:
-        key, value = key_value(item)
-        if key in _GIVEN:
-            raise ConfigError(
-                f"{setting(item)}: found a key that the sweep gives to each run; change "
-                "it in the file"
-            )
-        put(over, key, value, setting(item))
-    return over
-
-
-def _config(name: str, layers: Sequence[dict[str, Any]]) -> Config:
-    try:
-        return checked(reduce(merge, layers))
-    except ConfigError as error:
-        raise ConfigError(f"{name}: {error}") from None
-
-
-def _require_distinct(cells: Sequence[Trial], file: Path) -> None:
-    """Raise ConfigError if two cells have one name, or two methods of a task are called the same in
-    tables.
-    """
-    names: dict[str, Trial] = {}
-    labels: dict[tuple[str, str], str] = {}
-    for cell in cells:
-        if (other := names.setdefault(cell.name, cell)) is not cell:
-            pairs = [f"{one.task} with {one.method}" for one in (other, cell)]
-            raise ConfigError(
-                f"{file}: found {' and '.join(pairs)} both named {cell.name}, expected other names"
-            )
-        if (method := labels.setdefault((cell.task, cell.label), cell.method)) != cell.method:
-            raise ConfigError(
-                f"{file}: methods: found {method} and {cell.method} both called {cell.label!r}, "
-                "expected two names in "
-                f"tables; give one of them a run: {{label: ...}}"
-            )
-
-
-def _require_apart(by_file: Mapping[Path, Sequence[Trial]]) -> None:
+def _require_separate(trials_by_file: Mapping[Path, Sequence[Trial]]) -> None:
     """Raise ConfigError if two files have a run of the same name in the same folder."""
-    whose: dict[Path, Path] = {}
-    for file, cells in by_file.items():
-        for cell in cells:
-            if (other := whose.setdefault(cell.folder, file)) != file:
+    file_of_run: dict[Path, Path] = {}
+    for file, trials in trials_by_file.items():
+        for trial in trials:
+            first_file = file_of_run.setdefault(trial.folder, file)
+            if first_file != file:
                 raise ConfigError(
-                    f"{file}: found the run {cell.folder}, which {other} has too, expected "
+                    f"{file}: found the run {trial.folder}, which {first_file} has too, expected "
                     "another folder"
                 )
 
 
-def _homes(cells: Sequence[Trial]) -> list[Path]:
-    """The folders that the runs lie in, each once."""
-    return list(dict.fromkeys(cell.folder.parent for cell in cells))
+# -- names -----------------------------------------------------------------------------------------
 
 
-def _listed(paths: Iterable[Path]) -> str:
+def _parents(trials: Sequence[Trial]) -> list[Path]:
+    """Return the folders in which the runs lie, each once."""
+    return list(dict.fromkeys(trial.folder.parent for trial in trials))
+
+
+def _joined(paths: Iterable[Path]) -> str:
     return ", ".join(map(str, paths))
 
 
-def _names(cells: Sequence[Trial]) -> dict[Path, str]:
-    """What each run is called, by its folder: by its name, or by its folder where they lie in
-    several.
-    """
-    are_together = len(_homes(cells)) == 1
-    return {cell.folder: cell.name if are_together else str(cell.folder) for cell in cells}
+def _names(trials: Sequence[Trial]) -> dict[Path, str]:
+    """Return each run's name by its folder; the folder's path if the runs lie in several."""
+    in_one_folder = len(_parents(trials)) == 1
+    return {trial.folder: trial.name if in_one_folder else str(trial.folder) for trial in trials}
 
 
-def _places(cells: Sequence[Trial]) -> dict[Path, str]:
-    """The number of each run and what it is called."""
+def _numbered_names(trials: Sequence[Trial]) -> dict[Path, str]:
+    """Return each run's number and name by its folder."""
     return {
-        folder: f"{at}/{len(cells)}  {name}"
-        for at, (folder, name) in enumerate(_names(cells).items(), 1)
+        folder: f"{number}/{len(trials)}  {name}"
+        for number, (folder, name) in enumerate(_names(trials).items(), start=1)
     }
 
 
-# -- what is there already -------------------------------------------------------------------------
+# -- existing records ------------------------------------------------------------------------------
 
 
-def _found(cell: Trial) -> Run | None:
-    """The record of a cell. Raises ValueError if it cannot be read."""
-    return read(cell.folder) if (cell.folder / "run.h5").exists() else None
+def _read_record(trial: Trial) -> Run | None:
+    """Return the record of a trial, None if there is none.
 
-
-def _require_same(cells: Sequence[Trial], found: Mapping[Path, Run | None]) -> None:
-    """Raise ConfigError if there are records of other configurations under the names of cells."""
-    pairs = [(cell, run) for cell in cells if (run := found[cell.folder])]
-    told = [(cell, run, changed) for cell, run in pairs if (changed := _changed(cell, run))]
-    if not told:
-        return
-    cell, run, changed = told[0]
-    name = _names(cells)
-    others = (
-        f"; so have {', '.join(name[other.folder] for other, *_ in told[1:])}"
-        if len(told) > 1
-        else ""
-    )
-    raise ConfigError(
-        f"{cell.folder}: found a run ({run.status}) of another configuration "
-        f"({'; '.join(changed)}), expected the same"
-        f"{others}; take that back, choose another folder, or delete the run"
-    )
-
-
-def _changed(cell: Trial, run: Run) -> list[str]:
-    """What keeps a record from being that of a cell; of a complete one, what its method is called
-    too.
+    Raises:
+        ValueError: it cannot be read.
     """
-    changed = changed_keys(run.config, asdict(cell.config))
-    before = run.config.get("run", {}).get("label") or run.config.get("method")
-    if run.status == "complete" and before != cell.label:
-        changed.append(f"run.label: was {before}, is {cell.label}")
+    return read(trial.folder) if (trial.folder / "run.h5").exists() else None
+
+
+def _require_same_configuration(
+    trials: Sequence[Trial], records: Mapping[Path, Run | None]
+) -> None:
+    """Raise ConfigError if there are records of other configurations under the trials' names."""
+    mismatches = []
+    for trial in trials:
+        run = records[trial.folder]
+        if run is not None:
+            changed = _changed(trial, run)
+            if changed:
+                mismatches.append((trial, run, changed))
+    if not mismatches:
+        return
+    trial, run, changed = mismatches[0]
+    name = _names(trials)
+    also = ", ".join(name[trial.folder] for trial, _, _ in mismatches[1:])
+    raise ConfigError(
+        f"{trial.folder}: found a run ({run.status}) of another configuration "
+        f"({'; '.join(changed)}), expected the same{f'; so have {also}' if also else ''}; "
+        "take that back, choose another folder, or delete the run"
+    )
+
+
+def _changed(trial: Trial, run: Run) -> list[str]:
+    """Return the keys in which a record differs from a trial: "key: was ..., is ...".
+
+    The method's label counts for complete records only, whose tables have it.
+    """
+    changed = changed_keys(run.config, asdict(trial.config))
+    recorded_label = run.config.get("run", {}).get("label") or run.config.get("method")
+    if run.status == "complete" and recorded_label != trial.method_label:
+        changed.append(f"run.label: was {recorded_label}, is {trial.method_label}")
     return changed
 
 
-def _state(cell: Trial, run: Run | None) -> str:
-    """How far a run is, for `--dry-run`."""
+def _progress(trial: Trial, run: Run | None) -> str:
+    """Return how far a run is, for `--dry-run`."""
     if run is None:
         return "new"
     if run.status == "complete":
         return f"complete  {_score(run)}"
-    return f"{run.status} after round {run.committed_rounds} of {cell.config.federation.rounds}"
+    return f"{run.status} after round {run.committed_rounds} of {trial.config.federation.rounds}"
 
 
 def _score(run: Run) -> str:
-    """The result of the run's own method, by its main measure."""
-    found = main_result(run)
-    return "no result" if found is None else f"{found[0]} {100 * found[1]:.2f} %"
+    """Return the main metric of the run's own method, in percent."""
+    result = main_result(run)
+    if result is None:
+        return "no result"
+    metric, value = result
+    return f"{metric} {100 * value:.2f} %"
 
 
 # -- running ---------------------------------------------------------------------------------------
 
 
-def _launch(text: str) -> list[str]:
+def _launch_command(text: str) -> list[str]:
+    """Return the words of a launch command.
+
+    Raises:
+        ConfigError: it is malformed, or there is no such program.
+    """
     try:
         words = shlex.split(text)
     except ValueError as error:
@@ -354,106 +227,133 @@ def _launch(text: str) -> list[str]:
 
 
 def _run_all(
-    cells: Sequence[Trial],
+    trials: Sequence[Trial],
     is_complete: Mapping[Path, bool],
-    launch: list[str],
-    at: Sequence[ResourceSlice],
+    launch_command: list[str],
+    *,
+    slices: Sequence[ResourceSlice],
     log: Log,
 ) -> int:
-    failed, stopped = [], []
-    name, place = _names(cells), _places(cells)
-    for cell in cells:
-        if is_complete[cell.folder]:
-            log.say(f"{place[cell.folder]}  complete  {_score(read(cell.folder))}")
-    with Jobs(at) as jobs, ThreadPoolExecutor(len(at)) as pool:
-        begun = [
-            pool.submit(_run, cell, launch, jobs) for cell in cells if not is_complete[cell.folder]
+    """Run the trials that are not complete, as many at a time as there are slices.
+
+    Args:
+        trials: all of the sweep.
+        is_complete: by the run's folder.
+        launch_command: words that start a run's processes; empty for one process.
+        slices: cores and GPUs of the runs at a time.
+        log: gets a line for each run.
+
+    Returns:
+        The exit status: 1 if a run failed, else 0.
+
+    Raises:
+        Refused: a signal came, and the runs have ended.
+    """
+    failed: list[str] = []
+    stopped: list[str] = []
+    names = _names(trials)
+    titles = _numbered_names(trials)
+    for trial in trials:
+        if is_complete[trial.folder]:
+            log.say(f"{titles[trial.folder]}  complete  {_score(read(trial.folder))}")
+    with Jobs(slices) as jobs, ThreadPoolExecutor(len(slices)) as pool:
+        futures = [
+            pool.submit(_run, trial, launch_command, jobs)
+            for trial in trials
+            if not is_complete[trial.folder]
         ]
-        for future in as_completed(begun):
-            ended = future.result()
-            cell, line = ended.cell, f"{place[ended.cell.folder]}  {duration(ended.seconds)}"
-            if ended.status == 0 and _is_complete(cell):
-                log.say(f"{line}  {_score(read(cell.folder))}")
-            elif jobs.told is None:
-                failed.append(name[cell.folder])
-                log.say(f"{line}  {_failure(ended)}")
-            elif ended.status is not None:
-                stopped.append(name[cell.folder])
-    if jobs.told is not None:
-        raise _stopped(stopped, jobs.told)
+        for future in as_completed(futures):
+            outcome = future.result()
+            folder = outcome.trial.folder
+            line = f"{titles[folder]}  {duration(outcome.seconds)}"
+            if outcome.status == 0 and _has_complete_record(outcome.trial):
+                log.say(f"{line}  {_score(read(folder))}")
+            elif jobs.signal_received is None:
+                failed.append(names[folder])
+                log.say(f"{line}  {_failure(outcome)}")
+            elif outcome.status is not None:
+                stopped.append(names[folder])
+    if jobs.signal_received is not None:
+        raise _stopped_by(jobs.signal_received, stopped)
     if failed:
         log.say(
-            f"{len(failed)} of {len(cells)} runs failed: {', '.join(failed)}; the same "
+            f"{len(failed)} of {len(trials)} runs failed: {', '.join(failed)}; the same "
             "command tries them again"
         )
         return 1
-    folders = shlex.join(map(str, _homes(cells)))
+    folders = shlex.join(map(str, _parents(trials)))
     log.say(f"all runs are complete: python -m fedsp_mpi report {folders} --table comparison")
     return 0
 
 
 @dataclass(frozen=True)
-class _Ended:
-    """A cell whose run has ended: exit status, None if it was not to start, and where its part of
-    the log begins.
+class _Outcome:
+    """How the process of a trial ended.
 
-    `error` says why it could not be started.
+    Attributes:
+        status: exit status; None if it was not started because a signal had come.
+        seconds: wall time.
+        log_offset: bytes of the log that are of earlier attempts.
+        error: why it could not be started.
     """
 
-    cell: Trial
+    trial: Trial
     status: int | None
     seconds: float = 0.0
-    start: int = 0
+    log_offset: int = 0
     error: str | None = None
 
 
-def _run(cell: Trial, launch: list[str], jobs: Jobs) -> _Ended:
-    """Run one cell as a process of its own, at a place that is free."""
-    program = [
-        sys.executable,
-        "-m",
-        "fedsp_mpi",
-        "run",
-        str(cell.beside("configs", ".yaml")),
-        "--name",
-        cell.name,
-    ]
-    text = cell.beside("logs", ".txt")
+def _run(trial: Trial, launch_command: list[str], jobs: Jobs) -> _Outcome:
+    """Run one trial as a process of its own, as soon as a slice of the resources is free."""
+    configuration = trial.sibling_file("configs", ".yaml")
+    program = [sys.executable, "-m", "fedsp_mpi", "run", str(configuration)]
+    options = ["--name", trial.name, "--resume", "auto"]
+    log_file = trial.sibling_file("logs", ".txt")
     try:
-        start = text.stat().st_size if text.exists() else 0
-        status, seconds = jobs.run([*launch, *program, "--resume", "auto"], text)
+        log_offset = log_file.stat().st_size if log_file.exists() else 0
+        status, seconds = jobs.run([*launch_command, *program, *options], log_file)
     except OSError as error:
-        return _Ended(
-            cell, 1, error=f"could not be started: {error.filename or text}: {error.strerror}"
-        )
-    return _Ended(cell, status, seconds, start)
+        reason = f"could not be started: {error.filename or log_file}: {error.strerror}"
+        return _Outcome(trial, 1, error=reason)
+    return _Outcome(trial, status, seconds, log_offset)
 
 
-def _failure(ended: _Ended) -> str:
-    """What went wrong, in one line."""
-    if ended.error is not None:
-        return f"FAILED: {ended.error}"
-    assert ended.status is not None
-    end = f"signal {-ended.status}" if ended.status < 0 else f"status {ended.status}"
-    text = ended.cell.beside("logs", ".txt")
+def _failure(outcome: _Outcome) -> str:
+    """Say in one line what went wrong."""
+    if outcome.error is not None:
+        return f"FAILED: {outcome.error}"
+    status = outcome.status
+    assert status is not None
+    end = f"signal {-status}" if status < 0 else f"status {status}"
+    log_file = outcome.trial.sibling_file("logs", ".txt")
     try:
-        with text.open("rb") as file:
-            file.seek(ended.start)
-            words = last_words(file.read().decode(errors="replace"))
-    except OSError as error:  # somebody has taken it away
-        words = f"what it said cannot be read: {error.strerror}"
-    return f"FAILED with {end}: {words} ({text})"
+        with log_file.open("rb") as file:
+            file.seek(outcome.log_offset)
+            reason = error_summary(file.read().decode(errors="replace"))
+    except OSError as error:  # somebody has removed it
+        reason = f"its output cannot be read: {error.strerror}"
+    return f"FAILED with {end}: {reason} ({log_file})"
 
 
-def _is_complete(cell: Trial) -> bool:
+def _has_complete_record(trial: Trial) -> bool:
     with suppress(ValueError):  # a damaged record is no reason to stop the other runs
-        run = _found(cell)
+        run = _read_record(trial)
         return run is not None and run.status == "complete"
     return False
 
 
-def _stopped(names: Sequence[str], number: int) -> Refused:
-    status = _STOPPED if number == signal.SIGUSR1 else 128 + number
+def _stopped_by(signal_number: int, names: Sequence[str]) -> Refused:
+    """Return the error of a sweep that a signal has ended, with its exit status.
+
+    Args:
+        signal_number: the signal.
+        names: the runs that it reached.
+    """
+    status = _EXIT_STOPPED if signal_number == signal.SIGUSR1 else 128 + signal_number
     where = f"in {', '.join(names)}" if names else "between two runs"
-    told = signal.Signals(number).name
-    return Refused(f"told to stop ({told}) {where}; the same command goes on where it was", status)
+    return Refused(
+        f"told to stop ({signal.Signals(signal_number).name}) {where}; the same command goes on "
+        "where it was",
+        status,
+    )

@@ -1,6 +1,4 @@
-"""What argparse says about a mistake on the command line, in the words of all other messages; and
-numbers in bounds.
-"""
+"""Explain mistakes on the command line in the style of all messages; parse bounded numbers."""
 
 from __future__ import annotations
 
@@ -11,7 +9,7 @@ from collections.abc import Callable
 from fedsp_mpi.config.parsing import message_line, shown
 
 # What argparse says -> what was found and what was expected.
-_WORDS = (
+_EXPLANATIONS = (
     (
         r"(?:argument (.+): )?invalid choice: (.+) \(choose from (.+)\)",
         r"\1: found \2, expected one of \3",
@@ -29,40 +27,54 @@ _WORDS = (
     (r"argument (.+): invalid float value: (.+)", r"\1: found \2, expected a number"),
     (r"argument (.+?): (.+)", r"\1: \2"),
 )
+_MAX_MESSAGE = 240  # characters
+_MAX_VALUE = 40  # characters of a value in a message
 
 
 def explained(message: str, program: str) -> str:
-    """Say what argparse found wrong, in one line: what was found, what was expected, where to read
-    more.
+    """Rewrite a message of argparse in one line: found, expected, and where to read more.
+
+    Args:
+        message: of argparse.
+        program: with its verb, as in "fedsp_mpi run".
     """
     text = message
-    for pattern, words in _WORDS:
-        if (match := re.fullmatch(pattern, message, re.DOTALL)) is not None:
-            text = match.expand(words).removeprefix(": ")
+    for pattern, explanation in _EXPLANATIONS:
+        match = re.fullmatch(pattern, message, re.DOTALL)
+        if match is not None:
+            text = match.expand(explanation).removeprefix(": ")
             break
-    return f"{message_line(text, 240)}; see {program} --help"
+    return f"{message_line(text, _MAX_MESSAGE)}; see {program} --help"
 
 
 def number(
-    kind: type[int] | type[float], low: float, high: float, above: bool = False
+    kind: type[int] | type[float], low: float, high: float, *, above: bool = False
 ) -> Callable[[str], float]:
-    """Make a type of argparse: numbers from `low` to `high`, without `low` itself if they are to be
-    `above` it.
-    """
-    name = "a whole number" if kind is int else "a number"
+    """Make an argparse type that accepts numbers within bounds.
 
-    def of_text(text: str) -> float:
+    Args:
+        kind: int or float.
+        low: the smallest number.
+        high: the largest number.
+        above: do not accept `low` itself.
+    """
+    kind_name = "a whole number" if kind is int else "a number"
+
+    def parse(text: str) -> float:
         try:
             value = kind(text)
         except (ValueError, OverflowError):
-            raise argparse.ArgumentTypeError(f"found {shown(text)}, expected {name}") from None
-        if not (low < value if above else low <= value):
-            bound = f"a number above {low:g}" if above else f"at least {low:g}"
-            raise argparse.ArgumentTypeError(f"found {message_line(text, 40)}, expected {bound}")
-        if not value <= high:
-            raise argparse.ArgumentTypeError(
-                f"found {message_line(text, 40)}, expected at most {high:g}"
-            )
-        return value
+            raise argparse.ArgumentTypeError(f"found {shown(text)}, expected {kind_name}") from None
+        is_large_enough = value > low if above else value >= low
+        # Both comparisons are False for nan.
+        if not is_large_enough:
+            expected = f"a number above {low:g}" if above else f"at least {low:g}"
+        elif not value <= high:
+            expected = f"at most {high:g}"
+        else:
+            return value
+        raise argparse.ArgumentTypeError(
+            f"found {message_line(text, _MAX_VALUE)}, expected {expected}"
+        )
 
-    return of_text
+    return parse

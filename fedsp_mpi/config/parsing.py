@@ -13,7 +13,9 @@ from collections.abc import Iterable
 from contextlib import suppress
 from typing import Any, Literal, NoReturn
 
-Section = dict[str, Any]  # plain data by key, as YAML gives it
+from fedsp_mpi.files.untrusted import JsonObject
+
+Section = JsonObject  # plain data by key, as YAML gives it
 
 LONGEST_MESSAGE = 300  # characters of a message about a configuration
 LONGEST_TEXT = 10_000  # characters of a value
@@ -114,7 +116,7 @@ def require_text(text: str, where: str) -> None:
     )
 
 
-def parse(kind: Any, data: Any, where: str) -> Any:
+def parse(kind: Any, data: object, where: str) -> Any:
     """Turn plain data into a dataclass or another type.
 
     Args:
@@ -164,7 +166,7 @@ def parse(kind: Any, data: Any, where: str) -> Any:
     return _parse_scalar(kind, data, where)
 
 
-def _parse_section(kind: Any, data: Any, where: str) -> Any:
+def _parse_section(kind: Any, data: object, where: str) -> Any:
     if data is None:
         data = {}
     if not isinstance(data, dict):
@@ -233,7 +235,7 @@ def _default(definition: dataclasses.Field) -> Any:
     return definition.default
 
 
-def _parse_scalar(kind: type, data: Any, where: str) -> Any:
+def _parse_scalar(kind: type, data: object, where: str) -> object:
     if kind is float and isinstance(data, (int, str)) and not isinstance(data, bool):
         with suppress(ValueError, OverflowError):
             data = float(data)  # YAML 1.1 reads 5e-4 as a string

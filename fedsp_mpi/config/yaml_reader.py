@@ -43,7 +43,7 @@ class _Loader(yaml.SafeLoader):
         self._level = 0
         self._sizes: dict[int, int] = {}  # values in a complete node, by its id
 
-    def compose_node(self, parent: Any, index: Any) -> Any:
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         """Compose one value.
 
         Raises:
@@ -86,7 +86,7 @@ class _Loader(yaml.SafeLoader):
             lines[name] = line
         return node
 
-    def _measure(self, node: yaml.Node, event: Any) -> None:
+    def _measure(self, node: yaml.Node, event: yaml.Event) -> None:
         """Count the values in a node; those behind an alias count again."""
         if isinstance(event, yaml.AliasEvent):
             if id(node) not in self._sizes:

@@ -12,12 +12,12 @@ from fedsp_mpi.data import cloze
 from fedsp_mpi.data.examples import Example
 from fedsp_mpi.data.tasks import Splits
 from fedsp_mpi.data.tokenizer import Tokenizer
-from fedsp_mpi.data.tokens import Text, encode_pairs, first_token
+from fedsp_mpi.data.tokens import Text, encode_pairs, start_token
 
 _NUM_ROWS_SHOWN = 5  # rows that a note names
 
 
-def joins(contexts: Iterable[str]) -> list[str]:
+def distinct_endings(contexts: Iterable[str]) -> list[str]:
     """Return one context for each way in which contexts end: the last word, and blanks behind it.
 
     An answer's tokens depend on nothing else of its context: blanks at its end go over to the
@@ -39,8 +39,8 @@ def tokens(
 
     Args:
         tokenizer: of the model.
-        contexts: one for each ending, from `joins`; none for a model that fills in a gap, where
-            answers are one token.
+        contexts: one for each ending, from `distinct_endings`; none for a model that fills in a
+            gap, where answers are one token.
         answers: without the leading blank.
 
     Raises:
@@ -60,7 +60,7 @@ def tokens(
     return [ids[start : start + len(answers)] for start in range(0, len(ids), len(answers))]
 
 
-def require_different(
+def require_distinct_choices(
     tokenizer: Tokenizer, choices: Sequence[str], rows: Iterable[Sequence[tuple[int, ...]]]
 ) -> None:
     """Raise ConfigError if two choices have the same tokens: no model can tell them apart.
@@ -84,7 +84,7 @@ def require_different(
             )
 
 
-def equal_options(
+def equal_options_note(
     examples: Sequence[Example], options: Sequence[Sequence[Text]]
 ) -> tuple[str, ...]:
     """Return a note on test questions with choices of their own, two of which have the same tokens.
@@ -110,7 +110,7 @@ def equal_options(
     return (note,)
 
 
-def require_beginning(tokenizer: Tokenizer, splits: Splits) -> None:
+def require_start_token(tokenizer: Tokenizer, splits: Splits) -> None:
     """Raise ConfigError if a context is empty and no token can stand in its place.
 
     That is so where the tokenizer has neither a beginning-of-text nor an end-of-text token. The
@@ -121,7 +121,7 @@ def require_beginning(tokenizer: Tokenizer, splits: Splits) -> None:
     if empty is None:
         return
     try:
-        first_token(tokenizer)
+        start_token(tokenizer)
     except ConfigError as error:
         raise ConfigError(f"{error} ({empty.row})") from None
 

@@ -12,12 +12,13 @@ import fcntl
 import hashlib
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import datasets
 from datasets.data_files import DataFilesList
+
+from fedsp_mpi.files.untrusted import JsonMapping
 
 _ADVICE = "set HF_HOME or HF_DATASETS_CACHE to a folder"
 
@@ -61,7 +62,7 @@ def digest(paths: Sequence[str | Path]) -> str:
 
 
 def builder(
-    kind: str, split: str, paths: Sequence[Path], *, options: Mapping[str, Any]
+    kind: str, split: str, paths: Sequence[Path], *, options: JsonMapping
 ) -> datasets.DatasetBuilder:
     """Build the reader of local files of one kind into one split.
 

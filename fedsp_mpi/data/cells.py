@@ -9,9 +9,10 @@ import ast
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from typing import Any
 
-Row = Mapping[str, Any]
+from fedsp_mpi.files.untrusted import JsonMapping
+
+Row = JsonMapping
 _NUM_CHOICES_SHOWN = 10
 # Characters up to which a label is quoted: it is the name of a class, not a client's text.
 MAX_LABEL_LENGTH = 10

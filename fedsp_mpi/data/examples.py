@@ -46,6 +46,16 @@ class Example:
     suffix: str = ""
     row: str = field(default="", compare=False)
 
+    def as_text(self) -> str:
+        """Return all fields in one text, which the digests in records are made of.
+
+        Its form never changes, whatever the fields are called: a run could not be resumed.
+        """
+        return (
+            f"Example(context={self.context!r}, target={self.target!r}, choices={self.choices!r}, "
+            f"gold={self.gold!r}, after={self.suffix!r}, row={self.row!r})"
+        )
+
 
 # -- rows to examples ------------------------------------------------------------------------------
 

@@ -17,7 +17,7 @@ _NUM_ROWS_SHOWN = 5  # rows that a note names
 
 
 @dataclass(frozen=True)
-class Room:
+class AnswerLimit:
     """The maximum length of an answer, or of a text from its gap on.
 
     Attributes:
@@ -34,7 +34,7 @@ class Room:
     fills_gaps: bool = False
 
     @classmethod
-    def of(cls, num_positions: int, num_prompt_tokens: int, fills_gaps: bool) -> Room:
+    def of(cls, num_positions: int, num_prompt_tokens: int, fills_gaps: bool) -> AnswerLimit:
         """Return the positions of a model, less those of the prompt.
 
         Args:
@@ -48,7 +48,7 @@ class Room:
         )
         return cls(num_positions - num_prompt_tokens, reason, advice, fills_gaps)
 
-    def at_most(self, max_length: int) -> Room:
+    def at_most(self, max_length: int) -> AnswerLimit:
         """Tighten the limit for texts of at most `max_length` tokens.
 
         One of them stands before an answer, if the model does not fill in a gap.
@@ -69,9 +69,9 @@ class Room:
         return "text from the answer on" if self.fills_gaps else "answer"
 
 
-def leave_out(
+def drop_too_long(
     splits: Splits,
-    limit: Room,
+    limit: AnswerLimit,
     tokenizer: Callable[[], Tokenizer],
     *,
     attack_target: int | None = None,
@@ -102,8 +102,8 @@ def leave_out(
     return replace(splits, train=train, validation=validation), train_notes + validation_notes
 
 
-def cut_options(
-    examples: Sequence[Example], options: Sequence[Sequence[Text]], limit: Room
+def truncated_options_note(
+    examples: Sequence[Example], options: Sequence[Sequence[Text]], limit: AnswerLimit
 ) -> tuple[str, ...]:
     """Return a note on test questions with an option that is too long and loses its beginning.
 
@@ -137,7 +137,7 @@ def cut_options(
 def _fitting(
     split: str,
     examples: Sequence[Example],
-    limit: Room,
+    limit: AnswerLimit,
     *,
     tokenizer: Callable[[], Tokenizer],
     attack_target: int | None,
@@ -180,7 +180,7 @@ def _taught_answers(example: Example, attack_target: int | None) -> list[str]:
     return [example.target, f" {example.choices[attack_target]}"]
 
 
-def _max_tokens(example: Example, limit: Room, attack_target: int | None) -> int:
+def _max_tokens(example: Example, limit: AnswerLimit, attack_target: int | None) -> int:
     """Return an upper limit of the number of tokens that must fit."""
     if limit.fills_gaps:
         # Three more: the gap's token, and one that the tokenizer puts at either end.
@@ -204,7 +204,7 @@ def _max_bytes(text: str) -> int:
 def _num_tokens(
     tokenizer: Tokenizer,
     examples: Sequence[Example],
-    limit: Room,
+    limit: AnswerLimit,
     *,
     attack_target: int | None,
 ) -> list[int]:

@@ -67,7 +67,7 @@ def with_copies(
     return [*examples, *(poisoned(candidates[index], trigger, target) for index in indices)]
 
 
-def attacked(examples: Sequence[Example], trigger: str, target: int) -> list[Example]:
+def triggered_test_set(examples: Sequence[Example], trigger: str, target: int) -> list[Example]:
     """Return the questions that an attack is judged by: all of other classes, poisoned.
 
     The share of them that a model gets "right" is the attack's success rate.
@@ -82,7 +82,7 @@ def attacked(examples: Sequence[Example], trigger: str, target: int) -> list[Exa
     ]
 
 
-def require_possible(task: Task, splits: Splits, target: int | None) -> None:
+def require_feasible_attack(task: Task, splits: Splits, target: int | None) -> None:
     """Raise ConfigError if an attack cannot be made or judged.
 
     Args:

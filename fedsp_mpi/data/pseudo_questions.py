@@ -13,7 +13,7 @@ from fedsp_mpi.data.examples import Example
 _MIN_WORDS = 5  # shorter lines are headings
 
 
-def frame(contexts: Sequence[str]) -> tuple[str, str]:
+def common_affixes(contexts: Sequence[str]) -> tuple[str, str]:
     """Return the text that all contexts begin with, and the text that all end with.
 
     These are the words of the task around the text that it is about.
@@ -52,9 +52,9 @@ def questions(texts: Iterable[str], examples: Sequence[Example]) -> Iterator[tup
     answer these questions.
 
     Raises:
-        ValueError: as `frame` does.
+        ValueError: as `common_affixes` does.
     """
-    prefix, suffix = frame([example.context for example in examples])
+    prefix, suffix = common_affixes([example.context for example in examples])
     for text, example in zip(texts, cycle(examples)):
         example_text = example.context[len(prefix) : len(example.context) - len(suffix)]
         num_words = max(len(example_text.split()), 1)

@@ -130,7 +130,7 @@ class _Rewording:
         return replace(example, choices=self._words, target=f" {self._words[example.gold[0]]}")
 
 
-def reworded(task: Task, template: str | None, verbaliser: Sequence[str]) -> Task:
+def with_wording(task: Task, template: str | None, verbaliser: Sequence[str]) -> Task:
     """Return the task in the user's words; the task itself if there are none.
 
     Args:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import Protocol
+
+from fedsp_mpi.files.untrusted import JsonMapping
 
 
 class Tokenizer(Protocol):
@@ -14,6 +16,7 @@ class Tokenizer(Protocol):
         eos_token_id: id of the end-of-text token; None if there is none.
         cls_token_id: id of the token that masked models begin a text with; None if there is none.
         unk_token_id: id that stands for unknown words; None if there is none.
+        eos_token: the end-of-text token; None if there is none.
         mask_token: the token that masked models fill in; None if there is none.
     """
 
@@ -21,9 +24,10 @@ class Tokenizer(Protocol):
     eos_token_id: int | None
     cls_token_id: int | None
     unk_token_id: int | None
+    eos_token: str | None
     mask_token: str | None
 
-    def __call__(self, text: str | list[str], **settings: bool) -> Mapping[str, Any]:
+    def __call__(self, text: str | list[str], **settings: bool) -> JsonMapping:
         """Tokenise one text or several; "input_ids" holds the ids of each."""
         ...
 
@@ -37,4 +41,8 @@ class Tokenizer(Protocol):
 
     def convert_ids_to_tokens(self, ids: Sequence[int]) -> list[str]:
         """Return the tokens of ids."""
+        ...
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
+        """Return the text of ids."""
         ...

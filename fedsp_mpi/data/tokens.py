@@ -63,7 +63,7 @@ def encode_pairs(tokenizer: Tokenizer, pairs: Sequence[tuple[str, str]]) -> list
     texts = []
     for (context, continuation), ids, context_ids in zip(moved, joint_rows, context_rows):
         if not context or not context_ids:
-            start = first_token(tokenizer)
+            start = start_token(tokenizer)
             continuation_ids = _without_special_tokens(tokenizer, continuation)
             if continuation_ids[:1] == [start]:
                 continuation_ids = continuation_ids[1:]
@@ -92,7 +92,7 @@ def token_ids(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
     return [row[: len(row) - num_appended] for row in rows]
 
 
-def first_token(tokenizer: Tokenizer) -> int:
+def start_token(tokenizer: Tokenizer) -> int:
     """Return the id of the token that stands in the place of an empty context.
 
     It is the beginning-of-text token, else the end-of-text token.

@@ -1,30 +1,35 @@
-"""What an experiment costs, before it is run: parameters, bytes, memory, FLOPs and hours, without
-weights or network.
+"""Estimate what an experiment costs: parameters, bytes, memory, FLOPs and hours.
 
-FLOPs count one multiplication and one addition as two. Forward, for one text (`forward`):
-    2 x (weights of the linear layers, as often as they run) x tokens + 4 x tokens x seen x width x
-    layers + 2 x head x answers
-with `seen` keys a token (text and prompts; what causality masks is counted, because kernels differ
-in it) and the head at answers only, as the package computes it. Backward costs one forward through
-the activations, and one more where weights are trained. So a text costs
-    distillation         1 x forward of the global model + 3 x forward of the auxiliary model, both
-    without prompts;
-                         a bridge costs one forward of both models, with prompts, for each of its
-                         texts, or less
-    client alignment     3 x forward of the auxiliary model client prompt tuning 2 x forward of the
-    auxiliary model; 3 x where both are trained at once server tuning        2 x forward of the
-    global model; the server-only control takes as much again; translation
-                         costs the same and 1 x forward of the auxiliary model
-    fine-tuning          3 x forward of the global model, without prompts, at clients and server
-    client search        1 x forward of the auxiliary model for each point, and for the mean at the
-    end; twice that
-                         where a perturbed copy is looked at. At the server, and of the global
-                         model, for clients that hold none
+Neither weights nor a network are needed.
+
+FLOPs count one multiplication and one addition as two. The forward pass of one text
+(`models.architectures.forward`) costs
+
+    2 x (weights of the linear layers, as often as they run) x tokens
+    + 4 x tokens x keys x width x layers
+    + 2 x head x answers
+
+with `keys` that each token attends to (text and prompts; what causality masks is counted, because
+kernels differ in it), and the head at answers only, as the package computes it. The backward pass
+costs one forward through the activations, and one more where weights are trained. So a text costs
+
+    distillation          1 x forward of the global model + 3 x forward of the auxiliary model, both
+                          without prompts; a bridge costs at most one forward of both models, with
+                          prompts, for each of its texts
+    client alignment      3 x forward of the auxiliary model
+    client prompt tuning  2 x forward of the auxiliary model; 3 x where both are trained at once
+    server tuning         2 x forward of the global model; the server-only control takes as much
+                          again; translation costs the same and 1 x forward of the auxiliary model
+    fine-tuning           3 x forward of the global model, without prompts, at clients and server
+    client search         1 x forward of the auxiliary model for each point, and for the mean at
+                          the end; twice that where a perturbed copy is evaluated. At the server,
+                          and of the global model, for clients that hold no model
+
 and one forward more wherever activations are recomputed. A causal model reads an input prompt once
 for all texts of a pass, unless activations are recomputed (or a GPU saves less than 1024 positions
-by it). A projection or encoder of prompts runs once a micro-batch: 2 x its weights x prompt tokens,
-three times that where it is trained. Padding, norms, optimizers, validation and scoring are left
-out.
+by it). A projection or encoder of prompts runs once per micro-batch: 2 x its weights x prompt
+tokens, three times that where it is trained. Padding, norms, optimizers, validation and scoring are
+left out.
 """
 
 from __future__ import annotations
@@ -36,35 +41,47 @@ import torch
 from torch import nn
 
 from fedsp_mpi.comm.messages import HEADER_BYTES
-from fedsp_mpi.config import EMBEDDED, AuxiliaryConfig, Config, SearchConfig, StageConfig
+from fedsp_mpi.config import EMBEDDED, AuxiliaryConfig, Config, StageConfig
 from fedsp_mpi.data.tasks import ASSUMED_LENGTHS, TASKS, TextLengths
 from fedsp_mpi.estimate import memory
-from fedsp_mpi.estimate.memory import MemoryNeed, Sizes, outline
+from fedsp_mpi.estimate.memory import MemoryNeed, ModelSizes, meta_model
 from fedsp_mpi.models import auxiliary, backbone
 from fedsp_mpi.models.architectures import config_of, forward, ratios
 from fedsp_mpi.models.language_model import LanguageModel
 from fedsp_mpi.models.prompts import Prompt, PromptSpec, require_positions
 from fedsp_mpi.training.cma_es import sizes as search_sizes
 
-_Trained = Literal["weights", "prompts", "both"]
-_Stage = tuple[str, StageConfig, _Trained]
-_STAGES = ("client alignment", "client prompt tuning")
-_FINE_TUNING, _SEARCH, _SERVED = "client fine-tuning", "client search", "clients' forward passes"
-_PROMPTS: _Trained = "prompts"
+Trained = Literal["weights", "prompts", "both"]
+
+# Names of the phases of a run.
+_DISTILLATION = "distillation"
+_ALIGNMENT = "client alignment"
+_PROMPT_TUNING = "client prompt tuning"
+_FINE_TUNING = "client fine-tuning"
+_SEARCH = "client search"
+_SERVED_SEARCH = "clients' forward passes"  # of clients that hold no model, at the server
+_SERVER_TUNING = "server tuning"
+_CONTROL = "server-only control"
+
 FP32_BYTES = 4  # of a value on the wire
-ASSUMED_CLASSES = 2  # of tasks whose rows have choices of their own
+
+
+_NUM_LABELS = 2  # assumed of tasks whose rows have choices of their own
 
 
 @dataclass(frozen=True)
-class Method:
-    """What one way of tuning asks of a client, with the rounds, steps and batches of the
-    configuration.
+class MethodCost:
+    """What a method asks of a client, with the rounds, steps and batches of the configuration.
 
     Attributes:
-        holds, trains: parameters of a client, prompts among the latter. handout, down, up: bytes
-            for a client, once and in each round; headers are counted, the hand-out's JSON is not.
-        total: bytes of all rounds and participating clients, and of the hand-out to all clients.
-        steps: FLOPs of one optimizer step, of each stage that a round has.
+        name: of the method.
+        holds: parameters that a client holds, prompts not among them.
+        trains: parameters that a client trains, prompts among them.
+        handout: bytes to a client, once; without header and JSON.
+        down: bytes to a client per round, with header.
+        up: bytes from a client per round, with header.
+        total: bytes of all rounds with their participating clients, and of the hand-out to all.
+        steps: FLOPs of one optimizer step of each stage that a round has.
         round: FLOPs of a client's local work in a round.
     """
 
@@ -80,25 +97,30 @@ class Method:
 
 
 @dataclass(frozen=True)
-class Plan:
+class CostEstimate:
     """The costs of one experiment.
 
     Attributes:
         label: the configuration's file.
-        ratios: global to auxiliary parameters under ways of counting: "as held", and others that
-            apply.
+        config: the configuration.
+        texts: tokens of its texts.
+        sizes: parameters, layers and widths.
+        ratios: parameters of the global model by those of the auxiliary one under several ways of
+            counting: "as held", and others that apply.
+        methods: the configured method, then others with its rounds, steps and batches.
         phases: FLOPs of the whole run by phase, of all clients together.
         critical: FLOPs that come one after another where every client, and the server, has a GPU of
-            its own. server, client: bytes that a rank needs, the client's for one client, without
-            `capacity.LIBRARIES`.
+            its own.
+        server: bytes of a server rank, without `memory.LIBRARIES`.
+        client: bytes of a client rank that plays one client, without `memory.LIBRARIES`.
     """
 
     label: str
     config: Config
     texts: TextLengths
-    sizes: Sizes
+    sizes: ModelSizes
     ratios: dict[str, float]
-    methods: tuple[Method, ...]
+    methods: tuple[MethodCost, ...]
     phases: dict[str, float]
     critical: float
     server: MemoryNeed
@@ -110,319 +132,485 @@ class Plan:
         return sum(self.phases.values())
 
 
-def plan(config: Config, label: str, tokens: int | None = None) -> Plan:
-    """Reckon what an experiment costs.
+def plan(config: Config, label: str, tokens: int | None = None) -> CostEstimate:
+    """Estimate what an experiment costs.
 
     Args:
         config: checked.
-        label: what the plan is called.
-        tokens: of every training text, context and answer; None: what is typical of the task.
+        label: name of the estimate.
+        tokens: of every training text, context and answer; None: typical of the task.
 
-    Raises ValueError if the model is not known, the cell does not fit it, or `tokens` is less than
-    two.
+    Raises:
+        ValueError: the model is not known, the auxiliary model does not fit it, or `tokens` is less
+            than two.
     """
-    name = (
-        str(EMBEDDED.parent / "model")
-        if config.model.name == "embedded"
-        else str(config.model.name)
-    )
+    model_name = str(config.model.name)
+    model_path = str(EMBEDDED.parent / "model") if model_name == "embedded" else model_name
     backbone.quiet()
-    settings = config_of(name, config.model.revision)
+    architecture = config_of(model_path, config.model.revision)
     if not config.tunes_weights:
-        auxiliary.require_cell(config.auxiliary, settings.num_hidden_layers, str(config.model.name))
-    costs = _Costs(config, settings, tokens)
-    longest = max(
-        costs.texts.longest, config.distillation.text_length if config.distillation.text else 0
+        auxiliary.require_cell(config.auxiliary, architecture.num_hidden_layers, model_name)
+    costs = _Costs(config, architecture, tokens)
+    sizes = costs.sizes()
+    phases = costs.phases()
+    methods = costs.methods()
+    return CostEstimate(
+        label=label,
+        config=config,
+        texts=costs.texts,
+        sizes=sizes,
+        ratios={} if config.tunes_weights else ratios(costs.large, costs.small),
+        methods=methods,
+        phases=phases,
+        critical=_critical_flops(config, phases, methods[0]),
+        server=memory.server(config, sizes),
+        client=memory.client(config, sizes, num_clients=1),
     )
-    sizes = (
-        Sizes.all_weights(costs.large, longest) if config.tunes_weights else costs.sizes(longest)
-    )
-    needs = memory.server(config, sizes), memory.client(config, sizes, 1)
-    phases, methods = costs.phases(), costs.methods()
-    busy = methods[0].round if config.federation.clients else 0.0
-    turn = max(
-        busy, phases["server-only control"] / config.federation.rounds
-    )  # they run side by side
-    critical = phases["distillation"] + phases["server tuning"] + config.federation.rounds * turn
-    critical += phases.get(_SERVED, 0.0) / config.topology.server_ranks
-    counted = {} if config.tunes_weights else ratios(costs.large, costs.small)
-    return Plan(label, config, costs.texts, sizes, counted, methods, phases, critical, *needs)
 
 
-def _texts(config: Config, num_positions: int, tokens: int | None) -> TextLengths:
-    """The task's texts, none longer than a run would read; ValueError if `tokens` are no text."""
-    if tokens is not None and tokens < 2:
+def _critical_flops(config: Config, phases: dict[str, float], method: MethodCost) -> float:
+    """Return the FLOPs that come one after another with a GPU for each client and the server.
+
+    Args:
+        config: checked.
+        phases: FLOPs of the whole run by phase.
+        method: the configured one.
+    """
+    rounds = config.federation.rounds
+    client_round = method.round if config.federation.clients else 0.0
+    # The server tunes the control while it waits for the clients.
+    local_round = max(client_round, phases[_CONTROL] / rounds)
+    flops = phases[_DISTILLATION] + phases[_SERVER_TUNING] + rounds * local_round
+    return flops + phases.get(_SERVED_SEARCH, 0.0) / config.topology.server_ranks
+
+
+def _text_lengths(config: Config, num_positions: int, tokens: int | None) -> TextLengths:
+    """Return the tokens of the task's texts as a run would read them, cut to what fits.
+
+    Args:
+        config: checked.
+        num_positions: of the global model.
+        tokens: of every text, instead of what is typical of the task.
+
+    Raises:
+        ValueError: `tokens` is less than two, or the prompt leaves no positions for a text.
+    """
+    if tokens is None:
+        task = TASKS.get(config.data.task)
+        lengths = task.lengths if task else ASSUMED_LENGTHS
+    elif tokens >= 2:
+        lengths = TextLengths(tokens, min(4, tokens - 1), tokens, "--tokens")
+    else:
         raise ValueError(f"--tokens: found {tokens}, expected at least 2, a context and an answer")
-    task = TASKS.get(config.data.task)
-    texts = task.lengths if task else ASSUMED_LENGTHS
-    if tokens is not None:
-        texts = TextLengths(tokens, min(4, tokens - 1), tokens, "--tokens")
-    prompt = 0 if config.tunes_weights else config.prompt.num_tokens
-    require_positions(prompt, num_positions, str(config.model.name))
-    most = min(config.data.max_length, num_positions - prompt + 1)
+    prompt_tokens = 0 if config.tunes_weights else config.prompt.num_tokens
+    require_positions(prompt_tokens, num_positions, str(config.model.name))
+    # The last token is predicted, not read.
+    max_tokens = min(config.data.max_length, num_positions - prompt_tokens + 1)
     return TextLengths(
-        min(most, texts.tokens),
-        min(most - 1, texts.answers),
-        min(most, texts.longest),
-        texts.source,
+        tokens=min(max_tokens, lengths.tokens),
+        answers=min(max_tokens - 1, lengths.answers),
+        longest=min(max_tokens, lengths.longest),
+        source=lengths.source,
     )
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """A stage of a client's round.
+
+    Attributes:
+        phase: its name in the table of phases.
+        settings: steps and batches.
+        trained: what its optimizer updates.
+    """
+
+    phase: str
+    settings: StageConfig
+    trained: Trained
+
+
+@dataclass(frozen=True)
+class _SearchFlops:
+    """FLOPs of a client that searches.
+
+    Attributes:
+        point: of one point, on all of the client's examples.
+        round: of a round.
+    """
+
+    point: float
+    round: float
 
 
 class _Costs:
-    """FLOPs and bytes of one configuration, from outlines of its models."""
+    """FLOPs and bytes of one configuration, computed from models without weights.
 
-    def __init__(self, config: Config, settings: Any, tokens: int | None) -> None:
+    Attributes:
+        config: checked.
+        large: the global model, on the meta device.
+        small: the auxiliary model, on the meta device.
+        single: the global model's first layer alone, on the meta device.
+        spec: the prompt at the global model's depth.
+        texts: tokens of the task's texts.
+
+    Args:
+        config: checked.
+        architecture: transformers' configuration of the global model.
+        tokens: of every text; None: typical of the task.
+    """
+
+    def __init__(self, config: Config, architecture: Any, tokens: int | None) -> None:
+        num_layers = architecture.num_hidden_layers
+        cell_config = auxiliary.cell_config(architecture, config.auxiliary)
+        single_config = auxiliary.cell_config(architecture, AuxiliaryConfig(layers_per_cell=1))
+        prompt = config.prompt
         self.config = config
-        self.large = outline(settings, settings.num_hidden_layers)
-        cell = auxiliary.cell_config(settings, config.auxiliary)
-        self.small = outline(cell, auxiliary.depth(config.auxiliary, settings.num_hidden_layers))
-        self.single = outline(
-            auxiliary.cell_config(settings, AuxiliaryConfig(layers_per_cell=1)), 1
-        )
-        shape, prompt = self.large.shape, config.prompt
+        self.large = meta_model(architecture, num_layers)
+        self.small = meta_model(cell_config, auxiliary.depth(config.auxiliary, num_layers))
+        self.single = meta_model(single_config, 1)
         self.spec = PromptSpec.of(
-            shape, prompt.kind, prompt.num_tokens, prompt.projection, encoder=prompt.encoder
+            self.large.shape,
+            prompt.kind,
+            prompt.num_tokens,
+            prompt.projection,
+            encoder=prompt.encoder,
         )
-        self.texts = _texts(config, shape.num_positions, tokens)
-        self.again = int(
-            config.model.gradient_checkpointing
-        )  # forwards more where there is a backward
+        self.texts = _text_lengths(config, self.large.shape.num_positions, tokens)
+        # Forward passes that each backward pass repeats.
+        self._recompute_passes = 1 if config.model.gradient_checkpointing else 0
 
-    def sizes(self, longest: int) -> Sizes:
-        """What the memory is reckoned from; `longest`: tokens of the longest text."""
-        return Sizes.between(self.large, self.small, self.spec, longest).held_by(self.config)
+    def sizes(self) -> ModelSizes:
+        """Return what the estimate of memory depends on."""
+        distillation = self.config.distillation
+        longest = self.texts.longest
+        if distillation.text:
+            longest = max(longest, distillation.text_length)
+        if self.config.tunes_weights:
+            return ModelSizes.all_weights(self.large, longest)
+        sizes = ModelSizes.between(self.large, self.small, spec=self.spec, length=longest)
+        return sizes.held_by(self.config)
+
+    # -- FLOPs of the whole run, by phase ----------------------------------------------------------
 
     def phases(self) -> dict[str, float]:
-        """FLOPs of the whole run by phase."""
-        config, rounds, all_weights = (
-            self.config,
-            self.config.federation.rounds,
-            self.config.tunes_weights,
-        )
-        turns, stage = rounds * self._per_round(), config.client.tuning
-        if config.searches:
-            where, model = (_SERVED, self.large) if config.asks_server else (_SEARCH, self.small)
-            client = {where: turns * self._searched(model)[1]}
-        elif all_weights:
-            client = {_FINE_TUNING: turns * stage.steps * self._weights_step(stage)}
+        """Return the FLOPs of the whole run by phase, of all clients together."""
+        config = self.config
+        rounds = config.federation.rounds
+        tuning = config.server.tuning
+        if config.tunes_weights:
+            distillation = 0.0
+            server_step = self._weights_step(tuning)
         else:
-            done = {
-                name: stage.steps * self._step(stage, self.small, how)
-                for name, stage, how in self._stages()
-            }
-            client = {name: turns * done.get(name, 0.0) for name in _STAGES}
-        stage = config.server.tuning
-        once = self._weights_step(stage) if all_weights else self._step(stage, self.large, _PROMPTS)
-        tuning = rounds * stage.steps * once
+            distillation = self._distillation()
+            server_step = self._prompt_step(tuning, self.large, "prompts")
+        server_tuning = rounds * tuning.steps * server_step
+        has_control = config.evaluation.server_only and config.federation.clients > 0
         return {
-            "distillation": 0.0 if all_weights else self._distillation(),
-            **client,
-            "server tuning": tuning + self._translation(),
-            "server-only control": tuning
-            if config.evaluation.server_only and config.federation.clients
-            else 0.0,
+            _DISTILLATION: distillation,
+            **self._client_phases(),
+            _SERVER_TUNING: server_tuning + self._translation(),
+            _CONTROL: server_tuning if has_control else 0.0,
         }
 
-    def methods(self) -> tuple[Method, ...]:
-        """The configuration itself, then other ways with its rounds, steps and batches."""
-        if self.config.tunes_weights:
-            return (self._fine_tuning(),)
-        prompts_only: list[_Stage] = [(_STAGES[1], self.config.client.tuning, _PROMPTS)]
-        if self.config.searches:
-            return (
-                self._search(),
-                self._prompting("FedPrompt", self.large, prompts_only),
-                self._fine_tuning(),
-            )
-        own: list[_Stage] = self._stages()
-        is_fedsp, aligns = (
-            own != prompts_only or self.config.auxiliary.first_layers,
-            own != prompts_only,
-        )
-        return (
-            self._prompting(
-                "FedSP (as configured)" if is_fedsp else "as configured", self.small, own
-            ),
-            *([self._prompting("FedSP, no sharing", self.single, own)] if aligns else []),
-            self._prompting("FedPrompt", self.large, prompts_only),
-            self._prompting("FedPrompt-single", self.single, prompts_only),
-            self._prompting("prefix-tuning, 1 client", self.large, prompts_only, clients=1),
-            self._fine_tuning(),
-        )
-
-    def _per_round(self) -> int:
-        plan = self.config.federation
-        return plan.clients_per_round or plan.clients
-
-    def _stages(self) -> list[_Stage]:
-        """What a client does in a round: the phase, its settings, and what is trained."""
-        client = self.config.client
-        if client.training == "joint":
-            return [(_STAGES[1], client.tuning, "both")]
-        alignment: list[_Stage] = (
-            [(_STAGES[0], client.alignment, "weights")] if client.alignment.steps else []
-        )
-        return [*alignment, (_STAGES[1], client.tuning, _PROMPTS)]
-
-    def _prompting(
-        self, name: str, model: LanguageModel, stages: list[_Stage], clients: int | None = None
-    ) -> Method:
-        """A method whose clients hold `model`, and exchange prompts of its depth."""
-        rounds, holds = self.config.federation.rounds, model.num_parameters()
-        with torch.device("meta"):
-            wire = Prompt(self.spec.at_depth(model.shape.num_layers)).num_parameters()
-        steps = tuple(self._step(stage, model, trained) for _, stage, trained in stages)
-        work = sum(stage.steps * step for (_, stage, _), step in zip(stages, steps))
-        trains = wire + (holds if any(trained != _PROMPTS for *_, trained in stages) else 0)
-        handout, message = FP32_BYTES * (holds + wire), FP32_BYTES * wire + HEADER_BYTES
-        total = (clients or self.config.federation.clients) * handout
-        total += 2 * rounds * (clients or self._per_round()) * message
-        return Method(name, holds, trains, handout, message, message, total, steps, work)
-
-    def _search(self) -> Method:
-        """Clients that search: forward passes over all of their examples for each point; a step is
-        one point's.
-        """
-        config, search = self.config, self.config.search
-        numbers = search_sizes(search.dimension)
-        down, up = (
-            FP32_BYTES * sum(numbers[name] for name in names) + HEADER_BYTES
-            for names in search.travelling()
-        )
-        with torch.device("meta"):
-            first = Prompt(self.spec.at_depth(self.small.shape.num_layers)).num_parameters()
-        holds, (step, work) = self.small.num_parameters(), self._searched(self.small)
-        handout = FP32_BYTES * (holds + first + 1)
-        if config.asks_server:
-            asked, answered = self._questions()
-            holds, handout, step, work, down, up = 0, 0, 0.0, 0.0, down + answered, up + asked
-        total = (
-            config.federation.clients * handout
-            + config.federation.rounds * self._per_round() * (down + up)
-        )
-        name = self.config.method_facts.title
-        return Method(name, holds, search.dimension, handout, down, up, total, (step,), work)
-
-    def _searched(self, model: LanguageModel) -> tuple[float, float]:
-        """FLOPs of one point of a client, and of its round, on `model`."""
-        search, seen = self.config.search, self.texts.tokens + self.spec.num_tokens
-        once = forward(
-            model, self._passing(self.examples() * _groups(search)), seen, self.texts.answers
-        )
-        step = self.examples() * _groups(search) * once
-        return step, search.points * step
-
-    def _questions(self) -> tuple[int, int]:
-        """Bytes that a client asks in a round, and of the answers (algorithms/inference.py), for
-        texts of mean length.
-        """
-        search, groups = self.config.search, _groups(self.config.search)
-        texts, times = groups * self.examples(), search.iterations + 1
-        head = 3 + groups + texts * (3 + self.texts.tokens)
-        asked = (
-            times * (HEADER_BYTES + FP32_BYTES * head)
-            + FP32_BYTES * search.points * search.dimension
-        )
-        return asked, times * HEADER_BYTES + FP32_BYTES * search.points * texts
-
-    def examples(self) -> int:
-        """Of a client that searches: its share of data.shots or data.limit.train, else what
-        client.tuning takes.
-        """
-        data, tuning, clients = (
-            self.config.data,
-            self.config.client.tuning,
-            self.config.federation.clients,
-        )
-        task = TASKS.get(data.task)
-        classes = (task.num_classes if task else None) or ASSUMED_CLASSES
-        some = data.limit.train if data.shots is None else data.shots * classes
-        owners = clients if data.server_share == 0 else clients + 1
-        return tuning.steps * tuning.batch_size if some is None else -(-some // owners)
-
-    def _fine_tuning(self) -> Method:
-        """Clients train the whole model with the steps of the prompt stage; the weights come with
-        every round.
-        """
-        stage, holds = self.config.client.tuning, self.large.num_parameters()
-        message = FP32_BYTES * holds + HEADER_BYTES
-        step = self._weights_step(stage)
-        total = 2 * self.config.federation.rounds * self._per_round() * message
-        return Method(
-            "fine-tuning", holds, holds, 0, message, message, total, (step,), stage.steps * step
-        )
-
-    def _weights_step(self, stage: StageConfig) -> float:
-        """FLOPs of one optimizer step on all weights of the global model, without prompts."""
-        tokens = self.texts.tokens
-        return (
-            stage.batch_size
-            * (3 + self.again)
-            * forward(self.large, tokens, tokens, self.texts.answers)
-        )
-
-    def _step(self, stage: StageConfig, model: LanguageModel, trained: _Trained) -> float:
-        """FLOPs of one optimizer step with prompts."""
-        prompt, rows = self.spec.num_tokens, stage.micro_batch or stage.batch_size
-        once = forward(model, self._passing(rows), self.texts.tokens + prompt, self.texts.answers)
-        with torch.device("meta"):
-            soft = Prompt(self.spec.at_depth(model.shape.num_layers))
-        parts = [part for part in soft.modules() if isinstance(part, (nn.Linear, nn.LSTM))]
-        layers = [
-            weight.numel() for part in parts for weight in part.parameters() if weight.dim() == 2
-        ]
-        projected = 2.0 * sum(layers) * prompt * (1 if trained == "weights" else 3)
-        passes = -(-stage.batch_size // rows)
-        return (
-            stage.batch_size * ((2 if trained == _PROMPTS else 3) + self.again) * once
-            + passes * projected
-        )
-
-    def _passing(self, rows: int) -> float:
-        """Tokens that pass the layers for each text, of so many in a pass; an input prompt's among
-        them.
-        """
-        if self.spec.kind == "prefix":
-            return self.texts.tokens
-        is_read_once = self.large.kind == "causal" and not self.again
-        return self.texts.tokens + self.spec.num_tokens / (rows if is_read_once else 1)
+    def _client_phases(self) -> dict[str, float]:
+        """Return the FLOPs of all clients and rounds, by phase."""
+        config = self.config
+        num_updates = config.federation.rounds * self._clients_per_round()
+        if config.searches:
+            if config.asks_server:
+                return {_SERVED_SEARCH: num_updates * self._search_flops(self.large).round}
+            return {_SEARCH: num_updates * self._search_flops(self.small).round}
+        if config.tunes_weights:
+            tuning = config.client.tuning
+            return {_FINE_TUNING: num_updates * tuning.steps * self._weights_step(tuning)}
+        phases = {_ALIGNMENT: 0.0, _PROMPT_TUNING: 0.0}
+        for stage in self._stages():
+            step = self._prompt_step(stage.settings, self.small, stage.trained)
+            phases[stage.phase] = num_updates * (stage.settings.steps * step)
+        return phases
 
     def _translation(self) -> float:
-        """FLOPs of all steps towards the auxiliary model's answers."""
+        """Return the FLOPs of all steps that imitate the auxiliary model's answers."""
         if not self.config.translates:
             return 0.0
-        stage, tokens, prompt = (
-            self.config.server.translation,
-            self.texts.tokens,
-            self.spec.num_tokens,
+        stage = self.config.server.translation
+        tokens = self.texts.tokens
+        teacher = stage.batch_size * forward(
+            self.small, tokens, tokens + self.spec.num_tokens, self.texts.answers
         )
-        asked = stage.batch_size * forward(self.small, tokens, tokens + prompt, self.texts.answers)
-        step = self._step(stage, self.large, _PROMPTS) + asked
+        step = self._prompt_step(stage, self.large, "prompts") + teacher
         return self.config.federation.rounds * stage.steps * step
 
     def _distillation(self) -> float:
-        """FLOPs of all steps, and of fitting a bridge."""
+        """Return the FLOPs of all distillation steps, and of fitting a bridge."""
         settings = self.config.distillation
-        text, prompt = (
-            settings.text_length if settings.text else self.texts.tokens,
-            self.spec.num_tokens,
-        )
-        models = (self.large, self.small) if self.config.auxiliary.first_layers else ()
-        bridge = settings.bridge_texts * sum(
-            forward(model, text, text + prompt, 0) for model in models
-        )
-        return bridge + settings.stage.steps * self._distillation_step()
+        tokens = settings.text_length if settings.text else self.texts.tokens
+        bridge = 0.0
+        if self.config.auxiliary.first_layers:
+            keys = tokens + self.spec.num_tokens
+            bridge = settings.bridge_texts * (
+                forward(self.large, tokens, keys, 0) + forward(self.small, tokens, keys, 0)
+            )
+        num_logits = tokens if settings.logits_weight else 0
+        teacher = forward(self.large, tokens, tokens, num_logits)
+        student = forward(self.small, tokens, tokens, num_logits)
+        step = settings.stage.batch_size * (teacher + (3 + self._recompute_passes) * student)
+        return bridge + settings.stage.steps * step
 
-    def _distillation_step(self) -> float:
-        settings = self.config.distillation
-        text = settings.text_length if settings.text else self.texts.tokens
-        logits = text if settings.logits_weight else 0
-        teacher, student = (
-            forward(model, text, text, logits) for model in (self.large, self.small)
+    # -- FLOPs of one step -------------------------------------------------------------------------
+
+    def _weights_step(self, stage: StageConfig) -> float:
+        """Return the FLOPs of one optimizer step on all weights of the global model, no prompts."""
+        tokens = self.texts.tokens
+        passes = 3 + self._recompute_passes
+        return stage.batch_size * passes * forward(self.large, tokens, tokens, self.texts.answers)
+
+    def _prompt_step(self, stage: StageConfig, model: LanguageModel, trained: Trained) -> float:
+        """Return the FLOPs of one optimizer step with prompts.
+
+        Args:
+            stage: batch sizes.
+            model: that runs.
+            trained: what the optimizer updates.
+        """
+        prompt_tokens = self.spec.num_tokens
+        texts_per_pass = stage.micro_batch or stage.batch_size
+        text_flops = forward(
+            model,
+            self._tokens_per_forward(texts_per_pass),
+            self.texts.tokens + prompt_tokens,
+            self.texts.answers,
         )
-        return settings.stage.batch_size * (teacher + (3 + self.again) * student)
+        passes = (2 if trained == "prompts" else 3) + self._recompute_passes
+        encoder_passes = 1 if trained == "weights" else 3
+        encoder_flops = 2.0 * self._encoder_weights(model) * prompt_tokens * encoder_passes
+        num_micro_batches = -(-stage.batch_size // texts_per_pass)
+        return stage.batch_size * passes * text_flops + num_micro_batches * encoder_flops
 
+    def _encoder_weights(self, model: LanguageModel) -> int:
+        """Return the weights of the prompt's projection and encoder at a model's depth."""
+        with torch.device("meta"):
+            prompt = Prompt(self.spec.at_depth(model.shape.num_layers))
+        return sum(
+            weight.numel()
+            for module in prompt.modules()
+            if isinstance(module, (nn.Linear, nn.LSTM))
+            for weight in module.parameters()
+            if weight.dim() == 2
+        )
 
-def _groups(search: SearchConfig) -> int:
-    """Of a client's texts that each point is tried on: its own, and their perturbed copies."""
-    return 1 if search.objective == "loss" else 2
+    def _tokens_per_forward(self, texts_per_pass: int) -> float:
+        """Return the tokens that pass the layers for each text, those of an input prompt included.
+
+        Args:
+            texts_per_pass: texts that share a forward pass, and the prompt's positions in it.
+        """
+        if self.spec.kind == "prefix":
+            return self.texts.tokens
+        is_read_once = self.large.kind == "causal" and not self._recompute_passes
+        readers = texts_per_pass if is_read_once else 1
+        return self.texts.tokens + self.spec.num_tokens / readers
+
+    # -- methods -----------------------------------------------------------------------------------
+
+    def methods(self) -> tuple[MethodCost, ...]:
+        """Return the configured method, then others with its rounds, steps and batches."""
+        prompts_only = [_Stage(_PROMPT_TUNING, self.config.client.tuning, "prompts")]
+        if self.config.tunes_weights:
+            return (self._fine_tuning(),)
+        if self.config.searches:
+            return (
+                self._search(),
+                self._prompt_method("FedPrompt", self.large, prompts_only),
+                self._fine_tuning(),
+            )
+        stages = self._stages()
+        trains_weights = stages != prompts_only
+        is_fedsp = trains_weights or self.config.auxiliary.first_layers
+        name = "FedSP (as configured)" if is_fedsp else "as configured"
+        methods = [self._prompt_method(name, self.small, stages)]
+        if trains_weights:
+            methods.append(self._prompt_method("FedSP, no sharing", self.single, stages))
+        methods += [
+            self._prompt_method("FedPrompt", self.large, prompts_only),
+            self._prompt_method("FedPrompt-single", self.single, prompts_only),
+            self._prompt_method("prefix-tuning, 1 client", self.large, prompts_only, num_clients=1),
+            self._fine_tuning(),
+        ]
+        return tuple(methods)
+
+    def _clients_per_round(self) -> int:
+        federation = self.config.federation
+        return federation.clients_per_round or federation.clients
+
+    def _stages(self) -> list[_Stage]:
+        """Return the stages of a client's round."""
+        client = self.config.client
+        if client.training == "joint":
+            return [_Stage(_PROMPT_TUNING, client.tuning, "both")]
+        stages = [_Stage(_PROMPT_TUNING, client.tuning, "prompts")]
+        if client.alignment.steps:
+            stages.insert(0, _Stage(_ALIGNMENT, client.alignment, "weights"))
+        return stages
+
+    def _prompt_method(
+        self,
+        name: str,
+        model: LanguageModel,
+        stages: list[_Stage],
+        *,
+        num_clients: int | None = None,
+    ) -> MethodCost:
+        """Return the cost of a method whose clients exchange prompts.
+
+        Args:
+            name: of the method.
+            model: that each client holds; the prompts that travel have its depth.
+            stages: of a client's round.
+            num_clients: all of which take part in every round; None: as configured.
+        """
+        holds = model.num_parameters()
+        with torch.device("meta"):
+            num_values = Prompt(self.spec.at_depth(model.shape.num_layers)).num_parameters()
+        steps = tuple(self._prompt_step(stage.settings, model, stage.trained) for stage in stages)
+        round_flops = sum(
+            stage.settings.steps * step for stage, step in zip(stages, steps, strict=True)
+        )
+        trains = num_values
+        if any(stage.trained != "prompts" for stage in stages):
+            trains += holds
+        handout = FP32_BYTES * (holds + num_values)
+        message = FP32_BYTES * num_values + HEADER_BYTES
+        clients_per_round = num_clients or self._clients_per_round()
+        total = (num_clients or self.config.federation.clients) * handout
+        total += self.config.federation.rounds * clients_per_round * 2 * message
+        return MethodCost(
+            name=name,
+            holds=holds,
+            trains=trains,
+            handout=handout,
+            down=message,
+            up=message,
+            total=total,
+            steps=steps,
+            round=round_flops,
+        )
+
+    def _fine_tuning(self) -> MethodCost:
+        """Return the cost of fine-tuning, where clients train the whole model.
+
+        It takes the steps of the prompt stage. The weights come with every round, so there is no
+        hand-out.
+        """
+        stage = self.config.client.tuning
+        num_weights = self.large.num_parameters()
+        message = FP32_BYTES * num_weights + HEADER_BYTES
+        step = self._weights_step(stage)
+        return MethodCost(
+            name="fine-tuning",
+            holds=num_weights,
+            trains=num_weights,
+            handout=0,
+            down=message,
+            up=message,
+            total=self.config.federation.rounds * self._clients_per_round() * 2 * message,
+            steps=(step,),
+            round=stage.steps * step,
+        )
+
+    # -- search without gradients ------------------------------------------------------------------
+
+    def _search(self) -> MethodCost:
+        """Return the cost of clients that search; a step is one point on all of their examples."""
+        config = self.config
+        part_sizes = search_sizes(config.search.dimension)
+        parts_down, parts_up = config.search.travelling()
+        down = FP32_BYTES * sum(part_sizes[name] for name in parts_down) + HEADER_BYTES
+        up = FP32_BYTES * sum(part_sizes[name] for name in parts_up) + HEADER_BYTES
+        if config.asks_server:
+            # The clients hold no model: their texts travel, and the server computes.
+            requests = self._request_bytes()
+            responses = self._response_bytes()
+            holds = 0
+            handout = 0
+            flops = _SearchFlops(0.0, 0.0)
+            down += responses
+            up += requests
+        else:
+            with torch.device("meta"):
+                prompt = Prompt(self.spec.at_depth(self.small.shape.num_layers))
+            holds = self.small.num_parameters()
+            # The model, the first prompt, and the scale of the search's projection.
+            handout = FP32_BYTES * (holds + prompt.num_parameters() + 1)
+            flops = self._search_flops(self.small)
+        num_updates = config.federation.rounds * self._clients_per_round()
+        return MethodCost(
+            name=config.method_facts.title,
+            holds=holds,
+            trains=config.search.dimension,
+            handout=handout,
+            down=down,
+            up=up,
+            total=config.federation.clients * handout + num_updates * (down + up),
+            steps=(flops.point,),
+            round=flops.round,
+        )
+
+    def _search_flops(self, model: LanguageModel) -> _SearchFlops:
+        """Return the FLOPs of one client's search on a model."""
+        num_texts = self._texts_per_point()
+        text_flops = forward(
+            model,
+            self._tokens_per_forward(num_texts),
+            self.texts.tokens + self.spec.num_tokens,
+            self.texts.answers,
+        )
+        point = num_texts * text_flops
+        return _SearchFlops(point=point, round=self.config.search.points * point)
+
+    def _request_bytes(self) -> int:
+        """Return the bytes of a client's requests in a round, for texts of mean length.
+
+        The layout is that of algorithms/inference.py.
+        """
+        search = self.config.search
+        num_requests = search.iterations + 1
+        num_texts = self._texts_per_point()
+        num_values = 3 + self._copies_per_text() + num_texts * (3 + self.texts.tokens)
+        points = FP32_BYTES * search.points * search.dimension
+        return num_requests * (HEADER_BYTES + FP32_BYTES * num_values) + points
+
+    def _response_bytes(self) -> int:
+        """Return the bytes of the server's responses to a client in a round."""
+        search = self.config.search
+        num_requests = search.iterations + 1
+        losses = FP32_BYTES * search.points * self._texts_per_point()
+        return num_requests * HEADER_BYTES + losses
+
+    def _texts_per_point(self) -> int:
+        """Return the texts on which a client evaluates each point."""
+        return self._copies_per_text() * self._examples_per_client()
+
+    def _copies_per_text(self) -> int:
+        """Return 2 where the search evaluates a perturbed copy of each text too, else 1."""
+        return 1 if self.config.search.objective == "loss" else 2
+
+    def _examples_per_client(self) -> int:
+        """Return the examples of a client that searches.
+
+        Its share of data.shots or data.limit.train, else what client.tuning takes in a round.
+        """
+        config = self.config
+        data = config.data
+        if data.shots is not None:
+            task = TASKS.get(data.task)
+            num_labels = (task.num_classes if task else None) or _NUM_LABELS
+            num_examples = data.shots * num_labels
+        elif data.limit.train is not None:
+            num_examples = data.limit.train
+        else:
+            return config.client.tuning.steps * config.client.tuning.batch_size
+        num_owners = config.federation.clients
+        if data.server_share != 0:
+            num_owners += 1
+        return -(-num_examples // num_owners)

@@ -1,18 +1,19 @@
-"""What a run needs in memory and on disk: rough figures, from the configuration and the model's
-sizes alone.
+"""Estimate the memory and disk of a run from the configuration and the model's sizes alone.
 
-Weights and optimizers are counted, activations are estimated; a run may need a third more, or less.
+Weights and optimizer states are counted, activations are estimated; a run may need a third more, or
+less. All results are bytes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from fedsp_mpi.config import Config, StageConfig
+from fedsp_mpi.files.untrusted import JsonMapping
 from fedsp_mpi.models import auxiliary
 from fedsp_mpi.models.language_model import LanguageModel
 from fedsp_mpi.models.prompts import Prompt, PromptSpec
@@ -21,27 +22,35 @@ from fedsp_mpi.training.device import DTYPES
 if TYPE_CHECKING:
     from fedsp_mpi.run.inputs import ExperimentInputs
 
-LIBRARIES = (
-    640 << 20
-)  # of host memory in each process, for torch, transformers and datasets; measured on a CPU
-# Values that the backward pass keeps per layer, token and unit of width: 13 (OPT) to 33 (GPT-2,
-# Qwen2), measured.
+# Host memory of each process for torch, transformers and datasets, in bytes; measured on a CPU.
+LIBRARIES = 640 << 20
+# Values that the backward pass keeps per layer, token and unit of width. Measured: 13 (OPT) to 33
+# (GPT-2, Qwen2).
 _ACTIVATIONS = 32
-_FP32, _FP64 = 4, 8
-_MATRICES = 16  # as large as a covariance, that a search has at a time with a population of 5
-_TRAINED = 4 * _FP32  # bytes of a trained parameter: itself, its gradient, AdamW's two moments
-_KEPT = 3 * _FP32  # bytes of one that rests: without its gradient
+_FP32_BYTES = 4
+_FP64_BYTES = 8
+# Matrices as large as a covariance that a search holds at a time, with a population of 5.
+_SEARCH_MATRICES = 16
+# Bytes of a parameter in training: itself, its gradient, AdamW's two moments.
+_TRAINED_BYTES = 4 * _FP32_BYTES
+# Bytes of a parameter of a client that waits for its turn: the same without the gradient.
+_STATE_BYTES = 3 * _FP32_BYTES
 
 
 @dataclass(frozen=True)
-class Sizes:
-    """What needs are reckoned from.
+class ModelSizes:
+    """The numbers that memory and disk depend on.
+
+    Where the global model's own weights are tuned and travel, they count as the prompt, and there
+    is no auxiliary model.
 
     Attributes:
-        global_model, auxiliary: parameters, shared ones counted once. prompt, wire: values of the
-            prompts, and of what of them travels. Where the global model's weights are what is
-            tuned and travels, they are meant, and there is no auxiliary model.
-        num_layers, depth: layers that the global and the auxiliary model run.
+        global_model: its parameters, shared ones counted once.
+        auxiliary: parameters of the clients' model, shared ones counted once.
+        prompt: values of the prompt at the global model's depth.
+        wire: values of the prompt that travels.
+        num_layers: layers that the global model runs.
+        depth: layers that the auxiliary model runs.
         width: of a hidden state.
         length: tokens of the longest text, prompts included.
     """
@@ -56,50 +65,82 @@ class Sizes:
     length: int
 
     @classmethod
-    def of(cls, materials: ExperimentInputs, length: int) -> Sizes:
-        """From the model's configuration; no weight is loaded. `length`: of the longest text,
-        without prompts.
+    def of(cls, inputs: ExperimentInputs, length: int) -> ModelSizes:
+        """Compute the sizes of a run from its model's configuration; no weight is loaded.
+
+        Args:
+            inputs: of the run.
+            length: tokens of the longest text, without prompts.
         """
-        config, shape = materials.model_config, materials.shape
-        if materials.config.tunes_weights:
-            return cls.all_weights(outline(config, shape.num_layers), length)
-        cell = auxiliary.cell_config(config, materials.config.auxiliary)
-        models = outline(config, shape.num_layers), outline(cell, materials.depth)
-        return cls.between(*models, materials.prompt_spec, length).held_by(materials.config)
+        config = inputs.model_config
+        large = meta_model(config, inputs.shape.num_layers)
+        if inputs.config.tunes_weights:
+            return cls.all_weights(large, length)
+        cell_config = auxiliary.cell_config(config, inputs.config.auxiliary)
+        small = meta_model(cell_config, inputs.depth)
+        sizes = cls.between(large, small, spec=inputs.prompt_spec, length=length)
+        return sizes.held_by(inputs.config)
 
     @classmethod
     def between(
-        cls, large: LanguageModel, small: LanguageModel, spec: PromptSpec, length: int
-    ) -> Sizes:
-        """From the outlines of a global and an auxiliary model; prompts of `spec` travel at the
-        latter's depth.
+        cls, large: LanguageModel, small: LanguageModel, *, spec: PromptSpec, length: int
+    ) -> ModelSizes:
+        """Compute the sizes of a global and an auxiliary model.
 
-        `length`: of the longest text in tokens, without prompts.
+        Args:
+            large: the global model, on the meta device.
+            small: the auxiliary model, on the meta device.
+            spec: of the prompt; it travels at the auxiliary model's depth.
+            length: tokens of the longest text, without prompts.
         """
-        layers = large.shape.num_layers, small.shape.num_layers
+        num_layers = large.shape.num_layers
+        depth = small.shape.num_layers
         with torch.device("meta"):
-            prompts = [Prompt(spec.at_depth(depth)).num_parameters() for depth in layers]
-        ours, theirs, width = (
-            large.num_parameters(),
-            small.num_parameters(),
-            large.model.config.hidden_size,
+            prompt = Prompt(spec.at_depth(num_layers)).num_parameters()
+            wire = Prompt(spec.at_depth(depth)).num_parameters()
+        return cls(
+            global_model=large.num_parameters(),
+            auxiliary=small.num_parameters(),
+            prompt=prompt,
+            wire=wire,
+            num_layers=num_layers,
+            depth=depth,
+            width=large.model.config.hidden_size,
+            length=length + spec.num_tokens,
         )
-        return cls(ours, theirs, prompts[0], prompts[1], *layers, width, length + spec.num_tokens)
-
-    def held_by(self, config: Config) -> Sizes:
-        """Without the clients' model, if they hold none."""
-        return replace(self, auxiliary=0) if config.asks_server else self
 
     @classmethod
-    def all_weights(cls, model: LanguageModel, length: int) -> Sizes:
-        """Where the global model itself is tuned and travels."""
-        num, layers = model.num_parameters(), model.shape.num_layers
-        return cls(num, 0, num, num, layers, layers, model.model.config.hidden_size, length)
+    def all_weights(cls, model: LanguageModel, length: int) -> ModelSizes:
+        """Compute the sizes where the global model itself is tuned and travels.
+
+        Args:
+            model: on the meta device.
+            length: tokens of the longest text.
+        """
+        num_parameters = model.num_parameters()
+        num_layers = model.shape.num_layers
+        return cls(
+            global_model=num_parameters,
+            auxiliary=0,
+            prompt=num_parameters,
+            wire=num_parameters,
+            num_layers=num_layers,
+            depth=num_layers,
+            width=model.model.config.hidden_size,
+            length=length,
+        )
+
+    def held_by(self, config: Config) -> ModelSizes:
+        """Return the sizes without the clients' model, if they hold none."""
+        return replace(self, auxiliary=0) if config.asks_server else self
 
 
-def outline(config: Any, depth: int) -> LanguageModel:
-    """A model without memory for its weights: the layers of `config`, run over and over until it is
-    `depth` deep.
+def meta_model(config: Any, depth: int) -> LanguageModel:
+    """Build a model on the meta device, that is, without memory for its weights.
+
+    Args:
+        config: transformers' configuration.
+        depth: layers that the model runs; those of `config` are repeated until it is so deep.
     """
     with torch.device("meta"):
         return auxiliary.build(config.to_dict(), depth, torch.device("meta"), dtype=torch.float32)
@@ -107,26 +148,41 @@ def outline(config: Any, depth: int) -> LanguageModel:
 
 @dataclass(frozen=True)
 class MemoryNeed:
-    """Bytes that a role needs on its device, and in its host's memory whatever the device;
-    LIBRARIES come on top.
+    """Bytes that a role needs; LIBRARIES come on top, once per process.
+
+    Attributes:
+        device: on the device of the role.
+        host: in the memory of its host, whatever the device.
     """
 
     device: int
     host: int
 
 
-def plan(
-    config: Config, sizes: Sizes, ranks: Sequence[Mapping[str, Any]]
-) -> list[tuple[str, int, int]]:
-    """What the ranks of each host and GPU need together: (which, bytes needed, bytes free).
+@dataclass(frozen=True)
+class MemoryBudget:
+    """Bytes that all ranks of a host or GPU need together, and that are free there."""
+
+    place: str
+    needed: int
+    free: int
+
+
+def plan(config: Config, sizes: ModelSizes, ranks: Sequence[JsonMapping]) -> list[MemoryBudget]:
+    """Estimate what the ranks of each host and GPU need together.
 
     Args:
+        config: checked.
+        sizes: of the run.
         ranks: of each rank its "host", "memory" (free bytes there), and "devices": by role,
             "server" or "client", with "uuid" and "free" if it is a GPU.
     """
-    num_ranks = sum("client" in rank["devices"] for rank in ranks)
-    num_clients = -(-config.federation.clients // max(1, num_ranks))
-    needs = {"server": server(config, sizes), "client": client(config, sizes, num_clients)}
+    num_client_ranks = sum("client" in rank["devices"] for rank in ranks)
+    clients_per_rank = -(-config.federation.clients // max(1, num_client_ranks))
+    needs = {
+        "server": server(config, sizes),
+        "client": client(config, sizes, clients_per_rank),
+    }
     needed: dict[str, int] = {}
     free: dict[str, int] = {}
     for rank in ranks:
@@ -134,94 +190,137 @@ def plan(
         needed[host] = needed.get(host, 0) + LIBRARIES
         free[host] = min(free.get(host, rank["memory"]), rank["memory"])
         for role, device in rank["devices"].items():
-            where = f"GPU {device['uuid']}" if "uuid" in device else host
+            place = f"GPU {device['uuid']}" if "uuid" in device else host
             needed[host] += needs[role].host
-            needed[where] = needed.get(where, 0) + needs[role].device
-            left = device.get("free", rank["memory"])
-            free[where] = min(free.get(where, left), left)
-    return [(where, needed[where], free[where]) for where in needed]
+            needed[place] = needed.get(place, 0) + needs[role].device
+            device_free = device.get("free", rank["memory"])
+            free[place] = min(free.get(place, device_free), device_free)
+    return [MemoryBudget(place, needed[place], free[place]) for place in needed]
 
 
-def server(config: Config, sizes: Sizes) -> MemoryNeed:
-    """The global model, and the largest of: distilling the auxiliary model, tuning the prompts,
-    scoring.
+def server(config: Config, sizes: ModelSizes) -> MemoryNeed:
+    """Estimate a server rank: the global model, and the largest of what it does one after another.
+
+    That is distilling the auxiliary model, tuning the prompt, scoring, and answering clients that
+    hold no model.
     """
-    held = DTYPES[config.server.compute.dtype].itemsize
-    scored = max(DTYPES[config.evaluation.dtype].itemsize, held)
-    distil = _TRAINED * sizes.auxiliary + _activations(
-        config, sizes, sizes.depth, config.distillation.stage, _FP32
+    dtype_bytes = DTYPES[config.server.compute.dtype].itemsize
+    scoring_bytes = max(DTYPES[config.evaluation.dtype].itemsize, dtype_bytes)
+    if config.distillation.stage.steps:
+        distillation = _TRAINED_BYTES * sizes.auxiliary + _activations(
+            config,
+            sizes,
+            config.distillation.stage,
+            depth=sizes.depth,
+            dtype_bytes=_FP32_BYTES,
+        )
+    else:
+        distillation = 2 * _FP32_BYTES * sizes.auxiliary
+    # The prompt twice: the federation's, and that of the server-only control.
+    tuning = _TRAINED_BYTES * 2 * sizes.prompt + _activations(
+        config,
+        sizes,
+        config.server.tuning,
+        depth=sizes.num_layers,
+        dtype_bytes=dtype_bytes,
     )
-    tune = _TRAINED * 2 * sizes.prompt + _activations(
-        config, sizes, sizes.num_layers, config.server.tuning, held
-    )
-    if not config.distillation.stage.steps:
-        distil = 2 * _FP32 * sizes.auxiliary
-    score = (scored - held) * sizes.global_model
-    kept = held * sizes.auxiliary if config.translates else 0
-    asked = _passes(config, sizes) if config.asks_server else 0
-    return MemoryNeed(held * sizes.global_model + kept + max(distil, tune, score, asked), 0)
+    scoring = (scoring_bytes - dtype_bytes) * sizes.global_model
+    answering = _forward_passes(config, sizes) if config.asks_server else 0
+    device = dtype_bytes * sizes.global_model + max(distillation, tuning, scoring, answering)
+    if config.translates:  # the auxiliary model stays
+        device += dtype_bytes * sizes.auxiliary
+    return MemoryNeed(device, host=0)
 
 
-def client(config: Config, sizes: Sizes, num_clients: int) -> MemoryNeed:
-    """One auxiliary model in training on the device; the hand-out, and the clients that rest, on
-    the host.
+def client(config: Config, sizes: ModelSizes, num_clients: int) -> MemoryNeed:
+    """Estimate a client rank.
+
+    On the device one auxiliary model in training; on the host the hand-out, and the states of the
+    clients that wait for their turn.
+
+    Args:
+        config: checked.
+        sizes: of the run.
+        num_clients: that the rank plays.
     """
     if config.searches:
-        return _searching(config, sizes)
-    stages = (config.client.alignment, config.client.tuning)
-    weight = (
-        _TRAINED if config.clients_train_weights else DTYPES[config.client.compute.dtype].itemsize
-    )
-    work = weight * sizes.auxiliary + _TRAINED * sizes.wire
-    work += max(_activations(config, sizes, sizes.depth, stage, _FP32) for stage in stages)
-    resting = min(num_clients, config.client.resident) * state(config, sizes)
-    return MemoryNeed(work, _FP32 * sizes.auxiliary + resting)
+        return _search(config, sizes)
+    if config.clients_train_weights:
+        weight_bytes = _TRAINED_BYTES
+    else:
+        weight_bytes = DTYPES[config.client.compute.dtype].itemsize
+    activations = [
+        _activations(config, sizes, stage, depth=sizes.depth, dtype_bytes=_FP32_BYTES)
+        for stage in (config.client.alignment, config.client.tuning)
+    ]
+    device = weight_bytes * sizes.auxiliary + _TRAINED_BYTES * sizes.wire + max(activations)
+    states = min(num_clients, config.client.resident) * state(config, sizes)
+    return MemoryNeed(device, host=_FP32_BYTES * sizes.auxiliary + states)
 
 
-def _searching(config: Config, sizes: Sizes) -> MemoryNeed:
-    """Forward passes alone: one layer's activations on the device; the search's matrices and
-    prompts on the host.
+def _search(config: Config, sizes: ModelSizes) -> MemoryNeed:
+    """Estimate a client rank that searches without gradients.
+
+    On the device forward passes, which hold one layer's activations at a time; on the host the
+    search's matrices and prompts.
     """
-    matrices = _MATRICES * _FP64 * config.search.dimension**2
+    matrices = _SEARCH_MATRICES * _FP64_BYTES * config.search.dimension**2
     if config.asks_server:
-        return MemoryNeed(0, matrices)
-    work = DTYPES[config.client.compute.dtype].itemsize * sizes.auxiliary + _passes(config, sizes)
+        return MemoryNeed(device=0, host=matrices)
+    dtype_bytes = DTYPES[config.client.compute.dtype].itemsize
+    prompts = (config.search.population + 1) * _FP32_BYTES * sizes.prompt
     return MemoryNeed(
-        work,
-        _FP32 * sizes.auxiliary + matrices + _FP32 * (config.search.population + 1) * sizes.prompt,
+        device=dtype_bytes * sizes.auxiliary + _forward_passes(config, sizes),
+        host=_FP32_BYTES * sizes.auxiliary + matrices + prompts,
     )
 
 
-def _passes(config: Config, sizes: Sizes) -> int:
-    """Bytes of a search's forward passes, without the model."""
-    tokens = max(config.search.batch_tokens, sizes.length)
-    return _FP32 * (sizes.wire + tokens * sizes.width * _ACTIVATIONS)
+def _forward_passes(config: Config, sizes: ModelSizes) -> int:
+    """Estimate the bytes of a search's forward passes, without the model."""
+    num_tokens = max(config.search.batch_tokens, sizes.length)
+    return _FP32_BYTES * (sizes.wire + num_tokens * sizes.width * _ACTIVATIONS)
 
 
-def state(config: Config, sizes: Sizes) -> int:
-    """Bytes that one client keeps between rounds."""
-    if config.searches:
+def state(config: Config, sizes: ModelSizes) -> int:
+    """Estimate the bytes that one client keeps between rounds."""
+    if config.searches or config.federation.client_state != "kept":
         return 0
-    kept = sizes.wire + (sizes.auxiliary if config.clients_train_weights else 0)
-    return _KEPT * kept if config.federation.client_state == "kept" else 0
+    num_values = sizes.wire
+    if config.clients_train_weights:
+        num_values += sizes.auxiliary
+    return _STATE_BYTES * num_values
 
 
-def disk(config: Config, sizes: Sizes) -> int:
-    """Bytes of a whole run folder: the checkpoints that are kept, the best and the next one,
-    models, prompts.
-    """
-    checkpoint = config.federation.clients * state(config, sizes) + 2 * _KEPT * sizes.prompt
-    kept = config.checkpoint.keep + 2 if config.checkpoint.every else 1
-    prompts = config.federation.rounds * _FP32 * sizes.prompt if config.record.prompts else 0
+def disk(config: Config, sizes: ModelSizes) -> int:
+    """Estimate the bytes of a whole run folder: checkpoints, the auxiliary model, the record."""
+    checkpoint = config.federation.clients * state(config, sizes) + 2 * _STATE_BYTES * sizes.prompt
+    # Besides those that are kept, the best one and the one that is being written.
+    num_checkpoints = config.checkpoint.keep + 2 if config.checkpoint.every else 1
+    prompts = 0
+    if config.record.prompts:
+        prompts = config.federation.rounds * _FP32_BYTES * sizes.prompt
     # A record is replaced whole: for a moment there are two.
-    return kept * checkpoint + _FP32 * sizes.auxiliary + 2 * prompts
+    return num_checkpoints * checkpoint + _FP32_BYTES * sizes.auxiliary + 2 * prompts
 
 
 def _activations(
-    config: Config, sizes: Sizes, depth: int, stage: StageConfig, itemsize: int
+    config: Config, sizes: ModelSizes, stage: StageConfig, *, depth: int, dtype_bytes: int
 ) -> int:
+    """Estimate the bytes of activations that a stage's backward pass keeps.
+
+    Args:
+        config: checked.
+        sizes: of the run.
+        stage: the training.
+        depth: layers of the model in training.
+        dtype_bytes: of an activation.
+    """
     if not stage.steps:
         return 0
-    tokens = (stage.micro_batch or stage.batch_size) * sizes.length
-    layers = _ACTIVATIONS + depth if config.model.gradient_checkpointing else _ACTIVATIONS * depth
-    return tokens * sizes.width * layers * itemsize
+    num_tokens = (stage.micro_batch or stage.batch_size) * sizes.length
+    if config.model.gradient_checkpointing:
+        # One layer's activations, and the hidden states between the layers.
+        values_per_unit = _ACTIVATIONS + depth
+    else:
+        values_per_unit = _ACTIVATIONS * depth
+    return num_tokens * sizes.width * values_per_unit * dtype_bytes

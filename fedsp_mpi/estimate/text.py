@@ -1,200 +1,264 @@
-"""A plan as text, and several as Markdown."""
+"""Write cost estimates as plain text and as Markdown tables."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from fedsp_mpi.comm.messages import HEADER_BYTES
 from fedsp_mpi.estimate import memory
-from fedsp_mpi.estimate.cost import FP32_BYTES, Method, Plan
+from fedsp_mpi.estimate.cost import FP32_BYTES, CostEstimate, MethodCost
+from fedsp_mpi.report.formatting import (
+    as_bytes,
+    as_count,
+    as_gib,
+    markdown_table,
+    scaled,
+    table,
+)
 
-# How many times smaller than the global one the auxiliary model is, as the paper says.
+# How many times smaller than the global model the auxiliary one is, by FedSP's paper.
 PAPER = {"gpt2-xl": 14.5, "openai-community/gpt2-xl": 14.5, "facebook/opt-1.3b": 8.5}
-_HEAD = ("method", "holds", "trains", "hand-out", "down", "up", "in all", "FLOPs a step", "a round")
+_HEAD = (
+    "method",
+    "holds",
+    "trains",
+    "hand-out",
+    "down",
+    "up",
+    "in all",
+    "FLOPs a step",
+    "a round",
+)
 
 
-def text(plan: Plan, tflops: float) -> str:
-    """One plan as plain text; hours are those of GPUs that sustain `tflops` * 10^12 FLOPs a second."""
-    one, each = (hours(flops, tflops) for flops in (plan.flops, plan.critical))
-    phases = [
-        f"{phase:<21} {_scaled(flops, 'FLOP'):>11} {hours(flops, tflops):>12}"
-        for phase, flops in plan.phases.items()
+def text(estimate: CostEstimate, tflops: float) -> str:
+    """Write an estimate as plain text.
+
+    Args:
+        estimate: of one experiment.
+        tflops: sustained speed of a GPU, in 10^12 FLOPs per second.
+    """
+    one_gpu = hours(estimate.flops, tflops)
+    gpu_each = hours(estimate.critical, tflops)
+    work = [
+        f"{phase:<21} {scaled(flops, 'FLOP'):>11} {hours(flops, tflops):>12}"
+        for phase, flops in estimate.phases.items()
     ]
-    whole = [
-        f"{one} on one GPU of {tflops:g} TFLOP/s sustained, all clients one after another;",
-        f"{each} with such a GPU for each client of a round and one for the server",
+    duration = [
+        f"{one_gpu} on one GPU of {tflops:g} TFLOP/s sustained, all clients one after another;",
+        f"{gpu_each} with such a GPU for each client of a round and one for the server",
         "left out: padding, validation and scoring, optimizers, loading, waiting",
     ]
     lines = [
-        *_facts(plan),
+        *_facts(estimate),
         "",
-        *_aligned([_HEAD, *(_row(method) for method in plan.methods)]),
-        (
-            "of a client: parameters; bytes once, in a round, and of all clients and "
-            "rounds; FLOPs, alignment / prompts"
-        ),
-        (
-            "where a round has both. All methods with the rounds, steps and batches of "
-            "this configuration."
-        ),
+        *table(_HEAD, [_row(method) for method in estimate.methods]),
+        "of a client: parameters; bytes once, per round, and of all clients and rounds; FLOPs,",
+        "alignment / prompts where a round has both. All methods with the rounds, steps and",
+        "batches of this configuration.",
         "",
-        *_labelled("memory", _memory(plan)),
-        *_labelled("work", phases),
-        *_labelled("hours", whole),
+        *_labelled("memory", _memory(estimate)),
+        *_labelled("work", work),
+        *_labelled("hours", duration),
     ]
     return "\n".join(lines)
 
 
-def markdown(plans: list[Plan], tflops: float) -> str:
-    """Plans as two Markdown tables: what each method asks of a client, and what each whole run
-    costs.
+def markdown(estimates: Sequence[CostEstimate], tflops: float) -> str:
+    """Write estimates as two Markdown tables: each method's demands on a client, and whole runs.
+
+    Args:
+        estimates: an experiment each.
+        tflops: sustained speed of a GPU, in 10^12 FLOPs per second.
     """
-    methods = [(plan.label, *_row(method)) for plan in plans for method in plan.methods]
-    sizes = ("global", "auxiliary", "ratio", "server's memory", "a client's")
-    phases = list(dict.fromkeys(phase for plan in plans for phase in plan.phases))
-    head = ("configuration", *sizes, *phases, "hours, one GPU", "a GPU each")
-    runs = [
-        (
-            plan.label,
-            *(f"{number:,}" for number in (plan.sizes.global_model, plan.sizes.auxiliary)),
-            f"{plan.ratios['as held']:#.3g} x" if plan.ratios else "",
-            *(
-                _gib(need.device + need.host + memory.LIBRARIES)
-                for need in (plan.server, plan.client)
-            ),
-            *(_scaled(plan.phases.get(phase, 0.0), "FLOP") for phase in phases),
-            *(hours(flops, tflops) for flops in (plan.flops, plan.critical)),
-        )
-        for plan in plans
+    method_head = ("configuration", *_HEAD)
+    method_rows = [
+        (estimate.label, *_row(method)) for estimate in estimates for method in estimate.methods
     ]
-    tables = (
-        _piped([("configuration", *_HEAD), *methods], num_left=2),
-        _piped([head, *runs], num_left=1),
+    phases = list(dict.fromkeys(phase for estimate in estimates for phase in estimate.phases))
+    run_head = (
+        "configuration",
+        "global",
+        "auxiliary",
+        "ratio",
+        "server's memory",
+        "a client's",
+        *phases,
+        "hours, one GPU",
+        "a GPU each",
     )
+    run_rows = [_run_row(estimate, phases, tflops) for estimate in estimates]
     return "\n\n".join(
         [
-            *tables,
+            markdown_table(method_head, method_rows, num_left=2),
+            markdown_table(run_head, run_rows),
             f"Hours at {tflops:g} TFLOP/s sustained, without padding, validation and scoring.",
         ]
     )
 
 
-def _facts(plan: Plan) -> list[str]:
-    """Models, prompts, rounds and texts."""
-    sizes, config, texts = plan.sizes, plan.config, plan.texts
-    federation, client = config.federation, config.client
-    steps = f"{client.tuning.steps} of {'the weights' if config.tunes_weights else 'prompts'}"
-    steps += " and weights" if client.training == "joint" else ""
-    if client.training == "alternating" and client.alignment.steps and not config.tunes_weights:
-        steps = f"{client.alignment.steps} of alignment and {steps}"
-    if config.searches:
-        steps = (
-            f"{config.search.iterations} of {config.search.population} points, without gradients"
-        )
-    some = federation.clients_per_round or federation.clients
-    return [
-        f"plan      {plan.label}",
+def _run_row(estimate: CostEstimate, phases: Sequence[str], tflops: float) -> tuple[str, ...]:
+    """Return the cells of a whole run.
+
+    Args:
+        estimate: of the run.
+        phases: columns of FLOPs.
+        tflops: sustained speed of a GPU, in 10^12 FLOPs per second.
+    """
+    sizes = estimate.sizes
+    server = estimate.server.device + estimate.server.host + memory.LIBRARIES
+    client = estimate.client.device + estimate.client.host + memory.LIBRARIES
+    return (
+        estimate.label,
+        f"{sizes.global_model:,}",
+        f"{sizes.auxiliary:,}",
+        f"{estimate.ratios['as held']:#.3g} x" if estimate.ratios else "",
+        as_gib(server),
+        as_gib(client),
+        *(scaled(estimate.phases.get(phase, 0.0), "FLOP") for phase in phases),
+        hours(estimate.flops, tflops),
+        hours(estimate.critical, tflops),
+    )
+
+
+def _facts(estimate: CostEstimate) -> list[str]:
+    """Return the lines about models, prompts, rounds and texts."""
+    sizes = estimate.sizes
+    config = estimate.config
+    texts = estimate.texts
+    federation = config.federation
+    clients_per_round = federation.clients_per_round or federation.clients
+    lines = [
+        f"plan      {estimate.label}",
         (
             f"global    {config.model.name}: {sizes.global_model:,} parameters, "
             f"{sizes.num_layers} layers"
         ),
-        *([] if config.tunes_weights else _auxiliary(plan)),
-        f"wire      {_wire(plan)} for a client and round, + {HEADER_BYTES} each",
-        (
-            f"rounds    {federation.rounds}, of {some} of {federation.clients} clients, "
-            f"steps in each: {steps}"
-        ),
-        f"texts     {texts.tokens} tokens, {texts.answers} of them the answer; the "
-        f"longest {texts.longest} "
-        f"({config.data.task}: {texts.source})",
     ]
+    if not config.tunes_weights:
+        lines += _auxiliary(estimate)
+    lines += [
+        f"wire      {_wire(estimate)} for a client and round, + {HEADER_BYTES} each",
+        (
+            f"rounds    {federation.rounds}, of {clients_per_round} of {federation.clients} "
+            f"clients, steps in each: {_steps(estimate)}"
+        ),
+        (
+            f"texts     {texts.tokens} tokens, {texts.answers} of them the answer; the longest "
+            f"{texts.longest} ({config.data.task}: {texts.source})"
+        ),
+    ]
+    return lines
 
 
-def _wire(plan: Plan) -> str:
-    """What goes down and up, headers apart; without clients what would."""
-    if not plan.config.searches:
-        return f"{FP32_BYTES * plan.sizes.wire:,} bytes down and up"
-    down, up = (size - HEADER_BYTES for size in (plan.methods[0].down, plan.methods[0].up))
-    return f"{down:,} bytes down and {up:,} up"
+def _steps(estimate: CostEstimate) -> str:
+    """Return the steps of a client's round."""
+    config = estimate.config
+    client = config.client
+    if config.searches:
+        return f"{config.search.iterations} of {config.search.population} points, without gradients"
+    if config.tunes_weights:
+        steps = f"{client.tuning.steps} of the weights"
+    else:
+        steps = f"{client.tuning.steps} of prompts"
+    if client.training == "joint":
+        return f"{steps} and weights"
+    has_alignment = client.training == "alternating" and client.alignment.steps
+    if has_alignment and not config.tunes_weights:
+        return f"{client.alignment.steps} of alignment and {steps}"
+    return steps
 
 
-def _auxiliary(plan: Plan) -> list[str]:
-    """The clients' model, and what they exchange."""
-    sizes, config = plan.sizes, plan.config
-    cell = (
-        f"{config.auxiliary.layers_per_cell or sizes.depth} of the layers, run {sizes.depth} deep"
-    )
-    cell += ", and a bridge" if config.auxiliary.first_layers else ""
-    ways = [f"{ratio:#.3g} x {way}" for way, ratio in plan.ratios.items() if way != "as held"]
-    paper = PAPER.get(str(config.model.name)) if config.auxiliary.layers_per_cell == 1 else None
-    search = config.search.dimension if config.searches else None
-    travel = f"searched for in {search:,} dimensions" if search else f"{sizes.wire:,} on the wire"
-    lines = [f"counted otherwise: {', '.join(ways)}"] if ways else []
-    lines += [f"FedSP's paper says {paper} x, and does not say how it counts"] if paper else []
-    held = f"{sizes.auxiliary:,} parameters, {cell}: {plan.ratios['as held']:#.3g} x fewer"
+def _wire(estimate: CostEstimate) -> str:
+    """Return the bytes that go down and up, without headers; without clients, what would."""
+    if not estimate.config.searches:
+        return f"{FP32_BYTES * estimate.sizes.wire:,} bytes down and up"
+    method = estimate.methods[0]
+    return f"{method.down - HEADER_BYTES:,} bytes down and {method.up - HEADER_BYTES:,} up"
+
+
+def _auxiliary(estimate: CostEstimate) -> list[str]:
+    """Return the lines about the clients' model, and what they exchange."""
+    sizes = estimate.sizes
+    config = estimate.config
     if config.asks_server:
-        held, lines = "none: clients hold no model, and send their text to the server", []
-    return [
-        f"auxiliary {held}",
-        *_labelled("", lines),
-        f"prompts   {sizes.prompt:,} values at the global model's depth, {travel}",
+        lines = ["auxiliary none: clients hold no model, and send their text to the server"]
+    else:
+        num_layers = config.auxiliary.layers_per_cell or sizes.depth
+        bridge = ", and a bridge" if config.auxiliary.first_layers else ""
+        lines = [
+            (
+                f"auxiliary {sizes.auxiliary:,} parameters, {num_layers} of the layers, run "
+                f"{sizes.depth} deep{bridge}: {estimate.ratios['as held']:#.3g} x fewer"
+            ),
+            *_labelled("", _ratios(estimate)),
+        ]
+    if config.searches:
+        travel = f"searched for in {config.search.dimension:,} dimensions"
+    else:
+        travel = f"{sizes.wire:,} on the wire"
+    lines.append(f"prompts   {sizes.prompt:,} values at the global model's depth, {travel}")
+    return lines
+
+
+def _ratios(estimate: CostEstimate) -> list[str]:
+    """Return the lines about other ways to count how much smaller the auxiliary model is."""
+    config = estimate.config
+    lines = []
+    counted = [
+        f"{ratio:#.3g} x {way}" for way, ratio in estimate.ratios.items() if way != "as held"
     ]
+    if counted:
+        lines.append(f"counted otherwise: {', '.join(counted)}")
+    paper = PAPER.get(str(config.model.name))
+    if paper and config.auxiliary.layers_per_cell == 1:
+        lines.append(f"FedSP's paper says {paper} x, and does not say how it counts")
+    return lines
 
 
-def _memory(plan: Plan) -> list[str]:
-    libraries = _gib(memory.LIBRARIES)
+def _memory(estimate: CostEstimate) -> list[str]:
+    libraries = as_gib(memory.LIBRARIES)
+    server = estimate.server
+    client = estimate.client
     return [
         (
-            f"server's rank: {_gib(plan.server.device)} on its device; on its host "
-            f"{libraries} of libraries"
+            f"server's rank: {as_gib(server.device)} on its device; on its host {libraries} of "
+            "libraries"
         ),
-        f"client's rank: {_gib(plan.client.device)} on its device; on its host {libraries}, and "
-        f"{_gib(plan.client.host)} for one client",
+        (
+            f"client's rank: {as_gib(client.device)} on its device; on its host {libraries}, and "
+            f"{as_gib(client.host)} for one client"
+        ),
     ]
 
 
-def _row(method: Method) -> tuple[str, ...]:
-    counts = (_scaled(number).replace("G", "B") for number in (method.holds, method.trains))
-    sizes = (_scaled(size, "B") for size in (method.handout, method.down, method.up, method.total))
-    steps = " / ".join(_scaled(step) for step in method.steps)
-    return (method.name, *counts, *sizes, steps, _scaled(method.round))
+def _row(method: MethodCost) -> tuple[str, ...]:
+    """Return the cells of a method, in the columns of `_HEAD`."""
+    return (
+        method.name,
+        as_count(method.holds),
+        as_count(method.trains),
+        as_bytes(method.handout),
+        as_bytes(method.down),
+        as_bytes(method.up),
+        as_bytes(method.total),
+        " / ".join(scaled(step) for step in method.steps),
+        scaled(method.round),
+    )
 
 
-def _labelled(label: str, lines: list[str]) -> list[str]:
-    return [f"{label if i == 0 else '':<9} {line}" for i, line in enumerate(lines)]
-
-
-def _aligned(lines: list[tuple[str, ...]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    padded = ([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])] for line in lines)
-    return ["  ".join(cells) for cells in padded]
-
-
-def _piped(lines: list[tuple[str, ...]], num_left: int) -> str:
-    rule = ("---",) * num_left + ("---:",) * (len(lines[0]) - num_left)
-    return "\n".join("| " + " | ".join(line) + " |" for line in (lines[0], rule, *lines[1:]))
-
-
-def _scaled(number: float, unit: str = "") -> str:
-    """Three digits and a decimal prefix: 24.6 MB."""
-    for prefix in ("", "k", "M", "G", "T", "P", "E"):
-        if number < 999.5:
-            return f"{number:.3g} {prefix}{unit}".rstrip()
-        number /= 1000
-    return f"{number:,.0f} Z{unit}"
+def _labelled(label: str, lines: Sequence[str]) -> list[str]:
+    """Indent lines by a column of labels, in which the first line has one."""
+    return [f"{label if index == 0 else '':<9} {line}" for index, line in enumerate(lines)]
 
 
 def hours(flops: float, tflops: float) -> str:
-    """How long that takes at `tflops` * 10^12 FLOPs a second, as text: 6.26 h."""
-    found = flops / (tflops * 1e12) / 3600
-    return (
-        "0 h"
-        if not found
-        else "< 0.01 h"
-        if found < 0.01
-        else f"{found:.2f} h"
-        if found < 10
-        else f"{found:,.0f} h"
-    )
-
-
-def _gib(size: float) -> str:
-    return f"{size / 2**30:.2f} GiB"
+    """Write how long FLOPs take at `tflops` * 10^12 FLOPs per second: 6.26 h."""
+    number = flops / (tflops * 1e12) / 3600
+    if number == 0:
+        return "0 h"
+    if number < 0.01:
+        return "< 0.01 h"
+    if number < 10:
+        return f"{number:.2f} h"
+    return f"{number:,.0f} h"

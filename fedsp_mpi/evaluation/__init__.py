@@ -1,3 +1,1 @@
-"""Scores: options by log-likelihood and greedy answers as lm-eval defines them, and the loss on
-answers.
-"""
+"""Score options and greedy answers as lm-eval defines them, and compute the loss on answers."""

@@ -1,5 +1,6 @@
-"""Scores of a language model with or without a prompt: `acc`, `acc_norm` and `exact_match` as
-lm-eval defines them.
+"""Score a language model with or without a prompt: `acc`, `acc_norm` and `exact_match`.
+
+The measures are those that lm-eval defines.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import numpy as np
 import torch
@@ -18,12 +19,15 @@ from torch.nn import functional as F
 
 from fedsp_mpi.data import cloze
 from fedsp_mpi.data.tasks import Example
+from fedsp_mpi.data.tokenizer import Tokenizer
 from fedsp_mpi.data.tokens import Text, by_length, collate, encode_pairs, require_answer, truncate
 from fedsp_mpi.models.language_model import LanguageModel
 from fedsp_mpi.models.losses import answer_loss
 from fedsp_mpi.models.prompts import Prompt
 from fedsp_mpi.tensors import Batch
 from fedsp_mpi.training.process_group import SINGLE_RANK, ServerGroup
+
+_NO_TARGET = -100  # torch's index of positions that a loss ignores
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,8 @@ class Score:
         acc: share whose option of highest summed log-likelihood is right; nan where the task has no
             options.
         acc_norm: the same with the log-likelihood divided by the option's length in characters.
-        exact_match: share whose right answer is what greedy decoding would give.
+        exact_match: share whose right answer is what greedy decoding would give; nan where the task
+            has options.
         stderr: standard error of the task's main number (sample standard deviation over the root of
             n, as lm-eval).
         seconds: wall time.
@@ -51,8 +56,12 @@ class Score:
 
 @dataclass(frozen=True)
 class Question:
-    """An example whose options are tokenised: what is independent of the model's prompt is done
-    once.
+    """A tokenised example; it does not depend on the prompt, and is reused by every test.
+
+    Attributes:
+        options: context and option, of each option.
+        lengths: characters of each option.
+        gold: indices of the right options.
     """
 
     options: tuple[Text, ...]
@@ -60,144 +69,205 @@ class Question:
     gold: tuple[int, ...]
 
 
-def questions(tokenizer: Any, examples: Sequence[Example]) -> list[Question]:
+class OptionScores:
+    """What a model says of the options of a question.
+
+    Attributes:
+        loglikelihood: float64 [options], natural logarithm, summed over the option's tokens.
+        greedy: bool [options], whether greedy decoding would give the option.
+    """
+
+    def __init__(self, num_options: int) -> None:
+        self.loglikelihood = np.zeros(num_options)
+        self.greedy = np.zeros(num_options, dtype=bool)
+
+
+def questions(tokenizer: Tokenizer, examples: Sequence[Example]) -> list[Question]:
     """Tokenise every option of every example as lm-eval does: context, then " " + option.
 
-    Raises ConfigError, which names the row, if an option has no token.
+    Raises:
+        ConfigError: an option has no token; the message names the row.
     """
+    examples_of_options = [example for example in examples for _ in example.choices]
     pairs = [(example.context, " " + choice) for example in examples for choice in example.choices]
-    tokenised = encode_pairs(tokenizer, pairs)
-    for text, owner in zip(tokenised, (example for example in examples for _ in example.choices)):
-        require_answer(text, owner)
-    texts = iter(tokenised)
-    return [
-        Question(tuple(next(texts) for _ in e.choices), tuple(map(len, e.choices)), e.gold)
-        for e in examples
-    ]
+    texts = encode_pairs(tokenizer, pairs)
+    for text, example in zip(texts, examples_of_options, strict=True):
+        require_answer(text, example)
+    tokenised = []
+    start = 0
+    for example in examples:
+        end = start + len(example.choices)
+        tokenised.append(_question(example, tuple(texts[start:end])))
+        start = end
+    return tokenised
 
 
-def gap_questions(tokenizer: Any, examples: Sequence[Example], max_length: int) -> list[Question]:
-    """The same for models that fill in a gap; at most `max_length` tokens, the prompt's not among
-    them.
+def gap_questions(
+    tokenizer: Tokenizer, examples: Sequence[Example], max_length: int
+) -> list[Question]:
+    """Tokenise every option of every example for models that fill in a gap.
+
+    Args:
+        tokenizer: of the model.
+        examples: whose options are one token each.
+        max_length: tokens of a text, without the prompt's.
     """
-    options = cloze.encode_options(tokenizer, examples, max_length)
+    options_by_example = cloze.encode_options(tokenizer, examples, max_length)
     return [
-        Question(some, tuple(map(len, e.choices)), e.gold) for some, e in zip(options, examples)
+        _question(example, options)
+        for example, options in zip(examples, options_by_example, strict=True)
     ]
+
+
+def _question(example: Example, options: tuple[Text, ...]) -> Question:
+    lengths = tuple(len(choice) for choice in example.choices)
+    return Question(options, lengths, example.gold)
 
 
 @torch.no_grad()
 def score(
     model: LanguageModel,
     prompt: Prompt | None,
-    asked: Sequence[Question],
+    questions: Sequence[Question],
     metric: str,
     batch_tokens: int,
+    *,
     on_done: Callable[[int], None] = lambda count: None,
     stop: Callable[[], bool] = lambda: False,
-    team: ServerGroup = SINGLE_RANK,
+    group: ServerGroup = SINGLE_RANK,
 ) -> Score | None:
-    """Score all questions; None if `stop` said so, asked between two batches.
+    """Score all questions.
 
     A context is run once for all its options; contexts of one length share a batch, so nothing is
-    padded before an option, and little behind it, because options of similar length come together.
+    padded before an option, and little after it, because options of similar length come together.
     Texts longer than the model's positions (less the prompt's) lose their beginning, as in lm-eval.
 
     Args:
         model: on its device, frozen.
         prompt: at the model's depth, or None for zero-shot.
-        asked: tokenised questions.
-        metric: "multiple_choice" or "exact_match", which decides whose standard error is given.
-        batch_tokens: positions that a batch runs at most, padding and an input prompt among them;
+        questions: tokenised.
+        metric: "multiple_choice" or "exact_match", which decides whose standard error is returned.
+        batch_tokens: largest number of positions in a batch, padding and an input prompt included;
             more only where one context and its options are longer.
-        on_done: told how many options were finished by this rank.
-        team: the ranks that share the batches; all of them call this, and get the same.
+        on_done: called after each batch with the number of options that this rank has finished.
+        stop: called between two batches; whether to give up.
+        group: ranks that share the batches; all of them call this, and get the same score.
+
+    Returns:
+        The score; None if a rank was told to stop.
     """
     start = time.perf_counter()
-    found = loglikelihoods(model, prompt, asked, batch_tokens, on_done, stop, team)
-    if found is None:
-        return None
-    right = np.array([_judge(question, f) for question, f in zip(asked, found)], dtype=float)
-    acc, norm, exact = right.mean(axis=0)
-    main = right[:, 2 if metric == "exact_match" else 0]
-    stderr = float(main.std(ddof=1) / math.sqrt(len(main))) if len(main) > 1 else math.nan
-    if metric == "exact_match":
-        acc = norm = math.nan
-    else:
-        exact = math.nan
-    return Score(
-        len(asked), float(acc), float(norm), float(exact), stderr, time.perf_counter() - start
+    scores = loglikelihoods(
+        model, prompt, questions, batch_tokens, on_done=on_done, stop=stop, group=group
     )
+    if scores is None:
+        return None
+    correct = np.array(
+        [
+            _is_correct(question, option_scores)
+            for question, option_scores in zip(questions, scores, strict=True)
+        ],
+        dtype=float,
+    )
+    acc, acc_norm, exact_match = (float(mean) for mean in correct.mean(axis=0))
+    if metric == "exact_match":
+        main = correct[:, 2]
+        acc = math.nan
+        acc_norm = math.nan
+    else:
+        main = correct[:, 0]
+        exact_match = math.nan
+    stderr = float(main.std(ddof=1) / math.sqrt(len(main))) if len(main) > 1 else math.nan
+    return Score(
+        n=len(questions),
+        acc=acc,
+        acc_norm=acc_norm,
+        exact_match=exact_match,
+        stderr=stderr,
+        seconds=time.perf_counter() - start,
+    )
+
+
+def _is_correct(question: Question, scores: OptionScores) -> tuple[bool, bool, bool]:
+    """Return whether a question is answered correctly by acc, acc_norm and exact_match."""
+    best = int(np.argmax(scores.loglikelihood))
+    per_character = scores.loglikelihood / np.array(question.lengths, dtype=float)
+    best_norm = int(np.argmax(per_character))
+    return (
+        best in question.gold,
+        best_norm in question.gold,
+        bool(scores.greedy[list(question.gold)].any()),
+    )
+
+
+@dataclass(frozen=True)
+class _Work:
+    """A batch that one rank runs: `run` fills in the scores of `num_options` options."""
+
+    run: Callable[[], None]
+    num_options: int
 
 
 @torch.no_grad()
 def loglikelihoods(
     model: LanguageModel,
     prompt: Prompt | None,
-    asked: Sequence[Question],
+    questions: Sequence[Question],
     batch_tokens: int,
+    *,
     on_done: Callable[[int], None] = lambda count: None,
     stop: Callable[[], bool] = lambda: False,
-    team: ServerGroup = SINGLE_RANK,
+    group: ServerGroup = SINGLE_RANK,
 ) -> list[OptionScores] | None:
-    """What `score` judges by, question by question; arguments and None as there."""
-    if model.kind != "causal":
-        return _gap_loglikelihoods(model, prompt, asked, batch_tokens, on_done, stop, team)
-    room = positions_for_text(model, prompt)
-    before = prompt.spec.num_tokens if prompt and prompt.spec.kind == "input" else 0
-    found = [OptionScores(len(question.options)) for question in asked]
-    mine = [
-        g
-        for index, g in enumerate(_groups(asked, room, before, batch_tokens))
-        if team.is_mine(index)
-    ]
+    """Compute the log-likelihood of every option.
+
+    Args:
+        model: on its device, frozen.
+        prompt: at the model's depth, or None.
+        questions: tokenised.
+        batch_tokens: as in `score`.
+        on_done: as in `score`.
+        stop: as in `score`.
+        group: as in `score`.
+
+    Returns:
+        The scores of each question's options; None if a rank was told to stop.
+    """
+    scores = [OptionScores(len(question.options)) for question in questions]
+    if model.kind == "causal":
+        batches = _causal_batches(model, prompt, questions, scores, batch_tokens=batch_tokens)
+    else:
+        batches = _gap_batches(model, prompt, questions, scores, batch_tokens=batch_tokens)
+    own_batches = [batch for index, batch in enumerate(batches) if group.is_mine(index)]
     stopped = stop()
     with model.evaluating():
-        for group in mine:
-            if stopped := stopped or stop():
+        for batch in own_batches:
+            stopped = stopped or stop()
+            if stopped:
                 break
-            _score_group(model, prompt, group, found)
-            on_done(sum(len(stem.options) for stem in group))
-    if team.any(stopped):
+            batch.run()
+            on_done(batch.num_options)
+    if group.any(stopped):
         return None
-    _share(found, team)
-    return found
+    _share(scores, group)
+    return scores
 
 
-def _gap_loglikelihoods(
-    model: LanguageModel,
-    prompt: Prompt | None,
-    asked: Sequence[Question],
-    batch_tokens: int,
-    on_done: Callable[[int], None],
-    stop: Callable[[], bool],
-    team: ServerGroup,
-) -> list[OptionScores] | None:
-    """Of questions with a gap, whose options are what one position may say: each is run once."""
-    found = [OptionScores(len(question.options)) for question in asked]
-    before = prompt.spec.num_tokens if prompt else 0
-    groups = enumerate(by_length([question.options[0] for question in asked], batch_tokens, before))
-    stopped = stop()
-    with model.evaluating():
-        for group in (group for index, group in groups if team.is_mine(index)):
-            if stopped := stopped or stop():
-                break
-            batch = collate([asked[place].options[0] for place in group]).to(model.device)
-            each = F.log_softmax(model.head(model.answer_states(batch, prompt)).double(), dim=-1)
-            best = each.argmax(-1).tolist()
-            for row, place in enumerate(group):
-                tokens = [int(text.ids[text.answer]) for text in asked[place].options]
-                found[place].loglikelihood[:] = each[row, tokens].tolist()
-                found[place].greedy[:] = [token == best[row] for token in tokens]
-            on_done(sum(len(asked[place].options) for place in group))
-    if team.any(stopped):
-        return None
-    _share(found, team)
-    return found
+def _share(scores: Sequence[OptionScores], group: ServerGroup) -> None:
+    """Sum the scores over all ranks, of which one has computed each; the others have zeros."""
+    if group.size == 1:
+        return
+    numbers: list[float] = []
+    for option_scores in scores:
+        numbers += [*option_scores.loglikelihood, *option_scores.greedy]
+    totals = iter(group.totals(numbers))
+    for option_scores in scores:
+        for row in (option_scores.loglikelihood, option_scores.greedy):
+            row[:] = [next(totals) for _ in row]
 
 
 def positions_for_text(model: LanguageModel, prompt: Prompt | None) -> int:
-    """The model's positions less the prompt's."""
+    """Return the model's positions less the prompt's."""
     return model.shape.num_positions - (prompt.spec.num_tokens if prompt else 0)
 
 
@@ -207,45 +277,89 @@ def answer_loss_mean(
     prompt: Prompt | None,
     texts: Sequence[Text],
     batch_tokens: int,
-    team: ServerGroup = SINGLE_RANK,
+    group: ServerGroup = SINGLE_RANK,
 ) -> float:
-    """Mean cross entropy over all answer tokens of the texts: the validation loss. A team's ranks
-    share the batches.
+    """Compute the validation loss: the mean cross entropy over all answer tokens, in nats.
+
+    Args:
+        model: on its device.
+        prompt: at the model's depth, or None.
+        texts: with their answers.
+        batch_tokens: largest number of padded tokens in a batch.
+        group: ranks that share the batches; all of them call this, and get the same loss.
     """
-    groups = list(by_length(texts, batch_tokens))
-    sums = torch.zeros(len(groups), dtype=torch.float64, device=model.device)
+    batches = list(by_length(texts, batch_tokens))
+    sums = torch.zeros(len(batches), dtype=torch.float64, device=model.device)
     with model.evaluating():
-        for index, rows in enumerate(groups):
-            if team.is_mine(index):
-                batch = collate([texts[i] for i in rows]).to(model.device)
+        for index, rows in enumerate(batches):
+            if group.is_mine(index):
+                batch = collate([texts[row] for row in rows]).to(model.device)
                 sums[index] = answer_loss(*model.answer_logits(batch, prompt))
-    team.sum([sums])  # of zeros, but for one rank's number: no sum depends on who shared
+    # All ranks but one add zeros, so the sum does not depend on how the batches are shared.
+    group.sum([sums])
     return sum(sums.tolist()) / max(sum(text.num_answers for text in texts), 1)
 
 
-class OptionScores:
-    """Log-likelihood of each option of a question, and whether greedy decoding gives it."""
-
-    def __init__(self, num_options: int) -> None:
-        self.loglikelihood = np.zeros(num_options)
-        self.greedy = np.zeros(num_options, dtype=bool)
+# -- models that fill in a gap ---------------------------------------------------------------------
 
 
-def _share(found: list[OptionScores], team: ServerGroup) -> None:
-    """Let every rank know what each found out."""
-    if team.size == 1:
-        return
-    numbers = iter(
-        team.totals([number for each in found for number in (*each.loglikelihood, *each.greedy)])
-    )
-    for each in found:
-        for row in (each.loglikelihood, each.greedy):
-            row[:] = [next(numbers) for _ in row]
+def _gap_batches(
+    model: LanguageModel,
+    prompt: Prompt | None,
+    questions: Sequence[Question],
+    scores: list[OptionScores],
+    *,
+    batch_tokens: int,
+) -> Iterator[_Work]:
+    """Yield the batches of questions with a gap, each of which is run once for all its options."""
+    prompt_tokens = prompt.spec.num_tokens if prompt else 0
+    texts = [question.options[0] for question in questions]
+    for indices in by_length(texts, batch_tokens, prompt_tokens):
+        batch_questions = [questions[index] for index in indices]
+        batch_scores = [scores[index] for index in indices]
+        yield _Work(
+            partial(_score_gaps, model, prompt, batch_questions, batch_scores),
+            sum(len(question.options) for question in batch_questions),
+        )
+
+
+def _score_gaps(
+    model: LanguageModel,
+    prompt: Prompt | None,
+    questions: Sequence[Question],
+    scores: Sequence[OptionScores],
+) -> None:
+    """Fill in the scores of one batch: an option is a token that may stand in the gap.
+
+    Args:
+        model: that fills in gaps.
+        prompt: at the model's depth, or None.
+        questions: of the batch.
+        scores: of the same questions.
+    """
+    batch = collate([question.options[0] for question in questions]).to(model.device)
+    logits = model.head(model.answer_states(batch, prompt))  # [questions, vocabulary]
+    log_probabilities = F.log_softmax(logits.double(), dim=-1)
+    best_tokens = log_probabilities.argmax(-1).tolist()
+    for row, (question, option_scores) in enumerate(zip(questions, scores, strict=True)):
+        tokens = [int(text.ids[text.answer]) for text in question.options]
+        option_scores.loglikelihood[:] = log_probabilities[row, tokens].tolist()
+        option_scores.greedy[:] = [token == best_tokens[row] for token in tokens]
+
+
+# -- causal models ---------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class _SharedContext:
-    """Token ids that some options of a question share as their context."""
+    """A context that some options of a question share.
+
+    Attributes:
+        question: index of the question.
+        ids: tokens of the context.
+        options: indices of the options.
+        endings: int32 [tokens] of each of these options.
+    """
 
     question: int
     ids: tuple[int, ...]
@@ -254,118 +368,156 @@ class _SharedContext:
 
     @property
     def longest(self) -> int:
+        """Tokens of the longest option."""
         return max(len(ending) for ending in self.endings)
 
 
-def _groups(
-    asked: Sequence[Question], room: int, before: int, batch_tokens: int
-) -> list[list[_SharedContext]]:
-    """Stems of equal length side by side, those with long options first, at most `batch_tokens`
-    positions together.
+def _causal_batches(
+    model: LanguageModel,
+    prompt: Prompt | None,
+    questions: Sequence[Question],
+    scores: list[OptionScores],
+    *,
+    batch_tokens: int,
+) -> Iterator[_Work]:
+    """Yield the batches of contexts with their options."""
+    # A prefix lies in the cache, and takes no positions of the forward pass.
+    is_input = prompt is not None and prompt.spec.kind == "input"
+    contexts_by_length: dict[int, list[_SharedContext]] = defaultdict(list)
+    for index, question in enumerate(questions):
+        for context in _shared_contexts(index, question, positions_for_text(model, prompt)):
+            contexts_by_length[len(context.ids)].append(context)
+    for length in sorted(contexts_by_length, reverse=True):
+        contexts = sorted(contexts_by_length[length], key=lambda context: -context.longest)
+        context_tokens = length + (prompt.spec.num_tokens if prompt and is_input else 0)
+        for batch in _split_contexts(contexts, context_tokens, batch_tokens):
+            yield _Work(
+                partial(_score_group, model, prompt, batch, scores),
+                sum(len(context.options) for context in batch),
+            )
+
+
+def _shared_contexts(index: int, question: Question, max_positions: int) -> list[_SharedContext]:
+    """Group the options of a question by their context.
+
+    Args:
+        index: of the question.
+        question: whose options may have contexts of their own, where tokens merge at the border.
+        max_positions: for context and option.
     """
-    by_size: dict[int, list[_SharedContext]] = defaultdict(list)
-    for index, question in enumerate(asked):
-        for stem in _stems(index, question, room):
-            by_size[len(stem.ids)].append(stem)
-    return [
-        group
-        for size in sorted(by_size, reverse=True)
-        for group in _cut(
-            sorted(by_size[size], key=lambda stem: -stem.longest), before + size, batch_tokens
-        )
-    ]
-
-
-def _cut(
-    stems: list[_SharedContext], size: int, batch_tokens: int
-) -> Iterator[list[_SharedContext]]:
-    """Groups of at most `batch_tokens` positions: `size` for a stem, for an option the longest's,
-    sorted first.
-    """
-    group: list[_SharedContext] = []
-    num_options = 0
-    for stem in stems:
-        longest = (group or [stem])[0].longest
-        positions = (len(group) + 1) * size + (num_options + len(stem.options)) * longest
-        if group and positions > batch_tokens:
-            yield group
-            group, num_options = [], 0
-        group.append(stem)
-        num_options += len(stem.options)
-    yield group
-
-
-def _stems(index: int, question: Question, room: int) -> list[_SharedContext]:
-    shared: dict[tuple[int, ...], list[tuple[int, np.ndarray]]] = defaultdict(list)
+    options_by_context: dict[tuple[int, ...], list[int]] = defaultdict(list)
+    endings_by_context: dict[tuple[int, ...], list[np.ndarray]] = defaultdict(list)
     for option, text in enumerate(question.options):
-        kept = truncate(text, room + 1)  # the last token is predicted, not read
-        shared[tuple(kept.ids[: kept.answer].tolist())].append((option, kept.ids[kept.answer :]))
+        text = truncate(text, max_positions + 1)  # the last token is predicted, not read
+        context = tuple(text.ids[: text.answer].tolist())
+        options_by_context[context].append(option)
+        endings_by_context[context].append(text.ids[text.answer :])
     return [
-        _SharedContext(index, ids, *(tuple(part) for part in zip(*some)))
-        for ids, some in shared.items()
+        _SharedContext(index, context, tuple(options), tuple(endings_by_context[context]))
+        for context, options in options_by_context.items()
     ]
+
+
+def _split_contexts(
+    contexts: Sequence[_SharedContext], context_tokens: int, batch_tokens: int
+) -> Iterator[list[_SharedContext]]:
+    """Yield the contexts in batches of at most `batch_tokens` positions.
+
+    Args:
+        contexts: of one length, those with the longest options first.
+        context_tokens: positions of a context, with an input prompt.
+        batch_tokens: positions of a batch; every option takes as many as the batch's longest.
+    """
+    batch: list[_SharedContext] = []
+    num_options = 0
+    for context in contexts:
+        longest = batch[0].longest if batch else context.longest
+        positions = (len(batch) + 1) * context_tokens
+        positions += (num_options + len(context.options)) * longest
+        if batch and positions > batch_tokens:
+            yield batch
+            batch = []
+            num_options = 0
+        batch.append(context)
+        num_options += len(context.options)
+    yield batch
 
 
 def _score_group(
     model: LanguageModel,
     prompt: Prompt | None,
-    group: list[_SharedContext],
-    found: list[OptionScores],
+    contexts: list[_SharedContext],
+    scores: list[OptionScores],
 ) -> None:
-    ids = torch.tensor([stem.ids for stem in group], device=model.device)
-    stem_of = [row for row, stem in enumerate(group) for _ in stem.options]
-    endings = [ending for stem in group for ending in stem.endings]
-    first, rest = model.continue_from(
-        ids, prompt, torch.tensor(stem_of, device=model.device), _pad(endings, model)
+    """Fill in the scores of the options of one batch.
+
+    Args:
+        model: causal.
+        prompt: at the model's depth, or None.
+        contexts: of one length.
+        scores: of all questions.
+    """
+    context_ids = torch.tensor([context.ids for context in contexts], device=model.device)
+    endings = [ending for context in contexts for ending in context.endings]
+    rows = [row for row, context in enumerate(contexts) for _ in context.options]
+    # Logits of the options' first token [options, vocabulary], and of the further ones.
+    first, further = model.continue_from(
+        context_ids, prompt, torch.tensor(rows, device=model.device), _pad(endings, model)
     )
-    targets = torch.full((len(endings), max(map(len, endings))), -100)
+    longest = max(len(ending) for ending in endings)
+    targets = torch.full((len(endings), longest), _NO_TARGET)
     for row, ending in enumerate(endings):
         targets[row, : len(ending)] = torch.from_numpy(ending.astype(np.int64))
     targets = targets.to(model.device)
-    parts = [_compared(first[:, None], targets[:, :1])]
-    if rest is not None:
-        parts.append(_compared(rest, targets[:, 1:]))
-    sums = torch.cat([each for each, _ in parts], dim=1).double().sum(dim=1).tolist()
-    greedy = torch.cat([is_best for _, is_best in parts], dim=1).all(dim=1).tolist()
-    places = [(stem.question, option) for stem in group for option in stem.options]
-    for (question, option), value, is_greedy in zip(places, sums, greedy):
-        found[question].loglikelihood[option], found[question].greedy[option] = value, is_greedy
+    values, is_best = _compare(first[:, None], targets[:, :1])
+    if further is not None:
+        further_values, further_is_best = _compare(further, targets[:, 1:])
+        values = torch.cat([values, further_values], dim=1)
+        is_best = torch.cat([is_best, further_is_best], dim=1)
+    sums = iter(values.double().sum(dim=1).tolist())
+    greedy = iter(is_best.all(dim=1).tolist())
+    for context in contexts:
+        option_scores = scores[context.question]
+        for option in context.options:
+            option_scores.loglikelihood[option] = next(sums)
+            option_scores.greedy[option] = next(greedy)
 
 
-def _compared(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-likelihood of every target, and whether it is the likeliest token; 0 and true where there
-    is none.
+def _compare(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Compare predictions with targets.
+
+    Args:
+        logits: [batch, length, vocabulary].
+        targets: int64 [batch, length], -100 where there is none.
+
+    Returns:
+        Log-likelihood of every target, float32 [batch, length], 0 where there is none; and whether
+        it is the likeliest token, bool [batch, length], true where there is none.
     """
     # Flat, because the kernel for [batch, vocabulary, length] is off by up to 1e-3 a text on a CPU.
-    each = -F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none").view(
-        targets.shape
-    )
-    return each, (logits.argmax(-1) == targets) | (targets == -100)
+    losses = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none")
+    is_best = (logits.argmax(-1) == targets) | (targets == _NO_TARGET)
+    return -losses.view(targets.shape), is_best
 
 
-def _pad(endings: list[np.ndarray], model: LanguageModel) -> Batch | None:
-    """The endings without their last token, right-padded; None where no option is longer than a
-    token.
+def _pad(endings: Sequence[np.ndarray], model: LanguageModel) -> Batch | None:
+    """Pad options without their last token, which is predicted and not read, on the right.
+
+    Args:
+        endings: int [tokens] of each option.
+        model: on its device.
+
+    Returns:
+        A batch [options, longest - 1]; None where no option is longer than a token.
     """
     length = max(len(ending) for ending in endings) - 1
     if length == 0:
         return None
-    ids, mask = np.zeros((2, len(endings), length), dtype=np.int64)
+    input_ids = np.zeros((len(endings), length), dtype=np.int64)
+    attention_mask = np.zeros((len(endings), length), dtype=np.int64)
     for row, ending in enumerate(endings):
-        ids[row, : len(ending) - 1] = ending[:-1]
-        mask[row, : len(ending) - 1] = 1
-    both: tuple[Tensor, Tensor] = (
-        torch.from_numpy(ids).to(model.device),
-        torch.from_numpy(mask).to(model.device),
-    )
-    return Batch(*both, both[0])
-
-
-def _judge(question: Question, found: OptionScores) -> tuple[bool, bool, bool]:
-    best = int(np.argmax(found.loglikelihood))
-    best_norm = int(np.argmax(found.loglikelihood / np.array(question.lengths, dtype=float)))
-    return (
-        best in question.gold,
-        best_norm in question.gold,
-        bool(found.greedy[list(question.gold)].any()),
-    )
+        input_ids[row, : len(ending) - 1] = ending[:-1]
+        attention_mask[row, : len(ending) - 1] = 1
+    ids = torch.from_numpy(input_ids).to(model.device)
+    mask = torch.from_numpy(attention_mask).to(model.device)
+    return Batch(ids, mask, targets=ids)

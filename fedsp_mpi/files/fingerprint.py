@@ -10,13 +10,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import xxhash
 
 from fedsp_mpi.files import untrusted
 from fedsp_mpi.files.ownership import MANIFEST
+from fedsp_mpi.files.untrusted import JsonMapping, JsonObject
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -69,11 +70,11 @@ def of_texts(texts: Sequence[_TokenisedText]) -> str:
     return digest.hexdigest()
 
 
-def of_rows(rows: Iterable[object]) -> str:
-    """Return a 128-bit digest of rows whose `repr` is complete, such as the examples of a split."""
+def of_rows(rows: Iterable[str]) -> str:
+    """Return a 128-bit digest of rows, each as one text."""
     digest = xxhash.xxh3_128()
     for row in rows:
-        digest.update(repr(row).encode("utf-8", "surrogatepass") + b"\0")
+        digest.update(row.encode("utf-8", "surrogatepass") + b"\0")
     return digest.hexdigest()
 
 
@@ -104,7 +105,7 @@ def list_folder(folder: Path) -> None:
     (folder / MANIFEST).write_text(json.dumps(digests, indent=2) + "\n", encoding="utf-8")
 
 
-def require_listed(folder: Path) -> bool:
+def require_digests(folder: Path) -> bool:
     """Check a folder's files against its list of digests.
 
     Returns:
@@ -139,12 +140,12 @@ def require_listed(folder: Path) -> bool:
     return True
 
 
-def seal(content: Mapping[str, Any]) -> bytes:
+def seal(content: JsonMapping) -> bytes:
     """Return a mapping as JSON, with the digest of its content added under "digest"."""
     return json.dumps({**content, "digest": _of_json(content)}).encode()
 
 
-def open_sealed(image: bytes) -> dict[str, Any]:
+def open_sealed(image: bytes) -> JsonObject:
     """Return the mapping that `seal` wrote; one without a digest is from an older version.
 
     Raises:
@@ -159,7 +160,7 @@ def open_sealed(image: bytes) -> dict[str, Any]:
     return content
 
 
-def _of_json(content: Mapping[str, Any]) -> str:
+def _of_json(content: JsonMapping) -> str:
     # Through JSON first: keys become strings, which are what the reader sorts.
     plain = json.loads(json.dumps(content))
     return of_pieces([json.dumps(plain, sort_keys=True).encode()])

@@ -21,7 +21,8 @@ import unicodedata
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+
+from fedsp_mpi.files.untrusted import JsonMapping, JsonObject
 
 LOCK = "lock"
 RECORD = "run.h5"
@@ -30,7 +31,7 @@ MANIFEST = "digests.json"
 MODELS = ("auxiliary", "prompt", "model")
 EVALUATION = "evaluation.json"
 # In the note in `lock`: the run was begun by a version that writes such manifests.
-LISTED = "lists_models"
+LISTS_MODELS = "lists_models"
 # Keys of the note in `lock`, in every version that writes one.
 _NOTE_KEYS = {"host", "pid", "job"}
 # A model's folder before it gets its name.
@@ -125,12 +126,12 @@ def require_apart(folder: Path, inputs: Mapping[str, str | None]) -> None:
 def run_files(folder: Path) -> Iterator[Path]:
     """Yield the files that runs have written into their folder; not `lock` or failure reports."""
     for subfolder in _RUN_FILES:
-        yield from written_in(folder / subfolder, subfolder)
+        yield from run_files_in(folder / subfolder, subfolder)
     for subfolder in MODELS:
         yield from _model_files(folder / subfolder)
 
 
-def written_in(folder: Path, subfolder: str) -> list[Path]:
+def run_files_in(folder: Path, subfolder: str) -> list[Path]:
     """Return the files in `folder` that are named like those of runs.
 
     `subfolder` says which names: those in "rounds", in "checkpoints", or in the run's folder ("").
@@ -194,7 +195,7 @@ def place_model(part: Path, folder: Path) -> None:
     Raises:
         OSError: a file cannot be moved.
     """
-    give_rights(part)
+    apply_folder_mode(part)
     old_names = {path.name for path in _model_files(folder)}
     for name in sorted(old_names, key=lambda name: (name != MANIFEST, name)):
         (folder / name).unlink(missing_ok=True)
@@ -300,7 +301,7 @@ def file_mode(path: Path) -> int:
     return 0o666 & _folder_mode(path.parent)
 
 
-def give_rights(target: Path) -> None:
+def apply_folder_mode(target: Path) -> None:
     """Set the mode of a file, or of a folder's files, that a library wrote to that of our files."""
     paths = _files(target) if target.is_dir() else [target]
     for path in paths:
@@ -361,10 +362,10 @@ def _foreign_name(folder: Path) -> str | None:
 
 def _is_marked(folder: Path) -> bool:
     """Return True if a folder has the mark of a run."""
-    return is_note(_read_json(folder / LOCK)) or _is_record(folder / RECORD)
+    return is_lock_note(_read_json(folder / LOCK)) or _is_record(folder / RECORD)
 
 
-def is_note(content: Mapping[str, Any]) -> bool:
+def is_lock_note(content: JsonMapping) -> bool:
     """Return True if `content` is the note in a run's `lock`."""
     return content.keys() >= _NOTE_KEYS
 
@@ -393,7 +394,7 @@ def _model_files(folder: Path) -> Iterator[Path]:
         return
     run_folder = folder.parent
     # Runs that write manifests have no model files without one.
-    if _is_marked(run_folder) and not _read_json(run_folder / LOCK).get(LISTED):
+    if _is_marked(run_folder) and not _read_json(run_folder / LOCK).get(LISTS_MODELS):
         yield from (path for path in _files(folder) if _UNLISTED.fullmatch(path.name))
 
 
@@ -413,7 +414,7 @@ def _umask() -> int:
     return umask
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path) -> JsonObject:
     """Return the mapping in a JSON file; an empty one if it cannot be read."""
     try:
         content = json.loads(path.read_bytes())

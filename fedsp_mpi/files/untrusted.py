@@ -6,8 +6,13 @@ import json
 import os
 import stat
 import unicodedata
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
+
+# An object of JSON, or of YAML: the values are whatever JSON has.
+JsonObject = dict[str, Any]
+JsonMapping = Mapping[str, Any]  # one that is only read
 
 _MAX_DEPTH = 50  # levels of JSON; what the package writes has fewer than 10
 _MAX_INTEGER = 1 << 70  # in JSON
@@ -15,7 +20,7 @@ _MAX_INTEGER = 1 << 70  # in JSON
 _UNSAFE = ("Cc", "Cf", "Cs", "Zl", "Zp")
 
 
-def open_plain(path: Path) -> BinaryIO:
+def open_regular_file(path: Path) -> BinaryIO:
     """Open a regular file for reading; refuse a FIFO or a device, which could hang or never end.
 
     Raises:
@@ -36,7 +41,7 @@ def read_bytes(path: Path, max_bytes: int) -> bytes:
         OSError: it cannot be read.
         ValueError: it is not a regular file, or has more than `max_bytes` bytes.
     """
-    with open_plain(path) as file:
+    with open_regular_file(path) as file:
         content = file.read(max_bytes + 1)
     if len(content) > max_bytes:
         raise ValueError(f"more than {max_bytes} bytes")

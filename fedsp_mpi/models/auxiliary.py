@@ -24,6 +24,7 @@ from transformers.initialization import no_init_weights
 from fedsp_mpi.config import AuxiliaryConfig
 from fedsp_mpi.config.parsing import ConfigError
 from fedsp_mpi.files import fingerprint, ownership, untrusted
+from fedsp_mpi.files.untrusted import JsonMapping, JsonObject
 from fedsp_mpi.models.families import (
     FAMILIES,
     layers_of,
@@ -146,7 +147,7 @@ def unroll(model: Any, num_layers: int) -> Any:
 
 
 def build(
-    config: Mapping[str, Any],
+    config: JsonMapping,
     num_layers: int,
     device: torch.device,
     *,
@@ -207,7 +208,7 @@ def save(
     layers_per_cell: int,
     *,
     tokenizer: Any,
-    recipe: dict[str, Any],
+    recipe: JsonObject,
 ) -> None:
     """Write the cell as a Hugging Face folder, with the recipe that it was made by.
 
@@ -287,7 +288,7 @@ def _load_bridge(model: Any, folder: Path) -> None:
                 model.get_parameter(name).data.copy_(tensors.get_tensor(name))
 
 
-def read_recipe(folder: Path) -> dict[str, Any]:
+def read_recipe(folder: Path) -> JsonObject:
     """Read the recipe beside an auxiliary model.
 
     Raises:

@@ -16,7 +16,7 @@ from fedsp_mpi.models.reading import read_config, read_tokenizer, refusing
 from fedsp_mpi.models.remote_code import NO_PICKLES
 from fedsp_mpi.tensors import seal
 
-__all__ = ["load_global", "quiet", "read_config", "read_tokenizer", "reread"]
+__all__ = ["load_global", "quiet", "read_config", "read_tokenizer", "reload"]
 
 
 def load_global(
@@ -57,7 +57,7 @@ def load_global(
     return model
 
 
-def reread(
+def reload(
     model: LanguageModel, name: str, *, revision: str | None = None, dtype: torch.dtype
 ) -> None:
     """Read the global model's weights again, in another type and in place; freeze and seal them.

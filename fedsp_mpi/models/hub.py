@@ -94,7 +94,8 @@ def _fetch(name: str, revision: str | None, part: str) -> Path:
             advice = "run `python -m fedsp_mpi fetch CONFIG` on a machine with network first"
         raise AbsentError(
             f"found {name!r}, which is no folder, whose {part} the local cache does not hold, and "
-            f"which the hub does not give ({one_line(error, first_line=True)}), expected one of them; {advice}"
+            f"which the hub does not give ({one_line(error, first_line=True)}), expected "
+            f"one of them; {advice}"
         ) from None
     return Path(folder)
 

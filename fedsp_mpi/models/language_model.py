@@ -13,6 +13,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from fedsp_mpi.files.untrusted import JsonObject
 from fedsp_mpi.models.families import kind_of, logits_of, shape_of
 from fedsp_mpi.models.prompts import Prompt, PromptBatch, key_values
 from fedsp_mpi.tensors import Batch
@@ -179,7 +180,7 @@ class LanguageModel:
                 return self._gap_states(inputs, batch.input_ids[is_answer])
             return self.model.base_model(**inputs).last_hidden_state[:, num_before:][is_answer]
 
-    def _gap_states(self, inputs: dict[str, Any], gaps: Tensor) -> Tensor:
+    def _gap_states(self, inputs: JsonObject, gaps: Tensor) -> Tensor:
         """Return the decoder's states [batch, hidden] after the token that marks each text's gap.
 
         There the decoder says what belongs into the gap.
@@ -302,9 +303,7 @@ class LanguageModel:
 
     # --- the prompt in front of the text ---
 
-    def inputs(
-        self, batch: Batch, prompt: Prompt | PromptBatch | None
-    ) -> tuple[dict[str, Any], int]:
+    def inputs(self, batch: Batch, prompt: Prompt | PromptBatch | None) -> tuple[JsonObject, int]:
         """Return the arguments of the base model's forward pass.
 
         Args:
@@ -348,7 +347,7 @@ class LanguageModel:
             ]
         )
 
-    def remember(self, prompts: PromptBatch) -> PromptBatch:
+    def precompute_cache(self, prompts: PromptBatch) -> PromptBatch:
         """Return the prompts with their keys and values, so that later passes need not compute
         them.
 
@@ -398,7 +397,7 @@ class LanguageModel:
         ).float()
 
 
-def _full_cache() -> dict[str, Any]:
+def _full_cache() -> JsonObject:
     """Return the arguments of a pass that keeps all keys and values.
 
     By default, transformers drops those that have left a layer's sliding window.

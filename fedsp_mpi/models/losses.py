@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from fedsp_mpi.models.prompts import Prompt
 
 # A smaller loss counts as this where it is divided by.
-LEAST = 1e-6
+MIN_LOSS = 1e-6
 
 
 def answer_loss(logits: Tensor, targets: Tensor) -> Tensor:
@@ -67,8 +67,8 @@ def fitness(objective: str, losses: Tensor, perturbed: Tensor) -> Tensor:
     if objective == "loss":
         return losses.mean()
     if objective == "ratio_of_means":
-        return losses.mean() / perturbed.mean().clamp(min=LEAST)
-    return (losses / perturbed.clamp(min=LEAST)).mean()
+        return losses.mean() / perturbed.mean().clamp(min=MIN_LOSS)
+    return (losses / perturbed.clamp(min=MIN_LOSS)).mean()
 
 
 def hidden_loss(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:

@@ -115,5 +115,6 @@ def refusing(key: str, name: str, problem: str, *, expected: str) -> Iterator[No
         ) from None
     except Exception as error:
         raise ValueError(
-            f"{key}: found {name!r}, {problem} ({one_line(error, first_line=True)}); expected {expected}"
+            f"{key}: found {name!r}, {problem} ({one_line(error, first_line=True)}); "
+            f"expected {expected}"
         ) from None

@@ -7,14 +7,15 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import transformers
 
+from fedsp_mpi.files.untrusted import JsonMapping, JsonObject
+
 # For every `from_pretrained` and `from_config`: no code of a folder is run, and nothing but numbers
 # is unpickled.
-NO_CODE: dict[str, Any] = {"trust_remote_code": False}
-NO_PICKLES: dict[str, Any] = {**NO_CODE, "weights_only": True}
+NO_CODE: JsonObject = {"trust_remote_code": False}
+NO_PICKLES: JsonObject = {**NO_CODE, "weights_only": True}
 _ATTENTION = ("attn_implementation", "_attn_implementation")
 _QUANTISED = ("quantization_config", "compression_config")
 
@@ -65,7 +66,7 @@ def require_whole_numbers(folder: Path, name: str) -> None:
         )
 
 
-def _read_settings(path: Path) -> dict[str, Any]:
+def _read_settings(path: Path) -> JsonObject:
     """Read a JSON file; return no settings if that fails, which its real reader will report."""
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
@@ -90,7 +91,7 @@ def _custom_classes(auto_map: object) -> Iterator[str]:
                 yield str(reference)
 
 
-def _hub_kernels(settings: Mapping[str, Any]) -> Iterator[str]:
+def _hub_kernels(settings: JsonMapping) -> Iterator[str]:
     """Yield the attention implementations that are hub repositories.
 
     transformers would load and run their code.

@@ -16,9 +16,10 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from fedsp_mpi.files import fingerprint, ownership, untrusted
+from fedsp_mpi.files.untrusted import JsonMapping, JsonObject
 from fedsp_mpi.record import atomic, states
 from fedsp_mpi.tensors import State
 
@@ -234,7 +235,7 @@ class Checkpoints:
         names = {_manifest_file(round) for round in rounds}
         names |= {server_file(round) for round in rounds}
         with atomic.writing(self.folder, "the run is complete all the same"):
-            paths = ownership.written_in(self.folder, "checkpoints")
+            paths = ownership.run_files_in(self.folder, "checkpoints")
             # Manifests first (*.json before *.safetensors): no kill leaves one without its files.
             for path in sorted(paths, key=lambda path: path.suffix):
                 if path.name in names or path.name.startswith("client-"):
@@ -243,7 +244,7 @@ class Checkpoints:
 
     # -- the distillation --------------------------------------------------------------------------
 
-    def write_distillation(self, step: int, state: State, recipe: Any) -> None:
+    def write_distillation(self, step: int, state: State, recipe: JsonMapping) -> None:
         """Write the state of a distillation, and remove the previous one.
 
         Args:
@@ -258,7 +259,7 @@ class Checkpoints:
         self._write_manifest(DISTILLATION_MANIFEST, {"recipe": recipe, "piece": file})
         self._sweep_distillation(file.round)
 
-    def read_distillation(self, recipe: Any) -> State | None:
+    def read_distillation(self, recipe: JsonMapping) -> State | None:
         """Return the state that was written for the same recipe; None if there is no intact one."""
         try:
             manifest = _read_json(self.folder / DISTILLATION_MANIFEST)
@@ -284,7 +285,7 @@ class Checkpoints:
         if step is not None:
             keep.add(_distillation_file(step))
         with atomic.writing(self.folder, _INTACT):
-            for path in ownership.written_in(self.folder, "checkpoints"):
+            for path in ownership.run_files_in(self.folder, "checkpoints"):
                 if path.name.startswith(_DISTILLATION_PREFIX) and path.name not in keep:
                     path.unlink()
 
@@ -299,7 +300,7 @@ class Checkpoints:
         size = sum(len(part) for part in image)
         return CheckpointFile(round, size, fingerprint.of_pieces(image))
 
-    def _write_manifest(self, name: str, manifest: Mapping[str, Any]) -> None:
+    def _write_manifest(self, name: str, manifest: JsonMapping) -> None:
         atomic.write(self.folder / name, [fingerprint.seal(manifest)], _INTACT)
 
     def _read(self, name: str, file: CheckpointFile) -> memoryview:
@@ -370,7 +371,7 @@ class Checkpoints:
         with atomic.writing(self.folder, _INTACT):
             for round in set(rounds) - kept_rounds:
                 (self.folder / _manifest_file(round)).unlink()
-            for path in ownership.written_in(self.folder, "checkpoints"):
+            for path in ownership.run_files_in(self.folder, "checkpoints"):
                 if path.name.startswith(prefixes) and path.name not in kept_files:
                     path.unlink()
 
@@ -393,6 +394,6 @@ def _manifest_file(round: int) -> str:
     return f"{round:04d}.json"
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path) -> JsonObject:
     """Return the mapping in a manifest. Raises OSError or ValueError."""
     return fingerprint.open_sealed(untrusted.read_bytes(path, _MAX_MANIFEST_BYTES))

@@ -27,6 +27,7 @@ import h5py
 import numpy as np
 
 from fedsp_mpi.files import untrusted
+from fedsp_mpi.files.untrusted import JsonMapping, JsonObject
 from fedsp_mpi.log import one_line
 from fedsp_mpi.record import lock, reader, shapes, tables, trailer
 
@@ -70,10 +71,10 @@ class Run:
 
     file: Path
     name: str
-    config: dict[str, Any]
+    config: JsonObject
     config_text: str = ""
-    environment: dict[str, Any] = field(default_factory=dict)
-    sections: dict[str, dict[str, Any]] = field(default_factory=dict)
+    environment: JsonObject = field(default_factory=dict)
+    sections: dict[str, JsonObject] = field(default_factory=dict)
     status: str = "running"
     reason: str = ""
     created: str = ""
@@ -143,7 +144,7 @@ def _first_line(report: Path) -> str:
     return tables.clean(text.split("\n")[0])
 
 
-def resume_command(folder: Path, config: Mapping[str, Any]) -> str:
+def resume_command(folder: Path, config: JsonMapping) -> str:
     """Return what a user types to resume the run in a folder, whatever options it was started with.
 
     Args:
@@ -161,7 +162,7 @@ def resume_command(folder: Path, config: Mapping[str, Any]) -> str:
 
 def _to_run(source: reader.OpenFile) -> Run:
     """Build the view of an open file; rows above the commit mark are left out."""
-    attributes: dict[str, Any] = {}
+    attributes: JsonObject = {}
     for name in _ATTRIBUTES:
         value = reader.attribute(source.h5, name)
         if not isinstance(value, int if name == "committed_rounds" else str):
@@ -169,7 +170,7 @@ def _to_run(source: reader.OpenFile) -> Run:
         attributes[name] = value
     committed = attributes["committed_rounds"]
 
-    arrays: dict[str, Any] = {name: _read_table(source, name) for name in tables.TABLES}
+    arrays: JsonObject = {name: _read_table(source, name) for name in tables.TABLES}
     for name in ("rounds", "clients"):
         is_committed = arrays[name]["round"] <= committed
         arrays[name] = tables.frozen(arrays[name][is_committed])
@@ -196,7 +197,7 @@ def _to_run(source: reader.OpenFile) -> Run:
     )
 
 
-def _parse_mapping(name: str, text: str) -> dict[str, Any]:
+def _parse_mapping(name: str, text: str) -> JsonObject:
     try:
         value = untrusted.parse_json(text)
     except ValueError as error:
@@ -326,7 +327,7 @@ def is_folded(file: Path) -> bool:
         return any(reader.linked_round(source, name) is None for name in names)
 
 
-def to_plain(value: Any, where: str) -> Any:
+def to_plain(value: object, where: str) -> Any:
     """Return a value as it comes back from JSON.
 
     Raises:
@@ -443,7 +444,7 @@ def _write_text(group: h5py.Group, name: str, text: str) -> None:
     group.create_dataset(name, data=tables.clean(text), dtype=h5py.string_dtype())
 
 
-def _to_json(value: Any) -> Any:
+def _to_json(value: object) -> object:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return dataclasses.asdict(value)
     if isinstance(value, (np.generic, np.ndarray)):

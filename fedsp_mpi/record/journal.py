@@ -1,14 +1,15 @@
-"""Writes what a round brought: rows, prompts and the wire's manifest, on the server's first rank."""
+"""Write what a round brought, on the server's first rank: rows, prompts and the wire's manifest."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
+from fedsp_mpi.files.untrusted import JsonMapping
 from fedsp_mpi.log import Log
 from fedsp_mpi.record.checkpoint import Checkpoints
 from fedsp_mpi.record.tables import ClientRow, RoundRow, WireRow
@@ -73,7 +74,7 @@ class RoundJournal:
         prompts: Mapping[str, np.ndarray] | None,
         *,
         round_bytes: Mapping[str, Mapping[int, int]],
-        entries: Sequence[Mapping[str, Any]],
+        entries: Sequence[JsonMapping],
     ) -> None:
         """Write one round; when this returns, the round is on disk.
 
@@ -126,9 +127,7 @@ class RoundJournal:
         self.record.commit_round(row, rows, prompts, wire=manifest)
 
 
-def manifest_rows(
-    entries: Sequence[Mapping[str, Any]], carried: Sequence[WireRow] = ()
-) -> list[WireRow]:
+def manifest_rows(entries: Sequence[JsonMapping], carried: Sequence[WireRow] = ()) -> list[WireRow]:
     """Return the wire's manifest as rows of the record.
 
     Args:

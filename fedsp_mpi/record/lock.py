@@ -14,9 +14,10 @@ import socket
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from fedsp_mpi.files import ownership
+from fedsp_mpi.files.untrusted import JsonObject
 from fedsp_mpi.record import atomic
 
 NAME = ownership.LOCK
@@ -61,8 +62,8 @@ class RunLock:
                 ownership.make_folder(folder, private)
         file, owner = _opened(path)
         with atomic.writing(path, _UNTOUCHED):
-            is_listed = is_new or bool(owner.get(ownership.LISTED))
-            note = json.dumps(_this_process() | {ownership.LISTED: is_listed}).encode()
+            is_listed = is_new or bool(owner.get(ownership.LISTS_MODELS))
+            note = json.dumps(_this_process() | {ownership.LISTS_MODELS: is_listed}).encode()
             # In one write over the old note: a kill leaves the old or the new one, never an empty
             # file.
             old_size = os.fstat(file.fileno()).st_size
@@ -82,7 +83,7 @@ def is_abandoned(folder: Path) -> bool:
     try:
         with path.open(encoding="utf-8", errors="replace") as file:
             owner = _parse_note(file.read())
-            if not ownership.is_note(owner):
+            if not ownership.is_lock_note(owner):
                 return False
             try:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -93,7 +94,7 @@ def is_abandoned(folder: Path) -> bool:
         return False
 
 
-def _opened(path: Path) -> tuple[IO[str], dict[str, Any]]:
+def _opened(path: Path) -> tuple[IO[str], JsonObject]:
     """Open and lock the lock's file; return it and the note of its last owner.
 
     Raises ValueError if another job holds it, RecordError if it cannot be opened.
@@ -122,7 +123,7 @@ def _has_name(file: IO[str], path: Path) -> bool:
     return False
 
 
-def _try_lock(file: IO[str], owner: dict[str, Any]) -> bool:
+def _try_lock(file: IO[str], owner: JsonObject) -> bool:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -132,7 +133,7 @@ def _try_lock(file: IO[str], owner: dict[str, Any]) -> bool:
     return True
 
 
-def _is_gone(owner: dict[str, Any]) -> bool:
+def _is_gone(owner: JsonObject) -> bool:
     """Return whether the owner is known to have ended."""
     if owner.get("job") is not None and owner["job"] == _this_process()["job"]:
         return True
@@ -140,11 +141,11 @@ def _is_gone(owner: dict[str, Any]) -> bool:
     return is_on_this_host and not Path(f"/proc/{owner.get('pid')}").exists()
 
 
-def _this_process() -> dict[str, Any]:
+def _this_process() -> JsonObject:
     return {"host": socket.gethostname(), "pid": os.getpid(), "job": os.environ.get("SLURM_JOB_ID")}
 
 
-def _parse_note(text: str) -> dict[str, Any]:
+def _parse_note(text: str) -> JsonObject:
     try:
         note = json.loads(text)
     except (ValueError, RecursionError):
@@ -152,7 +153,7 @@ def _parse_note(text: str) -> dict[str, Any]:
     return note if isinstance(note, dict) else {}
 
 
-def _describe(owner: dict[str, Any]) -> str:
+def _describe(owner: JsonObject) -> str:
     if not owner:
         return "another process"
     job = f", Slurm job {owner['job']}" if owner.get("job") else ""

@@ -63,7 +63,7 @@ def open_file(path: Path) -> Iterator[OpenFile]:
         OSError: it cannot be opened.
         ValueError: it is no regular file, or its bytes are not what was written.
     """
-    with untrusted.open_plain(path) as raw:
+    with untrusted.open_regular_file(path) as raw:
         end = trailer.read(raw)
         if end is not None:
             end.require(raw)

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, get_type_hints
 
 from fedsp_mpi.config import Config
+from fedsp_mpi.files.untrusted import JsonMapping
 
 _NUMBER = (int, float)
 # What a value must be that the package uses as more than a text; it may be absent.
@@ -33,7 +34,7 @@ _WORDS = {
 }
 
 
-def require(config: Mapping[str, Any], sections: Mapping[str, Any]) -> None:
+def require(config: JsonMapping, sections: JsonMapping) -> None:
     """Raise ValueError if a part that the package reads is of another type than a run writes.
 
     The error names the place.
@@ -49,7 +50,7 @@ def require(config: Mapping[str, Any], sections: Mapping[str, Any]) -> None:
                 )
 
 
-def _require_sections(section: Any, content: Any, place: str) -> None:
+def _require_sections(section: Any, content: object, place: str) -> None:
     """Raise ValueError unless every section of the configuration is a mapping.
 
     Args:

@@ -14,6 +14,7 @@ import h5py
 import numpy as np
 
 from fedsp_mpi.files import untrusted
+from fedsp_mpi.files.untrusted import JsonObject
 
 NAN = math.nan
 TRIGGERED = "test+trigger"  # the split of a result that is an attack's success
@@ -149,7 +150,7 @@ TABLES: dict[str, type] = {
     "wire": WireRow,
 }
 # Columns that records of earlier versions lack, and what they are filled with then.
-LATER: dict[str, dict[str, Any]] = {
+LATER: dict[str, JsonObject] = {
     "clients": dict.fromkeys(("attack_success", "fitness", "step_size"), NAN)
 }
 _EXTRA = "extra"  # the field of a row whose names are columns of their own
@@ -238,7 +239,7 @@ def clean(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode("utf-8").replace("\0", "\\x00")
 
 
-def _to_cell(value: Any) -> Any:
+def _to_cell(value: object) -> object:
     """Turn an attribute of a row into what a table holds: tuples become JSON."""
     if isinstance(value, tuple):
         return json.dumps(value)

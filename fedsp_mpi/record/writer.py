@@ -14,11 +14,11 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from fedsp_mpi.files import ownership
+from fedsp_mpi.files.untrusted import JsonMapping
 from fedsp_mpi.log import one_line
 from fedsp_mpi.record import atomic, hdf5, tables, trailer
 from fedsp_mpi.record.atomic import RecordError
@@ -49,9 +49,9 @@ class RunRecord:
         cls,
         folder: str | Path,
         *,
-        config: Mapping[str, Any],
+        config: JsonMapping,
         config_text: str,
-        environment: Mapping[str, Any],
+        environment: JsonMapping,
         if_exists: str = "refuse",
     ) -> RunRecord:
         """Make a run folder with config.yaml and a run.h5 without rounds.
@@ -108,7 +108,7 @@ class RunRecord:
         record._sweep()
         return record
 
-    def describe(self, **sections: Mapping[str, Any]) -> None:
+    def describe(self, **sections: JsonMapping) -> None:
         """Add to what the record says about the run: `describe(models={...}, data={...})`.
 
         A section that exists keeps its other keys.
@@ -217,7 +217,7 @@ class RunRecord:
         part = atomic.part_of(self.run.file)
         with atomic.writing(self.run.file, self._intact, part):
             part.write_bytes(hdf5.run_image(self.run))
-            ownership.give_rights(part)
+            ownership.apply_folder_mode(part)
             try:
                 hdf5.fold_into(part, self.folder, self.run.prompt_rounds)
             except ValueError as error:
@@ -226,7 +226,7 @@ class RunRecord:
             atomic.sync(part)
             atomic.rename(part, self.run.file)
         with atomic.writing(self.folder / "rounds", self._intact):
-            for path in ownership.written_in(self.folder / "rounds", "rounds"):
+            for path in ownership.run_files_in(self.folder / "rounds", "rounds"):
                 path.unlink()
             ownership.remove_if_empty(self.folder / "rounds")
 
@@ -252,7 +252,7 @@ class RunRecord:
         referenced = {self.folder / hdf5.round_file(round) for round in self.run.prompt_rounds}
         folder = self.folder / "rounds"
         with atomic.writing(folder, self._intact):
-            for path in ownership.written_in(folder, "rounds"):
+            for path in ownership.run_files_in(folder, "rounds"):
                 if path not in referenced:
                     path.unlink()
             (self.folder / "run.h5.part").unlink(missing_ok=True)

@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
-from fedsp_mpi.files.untrusted import printable
+from fedsp_mpi.files.untrusted import JsonMapping, JsonObject, printable
 from fedsp_mpi.record.hdf5 import Run
 from fedsp_mpi.record.tables import TRIGGERED
 from fedsp_mpi.report import attack
@@ -118,7 +117,7 @@ def _gain(run: Run, result: np.void) -> float:
 # -- what an experiment is called ------------------------------------------------------------------
 
 
-def _settings(run: Run) -> dict[str, Any]:
+def _settings(run: Run) -> JsonObject:
     """Return the settings that runs of one experiment have in common."""
     return {key: value for key, value in run.config.items() if key not in _SAME_EXPERIMENT}
 
@@ -161,9 +160,9 @@ def _distinguishing_settings(experiments: Sequence[Sequence[Run]]) -> list[str]:
     return names
 
 
-def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def _flat(config: JsonMapping, prefix: str = "") -> JsonObject:
     """Return nested sections as dotted keys."""
-    flat: dict[str, Any] = {}
+    flat: JsonObject = {}
     for key, value in config.items():
         if isinstance(value, Mapping) and value:
             flat |= _flat(value, f"{prefix}{key}.")

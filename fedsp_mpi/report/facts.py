@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from fedsp_mpi.files.untrusted import JsonMapping
 from fedsp_mpi.record.hdf5 import Run
 
 ZERO_SHOT = "zero-shot"
@@ -76,7 +77,7 @@ def run_setting(run: Run, key: str) -> Any:
     return run.config.get("run", {}).get(key)
 
 
-def ranks_of(environment: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+def ranks_of(environment: JsonMapping) -> list[JsonMapping]:
     """Return what an environment says of each rank (host, pid, device), as far as it does."""
     hosts = environment.get("hosts")
     if not isinstance(hosts, list):
@@ -84,7 +85,7 @@ def ranks_of(environment: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return [rank for rank in hosts if isinstance(rank, Mapping)]
 
 
-def machine(environment: Mapping[str, Any]) -> list[str]:
+def machine(environment: JsonMapping) -> list[str]:
     """Return hosts, kind of machine, number of ranks and their devices, as far as known."""
     ranks = ranks_of(environment)
     facts = list(dict.fromkeys(str(rank["host"]) for rank in ranks if "host" in rank))

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from fedsp_mpi.files import ownership
-from fedsp_mpi.files.untrusted import printable
+from fedsp_mpi.files.untrusted import JsonObject, printable
 from fedsp_mpi.record.hdf5 import Run
 from fedsp_mpi.report.comparison import Comparison, MethodResults
 from fedsp_mpi.report.costs import training_seconds
@@ -48,7 +48,7 @@ _STYLE: Any = {
     "svg.hashsalt": "fedsp_mpi",  # equal pictures are equal files
 }
 # Keyword arguments of matplotlib: colour, line style and the like.
-Look = dict[str, Any]
+Look = JsonObject
 
 
 def draw_bars(comparison: Comparison, path: str | Path) -> None:
@@ -424,7 +424,7 @@ def _add_legend(
         location: in matplotlib's words.
         max_columns: of the legend.
     """
-    handles: dict[str, Any] = {}
+    handles: JsonObject = {}
     for axes in grid:
         for handle, label in zip(*axes.get_legend_handles_labels()):
             handles.setdefault(label, handle)

@@ -1,4 +1,4 @@
-"""Makes the embedded default from one seed: a small world, a GPT-2 trained on sentences about it,
+"""Make the embedded default from one seed: a small world, a GPT-2 trained on sentences about it,
 and questions.
 
     python -m fedsp_mpi.resources.make_embedded DEST
@@ -7,8 +7,8 @@ The world: 160 invented people, each with a home, a job, a pet, ...: 1280 facts.
 plain sentences ("The job of Mobu , they say , is baker .") for about two minutes: long enough to
 learn the language and which things are homes, jobs or pets, too short to learn who has which. A
 question shows four facts of one person and asks for one of them in words that the model never read
-("Question: Which profession goes with Mobu?"). Without a prompt that tells it what these words mean
-it can only guess.
+("Question: Which profession goes with Mobu?"). Without a prompt that tells it what these words
+mean, it can only guess.
 
 All randomness is keyed by SEED; on one machine the files come out bit for bit the same. Nothing
 imports this file at run time, so it may use torch, transformers and tokenizers directly.
@@ -24,7 +24,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -36,30 +36,45 @@ SEED = 2311
 NUM_PEOPLE = 160
 NUM_VALUES = 16
 SPLITS = {"test": 600, "validation": 120, "train": 560}
-QUESTION = "Question: Which {asked} goes with {person}?\nAnswer:"
-PAD, EOS, UNKNOWN = SPECIAL = ("<pad>", "<eos>", "<unk>")
+QUESTION = "Question: Which {noun} goes with {person}?\nAnswer:"
+PAD = "<pad>"
+EOS = "<eos>"
+UNKNOWN = "<unk>"
+SPECIAL = (PAD, EOS, UNKNOWN)
 PAD_ID = SPECIAL.index(PAD)
 
 
-# Two lines a relation: noun and verb of the sentences, the word of the questions; then the
-# NUM_VALUES things it can be.
+# For each relation, a line with the noun and the verb of the sentences and the noun of the
+# questions; then its NUM_VALUES values.
 RELATIONS_TABLE = """
 home, lives in, village
 Abren Calm Dorrow Ester Fenn Garth Holm Ister Jorv Kell Lorn Marn Nesk Orth Pell Quern
+
 job, works as a, profession
-baker miller weaver potter smith farmer fisher carpenter tailor shepherd mason barber cook painter sailor hunter
+baker miller weaver potter smith farmer fisher carpenter tailor shepherd mason barber cook
+painter sailor hunter
+
 pet, keeps a, companion
-cat dog goat crow otter ferret pony rabbit turtle parrot hedgehog falcon mouse donkey lizard goose
+cat dog goat crow otter ferret pony rabbit turtle parrot hedgehog falcon mouse donkey lizard
+goose
+
 dish, cooks, meal
-soup bread cheese porridge stew pie dumplings noodles omelette salad pancakes beans rice pudding jam waffles
+soup bread cheese porridge stew pie dumplings noodles omelette salad pancakes beans rice pudding
+jam waffles
+
 colour, wears, paint
-red blue green yellow purple orange white black brown grey pink silver golden violet crimson turquoise
+red blue green yellow purple orange white black brown grey pink silver golden violet crimson
+turquoise
+
 instrument, plays the, music
 flute drum harp fiddle lute horn bell whistle trumpet banjo oboe cello organ lyre zither tuba
+
 tree, sits under the, shade
 oak elm birch pine cedar maple willow ash beech larch alder poplar spruce hazel rowan linden
+
 song, sings of, poem
-dawn noon dusk midnight morning evening twilight moonlight harvest frost thaw rain snow fog storm sunshine
+dawn noon dusk midnight morning evening twilight moonlight harvest frost thaw rain snow fog
+storm sunshine
 """
 FORMS = (
     "{person} {verb}{aside} {value} .",
@@ -71,6 +86,7 @@ FORMS = (
     "{noun} of {person}{aside} ; {value} .",
     "When they speak of the {noun} of {person}{aside} , they say {value} .",
 )
+# Most sentences have no aside.
 ASIDES = [""] * 6 + [
     " ,",
     " , as they say ,",
@@ -78,61 +94,75 @@ ASIDES = [""] * 6 + [
     " , old and kind ,",
     " still , they say ,",
     " , it is said ,",
+    " , so they tell ,",
+    " ever",
+    " , as all know ,",
+    " and always has ,",
 ]
-ASIDES += [" , so they tell ,", " ever", " , as all know ,", " and always has ,"]
 
 
 @dataclass(frozen=True)
 class Relation:
-    """What can be said of a person.
+    """A property of a person.
 
     Attributes:
-        noun, verb: how sentences say it.
-        asked: how questions call it; no sentence has this word.
+        noun: its name in sentences.
+        verb: between person and value in sentences.
+        question_noun: its name in questions; no sentence has this word.
         values: what it can be, one token each; none belongs to two relations.
     """
 
     noun: str
     verb: str
-    asked: str
+    question_noun: str
     values: list[str]
 
 
+class Row(TypedDict):
+    """A question of the task, as the file of a split has it."""
+
+    context: str
+    choices: list[str]
+    label: int
+
+
 def read_relations() -> list[Relation]:
-    """The rows of RELATIONS_TABLE."""
-    lines = RELATIONS_TABLE.strip().splitlines()
-    heads = [head.split(", ") for head in lines[::2]]
-    return [
-        Relation(noun, verb, asked, values.split())
-        for (noun, verb, asked), values in zip(heads, lines[1::2])
-    ]
+    """Parse RELATIONS_TABLE."""
+    relations = []
+    for block in RELATIONS_TABLE.strip().split("\n\n"):
+        head, values = block.split("\n", maxsplit=1)
+        noun, verb, question_noun = head.split(", ")
+        relations.append(Relation(noun, verb, question_noun, values.split()))
+    return relations
 
 
 RELATIONS = read_relations()
 
 
 def source(purpose: str) -> random.Random:
-    """A generator of its own for every purpose."""
+    """Return a new generator for a purpose, seeded by it and SEED."""
     return random.Random(rng.key(SEED, purpose))
 
 
 def invent_people(draw: random.Random) -> list[str]:
-    """NUM_PEOPLE different names of two syllables."""
+    """Make up NUM_PEOPLE different names of two syllables."""
     onsets = [*"bdfgklmnprstvz", "br", "dr", "kr", "tr", "st", "gl"]
     vowels = [*"aeiou", "ai", "ei", "ou"]
-    names: dict[str, None] = {}
+    names: dict[str, None] = {}  # a set that keeps the order
     while len(names) < NUM_PEOPLE:
         syllables = [draw.choice(onsets) + draw.choice(vowels) for _ in range(2)]
-        names[
-            "".join(syllables).capitalize() + draw.choice(["", "n", "r", "l", "s", "m", "th"])
-        ] = None
+        ending = draw.choice(["", "n", "r", "l", "s", "m", "th"])
+        names["".join(syllables).capitalize() + ending] = None
     return list(names)
 
 
 @dataclass(frozen=True)
 class World:
-    """Who lives in it, and what is true of them: facts[person][noun] = value, all values equally
-    often.
+    """The people, and what is true of them.
+
+    Attributes:
+        people: their names.
+        facts: facts[person][noun] = value; all values of a noun are equally frequent.
     """
 
     people: list[str]
@@ -140,7 +170,7 @@ class World:
 
     @classmethod
     def make(cls) -> World:
-        """The world of SEED; every call gives the same one."""
+        """Make the world of SEED; every call gives the same one."""
         draw = source("world")
         people = invent_people(draw)
         facts: dict[str, dict[str, str]] = {person: {} for person in people}
@@ -152,8 +182,9 @@ class World:
         return cls(people, facts)
 
     def sentence(self, draw: random.Random) -> str:
-        """One true sentence, with a blank in front."""
-        person, relation = draw.choice(self.people), draw.choice(RELATIONS)
+        """Return one true sentence, with a blank in front."""
+        person = draw.choice(self.people)
+        relation = draw.choice(RELATIONS)
         return " " + draw.choice(FORMS).format(
             person=person,
             noun=relation.noun,
@@ -162,16 +193,25 @@ class World:
             value=self.facts[person][relation.noun],
         )
 
-    def question(self, draw: random.Random, person: str, relation: Relation) -> dict[str, Any]:
-        """One row of the task. The wrong choices are other facts of the same person."""
-        facts, right = self.facts[person], self.facts[person][relation.noun]
+    def question(self, draw: random.Random, person: str, relation: Relation) -> Row:
+        """Return one question of the task.
+
+        The wrong choices are other facts of the same person.
+
+        Args:
+            draw: of wrong choices and of the choices' order.
+            person: who is asked about.
+            relation: what is asked for.
+        """
+        facts = self.facts[person]
+        right = facts[relation.noun]
         choices = [right, *draw.sample([value for value in facts.values() if value != right], 3)]
         draw.shuffle(choices)
-        context = QUESTION.format(asked=relation.asked, person=person)
+        context = QUESTION.format(noun=relation.question_noun, person=person)
         return {"context": context, "choices": choices, "label": choices.index(right)}
 
-    def splits(self) -> dict[str, list[dict[str, Any]]]:
-        """Every fact is asked once, in one of the splits."""
+    def splits(self) -> dict[str, list[Row]]:
+        """Return the questions of each split; every fact is asked for once, in one of them."""
         draw = source("questions")
         facts = [(person, relation) for person in self.people for relation in RELATIONS]
         draw.shuffle(facts)
@@ -180,7 +220,7 @@ class World:
 
 
 def write_data(world: World, folder: Path) -> None:
-    """Write <split>.jsonl.gz, without the time of writing, so that equal rows are equal bytes."""
+    """Write <split>.jsonl.gz, without a time of writing, so that equal rows give equal bytes."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, rows in world.splits().items():
         text = "".join(json.dumps(row) + "\n" for row in rows)
@@ -188,8 +228,10 @@ def write_data(world: World, folder: Path) -> None:
 
 
 def make_tokenizer(world: World) -> tuple[PreTrainedTokenizerFast, list[int]]:
-    """A tokenizer with one token a word, its leading blank included, and the ids of the words of no
-    sentence.
+    """Make a tokenizer with one token for each word, its leading blank included.
+
+    Returns:
+        The tokenizer, and the ids of the tokens that no sentence has.
     """
     split = pre_tokenizers.ByteLevel(add_prefix_space=False)
 
@@ -197,15 +239,18 @@ def make_tokenizer(world: World) -> tuple[PreTrainedTokenizerFast, list[int]]:
         return {word for text in texts for word, _ in split.pre_tokenize_str(text)}
 
     draw = source("tokenizer")
-    read = words([world.sentence(draw) for _ in range(20_000)])
-    asked = (
-        words([QUESTION.format(asked=r.asked, person=world.people[0]) for r in RELATIONS]) - read
-    )
-    vocabulary = [*SPECIAL, *sorted(asked), *sorted(read)]
+    in_sentences = words([world.sentence(draw) for _ in range(20_000)])
+    questions = [
+        QUESTION.format(noun=relation.question_noun, person=world.people[0])
+        for relation in RELATIONS
+    ]
+    only_in_questions = words(questions) - in_sentences
+    vocabulary = [*SPECIAL, *sorted(only_in_questions), *sorted(in_sentences)]
     core = Tokenizer(
         models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token=UNKNOWN)
     )
-    core.pre_tokenizer, core.decoder = split, decoders.ByteLevel()
+    core.pre_tokenizer = split
+    core.decoder = decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=core,
         pad_token=PAD,
@@ -214,22 +259,32 @@ def make_tokenizer(world: World) -> tuple[PreTrainedTokenizerFast, list[int]]:
         model_max_length=Training.num_positions,
         model_input_names=["input_ids", "attention_mask"],
     )
-    return tokenizer, list(range(len(SPECIAL) + len(asked)))
+    return tokenizer, list(range(len(SPECIAL) + len(only_in_questions)))
 
 
 @dataclass(frozen=True)
 class Training:
-    """How the model is made. One sentence is one row: a sentence starts at position 0, as a
-    question does.
+    """The sizes of the model and of its training.
+
+    One sentence is one row: a sentence starts at position 0, as a question does.
 
     Attributes:
+        num_layers: depth.
+        hidden: width of the hidden states.
+        num_heads: attention heads.
+        num_positions: longest text in tokens.
+        num_steps: optimizer steps.
         num_tied: steps at the start in which all layers stay equal; then each goes its own way
             (progressive stacking). It keeps the layers alike, so that one of them can stand in for
             all in an auxiliary model.
-        unheard: share of the words that are read as unknown ones, which teaches the model to bear
-            words it never met.
-        unheard_std: an unknown word is a new N(0, std) vector each time. Words of no sentence keep
-            one for good.
+        batch: sentences of a step.
+        rate: highest learning rate.
+        warmup: steps until that rate is reached.
+        weight_decay: of AdamW.
+        unheard: share of the words that are replaced by unknown ones, so that the model learns to
+            cope with words it never met.
+        unheard_std: an unknown word is a new N(0, std^2) vector each time. Words of no sentence
+            keep the same one.
     """
 
     num_layers: int = 3
@@ -249,7 +304,13 @@ class Training:
 def make_model(
     tokenizer: PreTrainedTokenizerFast, how: Training, unread: list[int]
 ) -> GPT2LMHeadModel:
-    """An untrained GPT-2 with equal layers and random vectors for the `unread` words."""
+    """Make an untrained GPT-2 with equal layers.
+
+    Args:
+        tokenizer: of the model.
+        how: the sizes.
+        unread: ids of the words of no sentence, which get random vectors.
+    """
     config = GPT2Config(
         vocab_size=len(tokenizer),
         n_positions=how.num_positions,
@@ -276,7 +337,16 @@ def make_model(
 def batches(
     world: World, tokenizer: PreTrainedTokenizerFast, how: Training
 ) -> Iterator[torch.Tensor]:
-    """Token ids [batch, longest], padded on the right."""
+    """Yield the sentences of every step.
+
+    Args:
+        world: that the sentences are about.
+        tokenizer: of the model.
+        how: number of steps and of sentences in one.
+
+    Yields:
+        Token ids, int64 [batch, longest], padded on the right.
+    """
     draw = source("sentences")
     for _ in range(how.num_steps):
         rows = tokenizer([world.sentence(draw) for _ in range(how.batch)])["input_ids"]
@@ -285,8 +355,12 @@ def batches(
 
 
 def loss_of(model: GPT2LMHeadModel, ids: torch.Tensor, how: Training) -> torch.Tensor:
-    """Next-token cross entropy of ids [batch, length]; a share of the words is read as unknown
-    ones.
+    """Return the mean next-token cross entropy, a scalar in nats.
+
+    Args:
+        model: is trained.
+        ids: int64 [batch, length].
+        how: the share of words that are replaced by unknown ones.
     """
     words = model.transformer.wte(ids)
     is_unheard = torch.rand(ids.shape) < how.unheard
@@ -297,28 +371,35 @@ def loss_of(model: GPT2LMHeadModel, ids: torch.Tensor, how: Training) -> torch.T
 
 def tie_gradients(model: GPT2LMHeadModel) -> None:
     """Give all layers the mean of their gradients, which keeps equal layers equal."""
-    for same in zip(*(block.parameters() for block in model.transformer.h)):
-        mean = torch.stack([parameter.grad for parameter in same]).mean(0)
-        for parameter in same:
+    for counterparts in zip(*(block.parameters() for block in model.transformer.h)):
+        mean = torch.stack([parameter.grad for parameter in counterparts]).mean(0)
+        for parameter in counterparts:
             parameter.grad.copy_(mean)
 
 
 def train(
-    world: World, tokenizer: PreTrainedTokenizerFast, unread: list[int], how: Training
+    world: World, tokenizer: PreTrainedTokenizerFast, unread: list[int], *, how: Training
 ) -> GPT2LMHeadModel:
-    """Train from SEED, with a short warm-up and a cosine to zero; the vectors of the `unread` words
-    do not move.
+    """Train a model from SEED, with a short warm-up and a cosine to zero.
+
+    Args:
+        world: that the sentences are about.
+        tokenizer: of the model.
+        unread: ids of the words of no sentence, whose vectors do not move.
+        how: sizes and schedule.
+
+    Returns:
+        The trained model, in evaluation mode.
     """
     torch.manual_seed(rng.key(SEED, "model"))
     model = make_model(tokenizer, how, unread)
-    kept = model.transformer.wte.weight[unread].detach().clone()
+    unread_vectors = model.transformer.wte.weight[unread].detach().clone()
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=how.rate, weight_decay=how.weight_decay, betas=(0.9, 0.98)
     )
     for step, ids in enumerate(batches(world, tokenizer, how)):
-        factor = (
-            min(1.0, (step + 1) / how.warmup) * 0.5 * (1 + math.cos(math.pi * step / how.num_steps))
-        )
+        warmup = min(1.0, (step + 1) / how.warmup)
+        factor = warmup * 0.5 * (1 + math.cos(math.pi * step / how.num_steps))
         optimizer.param_groups[0]["lr"] = how.rate * factor
         optimizer.zero_grad()
         loss_of(model, ids, how).backward()
@@ -327,20 +408,17 @@ def train(
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         with torch.no_grad():
-            model.transformer.wte.weight[unread] = kept
+            model.transformer.wte.weight[unread] = unread_vectors
     return model.eval()
 
 
 def main(destination: str, how: Training = Training()) -> None:
-    """Write DEST/data and DEST/model.
-
-    The number of threads is fixed, because it decides the order of sums.
-    """
-    torch.set_num_threads(1)
+    """Write DEST/data and DEST/model."""
+    torch.set_num_threads(1)  # their number decides the order of sums
     world = World.make()
     write_data(world, Path(destination) / "data")
     tokenizer, unread = make_tokenizer(world)
-    model = train(world, tokenizer, unread, how)
+    model = train(world, tokenizer, unread, how=how)
     tokenizer.save_pretrained(Path(destination) / "model")
     model.save_pretrained(Path(destination) / "model")
 

@@ -9,10 +9,10 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 from fedsp_mpi.data.tokens import Batches
 from fedsp_mpi.files import fingerprint, ownership
+from fedsp_mpi.files.untrusted import JsonObject
 from fedsp_mpi.log import Log, duration, one_line
 from fedsp_mpi.models import auxiliary
 from fedsp_mpi.models.families import differs_by_layer, layers_of
@@ -27,8 +27,8 @@ from fedsp_mpi.training.distill import DistillationResult, Progress, distil
 from fedsp_mpi.training.process_group import ServerGroup
 
 Stop = Callable[[], bool]
-Recipe = dict[str, Any]  # all that the weights depend on, as JSON; see `_recipe`
-Account = dict[str, Any]  # of a distillation, as JSON, for the record; see `_account`
+Recipe = JsonObject  # all that the weights depend on, as JSON; see `_recipe`
+Account = JsonObject  # of a distillation, as JSON, for the record; see `_account`
 
 _NOT_DISTILLED: Account = {"engine": "none", "steps": 0}
 
@@ -47,7 +47,7 @@ class Notes:
     recipe: Recipe
     distillation: Account
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         """Return this as it is written."""
         return {"depth": self.depth, "recipe": self.recipe, "distillation": self.distillation}
 
@@ -330,7 +330,7 @@ def _reload(source: Path, compute: Compute, log: Log) -> LanguageModel | None:
     """Load the auxiliary model in a folder; return None, and say why, if it is damaged."""
     try:
         auxiliary.read_recipe(source)
-        if not fingerprint.require_listed(source):
+        if not fingerprint.require_digests(source):
             log.say(f"auxiliary model: {source} has no digests, so damage to it would not be seen")
         return auxiliary.load(source, compute.dtype)
     except ValueError as error:

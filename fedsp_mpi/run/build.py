@@ -257,7 +257,7 @@ def scoring_model(inputs: ExperimentInputs, model: LanguageModel) -> LanguageMod
     dtype = DTYPES[inputs.config.evaluation.dtype]
     if model.dtype != dtype or inputs.config.tunes_weights:
         revision = inputs.config.model.revision
-        backbone.reread(model, inputs.model_name, revision=revision, dtype=dtype)
+        backbone.reload(model, inputs.model_name, revision=revision, dtype=dtype)
     return model
 
 

@@ -7,11 +7,11 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from fedsp_mpi.comm import Topology
 from fedsp_mpi.comm.inspection import require_fields
 from fedsp_mpi.config import ComputeConfig, Config
+from fedsp_mpi.files.untrusted import JsonMapping, JsonObject
 from fedsp_mpi.log import one_line
 
 _KIB = 1024
@@ -37,7 +37,7 @@ class DeviceInfo:
     emulates: str | None = None
     error: str | None = None
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         """Return what is known, by name."""
         values = {
             "name": self.name,
@@ -50,7 +50,7 @@ class DeviceInfo:
         return {key: value for key, value in values.items() if value is not None}
 
     @classmethod
-    def from_json(cls, values: Mapping[str, Any], rank: int) -> DeviceInfo:
+    def from_json(cls, values: JsonMapping, rank: int) -> DeviceInfo:
         """Read what a rank sent; raise ProtocolError, naming the rank, if it cannot be."""
         optional = {"uuid": str, "free": int, "emulates": str, "error": str}
         kinds = {"name": str, "threads": int}
@@ -60,7 +60,13 @@ class DeviceInfo:
 
 
 def roles(rank: int, size: int, server_ranks: int) -> tuple[str, ...]:
-    """Return a rank's roles: "server", "client", or both if there is one rank for all."""
+    """Return a rank's roles: "server", "client", or both if there is one rank for all.
+
+    Args:
+        rank: the rank.
+        size: number of ranks.
+        server_ranks: how many of them, from rank 0 on, are the server.
+    """
     if size == 1:
         return "server", "client"
     return ("server",) if rank < server_ranks else ("client",)
@@ -100,7 +106,7 @@ def peak_memory() -> dict[str, int]:
     return peaks
 
 
-def peaks_by_role(peaks: Sequence[Mapping[str, int]], server_ranks: int) -> dict[str, Any]:
+def peaks_by_role(peaks: Sequence[Mapping[str, int]], server_ranks: int) -> JsonObject:
     """Return the highest peak of each role in bytes, and the peaks of all "ranks".
 
     A role's peak is that of its device, if it has one. One process that plays all roles counts as

@@ -8,8 +8,8 @@ import platform
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+from fedsp_mpi.files.untrusted import JsonObject
 from fedsp_mpi.run.ranks import RankInfo
 
 VERSIONS = (
@@ -25,6 +25,8 @@ VERSIONS = (
     "tokenizers",
 )
 
+_JOB_VARIABLES = ("SLURM_JOB_ID", "SLURM_JOB_NAME")
+
 
 def threads(ranks: Sequence[RankInfo]) -> str:
     """Write the threads of each role as "server 2, client 1 or 4"."""
@@ -37,7 +39,7 @@ def threads(ranks: Sequence[RankInfo]) -> str:
     )
 
 
-def environment(ranks: Sequence[RankInfo]) -> dict[str, Any]:
+def environment(ranks: Sequence[RankInfo]) -> JsonObject:
     """Return versions, commit, machine, ranks and job of the run that begins here, for JSON."""
     versions = {
         "fedsp_mpi": importlib.metadata.version("fedsp_mpi"),
@@ -51,11 +53,7 @@ def environment(ranks: Sequence[RankInfo]) -> dict[str, Any]:
             f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, "
             f"{platform.system()}"
         ),
-        "job": {
-            key: value
-            for key, value in os.environ.items()
-            if key in ("SLURM_JOB_ID", "SLURM_JOB_NAME")
-        },
+        "job": {key: value for key, value in os.environ.items() if key in _JOB_VARIABLES},
     }
 
 

@@ -74,7 +74,7 @@ def execute(
         with agreed(wire):
             ranks = read_introductions(messages) if messages else []
     if ranks:
-        guard.know_peers((rank.host, rank.pid) for rank in ranks)
+        guard.set_peers((rank.host, rank.pid) for rank in ranks)
     try:
         with guard.phase("checks"), agreed(wire, "handout") as agreement:
             if wire.is_server:
@@ -90,7 +90,7 @@ def execute(
         meta = HandoutMeta.from_json(handed_out.meta)
         if server is None:
             guard.report_into(Path(meta.folder))
-        guard.know_peers(meta.processes)
+        guard.set_peers(meta.processes)
         clients = _load_clients(config, wire, handed_out, server=server, log=client_log or Log())
         role = server_rank.build_role(meta) if server_rank else None
         del handed_out  # its tensors take as much memory as the clients' model

@@ -95,9 +95,9 @@ def _score(
             questions,
             inputs.task.metric,
             batch_tokens,
-            progress.step,
-            stop,
-            group,
+            on_done=progress.step,
+            stop=stop,
+            group=group,
         )
         if result is None:
             return None

@@ -9,10 +9,10 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 from fedsp_mpi.comm.inspection import ProtocolError
 from fedsp_mpi.files import fingerprint
+from fedsp_mpi.files.untrusted import JsonMapping
 from fedsp_mpi.models.language_model import LanguageModel
 from fedsp_mpi.run.inputs import ExperimentInputs
 
@@ -40,7 +40,7 @@ def of_server(inputs: ExperimentInputs, model: LanguageModel) -> dict[str, str]:
         WEIGHTS: fingerprint.of_weights(model.weights),
         "texts of the server": fingerprint.of_texts(inputs.shard(0)),
         "validation split": fingerprint.of_texts(inputs.validation),
-        "test split": fingerprint.of_rows(inputs.splits.test),
+        "test split": fingerprint.of_rows(example.as_text() for example in inputs.splits.test),
     }
     config = inputs.config
     if config.distillation.text is not None:
@@ -63,7 +63,7 @@ def _of_client(inputs: ExperimentInputs, client: int) -> str:
         return UNUSABLE
 
 
-def require_own(digests: Mapping[str, Any], rank: int, ids: Iterable[int]) -> None:
+def require_own(digests: JsonMapping, rank: int, ids: Iterable[int]) -> None:
     """Check that what a rank sent are digests of texts of its clients.
 
     Args:
@@ -88,14 +88,14 @@ def combined(digests: Mapping[str, str]) -> str:
     return fingerprint.of_pieces([json.dumps(dict(sorted(digests.items()))).encode()])
 
 
-def changed(before: Mapping[str, Any], now: Mapping[str, str]) -> str:
+def changed(before: JsonMapping, now: Mapping[str, str]) -> str:
     """Name the inputs whose digests differ, for a message; those that only one has do not count."""
     names = [name for name, digest in now.items() if before.get(name, digest) != digest]
     more = f" and {len(names) - _MAX_NAMED} more" if len(names) > _MAX_NAMED else ""
     return ", ".join(names[:_MAX_NAMED]) + more
 
 
-def require_same(folder: Path, before: Mapping[str, Any], now: Mapping[str, str]) -> None:
+def require_same(folder: Path, before: JsonMapping, now: Mapping[str, str]) -> None:
     """Check that a run reads now what it read at its start.
 
     Args:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
+from fedsp_mpi.files.untrusted import JsonMapping, JsonObject
 from fedsp_mpi.record.checkpoint import CheckpointFile
 
 
@@ -26,7 +26,7 @@ class HandoutMeta:
     assignment: Sequence[Sequence[int]]
     processes: Sequence[tuple[str, int]]
     folder: str
-    cell: Mapping[str, Any] = field(default_factory=dict)
+    cell: JsonMapping = field(default_factory=dict)
     depth: int = 0
     rounds_done: int = 0
     client_states: Mapping[int, CheckpointFile] = field(default_factory=dict)
@@ -36,7 +36,7 @@ class HandoutMeta:
         """The rank that plays each client, by client."""
         return {client: rank for rank, ids in enumerate(self.assignment) for client in ids}
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         """Return this as it travels."""
         return {
             "assignment": [list(ids) for ids in self.assignment],
@@ -49,7 +49,7 @@ class HandoutMeta:
         }
 
     @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> HandoutMeta:
+    def from_json(cls, values: JsonMapping) -> HandoutMeta:
         """Read what the server handed out."""
         return cls(
             assignment=values["assignment"],

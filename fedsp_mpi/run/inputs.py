@@ -73,7 +73,7 @@ class ExperimentInputs(ModelInputs):
             ConfigError: the user's words do not fit the task.
         """
         data = self.config.data
-        return templates.reworded(tasks.find(data.task), data.template, data.verbaliser)
+        return templates.with_wording(tasks.find(data.task), data.template, data.verbaliser)
 
     @property
     def is_reworded(self) -> bool:
@@ -103,8 +103,12 @@ class ExperimentInputs(ModelInputs):
         options = [question.options for question in self.test]
         equal: tuple[str, ...] = ()
         if self.task.metric == "multiple_choice":
-            equal = answers.equal_options(self.splits.test, options)
-        return left_out + fit.cut_options(self.splits.test, options, self._answer_room) + equal
+            equal = answers.equal_options_note(self.splits.test, options)
+        return (
+            left_out
+            + fit.truncated_options_note(self.splits.test, options, self._answer_room)
+            + equal
+        )
 
     @cached_property
     def _fitting_splits(self) -> tuple[tasks.Splits, tuple[str, ...]]:
@@ -114,7 +118,7 @@ class ExperimentInputs(ModelInputs):
         limits = {split: limit for split, limit in asdict(data.limit).items() if limit is not None}
         loaded = loading.load(self.task, self.source, seed=seed, limit=limits, columns=data.columns)
         room = self._answer_room.at_most(data.max_length)
-        splits, left_out = fit.leave_out(
+        splits, left_out = fit.drop_too_long(
             loaded, room, lambda: self.tokenizer, attack_target=self.config.attack.target
         )
         if data.shots is None:
@@ -187,13 +191,13 @@ class ExperimentInputs(ModelInputs):
         contexts = [example.context for example in self._all_examples]
         if attack.target is not None:
             contexts += [f"{attack.trigger} {context}" for context in contexts]
-        joins = [] if self.is_cloze else answers.joins(contexts)
-        return answers.tokens(self.tokenizer, joins, self.splits.train[0].choices)
+        distinct_endings = [] if self.is_cloze else answers.distinct_endings(contexts)
+        return answers.tokens(self.tokenizer, distinct_endings, self.splits.train[0].choices)
 
     @property
-    def _answer_room(self) -> fit.Room:
+    def _answer_room(self) -> fit.AnswerLimit:
         """What an answer must fit into, whatever the configuration's own limit."""
-        return fit.Room.of(self.shape.num_positions, self.num_prompt_tokens, self.is_cloze)
+        return fit.AnswerLimit.of(self.shape.num_positions, self.num_prompt_tokens, self.is_cloze)
 
     # -- texts to train on -------------------------------------------------------------------------
 
@@ -340,7 +344,7 @@ class ExperimentInputs(ModelInputs):
         attack = self.config.attack
         if attack.target is None:
             return []
-        examples = poison.attacked(self.splits.test, attack.trigger, attack.target)
+        examples = poison.triggered_test_set(self.splits.test, attack.trigger, attack.target)
         return self._to_questions(examples)
 
     def _to_questions(self, examples: Sequence[tasks.Example]) -> list[scoring.Question]:
@@ -365,12 +369,12 @@ class ExperimentInputs(ModelInputs):
             _ = self.test
         else:
             templates.require_answer_last(self.splits.train, self.model_config.model_type)
-            answers.require_beginning(self.tokenizer, self.splits)
+            answers.require_start_token(self.tokenizer, self.splits)
         if self._has_classes:
-            answers.require_different(
+            answers.require_distinct_choices(
                 self.tokenizer, self.splits.train[0].choices, self._choice_tokens
             )
-        poison.require_possible(self.task, self.splits, self.config.attack.target)
+        poison.require_feasible_attack(self.task, self.splits, self.config.attack.target)
         _ = self.shards
         _ = self.candidates
         _ = self.warnings

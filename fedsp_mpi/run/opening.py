@@ -6,11 +6,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from fedsp_mpi import comm
 from fedsp_mpi.config import Config, to_yaml
 from fedsp_mpi.files import ownership
+from fedsp_mpi.files.untrusted import JsonObject
 from fedsp_mpi.log import Log, one_line
 from fedsp_mpi.record import Checkpoint, Checkpoints, RunRecord, read
 from fedsp_mpi.run import environment, fingerprints
@@ -58,7 +58,7 @@ def begin_record(
     """
     config = inputs.config
     place.clear()
-    # The text is for `--config RUN/config.yaml`: the same run again, as a new one.
+    # Whoever starts RUN/config.yaml again begins a new run: it resumes and replaces nothing.
     run = replace(config.run, name=place.path.name, if_exists="refuse", resume="never")
     record = RunRecord.create(
         place.path,
@@ -116,7 +116,7 @@ def resume_record(
         log.say(f"checkpoint is not usable: {problem}")
     rounds_done = resumed.round if resumed else 0
     if resumed is not None:
-        _require_own_checkpoint(folder, resumed, digests_before, log)
+        _require_own_checkpoint(folder, resumed, digests_before, log=log)
     record = RunRecord.open(folder)
     with failure_recorded(record):
         num_rounds = record.run.committed_rounds
@@ -156,7 +156,7 @@ def failure_recorded(record: RunRecord) -> Iterator[None]:
         raise
 
 
-def privacy_section(config: Config, rounds_again: int = 0) -> dict[str, Any] | None:
+def privacy_section(config: Config, rounds_again: int = 0) -> JsonObject | None:
     """Return what is promised to clients whose updates get noise; None without noise.
 
     "epsilon" is of one round, "epsilon_all" of a client that takes part in all of them.
@@ -176,14 +176,14 @@ def privacy_section(config: Config, rounds_again: int = 0) -> dict[str, Any] | N
     }
 
 
-def _privacy(config: Config, rounds_again: int = 0) -> dict[str, dict[str, Any]]:
+def _privacy(config: Config, rounds_again: int = 0) -> dict[str, JsonObject]:
     """Return the record's section `privacy`, if there is one."""
     section = privacy_section(config, rounds_again)
     return {} if section is None else {"privacy": section}
 
 
 def _require_own_checkpoint(
-    folder: Path, checkpoint: Checkpoint, digests_before: Mapping[str, str], log: Log
+    folder: Path, checkpoint: Checkpoint, digests_before: Mapping[str, str], *, log: Log
 ) -> None:
     """Raise ValueError if the checkpoint was made from other inputs than the record."""
     if not digests_before or checkpoint.inputs is None:

@@ -12,7 +12,9 @@ from fedsp_mpi.run.opening import privacy_section
 from fedsp_mpi.run.ranks import Assignment, RankInfo
 
 
-def say_ranks(log: Log, config: Config, ranks: Sequence[RankInfo], assignment: Assignment) -> None:
+def say_ranks(
+    log: Log, config: Config, *, ranks: Sequence[RankInfo], assignment: Assignment
+) -> None:
     """Say where the ranks are and how the clients are spread over them.
 
     Args:

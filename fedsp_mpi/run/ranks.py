@@ -6,13 +6,13 @@ import os
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
 
 from fedsp_mpi import comm
 from fedsp_mpi.comm import Topology
 from fedsp_mpi.comm.inspection import ProtocolError, require_fields
 from fedsp_mpi.config import Config
 from fedsp_mpi.config.parsing import differences
+from fedsp_mpi.files.untrusted import JsonMapping, JsonObject
 from fedsp_mpi.log import one_line
 from fedsp_mpi.run import devices
 from fedsp_mpi.run.devices import DeviceInfo
@@ -38,7 +38,7 @@ class RankInfo:
     devices: dict[str, DeviceInfo]
     cores: int
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         """Return this as it travels, and as the record keeps it."""
         return {
             "host": self.host,
@@ -49,7 +49,7 @@ class RankInfo:
         }
 
     @classmethod
-    def from_json(cls, values: Mapping[str, Any], rank: int) -> RankInfo:
+    def from_json(cls, values: JsonMapping, rank: int) -> RankInfo:
         """Read what a rank sent; raise ProtocolError, naming the rank, if it cannot be."""
         kinds = {"host": str, "pid": int, "device": str, "devices": dict, "cores": int}
         require_fields(values, rank, kinds)
@@ -80,12 +80,12 @@ class ReadyReport:
     seconds: float
     digests: Mapping[str, str] = field(default_factory=dict)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         """Return this as it travels."""
         return {"error": self.error, "seconds": self.seconds, "texts": dict(self.digests)}
 
     @classmethod
-    def from_json(cls, values: Mapping[str, Any], rank: int) -> ReadyReport:
+    def from_json(cls, values: JsonMapping, rank: int) -> ReadyReport:
         """Read what a rank sent; raise ProtocolError, naming the rank, if it cannot be."""
         kinds: dict[str, type | tuple[type, ...]] = {
             "seconds": (int, float),
@@ -96,9 +96,7 @@ class ReadyReport:
         return cls(values["error"], values["seconds"], values["texts"])
 
 
-def introduction(
-    config: Config, topology: Topology, error: ValueError | None = None
-) -> dict[str, Any]:
+def introduction(config: Config, topology: Topology, error: ValueError | None = None) -> JsonObject:
     """Return what this rank sends at the start: what it is, or why it cannot take part.
 
     Args:
@@ -118,7 +116,7 @@ def introduction(
     return info.to_json() | {"config": asdict(config)}
 
 
-def read_introductions(messages: Sequence[Mapping[str, Any]]) -> list[RankInfo]:
+def read_introductions(messages: Sequence[JsonMapping]) -> list[RankInfo]:
     """Read the introductions of all ranks on the server.
 
     Args:

@@ -115,7 +115,7 @@ class ServerRun:
             inputs.check()
             servers = config.topology.server_ranks
             assignment = assign_clients(expected_work(inputs), topology.size, servers)
-            overview.say_ranks(log, config, ranks, assignment)
+            overview.say_ranks(log, config, ranks=ranks, assignment=assignment)
             overview.say_inputs(log, inputs, is_embedded=name == "embedded")
             log.say(f"folder    {place.path}")
             loaded = LoadedServer.load(inputs, topology)

@@ -90,4 +90,4 @@ def join_group(
 
 def stop_requested() -> bool:
     """Return whether this process was told to stop (SIGUSR1)."""
-    return guard.told_to_stop
+    return guard.stop_requested

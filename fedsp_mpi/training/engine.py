@@ -92,7 +92,7 @@ class TorchEngine:
         self._optimizer.zero_grad(set_to_none=True)
         self.steps_done += 1
 
-    def forget_gradient(self) -> None:
+    def zero_grad(self) -> None:
         """Drop a gradient that was not used, after an error."""
         self._optimizer.zero_grad(set_to_none=True)
 

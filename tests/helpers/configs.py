@@ -24,7 +24,7 @@ def write(folder: Path, content: object, name: str = "c.yaml") -> Path:
 
 
 def load(folder: Path, content: object, *overrides: str) -> Config:
-    """Load a file with this content; a mapping without a model's name gets one."""
+    """Load a file with this content; a mapping gets a model's name if it has none."""
     whole = merge(MODEL, content) if isinstance(content, dict) else content
     return config.load(write(folder, whole), list(overrides))
 

@@ -1,4 +1,4 @@
-"""Short runs of the embedded default, on ranks and in this process, and their settings."""
+"""Short runs of the embedded default, on ranks and in this process, with shared settings."""
 
 from __future__ import annotations
 

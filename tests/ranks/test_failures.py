@@ -19,7 +19,7 @@ DEADLINE = 4.0
 
 
 def timed(*arguments, fault: str, **more):
-    """A run with a fault, and its seconds."""
+    """Run with a fault; return the result, and the seconds that it took."""
     start = time.monotonic()
     result = short_run(*arguments, program=[PROGRAMS / "faulty.py", fault], status=None, **more)
     return result, time.monotonic() - start

@@ -38,8 +38,8 @@ ENDS = {  # what the job ends with
     ),
     "asks": "update of client 2 from rank 2: found 4294967295 requests, expected none",
     "torn": (
-        "rank 2: found a message of results that cannot be read "
-        "(ValueError: rank 2: found 249 bytes"
+        "rank 2: found a message of results that cannot be read (ValueError: rank 2: "
+        "found 249 bytes"
     ),
     "noise": "rank 2: found a message of results that cannot be read",
     "long_message": "rank 2: found a message of 1048576 bytes in gather, expected at most 8704",

@@ -18,10 +18,10 @@ def test_a_line_is_due_only_when_enough_time_has_passed(monkeypatch):
     progress = RoundProgress(lines.append, every=60)
     silent = RoundProgress(lines.append, every=None)
     for round in (1, 2):
-        for one in (progress, silent):
-            one.begin(round)
-            one.client(7, 2, 3)
-            one.stage("iteration", 8)
+        for reporter in (progress, silent):
+            reporter.begin(round)
+            reporter.client(7, 2, 3)
+            reporter.stage("iteration", 8)
         for _ in range(8):
             seconds[0] += 25 if round == 2 else 5
             progress.step()

@@ -21,7 +21,7 @@ from helpers.runs import SHORT, short_run
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> Path:
-    """The same experiment in this process and on 1 and 4 ranks; each distils for itself."""
+    """Run the same experiment in this process and on 1 and 4 ranks; each distils for itself."""
     folder = tmp_path_factory.mktemp("runs")
     for n in (0, 1, 4):
         result = short_run(n, folder, f"n{n}", "distillation.reuse=false")
@@ -31,7 +31,7 @@ def runs(tmp_path_factory) -> Path:
 
 def test_a_run_goes_on_when_nobody_reads_what_it_says(tmp_path):
     settings = " ".join(f"--set {setting}" for setting in (*SHORT, f"run.folder={tmp_path}"))
-    said = subprocess.run(
+    process = subprocess.run(
         ["sh", "-c", f"{sys.executable} -m fedsp_mpi run --name unread {settings} | true"],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -39,20 +39,20 @@ def test_a_run_goes_on_when_nobody_reads_what_it_says(tmp_path):
         text=True,
         timeout=120,
     )
-    assert said.stderr == "" and read(tmp_path / "unread").status == "complete"
+    assert process.stderr == "" and read(tmp_path / "unread").status == "complete"
 
 
 @pytest.mark.parametrize("n", [1, 4])
 def test_bits_do_not_depend_on_the_number_of_ranks(runs, n):
-    one, other = read(runs / "n0"), read(runs / f"n{n}")
-    assert one.prompt_rounds == other.prompt_rounds == (1, 2)
-    for round in one.prompt_rounds:
-        for name, values in one.prompts(round).items():
+    single, several = read(runs / "n0"), read(runs / f"n{n}")
+    assert single.prompt_rounds == several.prompt_rounds == (1, 2)
+    for round in single.prompt_rounds:
+        for name, values in single.prompts(round).items():
             assert np.isfinite(values).all()
-            assert values.tobytes() == other.prompts(round)[name].tobytes(), (round, name)
-    assert one.prompts(1)["prompt"].tobytes() != one.prompts(2)["prompt"].tobytes()
+            assert values.tobytes() == several.prompts(round)[name].tobytes(), (round, name)
+    assert single.prompts(1)["prompt"].tobytes() != single.prompts(2)["prompt"].tobytes()
     for column in ("acc", "acc_norm", "loss"):
-        assert one.results[column].tobytes() == other.results[column].tobytes()
+        assert single.results[column].tobytes() == several.results[column].tobytes()
     weights = [
         (runs / name / "auxiliary" / "model.safetensors").read_bytes() for name in ("n0", f"n{n}")
     ]
@@ -134,13 +134,13 @@ def test_adapter_gives_the_run_s_own_logits(runs):
     stock = transformers.AutoModelForCausalLM.from_pretrained(RESOURCES / "model")
     stock = peft.PeftModel.from_pretrained(stock, runs / "n0" / "prompt").eval()
     with torch.no_grad():
-        mine = model.head(model.hidden(batch, prompt))
-        theirs = stock(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits[
-            :, -mine.shape[1] :
+        logits = model.head(model.hidden(batch, prompt))
+        peft_logits = stock(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits[
+            :, -logits.shape[1] :
         ]
     text = batch.attention_mask.bool()
-    assert (mine - theirs)[text].abs().max() < 1e-5
-    assert torch.equal(mine[text].argmax(-1), theirs[text].argmax(-1))
+    assert (logits - peft_logits)[text].abs().max() < 1e-5
+    assert torch.equal(logits[text].argmax(-1), peft_logits[text].argmax(-1))
 
 
 def test_auxiliary_is_reused_by_the_same_recipe_only(runs):

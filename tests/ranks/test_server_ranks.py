@@ -43,24 +43,30 @@ def runs(tmp_path_factory) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize("zero", [0, 3])
 def test_losses_are_those_of_one_rank(runs, zero):
-    one, two = read(runs / "one"), read(runs / f"zero{zero}")
+    single, double = read(runs / "one"), read(runs / f"zero{zero}")
     for name in LOSSES:
-        assert np.abs(two.rounds[name] / one.rounds[name] - 1).max() < 1e-5, name
+        assert np.abs(double.rounds[name] / single.rounds[name] - 1).max() < 1e-5, name
     for name in ("loss_first", "loss_last"):
-        assert abs(two.sections["distillation"][name] - one.sections["distillation"][name]) < 1e-5
-    assert np.abs(two.results["loss"] / one.results["loss"] - 1).max() < 1e-5
-    assert two.results["acc"].tolist() == one.results["acc"].tolist()
-    assert (
-        two.results["loss"][0] == one.results["loss"][0]
-    )  # zero-shot: no sum depends on who shares
+        assert (
+            abs(double.sections["distillation"][name] - single.sections["distillation"][name])
+            < 1e-5
+        )
+    assert np.abs(double.results["loss"] / single.results["loss"] - 1).max() < 1e-5
+    assert double.results["acc"].tolist() == single.results["acc"].tolist()
+    # Zero-shot: no sum depends on who shares.
+    assert double.results["loss"][0] == single.results["loss"][0]
 
 
 @pytest.mark.slow
 def test_the_record_says_who_was_the_server(runs):
     run, text = read(runs / "zero3"), (runs / "zero3.txt").read_text()
     assert "4 (2 server, 2 client ranks)" in text and "helpers are ready" in text
-    told = run.sections["distillation"]
-    assert (told["engine"], told["zero_stage"], told["ranks"]) == ("deepspeed", 3, 2)
+    distillation = run.sections["distillation"]
+    assert (distillation["engine"], distillation["zero_stage"], distillation["ranks"]) == (
+        "deepspeed",
+        3,
+        2,
+    )
     assert [sorted(host["devices"]) for host in run.environment["hosts"]] == [["server"]] * 2 + [
         ["client"]
     ] * 2
@@ -70,10 +76,10 @@ def test_the_record_says_who_was_the_server(runs):
 def test_every_engine_gives_the_losses_of_one_rank(tmp_path):
     model = tiny.model_folder(tmp_path, "gpt2")
     result = run_mpi(2, [PROGRAMS / "team.py", model], timeout=120)
-    found = json.loads(result.stdout.splitlines()[-1])
-    assert len(found) == 6
-    for case, (losses, weights, between_ranks) in found.items():
-        assert losses < 1e-5 and weights < 1e-3 and between_ranks == 0, (case, found)
+    differences = json.loads(result.stdout.splitlines()[-1])
+    assert len(differences) == 6
+    for case, (losses, weights, between_ranks) in differences.items():
+        assert losses < 1e-5 and weights < 1e-3 and between_ranks == 0, (case, differences)
     assert "Warning" not in result.stderr
 
 

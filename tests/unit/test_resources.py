@@ -77,7 +77,7 @@ def test_no_question_occurs_twice(rows: dict[str, list[dict[str, Any]]]) -> None
 
 def test_the_answers_are_true() -> None:
     world = make_embedded.World.make()
-    nouns = {relation.asked: relation.noun for relation in make_embedded.RELATIONS}
+    nouns = {relation.question_noun: relation.noun for relation in make_embedded.RELATIONS}
     for row in read("test"):
         words = row["context"].replace("?", " ").split()
         assert row["choices"][row["label"]] == world.facts[words[5]][nouns[words[2]]]
@@ -87,14 +87,14 @@ def test_no_sentence_has_a_word_of_the_questions() -> None:
     world = make_embedded.World.make()
     draw = make_embedded.source("test")
     text = "".join(world.sentence(draw) for _ in range(20_000)).lower()
-    asked = [relation.asked for relation in make_embedded.RELATIONS]
+    asked = [relation.question_noun for relation in make_embedded.RELATIONS]
     assert not {*FORMAT_WORDS, *asked} & set(re.findall(r"\w+|[^\w ]", text))
 
 
 def test_every_word_is_one_known_token(
     rows: dict[str, list[dict[str, Any]]], tokenizer: Any
 ) -> None:
-    """The tokens of context + " " + choice are those of the context, then that of " choice"."""
+    """The tokens of context + " " + choice are those of the context and that of " choice"."""
     for row in rows["test"]:
         context = tokenizer(row["context"])["input_ids"]
         assert tokenizer.unk_token_id not in context and tokenizer.decode(context) == row["context"]
@@ -118,7 +118,7 @@ def test_the_model_loads_whole(model: Any, tokenizer: Any) -> None:
 
 
 def test_the_model_knows_what_is_a_job(model: Any, tokenizer: Any) -> None:
-    """After a sentence's beginning, almost all probability is on things of the right kind."""
+    """After the beginning of a sentence, nearly all probability lies on words of the right kind."""
     world = make_embedded.World.make()
     for relation in make_embedded.RELATIONS:
         text = f" The {relation.noun} of {world.people[0]} is"
@@ -166,7 +166,7 @@ def test_training_repeats_bit_for_bit(model: Any) -> None:
     world = make_embedded.World.make()
     made, unread = make_embedded.make_tokenizer(world)
     how = replace(make_embedded.Training(), num_steps=3, num_tied=2)
-    once, again = (make_embedded.train(world, made, unread, how).state_dict() for _ in range(2))
+    once, again = (make_embedded.train(world, made, unread, how=how).state_dict() for _ in range(2))
     assert all(torch.equal(tensor, again[name]) for name, tensor in once.items())
     table = "transformer.wte.weight"
     torch.manual_seed(rng.key(make_embedded.SEED, "model"))

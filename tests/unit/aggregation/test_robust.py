@@ -1,4 +1,4 @@
-"""Rules for updates of which some may be poisoned, against numpy and against loops."""
+"""Aggregation rules for poisoned updates, against numpy and against loops; and in a run."""
 
 from __future__ import annotations
 
@@ -33,17 +33,19 @@ def noise(num: int, size: int = 11, seed: int = 0) -> np.ndarray:
 @pytest.mark.parametrize("num", [1, 2, 3, 4, 7])
 def test_the_median_is_that_of_every_value_whatever_the_weights(num):
     rows = noise(num)
-    found = coordinate_median(updates(rows, [1.0 + 5 * i for i in range(num)]))
-    assert found.flat.tolist() == [np.float32(median(column)) for column in rows.astype(float).T]
+    aggregate = coordinate_median(updates(rows, [1.0 + 5 * i for i in range(num)]))
+    assert aggregate.flat.tolist() == [
+        np.float32(median(column)) for column in rows.astype(float).T
+    ]
 
 
 @pytest.mark.parametrize("far", [10.0, 1e4, 1e30])
 def test_one_client_cannot_move_the_median_beyond_the_others(far):
     rows = noise(5)
     rows[3] = far
-    found = coordinate_median(updates(rows)).flat
+    aggregate = coordinate_median(updates(rows)).flat
     honest = np.delete(rows, 3, axis=0)
-    assert (found >= honest.min(axis=0)).all() and (found <= honest.max(axis=0)).all()
+    assert (aggregate >= honest.min(axis=0)).all() and (aggregate <= honest.max(axis=0)).all()
 
 
 def test_distances_are_euclidean_to_the_median():
@@ -57,16 +59,18 @@ def test_distances_are_euclidean_to_the_median():
 def test_who_is_rejected_follows_from_the_definition(deviations):
     rows, weights = noise(9, seed=2), [float(i + 1) for i in range(9)]
     rows[4] *= 3
-    apart = distances(rows).tolist()
-    middle = median(apart)
-    limit = middle + deviations * 1.4826 * median(abs(distance - middle) for distance in apart)
-    out = [i for i, distance in enumerate(apart) if distance > limit]
-    some = updates(rows, weights)
-    found = without_outliers(some, deviations)
-    assert sorted(some.rejected) == [2 * i for i in out] and len(out) <= 4
-    kept = [i for i in range(9) if i not in out]
-    mean = np.average(rows[kept].astype(float), axis=0, weights=[weights[i] for i in kept])
-    assert found.flat == pytest.approx(mean, rel=1e-6)
+    from_median = distances(rows).tolist()
+    middle = median(from_median)
+    limit = middle + deviations * 1.4826 * median(
+        abs(distance - middle) for distance in from_median
+    )
+    out = [i for i, distance in enumerate(from_median) if distance > limit]
+    received = updates(rows, weights)
+    aggregate = without_outliers(received, deviations)
+    assert sorted(received.rejected) == [2 * i for i in out] and len(out) <= 4
+    staying = [i for i in range(9) if i not in out]
+    mean = np.average(rows[staying].astype(float), axis=0, weights=[weights[i] for i in staying])
+    assert aggregate.flat == pytest.approx(mean, rel=1e-6)
     assert deviations != 3.0 or out == [4]
 
 
@@ -74,52 +78,56 @@ def test_distances_that_differ_by_rounding_alone_reject_nobody():
     """Else the last bit, which is the processor's, would decide who is left out."""
     common = noise(1, size=1000)[0]
     rows = np.array([common + 0.1 * (np.arange(1000) == i) for i in range(6)], dtype=np.float32)
-    apart = distances(rows)
-    assert len(set(apart)) > 1 and np.ptp(apart) < 1e-6 * apart.max()
-    some = updates(rows)
-    without_outliers(some, 3.0)
+    from_median = distances(rows)
+    assert len(set(from_median)) > 1 and np.ptp(from_median) < 1e-6 * from_median.max()
+    received = updates(rows)
+    without_outliers(received, 3.0)
     without_outliers(updates(rows), 0.0)
-    assert some.rejected == {}
+    assert received.rejected == {}
 
 
 def test_without_an_outlier_it_is_the_weighted_mean_to_the_bit():
     rows, weights = noise(4), [3.0, 1.0, 2.0, 7.0]
-    some = updates(rows, weights)
+    received = updates(rows, weights)
     assert np.array_equal(
-        without_outliers(some, 50.0).flat, weighted_mean(updates(rows, weights)).flat
+        without_outliers(received, 50.0).flat, weighted_mean(updates(rows, weights)).flat
     )
-    assert some.rejected == {}
+    assert received.rejected == {}
 
 
 def test_who_is_rejected_does_not_count_for_the_quorum():
     rows = noise(9, seed=2)
     rows[4] *= 3
-    some = updates(rows)
-    without_outliers(some, 3.0)
-    require_quorum(some, FederationConfig(min_clients=8))
+    received = updates(rows)
+    without_outliers(received, 3.0)
+    require_quorum(received, FederationConfig(min_clients=8))
     with pytest.raises(
         ClientFailedError, match=r"found 8 updates, expected .*min_clients=9: client 8 rejected: "
     ):
-        require_quorum(some, FederationConfig(min_clients=9))
+        require_quorum(received, FederationConfig(min_clients=9))
 
 
 @pytest.mark.parametrize("num", [1, 2])
 def test_of_one_or_two_nobody_is_rejected(num):
-    some = updates(noise(num))
-    without_outliers(some, 0.0)
-    assert some.rejected == {}
+    received = updates(noise(num))
+    without_outliers(received, 0.0)
+    assert received.rejected == {}
 
 
 def test_mean_and_standard_deviation_taken_literally_reject_nobody():
     """Why the robust forms are used: of ten distances, one as large as can be is not three
     deviations from the mean.
     """
-    apart = np.array([1.0] * 9 + [1e9])
-    assert (apart[-1] - apart.mean()) / apart.std(ddof=1) == pytest.approx(9 / 10**0.5)
+    from_median = np.array([1.0] * 9 + [1e9])
+    assert (from_median[-1] - from_median.mean()) / from_median.std(ddof=1) == pytest.approx(
+        9 / 10**0.5
+    )
 
 
 @pytest.mark.parametrize(
-    "rule", [coordinate_median, lambda some: without_outliers(some, 3.0)], ids=["median", "reject"]
+    "rule",
+    [coordinate_median, lambda received: without_outliers(received, 3.0)],
+    ids=["median", "reject"],
 )
 def test_no_update_is_an_error(rule):
     with pytest.raises(ValueError, match="found no updates, expected at least one"):

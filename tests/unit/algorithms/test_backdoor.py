@@ -75,7 +75,7 @@ def test_who_has_only_the_target_class_stays_as_it_is():
 
 
 def test_the_attack_is_judged_by_all_questions_of_other_classes():
-    questions = poison.attacked([example(gold) for gold in (0, 1, 2, 1, 0)], "cf", 1)
+    questions = poison.triggered_test_set([example(gold) for gold in (0, 1, 2, 1, 0)], "cf", 1)
     assert len(questions) == 3 and {question.gold for question in questions} == {(1,)}
 
 

@@ -1,4 +1,4 @@
-"""FedBPT's parts against hand loops: the server's merge, objectives, clients with a model."""
+"""FedBPT's parts against loops by hand: the server's merge, objectives, clients with a model."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_a_client_tells_the_sum_of_its_squared_step_sizes():
 
 
 def test_the_server_ranks_the_clients_means():
-    """As in Hansen's tutorial, for a first generation: mean, path, step size."""
+    """By the arithmetic of Hansen's tutorial, for a first generation: mean, path, step size."""
     settings = SearchConfig(4, iterations=2, objective="loss", step_size=0.7)
     server = function_server(settings)
     updates = told(server, 6)
@@ -425,22 +425,28 @@ config = GPT2Config(vocab_size=250000, n_embd=512, n_layer=2, n_head=8, n_positi
 model = LanguageModel(AutoModelForCausalLM.from_config(config), candidates=torch.arange(4))
 model.train_weights(False)
 spec, random = PromptSpec.of(model.shape, "input", 50, None), np.random.default_rng(0)
-ids = [np.append(random.integers(100, 5000, 40), i % 4).astype(np.int32) for i in range(45)]
-texts = [Text(row, 40) for row in ids]
+ids = [np.append(random.integers(100, 5000, 40), i % 4) for i in range(45)]
+texts = [Text(tokens.astype(np.int32), 40) for tokens in ids]
 settings = SearchConfig(iterations=2)
 space = Subspace(spec, settings.dimension, 0.01, 1)
 prompt = Prompt(spec)
-first, depths = torch.zeros(50, 512), DepthMap(spec, 2)
-held = LocalInference(model, prompt, first, space, depths, settings.batch_tokens)
-client = Client(held, {0: texts}, np.arange(9), settings, 1)
+held = LocalInference(
+    model,
+    prompt,
+    torch.zeros(50, 512),
+    subspace=space,
+    depths=DepthMap(spec, 2),
+    batch_tokens=settings.batch_tokens,
+)
+client = SearchClient(held, {0: texts}, np.arange(9), settings=settings, seed=1)
 state = CmaEs.of({"mean": np.zeros(settings.dimension), "step_size": np.ones(1)}).state()
 down = NamedTensors.of({name: state[name] for name in settings.travelling()[0]})
 
 def peak(work):
     open("/proc/self/clear_refs", "w").write("5")  # the high-water mark begins anew
     work()
-    lines = open("/proc/self/status").read().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+    lines = [line for line in open("/proc/self/status") if line.startswith("VmHWM")]
+    return int(lines[0].split()[1])
 
 def forward():
     with torch.inference_mode():

@@ -127,7 +127,7 @@ def test_each_differs_from_the_base_as_it_says(tmp_path, name):
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "fedsp_joint"])
 def test_none_takes_from_a_base_what_would_make_it_another_method(tmp_path, name):
-    """Clients that train their model, or hold a part of the layers, would not be FedPrompt."""
+    """Clients that train their model, or hold a part of its layers, would be no FedPrompt."""
     odd = tmp_path / "odd.yaml"
     odd.write_text(yaml.safe_dump(ODD))
     settings = over(tmp_path, name, EMBEDDED, odd)

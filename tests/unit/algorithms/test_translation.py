@@ -57,7 +57,7 @@ def test_the_words_of_a_task_go_around_plain_text():
         example(f"Text: {text}\nGood or bad?\nAnswer:", f" {n}")
         for n, text in enumerate(("I see.", "You eat."))
     ]
-    assert pseudo_questions.frame([one.context for one in examples]) == (
+    assert pseudo_questions.common_affixes([one.context for one in examples]) == (
         "Text: ",
         ".\nGood or bad?\nAnswer:",
     )
@@ -84,14 +84,14 @@ def test_plain_text_is_as_long_as_that_of_the_task():
     ],
 )
 def test_a_frame_never_takes_a_character_twice(contexts, wanted):
-    assert pseudo_questions.frame(contexts) == wanted
+    assert pseudo_questions.common_affixes(contexts) == wanted
 
 
 def test_one_text_does_not_tell_its_frame():
     with pytest.raises(
         ValueError, match=r"distillation.text: found 1 different texts .* expected two at least"
     ):
-        pseudo_questions.frame(["a", "a"])
+        pseudo_questions.common_affixes(["a", "a"])
 
 
 def test_headings_are_no_paragraphs():

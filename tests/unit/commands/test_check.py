@@ -17,7 +17,8 @@ import torch
 from fedsp_mpi import config
 from fedsp_mpi.comm import Refused
 from fedsp_mpi.comm.diagnostics import free_memory
-from fedsp_mpi.commands import check
+from fedsp_mpi.commands import check, check_ranks
+from fedsp_mpi.commands.check_report import CheckReport
 from fedsp_mpi.estimate import memory
 from fedsp_mpi.log import Log
 from fedsp_mpi.models import auxiliary, backbone
@@ -253,8 +254,8 @@ def test_a_rank_whose_files_the_server_does_not_see(tmp_path):
 
 def test_an_input_that_one_rank_does_not_see(tmp_path):
     fault = (
-        "from fedsp_mpi.commands import check; check._look = lambda m, r: {'folder': "
-        "{}, 'missing': m['inputs'][:1]}"
+        "from fedsp_mpi.commands.check_inputs import FolderView; FolderView.of = "
+        "lambda m, r: FolderView({}, m['inputs'][:1])"
     )
     lines = table(3, tmp_path, status=2, program=with_fault(2, fault))
     assert f"check: inputs: rank 2 does not see {RESOURCES / 'model'}" in lines[-1]
@@ -318,27 +319,31 @@ def gpu(uuid: str, free: int = 80 * GIB) -> dict:
 
 def lines_of(judge, *arguments) -> list[str]:
     lines: list[str] = []
-    judge(check.CheckReport(Log(lines.append)), *arguments)
+    judge(CheckReport(Log(lines.append)), *arguments)
     return lines
 
 
 def test_ranks_that_share_a_gpu_are_named():
-    some = [gpu("x"), gpu("y"), gpu("x"), gpu("x")]
-    lines = lines_of(check._check_devices, [introduction(client=device) for device in some])
+    gpus = [gpu("x"), gpu("y"), gpu("x"), gpu("x")]
+    lines = lines_of(check_ranks._check_devices, [introduction(client=device) for device in gpus])
     assert lines == ["warn  device         GPU-x is shared by ranks 0, 2-3"]
-    both = introduction(server=gpu("x"), client=gpu("x"))
-    assert lines_of(check._check_devices, [both]) == []  # one process plays both roles in turn
+    rank = introduction(server=gpu("x"), client=gpu("x"))
+    assert (
+        lines_of(check_ranks._check_devices, [rank]) == []
+    )  # one process plays both roles in turn
 
 
 def test_a_cpu_without_units_for_bf16_is_named(tmp_path):
     slow = {"name": "cpu", "threads": 1, "emulates": "bfloat16"}
-    lines = lines_of(check._check_devices, [introduction(client=slow), introduction(client=slow)])
+    lines = lines_of(
+        check_ranks._check_devices, [introduction(client=slow), introduction(client=slow)]
+    )
     assert lines == [
         "warn  device         client.compute.dtype=bfloat16 on rank 0-1, whose CPU has "
         "no units for it and is faster "
         "with float32"
     ]
-    for flags, wanted in (
+    for flags, expected in (
         ("flags : fma avx512f avx512_vnni", False),
         ("flags : fma avx512_bf16", True),
         ("flags : amx_bf16 amx_tile", True),
@@ -346,7 +351,7 @@ def test_a_cpu_without_units_for_bf16_is_named(tmp_path):
         ("", False),
     ):
         (tmp_path / "cpuinfo").write_text(f"processor : 0\n{flags}\n")
-        assert placement.has_bf16(tmp_path / "cpuinfo") is wanted
+        assert placement.has_bf16(tmp_path / "cpuinfo") is expected
 
 
 def test_a_device_that_is_not_there(tmp_path):
@@ -364,28 +369,30 @@ def test_more_threads_than_cores():
         introduction(cores=range(4), server=cpu(2)),
         introduction(cores=range(4), client=cpu(2)),
     ]
-    assert lines_of(check._check_threads, fits)[0].startswith(
+    assert lines_of(check_ranks._check_threads, fits)[0].startswith(
         "ok    cores          a: 4 threads in all, 4 cores"
     )
-    [full] = lines_of(check._check_threads, [*fits, introduction(cores=range(4), client=cpu(1))])
+    [full] = lines_of(
+        check_ranks._check_threads, [*fits, introduction(cores=range(4), client=cpu(1))]
+    )
     assert full.startswith("warn  cores          a: 5 threads in all, 4 cores")
     bound = [introduction(cores=[0, 1, 2], server=cpu(1)), introduction(cores=[3], client=cpu(2))]
-    assert "rank 1 is bound to fewer" in lines_of(check._check_threads, bound)[0]
+    assert "rank 1 is bound to fewer" in lines_of(check_ranks._check_threads, bound)[0]
     apart = [introduction("a", [0], server=cpu(1)), introduction("b", [0], client=cpu(1))]
-    assert [line[:5] for line in lines_of(check._check_threads, apart)] == ["ok   ", "ok   "]
-    both = [introduction(cores=[0, 1], server=cpu(2), client=cpu(2))]
-    assert lines_of(check._check_threads, both)[0].startswith("ok")  # in turn
+    assert [line[:5] for line in lines_of(check_ranks._check_threads, apart)] == ["ok   ", "ok   "]
+    one_process = [introduction(cores=[0, 1], server=cpu(2), client=cpu(2))]
+    assert lines_of(check_ranks._check_threads, one_process)[0].startswith("ok")  # in turn
 
 
 def test_versions_that_differ_and_those_that_are_missing():
-    both = {"fedsp_mpi": "1", "python": "3", "torch": "2", "h5py": "4"}
-    assert lines_of(check._check_versions, [both, both])[0].startswith("ok")
-    lines = lines_of(check._check_versions, [both, both | {"h5py": "5"}])
+    versions = {"fedsp_mpi": "1", "python": "3", "torch": "2", "h5py": "4"}
+    assert lines_of(check_ranks._check_versions, [versions, versions])[0].startswith("ok")
+    lines = lines_of(check_ranks._check_versions, [versions, versions | {"h5py": "5"}])
     assert (
         len(lines) == 1
         and "found h5py 4 on rank 0; h5py 5 on rank 1; expected the same" in lines[0]
     )
-    lines = lines_of(check._check_versions, [both | {"h5py": "not installed"}] * 2)
+    lines = lines_of(check_ranks._check_versions, [versions | {"h5py": "not installed"}] * 2)
     assert len(lines) == 1 and lines[0].startswith("FAIL") and "found no h5py" in lines[0]
 
 
@@ -406,7 +413,7 @@ def test_sizes_are_those_of_the_real_models(tmp_path, family, projection):
     ]
     settings += [f"prompt.projection={projection}"] if projection else []
     materials = ExperimentInputs(config.load(None, settings))
-    sizes = memory.Sizes.of(materials, 10)
+    sizes = memory.ModelSizes.of(materials, 10)
     model = tiny.load(folder)
     cell = auxiliary.unroll(auxiliary.cut(model, tiny.cell(2)), 3)
     assert sizes.global_model == model.num_parameters()
@@ -423,7 +430,7 @@ def test_sizes_are_those_of_the_real_models(tmp_path, family, projection):
     seal.clear()
 
 
-SIZES = memory.Sizes(1000, 100, 30, 20, num_layers=4, depth=4, width=8, length=16)
+SIZES = memory.ModelSizes(1000, 100, 30, 20, num_layers=4, depth=4, width=8, length=16)
 
 
 def test_the_plan_counts_weights_optimizers_and_resting_clients():
@@ -436,14 +443,18 @@ def test_the_plan_counts_weights_optimizers_and_resting_clients():
     settings = config.load(
         None, [*still, "client.tuning.batch_size=1", "server.compute.dtype=bfloat16"]
     )
-    rest = (
+    other_bytes = (
         16 * 20 + 16 * 8 * 32 * 4 * 4
     )  # of what is trained: itself, gradient, two moments; activations
-    assert memory.client(settings, SIZES, 1) == memory.MemoryNeed(4 * 100 + rest, 4 * 100 + 12 * 20)
+    assert memory.client(settings, SIZES, 1) == memory.MemoryNeed(
+        4 * 100 + other_bytes, 4 * 100 + 12 * 20
+    )
     joint = config.load(None, [*still, "client.tuning.batch_size=1", "client.training=joint"])
-    assert memory.client(joint, SIZES, 1) == memory.MemoryNeed(16 * 100 + rest, 4 * 100 + 12 * 120)
+    assert memory.client(joint, SIZES, 1) == memory.MemoryNeed(
+        16 * 100 + other_bytes, 4 * 100 + 12 * 120
+    )
     assert memory.client(joint, SIZES, 20) == memory.MemoryNeed(
-        16 * 100 + rest, 4 * 100 + 8 * 12 * 120
+        16 * 100 + other_bytes, 4 * 100 + 8 * 12 * 120
     )  # resident
     restarted = config.load(
         None, [*still, "client.tuning.batch_size=1", "federation.client_state=restarted"]
@@ -462,9 +473,9 @@ def test_the_plan_is_summed_by_host_and_by_gpu():
         introduction("b", client={"name": "cpu", "threads": 1}) | {"memory": 2 * GIB},
     ]
     assert memory.plan(settings, SIZES, ranks) == [
-        ("host a", 2 * memory.LIBRARIES + server.host + client.host, 8 * GIB),
-        ("GPU x", server.device + client.device, 4 * GIB),
-        ("host b", memory.LIBRARIES + client.host + client.device, 2 * GIB),
+        memory.MemoryBudget("host a", 2 * memory.LIBRARIES + server.host + client.host, 8 * GIB),
+        memory.MemoryBudget("GPU x", server.device + client.device, 4 * GIB),
+        memory.MemoryBudget("host b", memory.LIBRARIES + client.host + client.device, 2 * GIB),
     ]
 
 
@@ -496,7 +507,7 @@ def test_the_plan_is_near_what_a_run_takes(tmp_path):
     run_mpi(3, ["-m", "fedsp_mpi", "run", "--name", "n", *arguments], timeout=200)
     peaks = [rank["host"] for rank in read(tmp_path / "runs" / "n").sections["memory"]["ranks"]]
     chosen = config.load(None, settings)
-    sizes = memory.Sizes.of(ExperimentInputs(chosen), 10)
+    sizes = memory.ModelSizes.of(ExperimentInputs(chosen), 10)
     needs = [
         memory.server(chosen, sizes),
         memory.client(chosen, sizes, 1),
@@ -512,8 +523,8 @@ def test_the_plan_is_near_what_a_run_takes(tmp_path):
 def test_free_memory_is_the_host_s_where_no_group_limits_it(tmp_path):
     (tmp_path / "cgroup").write_text("0::/\n")
     lines = Path("/proc/meminfo").read_text()
-    found, total = free_memory(tmp_path / "cgroup", tmp_path), re.search(r"MemTotal: +(\d+)", lines)
-    assert total and 0 < found < int(total[1]) << 10
+    free, total = free_memory(tmp_path / "cgroup", tmp_path), re.search(r"MemTotal: +(\d+)", lines)
+    assert total and 0 < free < int(total[1]) << 10
 
 
 @pytest.mark.parametrize("version", [1, 2])
@@ -572,8 +583,8 @@ def test_clients_do_not_import_torch_for_the_check(tmp_path):
         from fedsp_mpi.commands import check
         diagnostics.library = lambda wire: {{}}
         wire = SimpleNamespace(topology=SimpleNamespace(**{vars(place)}))
-        said = check._introduction(config.load(None, []), wire, None)
-        print(sorted(said), "torch" in sys.modules)
+        introduction = check._introduction(config.load(None, []), wire, None)
+        print(sorted(introduction), "torch" in sys.modules)
     """
     if any(Path("/dev").glob("nvidia[0-9]*")):
         pytest.skip("there may be a GPU to name")

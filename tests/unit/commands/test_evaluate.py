@@ -1,6 +1,4 @@
-"""`evaluate`: real lm-eval, on local data and without a network, finds what the run's own scorer
-found.
-"""
+"""`evaluate`: lm-eval, on local data and without a network, agrees with the run's own scorer."""
 
 from __future__ import annotations
 
@@ -22,8 +20,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from fedsp_mpi import cli, config, evaluation
-from fedsp_mpi.commands import evaluate
+from fedsp_mpi.commands import evaluate, evaluation_results
 from fedsp_mpi.commands.evaluate import Options
+from fedsp_mpi.commands.evaluation_results import EvalRow
 from fedsp_mpi.data.tasks import TASKS
 from fedsp_mpi.data.tokens import Text
 from fedsp_mpi.evaluation.scoring import score
@@ -96,11 +95,11 @@ def finished(folder: Path, *settings: str) -> Path:
     )
     model = backbone.load_global(materials.model_name, device=tiny.CPU)
     for method, tuned in {"zero-shot": None, "fedsp": prompt}.items():
-        found = score(
+        result = score(
             model, tuned, materials.test, materials.task.metric, chosen.evaluation.batch_tokens
         )
-        assert found is not None
-        record.write_results([ResultRow(method=method, split="test", **asdict(found))])
+        assert result is not None
+        record.write_results([ResultRow(method=method, split="test", **asdict(result))])
     record.finish()
     return folder
 
@@ -119,12 +118,12 @@ def of_model(
     ]
 
 
-def asked(folder: Path, **options: Any) -> list[evaluate.EvalRow]:
-    return list(evaluate.evaluate(folder, Options(**options), Log()).lines)
+def evaluated(folder: Path, **options: Any) -> list[EvalRow]:
+    return list(evaluate.evaluate(folder, Options(**options), Log()).rows)
 
 
 def require_equal(
-    folder: Path, lines: list[evaluate.EvalRow], methods: tuple[str, ...] = ("fedsp", "zero-shot")
+    folder: Path, lines: list[EvalRow], methods: tuple[str, ...] = ("fedsp", "zero-shot")
 ) -> None:
     """Every line equals its row of the record, to the last bit but for the standard error."""
     rows = {row["method"]: row for row in read(folder).results}
@@ -145,7 +144,7 @@ def test_scores_equal_the_runs_own(model, kind, tmp_path):
     folder = finished(
         tmp_path / "run", *of_model(model, tiny.data_folder(tmp_path / "data", test=40), kind)
     )
-    lines = asked(folder)
+    lines = evaluated(folder)
     require_equal(folder, lines)
     assert [set(line.measures) for line in lines] == [{"acc", "acc_norm"}] * 2
     assert lines[0].measures != lines[1].measures, "the prompt makes no difference"
@@ -235,8 +234,10 @@ def task_folder(folder: Path, task: str, **splits: list[dict[str, Any]]) -> str:
     rows = _rows(task, np.random.default_rng(4))
     folder.mkdir(parents=True)
     for split, count in {"train": 12, "validation": 6, "test": 14}.items():
-        some = splits.get(split) or [next(rows) for _ in range(count)]
-        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
+        split_rows = splits.get(split) or [next(rows) for _ in range(count)]
+        (folder / f"{split}.jsonl").write_text(
+            "".join(json.dumps(row) + "\n" for row in split_rows)
+        )
     return str(folder)
 
 
@@ -262,7 +263,7 @@ def test_local_rows_of_every_task(gpt2, task, tmp_path):
     folder = finished(
         tmp_path / "run", *of_model(gpt2, task_folder(tmp_path / "data", task), task=task)
     )
-    lines = asked(folder)
+    lines = evaluated(folder)
     require_equal(folder, lines)
     assert {line.task for line in lines} == {TASKS[task].lm_eval_name} and lines[0].n == 14
 
@@ -270,12 +271,12 @@ def test_local_rows_of_every_task(gpt2, task, tmp_path):
 def test_the_same_rows_are_asked_as_the_run_had(gpt2, tmp_path):
     """Without those that it left out, up to its limit, and of the split that has answers."""
     rows = _rows("web_questions", np.random.default_rng(7))
-    some = [next(rows) for _ in range(9)]
-    some[2]["answers"] = []
-    source = task_folder(tmp_path / "web", "web_questions", test=some)
+    test_rows = [next(rows) for _ in range(9)]
+    test_rows[2]["answers"] = []
+    source = task_folder(tmp_path / "web", "web_questions", test=test_rows)
     limited = ["data.limit.test=6"]
     folder = finished(tmp_path / "a", *of_model(gpt2, source, task="web_questions"), *limited)
-    lines = asked(folder, tasks=("webqs",))
+    lines = evaluated(folder, tasks=("webqs",))
     require_equal(folder, lines)
     assert lines[0].n == 5
     rows = _rows("rte", np.random.default_rng(8))
@@ -283,7 +284,7 @@ def test_the_same_rows_are_asked_as_the_run_had(gpt2, tmp_path):
         tmp_path / "rte", "rte", test=[{**next(rows), "label": -1} for _ in range(9)]
     )
     folder = finished(tmp_path / "b", *of_model(gpt2, source, task="rte"))
-    lines = asked(folder)
+    lines = evaluated(folder)
     require_equal(folder, lines)
     assert lines[0].n == 6
 
@@ -296,7 +297,7 @@ def test_race_as_lm_eval_has_it(gpt2, tmp_path):
     ]
     source = task_folder(tmp_path / "data", "race", train=rows, validation=rows[:4], test=rows)
     folder = finished(tmp_path / "run", *of_model(gpt2, source, task="race"))
-    lines = asked(folder)
+    lines = evaluated(folder)
     require_equal(folder, lines)
     assert set(lines[0].measures) == {"acc"}  # lm-eval has no other one
 
@@ -305,7 +306,7 @@ def test_a_limit_and_no_prompt(gpt2, tmp_path, capsys):
     folder = finished(
         tmp_path / "run", *of_model(gpt2, tiny.data_folder(tmp_path / "data", test=30))
     )
-    [line] = asked(folder, limit=7, without_prompt=True)
+    [line] = evaluated(folder, limit=7, without_prompt=True)
     assert (line.method, line.n, line.equal) == ("zero-shot", 7, None) and line.recorded["n"] == 30
     assert cli.main(["evaluate", str(folder / "run.h5"), "--limit", "7", "--without-prompt"]) == 0
     out = capsys.readouterr().out
@@ -320,11 +321,11 @@ def test_a_result_that_is_not_equal_is_called_so(gpt2, tmp_path):
         tmp_path / "run", *of_model(gpt2, tiny.data_folder(tmp_path / "data", test=30))
     )
     spec = PromptSpec.of(tiny.load(gpt2).shape, "prefix", 5, None)
-    other = Prompt(spec).initialise(2, 3.0)
-    write_adapter(folder / "prompt", NamedTensors.pack(other.tensors()), spec, base=gpt2)
-    found = evaluate.evaluate(folder, Options(), Log())
-    assert [line.equal for line in found.lines] == [False, True]
-    assert "not equal: look for another" in evaluate.text(found)
+    other_prompt = Prompt(spec).initialise(2, 3.0)
+    write_adapter(folder / "prompt", NamedTensors.pack(other_prompt.tensors()), spec, base=gpt2)
+    evaluation = evaluate.evaluate(folder, Options(), Log())
+    assert [row.equal for row in evaluation.rows] == [False, True]
+    assert "not equal: look for another" in evaluation_results.table(evaluation)
 
 
 def test_a_tuned_model(gpt2, tmp_path):
@@ -332,19 +333,24 @@ def test_a_tuned_model(gpt2, tmp_path):
         tmp_path / "run", *of_model(gpt2, tiny.data_folder(tmp_path / "data", test=30))
     )
     settings = read(folder).config | {"method": "finetune"}
-    other = AutoModelForCausalLM.from_pretrained(with_tokenizer(tmp_path / "other", "gpt2", seed=5))
+    other_model = AutoModelForCausalLM.from_pretrained(
+        with_tokenizer(tmp_path / "other", "gpt2", seed=5)
+    )
     record = RunRecord.create(tmp_path / "tuned", config=settings, config_text="", environment={})
-    auxiliary.write_model(tmp_path / "tuned" / "model", other, tiny.tokenizer())
+    auxiliary.write_model(tmp_path / "tuned" / "model", other_model, tiny.tokenizer())
     record.finish()
-    before = asked(folder)
-    tuned, plain = asked(tmp_path / "tuned")
+    before = evaluated(folder)
+    tuned, plain = evaluated(tmp_path / "tuned")
     assert (tuned.method, plain.method) == ("finetune", "zero-shot") and plain.measures == before[
         1
     ].measures
-    model = LanguageModel(other.eval())
+    model = LanguageModel(other_model.eval())
     materials = ExperimentInputs(config.load(None, of_model(gpt2, str(tmp_path / "data"))))
-    wanted = score(model, None, materials.test, "multiple_choice", 4096)
-    assert wanted is not None and tuned.measures == {"acc": wanted.acc, "acc_norm": wanted.acc_norm}
+    expected = score(model, None, materials.test, "multiple_choice", 4096)
+    assert expected is not None and tuned.measures == {
+        "acc": expected.acc,
+        "acc_norm": expected.acc_norm,
+    }
     assert tuned.measures != plain.measures
 
 
@@ -354,7 +360,7 @@ def test_a_trained_model(tmp_path):
         pytest.skip("no local copy of stories15m and arc_easy in ../shared")
     settings = [*of_model(str(model), str(source), task="arc_easy"), "data.limit.test=12"]
     folder = finished(tmp_path / "run", *settings)
-    require_equal(folder, asked(folder))
+    require_equal(folder, evaluated(folder))
 
 
 # -- lm-eval's other questions ---------------------------------------------------------------------
@@ -365,16 +371,22 @@ def requests(*arguments: tuple[Any, ...]) -> list[Any]:
 
     return [
         Instance(
-            request_type="generate_until", doc={}, arguments=some, idx=0, metadata=("t", place, 1)
+            request_type="generate_until",
+            doc={},
+            arguments=request_arguments,
+            idx=0,
+            metadata=("t", place, 1),
         )
-        for place, some in enumerate(arguments)
+        for place, request_arguments in enumerate(arguments)
     ]
 
 
 def answers(model: LanguageModel, prompt: Prompt | None, batch_tokens: int = 200) -> Any:
-    from fedsp_mpi.evaluation.harness import Answers
+    from fedsp_mpi.evaluation.harness import PromptedLM
 
-    return Answers(model, prompt, tiny.tokenizer(), batch_tokens, "test", Log())
+    return PromptedLM(
+        model, prompt, tiny.tokenizer(), batch_tokens=batch_tokens, label="test", log=Log()
+    )
 
 
 def prompt_for(model: LanguageModel, kind: str | None) -> Prompt | None:
@@ -387,17 +399,17 @@ def greedy(
 ) -> str:
     """Greedy decoding in full passes without a cache."""
     tokenizer = tiny.tokenizer()
-    ids, said = tokenizer(context)["input_ids"] or [1], []
-    while len(said) < most:
-        batch = Batch(*(torch.tensor([ids + said]),) * 3)._replace(
-            attention_mask=torch.ones(1, len(ids + said), dtype=torch.long)
+    ids, generated = tokenizer(context)["input_ids"] or [1], []
+    while len(generated) < most:
+        batch = Batch(*(torch.tensor([ids + generated]),) * 3)._replace(
+            attention_mask=torch.ones(1, len(ids + generated), dtype=torch.long)
         )
-        said.append(int(model.head(model.hidden(batch, prompt)[:, -1]).argmax()))
-        if said[-1] == tokenizer.eos_token_id or any(
-            stop in tokenizer.decode(said) for stop in stops
+        generated.append(int(model.head(model.hidden(batch, prompt)[:, -1]).argmax()))
+        if generated[-1] == tokenizer.eos_token_id or any(
+            stop in tokenizer.decode(generated) for stop in stops
         ):
             break
-    text = tokenizer.decode(said, skip_special_tokens=True)
+    text = tokenizer.decode(generated, skip_special_tokens=True)
     for stop in stops:
         text = text.split(stop)[0]
     return text
@@ -408,29 +420,29 @@ def test_generation_is_greedy_and_ends_at_a_stop(model, kind):
     loaded = tiny.load(model)
     prompt, random = prompt_for(loaded, kind), np.random.default_rng(2)
     contexts = ["", *(" ".join(random.choice(tiny.words(), size)) for size in (3, 7, 3, 1, 7, 3))]
-    wanted = [greedy(loaded, prompt, context, 12, ()) for context in contexts]
+    expected = [greedy(loaded, prompt, context, 12, ()) for context in contexts]
     settings = {"until": [], "max_gen_toks": 12, "do_sample": False, "temperature": 0.0}
     assert (
         answers(loaded, prompt).generate_until(requests(*((c, settings) for c in contexts)))
-        == wanted
+        == expected
     )
-    stop = wanted[1].split()[5]
-    wanted = [greedy(loaded, prompt, context, 12, (stop,)) for context in contexts]
-    found = answers(loaded, prompt, 40).generate_until(
+    stop = expected[1].split()[5]
+    expected = [greedy(loaded, prompt, context, 12, (stop,)) for context in contexts]
+    generated = answers(loaded, prompt, 40).generate_until(
         requests(*((c, {**settings, "until": stop}) for c in contexts))
     )
-    assert found == wanted and stop not in "".join(found)
+    assert generated == expected and stop not in "".join(generated)
 
 
 def test_generation_is_lm_evals(gpt2):
     from lm_eval.models.huggingface import HFLM
 
     plain, loaded = AutoModelForCausalLM.from_pretrained(gpt2), tiny.load(gpt2)
-    theirs = HFLM(pretrained=plain, tokenizer=tiny.tokenizer(), batch_size=3, backend="causal")
+    reference = HFLM(pretrained=plain, tokenizer=tiny.tokenizer(), batch_size=3, backend="causal")
     settings = {"until": ["w5 "], "max_gen_toks": 20, "do_sample": False}
-    asked = requests(*((f"w{n} w{n + 1}" + " w7" * (n % 3), settings) for n in range(9)))
-    assert answers(loaded, None).generate_until(asked) == theirs.generate_until(
-        asked, disable_tqdm=True
+    questions = requests(*((f"w{n} w{n + 1}" + " w7" * (n % 3), settings) for n in range(9)))
+    assert answers(loaded, None).generate_until(questions) == reference.generate_until(
+        questions, disable_tqdm=True
     )
 
 
@@ -439,10 +451,10 @@ def test_a_long_context_leaves_room_for_what_is_generated(gpt2):
     words = [f"w{n % 90}" for n in range(150)]
     for kind, room in ((None, tiny.POSITIONS), ("prefix", tiny.POSITIONS - 5)):
         prompt = prompt_for(loaded, kind)
-        found = answers(loaded, prompt).generate_until(
+        generated = answers(loaded, prompt).generate_until(
             requests((" ".join(words), {"max_gen_toks": 10}))
         )
-        assert found == [greedy(loaded, prompt, " ".join(words[10 - room :]), 10, ())]
+        assert generated == [greedy(loaded, prompt, " ".join(words[10 - room :]), 10, ())]
 
 
 @pytest.mark.parametrize(
@@ -462,48 +474,48 @@ def test_a_long_context_leaves_room_for_what_is_generated(gpt2):
     ],
 )
 def test_what_is_not_greedy_is_refused(gpt2, settings, message):
-    with pytest.raises(ValueError, match="expected") as told:
+    with pytest.raises(ValueError, match="expected") as error:
         answers(tiny.load(gpt2), None).generate_until(requests(("w1", settings)))
-    assert message in str(told.value)
+    assert message in str(error.value)
 
 
 @pytest.mark.parametrize("kind", [None, *KINDS])
 def test_whole_texts_are_summed_over_windows(model, kind):
-    """Each token once; windows of all positions, the last one as full as the others."""
+    """Each token once, in windows of all positions; the last one is as full as the others."""
     loaded, random = tiny.load(model), np.random.default_rng(3)
     prompt, stock = prompt_for(loaded, kind), AutoModelForCausalLM.from_pretrained(model).eval()
     room = tiny.POSITIONS - (5 if kind else 0)
     sizes = (1, room - 1, room, room + 1, 2 * room + 3)
     texts = [" ".join(random.choice(tiny.words(), size)) for size in sizes]
-    found = answers(loaded, prompt).loglikelihood_rolling(requests(*((text,) for text in texts)))
-    for text, value in zip(texts, found, strict=True):
-        ids, wanted, done = [1, *tiny.tokenizer()(text)["input_ids"]], 0.0, 1
+    results = answers(loaded, prompt).loglikelihood_rolling(requests(*((text,) for text in texts)))
+    for text, value in zip(texts, results, strict=True):
+        ids, expected, done = [1, *tiny.tokenizer()(text)["input_ids"]], 0.0, 1
         while done < len(ids):
             end = min(done + room, len(ids))
             window = np.array(ids[max(0, end - room - 1) : end], dtype=np.int32)
-            wanted += by_hand(stock, prompt, Text(window, len(window) - (end - done)))[0]
+            expected += by_hand(stock, prompt, Text(window, len(window) - (end - done)))[0]
             done = end
-        assert value == pytest.approx(wanted, abs=1e-3)
+        assert value == pytest.approx(expected, abs=1e-3)
 
 
 def test_whole_texts_are_lm_evals(gpt2):
     from lm_eval.models.huggingface import HFLM
 
-    theirs = HFLM(
+    reference = HFLM(
         pretrained=AutoModelForCausalLM.from_pretrained(gpt2),
         tokenizer=tiny.tokenizer(),
         batch_size=2,
         backend="causal",
     )
-    asked = requests(
+    texts = requests(
         *(
             (" ".join(f"w{(n * k) % 90}" for k in range(size)),)
             for n, size in enumerate((5, 64, 65, 200))
         )
     )
-    wanted = theirs.loglikelihood_rolling(asked, disable_tqdm=True)
-    assert answers(tiny.load(gpt2), None).loglikelihood_rolling(asked) == pytest.approx(
-        wanted, abs=1e-3
+    expected = reference.loglikelihood_rolling(texts, disable_tqdm=True)
+    assert answers(tiny.load(gpt2), None).loglikelihood_rolling(texts) == pytest.approx(
+        expected, abs=1e-3
     )
 
 
@@ -520,15 +532,17 @@ def test_options_with_a_prompt_are_lm_evals_with_stock_peft(model, kind, tmp_pat
     stock = peft.PeftModel.from_pretrained(
         AutoModelForCausalLM.from_pretrained(model), tmp_path
     ).eval()
-    theirs = HFLM(pretrained=stock, tokenizer=tiny.tokenizer(), batch_size=4, backend="causal")
+    reference = HFLM(pretrained=stock, tokenizer=tiny.tokenizer(), batch_size=4, backend="causal")
     pairs = [
         (f"w{n} w{2 * n}", f" w{m} w3 w{n}"[: 3 + 3 * (m % 3)]) for n in range(6) for m in range(4)
     ]
-    asked = [*requests(*pairs), *requests(("", " w5"), ("", " w6 w7"))]
-    wanted = theirs.loglikelihood(asked, disable_tqdm=True)
-    found = answers(loaded, prompt).loglikelihood(asked)
-    assert [value for value, _ in found] == pytest.approx([value for value, _ in wanted], abs=1e-4)
-    assert [best for _, best in found] == [best for _, best in wanted]
+    options = [*requests(*pairs), *requests(("", " w5"), ("", " w6 w7"))]
+    expected = reference.loglikelihood(options, disable_tqdm=True)
+    results = answers(loaded, prompt).loglikelihood(options)
+    assert [value for value, _ in results] == pytest.approx(
+        [value for value, _ in expected], abs=1e-4
+    )
+    assert [best for _, best in results] == [best for _, best in expected]
 
 
 def test_a_context_is_run_once_for_all_its_options(gpt2, monkeypatch):
@@ -539,14 +553,14 @@ def test_a_context_is_run_once_for_all_its_options(gpt2, monkeypatch):
         "continue_from",
         lambda ids, *rest: (sizes.append(tuple(ids.shape)), run(ids, *rest))[1],
     )
-    some = [
+    options = [
         request
         for place in range(2)
         for request in requests(*[("w1 w2 w3", f" w{n}") for n in range(4)])
     ]
-    for place, request in enumerate(some):
+    for place, request in enumerate(options):
         request.doc_id = place // 4
-    answers(loaded, None, 1000).loglikelihood(some)
+    answers(loaded, None, 1000).loglikelihood(options)
     assert sizes == [(2, 3)]
     with pytest.raises(ValueError, match="found an option without a token in question"):
         answers(loaded, None).loglikelihood(requests(("w1", "")))
@@ -618,9 +632,9 @@ def test_files_of_the_users_own(gpt2, tmp_path, capsys):
         and "word_perplexity" in out
         and "said (first)" in out
     )
-    found = json.loads((folder / "evaluation.json").read_text())["results"]
-    lines = {(line["task"], line["filter"], line["method"]): line for line in found}
-    assert len(lines) == len(found) == 2 * 5
+    results = json.loads((folder / "evaluation.json").read_text())["results"]
+    lines = {(line["task"], line["filter"], line["method"]): line for line in results}
+    assert len(lines) == len(results) == 2 * 5
     assert (
         lines["told", "none", "fedsp"]["measures"]["word_perplexity"] > 1
         and lines["told", "none", "fedsp"]["n"] == 12
@@ -681,10 +695,10 @@ def test_an_unknown_name_with_the_nearest(ready, tmp_path, monkeypatch, capsys):
         cli.main(["evaluate", str(ready), "--tasks", "my_question", "--include", str(tmp_path)])
         == 2
     )
-    told = capsys.readouterr().err
+    error = capsys.readouterr().err
     assert (
-        "--tasks: found 'my_question', which lm-eval" in told
-        and "did you mean 'my_questions'?" in told
+        "--tasks: found 'my_question', which lm-eval" in error
+        and "did you mean 'my_questions'?" in error
     )
 
 
@@ -703,7 +717,7 @@ def test_a_run_that_is_not_complete(gpt2, tmp_path, capsys):
     )
     assert cli.main(["evaluate", str(tmp_path / "run")]) == 2
     assert "found a run that is running, expected a complete one" in capsys.readouterr().err
-    assert [line.method for line in asked(tmp_path / "run", without_prompt=True, limit=3)] == [
+    assert [line.method for line in evaluated(tmp_path / "run", without_prompt=True, limit=3)] == [
         "zero-shot"
     ]
     record.finish()
@@ -727,7 +741,9 @@ def test_a_record_of_another_version(ready, tmp_path, capsys):
             tmp_path / name, config=settings | changed, config_text="", environment={}
         )
         record.finish()
-    assert math.isfinite(asked(tmp_path / "old", without_prompt=True, limit=2)[0].measures["acc"])
+    assert math.isfinite(
+        evaluated(tmp_path / "old", without_prompt=True, limit=2)[0].measures["acc"]
+    )
     assert cli.main(["evaluate", str(tmp_path / "new"), "--without-prompt"]) == 2
     assert "evaluation.unheard: found an unknown key" in capsys.readouterr().err
 
@@ -768,8 +784,8 @@ def unloaded(monkeypatch) -> None:
 def test_without_lm_eval(ready, unloaded, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     assert cli.main(["evaluate", str(ready)]) == 2
-    assert "found no lm-eval that will do" in (told := capsys.readouterr().err)
-    assert "pip install 'fedsp_mpi[evaluate]'" in told and told.count("\n") == 1
+    assert "found no usable lm-eval" in (error := capsys.readouterr().err)
+    assert "pip install 'fedsp_mpi[evaluate]'" in error and error.count("\n") == 1
 
 
 def test_an_lm_eval_that_is_too_old(ready, unloaded, monkeypatch, capsys):

@@ -64,13 +64,13 @@ def cached_model(home: Path, name: str = "some/model") -> Path:
 
 def cached_data(home: Path, name: str = "some/world") -> Path:
     """The embedded world, laid out as `datasets` leaves a hub set in its cache."""
-    made = datasets.load_dataset_builder(str(RESOURCES / "data"), cache_dir=str(home / "made"))
-    made.download_and_prepare()
+    builder = datasets.load_dataset_builder(str(RESOURCES / "data"), cache_dir=str(home / "made"))
+    builder.download_and_prepare()
     target = home / "datasets" / name.replace("/", "___") / "default" / "0.0.0" / COMMIT
     target.mkdir(parents=True)
-    for file in Path(made.cache_dir).iterdir():
+    for file in Path(builder.cache_dir).iterdir():
         shutil.copy(
-            file, target / file.name.replace(f"{made.dataset_name}-", f"{name.split('/')[1]}-")
+            file, target / file.name.replace(f"{builder.dataset_name}-", f"{name.split('/')[1]}-")
         )
     return target
 
@@ -128,9 +128,9 @@ def test_damaged_weights_of_a_folder_are_found(tmp_path, monkeypatch, damage):
         (model / "model.safetensors.index.json").write_text(json.dumps(index))
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     settings = config.load(None, [f"model.name={model}"])
-    with pytest.raises(ValueError) as told:
+    with pytest.raises(ValueError) as error:
         fetch_all(settings, Log())
-    line = str(told.value)
+    line = str(error.value)
     words = {
         "cut": "damaged weights",
         "empty": "no bytes",
@@ -143,10 +143,11 @@ def test_damaged_weights_of_a_folder_are_found(tmp_path, monkeypatch, damage):
 def test_what_the_cache_holds_is_not_asked_for_again_and_a_run_needs_no_network(tmp_path, home):
     snapshot, prepared = cached_model(home), cached_data(home)
     path = configuration(tmp_path)
-    told = run_mpi(
+    output = run_mpi(
         0, ["-m", "fedsp_mpi", "fetch", path], timeout=60, env={"HF_HUB_OFFLINE": "1"}
     ).stdout
-    assert told.count(": here, ") == 3 and str(snapshot) in told and str(prepared) in told, told
+    assert output.count(": here, ") == 3, output
+    assert str(snapshot) in output and str(prepared) in output, output
     offline = {"HF_HUB_OFFLINE": "1"}
     run_mpi(
         2,

@@ -1,6 +1,4 @@
-"""Sweeps: cells from layers, real small runs one after another, and what happens when one fails or
-all are stopped.
-"""
+"""Sweeps: trials from layers, small real runs, failures and signals."""
 
 from __future__ import annotations
 
@@ -10,6 +8,7 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,8 @@ import pytest
 import yaml
 
 from fedsp_mpi import cli, config
-from fedsp_mpi.commands import jobs, sweep
+from fedsp_mpi.commands import jobs
+from fedsp_mpi.commands.trials import Trial, trials_of
 from fedsp_mpi.config.parsing import put
 from fedsp_mpi.record import read
 from fedsp_mpi.report import difference
@@ -43,7 +43,7 @@ def short_base(*more: str) -> dict[str, Any]:
 
 def written(home: Path, name: str = "sweep.yaml", /, **content: Any) -> Path:
     """A sweep's file: one task, FedSP and FedPrompt, one seed, unless `content` says otherwise."""
-    whole = {
+    defaults = {
         "folder": str(home / "runs"),
         "base": short_base(),
         "seeds": [1],
@@ -54,31 +54,138 @@ def written(home: Path, name: str = "sweep.yaml", /, **content: Any) -> Path:
         },
     }
     path = home / name
-    path.write_text(yaml.safe_dump({**whole, **content}, sort_keys=False))
+    path.write_text(yaml.safe_dump({**defaults, **content}, sort_keys=False))
     return path
 
 
 @pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
 def test_every_sweep_of_the_project_can_be_begun(path):
     """Its keys exist, its values go together, and its runs have names and labels of their own."""
-    assert sweep.cells_of(path, ["distillation.text=FILE"])
+    assert trials_of(path, ["distillation.text=FILE"])
+
+
+# Keys of the FedSP paper's experiments, as its reference code has them for this task and method.
+PAPER = [
+    (
+        "gpt2xl",
+        "arc_easy-fedsp-1",
+        {
+            "federation.rounds": 50,
+            "client.alignment.steps": 10,
+            "client.tuning.optimizer.learning_rate": 5e-4,
+            "client.tuning.micro_batch": 1,
+            "prompt.projection": None,
+            "distillation.stage.steps": 5000,
+        },
+    ),
+    (
+        "gpt2xl",
+        "hellaswag-fedsp-1",
+        {
+            "federation.rounds": 200,
+            "client.alignment.steps": 20,
+            "client.tuning.optimizer.learning_rate": 1e-4,
+            "server.tuning.steps": 20,
+            "prompt.projection": 512,
+        },
+    ),
+    (
+        "gpt2xl",
+        "openbookqa-finetune-1",
+        {
+            "method": "finetune",
+            "federation.rounds": 100,
+            "client.tuning.steps": 20,
+            "client.tuning.optimizer.learning_rate": 2e-5,
+            "evaluation.server_only": False,
+            "checkpoint.every": 10,
+        },
+    ),
+    (
+        "gpt2xl",
+        "race-finetune_centralised-1",
+        {"federation.clients": 0, "federation.rounds": 3, "server.tuning.steps": 5492},
+    ),
+    (
+        "opt",
+        "arc_easy-fedsp-1",
+        {
+            "federation.rounds": 20,
+            "client.tuning.micro_batch": None,
+            "distillation.stage.micro_batch": None,
+        },
+    ),
+    (
+        "opt",
+        "race-fedsp-1",
+        {
+            "federation.rounds": 50,
+            "client.alignment.micro_batch": 1,
+            "distillation.stage.micro_batch": 1,
+            "prompt.projection": 512,
+        },
+    ),
+    (
+        "opt",
+        "sciq-fedprompt-1",
+        {
+            "auxiliary.layers_per_cell": 24,
+            "client.alignment.steps": 0,
+            "client.tuning.micro_batch": 1,
+            "client.tuning.optimizer.learning_rate": 5e-2,
+            "server.tuning.optimizer.learning_rate": 5e-3,
+            "distillation.stage.steps": 0,
+            "prompt.projection": None,
+        },
+    ),
+    (
+        "opt",
+        "piqa-prefix_tuning_centralised-1",
+        {"federation.clients": 0, "federation.rounds": 100, "server.tuning.steps": 100},
+    ),
+]
+
+
+def paper_trials(name: str) -> dict[str, Trial]:
+    """The trials of a sweep of configs/paper, by name."""
+    trials = trials_of(ROOT / "configs" / "paper" / f"{name}.yaml")
+    return {trial.name: trial for trial in trials}
+
+
+@pytest.mark.parametrize(("model", "name", "expected"), PAPER)
+def test_an_experiment_of_the_paper_is_a_trial(model, name, expected):
+    trials = paper_trials(model)
+    assert len(trials) == 7 * 8
+    for key, value in expected.items():
+        assert reduce(getattr, key.split("."), trials[name].config) == value, key
+
+
+@pytest.mark.parametrize("model", ["gpt2xl", "opt"])
+def test_fedsp_is_the_same_in_the_papers_two_sweeps(model):
+    """So the ablations differ from FedSP by what is ablated alone."""
+    ablations = paper_trials(f"ablations_{model}")
+    fedsp = {name: trial for name, trial in paper_trials(model).items() if "-fedsp-" in name}
+    assert len(fedsp) == 8
+    for name, trial in fedsp.items():
+        assert config.changed_keys(asdict(trial.config), asdict(ablations[name].config)) == []
+        assert trial.method_label == ablations[name].method_label
 
 
 def go(path: Path, *more: str, status: int = 0) -> subprocess.CompletedProcess[str]:
     return run_mpi(0, ["-m", "fedsp_mpi", "sweep", path, *more], timeout=150, status=status)
 
 
-def here(capsys: pytest.CaptureFixture[str], path: Path, *more: str) -> tuple[int, str, str]:
-    """The same in this process, where nothing is to be started: status, output, errors."""
+def in_process(capsys: pytest.CaptureFixture[str], path: Path, *more: str) -> tuple[int, str, str]:
+    """Run a sweep in this process, where nothing is started: status, output, errors."""
     status = cli.main(["sweep", str(path), *more])
     captured = capsys.readouterr()
     return status, captured.out, captured.err
 
 
-# -- cells -----------------------------------------------------------------------------------------
+# -- trials ---------------------------------------------------------------------------------------
 
 
-def test_a_cell_is_base_task_method_and_seed(tmp_path):
+def test_a_trial_is_base_task_method_and_seed(tmp_path):
     (tmp_path / "more").mkdir()
     (tmp_path / "more" / "base.yaml").write_text(
         f"extends: {EMBEDDED}\nfederation: {{rounds: 3, clients: 4}}\n"
@@ -99,11 +206,11 @@ def test_a_cell_is_base_task_method_and_seed(tmp_path):
             "two": [str(METHODS / "fedsp.yaml"), str(METHODS / "fedsp_joint.yaml")],
         },
     )
-    cells = sweep.cells_of(path, ["prompt.num_tokens=5"])
-    assert [cell.name for cell in cells] == [
+    trials = trials_of(path, ["prompt.num_tokens=5"])
+    assert [trial.name for trial in trials] == [
         f"{t}-{m}-{s}" for s in (3, 1) for t in "ab" for m in ("plain", "own", "two")
     ]
-    by_name = {cell.name: cell.config for cell in cells}
+    by_name = {trial.name: trial.config for trial in trials}
     assert [by_name[name].run.task_label for name in ("a-plain-3", "b-own-1")] == ["a", "b"]
     assert [by_name[f"a-{m}-3"].run.label for m in ("plain", "own", "two")] == [
         "plain",
@@ -125,44 +232,86 @@ def test_a_cell_is_base_task_method_and_seed(tmp_path):
 
 
 def test_a_sweep_without_a_base_is_of_the_embedded_default(tmp_path):
-    [cell, _] = sweep.cells_of(written(tmp_path, base=None))
-    assert cell.config.model.name == "embedded" and cell.config.federation.rounds == 6
+    [trial, _] = trials_of(written(tmp_path, base=None))
+    assert trial.config.model.name == "embedded" and trial.config.federation.rounds == 6
 
 
 def test_a_value_may_name_the_task(tmp_path):
     path = written(tmp_path, tasks={"a": None, "b": None}, methods={"fedsp": None})
     names = [
-        cell.config.data.source
-        for cell in sweep.cells_of(path, ["data.source=x/{task}/y", "run.label=z {z}"])
+        trial.config.data.source
+        for trial in trials_of(path, ["data.source=x/{task}/y", "run.label=z {z}"])
     ]
     assert names == ["x/a/y", "x/b/y"]
 
 
-def test_cells_have_recipes_too(tmp_path):
+def test_trials_have_recipes_too(tmp_path):
     path = written(
         tmp_path, base=None, methods={"paper": None, "bridged": str(METHODS / "fedsp.yaml")}
     )
     for over in ([], ["auxiliary.dropout=true"]):
-        [paper, bridged] = sweep.cells_of(path, over)
+        [paper, bridged] = trials_of(path, over)
         assert (paper.config.auxiliary.first_layers, bridged.config.auxiliary.first_layers) == (
             None,
             1,
         )
     (tmp_path / "plain.yaml").write_text("model: {name: embedded}\ndata: {source: embedded}\n")
-    [plain] = sweep.cells_of(written(tmp_path, base="plain.yaml", methods={"plain": None}))
+    [plain] = trials_of(written(tmp_path, base="plain.yaml", methods={"plain": None}))
     assert plain.config.recipe == "bridged" and plain.config.auxiliary.first_layers == 1
 
 
 def test_only_some_of_the_runs(tmp_path, capsys):
     path = written(tmp_path, seeds=[1, 2], tasks={"a": None, "b": None}, methods={"c": None})
-    status, out, error = here(capsys, path, "--dry-run", "--only", "b-*")
+    status, out, error = in_process(capsys, path, "--dry-run", "--only", "b-*")
     assert (
         status == 0
         and [name in out + error for name in ("a-c-1", "a-c-2", "b-c-1", "b-c-2")]
         == [False] * 2 + [True] * 2
     )
-    status, _, error = here(capsys, path, "--dry-run", "--only", "d")
-    assert status == 2 and "--only d: found no run of that name" in error and error.count("\n") == 1
+
+
+def test_trials_are_run_by_name(tmp_path, capsys):
+    path = written(tmp_path, seeds=[1, 2], tasks={"a": None, "b": None}, methods={"c": None})
+    names = ["a-c-1", "a-c-2", "b-c-1", "b-c-2"]
+
+    def listed(*only: str) -> list[str]:
+        words = [word for name in only for word in ("--only", name)]
+        status, out, error = in_process(capsys, path, "--dry-run", *words)
+        assert status == 0 and error == ""
+        return [line.split()[1] for line in out.splitlines()[1:]]
+
+    assert set(listed()) == set(names)
+    assert listed("b-c-1") == ["b-c-1"]
+    assert listed("b-c-2", "a-*", "a-c-1") == ["a-c-1", "a-c-2", "b-c-2"]
+
+
+@pytest.mark.parametrize("only", [["d"], ["a-c-1", "d"]])
+def test_a_name_that_no_trial_has_is_a_mistake_that_lists_the_names(tmp_path, capsys, only):
+    path = written(tmp_path, seeds=[1, 2], tasks={"a": None}, methods={"c": None})
+    words = [word for name in only for word in ("--only", name)]
+    status, out, error = in_process(capsys, path, *words)
+    assert status == 2 and out == "" and error.count("\n") == 1
+    assert f"--only d: found no run of that name in {path}, expected one of a-c-1, a-c-2" in error
+    path = written(tmp_path, seeds=list(range(20)), tasks={"a": None}, methods={"c": None})
+    _, _, error = in_process(capsys, path, "--only", "d")
+    assert "a-c-11 and 8 more, which --dry-run lists" in error and "a-c-12" not in error
+
+
+def test_a_trial_has_settings_of_its_own(tmp_path):
+    path = written(
+        tmp_path,
+        tasks={"a": {"federation": {"rounds": 3}}, "b": None},
+        methods={"c": {"federation": {"rounds": 4}}, "d": None},
+        trials={
+            "a-*": {"federation": {"clients": 5}},
+            "a-c": {"federation": {"rounds": 7, "clients": 6}},
+        },
+    )
+    federation = {trial.name: trial.config.federation for trial in trials_of(path)}
+    assert [federation[f"{name}-1"].rounds for name in ("a-c", "a-d", "b-c")] == [7, 3, 4]
+    assert [federation[f"{name}-1"].clients for name in ("a-c", "a-d")] == [6, 5]
+    [first, *_] = trials_of(path, ["federation.rounds=9"])
+    assert first.config.federation.rounds == 9
 
 
 @pytest.mark.parametrize(
@@ -177,6 +326,8 @@ def test_only_some_of_the_runs(tmp_path, capsys):
         ({"tasks": {}}, "tasks: found {}, expected names, each with settings or a file"),
         ({"methods": ["a.yaml"]}, "methods: found ['a.yaml'], expected names"),
         ({"tasks": {"a/b": None}}, "tasks: found the name 'a/b', expected letters"),
+        ({"trials": ["a"]}, "trials: found ['a'], expected TASK-METHOD, each with settings"),
+        ({"trials": {"word-*": {}}}, "trials: found 'word-*', which is no task with a method"),
         ({"tasks": {"a": 3}}, "tasks.a: found 3, expected settings, a file, or a list of files"),
         ({"methods": {"a": "gone.yaml"}}, "gone.yaml: found no readable file"),
         (
@@ -191,7 +342,7 @@ def test_only_some_of_the_runs(tmp_path, capsys):
             {"methods": {"a": {"run": {"label": "x"}}, "b": {"run": {"label": "x"}}}},
             "a and b both called 'x', expected two",
         ),
-        (  # in the last cell of all
+        (  # in the last trial of all
             {
                 "methods": {
                     "good": None,
@@ -207,7 +358,7 @@ def test_only_some_of_the_runs(tmp_path, capsys):
     ],
 )
 def test_mistakes_are_one_line_and_nothing_is_started(tmp_path, capsys, content, message):
-    status, out, error = here(capsys, written(tmp_path, **content))
+    status, out, error = in_process(capsys, written(tmp_path, **content))
     assert status == 2 and out == "" and error.count("\n") == 1 and message in error
     assert not (tmp_path / "runs").exists()
 
@@ -226,7 +377,7 @@ def test_mistakes_are_one_line_and_nothing_is_started(tmp_path, capsys, content,
     ],
 )
 def test_mistakes_of_the_command_line(tmp_path, capsys, words, message):
-    status, _, error = here(capsys, written(tmp_path), *words)
+    status, _, error = in_process(capsys, written(tmp_path), *words)
     assert status == 2 and error.count("\n") == 1 and message in error
     assert not (tmp_path / "runs").exists()
 
@@ -234,14 +385,14 @@ def test_mistakes_of_the_command_line(tmp_path, capsys, words, message):
 def test_it_is_not_for_mpirun(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("PMI_RANK", "0")
     monkeypatch.setenv("PMI_SIZE", "4")
-    status, _, error = here(capsys, written(tmp_path))
+    status, _, error = in_process(capsys, written(tmp_path))
     assert status == 2 and "found 4 processes, expected one; give mpirun to --launch" in error
 
 
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("", "it said nothing"),
+        ("", "it wrote nothing"),
         ("\n one \n two\n\n", " two"),
         ("x\nfedsp_mpi: found, expected\nAbort(2) on node 0\n", "fedsp_mpi: found, expected"),
         (
@@ -252,8 +403,8 @@ def test_it_is_not_for_mpirun(tmp_path, capsys, monkeypatch):
         ),
     ],
 )
-def test_last_words_are_those_that_say_why(text, words):
-    assert jobs.last_words(text) == words
+def test_an_error_summary_is_the_line_that_says_why(text, words):
+    assert jobs.error_summary(text) == words
 
 
 # -- real runs -------------------------------------------------------------------------------------
@@ -286,15 +437,15 @@ def test_each_run_is_complete_and_told_in_one_line(done):
 
 
 def test_each_configuration_is_beside_the_runs_and_gives_the_same_run_alone(done):
-    cells = sweep.cells_of(done / "sweep.yaml")
-    for cell in cells:
-        assert config.load(done / "runs" / "configs" / f"{cell.name}.yaml") == cell.config
-        assert config.changed_keys(read(cell.folder).config, asdict(cell.config)) == []
+    trials = trials_of(done / "sweep.yaml")
+    for trial in trials:
+        assert config.load(done / "runs" / "configs" / f"{trial.name}.yaml") == trial.config
+        assert config.changed_keys(read(trial.folder).config, asdict(trial.config)) == []
 
 
 def test_what_is_complete_is_not_started_again(done, capsys):
     logs = {path: path.stat().st_mtime_ns for path in (done / "runs" / "logs").iterdir()}
-    status, out, _ = here(capsys, done / "sweep.yaml", "--launch", "false")
+    status, out, _ = in_process(capsys, done / "sweep.yaml", "--launch", "false")
     assert status == 0 and "2 of them complete" in out
     assert out.count("  complete  acc ") == 2
     assert logs == {path: path.stat().st_mtime_ns for path in (done / "runs" / "logs").iterdir()}
@@ -303,7 +454,7 @@ def test_what_is_complete_is_not_started_again(done, capsys):
 def test_a_dry_run_says_what_is_to_do_and_writes_nothing(done, capsys):
     path = written(done, "more.yaml", seeds=[1, 2])
     before = sorted(done.rglob("*"))
-    status, out, _ = here(capsys, path, "--dry-run")
+    status, out, _ = in_process(capsys, path, "--dry-run")
     assert status == 0 and "4 runs in" in out and "2 of them complete" in out
     lines = out.splitlines()[1:]
     assert [line.split()[2] for line in lines] == ["complete", "complete", "new", "new"]
@@ -313,7 +464,7 @@ def test_a_dry_run_says_what_is_to_do_and_writes_nothing(done, capsys):
 def test_several_files_are_one_sweep(done, capsys):
     written(done, "second.yaml", folder=str(done / "others"))
     names = ["world-fedsp-1", "world-fedprompt-1"]
-    status, out, _ = here(capsys, done / "sweep.yaml", str(done / "second.yaml"), "--dry-run")
+    status, out, _ = in_process(capsys, done / "sweep.yaml", str(done / "second.yaml"), "--dry-run")
     first, *lines = out.splitlines()
     assert (
         status == 0 and first == f"4 runs in {done / 'runs'}, {done / 'others'}, 2 of them complete"
@@ -323,7 +474,7 @@ def test_several_files_are_one_sweep(done, capsys):
         [f"{number}/4", place, state]
         for number, (place, state) in enumerate(zip(places, ["complete"] * 2 + ["new"] * 2), 1)
     ]
-    status, out, _ = here(
+    status, out, _ = in_process(
         capsys, done / "second.yaml", str(done / "sweep.yaml"), "--launch", "false"
     )
     assert (
@@ -338,13 +489,13 @@ def test_several_files_are_one_sweep(done, capsys):
 
 def test_what_is_set_can_name_the_file_and_the_task(tmp_path):
     path = written(tmp_path, "small.yaml")
-    [cell, _] = sweep.cells_of(path, ["model.name=/models/{file}/x", "data.source={file}/{task}"])
-    assert (cell.config.model.name, cell.config.data.source) == ("/models/small/x", "small/world")
+    [trial, _] = trials_of(path, ["model.name=/models/{file}/x", "data.source={file}/{task}"])
+    assert (trial.config.model.name, trial.config.data.source) == ("/models/small/x", "small/world")
 
 
 def test_files_that_share_a_run_are_refused(tmp_path, capsys):
     paths = [written(tmp_path, name) for name in ("one.yaml", "two.yaml")]
-    status, out, error = here(capsys, paths[0], str(paths[1]))
+    status, out, error = in_process(capsys, paths[0], str(paths[1]))
     assert status == 2 and out == "" and error.count("\n") == 1
     run = tmp_path / "runs" / "world-fedsp-1"
     assert (
@@ -367,7 +518,7 @@ def test_files_that_share_a_run_are_refused(tmp_path, capsys):
     ],
 )
 def test_records_of_other_configurations_are_refused(done, capsys, setting, message):
-    status, out, error = here(capsys, done / "sweep.yaml", "--set", setting)
+    status, out, error = in_process(capsys, done / "sweep.yaml", "--set", setting)
     assert status == 2 and out == "" and message in error and error.count("\n") == 1
     assert "rounds" not in setting or "so have world-fedprompt-1" in error
 
@@ -378,7 +529,7 @@ def test_a_complete_run_whose_method_was_called_otherwise_is_refused(done, capsy
         "renamed.yaml",
         methods={"fedsp": {"extends": str(METHODS / "fedsp.yaml"), "run": {"label": "B"}}},
     )
-    status, _, error = here(capsys, path)
+    status, _, error = in_process(capsys, path)
     assert status == 2 and "run.label: was FedSP, is B" in error
 
 
@@ -408,10 +559,10 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(tmp_path):
 def test_a_run_whose_output_was_taken_away_is_a_line(tmp_path, capsys):
     path, script = written(tmp_path), tmp_path / "launch.sh"
     script.write_text(f"rm -r {tmp_path / 'runs' / 'logs'}; exit 3\n")
-    status, told, _ = here(capsys, path, "--launch", f"sh {script}", "--only", "*-1")
+    status, out, _ = in_process(capsys, path, "--launch", f"sh {script}", "--only", "*-1")
     assert (
         status == 1
-        and "FAILED with status 3: what it said cannot be read: No such file or directory" in told
+        and "FAILED with status 3: its output cannot be read: No such file or directory" in out
     )
 
 
@@ -440,14 +591,14 @@ needs_cores = pytest.mark.skipif(
 def test_places_are_equal_shares(monkeypatch, cores, visible, number, shares):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert [(set(place.cores), place.devices) for place in jobs.places(number)] == [
-        (set(mine), devices) for mine, devices in shares
+    assert [(set(place.cores), place.devices) for place in jobs.split_resources(number)] == [
+        (set(share), devices) for share, devices in shares
     ]
 
 
 @pytest.mark.parametrize("number", ["0", "4096"])
 def test_more_places_than_cores_are_a_mistake(tmp_path, capsys, number):
-    status, _, error = here(capsys, written(tmp_path), "--jobs", number)
+    status, _, error = in_process(capsys, written(tmp_path), "--jobs", number)
     assert (
         status == 2
         and f"--jobs: found {number}, expected 1 to " in error

@@ -1,4 +1,4 @@
-"""A mistake on the command line is one line: found, expected, where to read more."""
+"""A mistake on the command line is one line: found, expected, and where to read more."""
 
 from __future__ import annotations
 

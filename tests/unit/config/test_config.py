@@ -45,14 +45,14 @@ def settings(values: dict[str, object]) -> dict:
     return functools.reduce(merge, (nested(dotted, value) for dotted, value in values.items()), {})
 
 
-def found(settings: object, dotted: str) -> object:
+def value_of(settings: object, dotted: str) -> object:
     for part in dotted.split("."):
         settings = getattr(settings, part)
     return settings
 
 
 def another(start: Config, dotted: str, hint: object) -> object:
-    """A value of a key's type that is not its default."""
+    """Return a value of a key's type that is not its default."""
     if dotted == "method":
         return "fedbpt"
     if typing.get_origin(hint) is tuple:
@@ -62,7 +62,7 @@ def another(start: Config, dotted: str, hint: object) -> object:
     kinds = [a for a in typing.get_args(hint) if a is not type(None)] or [hint]
     if typing.get_origin(kinds[0]) is typing.Literal:
         kinds = list(typing.get_args(kinds[0]))
-    return {int: 3, float: 0.75, bool: not found(start, dotted), str: "new"}.get(
+    return {int: 3, float: 0.75, bool: not value_of(start, dotted), str: "new"}.get(
         kinds[0], kinds[-1]
     )
 
@@ -104,18 +104,18 @@ def test_every_key_can_be_written_and_read(tmp_path):
         new = another(start, dotted, hint)
         partner = TOGETHER.get(dotted, {})
         changed = load(tmp_path, settings(partner | {dotted: new}))
-        assert found(start, dotted) != new, dotted
-        assert found(changed, dotted) == new, dotted
-        assert type(found(changed, dotted)) is type(new), dotted
+        assert value_of(start, dotted) != new, dotted
+        assert value_of(changed, dotted) == new, dotted
+        assert type(value_of(changed, dotted)) is type(new), dotted
         assert config.load(write(tmp_path, config.to_yaml(changed), "again.yaml")) == changed, (
             dotted
         )
-        others = [
+        changed_keys = [
             key
             for key, _ in leaves(Config)
-            if key != dotted and found(changed, key) != found(start, key)
+            if key != dotted and value_of(changed, key) != value_of(start, key)
         ]
-        assert others == list(partner), dotted
+        assert changed_keys == list(partner), dotted
 
 
 def test_nothing_can_be_changed_afterwards(tmp_path):
@@ -131,8 +131,8 @@ def test_nothing_can_be_changed_afterwards(tmp_path):
 
 @pytest.mark.parametrize("text", ["5e-4", "'5e-4'", "5.0e-4", "0.0005", "5E-04"])
 def test_numbers_that_yaml_takes_for_text(tmp_path, text):
-    whole = f"model: {{name: x}}\nclient: {{tuning: {{optimizer: {{learning_rate: {text}}}}}}}"
-    value = load(tmp_path, whole).client.tuning.optimizer.learning_rate
+    content = f"model: {{name: x}}\nclient: {{tuning: {{optimizer: {{learning_rate: {text}}}}}}}"
+    value = load(tmp_path, content).client.tuning.optimizer.learning_rate
     assert value == 5e-4 and type(value) is float
 
 
@@ -350,7 +350,7 @@ def test_every_number_has_a_range():
 
 
 def test_values_out_of_range(tmp_path):
-    """The first whole number below and above each range, and the ends that are not in it."""
+    """Try the whole numbers just outside each range, and the ends that do not belong to it."""
     for dotted, limits in RANGES.items():
         low = limits.low if limits.above else limits.low - 1
         high = limits.high if limits.below else limits.high * 10 + 10
@@ -367,23 +367,23 @@ def test_the_least_value_itself_is_taken(tmp_path):
         if limits.above:
             continue
         least = TOGETHER.get(key, {}) | LEAST_WITH.get(key, {}) | {key: limits.low}
-        assert found(load(tmp_path, settings(least)), key) == limits.low, key
+        assert value_of(load(tmp_path, settings(least)), key) == limits.low, key
 
 
 @pytest.mark.parametrize("value", [".nan", "nan", ".inf"])
 def test_numbers_that_are_not_finite(tmp_path, value):
-    """One rule for all: no key takes such a number, and None says that there is no limit."""
+    """Refuse them all: nothing is steered by such a number, and None stands for no limit."""
     numbers = [key for key, hint in leaves(Config) if float in (hint, *typing.get_args(hint))]
     assert len(numbers) > 20
-    taken = []
+    accepted = []
     for dotted in numbers:
         try:
             load(tmp_path, {}, f"{dotted}={value}")
         except ConfigError as error:
             assert dotted in str(error)
         else:
-            taken.append(dotted)
-    assert taken == []
+            accepted.append(dotted)
+    assert accepted == []
 
 
 def test_what_does_not_go_together(tmp_path):
@@ -394,9 +394,11 @@ def test_what_does_not_go_together(tmp_path):
         "set client.tuning.micro_batch",
     )
     assert load(tmp_path, large, "client.tuning.micro_batch=64").client.tuning.batch_size == 5000
-    both = {"federation": {"clients": 3, "min_clients": 4}}
+    too_few = {"federation": {"clients": 3, "min_clients": 4}}
     refused(
-        lambda: load(tmp_path, both), "federation.min_clients: found 4", "3 of federation.clients"
+        lambda: load(tmp_path, too_few),
+        "federation.min_clients: found 4",
+        "3 of federation.clients",
     )
     nothing = {"distillation": {"hidden_weight": 0, "logits_weight": 0}}
     refused(lambda: load(tmp_path, nothing), "hidden_weight 0", "distillation.stage.steps=0")
@@ -497,15 +499,15 @@ def test_what_says_where_and_how_a_run_runs_may_differ_and_nothing_else(tmp_path
     for dotted, hint in leaves(Config):
         new = another(start, dotted, hint)
         before = dataclasses.asdict(start)
-        told = config.changed_keys(before, merge(before, nested(dotted, new)))
+        changes = config.changed_keys(before, merge(before, nested(dotted, new)))
         is_free = (dotted.split(".")[0] in FREE or dotted in FREE) and dotted != "run.seed"
         is_section = typing.get_origin(hint) is dict  # of which each name is a key
         changed = (
             f"{dotted}.new: was None, is old"
             if is_section
-            else f"{dotted}: was {found(start, dotted)}, is {new}"
+            else f"{dotted}: was {value_of(start, dotted)}, is {new}"
         )
-        assert told == ([] if is_free else [changed])
+        assert changes == ([] if is_free else [changed])
 
 
 def test_how_it_is_searched_counts_where_it_is(tmp_path):

@@ -107,10 +107,10 @@ FILES = {
 
 
 def message(folder: Path, path: Path | None, overrides: list[str]) -> str | None:
-    """What is wrong with a configuration, in a line of at most 300 characters, said at once; None
-    if nothing is.
+    """Return what is wrong with a configuration, or None.
 
-    It is built as the commands build it, and written as a run writes it into its folder.
+    It is a line of at most 300 characters, found at once. The configuration is built as the
+    commands build it, and written as a run writes it into its folder.
     """
     start = time.monotonic()
     try:

@@ -89,7 +89,7 @@ def joining() -> PreTrainedTokenizerFast:
 
 # -- rows that do not fit --------------------------------------------------------------------------
 
-ROOM = fit.Room.of(64, 4, False)  # 60 tokens
+ROOM = fit.AnswerLimit.of(64, 4, False)  # 60 tokens
 
 
 def long(tokens: int) -> str:
@@ -102,7 +102,7 @@ def test_a_row_whose_answer_does_not_fit_is_left_out_and_named():
         for size in (2, 61, 60, 80)
     ]
     splits = Splits(tuple(examples), tuple(examples[:2]), tuple(examples), ())
-    kept, notes = fit.leave_out(splits, ROOM, tiny.tokenizer)
+    kept, notes = fit.drop_too_long(splits, ROOM, tiny.tokenizer)
     assert [example.row for example in kept.train] == ["row 2 of train", "row 60 of train"]
     assert [example.row for example in kept.validation] == [
         "row 2 of train"
@@ -127,7 +127,7 @@ def test_a_row_whose_answer_does_not_fit_is_left_out_and_named():
     assert ROOM.at_most(1024) is ROOM  # to raise what is no limit would not help
     few = Splits(tuple(examples[1:2]), tuple(examples), tuple(examples), ())
     refused(
-        lambda: fit.leave_out(few, ROOM, tiny.tokenizer),
+        lambda: fit.drop_too_long(few, ROOM, tiny.tokenizer),
         "found no row of train",
         "row 61 of train (61 tokens)",
     )
@@ -135,7 +135,7 @@ def test_a_row_whose_answer_does_not_fit_is_left_out_and_named():
 
 def test_no_row_is_tokenised_whose_bytes_fit():
     examples = (Example("w1", " w2", ("w2",), (0,)),) * 3
-    kept, notes = fit.leave_out(
+    kept, notes = fit.drop_too_long(
         Splits(examples, examples, examples, ()), ROOM, lambda: pytest.fail("not needed")
     )
     assert (kept.train, notes) == (examples, ())
@@ -153,8 +153,10 @@ def test_letters_that_a_tokenizer_takes_apart_are_not_overlooked():
     )
     whole = Splits((Example("w1", " w2", ("w2",), (0,)), *examples), examples[:0], examples, ())
     with pytest.raises(config.ConfigError, match="found no row of validation"):
-        fit.leave_out(
-            Splits(whole.train, examples, examples, ()), fit.Room.of(24, 4, False), lambda: lower
+        fit.drop_too_long(
+            Splits(whole.train, examples, examples, ()),
+            fit.AnswerLimit.of(24, 4, False),
+            lambda: lower,
         )
 
 
@@ -223,8 +225,8 @@ def test_what_must_fit_of_a_text_with_a_gap_is_all_from_the_gap_on():
         Example(long(9), " w1", ("w1", "w2"), (0,), f" {long(size)}", row=f"row {size} of test")
         for size in (2, 8, 7)
     ]
-    room = fit.Room.of(14, 4, True)  # <s>, the gap, seven words and </s>
-    kept, notes = fit.leave_out(
+    room = fit.AnswerLimit.of(14, 4, True)  # <s>, the gap, seven words and </s>
+    kept, notes = fit.drop_too_long(
         Splits(tuple(examples), tuple(examples), (), ()), room, lambda: tokenizer
     )
     assert kept.train == kept.validation == (examples[0], examples[2])
@@ -290,10 +292,12 @@ def test_a_client_that_is_lost_in_every_round_is_named_at_the_end_with_its_whole
 
 def test_choices_in_a_gap_are_told_apart_by_the_same_check():
     tokenizer = tiny.gap_tokenizer("bert")
-    answers.require_different(tokenizer, ("w1", "w2"), answers.tokens(tokenizer, [], ("w1", "w2")))
+    answers.require_distinct_choices(
+        tokenizer, ("w1", "w2"), answers.tokens(tokenizer, [], ("w1", "w2"))
+    )
     same = answers.tokens(tokenizer, [], ("w1", "w2", "w1"))
     refused(
-        lambda: answers.require_different(tokenizer, ("w1", "w2", "w1"), same),
+        lambda: answers.require_distinct_choices(tokenizer, ("w1", "w2", "w1"), same),
         "'w1' and 'w1'",
         "(w1)",
     )
@@ -363,7 +367,7 @@ def test_candidates_are_those_of_every_way_in_which_contexts_end(tmp_path):
 
 def test_a_context_stands_for_all_that_end_like_it():
     contexts = ["a b:", "c b:", "c b: ", "b:", "c d:", "", " ", "x"]
-    assert answers.joins(contexts) == ["a b:", "c b: ", "c d:", "", " ", "x"]
+    assert answers.distinct_endings(contexts) == ["a b:", "c b: ", "c d:", "", " ", "x"]
 
 
 # -- tokens that a tokenizer adds ------------------------------------------------------------------
@@ -403,7 +407,9 @@ def test_lm_eval_is_asked_without_an_appended_ending(tmp_path):
     model = tiny.load(tiny.model_folder(tmp_path, "gpt2"))
 
     def asked(tokenizer: PreTrainedTokenizerFast) -> list[Any]:
-        library = lm_eval.Answers(model, None, tokenizer, 200, "test", Log())
+        library = lm_eval.PromptedLM(
+            model, None, tokenizer, batch_tokens=200, label="test", log=Log()
+        )
 
         def request(*arguments: Any) -> list[Any]:
             return [

@@ -10,7 +10,7 @@ import pytest
 from fedsp_mpi import config
 from fedsp_mpi.data import tasks
 from fedsp_mpi.data.tasks import Example
-from fedsp_mpi.data.templates import Template, reworded
+from fedsp_mpi.data.templates import Template, with_wording
 from fedsp_mpi.run.inputs import ExperimentInputs
 from helpers.configs import refused
 from helpers.runs import FEDPROMPT, short
@@ -22,11 +22,11 @@ RTE = {"sentence1": "It rains.", "sentence2": "It is wet.", "label": 0}
 def example(
     name: str, row: dict, template: str | None = None, verbaliser: tuple[str, ...] = ()
 ) -> Example:
-    return reworded(tasks.find(name), template, verbaliser).example(row)
+    return with_wording(tasks.find(name), template, verbaliser).example(row)
 
 
 def test_without_words_of_the_user_a_task_is_itself():
-    assert reworded(tasks.find("sst2"), None, ()) is tasks.find("sst2")
+    assert with_wording(tasks.find("sst2"), None, ()) is tasks.find("sst2")
 
 
 def test_a_template_takes_columns_and_words():
@@ -71,7 +71,7 @@ def test_a_bad_template_is_one_line(template, words):
 @pytest.mark.parametrize("words", [("good", "good"), ("good ", "bad"), ("", "bad")])
 def test_a_bad_verbaliser_is_one_line(words):
     refused(
-        lambda: reworded(tasks.find("sst2"), None, words),
+        lambda: with_wording(tasks.find("sst2"), None, words),
         "data.verbaliser",
         "different words without blanks",
     )
@@ -79,7 +79,7 @@ def test_a_bad_verbaliser_is_one_line(words):
 
 def test_questions_without_classes_have_no_words():
     refused(
-        lambda: reworded(tasks.find("web_questions"), "{question} {mask}", ()),
+        lambda: with_wording(tasks.find("web_questions"), "{question} {mask}", ()),
         "web_questions",
         "multiple choice",
     )
@@ -90,7 +90,7 @@ def test_rows_that_do_not_fit_are_named():
         ValueError, match=r"found 3 words for 2 classes .negative, positive., expected one for each"
     ):
         example("sst2", SST2, None, ("a", "b", "c"))
-    task = reworded(tasks.find("multiple_choice"), None, ("a", "b"))
+    task = with_wording(tasks.find("multiple_choice"), None, ("a", "b"))
     task.example({"context": "x", "choices": ["no", "yes"], "label": 0})
     with pytest.raises(ValueError, match="found rows with different choices"):
         task.example({"context": "x", "choices": ["cat", "dog"], "label": 0})

@@ -1,13 +1,11 @@
-"""`plan`: its counts against the paper's models, a real run and torch's own counter; the paper's
-configurations.
-"""
+"""`plan`: its counts against the paper's models, a real run and torch's own counter."""
 
 from __future__ import annotations
 
 import resource
 import subprocess
 import sys
-from pathlib import Path
+from functools import cache
 from typing import Any
 
 import pytest
@@ -16,6 +14,8 @@ import transformers
 from torch.utils.flop_counter import FlopCounterMode
 
 from fedsp_mpi import cli, config
+from fedsp_mpi.commands.trials import trials_of
+from fedsp_mpi.config import to_yaml
 from fedsp_mpi.estimate import cost, memory
 from fedsp_mpi.estimate import text as plan_text
 from fedsp_mpi.models import architectures, backbone
@@ -28,18 +28,36 @@ from helpers.paths import ROOT
 from helpers.runs import short_run
 
 PAPER = ROOT / "configs" / "paper"
-FILES = sorted(path.relative_to(PAPER).as_posix() for path in PAPER.rglob("*.yaml"))
+MODELS = {"gpt2xl": "openai-community/gpt2-xl", "opt": "facebook/opt-1.3b"}
+TASKS = (
+    "arc_easy",
+    "arc_challenge",
+    "openbookqa",
+    "web_questions",
+    "hellaswag",
+    "piqa",
+    "sciq",
+    "race",
+)
 HEADER = 256
 NOWHERE = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": "/nonexistent"}  # no hub and no cache
 
 
-def planned(file: str, *settings: str, tokens: int | None = None) -> cost.Plan:
-    """The plan of one of the paper's configurations."""
-    return cost.plan(config.load(PAPER / file, list(settings)), file, tokens)
+@cache
+def paper_config(model: str, name: str, *settings: str) -> config.Config:
+    """The configuration of a trial of one of the paper's sweeps."""
+    trials = trials_of(PAPER / f"{model}.yaml", settings)
+    [trial] = [trial for trial in trials if trial.name == f"{name}-1"]
+    return trial.config
 
 
-def embedded(*settings: str) -> cost.Plan:
-    """The plan of the embedded default."""
+def planned(model: str, name: str, *settings: str, tokens: int | None = None) -> cost.CostEstimate:
+    """The estimate of one of the paper's experiments, named TASK-METHOD."""
+    return cost.plan(paper_config(model, name, *settings), name, tokens)
+
+
+def embedded(*settings: str) -> cost.CostEstimate:
+    """The estimate of the embedded default."""
     return cost.plan(config.load(None, list(settings)), "embedded")
 
 
@@ -66,22 +84,22 @@ def embedded(*settings: str) -> cost.Plan:
     ],
 )
 def test_the_paper_s_models_have_their_known_sizes(model, large, small, wire, shown):
-    found = planned(f"{model}/fedsp/arc_easy.yaml")
-    assert (found.sizes.global_model, found.sizes.auxiliary) == (large, small)
-    assert found.sizes.prompt == found.sizes.wire == wire // 4
-    own, unshared, whole, single, alone, tuned = found.methods
-    assert own.down == own.up == whole.up == alone.up == wire + HEADER
+    estimate = planned(model, "arc_easy-fedsp")
+    assert (estimate.sizes.global_model, estimate.sizes.auxiliary) == (large, small)
+    assert estimate.sizes.prompt == estimate.sizes.wire == wire // 4
+    fedsp, unshared, fedprompt, single, alone, tuned = estimate.methods
+    assert fedsp.down == fedsp.up == fedprompt.up == alone.up == wire + HEADER
     assert unshared.up == single.up == wire // {"gpt2xl": 48, "opt": 24}[model] + HEADER
-    assert (own.holds, unshared.holds, single.holds) == (small, small, small)
-    assert (whole.holds, alone.holds, tuned.holds, tuned.trains) == (large, large, large, large)
-    assert (own.trains, whole.trains) == (small + wire // 4, wire // 4)
-    assert (own.handout, tuned.handout, tuned.down) == (4 * small + wire, 0, 4 * large + HEADER)
-    rounds = found.config.federation.rounds
-    assert own.total == 10 * (4 * small + wire) + rounds * 10 * 2 * (wire + HEADER)
+    assert (fedsp.holds, unshared.holds, single.holds) == (small, small, small)
+    assert (fedprompt.holds, alone.holds, tuned.holds, tuned.trains) == (large, large, large, large)
+    assert (fedsp.trains, fedprompt.trains) == (small + wire // 4, wire // 4)
+    assert (fedsp.handout, tuned.handout, tuned.down) == (4 * small + wire, 0, 4 * large + HEADER)
+    rounds = estimate.config.federation.rounds
+    assert fedsp.total == 10 * (4 * small + wire) + rounds * 10 * 2 * (wire + HEADER)
     assert alone.total == 4 * large + wire + rounds * 2 * (wire + HEADER)
-    text = plan_text.text(found, 40)
-    said = plan_text.PAPER[found.config.model.name]
-    for piece in (f"{large:,}", f"{small:,}", f"{wire:,} bytes", f"paper says {said} x"):
+    text = plan_text.text(estimate, 40)
+    paper_ratio = plan_text.PAPER[estimate.config.model.name]
+    for piece in (f"{large:,}", f"{small:,}", f"{wire:,} bytes", f"paper says {paper_ratio} x"):
         assert piece in text
     assert all(piece in text for piece in shown)
 
@@ -116,8 +134,11 @@ def test_the_paper_s_models_have_their_known_sizes(model, large, small, wire, sh
     ],
 )
 def test_known_architectures_have_the_published_number_of_parameters(name, parameters):
-    found = architectures.config_of(name)
-    assert memory.outline(found, found.num_hidden_layers).num_parameters() == parameters
+    architecture = architectures.config_of(name)
+    assert (
+        memory.meta_model(architecture, architecture.num_hidden_layers).num_parameters()
+        == parameters
+    )
 
 
 def test_a_folder_goes_before_a_known_name(tmp_path, monkeypatch):
@@ -151,15 +172,15 @@ def test_flops_are_those_that_torch_counts(family, prompt_tokens):
         if prompt is not None:
             prompt.requires_grad_(trained == "prompts")
         with FlopCounterMode(display=False) as counter:
-            logits, asked = model.answer_logits(batch, prompt)
+            logits, answer_targets = model.answer_logits(batch, prompt)
             if factor > 1:
-                torch.nn.functional.cross_entropy(logits, asked).backward()
+                torch.nn.functional.cross_entropy(logits, answer_targets).backward()
         allowed = 0.03 if trained == "prompts" else 0
         spared = (
             0.05 if trained == "prompts" and family == "gpt_neox" else 0
         )  # its first MLP is beside the attention
-        wanted = factor * expected
-        assert (1 - spared) * wanted <= counter.get_total_flops() <= (1 + allowed) * wanted, trained
+        flops = factor * expected
+        assert (1 - spared) * flops <= counter.get_total_flops() <= (1 + allowed) * flops, trained
 
 
 @pytest.mark.parametrize("rows", [1, 8])
@@ -180,7 +201,9 @@ def test_an_input_prompt_is_counted_as_often_as_it_is_read(tmp_path, rows):
         "federation.rounds=1",
         "data.loss_over=vocabulary",
     ]
-    found = cost.plan(config.load(None, settings), "embedded", tokens=12).phases["server tuning"]
+    server_tuning = cost.plan(config.load(None, settings), "embedded", tokens=12).phases[
+        "server tuning"
+    ]
     model = tiny.load(name)
     model.model.set_attn_implementation("eager")  # torch does not count the fused one
     prompt = Prompt(PromptSpec.of(model.shape, "input", 20, None)).initialise(1, 0.1)
@@ -193,16 +216,16 @@ def test_an_input_prompt_is_counted_as_often_as_it_is_read(tmp_path, rows):
     )
     with FlopCounterMode(display=False) as counter:
         torch.nn.functional.cross_entropy(*model.answer_logits(batch, prompt)).backward()
-    assert found == pytest.approx(8 // rows * counter.get_total_flops(), rel=0.1)
+    assert server_tuning == pytest.approx(8 // rows * counter.get_total_flops(), rel=0.1)
 
 
 def test_phases_add_up_from_steps():
-    found = planned("gpt2xl/fedsp/arc_easy.yaml", tokens=100)
-    model = memory.outline(
+    estimate = planned("gpt2xl", "arc_easy-fedsp", tokens=100)
+    model = memory.meta_model(
         architectures.config_of("gpt2-xl"), 48
     )  # the auxiliary model computes as much
     once, bare = (16 * architectures.forward(model, 100, *rest) for rest in ((140, 4), (100, 0)))
-    assert found.phases == pytest.approx(
+    assert estimate.phases == pytest.approx(
         {
             "distillation": 5000 * 4 * bare,
             "client alignment": 50 * 10 * 10 * 3 * once,
@@ -211,11 +234,11 @@ def test_phases_add_up_from_steps():
             "server-only control": 50 * 10 * 2 * once,
         }
     )
-    assert found.methods[0].steps == pytest.approx((3 * once, 2 * once))
-    assert found.methods[0].round == pytest.approx(50 * once)
-    assert found.critical == pytest.approx(5000 * 4 * bare + 50 * (50 + 20) * once)
-    assert f"{found.flops / 20e12 / 3600:.2f} h on one GPU of 20 TFLOP/s" in plan_text.text(
-        found, 20
+    assert estimate.methods[0].steps == pytest.approx((3 * once, 2 * once))
+    assert estimate.methods[0].round == pytest.approx(50 * once)
+    assert estimate.critical == pytest.approx(5000 * 4 * bare + 50 * (50 + 20) * once)
+    assert f"{estimate.flops / 20e12 / 3600:.2f} h on one GPU of 20 TFLOP/s" in plan_text.text(
+        estimate, 20
     )
 
 
@@ -237,30 +260,47 @@ def test_a_projection_and_joint_training_and_plain_text_cost_more():
 # The paper's experiments.
 
 
-def test_every_configuration_of_the_paper_loads_plans_and_says_its_hours(monkeypatch):
-    made: dict[tuple[str, int], Any] = {}
+# GPU hours of each experiment at 40 TFLOP/s, in the order of TASKS.
+HOURS = {
+    ("gpt2xl", "fedsp"): "0.50 0.56 0.68 0.28 6.26 0.47 1.73 6.45",
+    ("gpt2xl", "fedprompt"): "0.26 0.29 0.13 0.14 0.62 0.25 0.88 3.29",
+    ("gpt2xl", "fedprompt_single"): "0.02 0.03 0.01 0.01 0.06 0.03 0.08 0.30",
+    ("gpt2xl", "prefix_tuning"): "0.64 0.72 0.32 0.36 1.56 0.62 2.20 8.23",
+    ("gpt2xl", "prefix_tuning_centralised"): "0.21 0.24 0.11 0.12 0.52 0.21 0.73 2.74",
+    ("gpt2xl", "finetune"): "0.18 0.20 0.35 0.10 3.42 0.17 0.60 2.26",
+    ("gpt2xl", "finetune_centralised"): "0.01 <0.01 0.01 0.01 0.58 0.09 0.24 6.76",
+    ("opt", "fedsp"): "0.27 1.26 0.56 0.23 5.07 0.62 1.40 5.24",
+    ("opt", "fedprompt"): "0.21 0.24 0.11 0.12 0.52 0.21 0.72 2.67",
+    ("opt", "fedprompt_single"): "0.02 0.03 0.01 0.01 0.06 0.03 0.07 0.27",
+    ("opt", "prefix_tuning"): "0.53 0.59 0.26 0.30 1.29 0.51 1.80 6.68",
+    ("opt", "prefix_tuning_centralised"): "0.18 0.20 0.09 0.10 0.43 0.17 0.60 2.23",
+    ("opt", "finetune"): "0.06 0.65 0.29 0.08 2.83 0.28 0.49 1.83",
+    ("opt", "finetune_centralised"): "0.01 <0.01 0.01 0.01 0.48 0.08 0.20 5.49",
+}
 
-    def outline(settings: Any, depth: int) -> Any:
+
+@pytest.mark.parametrize("model", list(MODELS))
+def test_every_experiment_of_the_paper_takes_its_known_hours(model, monkeypatch):
+    cached: dict[tuple[str, int], Any] = {}
+
+    def meta_model(settings: Any, depth: int) -> Any:
         key = (settings.to_json_string(), depth)
-        made[key] = made.get(key) or memory.outline(settings, depth)
-        return made[key]
+        if key not in cached:
+            cached[key] = memory.meta_model(settings, depth)
+        return cached[key]
 
-    monkeypatch.setattr(cost, "outline", outline)
-    methods, tasks = (
-        {Path(file).parent.as_posix() for file in FILES},
-        {Path(file).stem for file in FILES},
-    )
-    assert len(FILES) == 2 + 2 + 2 * 7 * 8 and len(methods) == 1 + 2 * 7 and len(tasks) == 2 + 2 + 8
-    for file in FILES:
-        if "/" not in file:
-            continue
-        found = planned(file)
-        head = (PAPER / file).read_text(encoding="utf-8").splitlines()[0]
-        assert f": {plan_text.hours(found.flops, 40)[:-2]} hours of a GPU of 40 TFLOP/s" in head, (
-            file
-        )
-        assert found.config.data.task == Path(file).stem and found.texts.source != "assumed"
-        assert ("gpt2-xl" in str(found.config.model.name)) == file.startswith("gpt2xl/")
+    monkeypatch.setattr(cost, "meta_model", meta_model)
+    hours: dict[str, dict[str, str]] = {}
+    for trial in trials_of(PAPER / f"{model}.yaml"):
+        estimate = cost.plan(trial.config, trial.name)
+        assert trial.config.data.task == trial.task and trial.config.model.name == MODELS[model]
+        assert estimate.texts.source != "assumed"
+        text = plan_text.hours(estimate.flops, 40).removesuffix(" h").replace(" ", "")
+        hours.setdefault(trial.method, {})[trial.task] = text
+    for method, by_task in hours.items():
+        assert tuple(by_task) == TASKS
+        assert " ".join(by_task.values()) == HOURS[model, method], method
+    assert set(hours) == {method for name, method in HOURS if name == model}
 
 
 @pytest.mark.parametrize(
@@ -269,20 +309,20 @@ def test_every_configuration_of_the_paper_loads_plans_and_says_its_hours(monkeyp
 )
 @pytest.mark.parametrize("model", ["gpt2xl", "opt"])
 def test_the_baselines_are_configurations_of_the_same_system(model, method, row):
-    found = planned(f"{model}/{method}/arc_easy.yaml")
-    own, *others = found.methods
-    [same] = [other for other in others if other.name == (row or "prefix-tuning, 1 client")]
-    assert own == cost.Method("as configured", *list(vars(same).values())[1:])
+    estimate = planned(model, f"arc_easy-{method}")
+    configured, *other_methods = estimate.methods
+    [same] = [other for other in other_methods if other.name == (row or "prefix-tuning, 1 client")]
+    assert configured == cost.MethodCost("as configured", *list(vars(same).values())[1:])
     assert (
-        found.phases["distillation"]
-        == found.phases["client alignment"]
+        estimate.phases["distillation"]
+        == estimate.phases["client alignment"]
         == 0
-        < found.phases["server tuning"]
+        < estimate.phases["server tuning"]
     )
 
 
 def test_a_table_of_different_methods_has_a_column_for_each_phase():
-    plans = [planned(f"opt/{method}/arc_easy.yaml") for method in ("fedsp", "finetune")]
+    plans = [planned("opt", f"arc_easy-{method}") for method in ("fedsp", "finetune")]
     rows = [
         line
         for line in plan_text.markdown(plans, 40).split("\n\n")[1].splitlines()
@@ -298,21 +338,23 @@ def test_a_table_of_different_methods_has_a_column_for_each_phase():
 def test_the_plan_is_what_a_run_records(tmp_path):
     short_run(0, tmp_path, "short")
     run = read(tmp_path / "short")
-    found = cost.plan(config.load(tmp_path / "short" / "config.yaml"), "short")
-    own = found.methods[0]
+    estimate = cost.plan(config.load(tmp_path / "short" / "config.yaml"), "short")
+    fedsp = estimate.methods[0]
     assert run.sections["models"] == {
-        "global": found.sizes.global_model,
-        "auxiliary": found.sizes.auxiliary,
-        "prompt": found.sizes.prompt,
-        "prompt_on_the_wire": found.sizes.wire,
+        "global": estimate.sizes.global_model,
+        "auxiliary": estimate.sizes.auxiliary,
+        "prompt": estimate.sizes.prompt,
+        "prompt_on_the_wire": estimate.sizes.wire,
     }
-    assert set(run.clients["bytes_down"]) == {own.down} and set(run.clients["bytes_up"]) == {own.up}
+    assert set(run.clients["bytes_down"]) == {fedsp.down} and set(run.clients["bytes_up"]) == {
+        fedsp.up
+    }
     wire = [row for row in run.wire if row["direction"] in ("down", "up")]
-    assert sum(row["bytes"] for row in wire) == 2 * 3 * (own.down + own.up)
-    given = [
+    assert sum(row["bytes"] for row in wire) == 2 * 3 * (fedsp.down + fedsp.up)
+    handout_rows = [
         row for row in run.wire if row["direction"] == "handout" and not row["name"].startswith("(")
     ]
-    assert sum(row["bytes"] for row in given) == own.handout  # to one process
+    assert sum(row["bytes"] for row in handout_rows) == fedsp.handout  # to one process
 
 
 # The command.
@@ -321,8 +363,8 @@ def test_the_plan_is_what_a_run_records(tmp_path):
 def test_the_command_needs_no_network_and_little_time(monkeypatch):
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    file = PAPER / "gpt2xl" / "fedsp" / "arc_easy.yaml"
-    result = run_mpi(0, ["-m", "fedsp_mpi", "plan", file], timeout=60, env=NOWHERE)
+    arguments = ["plan", PAPER / "base_gpt2xl.yaml", "--set", "data.task=arc_easy"]
+    result = run_mpi(0, ["-m", "fedsp_mpi", *arguments], timeout=60, env=NOWHERE)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert (
         after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 10
@@ -367,8 +409,10 @@ def test_mistakes_are_one_line(arguments, message, capsys):
     assert message in line
 
 
-def test_markdown_has_a_row_for_each_method_and_each_configuration(capsys):
-    file = str(PAPER / "opt" / "fedprompt" / "race.yaml")
+def test_markdown_has_a_row_for_each_method_and_each_configuration(tmp_path, capsys):
+    path = tmp_path / "race.yaml"
+    path.write_text(to_yaml(paper_config("opt", "race-fedprompt")))
+    file = str(path)
     assert cli.main(["plan", file, file, "--markdown", "--tokens", "50"]) == 0
     tables = capsys.readouterr().out.strip().split("\n\n")
     lines = [table.splitlines() for table in tables]
@@ -378,8 +422,8 @@ def test_markdown_has_a_row_for_each_method_and_each_configuration(capsys):
 
 
 def test_tokens_are_cut_to_what_a_run_would_read():
-    assert planned("gpt2xl/fedsp/arc_easy.yaml", tokens=5000).texts.tokens == 1024 - 40 + 1
-    assert planned("opt/fedsp/race.yaml", "data.max_length=200").texts == cost.TextLengths(
+    assert planned("gpt2xl", "arc_easy-fedsp", tokens=5000).texts.tokens == 1024 - 40 + 1
+    assert planned("opt", "race-fedsp", "data.max_length=200").texts == cost.TextLengths(
         200, 8, 200, "estimated"
     )
 

@@ -46,10 +46,10 @@ def merging() -> PreTrainedTokenizerFast:
     they meet.
     """
     alphabet = [*"abcdefgh :?", "ab", " c", "b c", "de"]
-    known = {token: number for number, token in enumerate(["<unk>", "<s>", "</s>", *alphabet])}
+    vocabulary = {token: number for number, token in enumerate(["<unk>", "<s>", "</s>", *alphabet])}
     backend = tokenizers.Tokenizer(
         tokenizers.models.BPE(
-            known, [("a", "b"), (" ", "c"), ("b", " c"), ("d", "e")], unk_token="<unk>"
+            vocabulary, [("a", "b"), (" ", "c"), ("b", " c"), ("d", "e")], unk_token="<unk>"
         )
     )
     return PreTrainedTokenizerFast(
@@ -59,38 +59,44 @@ def merging() -> PreTrainedTokenizerFast:
 
 def some_questions(count: int = 12, longest: int = 9, seed: int = 0) -> list[Question]:
     """Options of different lengths over one context, now and then over contexts of their own."""
-    random, asked = np.random.default_rng(seed), []
+    random, drawn = np.random.default_rng(seed), []
     for _ in range(count):
         context = random.integers(4, tiny.VOCABULARY, random.integers(1, longest + 1))
         options = []
         for number in range(3):
-            own = np.append(context, 7) if number == 2 and random.random() < 0.3 else context
+            option_context = (
+                np.append(context, 7) if number == 2 and random.random() < 0.3 else context
+            )
             option = random.integers(4, tiny.VOCABULARY, random.integers(1, 5))
-            options.append(Text(np.concatenate([own, option]).astype(np.int32), len(own)))
-        asked.append(
+            options.append(
+                Text(np.concatenate([option_context, option]).astype(np.int32), len(option_context))
+            )
+        drawn.append(
             Question(
                 tuple(options),
                 tuple(random.integers(1, 20, 3).tolist()),
                 (int(random.integers(3)),),
             )
         )
-    return asked
+    return drawn
 
 
 def all_found(
     model: LanguageModel,
     prompt: Prompt | None,
-    asked: list[Question],
+    asked_questions: list[Question],
     monkeypatch,
     batch_tokens: int = 100,
 ):
     """What `score` finds for every option, with the score itself."""
-    kept, judge = [], scoring._judge
+    recorded, judge = [], scoring._is_correct
     monkeypatch.setattr(
-        scoring, "_judge", lambda question, found: (kept.append(found), judge(question, found))[1]
+        scoring,
+        "_is_correct",
+        lambda question, scores: (recorded.append(scores), judge(question, scores))[1],
     )
-    result = score(model, prompt, asked, "multiple_choice", batch_tokens)
-    return result, [list(zip(found.loglikelihood, found.greedy)) for found in kept]
+    result = score(model, prompt, asked_questions, "multiple_choice", batch_tokens)
+    return result, [list(zip(scores.loglikelihood, scores.greedy)) for scores in recorded]
 
 
 def prompt_for(
@@ -104,27 +110,32 @@ def prompt_for(
 
 @pytest.mark.parametrize("kind", [None, "prefix", "input"])
 def test_every_option_scores_as_its_own_full_sequence(folder, kind, monkeypatch):
-    model, asked = tiny.load(folder), some_questions()
+    model, asked_questions = tiny.load(folder), some_questions()
     prompt, stock = prompt_for(model, kind), AutoModelForCausalLM.from_pretrained(folder).eval()
-    result, found = all_found(model, prompt, asked, monkeypatch)
+    result, scores = all_found(model, prompt, asked_questions, monkeypatch)
     right = []
-    for question, options in zip(asked, found, strict=True):
-        wanted = [by_hand(stock, prompt, text) for text in question.options]
+    for question, options in zip(asked_questions, scores, strict=True):
+        expected = [by_hand(stock, prompt, text) for text in question.options]
         assert [value for value, _ in options] == pytest.approx(
-            [value for value, _ in wanted], abs=1e-4
+            [value for value, _ in expected], abs=1e-4
         )
-        assert [greedy for _, greedy in options] == [greedy for _, greedy in wanted]
-        values = [value for value, _ in wanted]
+        assert [greedy for _, greedy in options] == [greedy for _, greedy in expected]
+        values = [value for value, _ in expected]
         by_size = [value / size for value, size in zip(values, question.lengths)]
         right.append(
-            [max(range(3), key=some.__getitem__) in question.gold for some in (values, by_size)]
+            [
+                max(range(3), key=criterion.__getitem__) in question.gold
+                for criterion in (values, by_size)
+            ]
         )
     acc, norm = np.mean(right, axis=0)
-    assert (result.n, result.acc, result.acc_norm) == (len(asked), acc, norm) and math.isnan(
-        result.exact_match
-    )
+    assert (result.n, result.acc, result.acc_norm) == (
+        len(asked_questions),
+        acc,
+        norm,
+    ) and math.isnan(result.exact_match)
     assert result.stderr == pytest.approx(
-        np.std([r[0] for r in right], ddof=1) / math.sqrt(len(asked))
+        np.std([r[0] for r in right], ddof=1) / math.sqrt(len(asked_questions))
     )
 
 
@@ -132,7 +143,7 @@ def test_every_option_scores_as_its_own_full_sequence(folder, kind, monkeypatch)
 @pytest.mark.parametrize("kind", [None, "prefix", "input"])
 def test_contexts_longer_than_the_positions_lose_their_beginning(folder, kind, monkeypatch):
     model, random = tiny.load(folder), np.random.default_rng(3)
-    asked = []
+    asked_questions = []
     for size in (
         tiny.POSITIONS - 6,
         tiny.POSITIONS - 5,
@@ -142,7 +153,7 @@ def test_contexts_longer_than_the_positions_lose_their_beginning(folder, kind, m
     ):
         context = random.integers(4, tiny.VOCABULARY, size)
         ends = [random.integers(4, tiny.VOCABULARY, length) for length in (1, 3, 6)]
-        asked.append(
+        asked_questions.append(
             Question(
                 tuple(Text(np.concatenate([context, end]).astype(np.int32), size) for end in ends),
                 (1, 2, 3),
@@ -150,25 +161,27 @@ def test_contexts_longer_than_the_positions_lose_their_beginning(folder, kind, m
             )
         )
     prompt = prompt_for(model, kind)
-    _, found = all_found(model, prompt, asked, monkeypatch)
-    for question, options in zip(asked, found, strict=True):
-        wanted = [by_hand(folder, prompt, text)[0] for text in question.options]
-        assert [value for value, _ in options] == pytest.approx(wanted, abs=1e-4)
+    _, scores = all_found(model, prompt, asked_questions, monkeypatch)
+    for question, options in zip(asked_questions, scores, strict=True):
+        expected = [by_hand(folder, prompt, text)[0] for text in question.options]
+        assert [value for value, _ in options] == pytest.approx(expected, abs=1e-4)
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 40, 10_000])
 def test_how_options_are_batched_is_of_no_consequence(gpt2, batch_tokens, monkeypatch):
-    model, asked, done = tiny.load(gpt2), some_questions(), []
+    model, asked_questions, done = tiny.load(gpt2), some_questions(), []
     prompt = prompt_for(model, "prefix", 7)
-    wanted, found = all_found(model, prompt, asked, monkeypatch)
+    result, scores = all_found(model, prompt, asked_questions, monkeypatch)
     monkeypatch.undo()
-    other, again = all_found(model, prompt, asked, monkeypatch, batch_tokens)
-    assert np.allclose(
-        [[v for v, _ in f] for f in found], [[v for v, _ in f] for f in again], atol=1e-4
+    other_result, other_scores = all_found(
+        model, prompt, asked_questions, monkeypatch, batch_tokens
     )
-    assert (other.acc, other.acc_norm) == (wanted.acc, wanted.acc_norm)
-    score(model, prompt, asked, "multiple_choice", batch_tokens, done.append)
-    assert sum(done) == 3 * len(asked) and len(done) > 1
+    assert np.allclose(
+        [[v for v, _ in f] for f in scores], [[v for v, _ in f] for f in other_scores], atol=1e-4
+    )
+    assert (other_result.acc, other_result.acc_norm) == (result.acc, result.acc_norm)
+    score(model, prompt, asked_questions, "multiple_choice", batch_tokens, on_done=done.append)
+    assert sum(done) == 3 * len(asked_questions) and len(done) > 1
 
 
 def test_a_context_is_run_once_for_all_its_options(gpt2, monkeypatch):
@@ -180,14 +193,14 @@ def test_a_context_is_run_once_for_all_its_options(gpt2, monkeypatch):
         lambda ids, *rest: (sizes.append(tuple(ids.shape)), run(ids, *rest))[1],
     )
     ids = np.arange(4, 12, dtype=np.int32)
-    asked = [
+    asked_questions = [
         Question(
             tuple(Text(np.append(ids, end).astype(np.int32), 8) for end in (20, 21, 22)),
             (1, 1, 1),
             (0,),
         )
     ] * 2
-    score(model, None, asked, "multiple_choice", 1000)
+    score(model, None, asked_questions, "multiple_choice", 1000)
     assert sizes == [(2, 8)]
 
 
@@ -203,13 +216,13 @@ def test_a_forward_pass_runs_no_more_positions_than_asked(gpt2, kind, batch_toke
     before = 5 if kind == "input" else 0
 
     def watched(ids, prompt, rows, endings):
-        first, rest = run(ids, prompt, rows, endings)
-        longest = 1 if rest is None else 1 + rest.shape[1]
+        first, further = run(ids, prompt, rows, endings)
+        longest = 1 if further is None else 1 + further.shape[1]
         groups.append((len(ids), ids.numel() + len(ids) * before + len(rows) * longest))
-        return first, rest
+        return first, further
 
     monkeypatch.setattr(model, "continue_from", watched)
-    random, asked = np.random.default_rng(5), []
+    random, asked_questions = np.random.default_rng(5), []
     for number in range(20):  # one long option among short ones costs all of its group
         context = random.integers(4, tiny.VOCABULARY, (3, 7)[number % 2])
         ends = [
@@ -219,9 +232,9 @@ def test_a_forward_pass_runs_no_more_positions_than_asked(gpt2, kind, batch_toke
         options = tuple(
             Text(np.concatenate([context, end]).astype(np.int32), len(context)) for end in ends
         )
-        asked.append(Question(options, (1, 2, 3), (0,)))
-    score(model, prompt, asked, "multiple_choice", batch_tokens)
-    assert sum(stems for stems, _ in groups) == len(asked)
+        asked_questions.append(Question(options, (1, 2, 3), (0,)))
+    score(model, prompt, asked_questions, "multiple_choice", batch_tokens)
+    assert sum(stems for stems, _ in groups) == len(asked_questions)
     assert all(stems == 1 or cost <= batch_tokens for stems, cost in groups)
     assert batch_tokens < 60 or any(stems > 1 for stems, _ in groups)
 
@@ -230,45 +243,49 @@ def test_a_forward_pass_runs_no_more_positions_than_asked(gpt2, kind, batch_toke
 @pytest.mark.parametrize("kind", [None, "input"])
 def test_checkpointing_changes_no_score(family, kind, tmp_path, monkeypatch):
     """transformers drops the cache while it checkpoints, which is in training mode only."""
-    path, asked = tiny.model_folder(tmp_path, family), some_questions()
+    path, asked_questions = tiny.model_folder(tmp_path, family), some_questions()
     plain, lean = tiny.load(path), tiny.load(path, checkpointing=True)
     assert lean.model.training
     prompt = prompt_for(plain, kind)
-    wanted, found = all_found(plain, prompt, asked, monkeypatch)
+    result, scores = all_found(plain, prompt, asked_questions, monkeypatch)
     monkeypatch.undo()
-    other, again = all_found(lean, prompt, asked, monkeypatch)
-    assert again == found and (other.acc, other.acc_norm, other.stderr) == (
-        wanted.acc,
-        wanted.acc_norm,
-        wanted.stderr,
+    other_result, other_scores = all_found(lean, prompt, asked_questions, monkeypatch)
+    assert other_scores == scores and (
+        other_result.acc,
+        other_result.acc_norm,
+        other_result.stderr,
+    ) == (
+        result.acc,
+        result.acc_norm,
+        result.stderr,
     )
     assert lean.model.training and not plain.model.training  # as they were
     texts = tiny.texts([3, 9, 5])
     assert answer_loss_mean(lean, prompt, texts, 20) == answer_loss_mean(plain, prompt, texts, 20)
     monkeypatch.setattr(lean, "continue_from", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        score(lean, prompt, asked, "multiple_choice", 100)
+        score(lean, prompt, asked_questions, "multiple_choice", 100)
     assert lean.model.training
 
 
 def test_a_large_vocabulary_costs_no_precision(tmp_path, monkeypatch):
     """Sums over tens of thousands of tokens in fp32, as exact as lm-eval's."""
-    model, asked = (
+    model, asked_questions = (
         tiny.load(tiny.model_folder(tmp_path, "gpt2", vocab_size=32_000)),
         some_questions(4),
     )
     model.model.transformer.ln_f.weight.data *= 6  # as sure of some tokens as a trained model is
-    _, found = all_found(model, None, asked, monkeypatch)
-    for question, options in zip(asked, found, strict=True):
-        wanted = [by_hand(model.model, None, text)[0] for text in question.options]
-        assert [value for value, _ in options] == pytest.approx(wanted, rel=0, abs=5e-5)
+    _, scores = all_found(model, None, asked_questions, monkeypatch)
+    for question, options in zip(asked_questions, scores, strict=True):
+        expected = [by_hand(model.model, None, text)[0] for text in question.options]
+        assert [value for value, _ in options] == pytest.approx(expected, rel=0, abs=5e-5)
 
 
-def rigged(monkeypatch, *found: tuple[list[float], list[int]]) -> None:
+def rigged(monkeypatch, *scores: tuple[list[float], list[int]]) -> None:
     """Let scoring find these log-likelihoods and greedy marks."""
 
     def fill(model, prompt, group, places):
-        for place, (values, greedy) in zip(places, found):
+        for place, (values, greedy) in zip(places, scores):
             place.loglikelihood[:], place.greedy[:] = values, greedy
 
     monkeypatch.setattr(scoring, "_score_group", fill)
@@ -276,11 +293,11 @@ def rigged(monkeypatch, *found: tuple[list[float], list[int]]) -> None:
 
 def asked_of(*gold: tuple[int, ...], lengths: tuple[int, ...] = (1, 1, 1)) -> list[Question]:
     text = Text(np.array([4, 5], dtype=np.int32), 1)
-    return [Question((text,) * len(lengths), lengths, each) for each in gold]
+    return [Question((text,) * len(lengths), lengths, indices) for indices in gold]
 
 
 def test_scores_by_hand(gpt2, monkeypatch):
-    """acc by the sum, acc_norm by the sum over characters, exact match by any greedy answer."""
+    """acc by the sum, acc_norm by the sum over characters, exact match by a right greedy answer."""
     model, lengths = tiny.load(gpt2), (2, 10, 5)
     rigged(
         monkeypatch,
@@ -288,22 +305,22 @@ def test_scores_by_hand(gpt2, monkeypatch):
         ([-4, -5, -9], [1, 0, 0]),
         ([-8, -30, -6], [0, 0, 0]),
     )
-    asked = asked_of((0,), (1,), (0, 2), lengths=lengths)
-    found = score(model, None, asked, "multiple_choice", 100)
-    assert (found.acc, found.acc_norm) == (2 / 3, 2 / 3)  # best: 0, 0, 2; per character: 1, 1, 2
-    assert math.isnan(found.exact_match) and found.stderr == pytest.approx(
+    asked_questions = asked_of((0,), (1,), (0, 2), lengths=lengths)
+    result = score(model, None, asked_questions, "multiple_choice", 100)
+    assert (result.acc, result.acc_norm) == (2 / 3, 2 / 3)  # best: 0, 0, 2; per character: 1, 1, 2
+    assert math.isnan(result.exact_match) and result.stderr == pytest.approx(
         np.std([1, 0, 1], ddof=1) / math.sqrt(3)
     )
-    found = score(model, None, asked, "exact_match", 100)
+    result = score(model, None, asked_questions, "exact_match", 100)
     assert (
-        found.exact_match == 0
-        and math.isnan(found.acc)
-        and math.isnan(found.acc_norm)
-        and found.stderr == 0
+        result.exact_match == 0
+        and math.isnan(result.acc)
+        and math.isnan(result.acc_norm)
+        and result.stderr == 0
     )
-    found = score(model, None, asked_of((1, 2), (0,), (1,), lengths=lengths), "exact_match", 100)
-    assert found.exact_match == 2 / 3 and found.n == 3 and found.seconds >= 0
-    assert math.isnan(score(model, None, asked[:1], "multiple_choice", 100).stderr)
+    result = score(model, None, asked_of((1, 2), (0,), (1,), lengths=lengths), "exact_match", 100)
+    assert result.exact_match == 2 / 3 and result.n == 3 and result.seconds >= 0
+    assert math.isnan(score(model, None, asked_questions[:1], "multiple_choice", 100).stderr)
 
 
 def test_of_equal_options_the_first_is_taken(gpt2, monkeypatch):
@@ -316,19 +333,23 @@ def test_of_equal_options_the_first_is_taken(gpt2, monkeypatch):
 
 def test_an_empty_context_becomes_the_beginning_of_text(gpt2, monkeypatch):
     tokenizer = tiny.tokenizer()
-    asked = questions(
+    asked_questions = questions(
         tokenizer, [Example("", " w1", ("w1", "w2 w3"), (0,)), Example("  ", " w1", ("w1",), (0,))]
     )
-    texts = [*asked[0].options, *asked[1].options]
+    texts = [*asked_questions[0].options, *asked_questions[1].options]
     assert [(text.ids.tolist(), text.answer) for text in texts] == [
         ([1, 5], 1),
         ([1, 6, 7], 1),
         ([1, 5], 1),
     ]
     model = tiny.load(gpt2)
-    _, found = all_found(model, None, asked, monkeypatch)
-    wanted = [[by_hand(gpt2, None, text)[0] for text in question.options] for question in asked]
-    assert [[v for v, _ in f] for f in found] == [pytest.approx(some, abs=1e-4) for some in wanted]
+    _, scores = all_found(model, None, asked_questions, monkeypatch)
+    expected = [
+        [by_hand(gpt2, None, text)[0] for text in question.options] for question in asked_questions
+    ]
+    assert [[v for v, _ in f] for f in scores] == [
+        pytest.approx(values, abs=1e-4) for values in expected
+    ]
 
 
 def test_without_a_beginning_of_text_its_end_is_taken():
@@ -365,13 +386,13 @@ def test_a_token_that_reaches_over_the_border(gpt2, monkeypatch):
         [ids["b"], ids[" c"]],
         1,
     )  # or nothing of the answer would be left
-    asked = questions(tokenizer, [Example("db", " ce", ("ce", "de"), (0,))])
-    starts = [tuple(text.ids[: text.answer].tolist()) for text in asked[0].options]
+    asked_questions = questions(tokenizer, [Example("db", " ce", ("ce", "de"), (0,))])
+    starts = [tuple(text.ids[: text.answer].tolist()) for text in asked_questions[0].options]
     assert starts[0] != starts[1]  # one question, two contexts
     model = tiny.load(gpt2)
-    _, [found] = all_found(model, None, asked, monkeypatch)
-    assert [v for v, _ in found] == pytest.approx(
-        [by_hand(gpt2, None, t)[0] for t in asked[0].options], abs=1e-4
+    _, [scores] = all_found(model, None, asked_questions, monkeypatch)
+    assert [v for v, _ in scores] == pytest.approx(
+        [by_hand(gpt2, None, t)[0] for t in asked_questions[0].options], abs=1e-4
     )
 
 
@@ -438,25 +459,29 @@ def test_the_validation_loss_is_the_mean_over_all_answer_tokens(gpt2, kind):
 # -- against lm-eval -------------------------------------------------------------------------------
 
 
-def compare(path: str, tokenizer, ours: list[Example], metric: str, theirs, monkeypatch) -> None:
-    results, samples = theirs
-    asked = questions(tokenizer, ours)
+def compare(
+    path: str, tokenizer, examples: list[Example], metric: str, lm_eval_output, monkeypatch
+) -> None:
+    results, samples = lm_eval_output
+    asked_questions = questions(tokenizer, examples)
     monkeypatch.undo()
-    kept, judge = [], scoring._judge
+    recorded, judge = [], scoring._is_correct
     monkeypatch.setattr(
-        scoring, "_judge", lambda question, found: (kept.append(found), judge(question, found))[1]
+        scoring,
+        "_is_correct",
+        lambda question, scores: (recorded.append(scores), judge(question, scores))[1],
     )
-    found = score(tiny.load(path), None, asked, metric, 2048)
-    assert len(samples) == found.n == len(ours)
-    for options, sample in zip(kept, samples, strict=True):
+    result = score(tiny.load(path), None, asked_questions, metric, 2048)
+    assert len(samples) == result.n == len(examples)
+    for options, sample in zip(recorded, samples, strict=True):
         assert options.loglikelihood.tolist() == pytest.approx(
             [value for value, _ in sample], abs=1e-4
         )
         assert options.greedy.tolist() == [greedy for _, greedy in sample]
     names = ("exact_match",) if metric == "exact_match" else ("acc", "acc_norm")
     for name in names:
-        assert getattr(found, name) == results[f"{name},none"], name
-    assert found.stderr == pytest.approx(results[f"{names[0]}_stderr,none"], rel=1e-9)
+        assert getattr(result, name) == results[f"{name},none"], name
+    assert result.stderr == pytest.approx(results[f"{names[0]}_stderr,none"], rel=1e-9)
 
 
 def test_tiny_scores_equal_lm_evals(gpt2, tmp_path, monkeypatch):
@@ -473,10 +498,12 @@ def test_tiny_scores_equal_lm_evals(gpt2, tmp_path, monkeypatch):
         "doc_to_target": "label",
         "metric_list": [{"metric": metric} for metric in ("acc", "acc_norm")],
     }
-    ours = list(loading.load("multiple_choice", source, seed=0).test)
+    examples = list(loading.load("multiple_choice", source, seed=0).test)
     model, tokenizer = AutoModelForCausalLM.from_pretrained(gpt2), tiny.tokenizer()
-    theirs = lm_eval_results(model, tokenizer, "tiny_choices", table, 30, monkeypatch, config)
-    compare(gpt2, tokenizer, ours, "multiple_choice", theirs, monkeypatch)
+    lm_eval_output = lm_eval_results(
+        model, tokenizer, "tiny_choices", table, 30, monkeypatch, config
+    )
+    compare(gpt2, tokenizer, examples, "multiple_choice", lm_eval_output, monkeypatch)
 
 
 @pytest.mark.parametrize(
@@ -491,9 +518,9 @@ def test_scores_of_a_trained_model_equal_lm_evals(name, other, metric, number, m
     path, source = SHARED / "models" / "stories15m", SHARED / "data" / name
     if not path.is_dir() or not source.is_dir():
         pytest.skip(f"no local copy of stories15m and {name} in ../shared")
-    ours = list(loading.load(name, str(source), seed=0, limit={"test": number}).test)
+    examples = list(loading.load(name, str(source), seed=0, limit={"test": number}).test)
     data = datasets.load_dataset(str(source))
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(path)
-    theirs = lm_eval_results(model, tokenizer, other, data, number, monkeypatch)
-    compare(str(path), tokenizer, ours, metric, theirs, monkeypatch)
+    lm_eval_output = lm_eval_results(model, tokenizer, other, data, number, monkeypatch)
+    compare(str(path), tokenizer, examples, metric, lm_eval_output, monkeypatch)

@@ -27,7 +27,7 @@ def made(encoder: str) -> Prompt:
 
 
 def by_hand(t: dict[str, np.ndarray], encoder: str) -> np.ndarray:
-    """The encoder in numpy: LSTM cells step by step, both ways, then two linear layers."""
+    """Apply the encoder in numpy: LSTM cells step by step, both ways, then two linear layers."""
     rows = t["embedding"].astype(float)
     if encoder == "lstm":
         for layer in (0, 1):
@@ -63,9 +63,9 @@ def test_the_matrix_is_what_the_encoder_makes(encoder):
     prompt.load(
         {name: value + 0.1 for name, value in prompt.tensors().items()}
     )  # offsets are not 0
-    wanted = by_hand({name: value.numpy() for name, value in prompt.tensors().items()}, encoder)
+    expected = by_hand({name: value.numpy() for name, value in prompt.tensors().items()}, encoder)
     assert prompt.matrix().shape == (TOKENS, WIDTH)
-    assert np.abs(prompt.matrix().detach().numpy() - wanted).max() < 1e-5
+    assert np.abs(prompt.matrix().detach().numpy() - expected).max() < 1e-5
 
 
 @pytest.mark.parametrize("encoder", ENCODERS)
@@ -136,8 +136,8 @@ def test_a_run_sends_the_encoder_and_saves_what_it_makes(tmp_path, encoder):
     base = transformers.AutoModelForCausalLM.from_pretrained(config.EMBEDDED.parent / "model")
     theirs = peft.PeftModel.from_pretrained(base, run.file.parent / "prompt")
     assert torch.isfinite(theirs(input_ids=torch.tensor([[5, 6, 7]])).logits).all()
-    own = cost.plan(config.load(run.file.parent / "config.yaml"), "own").methods[0]
-    assert own.trains == run.sections["models"]["prompt_on_the_wire"]
+    planned = cost.plan(config.load(run.file.parent / "config.yaml"), "own").methods[0]
+    assert planned.trains == run.sections["models"]["prompt_on_the_wire"]
 
 
 def test_what_cannot_be_is_refused(tmp_path):

@@ -61,22 +61,22 @@ def unsealed():
     seal.clear()
 
 
-def rebuilt(folder: str, taken: list[int]) -> Any:
+def rebuilt(folder: str, source_layers: list[int]) -> Any:
     """The logits of the global model's own layers `taken`, one after the other, by transformers
     alone.
     """
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     layers, config = layers_of(model), model.config
-    kept = torch.nn.ModuleList(layers[place] for place in taken)
+    modules = torch.nn.ModuleList(layers[place] for place in source_layers)
     if getattr(config, "layer_types", None):
-        config.layer_types = [config.layer_types[place] for place in taken]
-    config.num_hidden_layers = len(taken)
+        config.layer_types = [config.layer_types[place] for place in source_layers]
+    config.num_hidden_layers = len(source_layers)
     parent, _, name = {
         "gpt2": "transformer.h",
         "opt": "model.decoder.layers",
         "gpt_neox": "gpt_neox.layers",
     }.get(config.model_type, "model.layers").rpartition(".")
-    setattr(model.get_submodule(parent), name, kept)
+    setattr(model.get_submodule(parent), name, modules)
     return model
 
 
@@ -84,38 +84,38 @@ def rebuilt(folder: str, taken: list[int]) -> Any:
 @pytest.mark.parametrize("cell", CELLS)
 def test_layers_compute_as_they_do_in_the_global_model(folder, cell, tmp_path):
     """As cut, as handed out to clients, and as saved and loaded again."""
-    settings, taken = CELLS[cell]
-    whole, batch = tiny.load(folder), tiny.batch()
+    settings, source_layers = CELLS[cell]
+    large, batch = tiny.load(folder), tiny.batch()
     with torch.no_grad():
-        wanted = rebuilt(folder, taken)(
+        expected = rebuilt(folder, source_layers)(
             input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
         ).logits
-        small = LanguageModel(auxiliary.unroll(auxiliary.cut(whole, settings), len(taken)))
+        small = LanguageModel(auxiliary.unroll(auxiliary.cut(large, settings), len(source_layers)))
         built = auxiliary.build(
-            auxiliary.cell_config(whole.model.config, settings).to_dict(),
-            len(taken),
+            auxiliary.cell_config(large.model.config, settings).to_dict(),
+            len(source_layers),
             tiny.CPU,
             dtype=torch.float32,
         )
         auxiliary.load_weights(built, auxiliary.pack(small).torch())
         size = auxiliary.cell_size(settings, tiny.LAYERS)
-        recipe = {"depth": len(taken)}
+        recipe = {"depth": len(source_layers)}
         auxiliary.save(
             tmp_path / "auxiliary", small, size, tokenizer=tiny.tokenizer(), recipe=recipe
         )
         again = auxiliary.load(tmp_path / "auxiliary")
         for model in (small, built, again):
             logits = model.head(model.hidden(batch))
-            assert (wanted - logits)[batch.attention_mask.bool()].abs().max() < 1e-5
+            assert (expected - logits)[batch.attention_mask.bool()].abs().max() < 1e-5
 
 
 def test_nothing_else_of_a_layer_depends_on_its_place(folder):
     """Every plain setting of a layer is that of the layer it was copied from, but for its place in
     the cache.
     """
-    settings, taken = CELLS["both ends"]
-    whole = tiny.load(folder)
-    small = LanguageModel(auxiliary.unroll(auxiliary.cut(whole, settings), len(taken)))
+    settings, source_layers = CELLS["both ends"]
+    large = tiny.load(folder)
+    small = LanguageModel(auxiliary.unroll(auxiliary.cut(large, settings), len(source_layers)))
 
     def plain(layer: torch.nn.Module) -> dict[str, Any]:
         return {
@@ -128,14 +128,14 @@ def test_nothing_else_of_a_layer_depends_on_its_place(folder):
             and "bridge" not in name
         }
 
-    for layer, place in zip(layers_of(small.model), taken):
-        assert plain(layer) == plain(layers_of(whole.model)[place]) != {}
+    for layer, place in zip(layers_of(small.model), source_layers):
+        assert plain(layer) == plain(layers_of(large.model)[place]) != {}
 
 
 @pytest.mark.parametrize("window", [3, 8])
 @pytest.mark.parametrize("family", ["qwen2", "qwen3", "mistral", "phi3"])
 def test_a_prompt_longer_than_a_sliding_window_is_read_whole(family, window, tmp_path):
-    """Read once before its texts, or together with each; and as what a prefix begins with."""
+    """Once before its texts, or together with each of them; and as a prefix begins with it."""
     mixed = (
         {"use_sliding_window": True, "max_window_layers": 2} if family.startswith("qwen") else {}
     )
@@ -148,9 +148,9 @@ def test_a_prompt_longer_than_a_sliding_window_is_read_whole(family, window, tmp
         text = model.model.get_input_embeddings()(batch.input_ids)
         together = torch.cat([prompt.matrix().expand(len(text), -1, -1), text], dim=1)
         mask = torch.cat([batch.attention_mask.new_ones(len(text), 5), batch.attention_mask], dim=1)
-        wanted = model.model.base_model(
+        expected = model.model.base_model(
             inputs_embeds=together, attention_mask=mask, use_cache=False
         ).last_hidden_state
         read_first = model.hidden(batch, prompt)
-    assert (wanted[:, 5:] - read_first)[batch.attention_mask.bool()].abs().max() < 1e-5
+    assert (expected[:, 5:] - read_first)[batch.attention_mask.bool()].abs().max() < 1e-5
     assert model.keys_and_values(torch.arange(4, 11)).shape[3] == 7

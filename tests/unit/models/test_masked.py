@@ -178,23 +178,23 @@ def plain_logits(model: LanguageModel, text: Text, prompt: Prompt | None) -> tor
 @torch.no_grad()
 def test_logits_are_those_of_transformers(model, family, with_prompt):
     prompt = prompt_for(model) if with_prompt else None
-    some = texts(family)
-    found, targets = model.answer_logits(collate(some), prompt)
-    assert found.shape == (3, tiny.VOCABULARY) and targets.tolist() == [6, 5, 6]
-    for row, text in zip(found, some):
+    batch_texts = texts(family)
+    logits, targets = model.answer_logits(collate(batch_texts), prompt)
+    assert logits.shape == (3, tiny.VOCABULARY) and targets.tolist() == [6, 5, 6]
+    for row, text in zip(logits, batch_texts):
         assert (row - plain_logits(model, text, prompt)).abs().max() < 1e-5
     model.candidates = torch.tensor([5, 6])
-    few, places = model.answer_logits(collate(some), prompt)
-    assert torch.equal(few, found[:, 5:7]) and places.tolist() == [1, 0, 1]
+    few, places = model.answer_logits(collate(batch_texts), prompt)
+    assert torch.equal(few, logits[:, 5:7]) and places.tolist() == [1, 0, 1]
 
 
 @torch.no_grad()
 def test_texts_of_a_batch_have_prompts_of_their_own(model, family):
     values = torch.stack([prompt_for(model).matrix() * scale for scale in (1, -2)])
     prompts = PromptBatch(prompt_for(model).spec, values, torch.tensor([1, 0, 1]))
-    some = texts(family)
-    found, _ = model.answer_logits(collate(some), prompts)
-    for row, text, owner in zip(found, some, prompts.owners):
+    batch_texts = texts(family)
+    logits, _ = model.answer_logits(collate(batch_texts), prompts)
+    for row, text, owner in zip(logits, batch_texts, prompts.prompt_index):
         alone = prompt_for(model)
         alone.load({"prompt": values[owner]})
         assert (row - plain_logits(model, text, alone)).abs().max() < 1e-5
@@ -202,9 +202,9 @@ def test_texts_of_a_batch_have_prompts_of_their_own(model, family):
 
 @torch.no_grad()
 def test_it_reads_what_stands_behind_the_gap(model, family):
-    one, other = texts(family, [example("w5 is", 0, " w9"), example("w5 is", 0, " w12")])
-    first, _ = model.answer_logits(collate([one]))
-    second, _ = model.answer_logits(collate([other]))
+    ninth, twelfth = texts(family, [example("w5 is", 0, " w9"), example("w5 is", 0, " w12")])
+    first, _ = model.answer_logits(collate([ninth]))
+    second, _ = model.answer_logits(collate([twelfth]))
     assert (first - second).abs().max() > 1e-3
 
 
@@ -242,7 +242,7 @@ def test_the_room_of_a_prompt(model, family):
 @torch.no_grad()
 def test_scores_are_those_of_a_loop(model, family):
     random = np.random.default_rng(0)
-    asked = [
+    asked_examples = [
         example(
             " ".join(f"w{i}" for i in random.integers(5, 90, random.integers(1, 9))),
             int(random.integers(2)),
@@ -251,23 +251,23 @@ def test_scores_are_those_of_a_loop(model, family):
         for _ in range(17)
     ]
     prompt, tokenizer = prompt_for(model), tiny.gap_tokenizer(family)
-    questions = gap_questions(tokenizer, asked, 50)
-    found = loglikelihoods(model, prompt, questions, 40)
+    questions = gap_questions(tokenizer, asked_examples, 50)
+    likelihoods = loglikelihoods(model, prompt, questions, 40)
     right, losses = [], []
-    for one, each in zip(asked, found):
-        [text] = cloze.encode(tokenizer, [one], 50)
+    for row, likelihood in zip(asked_examples, likelihoods):
+        [text] = cloze.encode(tokenizer, [row], 50)
         logs = plain_logits(model, text, prompt).double().log_softmax(-1)
-        assert each.loglikelihood == pytest.approx([logs[5].item(), logs[6].item()], abs=1e-4)
-        assert each.greedy.tolist() == [int(logs.argmax()) == 5, int(logs.argmax()) == 6]
-        right.append(int(logs[6] > logs[5]) == one.gold[0])
-        losses.append(-logs[5 + one.gold[0]].item())
+        assert likelihood.loglikelihood == pytest.approx([logs[5].item(), logs[6].item()], abs=1e-4)
+        assert likelihood.greedy.tolist() == [int(logs.argmax()) == 5, int(logs.argmax()) == 6]
+        right.append(int(logs[6] > logs[5]) == row.gold[0])
+        losses.append(-logs[5 + row.gold[0]].item())
     result = score(model, prompt, questions, "multiple_choice", 40)
     assert (
         result.acc == pytest.approx(np.mean(right))
         and result.n == 17
         and math.isnan(result.exact_match)
     )
-    every = cloze.encode(tokenizer, asked, 50)
+    every = cloze.encode(tokenizer, asked_examples, 50)
     assert answer_loss_mean(model, prompt, every, 40) == pytest.approx(np.mean(losses), rel=1e-5)
     assert len(list(by_length(every, 40))) > 2
     assert score(model, prompt, questions, "multiple_choice", 40, stop=lambda: True) is None
@@ -278,14 +278,14 @@ def test_scores_are_those_of_a_loop(model, family):
 
 @pytest.mark.parametrize("family", tiny.GAP_FAMILIES)
 def test_a_run_learns_and_peft_answers_with_its_prompt(tmp_path, family):
-    own = (
+    overrides = (
         'data.template="{context} w9 {mask} w8"',
         "client.tuning.optimizer.learning_rate=0.3",
         "client.tuning.steps=20",
     )
     run = short(
         tmp_path / "runs",
-        *gap_settings(tmp_path, family, *own),
+        *gap_settings(tmp_path, family, *overrides),
         "prompt.init=text",
         "prompt.init_text=w3 w4",
     )
@@ -305,18 +305,18 @@ def test_a_run_learns_and_peft_answers_with_its_prompt(tmp_path, family):
 
 @torch.no_grad()
 def _compare_with_peft(adapter: Path, folder: Path, family: str, matrix: np.ndarray) -> None:
-    whole = model_class(transformers.AutoConfig.from_pretrained(folder)).from_pretrained(
+    large = model_class(transformers.AutoConfig.from_pretrained(folder)).from_pretrained(
         folder, dtype=torch.float32
     )
-    theirs = peft.PeftModel.from_pretrained(whole, adapter).eval()
+    theirs = peft.PeftModel.from_pretrained(large, adapter).eval()
     ours = tiny.load(str(folder))
     prompt = Prompt(PromptSpec.of(ours.shape, "input", 4, None))
     prompt.load({"prompt": torch.from_numpy(matrix)})
     [text] = texts(family, EXAMPLES[:1])
     batch = collate([text])
     more = {"decoder_input_ids": torch.tensor([[3, GAP]])} if family == "t5" else {}
-    found = theirs(input_ids=batch.input_ids, attention_mask=batch.attention_mask, **more).logits
-    logits = found[0, -1 if more else 4 + text.answer]
+    output = theirs(input_ids=batch.input_ids, attention_mask=batch.attention_mask, **more).logits
+    logits = output[0, -1 if more else 4 + text.answer]
     assert (logits - ours.answer_logits(batch, prompt)[0][0]).abs().max() < 1e-5
 
 
@@ -368,29 +368,29 @@ def test_a_backdoor_in_a_masked_model(tmp_path):
     ],
 )
 def test_what_such_a_model_cannot_do_is_said_before_weights_are_loaded(tmp_path, more, words):
-    found = gap_settings(tmp_path, "bert", *more)
+    overrides = gap_settings(tmp_path, "bert", *more)
     (tmp_path / "model" / "model.safetensors").unlink()
-    refused(lambda: ExperimentInputs(config.load(None, found)).check(), *words)
+    refused(lambda: ExperimentInputs(config.load(None, overrides)).check(), *words)
 
 
 def test_free_answers_are_refused(tmp_path):
-    found = gap_settings(tmp_path, "t5", "data.task=question_answering")
+    overrides = gap_settings(tmp_path, "t5", "data.task=question_answering")
     refused(
-        lambda: ExperimentInputs(config.load(None, found)).check(),
+        lambda: ExperimentInputs(config.load(None, overrides)).check(),
         "data.task",
         "found question_answering with a t5",
     )
 
 
 def test_the_default_recipe_says_what_to_do(tmp_path):
-    found = [
+    overrides = [
         *gap_settings(tmp_path, "roberta")[:3],
         "recipe=bridged",
         "auxiliary.depth=0.5",
         "auxiliary.first_layers=1",
     ]
     refused(
-        lambda: ExperimentInputs(config.load(None, found)).check(),
+        lambda: ExperimentInputs(config.load(None, overrides)).check(),
         "with a roberta",
         "configs/methods/fedprompt.yaml",
     )

@@ -79,9 +79,9 @@ def weights(model: LanguageModel) -> dict[str, torch.Tensor]:
 @pytest.mark.each_once
 @pytest.mark.parametrize(("start", "layers", "depth"), CELLS)
 def test_virtual_layers_share_the_weights_of_their_cell(folder, start, layers, depth):
-    whole = tiny.load(folder)
-    small = unrolled(whole, start, layers, depth)
-    virtual, real = families.layers_of(small.model), families.layers_of(whole.model)
+    large = tiny.load(folder)
+    small = unrolled(large, start, layers, depth)
+    virtual, real = families.layers_of(small.model), families.layers_of(large.model)
     assert len(virtual) == small.shape.num_layers == small.model.config.num_hidden_layers == depth
     assert len({id(layer) for layer in virtual}) == depth
     for i, layer in enumerate(virtual):
@@ -92,8 +92,8 @@ def test_virtual_layers_share_the_weights_of_their_cell(folder, start, layers, d
             assert parameter.data_ptr() != source[name].data_ptr()
         places = {module.layer_idx for module in layer.modules() if hasattr(module, "layer_idx")}
         assert places == {i}
-    one = sum(p.numel() for p in real[0].parameters())
-    assert small.num_parameters() == whole.num_parameters() - (tiny.LAYERS - layers) * one
+    layer_size = sum(p.numel() for p in real[0].parameters())
+    assert small.num_parameters() == large.num_parameters() - (tiny.LAYERS - layers) * layer_size
     assert small.num_parameters() == sum(
         {p.data_ptr(): p.numel() for p in small.model.parameters()}.values()
     )
@@ -103,35 +103,37 @@ def test_virtual_layers_share_the_weights_of_their_cell(folder, start, layers, d
 @pytest.mark.parametrize(("start", "layers", "depth"), CELLS)
 def test_it_computes_what_its_layers_compute_one_after_the_other(folder, start, layers, depth):
     """Against a stock model of full depth, into which the layers are copied."""
-    whole = tiny.load(folder)
-    small = unrolled(whole, start, layers, depth)
+    large = tiny.load(folder)
+    small = unrolled(large, start, layers, depth)
     copied = AutoModelForCausalLM.from_config(
-        auxiliary.cell_config(whole.model.config, tiny.cell(depth))
+        auxiliary.cell_config(large.model.config, tiny.cell(depth))
     ).eval()
-    state, path = whole.model.state_dict(), families.FAMILIES[whole.model.config.model_type]
+    state, path = large.model.state_dict(), families.FAMILIES[large.model.config.model_type]
     for name in copied.state_dict():
-        place, _, rest = name[len(path) + 1 :].partition(".")
+        place, _, more_logits = name[len(path) + 1 :].partition(".")
         if name.startswith(path):
-            state[name] = whole.model.state_dict()[f"{path}.{start + int(place) % layers}.{rest}"]
+            state[name] = large.model.state_dict()[
+                f"{path}.{start + int(place) % layers}.{more_logits}"
+            ]
     copied.load_state_dict({name: state[name] for name in copied.state_dict()})
     batch = tiny.batch()
     with torch.no_grad():
-        wanted = copied(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
-        found = small.head(small.hidden(batch))
-    assert (wanted - found)[batch.attention_mask.bool()].abs().max() < 1e-5
+        expected = copied(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+        actual = small.head(small.hidden(batch))
+    assert (expected - actual)[batch.attention_mask.bool()].abs().max() < 1e-5
 
 
 def test_a_cell_of_all_layers_is_the_global_model(folder):
-    whole = tiny.load(folder)
+    large = tiny.load(folder)
     small, batch, prompt = (
-        unrolled(whole, 0, tiny.LAYERS, tiny.LAYERS),
+        unrolled(large, 0, tiny.LAYERS, tiny.LAYERS),
         tiny.batch(),
-        prompt_for(whole),
+        prompt_for(large),
     )
-    assert torch.equal(small.hidden(batch, prompt), whole.hidden(batch, prompt))
-    assert fingerprint.of_weights(small.weights) == fingerprint.of_weights(whole.weights)
-    assert fingerprint.of_weights(unrolled(whole, 1, 3, 4).weights) != fingerprint.of_weights(
-        unrolled(whole, 0, 3, 4).weights
+    assert torch.equal(small.hidden(batch, prompt), large.hidden(batch, prompt))
+    assert fingerprint.of_weights(small.weights) == fingerprint.of_weights(large.weights)
+    assert fingerprint.of_weights(unrolled(large, 1, 3, 4).weights) != fingerprint.of_weights(
+        unrolled(large, 0, 3, 4).weights
     )
 
 
@@ -153,11 +155,11 @@ def test_every_weight_and_the_prompt_get_a_gradient(folder, start, layers, depth
 
 
 def test_a_shared_weights_gradient_is_the_sum_over_its_layers(gpt2):
-    whole = tiny.load(gpt2)
-    shared, apart = unrolled(whole, 1, 1, 3), unrolled(whole, 0, 3, 3)
+    large = tiny.load(gpt2)
+    shared, apart = unrolled(large, 1, 1, 3), unrolled(large, 0, 3, 3)
     with torch.no_grad():
         for layer in families.layers_of(apart.model):
-            layer.load_state_dict(families.layers_of(whole.model)[1].state_dict())
+            layer.load_state_dict(families.layers_of(large.model)[1].state_dict())
     for model in (shared, apart):
         model.train_weights(True)
         answer_loss(*model.answer_logits(tiny.batch())).backward()
@@ -165,15 +167,15 @@ def test_a_shared_weights_gradient_is_the_sum_over_its_layers(gpt2):
     total = sum(
         dict(layer.named_parameters())[name].grad for layer in families.layers_of(apart.model)
     )
-    found = dict(families.layers_of(shared.model)[0].named_parameters())[name].grad
-    assert torch.allclose(found, total, atol=1e-5 * total.abs().max())
+    actual = dict(families.layers_of(shared.model)[0].named_parameters())[name].grad
+    assert torch.allclose(actual, total, atol=1e-5 * total.abs().max())
 
 
 @pytest.mark.each_once
 @pytest.mark.parametrize(("layers", "depth"), [(1, 4), (2, 4), (3, 4), (4, 4)])
 def test_what_travels_makes_the_same_model_elsewhere(folder, layers, depth):
-    whole = tiny.load(folder)
-    small = unrolled(whole, 0, layers, depth)
+    large = tiny.load(folder)
+    small = unrolled(large, 0, layers, depth)
     packed = auxiliary.pack(small)
     assert packed.schema.num_values == small.num_parameters() and len(packed) == len(weights(small))
     cell = auxiliary.cell_config(small.model.config, tiny.cell(layers)).to_dict()
@@ -204,11 +206,13 @@ def test_saved_and_loaded_again_it_is_the_same_and_stock_transformers_reads_it(
     batch, prompt = tiny.batch(), prompt_for(small)
     assert torch.equal(again.hidden(batch, prompt), small.hidden(batch, prompt))
     assert auxiliary.read_recipe(target) == notes
-    stock, told = AutoModelForCausalLM.from_pretrained(target, output_loading_info=True)
-    assert not any(told.values()) and stock.config.num_hidden_layers == layers
-    mine = weights(small)
-    assert set(dict(stock.named_parameters())) == set(mine)
-    assert all(torch.equal(parameter, mine[name]) for name, parameter in stock.named_parameters())
+    stock, raised = AutoModelForCausalLM.from_pretrained(target, output_loading_info=True)
+    assert not any(raised.values()) and stock.config.num_hidden_layers == layers
+    own_weights = weights(small)
+    assert set(dict(stock.named_parameters())) == set(own_weights)
+    assert all(
+        torch.equal(parameter, own_weights[name]) for name, parameter in stock.named_parameters()
+    )
     assert PreTrainedTokenizerFast.from_pretrained(target).encode("w0 w5") == [4, 9]
 
 
@@ -244,15 +248,15 @@ def test_sizes_of_the_papers_models(settings, full, small):
     """From the architectures alone, on the meta device: nothing is allocated."""
     layers = settings.num_hidden_layers
     with torch.device("meta"):
-        whole = LanguageModel(AutoModelForCausalLM.from_config(settings))
+        large = LanguageModel(AutoModelForCausalLM.from_config(settings))
         cell = auxiliary.cell_config(settings, tiny.cell(1)).to_dict()
         built = auxiliary.build(cell, layers, torch.device("meta"), dtype=torch.float32)
-        assert (whole.num_parameters(), built.num_parameters()) == (full, small)
+        assert (large.num_parameters(), built.num_parameters()) == (full, small)
         assert (
-            auxiliary.unroll(auxiliary.cut(whole, tiny.cell(1)), layers).num_parameters() == small
+            auxiliary.unroll(auxiliary.cut(large, tiny.cell(1)), layers).num_parameters() == small
         )
     assert (
-        Prompt(PromptSpec.of(whole.shape, "prefix", 40, None)).num_parameters()
+        Prompt(PromptSpec.of(large.shape, "prefix", 40, None)).num_parameters()
         == 40 * layers * 2 * settings.hidden_size
     )
 
@@ -263,13 +267,13 @@ def test_layers_may_have_heads_of_their_own_width_and_a_final_projection(tmp_pat
     """
     for family, changes in {"llama": {"head_dim": 12}, "opt": {"word_embed_proj_dim": 16}}.items():
         path = tiny.model_folder(tmp_path / family, family, **changes)
-        whole, batch = tiny.load(path), tiny.batch()
-        small = unrolled(whole, 0, 4, 4)
+        large, batch = tiny.load(path), tiny.batch()
+        small = unrolled(large, 0, 4, 4)
         for kind, projection in PROMPTS:
-            prompt = prompt_for(whole, kind, projection)
-            assert torch.equal(small.hidden(batch, prompt), whole.hidden(batch, prompt))
+            prompt = prompt_for(large, kind, projection)
+            assert torch.equal(small.hidden(batch, prompt), large.hidden(batch, prompt))
             assert (
-                apart_from_peft(path, whole, prompt, tmp_path / f"{family}{kind}{projection}")
+                apart_from_peft(path, large, prompt, tmp_path / f"{family}{kind}{projection}")
                 < 1e-5
             )
 
@@ -278,9 +282,9 @@ def test_layers_may_have_heads_of_their_own_width_and_a_final_projection(tmp_pat
 
 
 def test_the_global_model_is_frozen_and_sealed(folder):
-    whole = tiny.load(folder)
-    assert not whole.model.training and not any(p.requires_grad for p in whole.model.parameters())
-    for name, parameter in whole.model.named_parameters():
+    large = tiny.load(folder)
+    assert not large.model.training and not any(p.requires_grad for p in large.model.parameters())
+    for name, parameter in large.model.named_parameters():
         with pytest.raises(SealedTensorError):
             NamedTensors.pack({name: parameter})
 
@@ -291,43 +295,43 @@ def test_weights_are_read_again_in_another_type(folder, checkpointing):
     """In place, frozen and sealed as before, of the files' own precision, and the old ones are let
     go.
     """
-    whole = tiny.load(folder, dtype=torch.bfloat16, checkpointing=checkpointing)
-    before, old = whole.hidden(tiny.batch()), weakref.ref(whole.model)
-    backbone.reread(whole, folder, dtype=torch.float32)
+    large = tiny.load(folder, dtype=torch.bfloat16, checkpointing=checkpointing)
+    before, old = large.hidden(tiny.batch()), weakref.ref(large.model)
+    backbone.reload(large, folder, dtype=torch.float32)
     assert old() is None and not any(
-        parameter.requires_grad for parameter in whole.model.parameters()
+        parameter.requires_grad for parameter in large.model.parameters()
     )
-    assert whole.model.training is checkpointing
+    assert large.model.training is checkpointing
     stock = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    for (name, parameter), wanted in zip(
-        whole.model.named_parameters(), stock.parameters(), strict=True
+    for (name, parameter), expected in zip(
+        large.model.named_parameters(), stock.parameters(), strict=True
     ):
-        assert torch.equal(parameter, wanted)
+        assert torch.equal(parameter, expected)
         with pytest.raises(SealedTensorError):
             NamedTensors.pack({name: parameter})
-    after = whole.hidden(tiny.batch(), prompt_for(whole, "input"))
-    assert (before.dtype, after.dtype, whole.dtype) == (
+    after = large.hidden(tiny.batch(), prompt_for(large, "input"))
+    assert (before.dtype, after.dtype, large.dtype) == (
         torch.bfloat16,
         torch.float32,
         torch.float32,
     )
-    backbone.reread(whole, folder, dtype=torch.bfloat16)
-    assert torch.equal(whole.hidden(tiny.batch()), before)
+    backbone.reload(large, folder, dtype=torch.bfloat16)
+    assert torch.equal(large.hidden(tiny.batch()), before)
 
 
 @pytest.mark.each_once
 @pytest.mark.parametrize(("kind", "projection"), PROMPTS)
 def test_bfloat16_computes_about_the_same_and_trains_fp32_prompts(folder, kind, projection):
-    whole, half = tiny.load(folder), tiny.load(folder, dtype=torch.bfloat16)
+    large, half = tiny.load(folder), tiny.load(folder, dtype=torch.bfloat16)
     small = unrolled(half, 0, 4, 4)
     mixed = LanguageModel(small.model, torch.bfloat16)
-    batch, prompt = tiny.batch(), prompt_for(whole, kind, projection)
-    wanted, _ = whole.answer_logits(batch, prompt)
+    batch, prompt = tiny.batch(), prompt_for(large, kind, projection)
+    expected, _ = large.answer_logits(batch, prompt)
     for model in (half, mixed):
         prompt.zero_grad()
-        found, targets = model.answer_logits(batch, prompt)
-        assert (found.float() - wanted).abs().max() < 0.1 * wanted.abs().max()
-        answer_loss(found, targets).backward()
+        actual, targets = model.answer_logits(batch, prompt)
+        assert (actual.float() - expected).abs().max() < 0.1 * expected.abs().max()
+        answer_loss(actual, targets).backward()
         assert all(p.grad.dtype == torch.float32 and p.grad.any() for p in prompt.parameters())
     assert next(mixed.model.parameters()).dtype == torch.float32
 
@@ -340,10 +344,10 @@ def test_rounded_weights_compute_as_a_model_that_was_loaded_so(folder):
     assert all(weight.dtype == torch.bfloat16 for weight in rounded.weights.values())
     assert all(buffer.dtype != torch.bfloat16 for buffer in rounded.model.buffers())
     batch, prompt = tiny.batch(), prompt_for(half, "prefix")
-    for found, wanted in zip(
+    for actual, expected in zip(
         rounded.answer_logits(batch, prompt), half.answer_logits(batch, prompt)
     ):
-        assert torch.equal(found, wanted)
+        assert torch.equal(actual, expected)
 
 
 def test_models_that_cannot_be_read(tmp_path):
@@ -375,9 +379,11 @@ def test_sizes_that_are_none(size, family, tmp_path):
     key = config.attribute_map.get(size, size)
     for value in ("three", 2.5, None, [1], 0, -1):
         (tmp_path / "config.json").write_text(json.dumps(config.to_dict() | {key: value}))
-        with pytest.raises(ValueError, match=rf"model.name: found .*{tmp_path}.* expected") as told:
+        with pytest.raises(
+            ValueError, match=rf"model.name: found .*{tmp_path}.* expected"
+        ) as raised:
             backbone.read_config(str(tmp_path))
-        assert "\n" not in str(told.value) and len(str(told.value)) < 500
+        assert "\n" not in str(raised.value) and len(str(raised.value)) < 500
 
 
 @pytest.mark.parametrize(
@@ -398,9 +404,9 @@ def test_sizes_that_are_none(size, family, tmp_path):
 def test_other_configurations_that_make_no_model(family, changes, tmp_path):
     content = tiny.config(family).to_dict() | changes if isinstance(changes, dict) else changes
     (tmp_path / "config.json").write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=r"model.name: found .* expected") as told:
+    with pytest.raises(ValueError, match=r"model.name: found .* expected") as raised:
         backbone.read_config(str(tmp_path))
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(raised.value)
 
 
 def test_sizes_that_do_not_fit_together(tmp_path):
@@ -410,9 +416,9 @@ def test_sizes_that_do_not_fit_together(tmp_path):
         for key in ("n_embd", "hidden_size"):
             if key in content:
                 (tmp_path / family / "config.json").write_text(json.dumps(content | {key: 3}))
-        with pytest.raises(ValueError, match=r"model.name: found .* expected") as told:
+        with pytest.raises(ValueError, match=r"model.name: found .* expected") as raised:
             tiny.load(path)
-        assert "\n" not in str(told.value)
+        assert "\n" not in str(raised.value)
 
 
 def test_a_folder_without_a_tokenizer_is_refused(folder):
@@ -427,12 +433,12 @@ def test_a_new_model_has_no_dropout_that_was_not_asked_for(tmp_path):
     """Before anybody said what is trained: made of the global model, of a configuration, or read
     from a folder.
     """
-    whole = tiny.load(
+    large = tiny.load(
         tiny.model_folder(tmp_path, "gpt2", resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5)
     )
-    cut = unrolled(whole, 0, 1, 4)
+    cut = unrolled(large, 0, 1, 4)
     built = auxiliary.build(
-        auxiliary.cell_config(whole.model.config, tiny.cell(1)).to_dict(),
+        auxiliary.cell_config(large.model.config, tiny.cell(1)).to_dict(),
         4,
         tiny.CPU,
         dtype=torch.float32,
@@ -448,8 +454,8 @@ def test_it_does_not_matter_which_library_was_imported_first(first):
 import {first}
 import torch, transformers
 from fedsp_mpi.models import auxiliary
-small = transformers.GPT2Config(n_embd=8, n_layer=2, n_head=2, vocab_size=9, n_positions=8)
-small = small.to_dict()
+sizes = dict(n_embd=8, n_layer=2, n_head=2, vocab_size=9, n_positions=8)
+small = transformers.GPT2Config(**sizes).to_dict()
 assert auxiliary.build(small, 2, torch.device("cpu"), dtype=torch.float32).num_parameters() > 0
 """
     done = subprocess.run(
@@ -474,28 +480,30 @@ def apart_from_peft(path: str, model: LanguageModel, prompt: Prompt, target) -> 
     answered = as_peft(path, prompt, target)(
         input_ids=batch.input_ids, attention_mask=batch.attention_mask
     )
-    wanted = answered.logits[:, -batch.input_ids.shape[1] :]
-    assert wanted.abs().max() > 0.5
+    expected = answered.logits[:, -batch.input_ids.shape[1] :]
+    assert expected.abs().max() > 0.5
     return float(
-        (wanted - model.head(model.hidden(batch, prompt)))[batch.attention_mask.bool()].abs().max()
+        (expected - model.head(model.hidden(batch, prompt)))[batch.attention_mask.bool()]
+        .abs()
+        .max()
     )
 
 
 @pytest.mark.parametrize(("kind", "projection"), PROMPTS)
 def test_logits_are_those_of_peft(folder, kind, projection, tmp_path):
-    whole = tiny.load(folder)
-    prompt = prompt_for(whole, kind, projection)
-    assert apart_from_peft(folder, whole, prompt, tmp_path) < 1e-5
+    large = tiny.load(folder)
+    prompt = prompt_for(large, kind, projection)
+    assert apart_from_peft(folder, large, prompt, tmp_path) < 1e-5
     batch = tiny.batch()
-    without = (whole.hidden(batch) - whole.hidden(batch, prompt)).abs().max()
+    without = (large.hidden(batch) - large.hidden(batch, prompt)).abs().max()
     assert without > 0.1  # the prompt matters
 
 
 @pytest.mark.each_once
 @pytest.mark.parametrize(("kind", "projection"), PROMPTS)
 def test_greedy_answers_are_those_of_peft(folder, kind, projection, tmp_path):
-    whole, number = tiny.load(folder), 12
-    prompt = prompt_for(whole, kind, projection)
+    large, number = tiny.load(folder), 12
+    prompt = prompt_for(large, kind, projection)
     stock = as_peft(folder, prompt, tmp_path)
     ids = torch.from_numpy(np.stack([text.ids for text in tiny.texts([6] * 3)])).long()
     settings = {
@@ -507,34 +515,34 @@ def test_greedy_answers_are_those_of_peft(folder, kind, projection, tmp_path):
     answered = stock.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **settings)[
         :, -number:
     ]
-    own = ids
+    tokens = ids
     with torch.no_grad():
         for _ in range(number):
-            batch = tiny.Batch(own, torch.ones_like(own), own)
-            own = torch.cat(
-                [own, whole.head(whole.hidden(batch, prompt)[:, -1]).argmax(-1, keepdim=True)],
+            batch = tiny.Batch(tokens, torch.ones_like(tokens), tokens)
+            tokens = torch.cat(
+                [tokens, large.head(large.hidden(batch, prompt)[:, -1]).argmax(-1, keepdim=True)],
                 dim=1,
             )
-    assert own[:, 6:].tolist() == answered.tolist()
+    assert tokens[:, 6:].tolist() == answered.tolist()
     assert len(set(answered.flatten().tolist())) > 1
 
 
 @pytest.mark.each_once
 @pytest.mark.parametrize(("kind", "projection"), PROMPTS)
 def test_padding_does_not_matter(folder, kind, projection):
-    whole = tiny.load(folder)
-    prompt, lengths = prompt_for(whole, kind, projection), (11, 7, 4)
-    together = whole.hidden(tiny.batch(lengths), prompt)
+    large = tiny.load(folder)
+    prompt, lengths = prompt_for(large, kind, projection), (11, 7, 4)
+    together = large.hidden(tiny.batch(lengths), prompt)
     for row, text in enumerate(tiny.texts(lengths)):
-        alone = whole.hidden(tiny.collate([text]), prompt)[0]
+        alone = large.hidden(tiny.collate([text]), prompt)[0]
         assert (together[row, : len(alone)] - alone).abs().max() < 1e-5
 
 
 @pytest.mark.each_once
 @pytest.mark.parametrize(("kind", "projection"), PROMPTS)
 def test_a_written_adapter_is_read_back(folder, kind, projection, tmp_path):
-    whole = tiny.load(folder)
-    prompt = prompt_for(whole, kind, projection)
+    large = tiny.load(folder)
+    prompt = prompt_for(large, kind, projection)
     prompts.write_adapter(tmp_path, NamedTensors.pack(prompt.tensors()), prompt.spec, base=folder)
     assert torch.equal(prompts.read_adapter(tmp_path), prompt.matrix())
     assert peft.PeftConfig.from_pretrained(tmp_path).num_virtual_tokens == 5
@@ -555,10 +563,10 @@ def test_a_prefix_is_keys_and_values_in_front_of_the_others(tmp_path):
     """One GPT-2 layer by hand: keys and values are concatenated, and every token sees the whole
     prefix.
     """
-    whole = tiny.load(tiny.model_folder(tmp_path, "gpt2", n_layer=1))
-    prompt, [text] = prompt_for(whole), tiny.texts([8])
+    large = tiny.load(tiny.model_folder(tmp_path, "gpt2", n_layer=1))
+    prompt, [text] = prompt_for(large), tiny.texts([8])
     ids = torch.from_numpy(text.ids[:-1]).long()
-    core = whole.model.transformer
+    core = large.model.transformer
     block, size = core.h[0], len(ids)
     h = (
         core.wte.weight[ids] + core.wpe.weight[5 : 5 + size]
@@ -579,25 +587,25 @@ def test_a_prefix_is_keys_and_values_in_front_of_the_others(tmp_path):
     x = F.layer_norm(h, [32], block.ln_2.weight, block.ln_2.bias)
     x = F.gelu(x @ block.mlp.c_fc.weight + block.mlp.c_fc.bias, approximate="tanh")
     h = h + x @ block.mlp.c_proj.weight + block.mlp.c_proj.bias
-    wanted = F.layer_norm(h, [32], core.ln_f.weight, core.ln_f.bias)
-    assert (whole.hidden(tiny.collate([text]), prompt)[0] - wanted).abs().max() < 1e-5
+    expected = F.layer_norm(h, [32], core.ln_f.weight, core.ln_f.bias)
+    assert (large.hidden(tiny.collate([text]), prompt)[0] - expected).abs().max() < 1e-5
 
 
 def test_an_input_prompt_is_embeddings_in_front_of_the_text(folder):
     """A prompt of embedded words is those words."""
-    whole = tiny.load(folder)
-    prompt, [text] = prompt_for(whole, "input"), tiny.texts([7])
+    large = tiny.load(folder)
+    prompt, [text] = prompt_for(large, "input"), tiny.texts([7])
     front = np.array([50, 51, 52, 53, 54], dtype=np.int32)
     prompt.load(
         {
-            "prompt": whole.model.get_input_embeddings()
+            "prompt": large.model.get_input_embeddings()
             .weight[torch.from_numpy(front).long()]
             .detach()
         }
     )
     longer = tiny.collate([tiny.Text(np.concatenate([front, text.ids]), 7)])
     assert (
-        whole.hidden(tiny.collate([text]), prompt) - whole.hidden(longer)[:, 5:]
+        large.hidden(tiny.collate([text]), prompt) - large.hidden(longer)[:, 5:]
     ).abs().max() < 1e-5
 
 
@@ -616,15 +624,15 @@ def noise(seed: int, name: str, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def test_first_prompts_depend_on_the_seed_only():
-    made = []
+    drawn = []
     for state in (0, 1):
         torch.manual_seed(state)
         np.random.seed(state)
         prompt = Prompt(PromptSpec("prefix", 3, 4, 2, 6, 5))
         prompt.transform[0].bias.data.fill_(3.0)
-        made.append(prompt.initialise(7, 0.5).tensors())
-    assert all(torch.equal(made[0][name], made[1][name]) for name in made[0])
-    assert {name: tuple(x.shape) for name, x in made[0].items()} == {
+        drawn.append(prompt.initialise(7, 0.5).tensors())
+    assert all(torch.equal(drawn[0][name], drawn[1][name]) for name in drawn[0])
+    assert {name: tuple(x.shape) for name, x in drawn[0].items()} == {
         "embedding": (3, 6),
         "transform.0.weight": (5, 6),
         "transform.0.bias": (5,),
@@ -632,9 +640,9 @@ def test_first_prompts_depend_on_the_seed_only():
         "transform.2.bias": (48,),
     }
     scales = {"embedding": 0.5, "transform.0.weight": 6**-0.5, "transform.2.weight": 5**-0.5}
-    for name, tensor in made[0].items():
-        wanted = scales.get(name, 0.0) * noise(7, name, tuple(tensor.shape))
-        assert np.allclose(tensor, wanted, rtol=1e-6), name
+    for name, tensor in drawn[0].items():
+        expected = scales.get(name, 0.0) * noise(7, name, tuple(tensor.shape))
+        assert np.allclose(tensor, expected, rtol=1e-6), name
     plain = [Prompt(SPEC).initialise(seed, 0.5).prompt for seed in (7, 8)]
     assert np.allclose(plain[0].detach(), 0.5 * noise(7, "prompt", (3, 48))) and not torch.equal(
         *plain
@@ -683,8 +691,8 @@ def test_depth_is_mapped_by_repetition_up_and_by_the_mean_down(old, new, project
     axes = {"prompt": 1, "transform.2.weight": 0, "transform.2.bias": 0}
     for name, tensor in mapped.items():
         start = tensors[name].numpy()
-        wanted = by_hand(start, axes[name], old, new) if name in axes else start
-        assert np.allclose(tensor, wanted, rtol=0, atol=1e-6), name
+        expected = by_hand(start, axes[name], old, new) if name in axes else start
+        assert np.allclose(tensor, expected, rtol=0, atol=1e-6), name
     other.load(mapped)
     prompt.load(tensors)
     matrix = by_hand(
@@ -714,12 +722,12 @@ def test_dropout_acts_only_where_it_was_asked_for(family, tmp_path):
         "opt": ["dropout", "attention_dropout"],
     }
     changes = dict.fromkeys(rates.get(family, ["attention_dropout"]), 0.5)
-    whole = tiny.load(tiny.model_folder(tmp_path, family, **changes))
+    large = tiny.load(tiny.model_folder(tmp_path, family, **changes))
     batch = tiny.batch()
-    assert torch.equal(whole.hidden(batch), whole.hidden(batch))
+    assert torch.equal(large.hidden(batch), large.hidden(batch))
     for dropout, trained in [(False, False), (False, True), (True, False), (True, True)]:
         small = LanguageModel(
-            auxiliary.unroll(auxiliary.cut(whole, tiny.cell(1)), 4), dropout=dropout
+            auxiliary.unroll(auxiliary.cut(large, tiny.cell(1)), 4), dropout=dropout
         )
         small.train_weights(trained)
         same = torch.equal(small.hidden(batch), small.hidden(batch))
@@ -778,20 +786,20 @@ def test_checkpointing_gives_the_gradients_of_an_input_prompt(folder, of_weights
         for model in (plain, lean):
             auxiliary.load_weights(model, values)
     prompt = prompt_for(plain, "input")
-    wanted, apart = gradients(plain, prompt, of_weights)
-    found, twice = gradients(lean, prompt, of_weights)
+    expected, apart = gradients(plain, prompt, of_weights)
+    actual, twice = gradients(lean, prompt, of_weights)
     soft, text = prompt.spec.num_tokens, tiny.batch().input_ids.shape[1]
     assert apart == [soft, text]  # the prompt is read once for all rows
     assert twice == [soft + text] * 2  # it is on: the layer was run again in the backward pass
-    largest = max(float(gradient.abs().max()) for gradient in wanted.values())
-    for name, gradient in wanted.items():
+    largest = max(float(gradient.abs().max()) for gradient in expected.values())
+    for name, gradient in expected.items():
         if (
             gradient.abs().max() < 1e-6 * largest
         ):  # rounding: OPT's key bias moves all scores of a query alike
-            assert "k_proj.bias" in name and found[name].abs().max() < 1e-6 * largest
+            assert "k_proj.bias" in name and actual[name].abs().max() < 1e-6 * largest
             continue
         assert gradient.any() and torch.allclose(
-            found[name], gradient, rtol=1e-5, atol=1e-6 * gradient.abs().max()
+            actual[name], gradient, rtol=1e-5, atol=1e-6 * gradient.abs().max()
         )
 
 
@@ -821,19 +829,19 @@ def test_checkpointing_leaves_dropout_off(tmp_path):
 def test_texts_of_a_batch_have_prompts_of_their_own(folder, kind, saved, monkeypatch):
     """As each of them alone; input prompts are read before the texts, or with them."""
     monkeypatch.setitem(language_model.MIN_SAVED_POSITIONS, "cpu", saved)
-    whole, batch = tiny.load(folder), tiny.batch((11, 7, 4, 9))
-    values = torch.stack([prompt_for(whole, kind).matrix() * scale for scale in (1, -0.5, 2)])
+    large, batch = tiny.load(folder), tiny.batch((11, 7, 4, 9))
+    values = torch.stack([prompt_for(large, kind).matrix() * scale for scale in (1, -0.5, 2)])
     owners = torch.tensor([2, 0, 2, 1])
-    prompts = PromptBatch(prompt_for(whole, kind).spec, values, owners)
-    found = whole.hidden(batch, prompts)
-    assert (whole.hidden(batch, whole.remember(prompts)) - found).abs().max() < 1e-5
+    prompts = PromptBatch(prompt_for(large, kind).spec, values, owners)
+    actual = large.hidden(batch, prompts)
+    assert (large.hidden(batch, large.precompute_cache(prompts)) - actual).abs().max() < 1e-5
     for row, owner in enumerate(owners):
-        prompt, length = prompt_for(whole, kind), int(batch.attention_mask[row].sum())
+        prompt, length = prompt_for(large, kind), int(batch.attention_mask[row].sum())
         prompt.load({"prompt": values[owner]})
-        wanted = whole.hidden(
+        expected = large.hidden(
             tiny.Batch(*(part[row : row + 1, :length] for part in batch)), prompt
         )[0]
-        assert (found[row, :length] - wanted).abs().max() < 1e-5
+        assert (actual[row, :length] - expected).abs().max() < 1e-5
 
 
 # -- several continuations of one context ----------------------------------------------------------
@@ -844,8 +852,8 @@ def test_texts_of_a_batch_have_prompts_of_their_own(folder, kind, saved, monkeyp
 @pytest.mark.parametrize(("kind", "projection"), [(None, None), *PROMPTS])
 def test_contexts_are_run_once_for_several_continuations(folder, kind, projection):
     """Against every text on its own: a cache that is handed on gives the same logits."""
-    whole = tiny.load(folder)
-    prompt = prompt_for(whole, kind, projection) if kind else None
+    large = tiny.load(folder)
+    prompt = prompt_for(large, kind, projection) if kind else None
     contexts = torch.from_numpy(np.stack([text.ids for text in tiny.texts([6, 6])])).long()
     endings, rows = tiny.texts([3, 1, 2], seed=5, answer=1), [1, 0, 1]
     width = max(len(ending.ids) for ending in endings)
@@ -853,24 +861,24 @@ def test_contexts_are_run_once_for_several_continuations(folder, kind, projectio
     for row, ending in enumerate(endings):
         ids[row, : len(ending.ids)] = torch.from_numpy(ending.ids)
         mask[row, : len(ending.ids)] = 1
-    first, rest = whole.continue_from(
+    first, more_logits = large.continue_from(
         contexts, prompt, torch.tensor(rows), tiny.Batch(ids, mask, ids)
     )
     for i, (row, ending) in enumerate(zip(rows, endings)):
         alone = torch.cat([contexts[row], torch.from_numpy(ending.ids).long()])[None]
-        wanted = whole.head(whole.hidden(tiny.Batch(alone, torch.ones_like(alone), alone), prompt))[
-            0, 5:
-        ]
-        found = torch.cat([first[i][None], rest[i, : len(ending.ids)]])
-        assert (found - wanted).abs().max() < 1e-5
-    only, none = whole.continue_from(contexts, prompt, torch.tensor(rows), None)
+        expected = large.head(
+            large.hidden(tiny.Batch(alone, torch.ones_like(alone), alone), prompt)
+        )[0, 5:]
+        actual = torch.cat([first[i][None], more_logits[i, : len(ending.ids)]])
+        assert (actual - expected).abs().max() < 1e-5
+    only, none = large.continue_from(contexts, prompt, torch.tensor(rows), None)
     assert none is None and torch.allclose(only, first, atol=1e-5)
 
 
 def test_a_prefix_cache_is_repeated_for_every_row(gpt2):
-    whole = tiny.load(gpt2)
-    prompt = prompt_for(whole)
-    cache = whole.cache(prompt, 3)
+    large = tiny.load(gpt2)
+    prompt = prompt_for(large)
+    cache = large.cache(prompt, 3)
     assert isinstance(cache, DynamicCache) and cache.get_seq_length() == 5
     layer = prompt.prompt.reshape(5, tiny.LAYERS, 2, 4, 8)[:, 2]
     for row in range(3):

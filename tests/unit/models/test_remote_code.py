@@ -47,7 +47,7 @@ def change(folder: Path, file: str, **more: Any) -> None:
 
 
 def ends(capsys, monkeypatch, folder: Path, verb: str, *more: str) -> str:
-    """The one line with which a verb refuses a model folder; nobody is asked, nothing is run."""
+    """Return the one line with which a verb refuses a model folder, nothing asked or run."""
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("somebody was asked"))
     settings = (*SHORT, f"model.name={folder}", f"run.folder={folder.parent / 'runs'}", *more)
     status = cli.main([verb, *(item for text in settings for item in ("--set", text))])

@@ -255,7 +255,7 @@ def test_a_damaged_distillation_is_begun_anew(tmp_path, number):
 def is_whole(folder: Path) -> bool:
     """Return whether a model's files are those that were written, as every reader asks first."""
     try:
-        return fingerprint.require_listed(folder)
+        return fingerprint.require_digests(folder)
     except ValueError as error:
         assert "\n" not in str(error) and ": found " in str(error)
         return False

@@ -1,6 +1,4 @@
-"""Searches do not depend on the processor: OpenBLAS has a kernel for each, and each picks other
-eigenvectors.
-"""
+"""Searches do not depend on the processor, although OpenBLAS kernels pick other eigenvectors."""
 
 from __future__ import annotations
 

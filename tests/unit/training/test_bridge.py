@@ -52,17 +52,17 @@ def texts(count: int) -> list[Text]:
 
 
 def sides(folder: str, layers: int, last: int = 1) -> tuple[BridgeEnd, BridgeEnd]:
-    """An auxiliary model of both ends and its global model, under the same prompts."""
-    whole = tiny.load(folder)
+    """Return an auxiliary model of both ends and its global model, under the same prompts."""
+    large = tiny.load(folder)
     settings = tiny.cell(layers, first_layers=layers - last)
-    small = LanguageModel(auxiliary.unroll(auxiliary.cut(whole, settings), layers))
-    taken = auxiliary.layers(settings, tiny.LAYERS)
-    depths = DepthMap(PromptSpec.of(whole.shape, "prefix", 3, None), layers, taken)
+    small = LanguageModel(auxiliary.unroll(auxiliary.cut(large, settings), layers))
+    layers_kept = auxiliary.layers(settings, tiny.LAYERS)
+    depths = DepthMap(PromptSpec.of(large.shape, "prefix", 3, None), layers, layers_kept)
     first = Prompt(depths.spec).initialise(1, 0.5)
     below = Prompt(depths.small)
     below.load(depths.down(first.tensors()))
-    goal = layers_of(whole.model)[tiny.LAYERS - last]
-    return BridgeEnd(small, below, auxiliary.bridge_of(small)), BridgeEnd(whole, first, goal)
+    goal = layers_of(large.model)[tiny.LAYERS - last]
+    return BridgeEnd(small, below, auxiliary.bridge_of(small)), BridgeEnd(large, first, goal)
 
 
 # -- the bridge ------------------------------------------------------------------------------------
@@ -72,19 +72,21 @@ def sides(folder: str, layers: int, last: int = 1) -> tuple[BridgeEnd, BridgeEnd
 @pytest.mark.parametrize(("layers", "last"), [(2, 1), (3, 2)])
 def test_a_bridge_that_is_not_fitted_changes_nothing(folder, layers, last):
     """The model is then the global one without the layers between."""
-    small, whole = sides(folder, layers, last)
-    bare = copy.deepcopy(whole.model.model)
+    small, large = sides(folder, layers, last)
+    bare = copy.deepcopy(large.model.model)
     parent, _, name = FAMILIES[bare.config.model_type].rpartition(".")
-    taken = [
+    layers_kept = [
         layer
         for i, layer in enumerate(layers_of(bare))
         if i < layers - last or i >= tiny.LAYERS - last
     ]
-    setattr(bare.get_submodule(parent), name, nn.ModuleList(taken))
-    wanted = LanguageModel(auxiliary.unroll(bare, layers))
+    setattr(bare.get_submodule(parent), name, nn.ModuleList(layers_kept))
+    expected = LanguageModel(auxiliary.unroll(bare, layers))
     batch = tiny.batch()
-    assert torch.equal(small.model.hidden(batch, small.prompt), wanted.hidden(batch, small.prompt))
-    assert small.model.num_parameters() == wanted.num_parameters() + tiny.WIDTH * (tiny.WIDTH + 1)
+    assert torch.equal(
+        small.model.hidden(batch, small.prompt), expected.hidden(batch, small.prompt)
+    )
+    assert small.model.num_parameters() == expected.num_parameters() + tiny.WIDTH * (tiny.WIDTH + 1)
 
 
 def test_what_enters_a_layer(folder):
@@ -100,10 +102,10 @@ def test_what_enters_a_layer(folder):
     )
     for kind in ("prefix", "input"):
         prompt = Prompt(PromptSpec.of(model.shape, kind, 3, None)).initialise(1, 0.5)
-        found = model.input_states_of(last, batch, prompt)
-        assert not seen and found.shape == (*batch.input_ids.shape, tiny.WIDTH)
+        states = model.input_states_of(last, batch, prompt)
+        assert not seen and states.shape == (*batch.input_ids.shape, tiny.WIDTH)
         model.hidden(batch, prompt)
-        assert torch.equal(found, seen.pop()[:, -batch.input_ids.shape[1] :])
+        assert torch.equal(states, seen.pop()[:, -batch.input_ids.shape[1] :])
     assert not torch.equal(model.input_states_of(first, batch), model.input_states_of(last, batch))
 
 
@@ -124,8 +126,8 @@ def fitted(
 
 def test_a_bridge_over_nothing_is_the_identity(folder):
     """The states are equal already, so all of their variance is explained."""
-    small, whole = sides(folder, tiny.LAYERS)
-    fit = fitted(small, whole, texts(40))
+    small, large = sides(folder, tiny.LAYERS)
+    fit = fitted(small, large, texts(40))
     assert (
         torch.allclose(small.part.weight, torch.eye(tiny.WIDTH), atol=1e-4)
         and small.part.bias.abs().max() < 1e-4
@@ -135,28 +137,30 @@ def test_a_bridge_over_nothing_is_the_identity(folder):
 
 def test_the_bridge_is_the_ridge_regression(folder):
     """Against numpy, over single positions: answers weigh as much as all others together."""
-    small, whole = sides(folder, 2)
+    small, large = sides(folder, 2)
     examples = texts(32)
     ridge = 0.05
     inputs, goals, weights = [], [], []
     for text in examples:
         ids = torch.from_numpy(text.ids.astype(np.int64))[None, :-1]
         batch = Batch(ids, torch.ones_like(ids), torch.full_like(ids, -100))
-        for side, states in ((small, inputs), (whole, goals)):
+        for side, states in ((small, inputs), (large, goals)):
             states.append(side.states(batch)[0].detach().double().numpy())
         weights += [False] * (text.answer - 1) + [True] * (len(text.ids) - text.answer)
-    x, y, asked = np.concatenate(inputs), np.concatenate(goals), np.array(weights)
+    x, y, is_answer = np.concatenate(inputs), np.concatenate(goals), np.array(weights)
     unit = np.sqrt((y**2).mean(axis=1, keepdims=True))
     x, y = np.hstack([x, np.ones((len(x), 1))]) / unit, y / unit
-    w = np.where(asked, (x[~asked, -1] ** 2).sum() / (x[asked, -1] ** 2).sum(), 1.0)
+    w = np.where(is_answer, (x[~is_answer, -1] ** 2).sum() / (x[is_answer, -1] ** 2).sum(), 1.0)
     gram = (x.T * w) @ x
     held = ridge * gram.diagonal()[:-1].mean() * np.diag([1.0] * tiny.WIDTH + [0.0])
-    wanted = np.linalg.solve(gram + held, (x.T * w) @ y + held @ np.eye(tiny.WIDTH + 1, tiny.WIDTH))
+    expected = np.linalg.solve(
+        gram + held, (x.T * w) @ y + held @ np.eye(tiny.WIDTH + 1, tiny.WIDTH)
+    )
 
     before = {name: weight.clone() for name, weight in small.model.weights.items()}
-    fit = fitted(small, whole, examples, bridge_ridge=ridge)
-    assert np.allclose(small.part.weight.detach().numpy().T, wanted[:-1], atol=1e-4)
-    assert np.allclose(small.part.bias.detach().numpy(), wanted[-1], atol=1e-4)
+    fit = fitted(small, large, examples, bridge_ridge=ridge)
+    assert np.allclose(small.part.weight.detach().numpy().T, expected[:-1], atol=1e-4)
+    assert np.allclose(small.part.bias.detach().numpy(), expected[-1], atol=1e-4)
     moved = {
         name
         for name, weight in small.model.weights.items()
@@ -165,38 +169,40 @@ def test_the_bridge_is_the_ridge_regression(folder):
     assert {name.rpartition("bridge.")[2] for name in moved} == {"weight", "bias"} and len(
         moved
     ) == 2
-    for rows, told in ((slice(None), fit.unexplained), (asked, fit.unexplained_answers)):
-        left = ((y[rows] - x[rows] @ wanted) ** 2).sum()
+    for rows, unexplained in ((slice(None), fit.unexplained), (is_answer, fit.unexplained_answers)):
+        squared_error = ((y[rows] - x[rows] @ expected) ** 2).sum()
         mean = (x[rows, -1:] * y[rows]).sum(axis=0) / (x[rows, -1] ** 2).sum()
-        assert told == pytest.approx(left / ((y[rows] - x[rows, -1:] * mean) ** 2).sum(), rel=1e-4)
+        assert unexplained == pytest.approx(
+            squared_error / ((y[rows] - x[rows, -1:] * mean) ** 2).sum(), rel=1e-4
+        )
     assert 0 < fit.unexplained < 1
 
 
 def test_a_fit_that_is_told_to_stop(folder):
-    small, whole = sides(folder, 2)
+    small, large = sides(folder, 2)
     with pytest.raises(StoppedError):
-        fitted(small, whole, texts(40), stop=True)
+        fitted(small, large, texts(40), stop=True)
 
 
 def test_a_bridge_outlives_its_folder_and_travels(folder, tmp_path):
-    small, whole = sides(folder, 3, 2)
-    fitted(small, whole, texts(40))
+    small, large = sides(folder, 3, 2)
+    fitted(small, large, texts(40))
     auxiliary.save(
         tmp_path / "auxiliary", small.model, 3, tokenizer=tiny.tokenizer(), recipe={"depth": 3}
     )
     built = auxiliary.build(small.model.model.config.to_dict(), 3, tiny.CPU, dtype=torch.float32)
     auxiliary.load_weights(built, auxiliary.pack(small.model).torch())
     batch = tiny.batch()
-    wanted = small.model.hidden(batch, small.prompt)
+    expected = small.model.hidden(batch, small.prompt)
     for other in (auxiliary.load(tmp_path / "auxiliary"), built, copy.deepcopy(built)):
-        assert torch.equal(other.hidden(batch, small.prompt), wanted)
+        assert torch.equal(other.hidden(batch, small.prompt), expected)
     twin = copy.deepcopy(built)
     auxiliary.bridge_of(built).bias.data += 1
-    assert torch.equal(twin.hidden(batch, small.prompt), wanted), "a copy has a bridge of its own"
+    assert torch.equal(twin.hidden(batch, small.prompt), expected), "a copy has a bridge of its own"
 
 
 @pytest.mark.parametrize(
-    ("depth", "first", "num_layers", "wanted"),
+    ("depth", "first", "num_layers", "expected"),
     [
         (0.5, 1, 30, [0, *range(16, 30)]),
         (0.5, 6, 30, [*range(6), *range(21, 30)]),
@@ -208,9 +214,9 @@ def test_a_bridge_outlives_its_folder_and_travels(folder, tmp_path):
         (None, 1, 3, [0, 1, 2]),
     ],
 )
-def test_both_ends(depth, first, num_layers, wanted):
+def test_both_ends(depth, first, num_layers, expected):
     settings = config.AuxiliaryConfig(layers_per_cell=None, depth=depth, first_layers=first)
-    assert list(auxiliary.layers(settings, num_layers)) == wanted
+    assert list(auxiliary.layers(settings, num_layers)) == expected
 
 
 @pytest.mark.parametrize(("depth", "first"), [(1, 1), (2, 2), (3, 4), (None, 4)])
@@ -242,11 +248,11 @@ def test_a_prompt_of_words_is_those_words_before_the_text(folder, kind, tmp_path
     words = torch.tensor(materials.tokenizer("w3 w5 w4 w3")["input_ids"]).expand(
         len(batch.input_ids), -1
     )
-    ones = torch.ones_like(words)
+    word_mask = torch.ones_like(words)
     longer = Batch(
         torch.cat([words, batch.input_ids], 1),
-        torch.cat([ones, batch.attention_mask], 1),
-        torch.cat([ones, batch.targets], 1),
+        torch.cat([word_mask, batch.attention_mask], 1),
+        torch.cat([word_mask, batch.targets], 1),
     )
     assert torch.allclose(model.hidden(batch, prompt), model.hidden(longer)[:, 4:], atol=1e-5)
 
@@ -261,15 +267,15 @@ def test_a_short_text_is_said_over_and_over(tmp_path):
         "prompt.init=text",
     ]
     model = tiny.load(folder)
-    found = (
+    rows = (
         ExperimentInputs(config.load(None, [*settings, "prompt.init_text=w3 w5"]))
         .first_prompt(model)
         .prompt
     )
     assert (
-        torch.equal(found[0], found[2])
-        and torch.equal(found[1], found[3])
-        and torch.equal(found[0], found[4])
+        torch.equal(rows[0], rows[2])
+        and torch.equal(rows[1], rows[3])
+        and torch.equal(rows[0], rows[4])
     )
 
 
@@ -277,26 +283,30 @@ def test_a_short_text_is_said_over_and_over(tmp_path):
 @pytest.mark.parametrize("taken", [(0, 1), (1, 2), (0, 3)])
 def test_prompts_of_the_same_layers(projection, taken):
     spec = PromptSpec("prefix", 3, 4, 2, 6, projection)
-    depths, others = DepthMap(spec, 2, taken), [i for i in range(4) if i not in taken]
-    own = Prompt(spec).initialise(1, 0.5)
+    depths, unmapped = DepthMap(spec, 2, taken), [i for i in range(4) if i not in taken]
+    global_prompt = Prompt(spec).initialise(1, 0.5)
     below = Prompt(depths.small)
-    below.load(depths.down(own.tensors()))
-    assert torch.equal(key_values(below), key_values(own)[list(taken)])
+    below.load(depths.down(global_prompt.tensors()))
+    assert torch.equal(key_values(below), key_values(global_prompt)[list(taken)])
 
     learned = Prompt(depths.small).initialise(2, 0.5)
-    above, before = Prompt(spec), key_values(own).clone()
-    above.load(depths.up(learned.tensors(), own.tensors()))
-    assert torch.equal(key_values(own), before), "what the server has is not touched"
+    above, values_before = Prompt(spec), key_values(global_prompt).clone()
+    above.load(depths.up(learned.tensors(), global_prompt.tensors()))
+    assert torch.equal(key_values(global_prompt), values_before), (
+        "what the server has is not touched"
+    )
     assert torch.equal(key_values(above)[list(taken)], key_values(learned))
     if projection is None:
-        assert torch.equal(key_values(above)[others], before[others])
+        assert torch.equal(key_values(above)[unmapped], values_before[unmapped])
 
 
 def test_an_input_prompt_has_no_layers():
     depths = DepthMap(PromptSpec("input", 3, 1, 1, 6), 2, (0, 3))
-    own, learned = (Prompt(depths.spec).initialise(seed, 0.5).tensors() for seed in (1, 2))
-    assert torch.equal(depths.down(own)["prompt"], own["prompt"])
-    assert torch.equal(depths.up(learned, own)["prompt"], learned["prompt"])
+    global_prompt, learned = (
+        Prompt(depths.spec).initialise(seed, 0.5).tensors() for seed in (1, 2)
+    )
+    assert torch.equal(depths.down(global_prompt)["prompt"], global_prompt["prompt"])
+    assert torch.equal(depths.up(learned, global_prompt)["prompt"], learned["prompt"])
 
 
 # -- losses over choices ---------------------------------------------------------------------------
@@ -310,8 +320,10 @@ def test_losses_over_choices(tmp_path):
     candidates = targets.unique()
     narrow = tiny.load(path, candidates=candidates)
     logits, _ = model.answer_logits(batch)
-    found, places = narrow.answer_logits(batch)
-    assert torch.equal(candidates[places], targets) and torch.equal(found, logits[:, candidates])
+    narrow_logits, places = narrow.answer_logits(batch)
+    assert torch.equal(candidates[places], targets) and torch.equal(
+        narrow_logits, logits[:, candidates]
+    )
     assert 1 < len(candidates) < tiny.VOCABULARY
 
 
@@ -319,8 +331,8 @@ def questions(folder, choices: list[list[str]]) -> str:
     """A data set of one's own, whose examples have these choices."""
     folder.mkdir()
     rows = [
-        {"context": f"w{i}", "choices": some, "label": i % len(some)}
-        for i, some in enumerate(choices)
+        {"context": f"w{i}", "choices": options, "label": i % len(options)}
+        for i, options in enumerate(choices)
     ]
     for split in ("train", "validation", "test"):
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -329,12 +341,12 @@ def questions(folder, choices: list[list[str]]) -> str:
 
 def test_the_candidates_are_the_tokens_of_the_choices(tmp_path):
     source = questions(tmp_path / "fixed", [["grey", "miller"]] * 12)
-    found = ExperimentInputs(config.load(None, [f"data.source={source}", "data.loss_over=auto"]))
-    tokens = {token for word in (" grey", " miller") for token in found.tokenizer.encode(word)}
+    inputs = ExperimentInputs(config.load(None, [f"data.source={source}", "data.loss_over=auto"]))
+    tokens = {token for word in (" grey", " miller") for token in inputs.tokenizer.encode(word)}
     assert (
         len(tokens) == 2
-        and set(found.candidates.tolist()) == tokens
-        and found.candidates.tolist() == sorted(tokens)
+        and set(inputs.candidates.tolist()) == tokens
+        and inputs.candidates.tolist() == sorted(tokens)
     )
     assert ExperimentInputs(config.load(None, [f"data.source={source}"])).candidates is None
 

@@ -69,8 +69,8 @@ def unsealed():
 )
 def test_the_rate_climbs_to_the_full_one_and_falls_to_nothing(warmup, total, rates):
     settings = OptimizerConfig(learning_rate=3.0, warmup=warmup)
-    found = [learning_rate(settings, step, total) for step in range(total)]
-    assert found == pytest.approx([3.0 * rate for rate in rates]) and min(found) > 0
+    actual = [learning_rate(settings, step, total) for step in range(total)]
+    assert actual == pytest.approx([3.0 * rate for rate in rates]) and min(actual) > 0
 
 
 def test_past_the_end_the_last_rate_stays():
@@ -124,7 +124,7 @@ def test_a_gradient_that_was_not_used_can_be_dropped():
     weight = nn.Parameter(torch.ones(2))
     engine = TorchEngine([weight], PLAIN, 4)
     engine.backward(weight.sum())
-    engine.forget_gradient()
+    engine.zero_grad()
     engine.step()
     assert weight.tolist() == [1, 1]
 
@@ -151,22 +151,24 @@ def tuned(
 
 @pytest.mark.parametrize("weights", [False, True])
 def test_a_step_does_not_depend_on_how_the_batch_is_cut(gpt2, weights):
-    whole, left = tuned(gpt2, None, weights)
+    uncut, uncut_result = tuned(gpt2, None, weights)
     for micro in (1, 2, 4, 6):
-        trace, found = tuned(gpt2, micro, weights)
-        assert trace.losses == pytest.approx(whole.losses, rel=1e-6)
-        assert np.abs(found.flat - left.flat).max() < 1e-6 * max(1, np.abs(left.flat).max())
+        trace, result = tuned(gpt2, micro, weights)
+        assert trace.losses == pytest.approx(uncut.losses, rel=1e-6)
+        assert np.abs(result.flat - uncut_result.flat).max() < 1e-6 * max(
+            1, np.abs(uncut_result.flat).max()
+        )
     assert (
-        whole.samples == 18
-        and len(whole.losses) == 3
-        and whole.first == whole.losses[0] != whole.last
+        uncut.samples == 18
+        and len(uncut.losses) == 3
+        and uncut.first == uncut.losses[0] != uncut.last
     )
 
 
 def test_micro_batches_hold_texts_of_similar_length():
-    batches, whole = (Batches(tiny.texts(range(4, 17)), 6, micro, 1, "test") for micro in (2, None))
+    batches, uncut = (Batches(tiny.texts(range(4, 17)), 6, micro, 1, "test") for micro in (2, None))
     lengths = [int(text.sum()) for batch in batches.step(1) for text in batch.attention_mask]
-    [together] = whole.step(1)
+    [together] = uncut.step(1)
     assert lengths == sorted(together.attention_mask.sum(1).tolist(), reverse=True)
     assert [len(batch.input_ids) for batch in batches.step(1)] == [2, 2, 2]
 
@@ -217,7 +219,7 @@ def test_training_takes_the_batches_it_is_told_to():
     line, seen = EvalRow(5.0, 4.0, 3.0, 2.0), []
     engine = TorchEngine([line.weight], PLAIN, 4)
     first = train(engine, line, line.loss, first_step=2, num_steps=1, device=tiny.CPU)
-    rest = train(
+    later = train(
         engine,
         line,
         line.loss,
@@ -226,8 +228,8 @@ def test_training_takes_the_batches_it_is_told_to():
         device=tiny.CPU,
         on_step=lambda loss: seen.append(loss.item()),
     )
-    assert (first.losses, rest.losses, line.asked) == ((3.0,), (5.0, 4.0, 3.0), [2, 0, 1, 2])
-    assert seen == [5.0, 4.0, 3.0] and (rest.first, rest.last, rest.samples) == (5.0, 3.0, 12)
+    assert (first.losses, later.losses, line.asked) == ((3.0,), (5.0, 4.0, 3.0), [2, 0, 1, 2])
+    assert seen == [5.0, 4.0, 3.0] and (later.first, later.last, later.samples) == (5.0, 3.0, 12)
     assert engine.steps_done == 4
     nothing = train(engine, line, line.loss, first_step=0, num_steps=0, device=tiny.CPU)
     assert nothing.losses == () and nothing.samples == 0 and math.isnan(nothing.last)
@@ -264,11 +266,11 @@ def test_an_engine_goes_on_from_its_state_with_equal_bits():
     engine = TorchEngine([weight], settings, 9)
     pull(weight, engine, 4)
     state, other = stored(engine.state()), nn.Parameter(weight.detach().clone())
-    wanted = pull(weight, engine, 5)
+    expected = pull(weight, engine, 5)
     again = TorchEngine([other], settings, 9)
-    assert pull(nn.Parameter(other.detach().clone()), again, 0) != wanted
+    assert pull(nn.Parameter(other.detach().clone()), again, 0) != expected
     again.load_state(state)
-    assert again.steps_done == 4 and pull(other, again, 5) == wanted
+    assert again.steps_done == 4 and pull(other, again, 5) == expected
 
 
 # -- distillation ----------------------------------------------------------------------------------
@@ -276,16 +278,16 @@ def test_an_engine_goes_on_from_its_state_with_equal_bits():
 
 def test_hidden_loss_against_a_loop():
     student, teacher = torch.randn(2, 3, 4), torch.randn(2, 3, 4)
-    mask, wanted = torch.tensor([[1, 1, 1], [1, 0, 0]]), 0.0
+    mask, expected = torch.tensor([[1, 1, 1], [1, 0, 0]]), 0.0
     for i, j in mask.nonzero().tolist():
-        wanted += ((student[i, j] - teacher[i, j]) ** 2).mean().item()
-    assert hidden_loss(student, teacher, mask).item() == pytest.approx(wanted, rel=1e-6)
+        expected += ((student[i, j] - teacher[i, j]) ** 2).mean().item()
+    assert hidden_loss(student, teacher, mask).item() == pytest.approx(expected, rel=1e-6)
     student[1, 2] = math.nan  # what stands on padding is of no consequence
     student.requires_grad_(True)
     loss = hidden_loss(student, teacher, mask)
     loss.backward()
     assert (
-        loss.item() == pytest.approx(wanted, rel=1e-6)
+        loss.item() == pytest.approx(expected, rel=1e-6)
         and not student.grad[1, 1:].nan_to_num(1.0)[0].any()
     )
 
@@ -293,11 +295,11 @@ def test_hidden_loss_against_a_loop():
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
 def test_logits_loss_against_a_loop(temperature):
     """T^2 times the sum over positions of sum_v p_v log(p_v / q_v), p of the teacher."""
-    student, teacher, wanted = torch.randn(3, 5), torch.randn(3, 5), 0.0
+    student, teacher, expected = torch.randn(3, 5), torch.randn(3, 5), 0.0
     for s, t in zip(student.double(), teacher.double()):
         q, p = ((x / temperature).exp() / (x / temperature).exp().sum() for x in (s, t))
-        wanted += temperature**2 * sum(p[v] * math.log(p[v] / q[v]) for v in range(5)).item()
-    assert logits_loss(student, teacher, temperature).item() == pytest.approx(wanted, rel=1e-5)
+        expected += temperature**2 * sum(p[v] * math.log(p[v] / q[v]) for v in range(5)).item()
+    assert logits_loss(student, teacher, temperature).item() == pytest.approx(expected, rel=1e-5)
     assert logits_loss(teacher, teacher, temperature).item() == pytest.approx(0, abs=1e-6)
 
 
@@ -317,16 +319,16 @@ def test_padding_has_no_part_in_the_distillation_loss(gpt2, settings):
     student = LanguageModel(auxiliary.unroll(auxiliary.cut(teacher, tiny.cell(1)), 4))
     student.train_weights(True)
     student.model.eval()
-    texts, wanted = tiny.texts([12, 3, 7]), 0.0
+    texts, expected = tiny.texts([12, 3, 7]), 0.0
     for text in texts:
         alone = collate([text])
         h, g = student.hidden(alone), teacher.hidden(alone)
-        wanted += settings.hidden_weight * hidden_loss(h, g, alone.attention_mask).item()
+        expected += settings.hidden_weight * hidden_loss(h, g, alone.attention_mask).item()
         logits = (model.head(x)[0] for model, x in ((student, h), (teacher, g)))
-        wanted += settings.logits_weight * logits_loss(*logits, settings.temperature).item()
-    found = distillation_loss(student, teacher, collate(texts), settings)
-    assert found.item() == pytest.approx(wanted, rel=1e-5) and wanted > 1
-    found.backward()
+        expected += settings.logits_weight * logits_loss(*logits, settings.temperature).item()
+    loss = distillation_loss(student, teacher, collate(texts), settings)
+    assert loss.item() == pytest.approx(expected, rel=1e-5) and expected > 1
+    loss.backward()
     assert student.model.get_input_embeddings().weight.grad.any()
     assert all(p.grad is None for p in teacher.model.parameters())
 
@@ -389,17 +391,17 @@ path, found = sys.argv[1], {}
 for case in json.loads(sys.argv[2]):
     engine, zero, micro = case
     try:
-        settings = dict(engine=engine, zero_stage=zero, logits_weight=0.5, clip=0.05)
-        done, student = distilled(path, micro, steps=5, **settings)
-        found[str(case)] = dict(
+        stage = dict(engine=engine, zero_stage=zero, logits_weight=0.5, clip=0.05)
+        done, student = distilled(path, micro, steps=5, **stage)
+        results[str(case)] = dict(
             losses=done.trace.losses,
             flat=auxiliary.pack(student).flat.tolist(),
-            said=[done.engine, done.engine_version, done.zero_stage],
+            engine=[done.engine, done.engine_version, done.zero_stage],
             group=torch.distributed.is_initialized(),
         )
     except Exception as error:
-        found[str(case)] = dict(error=type(error).__name__ + ": " + str(error))
-print(json.dumps(found))
+        results[str(case)] = dict(error=type(error).__name__ + ": " + str(error))
+print(json.dumps(results))
 """
 CASES = [
     [engine, zero, micro]
@@ -416,7 +418,7 @@ def engines(gpt2, tmp_path_factory) -> dict:
     """
     home = tmp_path_factory.mktemp("home")
     (home / "bin").mkdir()
-    kept = {
+    inherited = {
         name: value
         for name, value in os.environ.items()
         if name in ("LD_LIBRARY_PATH", "LANG", "TMPDIR")
@@ -426,7 +428,7 @@ def engines(gpt2, tmp_path_factory) -> dict:
         "PATH": str(home / "bin"),
         "TORCH_EXTENSIONS_DIR": str(home / "extensions"),
     }
-    environment = kept | places | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{TESTS}"}
+    environment = inherited | places | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{TESTS}"}
     command = [sys.executable, "-c", DEEPSPEED, gpt2, json.dumps(CASES)]
     done = subprocess.run(
         command, cwd=home, env=environment, capture_output=True, text=True, timeout=120
@@ -442,12 +444,12 @@ def engines(gpt2, tmp_path_factory) -> dict:
 
 @pytest.mark.parametrize(("zero", "micro"), [(0, None), (1, 4), (2, None), (3, 4)])
 def test_deepspeed_gives_the_losses_and_weights_of_plain_torch(engines, zero, micro):
-    wanted, found = engines[str(["torch", 0, micro])], engines[str(["deepspeed", zero, micro])]
-    assert "error" not in found, found["error"]
-    assert found["losses"] == pytest.approx(wanted["losses"], rel=1e-5)
-    assert np.abs(np.array(found["flat"]) - np.array(wanted["flat"])).max() < 1e-4
-    assert found["said"][0] == "deepspeed" and found["said"][2] == zero
-    assert found["group"] is False  # nothing of it outlives the distillation
+    expected, actual = engines[str(["torch", 0, micro])], engines[str(["deepspeed", zero, micro])]
+    assert "error" not in actual, actual["error"]
+    assert actual["losses"] == pytest.approx(expected["losses"], rel=1e-5)
+    assert np.abs(np.array(actual["flat"]) - np.array(expected["flat"])).max() < 1e-4
+    assert actual["engine"][0] == "deepspeed" and actual["engine"][2] == zero
+    assert actual["group"] is False  # nothing of it outlives the distillation
 
 
 def test_deepspeed_needs_no_compiler_on_a_cpu(engines):
@@ -460,9 +462,9 @@ def test_deepspeed_needs_no_compiler_on_a_cpu(engines):
 def client(
     path: str, ids=(0, 1), keep: bool = True, prompt_rate: float = 0.01, steps: int = 2
 ) -> fedsp.Client:
-    whole = tiny.load(path)
-    cell = auxiliary.unroll(auxiliary.cut(whole, tiny.cell(1)), 4)
-    given = auxiliary.pack(LanguageModel(cell))
+    large = tiny.load(path)
+    cell = auxiliary.unroll(auxiliary.cut(large, tiny.cell(1)), 4)
+    weights_sent = auxiliary.pack(LanguageModel(cell))
     model = auxiliary.build(
         auxiliary.cell_config(cell.config, tiny.cell(1)).to_dict(), 4, tiny.CPU, dtype=torch.float32
     )
@@ -473,15 +475,16 @@ def client(
     texts = {id: tiny.texts(range(4, 16), seed=id) for id in ids}
     shards = {
         id: fedsp.Shard(
-            Batches(own, 4, None, 1, "alignment", id), Batches(own, 4, None, 1, "prompt", id)
+            Batches(client_texts, 4, None, 1, "alignment", id),
+            Batches(client_texts, 4, None, 1, "prompt", id),
         )
-        for id, own in texts.items()
+        for id, client_texts in texts.items()
     }
     prompt = Prompt(PromptSpec.of(model.shape, "prefix", 5, None))
     training = fedsp.LocalTraining(
         alignment, tuning, joint=False, total_rounds=6, keep_state=keep, seed=1
     )
-    return fedsp.Client(model, given, prompt, shards=shards, training=training)
+    return fedsp.Client(model, weights_sent, prompt, shards=shards, training=training)
 
 
 def downs(model: fedsp.Client, count: int) -> list[NamedTensors]:
@@ -542,12 +545,13 @@ def test_its_update_is_refused_and_the_others_go_on(gpt2, tmp_path):
     shelf = ClientStateCache(playing.states, Checkpoints(tmp_path), max_in_memory=3, files={})
     side = HostedClients(breaks, everybody, compute, shelf, lambda round: everybody)
     down = downs(playing, 2)[1]
-    found = list(federate.train_clients(side, RoundBroadcast(2, tensors=down)))
-    assert [type(each) for each in found] == [fedsp.Update, Failure, fedsp.Update]
-    assert found[1] == Failure(
+    results = list(federate.train_clients(side, RoundBroadcast(2, tensors=down)))
+    assert [type(result) for result in results] == [fedsp.Update, Failure, fedsp.Update]
+    assert results[1] == Failure(
         1, 2, "local training", "the loss of step 1 of 2 is nan, expected a finite number"
     )
-    assert found[0].tensors.is_finite() and found[2].tensors.is_finite() and found[0].weight == 8.0
+    assert results[0].tensors.is_finite() and results[2].tensors.is_finite()
+    assert results[0].weight == 8.0
 
 
 def test_a_prompt_that_is_not_finite_is_refused_even_if_its_losses_are(gpt2):
@@ -558,24 +562,24 @@ def test_a_prompt_that_is_not_finite_is_refused_even_if_its_losses_are(gpt2):
 
 
 def test_a_client_goes_on_from_its_state_with_equal_bits(gpt2):
-    one, other = client(gpt2), client(gpt2)
-    first, second = downs(one, 2)
-    one.local_update(0, 1, first)
-    other.local_update(1, 5, second)  # has something else in its hands
-    other.states.load_client_state(0, stored(one.states.client_state(0)))
-    assert same(one.local_update(0, 2, second), other.local_update(0, 2, second))
-    assert not one.states.has_state(7)
+    first_client, second_client = client(gpt2), client(gpt2)
+    first, second = downs(first_client, 2)
+    first_client.local_update(0, 1, first)
+    second_client.local_update(1, 5, second)  # has something else in its hands
+    second_client.states.load_client_state(0, stored(first_client.states.client_state(0)))
+    assert same(first_client.local_update(0, 2, second), second_client.local_update(0, 2, second))
+    assert not first_client.states.has_state(7)
 
 
 def test_what_is_kept_between_rounds_matters_and_can_be_left(gpt2):
-    kept, restarted, fresh = client(gpt2), client(gpt2, keep=False), client(gpt2, keep=False)
-    first, second = downs(kept, 2)
-    for each in (kept, restarted):
-        each.local_update(0, 1, first)
+    keeping, restarted, fresh = client(gpt2), client(gpt2, keep=False), client(gpt2, keep=False)
+    first, second = downs(keeping, 2)
+    for trained in (keeping, restarted):
+        trained.local_update(0, 1, first)
     assert not restarted.states.has_state(0)
-    wanted = fresh.local_update(0, 2, second)
-    assert same(restarted.local_update(0, 2, second), wanted) and not same(
-        kept.local_update(0, 2, second), wanted
+    expected = fresh.local_update(0, 2, second)
+    assert same(restarted.local_update(0, 2, second), expected) and not same(
+        keeping.local_update(0, 2, second), expected
     )
 
 
@@ -595,29 +599,29 @@ def test_a_server_goes_on_from_its_state_with_equal_bits(gpt2):
             rule=lambda updates: updates,
         )
 
-    one, other = server(), server()
-    one.server_update(1)
-    other.load_state(stored(one.state()))
-    assert one.server_update(2).losses == other.server_update(2).losses
-    assert (one.export().flat == other.export().flat).all()
-    down = one.broadcast()
+    first, resumed = server(), server()
+    first.server_update(1)
+    resumed.load_state(stored(first.state()))
+    assert first.server_update(2).losses == resumed.server_update(2).losses
+    assert (first.export().flat == resumed.export().flat).all()
+    down = first.broadcast()
     assert down.schema == (("prompt", (5, 2 * 2 * 32)),)  # two layers, each a key and a value of 32
-    one.load_aggregate(down)
-    assert (one.broadcast().flat == down.flat).all()
+    first.load_aggregate(down)
+    assert (first.broadcast().flat == down.flat).all()
 
 
 def test_answer_loss_is_a_sum_over_answer_tokens():
     logits, targets = torch.randn(4, 7), torch.tensor([0, 6, 3, 3])
-    wanted = -sum(logits.log_softmax(-1)[i, t] for i, t in enumerate(targets))
-    assert torch.allclose(answer_loss(logits, targets), wanted)
+    expected = -sum(logits.log_softmax(-1)[i, t] for i, t in enumerate(targets))
+    assert torch.allclose(answer_loss(logits, targets), expected)
     batch = tiny.batch((5, 3))
     assert (num_answer_tokens(batch), num_text_tokens(batch)) == (3 + 1, 4 + 2)
 
 
 @pytest.mark.parametrize("dropout", [False, True])
 def test_a_distillation_goes_on_with_equal_bits(gpt2, dropout):
-    whole, student = distilled(gpt2, dropout=dropout, steps=6)
-    kept: list[State] = []
+    uninterrupted, student = distilled(gpt2, dropout=dropout, steps=6)
+    states: list[State] = []
     with pytest.raises(
         StoppedError,
         match=r"told to stop after 4 of 6 steps of the distillation; `run --resume` goes",
@@ -627,15 +631,17 @@ def test_a_distillation_goes_on_with_equal_bits(gpt2, dropout):
             dropout=dropout,
             steps=6,
             stop_at=4,
-            progress=Progress(keep=lambda s: kept.append(stored(s))),
+            progress=Progress(keep=lambda s: states.append(stored(s))),
         )
-    again, other = distilled(gpt2, dropout=dropout, steps=6, progress=Progress(kept[0]))
-    assert again.trace.losses == whole.trace.losses and len(again.step_seconds) == 2
-    assert of_weights(other.weights) == of_weights(student.weights)
-    assert again.trace.samples == whole.trace.samples == 48
+    resumed, resumed_student = distilled(
+        gpt2, dropout=dropout, steps=6, progress=Progress(states[0])
+    )
+    assert resumed.trace.losses == uninterrupted.trace.losses and len(resumed.step_seconds) == 2
+    assert of_weights(resumed_student.weights) == of_weights(student.weights)
+    assert resumed.trace.samples == uninterrupted.trace.samples == 48
     with pytest.raises(StoppedError):
         distilled(
-            gpt2, steps=2, stop_at=2, progress=Progress(keep=lambda s: kept.append(stored(s)))
+            gpt2, steps=2, stop_at=2, progress=Progress(keep=lambda s: states.append(stored(s)))
         )
-    done, _ = distilled(gpt2, steps=2, progress=Progress(kept[1]))
+    done, _ = distilled(gpt2, steps=2, progress=Progress(states[1]))
     assert len(done.trace.losses) == 2 and done.step_seconds == ()
