@@ -8,17 +8,14 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from dataclasses import replace
 
-from fedsp_mpi.algorithms.base import Client
-from fedsp_mpi.models.language_model import LanguageModel
-from fedsp_mpi.models.prompts import Prompt
-from fedsp_mpi.record.client_cache import StateHolder
+from fedsp_mpi.algorithms.base import Client, WrappedClient
 from fedsp_mpi.tensors import NamedTensors, Update
 from fedsp_mpi.training.device import oom_as_client_error
 
 METRICS = ("attack_success",)
 
 
-class AttackMonitor:
+class AttackMonitor(WrappedClient):
     """Clients of any method; the poisoned ones report how often the trigger works.
 
     Args:
@@ -31,24 +28,9 @@ class AttackMonitor:
     def __init__(
         self, client: Client, poisoned_ids: Collection[int], attack_success: Callable[[], float]
     ) -> None:
-        self._client = client
+        super().__init__(client)
         self._poisoned_ids = frozenset(poisoned_ids)
         self._attack_success = attack_success
-
-    @property
-    def model(self) -> LanguageModel | None:
-        """The model that the clients work on."""
-        return self._client.model
-
-    @property
-    def prompt(self) -> Prompt | None:
-        """The prompt that the clients tune."""
-        return self._client.prompt
-
-    @property
-    def states(self) -> StateHolder:
-        """What clients keep between rounds."""
-        return self._client.states
 
     def local_update(self, client: int, round: int, broadcast: NamedTensors) -> Update:
         """Train one client, and measure the attack if it is poisoned; see `Client.local_update`.

@@ -110,6 +110,32 @@ class Client(Protocol):
         """
 
 
+class WrappedClient:
+    """Clients of any method, around whose local update a subclass does something.
+
+    Args:
+        client: does the work.
+    """
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+
+    @property
+    def model(self) -> LanguageModel | None:
+        """The model that the clients work on."""
+        return self._client.model
+
+    @property
+    def prompt(self) -> Prompt | None:
+        """The prompt that the clients tune."""
+        return self._client.prompt
+
+    @property
+    def states(self) -> StateHolder:
+        """What clients keep between rounds."""
+        return self._client.states
+
+
 class MethodInputs(Protocol):
     """What a method may ask of the experiment's inputs (run/inputs.py)."""
 

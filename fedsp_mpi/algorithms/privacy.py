@@ -25,17 +25,14 @@ from dataclasses import replace
 
 import numpy as np
 
-from fedsp_mpi.algorithms.base import Client
-from fedsp_mpi.models.language_model import LanguageModel
-from fedsp_mpi.models.prompts import Prompt
-from fedsp_mpi.record.client_cache import StateHolder
+from fedsp_mpi.algorithms.base import Client, WrappedClient
 from fedsp_mpi.tensors import NamedTensors, Update
 
 RandomBytes = Callable[[int], bytes]
 _CHUNK_VALUES = 1 << 20  # values that are worked on at once
 
 
-class LocalDPClient:
+class LocalDPClient(WrappedClient):
     """Clients of any method in which an update has the names and shapes of the broadcast.
 
     Args:
@@ -49,25 +46,10 @@ class LocalDPClient:
     def __init__(
         self, client: Client, clip: float, scale: float, *, random_bytes: RandomBytes = os.urandom
     ) -> None:
-        self._client = client
+        super().__init__(client)
         self._clip = clip
         self._scale = scale
         self._random_bytes = random_bytes
-
-    @property
-    def model(self) -> LanguageModel | None:
-        """The model that the clients work on."""
-        return self._client.model
-
-    @property
-    def prompt(self) -> Prompt | None:
-        """The prompt that the clients tune."""
-        return self._client.prompt
-
-    @property
-    def states(self) -> StateHolder:
-        """What clients keep between rounds."""
-        return self._client.states
 
     def local_update(self, client: int, round: int, broadcast: NamedTensors) -> Update:
         """Train one client; return its update clipped, noisy and without its losses.

@@ -268,7 +268,7 @@ class GenerationRequest:
     stops: tuple[str, ...]
     max_tokens: int
 
-    def truncate(self, text: str) -> str:
+    def cut_at_stop(self, text: str) -> str:
         """Cut an answer before the first stop string."""
         for stop in self.stops:
             text = text.split(stop)[0]
@@ -500,7 +500,7 @@ class PromptedLM(LM):
                     past_key_values=output.past_key_values,
                 )
         return [
-            request.truncate(self._decode(tokens))
+            request.cut_at_stop(self._decode(tokens))
             for request, tokens in zip(requests, answers, strict=True)
         ]
 

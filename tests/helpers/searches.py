@@ -66,7 +66,8 @@ def gathered(updates: list[Update]) -> Updates:
     schema = updates[0].tensors.schema
     reports = [Report(update.client, update.weight, update.metrics) for update in updates]
     rows = np.array([update.tensors.flat for update in updates])
-    return Updates(reports, [], schema, iter([(slice(0, schema.num_values), rows)]))
+    pieces = iter([(slice(0, schema.num_values), rows)])
+    return Updates(reports, [], schema, source=pieces)
 
 
 def evaluations_together(function, settings: SearchConfig, clients: int, seed: int) -> float:

@@ -194,7 +194,7 @@ def test_a_server_goes_on_with_its_translator(pair):
     again, _ = server_of(pair, stage, 2)
     again.load_state(state)
     assert np.array_equal(again.broadcast()["prompt"], learned[0]["prompt"])
-    again.take(learned[1])
+    again.load_aggregate(learned[1])
     again.server_update(2)
     assert np.array_equal(again.export()["prompt"], whole.export()["prompt"])
 

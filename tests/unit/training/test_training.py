@@ -387,7 +387,7 @@ import torch
 from helpers.distillation import distilled
 from fedsp_mpi.models import auxiliary
 
-path, found = sys.argv[1], {}
+path, results = sys.argv[1], {}
 for case in json.loads(sys.argv[2]):
     engine, zero, micro = case
     try:
