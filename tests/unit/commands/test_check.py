@@ -40,11 +40,12 @@ LAUNCHERS = ("PMI_", "PMIX_", "OMPI_COMM_WORLD_", "SLURM_")
 GIB = 2**30
 
 
-@pytest.fixture(autouse=True)
-def no_launcher(monkeypatch):
-    for name in os.environ:
-        if name.startswith(LAUNCHERS):
-            monkeypatch.delenv(name)
+@pytest.fixture(scope="module", autouse=True)
+def no_launcher():
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in os.environ if name.startswith(LAUNCHERS)]:
+            patch.delenv(name)
+        yield
 
 
 def table(
@@ -87,7 +88,7 @@ def of(lines: list[str], what: str) -> list[str]:
     return [line for line in lines if line[6:].startswith(what)]
 
 
-def with_fault(rank: int, fault: str, *arguments: str) -> tuple[str, str]:
+def with_fault(rank: int | str, fault: str, *arguments: str) -> tuple[str, str]:
     """A program that is `python -m fedsp_mpi`, but for a fault on one rank, or arguments of its own
     there.
     """
@@ -145,16 +146,23 @@ def test_four_ranks(tmp_path):
     assert clocks.startswith("ok") and "at most 0.0" in clocks
 
 
-def test_speed_is_measured_with_the_prompts_of_the_configuration(tmp_path):
-    [speed] = of(table(2, tmp_path, "prompt.num_tokens=100", "prompt.projection=64"), "speed")
+@pytest.fixture(scope="module")
+def in_a_job(tmp_path_factory) -> tuple[Path, list[str]]:
+    """A check on two ranks in a job of four tasks, and its run folder, which was there before."""
+    folder = tmp_path_factory.mktemp("check")
+    (folder / "there" / "a run").mkdir(parents=True)
+    settings = ("prompt.num_tokens=100", "prompt.projection=64", f"run.folder={folder / 'there'}")
+    return folder / "there", table(2, folder, *settings, SLURM_JOB_ID="7", SLURM_NTASKS="4")
+
+
+def test_speed_is_measured_with_the_prompts_of_the_configuration(in_a_job):
+    [speed] = of(in_a_job[1], "speed")
     # Embedding 100 x 128, Linear 128 -> 64, Linear 64 -> 3 layers x 2 x 128, fp32.
     assert f"prompts of {4 * (100 * 128 + 129 * 64 + 65 * 768) / 1e6:.2f} MB" in speed
 
 
-def test_a_run_folder_that_is_there_stays(tmp_path):
-    (tmp_path / "there" / "a run").mkdir(parents=True)
-    table(2, tmp_path, f"run.folder={tmp_path / 'there'}")
-    assert [path.name for path in (tmp_path / "there").iterdir()] == ["a run"]
+def test_a_run_folder_that_is_there_stays(in_a_job):
+    assert [path.name for path in in_a_job[0].iterdir()] == ["a run"]
 
 
 @pytest.mark.parametrize("n", [0, 3])
@@ -167,15 +175,6 @@ def test_a_mistake_in_the_configuration(tmp_path, n):
 def test_another_configuration_on_one_rank(tmp_path):
     lines = table(3, tmp_path, status=2, program=with_fault(2, "pass", "--set", "run.seed=9"))
     assert "rank 2" in lines[-1] and "run.seed: was 1, is 9" in lines[-1]
-
-
-def test_another_version_on_one_rank(tmp_path):
-    fault = (
-        "from importlib import metadata as m; was = m.version; m.version = lambda n: "
-        "'0.0' if n == 'torch' else was(n)"
-    )
-    lines = table(3, tmp_path, status=2, program=with_fault(1, fault))
-    assert "found torch 2" in lines[-1] and "on rank 0, 2; torch 0.0 on rank 1" in lines[-1]
 
 
 @pytest.mark.parametrize(
@@ -226,42 +225,60 @@ def test_a_memory_plan_that_exceeds_what_is_free_names_both(tmp_path):
     assert need > 1e7 * 128 * 4 * 10 / GIB and 0 < free < need
 
 
-def test_a_folder_that_one_rank_does_not_share(tmp_path):
-    fault = (
-        "from fedsp_mpi.record import probe; look = probe.look; probe.look = lambda f, "
-        "r: look(f / 'not', r)"
+@pytest.fixture(scope="module")
+def with_faults(tmp_path_factory) -> list[str]:
+    """A check on three ranks: two faults on rank 1, and two others on rank 2."""
+    another_version = (
+        "from importlib import metadata as m; was = m.version; "
+        "m.version = lambda n: '0.0' if n == 'torch' else was(n)"
     )
-    lines = table(3, tmp_path, status=2, program=with_fault(1, fault))
-    assert re.search(
-        r"run folder: rank 1 on \S+ does not see .*; expected one folder that all hosts share$",
-        lines[-1],
+    another_folder = (
+        "from fedsp_mpi.record import probe; look = probe.look; "
+        "probe.look = lambda f, r: look(f / 'not', r)"
     )
+    no_input = (
+        "from fedsp_mpi.commands.check_inputs import FolderView; look = FolderView.of; "
+        "FolderView.of = lambda m, r: FolderView(look(m, r).folder, m['inputs'][:1])"
+    )
+    wrong_clock = "import time; now = time.time; time.time = lambda: now() - 5"
+    faults = {1: f"{another_version}; {another_folder}", 2: f"{no_input}; {wrong_clock}"}
+    fault = f"exec({faults}.get(launcher_rank(), ''), globals())"
+    program = with_fault("launcher_rank()", fault)
+    return table(3, tmp_path_factory.mktemp("check"), status=2, program=program)
+
+
+def test_several_ranks_with_faults_are_counted(with_faults):
+    assert "3 failed" in with_faults[-2] and with_faults[-1].endswith(" (and 2 more)")
+
+
+def test_another_version_on_one_rank(with_faults):
+    [versions] = of(with_faults, "versions")
+    assert versions.startswith("FAIL") and "found torch 2" in versions
+    assert "on rank 0, 2; torch 0.0 on rank 1" in versions
+
+
+def test_a_folder_that_one_rank_does_not_share(with_faults):
+    [folder] = of(with_faults, "run folder")
+    assert folder.startswith("FAIL") and re.search(
+        r"rank 1 on \S+ does not see .*; expected one folder that all hosts share$", folder
+    )
+
+
+def test_an_input_that_one_rank_does_not_see(with_faults):
+    [inputs] = of(with_faults, "inputs")
+    assert inputs.startswith("FAIL") and f"rank 2 does not see {RESOURCES / 'model'}" in inputs
+
+
+def test_a_clock_that_is_wrong(with_faults):
+    [clocks] = of(with_faults, "clocks")
+    apart = re.search(r"at most (\S+) s apart \(rank 2, ", clocks)
+    assert clocks.startswith("warn") and apart and abs(float(apart[1]) - 5) < 0.5
 
 
 def test_a_rank_whose_files_the_server_does_not_see(tmp_path):
     fault = "from fedsp_mpi.record import probe; probe.look = lambda f, r: {}"
     lines = table(3, tmp_path, status=2, program=with_fault(2, fault))
     assert "the server does not see what rank 2 on" in lines[-1]
-
-
-def test_an_input_that_one_rank_does_not_see(tmp_path):
-    fault = (
-        "from fedsp_mpi.commands.check_inputs import FolderView; FolderView.of = "
-        "lambda m, r: FolderView({}, m['inputs'][:1])"
-    )
-    lines = table(3, tmp_path, status=2, program=with_fault(2, fault))
-    assert f"check: inputs: rank 2 does not see {RESOURCES / 'model'}" in lines[-1]
-
-
-def test_a_clock_that_is_wrong(tmp_path):
-    lines = table(
-        3,
-        tmp_path,
-        program=with_fault(2, "import time; now = time.time; time.time = lambda: now() - 5"),
-    )
-    [clocks] = of(lines, "clocks")
-    apart = re.search(r"at most (\S+) s apart \(rank 2, ", clocks)
-    assert clocks.startswith("warn") and apart and abs(float(apart[1]) - 5) < 0.5
 
 
 def test_a_report_of_a_rank_that_raises_is_one_and_nothing_stays(tmp_path):
@@ -277,8 +294,10 @@ def test_a_report_of_a_rank_that_raises_is_one_and_nothing_stays(tmp_path):
 # Slurm.
 
 
-def test_the_shell_of_a_job_is_told_that_it_is_one_process(tmp_path):
-    [world] = of(table(0, tmp_path, SLURM_JOB_ID="7", SLURM_NTASKS="4", SLURM_PROCID="0"), "world")
+def test_the_shell_of_a_job_is_told_that_it_is_one_process(tmp_path, monkeypatch):
+    for name, value in {"JOB_ID": "7", "NTASKS": "4", "PROCID": "0"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    [world] = of(table(0, tmp_path), "world")
     assert (
         world.startswith("warn")
         and "the shell of a Slurm job of 4 tasks" in world
@@ -293,8 +312,8 @@ def test_tasks_that_do_not_see_each_other_are_told_the_cause_and_the_cure(tmp_pa
     assert re.search(r"mpi4py loads \((MPICH|Open MPI|Intel).* \d", line)
 
 
-def test_fewer_ranks_than_the_job_has_tasks(tmp_path):
-    [world] = of(table(2, tmp_path, SLURM_JOB_ID="7", SLURM_NTASKS="4"), "world")
+def test_fewer_ranks_than_the_job_has_tasks(in_a_job):
+    [world] = of(in_a_job[1], "world")
     assert world.startswith("warn") and "the Slurm job has 4 tasks" in world
 
 

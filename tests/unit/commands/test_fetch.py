@@ -150,7 +150,7 @@ def test_what_the_cache_holds_is_not_asked_for_again_and_a_run_needs_no_network(
     assert str(snapshot) in output and str(prepared) in output, output
     offline = {"HF_HUB_OFFLINE": "1"}
     run_mpi(
-        3,
+        2,
         ["-m", "fedsp_mpi", "run", path, "--name", "n", *short(tmp_path / "runs")],
         timeout=120,
         env=offline,
