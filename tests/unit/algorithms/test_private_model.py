@@ -249,7 +249,7 @@ def test_a_killed_run_goes_on_with_equal_bits(tmp_path, who, phase):
     ("fault", "limit", "named"),
     [
         ("hang:local training:2:1", "gather", "rank 2"),
-        ("stop:local training and gather:0:1", "broadcast", "rank 0"),
+        ("stop:local work:0:1", "broadcast", "rank 0"),
     ],
     ids=["who asks", "who answers"],
 )
