@@ -11,6 +11,8 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from fedsp_mpi.comm import RoundBroadcast, Updates, guard
 from fedsp_mpi.comm.inspection import ProtocolError, reading, require_fields
 from fedsp_mpi.comm.solo import Solo
@@ -23,7 +25,7 @@ from fedsp_mpi.record.atomic import RecordError
 from fedsp_mpi.record.checkpoint import CheckpointFile
 from fedsp_mpi.record.journal import RoundJournal
 from fedsp_mpi.record.tables import RoundRow, SiloRow
-from fedsp_mpi.roles import HostedClients, ServerRole, read_silo_rows, silo_row_json
+from fedsp_mpi.roles import HostedClients, ServerRole, mean_loss, read_silo_rows, silo_row_json
 from fedsp_mpi.tensors import ClientError, Failure, Update
 
 
@@ -384,10 +386,32 @@ def _log_round(journal: RoundJournal, round: int, schedule: Schedule, elapsed: f
         control = f", server-only {row['control_validation_loss']:.4f}"
     best = ", best so far" if row["is_best"] else ""
     remaining = elapsed / (round - schedule.rounds_done) * (rounds - round)
+    losses = f"validation loss {row['validation_loss']:.4f}{best}"
+    losses += f" (merged {row['validation_merged']:.4f}{control})"
+    silos = journal.record.run.silos
+    silos = silos[silos["round"] == round]
+    if len(silos):
+        worst = silos[silos["loss"].argmax()]
+        name = schedule.federation.client_name(int(worst["silo"]))
+        at_silos = f"loss at the silos {_mean_at_silos(silos):.4f}"
+        at_silos += f" (worst {worst['loss']:.4f}, {name})"
+        is_judged_by_silos = math.isnan(row["validation_loss"])
+        losses = f"{at_silos}{best}" if is_judged_by_silos else f"{losses}, {at_silos}"
     journal.log.say(
-        f"round {round}/{rounds}  validation loss {row['validation_loss']:.4f}{best}"
-        f" (merged {row['validation_merged']:.4f}{control})  {row['num_clients']} clients{excluded}"
+        f"round {round}/{rounds}  {losses}  {row['num_clients']} clients{excluded}"
         f"  {duration(row['seconds_total'])}  {duration(remaining)} left"
+    )
+
+
+def _mean_at_silos(rows: np.ndarray) -> float:
+    """Return the mean loss of rows of the table `silos`, [rows], weighted by their examples."""
+    return mean_loss(
+        [
+            SiloRow(
+                round=int(row["round"]), silo=int(row["silo"]), n=int(row["n"]), loss=row["loss"]
+            )
+            for row in rows
+        ]
     )
 
 

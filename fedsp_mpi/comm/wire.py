@@ -71,7 +71,9 @@ _SERVER = 0  # rank
 _CHUNKS_IN_FLIGHT = 4  # of one vector on its way down
 # A rank's message may arrive while the server still waits for one of another kind.
 _RESULTS_TAG = 1
-_JSON_TAG = 2  # rpc.py has 3 and 4
+# A tag for each phase: a rank may send the next phase's message before the server has read all of
+# this one's. rpc.py has tags 3 and 4.
+_JSON_TAGS: dict[JsonPhase, int] = {phase: tag for tag, phase in enumerate(DEADLINE_OF, 10)}
 _CHUNK_TAG = 5
 
 
@@ -138,13 +140,13 @@ class Wire:
                 header = Header(Kind.JSON, client=self.topology.rank, num_values=len(content))
                 # After a round the server reads messages only when its own work is done.
                 limit = DEADLINE_OF[phase] if phase in BEFORE_ROUNDS else "broadcast"
-                self._send_message(header.pack() + content, _JSON_TAG, limit)
+                self._send_message(header.pack() + content, _JSON_TAGS[phase], limit)
                 self._count_json(
                     DIRECTION_OF[phase], phase, "(json)", size=len(content), num_receivers=1
                 )
                 return None
             max_bytes = dict.fromkeys(range(self.topology.size), MAX_JSON_BYTES)
-            messages = self._receive_messages(_JSON_TAG, DEADLINE_OF[phase], max_bytes)
+            messages = self._receive_messages(_JSON_TAGS[phase], DEADLINE_OF[phase], max_bytes)
             infos = [json.loads(content)]
             for rank in sorted(messages):
                 size = len(messages[rank]) - HEADER_BYTES
