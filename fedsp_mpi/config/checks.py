@@ -122,7 +122,7 @@ def _require_prompt(config: Config) -> None:
 
 def _require_shares(config: Config) -> None:
     """Check what a server without examples cannot do, and a server of several ranks."""
-    has_no_examples = config.data.server_share == 0
+    has_no_examples = config.data.resolved_server_share == 0
     has_no_text = config.distillation.text is None
     if has_no_examples and config.server.tuning.steps:
         raise ConfigError(
