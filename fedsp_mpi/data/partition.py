@@ -86,15 +86,17 @@ def by_column(values: Sequence[ColumnValue | None], seed: int, share: float = 0)
         ValueError: there is no value, or there are too many, or the server's share leaves nothing
             of one.
     """
-    known = np.flatnonzero([value is not None for value in values])
+    with_value = np.flatnonzero([value is not None for value in values])
     clients = sorted({value for value in values if value is not None})
     if not 1 <= len(clients) <= MOST_SILOS:
         raise ValueError(
             f"found {len(clients)} different values in {len(values)} examples, expected from 1 to "
             f"{MOST_SILOS}, each of which is a client; name another column"
         )
-    order = known[generator(seed, "iid partition").permutation(len(known))].astype(np.int64)
-    num_server = _server_share(share, len(known))
+    order = with_value[generator(seed, "iid partition").permutation(len(with_value))].astype(
+        np.int64
+    )
+    num_server = _server_share(share, len(with_value))
     members: dict[ColumnValue, list[int]] = {client: [] for client in clients}
     for index in order[num_server:].tolist():
         value = values[index]
@@ -104,11 +106,11 @@ def by_column(values: Sequence[ColumnValue | None], seed: int, share: float = 0)
     if num_empty:
         raise ValueError(
             f"found no example of {num_empty} of the {len(clients)} values after the server's "
-            f"share of {num_server} of {len(known)}, expected at least 1 each; lower "
+            f"share of {num_server} of {len(with_value)}, expected at least 1 each; lower "
             "data.server_share"
         )
     shards = [np.array(indices, dtype=np.int64) for indices in members.values()]
-    return ColumnShards([order[:num_server], *shards], clients, len(values) - len(known))
+    return ColumnShards([order[:num_server], *shards], clients, len(values) - len(with_value))
 
 
 def _server_share(share: float, num_examples: int) -> int:

@@ -150,10 +150,10 @@ def draw_shards(
 
         figure.set_size_inches(9, min(_MAX_INCHES, 1.2 + inches_per_bar * max(3, len(names))))
         axes = figure.subplots()
-        left = np.zeros(len(names))
+        starts = np.zeros(len(names))
         for (label, sizes), look in zip(series.items(), looks):
-            _draw_shard_bars(axes, sizes, left, label=label, look=look)
-            left = left + sizes
+            _draw_shard_bars(axes, sizes, starts, label=label, look=look)
+            starts = starts + sizes
         axes.set_yticks(range(0, len(names), every), shown_names)
         axes.tick_params(axis="y", length=0, labelsize=9 if len(names) <= 20 else 7)
         axes.set_ylim(len(names) - 0.4, -0.6)  # the first owner at the top
