@@ -224,7 +224,7 @@ def begin_split(folder: Path, owners: Sequence[str], *, private: bool) -> None:
         "version": SPLIT_VERSION,
         "owners": [{"folder": name} for name in all_owners],
     }
-    replace_text(folder / SPLIT_BEGUN, json.dumps(note))
+    _replace_text(folder / SPLIT_BEGUN, json.dumps(note))
     # The manifest first: what has none is no complete split.
     (folder / SPLIT_MANIFEST).unlink(missing_ok=True)
     for path in _files(folder):
@@ -240,7 +240,7 @@ def finish_split(folder: Path, manifest: str) -> None:
     Raises:
         OSError: it cannot be written.
     """
-    replace_text(folder / SPLIT_MANIFEST, manifest)
+    _replace_text(folder / SPLIT_MANIFEST, manifest)
     (folder / SPLIT_BEGUN).unlink()
 
 
@@ -278,7 +278,7 @@ def _first_name(folder: Path, ignored: str) -> str | None:
     return next((name for name in names if name != ignored), None)
 
 
-def replace_text(path: Path, text: str) -> None:
+def _replace_text(path: Path, text: str) -> None:
     """Write a file that is complete or absent, on disk when this returns."""
     part = path.with_name(f"{path.name}.part")
     part.unlink(missing_ok=True)
