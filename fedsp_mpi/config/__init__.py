@@ -7,6 +7,7 @@ from fedsp_mpi.config.experiment import (
     EvaluationConfig,
     changed_keys,
     checked,
+    given,
     load,
     to_yaml,
 )
@@ -54,6 +55,7 @@ __all__ = [
     "TopologyConfig",
     "changed_keys",
     "checked",
+    "given",
     "load",
     "to_yaml",
 ]

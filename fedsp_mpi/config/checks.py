@@ -122,7 +122,7 @@ def _require_prompt(config: Config) -> None:
 
 def _require_shares(config: Config) -> None:
     """Check what a server without examples cannot do, and a server of several ranks."""
-    has_no_examples = config.data.server_share == 0
+    has_no_examples = config.data.resolved_server_share == 0
     why = "data.server_share=0"
     if config.federation.silos:
         has_no_examples = config.server.data.source is None

@@ -178,16 +178,29 @@ def load(
     Raises:
         ConfigError: the first mistake.
     """
+    data = given(path, overrides)
     try:
-        data = read_yaml(Path(path) if path is not None else EMBEDDED)
-        for item in overrides or []:
-            key, value = key_value(item)
-            put(data, key, value, setting(item))
         for key, text in (values or {}).items():
             put(data, key, text, key)
     except ConfigError as error:
         raise ConfigError(message_line(str(error))) from None
     return checked(data)
+
+
+def given(path: str | Path | None, overrides: list[str] | None = None) -> Section:
+    """Read what a file and overrides say, without the defaults of what they leave out.
+
+    Raises:
+        ConfigError: they cannot be read.
+    """
+    try:
+        data = read_yaml(Path(path) if path is not None else EMBEDDED)
+        for item in overrides or []:
+            key, value = key_value(item)
+            put(data, key, value, setting(item))
+    except ConfigError as error:
+        raise ConfigError(message_line(str(error))) from None
+    return data
 
 
 def checked(data: Section) -> Config:

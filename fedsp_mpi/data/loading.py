@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Literal
 
 import datasets
 
-from fedsp_mpi.data import labels, sources
+from fedsp_mpi.data import labels, partition, sources
 from fedsp_mpi.data.cells import describe_choices
 from fedsp_mpi.data.examples import Example
 from fedsp_mpi.data.splits import SPLITS
@@ -22,6 +23,7 @@ _DECIDE: dict[Owner, sources.Decide] = {
     "silo": sources.silo_rows,
     "server": sources.server_rows,
 }
+_PLACE = re.compile(r"row (\d+) of (\w+)")  # what `Example.row` says
 
 
 def load(
@@ -160,6 +162,84 @@ def scored_rows(
         if table[:][answer_column] != positions:
             table = table.remove_columns(answer_column).add_column(answer_column, positions)
     return table, examples
+
+
+def place(example: Example) -> tuple[str, int]:
+    """Return the source's split that an example was loaded from, and the row's number in it."""
+    match = _PLACE.fullmatch(example.row)
+    assert match is not None, "only a loaded example has a place"
+    return match.group(2), int(match.group(1))
+
+
+def rows_of(tables: Mapping[str, datasets.Dataset], examples: Sequence[Example]) -> sources.Table:
+    """Return the rows that examples of one split were loaded from, in the examples' order.
+
+    Args:
+        tables: of the source, from `read_tables`.
+        examples: from `load`, at least one.
+    """
+    places = [place(example) for example in examples]
+    [origin] = {split for split, _ in places}
+    return tables[origin].select([number for _, number in places])
+
+
+def read_again(task: Task, table: sources.Table) -> list[Example | None]:
+    """Read all rows of a table as `load` would read a Parquet file of it; None without a label.
+
+    Raises:
+        ValueError: a row does not read.
+    """
+    table.info.builder_name = "parquet"
+    rows = _read_rows(task, table, "the table", numbers=range(len(table)))
+    return [example for _, example in rows]
+
+
+def column_values(
+    tables: Mapping[str, datasets.Dataset],
+    examples: Sequence[Example],
+    column: str,
+    *,
+    columns: Mapping[str, str],
+) -> list[partition.ColumnValue | None]:
+    """Return each example's value of a column that the task itself does not read.
+
+    Args:
+        tables: of the source, from `read_tables`.
+        examples: from `load`, all of one split.
+        column: its name, the source's or the task's.
+        columns: the source's name of a column by the task's, where they differ.
+
+    Returns:
+        The values, [num_examples]: text, number or bool; class names of classes; None where a cell
+        is null, blank or not a number.
+
+    Raises:
+        ValueError: there is no such column, or it holds anything else.
+    """
+    task_names = {source_name: name for name, source_name in columns.items()}
+    table = rows_of(tables, examples)
+    name = task_names.get(column, column)
+    if name not in table.column_names:
+        raise ValueError(
+            f"data.partition_column: found {column!r}, expected one of the columns of train: "
+            f"{', '.join(table.column_names)}; correct the name"
+        )
+    feature = table.features[name]
+    is_class = isinstance(feature, datasets.ClassLabel)
+    values: list[partition.ColumnValue | None] = []
+    for cell in table[name]:
+        if labels.is_missing(cell) or (is_class and cell < 0):
+            values.append(None)
+        elif is_class:
+            values.append(feature.int2str(cell))
+        elif isinstance(cell, bool | int | float | str):
+            values.append(cell)
+        else:
+            raise ValueError(
+                f"data.partition_column: found cells of type {type(cell).__name__} in {column!r}, "
+                "expected text, numbers or true and false; name another column"
+            )
+    return values
 
 
 def _checked_limits(limit: Mapping[str, int | None] | None) -> dict[str, int | None]:

@@ -119,6 +119,16 @@ def read(
     return tables, notes
 
 
+def write_parquet(table: Table, path: Path) -> None:
+    """Write a table with its features, which `read` finds in the file.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    with _quiet():
+        table.to_parquet(str(path))
+
+
 def plain_text(source: str) -> Iterator[str]:
     """Yield the lines of a text file (.txt, .txt.gz), or of all in a folder, sorted by name.
 

@@ -611,6 +611,6 @@ class _Costs:
         else:
             return config.client.tuning.steps * config.client.tuning.batch_size
         num_owners = config.federation.clients
-        if data.server_share != 0:
+        if data.resolved_server_share != 0:
             num_owners += 1
         return -(-num_examples // num_owners)

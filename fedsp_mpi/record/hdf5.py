@@ -62,8 +62,8 @@ class Run:
         created, updated: UTC, ISO 8601, to the second.
         committed_rounds: number of the last round that is completely on disk; nothing above it is
             shown.
-        rounds, clients, silos, results, wire: structured arrays [rows] with the fields of the row classes,
-            read-only.
+        rounds, clients, silos, results, wire: structured arrays [rows] with the fields of the row
+            classes, read-only.
         prompt_rounds: the rounds whose prompts were kept.
         has_digest: whether the file's bytes were compared with a digest; those of earlier versions
             have none.

@@ -89,7 +89,17 @@ class ExperimentInputs(ModelInputs):
     @property
     def notes(self) -> tuple[str, ...]:
         """How the splits were made, and what the user may want to look at."""
-        return self.splits.notes + self.warnings
+        return self.splits.notes + self.partition_notes + self.warnings
+
+    @property
+    def partition_notes(self) -> tuple[str, ...]:
+        """A note on training examples that nobody owns, or none."""
+        if self.column_shards is None or not self.column_shards.num_left_out:
+            return ()
+        return (
+            f"train: {self.column_shards.num_left_out} of {len(self.splits.train)} examples "
+            f"without a value of {self.config.data.partition_column!r} left out",
+        )
 
     @cached_property
     def warnings(self) -> tuple[str, ...]:
@@ -212,6 +222,9 @@ class ExperimentInputs(ModelInputs):
     def shards(self) -> list[np.ndarray]:
         """Rows of the training split by participant, the server's first: int64, [num_rows] each."""
         data = self.config.data
+        if self.column_shards is not None:
+            self._require_clients(len(self.column_shards.values))
+            return self.column_shards.shards
         if data.partition == "labels":
             self._require_classes(
                 self.splits, "data.partition", data.partition, "take iid or quantity instead"
@@ -243,6 +256,37 @@ class ExperimentInputs(ModelInputs):
             lengths = [len(train[row].context) + len(train[row].target) for row in shard]
             work.append(float(np.sum(lengths) if self.config.searches else np.mean(lengths)))
         return work
+
+    @cached_property
+    def column_shards(self) -> partition.ColumnShards | None:
+        """The shards of clients that are the values of a column; None in other partitions.
+
+        Raises:
+            ConfigError: the column cannot divide the training split.
+        """
+        data = self.config.data
+        if data.partition_column is None:
+            return None
+        tables, _ = loading.read_tables(self.task, self.source, data.columns)
+        values = loading.column_values(
+            tables, self.splits.train, data.partition_column, columns=data.columns
+        )
+        try:
+            return partition.by_column(
+                values, self.config.run.seed, data.resolved_server_share or 0
+            )
+        except ValueError as error:
+            raise ConfigError(f"data.partition_column: {error}") from None
+
+    def _require_clients(self, num_values: int) -> None:
+        """Raise ConfigError unless there are as many clients as values of the column."""
+        num_clients = self.config.federation.clients
+        if num_clients != num_values:
+            raise ConfigError(
+                f"federation.clients: found {num_clients} with {num_values} different values of "
+                f"{self.config.data.partition_column!r} in train, expected a client for each; set "
+                f"it to {num_values}"
+            )
 
     def shard(self, owner: int) -> list[Text]:
         """Return the tokenised training texts of the server (0) or of client `owner` - 1."""

@@ -18,6 +18,8 @@ TOGETHER: dict[str, dict[str, object]] = {
     "federation.stragglers": {"federation.client_seconds": 1.5},
     "federation.client_seconds": {"federation.stragglers": "drop"},
     "auxiliary.first_layers": {"auxiliary.layers_per_cell": None},
+    "data.partition": {"data.server_share": 0.5, "data.partition_column": "user"},
+    "data.partition_column": {"data.server_share": 0.5, "data.partition": "column"},
     "prompt.encoder": {"prompt.kind": "input"},
     "method": {"server.tuning.steps": 0},
     "prompt.mapping": {"auxiliary.layers_per_cell": None},
