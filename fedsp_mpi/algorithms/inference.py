@@ -140,7 +140,7 @@ class RemoteInference:
         self._call_server = call_server
 
     def hold(self, point: np.ndarray) -> None:
-        """Do nothing: there is no model here to score with."""
+        """Do nothing with the point, [dimension]: there is no model here to score with."""
 
     def losses(self, client: int, points: np.ndarray, groups: Sequence[Texts]) -> list[np.ndarray]:
         """Return each text's mean answer loss under each point; see `InferenceBackend.losses`.

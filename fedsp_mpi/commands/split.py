@@ -384,7 +384,6 @@ def _configuration(
         key, value = key_value(item)
         put(content, key, value, setting(item))
     names = [owner.name for owner in owners[1:]]
-    has_shard = bool(owners[0].train)
     values: dict[str, object] = {
         "federation.clients": len(names),
         "federation.silos": {"source": f"{folder}/{{silo}}", "names": names},
@@ -393,7 +392,8 @@ def _configuration(
         "data.shots": None,
         "data.partition": "iid",
         "data.partition_column": None,
-        "data.server_share": None if has_shard else 0,
+        "data.source": None,
+        "data.server_share": None,
     }
     if inputs.config.data.columns:
         # The files have the task's names. An empty section would change nothing.

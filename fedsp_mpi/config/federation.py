@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,12 +18,6 @@ class FederationConfig:
     # 0: centralised, the server tunes alone, on all data unless data.server_share says otherwise.
     # With silos, their number.
     clients: int = 7
-    # Clients with text of their own (config/silos.py); none: data.source is divided among clients.
-    silos: tuple[SiloConfig, ...] = ()
-    # How many examples a silo says it has: as many as there are, rounded to two digits, or nothing.
-    disclose: Literal["exact", "rounded", "nothing"] = "exact"
-    # Where what `datasets` prepares of a silo goes, a folder for each; None: below TMPDIR.
-    silo_cache: str | None = None
     rounds: int = 10
     # Auxiliary model, optimizers and schedules between rounds; restarted: each round begins from
     # the hand-out.
@@ -40,6 +35,12 @@ class FederationConfig:
     # (aggregation/robust.py).
     rule: Literal["mean", "median", "reject_outliers"] = "mean"
     outlier_deviations: float = 3.0
+    # Clients with text of their own (config/silos.py); none: data.source is divided among clients.
+    silos: tuple[SiloConfig, ...] = ()
+    # How many examples a silo says it has: as many as there are, rounded to two digits, or nothing.
+    disclose: Literal["exact", "rounded", "nothing"] = "exact"
+    # Where what `datasets` prepares of a silo goes, a folder for each; None: below TMPDIR.
+    silo_cache: str | None = None
 
     def client_name(self, client: int) -> str:
         """Return what messages call a client: "silo north", or "client 3"."""
@@ -50,7 +51,8 @@ class FederationConfig:
 class ServerConfig:
     """The owner of the global model."""
 
-    data: ServerDataConfig = ServerDataConfig()  # with federation.silos: its own text
+    # With federation.silos: its own text.
+    data: ServerDataConfig = dataclasses.field(default_factory=ServerDataConfig)
 
     # Before the tuning: towards the answers of the auxiliary model under the merged prompts, to
     # questions about distillation.text, or about the server's shard.

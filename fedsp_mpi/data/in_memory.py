@@ -44,8 +44,10 @@ def _json(path: Path, options: JsonMapping) -> datasets.Dataset:
     if content.lstrip()[:1] == b"[":
         return datasets.Dataset.from_pandas(pd.read_json(path), preserve_index=False)
     # One block: a record must not be cut, and a column's type is found from all rows.
-    whole = pyarrow.json.ReadOptions(block_size=len(content) + 1)
-    return datasets.Dataset(pyarrow.json.read_json(pa.BufferReader(content), read_options=whole))
+    one_block = pyarrow.json.ReadOptions(block_size=len(content) + 1)
+    return datasets.Dataset(
+        pyarrow.json.read_json(pa.BufferReader(content), read_options=one_block)
+    )
 
 
 def _parquet(path: Path, options: JsonMapping) -> datasets.Dataset:

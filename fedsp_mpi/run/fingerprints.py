@@ -99,7 +99,7 @@ def combined(digests: Mapping[str, str]) -> str:
 
 
 def updated(before: JsonMapping, now: Mapping[str, str]) -> dict[str, str]:
-    """Return the digests by name with those of now; a silo that is missing keeps its earlier one."""
+    """Return digests by name, with those of now; a silo that is missing keeps its earlier one."""
     missing = {
         name
         for name, digest in now.items()

@@ -62,14 +62,15 @@ class View:
 
     Attributes:
         hosts: names that this rank's host goes by.
-        num_bytes: size of each silo that has a name, in the order of the configuration; None: it is
-            not there, or stands for silos that are still to be found.
-        found: what matches each pattern, by its place in the configuration: path and size by name.
+        num_bytes: size of each silo that has a name, in the order of the configuration; None: it
+            is not there, or stands for silos that are still to be found.
+        matches: what matches each pattern, by its place in the configuration: path and size by
+            name.
     """
 
     hosts: Sequence[str]
     num_bytes: Sequence[int | None]
-    found: Mapping[int, Mapping[str, tuple[str, int]]]
+    matches: Mapping[int, Mapping[str, tuple[str, int]]]
 
     @classmethod
     def of_this_rank(cls, silos: Sequence[SiloConfig]) -> View:
@@ -77,30 +78,30 @@ class View:
         names = [platform.node(), *(os.environ.get(name, "") for name in _HOST_VARIABLES)]
         hosts = {name for full in names if full for name in (full, full.partition(".")[0])}
         num_bytes = [None if silo.is_pattern else _size_of(silo.source) for silo in silos]
-        found = {
+        matches = {
             index: _matches(silo.source) for index, silo in enumerate(silos) if silo.is_pattern
         }
-        return cls(sorted(hosts), num_bytes, found)
+        return cls(sorted(hosts), num_bytes, matches)
 
     def to_json(self) -> JsonObject:
         """Return this as it travels."""
         content = asdict(self)
-        content["found"] = {str(index): matches for index, matches in self.found.items()}
+        content["matches"] = {str(index): paths for index, paths in self.matches.items()}
         return content
 
     @classmethod
     def from_json(cls, values: JsonMapping, rank: int) -> View:
         """Read what a rank sent; raise ProtocolError, naming the rank, if it cannot be."""
         with reading(rank, "what it sees of the silos"):
-            require_fields(values, rank, {"hosts": list, "num_bytes": list, "found": dict})
-            found = {
+            require_fields(values, rank, {"hosts": list, "num_bytes": list, "matches": dict})
+            matches = {
                 int(index): {
-                    str(name): (str(path), int(size)) for name, (path, size) in matches.items()
+                    str(name): (str(path), int(size)) for name, (path, size) in paths.items()
                 }
-                for index, matches in values["found"].items()
+                for index, paths in values["matches"].items()
             }
             sizes = [None if size is None else int(size) for size in values["num_bytes"]]
-            return cls([str(host) for host in values["hosts"]], sizes, found)
+            return cls([str(host) for host in values["hosts"]], sizes, matches)
 
 
 @dataclass(frozen=True)
@@ -172,8 +173,8 @@ def open_silos(config: Config, name: str, wire: Wire | Solo, log: Log) -> OpenSi
             inputs.check()
         except (ValueError, OSError) as error:
             refusal = comm.Refused(one_line(error))
-    mine = [asdict(_declare(inputs, client)) for client in ids]
-    messages = wire.collect({"silos": mine}, "declaration")
+    own_silos = [asdict(_declare(inputs, client)) for client in ids]
+    messages = wire.collect({"silos": own_silos}, "declaration")
     declarations: list[Declaration] = []
     with agreed(wire) as agreement:
         if messages is not None:
@@ -228,13 +229,13 @@ def _matches(pattern: str) -> dict[str, tuple[str, int]]:
     expanded = str(Path(pattern).expanduser().absolute())
     star = re.escape("*")
     expression = re.compile(re.escape(expanded).replace(star, "([^/]+)"))
-    found = {}
+    paths = {}
     for path in sorted(glob.glob(expanded)):  # noqa: PTH207, absolute patterns
         match = expression.fullmatch(path)
         size = _size_of(path)
         if match is not None and size is not None:
-            found["-".join(match.groups())] = (path, size)
-    return found
+            paths["-".join(match.groups())] = (path, size)
+    return paths
 
 
 def _place_all(
@@ -258,7 +259,7 @@ def _place_all(
     views = [View.from_json(message, rank) for rank, message in enumerate(messages)]
     first = 0 if topology.solo else config.topology.server_ranks
     try:
-        placed = _found(config, name, views[first:])
+        placed = _find(config, name, views[first:])
         complete = with_silos(config, _read_silos(config, placed))
         complete.check()
         assignment, problems = _assign(complete, placed, views, first)
@@ -273,7 +274,7 @@ def _read_silos(config: Config, placed: Sequence[tuple[int, str, str]]) -> list[
     return [replace(silos[index], name=name, source=source) for index, name, source in placed]
 
 
-def _found(config: Config, name: str, views: Sequence[View]) -> list[tuple[int, str, str]]:
+def _find(config: Config, name: str, views: Sequence[View]) -> list[tuple[int, str, str]]:
     """Return the silos in the order of the configuration, those of a pattern by name.
 
     A run that is resumed has the silos that it was begun with.
@@ -281,32 +282,32 @@ def _found(config: Config, name: str, views: Sequence[View]) -> list[tuple[int, 
     Raises:
         ConfigError: nothing matches, or a silo is new to the run.
     """
-    found: list[tuple[int, str, str]] = []
+    placed: list[tuple[int, str, str]] = []
     recorded = _recorded_names(config, name)
     for index, silo in enumerate(config.federation.silos):
         if not silo.is_pattern:
-            found.append((index, silo.name, silo.source))
+            placed.append((index, silo.name, silo.source))
             continue
-        paths = {
-            match: path for view in views for match, (path, _) in view.found.get(index, {}).items()
-        }
+        paths: dict[str, str] = {}
+        for view in views:
+            paths |= {match: path for match, (path, _) in view.matches.get(index, {}).items()}
         if not paths and not recorded:
             hosts = sorted({view.hosts[0] for view in views if view.hosts})
             raise ConfigError(
                 f"federation.silos[{index}].source: found nothing that matches {silo.source} on "
                 f"{', '.join(hosts[:_MAX_NAMED])}, expected a folder for each silo"
             )
-        found += [(index, match, paths[match]) for match in sorted(paths)]
-    return _as_recorded(config, found, recorded)
+        placed += [(index, match, paths[match]) for match in sorted(paths)]
+    return _as_recorded(config, placed, recorded)
 
 
 def _as_recorded(
-    config: Config, found: Sequence[tuple[int, str, str]], recorded: Sequence[str]
+    config: Config, placed: Sequence[tuple[int, str, str]], recorded: Sequence[str]
 ) -> list[tuple[int, str, str]]:
     """Return the silos of the run that is resumed, also those that are not there any more."""
     if not recorded:
-        return list(found)
-    by_name = {name: (index, name, source) for index, name, source in found}
+        return list(placed)
+    by_name = {name: (index, name, source) for index, name, source in placed}
     new = [name for name in by_name if name not in recorded]
     if new:
         raise ConfigError(
@@ -342,7 +343,7 @@ def _assign(
 
     Args:
         config: of the run, its silos found.
-        placed: the silos as `_found` returns them.
+        placed: the silos as `_find` returns them.
         views: of all ranks.
         first: the first client rank.
 
@@ -381,8 +382,8 @@ def _assign(
 
 def _seen_size(view: View, index: int, name: str) -> int | None:
     """Return the bytes of a silo as a rank sees it; None if it does not see it."""
-    if index in view.found:
-        match = view.found[index].get(name)
+    if index in view.matches:
+        match = view.matches[index].get(name)
         return None if match is None else match[1]
     return view.num_bytes[index]
 
