@@ -190,7 +190,7 @@ def of_sites(sites: Path, *names: str) -> list[str]:
         [
             *(item for item in SHORT if not item.startswith(("data.", "federation.clients"))),
             "data.task=sst2",
-            "data.verbaliser=[w3, w4]",
+            "data.verbaliser=[green, purple]",
             "data.source=null",
             "federation.clients=null",
             "server.tuning.steps=0",
