@@ -450,6 +450,12 @@ class ExperimentInputs(ModelInputs):
             self._require_possible_for_cloze()
         if not self.config.tunes_weights:
             auxiliary.require_cell(self.config.auxiliary, self.shape.num_layers, self.model_name)
+            auxiliary.require_positions_kept(
+                self.config.auxiliary,
+                self.config.prompt,
+                self.model_config,
+                name=self.model_name,
+            )
         require_positions(self.num_prompt_tokens, self.shape.num_positions, self.model_name)
         self._require_vocabulary()
 
