@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import os
 import re
-import shlex
 import shutil
 import subprocess
 import sys
@@ -35,14 +34,16 @@ class Mutant:
         name: says what is wrong.
         file: of the package.
         before, after: a text that occurs once in it, and what replaces it.
-        tests: arguments of pytest, relative to tests/.
+        module: of the tests that must catch it, relative to tests/.
+        names: which of them, as pytest's -k has it; empty: all.
     """
 
     name: str
     file: str
     before: str
     after: str
-    tests: str
+    module: str
+    names: str
 
 
 MUTANTS = [
@@ -51,14 +52,16 @@ MUTANTS = [
         "aggregation/fedavg.py",
         "    return values / total\n",
         "    return np.full(len(values), 1 / len(values))\n",
-        "unit/aggregation/test_robust.py -k 'follows_from_the_definition or rejects_nobody'",
+        "unit/aggregation/test_robust.py",
+        "follows_from_the_definition or rejects_nobody",
     ),
     Mutant(
         "averages padding into the distillation loss",
         "models/losses.py",
         "torch.where(mask.bool(), squared_error, 0.0).sum()",
         "squared_error.sum()",
-        "unit/training/test_training.py -k hidden_loss",
+        "unit/training/test_training.py",
+        "hidden_loss",
     ),
     Mutant(
         "takes the batches of the next round",
@@ -66,6 +69,7 @@ MUTANTS = [
         "first_step=(round - 1) * self._training.tuning.steps",
         "first_step=round * self._training.tuning.steps",
         "unit/algorithms/test_oracle.py",
+        "",
     ),
     Mutant(
         "lets the server tune on the batches of the next round",
@@ -73,41 +77,47 @@ MUTANTS = [
         "first_step=(round - 1) * self._stage.steps",
         "first_step=round * self._stage.steps",
         "unit/algorithms/test_oracle.py",
+        "",
     ),
     Mutant(
         "skips fsync",
         "record/atomic.py",
         "                os.fsync(handle)\n",
         "                pass\n",
-        "unit/run/test_guarantees.py -k on_disk",
+        "unit/run/test_guarantees.py",
+        "on_disk",
     ),
     Mutant(
         "does not sync folders",
         "record/atomic.py",
         "        os.fsync(handle)\n    finally",
         "        pass\n    finally",
-        "unit/run/test_guarantees.py -k on_disk",
+        "unit/run/test_guarantees.py",
+        "on_disk",
     ),
     Mutant(
         "ignores deadlines",
         "comm/waiting.py",
         "if deadline is not None and waited > deadline:",
         "if deadline is not None and waited > 1e9 * deadline:",
-        "unit/comm/test_comm.py -k deadline",
+        "unit/comm/test_comm.py",
+        "deadline",
     ),
     Mutant(
         "forgets optimizers on resume",
         "algorithms/client_state.py",
         "            engine.load_state(part_of_state(state, name))\n",
         "            pass\n",
-        "unit/training/test_training.py -k goes_on_from_its_state",
+        "unit/training/test_training.py",
+        "goes_on_from_its_state",
     ),
     Mutant(
         "reverts what is better",
         "roles.py",
         "not loss <= aggregate_loss",
         "loss < aggregate_loss",
-        "unit/algorithms/test_variants.py -k taken_back",
+        "unit/algorithms/test_variants.py",
+        "taken_back",
     ),
     Mutant(
         "swaps the losses of merged and tuned prompts",
@@ -115,132 +125,151 @@ MUTANTS = [
         "validation_merged=aggregate_loss,\n            validation_loss=loss,",
         "validation_merged=loss,\n            validation_loss=aggregate_loss,",
         "unit/algorithms/test_oracle.py",
+        "",
     ),
     Mutant(
         "takes a later round of equal loss for the best",
         "roles.py",
         "        if not loss < self.loss:\n",
         "        if not loss <= self.loss:\n",
-        "unit/run/test_guarantees.py -k equal_losses",
+        "unit/run/test_guarantees.py",
+        "equal_losses",
     ),
     Mutant(
         "does not seal the global model",
         "tensors.py",
         "            if address < end and begin < address + size:\n",
         "            if False:\n",
-        "unit/test_tensors.py -k sealed",
+        "unit/test_tensors.py",
+        "sealed",
     ),
     Mutant(
         "counts rejected updates for the quorum",
         "federate.py",
         "num_accepted = len(updates.reports) - len(updates.rejected)",
         "num_accepted = len(updates.reports)",
-        "unit/aggregation/test_robust.py -k quorum",
+        "unit/aggregation/test_robust.py",
+        "quorum",
     ),
     Mutant(
         "takes the mean for the median",
         "aggregation/robust.py",
         "median[where] = np.median(rows.astype(np.float64), axis=0)",
         "median[where] = np.mean(rows.astype(np.float64), axis=0)",
-        "unit/aggregation/test_robust.py -k median",
+        "unit/aggregation/test_robust.py",
+        "median",
     ),
     Mutant(
         "does not clip private updates",
         "algorithms/privacy.py",
         "factor = min(1.0, clip / norm) if norm > 0 else 1.0",
         "factor = 1.0",
-        "unit/algorithms/test_privacy.py -k clip",
+        "unit/algorithms/test_privacy.py",
+        "clip",
     ),
     Mutant(
         "adds noise of one sign",
         "algorithms/privacy.py",
         "np.where(bits & np.uint64(1), 1.0, -1.0)",
         "np.where(bits & np.uint64(1), 1.0, 1.0)",
-        "unit/algorithms/test_privacy.py -k laplace",
+        "unit/algorithms/test_privacy.py",
+        "laplace",
     ),
     Mutant(
         "leaves the clients' step size as it was",
         "algorithms/fedbpt.py",
         "        search.step_size *= ratio",
         "        search.step_size *= 1.0",
-        "unit/algorithms/test_fedbpt.py -k 'ranks_the_clients_means'",
+        "unit/algorithms/test_fedbpt.py",
+        "ranks_the_clients_means",
     ),
     Mutant(
         "draws the same numbers for every client",
         "rng.py",
         "*map(str, numbers)])",
         "*map(str, numbers[:1])])",
-        "unit/algorithms/test_fedbpt.py -k go_on_where_they_were",
+        "unit/algorithms/test_fedbpt.py",
+        "go_on_where_they_were",
     ),
     Mutant(
         "ignores alpha",
         "data/partition.py",
         "rng.dirichlet(np.full(num_shards, alpha))",
         "rng.dirichlet(np.full(num_shards, 1.0))",
-        "unit/data/test_partition.py -k 'known_draw or skew_grows'",
+        "unit/data/test_partition.py",
+        "known_draw or skew_grows",
     ),
     Mutant(
         "divides by tokens, not by characters",
         "evaluation/scoring.py",
         "np.array(question.lengths, dtype=float)",
         "np.ones(len(question.lengths))",
-        "unit/evaluation/test_scoring.py -k full_sequence",
+        "unit/evaluation/test_scoring.py",
+        "full_sequence",
     ),
     Mutant(
         "starts again at the last checkpoint's own round",
         "federate.py",
         "range(schedule.rounds_done + 1, schedule.federation.rounds + 1)",
         "range(max(1, schedule.rounds_done), schedule.federation.rounds + 1)",
-        "unit/run/test_guarantees.py -k stopped",
+        "unit/run/test_guarantees.py",
+        "stopped",
     ),
     Mutant(
         "lets updates that are not finite through",
         "comm/inspection.py",
         "if float(np.dot(flat, flat)) <= MAX_ABS**2:",
         "if True:",
-        "ranks/test_hostile_ranks.py -k left_out_by_name",
+        "ranks/test_hostile_ranks.py",
+        "left_out_by_name",
     ),
     Mutant(
         "averages rows in the order of ranks",
         "comm/incoming.py",
         "        reorder(matrix, self._row_order)\n",
         "",
-        "ranks/test_wire.py -k one_result",
+        "ranks/test_wire.py",
+        "one_result",
     ),
     Mutant(
         "reads damaged checkpoints",
         "record/checkpoint.py",
         "if digest != file.digest:",
         "if False:",
-        "unit/record/test_damage.py -k gives_way",
+        "unit/record/test_damage.py",
+        "gives_way",
     ),
     Mutant(
         "does not lock the run's folder",
         "record/lock.py",
         "fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)",
         "pass",
-        "unit/run/test_guarantees.py -k another_process_holds",
+        "unit/run/test_guarantees.py",
+        "another_process_holds",
     ),
     Mutant(
         "goes on with other inputs",
         "run/fingerprints.py",
         "    names = changed(before, now)\n    if names:",
         "    names = changed(before, now)\n    if False:",
-        "unit/files/test_folders.py -k other_texts",
+        "unit/files/test_folders.py",
+        "other_texts",
     ),
     Mutant(
         "warms up one step longer",
         "training/engine.py",
         "return settings.learning_rate * (step + 1) / num_warmup",
         "return settings.learning_rate * step / num_warmup",
-        "unit/training/test_training.py -k rate_climbs",
+        "unit/training/test_training.py",
+        "rate_climbs",
     ),
     Mutant(
         "lets one client's failure stop the others",
         "federate.py",
         "            except ClientError as error:\n",
         "            except ZeroDivisionError as error:\n",
-        "unit/training/test_training.py -k the_others_go_on",
+        "unit/training/test_training.py",
+        "the_others_go_on",
     ),
 ]
 
@@ -261,7 +290,7 @@ def copy_checkout(folder: Path) -> Path:
     return target
 
 
-def run_tests(checkout: Path, tests: str) -> subprocess.CompletedProcess[str]:
+def run_tests(checkout: Path, module: str, names: str) -> subprocess.CompletedProcess[str]:
     """Run tests of a copy of the checkout against the package in it."""
     paths = [checkout, checkout / "tests"]
     environment = {
@@ -269,9 +298,9 @@ def run_tests(checkout: Path, tests: str) -> subprocess.CompletedProcess[str]:
         "PYTHONPATH": os.pathsep.join(map(str, paths)),
         "PYTHONDONTWRITEBYTECODE": "1",
     }
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "--tb=no", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "--tb=line", "-p", "no:cacheprovider"]
     return subprocess.run(
-        [*command, *shlex.split(tests)],
+        [*command, module, "-k", names],
         cwd=checkout / "tests",
         env=environment,
         capture_output=True,
@@ -289,7 +318,7 @@ def check(mutant: Mutant, checkout: Path) -> tuple[bool, str]:
         return False, f"found its text {count} times in {mutant.file}, expected once"
     file.write_text(text.replace(mutant.before, mutant.after), encoding="utf-8")
     try:
-        done = run_tests(checkout, mutant.tests)
+        done = run_tests(checkout, mutant.module, mutant.names)
     except subprocess.TimeoutExpired:
         return False, f"its tests still run after {TIMEOUT} s"
     finally:
@@ -302,6 +331,19 @@ def check(mutant: Mutant, checkout: Path) -> tuple[bool, str]:
     return False, f"pytest ended with {done.returncode}: {done.stdout[-300:]}{done.stderr[-300:]}"
 
 
+def all_pass(checkout: Path, mutants: list[Mutant]) -> bool:
+    """Return whether all tests pass where nothing is wrong; show those that do not."""
+    patterns: dict[str, list[str]] = {}
+    for mutant in mutants:
+        patterns.setdefault(mutant.module, []).append(mutant.names)
+    for module, names in patterns.items():
+        done = run_tests(checkout, module, " or ".join(names) if all(names) else "")
+        if done.returncode != 0:
+            print(f"{module}: found failures without a mutant\n{done.stdout[-2000:]}")
+            return False
+    return True
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", help="words of the mutants' names; default: all")
@@ -310,16 +352,13 @@ def main() -> int:
     chosen = [m for m in MUTANTS if not options.names or any(n in m.name for n in options.names)]
     if options.list:
         for mutant in chosen:
-            print(f"{mutant.name}: {mutant.file}; {mutant.tests}")
+            print(f"{mutant.name}: {mutant.file}; {mutant.module} {mutant.names}")
         return 0
     num_caught = 0
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
         checkout = copy_checkout(Path(folder))
-        for tests in dict.fromkeys(mutant.tests for mutant in chosen):
-            done = run_tests(checkout, tests)
-            if done.returncode != 0:
-                print(f"pytest {tests}: found failures without a mutant\n{done.stdout[-2000:]}")
-                return 1
+        if not all_pass(checkout, chosen):
+            return 1
         for mutant in chosen:
             start = time.perf_counter()
             is_caught, result = check(mutant, checkout)
