@@ -2,6 +2,9 @@
 
 The interface is numpy, so that a rank that only waits does not need torch. The tensors of one
 message are views of one contiguous fp32 vector, and that vector is sent as it lies in memory.
+
+In docstrings, [*shape] is that of each tensor under its name, as a `Schema` holds it; it stays as
+it is.
 """
 
 from __future__ import annotations
@@ -17,12 +20,13 @@ if TYPE_CHECKING:
     import torch
 
 
-# Resumable state by name. The arrays are views that are valid until the next training step.
+# Resumable state by name. The arrays, each [*shape] of a parameter, an optimizer's state or a list
+# of numbers, are views that are valid until the next training step.
 State = dict[str, np.ndarray]
 
 
 def join_states(parts: Mapping[str, Mapping[str, np.ndarray]]) -> State:
-    """Return one state with the arrays of all parts (any shape), named "part/name"; no copies."""
+    """Return one state with the arrays [*shape] of all parts, named "part/name"; no copies."""
     joined: State = {}
     for part, state in parts.items():
         for name, value in state.items():
@@ -31,7 +35,7 @@ def join_states(parts: Mapping[str, Mapping[str, np.ndarray]]) -> State:
 
 
 def part_of_state(state: Mapping[str, np.ndarray], part: str) -> State:
-    """Return the arrays (any shape) of one part of a joined state; empty if it is absent."""
+    """Return the arrays [*shape] of one part of a joined state; empty if it is absent."""
     prefix = f"{part}/"
     return {
         name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)
@@ -111,7 +115,7 @@ class _ProtectedMemory:
         self._host_ranges: list[tuple[int, int, str]] = []  # first byte, end, name
 
     def add(self, named: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Protect the storages of pairs (name, tensor of any shape), tied ones once."""
+        """Protect the storages of pairs (name, tensor [*shape]), tied ones once."""
         for name, tensor in named:
             storage = tensor.untyped_storage()
             address = storage.data_ptr()
@@ -123,7 +127,7 @@ class _ProtectedMemory:
                 self._host_ranges.append((address, address + storage.nbytes(), name))
 
     def check_tensor(self, name: str, tensor: torch.Tensor) -> None:
-        """Raise SealedTensorError if a tensor of any shape shares storage with the global model."""
+        """Raise SealedTensorError if a tensor [*shape] shares storage with the global model."""
         storage = tensor.untyped_storage()
         self._refuse_owned(name, self._name_by_address.get(storage.data_ptr()))
         # A tensor made by way of numpy may begin inside a protected storage.
@@ -131,7 +135,7 @@ class _ProtectedMemory:
             self._check_range(name, storage.data_ptr(), storage.nbytes())
 
     def check_array(self, array: np.ndarray) -> None:
-        """Raise SealedTensorError if an array of any shape overlaps the global model's memory."""
+        """Raise SealedTensorError if an array [*shape] overlaps the global model's memory."""
         self._check_range("this array", array.__array_interface__["data"][0], array.nbytes)
 
     def clear(self) -> None:
@@ -160,7 +164,7 @@ seal = _ProtectedMemory()
 
 
 class NamedTensors(Mapping[str, np.ndarray]):
-    """Named fp32 arrays of any shape that are views of one contiguous vector.
+    """Named fp32 arrays, each [*shape] as the schema says, that are views of one contiguous vector.
 
     Args:
         schema: names and shapes, in order.
@@ -196,7 +200,9 @@ class NamedTensors(Mapping[str, np.ndarray]):
 
     @classmethod
     def pack(cls, tensors: Mapping[str, torch.Tensor]) -> NamedTensors:
-        """Copy torch tensors (any shape, device and float dtype) into one fp32 vector on the host.
+        """Copy torch tensors [*shape] into one fp32 vector [num_values] on the host.
+
+        Their device and float dtype may be any.
 
         Raises:
             SealedTensorError: one of them is memory of the global model.
@@ -213,13 +219,13 @@ class NamedTensors(Mapping[str, np.ndarray]):
 
     @classmethod
     def of(cls, arrays: Mapping[str, np.ndarray]) -> NamedTensors:
-        """Copy at least one array (any shape, any float dtype) into one fp32 vector."""
+        """Copy at least one array [*shape] of any float dtype into one fp32 vector [num_values]."""
         schema = Schema.of((name, array.shape) for name, array in arrays.items())
         flat = np.concatenate([array.ravel() for array in arrays.values()])
         return cls(schema, flat.astype(np.float32))
 
     def torch(self) -> dict[str, torch.Tensor]:
-        """Return fp32 CPU tensors (any shape) that share this memory.
+        """Return fp32 CPU tensors [*shape] that share this memory.
 
         Writing to one of them writes to the message.
         """
@@ -228,7 +234,7 @@ class NamedTensors(Mapping[str, np.ndarray]):
         return {name: torch.from_numpy(view) for name, view in self._views.items()}
 
     def select(self, prefix: str) -> NamedTensors:
-        """Return the fp32 tensors (any shape) whose names start with `prefix`, without the prefix.
+        """Return the fp32 tensors [*shape] whose names start with `prefix`, without the prefix.
 
         They share this memory, and must be adjacent in it.
         """
@@ -246,7 +252,7 @@ class NamedTensors(Mapping[str, np.ndarray]):
 
     @classmethod
     def join(cls, parts: Mapping[str, NamedTensors]) -> NamedTensors:
-        """Copy the fp32 tensors (any shape) of at least one part into one vector.
+        """Copy the fp32 tensors [*shape] of at least one part into one vector [num_values].
 
         Each name gets its part's key in front.
         """

@@ -87,7 +87,7 @@ NOT_A_VERB = set(
 )
 # NamedTensors carry names and shapes of their own, which are checked where they travel.
 TENSOR = re.compile(r"\b(Tensor|ndarray)\b")
-SHAPE = re.compile(r"\[[^\]]*\]|scalar|same shape|shape of|any shape", re.I)
+SHAPE = re.compile(r"\[[^\]]*\]|scalar|same shape|shape of", re.I)
 
 Place = tuple[str, int, str]
 Function = ast.FunctionDef | ast.AsyncFunctionDef

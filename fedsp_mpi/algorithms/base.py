@@ -21,6 +21,7 @@ from fedsp_mpi.data.tokens import Batches, Text
 from fedsp_mpi.log import RoundProgress
 from fedsp_mpi.models.language_model import LanguageModel
 from fedsp_mpi.models.prompts import DepthMap, Prompt, PromptSpec
+from fedsp_mpi.record.tables import SERVER_COLUMNS
 from fedsp_mpi.tensors import ClientError, NamedTensors, Schema, State, Update
 from fedsp_mpi.training.device import Compute
 from fedsp_mpi.training.loop import Trace
@@ -273,7 +274,7 @@ class Method(ABC):
 
     Attributes:
         metrics: names of the numbers that come with an update; each is a column of the record's
-            table of clients.
+            table of clients, and none is one that the server writes (`require_metrics`).
     """
 
     metrics: tuple[str, ...]
@@ -304,3 +305,26 @@ class Method(ABC):
         None if every client holds a model.
         """
         return None
+
+
+def require_metrics(method: str, metrics: Sequence[str]) -> None:
+    """Check that the metrics of a method can be columns of the record's table of clients.
+
+    Args:
+        method: its name, for the error.
+        metrics: their names.
+
+    Raises:
+        ValueError: the server writes such a column itself, or two metrics have one name.
+    """
+    for position, name in enumerate(metrics):
+        if name in SERVER_COLUMNS:
+            raise ValueError(
+                f"method {method}: found a metric {name!r}, which is a column that the server "
+                f"writes, expected none of {', '.join(SERVER_COLUMNS)}; give it another name"
+            )
+        if name in metrics[:position]:
+            raise ValueError(
+                f"method {method}: found two metrics {name!r}, expected each name once; give one "
+                "of them another name"
+            )

@@ -145,10 +145,10 @@ class StatelessClients:
 
 
 def arrays(by_name: Mapping[str, Tensor]) -> State:
-    """Return tensors of any shape as numpy arrays, which share the memory of those on the CPU."""
+    """Return tensors [*shape] as numpy arrays, which share the memory of those on the CPU."""
     return {name: tensor.detach().cpu().numpy() for name, tensor in by_name.items()}
 
 
 def tensors(state: State) -> dict[str, Tensor]:
-    """Wrap a state's arrays, of any shape, as CPU tensors that share their memory."""
+    """Wrap a state's arrays [*shape] as CPU tensors [*shape] that share their memory."""
     return {name: torch.from_numpy(value) for name, value in state.items()}

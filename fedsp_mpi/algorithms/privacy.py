@@ -89,7 +89,7 @@ def privatize(
     """Return received + (tuned - received) min(1, clip / |tuned - received|_1) + noise.
 
     Args:
-        received: fp32 tensors of any shape.
+        received: fp32 tensors, each [*shape] of the broadcast's schema.
         tuned: tensors of the same names and shapes.
         clip: largest L1 norm of the difference.
         scale: of the Laplace noise.

@@ -370,7 +370,7 @@ def checked_results(
 
 
 def invalid_values(values: np.ndarray) -> str | None:
-    """Return why fp32 values of any shape cannot be averaged; None if they can."""
+    """Return why fp32 values [*shape] cannot be averaged; None if they can."""
     if not values.size:
         return None
     low = float(values.min())  # nan if any value is nan

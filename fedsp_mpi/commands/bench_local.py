@@ -11,7 +11,7 @@ from typing import TypeVar
 import torch
 from torch.nn import functional as F
 
-from fedsp_mpi.comm import Handout, Solo, Topology
+from fedsp_mpi.comm import Solo, Topology
 from fedsp_mpi.config import Config
 from fedsp_mpi.log import Log
 from fedsp_mpi.models import auxiliary, backbone
@@ -20,7 +20,7 @@ from fedsp_mpi.models.prompts import Prompt
 from fedsp_mpi.run import build
 from fedsp_mpi.run.handout import HandoutMeta
 from fedsp_mpi.run.inputs import ExperimentInputs
-from fedsp_mpi.tensors import Batch, Contract, NamedTensors
+from fedsp_mpi.tensors import Batch, NamedTensors
 from fedsp_mpi.training.device import Compute
 from fedsp_mpi.training.engine import adamw, learning_rate
 
@@ -72,11 +72,11 @@ def local(config: Config, repeats: int, log: Log) -> LocalTiming:
     materials.check()
     compute = Compute.of(config.client.compute, Topology.alone())
     compute.begin()
-    handout, bare_loop = _bare_side(materials, compute)
+    tensors, meta, bare_loop = _bare_side(materials, compute)
     client = build.hosted_clients(
-        materials, compute, handout, ids=[0], call_server=Solo().call
+        materials, compute, tensors, meta=meta, ids=[0], call_server=Solo().call
     ).client
-    prompt = handout.tensors.select("prompt/")
+    prompt = tensors.select("prompt/")
     package_times: list[float] = []
     bare_times: list[float] = []
     for round in range(1, repeats + 2):
@@ -123,8 +123,10 @@ def _require_comparable(config: Config, repeats: int) -> None:
             )
 
 
-def _bare_side(materials: ExperimentInputs, compute: Compute) -> tuple[Handout, _BareLoop]:
-    """Return a hand-out without distillation, and a bare loop that starts from it too."""
+def _bare_side(
+    materials: ExperimentInputs, compute: Compute
+) -> tuple[NamedTensors, HandoutMeta, _BareLoop]:
+    """Return what is handed out without distillation, and a bare loop that starts from it too."""
     config = materials.config
     model = backbone.load_global(materials.model_name, device=compute.device)
     unrolled = auxiliary.unroll(auxiliary.cut(model, config.auxiliary), materials.depth)
@@ -134,12 +136,8 @@ def _bare_side(materials: ExperimentInputs, compute: Compute) -> tuple[Handout, 
     down = NamedTensors.pack(prompt.tensors())
     cell = auxiliary.cell_config(model.model.config, config.auxiliary)
     meta = HandoutMeta([], [], "", cell=cell.to_dict(), depth=materials.depth)
-    handout = Handout(
-        meta.to_json(),
-        NamedTensors.join({"auxiliary/": auxiliary.pack(small), "prompt/": down}),
-        Contract(down.schema, down.schema),
-    )
-    return handout, _BareLoop(small, prompt, config)
+    tensors = NamedTensors.join({"auxiliary/": auxiliary.pack(small), "prompt/": down})
+    return tensors, meta, _BareLoop(small, prompt, config)
 
 
 def _prepare_stages(materials: ExperimentInputs, compute: Compute, round: int) -> list[Stage]:

@@ -220,7 +220,7 @@ def cosine(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> float:
     """Return the cosine of two sets of tensors, each taken as one vector, computed in fp64.
 
     Args:
-        first: tensors of any shape, by name.
+        first: by name a prompt's parameters or gradients, [num_tokens, row_width] for `prompt`.
         second: of the same names and shapes.
 
     Returns:

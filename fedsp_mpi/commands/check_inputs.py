@@ -101,11 +101,13 @@ class ServerChecks:
             The model's sizes; None if they are not known.
         """
         from fedsp_mpi.estimate.memory import ModelSizes
+        from fedsp_mpi.run import build
 
         inputs = self._inputs
         max_length = 0
         try:
             inputs.check()
+            build.method_of(inputs)
             texts = (*inputs.shard(0), *inputs.validation)
             max_length = max(len(text.ids) for text in texts)
             model = inputs.model_config

@@ -79,7 +79,7 @@ def of_rows(rows: Iterable[str]) -> str:
 
 
 def of_weights(weights: Mapping[str, Tensor]) -> str:
-    """Return a 128-bit digest of tensors (any shape, dtype and device).
+    """Return a 128-bit digest of tensors [*shape] by name, on any device and of any dtype.
 
     It covers names, shapes, dtypes and bits, but not devices.
     """

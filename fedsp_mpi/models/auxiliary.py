@@ -234,8 +234,9 @@ def bridge_of(model: LanguageModel) -> nn.Linear:
 
 
 def pack(model: LanguageModel) -> NamedTensors:
-    """Copy the weights into the tensors that travel, fp32, any shape; each shared one is there
-    once.
+    """Copy the weights into the tensors that travel, fp32; each shared one is there once.
+
+    Their shapes are the model's own, such as [vocabulary, hidden] of the embedding.
     """
     return NamedTensors.pack(model.weights)
 

@@ -186,7 +186,9 @@ class Prompt(nn.Module):
         return stacked.expand(num_texts, *(-1 for _ in stacked.shape[1:]))
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the parameters by name, which are what travels: fp32 views, any shape."""
+        """Return fp32 views of the parameters by name, which are what travels: `prompt`
+        [num_tokens, row_width], or those that the class names.
+        """
         return {name: parameter.data for name, parameter in self.named_parameters()}
 
     def num_parameters(self) -> int:
@@ -267,7 +269,8 @@ def to_depth(tensors: Mapping[str, Tensor], spec: PromptSpec, num_layers: int) -
     the l of the shallower model, so every layer keeps its place in the order of depth.
 
     Args:
-        tensors: the prompt's parameters by name, any shape.
+        tensors: the prompt's parameters by name: `prompt` [num_tokens, row_width], or those that
+            `Prompt` names.
         spec: of that prompt.
         num_layers: of the other model.
 
@@ -318,7 +321,10 @@ class DepthMap:
         return self.spec.at_depth(self.num_layers)
 
     def down(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Map the parameters of a prompt, any shape, from the global to the auxiliary model."""
+        """Map the parameters of a prompt from the global to the auxiliary model.
+
+        Of `prompt` [num_tokens, row_width] it is row_width that changes with the depth.
+        """
         if self.layers is None:
             return to_depth(tensors, self.spec, self.num_layers)
         return {name: self._select_layers(name, tensor) for name, tensor in tensors.items()}
@@ -327,7 +333,7 @@ class DepthMap:
         """Map the parameters of a prompt from the auxiliary to the global model.
 
         Args:
-            tensors: by name, any shape, at the auxiliary model's depth.
+            tensors: by name, `prompt` [num_tokens, row_width] at the auxiliary model's depth.
             own: the global model's parameters, whose layers without a counterpart stay as they are.
         """
         if self.layers is None:

@@ -97,7 +97,7 @@ class Checkpoints:
         Args:
             client: its id.
             round: after which the client has this state.
-            state: arrays of any shape by name.
+            state: arrays [*shape] by name.
 
         Raises:
             RecordError: the file cannot be written.
@@ -249,7 +249,7 @@ class Checkpoints:
 
         Args:
             step: number of steps that are done.
-            state: arrays of any shape by name.
+            state: arrays [*shape] by name.
             recipe: what the distillation depends on; anything that JSON can hold.
 
         Raises:

@@ -94,8 +94,9 @@ class Run:
         return {name.decode() if isinstance(name, bytes) else name for name in names}
 
     def prompts(self, round: int) -> dict[str, np.ndarray]:
-        """Return the prompts after a round by name, of any shape, with the order and the bits in
-        which they were committed.
+        """Return the prompts after a round by name, in the order and with the bits that were
+        committed: `prompt` [num_tokens, row_width], or the parameters that `models.prompts.Prompt`
+        names.
 
         Raises:
             ValueError: they were not kept, or cannot be read.
@@ -247,7 +248,7 @@ def _extra_columns(name: str, stored: np.dtype) -> list[str]:
 
 
 def _read_prompts(file: Path, round: int) -> dict[str, np.ndarray]:
-    """Return a round's prompts by name, of any shape, from run.h5 or from the round's own file."""
+    """Return a round's prompts [*shape] by name, from run.h5 or from the round's own file."""
     name = link_name(round)
     with reader.open_file(file) as source:
         path = reader.linked_round(source, name)
@@ -382,7 +383,7 @@ def prompts_image(prompts: Mapping[str, np.ndarray]) -> bytes:
     0.896); what is fp16 inside shrinks to 0.53. The bits come back exactly.
 
     Args:
-        prompts: arrays of any shape and any numeric dtype, by name.
+        prompts: arrays [*shape] of any numeric dtype, by name.
     """
     with h5py.File("prompts.h5", "w", driver="core", backing_store=False) as h5:
         group = h5.create_group("prompt")

@@ -69,7 +69,7 @@ class RoundJournal:
         Args:
             row: the round's, without its bytes.
             results: what the clients sent.
-            prompts: fp32 arrays of any shape by name; None if they are not kept.
+            prompts: fp32 arrays [*shape] by name; None if they are not kept.
             silos: what silos have scored.
             round_bytes: by direction ("down", "up") and client.
             entries: the wire's manifest so far.

@@ -270,7 +270,7 @@ def round_numbers(file: OpenFile) -> list[int]:
 
 
 def tensors(group: h5py.Group) -> dict[str, np.ndarray]:
-    """Return the tensors below a group, of any shape, by name, in the order they were written.
+    """Return the tensors [*shape] below a group by name, in the order they were written.
 
     Raises:
         KeyError: one has no place in the order.

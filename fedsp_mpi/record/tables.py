@@ -168,6 +168,10 @@ TABLES: dict[str, type] = {
     "results": ResultRow,
     "wire": WireRow,
 }
+# Columns of `clients` that are no metric of a method: the server fills them in.
+SERVER_COLUMNS = tuple(
+    field.name for field in dataclasses.fields(ClientRow) if field.type != "float"
+)
 # Columns that records of earlier versions lack, and what they are filled with then.
 LATER: dict[str, JsonObject] = {
     "clients": dict.fromkeys(("attack_success", "fitness", "step_size"), NAN)
@@ -250,7 +254,7 @@ def append(table: np.ndarray, rows: np.ndarray) -> np.ndarray:
 
 
 def frozen(array: np.ndarray) -> np.ndarray:
-    """Mark an array of any shape read-only, and return it."""
+    """Mark an array [*shape] read-only, and return it."""
     array.flags.writeable = False
     return array
 

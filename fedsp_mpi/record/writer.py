@@ -135,8 +135,7 @@ class RunRecord:
         Args:
             row: its `round` must follow the last committed one.
             clients: a row for each client.
-            prompts: arrays of any numeric dtype and any shape by name; None keeps none for this
-                round.
+            prompts: arrays [*shape] of any numeric dtype by name; None keeps none for this round.
             silos: a row for each silo that has scored the round.
             wire: the wire's manifest so far; None leaves the last one.
 

@@ -24,6 +24,7 @@ from fedsp_mpi.algorithms.base import (
     Rule,
     Server,
     ServerContext,
+    require_metrics,
 )
 from fedsp_mpi.algorithms.privacy import LocalDPClient
 from fedsp_mpi.algorithms.silo_weights import WeightedClient
@@ -52,8 +53,14 @@ Answer = Callable[[np.ndarray], np.ndarray]
 
 
 def method_of(inputs: ExperimentInputs) -> Method:
-    """Import the file of the configured method, and return what builds its two sides."""
-    method: Method = import_module(inputs.config.method_facts.module).METHOD
+    """Import the file of the configured method, and return what builds its two sides.
+
+    Raises:
+        ValueError: a metric of it is named like something else.
+    """
+    config = inputs.config
+    method: Method = import_module(config.method_facts.module).METHOD
+    require_metrics(config.method, (*method.metrics, *ATTACK_METRICS))
     return method
 
 
@@ -271,8 +278,9 @@ def scoring_model(inputs: ExperimentInputs, model: LanguageModel) -> LanguageMod
 def hosted_clients(
     inputs: ExperimentInputs,
     compute: Compute,
-    handed_out: Handout,
+    tensors: NamedTensors,
     *,
+    meta: HandoutMeta,
     ids: Sequence[int],
     call_server: InferenceCall,
     progress: RoundProgress | None = None,
@@ -282,13 +290,13 @@ def hosted_clients(
     Args:
         inputs: of the experiment.
         compute: the clients' device.
-        handed_out: by the server.
+        tensors: of the hand-out.
+        meta: what the hand-out says beside its tensors.
         ids: of the clients.
         call_server: asks the server for losses, where clients hold no model.
         progress: is told of every step.
     """
     config = inputs.config
-    meta = HandoutMeta.from_json(handed_out.meta)
     progress = progress or RoundProgress()
     compute.begin()
 
@@ -307,7 +315,7 @@ def hosted_clients(
         inputs=inputs,
         compute=compute,
         ids=ids,
-        tensors=handed_out.tensors,
+        tensors=tensors,
         depth=meta.depth,
         build_model=build_model,
         call_server=call_server,

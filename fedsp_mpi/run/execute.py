@@ -18,7 +18,7 @@ from fedsp_mpi.config import Config
 from fedsp_mpi.log import Log, RoundProgress, one_line
 from fedsp_mpi.run import devices
 from fedsp_mpi.run.agreement import agreed
-from fedsp_mpi.run.handout import HandoutMeta
+from fedsp_mpi.run.handout import HandoutMeta, ServerMeeting
 from fedsp_mpi.run.ranks import (
     RankInfo,
     ReadyReport,
@@ -88,10 +88,12 @@ def execute(
                     config, name, wire, silos, ranks=ranks, log=log, started_at=started_at
                 )
                 guard.report_into(server.folder)
-                agreement.note = server.rendezvous()
+                meeting = server.meeting()
+                agreement.note = meeting.to_json() if meeting else None
         helper = None
         if agreement.note:
-            helper = _load_helper(config, wire, server, *agreement.note)
+            meeting = ServerMeeting.from_json(agreement.note)
+            helper = _load_helper(config, wire, server, meeting=meeting)
         server_rank: ServerRank | None = server or helper
 
         handed_out = _hand_out(wire, server_rank)
@@ -100,7 +102,7 @@ def execute(
             guard.report_into(Path(meta.folder))
         guard.set_peers(meta.processes)
         clients = _load_clients(
-            config, wire, handed_out, silos, server=server, log=client_log or Log()
+            config, wire, handed_out, silos, meta=meta, server=server, log=client_log or Log()
         )
         role = server_rank.build_role(meta) if server_rank else None
         del handed_out  # its tensors take as much memory as the clients' model
@@ -187,19 +189,19 @@ def _load_helper(
     config: Config,
     wire: Wire | Solo,
     server: ServerRun | None,
-    address: str,
-    port: int,
-    hosts: Sequence[str],
+    *,
+    meeting: ServerMeeting,
 ) -> SecondaryServer | None:
     """Load the global model on the server's other ranks; return None elsewhere."""
     server_ranks = config.topology.server_ranks
-    waves = [wave - {0} for wave in load_waves(hosts[:server_ranks])]
+    waves = [wave - {0} for wave in load_waves(meeting.hosts[:server_ranks])]
 
     def load() -> SecondaryServer:
         from fedsp_mpi.run.secondary import SecondaryServer
         from fedsp_mpi.training.process_group import Rendezvous
 
-        return SecondaryServer(config, wire.topology, Rendezvous(address, port, server_ranks))
+        rendezvous = Rendezvous(meeting.address, meeting.port, server_ranks)
+        return SecondaryServer(config, wire.topology, rendezvous)
 
     return _load_in_waves(wire, waves, load, role="helper", server=server)
 
@@ -210,11 +212,20 @@ def _load_clients(
     handed_out: comm.Handout,
     silos: OpenSilos | None,
     *,
+    meta: HandoutMeta,
     server: ServerRun | None,
     log: Log,
 ) -> HostedClients | None:
-    """Build the clients of every rank that has some; return this rank's, or None."""
-    meta = HandoutMeta.from_json(handed_out.meta)
+    """Build the clients of every rank that has some; return this rank's, or None.
+
+    Args:
+        config: of the run.
+        wire: between all ranks.
+        handed_out: by the server.
+        meta: what the hand-out says beside its tensors.
+        server: rank 0's.
+        log: says how far the clients of the first rank that has some are in a long round.
+    """
     hosting = {rank for rank, ids in enumerate(meta.assignment) if ids}
     waves = [wave & hosting for wave in load_waves([host for host, _ in meta.processes])]
     rank = wire.topology.rank
@@ -235,7 +246,8 @@ def _load_clients(
         clients = build.hosted_clients(
             inputs,
             compute,
-            handed_out,
+            handed_out.tensors,
+            meta=meta,
             ids=ids,
             call_server=wire.call,
             # One rank speaks for all: their clients have about the same work.

@@ -1,4 +1,4 @@
-"""What the hand-out says beside its tensors: where the run is, and how clients begin."""
+"""What the server tells all ranks before the rounds, beside tensors: places, and who does what."""
 
 from __future__ import annotations
 
@@ -7,6 +7,30 @@ from dataclasses import dataclass, field
 
 from fedsp_mpi.files.untrusted import JsonMapping, JsonObject
 from fedsp_mpi.record.checkpoint import CheckpointFile
+
+
+@dataclass(frozen=True)
+class ServerMeeting:
+    """Where the server's ranks meet, if there are several.
+
+    Attributes:
+        address: of rank 0's host.
+        port: on which rank 0 listens.
+        hosts: of all ranks.
+    """
+
+    address: str
+    port: int
+    hosts: Sequence[str]
+
+    def to_json(self) -> JsonObject:
+        """Return this as it travels."""
+        return {"address": self.address, "port": self.port, "hosts": list(self.hosts)}
+
+    @classmethod
+    def from_json(cls, values: JsonMapping) -> ServerMeeting:
+        """Read what the server sent."""
+        return cls(values["address"], values["port"], values["hosts"])
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from fedsp_mpi.roles import ServerRole
 from fedsp_mpi.run import auxiliary_model, build, fingerprints, overview
 from fedsp_mpi.run.final_scores import score_all
 from fedsp_mpi.run.folder import RunFolder
-from fedsp_mpi.run.handout import HandoutMeta
+from fedsp_mpi.run.handout import HandoutMeta, ServerMeeting
 from fedsp_mpi.run.inputs import ExperimentInputs
 from fedsp_mpi.run.opening import (
     STOPPED,
@@ -121,6 +121,7 @@ class ServerRun:
                 assignment = assign_clients(inputs.work, topology.size, servers)
             else:
                 assignment = silos.assignment  # and the inputs are checked
+            build.method_of(inputs)
             overview.say_ranks(log, config, ranks=ranks, assignment=assignment)
             overview.say_inputs(log, inputs, is_embedded=name == "embedded")
             log.say(f"folder    {place.path}")
@@ -158,15 +159,12 @@ class ServerRun:
     def record(self) -> RunRecord:
         return self._opened.record
 
-    def rendezvous(self) -> tuple[str, int, list[str]] | None:
-        """Return what the server's other ranks must know; None if there are none.
-
-        That is address and port of this rank, and the hosts of all ranks.
-        """
+    def meeting(self) -> ServerMeeting | None:
+        """Return where the server's other ranks meet this one; None if there are none."""
         if self._config.topology.server_ranks == 1:
             return None
         hosts = [rank.host for rank in self._ranks]
-        return self._rendezvous.address, self._rendezvous.port, hosts
+        return ServerMeeting(self._rendezvous.address, self._rendezvous.port, hosts)
 
     def record_failure(self, error: Exception) -> None:
         """Write into the record that the run ended before its end, and why."""

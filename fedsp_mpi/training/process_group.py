@@ -108,14 +108,14 @@ class ServerGroup:
         return cls(rank, meeting.size, device)
 
     def sum(self, tensors: Iterable[Tensor]) -> None:
-        """Replace each tensor, of any shape, by its sum over all ranks, in place."""
+        """Replace each tensor [*shape] by its sum over all ranks, in place."""
         if self.size > 1:
             with _deadline():
                 for tensor in tensors:
                     distributed.all_reduce(tensor)
 
     def lead(self, tensors: Iterable[Tensor]) -> None:
-        """Replace each tensor, of any shape, by the leader's, in place."""
+        """Replace each tensor [*shape] by the leader's, in place."""
         if self.size > 1:
             with _deadline():
                 for tensor in tensors:

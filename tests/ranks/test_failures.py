@@ -71,9 +71,9 @@ def test_a_rank_that_is_killed_ends_the_job(tmp_path, usual, phase, rank):
 @pytest.mark.parametrize(
     ("n", "fault", "reason", "rounds"),
     [
-        (0, "memory:1:1", "out of memory", [1]),
-        (0, "text:2", "its text cannot be used: found no text", [1, 2]),
-        (0, "nan:0:2", "the loss of step 1 of 2 is nan", [2]),
+        (2, "memory:1:1", "out of memory", [1]),
+        (3, "text:2", "its text cannot be used: found no text", [1, 2]),
+        (4, "nan:0:2", "the loss of step 1 of 2 is nan", [2]),
         (2, "lie:values:1", "check: the update is not finite", [1, 2]),
         (2, "lie:weight:1", "check: weight is 1e+06, expected at most", [1, 2]),
         (2, "lie:silent:1", "gather: rank 1 sent no answer", [1, 2]),
@@ -96,13 +96,33 @@ def test_a_client_that_fails_alone_is_dropped_and_named(tmp_path, n, fault, reas
     )
 
 
-def test_a_quorum_below_which_the_run_stops(tmp_path):
-    result, _ = timed(0, tmp_path, "run", "federation.min_clients=3", fault="memory:1:1")
-    assert (
-        result.returncode == 1
-        and "found 2 updates, expected at least federation.min_clients=3" in result.stderr
-    )
-    assert "client 1 in local training: out of memory" in result.stderr
+@pytest.mark.parametrize(
+    ("n", "fault", "reason"),
+    [(0, "memory:1:1", "out of memory"), (3, "nan:1:1", "the loss of step 1 of 2 is nan")],
+)
+def test_a_quorum_below_which_the_run_stops(tmp_path, n, fault, reason):
+    result, _ = timed(n, tmp_path, "run", "federation.min_clients=3", fault=fault)
+    assert result.returncode not in (0, 2, 124), both_ends(result)
+    assert "rank 0" in only_report(result)
+    assert "found 2 updates, expected at least federation.min_clients=3" in result.stderr
+    assert f"client 1 in local training: {reason}" in result.stderr
+    run = read(tmp_path / "run")
+    assert run.status == "failed" and run.committed_rounds == 0
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("raise:no such phase:1", "found no phase 'no such phase' in run --name"),
+        ("raise:merge:1", "found no phase 'merge' in run --name"),
+        ("raise:merge:0:9", "found no phase 'merge' of round 9 in run --name"),
+        ("raise:merge:2", "found no rank 2 in run --name"),
+    ],
+)
+def test_a_fault_whose_place_is_not_there_is_no_pass(tmp_path, fault, message):
+    result, _ = timed(2, tmp_path, "run", "federation.rounds=1", fault=fault)
+    assert result.returncode not in (0, 1, 2, 75, 124), both_ends(result)
+    assert result.stderr.count("faulty.py: ") == 1 and message in result.stderr
 
 
 def test_a_slow_client_is_cut_at_its_time_and_weighs_what_it_did(tmp_path):

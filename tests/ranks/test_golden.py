@@ -172,6 +172,19 @@ def test_bits_do_not_depend_on_the_number_of_ranks(runs, name, n):
     assert difference(read(runs[1] / name), read(runs[n] / name)) == []
 
 
+@pytest.mark.slow
+def test_bits_of_robust_rules_and_a_masked_model_on_two_ranks(tmp_path):
+    settings = features(tmp_path)
+    names = ("median", "reject_outliers", "bert")
+    for n in (0, 2):
+        jobs = [(command(tmp_path / f"n{n}", name, *settings[name]), None) for name in names]
+        together(n, jobs)
+    for name in names:
+        alone, two = read(tmp_path / "n0" / name), read(tmp_path / "n2" / name)
+        assert difference(alone, two) == [], name
+        assert set(two.clients["rank"].tolist()) == {1}, "one rank plays all clients"
+
+
 @pytest.mark.parametrize("rule", ["median", "reject_outliers"])
 def test_rejected_clients_are_named(runs, rule):
     run, printed = read(runs[4] / rule), (runs[4] / f"{rule}.txt").read_text()

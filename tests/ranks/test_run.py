@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from fedsp_mpi.record import read
+from fedsp_mpi.report import difference
 from helpers.mpi import both_ends
 from helpers.paths import PROGRAMS, ROOT
 from helpers.runs import SHORT, short_run
@@ -55,6 +56,20 @@ def test_bits_do_not_depend_on_the_number_of_ranks(runs, n):
         assert single.results[column].tobytes() == several.results[column].tobytes()
     weights = [
         (runs / name / "auxiliary" / "model.safetensors").read_bytes() for name in ("n0", f"n{n}")
+    ]
+    assert weights[0] == weights[1]
+
+
+@pytest.mark.slow
+def test_two_ranks_distil_by_deepspeed_to_the_bits_of_one_process(tmp_path):
+    engine = ("distillation.engine=deepspeed", "distillation.reuse=false")
+    for n in (0, 2):
+        short_run(n, tmp_path, f"n{n}", *engine)
+    alone, two = read(tmp_path / "n0"), read(tmp_path / "n2")
+    assert difference(alone, two) == [] and "reused_from" not in two.sections["distillation"]
+    assert two.sections["distillation"]["engine"] == "deepspeed"
+    weights = [
+        (tmp_path / name / "auxiliary" / "model.safetensors").read_bytes() for name in ("n0", "n2")
     ]
     assert weights[0] == weights[1]
 

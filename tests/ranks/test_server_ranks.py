@@ -73,9 +73,17 @@ def test_the_record_says_who_was_the_server(runs):
     assert sorted(set(run.clients["rank"].tolist())) == [2, 3]
 
 
-def test_every_engine_gives_the_losses_of_one_rank(tmp_path):
+@pytest.mark.parametrize(
+    "pairs",
+    [
+        "[[null, [0, 2]], [2, [1, 3]]]",
+        pytest.param("[[null, [1, 3]], [2, [0, 2]]]", marks=pytest.mark.slow),
+    ],
+    ids=["usual", "others"],
+)
+def test_every_engine_gives_the_losses_of_one_rank(tmp_path, pairs):
     model = tiny.model_folder(tmp_path, "gpt2")
-    result = run_mpi(2, [PROGRAMS / "team.py", model], timeout=120)
+    result = run_mpi(2, [PROGRAMS / "team.py", model, pairs], timeout=120)
     differences = json.loads(result.stdout.splitlines()[-1])
     assert len(differences) == 6
     for case, (losses, weights, between_ranks) in differences.items():

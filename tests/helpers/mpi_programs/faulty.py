@@ -16,6 +16,9 @@ FAULT is one of
     slow:CLIENT:SECONDS         each step of one client takes so long
     lie:WHAT:CLIENT             what one client sends, past its rank's own checks: "values" that are
                                 not numbers, the "weight" of a million, or nothing at all ("silent")
+
+If the command line ends by itself and PHASE was never entered there, or RANK is none, the rank says
+so and the exit status is 70: no test passes because its fault was misspelt.
 """
 
 import errno
@@ -26,7 +29,10 @@ import time
 from contextlib import contextmanager
 
 from fedsp_mpi import cli
-from fedsp_mpi.comm import guard, launcher_rank
+from fedsp_mpi.comm import guard, launcher_rank, launcher_size
+
+NEVER_ENTERED = 70  # exit status
+absent: str | None = None  # the place of the fault on this rank, until it is entered
 
 
 def kill_all() -> None:
@@ -42,14 +48,22 @@ def fault() -> None:
 
 def in_phase(action, phase: str, rank: str, round: str | None = None) -> None:
     """Run `action` when the guard enters `phase`."""
+    global absent
     original = guard.phase
+    own_rank = launcher_rank() or 0
+    if own_rank == int(rank):
+        absent = f"phase {phase!r}" + (f" of round {round}" if round else "")
+    elif own_rank == 0 and int(rank) >= (launcher_size() or 1):
+        absent = f"rank {rank}"
 
     @contextmanager
     def faulty(name, **where):
+        global absent
         with original(name, **where):
             current_round = where.get("round", guard.phase_info().round)
-            is_place = name == phase and (launcher_rank() or 0) == int(rank)
+            is_place = name == phase and own_rank == int(rank)
             if is_place and (round is None or current_round == int(round)):
+                absent = None
                 action()
             yield
 
@@ -212,4 +226,13 @@ if __name__ == "__main__":
         in_phase(in_phases[kind], *details)
     else:
         elsewhere[kind](*details)
-    sys.exit(cli.main(sys.argv[2:]))
+    status = cli.main(sys.argv[2:])
+    if absent:
+        print(
+            f"faulty.py: found no {absent} in {' '.join(sys.argv[2:4])}, expected the place of the "
+            f"fault {sys.argv[1]!r}; correct its name",
+            file=sys.stderr,
+            flush=True,
+        )
+        status = NEVER_ENTERED
+    sys.exit(status)

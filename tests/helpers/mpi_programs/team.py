@@ -1,6 +1,7 @@
-"""Distil with every engine on all ranks together, and compare with one rank: team.py MODEL.
+"""Distil with every engine on all ranks together, and compare with one rank: team.py MODEL PAIRS.
 
-The last line is JSON: by "ENGINE ZERO MICRO" the largest difference of a step's loss, of a weight,
+PAIRS is JSON: of each micro-batch, DeepSpeed's stages with it, [[null, [0, 2]], ...]. The last line
+of the output is JSON: by "ENGINE ZERO MICRO" the largest difference of a step's loss, of a weight,
 and of a weight between two ranks.
 """
 
@@ -30,7 +31,7 @@ def flat(student) -> torch.Tensor:
 
 
 differences = {}
-for micro, stages in ((None, (0, 2)), (2, (1, 3))):
+for micro, stages in json.loads(sys.argv[2]):
     alone, student = distilled(sys.argv[1], micro, steps=5, logits_weight=0.5, clip=0.05)
     expected = flat(student)
     for engine, zero in [("torch", 0), *(("deepspeed", stage) for stage in stages)]:

@@ -85,6 +85,29 @@ def test_a_new_method_runs_is_recorded_and_planned(shrink, tmp_path: Path, capsy
     assert cost.plan(config.load(None, settings), "toy", 20).methods
 
 
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("samples", "a metric 'samples', which is a column that the server writes, expected none"),
+        ("reason", "a metric 'reason', which is a column that the server writes, expected none of"),
+        ("prompt_norm", "two metrics 'prompt_norm', expected each name once; give one of them"),
+        ("attack_success", "two metrics 'attack_success', expected each name once"),
+    ],
+)
+@pytest.mark.parametrize("verb", ["run", "check"])
+def test_a_metric_is_not_named_like_another_column(
+    shrink, tmp_path, monkeypatch, capsys, *, verb, name, reason
+):
+    """Refused before the weights are read, not when the first round is written."""
+    monkeypatch.setattr(Shrink, "metrics", (*Shrink.metrics, name))
+    settings = [*SETTINGS[:-1], f"run.folder={tmp_path}"]
+    options = [word for setting in settings for word in ("--set", setting)]
+    assert cli.main([verb, *options]) == 2
+    output = "".join(capsys.readouterr())
+    assert f"method shrink: found {reason}" in output and "Traceback" not in output
+    assert list(tmp_path.rglob("run.h5")) == []
+
+
 def test_the_name_of_a_method_is_taken_once_and_known():
     with pytest.raises(ValueError, match="method fedsp: found another one of that name"):
         register("fedsp", METHODS["fedsp"])

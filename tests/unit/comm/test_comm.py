@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -41,6 +42,7 @@ from fedsp_mpi.comm.messages import (
     unpack_results,
 )
 from fedsp_mpi.comm.updates import reorder
+from fedsp_mpi.comm.waiting import DeadlineError, wait
 from fedsp_mpi.tensors import (
     Contract,
     Failure,
@@ -489,3 +491,21 @@ def test_solo_refuses_the_memory_of_the_global_model() -> None:
                 send()
     finally:
         seal.clear()
+
+
+# --- deadlines ---
+
+
+def test_a_wait_ends_at_its_deadline_and_names_the_missing_ranks():
+    late = time.monotonic() + 5
+    expected = "gather: found nothing from rank 2, 5 after 0.1 s, expected an answer within 0.1 s; "
+    with pytest.raises(DeadlineError) as caught:
+        wait(lambda: time.monotonic() > late, "gather", 0.1, missing=lambda: {5, 2})
+    assert time.monotonic() < late and str(caught.value).startswith(expected)
+    assert caught.value.missing == (2, 5) and caught.value.exit_status == 124
+
+
+def test_a_wait_that_is_over_before_its_deadline_returns():
+    end = time.monotonic() + 0.05
+    wait(lambda: time.monotonic() > end, "gather", 30)
+    assert end < time.monotonic() < end + 10

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import os
 import signal
@@ -13,10 +14,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from fedsp_mpi import config
 from fedsp_mpi.cli import main
+from fedsp_mpi.comm import Refused, guard
+from fedsp_mpi.log import Log
 from fedsp_mpi.record import Checkpoints, RoundRow, read
 from fedsp_mpi.record.lock import RunLock
+from fedsp_mpi.report import difference
 from fedsp_mpi.roles import Best
+from fedsp_mpi.run.execute import execute
 from fedsp_mpi.tensors import NamedTensors, Schema
 from helpers.paths import ROOT
 from helpers.record_samples import make, tensors
@@ -115,6 +121,36 @@ def test_updates_that_the_rule_rejects_are_missing_from_the_quorum_of_a_run(tmp_
         and "found 2 updates, expected at least federation.min_clients=3: client" in stderr
     )
     assert "rejected: " in stderr and read(tmp_path / "a").committed_rounds == 0
+
+
+# --- every round once ---
+
+
+def stopped_after_round_1(settings: list[str]) -> tuple[int, str]:
+    """Run until round 1 is recorded; return status and message of the refusal to go on."""
+
+    def stop(line: str) -> None:
+        guard.stop_requested = guard.stop_requested or line.startswith("round 1/")
+
+    try:
+        execute(config.load(None, settings), "a", Log(stop))
+    except Refused as refusal:
+        return refusal.exit_status, str(refusal)
+    finally:
+        guard.stop_requested = False
+    raise AssertionError("the run went on to its end")
+
+
+def test_a_stopped_run_goes_on_with_the_round_behind_its_checkpoint(tmp_path):
+    settings = [*SHORT, "distillation.stage.steps=0", f"run.folder={tmp_path}"]
+    status, message = stopped_after_round_1([*settings, "run.name=run"])
+    assert status == 75 and "told to stop after round 1" in message
+    gc.collect()  # the refusal's traceback holds the folder's lock
+    execute(config.load(None, [*settings, "run.name=run", "run.resume=must"]), "a", Log())
+    execute(config.load(None, [*settings, "run.name=whole"]), "a", Log())
+    run, undisturbed = read(tmp_path / "run"), read(tmp_path / "whole")
+    assert run.rounds["round"].tolist() == [1, 2] and difference(undisturbed, run) == []
+    assert run.clients["client"].tolist() == [0, 1, 2] * 2
 
 
 # --- one job for one folder ---

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -403,20 +404,25 @@ for case in json.loads(sys.argv[2]):
         results[str(case)] = dict(error=type(error).__name__ + ": " + str(error))
 print(json.dumps(results))
 """
-CASES = [
-    [engine, zero, micro]
-    for engine, zero in [("torch", 0), *(("deepspeed", z) for z in range(4))]
-    for micro in (None, 4)
-    if engine == "torch" or micro == (4 if zero % 2 else None)
-]
+PLAIN_TORCH = [("torch", 0, None), ("torch", 0, 4)]
+PAIRS = [(0, None), (1, 4), (2, None), (3, 4)]  # DeepSpeed's stage and the micro-batch
+OTHER_PAIRS = [(0, 4), (1, None), (2, 4), (3, None)]
 
 
 @pytest.fixture(scope="module")
 def engines(gpt2, tmp_path_factory) -> dict:
-    """Losses and weights of the same distillation by every engine, one after the other in one
-    process.
-    """
-    home = tmp_path_factory.mktemp("home")
+    """Return losses and weights of the same distillation by every engine."""
+    return distilled_by_engines(gpt2, PAIRS, tmp_path_factory.mktemp("home"))
+
+
+@pytest.fixture(scope="module")
+def engines_of_other_pairs(gpt2, tmp_path_factory) -> dict:
+    return distilled_by_engines(gpt2, OTHER_PAIRS, tmp_path_factory.mktemp("home"))
+
+
+def distilled_by_engines(gpt2: str, pairs: list[tuple[int, int | None]], home: Path) -> dict:
+    """Distil by plain torch and by DeepSpeed, one after the other in one process."""
+    cases = [*PLAIN_TORCH, *(("deepspeed", zero, micro) for zero, micro in pairs)]
     (home / "bin").mkdir()
     inherited = {
         name: value
@@ -429,7 +435,7 @@ def engines(gpt2, tmp_path_factory) -> dict:
         "TORCH_EXTENSIONS_DIR": str(home / "extensions"),
     }
     environment = inherited | places | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{TESTS}"}
-    command = [sys.executable, "-c", DEEPSPEED, gpt2, json.dumps(CASES)]
+    command = [sys.executable, "-c", DEEPSPEED, gpt2, json.dumps(cases)]
     done = subprocess.run(
         command, cwd=home, env=environment, capture_output=True, text=True, timeout=120
     )
@@ -442,8 +448,18 @@ def engines(gpt2, tmp_path_factory) -> dict:
     return json.loads(done.stdout.splitlines()[-1]) | {"built": built}
 
 
-@pytest.mark.parametrize(("zero", "micro"), [(0, None), (1, 4), (2, None), (3, 4)])
+@pytest.mark.parametrize(("zero", "micro"), PAIRS)
 def test_deepspeed_gives_the_losses_and_weights_of_plain_torch(engines, zero, micro):
+    require_losses_and_weights_of_plain_torch(engines, zero, micro)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("zero", "micro"), OTHER_PAIRS)
+def test_other_pairs_of_stage_and_micro_batch(engines_of_other_pairs, zero, micro):
+    require_losses_and_weights_of_plain_torch(engines_of_other_pairs, zero, micro)
+
+
+def require_losses_and_weights_of_plain_torch(engines: dict, zero: int, micro: int | None) -> None:
     expected, actual = engines[str(["torch", 0, micro])], engines[str(["deepspeed", zero, micro])]
     assert "error" not in actual, actual["error"]
     assert actual["losses"] == pytest.approx(expected["losses"], rel=1e-5)
