@@ -228,7 +228,7 @@ def _digest(table: sources.Table) -> str:
     Of each row as JSON with sorted keys, with a line end behind it.
     """
     combined = hashlib.sha256()
-    for row in table:
+    for row in table.to_list():
         line = json.dumps(row, sort_keys=True, ensure_ascii=False, default=str)
         combined.update(f"{line}\n".encode("utf-8", "surrogatepass"))
     return combined.hexdigest()
