@@ -22,6 +22,7 @@ from fedsp_mpi.config.runtime import (
     TopologyConfig,
 )
 from fedsp_mpi.config.search import SearchConfig
+from fedsp_mpi.config.silos import ServerDataConfig, SiloConfig
 from fedsp_mpi.config.threats import AttackConfig, PrivacyConfig
 from fedsp_mpi.config.training import ComputeConfig, OptimizerConfig, StageConfig
 
@@ -48,6 +49,8 @@ __all__ = [
     "RunConfig",
     "SearchConfig",
     "ServerConfig",
+    "ServerDataConfig",
+    "SiloConfig",
     "StageConfig",
     "TopologyConfig",
     "changed_keys",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from fedsp_mpi.config.silos import ServerDataConfig, SiloConfig
 from fedsp_mpi.config.threats import PrivacyConfig
 from fedsp_mpi.config.training import ComputeConfig, StageConfig
 
@@ -14,7 +15,14 @@ class FederationConfig:
     """Rounds, clients, and what happens when one of them fails."""
 
     # 0: centralised, the server tunes alone, on all data unless data.server_share says otherwise.
+    # With silos, their number.
     clients: int = 7
+    # Clients with text of their own (config/silos.py); none: data.source is divided among clients.
+    silos: tuple[SiloConfig, ...] = ()
+    # How many examples a silo says it has: as many as there are, rounded to two digits, or nothing.
+    disclose: Literal["exact", "rounded", "nothing"] = "exact"
+    # Where what `datasets` prepares of a silo goes, a folder for each; None: below TMPDIR.
+    silo_cache: str | None = None
     rounds: int = 10
     # Auxiliary model, optimizers and schedules between rounds; restarted: each round begins from
     # the hand-out.
@@ -33,10 +41,16 @@ class FederationConfig:
     rule: Literal["mean", "median", "reject_outliers"] = "mean"
     outlier_deviations: float = 3.0
 
+    def client_name(self, client: int) -> str:
+        """Return what messages call a client: "silo north", or "client 3"."""
+        return f"silo {self.silos[client].name}" if self.silos else f"client {client}"
+
 
 @dataclass(frozen=True)
 class ServerConfig:
     """The owner of the global model."""
+
+    data: ServerDataConfig = ServerDataConfig()  # with federation.silos: its own text
 
     # Before the tuning: towards the answers of the auxiliary model under the merged prompts, to
     # questions about distillation.text, or about the server's shard.

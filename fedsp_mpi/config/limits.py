@@ -133,6 +133,7 @@ RANGES: dict[str, Range] = {
     "search.perturbation": Range(0, 1, above=True),
     "search.batch_tokens": Range(1, _MOST_TOKENS),
     "evaluation.batch_tokens": Range(1, _MOST_TOKENS),
+    "evaluation.held_out": Range(0, 1, above=True, below=True),
     "record.progress_seconds": _SECONDS,
     "checkpoint.every": Range(1, _MOST_ROUNDS),
     "checkpoint.keep": Range(1, _MOST_ROUNDS),

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
 
 import datasets
 
@@ -16,6 +18,12 @@ from fedsp_mpi.data.splits import SPLITS
 from fedsp_mpi.data.tasks import Splits, Task, find
 
 _NUM_ROWS_SHOWN = 5  # row numbers that a note lists
+Owner = Literal["all", "silo", "server"]
+_DECIDE: dict[Owner, sources.Decide] = {
+    "all": sources.split_rows,
+    "silo": sources.silo_rows,
+    "server": sources.server_rows,
+}
 _PLACE = re.compile(r"row (\d+) of (\w+)")  # what `Example.row` says
 
 
@@ -26,6 +34,8 @@ def load(
     seed: int,
     limit: Mapping[str, int | None] | None = None,
     columns: Mapping[str, str] | None = None,
+    owner: Owner = "all",
+    cache: Path | None = None,
 ) -> Splits:
     """Read the examples of a task.
 
@@ -44,6 +54,10 @@ def load(
         limit: maximum number of rows of "train", "validation", "test": the first ones in file
             order, as with lm-eval's `limit`. A cut validation keeps the file order too.
         columns: the source's name of a column by the task's, where they differ.
+        owner: whose the source is. "silo": one client's, of which train is needed, and validation
+            is what it holds back; "server": of which no split is needed (`sources.server_rows`).
+        cache: a folder for what is prepared of the source, instead of the one that all sources
+            share; small files are then read into memory alone.
 
     Raises:
         ValueError: unknown task, no such folder or hub set, hub out of reach, missing column or
@@ -52,11 +66,11 @@ def load(
     """
     task = find(task) if isinstance(task, str) else task
     limits = _checked_limits(limit)
-    tables, notes = read_tables(task, source, columns)
-    rows, decisions = sources.split_rows(task.name, tables, task.column_sets, seed=seed)
+    tables, notes = read_tables(task, source, columns, cache=cache)
+    rows, decisions = _DECIDE[owner](task.name, tables, task.column_sets, seed=seed)
     notes += decisions
-    examples: dict[str, tuple[Example, ...]] = {}
-    for split in SPLITS:
+    examples: dict[str, tuple[Example, ...]] = dict.fromkeys(SPLITS, ())
+    for split in rows:
         origin, numbers = rows[split]
         max_rows = limits.get(split)
         if max_rows is not None and max_rows < len(numbers):
@@ -70,7 +84,11 @@ def load(
 
 
 def read_tables(
-    task: Task, source: str | None, columns: Mapping[str, str] | None
+    task: Task,
+    source: str | None,
+    columns: Mapping[str, str] | None,
+    *,
+    cache: Path | None = None,
 ) -> tuple[dict[str, datasets.Dataset], list[str]]:
     """Read the tables of a source by split, in the task's names of columns.
 
@@ -78,6 +96,7 @@ def read_tables(
         task: the task.
         source: as in `load`.
         columns: as in `load`.
+        cache: as in `load`.
 
     Returns:
         The tables by split, and notes on what they were made of.
@@ -86,7 +105,7 @@ def read_tables(
         ValueError: as `load` does.
     """
     location = sources.locate(task.name, task.hub, source, columns=columns)
-    return sources.read(task.name, location, task.column_sets)
+    return sources.read(task.name, replace(location, cache=cache), task.column_sets)
 
 
 def check_columns(
