@@ -126,6 +126,11 @@ def _settings(path: str | None, overrides: list[str]) -> Config:
             "clients own, and no poisoned copies; add --set attack.target=null --set "
             "attack.clients=[], and set them again when you run the silos"
         )
+    if settings.federation.silos:
+        raise ConfigError(
+            f"federation.silos: found {len(settings.federation.silos)}, expected none: their text "
+            "is divided already; split the configuration that they come from"
+        )
     num_clients = settings.federation.clients
     if not 1 <= num_clients <= MOST_SILOS:
         raise ConfigError(
@@ -384,16 +389,16 @@ def _configuration(
         key, value = key_value(item)
         put(content, key, value, setting(item))
     names = [owner.name for owner in owners[1:]]
-    has_shard = bool(owners[0].train)
     values: dict[str, object] = {
         "federation.clients": len(names),
         "federation.silos": {"source": f"{folder}/{{silo}}", "names": names},
         "server.data": {"source": f"{folder}/{_SERVER}"},
+        "data.source": None,
         "data.limit": dict.fromkeys(asdict(inputs.config.data.limit)),
         "data.shots": None,
         "data.partition": "iid",
         "data.partition_column": None,
-        "data.server_share": None if has_shard else 0,
+        "data.server_share": None,
     }
     if inputs.config.data.columns:
         # The files have the task's names. An empty section would change nothing.
