@@ -126,6 +126,11 @@ def _settings(path: str | None, overrides: list[str]) -> Config:
             "clients own, and no poisoned copies; add --set attack.target=null --set "
             "attack.clients=[], and set them again when you run the silos"
         )
+    if settings.federation.silos:
+        raise ConfigError(
+            f"federation.silos: found {len(settings.federation.silos)}, expected none: their text "
+            "is divided already; split the configuration that they come from"
+        )
     num_clients = settings.federation.clients
     if not 1 <= num_clients <= MOST_SILOS:
         raise ConfigError(
@@ -228,7 +233,7 @@ def _digest(table: sources.Table) -> str:
     Of each row as JSON with sorted keys, with a line end behind it.
     """
     combined = hashlib.sha256()
-    for row in table:
+    for row in table.to_list():
         line = json.dumps(row, sort_keys=True, ensure_ascii=False, default=str)
         combined.update(f"{line}\n".encode("utf-8", "surrogatepass"))
     return combined.hexdigest()
@@ -388,11 +393,11 @@ def _configuration(
         "federation.clients": len(names),
         "federation.silos": {"source": f"{folder}/{{silo}}", "names": names},
         "server.data": {"source": f"{folder}/{_SERVER}"},
+        "data.source": None,
         "data.limit": dict.fromkeys(asdict(inputs.config.data.limit)),
         "data.shots": None,
         "data.partition": "iid",
         "data.partition_column": None,
-        "data.source": None,
         "data.server_share": None,
     }
     if inputs.config.data.columns:

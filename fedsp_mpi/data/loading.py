@@ -10,6 +10,7 @@ from typing import Literal
 
 import datasets
 
+from fedsp_mpi.config.parsing import message_line, shown
 from fedsp_mpi.data import labels, partition, sources
 from fedsp_mpi.data.cells import describe_choices
 from fedsp_mpi.data.examples import Example
@@ -220,9 +221,10 @@ def column_values(
     table = rows_of(tables, examples)
     name = task_names.get(column, column)
     if name not in table.column_names:
+        names = message_line(", ".join(table.column_names), 150)
         raise ValueError(
-            f"data.partition_column: found {column!r}, expected one of the columns of train: "
-            f"{', '.join(table.column_names)}; correct the name"
+            f"data.partition_column: found {shown(column)}, expected one of the columns of train: "
+            f"{names}; correct the name"
         )
     feature = table.features[name]
     is_class = isinstance(feature, datasets.ClassLabel)
@@ -236,7 +238,8 @@ def column_values(
             values.append(cell)
         else:
             raise ValueError(
-                f"data.partition_column: found cells of type {type(cell).__name__} in {column!r}, "
+                f"data.partition_column: found cells of type {type(cell).__name__} in "
+                f"{shown(column)}, "
                 "expected text, numbers or true and false; name another column"
             )
     return values

@@ -12,6 +12,7 @@ import torch
 
 from fedsp_mpi import rng
 from fedsp_mpi.config import Config, ConfigError, StageConfig
+from fedsp_mpi.config.parsing import shown
 from fedsp_mpi.data import (
     answers,
     cloze,
@@ -98,7 +99,7 @@ class ExperimentInputs(ModelInputs):
             return ()
         return (
             f"train: {self.column_shards.num_left_out} of {len(self.splits.train)} examples "
-            f"without a value of {self.config.data.partition_column!r} left out",
+            f"without a value of {shown(self.config.data.partition_column)} left out",
         )
 
     @cached_property
@@ -284,8 +285,8 @@ class ExperimentInputs(ModelInputs):
         if num_clients != num_values:
             raise ConfigError(
                 f"federation.clients: found {num_clients} with {num_values} different values of "
-                f"{self.config.data.partition_column!r} in train, expected a client for each; set "
-                f"it to {num_values}"
+                f"{shown(self.config.data.partition_column)} in train, expected a "
+                f"client for each; set it to {num_values}"
             )
 
     def shard(self, owner: int) -> list[Text]:

@@ -213,20 +213,16 @@ def test_the_configuration_deals_nothing_out_again(tmp_path):
     (tmp_path / "base.yaml").write_text("model: {name: embedded}\ndata: {task: sst2}\n")
     overrides = ["federation.clients=2", "run.seed=7"]
     split(str(given), overrides, tmp_path / "silos", log=Log())
-    values = read_yaml(tmp_path / "silos" / "silos.yaml")
-    assert values["federation"] == {
-        "clients": 2,
-        "silos": {
-            "source": f"{tmp_path}/silos/{{silo}}",
-            "names": ["client_000", "client_001"],
-        },
-    }
-    assert values["server"]["data"] == {"source": f"{tmp_path}/silos/server"}
-    assert values["run"] == {"seed": 7} and values["model"] == {"name": "embedded"}
-    del values["federation"]["silos"], values["server"]["data"]
-    data = config.checked(values).data
-    assert (data.shots, data.partition, data.partition_column) == (None, "iid", None)
-    assert data.limit == config.LimitConfig() and data.server_share is None
+    after = config.load(tmp_path / "silos" / "silos.yaml")
+    silos = [(silo.name, silo.source) for silo in after.federation.silos]
+    names = ["client_000", "client_001"]
+    assert silos == [(name, f"{tmp_path}/silos/{name}") for name in names]
+    assert after.server.data.source == f"{tmp_path}/silos/server"
+    assert (after.run.seed, after.model.name, after.federation.clients) == (7, "embedded", 2)
+    data = after.data
+    assert (data.source, data.shots, data.server_share) == (None, None, None)
+    assert (data.partition, data.partition_column) == ("iid", None)
+    assert data.limit == config.LimitConfig()
     # The files have the task's names, and the base's renaming must not reach them.
     assert loading.check_columns("sst2", copied(tmp_path), data.columns) is None
     assert data.columns == {"sentence": "sentence", "label": "label"}
@@ -341,6 +337,13 @@ def test_a_manifest_names_no_folder_outside(tmp_path):
 # -- mistakes --------------------------------------------------------------------------------------
 
 MISTAKES = {
+    "silos": (
+        [
+            "federation.silos=[{source: a}, {source: b}, {source: c}, {source: d}]",
+            "data.source=null",
+        ],
+        ["federation.silos: found 4", "divided already"],
+    ),
     "attack": (["attack.target=1"], ["attack.target: found 1", "--set attack.target=null"]),
     "no client": (["federation.clients=0"], ["federation.clients: found 0", "from 1 to 5000"]),
     "too many": (["federation.clients=9000"], ["found 9000", "from 1 to 5000"]),
