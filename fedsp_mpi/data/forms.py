@@ -18,7 +18,7 @@ import huggingface_hub
 import pandas as pd
 from huggingface_hub.errors import RepositoryNotFoundError
 
-from fedsp_mpi.data import cache, splits
+from fedsp_mpi.data import cache, csv_form, splits
 from fedsp_mpi.data.cells import MAX_LABEL_LENGTH
 from fedsp_mpi.data.splits import SPLITS
 
@@ -42,6 +42,7 @@ class Location:
         usual_config: the configuration that the task has on the hub, preferred in a folder that has
             it among several.
         columns: the source's name of a column by the task's, where they differ.
+        file: the only file of the folder that is read, all of which is train; None: all files.
     """
 
     folder: Path | None
@@ -49,8 +50,11 @@ class Location:
     config: str | None
     usual_config: str | None = None
     columns: Mapping[str, str] = field(default_factory=dict)
+    file: Path | None = None
 
     def __str__(self) -> str:
+        if self.file:
+            return str(self.file)
         return str(self.folder) if self.folder else f"{self.name} on the hub"
 
 
@@ -114,7 +118,14 @@ class Folder:
         self._task = task
         self._location = location
         self._folder = location.folder
-        self._files = _name_task(task, lambda: splits.assign_files(self._folder))
+        self._files = _name_task(
+            task,
+            lambda: (
+                splits.only_file(location.file)
+                if location.file
+                else splits.assign_files(self._folder)
+            ),
+        )
 
     def columns(self) -> dict[str, list[str]]:
         """Return split -> column names, of each split's first row."""
@@ -180,10 +191,10 @@ class Folder:
         """Return the options by which every cell of a CSV table is text, NA and None too."""
         if self._files.kind != "csv":
             return {}
-        separator = "\t" if self._files.ending == ".tsv" else ","
-        names = pd.read_csv(paths[0], sep=separator, nrows=0).columns
+        form = csv_form.recognise(paths[0], is_tsv=self._files.ending == ".tsv")
+        names = pd.read_csv(paths[0], **form, nrows=0).columns
         features = datasets.Features({name: datasets.Value("string") for name in names})
-        return {"sep": separator, "features": features, "keep_default_na": False}
+        return {**form, "features": features, "keep_default_na": False}
 
 
 Source = Saved | Declared | Folder
@@ -196,6 +207,9 @@ def open_source(task: str, location: Location) -> Source:
         ValueError: the source cannot be reached, or the cache cannot be used.
     """
     folder = location.folder
+    if location.file:
+        _name_task(task, cache.require)
+        return Folder(task, location)
     if folder and any((folder / name).exists() for name in ("dataset_dict.json", "state.json")):
         return Saved(task, location)
     _name_task(task, cache.require)

@@ -17,6 +17,7 @@ from fedsp_mpi.data import (
     cloze,
     fit,
     loading,
+    own_tasks,
     partition,
     poison,
     pseudo_questions,
@@ -72,8 +73,7 @@ class ExperimentInputs(ModelInputs):
         Raises:
             ConfigError: the user's words do not fit the task.
         """
-        data = self.config.data
-        return templates.with_wording(tasks.find(data.task), data.template, data.verbaliser)
+        return own_tasks.configured(self.config.data)
 
     @property
     def is_reworded(self) -> bool:
