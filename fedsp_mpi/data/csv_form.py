@@ -12,16 +12,16 @@ import lzma
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import BinaryIO, cast
 
-_OPEN: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+_OPEN: dict[str, Callable[[Path], object]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 _MARKS = {b"\xef\xbb\xbf": "utf-8-sig", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
 _MAX_HEADER = 1 << 16  # bytes that are looked at
 _QUOTED = re.compile(r'"[^"]*"?')
 _DECLARED = re.compile(r"sep=(.)\s*")
 
 
-def recognise(path: Path, *, is_tsv: bool) -> dict[str, Any]:
+def recognise(path: Path, *, is_tsv: bool) -> dict[str, object]:
     """Return the options of `pandas.read_csv` that a file needs, from its first line.
 
     A comma in the header makes it a table with commas; without one, the most frequent of the other
@@ -34,18 +34,23 @@ def recognise(path: Path, *, is_tsv: bool) -> dict[str, Any]:
     Raises:
         OSError: it cannot be read.
     """
-    with _OPEN.get(path.suffix.lower(), open)(path, "rb") as file:
-        start: bytes = file.read(_MAX_HEADER)
+    with _opened(path) as file:
+        start = file.read(_MAX_HEADER)
     encoding = next((name for mark, name in _MARKS.items() if start.startswith(mark)), None)
     lines = start.decode(encoding or "utf-8", "replace").splitlines()
     header = lines[0] if lines else ""
     declared = _DECLARED.fullmatch(header)
-    options: dict[str, Any] = {"sep": _separator(header, is_tsv=is_tsv)}
+    options: dict[str, object] = {"sep": _separator(header, is_tsv=is_tsv)}
     if declared:
         options = {"sep": declared.group(1), "skiprows": 1}
     if encoding:
         options["encoding"] = encoding
     return options
+
+
+def _opened(path: Path) -> BinaryIO:
+    open_file = _OPEN.get(path.suffix.lower())
+    return cast(BinaryIO, open_file(path)) if open_file else path.open("rb")
 
 
 def _separator(header: str, *, is_tsv: bool) -> str:

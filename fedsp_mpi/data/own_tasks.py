@@ -48,7 +48,12 @@ def configured(data: DataConfig) -> Task:
         task = _with_choice_columns(task, data)
     elif data.first_label:
         task = replace(task, example=partial(examples.multiple_choice, first=data.first_label))
-    return templates.with_wording(task, data.template, data.verbaliser)
+    return templates.with_wording(task, data.template, data.verbaliser, names=_task_names(data))
+
+
+def _task_names(data: DataConfig) -> dict[str, str]:
+    """Return the task's names of columns by those of the user's rows, where they differ."""
+    return {column: name for name, column in data.columns.items() if isinstance(column, str)}
 
 
 def _with_choice_columns(task: Task, data: DataConfig) -> Task:
@@ -71,8 +76,10 @@ def _classification(task: Task, data: DataConfig) -> Task:
     """Return the task with the classes of the configuration, or without any yet."""
     template = None
     if data.template is not None:
-        template = templates.template_of(task, data.template)
-        task = replace(task, column_sets=((*template.columns, task.columns[-1]),))
+        template = templates.template_of(task, data.template, _task_names(data))
+        text = [classification.TEXT] if classification.TEXT in data.columns else []
+        columns = dict.fromkeys([*template.columns, *text, task.columns[-1]])
+        task = replace(task, column_sets=(tuple(columns),))
     templates.require_words(data.verbaliser)
 
     def reader(classes: tuple[str, ...]) -> classification.Reader:

@@ -6,7 +6,7 @@ one word a class.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from string import Formatter
 
@@ -71,7 +71,7 @@ class Template:
         return cls((*pieces[:mask], text_before_mask), tuple(pieces[mask + 1 :]))
 
     @classmethod
-    def of_own(cls, text: str, answer_columns: Sequence[str]) -> Template:
+    def of_own(cls, text: str, answer_columns: Sequence[str], names: Mapping[str, str]) -> Template:
         """Read a template over the columns of the user's own rows, whatever they are called.
 
         Without a mask the answer follows at the end. Numbers are texts, and null is none.
@@ -79,27 +79,33 @@ class Template:
         Args:
             text: the template.
             answer_columns: that it must not name.
+            names: the task's names of columns by the source's, which it may have, too.
 
         Raises:
             ConfigError: it is not well formed, names a column of `answer_columns` or none, or names
                 the mask twice.
         """
-        names = [name for _, name in _parsed(text) if name is not None]
-        if MASK not in names:
+        fields = [name for _, name in _parsed(text) if name is not None]
+        if MASK not in fields:
             text = f"{text}{{{MASK}}}"
-        columns = [name for name in dict.fromkeys(names) if name and name != MASK]
+        columns = [name for name in dict.fromkeys(fields) if name and name != MASK]
         for name in columns:
-            if name in answer_columns:
+            if names.get(name, name) in answer_columns:
                 raise ConfigError(
                     f"data.template: found {{{name}}}, which holds the answer, expected columns of "
-                    f"the text; take it away"
+                    "the text; take it away"
                 )
         if not columns:
             raise ConfigError(
                 f"data.template: found {text!r} without a column, expected one of the text, such "
                 "as {text}"
             )
-        return replace(cls.of(text, columns), cell=as_text)
+        template = cls.of(text, columns)
+        before, after = (
+            tuple((words, name and names.get(name, name)) for words, name in pieces)
+            for pieces in (template.before, template.after)
+        )
+        return cls(before, after, as_text)
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -131,19 +137,17 @@ class _Rewording:
         verbaliser: a word for each class, in the order of the classes; empty leaves the task's own.
 
     Raises:
-        ConfigError: the task has no classes, or template or verbaliser are not well formed.
+        ConfigError: the task has no classes, or the verbaliser is not well formed.
     """
 
-    def __init__(self, task: Task, template: str | None, verbaliser: Sequence[str]) -> None:
+    def __init__(self, task: Task, template: Template | None, verbaliser: Sequence[str]) -> None:
         if task.metric != "multiple_choice":
             raise ConfigError(
                 f"data.template, data.verbaliser: found with the task {task.name}, which has no "
                 "classes, expected a task of multiple choice; take them away"
             )
         self._task_example = task.example
-        self._template: Template | None = None
-        if template is not None:
-            self._template = template_of(task, template)
+        self._template = template
         self._words = tuple(verbaliser)
         self._choices: tuple[str, ...] | None = None  # of the first row
         require_words(verbaliser)
@@ -174,33 +178,47 @@ class _Rewording:
         return replace(example, choices=self._words, target=f" {self._words[example.gold[0]]}")
 
 
-def with_wording(task: Task, template: str | None, verbaliser: Sequence[str]) -> Task:
+def with_wording(
+    task: Task,
+    template: str | None,
+    verbaliser: Sequence[str],
+    *,
+    names: Mapping[str, str] | None = None,
+) -> Task:
     """Return the task in the user's words; the task itself if there are none.
 
     Args:
         task: in its own words.
         template: "{column} some words {mask}."; None leaves the task's own context.
         verbaliser: a word for each class, in the order of the classes; empty leaves the task's own.
+        names: the task's names of columns by those of the user's own rows.
 
     Raises:
         ConfigError: the task has no classes, or template or verbaliser are not well formed.
     """
     if template is None and not verbaliser:
         return task
-    reworded = replace(task, example=_Rewording(task, template, verbaliser))
-    if template is None or task.hub is not None:
+    own_template = None if template is None else template_of(task, template, names or {})
+    reworded = replace(task, example=_Rewording(task, own_template, verbaliser))
+    if own_template is None or task.hub is not None:
         return reworded
-    return with_columns(reworded, template_of(task, template).columns)
+    return with_columns(reworded, own_template.columns)
 
 
-def template_of(task: Task, template: str) -> Template:
+def template_of(task: Task, template: str, names: Mapping[str, str]) -> Template:
     """Read a template over the columns of a task, or of the user's own rows.
+
+    Args:
+        task: in its own words.
+        template: of the user.
+        names: the task's names of columns by those of the user's own rows.
 
     Raises:
         ConfigError: it is not well formed, or names a column that it must not.
     """
     if task.hub is None:
-        return Template.of_own(template, [columns[-1] for columns in task.column_sets])
+        answer_columns = [columns[-1] for columns in task.column_sets]
+        return Template.of_own(template, answer_columns, names)
     # All columns but the last of each set, which holds the answer.
     columns = dict.fromkeys(name for names in task.column_sets for name in names[:-1])
     return Template.of(template, tuple(columns))

@@ -93,11 +93,12 @@ class ExperimentInputs(ModelInputs):
 
     @cached_property
     def warnings(self) -> tuple[str, ...]:
-        """Notes on rows that are left out, or scored otherwise than their text says.
+        """Notes on rows that are left out or shortened, or scored otherwise than their text says.
 
         To find them, the test split is tokenised.
         """
         _, left_out = self._fitting_splits
+        left_out += self._shortened_notes
         if self.is_cloze:
             return left_out
         options = [question.options for question in self.test]
@@ -135,6 +136,28 @@ class ExperimentInputs(ModelInputs):
         )
         train = tuple(splits.train[index] for index in chosen)
         return replace(splits, train=train, notes=(*splits.notes, note)), left_out
+
+    @property
+    def _shortened_notes(self) -> tuple[str, ...]:
+        """Notes on texts that are too long and lose their beginning, split by split."""
+        splits = self.splits
+        num_unread = 0 if self.is_cloze else 1
+        max_test_length = self.max_text_positions + num_unread
+        limits = (
+            ("train", splits.train, self.max_length),
+            ("validation", splits.validation, self.max_length),
+            ("test", splits.test, max_test_length),
+        )
+        notes: tuple[str, ...] = ()
+        for split, examples, max_length in limits:
+            notes += fit.shortened_note(
+                split,
+                examples,
+                max_length,
+                tokenizer=lambda: self.tokenizer,
+                fills_gaps=self.is_cloze,
+            )
+        return notes
 
     def _require_classes(self, splits: tasks.Splits, key: str, value: object, advice: str) -> None:
         """Raise ConfigError if the right answers are no classes.
