@@ -127,15 +127,16 @@ class Reader:
             raise labels.NoLabelError("found no label")
         if name in _TRUTH and len(self.classes) == len(_TRUTH):
             return _TRUTH.index(name)
-        number = labels.number_in_cell(name)
-        if isinstance(number, int) and not any(map(is_number, self._by_name)):
-            place = number - self.first
+        positions = ""
+        if not any(map(is_number, self._by_name)):
+            number = labels.number_in_cell(name)
+            place = number - self.first if isinstance(number, int) else -1
             if 0 <= place < len(self.classes):
                 return place
+            positions = f", or a number from {self.first} to {len(self.classes) - 1 + self.first}"
         raise ValueError(
             f"column 'label': found {describe_label(label)}, expected one of "
-            f"{describe_choices(self.classes)}, or a number from {self.first} to "
-            f"{len(self.classes) - 1 + self.first}; correct the row, or name all labels in "
+            f"{describe_choices(self.classes)}{positions}; correct the row, or name all labels in "
             "data.classes"
         )
 

@@ -20,7 +20,7 @@ import numpy as np
 
 from fedsp_mpi.data.cells import describe_columns
 from fedsp_mpi.data.forms import Location, Table, open_source
-from fedsp_mpi.data.splits import SPLITS
+from fedsp_mpi.data.splits import SPLITS, is_table
 from fedsp_mpi.rng import generator
 
 Tables = Mapping[str, Table]
@@ -74,6 +74,11 @@ def locate(
         raise ValueError(
             f"{task}: found the file {source}, expected a folder with train.jsonl, ...; give its "
             "folder"
+        )
+    if is_table(source):
+        raise ValueError(
+            f"{task}: found no file {path.absolute()}, expected a table, or a folder with some; "
+            "correct the path"
         )
     name, _, chosen_config = source.partition(":")
     if not _HUB_NAME.fullmatch(name):

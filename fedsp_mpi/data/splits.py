@@ -114,6 +114,11 @@ def assign_files(folder: Path) -> Files:
     return Files(kind, ending, by_split, not_read)
 
 
+def is_table(name: str) -> bool:
+    """Return whether a name is that of a file with rows, by its ending."""
+    return _ending(name) in KINDS
+
+
 def only_file(path: Path) -> Files:
     """Take a file by itself, whatever its name says; all of it is train.
 

@@ -8,12 +8,14 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pytest
+import yaml
 
 from fedsp_mpi import config
 from fedsp_mpi.config import DataConfig
@@ -22,6 +24,7 @@ from fedsp_mpi.data import loading, own_tasks
 from fedsp_mpi.data.tasks import Splits
 from fedsp_mpi.run.inputs import ExperimentInputs
 from helpers.configs import refused
+from helpers.paths import ROOT
 from helpers.runs import FEDPROMPT, here, short
 
 SPLITS = ("train", "validation", "test")
@@ -370,12 +373,43 @@ def test_plan_and_fetch_take_the_task(tmp_path, paints):
     assert "data classification: " in here(["fetch", *settings]).stdout
 
 
+def test_check_says_what_is_read_and_left_out(tmp_path, paints):
+    rows = [json.loads(line) for line in (paints / "own" / "train.jsonl").open()]
+    rows[3]["paint"] = -1
+    source = as_json_lines(rows, tmp_path / "own.jsonl")
+    found = ("data.classes=[]", "data.verbaliser=[grey, blue]")
+    settings = [*OWN, *found, f"data.source={source}", f"run.folder={tmp_path}"]
+    lines = here(["check", *(f"--set={key}" for key in settings)]).stdout
+    assert "2 classes, found in the rows: 0, 1" in lines
+    assert "-1 was taken for no label" in lines and "without an answer left out" in lines
+
+
+def test_evaluate_scores_the_same_rows(tmp_path):
+    rows = [{"text": text, "label": label} for text, label in zip(TEXTS, WORDS)]
+    source = str(as_json_lines([{"text": "?", "label": ""}, *rows], tmp_path / "own.jsonl"))
+    task = own_tasks.configured(DataConfig(task="classification"))
+    _, examples = loading.scored_rows(task, source, seed=1, limit=5)
+    limited = loading.load(task, source, seed=1, limit={"test": 5})
+    assert examples == list(limited.test)
+
+
 def test_texts_that_lose_their_beginning_are_counted(paints):
     settings = [*OWN, f"data.source={paints / 'own'}", "data.max_length=6"]
     inputs = ExperimentInputs(config.load(None, settings))
     [train, _] = [note for note in inputs.warnings if "only the end is read" in note]
     assert train.startswith("train: 32 of 32 texts are longer than the 6 tokens that fit")
     assert {len(text.ids) for text in inputs.shard(0)} == {6}
+
+
+def test_the_readme_s_own_data_are_read_by_the_configuration_that_is_shipped(tmp_path):
+    chapter = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Your own data")[2]
+    _, table_text, settings, *_ = re.split(r"```(?:yaml)?\n", chapter.replace("```\n```", "```"))
+    shipped = (ROOT / "configs" / "own_text" / "reviews.yaml").read_text(encoding="utf-8")
+    assert yaml.safe_load(settings) == yaml.safe_load(shipped)
+    (tmp_path / "reviews.csv").write_text(table_text)
+    section = yaml.safe_load(settings)["data"] | {"source": str(tmp_path / "reviews.csv")}
+    examples = all_of(read(section.pop("source"), **section))
+    assert [example.choices for example in examples] == [CLASSES] * 5
 
 
 # -- mistakes --------------------------------------------------------------------------------------
@@ -463,6 +497,7 @@ def test_files_that_are_no_tables_are_refused_with_what_to_do(tmp_path):
     }.items():
         (tmp_path / name).write_bytes(b"PK secret")
         require_line(lambda name=name: read(tmp_path / name), words)
+    require_line(lambda: read(tmp_path / "no.csv"), ("found no file", "no.csv", "correct the path"))
     require_line(lambda: read(tmp_path), ("no data file", "save own.xlsx as CSV UTF-8"))
     (tmp_path / "latin.csv").write_bytes("text,label\nsecret é,1\n".encode("cp1252"))
     require_line(
