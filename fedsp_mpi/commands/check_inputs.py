@@ -119,6 +119,8 @@ class ServerChecks:
                 f"layers; {self._config.data.task}: {len(splits.train)} train, "
                 f"{len(splits.validation)} validation, {len(splits.test)} test",
             )
+            for note in splits.notes:
+                self._report.add("ok", "rows", note)
             for warning in inputs.warnings:
                 self._report.add("warn", "rows", warning)
         except (ValueError, OSError) as error:

@@ -25,8 +25,13 @@ class DataConfig:
     task: str = "multiple_choice"
     # None: the task's own hub set; a folder; "hub/name[:configuration]"; "embedded".
     source: str | None = None
-    # {task's column: file's column}, where the names differ.
-    columns: dict[str, str] = dataclasses.field(default_factory=dict)
+    # {task's column: file's column}, where the names differ; a list of columns where each choice
+    # has one.
+    columns: dict[str, str | tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    # Of the task classification, in their order: data/classification.py. None: those of the rows.
+    classes: tuple[str, ...] = ()
+    # What number the first class or choice has in the user's own rows.
+    first_label: Literal[0, 1] = 0
     # The user's own words, for example "{sentence} It was {mask}." with columns of the task:
     # data/templates.py.
     template: str | None = None  # None: the task's own, which is lm-eval's

@@ -34,7 +34,7 @@ class SiloConfig:
     name: str = ""  # in the log, the record and every message; none: the last part of the source
     source: str = ""  # a folder on the host of its rank, or a hub set
     host: str | None = None  # None: any host that can open it
-    columns: dict[str, str] = dataclasses.field(default_factory=dict)
+    columns: dict[str, str | tuple[str, ...]] = dataclasses.field(default_factory=dict)
     template: str | None = None
     verbaliser: tuple[str, ...] = ()
     limit: int | None = None  # most rows of train, from its beginning
@@ -52,7 +52,7 @@ class ServerDataConfig:
 
     # Its validation and test splits, and its train split if it has one; None: it owns no text.
     source: str | None = None
-    columns: dict[str, str] = dataclasses.field(default_factory=dict)
+    columns: dict[str, str | tuple[str, ...]] = dataclasses.field(default_factory=dict)
 
 
 def with_plain_silos(data: Section) -> Section:

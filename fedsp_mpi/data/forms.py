@@ -18,7 +18,7 @@ import huggingface_hub
 import pandas as pd
 from huggingface_hub.errors import RepositoryNotFoundError
 
-from fedsp_mpi.data import cache, in_memory, splits
+from fedsp_mpi.data import cache, csv_form, in_memory, splits
 from fedsp_mpi.data.cells import MAX_LABEL_LENGTH
 from fedsp_mpi.data.splits import SPLITS
 
@@ -45,6 +45,7 @@ class Location:
         columns: the source's name of a column by the task's, where they differ.
         cache: the folder where what `datasets` prepares of this source goes; None: where all
             sources go.
+        file: the only file of the folder that is read, all of which is train; None: all files.
     """
 
     folder: Path | None
@@ -53,8 +54,11 @@ class Location:
     usual_config: str | None = None
     columns: Mapping[str, str] = field(default_factory=dict)
     cache: Path | None = None
+    file: Path | None = None
 
     def __str__(self) -> str:
+        if self.file:
+            return str(self.file)
         return str(self.folder) if self.folder else f"{self.name} on the hub"
 
 
@@ -118,7 +122,14 @@ class Folder:
         self._task = task
         self._location = location
         self._folder = location.folder
-        self._files = _name_task(task, lambda: splits.assign_files(self._folder))
+        self._files = _name_task(
+            task,
+            lambda: (
+                splits.only_file(location.file)
+                if location.file
+                else splits.assign_files(self._folder)
+            ),
+        )
 
     def columns(self) -> dict[str, list[str]]:
         """Return split -> column names, of each split's first row."""
@@ -194,10 +205,10 @@ class Folder:
         """Return the options by which every cell of a CSV table is text, NA and None too."""
         if self._files.kind != "csv":
             return {}
-        separator = "\t" if self._files.ending == ".tsv" else ","
-        names = pd.read_csv(paths[0], sep=separator, nrows=0).columns
+        form = csv_form.recognise(paths[0], is_tsv=self._files.ending == ".tsv")
+        names = pd.read_csv(paths[0], **form, nrows=0).columns
         features = datasets.Features({name: datasets.Value("string") for name in names})
-        return {"sep": separator, "features": features, "keep_default_na": False}
+        return {**form, "features": features, "keep_default_na": False}
 
 
 Source = Saved | Declared | Folder
@@ -210,6 +221,9 @@ def open_source(task: str, location: Location) -> Source:
         ValueError: the source cannot be reached, or the cache cannot be used.
     """
     folder = location.folder
+    if location.file:
+        _name_task(task, cache.require)
+        return Folder(task, location)
     if folder and any((folder / name).exists() for name in ("dataset_dict.json", "state.json")):
         return Saved(task, location)
     _name_task(task, lambda: cache.require(location.cache))

@@ -607,7 +607,7 @@ class _Costs:
         data = config.data
         if data.shots is not None:
             task = TASKS.get(data.task)
-            num_labels = (task.num_classes if task else None) or _NUM_LABELS
+            num_labels = len(data.classes) or (task.num_classes if task else None) or _NUM_LABELS
             num_examples = data.shots * num_labels
         elif data.limit.train is not None:
             num_examples = data.limit.train

@@ -18,6 +18,7 @@ from fedsp_mpi.data import (
     cloze,
     fit,
     loading,
+    own_tasks,
     partition,
     poison,
     pseudo_questions,
@@ -73,8 +74,7 @@ class ExperimentInputs(ModelInputs):
         Raises:
             ConfigError: the user's words do not fit the task.
         """
-        data = self.config.data
-        return templates.with_wording(tasks.find(data.task), data.template, data.verbaliser)
+        return own_tasks.configured(self.config.data)
 
     @property
     def is_reworded(self) -> bool:
@@ -104,11 +104,12 @@ class ExperimentInputs(ModelInputs):
 
     @cached_property
     def warnings(self) -> tuple[str, ...]:
-        """Notes on rows that are left out, or scored otherwise than their text says.
+        """Notes on rows that are left out or shortened, or scored otherwise than their text says.
 
         To find them, the test split is tokenised.
         """
         _, left_out = self._fitting_splits
+        left_out += self._shortened_notes
         if self.is_cloze:
             return left_out
         options = [question.options for question in self.test]
@@ -153,6 +154,28 @@ class ExperimentInputs(ModelInputs):
         return loading.load(
             self.task, self.source, seed=self.config.run.seed, limit=limits, columns=data.columns
         )
+
+    @property
+    def _shortened_notes(self) -> tuple[str, ...]:
+        """Notes on texts that are too long and lose their beginning, split by split."""
+        splits = self.splits
+        num_unread = 0 if self.is_cloze else 1
+        max_test_length = self.max_text_positions + num_unread
+        limits = (
+            ("train", splits.train, self.max_length),
+            ("validation", splits.validation, self.max_length),
+            ("test", splits.test, max_test_length),
+        )
+        notes: tuple[str, ...] = ()
+        for split, examples, max_length in limits:
+            notes += fit.shortened_note(
+                split,
+                examples,
+                max_length,
+                tokenizer=lambda: self.tokenizer,
+                fills_gaps=self.is_cloze,
+            )
+        return notes
 
     def _require_classes(self, splits: tasks.Splits, key: str, value: object, advice: str) -> None:
         """Raise ConfigError if the right answers are no classes.
