@@ -201,7 +201,7 @@ class _Tables:
         if self._has_numerals:
             answer_column = self._task.columns[-1]
             numbers = [number_in_cell(cell) for cell in table[answer_column]]
-            table = table.remove_columns(answer_column).add_column(answer_column, numbers)
+            table = sources.with_values(table, answer_column, numbers)
         if loading.read_again(self._task, table) != list(examples):
             raise ValueError(
                 f"data.source: found rows of {split} of {owner.name} that would be read back to "

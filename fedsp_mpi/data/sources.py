@@ -121,6 +121,18 @@ def read(
     return tables, notes
 
 
+def with_values(table: Table, column: str, values: Sequence[object]) -> Table:
+    """Return the table with other values in a column, which is its last one then.
+
+    Args:
+        table: of any columns.
+        column: one of them.
+        values: one per row, of one type.
+    """
+    with _quiet():
+        return table.remove_columns(column).add_column(column, list(values))
+
+
 def write_parquet(table: Table, path: Path) -> None:
     """Write a table with its features, which `read` finds in the file.
 

@@ -341,6 +341,7 @@ MISTAKES = {
         [
             "federation.silos=[{source: a}, {source: b}, {source: c}, {source: d}]",
             "data.source=null",
+            "server.data.source=s",
         ],
         ["federation.silos: found 4", "divided already"],
     ),
