@@ -23,7 +23,7 @@ from fedsp_mpi.config import Config, ConfigError
 from fedsp_mpi.config.limits import MOST_SILOS
 from fedsp_mpi.config.parsing import Section, put
 from fedsp_mpi.config.yaml_reader import key_value, setting
-from fedsp_mpi.data import loading, sources
+from fedsp_mpi.data import found_classes, loading, sources
 from fedsp_mpi.data.examples import Example
 from fedsp_mpi.data.labels import number_in_cell
 from fedsp_mpi.data.partition import ColumnValue
@@ -95,10 +95,18 @@ def split(
     try:
         names = [owner.name for owner in owners]
         ownership.begin_split(folder, names, private=settings.run.permissions == "private")
-        digests = _write_rows(folder, owners, inputs, log)
+        tables = _Tables(inputs, owners)
+        digests = _write_rows(folder, owners, tables, log)
         classes = _classes(owners, inputs.task)
         _draw(folder / PICTURE, owners, classes, log)
-        text = _configuration(path, overrides, folder.resolve(), owners=owners, inputs=inputs)
+        text = _configuration(
+            path,
+            overrides,
+            folder.resolve(),
+            owners=owners,
+            inputs=inputs,
+            classes=tables.classes,
+        )
         ownership.write_new(folder / CONFIGURATION, text)
         manifest = _manifest(owners, classes, digests, inputs=inputs)
         ownership.finish_split(folder, json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
@@ -184,10 +192,16 @@ class _Tables:
     """
 
     def __init__(self, inputs: ExperimentInputs, owners: Sequence[Owner]) -> None:
-        self._task: Task = inputs.task
         self._tables, _ = loading.read_tables(
             inputs.task, inputs.source, inputs.config.data.columns
         )
+        self.classes: tuple[str, ...] = ()  # of the rows, where the user names none
+        self._task: Task = inputs.task
+        if self._task.reader is not None:
+            self.classes, _ = found_classes.find(
+                self._task.name, self._tables, self._task.columns[-1]
+            )
+            self._task = self._task.with_classes(self.classes)
         self._has_numerals = self._labels_are_numerals(owners)
 
     def of(self, owner: Owner, split: str) -> sources.Table:
@@ -243,20 +257,19 @@ def _digest(table: sources.Table) -> str:
 
 
 def _write_rows(
-    folder: Path, owners: Sequence[Owner], inputs: ExperimentInputs, log: Log
+    folder: Path, owners: Sequence[Owner], tables: _Tables, log: Log
 ) -> dict[str, dict[str, str]]:
     """Write the rows of all owners.
 
     Args:
         folder: to write into.
         owners: the server and the clients.
-        inputs: of the experiment.
+        tables: their rows.
         log: gets how far it is.
 
     Returns:
         Digests of rows by owner and split.
     """
-    tables = _Tables(inputs, owners)
     progress = log.progress("folder", len(owners))
     digests: dict[str, dict[str, str]] = {}
     for owner in owners:
@@ -373,6 +386,7 @@ def _configuration(
     *,
     owners: Sequence[Owner],
     inputs: ExperimentInputs,
+    classes: Sequence[str],
 ) -> str:
     """Return a configuration of the silos: the given one, with what was dealt out in its place.
 
@@ -382,6 +396,7 @@ def _configuration(
         folder: of the silos, absolute.
         owners: the server and the clients.
         inputs: of the given configuration.
+        classes: of the rows, where the user names none.
     """
     base = Path(path) if path is not None else config.EMBEDDED
     content: Section = {"extends": str(base.resolve())}
@@ -402,7 +417,12 @@ def _configuration(
     }
     if inputs.config.data.columns:
         # The files have the task's names. An empty section would change nothing.
-        values["data.columns"] = {name: name for name in inputs.config.data.columns}
+        values["data.columns"] = {
+            name: name if isinstance(column, str) else list(column)
+            for name, column in inputs.config.data.columns.items()
+        }
+    if classes:
+        values["data.classes"] = list(classes)  # a silo may not have rows of all of them
     for key, value in values.items():
         put(content, key, value, key)
     head = "# Written by `split`: the same experiment, with a folder for each silo.\n"

@@ -74,7 +74,7 @@ def load(
     task = find(task) if isinstance(task, str) else task
     limits = _checked_limits(limit)
     tables, notes = read_tables(task, source, columns, cache=cache)
-    task, class_notes = _with_classes(task, tables)
+    task, class_notes = with_classes(task, tables)
     rows, decisions = _split_rows(task, tables, seed, owner)
     notes += class_notes + decisions
     examples: dict[str, tuple[Example, ...]] = dict.fromkeys(SPLITS, ())
@@ -155,7 +155,7 @@ def scored_rows(
         ValueError: as `load` does.
     """
     tables, _ = read_tables(task, source, columns)
-    task, _ = _with_classes(task, tables)
+    task, _ = with_classes(task, tables)
     rows, _ = _split_rows(task, tables, seed)
     origin, numbers = rows["test"]
     numbers = numbers[:limit]
@@ -172,7 +172,7 @@ def scored_rows(
     return table, examples
 
 
-def _with_classes(task: Task, tables: Mapping[str, datasets.Dataset]) -> tuple[Task, list[str]]:
+def with_classes(task: Task, tables: Mapping[str, datasets.Dataset]) -> tuple[Task, list[str]]:
     """Return the task with the classes of its rows, where the user names none, and notes."""
     if task.reader is None:
         return task, []

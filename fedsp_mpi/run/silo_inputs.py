@@ -226,7 +226,25 @@ class SiloInputs(ExperimentInputs):
     @property
     def has_text(self) -> bool:
         """Whether the server owns any text."""
-        return bool(self._all_examples)
+        return bool(self.splits.train or self.splits.validation or self.splits.test)
+
+    @property
+    def _all_examples(self) -> list[tasks.Example]:
+        """The server's examples; where it owns none, one in the words of the task, if they are
+        known without a row.
+        """
+        return super()._all_examples or self._made_up_examples
+
+    @cached_property
+    def _made_up_examples(self) -> list[tasks.Example]:
+        if not self.task.num_classes:
+            return []
+        *columns, answer_column = self.task.columns
+        row: dict[str, object] = {**dict.fromkeys(columns, "a b"), answer_column: 0}
+        try:
+            return [self.task.example(row)]
+        except (KeyError, ValueError):  # the template names columns that only rows have
+            return []
 
     def choices(self) -> str | None:
         """Return a digest of the choices of the server's own text; None if it has no such."""
@@ -237,7 +255,7 @@ class SiloInputs(ExperimentInputs):
         self.check_model()
         self._server_size = len(self.splits.train)
         self._require_shard()
-        if self._all_examples:
+        if self.has_text:
             self.check_texts()
             self._require_attack()
         self._require_known_choices()
@@ -300,11 +318,11 @@ class SiloInputs(ExperimentInputs):
 
     def _require_known_choices(self) -> None:
         """Raise ConfigError if losses are to run over choices that the server cannot know."""
-        loss_over = self.config.data.loss_over
-        if loss_over != "vocabulary" and not self._all_examples:
+        if self.config.data.loss_over == "choices" and not self._all_examples:
             raise ConfigError(
-                f"data.loss_over: found {loss_over}, and the server owns no text to know the "
-                "choices from (server.data.source), expected vocabulary"
+                "data.loss_over: found choices, and the server owns no text to know them from "
+                "(server.data.source), expected a task with known classes (data.classes), or "
+                "vocabulary"
             )
 
     def _require_attack(self) -> None:

@@ -477,7 +477,7 @@ def _with_disagreements(
             owner = "the server's rows" if inputs.has_text else "most silos"
             error = (
                 f"silo {silo.name}: found other choices in its rows than {owner} have, expected "
-                "the same labels; correct them, or say in the configuration what they mean"
+                "the same labels; correct them, or name all classes in data.classes"
             )
         checked.append(replace(item, error=error))
     return checked
