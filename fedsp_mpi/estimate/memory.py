@@ -193,7 +193,13 @@ class MemoryBudget:
     free: int
 
 
-def plan(config: Config, sizes: ModelSizes, ranks: Sequence[JsonMapping]) -> list[MemoryBudget]:
+def plan(
+    config: Config,
+    sizes: ModelSizes,
+    ranks: Sequence[JsonMapping],
+    *,
+    assignment: Sequence[Sequence[int]] | None = None,
+) -> list[MemoryBudget]:
     """Estimate what the ranks of each host and GPU need together.
 
     Args:
@@ -201,16 +207,18 @@ def plan(config: Config, sizes: ModelSizes, ranks: Sequence[JsonMapping]) -> lis
         sizes: of the run.
         ranks: of each rank its "host", "memory" (free bytes there), and "devices": by role,
             "server" or "client", with "uuid" and "free" if it is a GPU.
+        assignment: the clients of each rank; None: about as many on each.
     """
     num_client_ranks = sum("client" in rank["devices"] for rank in ranks)
     clients_per_rank = -(-config.federation.clients // max(1, num_client_ranks))
-    needs = {
-        "server": server(config, sizes),
-        "client": client(config, sizes, clients_per_rank),
-    }
     needed: dict[str, int] = {}
     free: dict[str, int] = {}
-    for rank in ranks:
+    for number, rank in enumerate(ranks):
+        num_clients = len(assignment[number]) if assignment else clients_per_rank
+        needs = {
+            "server": server(config, sizes),
+            "client": client(config, sizes, num_clients),
+        }
         host = f"host {rank['host']}"
         needed[host] = needed.get(host, 0) + LIBRARIES
         free[host] = min(free.get(host, rank["memory"]), rank["memory"])
