@@ -261,7 +261,7 @@ def server(config: Config, sizes: ModelSizes) -> MemoryNeed:
         dtype_bytes=dtype_bytes,
     )
     scoring = (scoring_bytes - dtype_bytes) * sizes.global_model
-    answering = _forward_passes(config, sizes) if config.asks_server else 0
+    answering = _forward_passes(sizes, config.search.batch_tokens) if config.asks_server else 0
     device = dtype_bytes * sizes.global_model + max(distillation, tuning, scoring, answering)
     if config.translates:  # the auxiliary model stays
         device += dtype_bytes * sizes.auxiliary
@@ -289,6 +289,8 @@ def client(config: Config, sizes: ModelSizes, num_clients: int) -> MemoryNeed:
         _activations(config, sizes, stage, depth=sizes.depth, dtype_bytes=_FP32_BYTES)
         for stage in (config.client.alignment, config.client.tuning)
     ]
+    if config.evaluation.at != "server":
+        activations.append(_forward_passes(sizes, config.evaluation.batch_tokens))
     device = weight_bytes * sizes.auxiliary + _TRAINED_BYTES * sizes.wire + max(activations)
     states = min(num_clients, config.client.resident) * state(config, sizes)
     return MemoryNeed(device, host=_FP32_BYTES * sizes.auxiliary + states)
@@ -306,14 +308,19 @@ def _search(config: Config, sizes: ModelSizes) -> MemoryNeed:
     dtype_bytes = DTYPES[config.client.compute.dtype].itemsize
     prompts = (config.search.population + 1) * _FP32_BYTES * sizes.prompt
     return MemoryNeed(
-        device=dtype_bytes * sizes.auxiliary + _forward_passes(config, sizes),
+        device=dtype_bytes * sizes.auxiliary + _forward_passes(sizes, config.search.batch_tokens),
         host=_FP32_BYTES * sizes.auxiliary + matrices + prompts,
     )
 
 
-def _forward_passes(config: Config, sizes: ModelSizes) -> int:
-    """Estimate the bytes of a search's forward passes, without the model."""
-    num_tokens = max(config.search.batch_tokens, sizes.length)
+def _forward_passes(sizes: ModelSizes, batch_tokens: int) -> int:
+    """Estimate the bytes of forward passes without gradients, and without the model.
+
+    Args:
+        sizes: of the run.
+        batch_tokens: positions of a pass, more only where one text is longer.
+    """
+    num_tokens = max(batch_tokens, sizes.length)
     return _FP32_BYTES * (sizes.wire + num_tokens * sizes.width * sizes.activations)
 
 
