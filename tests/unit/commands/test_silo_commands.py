@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from dataclasses import asdict
 from pathlib import Path
 
-import datasets
 import pytest
 
 from fedsp_mpi import config
@@ -20,7 +18,6 @@ from fedsp_mpi.config.parsing import ConfigError
 from fedsp_mpi.estimate import cost
 from fedsp_mpi.log import Log
 from fedsp_mpi.record import Run, RunRecord, read
-from fedsp_mpi.run.inputs import RESOURCES
 from fedsp_mpi.run.silos import found_here
 from helpers.mpi import both_ends
 from helpers.runs import FEDBPT, FEDPROMPT, SHORT, fedsp, here
@@ -221,28 +218,6 @@ def test_fetch_says_which_folders_are_here_and_opens_none(silos):
     assert any(line.startswith("data multiple_choice, the server's: ") for line in lines)
 
 
-def test_fetch_brings_a_hub_set_into_the_silo_s_own_cache(silos, tmp_path, monkeypatch):
-    builder = datasets.load_dataset_builder(
-        str(RESOURCES / "data"), cache_dir=str(tmp_path / "made")
-    )
-    builder.download_and_prepare()
-    commit = "0123456789abcdef0123456789abcdef01234567"
-    prepared = tmp_path / "cache/north/some___world/default/0.0.0" / commit
-    prepared.mkdir(parents=True)
-    for file in Path(builder.cache_dir).iterdir():
-        name = file.name.replace(f"{builder.dataset_name}-", "world-")
-        shutil.copy(file, prepared / name)
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    settings = sets(
-        "federation.clients=null",
-        "federation.silos=[{name: north, source: some/world}]",
-        f"federation.silo_cache={tmp_path / 'cache'}",
-    )
-    lines = here(["fetch", silos / "silos.yaml", *settings]).stdout.splitlines()
-    [line] = [line for line in lines if line.startswith("silo north: here, ")]
-    assert str(prepared) in line
-
-
 # -- evaluate --------------------------------------------------------------------------------------
 
 
@@ -250,7 +225,7 @@ def test_evaluate_asks_what_the_server_s_own_test_has(run):
     pytest.importorskip("lm_eval", reason="lm-eval is not installed")
     rows = evaluate.evaluate(run.file.parent, Options(), Log()).rows
     assert len(rows) == 2
-    assert all(row.n == 24 and row.is_equal for row in rows), rows
+    assert all(row.n == 24 and row.equal for row in rows), rows
 
 
 def test_evaluate_without_text_of_the_server_s_is_one_line(silos, tmp_path):
@@ -269,7 +244,7 @@ def test_evaluate_without_text_of_the_server_s_is_one_line(silos, tmp_path):
 
 def test_a_sweep_knows_the_runs_of_silos_that_it_found(silos, tmp_path):
     chosen = {"base": str(silos / "silos.yaml"), "seeds": [1], "tasks": {"t": {}}}
-    federation = {"clients": None, "silos": {"source": f"{silos}/client_00*"}}
+    federation = {"clients": None, "silos": {"names": None, "source": f"{silos}/client_00*"}}
     file = tmp_path / "sweep.yaml"
     methods = {"m": {"federation": federation}}
     file.write_text(json.dumps({**chosen, "folder": str(tmp_path / "runs"), "methods": methods}))
