@@ -186,7 +186,7 @@ def _split_rows(
     if owner == "silo":
         return sources.silo_rows(task.name, tables)
     if owner == "server":
-        return sources.server_rows(tables, task.column_sets, seed=seed)
+        return sources.server_rows(task.name, tables, task.column_sets, seed=seed)
     return sources.split_rows(
         task.name, tables, task.column_sets, seed=seed, cuts_test=task.hub is None
     )
