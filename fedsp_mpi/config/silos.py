@@ -166,8 +166,8 @@ def _require_silo(silo: SiloConfig, where: str) -> None:
         raise ConfigError(f"{where}.source: found none, expected a folder or a hub set")
     if PLACEHOLDER in silo.source:
         raise ConfigError(
-            f"{where}.source: found {PLACEHOLDER} in {shown(silo.source)} without names; add "
-            "names: [...], or write * to take all that match"
+            f"{where}.source: found {PLACEHOLDER} in {shown(silo.source)}, expected names for it; "
+            "add names: [...], or write * to take all that match"
         )
     is_plain = _NAME.fullmatch(silo.name) and len(silo.name) <= _MAX_NAME_LENGTH
     if not silo.is_pattern and not is_plain:

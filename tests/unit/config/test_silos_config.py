@@ -78,7 +78,7 @@ NORTH = {"name": "north", "source": "/data/north"}
         ([], {}, ("server.data.source", "without federation.silos")),
         (["north"], {}, ("federation.silos[0]", "expected a section")),
         ([{"name": "north"}], {}, ("federation.silos[0].source", "found none")),
-        ([{"source": "/data/{silo}"}], {}, ("without names",)),
+        ([{"source": "/data/{silo}"}], {}, ("expected names",)),
         ({"source": "/data/x", "names": ["a"]}, {}, ("{silo}",)),
         ({"source": "/data/{silo}", "names": "a"}, {}, ("federation.silos.names",)),
         ({"names": ["a"]}, {}, ("federation.silos.source",)),

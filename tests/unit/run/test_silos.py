@@ -133,5 +133,5 @@ def test_scores_travel_and_are_those_of_the_ranks_own_silos():
     answers = [{"scores": []}, *({"scores": [silo_row_json(row)]} for row in ROWS)]
     rows = read_silo_rows(answers, {0: 1, 1: 2}, 3)
     assert [(row.silo, row.n, row.loss) for row in rows] == [(0, 3, 1.0), (1, 1, 3.0)]
-    with pytest.raises(ProtocolError, match="rank 1.*client 0"):
+    with pytest.raises(ProtocolError, match=r"rank 1.*client 0"):
         read_silo_rows(answers, {0: 2, 1: 1}, 3)
