@@ -141,9 +141,8 @@ def parse(kind: Any, data: object, where: str) -> Any:
         return parse((fitting or kinds)[0], data, where)
     if origin is tuple:
         if not isinstance(data, (list, tuple)):
-            raise ConfigError(
-                f"{where}: found {shown(data)}, expected a list, such as [{_ITEMS[arguments[0]]}]"
-            )
+            items = _ITEMS.get(arguments[0], "{...}, {...}")
+            raise ConfigError(f"{where}: found {shown(data)}, expected a list, such as [{items}]")
         return tuple(
             parse(arguments[0], item, f"{where}[{index}]") for index, item in enumerate(data)
         )

@@ -18,7 +18,7 @@ import huggingface_hub
 import pandas as pd
 from huggingface_hub.errors import RepositoryNotFoundError
 
-from fedsp_mpi.data import cache, csv_form, splits
+from fedsp_mpi.data import cache, csv_form, in_memory, splits
 from fedsp_mpi.data.cells import MAX_LABEL_LENGTH
 from fedsp_mpi.data.splits import SPLITS
 
@@ -28,6 +28,7 @@ T = TypeVar("T")
 FETCH = "run `python -m fedsp_mpi fetch CONFIG` on a machine with network first"
 _HUB_TIMEOUT = 5.0  # seconds for one answer of the hub; a cluster's nodes often do not reach it
 _NUM_NAMES_SHOWN = 5  # files that a message lists
+_MAX_BYTES_IN_MEMORY = 64 << 20  # of a split's files, packed as they lie
 _MAX_REASON_LENGTH = 200  # characters of a library's message
 
 
@@ -43,6 +44,8 @@ class Location:
             it among several.
         columns: the source's name of a column by the task's, where they differ.
         file: the only file of the folder that is read, all of which is train; None: all files.
+        cache: the folder where what `datasets` prepares of this source goes; None: where all
+            sources go.
     """
 
     folder: Path | None
@@ -51,6 +54,7 @@ class Location:
     usual_config: str | None = None
     columns: Mapping[str, str] = field(default_factory=dict)
     file: Path | None = None
+    cache: Path | None = None
 
     def __str__(self) -> str:
         if self.file:
@@ -162,6 +166,10 @@ class Folder:
         return self._ask(paths, lambda: _first_row_columns(self._builder(split, paths), split))
 
     def _table(self, split: str, paths: Sequence[Path]) -> Table:
+        size = sum(path.stat().st_size for path in paths)
+        if self._location.cache is not None and size <= _MAX_BYTES_IN_MEMORY:
+            options = self._reader_options(paths)
+            return self._ask(paths, lambda: in_memory.table(self._files.kind, paths, options))
         return self._ask(paths, lambda: _prepare(self._builder(split, paths))[split])
 
     def _concatenated(self, paths: Sequence[Path], parts: Sequence[Table]) -> Table:
@@ -170,7 +178,13 @@ class Folder:
         return table
 
     def _builder(self, split: str, paths: Sequence[Path]) -> datasets.DatasetBuilder:
-        return cache.builder(self._files.kind, split, paths, options=self._reader_options(paths))
+        return cache.builder(
+            self._files.kind,
+            split,
+            paths,
+            options=self._reader_options(paths),
+            folder=self._location.cache,
+        )
 
     def _ask(self, paths: Sequence[Path], question: Callable[[], T]) -> T:
         """Ask `datasets` about some of the files."""
@@ -212,11 +226,15 @@ def open_source(task: str, location: Location) -> Source:
         return Folder(task, location)
     if folder and any((folder / name).exists() for name in ("dataset_dict.json", "state.json")):
         return Saved(task, location)
-    _name_task(task, cache.require)
+    _name_task(task, lambda: cache.require(location.cache))
     if folder is None:
         _require_hub(task, location.name)
         hub_builder = _ask(
-            task, location, lambda: datasets.load_dataset_builder(location.name, location.config)
+            task,
+            location,
+            lambda: datasets.load_dataset_builder(
+                location.name, location.config, cache_dir=cache.folder_name(location.cache)
+            ),
         )
         return Declared(task, location, hub_builder)
     if not _is_declared(task, location, folder):
@@ -228,7 +246,7 @@ def open_source(task: str, location: Location) -> Source:
             "patterns, expected a path without them; rename the folder"
         )
     config = _pick_config(task, location)
-    builder = _ask(task, location, lambda: cache.declared_builder(folder, config))
+    builder = _ask(task, location, lambda: cache.declared_builder(folder, config, location.cache))
     return Declared(task, location, builder)
 
 

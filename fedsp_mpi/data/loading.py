@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
+from pathlib import Path
+from typing import Literal
 
 import datasets
 
-from fedsp_mpi.data import found_classes, labels, sources
+from fedsp_mpi.data import found_classes, labels, partition, sources
 from fedsp_mpi.data.cells import NoTextError, describe_choices
 from fedsp_mpi.data.examples import Example
 from fedsp_mpi.data.splits import SPLITS
@@ -19,6 +22,13 @@ from fedsp_mpi.data.tasks import Splits, Task, find
 ColumnNames = Mapping[str, str | tuple[str, ...]]
 
 _NUM_ROWS_SHOWN = 5  # row numbers that a note lists
+Owner = Literal["all", "silo", "server"]
+_DECIDE: dict[Owner, sources.Decide] = {
+    "all": sources.split_rows,
+    "silo": sources.silo_rows,
+    "server": sources.server_rows,
+}
+_PLACE = re.compile(r"row (\d+) of (\w+)")  # what `Example.row` says
 
 
 class Missing(Enum):
@@ -35,6 +45,8 @@ def load(
     seed: int,
     limit: Mapping[str, int | None] | None = None,
     columns: ColumnNames | None = None,
+    owner: Owner = "all",
+    cache: Path | None = None,
 ) -> Splits:
     """Read the examples of a task.
 
@@ -53,6 +65,10 @@ def load(
         limit: maximum number of rows of "train", "validation", "test": the first ones in file
             order, as with lm-eval's `limit`. A cut validation keeps the file order too.
         columns: the source's name of a column by the task's, where they differ.
+        owner: whose the source is. "silo": one client's, of which train is needed, and validation
+            is what it holds back; "server": of which no split is needed (`sources.server_rows`).
+        cache: a folder for what is prepared of the source, instead of the one that all sources
+            share; small files are then read into memory alone.
 
     Raises:
         ValueError: unknown task, no such folder or hub set, hub out of reach, missing column or
@@ -61,12 +77,14 @@ def load(
     """
     task = find(task) if isinstance(task, str) else task
     limits = _checked_limits(limit)
-    tables, notes = read_tables(task, source, columns)
-    task, class_notes = _with_classes(task, tables)
-    rows, decisions = _split_rows(task, tables, seed)
+    tables, notes = read_tables(task, source, columns, cache=cache)
+    task, class_notes = with_found_classes(task, tables)
+    rows, decisions = _DECIDE[owner](
+        task.name, tables, task.column_sets, seed=seed, cuts_test=task.hub is None
+    )
     notes += class_notes + decisions
-    examples: dict[str, tuple[Example, ...]] = {}
-    for split in SPLITS:
+    examples: dict[str, tuple[Example, ...]] = dict.fromkeys(SPLITS, ())
+    for split in rows:
         origin, numbers = rows[split]
         max_rows = limits.get(split)
         if max_rows is not None and max_rows < len(numbers):
@@ -80,7 +98,11 @@ def load(
 
 
 def read_tables(
-    task: Task, source: str | None, columns: ColumnNames | None
+    task: Task,
+    source: str | None,
+    columns: ColumnNames | None,
+    *,
+    cache: Path | None = None,
 ) -> tuple[dict[str, datasets.Dataset], list[str]]:
     """Read the tables of a source by split, in the task's names of columns.
 
@@ -88,6 +110,7 @@ def read_tables(
         task: the task.
         source: as in `load`.
         columns: as in `load`.
+        cache: as in `load`.
 
     Returns:
         The tables by split, and notes on what they were made of.
@@ -96,7 +119,7 @@ def read_tables(
         ValueError: as `load` does.
     """
     location = sources.locate(task.name, task.hub, source, columns=_renamed(columns))
-    return sources.read(task.name, location, task.column_sets)
+    return sources.read(task.name, replace(location, cache=cache), task.column_sets)
 
 
 def check_columns(task: Task | str, source: str | None, columns: ColumnNames | None = None) -> None:
@@ -138,8 +161,10 @@ def scored_rows(
         ValueError: as `load` does.
     """
     tables, _ = read_tables(task, source, columns)
-    task, _ = _with_classes(task, tables)
-    rows, _ = _split_rows(task, tables, seed)
+    task, _ = with_found_classes(task, tables)
+    rows, _ = sources.split_rows(
+        task.name, tables, task.column_sets, seed=seed, cuts_test=task.hub is None
+    )
     origin, numbers = rows["test"]
     numbers = numbers[:limit]
     usable = _sort_out(_read_rows(task, tables[origin], origin, numbers=numbers), "test").usable
@@ -155,7 +180,9 @@ def scored_rows(
     return table, examples
 
 
-def _with_classes(task: Task, tables: Mapping[str, datasets.Dataset]) -> tuple[Task, list[str]]:
+def with_found_classes(
+    task: Task, tables: Mapping[str, datasets.Dataset]
+) -> tuple[Task, list[str]]:
     """Return the task with the classes of its rows, where the user names none, and notes."""
     if task.reader is None:
         return task, []
@@ -163,17 +190,93 @@ def _with_classes(task: Task, tables: Mapping[str, datasets.Dataset]) -> tuple[T
     return task.with_classes(classes), notes
 
 
-def _split_rows(
-    task: Task, tables: Mapping[str, datasets.Dataset], seed: int
-) -> tuple[dict[str, sources.Rows], list[str]]:
-    return sources.split_rows(
-        task.name, tables, task.column_sets, seed=seed, cuts_test=task.hub is None
-    )
+def class_names(task: Task, tables: Mapping[str, datasets.Dataset]) -> tuple[str, ...]:
+    """Return the classes that are found in the rows of a task that has none yet."""
+    classes, _ = found_classes.find(task.name, tables, task.columns[-1])
+    return classes
 
 
 def _renamed(columns: ColumnNames | None) -> dict[str, str]:
     """Return the columns that have other names; those of a list are read under their own."""
     return {name: column for name, column in (columns or {}).items() if isinstance(column, str)}
+
+
+def place(example: Example) -> tuple[str, int]:
+    """Return the source's split that an example was loaded from, and the row's number in it."""
+    match = _PLACE.fullmatch(example.row)
+    assert match is not None, "only a loaded example has a place"
+    return match.group(2), int(match.group(1))
+
+
+def rows_of(tables: Mapping[str, datasets.Dataset], examples: Sequence[Example]) -> sources.Table:
+    """Return the rows that examples of one split were loaded from, in the examples' order.
+
+    Args:
+        tables: of the source, from `read_tables`.
+        examples: from `load`, at least one.
+    """
+    places = [place(example) for example in examples]
+    [origin] = {split for split, _ in places}
+    return tables[origin].select([number for _, number in places])
+
+
+def read_again(task: Task, table: sources.Table) -> list[Example | None]:
+    """Read all rows of a table as `load` would read a Parquet file of it; None without a label.
+
+    Raises:
+        ValueError: a row does not read.
+    """
+    table.info.builder_name = "parquet"
+    rows = _read_rows(task, table, "the table", numbers=range(len(table)))
+    return [None if isinstance(example, Missing) else example for _, example in rows]
+
+
+def column_values(
+    tables: Mapping[str, datasets.Dataset],
+    examples: Sequence[Example],
+    column: str,
+    *,
+    columns: ColumnNames,
+) -> list[partition.ColumnValue | None]:
+    """Return each example's value of a column that the task itself does not read.
+
+    Args:
+        tables: of the source, from `read_tables`.
+        examples: from `load`, all of one split.
+        column: its name, the source's or the task's.
+        columns: the source's name of a column by the task's, where they differ.
+
+    Returns:
+        The values, [num_examples]: text, number or bool; class names of classes; None where a cell
+        is null, blank or not a number.
+
+    Raises:
+        ValueError: there is no such column, or it holds anything else.
+    """
+    task_names = {source_name: name for name, source_name in _renamed(columns).items()}
+    table = rows_of(tables, examples)
+    name = task_names.get(column, column)
+    if name not in table.column_names:
+        raise ValueError(
+            f"data.partition_column: found {column!r}, expected one of the columns of train: "
+            f"{', '.join(table.column_names)}; correct the name"
+        )
+    feature = table.features[name]
+    is_class = isinstance(feature, datasets.ClassLabel)
+    values: list[partition.ColumnValue | None] = []
+    for cell in table[name]:
+        if labels.is_missing(cell) or (is_class and cell < 0):
+            values.append(None)
+        elif is_class:
+            values.append(feature.int2str(cell))
+        elif isinstance(cell, bool | int | float | str):
+            values.append(cell)
+        else:
+            raise ValueError(
+                f"data.partition_column: found cells of type {type(cell).__name__} in {column!r}, "
+                "expected text, numbers or true and false; name another column"
+            )
+    return values
 
 
 def _checked_limits(limit: Mapping[str, int | None] | None) -> dict[str, int | None]:

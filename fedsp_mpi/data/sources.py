@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Protocol
 
 import datasets
 import numpy as np
@@ -28,6 +29,22 @@ ColumnSets = Sequence[Sequence[str]]
 Rows = tuple[str, Sequence[int]]  # a split of the source, and the numbers of rows in it
 
 _TEST_SHARE = 5  # a fifth of train is test, where it has to be cut
+
+
+class Decide(Protocol):
+    """Decides which rows of which split make up train, validation and test: `split_rows`."""
+
+    def __call__(
+        self,
+        task: str,
+        tables: Tables,
+        column_sets: ColumnSets,
+        *,
+        seed: int,
+        cuts_test: bool = False,
+    ) -> tuple[dict[str, Rows], list[str]]: ...
+
+
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
@@ -119,6 +136,16 @@ def read(
     names = {split: table.column_names for split, table in tables.items()}
     _require_columns(task, location, names, column_sets=column_sets)
     return tables, notes
+
+
+def write_parquet(table: Table, path: Path) -> None:
+    """Write a table with its features, which `read` finds in the file.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    with _quiet():
+        table.to_parquet(str(path))
 
 
 def plain_text(source: str) -> Iterator[str]:
@@ -227,6 +254,70 @@ def split_rows(
                 f"{task}: found the splits {', '.join(tables) or '(none)'}, expected train and "
                 f"test (or validation) with answers, for {split}; add a file {split}.jsonl"
             )
+    return rows, notes
+
+
+def silo_rows(
+    task: str,
+    tables: Tables,
+    column_sets: ColumnSets,
+    *,
+    seed: int,
+    cuts_test: bool = False,
+) -> tuple[dict[str, Rows], list[str]]:
+    """Return train and, if it is there, validation of one client's own source; see `split_rows`.
+
+    Raises:
+        ValueError: there is no train.
+    """
+    if "train" not in tables:
+        raise ValueError(
+            f"{task}: found the splits {', '.join(tables) or '(none)'}, expected train; name a "
+            "file train.csv, train.jsonl, ..."
+        )
+    rows: dict[str, Rows] = {
+        split: (split, range(len(tables[split])))
+        for split in ("train", "validation")
+        if split in tables
+    }
+    return rows, []
+
+
+def server_rows(
+    task: str,
+    tables: Tables,
+    column_sets: ColumnSets,
+    *,
+    seed: int,
+    cuts_test: bool = False,
+) -> tuple[dict[str, Rows], list[str]]:
+    """Return the splits that the server's own source has; see `split_rows`.
+
+    Its train is the server's shard. A lone train is text to judge by: one half is validation, the
+    other test, drawn with `seed`. A lone validation is the test too.
+    """
+    rows: dict[str, Rows] = {
+        split: (split, range(len(tables[split]))) for split in SPLITS if split in tables
+    }
+    if "test" in rows and _why_not_scored(tables["test"], column_sets) is not None:
+        del rows["test"]
+    notes = []
+    if list(rows) == ["train"]:
+        order = generator(seed, "server's halves").permutation(len(tables["train"]))
+        middle = len(order) // 2
+        rows = {
+            "validation": ("train", np.sort(order[:middle]).tolist()),
+            "test": ("train", np.sort(order[middle:]).tolist()),
+        }
+        notes.append(
+            "validation and test = the two halves of the server's rows, which name no split"
+        )
+    elif "validation" in rows and "test" not in rows:
+        rows["test"] = rows["validation"]
+        notes.append(
+            "test = the server's validation rows, which also choose the best round: its scores "
+            "are too good; give the server a test split"
+        )
     return rows, notes
 
 
