@@ -272,7 +272,12 @@ def silo_rows(task: str, tables: Tables) -> tuple[dict[str, Rows], list[str]]:
 
 
 def server_rows(
-    task: str, tables: Tables, column_sets: ColumnSets, *, seed: int
+    task: str,
+    tables: Tables,
+    column_sets: ColumnSets,
+    *,
+    seed: int,
+    cuts_test: bool = False,
 ) -> tuple[dict[str, Rows], list[str]]:
     """Return the splits that the server's own source has; see `split_rows`.
 
