@@ -127,6 +127,12 @@ def test_a_fault_whose_place_is_not_there_is_no_pass(fault, place):
     assert result.stderr.count("faulty.py: ") == 1 and message in result.stderr
 
 
+def test_a_test_that_expects_no_status_fails_where_its_fault_has_no_place():
+    command = [PROGRAMS / "faulty.py", "kill:no such phase:0", "report", "nowhere"]
+    with pytest.raises(pytest.fail.Exception, match="found no phase 'no such phase' in report"):
+        run_mpi(0, command, status=None)
+
+
 def test_a_slow_client_is_cut_at_its_time_and_weighs_what_it_did(tmp_path):
     more = ("client.tuning.steps=40", "client.alignment.steps=10")
     drop = ("federation.stragglers=drop", "federation.client_seconds=6")
