@@ -113,6 +113,22 @@ def fetch(options: argparse.Namespace) -> int:
     return 0
 
 
+def split(options: argparse.Namespace) -> int:
+    """`split`: write what the simulation deals out as one folder per silo."""
+    _require_one_process("split", "start it without mpirun")
+    from fedsp_mpi.commands import split
+
+    with _user_errors():
+        split.split(
+            options.config,
+            options.set,
+            Path(options.to),
+            log=_log(options),
+            replace=options.replace,
+        )
+    return 0
+
+
 def plan(options: argparse.Namespace) -> int:
     """`plan`: estimate what configurations cost, from their sizes alone."""
     configs = [(path or "embedded", _load(path, options.set)) for path in options.configs or [None]]
@@ -373,6 +389,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_run(verbs)
     _add_check(verbs)
     _add_fetch(verbs)
+    _add_split(verbs)
     _add_plan(verbs)
     _add_report(verbs)
     _add_sweep(verbs)
@@ -415,6 +432,20 @@ def _add_fetch(verbs: argparse._SubParsersAction) -> None:
     verb.add_argument("configs", nargs="*", metavar="CONFIG", help="YAML files")
     _add_settings(verb)
     verb.set_defaults(run=fetch)
+
+
+def _add_split(verbs: argparse._SubParsersAction) -> None:
+    verb = verbs.add_parser(
+        "split", help="write what the simulation deals out as one folder per silo"
+    )
+    _add_configuration(verb)
+    verb.add_argument(
+        "--to", required=True, metavar="FOLDER", help="a new folder, or that of a killed split"
+    )
+    verb.add_argument(
+        "--replace", action="store_true", help="write a complete split in that folder anew"
+    )
+    verb.set_defaults(run=split)
 
 
 def _add_plan(verbs: argparse._SubParsersAction) -> None:

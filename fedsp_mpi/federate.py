@@ -11,6 +11,8 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from fedsp_mpi.comm import RoundBroadcast, Updates, guard
 from fedsp_mpi.comm.inspection import ProtocolError, reading, require_fields
 from fedsp_mpi.comm.solo import Solo
@@ -22,8 +24,8 @@ from fedsp_mpi.log import duration
 from fedsp_mpi.record.atomic import RecordError
 from fedsp_mpi.record.checkpoint import CheckpointFile
 from fedsp_mpi.record.journal import RoundJournal
-from fedsp_mpi.record.tables import RoundRow
-from fedsp_mpi.roles import HostedClients, ServerRole
+from fedsp_mpi.record.tables import RoundRow, SiloRow
+from fedsp_mpi.roles import HostedClients, ServerRole, mean_loss, read_silo_rows, silo_row_json
 from fedsp_mpi.tensors import ClientError, Failure, Update
 
 
@@ -39,11 +41,13 @@ class Schedule:
         federation: the number of rounds, and what happens when clients fail.
         checkpoint: when checkpoints are written.
         rounds_done: by an earlier stretch of the run.
+        asks_silos: whether silos judge each round on the text that they hold back.
     """
 
     federation: FederationConfig
     checkpoint: CheckpointConfig
     rounds_done: int = 0
+    asks_silos: bool = False
 
     def is_due(self, round: int) -> bool:
         """Return whether a checkpoint follows a round: after every so many, and after the last."""
@@ -143,6 +147,8 @@ def run_round(
         updates = wire.gather(round, results, expected)
         watch.lap("clients")
     if server is None:
+        if schedule.asks_silos:
+            judge_at_silos(round, wire, schedule, server=None, clients=clients)
         return True
 
     # --- aggregate ---
@@ -165,11 +171,17 @@ def run_round(
         trace = server.server.server_update(round)
         watch.lap("server")
 
-    # --- validate ---
+    # --- validate, at the server and where the text is ---
     with guard.phase("validation", round=round):
-        loss, is_best = server.accept_or_revert(round, before, aggregate_loss)
+        loss = server.accept_or_revert(before, aggregate_loss)
         control_loss = server.validate_control(round)
         watch.lap("validation")
+    silo_scores: list[SiloRow] = []
+    if schedule.asks_silos:
+        silo_scores = judge_at_silos(round, wire, schedule, server=server, clients=clients)
+        watch.lap("validation")
+    with guard.phase("best round", round=round):
+        is_best = server.keep_if_best(round, loss, silo_scores)
     if updates is None or server.journal is None:
         return True
 
@@ -191,6 +203,7 @@ def run_round(
             row,
             updates,
             dict(server.server.export()) if server.journal.keep_prompts else None,
+            silos=silo_scores,
             round_bytes=wire.round_bytes(),
             entries=wire.manifest,
         )
@@ -222,6 +235,38 @@ def train_clients(clients: HostedClients, broadcast: RoundBroadcast) -> list[Upd
     return results
 
 
+def judge_at_silos(
+    round: int,
+    wire: Wire | Solo,
+    schedule: Schedule,
+    *,
+    server: ServerRole | None,
+    clients: HostedClients | None,
+) -> list[SiloRow]:
+    """Have every silo score what the round has brought, on the text that it holds back.
+
+    Args:
+        round: that ends.
+        wire: between all ranks.
+        schedule: of the rounds.
+        server: this rank's part of the server.
+        clients: those that this rank plays.
+
+    Returns:
+        On the server's first rank a row for each silo that could score; none elsewhere.
+    """
+    with guard.phase("evaluation at the silos", round=round):
+        is_root = server is not None and server.journal is not None
+        tuned = RoundBroadcast(round, tensors=server.server.broadcast()) if server else None
+        broadcast = wire.broadcast(tuned if is_root else None, schedule.federation.clients)
+        assert broadcast.tensors is not None
+        rows = clients.score_silos(round, broadcast.tensors) if clients else []
+        answers = wire.collect({"scores": [silo_row_json(row) for row in rows]}, "evaluation")
+        if answers is None or server is None or server.journal is None:
+            return []
+        return read_silo_rows(answers, server.journal.rank_of, round)
+
+
 def require_quorum(updates: Updates, federation: FederationConfig) -> None:
     """Raise ClientFailedError if the run should not continue with the updates that there are.
 
@@ -229,7 +274,7 @@ def require_quorum(updates: Updates, federation: FederationConfig) -> None:
     count.
     """
     reasons = [
-        f"client {failure.client} in {failure.phase}: {failure.reason}"
+        f"{federation.client_name(failure.client)} in {failure.phase}: {failure.reason}"
         for failure in updates.failures
     ]
     if reasons and federation.on_failure == "stop":
@@ -237,7 +282,7 @@ def require_quorum(updates: Updates, federation: FederationConfig) -> None:
             f"{'; '.join(reasons)} (federation.on_failure=stop; =drop goes on without them)"
         )
     for client, reason in updates.rejected.items():
-        reasons.append(f"client {client} rejected: {reason}")
+        reasons.append(f"{federation.client_name(client)} rejected: {reason}")
     num_accepted = len(updates.reports) - len(updates.rejected)
     if reasons and num_accepted < federation.min_clients:
         raise ClientFailedError(
@@ -341,10 +386,32 @@ def _log_round(journal: RoundJournal, round: int, schedule: Schedule, elapsed: f
         control = f", server-only {row['control_validation_loss']:.4f}"
     best = ", best so far" if row["is_best"] else ""
     remaining = elapsed / (round - schedule.rounds_done) * (rounds - round)
+    losses = f"validation loss {row['validation_loss']:.4f}{best}"
+    losses += f" (merged {row['validation_merged']:.4f}{control})"
+    silos = journal.record.run.silos
+    silos = silos[silos["round"] == round]
+    if len(silos):
+        worst = silos[silos["loss"].argmax()]
+        name = schedule.federation.client_name(int(worst["silo"]))
+        at_silos = f"loss at the silos {_mean_at_silos(silos):.4f}"
+        at_silos += f" (worst {worst['loss']:.4f}, {name})"
+        is_judged_by_silos = math.isnan(row["validation_loss"])
+        losses = f"{at_silos}{best}" if is_judged_by_silos else f"{losses}, {at_silos}"
     journal.log.say(
-        f"round {round}/{rounds}  validation loss {row['validation_loss']:.4f}{best}"
-        f" (merged {row['validation_merged']:.4f}{control})  {row['num_clients']} clients{excluded}"
+        f"round {round}/{rounds}  {losses}  {row['num_clients']} clients{excluded}"
         f"  {duration(row['seconds_total'])}  {duration(remaining)} left"
+    )
+
+
+def _mean_at_silos(rows: np.ndarray) -> float:
+    """Return the mean loss of rows of the table `silos`, [rows], weighted by their examples."""
+    return mean_loss(
+        [
+            SiloRow(
+                round=int(row["round"]), silo=int(row["silo"]), n=int(row["n"]), loss=row["loss"]
+            )
+            for row in rows
+        ]
     )
 
 

@@ -10,15 +10,70 @@ from typing import Protocol
 import numpy as np
 
 from fedsp_mpi.algorithms.base import Client, Server
-from fedsp_mpi.comm.inspection import Expected
+from fedsp_mpi.comm import guard
+from fedsp_mpi.comm.inspection import Expected, ProtocolError, reading, require_fields
 from fedsp_mpi.data.tokens import Text
 from fedsp_mpi.evaluation.scoring import answer_loss_mean
+from fedsp_mpi.files.untrusted import JsonMapping, JsonObject
 from fedsp_mpi.log import RoundProgress
 from fedsp_mpi.record.client_cache import ClientStateCache
 from fedsp_mpi.record.journal import RoundJournal
+from fedsp_mpi.record.tables import SiloRow
 from fedsp_mpi.tensors import NamedTensors, State, join_states, part_of_state
 from fedsp_mpi.training.device import Compute
 from fedsp_mpi.training.process_group import ServerGroup
+
+
+def mean_loss(rows: Sequence[SiloRow]) -> float:
+    """Return the silos' mean loss, in nats a token, weighted by their examples; nan without any."""
+    losses = [(row.loss, max(row.n, 1)) for row in rows if math.isfinite(row.loss)]
+    if not losses:
+        return math.nan
+    return sum(loss * n for loss, n in losses) / sum(n for _, n in losses)
+
+
+def silo_row_json(row: SiloRow) -> JsonObject:
+    """Return a silo's score as it travels."""
+    return {
+        "silo": row.silo,
+        "n": row.n,
+        "loss": row.loss if math.isfinite(row.loss) else None,
+        "acc": row.acc if math.isfinite(row.acc) else None,
+    }
+
+
+def read_silo_rows(
+    answers: Sequence[JsonMapping], rank_of: Mapping[int, int], round: int
+) -> list[SiloRow]:
+    """Read what ranks sent of their silos' scores, by client.
+
+    Args:
+        answers: by rank.
+        rank_of: the rank that plays each client.
+        round: that was scored.
+
+    Raises:
+        ProtocolError: a rank scores a silo that it does not play, or sends what cannot be.
+    """
+    rows: dict[int, SiloRow] = {}
+    for rank, answer in enumerate(answers):
+        with reading(rank, "the scores of its silos"):
+            require_fields(answer, rank, {"scores": list})
+            for values in answer["scores"]:
+                number = (float, int, type(None))
+                require_fields(values, rank, {"silo": int, "n": int, "loss": number, "acc": number})
+                loss, acc = (
+                    math.nan if values[name] is None else float(values[name])
+                    for name in ("loss", "acc")
+                )
+                row = SiloRow(round=round, silo=values["silo"], n=values["n"], loss=loss, acc=acc)
+                if rank_of.get(row.silo) != rank or row.silo in rows or row.n < 0:
+                    raise ProtocolError(
+                        f"rank {rank}: found a score of client {row.silo}, which it does not play "
+                        "or has scored already"
+                    )
+                rows[row.silo] = row
+    return [rows[silo] for silo in sorted(rows)]
 
 
 class _HasState(Protocol):
@@ -39,6 +94,8 @@ class HostedClients:
         participants: returns the clients of all processes that take part in a round.
         progress: is told of every client and step.
         digests: of their tokenised texts, by name.
+        score_silo: returns a client's row on the text that it holds back, of the round and the
+            tensors given; None where silos do not judge.
     """
 
     client: Client
@@ -48,6 +105,27 @@ class HostedClients:
     participants: Callable[[int], Sequence[int]]
     progress: RoundProgress = field(default_factory=RoundProgress)
     digests: dict[str, str] = field(default_factory=dict)
+    score_silo: Callable[[int, int, NamedTensors], SiloRow | None] | None = None
+
+    def score_silos(self, round: int, tensors: NamedTensors) -> list[SiloRow]:
+        """Return a row for each silo of this process that could score what a round has brought.
+
+        Args:
+            round: that ends.
+            tensors: what the server would begin the next round with.
+        """
+        assert self.score_silo is not None, "silos judge only where they hold text back"
+        self.compute.begin()
+        rows = []
+        self.cache.start_round(self.ids)
+        for client in self.ids:
+            with guard.phase("evaluation at the silos", round=round, client=client):
+                self.cache.load(client)
+                row = self.score_silo(client, round, tensors)
+                self.cache.store(client, round)
+                if row is not None:
+                    rows.append(row)
+        return rows
 
 
 @dataclass
@@ -134,29 +212,42 @@ class ServerRole:
         self.control_best = Best(self.control.export()) if self.control else None
 
     def validation_loss(self, server: Server) -> float:
-        """Return the mean answer loss on the validation texts, in nats a token."""
+        """Return the mean answer loss on the validation texts, in nats a token; nan without any."""
+        if not self.validation:
+            return math.nan
         return answer_loss_mean(
             server.model, server.prompt, self.validation, self.batch_tokens, self.group
         )
 
-    def accept_or_revert(
-        self, round: int, aggregate: NamedTensors | None, aggregate_loss: float
-    ) -> tuple[float, bool]:
+    def accept_or_revert(self, aggregate: NamedTensors | None, aggregate_loss: float) -> float:
         """Validate what the server tuned; revert to the aggregate if the loss rose.
 
         Args:
-            round: that was tuned.
             aggregate: what the server exported before it tuned; None with `server.accept=always`.
             aggregate_loss: its validation loss.
 
         Returns:
-            The validation loss of what is kept, and whether it is the lowest so far.
+            The validation loss of what is kept.
         """
         loss = self.validation_loss(self.server)
         if aggregate is not None and not loss <= aggregate_loss:
             self.server.restore(aggregate)
             loss = aggregate_loss
-        return loss, self.best.update_if_better(self.server.export(), round, loss)
+        return loss
+
+    def keep_if_best(self, round: int, loss: float, silos: Sequence[SiloRow]) -> bool:
+        """Take over what the round has brought if it is the best so far; return whether it is.
+
+        The server's validation loss decides; where it owns no such text, the silos' mean loss.
+
+        Args:
+            round: that ends.
+            loss: on the server's validation texts, in nats a token.
+            silos: what silos have scored.
+        """
+        if not self.validation:
+            loss = self.group.tell(mean_loss(silos))
+        return self.best.update_if_better(self.server.export(), round, loss)
 
     def validate_control(self, round: int) -> float:
         """Validate the control, which continues from its best; return its loss, nan without one."""

@@ -110,6 +110,14 @@ class Client(Protocol):
             ClientError: the client cannot contribute to this round.
         """
 
+    def hold(self, client: int, broadcast: NamedTensors) -> None:
+        """Load what a client holds into `model` and `prompt`, to score it: nothing is trained.
+
+        Args:
+            client: its id.
+            broadcast: the server's tensors; the client's own weights stay, where it has some.
+        """
+
 
 class WrappedClient:
     """Clients of any method, around whose local update a subclass does something.
@@ -135,6 +143,10 @@ class WrappedClient:
     def states(self) -> StateHolder:
         """What clients keep between rounds."""
         return self._client.states
+
+    def hold(self, client: int, broadcast: NamedTensors) -> None:
+        """Load what a client holds; see `Client.hold`."""
+        self._client.hold(client, broadcast)
 
 
 class MethodInputs(Protocol):

@@ -72,6 +72,14 @@ class ClientStates:
             engine.zero_grad()  # left by a client that failed in the middle of a step
         return state
 
+    def show(self, client: int) -> None:
+        """Load a client's weights into the model, and leave its state where it is."""
+        state = self._states.get(client)
+        if not self._holds_initial:
+            weights = self._initial if state is None else state.weights
+            auxiliary.load_weights(self._model, weights)
+        self._holds_initial = not self._trains_model
+
     def store(self, client: int, state: ClientState) -> None:
         """Keep a client's state after its work, on the CPU."""
         if not self._keep:

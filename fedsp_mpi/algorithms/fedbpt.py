@@ -283,6 +283,10 @@ class SearchClient:
         }
         return Update(client, float(len(shard)), tensors, metrics)
 
+    def hold(self, client: int, broadcast: NamedTensors) -> None:
+        """Set the prompt to that of the broadcast mean; see `base.Client.hold`."""
+        self._inference.hold(broadcast["mean"])
+
     def start_search(self, broadcast: NamedTensors, round: int) -> CmaEs:
         """Return the search that a client begins a round with: without paths (section 4.1)."""
         search = CmaEs.of(broadcast)

@@ -193,6 +193,12 @@ class Client:
         }
         return Update(client, float(tuned.samples), tensors, metrics)
 
+    def hold(self, client: int, broadcast: NamedTensors) -> None:
+        """Load a client's auxiliary model and the broadcast prompt; see `base.Client.hold`."""
+        self.states.show(client)
+        self.prompt.load(broadcast.torch())
+        self._select_trained(model=False, prompt=False)
+
     def _begin_round(
         self, state: ClientState, client: int, round: int, broadcast: NamedTensors
     ) -> None:

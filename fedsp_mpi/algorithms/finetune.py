@@ -202,6 +202,10 @@ class WeightClient:
         }
         return Update(client, float(trace.samples), weights, metrics)
 
+    def hold(self, client: int, broadcast: NamedTensors) -> None:
+        """Load the broadcast weights, which all clients hold; see `base.Client.hold`."""
+        auxiliary.load_weights(self.model, broadcast.torch())
+
     def _build_engines(self) -> dict[str, TorchEngine]:
         total_steps = self._stage.steps * self._rounds
         weights = self.model.weights.values()

@@ -37,6 +37,9 @@ class InferenceBackend(Protocol):
     @property
     def prompt(self) -> Prompt | None: ...
 
+    def hold(self, point: np.ndarray) -> None:
+        """Set the prompt to that of a point, [dimension]."""
+
     def losses(self, client: int, points: np.ndarray, groups: Sequence[Texts]) -> list[np.ndarray]:
         """Return each text's mean answer loss under each point, in nats a token.
 
@@ -103,6 +106,10 @@ class LocalInference:
         self.prompt.load({"prompt": matrices[-1]})
         return np.split(losses, np.cumsum([len(group) for group in groups])[:-1], axis=1)
 
+    def hold(self, point: np.ndarray) -> None:
+        """Set the prompt to that of a point, [dimension]."""
+        self.prompt.load({"prompt": self._prompt_matrices(point[None])[0]})
+
     def _prompt_matrices(self, points: np.ndarray) -> Tensor:
         """Return the prompt of each point, fp32 [points, tokens, row width]."""
         changes = [
@@ -131,6 +138,9 @@ class RemoteInference:
 
     def __init__(self, call_server: Callable[[int, np.ndarray], np.ndarray]) -> None:
         self._call_server = call_server
+
+    def hold(self, point: np.ndarray) -> None:
+        """Do nothing with the point, [dimension]: there is no model here to score with."""
 
     def losses(self, client: int, points: np.ndarray, groups: Sequence[Texts]) -> list[np.ndarray]:
         """Return each text's mean answer loss under each point; see `InferenceBackend.losses`.

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Literal
 
 from fedsp_mpi.tensors import Contract, Schema
 
 from ..files.untrusted import JsonObject
-from .messages import HEADER_BYTES, NO_CALLS, CallStats
-
-Direction = Literal["start-up", "handout", "down", "up", "checkpoint", "end"]
+from .messages import HEADER_BYTES, NO_CALLS, CallStats, Direction
 
 
 @dataclass
@@ -106,7 +103,9 @@ class Ledger:
             entry = Entry(direction, phase, spec.name, spec.shape, "float32")
             self._add(entry, size=4 * spec.num_values, messages=messages, crossed=crossed)
 
-    def add_broadcasts(self, schema: Schema, *, messages: int, crossed: int) -> None:
+    def add_broadcasts(
+        self, schema: Schema, *, messages: int, crossed: int, phase: str = "broadcast"
+    ) -> None:
         """Add broadcasts.
 
         Those that cross are added when they are sent; logical ones when it is known which clients
@@ -116,9 +115,10 @@ class Ledger:
             schema: names and shapes of the tensors of one broadcast.
             messages: number of logical messages.
             crossed: number of messages that crossed.
+            phase: "broadcast" at the beginning of a round, or "evaluation" at its end.
         """
-        self.add_headers("down", "broadcast", messages=messages, crossed=crossed)
-        self.add_tensors("down", "broadcast", schema, messages=messages, crossed=crossed)
+        self.add_headers("down", phase, messages=messages, crossed=crossed)
+        self.add_tensors("down", phase, schema, messages=messages, crossed=crossed)
 
     def add_round(
         self,

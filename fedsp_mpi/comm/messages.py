@@ -18,12 +18,27 @@ from fedsp_mpi.tensors import Contract, Failure, NamedTensors, Schema, Update, s
 from ..files.untrusted import JsonMapping, JsonObject
 
 CHUNK_BYTES = 4 << 20  # of one vector that travel at once
-JsonPhase = Literal["start-up", "checkpoint", "end"]
+Direction = Literal["start-up", "handout", "down", "up", "checkpoint", "end"]
+JsonPhase = Literal["start-up", "silos", "declaration", "evaluation", "checkpoint", "end"]
 # The field of `Deadlines` that limits the collection of a phase's JSON.
 DEADLINE_OF: dict[JsonPhase, str] = {
     "start-up": "start_up",
+    "silos": "start_up",
+    "declaration": "handout",
+    "evaluation": "gather",
     "checkpoint": "gather",
     "end": "gather",
+}
+# Before the first round the server reads each message when it comes, and not after its own work.
+BEFORE_ROUNDS = ("start-up", "silos", "declaration")
+# The direction of a phase's JSON in the wire's manifest.
+DIRECTION_OF: dict[JsonPhase, Direction] = {
+    "start-up": "start-up",
+    "silos": "start-up",
+    "declaration": "start-up",
+    "evaluation": "up",
+    "checkpoint": "checkpoint",
+    "end": "end",
 }
 
 MAGIC = b"FSPW"

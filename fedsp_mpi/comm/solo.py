@@ -116,8 +116,12 @@ class Solo:
             )
             return received
 
-    def broadcast(self, down: RoundBroadcast | None) -> RoundBroadcast:
+    def broadcast(self, down: RoundBroadcast | None, evaluated_by: int = 0) -> RoundBroadcast:
         """Return a copy of the broadcast.
+
+        Args:
+            down: as in `Wire.broadcast`.
+            evaluated_by: as in `Wire.broadcast`.
 
         Raises:
             ValueError: the tensors are not those of the contract.
@@ -128,6 +132,11 @@ class Solo:
             broadcast_header(down, self._sealed_contract())  # for its checks
             if down.tensors is None or down.stop:
                 return down
+            if evaluated_by:
+                schema = self._sealed_contract().down
+                self._ledger.add_broadcasts(
+                    schema, messages=evaluated_by, crossed=0, phase="evaluation"
+                )
             return RoundBroadcast(down.round, tensors=down.tensors.copy())
 
     def call(self, client: int, values: np.ndarray) -> np.ndarray:

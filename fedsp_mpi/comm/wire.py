@@ -35,8 +35,10 @@ from .inspection import (
 )
 from .ledger import Direction, Ledger
 from .messages import (
+    BEFORE_ROUNDS,
     CHUNK_BYTES,
     DEADLINE_OF,
+    DIRECTION_OF,
     HEADER_BYTES,
     MAX_RESULT_BYTES,
     NO_CALLS,
@@ -69,7 +71,9 @@ _SERVER = 0  # rank
 _CHUNKS_IN_FLIGHT = 4  # of one vector on its way down
 # A rank's message may arrive while the server still waits for one of another kind.
 _RESULTS_TAG = 1
-_JSON_TAG = 2  # rpc.py has 3 and 4
+# A tag for each phase: a rank may send the next phase's message before the server has read all of
+# this one's. rpc.py has tags 3 and 4.
+_JSON_TAGS: dict[JsonPhase, int] = {phase: tag for tag, phase in enumerate(DEADLINE_OF, 10)}
 _CHUNK_TAG = 5
 
 
@@ -121,8 +125,8 @@ class Wire:
 
         Args:
             info: this rank's mapping.
-            phase: for the manifest and the deadline: "start-up", "checkpoint" at the end of a
-                round, or "end".
+            phase: for the manifest and the deadline: "start-up", "silos", "declaration",
+                "evaluation" or "checkpoint" at the end of a round, or "end".
 
         Returns:
             On the server the mappings by rank, as JSON represents them; None elsewhere.
@@ -135,16 +139,18 @@ class Wire:
             if not self.is_server:
                 header = Header(Kind.JSON, client=self.topology.rank, num_values=len(content))
                 # After a round the server reads messages only when its own work is done.
-                limit = DEADLINE_OF[phase] if phase == "start-up" else "broadcast"
-                self._send_message(header.pack() + content, _JSON_TAG, limit)
-                self._count_json(phase, phase, "(json)", size=len(content), num_receivers=1)
+                limit = DEADLINE_OF[phase] if phase in BEFORE_ROUNDS else "broadcast"
+                self._send_message(header.pack() + content, _JSON_TAGS[phase], limit)
+                self._count_json(
+                    DIRECTION_OF[phase], phase, "(json)", size=len(content), num_receivers=1
+                )
                 return None
             max_bytes = dict.fromkeys(range(self.topology.size), MAX_JSON_BYTES)
-            messages = self._receive_messages(_JSON_TAG, DEADLINE_OF[phase], max_bytes)
+            messages = self._receive_messages(_JSON_TAGS[phase], DEADLINE_OF[phase], max_bytes)
             infos = [json.loads(content)]
             for rank in sorted(messages):
                 size = len(messages[rank]) - HEADER_BYTES
-                self._count_json(phase, phase, "(json)", size=size, num_receivers=1)
+                self._count_json(DIRECTION_OF[phase], phase, "(json)", size=size, num_receivers=1)
                 infos.append(open_json(messages[rank], rank))
             return infos
 
@@ -214,8 +220,12 @@ class Wire:
             )
             return handout
 
-    def broadcast(self, down: RoundBroadcast | None) -> RoundBroadcast:
+    def broadcast(self, down: RoundBroadcast | None, evaluated_by: int = 0) -> RoundBroadcast:
         """Send the server's broadcast of a round to all ranks; other ranks pass None.
+
+        Args:
+            down: what a round begins with, or what its end has brought.
+            evaluated_by: number of clients that judge it on their own text; 0: a round begins.
 
         Raises:
             ValueError: the tensors are not those of the contract.
@@ -236,7 +246,12 @@ class Wire:
                 down = RoundBroadcast(header.round, tensors=_allocate(header, contract))
             assert down.tensors is not None, "a broadcast has tensors unless it says stop"
             self._send_chunks(down.tensors.flat, "broadcast")
-            self._ledger.add_broadcasts(contract.down, messages=0, crossed=self._num_receivers)
+            self._ledger.add_broadcasts(
+                contract.down,
+                messages=evaluated_by,
+                crossed=self._num_receivers,
+                phase="evaluation" if evaluated_by else "broadcast",
+            )
             return down
 
     def call(self, client: int, values: np.ndarray) -> np.ndarray:

@@ -64,12 +64,12 @@ class ServerChecks:
     """
 
     def __init__(self, report: CheckReport, config: Config, ranks: Sequence[JsonMapping]) -> None:
-        from fedsp_mpi.run.inputs import ExperimentInputs
+        from fedsp_mpi.run.silo_inputs import inputs_of
 
         self._report = report
         self._config = config
         self._ranks = ranks
-        self._inputs = ExperimentInputs(config)
+        self._inputs = inputs_of(config)
         self._probe: probe.Probe | None = None
         # Folders that every rank reads, and the status where one is not seen.
         self._folders: dict[str, Status] = {}
@@ -119,6 +119,8 @@ class ServerChecks:
                 f"layers; {self._config.data.task}: {len(splits.train)} train, "
                 f"{len(splits.validation)} validation, {len(splits.test)} test",
             )
+            for note in splits.notes:
+                self._report.add("ok", "rows", note)
             for warning in inputs.warnings:
                 self._report.add("warn", "rows", warning)
         except (ValueError, OSError) as error:

@@ -28,6 +28,7 @@ from fedsp_mpi.models.language_model import LanguageModel
 from fedsp_mpi.models.prompts import Prompt, read_adapter
 from fedsp_mpi.record import Run, read
 from fedsp_mpi.run.inputs import ExperimentInputs
+from fedsp_mpi.run.silo_inputs import inputs_of
 from fedsp_mpi.training.device import Compute
 
 ZERO_SHOT = "zero-shot"
@@ -90,7 +91,7 @@ def evaluate(run_folder: str | Path, options: Options, log: Log) -> Evaluation:
     options.check()
     run = read(run_folder)
     folder = run.file.parent
-    inputs = ExperimentInputs(_config(run, options))
+    inputs = inputs_of(_config(run, options))
     ownership.require_evaluation(folder / FILE)
     _require_tuned(run, inputs.config, folder, options=options)
     if inputs.is_cloze:

@@ -14,6 +14,7 @@ from fedsp_mpi.data import loading
 from fedsp_mpi.log import Log, duration, one_line
 from fedsp_mpi.models import hub
 from fedsp_mpi.run.inputs import ExperimentInputs
+from fedsp_mpi.run.silo_inputs import inputs_of
 
 
 def fetch(config: Config, log: Log) -> None:
@@ -29,7 +30,7 @@ def fetch(config: Config, log: Log) -> None:
     Raises:
         ValueError: something is neither local nor to be had, or is damaged.
     """
-    inputs = ExperimentInputs(config)
+    inputs = inputs_of(config)
     # The weights last: a mistake should be found before gigabytes are downloaded.
     _fetch_part(log, f"model {config.model.name}", lambda: _model_files(inputs))
     _fetch_part(log, f"data {config.data.task}", lambda: _data_files(inputs))

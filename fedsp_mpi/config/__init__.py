@@ -7,6 +7,7 @@ from fedsp_mpi.config.experiment import (
     EvaluationConfig,
     changed_keys,
     checked,
+    given,
     load,
     to_yaml,
 )
@@ -21,6 +22,7 @@ from fedsp_mpi.config.runtime import (
     TopologyConfig,
 )
 from fedsp_mpi.config.search import SearchConfig
+from fedsp_mpi.config.silos import ServerDataConfig, SiloConfig
 from fedsp_mpi.config.threats import AttackConfig, PrivacyConfig
 from fedsp_mpi.config.training import ComputeConfig, OptimizerConfig, StageConfig
 
@@ -47,10 +49,13 @@ __all__ = [
     "RunConfig",
     "SearchConfig",
     "ServerConfig",
+    "ServerDataConfig",
+    "SiloConfig",
     "StageConfig",
     "TopologyConfig",
     "changed_keys",
     "checked",
+    "given",
     "load",
     "to_yaml",
 ]

@@ -122,16 +122,20 @@ def _require_prompt(config: Config) -> None:
 
 def _require_shares(config: Config) -> None:
     """Check what a server without examples cannot do, and a server of several ranks."""
-    has_no_examples = config.data.server_share == 0
+    has_no_examples = config.data.resolved_server_share == 0
+    why = "data.server_share=0"
+    if config.federation.silos:
+        has_no_examples = config.server.data.source is None
+        why = "federation.silos, and no server.data.source"
     has_no_text = config.distillation.text is None
     if has_no_examples and config.server.tuning.steps:
         raise ConfigError(
-            f"server.tuning.steps: found {config.server.tuning.steps} with data.server_share=0, "
+            f"server.tuning.steps: found {config.server.tuning.steps} with {why}, "
             "expected 0: a server without examples only averages"
         )
     if has_no_examples and has_no_text and config.distils:
         raise ConfigError(
-            "distillation.text: found none with data.server_share=0, expected a file of plain "
+            f"distillation.text: found none with {why}, expected a file of plain "
             "text; or set distillation.stage.steps=0 and auxiliary.first_layers=null"
         )
     if config.translates and config.topology.server_ranks > 1:
@@ -142,7 +146,7 @@ def _require_shares(config: Config) -> None:
         )
     if has_no_examples and has_no_text and config.translates:
         raise ConfigError(
-            "distillation.text: found none with data.server_share=0, expected a file of plain "
+            f"distillation.text: found none with {why}, expected a file of plain "
             "text to ask about; or set server.translation.steps=0"
         )
 

@@ -7,7 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
@@ -42,6 +42,7 @@ from fedsp_mpi.config.runtime import (
     check_paths,
 )
 from fedsp_mpi.config.search import SearchConfig
+from fedsp_mpi.config.silos import require_silos, with_plain_silos
 from fedsp_mpi.config.threats import AttackConfig
 from fedsp_mpi.config.training import Dtype
 from fedsp_mpi.config.yaml_reader import key_value, read_yaml, setting
@@ -58,6 +59,11 @@ class EvaluationConfig:
     dtype: Dtype = "float32"
     zero_shot: bool = True
     server_only: bool = True
+    # Who judges each round: the server by its validation text, silos by what they hold back, which
+    # chooses the best round where the server owns no text, or both.
+    at: Literal["server", "silos", "both"] = "server"
+    # Of a silo's training rows, unless it has a validation split of its own.
+    held_out: float = 0.1
 
 
 @dataclass(frozen=True)
@@ -149,6 +155,7 @@ class Config:
                 "language model"
             )
         self.data.check("data")
+        require_silos(self)
         self.attack.check("attack", self.federation.clients)
         require_consistent(self)
 
@@ -171,16 +178,29 @@ def load(
     Raises:
         ConfigError: the first mistake.
     """
+    data = given(path, overrides)
     try:
-        data = read_yaml(Path(path) if path is not None else EMBEDDED)
-        for item in overrides or []:
-            key, value = key_value(item)
-            put(data, key, value, setting(item))
         for key, text in (values or {}).items():
             put(data, key, text, key)
     except ConfigError as error:
         raise ConfigError(message_line(str(error))) from None
     return checked(data)
+
+
+def given(path: str | Path | None, overrides: list[str] | None = None) -> Section:
+    """Read what a file and overrides say, without the defaults of what they leave out.
+
+    Raises:
+        ConfigError: they cannot be read.
+    """
+    try:
+        data = read_yaml(Path(path) if path is not None else EMBEDDED)
+        for item in overrides or []:
+            key, value = key_value(item)
+            put(data, key, value, setting(item))
+    except ConfigError as error:
+        raise ConfigError(message_line(str(error))) from None
+    return data
 
 
 def checked(data: Section) -> Config:
@@ -191,6 +211,7 @@ def checked(data: Section) -> Config:
     """
     name = data.get("recipe")
     try:
+        data = with_plain_silos(data)
         recipe_values = recipe(Config.recipe if name is None else name)
         config: Config = parse(Config, merge(recipe_values, data), "")
         config.check()
@@ -214,6 +235,7 @@ _FREE = (
     "checkpoint.",
     "record.",
     "client.resident",
+    "federation.silo_cache",
     "distillation.reuse",
     "recipe",
 )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
+from fedsp_mpi.config.silos import ServerDataConfig, SiloConfig
 from fedsp_mpi.config.threats import PrivacyConfig
 from fedsp_mpi.config.training import ComputeConfig, StageConfig
 
@@ -14,6 +16,7 @@ class FederationConfig:
     """Rounds, clients, and what happens when one of them fails."""
 
     # 0: centralised, the server tunes alone, on all data unless data.server_share says otherwise.
+    # With silos, their number.
     clients: int = 7
     rounds: int = 10
     # Auxiliary model, optimizers and schedules between rounds; restarted: each round begins from
@@ -32,11 +35,24 @@ class FederationConfig:
     # (aggregation/robust.py).
     rule: Literal["mean", "median", "reject_outliers"] = "mean"
     outlier_deviations: float = 3.0
+    # Clients with text of their own (config/silos.py); none: data.source is divided among clients.
+    silos: tuple[SiloConfig, ...] = ()
+    # How many examples a silo says it has: as many as there are, rounded to two digits, or nothing.
+    disclose: Literal["exact", "rounded", "nothing"] = "exact"
+    # Where what `datasets` prepares of a silo goes, a folder for each; None: below TMPDIR.
+    silo_cache: str | None = None
+
+    def client_name(self, client: int) -> str:
+        """Return what messages call a client: "silo north", or "client 3"."""
+        return f"silo {self.silos[client].name}" if self.silos else f"client {client}"
 
 
 @dataclass(frozen=True)
 class ServerConfig:
     """The owner of the global model."""
+
+    # With federation.silos: its own text.
+    data: ServerDataConfig = dataclasses.field(default_factory=ServerDataConfig)
 
     # Before the tuning: towards the answers of the auxiliary model under the merged prompts, to
     # questions about distillation.text, or about the server's shard.

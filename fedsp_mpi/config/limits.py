@@ -50,6 +50,7 @@ def _in_short(limit: float) -> str:
     return f"{limit:g}" if isinstance(limit, float) else str(limit)
 
 
+MOST_SILOS = 5_000  # clients with a name of their own, all of which stand in a configuration
 _MOST_ROUNDS = 1_000_000
 _MOST_EXAMPLES = 1_000_000_000
 _MOST_TOKENS = 10_000_000
@@ -132,6 +133,7 @@ RANGES: dict[str, Range] = {
     "search.perturbation": Range(0, 1, above=True),
     "search.batch_tokens": Range(1, _MOST_TOKENS),
     "evaluation.batch_tokens": Range(1, _MOST_TOKENS),
+    "evaluation.held_out": Range(0, 1, above=True, below=True),
     "record.progress_seconds": _SECONDS,
     "checkpoint.every": Range(1, _MOST_ROUNDS),
     "checkpoint.keep": Range(1, _MOST_ROUNDS),

@@ -134,12 +134,15 @@ def parse(kind: Any, data: object, where: str) -> Any:
     if origin in (types.UnionType, typing.Union):
         if data is None and type(None) in arguments:
             return None
-        return parse(next(a for a in arguments if a is not type(None)), data, where)
+        # Of two kinds, such as a text or a list of texts, the value's own one is taken.
+        is_list = isinstance(data, (list, tuple))
+        kinds = [argument for argument in arguments if argument is not type(None)]
+        fitting = [kind for kind in kinds if (typing.get_origin(kind) is tuple) == is_list]
+        return parse((fitting or kinds)[0], data, where)
     if origin is tuple:
         if not isinstance(data, (list, tuple)):
-            raise ConfigError(
-                f"{where}: found {shown(data)}, expected a list, such as [{_ITEMS[arguments[0]]}]"
-            )
+            items = _ITEMS.get(arguments[0], "{...}, {...}")
+            raise ConfigError(f"{where}: found {shown(data)}, expected a list, such as [{items}]")
         return tuple(
             parse(arguments[0], item, f"{where}[{index}]") for index, item in enumerate(data)
         )

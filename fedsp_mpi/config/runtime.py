@@ -15,6 +15,8 @@ _PATHS = (
     "model.name",
     "model.tokenizer",
     "data.source",
+    "server.data.source",
+    "federation.silo_cache",
     "distillation.text",
 )
 

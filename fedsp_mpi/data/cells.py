@@ -16,6 +16,12 @@ Row = JsonMapping
 _NUM_CHOICES_SHOWN = 10
 # Characters up to which a label is quoted: it is the name of a class, not a client's text.
 MAX_LABEL_LENGTH = 10
+# Characters up to which the name of a column is quoted: without a header it is a client's text.
+_MAX_COLUMN_LENGTH = 30
+
+
+class NoTextError(ValueError):
+    """Raised where a row has no text at all; such a row is left out."""
 
 
 def text(row: Row, name: str) -> str:
@@ -62,6 +68,29 @@ def mapping(row: Row, name: str) -> Row:
     return value
 
 
+def is_mapping(row: Row, name: str) -> bool:
+    """Return whether a column of options holds the lists `text` and `label`."""
+    return isinstance(_parsed(row.get(name)), Mapping)
+
+
+def as_text(row: Row, name: str) -> str:
+    """Return the text of a column of the user's own, where a number is a text and null is none.
+
+    Raises:
+        ValueError: the cell holds something else.
+    """
+    value = row.get(name)
+    if value is None:
+        return ""
+    if isinstance(value, (int, float)):
+        return str(value)
+    if not isinstance(value, str):
+        raise ValueError(
+            f"column {name!r}: found {type(value).__name__}, expected text, as data.template has it"
+        )
+    return value
+
+
 def describe_cell(value: object) -> str:
     """Describe a cell for a message: numbers and booleans as they are, others by type and size."""
     kind = type(value).__name__
@@ -93,6 +122,16 @@ def describe_choices(choices: Sequence[str]) -> str:
         return f"{len(choices)} texts"
     more = ", ..." if len(choices) > _NUM_CHOICES_SHOWN else ""
     return ", ".join(first_choices) + more
+
+
+def describe_columns(names: Sequence[str]) -> str:
+    """List the names of columns; a long one, which may be a row's text, is not shown."""
+    shown = [
+        name if len(name) <= _MAX_COLUMN_LENGTH else f"(a name of {len(name)} characters)"
+        for name in names[:_NUM_CHOICES_SHOWN]
+    ]
+    more = ["..."] if len(names) > _NUM_CHOICES_SHOWN else []
+    return ", ".join([*shown, *more])
 
 
 def _parsed(value: object) -> object:

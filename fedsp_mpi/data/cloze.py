@@ -95,6 +95,11 @@ def encode_options(
     ]
 
 
+def lengths(tokenizer: Tokenizer, examples: Sequence[Example]) -> list[int]:
+    """Return the number of tokens of each example."""
+    return [len(located.ids) for located in _locate_gaps(tokenizer, examples)]
+
+
 def lengths_from_gap(tokenizer: Tokenizer, examples: Sequence[Example]) -> list[int]:
     """Return the number of tokens of each example that must fit.
 

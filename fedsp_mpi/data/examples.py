@@ -15,9 +15,11 @@ from dataclasses import dataclass, field
 from fedsp_mpi.data import labels
 from fedsp_mpi.data.cells import (
     Row,
+    as_text,
     describe_cell,
     describe_choices,
     describe_label,
+    is_mapping,
     mapping,
     text,
     texts,
@@ -162,12 +164,58 @@ def ag_news(row: Row) -> Example:
     return _one_of(question, topics, row.get("label"), synonyms=_AG_NEWS_CLASSES)
 
 
-def multiple_choice(row: Row) -> Example:
+def multiple_choice(row: Row, first: int = 0) -> Example:
     """Read a row of the user's own multiple choice.
 
-    Nothing is added to the text but the blank before an option.
+    Nothing is added to the text but the blank before an option. Options that have labels of their
+    own, as in ARC and CommonsenseQA, are understood too.
+
+    Args:
+        row: of the table.
+        first: number of the first option.
     """
-    return _one_of(text(row, "context"), texts(row, "choices"), row.get("label"))
+    context = text(row, "context")
+    if is_mapping(row, "choices"):
+        return _lettered(row, context, answer_column="label")
+    return _one_of(context, texts(row, "choices"), row.get("label"), first=first)
+
+
+@dataclass(frozen=True)
+class ChoiceColumns:
+    """Read rows of multiple choice whose options have a column each, as in a spreadsheet.
+
+    The last options of a row may be blank: it has fewer than others.
+
+    Attributes:
+        names: of the columns, in the order of the options.
+        first: number of the first option.
+    """
+
+    names: tuple[str, ...]
+    first: int = 0
+
+    def __call__(self, row: Row) -> Example:
+        """Return the example of a row.
+
+        Raises:
+            NoLabelError: the row has no answer.
+            ValueError: the row does not read.
+        """
+        label = row.get("label")
+        if labels.is_unlabelled(label):
+            raise labels.NoLabelError("found no answer")
+        options = [as_text(row, name) for name in self.names]
+        while options and not options[-1].strip():
+            options.pop()
+        if len(options) < 2:
+            raise ValueError(
+                f"data.columns.choices: found {len(options)} choices in the row, expected at least "
+                "2; correct the row"
+            )
+        # Among options that are numbers, a number may mean one of them by its place or by its name.
+        if any(isinstance(row[name], (int, float)) for name in self.names):
+            label = str(label)
+        return _one_of(text(row, "context"), options, label, first=self.first)
 
 
 def question_answering(row: Row) -> Example:
@@ -179,7 +227,12 @@ def question_answering(row: Row) -> Example:
 
 
 def _one_of(
-    context: str, choices: Sequence[str], label: object, *, synonyms: labels.Synonyms = ()
+    context: str,
+    choices: Sequence[str],
+    label: object,
+    *,
+    synonyms: labels.Synonyms = (),
+    first: int = 0,
 ) -> Example:
     """Build a multiple choice with one right option.
 
@@ -188,20 +241,26 @@ def _one_of(
         choices: the options.
         label: the right option, in any form that `labels.position` reads.
         synonyms: of the options, where they are the task's classes.
+        first: number of the first option.
     """
-    gold = labels.position(label, choices, synonyms)
+    gold = labels.position(label, choices, synonyms, first=first)
     return Example(context, f" {choices[gold]}", tuple(choices), (gold,))
 
 
-def _lettered(row: Row, context: str) -> Example:
+def _lettered(row: Row, context: str, *, answer_column: str = "answerKey") -> Example:
     """Build a multiple choice whose options have labels (A, B, ... or 1, 2, ...).
 
     The answer key is one of the labels.
+
+    Args:
+        row: of the table.
+        context: what the model is asked with.
+        answer_column: holds the answer key.
     """
     options = mapping(row, "choices")
     choices = texts(options, "text")
     letters = texts(options, "label")
-    answer = labels.key(row.get("answerKey"))
+    answer = labels.key(row.get(answer_column))
     if answer not in letters[: len(choices)]:
         raise ValueError(
             f"found answer key {describe_label(answer)}, expected one of "

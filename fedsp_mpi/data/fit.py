@@ -134,6 +134,49 @@ def truncated_options_note(
     return (note,)
 
 
+def shortened_note(
+    split: str,
+    examples: Sequence[Example],
+    max_length: int,
+    *,
+    tokenizer: Callable[[], Tokenizer],
+    fills_gaps: bool,
+) -> tuple[str, ...]:
+    """Return a note on the texts of a split that are too long and lose their beginning, or none.
+
+    Only rows that are long enough to be doubtful are tokenised.
+
+    Args:
+        split: its name.
+        examples: of the split.
+        max_length: maximum number of tokens of a text, answer included.
+        tokenizer: loads the tokenizer; called only if there is a doubtful row.
+        fills_gaps: whether the model fills in a gap.
+    """
+    doubtful = [
+        example
+        for example in examples
+        if _max_bytes(example.context) + _max_bytes(example.target + example.suffix) + 3
+        > max_length
+    ]
+    if not doubtful:
+        return ()
+    if fills_gaps:
+        lengths = cloze.lengths(tokenizer(), doubtful)
+    else:
+        pairs = [(example.context, example.target) for example in doubtful]
+        lengths = [len(text.ids) for text in encode_pairs(tokenizer(), pairs)]
+    too_long = [length for length in lengths if length > max_length]
+    if not too_long:
+        return ()
+    verb = "is" if len(too_long) == 1 else "are"
+    note = (
+        f"{split}: {len(too_long)} of {len(examples)} texts {verb} longer than the {max_length} "
+        f"tokens that fit (up to {max(too_long)}), and only the end is read"
+    )
+    return (note,)
+
+
 def _fitting(
     split: str,
     examples: Sequence[Example],

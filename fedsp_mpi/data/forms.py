@@ -18,7 +18,7 @@ import huggingface_hub
 import pandas as pd
 from huggingface_hub.errors import RepositoryNotFoundError
 
-from fedsp_mpi.data import cache, splits
+from fedsp_mpi.data import cache, csv_form, in_memory, splits
 from fedsp_mpi.data.cells import MAX_LABEL_LENGTH
 from fedsp_mpi.data.splits import SPLITS
 
@@ -28,6 +28,7 @@ T = TypeVar("T")
 FETCH = "run `python -m fedsp_mpi fetch CONFIG` on a machine with network first"
 _HUB_TIMEOUT = 5.0  # seconds for one answer of the hub; a cluster's nodes often do not reach it
 _NUM_NAMES_SHOWN = 5  # files that a message lists
+_MAX_BYTES_IN_MEMORY = 64 << 20  # of a split's files, packed as they lie
 _MAX_REASON_LENGTH = 200  # characters of a library's message
 
 
@@ -42,6 +43,9 @@ class Location:
         usual_config: the configuration that the task has on the hub, preferred in a folder that has
             it among several.
         columns: the source's name of a column by the task's, where they differ.
+        cache: the folder where what `datasets` prepares of this source goes; None: where all
+            sources go.
+        file: the only file of the folder that is read, all of which is train; None: all files.
     """
 
     folder: Path | None
@@ -49,8 +53,12 @@ class Location:
     config: str | None
     usual_config: str | None = None
     columns: Mapping[str, str] = field(default_factory=dict)
+    cache: Path | None = None
+    file: Path | None = None
 
     def __str__(self) -> str:
+        if self.file:
+            return str(self.file)
         return str(self.folder) if self.folder else f"{self.name} on the hub"
 
 
@@ -114,7 +122,14 @@ class Folder:
         self._task = task
         self._location = location
         self._folder = location.folder
-        self._files = _name_task(task, lambda: splits.assign_files(self._folder))
+        self._files = _name_task(
+            task,
+            lambda: (
+                splits.only_file(location.file)
+                if location.file
+                else splits.assign_files(self._folder)
+            ),
+        )
 
     def columns(self) -> dict[str, list[str]]:
         """Return split -> column names, of each split's first row."""
@@ -151,6 +166,10 @@ class Folder:
         return self._ask(paths, lambda: _first_row_columns(self._builder(split, paths), split))
 
     def _table(self, split: str, paths: Sequence[Path]) -> Table:
+        size = sum(path.stat().st_size for path in paths)
+        if self._location.cache is not None and size <= _MAX_BYTES_IN_MEMORY:
+            options = self._reader_options(paths)
+            return self._ask(paths, lambda: in_memory.table(self._files.kind, paths, options))
         return self._ask(paths, lambda: _prepare(self._builder(split, paths))[split])
 
     def _concatenated(self, paths: Sequence[Path], parts: Sequence[Table]) -> Table:
@@ -159,7 +178,13 @@ class Folder:
         return table
 
     def _builder(self, split: str, paths: Sequence[Path]) -> datasets.DatasetBuilder:
-        return cache.builder(self._files.kind, split, paths, options=self._reader_options(paths))
+        return cache.builder(
+            self._files.kind,
+            split,
+            paths,
+            options=self._reader_options(paths),
+            folder=self._location.cache,
+        )
 
     def _ask(self, paths: Sequence[Path], question: Callable[[], T]) -> T:
         """Ask `datasets` about some of the files."""
@@ -180,10 +205,10 @@ class Folder:
         """Return the options by which every cell of a CSV table is text, NA and None too."""
         if self._files.kind != "csv":
             return {}
-        separator = "\t" if self._files.ending == ".tsv" else ","
-        names = pd.read_csv(paths[0], sep=separator, nrows=0).columns
+        form = csv_form.recognise(paths[0], is_tsv=self._files.ending == ".tsv")
+        names = pd.read_csv(paths[0], **form, nrows=0).columns
         features = datasets.Features({name: datasets.Value("string") for name in names})
-        return {"sep": separator, "features": features, "keep_default_na": False}
+        return {**form, "features": features, "keep_default_na": False}
 
 
 Source = Saved | Declared | Folder
@@ -196,13 +221,20 @@ def open_source(task: str, location: Location) -> Source:
         ValueError: the source cannot be reached, or the cache cannot be used.
     """
     folder = location.folder
+    if location.file:
+        _name_task(task, cache.require)
+        return Folder(task, location)
     if folder and any((folder / name).exists() for name in ("dataset_dict.json", "state.json")):
         return Saved(task, location)
-    _name_task(task, cache.require)
+    _name_task(task, lambda: cache.require(location.cache))
     if folder is None:
         _require_hub(task, location.name)
         hub_builder = _ask(
-            task, location, lambda: datasets.load_dataset_builder(location.name, location.config)
+            task,
+            location,
+            lambda: datasets.load_dataset_builder(
+                location.name, location.config, cache_dir=cache.folder_name(location.cache)
+            ),
         )
         return Declared(task, location, hub_builder)
     if not _is_declared(task, location, folder):
@@ -214,7 +246,7 @@ def open_source(task: str, location: Location) -> Source:
             "patterns, expected a path without them; rename the folder"
         )
     config = _pick_config(task, location)
-    builder = _ask(task, location, lambda: cache.declared_builder(folder, config))
+    builder = _ask(task, location, lambda: cache.declared_builder(folder, config, location.cache))
     return Declared(task, location, builder)
 
 

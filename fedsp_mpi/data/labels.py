@@ -66,7 +66,18 @@ def is_missing(label: object) -> bool:
     return label is None or (isinstance(label, float) and math.isnan(label))
 
 
-def position(label: object, choices: Sequence[str], synonyms: Synonyms = ()) -> int:
+def is_unlabelled(label: object) -> bool:
+    """Return whether a cell says that its row has no label: by -1, or as in `is_missing`."""
+    if isinstance(label, ClassId):
+        return label.number == -1
+    if isinstance(label, str) and label.strip() == "-1":
+        return True
+    return is_missing(label) or label == -1
+
+
+def position(
+    label: object, choices: Sequence[str], synonyms: Synonyms = (), *, first: int = 0
+) -> int:
     """Return the number of the choice that a label means.
 
     Booleans are refused: as a number, True would mean the second of ("True", "False").
@@ -75,6 +86,7 @@ def position(label: object, choices: Sequence[str], synonyms: Synonyms = ()) -> 
         label: a number, a `ClassId`, or a text: a number, a choice's words, or its letter.
         choices: of the row.
         synonyms: of choices that are the same in every row, which are the task's classes.
+        first: number of the first choice.
 
     Raises:
         NoLabelError: the cell is empty.
@@ -84,22 +96,24 @@ def position(label: object, choices: Sequence[str], synonyms: Synonyms = ()) -> 
     if isinstance(label, ClassId):
         return _position_of_class(label, tuple(choices), synonyms)
     if is_missing(label):
-        raise NoLabelError(_refusal(label, choices))
+        raise NoLabelError(_refusal(label, choices, first))
     if isinstance(label, float) and label.is_integer():
         label = int(label)
-    if isinstance(label, int) and not isinstance(label, bool) and 0 <= label < len(choices):
-        return label
+    if isinstance(label, int) and not isinstance(label, bool):
+        place = label - first
+        if 0 <= place < len(choices):
+            return place
     if not isinstance(label, str):
-        raise ValueError(_refusal(label, choices))
-    meanings = _meanings(label.strip(), choices, synonyms)
+        raise ValueError(_refusal(label, choices, first))
+    meanings = _meanings(label.strip(), choices, synonyms, first=first)
     if len(set(meanings.values())) > 1:
         means = ", ".join(f"choice {number} by its {kind}" for kind, number in meanings.items())
         raise ValueError(
-            f"column 'label': found {describe_label(label)}, which means {means} (counted from 0), "
-            "expected one meaning; give the position as a number, not as a text"
+            f"column 'label': found {describe_label(label)}, which means {means} (from 0), "
+            "expected one meaning; give the position as a number, not as a text (in CSV its letter)"
         )
     if not meanings:
-        raise ValueError(_refusal(label, choices))
+        raise ValueError(_refusal(label, choices, first))
     return next(iter(meanings.values()))
 
 
@@ -132,22 +146,27 @@ def number_in_cell(cell: object) -> object:
     return cell
 
 
-def _refusal(label: object, choices: Sequence[str]) -> str:
+def _refusal(label: object, choices: Sequence[str], first: int) -> str:
+    last = len(choices) - 1 + first
+    advice = "correct the row"
+    if label in (last + 1, str(last + 1)) and first == 0:
+        advice = "correct the row, or set data.first_label=1 if rows count from 1"
     return (
-        f"column 'label': found {describe_label(label)}, expected a whole number from 0 to "
-        f"{len(choices) - 1}, the position of the right choice (or the choice itself, or its "
-        "letter); correct the row"
+        f"column 'label': found {describe_label(label)}, expected a whole number from {first} to "
+        f"{last}, the position of the right choice (or the choice itself, or its letter); {advice}"
     )
 
 
-def _meanings(text: str, choices: Sequence[str], synonyms: Synonyms) -> dict[str, int]:
+def _meanings(
+    text: str, choices: Sequence[str], synonyms: Synonyms, *, first: int
+) -> dict[str, int]:
     """Return the choice that a text means, by each way of reading it that gives one."""
     meanings = {}
     by_word = _position_by_word(text, choices, synonyms)
     if by_word is not None:
         meanings["words"] = by_word
-    if _NUMBER.fullmatch(text) and float(text) < len(choices):
-        meanings["number"] = int(float(text))
+    if _NUMBER.fullmatch(text) and 0 <= float(text) - first < len(choices):
+        meanings["number"] = int(float(text)) - first
     letter = string.ascii_uppercase.find(text.upper()) if len(text) == 1 else -1
     if 0 <= letter < len(choices):
         meanings["letter"] = letter
@@ -167,6 +186,25 @@ def _position_by_word(text: str, choices: Sequence[str], synonyms: Synonyms) -> 
         if len(matches) == 1:
             return matches[0]
     return None
+
+
+def position_by_class_name(label: ClassId, choices: tuple[str, ...]) -> int:
+    """Return the number of the choice that is called like a class.
+
+    Where no class is, labels are taken by number, which `ClassNames.are_unknown` says.
+
+    Raises:
+        NoLabelError: the number is -1, by which data sets say that they do not know the class.
+        ValueError: there is no such class; or the names of the classes are not the choices'.
+    """
+    if label.number == -1:
+        raise NoLabelError("found class -1")
+    order = _order(label.names.texts, choices, ())
+    _ = label.name  # raises if there is no such class
+    if order is None:
+        label.names.are_unknown = True
+        return label.number
+    return order[label.number]
 
 
 def _position_of_class(label: ClassId, choices: tuple[str, ...], synonyms: Synonyms) -> int:

@@ -2,18 +2,36 @@
 
 from __future__ import annotations
 
+import re
+from collections import defaultdict
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from enum import Enum
+from pathlib import Path
+from typing import Literal
 
 import datasets
 
-from fedsp_mpi.data import labels, sources
-from fedsp_mpi.data.cells import describe_choices
+from fedsp_mpi.config.parsing import message_line, shown
+from fedsp_mpi.data import found_classes, labels, partition, sources
+from fedsp_mpi.data.cells import NoTextError, describe_choices
 from fedsp_mpi.data.examples import Example
 from fedsp_mpi.data.splits import SPLITS
 from fedsp_mpi.data.tasks import Splits, Task, find
 
+# The source's names of a column by the task's: one, or one for each choice.
+ColumnNames = Mapping[str, str | tuple[str, ...]]
+
 _NUM_ROWS_SHOWN = 5  # row numbers that a note lists
+Owner = Literal["all", "silo", "server"]
+_PLACE = re.compile(r"row (\d+) of (\w+)")  # what `Example.row` says
+
+
+class Missing(Enum):
+    """What a row lacks that is left out."""
+
+    ANSWER = "without an answer"
+    TEXT = "without a text"
 
 
 def load(
@@ -22,7 +40,9 @@ def load(
     *,
     seed: int,
     limit: Mapping[str, int | None] | None = None,
-    columns: Mapping[str, str] | None = None,
+    columns: ColumnNames | None = None,
+    owner: Owner = "all",
+    cache: Path | None = None,
 ) -> Splits:
     """Read the examples of a task.
 
@@ -41,6 +61,10 @@ def load(
         limit: maximum number of rows of "train", "validation", "test": the first ones in file
             order, as with lm-eval's `limit`. A cut validation keeps the file order too.
         columns: the source's name of a column by the task's, where they differ.
+        owner: whose the source is. "silo": one client's, of which train is needed, and validation
+            is what it holds back; "server": of which no split is needed (`sources.server_rows`).
+        cache: a folder for what is prepared of the source, instead of the one that all sources
+            share; small files are then read into memory alone.
 
     Raises:
         ValueError: unknown task, no such folder or hub set, hub out of reach, missing column or
@@ -49,11 +73,12 @@ def load(
     """
     task = find(task) if isinstance(task, str) else task
     limits = _checked_limits(limit)
-    tables, notes = read_tables(task, source, columns)
-    rows, decisions = sources.split_rows(task.name, tables, task.column_sets, seed=seed)
-    notes += decisions
-    examples: dict[str, tuple[Example, ...]] = {}
-    for split in SPLITS:
+    tables, notes = read_tables(task, source, columns, cache=cache)
+    task, class_notes = with_classes(task, tables)
+    rows, decisions = _split_rows(task, tables, seed, owner)
+    notes += class_notes + decisions
+    examples: dict[str, tuple[Example, ...]] = dict.fromkeys(SPLITS, ())
+    for split in rows:
         origin, numbers = rows[split]
         max_rows = limits.get(split)
         if max_rows is not None and max_rows < len(numbers):
@@ -67,7 +92,11 @@ def load(
 
 
 def read_tables(
-    task: Task, source: str | None, columns: Mapping[str, str] | None
+    task: Task,
+    source: str | None,
+    columns: ColumnNames | None,
+    *,
+    cache: Path | None = None,
 ) -> tuple[dict[str, datasets.Dataset], list[str]]:
     """Read the tables of a source by split, in the task's names of columns.
 
@@ -75,6 +104,7 @@ def read_tables(
         task: the task.
         source: as in `load`.
         columns: as in `load`.
+        cache: as in `load`.
 
     Returns:
         The tables by split, and notes on what they were made of.
@@ -82,13 +112,11 @@ def read_tables(
     Raises:
         ValueError: as `load` does.
     """
-    location = sources.locate(task.name, task.hub, source, columns=columns)
-    return sources.read(task.name, location, task.column_sets)
+    location = sources.locate(task.name, task.hub, source, columns=_renamed(columns))
+    return sources.read(task.name, replace(location, cache=cache), task.column_sets)
 
 
-def check_columns(
-    task: Task | str, source: str | None, columns: Mapping[str, str] | None = None
-) -> None:
+def check_columns(task: Task | str, source: str | None, columns: ColumnNames | None = None) -> None:
     """Raise ValueError if `load` would not find its folder or hub set, or a column of it.
 
     Reads the first row of each split at most.
@@ -99,7 +127,7 @@ def check_columns(
         columns: as in `load`.
     """
     task = find(task) if isinstance(task, str) else task
-    location = sources.locate(task.name, task.hub, source, columns=columns)
+    location = sources.locate(task.name, task.hub, source, columns=_renamed(columns))
     sources.check(task.name, location, task.column_sets)
 
 
@@ -109,7 +137,7 @@ def scored_rows(
     *,
     seed: int,
     limit: int | None,
-    columns: Mapping[str, str] | None = None,
+    columns: ColumnNames | None = None,
 ) -> tuple[datasets.Dataset, list[Example]]:
     """Read the rows of the test split that `load` keeps, with answers in lm-eval's form.
 
@@ -127,7 +155,8 @@ def scored_rows(
         ValueError: as `load` does.
     """
     tables, _ = read_tables(task, source, columns)
-    rows, _ = sources.split_rows(task.name, tables, task.column_sets, seed=seed)
+    task, _ = with_classes(task, tables)
+    rows, _ = _split_rows(task, tables, seed)
     origin, numbers = rows["test"]
     numbers = numbers[:limit]
     usable = _sort_out(_read_rows(task, tables[origin], origin, numbers=numbers), "test").usable
@@ -141,6 +170,111 @@ def scored_rows(
         if table[:][answer_column] != positions:
             table = table.remove_columns(answer_column).add_column(answer_column, positions)
     return table, examples
+
+
+def with_classes(task: Task, tables: Mapping[str, datasets.Dataset]) -> tuple[Task, list[str]]:
+    """Return the task with the classes of its rows, where the user names none, and notes."""
+    if task.reader is None:
+        return task, []
+    classes, notes = found_classes.find(task.name, tables, task.columns[-1])
+    return task.with_classes(classes), notes
+
+
+def _split_rows(
+    task: Task, tables: Mapping[str, datasets.Dataset], seed: int, owner: Owner = "all"
+) -> tuple[dict[str, sources.Rows], list[str]]:
+    if owner == "silo":
+        return sources.silo_rows(task.name, tables)
+    if owner == "server":
+        return sources.server_rows(tables, task.column_sets, seed=seed)
+    return sources.split_rows(
+        task.name, tables, task.column_sets, seed=seed, cuts_test=task.hub is None
+    )
+
+
+def _renamed(columns: ColumnNames | None) -> dict[str, str]:
+    """Return the columns that have other names; those of a list are read under their own."""
+    return {name: column for name, column in (columns or {}).items() if isinstance(column, str)}
+
+
+def place(example: Example) -> tuple[str, int]:
+    """Return the source's split that an example was loaded from, and the row's number in it."""
+    match = _PLACE.fullmatch(example.row)
+    assert match is not None, "only a loaded example has a place"
+    return match.group(2), int(match.group(1))
+
+
+def rows_of(tables: Mapping[str, datasets.Dataset], examples: Sequence[Example]) -> sources.Table:
+    """Return the rows that examples of one split were loaded from, in the examples' order.
+
+    Args:
+        tables: of the source, from `read_tables`.
+        examples: from `load`, at least one.
+    """
+    places = [place(example) for example in examples]
+    [origin] = {split for split, _ in places}
+    return tables[origin].select([number for _, number in places])
+
+
+def read_again(task: Task, table: sources.Table) -> list[Example | None]:
+    """Read all rows of a table as `load` would read a Parquet file of it; None without a label.
+
+    Raises:
+        ValueError: a row does not read.
+    """
+    table.info.builder_name = "parquet"
+    rows = _read_rows(task, table, "the table", numbers=range(len(table)))
+    return [None if isinstance(example, Missing) else example for _, example in rows]
+
+
+def column_values(
+    tables: Mapping[str, datasets.Dataset],
+    examples: Sequence[Example],
+    column: str,
+    *,
+    columns: ColumnNames,
+) -> list[partition.ColumnValue | None]:
+    """Return each example's value of a column that the task itself does not read.
+
+    Args:
+        tables: of the source, from `read_tables`.
+        examples: from `load`, all of one split.
+        column: its name, the source's or the task's.
+        columns: the source's name of a column by the task's, where they differ.
+
+    Returns:
+        The values, [num_examples]: text, number or bool; class names of classes; None where a cell
+        is null, blank or not a number.
+
+    Raises:
+        ValueError: there is no such column, or it holds anything else.
+    """
+    task_names = {source_name: name for name, source_name in _renamed(columns).items()}
+    table = rows_of(tables, examples)
+    name = task_names.get(column, column)
+    if name not in table.column_names:
+        names = message_line(", ".join(table.column_names), 150)
+        raise ValueError(
+            f"data.partition_column: found {shown(column)}, expected one of the columns of train: "
+            f"{names}; correct the name"
+        )
+    feature = table.features[name]
+    is_class = isinstance(feature, datasets.ClassLabel)
+    values: list[partition.ColumnValue | None] = []
+    for cell in table[name]:
+        if labels.is_missing(cell) or (is_class and cell < 0):
+            values.append(None)
+        elif is_class:
+            values.append(feature.int2str(cell))
+        elif isinstance(cell, bool | int | float | str):
+            values.append(cell)
+        else:
+            raise ValueError(
+                f"data.partition_column: found cells of type {type(cell).__name__} in "
+                f"{shown(column)}, "
+                "expected text, numbers or true and false; name another column"
+            )
+    return values
 
 
 def _checked_limits(limit: Mapping[str, int | None] | None) -> dict[str, int | None]:
@@ -181,8 +315,8 @@ def _examples(
             f"{with_empty_choice}), expected at least 1"
         )
     notes = []
-    if rows.unanswered:
-        notes.append(_left_out_note(split, origin, rows.unanswered, reason="without an answer"))
+    for missing, row_numbers in rows.missing.items():
+        notes.append(_left_out_note(split, origin, row_numbers, reason=missing.value))
     if rows.empty:
         notes.append(_left_out_note(split, origin, rows.empty, reason="with an empty choice"))
     if names and names.are_unknown:
@@ -225,8 +359,8 @@ def _read_rows(
     *,
     numbers: Sequence[int],
     names: labels.ClassNames | None = None,
-) -> Iterator[tuple[int, Example | None]]:
-    """Yield the number of each row and its example, or None where the row has no label.
+) -> Iterator[tuple[int, Example | Missing]]:
+    """Yield the number of each row and its example, or what it lacks.
 
     Raises:
         ValueError: a row does not read; the message names it.
@@ -237,16 +371,18 @@ def _read_rows(
         answer_column = _answer_column(task, row)
         label = row[answer_column]
         if label is None:
-            yield number, None
+            yield number, Missing.ANSWER
             continue
         if names:
             row[answer_column] = labels.ClassId(label, names)
-        elif is_csv and task.answers_are_positions:
+        elif is_csv and task.answers_are_positions and not task.has_own_labels:
             row[answer_column] = labels.number_in_cell(label)
         try:
             yield number, task.example(row)
         except labels.NoLabelError:
-            yield number, None
+            yield number, Missing.ANSWER
+        except NoTextError:
+            yield number, Missing.TEXT
         except ValueError as error:
             raise ValueError(
                 f"{task.name}, row {number} of {origin} (counted from 0): {error}"
@@ -259,28 +395,30 @@ class _SortedRows:
 
     Attributes:
         usable: number and example of the rows that are kept.
-        unanswered: numbers of the rows without an answer.
+        missing: numbers of the rows that lack something, by what it is.
         empty: numbers of the rows with an empty choice.
     """
 
     usable: list[tuple[int, Example]] = field(default_factory=list)
-    unanswered: list[int] = field(default_factory=list)
+    missing: dict[Missing, list[int]] = field(default_factory=lambda: defaultdict(list))
     empty: list[int] = field(default_factory=list)
 
 
-def _sort_out(rows: Iterable[tuple[int, Example | None]], split: str) -> _SortedRows:
+def _sort_out(rows: Iterable[tuple[int, Example | Missing]], split: str) -> _SortedRows:
     """Separate the rows that can be used in `split` from those that cannot."""
     is_test = split == "test"
     sorted_rows = _SortedRows()
     for number, example in rows:
-        if example is None or not example.choices:
-            sorted_rows.unanswered.append(number)
+        if isinstance(example, Missing):
+            sorted_rows.missing[example].append(number)
+        elif not example.choices:
+            sorted_rows.missing[Missing.ANSWER].append(number)
         elif is_test and "" in example.choices:
             # An empty choice has no tokens to score and no length to divide by. Only the test
             # split scores choices.
             sorted_rows.empty.append(number)
         elif not is_test and not example.target.strip():
-            sorted_rows.unanswered.append(number)
+            sorted_rows.missing[Missing.ANSWER].append(number)
         else:
             sorted_rows.usable.append((number, example))
     return sorted_rows

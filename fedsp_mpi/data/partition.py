@@ -1,17 +1,22 @@
 """Divide examples among server and clients: from counts or labels and a seed to index arrays.
 
 A partition is a list of `num_shards` int64 arrays; shard 0 is the server's, shard k + 1 is client
-k's. Every index occurs exactly once, no client's shard is empty, and each stays in shuffled order.
+k's. Every index occurs exactly once (`by_column` leaves out what has no value), no client's shard
+is empty, and each stays in shuffled order.
 The same arguments give the same arrays on every rank and machine.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
+from fedsp_mpi.config.limits import MOST_SILOS
 from fedsp_mpi.rng import generator
+
+ColumnValue = bool | int | float | str
 
 
 def divide(
@@ -52,6 +57,60 @@ def divide(
     remaining_labels = [labels[index] for index in remaining]
     shards = _shards(remaining_labels, num_clients, seed, kind=kind, alpha=alpha)
     return [order[:num_server], *(remaining[shard] for shard in shards)]
+
+
+@dataclass(frozen=True)
+class ColumnShards:
+    """Shards of which each client's holds one value of a column.
+
+    Attributes:
+        shards: the server's, then each client's, int64 [size of the shard].
+        values: of the clients, ascending.
+        num_left_out: number of examples without a value, which nobody owns.
+    """
+
+    shards: list[np.ndarray]
+    values: list[ColumnValue]
+    num_left_out: int
+
+
+def by_column(values: Sequence[ColumnValue | None], seed: int, share: float = 0) -> ColumnShards:
+    """Make each value of a column a client, which owns all examples with it.
+
+    Args:
+        values: one value per example, all of one type, [num_examples]; None where there is none.
+        seed: of the run.
+        share: the server's, which is drawn first, from the examples with a value: see `divide`.
+
+    Raises:
+        ValueError: there is no value, or there are too many, or the server's share leaves nothing
+            of one.
+    """
+    with_value = np.flatnonzero([value is not None for value in values])
+    clients = sorted({value for value in values if value is not None})
+    if not 1 <= len(clients) <= MOST_SILOS:
+        raise ValueError(
+            f"found {len(clients)} different values in {len(values)} examples, expected from 1 to "
+            f"{MOST_SILOS}, each of which is a client; name another column"
+        )
+    order = with_value[generator(seed, "iid partition").permutation(len(with_value))].astype(
+        np.int64
+    )
+    num_server = _server_share(share, len(with_value))
+    members: dict[ColumnValue, list[int]] = {client: [] for client in clients}
+    for index in order[num_server:].tolist():
+        value = values[index]
+        assert value is not None
+        members[value].append(index)
+    num_empty = sum(not indices for indices in members.values())
+    if num_empty:
+        raise ValueError(
+            f"found no example of {num_empty} of the {len(clients)} values after the server's "
+            f"share of {num_server} of {len(with_value)}, expected at least 1 each; lower "
+            "data.server_share"
+        )
+    shards = [np.array(indices, dtype=np.int64) for indices in members.values()]
+    return ColumnShards([order[:num_server], *shards], clients, len(values) - len(with_value))
 
 
 def _server_share(share: float, num_examples: int) -> int:

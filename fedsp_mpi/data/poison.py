@@ -97,13 +97,23 @@ def require_feasible_attack(task: Task, splits: Splits, target: int | None) -> N
             f"attack.target: found {target} with the task {task.name}, which has no choices, "
             "expected a task of multiple choice; or set attack.target=null"
         )
-    min_choices = min(len(example.choices) for example in (*splits.train, *splits.test))
+    require_feasible_target((*splits.train, *splits.test), target)
+    if not any(is_poisonable(example, target) for example in splits.test):
+        raise ConfigError(
+            f"attack.target: found no test question of another class than {target}, expected some"
+        )
+
+
+def require_feasible_target(examples: Sequence[Example], target: int) -> None:
+    """Raise ConfigError if an example does not have the choice that an attacker wants.
+
+    Args:
+        examples: not empty.
+        target: position of the attacker's choice.
+    """
+    min_choices = min(len(example.choices) for example in examples)
     if target >= min_choices:
         raise ConfigError(
             f"attack.target: found {target}, expected a choice below {min_choices}, the fewest "
             "that an example has"
-        )
-    if not any(is_poisonable(example, target) for example in splits.test):
-        raise ConfigError(
-            f"attack.target: found no test question of another class than {target}, expected some"
         )

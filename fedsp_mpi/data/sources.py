@@ -18,14 +18,16 @@ from pathlib import Path
 import datasets
 import numpy as np
 
+from fedsp_mpi.data.cells import describe_columns
 from fedsp_mpi.data.forms import Location, Table, open_source
-from fedsp_mpi.data.splits import SPLITS
+from fedsp_mpi.data.splits import SPLITS, is_table
 from fedsp_mpi.rng import generator
 
 Tables = Mapping[str, Table]
 ColumnSets = Sequence[Sequence[str]]
 Rows = tuple[str, Sequence[int]]  # a split of the source, and the numbers of rows in it
 
+_TEST_SHARE = 5  # a fifth of train is test, where it has to be cut
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
@@ -63,10 +65,20 @@ def locate(
         if text and Path(text).expanduser().is_dir():
             folder = Path(text).expanduser().resolve()
             return Location(folder, Path(text).name, config, hub_config, columns)
-    if Path(source).expanduser().exists():
+    path = Path(source).expanduser()
+    if path.exists() and hub is None:
+        return Location(
+            path.resolve().parent, path.name, None, columns=columns, file=path.resolve()
+        )
+    if path.exists():
         raise ValueError(
             f"{task}: found the file {source}, expected a folder with train.jsonl, ...; give its "
             "folder"
+        )
+    if is_table(source):
+        raise ValueError(
+            f"{task}: found no file {path.absolute()}, expected a table, or a folder with some; "
+            "correct the path"
         )
     name, _, chosen_config = source.partition(":")
     if not _HUB_NAME.fullmatch(name):
@@ -107,6 +119,28 @@ def read(
     names = {split: table.column_names for split, table in tables.items()}
     _require_columns(task, location, names, column_sets=column_sets)
     return tables, notes
+
+
+def with_values(table: Table, column: str, values: Sequence[object]) -> Table:
+    """Return the table with other values in a column, which is its last one then.
+
+    Args:
+        table: of any columns.
+        column: one of them.
+        values: one per row, of one type.
+    """
+    with _quiet():
+        return table.remove_columns(column).add_column(column, list(values))
+
+
+def write_parquet(table: Table, path: Path) -> None:
+    """Write a table with its features, which `read` finds in the file.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    with _quiet():
+        table.to_parquet(str(path))
 
 
 def plain_text(source: str) -> Iterator[str]:
@@ -151,19 +185,27 @@ def check(task: str, location: Location, column_sets: ColumnSets) -> None:
 
 
 def split_rows(
-    task: str, tables: Tables, column_sets: ColumnSets, *, seed: int
+    task: str,
+    tables: Tables,
+    column_sets: ColumnSets,
+    *,
+    seed: int,
+    cuts_test: bool = False,
 ) -> tuple[dict[str, Rows], list[str]]:
     """Decide which rows of which of the source's splits make up train, validation and test.
 
     Test is `test` where its answers (the last column of the set) are public, else `validation`.
     Validation is `validation` unless test took it; then it is a tenth of `train`, drawn with
-    `seed`, in file order like all splits.
+    `seed`, in file order like all splits. With `cuts_test`, rows without any split are divided in
+    the same way: a fifth is test.
 
     Args:
         task: the task's name, for messages.
         tables: the source's splits.
         column_sets: sets of columns, of which each table has one.
         seed: of the run.
+        cuts_test: whether test may be cut from train, where the source has neither test nor
+            validation.
 
     Returns:
         The rows by split, and notes on what was decided.
@@ -183,12 +225,20 @@ def split_rows(
     elif "validation" in tables:
         rows["test"] = rows.pop("validation")
         notes.append(f"test = the split 'validation': {reason}")
+    if cuts_test and list(tables) == ["train"]:
+        rows["train"], rows["test"] = _cut_train(
+            task, rows["train"][1], seed, share=_TEST_SHARE, purpose="test split"
+        )
+        notes.append(
+            f"test = {len(rows['test'][1])} rows cut from 'train' with seed {seed}: the source has "
+            "no split 'test' and no 'validation'"
+        )
     if "validation" not in rows and "train" in rows:
         if "validation" in tables:
             reason = "'validation' is the test"
         else:
             reason = "the source has no split 'validation'"
-        rows["train"], rows["validation"] = _cut_train(task, len(tables["train"]), seed)
+        rows["train"], rows["validation"] = _cut_train(task, rows["train"][1], seed)
         num_validation = len(rows["validation"][1])
         notes.append(
             f"validation = {num_validation} rows cut from 'train' with seed {seed}: {reason}"
@@ -202,18 +252,86 @@ def split_rows(
     return rows, notes
 
 
-def _cut_train(task: str, num_rows: int, seed: int) -> tuple[Rows, Rows]:
-    """Return nine tenths of train for training and a tenth for validation, both in file order."""
+def silo_rows(task: str, tables: Tables) -> tuple[dict[str, Rows], list[str]]:
+    """Return train and, if it is there, validation of one client's own source; see `split_rows`.
+
+    Raises:
+        ValueError: there is no train.
+    """
+    if "train" not in tables:
+        raise ValueError(
+            f"{task}: found the splits {', '.join(tables) or '(none)'}, expected train; name a "
+            "file train.csv, train.jsonl, ..."
+        )
+    rows: dict[str, Rows] = {
+        split: (split, range(len(tables[split])))
+        for split in ("train", "validation")
+        if split in tables
+    }
+    return rows, []
+
+
+def server_rows(
+    tables: Tables, column_sets: ColumnSets, *, seed: int
+) -> tuple[dict[str, Rows], list[str]]:
+    """Return the splits that the server's own source has; see `split_rows`.
+
+    Its train is the server's shard. A lone train is text to judge by: one half is validation, the
+    other test, drawn with `seed`. A lone validation is the test too.
+    """
+    rows: dict[str, Rows] = {
+        split: (split, range(len(tables[split]))) for split in SPLITS if split in tables
+    }
+    if "test" in rows and _why_not_scored(tables["test"], column_sets) is not None:
+        del rows["test"]
+    notes = []
+    if list(rows) == ["train"]:
+        order = generator(seed, "server's halves").permutation(len(tables["train"]))
+        middle = len(order) // 2
+        rows = {
+            "validation": ("train", np.sort(order[:middle]).tolist()),
+            "test": ("train", np.sort(order[middle:]).tolist()),
+        }
+        notes.append(
+            "validation and test = the two halves of the server's rows, which name no split"
+        )
+    elif "validation" in rows and "test" not in rows:
+        rows["test"] = rows["validation"]
+        notes.append(
+            "test = the server's validation rows, which also choose the best round: its scores "
+            "are too good; give the server a test split"
+        )
+    return rows, notes
+
+
+def _cut_train(
+    task: str,
+    numbers: Sequence[int],
+    seed: int,
+    *,
+    share: int = 10,
+    purpose: str = "validation split",
+) -> tuple[Rows, Rows]:
+    """Return what remains of train, and one part of `share` that is cut, both in file order.
+
+    Args:
+        task: its name, for messages.
+        numbers: of the rows of train.
+        seed: of the run.
+        share: how many times the cut part goes into train.
+        purpose: of the part, for the order.
+    """
+    num_rows = len(numbers)
     if num_rows < 2:
         raise ValueError(
             f"{task}: found {num_rows} rows in train, expected at least 2; add rows, or a "
             "validation"
         )
-    order = generator(seed, "validation split").permutation(num_rows)
-    num_validation = max(1, num_rows // 10)
-    validation = np.sort(order[:num_validation]).tolist()
-    train = np.sort(order[num_validation:]).tolist()
-    return ("train", train), ("train", validation)
+    order = generator(seed, purpose).permutation(num_rows)
+    num_cut = max(1, num_rows // share)
+    cut = [numbers[index] for index in np.sort(order[:num_cut])]
+    train = [numbers[index] for index in np.sort(order[num_cut:])]
+    return ("train", train), ("train", cut)
 
 
 def _why_not_scored(test: Table | None, column_sets: ColumnSets) -> str | None:
@@ -259,7 +377,7 @@ def _task_names(
             if source_name not in columns and not may_lack:
                 raise ValueError(
                     f"data.columns.{name}: found {source_name!r}, which {split} of {location} does "
-                    f"not have, expected one of {', '.join(columns)}"
+                    f"not have, expected one of {describe_columns(columns)}"
                 )
     return {
         split: list(_new_names(columns, location.columns).values())
@@ -309,8 +427,8 @@ def _require_columns(
             expected = " or ".join(", ".join(required) for required in column_sets)
             raise ValueError(
                 f"{task}: found no column {', '.join(map(repr, missing[0]))} in {split} of "
-                f"{location}, which has {', '.join(columns) or 'no columns'}; expected {expected}; "
-                "rename the columns or choose another task"
+                f"{location}, which has {describe_columns(columns) or 'no columns'}; expected "
+                f"{expected}; name them in data.columns, or choose another task"
             )
 
 

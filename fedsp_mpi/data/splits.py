@@ -24,6 +24,7 @@ KINDS = {
     ".parquet": "parquet",
     ".arrow": "arrow",
 }
+_WORKBOOKS = (".xlsx", ".xls", ".xlsm", ".ods")
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 # Files that describe a data set and hold no rows.
 _METADATA = (
@@ -113,6 +114,27 @@ def assign_files(folder: Path) -> Files:
     return Files(kind, ending, by_split, not_read)
 
 
+def is_table(name: str) -> bool:
+    """Return whether a name is that of a file with rows, by its ending."""
+    return _ending(name) in KINDS
+
+
+def only_file(path: Path) -> Files:
+    """Take a file by itself, whatever its name says; all of it is train.
+
+    Raises:
+        ValueError: it is of another format, or empty.
+    """
+    ending = _ending(path.name)
+    if ending not in KINDS:
+        raise ValueError(
+            f"found the file {path}, expected a table ({', '.join(KINDS)}), or a folder with some; "
+            f"{_conversion(path)}"
+        )
+    _require_rows(path)
+    return Files(KINDS[ending], ending, {"train": [path]}, [])
+
+
 def require_files(folder: Path) -> list[Path]:
     """Return the data files of a folder, sorted.
 
@@ -121,14 +143,31 @@ def require_files(folder: Path) -> list[Path]:
     """
     paths = sorted(_data_files(folder))
     if not paths:
+        workbook = next((path for path in sorted(folder.iterdir()) if _is_workbook(path)), None)
+        advice = _conversion(workbook) if workbook else "put them there"
         raise ValueError(
             f"found no data file in {folder}, expected train.jsonl, validation.jsonl, test.jsonl "
-            "(or .jsonl.gz, .json, .csv, .tsv, .parquet); put them there"
+            f"(or .jsonl.gz, .json, .csv, .tsv, .parquet); {advice}"
         )
     for path in paths:
-        if path.stat().st_size == 0:
-            raise ValueError(f"found the empty file {path}, expected rows; fill it or remove it")
+        _require_rows(path)
     return paths
+
+
+def _require_rows(path: Path) -> None:
+    if path.stat().st_size == 0:
+        raise ValueError(f"found the empty file {path}, expected rows; fill it or remove it")
+
+
+def _is_workbook(path: Path) -> bool:
+    return path.suffix.lower() in _WORKBOOKS
+
+
+def _conversion(path: Path) -> str:
+    """Say what to do with a file that is no table."""
+    if _is_workbook(path):
+        return f"save {path.name} as CSV UTF-8 in the spreadsheet"
+    return "convert it"
 
 
 def are_shards(paths: Iterable[Path]) -> bool:

@@ -1,16 +1,16 @@
 """The tasks: where their data are, how a row of them reads, and all else that is known of one task.
 
-The two generic tasks take the user's own files. data/examples.py turns a row of each task into an
+The generic tasks take the user's own files. data/examples.py turns a row of each task into an
 example, data/loading.py reads them all.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
-from fedsp_mpi.data import examples
+from fedsp_mpi.data import classification, examples
 from fedsp_mpi.data.cells import Row
 from fedsp_mpi.data.examples import Example
 
@@ -68,6 +68,10 @@ class Task:
         num_classes: number of choices, where all rows have the same ones; else None.
         lengths: of the training texts with GPT-2's tokenizer (of sciq: of the validation texts,
             which all have their support).
+        reader: classes -> `example`; None unless the classes are those of the user's rows, which
+            are yet to be found.
+        has_own_labels: whether `example` knows itself what a label that is a text may mean, so that
+            those of CSV stay as they are.
     """
 
     name: str
@@ -78,6 +82,19 @@ class Task:
     lm_eval: LmEvalTask | None = None
     num_classes: int | None = None
     lengths: TextLengths = ASSUMED_LENGTHS
+    reader: Callable[[tuple[str, ...]], Callable[[Row], Example]] | None = None
+    has_own_labels: bool = False
+
+    def with_classes(self, classes: Sequence[str]) -> Task:
+        """Return the task with the classes of its rows.
+
+        Raises:
+            ValueError: its own words do not fit the classes.
+        """
+        assert self.reader is not None
+        return replace(
+            self, example=self.reader(tuple(classes)), num_classes=len(classes), reader=None
+        )
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -227,6 +244,15 @@ _ALL_TASKS = (
         example=examples.ag_news,
         num_classes=4,
         lengths=TextLengths(61, 1, 336),
+    ),
+    Task(
+        name="classification",
+        hub=None,
+        column_sets=((classification.TEXT, "label"),),
+        metric="multiple_choice",
+        example=classification.needs_classes,
+        reader=classification.Reader,
+        has_own_labels=True,
     ),
     Task(
         name="multiple_choice",

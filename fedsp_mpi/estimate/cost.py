@@ -150,6 +150,9 @@ def plan(config: Config, label: str, tokens: int | None = None) -> CostEstimate:
     architecture = config_of(model_path, config.model.revision)
     if not config.tunes_weights:
         auxiliary.require_cell(config.auxiliary, architecture.num_hidden_layers, model_name)
+        auxiliary.require_positions_kept(
+            config.auxiliary, config.prompt, architecture, name=model_name
+        )
     costs = _Costs(config, architecture, tokens)
     sizes = costs.sizes()
     phases = costs.phases()
@@ -604,13 +607,13 @@ class _Costs:
         data = config.data
         if data.shots is not None:
             task = TASKS.get(data.task)
-            num_labels = (task.num_classes if task else None) or _NUM_LABELS
+            num_labels = len(data.classes) or (task.num_classes if task else None) or _NUM_LABELS
             num_examples = data.shots * num_labels
         elif data.limit.train is not None:
             num_examples = data.limit.train
         else:
             return config.client.tuning.steps * config.client.tuning.batch_size
         num_owners = config.federation.clients
-        if data.server_share != 0:
+        if data.resolved_server_share != 0:
             num_owners += 1
         return -(-num_examples // num_owners)

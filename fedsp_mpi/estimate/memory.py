@@ -24,9 +24,16 @@ if TYPE_CHECKING:
 
 # Host memory of each process for torch, transformers and datasets, in bytes; measured on a CPU.
 LIBRARIES = 640 << 20
-# Values that the backward pass keeps per layer, token and unit of width. Measured: 13 (OPT) to 33
-# (GPT-2, Qwen2).
+# Values that the backward pass keeps per layer, token and unit of width, at least. Measured: 13
+# (OPT) to 33 (GPT-2, Qwen2), where layers are not wider inside than four times the states.
 _ACTIVATIONS = 32
+# The same where they are wider, by what keeps them: states and norms, each unit of the queries'
+# width, each unit of the feed-forward width. Fitted to tiny Gemma 3 and Qwen3, which keep 31 to 38.
+_STATE_VALUES = 10
+_QUERY_VALUES = 5
+_INNER_VALUES = 4
+# Copies of the logits of every token that a distillation to logits holds.
+_LOGITS_COPIES = 6
 _FP32_BYTES = 4
 _FP64_BYTES = 8
 # Matrices as large as a covariance that a search holds at a time, with a population of 5.
@@ -53,6 +60,8 @@ class ModelSizes:
         depth: layers that the auxiliary model runs.
         width: of a hidden state.
         length: tokens of the longest text, prompts included.
+        activations: values that a backward pass keeps per layer, token and unit of width.
+        vocabulary: number of tokens that a model knows.
     """
 
     global_model: int
@@ -63,6 +72,8 @@ class ModelSizes:
     depth: int
     width: int
     length: int
+    activations: int = _ACTIVATIONS
+    vocabulary: int = 0
 
     @classmethod
     def of(cls, inputs: ExperimentInputs, length: int) -> ModelSizes:
@@ -107,6 +118,8 @@ class ModelSizes:
             depth=depth,
             width=large.model.config.hidden_size,
             length=length + spec.num_tokens,
+            activations=_activations_per_unit(large),
+            vocabulary=large.model.config.vocab_size,
         )
 
     @classmethod
@@ -128,11 +141,23 @@ class ModelSizes:
             depth=num_layers,
             width=model.model.config.hidden_size,
             length=length,
+            activations=_activations_per_unit(model),
+            vocabulary=model.model.config.vocab_size,
         )
 
     def held_by(self, config: Config) -> ModelSizes:
         """Return the sizes without the clients' model, if they hold none."""
         return replace(self, auxiliary=0) if config.asks_server else self
+
+
+def _activations_per_unit(model: LanguageModel) -> int:
+    """Estimate the values that a backward pass keeps per layer, token and unit of width."""
+    config = model.model.config
+    width = config.hidden_size
+    inner = getattr(config, "intermediate_size", None) or 0
+    queries = config.num_attention_heads * model.shape.head_dim
+    values = _STATE_VALUES + (_QUERY_VALUES * queries + _INNER_VALUES * inner) / width
+    return max(_ACTIVATIONS, round(values))
 
 
 def meta_model(config: Any, depth: int) -> LanguageModel:
@@ -214,6 +239,9 @@ def server(config: Config, sizes: ModelSizes) -> MemoryNeed:
             depth=sizes.depth,
             dtype_bytes=_FP32_BYTES,
         )
+        if config.distillation.logits_weight:
+            num_tokens = _num_tokens(config.distillation.stage, sizes)
+            distillation += _LOGITS_COPIES * _FP32_BYTES * num_tokens * sizes.vocabulary
     else:
         distillation = 2 * _FP32_BYTES * sizes.auxiliary
     # The prompt twice: the federation's, and that of the server-only control.
@@ -278,7 +306,7 @@ def _search(config: Config, sizes: ModelSizes) -> MemoryNeed:
 def _forward_passes(config: Config, sizes: ModelSizes) -> int:
     """Estimate the bytes of a search's forward passes, without the model."""
     num_tokens = max(config.search.batch_tokens, sizes.length)
-    return _FP32_BYTES * (sizes.wire + num_tokens * sizes.width * _ACTIVATIONS)
+    return _FP32_BYTES * (sizes.wire + num_tokens * sizes.width * sizes.activations)
 
 
 def state(config: Config, sizes: ModelSizes) -> int:
@@ -317,10 +345,14 @@ def _activations(
     """
     if not stage.steps:
         return 0
-    num_tokens = (stage.micro_batch or stage.batch_size) * sizes.length
     if config.model.gradient_checkpointing:
         # One layer's activations, and the hidden states between the layers.
-        values_per_unit = _ACTIVATIONS + depth
+        values_per_unit = sizes.activations + depth
     else:
-        values_per_unit = _ACTIVATIONS * depth
-    return num_tokens * sizes.width * values_per_unit * dtype_bytes
+        values_per_unit = sizes.activations * depth
+    return _num_tokens(stage, sizes) * sizes.width * values_per_unit * dtype_bytes
+
+
+def _num_tokens(stage: StageConfig, sizes: ModelSizes) -> int:
+    """Return how many tokens one backward pass of a stage has at most."""
+    return (stage.micro_batch or stage.batch_size) * sizes.length

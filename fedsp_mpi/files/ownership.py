@@ -4,7 +4,8 @@ A folder is ours if it is absent or empty, or has the mark of a run. The mark is
 file that a run creates and never removes, or else `run.h5`: a kill at any moment leaves one of
 them, or an empty folder. In a folder that is ours, a run removes the files that runs write there
 (by the patterns below, or by the list in the folder of a model) and nothing else. Other files that
-somebody put there stay.
+somebody put there stay. The folder of a split has a mark of its own: what it is begun with, or its
+manifest, which is written last.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import stat
 import sys
 import tempfile
 import unicodedata
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -30,6 +31,11 @@ RECORD = "run.h5"
 MANIFEST = "digests.json"
 MODELS = ("auxiliary", "prompt", "model")
 EVALUATION = "evaluation.json"
+# In the folder of a split: what it is begun with, and what it ends with.
+SPLIT_BEGUN = "unfinished.json"
+SPLIT_MANIFEST = "manifest.json"
+SPLIT_FORMAT = "fedsp_mpi split"
+SPLIT_VERSION = 1
 # In the note in `lock`: the run was begun by a version that writes such manifests.
 LISTS_MODELS = "lists_models"
 # Keys of the note in `lock`, in every version that writes one.
@@ -45,6 +51,10 @@ _RUN_FILES = {
         r"|distillation\.json)(\.part)?"
     ),
 }
+# Names of a split's files: in an owner's folder, and in its own.
+_OWNER_FILES = re.compile(r"(train|validation|test)\.parquet(\.part)?")
+_OWNER = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_SPLIT_FILES = re.compile(r"(labels\.png|silos\.yaml|manifest\.json\.part)")
 # Files that versions without a manifest wrote into the folder of a model.
 _UNLISTED = re.compile(
     r"(adapter_(model\.safetensors|config\.json)|distillation\.json|(generation_)?config\.json"
@@ -106,10 +116,20 @@ def require_ours(folder: Path) -> None:
         )
 
 
-def require_apart(folder: Path, inputs: Mapping[str, str | None]) -> None:
-    """Raise ValueError if a run's folder is one of the run's inputs, or contains one.
+def require_apart(
+    folder: Path,
+    inputs: Mapping[str, str | None],
+    *,
+    owner: str = "run",
+    advice: str = "choose another run.name or run.folder",
+) -> None:
+    """Raise ValueError if a folder that is written is one of the inputs, or contains one.
 
-    `inputs` are the values of configuration keys; those that do not exist as files are not paths.
+    Args:
+        folder: of a run or of a split.
+        inputs: values of configuration keys; those that do not exist as files are not paths.
+        owner: what the folder is of, for the message.
+        advice: for the message.
     """
     target = folder.resolve()
     for key, text in inputs.items():
@@ -117,9 +137,8 @@ def require_apart(folder: Path, inputs: Mapping[str, str | None]) -> None:
             path = Path(text).expanduser().resolve()
             if path == target or target in path.parents:
                 raise ValueError(
-                    f"{folder}: found {text!r} of {key} in the run's folder, expected it "
-                    "elsewhere, because a run replaces its folder; choose another run.name or "
-                    "run.folder"
+                    f"{folder}: found {text!r} of {key} in the {owner}'s folder, expected it "
+                    f"elsewhere, because a {owner} replaces its folder; {advice}"
                 )
 
 
@@ -153,6 +172,120 @@ def clear(folder: Path) -> None:
         path.unlink(missing_ok=True)
     for subfolder in ("rounds", "checkpoints", *MODELS):
         remove_if_empty(folder / subfolder)
+
+
+def require_split(folder: Path, *, replace: bool) -> None:
+    """Raise ValueError unless a split may be written into a folder.
+
+    It may if the folder is absent, empty, or that of a split that was killed.
+
+    Args:
+        folder: to write into.
+        replace: a complete split may be replaced, too.
+    """
+    name = _first_name(folder, ignored=f"{SPLIT_BEGUN}.part")
+    if name is None:
+        return
+    is_complete = bool(_split_folders(folder / SPLIT_MANIFEST))
+    if not is_complete and not _split_folders(folder / SPLIT_BEGUN):
+        raise ValueError(
+            f"{folder}: found {name!r} and no sign that a split wrote it, expected a new folder, "
+            "an empty one, or that of a split; choose another --to"
+        )
+    if is_complete and not replace:
+        raise ValueError(
+            f"{folder}: found a complete split, expected a new folder, or an empty one; add "
+            "--replace to write it anew, or choose another --to"
+        )
+
+
+def begin_split(folder: Path, owners: Sequence[str], *, private: bool) -> None:
+    """Mark a folder as that of an unfinished split, and remove an earlier split from it.
+
+    Args:
+        folder: is created if it is absent.
+        owners: names of the folders that will be written in it.
+        private: nobody else may use it.
+
+    Raises:
+        ValueError: it is not ours.
+        OSError: a file cannot be written or removed.
+    """
+    require_split(folder, replace=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(folder, private)
+    old_owners = [
+        *_split_folders(folder / SPLIT_MANIFEST),
+        *_split_folders(folder / SPLIT_BEGUN),
+    ]
+    all_owners = dict.fromkeys([*owners, *old_owners])
+    note = {
+        "format": SPLIT_FORMAT,
+        "version": SPLIT_VERSION,
+        "owners": [{"folder": name} for name in all_owners],
+    }
+    _replace_text(folder / SPLIT_BEGUN, json.dumps(note))
+    # The manifest first: what has none is no complete split.
+    (folder / SPLIT_MANIFEST).unlink(missing_ok=True)
+    for path in _files(folder):
+        if _SPLIT_FILES.fullmatch(path.name):
+            path.unlink()
+    for name in old_owners:
+        _clear_owner(folder / name)
+
+
+def finish_split(folder: Path, manifest: str) -> None:
+    """Write the manifest of a split, the last of its files.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    _replace_text(folder / SPLIT_MANIFEST, manifest)
+    (folder / SPLIT_BEGUN).unlink()
+
+
+def _clear_owner(folder: Path) -> None:
+    """Remove the files of a split from an owner's folder, and the folder if it is empty then."""
+    if folder.is_symlink():
+        return
+    for path in _files(folder):
+        if _OWNER_FILES.fullmatch(path.name):
+            path.unlink()
+    remove_if_empty(folder)
+
+
+def _split_folders(path: Path) -> list[str]:
+    """Return the owners' folders that a split's mark lists; none if it is no mark."""
+    content = _read_json(path)
+    owners = content.get("owners")
+    if content.get("format") != SPLIT_FORMAT or not isinstance(owners, list):
+        return []
+    names = [owner.get("folder") for owner in owners if isinstance(owner, dict)]
+    return [name for name in names if isinstance(name, str) and _OWNER.fullmatch(name)]
+
+
+def _first_name(folder: Path, ignored: str) -> str | None:
+    """Return a name in a folder; None if there is none but `ignored`.
+
+    A path that is no folder has its own name.
+    """
+    try:
+        names = sorted(entry.name for entry in os.scandir(folder))
+    except FileNotFoundError:
+        return None
+    except NotADirectoryError:
+        return folder.name
+    return next((name for name in names if name != ignored), None)
+
+
+def _replace_text(path: Path, text: str) -> None:
+    """Write a file that is complete or absent, on disk when this returns."""
+    part = path.with_name(f"{path.name}.part")
+    part.unlink(missing_ok=True)
+    write_new(part, text)
+    with part.open("rb") as file:
+        os.fsync(file.fileno())
+    part.replace(path)
 
 
 def remove_parts(folder: Path) -> None:

@@ -81,6 +81,52 @@ def _pythia(width: int, layers: int, heads: int, *, vocabulary: int = 50304) -> 
     return "gpt_neox", sizes
 
 
+def _phi(width: int, layers: int) -> tuple[str, Sizes]:
+    sizes: Sizes = {
+        "hidden_size": width,
+        "intermediate_size": 4 * width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 32,
+    }
+    return "phi", sizes
+
+
+def _gemma(
+    family: str,
+    width: int,
+    inner: int,
+    *,
+    layers: int,
+    heads: tuple[int, int],
+    head_dim: int,
+    vocabulary: int,
+) -> tuple[str, Sizes]:
+    """Return the sizes of a Gemma of text alone.
+
+    Args:
+        family: "gemma2", or "gemma3_text", which has a window of 512 tokens and 32768 positions.
+        width: of the hidden states.
+        inner: width inside the feed-forward layers.
+        layers: depth.
+        heads: number of heads of the queries, and of keys and values.
+        head_dim: width of one head.
+        vocabulary: number of tokens.
+    """
+    is_third = family == "gemma3_text"
+    return _llama_like(
+        family,
+        width,
+        inner,
+        layers=layers,
+        heads=heads,
+        vocabulary=vocabulary,
+        positions=32768 if is_third else 8192,
+        tied=True,
+        head_dim=head_dim,
+        sliding_window=512 if is_third else 4096,
+    )
+
+
 # Hub name: family, and the sizes in which the model differs from the defaults of transformers.
 KNOWN: dict[str, tuple[str, Sizes]] = {
     "gpt2": _gpt2(768, 12, 12),
@@ -165,6 +211,33 @@ KNOWN: dict[str, tuple[str, Sizes]] = {
     "microsoft/Phi-3-mini-4k-instruct": _llama_like(
         "phi3", 3072, 8192, layers=32, heads=(32, 32), vocabulary=32064, positions=4096
     ),
+    "microsoft/phi-4": _llama_like(
+        "phi3", 5120, 17920, layers=40, heads=(40, 10), vocabulary=100352, positions=16384
+    ),
+    "microsoft/phi-1_5": _phi(2048, 24),
+    "microsoft/phi-2": _phi(2560, 32),
+    "google/gemma-2-2b": _gemma(
+        "gemma2", 2304, 9216, layers=26, heads=(8, 4), head_dim=256, vocabulary=256000
+    ),
+    "google/gemma-2-9b": _gemma(
+        "gemma2", 3584, 14336, layers=42, heads=(16, 8), head_dim=256, vocabulary=256000
+    ),
+    "google/gemma-3-270m": _gemma(
+        "gemma3_text", 640, 2048, layers=18, heads=(4, 1), head_dim=256, vocabulary=262144
+    ),
+    "google/gemma-3-1b": _gemma(
+        "gemma3_text", 1152, 6912, layers=26, heads=(4, 1), head_dim=256, vocabulary=262144
+    ),
+    "HuggingFaceTB/SmolLM3-3B": _llama_like(
+        "smollm3",
+        2048,
+        11008,
+        layers=36,
+        heads=(16, 4),
+        vocabulary=128256,
+        positions=65536,
+        tied=True,
+    ),
     "allenai/OLMo-2-0425-1B": _llama_like(
         "olmo2", 2048, 8192, layers=16, heads=(16, 16), vocabulary=100352, positions=4096
     ),
@@ -174,7 +247,7 @@ KNOWN: dict[str, tuple[str, Sizes]] = {
     "EleutherAI/pythia-6.9b": _pythia(4096, 32, 32, vocabulary=50432),
 }
 # Endings of names under which the same architecture is published.
-_SAME_ARCHITECTURE = ("-Instruct",)
+_SAME_ARCHITECTURE = ("-Instruct", "-it")
 
 
 def config_of_known(name: str) -> PreTrainedConfig | None:

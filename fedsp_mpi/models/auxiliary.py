@@ -21,14 +21,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers.initialization import no_init_weights
 
-from fedsp_mpi.config import AuxiliaryConfig
+from fedsp_mpi.config import AuxiliaryConfig, PromptConfig
 from fedsp_mpi.config.parsing import ConfigError
 from fedsp_mpi.files import fingerprint, ownership, untrusted
 from fedsp_mpi.files.untrusted import JsonMapping, JsonObject
 from fedsp_mpi.models.families import (
-    FAMILIES,
     layers_of,
+    layers_path,
     model_class,
+    position_kinds,
+    set_layers,
     settle_origins,
     with_layers,
     without_dropout,
@@ -98,6 +100,52 @@ def require_cell(settings: AuxiliaryConfig, num_layers: int, name: str) -> None:
         )
 
 
+def require_positions_kept(
+    settings: AuxiliaryConfig, prompt: PromptConfig, config: PreTrainedConfig, *, name: str
+) -> None:
+    """Raise ConfigError if a layer stands for one that reads positions in another way.
+
+    So it may be where a cell is shared, or where prefixes are repeated and averaged between models
+    of different depth, in a model some of whose layers read no positions. A prefix that was tuned
+    for the one is of no use to the other.
+
+    Args:
+        settings: of the auxiliary model.
+        prompt: settings of the prompts, which say how they go between the models.
+        config: of the global model.
+        name: of the global model, for the message.
+    """
+    kinds = position_kinds(config)
+    if kinds is None:
+        return
+    stored = layers(settings, len(kinds))
+    num_layers = depth(settings, len(kinds))
+    is_shared = num_layers > len(stored)
+    if not is_shared and (prompt.kind == "input" or prompt.mapping == "same_layers"):
+        return
+    deepest = max(num_layers, len(kinds))
+    # The kind of each auxiliary layer, and of the global one that it stands for.
+    pairs = [
+        (
+            kinds[stored[place * num_layers // deepest % len(stored)]],
+            kinds[place * len(kinds) // deepest],
+        )
+        for place in range(deepest)
+    ]
+    if all(small == large for small, large in pairs):
+        return
+    period = next(
+        size
+        for size in range(1, len(kinds) + 1)
+        if all(kind == kinds[place % size] for place, kind in enumerate(kinds))
+    )
+    raise ConfigError(
+        f"auxiliary: found {len(stored)} stored layers at depth {num_layers}, and in {name} layers "
+        "that read positions differently, expected each in the place of one of its kind; set "
+        f"auxiliary.depth=null, start_layer=0 and layers_per_cell={period}, or take FedPrompt"
+    )
+
+
 # --- the model ---
 
 
@@ -110,12 +158,12 @@ def cut(backbone: LanguageModel, settings: AuxiliaryConfig) -> nn.Module:
     """
     source = backbone.model
     model = _from_config(cell_config(source.config, settings))
-    layers_path = FAMILIES[source.config.model_type]
+    path = layers_path(source)
     source_layers = layers(settings, source.config.num_hidden_layers)
     source_state = source.state_dict()
     for name, value in model.state_dict().items():
         if not _is_of_bridge(name):
-            value.copy_(source_state[_source_name(name, layers_path, source_layers)])
+            value.copy_(source_state[_source_name(name, path, source_layers)])
     return model.to(backbone.device)
 
 
@@ -140,8 +188,7 @@ def unroll(model: Any, num_layers: int) -> Any:
     """
     cell = list(layers_of(model))
     virtual = [_alias(cell[index % len(cell)], index) for index in range(num_layers)]
-    parent, _, name = FAMILIES[model.config.model_type].rpartition(".")
-    setattr(model.get_submodule(parent), name, nn.ModuleList(virtual))
+    set_layers(model, virtual)
     with_layers(model.config, [index % len(cell) for index in range(num_layers)])
     return model
 
@@ -350,12 +397,12 @@ def _is_of_bridge(name: str) -> bool:
     return name.endswith(("bridge.weight", "bridge.bias"))
 
 
-def _source_name(name: str, layers_path: str, source_layers: Sequence[int]) -> str:
-    """Return the global model's name of a weight of the cell."""
-    if not name.startswith(layers_path + "."):
+def _source_name(name: str, path: str, source_layers: Sequence[int]) -> str:
+    """Return the global model's name of a weight of the cell, whose layers are at `path`."""
+    if not name.startswith(path + "."):
         return name
-    index, _, name_in_layer = name[len(layers_path) + 1 :].partition(".")
-    return f"{layers_path}.{source_layers[int(index)]}.{name_in_layer}"
+    index, _, name_in_layer = name[len(path) + 1 :].partition(".")
+    return f"{path}.{source_layers[int(index)]}.{name_in_layer}"
 
 
 def _alias(layer: nn.Module, index: int) -> nn.Module:

@@ -9,6 +9,7 @@ import torch
 import transformers
 from torch import Tensor
 
+from fedsp_mpi.models import structure
 from fedsp_mpi.models.families import model_class, without_dropout
 from fedsp_mpi.models.hub import locate
 from fedsp_mpi.models.language_model import LanguageModel
@@ -112,7 +113,9 @@ def _read_model(
             f"({missing[0]}, ...), expected all that its config.json asks for"
         )
     _require_tied(name, model)
-    return model.to(device)
+    model = model.to(device)
+    structure.require_causal(name, model)
+    return model
 
 
 def _require_tied(name: str, model: Any) -> None:

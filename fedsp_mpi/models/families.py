@@ -1,16 +1,21 @@
 """The differences between families of models: where they keep layers and head, how they read, and
 their sizes.
+
+A family is listed in `FAMILIES`, or it is any other causal one of transformers that
+`structure.require_usable` finds to be built in the same way.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import transformers
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 Kind = Literal["causal", "masked", "encoder_decoder"]
 
@@ -24,6 +29,10 @@ FAMILIES = {
     "qwen3": "model.layers",
     "mistral": "model.layers",
     "phi3": "model.layers",
+    "phi": "model.layers",
+    "gemma2": "model.layers",
+    "gemma3_text": "model.layers",
+    "smollm3": "model.layers",
     "olmo2": "model.layers",
     "gpt_neox": "gpt_neox.layers",
     "bert": "bert.encoder.layer",
@@ -33,6 +42,8 @@ FAMILIES = {
 # Where the families that fill in a mask keep their complete head.
 _MASKED = {"bert": "cls", "roberta": "lm_head"}
 _ENCODER_DECODER = ("t5",)
+# Listed causal families that do more to their hidden states than multiply them by the head.
+_CAPPED = ("gemma2", "gemma3_text")
 # The length that T5 was trained with; its relative positions have no end.
 _T5_POSITIONS = 512
 SIZES = (
@@ -130,9 +141,46 @@ def model_class(config: PreTrainedConfig) -> Any:
     return classes[kind_of(config)]
 
 
-def layers_of(model: nn.Module) -> nn.ModuleList:
+def is_listed(config: PreTrainedConfig) -> bool:
+    """Return whether a model's family is one of `FAMILIES`."""
+    return config.model_type in FAMILIES
+
+
+def layers_path(model: PreTrainedModel) -> str:
+    """Return where a model with a language-model head keeps its list of layers, as a path.
+
+    In a family that is not listed it is the outermost list as long as the model is deep.
+
+    Raises:
+        ValueError: there is no such list, or there are several.
+    """
+    config = model.config
+    if is_listed(config):
+        return FAMILIES[config.model_type]
+    paths = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == config.num_hidden_layers
+    ]
+    outermost = min((path.count(".") for path in paths), default=0)
+    candidates = [path for path in paths if path.count(".") == outermost]
+    if len(candidates) != 1:
+        raise ValueError(
+            f"model.name: found {len(candidates)} lists of {config.num_hidden_layers} layers in a "
+            f"{config.model_type}, expected one; take another model"
+        )
+    return candidates[0]
+
+
+def layers_of(model: PreTrainedModel) -> nn.ModuleList:
     """Return the list of layers of a model with a language-model head."""
-    return model.get_submodule(FAMILIES[model.config.model_type])  # type: ignore[union-attr,return-value,index]
+    return model.get_submodule(layers_path(model))  # type: ignore[return-value]
+
+
+def set_layers(model: PreTrainedModel, layers: Sequence[nn.Module]) -> None:
+    """Replace the list of layers of a model with a language-model head."""
+    parent, _, name = layers_path(model).rpartition(".")
+    setattr(model.get_submodule(parent), name, nn.ModuleList(layers))
 
 
 def logits_of(model: Any, hidden: Tensor) -> Tensor:
@@ -148,9 +196,31 @@ def logits_of(model: Any, hidden: Tensor) -> Tensor:
     family = model.config.model_type
     if family in _MASKED:
         return model.get_submodule(_MASKED[family])(hidden)
+    if family in _CAPPED or not is_listed(model.config):
+        return _logits_by_forward(model, hidden)
     if getattr(model.config, "scale_decoder_outputs", False):
         hidden = hidden * model.config.d_model**-0.5
     return model.get_output_embeddings()(hidden)
+
+
+class _GivenStates(nn.Module):
+    """Stand for a base model, and return as its last hidden states what it gets as embeddings."""
+
+    def forward(self, *_: object, inputs_embeds: Tensor, **__: object) -> BaseModelOutputWithPast:
+        """Return [batch, length, hidden] as they are."""
+        return BaseModelOutputWithPast(last_hidden_state=inputs_embeds)  # type: ignore[arg-type]
+
+
+def _logits_by_forward(model: PreTrainedModel, hidden: Tensor) -> Tensor:
+    """Apply the head by the model's own forward pass, whatever that does to states and logits.
+
+    It may scale them, or bound them by a tanh. A shallow copy of the model runs, without its base.
+    """
+    head = copy.copy(model)
+    modules = {**model._modules, model.base_model_prefix: _GivenStates()}
+    head.__dict__["_modules"] = modules
+    states = hidden.reshape(1, -1, hidden.shape[-1])
+    return head(inputs_embeds=states).logits.reshape(*hidden.shape[:-1], -1)
 
 
 def origins(config: PreTrainedConfig) -> tuple[int, ...] | None:
@@ -165,10 +235,36 @@ def origins(config: PreTrainedConfig) -> tuple[int, ...] | None:
     return tuple(places)
 
 
+def _by_layer(config: PreTrainedConfig) -> dict[str, list[object]]:
+    """Return, by name, the lists of a configuration that have an entry for each layer."""
+    num_layers = config.num_hidden_layers
+    return {
+        name: list(values[:num_layers])
+        for name, values in vars(config).items()
+        if "layer" in name
+        and name != "layer_origins"
+        and isinstance(values, (list, tuple))
+        and len(values) >= num_layers
+    }
+
+
 def differs_by_layer(config: PreTrainedConfig) -> bool:
     """Return whether layers compute differently by their place or by their kind of attention."""
-    kinds = set(getattr(config, "layer_types", None) or ())
-    return origins(config) is not None or len(kinds) > 1
+    lists = _by_layer(config).values()
+    return origins(config) is not None or any(len(set(map(str, kinds))) > 1 for kinds in lists)
+
+
+def position_kinds(config: PreTrainedConfig) -> tuple[object, ...] | None:
+    """Return for each layer how it reads positions, as values to compare; None if all do alike.
+
+    Some layers of SmolLM3 read none. Of a family that is not listed it is not known whether layers
+    of several kinds of attention read positions alike, so they count as different.
+    """
+    lists = _by_layer(config)
+    kinds = lists.get("no_rope_layers")
+    if kinds is None and not is_listed(config):
+        kinds = lists.get("layer_types")
+    return tuple(kinds) if kinds and len(set(kinds)) > 1 else None
 
 
 def with_layers(config: PreTrainedConfig, layers: Sequence[int]) -> PreTrainedConfig:
@@ -176,10 +272,9 @@ def with_layers(config: PreTrainedConfig, layers: Sequence[int]) -> PreTrainedCo
 
     What differs by layer goes with the layer. Indices beyond the last layer wrap around.
     """
-    kinds = getattr(config, "layer_types", None)
     places = origins(config)
-    if kinds:
-        config.layer_types = [kinds[layer % len(kinds)] for layer in layers]
+    for name, kinds in _by_layer(config).items():
+        setattr(config, name, [kinds[layer % len(kinds)] for layer in layers])
     if places:
         config.layer_origins = [places[layer % len(places)] for layer in layers]
     config.num_hidden_layers = len(layers)
@@ -200,7 +295,13 @@ def settle_origins(model: Any) -> None:
 
 def without_dropout(config: PreTrainedConfig) -> PreTrainedConfig:
     """Set every dropout rate of a configuration to 0, in place, and return it."""
-    for name in DROPOUTS:
-        if hasattr(config, name):
-            setattr(config, name, 0.0)
+    rates = [name for name in DROPOUTS if hasattr(config, name)]
+    if not is_listed(config):
+        rates += [name for name, rate in vars(config).items() if _is_dropout(name, rate)]
+    for name in rates:
+        setattr(config, name, 0.0)
     return config
+
+
+def _is_dropout(name: str, value: object) -> bool:
+    return "drop" in name and isinstance(value, (int, float)) and not isinstance(value, bool)

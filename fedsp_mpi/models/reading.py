@@ -13,7 +13,8 @@ import transformers
 from transformers import PreTrainedConfig
 
 from fedsp_mpi.log import one_line
-from fedsp_mpi.models.families import FAMILIES, SIZES, shape_of
+from fedsp_mpi.models import structure
+from fedsp_mpi.models.families import SIZES, shape_of
 from fedsp_mpi.models.hub import AbsentError, locate
 from fedsp_mpi.models.remote_code import NO_CODE, require_no_code, require_whole_numbers
 
@@ -27,7 +28,7 @@ def read_config(name: str, revision: str | None = None) -> PreTrainedConfig:
 
     Raises:
         ValueError: there is no such model, it asks to run code of its own or is quantised, its
-            family is not one of `FAMILIES`, or its sizes make no model.
+            family cannot be used, or its sizes make no model.
     """
     problem = "which could not be read"
     expected = "a folder with a config.json, or a name that the hub or its local cache knows"
@@ -40,12 +41,9 @@ def read_config(name: str, revision: str | None = None) -> PreTrainedConfig:
     if hasattr(config, "auto_map"):
         # It names classes that transformers has. A model written later is not to need code either.
         del config.auto_map
-    if config.model_type not in FAMILIES:
-        raise ValueError(
-            f"model.name: found {name!r} of the family {config.model_type!r}, "
-            f"expected one of {', '.join(FAMILIES)}"
-        )
+    structure.require_known(name, config)
     _check_sizes(name, config)
+    structure.require_usable(name, config)
     return config
 
 
@@ -66,10 +64,11 @@ def read_tokenizer(name: str, revision: str | None = None) -> Any:
     require_no_code(folder, "model.tokenizer", name)
     with refusing("model.tokenizer", name, problem, expected=expected):
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **NO_CODE)
-    # Where there is no tokenizer, transformers makes up one that knows no token.
-    if not tokenizer("a b", add_special_tokens=False)["input_ids"]:
+    # Where there is no tokenizer, transformers makes up one that knows no token, or a blank alone.
+    words = set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids)
+    if len(words) < 2 or not tokenizer("a b", add_special_tokens=False)["input_ids"]:
         raise ValueError(
-            f"model.tokenizer: found {name!r}, whose tokenizer turns a text into nothing; "
+            f"model.tokenizer: found {name!r}, whose tokenizer knows no words; "
             "expected a folder with the tokenizer.json that belongs to the model"
         )
     return tokenizer

@@ -5,6 +5,7 @@ has to store.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -77,17 +78,28 @@ def scale_of(
         step_size: standard deviation of z, at the start of the search.
         spread: ratio of both deviations.
     """
+    num_values = 0
+    total = 0.0
+    squares = 0.0
     with torch.no_grad():
-        if first.spec.kind == "input":
-            weights = model.model.get_input_embeddings().weight
-        else:
-            weights = first.matrix()
-        total = 0.0
-        squares = 0.0
-        for rows in weights.split(_BLOCK_ROWS):
+        for rows in _measured_rows(model, first):
             values = rows.double()
+            num_values += values.numel()
             total += float(values.sum())
             squares += float(values.square().sum())
-    mean = total / weights.numel()
-    deviation = math.sqrt(squares / weights.numel() - mean**2)
+    mean = total / num_values
+    deviation = math.sqrt(squares / num_values - mean**2)
     return spread * deviation / (math.sqrt(dimension) * step_size)
+
+
+def _measured_rows(model: LanguageModel, first: Prompt) -> Iterator[Tensor]:
+    """Yield the rows whose deviation counts, [at most _BLOCK_ROWS, width] each.
+
+    Word embeddings are those that enter the first layer, which Gemma scales by its width.
+    """
+    if first.spec.kind == "prefix":
+        yield from first.matrix().split(_BLOCK_ROWS)
+        return
+    embedding = model.model.get_input_embeddings()
+    tokens = torch.arange(len(embedding.weight), device=embedding.weight.device)
+    yield from map(embedding, tokens.split(_BLOCK_ROWS))

@@ -5,7 +5,7 @@ Layout 1. Attributes of the root: format, layout, name, status, created, updated
 
     reason, config, config_text, environment    texts; config and environment are JSON
     sections/<name>                             JSON
-    rounds, clients, results, wire              tables, see tables.py
+    rounds, clients, silos, results, wire       tables, see tables.py
     prompts/<0007>/<tensor>                     a group for each round; while a run goes on, a link
                                                 to the round's own file
 
@@ -62,8 +62,8 @@ class Run:
         created, updated: UTC, ISO 8601, to the second.
         committed_rounds: number of the last round that is completely on disk; nothing above it is
             shown.
-        rounds, clients, results, wire: structured arrays [rows] with the fields of the row classes,
-            read-only.
+        rounds, clients, silos, results, wire: structured arrays [rows] with the fields of the row
+            classes, read-only.
         prompt_rounds: the rounds whose prompts were kept.
         has_digest: whether the file's bytes were compared with a digest; those of earlier versions
             have none.
@@ -82,6 +82,7 @@ class Run:
     committed_rounds: int = 0
     rounds: np.ndarray = field(default_factory=lambda: _empty("rounds"))
     clients: np.ndarray = field(default_factory=lambda: _empty("clients"))
+    silos: np.ndarray = field(default_factory=lambda: _empty("silos"))
     results: np.ndarray = field(default_factory=lambda: _empty("results"))
     wire: np.ndarray = field(default_factory=lambda: _empty("wire"))
     prompt_rounds: tuple[int, ...] = ()
@@ -172,7 +173,7 @@ def _to_run(source: reader.OpenFile) -> Run:
     committed = attributes["committed_rounds"]
 
     arrays: JsonObject = {name: _read_table(source, name) for name in tables.TABLES}
-    for name in ("rounds", "clients"):
+    for name in ("rounds", "clients", "silos"):
         is_committed = arrays[name]["round"] <= committed
         arrays[name] = tables.frozen(arrays[name][is_committed])
 
@@ -212,6 +213,8 @@ def _parse_mapping(name: str, text: str) -> JsonObject:
 
 def _read_table(source: reader.OpenFile, name: str) -> np.ndarray:
     """Return a table [rows] with the columns and types of today's row class."""
+    if name in tables.LATER_TABLES and name not in source.h5:
+        return _empty(name)
     stored = reader.table(source, name)
     extra = _extra_columns(name, stored.dtype)
     table_type = tables.table_type(tables.TABLES[name], extra)

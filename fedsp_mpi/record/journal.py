@@ -12,7 +12,7 @@ import numpy as np
 from fedsp_mpi.files.untrusted import JsonMapping
 from fedsp_mpi.log import Log
 from fedsp_mpi.record.checkpoint import Checkpoints
-from fedsp_mpi.record.tables import ClientRow, RoundRow, WireRow
+from fedsp_mpi.record.tables import ClientRow, RoundRow, SiloRow, WireRow
 from fedsp_mpi.record.writer import RunRecord
 from fedsp_mpi.tensors import Failure, Report
 
@@ -60,6 +60,7 @@ class RoundJournal:
         results: RoundReports,
         prompts: Mapping[str, np.ndarray] | None,
         *,
+        silos: Sequence[SiloRow] = (),
         round_bytes: Mapping[str, Mapping[int, int]],
         entries: Sequence[JsonMapping],
     ) -> None:
@@ -69,6 +70,7 @@ class RoundJournal:
             row: the round's, without its bytes.
             results: what the clients sent.
             prompts: fp32 arrays [*shape] by name; None if they are not kept.
+            silos: what silos have scored.
             round_bytes: by direction ("down", "up") and client.
             entries: the wire's manifest so far.
         """
@@ -111,7 +113,7 @@ class RoundJournal:
         )
         rows.sort(key=lambda client_row: client_row.client)
         manifest = manifest_rows(entries, self.carried)
-        self.record.commit_round(row, rows, prompts, wire=manifest)
+        self.record.commit_round(row, rows, prompts, silos=silos, wire=manifest)
 
 
 def manifest_rows(entries: Sequence[JsonMapping], carried: Sequence[WireRow] = ()) -> list[WireRow]:

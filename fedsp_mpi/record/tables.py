@@ -95,6 +95,24 @@ class ClientRow:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SiloRow:
+    """One silo's own score of what a round has brought, on the text that it holds back.
+
+    Attributes:
+        silo: the client's id.
+        n: number of examples, as `federation.disclose` has it; 0: not said.
+        loss: in nats per token, of what the silo's client holds, with the round's prompts.
+        acc: fraction from 0 to 1; nan where the task has no choices.
+    """
+
+    round: int
+    silo: int
+    n: int = 0
+    loss: float = NAN
+    acc: float = NAN
+
+
+@dataclass(frozen=True, kw_only=True)
 class ResultRow:
     """One method scored on one split.
 
@@ -146,6 +164,7 @@ class WireRow:
 TABLES: dict[str, type] = {
     "rounds": RoundRow,
     "clients": ClientRow,
+    "silos": SiloRow,
     "results": ResultRow,
     "wire": WireRow,
 }
@@ -157,6 +176,8 @@ SERVER_COLUMNS = tuple(
 LATER: dict[str, JsonObject] = {
     "clients": dict.fromkeys(("attack_success", "fitness", "step_size"), NAN)
 }
+# Tables that records of earlier versions lack.
+LATER_TABLES = ("silos",)
 _EXTRA = "extra"  # the field of a row whose names are columns of their own
 _TYPES: dict[Any, Any] = {int: np.dtype("i8"), float: np.dtype("f8"), bool: np.dtype("?")}
 

@@ -23,7 +23,7 @@ from fedsp_mpi.log import one_line
 from fedsp_mpi.record import atomic, hdf5, tables, trailer
 from fedsp_mpi.record.atomic import RecordError
 from fedsp_mpi.record.hdf5 import Run
-from fedsp_mpi.record.tables import ClientRow, ResultRow, RoundRow, WireRow
+from fedsp_mpi.record.tables import ClientRow, ResultRow, RoundRow, SiloRow, WireRow
 
 FINAL_STATUSES = ("complete", "stopped", "failed")
 
@@ -127,6 +127,7 @@ class RunRecord:
         clients: Iterable[ClientRow] = (),
         prompts: Mapping[str, np.ndarray] | None = None,
         *,
+        silos: Iterable[SiloRow] = (),
         wire: Iterable[WireRow] | None = None,
     ) -> None:
         """Write one round with everything that belongs to it; on return the round is on disk.
@@ -135,6 +136,7 @@ class RunRecord:
             row: its `round` must follow the last committed one.
             clients: a row for each client.
             prompts: arrays [*shape] of any numeric dtype by name; None keeps none for this round.
+            silos: a row for each silo that has scored the round.
             wire: the wire's manifest so far; None leaves the last one.
 
         Raises:
@@ -157,6 +159,7 @@ class RunRecord:
                 run,
                 rounds=tables.append(run.rounds, tables.table(RoundRow, [row])),
                 clients=tables.append(run.clients, tables.table(ClientRow, clients)),
+                silos=tables.append(run.silos, tables.table(SiloRow, silos)),
                 wire=run.wire if wire is None else tables.table(WireRow, wire),
                 prompt_rounds=prompt_rounds,
                 committed_rounds=row.round,
@@ -188,6 +191,7 @@ class RunRecord:
                 run,
                 rounds=run.rounds[run.rounds["round"] <= after_round],
                 clients=run.clients[run.clients["round"] <= after_round],
+                silos=run.silos[run.silos["round"] <= after_round],
                 results=run.results[run.results["round"] <= after_round],
                 prompt_rounds=tuple(round for round in run.prompt_rounds if round <= after_round),
                 committed_rounds=after_round,

@@ -5,15 +5,17 @@ from fedsp_mpi.report.diff import difference
 from fedsp_mpi.report.experiments import markdown
 from fedsp_mpi.report.facts import main_result
 from fedsp_mpi.report.gain import gain_table
-from fedsp_mpi.report.plot import draw_bars, draw_curves
+from fedsp_mpi.report.plot import can_draw, draw_bars, draw_curves, draw_shards
 from fedsp_mpi.report.summary import summarize
 
 __all__ = [
+    "can_draw",
     "compare",
     "comparison_table",
     "difference",
     "draw_bars",
     "draw_curves",
+    "draw_shards",
     "gain_table",
     "main_result",
     "markdown",

@@ -17,6 +17,7 @@ import numpy as np
 from fedsp_mpi.record.hdf5 import Run
 from fedsp_mpi.record.tables import TRIGGERED
 from fedsp_mpi.report.formatting import as_percent, mean_and_deviation, table
+from fedsp_mpi.report.silos import client_name
 
 
 def success_rates(run: Run) -> dict[str, float]:
@@ -55,7 +56,7 @@ def summary_lines(run: Run) -> list[str]:
         for row in results
     ]
     for row in _first_and_last(run):
-        name = f"client {row['client']}, round {row['round']}"
+        name = f"{client_name(run, int(row['client']))}, round {row['round']}"
         body.append([name, "", as_percent(row["attack_success"]), ""])
     head = ["method or client", "n", "success %", "std. error"]
     return ["", title, *table(head, body)]

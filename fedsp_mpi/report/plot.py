@@ -1,11 +1,12 @@
-"""Draws runs: scores as bars, losses as curves. Only this file imports matplotlib, an extra."""
+"""Draws scores and shards as bars, losses as curves; the only importer of matplotlib, an extra."""
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import statistics
 import textwrap
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,11 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 GREYS = ("#BBBBBB", "#777777", "#999999", "#555555")  # of controls
 HATCHES = ("", "///", "...")
 _MAX_BARS = 36  # in a row
+_MAX_LABELS = 12  # of shards, that have a colour of their own
+_MAX_SEPARATE_BARS = 200  # of shards; more are drawn without gaps
+_MAX_SHARD_NAMES = 120  # beside their bars
+_MAX_INCHES = 20  # height of a picture of shards
+_MAX_NAME_LENGTH = 30  # characters
 _DPI = 150
 _STYLE: Any = {
     "font.size": 9,
@@ -113,6 +119,121 @@ def draw_curves(runs: Sequence[Run], path: str | Path) -> None:
             row[0].set_ylabel("validation loss, nats per token")
             row[0].set_title(printable(title), loc="left", fontweight="bold")
         _add_legend(figure, grid[:, 0], location="outside lower center", max_columns=4)
+
+
+def can_draw() -> bool:
+    """Return whether matplotlib is installed."""
+    return importlib.util.find_spec("matplotlib") is not None
+
+
+def draw_shards(
+    names: Sequence[str], counts: Mapping[str, Sequence[int]], path: str | Path
+) -> None:
+    """Draw the sizes of shards: a horizontal bar for each owner, stacked by label.
+
+    Args:
+        names: of the owners, from top to bottom.
+        counts: number of examples of each owner by label, [num_owners] each; beyond twelve labels
+            the rarest are drawn as one. A single label needs no legend.
+        path: of the picture.
+
+    Raises:
+        ValueError: matplotlib is missing, or the file cannot be written.
+    """
+    series = _common_labels(counts)
+    inches_per_bar = 0.3 if len(names) <= 20 else 0.16
+    every = -(-len(names) // _MAX_SHARD_NAMES)
+    shown_names = [_shortened(printable(name)) for name in names[::every]]
+    looks = _shard_looks(len(series), has_rare=len(counts) > len(series))
+    with _picture(path) as figure:
+        from matplotlib.ticker import MaxNLocator
+
+        figure.set_size_inches(9, min(_MAX_INCHES, 1.2 + inches_per_bar * max(3, len(names))))
+        axes = figure.subplots()
+        starts = np.zeros(len(names))
+        for (label, sizes), look in zip(series.items(), looks):
+            _draw_shard_bars(axes, sizes, starts, label=label, look=look)
+            starts = starts + sizes
+        axes.set_yticks(range(0, len(names), every), shown_names)
+        axes.tick_params(axis="y", length=0, labelsize=9 if len(names) <= 20 else 7)
+        axes.set_ylim(len(names) - 0.4, -0.6)  # the first owner at the top
+        axes.margins(x=0.02)
+        axes.set_xlim(left=0)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(visible=False, axis="y")
+        axes.set_xlabel("training examples")
+        if len(series) > 1:
+            _add_legend(figure, [axes], location="outside right upper", max_columns=1)
+
+
+# -- shards ----------------------------------------------------------------------------------------
+
+
+def _common_labels(counts: Mapping[str, Sequence[int]]) -> dict[str, np.ndarray]:
+    """Return the counts, [num_owners] each, with the rarest of many labels added up."""
+    series = {label: np.asarray(sizes) for label, sizes in counts.items()}
+    if len(series) <= _MAX_LABELS:
+        return series
+    by_size = sorted(series, key=lambda label: -series[label].sum())
+    rare = set(by_size[_MAX_LABELS - 1 :])
+    common = {label: sizes for label, sizes in series.items() if label not in rare}
+    total: np.ndarray = sum((series[label] for label in rare), np.zeros_like(series[by_size[0]]))
+    return common | {f"{len(rare)} other labels": total}
+
+
+def _shard_looks(num_labels: int, has_rare: bool) -> list[Look]:
+    """Return a colour for each label, hatched where colours come again.
+
+    Args:
+        num_labels: number of labels.
+        has_rare: whether the last one stands for many, and is grey.
+    """
+    looks: list[Look] = [
+        {
+            "facecolor": COLOURS[index % len(COLOURS)],
+            "hatch": HATCHES[index // len(COLOURS) % len(HATCHES)],
+            "edgecolor": "white",
+            "linewidth": 0,
+        }
+        for index in range(num_labels)
+    ]
+    if has_rare:
+        looks[-1] = {"facecolor": GREYS[0]}
+    return looks
+
+
+def _draw_shard_bars(
+    axes: Axes, sizes: np.ndarray, left: np.ndarray, *, label: str, look: Look
+) -> None:
+    """Draw one label's part of all bars.
+
+    Args:
+        axes: to draw on.
+        sizes: of the parts, [num_owners].
+        left: where they begin, [num_owners].
+        label: in the legend.
+        look: of the parts.
+    """
+    num_owners = len(sizes)
+    if num_owners <= _MAX_SEPARATE_BARS:
+        axes.barh(range(num_owners), sizes, 0.8, left, label=label, **look)
+        return
+    edges = np.arange(num_owners + 1) - 0.5
+    axes.stairs(
+        left + sizes,
+        edges,
+        baseline=left,
+        orientation="horizontal",
+        fill=True,
+        label=label,
+        **look,
+    )
+
+
+def _shortened(name: str) -> str:
+    if len(name) <= _MAX_NAME_LENGTH:
+        return name
+    return f"{name[: _MAX_NAME_LENGTH - 3]}..."
 
 
 # -- bars ------------------------------------------------------------------------------------------

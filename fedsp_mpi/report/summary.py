@@ -20,7 +20,7 @@ import numpy as np
 from fedsp_mpi.files.untrusted import printable
 from fedsp_mpi.record.hdf5 import KILLED, Run, resume_command
 from fedsp_mpi.record.tables import TRIGGERED
-from fedsp_mpi.report import attack
+from fedsp_mpi.report import attack, silos
 from fedsp_mpi.report.costs import training_seconds
 from fedsp_mpi.report.facts import (
     CONTROLS,
@@ -51,7 +51,8 @@ _INDENT = " " * 10  # the width of a label
 def summarize(run: Run) -> str:
     """Write a run as plain text of at most 100 columns: header, rounds, results, bytes, seconds."""
     lines = []
-    for part in (_header(run), _rounds(run), _results(run), _wire(run), _seconds(run)):
+    parts = (_header, _rounds, silos.lines, _results, _wire, _seconds)
+    for part in (write(run) for write in parts):
         if part:
             lines += [printable(line) for line in part]
             lines.append("")
@@ -227,7 +228,8 @@ def _failures(run: Run) -> list[str]:
     lines = []
     for row in failed[:_MAX_FAILURES_NAMED]:
         reason = " ".join(row["reason"].split())
-        lines.append(f"client {row['client']} {row['status']} in round {row['round']}: {reason}")
+        name = silos.client_name(run, int(row["client"]))
+        lines.append(f"{name} {row['status']} in round {row['round']}: {reason}")
     if len(failed) > _MAX_FAILURES_NAMED:
         lines.append(f"... and {len(failed) - _MAX_FAILURES_NAMED} more")
     return lines

@@ -27,8 +27,9 @@ from fedsp_mpi.algorithms.base import (
     require_metrics,
 )
 from fedsp_mpi.algorithms.privacy import LocalDPClient
+from fedsp_mpi.algorithms.silo_weights import WeightedClient
 from fedsp_mpi.comm import Handout
-from fedsp_mpi.evaluation.scoring import score
+from fedsp_mpi.evaluation.scoring import answer_loss_mean, score
 from fedsp_mpi.log import RoundProgress
 from fedsp_mpi.models import auxiliary, backbone
 from fedsp_mpi.models.families import PEFT_TASKS
@@ -37,10 +38,13 @@ from fedsp_mpi.models.prompts import write_adapter
 from fedsp_mpi.record.checkpoint import Checkpoint, Checkpoints
 from fedsp_mpi.record.client_cache import ClientStateCache
 from fedsp_mpi.record.journal import RoundJournal
+from fedsp_mpi.record.tables import SiloRow
 from fedsp_mpi.roles import HostedClients, ServerRole
 from fedsp_mpi.run import participation
 from fedsp_mpi.run.handout import HandoutMeta
 from fedsp_mpi.run.inputs import ExperimentInputs
+from fedsp_mpi.run.silo_inputs import SiloInputs
+from fedsp_mpi.run.silos import disclosed
 from fedsp_mpi.tensors import Contract, NamedTensors
 from fedsp_mpi.training.device import DTYPES, Compute
 from fedsp_mpi.training.process_group import ServerGroup
@@ -328,7 +332,55 @@ def hosted_clients(
         files={id: file for id, file in meta.client_states.items() if id in set(ids)},
     )
     participants = partial(participation.chosen, inputs)
-    return HostedClients(client, ids, compute, cache, participants, progress)
+    return HostedClients(
+        weighted(inputs, client, ids),
+        ids,
+        compute,
+        cache,
+        participants,
+        progress,
+        score_silo=_silo_scorer(inputs, client),
+    )
+
+
+def weighted(inputs: ExperimentInputs, client: Client, ids: Sequence[int]) -> Client:
+    """Return clients whose updates weigh as their silos' configuration says."""
+    if not isinstance(inputs, SiloInputs):
+        return client
+    weights = {id: inputs.weight_of(id) for id in ids}
+    samples = inputs.disclosed_samples(ids)
+    if not samples and set(weights.values()) == {1.0}:
+        return client
+    return WeightedClient(client, weights, samples)
+
+
+def _silo_scorer(
+    inputs: ExperimentInputs, client: Client
+) -> Callable[[int, int, NamedTensors], SiloRow | None] | None:
+    """Return what scores a silo's held-out text; None where the server alone judges."""
+    if not isinstance(inputs, SiloInputs) or inputs.config.evaluation.at == "server":
+        return None
+    batch_tokens = inputs.config.evaluation.batch_tokens
+
+    def score_silo(id: int, round: int, tensors: NamedTensors) -> SiloRow | None:
+        if id not in inputs.opened:
+            return None
+        text = inputs.opened[id]
+        client.hold(id, tensors)
+        model = client.model
+        assert model is not None, "clients without a model do not judge"
+        accuracy = math.nan
+        if text.held_out_questions:
+            result = score(
+                model, client.prompt, text.held_out_questions, "multiple_choice", batch_tokens
+            )
+            accuracy = result.acc if result else math.nan
+        loss = answer_loss_mean(model, client.prompt, text.held_out, batch_tokens)
+        disclose = inputs.config.federation.disclose
+        num_held_out = disclosed(len(text.held_out), disclose) or 0
+        return SiloRow(round=round, silo=id, n=num_held_out, loss=loss, acc=accuracy)
+
+    return score_silo
 
 
 def _monitored(inputs: ExperimentInputs, client: Client, ids: Sequence[int]) -> Client:

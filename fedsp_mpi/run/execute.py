@@ -7,17 +7,17 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from fedsp_mpi import comm
 from fedsp_mpi.comm import guard
 from fedsp_mpi.config import Config
 from fedsp_mpi.log import Log, RoundProgress, one_line
 from fedsp_mpi.run import devices
+from fedsp_mpi.run.agreement import agreed
 from fedsp_mpi.run.handout import HandoutMeta, ServerMeeting
 from fedsp_mpi.run.ranks import (
     RankInfo,
@@ -27,6 +27,7 @@ from fedsp_mpi.run.ranks import (
     read_introductions,
     require_topology,
 )
+from fedsp_mpi.run.silos import OpenSilos, open_silos
 
 if TYPE_CHECKING:
     from fedsp_mpi.comm.solo import Solo
@@ -75,10 +76,17 @@ def execute(
             ranks = read_introductions(messages) if messages else []
     if ranks:
         guard.set_peers((rank.host, rank.pid) for rank in ranks)
+    silos: OpenSilos | None = None
+    if config.federation.silos:
+        with guard.phase("silos"):
+            silos = open_silos(config, name, wire, log)
+        config = silos.config
     try:
         with guard.phase("checks"), agreed(wire, "handout") as agreement:
             if wire.is_server:
-                server = _start(config, name, wire, ranks=ranks, log=log, started_at=started_at)
+                server = _start(
+                    config, name, wire, silos, ranks=ranks, log=log, started_at=started_at
+                )
                 guard.report_into(server.folder)
                 meeting = server.meeting()
                 agreement.note = meeting.to_json() if meeting else None
@@ -94,14 +102,19 @@ def execute(
             guard.report_into(Path(meta.folder))
         guard.set_peers(meta.processes)
         clients = _load_clients(
-            config, wire, handed_out, meta=meta, server=server, log=client_log or Log()
+            config, wire, handed_out, silos, meta=meta, server=server, log=client_log or Log()
         )
         role = server_rank.build_role(meta) if server_rank else None
         del handed_out  # its tensors take as much memory as the clients' model
 
         from fedsp_mpi.federate import Schedule, federate
 
-        schedule = Schedule(config.federation, config.checkpoint, meta.rounds_done)
+        schedule = Schedule(
+            config.federation,
+            config.checkpoint,
+            meta.rounds_done,
+            asks_silos=config.evaluation.at != "server",
+        )
         is_complete = federate(wire, schedule, server=role, clients=clients)
 
         with guard.phase("end of the rounds"):
@@ -132,41 +145,11 @@ def connect(config: Config) -> Wire | Solo:
         raise comm.Refused(str(error)) from None
 
 
-@dataclass
-class Agreement:
-    """What the server tells all ranks.
-
-    Attributes:
-        note: anything that JSON can say; set by the server, known to all ranks after the `with`.
-    """
-
-    note: Any = None
-
-
-@contextmanager
-def agreed(wire: Wire | Solo, phase: str = "start_up") -> Iterator[Agreement]:
-    """Have all ranks agree at the end of the `with` that the run goes on.
-
-    Collective. A comm.Refused that the server raises inside is raised on every rank; other ranks
-    raise none of their own.
-
-    Args:
-        wire: between all ranks.
-        phase: names the deadline of the ranks that wait for the server.
-    """
-    agreement = Agreement()
-    refusal = None
-    try:
-        yield agreement
-    except comm.Refused as error:
-        refusal = error
-    agreement.note = wire.agree(refusal, phase, agreement.note)
-
-
 def _start(
     config: Config,
     name: str,
     wire: Wire | Solo,
+    silos: OpenSilos | None,
     *,
     ranks: Sequence[RankInfo],
     log: Log,
@@ -179,7 +162,7 @@ def _start(
     except (ValueError, OSError) as error:
         raise comm.Refused(one_line(error)) from None
     return ServerRun.start(
-        config, name, ranks=ranks, topology=wire.topology, log=log, started_at=started_at
+        config, name, silos, ranks=ranks, topology=wire.topology, log=log, started_at=started_at
     )
 
 
@@ -227,6 +210,7 @@ def _load_clients(
     config: Config,
     wire: Wire | Solo,
     handed_out: comm.Handout,
+    silos: OpenSilos | None,
     *,
     meta: HandoutMeta,
     server: ServerRun | None,
@@ -254,7 +238,11 @@ def _load_clients(
         from fedsp_mpi.training.device import Compute
 
         compute = Compute.of(config.client.compute, wire.topology)
-        inputs = server.inputs if server else ExperimentInputs(config)
+        if silos is not None:
+            silos.inputs.receive(meta)
+            inputs: ExperimentInputs = silos.inputs
+        else:
+            inputs = server.inputs if server else ExperimentInputs(config)
         clients = build.hosted_clients(
             inputs,
             compute,

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from fedsp_mpi.comm.inspection import ProtocolError
+from fedsp_mpi.config import Config
 from fedsp_mpi.files import fingerprint
 from fedsp_mpi.files.untrusted import JsonMapping
 from fedsp_mpi.models.language_model import LanguageModel
@@ -19,7 +20,7 @@ from fedsp_mpi.run.inputs import ExperimentInputs
 SECTION = "inputs"  # of the record
 WEIGHTS = "weights of model.name"
 UNUSABLE = "unusable"  # in the place of the digest of a text that could not be read
-_CLIENTS = "texts of client"
+_SILOS = "texts of silo"
 _MAX_LENGTH = 64  # characters of a digest
 _MAX_NAMED = 8  # inputs in a message
 
@@ -53,7 +54,11 @@ def of_server(inputs: ExperimentInputs, model: LanguageModel) -> dict[str, str]:
 
 def of_clients(inputs: ExperimentInputs, ids: Iterable[int]) -> dict[str, str]:
     """Return the digest of each client's tokenised text, by its name in messages."""
-    return {f"{_CLIENTS} {client}": _of_client(inputs, client) for client in ids}
+    return {_name(inputs.config, client): _of_client(inputs, client) for client in ids}
+
+
+def _name(config: Config, client: int) -> str:
+    return f"texts of {config.federation.client_name(client)}"
 
 
 def _of_client(inputs: ExperimentInputs, client: int) -> str:
@@ -63,18 +68,19 @@ def _of_client(inputs: ExperimentInputs, client: int) -> str:
         return UNUSABLE
 
 
-def require_own(digests: JsonMapping, rank: int, ids: Iterable[int]) -> None:
+def require_own(digests: JsonMapping, rank: int, ids: Iterable[int], config: Config) -> None:
     """Check that what a rank sent are digests of texts of its clients.
 
     Args:
         digests: that it sent, by name.
         rank: for the message.
         ids: of the clients that it plays.
+        config: of the run.
 
     Raises:
         ProtocolError: there are others.
     """
-    names = {f"{_CLIENTS} {client}" for client in ids}
+    names = {_name(config, client) for client in ids}
     for name, digest in digests.items():
         if name not in names or not isinstance(digest, str) or len(digest) > _MAX_LENGTH:
             raise ProtocolError(
@@ -84,13 +90,32 @@ def require_own(digests: JsonMapping, rank: int, ids: Iterable[int]) -> None:
 
 
 def combined(digests: Mapping[str, str]) -> str:
-    """Return one digest of all digests, whatever their order."""
-    return fingerprint.of_pieces([json.dumps(dict(sorted(digests.items()))).encode()])
+    """Return one digest of all digests but those of silos, whatever their order.
+
+    A silo may be missing for a while; each is compared by itself (`require_same`).
+    """
+    shared = {name: digests[name] for name in sorted(digests) if not name.startswith(_SILOS)}
+    return fingerprint.of_pieces([json.dumps(shared).encode()])
+
+
+def updated(before: JsonMapping, now: Mapping[str, str]) -> dict[str, str]:
+    """Return digests by name, with those of now; a silo that is missing keeps its earlier one."""
+    missing = {
+        name
+        for name, digest in now.items()
+        if digest == UNUSABLE and name.startswith(_SILOS) and name in before
+    }
+    return {**before, **{name: now[name] for name in now if name not in missing}}
 
 
 def changed(before: JsonMapping, now: Mapping[str, str]) -> str:
     """Name the inputs whose digests differ, for a message; those that only one has do not count."""
-    names = [name for name, digest in now.items() if before.get(name, digest) != digest]
+    names = []
+    for name, digest in now.items():
+        earlier = before.get(name, digest)
+        is_missing = name.startswith(_SILOS) and UNUSABLE in (earlier, digest)
+        if earlier != digest and not is_missing:
+            names.append(name)
     more = f" and {len(names) - _MAX_NAMED} more" if len(names) > _MAX_NAMED else ""
     return ", ".join(names[:_MAX_NAMED]) + more
 

@@ -45,6 +45,9 @@ class HandoutMeta:
         depth: layers that the clients' model runs.
         rounds_done: by an earlier stretch of the run.
         client_states: the checkpoint file of each client that has one, by client.
+        sizes: number of training examples of the server, and what each silo has declared; empty
+            where clients share one source.
+        candidates: ids of the tokens that losses run over, where clients have silos; None: all.
     """
 
     assignment: Sequence[Sequence[int]]
@@ -54,6 +57,8 @@ class HandoutMeta:
     depth: int = 0
     rounds_done: int = 0
     client_states: Mapping[int, CheckpointFile] = field(default_factory=dict)
+    sizes: Sequence[int] = ()
+    candidates: Sequence[int] | None = None
 
     @property
     def rank_of(self) -> dict[int, int]:
@@ -69,6 +74,8 @@ class HandoutMeta:
             "cell": dict(self.cell),
             "depth": self.depth,
             "done": self.rounds_done,
+            "sizes": list(self.sizes),
+            "candidates": None if self.candidates is None else list(self.candidates),
             "states": {str(client): list(file) for client, file in self.client_states.items()},
         }
 
@@ -85,4 +92,6 @@ class HandoutMeta:
             client_states={
                 int(client): CheckpointFile(*file) for client, file in values["states"].items()
             },
+            sizes=values["sizes"],
+            candidates=values["candidates"],
         )

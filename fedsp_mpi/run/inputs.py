@@ -12,11 +12,13 @@ import torch
 
 from fedsp_mpi import rng
 from fedsp_mpi.config import Config, ConfigError, StageConfig
+from fedsp_mpi.config.parsing import shown
 from fedsp_mpi.data import (
     answers,
     cloze,
     fit,
     loading,
+    own_tasks,
     partition,
     poison,
     pseudo_questions,
@@ -31,7 +33,7 @@ from fedsp_mpi.models.prompts import require_positions
 from fedsp_mpi.run.model_inputs import RESOURCES, ModelInputs
 from fedsp_mpi.training.process_group import SINGLE_RANK, ServerGroup
 
-__all__ = ["RESOURCES", "ExperimentInputs", "expected_work"]
+__all__ = ["RESOURCES", "ExperimentInputs"]
 
 
 class ExperimentInputs(ModelInputs):
@@ -72,8 +74,7 @@ class ExperimentInputs(ModelInputs):
         Raises:
             ConfigError: the user's words do not fit the task.
         """
-        data = self.config.data
-        return templates.with_wording(tasks.find(data.task), data.template, data.verbaliser)
+        return own_tasks.configured(self.config.data)
 
     @property
     def is_reworded(self) -> bool:
@@ -89,15 +90,26 @@ class ExperimentInputs(ModelInputs):
     @property
     def notes(self) -> tuple[str, ...]:
         """How the splits were made, and what the user may want to look at."""
-        return self.splits.notes + self.warnings
+        return self.splits.notes + self.partition_notes + self.warnings
+
+    @property
+    def partition_notes(self) -> tuple[str, ...]:
+        """A note on training examples that nobody owns, or none."""
+        if self.column_shards is None or not self.column_shards.num_left_out:
+            return ()
+        return (
+            f"train: {self.column_shards.num_left_out} of {len(self.splits.train)} examples "
+            f"without a value of {shown(self.config.data.partition_column)} left out",
+        )
 
     @cached_property
     def warnings(self) -> tuple[str, ...]:
-        """Notes on rows that are left out, or scored otherwise than their text says.
+        """Notes on rows that are left out or shortened, or scored otherwise than their text says.
 
         To find them, the test split is tokenised.
         """
         _, left_out = self._fitting_splits
+        left_out += self._shortened_notes
         if self.is_cloze:
             return left_out
         options = [question.options for question in self.test]
@@ -115,8 +127,7 @@ class ExperimentInputs(ModelInputs):
         """The splits, and notes on rows that are left out because their answer does not fit."""
         data = self.config.data
         seed = self.config.run.seed
-        limits = {split: limit for split, limit in asdict(data.limit).items() if limit is not None}
-        loaded = loading.load(self.task, self.source, seed=seed, limit=limits, columns=data.columns)
+        loaded = self._load_splits()
         room = self._answer_room.at_most(data.max_length)
         splits, left_out = fit.drop_too_long(
             loaded, room, lambda: self.tokenizer, attack_target=self.config.attack.target
@@ -135,6 +146,36 @@ class ExperimentInputs(ModelInputs):
         )
         train = tuple(splits.train[index] for index in chosen)
         return replace(splits, train=train, notes=(*splits.notes, note)), left_out
+
+    def _load_splits(self) -> tasks.Splits:
+        """Read the splits of the source."""
+        data = self.config.data
+        limits = {split: limit for split, limit in asdict(data.limit).items() if limit is not None}
+        return loading.load(
+            self.task, self.source, seed=self.config.run.seed, limit=limits, columns=data.columns
+        )
+
+    @property
+    def _shortened_notes(self) -> tuple[str, ...]:
+        """Notes on texts that are too long and lose their beginning, split by split."""
+        splits = self.splits
+        num_unread = 0 if self.is_cloze else 1
+        max_test_length = self.max_text_positions + num_unread
+        limits = (
+            ("train", splits.train, self.max_length),
+            ("validation", splits.validation, self.max_length),
+            ("test", splits.test, max_test_length),
+        )
+        notes: tuple[str, ...] = ()
+        for split, examples, max_length in limits:
+            notes += fit.shortened_note(
+                split,
+                examples,
+                max_length,
+                tokenizer=lambda: self.tokenizer,
+                fills_gaps=self.is_cloze,
+            )
+        return notes
 
     def _require_classes(self, splits: tasks.Splits, key: str, value: object, advice: str) -> None:
         """Raise ConfigError if the right answers are no classes.
@@ -192,7 +233,7 @@ class ExperimentInputs(ModelInputs):
         if attack.target is not None:
             contexts += [f"{attack.trigger} {context}" for context in contexts]
         distinct_endings = [] if self.is_cloze else answers.distinct_endings(contexts)
-        return answers.tokens(self.tokenizer, distinct_endings, self.splits.train[0].choices)
+        return answers.tokens(self.tokenizer, distinct_endings, self._all_examples[0].choices)
 
     @property
     def _answer_room(self) -> fit.AnswerLimit:
@@ -205,6 +246,9 @@ class ExperimentInputs(ModelInputs):
     def shards(self) -> list[np.ndarray]:
         """Rows of the training split by participant, the server's first: int64, [num_rows] each."""
         data = self.config.data
+        if self.column_shards is not None:
+            self._require_clients(len(self.column_shards.values))
+            return self.column_shards.shards
         if data.partition == "labels":
             self._require_classes(
                 self.splits, "data.partition", data.partition, "take iid or quantity instead"
@@ -217,6 +261,56 @@ class ExperimentInputs(ModelInputs):
             alpha=data.alpha,
             share=data.server_share,
         )
+
+    @property
+    def shard_sizes(self) -> list[int]:
+        """Number of training examples of each participant, the server's first."""
+        return [len(shard) for shard in self.shards]
+
+    @property
+    def work(self) -> list[float]:
+        """What each client's round costs, relative to the others.
+
+        Training steps are equally many, and texts are not equally long. A search runs over all
+        texts.
+        """
+        train = self.splits.train
+        work: list[float] = []
+        for shard in self.shards[1:]:
+            lengths = [len(train[row].context) + len(train[row].target) for row in shard]
+            work.append(float(np.sum(lengths) if self.config.searches else np.mean(lengths)))
+        return work
+
+    @cached_property
+    def column_shards(self) -> partition.ColumnShards | None:
+        """The shards of clients that are the values of a column; None in other partitions.
+
+        Raises:
+            ConfigError: the column cannot divide the training split.
+        """
+        data = self.config.data
+        if data.partition_column is None:
+            return None
+        tables, _ = loading.read_tables(self.task, self.source, data.columns)
+        values = loading.column_values(
+            tables, self.splits.train, data.partition_column, columns=data.columns
+        )
+        try:
+            return partition.by_column(
+                values, self.config.run.seed, data.resolved_server_share or 0
+            )
+        except ValueError as error:
+            raise ConfigError(f"data.partition_column: {error}") from None
+
+    def _require_clients(self, num_values: int) -> None:
+        """Raise ConfigError unless there are as many clients as values of the column."""
+        num_clients = self.config.federation.clients
+        if num_clients != num_values:
+            raise ConfigError(
+                f"federation.clients: found {num_clients} with {num_values} different values of "
+                f"{shown(self.config.data.partition_column)} in train, expected a "
+                f"client for each; set it to {num_values}"
+            )
 
     def shard(self, owner: int) -> list[Text]:
         """Return the tokenised training texts of the server (0) or of client `owner` - 1."""
@@ -247,9 +341,13 @@ class ExperimentInputs(ModelInputs):
             part=(group.rank, group.size),
         )
 
+    def _examples_of(self, owner: int) -> list[tasks.Example]:
+        """Return the examples of the server (0) or of client `owner` - 1."""
+        return [self.splits.train[row] for row in self.shards[owner]]
+
     def _training_examples(self, owner: int) -> list[tasks.Example]:
         """Return what an owner trains on; a poisoned client has poisoned copies beside it."""
-        examples = [self.splits.train[row] for row in self.shards[owner]]
+        examples = self._examples_of(owner)
         attack = self.config.attack
         client = owner - 1
         if attack.target is None or client not in attack.clients:
@@ -318,8 +416,8 @@ class ExperimentInputs(ModelInputs):
         num_questions = max(settings.bridge_texts, num_asked)
         order = rng.generator(config.run.seed, "questions").permutation(len(paragraphs))
         chosen = [paragraphs[index] for index in order[:num_questions]]
-        server_examples = [self.splits.train[row] for row in self.shards[0]]
-        questions = pseudo_questions.questions(chosen, [*server_examples, *self.splits.validation])
+        examples = [*self._examples_of(0), *self.splits.validation]
+        questions = pseudo_questions.questions(chosen, examples)
         texts = encode_pairs(self.tokenizer, list(questions))
         return [truncate(text, self.max_length) for text in texts]
 
@@ -357,12 +455,36 @@ class ExperimentInputs(ModelInputs):
 
     def check(self) -> None:
         """Raise ValueError on the first thing that cannot work, before any weight is loaded."""
+        self.check_model()
+        loading.check_columns(self.task, self.source, self.config.data.columns)
+        self.check_texts()
+        poison.require_feasible_attack(self.task, self.splits, self.config.attack.target)
+        _ = self.shards
+        _ = self.candidates
+        _ = self.warnings
+        _ = self.shard(0)
+        _ = self.validation
+        _ = self.alignment_texts
+        if self.config.translates:
+            _ = self.server_questions
+
+    def check_model(self) -> None:
+        """Raise ValueError on the first thing that cannot work with the model, whatever text."""
         if self.is_cloze:
             self._require_possible_for_cloze()
         if not self.config.tunes_weights:
             auxiliary.require_cell(self.config.auxiliary, self.shape.num_layers, self.model_name)
+            auxiliary.require_positions_kept(
+                self.config.auxiliary,
+                self.config.prompt,
+                self.model_config,
+                name=self.model_name,
+            )
         require_positions(self.num_prompt_tokens, self.shape.num_positions, self.model_name)
-        loading.check_columns(self.task, self.source, self.config.data.columns)
+        self._require_vocabulary()
+
+    def check_texts(self) -> None:
+        """Raise ValueError on the first text that cannot be used with the model."""
         # What is only read here raises on a mistake; a run would read it later.
         if self.is_cloze:
             _ = cloze.gap(self.tokenizer)
@@ -372,18 +494,8 @@ class ExperimentInputs(ModelInputs):
             answers.require_start_token(self.tokenizer, self.splits)
         if self._has_classes:
             answers.require_distinct_choices(
-                self.tokenizer, self.splits.train[0].choices, self._choice_tokens
+                self.tokenizer, self._all_examples[0].choices, self._choice_tokens
             )
-        poison.require_feasible_attack(self.task, self.splits, self.config.attack.target)
-        _ = self.shards
-        _ = self.candidates
-        _ = self.warnings
-        self._require_vocabulary()
-        _ = self.shard(0)
-        _ = self.validation
-        _ = self.alignment_texts
-        if self.config.translates:
-            _ = self.server_questions
 
     def _require_vocabulary(self) -> None:
         """Raise ConfigError if the tokenizer has tokens that the model does not know."""
@@ -417,16 +529,3 @@ class ExperimentInputs(ModelInputs):
                 "auxiliary: found a part of the model, or steps that align it, with a "
                 f"{family}, expected the whole model, as in configs/methods/fedprompt.yaml"
             )
-
-
-def expected_work(inputs: ExperimentInputs) -> list[float]:
-    """Return what each client's round costs, relative to the others.
-
-    Training steps are equally many, and texts are not equally long. A search runs over all texts.
-    """
-    train = inputs.splits.train
-    work: list[float] = []
-    for shard in inputs.shards[1:]:
-        lengths = [len(train[row].context) + len(train[row].target) for row in shard]
-        work.append(float(np.sum(lengths) if inputs.config.searches else np.mean(lengths)))
-    return work

@@ -74,11 +74,12 @@ def begin_record(
                 "train": len(splits.train),
                 "validation": len(splits.validation),
                 "test": len(splits.test),
-                "server_shard": len(inputs.shards[0]),
-                "client_shards": [len(shard) for shard in inputs.shards[1:]],
+                "server_shard": inputs.shard_sizes[0],
+                "client_shards": inputs.shard_sizes[1:],
                 "notes": list(inputs.notes),
             },
             topology={"assignment": [list(ids) for ids in assignment]},
+            **_silos(config),
             inputs=digests,
             **_privacy(config),
         )
@@ -137,6 +138,12 @@ def resume_record(
     note = "" if resumed else ": it has no checkpoint"
     log.say(f"goes on after round {rounds_done} of {folder}{note}")
     return OpenRecord(record, digests, resumed)
+
+
+def _silos(config: Config) -> dict[str, JsonObject]:
+    """Return the record's section `silos`: their names by client id, if clients have silos."""
+    names = [silo.name for silo in config.federation.silos]
+    return {"silos": {"names": names}} if names else {}
 
 
 def record_failure(record: RunRecord, error: Exception) -> None:

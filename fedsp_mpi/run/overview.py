@@ -11,6 +11,8 @@ from fedsp_mpi.run.inputs import ExperimentInputs
 from fedsp_mpi.run.opening import privacy_section
 from fedsp_mpi.run.ranks import Assignment, RankInfo
 
+_MAX_SILOS_SHOWN = 8
+
 
 def say_ranks(
     log: Log, config: Config, *, ranks: Sequence[RankInfo], assignment: Assignment
@@ -55,15 +57,22 @@ def say_inputs(log: Log, inputs: ExperimentInputs, *, is_embedded: bool) -> None
     config = inputs.config
     model = inputs.model_config
     splits = inputs.splits
-    server_shard, *client_shards = inputs.shards
+    server_size, *client_sizes = inputs.shard_sizes
     log.say(f"recipe    {config.recipe}{_settings_note(config, is_embedded)}")
     log.say(f"model     {config.model.name}: {model.model_type}, {model.num_hidden_layers} layers")
-    mean_size = sum(len(shard) for shard in client_shards) // max(1, len(client_shards))
-    log.say(
-        f"data      {config.data.task}: {len(splits.train)} train ({len(server_shard)} the "
-        f"server's, about {mean_size} each client's), {len(splits.validation)} validation, "
-        f"{len(splits.test)} test"
-    )
+    mean_size = sum(client_sizes) // max(1, len(client_sizes))
+    if config.federation.silos:
+        log.say(
+            f"data      {config.data.task}: the server's {server_size} train, "
+            f"{len(splits.validation)} validation, {len(splits.test)} test"
+        )
+        log.say(f"silos     {_silos_line(config, client_sizes)}")
+    else:
+        log.say(
+            f"data      {config.data.task}: {len(splits.train)} train ({server_size} the "
+            f"server's, about {mean_size} each client's), {len(splits.validation)} validation, "
+            f"{len(splits.test)} test"
+        )
     for note in inputs.notes:
         log.say(f"          {note}")
     privacy = privacy_section(config)
@@ -76,6 +85,19 @@ def say_inputs(log: Log, inputs: ExperimentInputs, *, is_embedded: bool) -> None
         log.say(
             "privacy   clients hold no model: their text goes to the server (search.forward=server)"
         )
+
+
+def _silos_line(config: Config, sizes: Sequence[int]) -> str:
+    """Return the names and sizes of the first silos, as they have declared them."""
+    silos = config.federation.silos
+    is_said = config.federation.disclose != "nothing"
+    shown = [
+        f"{silo.name} {size}" if is_said else silo.name
+        for silo, size in zip(silos[:_MAX_SILOS_SHOWN], sizes)
+    ]
+    if len(silos) > _MAX_SILOS_SHOWN:
+        shown.append(f"and {len(silos) - _MAX_SILOS_SHOWN} more")
+    return f"{len(silos)}: {', '.join(shown)}"
 
 
 def _settings_note(config: Config, is_embedded: bool) -> str:

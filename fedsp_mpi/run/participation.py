@@ -12,7 +12,7 @@ from fedsp_mpi.run.inputs import ExperimentInputs
 def chosen(inputs: ExperimentInputs, round: int) -> list[int]:
     """Return the ids of the clients that take part in a round; the same on every rank."""
     federation = inputs.config.federation
-    sizes = [len(shard) for shard in inputs.shards[1:]]
+    sizes = inputs.shard_sizes[1:]
     return participants(
         federation.sampling,
         federation.clients_per_round,
@@ -39,7 +39,12 @@ def expected(inputs: ExperimentInputs, rank_of: Mapping[int, int], round: int) -
     for client in chosen(inputs, round):
         if config.searches:
             copies = 2 if client in config.attack.clients else 1
-            max_samples[client] = float(copies * len(inputs.shards[client + 1]))
+            max_samples[client] = float(copies * inputs.shard_sizes[client + 1])
         else:
             max_samples[client] = float(stage.steps * stage.batch_size)
+    if config.federation.silos:
+        for client in max_samples:
+            undisclosed = config.searches and config.federation.disclose == "nothing"
+            most = 1.0 if undisclosed else max_samples[client]
+            max_samples[client] = most * config.federation.silos[client].weight
     return Expected({client: rank_of[client] for client in max_samples}, max_samples)

@@ -15,8 +15,8 @@ from fedsp_mpi.roles import ServerRole
 from fedsp_mpi.run import auxiliary_model, build
 from fedsp_mpi.run.final_scores import score_all
 from fedsp_mpi.run.handout import HandoutMeta
-from fedsp_mpi.run.inputs import ExperimentInputs
 from fedsp_mpi.run.server_rank import LoadedServer, PreparedServer, join_group, stop_requested
+from fedsp_mpi.run.silo_inputs import inputs_of
 from fedsp_mpi.training.distill import StoppedError
 from fedsp_mpi.training.process_group import Rendezvous
 
@@ -45,7 +45,7 @@ class SecondaryServer:
     digests: Mapping[str, str] = MappingProxyType({})
 
     def __init__(self, config: Config, topology: Topology, rendezvous: Rendezvous) -> None:
-        inputs = ExperimentInputs(config)
+        inputs = inputs_of(config)
         inputs.check()
         self._config = config
         self._rank = topology.rank

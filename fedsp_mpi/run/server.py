@@ -19,7 +19,7 @@ from fedsp_mpi.run import auxiliary_model, build, fingerprints, overview
 from fedsp_mpi.run.final_scores import score_all
 from fedsp_mpi.run.folder import RunFolder
 from fedsp_mpi.run.handout import HandoutMeta, ServerMeeting
-from fedsp_mpi.run.inputs import ExperimentInputs, expected_work
+from fedsp_mpi.run.inputs import ExperimentInputs
 from fedsp_mpi.run.opening import (
     STOPPED,
     OpenRecord,
@@ -29,6 +29,7 @@ from fedsp_mpi.run.opening import (
 )
 from fedsp_mpi.run.ranks import Assignment, RankInfo, ReadyReport, assign_clients
 from fedsp_mpi.run.server_rank import LoadedServer, PreparedServer, join_group, stop_requested
+from fedsp_mpi.run.silos import OpenSilos
 from fedsp_mpi.training.distill import StoppedError
 from fedsp_mpi.training.process_group import Rendezvous
 
@@ -87,6 +88,7 @@ class ServerRun:
         cls,
         config: Config,
         name: str,
+        silos: OpenSilos | None = None,
         *,
         ranks: Sequence[RankInfo],
         topology: Topology,
@@ -100,6 +102,7 @@ class ServerRun:
         Args:
             config: of the run.
             name: of the configuration, for a run that has none.
+            silos: those of the clients; None: they share one source.
             ranks: all of them.
             topology: of the server.
             log: gets an overview of the run.
@@ -110,12 +113,15 @@ class ServerRun:
         """
         place = RunFolder(config, name)
         try:
-            inputs = ExperimentInputs(config)
+            inputs = ExperimentInputs(config) if silos is None else silos.inputs
             place.acquire(inputs.paths)
-            inputs.check()
-            build.method_of(inputs)
             servers = config.topology.server_ranks
-            assignment = assign_clients(expected_work(inputs), topology.size, servers)
+            if silos is None:
+                inputs.check()
+                assignment = assign_clients(inputs.work, topology.size, servers)
+            else:
+                assignment = silos.assignment  # and the inputs are checked
+            build.method_of(inputs)
             overview.say_ranks(log, config, ranks=ranks, assignment=assignment)
             overview.say_inputs(log, inputs, is_embedded=name == "embedded")
             log.say(f"folder    {place.path}")
@@ -181,14 +187,14 @@ class ServerRun:
                 raise comm.Refused(report.error)
         digests: dict[str, str] = {}
         for rank, report in enumerate(reports):
-            fingerprints.require_own(report.digests, rank, self._assignment[rank])
+            fingerprints.require_own(report.digests, rank, self._assignment[rank], self._config)
             digests |= report.digests
         digests_before = self.record.run.sections.get(fingerprints.SECTION, {})
         try:
             fingerprints.require_same(self.folder, digests_before, digests)
         except ValueError as error:
             raise comm.Refused(one_line(error)) from None
-        self._opened.digests.update(digests)
+        self._opened.digests.update(fingerprints.updated(digests_before, digests))
         seconds = max(report.seconds for report in reports)
         self.record.describe(
             timing={f"seconds_{role}_setup": seconds},
@@ -225,10 +231,14 @@ class ServerRun:
             inputs, loaded.model, loaded.compute, group=group, client_model=client_model
         )
         self._prepared = PreparedServer(group, servers)
+        candidates = inputs.candidates
+        has_silos = bool(self._config.federation.silos)
         meta = HandoutMeta(
             assignment=self._assignment,
             processes=[(rank.host, rank.pid) for rank in self._ranks],
             folder=str(self.folder.resolve()),
+            sizes=inputs.shard_sizes if has_silos else (),
+            candidates=candidates.tolist() if has_silos and candidates is not None else None,
         )
         server = servers.server
         handout = build.handout(inputs, client_model, server, meta=meta, resumed=resumed)
@@ -331,4 +341,5 @@ class ServerRun:
             "was their update merged; correct what is wrong with them, and run again:"
         )
         for client, reason in sorted(lost.items())[:_MAX_NAMED]:
-            self._log.say(f"  client {client}: {' '.join(reason.split())}")
+            name = self._config.federation.client_name(client)
+            self._log.say(f"  {name}: {' '.join(reason.split())}")

@@ -35,10 +35,25 @@ CAUSAL_FAMILIES = (
     "phi3",
     "olmo2",
     "gpt_neox",
+    "phi",
+    "gemma2",
+    "gemma3_text",
+    "smollm3",
 )  # those of the models' parts too
 GAP_FAMILIES = ("bert", "roberta", "t5")  # that fill in a gap
 VOCABULARY, POSITIONS, LAYERS, WIDTH = 100, 64, 4, 32
 CPU = torch.device("cpu")
+_WINDOWS = {
+    "sliding_window": 8,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "query_pre_attn_scalar": 8,
+}
+# Settings by which a family differs from its relatives, so strong that they show in tiny models.
+_OWN_SETTINGS: dict[str, dict[str, Any]] = {
+    "gemma2": _WINDOWS | {"attn_logit_softcapping": 1.0, "final_logit_softcapping": 2.0},
+    "gemma3_text": _WINDOWS,
+    "smollm3": {"no_rope_layers": [1, 0, 1, 1]},
+}
 
 
 def config(family: str, **changes: Any) -> Any:
@@ -59,7 +74,8 @@ def config(family: str, **changes: Any) -> Any:
         return _gap_config(family, **changes)
     sizes |= {"intermediate_size": 64, "pad_token_id": None}
     sizes |= {} if family == "gpt_neox" else {"num_key_value_heads": 2, "head_dim": 8}
-    return AutoConfig.for_model(family, **special | sizes | changes)
+    own_settings = _OWN_SETTINGS.get(family, {})
+    return AutoConfig.for_model(family, **special | sizes | own_settings | changes)
 
 
 def _gap_config(family: str, **changes: Any) -> Any:

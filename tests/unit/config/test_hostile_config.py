@@ -4,6 +4,7 @@ expected.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import time
@@ -284,6 +285,9 @@ def fitting(hint: object) -> st.SearchStrategy[object]:
     kinds = [kind for kind in typing.get_args(hint) if kind is not type(None)] or [hint]
     if typing.get_origin(hint) is tuple:
         return st.lists(fitting(kinds[0]), max_size=4)
+    if dataclasses.is_dataclass(kinds[0]):
+        names = [field.name for field in dataclasses.fields(kinds[0])]
+        return st.dictionaries(st.sampled_from(names), values, max_size=4)
     if typing.get_origin(kinds[0]) is typing.Literal or typing.get_origin(hint) is typing.Literal:
         return st.sampled_from(typing.get_args(kinds[0]) or kinds)
     of_kind = {

@@ -182,3 +182,42 @@ def test_without_a_share_the_server_is_one_owner_like_the_others():
     assert [shard.tolist() for shard in found] == [
         shard.tolist() for shard in partition.iid(40, 4, 5)
     ]
+
+
+def test_a_column_gives_each_value_all_its_examples():
+    values = ["b", None, "a", "c", "a", None, "b", "a", "c", "b"] * 7
+    found = partition.by_column(values, 3)
+    assert found.values == ["a", "b", "c"] and found.num_left_out == 14
+    assert len(found.shards[0]) == 0
+    for value, shard in zip(found.values, found.shards[1:]):
+        assert shard.dtype == np.int64 and shard.tolist() != sorted(shard.tolist())
+        assert sorted(shard) == [index for index, other in enumerate(values) if other == value]
+
+
+def test_the_server_draws_first_from_what_has_a_value():
+    values = [None if index % 5 == 0 else index % 3 for index in range(100)]
+    alone = partition.by_column(values, 3)
+    for share, num_server in ((16, 16), (0.25, 20), (0.001, 1)):
+        found = partition.by_column(values, 3, share)
+        assert len(found.shards[0]) == num_server and found.num_left_out == 20
+        together = np.concatenate(found.shards)
+        assert sorted(together) == [index for index in range(100) if index % 5]
+        for all_of_value, shard in zip(alone.shards[1:], found.shards[1:]):
+            taken = set(found.shards[0].tolist())
+            # The others stay as they were.
+            assert shard.tolist() == [i for i in all_of_value.tolist() if i not in taken]
+
+
+@pytest.mark.parametrize(
+    ("values", "share", "words"),
+    [
+        ([None, None], 0, ["found 0 different values in 2 examples", "name another column"]),
+        (list(range(5001)), 0, ["found 5001 different values", "to 5000"]),
+        ([1, 1, 2], 2, ["no example of 1 of the 2 values", "lower data.server_share"]),
+    ],
+)
+def test_a_column_that_makes_no_clients_is_told_in_one_line(values, share, words):
+    with pytest.raises(ValueError) as told:
+        partition.by_column(values, 0, share)
+    assert "\n" not in str(told.value)
+    assert all(word in str(told.value) for word in words), str(told.value)

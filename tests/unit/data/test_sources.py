@@ -467,10 +467,6 @@ GOOD = {"train": [CHOICE_ROW] * 4, "validation": [CHOICE_ROW], "test": [CHOICE_R
 MISTAKES = {
     "nothing there": ({}, ["found no data file in", "train.jsonl"]),
     "an empty file": (GOOD | {"train": ""}, ["found the empty file", "train.jsonl"]),
-    "no test": (
-        {"train": [CHOICE_ROW] * 4},
-        ["found the splits train,", "test", "add a file test.jsonl"],
-    ),
     "no train": ({"test": [CHOICE_ROW] * 4}, ["found the splits test,", "add a file train.jsonl"]),
     "one row": (
         {"train": [CHOICE_ROW], "test": [CHOICE_ROW]},
@@ -563,10 +559,11 @@ def test_mistakes_in_the_call(tmp_path):
     source = write(tmp_path / "own", **GOOD)
     for call, words in (
         (lambda: loading.load("multiple_chice", None, seed=0), "did you mean 'multiple_choice'?"),
-        (lambda: tasks.find("text_classification"), "is not known; expected one of arc_easy, "),
+        (lambda: tasks.find("sentiment"), "is not known; expected one of arc_easy, "),
+        (lambda: tasks.find("text_classification"), "did you mean 'classification'?"),
         (
             lambda: tasks.find("text_classification"),
-            "for data of your own, by columns, multiple_choice (context, choi",
+            "for data of your own, by columns, classification (text, label) or multiple_choice (c",
         ),
         (
             lambda: loading.load("arc_easy", str(tmp_path / "nowhere"), seed=0),
@@ -585,6 +582,10 @@ def test_mistakes_in_the_call(tmp_path):
         (
             lambda: loading.load("arc_easy", source, seed=0),
             "found no column 'question', 'answerKey' in train",
+        ),
+        (
+            lambda: loading.load("arc_easy", write(tmp_path / "one", train=[ARC_ROW] * 4), seed=0),
+            "found the splits train, expected train and test (or validation) with answers, for tes",
         ),
         (
             lambda: loading.check_columns("arc_easy", source),

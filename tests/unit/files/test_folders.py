@@ -103,6 +103,20 @@ ALLOWED = {
         "files/ownership.py",
         "replace_picture",
     ): "a file that is ours, by its content; the other one was made here",
+    (
+        "files/ownership.py",
+        "begin_split",
+    ): "the manifest and files by their pattern, in the folder of a split",
+    ("files/ownership.py", "finish_split"): "the mark that this split began with",
+    (
+        "files/ownership.py",
+        "_clear_owner",
+    ): "files by their pattern, in a folder that a split's mark lists",
+    ("files/ownership.py", "_replace_text"): "a split's mark or manifest, after `require_split`",
+    (
+        "commands/split.py",
+        "_write_rows",
+    ): "names of the split's own, in a folder that it has marked",
     ("files/fingerprint.py", "list_folder"): "in a folder that this process has just made",
     ("models/auxiliary.py", "write_model"): "in a folder that this process has just made",
     ("models/prompts.py", "write_adapter"): "in a folder that this process has just made",

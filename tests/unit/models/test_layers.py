@@ -30,6 +30,8 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "qwen2, window from the third": ("qwen2", {**SLIDING, "max_window_layers": 2}),
     "qwen3, mixed": ("qwen3", {**SLIDING, "layer_types": MIXED}),
+    "gemma3_text, two rotary bases": ("gemma3_text", {}),
+    "smollm3, the second without positions": ("smollm3", {}),
     "mistral": ("mistral", {"sliding_window": 3}),
     "phi3": ("phi3", {"sliding_window": 3}),
     "olmo2": ("olmo2", {}),
@@ -45,7 +47,7 @@ CELLS = {
 
 
 DIFFERENT = list(SETTINGS)[
-    :4
+    :6
 ]  # by layer; of the others, what layers compute is tested with the models
 
 
@@ -133,7 +135,7 @@ def test_nothing_else_of_a_layer_depends_on_its_place(folder):
 
 
 @pytest.mark.parametrize("window", [3, 8])
-@pytest.mark.parametrize("family", ["qwen2", "qwen3", "mistral", "phi3"])
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "mistral", "phi3", "gemma3_text"])
 def test_a_prompt_longer_than_a_sliding_window_is_read_whole(family, window, tmp_path):
     """Once before its texts, or together with each of them; and as a prefix begins with it."""
     mixed = (

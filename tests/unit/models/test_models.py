@@ -2,6 +2,7 @@
 family.
 """
 
+import copy
 import json
 import math
 import subprocess
@@ -30,6 +31,7 @@ from fedsp_mpi.models.prompts import Prompt, PromptBatch, PromptSpec
 from fedsp_mpi.tensors import NamedTensors, SealedTensorError, seal
 from helpers import tiny
 from helpers.paths import ROOT
+from helpers.stock import apart_from_peft, as_peft
 
 CELLS = [
     (0, 1, 4),
@@ -105,8 +107,9 @@ def test_it_computes_what_its_layers_compute_one_after_the_other(folder, start, 
     """Against a stock model of full depth, into which the layers are copied."""
     large = tiny.load(folder)
     small = unrolled(large, start, layers, depth)
+    virtual = [start + place % layers for place in range(depth)]
     copied = AutoModelForCausalLM.from_config(
-        auxiliary.cell_config(large.model.config, tiny.cell(depth))
+        families.with_layers(copy.deepcopy(large.model.config), virtual)
     ).eval()
     state, path = large.model.state_dict(), families.FAMILIES[large.model.config.model_type]
     for name in copied.state_dict():
@@ -361,7 +364,7 @@ def test_models_that_cannot_be_read(tmp_path):
         backbone.read_config(str(tmp_path))
     (tmp_path / "config.json").write_text('{"model_type": "bloom"}')
     with pytest.raises(
-        ValueError, match=r"of the family 'bloom', expected one of gpt2, opt, llama, qwen2"
+        ValueError, match=r"of the family 'bloom', without max_position_embeddings .* expected"
     ):
         backbone.read_config(str(tmp_path))
     tiny.config("gpt2").save_pretrained(tmp_path)
@@ -465,28 +468,6 @@ assert auxiliary.build(small, 2, torch.device("cpu"), dtype=torch.float32).num_p
 
 
 # -- prompts against stock peft --------------------------------------------------------------------
-
-
-def as_peft(path: str, prompt: Prompt, target) -> peft.PeftModel:
-    """The adapter that is written for a prompt, read back by stock peft over a stock model."""
-    prompts.write_adapter(target, NamedTensors.pack(prompt.tensors()), prompt.spec, base=path)
-    return peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(path), target).eval()
-
-
-@torch.no_grad()
-def apart_from_peft(path: str, model: LanguageModel, prompt: Prompt, target) -> float:
-    """Largest difference of logits where there is text."""
-    batch = tiny.batch()
-    answered = as_peft(path, prompt, target)(
-        input_ids=batch.input_ids, attention_mask=batch.attention_mask
-    )
-    expected = answered.logits[:, -batch.input_ids.shape[1] :]
-    assert expected.abs().max() > 0.5
-    return float(
-        (expected - model.head(model.hidden(batch, prompt)))[batch.attention_mask.bool()]
-        .abs()
-        .max()
-    )
 
 
 @pytest.mark.parametrize(("kind", "projection"), PROMPTS)
@@ -596,13 +577,8 @@ def test_an_input_prompt_is_embeddings_in_front_of_the_text(folder):
     large = tiny.load(folder)
     prompt, [text] = prompt_for(large, "input"), tiny.texts([7])
     front = np.array([50, 51, 52, 53, 54], dtype=np.int32)
-    prompt.load(
-        {
-            "prompt": large.model.get_input_embeddings()
-            .weight[torch.from_numpy(front).long()]
-            .detach()
-        }
-    )
+    embedded = large.model.get_input_embeddings()(torch.from_numpy(front).long())
+    prompt.load({"prompt": embedded.detach()})
     longer = tiny.collate([tiny.Text(np.concatenate([front, text.ids]), 7)])
     assert (
         large.hidden(tiny.collate([text]), prompt) - large.hidden(longer)[:, 5:]

@@ -11,13 +11,12 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 from fedsp_mpi import config
 from fedsp_mpi.config import ConfigError, DistillationConfig
 from fedsp_mpi.data.tokens import Text
 from fedsp_mpi.models import auxiliary
-from fedsp_mpi.models.families import FAMILIES, layers_of
+from fedsp_mpi.models.families import layers_of, set_layers, with_layers
 from fedsp_mpi.models.language_model import LanguageModel
 from fedsp_mpi.models.prompts import DepthMap, Prompt, PromptSpec, key_values
 from fedsp_mpi.run.inputs import ExperimentInputs
@@ -74,13 +73,9 @@ def test_a_bridge_that_is_not_fitted_changes_nothing(folder, layers, last):
     """The model is then the global one without the layers between."""
     small, large = sides(folder, layers, last)
     bare = copy.deepcopy(large.model.model)
-    parent, _, name = FAMILIES[bare.config.model_type].rpartition(".")
-    layers_kept = [
-        layer
-        for i, layer in enumerate(layers_of(bare))
-        if i < layers - last or i >= tiny.LAYERS - last
-    ]
-    setattr(bare.get_submodule(parent), name, nn.ModuleList(layers_kept))
+    places = [i for i in range(tiny.LAYERS) if i < layers - last or i >= tiny.LAYERS - last]
+    set_layers(bare, [layers_of(bare)[place] for place in places])
+    with_layers(bare.config, places)
     expected = LanguageModel(auxiliary.unroll(bare, layers))
     batch = tiny.batch()
     assert torch.equal(

@@ -1,0 +1,68 @@
+"""What silos have scored on the text that they hold back: mean, worst silo, spread."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fedsp_mpi.record.hdf5 import Run
+from fedsp_mpi.report.formatting import as_decimal, as_percent, table
+
+_HEAD = (
+    "round",
+    "silos",
+    "mean loss",
+    "worst loss",
+    "spread",
+    "mean acc %",
+    "worst acc %",
+    "worst silo",
+)
+_LEGEND = (
+    "each silo's held-out text under what its client holds: losses in nats per token; mean over "
+    "silos by",
+    "their examples; worst = highest loss; spread = deviation over silos",
+)
+
+
+def client_name(run: Run, client: int) -> str:
+    """Return what reports call a client: "silo north", or "client 3"."""
+    names = run.sections.get("silos", {}).get("names", [])
+    if isinstance(names, list) and 0 <= client < len(names):
+        return f"silo {names[client]}"
+    return f"client {client}"
+
+
+def lines(run: Run) -> list[str]:
+    """Return the table of the silos' scores by round; nothing where silos did not judge."""
+    body = []
+    for round in np.unique(run.silos["round"]):
+        rows = run.silos[run.silos["round"] == round]
+        rows = rows[np.isfinite(rows["loss"])]
+        if not len(rows):
+            continue
+        worst = rows[np.argmax(rows["loss"])]
+        accuracies = rows["acc"][np.isfinite(rows["acc"])]
+        body.append(
+            [
+                str(round),
+                str(len(rows)),
+                as_decimal(mean(rows)),
+                as_decimal(worst["loss"]),
+                as_decimal(float(rows["loss"].std())),
+                as_percent(float(accuracies.mean()) if len(accuracies) else np.nan),
+                as_percent(float(accuracies.min()) if len(accuracies) else np.nan),
+                client_name(run, int(worst["silo"])).removeprefix("silo "),
+            ]
+        )
+    if not body:
+        return []
+    return [*table(_HEAD, body, num_left=0), *_LEGEND]
+
+
+def mean(rows: np.ndarray) -> float:
+    """Return the mean loss of rows of the table `silos`, weighted by their examples, nats a token.
+
+    Args:
+        rows: with finite losses, [rows].
+    """
+    return float(np.average(rows["loss"], weights=np.maximum(rows["n"], 1)))

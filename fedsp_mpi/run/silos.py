@@ -1,0 +1,507 @@
+"""Silos before the first round: who can see which, who plays which, and what each declares.
+
+Nobody but the rank that plays a silo opens a file of it. What a rank says of silos at first comes
+from names and sizes of files; what it declares then are numbers and digests, never text, token ids
+or counts of labels.
+"""
+
+from __future__ import annotations
+
+import glob
+import math
+import os
+import platform
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fedsp_mpi import comm
+from fedsp_mpi.comm import Topology
+from fedsp_mpi.comm.inspection import ProtocolError, reading, require_fields
+from fedsp_mpi.config import Config, ConfigError, SiloConfig
+from fedsp_mpi.config.silos import WILDCARD
+from fedsp_mpi.files.untrusted import JsonMapping, JsonObject
+from fedsp_mpi.log import Log, one_line
+from fedsp_mpi.run.agreement import agreed
+from fedsp_mpi.run.ranks import Assignment
+
+if TYPE_CHECKING:
+    from fedsp_mpi.comm.solo import Solo
+    from fedsp_mpi.comm.wire import Wire
+    from fedsp_mpi.run.silo_inputs import SiloInputs, SiloText
+
+_MAX_NAMED = 10  # silos that the log names
+_MAX_REASON = 300  # characters of a silo's problem
+_HOST_VARIABLES = ("SLURMD_NODENAME",)
+
+
+@dataclass(frozen=True)
+class OpenSilos:
+    """Silos that are ready for the first round.
+
+    Attributes:
+        config: of the run, its silos found.
+        inputs: of this rank, with the silos that it plays.
+        assignment: the clients of each rank.
+        declarations: of all silos, by client; on the server.
+    """
+
+    config: Config
+    inputs: SiloInputs
+    assignment: Assignment
+    declarations: Sequence[Declaration]
+
+
+@dataclass(frozen=True)
+class View:
+    """What a rank sees of the silos, without opening a file.
+
+    Attributes:
+        hosts: names that this rank's host goes by.
+        num_bytes: size of each silo that has a name, in the order of the configuration; None: it
+            is not there, or stands for silos that are still to be found.
+        matches: what matches each pattern, by its place in the configuration: path and size by
+            name.
+    """
+
+    hosts: Sequence[str]
+    num_bytes: Sequence[int | None]
+    matches: Mapping[int, Mapping[str, tuple[str, int]]]
+
+    @classmethod
+    def of_this_rank(cls, silos: Sequence[SiloConfig]) -> View:
+        """Look at the folders of the silos."""
+        names = [platform.node(), *(os.environ.get(name, "") for name in _HOST_VARIABLES)]
+        hosts = {name for full in names if full for name in (full, full.partition(".")[0])}
+        num_bytes = [None if silo.is_pattern else _size_of(silo.source) for silo in silos]
+        matches = {
+            index: _matches(silo.source) for index, silo in enumerate(silos) if silo.is_pattern
+        }
+        return cls(sorted(hosts), num_bytes, matches)
+
+    def to_json(self) -> JsonObject:
+        """Return this as it travels."""
+        content = asdict(self)
+        content["matches"] = {str(index): paths for index, paths in self.matches.items()}
+        return content
+
+    @classmethod
+    def from_json(cls, values: JsonMapping, rank: int) -> View:
+        """Read what a rank sent; raise ProtocolError, naming the rank, if it cannot be."""
+        with reading(rank, "what it sees of the silos"):
+            require_fields(values, rank, {"hosts": list, "num_bytes": list, "matches": dict})
+            matches = {
+                int(index): {
+                    str(name): (str(path), int(size)) for name, (path, size) in paths.items()
+                }
+                for index, paths in values["matches"].items()
+            }
+            sizes = [None if size is None else int(size) for size in values["num_bytes"]]
+            return cls([str(host) for host in values["hosts"]], sizes, matches)
+
+
+@dataclass(frozen=True)
+class Declaration:
+    """What a rank declares of a silo that it plays.
+
+    Attributes:
+        client: the silo's place among the silos.
+        size: number of training examples, as `federation.disclose` has it; None: not said.
+        num_held_out: number of examples that it holds back, likewise.
+        longest: number of tokens of the longest text, likewise.
+        reading: digest of tokenizer, template and verbaliser.
+        choices: digest of the choices; None where examples have none in common.
+        error: why the silo cannot be used; None if it can.
+    """
+
+    client: int
+    size: int | None = None
+    num_held_out: int | None = None
+    longest: int | None = None
+    reading: str = ""
+    choices: str | None = None
+    error: str | None = None
+
+    @classmethod
+    def from_json(cls, values: JsonMapping, rank: int) -> Declaration:
+        """Read what a rank sent; raise ProtocolError, naming the rank, if it cannot be."""
+        number = (int, type(None))
+        text = (str, type(None))
+        require_fields(values, rank, {"client": int, "reading": str, "choices": text})
+        require_fields(values, rank, {"size": number, "num_held_out": number, "error": text})
+        require_fields(values, rank, {"longest": number})
+        declaration = cls(**{name: values[name] for name in cls.__dataclass_fields__})
+        sizes = (declaration.size, declaration.num_held_out, declaration.longest)
+        if any(size is not None and size < 0 for size in sizes):
+            raise ProtocolError(f"rank {rank}: found a silo of negative size, which cannot be")
+        return declaration
+
+
+def open_silos(config: Config, name: str, wire: Wire | Solo, log: Log) -> OpenSilos:
+    """Find the silos, place them on ranks, open them, and hear what they declare.
+
+    Collective.
+
+    Args:
+        config: of the run.
+        name: of the configuration, for a run that has none.
+        wire: between all ranks.
+        log: is told of silos that cannot be used.
+
+    Raises:
+        comm.Refused: on every rank, if silos cannot be placed, or too few of them can be used.
+    """
+    views = wire.collect(_view(config, wire.topology), "silos")
+    with agreed(wire) as agreement:
+        if views is not None:
+            agreement.note = _place_all(config, name, views, wire.topology)
+    placed_silos, assignment, problems = agreement.note
+    config = with_silos(config, _read_silos(config, placed_silos))
+    ids = assignment[wire.topology.rank]
+
+    from fedsp_mpi.run.silo_inputs import SiloInputs
+
+    inputs = SiloInputs(config)
+    inputs.problems = {int(client): text for client, text in problems.items() if int(client) in ids}
+    refusal = None
+    if wire.is_server:
+        try:
+            inputs.check()
+        except (ValueError, OSError) as error:
+            refusal = comm.Refused(one_line(error))
+    own_silos = [asdict(_declare(inputs, client)) for client in ids]
+    messages = wire.collect({"silos": own_silos}, "declaration")
+    declarations: list[Declaration] = []
+    with agreed(wire) as agreement:
+        if messages is not None:
+            if refusal is not None:
+                raise refusal
+            declarations = _read_declarations(messages, assignment, config)
+            declarations = _with_disagreements(declarations, inputs)
+            _require_enough(declarations, config, log)
+            inputs.sizes = [declaration.size or 0 for declaration in declarations]
+            agreement.note = {
+                item.client: item.error for item in declarations if item.error is not None
+            }
+    for client, reason in agreement.note.items():
+        if int(client) in ids:
+            inputs.refuse_silo(int(client), reason)
+    return OpenSilos(config, inputs, [tuple(ids) for ids in assignment], declarations)
+
+
+def with_silos(config: Config, silos: Sequence[SiloConfig]) -> Config:
+    """Return the configuration with these silos as its clients."""
+    federation = replace(config.federation, silos=tuple(silos), clients=len(silos))
+    return replace(config, federation=federation)
+
+
+# -- finding and placing ---------------------------------------------------------------------------
+
+
+def _view(config: Config, topology: Topology) -> JsonObject:
+    """Return what this rank sees of the silos; ranks of the server do not look."""
+    is_server = topology.rank < config.topology.server_ranks and not topology.solo
+    silos = () if is_server else config.federation.silos
+    return View.of_this_rank(silos).to_json()
+
+
+def _size_of(source: str) -> int | None:
+    """Return the bytes of a folder's files without opening one; None if there is no such folder."""
+    path = Path(source).expanduser()
+    if path.is_file():
+        return path.stat().st_size
+    if not path.is_dir():
+        return None
+    total = 0
+    for folder, _, names in os.walk(path):
+        for name in names:
+            with suppress(OSError):  # a link to nowhere: it is found out when it is opened
+                total += Path(folder, name).stat().st_size
+    return total
+
+
+def _matches(pattern: str) -> dict[str, tuple[str, int]]:
+    """Return path and size of what matches a pattern, by name: what * stands for."""
+    expanded = str(Path(pattern).expanduser().absolute())
+    star = re.escape("*")
+    expression = re.compile(re.escape(expanded).replace(star, "([^/]+)"))
+    paths = {}
+    for path in sorted(glob.glob(expanded)):  # noqa: PTH207, absolute patterns
+        match = expression.fullmatch(path)
+        size = _size_of(path)
+        if match is not None and size is not None:
+            paths["-".join(match.groups())] = (path, size)
+    return paths
+
+
+def _place_all(
+    config: Config, name: str, messages: Sequence[JsonMapping], topology: Topology
+) -> tuple[list[tuple[int, str, str]], list[list[int]], dict[int, str]]:
+    """Find the silos in what the ranks see, and assign them to ranks.
+
+    Args:
+        config: of the run.
+        name: of the configuration, for a run that has none.
+        messages: what each rank sees, by rank.
+        topology: of the server.
+
+    Returns:
+        The silos, each as its place in the configuration, name and source; the ids of each rank;
+        and why silos cannot be placed, by id.
+
+    Raises:
+        comm.Refused: there is none, or the configuration cannot work with those that there are.
+    """
+    views = [View.from_json(message, rank) for rank, message in enumerate(messages)]
+    first = 0 if topology.solo else config.topology.server_ranks
+    try:
+        placed = _find(config, name, views[first:])
+        complete = with_silos(config, _read_silos(config, placed))
+        complete.check()
+        assignment, problems = _assign(complete, placed, views, first)
+    except ValueError as error:
+        raise comm.Refused(one_line(error)) from None
+    return placed, assignment, problems
+
+
+def _read_silos(config: Config, placed: Sequence[tuple[int, str, str]]) -> list[SiloConfig]:
+    """Return the silos that were found, as the configuration has them."""
+    silos = config.federation.silos
+    return [replace(silos[index], name=name, source=source) for index, name, source in placed]
+
+
+def _find(config: Config, name: str, views: Sequence[View]) -> list[tuple[int, str, str]]:
+    """Return the silos in the order of the configuration, those of a pattern by name.
+
+    A run that is resumed has the silos that it was begun with.
+
+    Raises:
+        ConfigError: nothing matches, or a silo is new to the run.
+    """
+    placed: list[tuple[int, str, str]] = []
+    recorded = _recorded_names(config, name)
+    for index, silo in enumerate(config.federation.silos):
+        if not silo.is_pattern:
+            placed.append((index, silo.name, silo.source))
+            continue
+        paths: dict[str, str] = {}
+        for view in views:
+            paths |= {match: path for match, (path, _) in view.matches.get(index, {}).items()}
+        if not paths and not recorded:
+            hosts = sorted({view.hosts[0] for view in views if view.hosts})
+            raise ConfigError(
+                f"federation.silos[{index}].source: found nothing that matches {silo.source} on "
+                f"{', '.join(hosts[:_MAX_NAMED])}, expected a folder for each silo"
+            )
+        placed += [(index, match, paths[match]) for match in sorted(paths)]
+    return _as_recorded(config, placed, recorded)
+
+
+def _as_recorded(
+    config: Config, placed: Sequence[tuple[int, str, str]], recorded: Sequence[str]
+) -> list[tuple[int, str, str]]:
+    """Return the silos of the run that is resumed, also those that are not there any more."""
+    if not recorded:
+        return list(placed)
+    by_name = {name: (index, name, source) for index, name, source in placed}
+    new = [name for name in by_name if name not in recorded]
+    if new:
+        raise ConfigError(
+            f"federation.silos: found {', '.join(new[:_MAX_NAMED])}, which the run was begun "
+            "without, expected the same silos; move them away, or choose another run.name"
+        )
+    pattern = next(
+        (index for index, silo in enumerate(config.federation.silos) if silo.is_pattern), 0
+    )
+    source = config.federation.silos[pattern].source
+    return [by_name.get(name, (pattern, name, source.replace(WILDCARD, name))) for name in recorded]
+
+
+def _recorded_names(config: Config, name: str) -> list[str]:
+    """Return the names of the silos of the run that is resumed, if silos are found by pattern."""
+    is_found = any(silo.is_pattern for silo in config.federation.silos)
+    if config.run.resume == "never" or not is_found:
+        return []
+    from fedsp_mpi.record import read
+    from fedsp_mpi.run.folder import RunFolder
+
+    folder = RunFolder(config, name).path
+    if not (folder / "run.h5").exists():
+        return []
+    silos = read(folder).config.get("federation", {}).get("silos", [])
+    return [str(silo["name"]) for silo in silos]
+
+
+def _assign(
+    config: Config, placed: Sequence[tuple[int, str, str]], views: Sequence[View], first: int
+) -> tuple[list[list[int]], dict[int, str]]:
+    """Assign silos to client ranks that can open them, each to the one with the least work.
+
+    Args:
+        config: of the run, its silos found.
+        placed: the silos as `_find` returns them.
+        views: of all ranks.
+        first: the first client rank.
+
+    Returns:
+        The ids of each rank, ascending; and why silos cannot be placed, by id. Those are assigned
+        too: their rank says so in every round.
+    """
+    client_ranks = list(range(first, len(views)))
+    problems: dict[int, str] = {}
+    allowed: dict[int, list[int]] = {}
+    work: dict[int, float] = {}
+    for client, (index, name, _) in enumerate(placed):
+        silo = config.federation.silos[client]
+        sizes = {rank: _seen_size(views[rank], index, name) for rank in client_ranks}
+        on_host = [rank for rank in client_ranks if silo.host in (None, *views[rank].hosts)]
+        if not on_host:
+            hosts = sorted({views[rank].hosts[0] for rank in client_ranks})
+            problems[client] = (
+                f"found no client rank on its host {silo.host}, expected one of "
+                f"{', '.join(hosts[:_MAX_NAMED])}; correct host, or start a rank there"
+            )
+        seeing = [rank for rank in on_host if sizes[rank] is not None]
+        allowed[client] = seeing or on_host or client_ranks
+        most_bytes = max((size for size in sizes.values() if size is not None), default=0)
+        # Training steps are equally many; a search runs over all texts.
+        work[client] = float(most_bytes) if config.searches else 1.0
+    ids: list[list[int]] = [[] for _ in views]
+    load = dict.fromkeys(client_ranks, 0.0)
+    order = sorted(work, key=lambda client: (len(allowed[client]), -work[client], client))
+    for client in order:
+        rank = min(allowed[client], key=lambda rank: (load[rank], len(ids[rank]), rank))
+        ids[rank].append(client)
+        load[rank] += work[client]
+    return [sorted(clients) for clients in ids], problems
+
+
+def _seen_size(view: View, index: int, name: str) -> int | None:
+    """Return the bytes of a silo as a rank sees it; None if it does not see it."""
+    if index in view.matches:
+        match = view.matches[index].get(name)
+        return None if match is None else match[1]
+    return view.num_bytes[index]
+
+
+# -- declaring -------------------------------------------------------------------------------------
+
+
+def _declare(inputs: SiloInputs, client: int) -> Declaration:
+    """Open a silo of this rank, and return what is declared of it."""
+    config = inputs.config
+    try:
+        if client in inputs.problems:
+            raise ValueError(inputs.problems[client])
+        text = inputs.open_silo(client)
+    except (ValueError, OSError) as error:
+        reason = one_line(error)[:_MAX_REASON]
+        inputs.refuse_silo(client, reason)
+        return Declaration(client, error=f"on {platform.node()}: {reason}")
+    disclose = config.federation.disclose
+    return Declaration(
+        client,
+        size=disclosed(len(text.texts), disclose),
+        num_held_out=disclosed(_num_held_out(text), disclose),
+        longest=disclosed(text.longest, disclose),
+        reading=text.reading_digest,
+        choices=text.choices(),
+    )
+
+
+def _num_held_out(text: SiloText) -> int:
+    return 0 if text.config.evaluation.at == "server" else len(text.held_out)
+
+
+def disclosed(number: int, disclose: str) -> int | None:
+    """Return a number as `federation.disclose` has it: as it is, rounded to two digits, or None."""
+    if disclose == "nothing":
+        return None
+    if disclose == "exact" or number < 100:
+        return number
+    digits = int(math.log10(number))
+    return round(number, 1 - digits)
+
+
+def _read_declarations(
+    messages: Sequence[JsonMapping], assignment: Sequence[Sequence[int]], config: Config
+) -> list[Declaration]:
+    """Return the declarations by client, of exactly the silos that were assigned.
+
+    Raises:
+        ProtocolError: a rank declares a silo that it does not play, or leaves one out.
+    """
+    declarations: dict[int, Declaration] = {}
+    for rank, message in enumerate(messages):
+        with reading(rank, "what its silos declare"):
+            require_fields(message, rank, {"silos": list})
+            items = [Declaration.from_json(values, rank) for values in message["silos"]]
+        if sorted(item.client for item in items) != sorted(assignment[rank]):
+            raise ProtocolError(
+                f"rank {rank}: found declarations of other silos than it plays, expected one for "
+                "each of those"
+            )
+        for item in items:
+            name = config.federation.client_name(item.client)
+            error = None if item.error is None else f"{name} {item.error}"
+            declarations[item.client] = replace(item, error=error)
+    return [declarations[client] for client in sorted(declarations)]
+
+
+def _with_disagreements(
+    declarations: Sequence[Declaration], inputs: SiloInputs
+) -> list[Declaration]:
+    """Return the declarations, with an error where a silo reads or answers otherwise than others.
+
+    The server's own text decides; where it owns none, what most silos have.
+    """
+    usable = [item for item in declarations if item.error is None]
+    reference = inputs.choices()
+    if reference is None and usable and not inputs.has_text:
+        [(reference, _)] = Counter(item.choices for item in usable).most_common(1)
+    checked = []
+    for item in declarations:
+        silo = inputs.config.federation.silos[item.client]
+        error = item.error
+        if error is None and item.reading != inputs.reading_digest_of(item.client):
+            error = (
+                f"silo {silo.name}: found another tokenizer on its host than on the server's, "
+                "expected the same files; copy model.tokenizer or model.name there"
+            )
+        has_own_words = bool(silo.verbaliser)
+        if error is None and reference and not has_own_words and item.choices != reference:
+            owner = "the server's rows" if inputs.has_text else "most silos"
+            error = (
+                f"silo {silo.name}: found other choices in its rows than {owner} have, expected "
+                "the same labels; correct them, or name all classes in data.classes"
+            )
+        checked.append(replace(item, error=error))
+    return checked
+
+
+def _require_enough(declarations: Sequence[Declaration], config: Config, log: Log) -> None:
+    """Name the silos that cannot be used; refuse the run if it should not go on without them.
+
+    Raises:
+        comm.Refused: `federation.on_failure` says stop, or fewer than `min_clients` are left.
+    """
+    errors = [item.error for item in declarations if item.error is not None]
+    if not errors:
+        return
+    if config.federation.on_failure == "stop":
+        more = f" (and {len(errors) - 1} more silos)" if len(errors) > 1 else ""
+        raise comm.Refused(f"{errors[0]}{more}; federation.on_failure=drop goes on without it")
+    for error in errors[:_MAX_NAMED]:
+        log.say(f"left out: {error}")
+    if len(errors) > _MAX_NAMED:
+        log.say(f"left out: {len(errors) - _MAX_NAMED} more silos")
+    num_usable = len(declarations) - len(errors)
+    if num_usable < config.federation.min_clients:
+        raise comm.Refused(
+            f"federation.silos: found {num_usable} of {len(declarations)} silos usable, expected "
+            f"at least federation.min_clients={config.federation.min_clients}; {errors[0]}"
+        )
