@@ -407,11 +407,11 @@ def test_texts_that_lose_their_beginning_are_counted(paints):
 def test_the_readme_s_own_data_are_read_by_the_configuration_that_is_shipped(tmp_path):
     chapter = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Your own data")[2]
     _, table_text, settings, *_ = re.split(r"```(?:yaml)?\n", chapter.replace("```\n```", "```"))
-    shipped = (ROOT / "configs" / "own_text" / "reviews.yaml").read_text(encoding="utf-8")
+    shipped = (ROOT / "configs" / "silos" / "sites.yaml").read_text(encoding="utf-8")
     assert yaml.safe_load(settings) == yaml.safe_load(shipped)
-    (tmp_path / "reviews.csv").write_text(table_text)
-    section = yaml.safe_load(settings)["data"] | {"source": str(tmp_path / "reviews.csv")}
-    examples = all_of(read(section.pop("source"), **section))
+    (tmp_path / "north.csv").write_text(table_text)
+    section = yaml.safe_load(settings)["data"]
+    examples = all_of(read(str(tmp_path / "north.csv"), **section))
     assert [example.choices for example in examples] == [CLASSES] * 5
 
 
