@@ -1,6 +1,6 @@
 """The command line, where one rank reads what is not its own.
 
-python trespass.py RANK FOLDER ARGUMENTS...: the rank RANK reads one file of FOLDER before it begins; the other ranks do not.
+python trespass.py RANK FOLDER ARGUMENTS...: rank RANK reads one file of FOLDER before it begins.
 """
 
 import sys
