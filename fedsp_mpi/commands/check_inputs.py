@@ -174,7 +174,9 @@ class ServerChecks:
         # Where the hub's cache is not shared, ranks may reach the hub, or have a cache elsewhere.
         cache = hub.locate(inputs.model_name, model.revision, "config.json")
         folders: dict[str, Status] = {str(cache.absolute()): "warn"}
-        for name in (inputs.model_name, model.tokenizer, inputs.source):
+        # Where clients have silos, the server's text is its own.
+        source = None if self._config.federation.silos else inputs.source
+        for name in (inputs.model_name, model.tokenizer, source):
             if name:
                 path = Path(name).expanduser()
                 if path.is_dir():

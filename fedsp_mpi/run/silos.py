@@ -36,7 +36,8 @@ if TYPE_CHECKING:
 
 _MAX_NAMED = 10  # silos that the log names
 _MAX_REASON = 300  # characters of a silo's problem
-_HOST_VARIABLES = ("SLURMD_NODENAME",)
+# Of a Slurm task: its node's name in Slurm, which may differ from the host's.
+_NODE_VARIABLE = "SLURMD_NODENAME"
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class View:
     """What a rank sees of the silos, without opening a file.
 
     Attributes:
-        hosts: names that this rank's host goes by.
+        hosts: names that this rank's host goes by; the first one stands in messages.
         num_bytes: size of each silo that has a name, in the order of the configuration; None: it
             is not there, or stands for silos that are still to be found.
         matches: what matches each pattern, by its place in the configuration: path and size by
@@ -75,13 +76,11 @@ class View:
     @classmethod
     def of_this_rank(cls, silos: Sequence[SiloConfig]) -> View:
         """Look at the folders of the silos."""
-        names = [platform.node(), *(os.environ.get(name, "") for name in _HOST_VARIABLES)]
-        hosts = {name for full in names if full for name in (full, full.partition(".")[0])}
         num_bytes = [None if silo.is_pattern else _size_of(silo.source) for silo in silos]
         matches = {
             index: _matches(silo.source) for index, silo in enumerate(silos) if silo.is_pattern
         }
-        return cls(sorted(hosts), num_bytes, matches)
+        return cls(_host_names(), num_bytes, matches)
 
     def to_json(self) -> JsonObject:
         """Return this as it travels."""
@@ -207,6 +206,13 @@ def _view(config: Config, topology: Topology) -> JsonObject:
     is_server = topology.rank < config.topology.server_ranks and not topology.solo
     silos = () if is_server else config.federation.silos
     return View.of_this_rank(silos).to_json()
+
+
+def _host_names() -> list[str]:
+    """Return the names that this rank's host goes by: in Slurm, in full, and without a domain."""
+    full_names = [os.environ.get(_NODE_VARIABLE, ""), platform.node()]
+    names = [name for full in full_names for name in (full, full.partition(".")[0]) if name]
+    return list(dict.fromkeys(names))
 
 
 def _size_of(source: str) -> int | None:
@@ -365,7 +371,9 @@ def _assign(
                 f"found no client rank on its host {silo.host}, expected one of "
                 f"{', '.join(hosts[:_MAX_NAMED])}; correct host, or start a rank there"
             )
-        seeing = [rank for rank in on_host if sizes[rank] is not None]
+        # An empty folder may be the place where the disk of another host would be mounted.
+        seeing = [rank for rank in on_host if sizes[rank]]
+        seeing = seeing or [rank for rank in on_host if sizes[rank] is not None]
         allowed[client] = seeing or on_host or client_ranks
         most_bytes = max((size for size in sizes.values() if size is not None), default=0)
         # Training steps are equally many; a search runs over all texts.
@@ -401,7 +409,7 @@ def _declare(inputs: SiloInputs, client: int) -> Declaration:
     except (ValueError, OSError) as error:
         reason = one_line(error)[:_MAX_REASON]
         inputs.refuse_silo(client, reason)
-        return Declaration(client, error=f"on {platform.node()}: {reason}")
+        return Declaration(client, error=f"on {_host_names()[0]}: {reason}")
     disclose = config.federation.disclose
     return Declaration(
         client,
