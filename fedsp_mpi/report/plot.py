@@ -211,8 +211,8 @@ def _draw_silo_lines(axes: Axes, run: Run, scores: Mapping[int, np.ndarray]) -> 
     marker = "o" if len(rounds) == 1 else None  # a line of one point is not seen
     rows = np.concatenate(list(scores.values()))
     for silo in np.unique(rows["silo"]):
-        own = rows[rows["silo"] == silo]
-        axes.plot(own["round"], own["loss"], label="each silo", marker=marker, **_SILO_LOOK)
+        line = rows[rows["silo"] == silo]
+        axes.plot(line["round"], line["loss"], label="each silo", marker=marker, **_SILO_LOOK)
     last = silos.worst_of(scores[rounds[-1]])
     worst = rows[rows["silo"] == last["silo"]]
     axes.plot(

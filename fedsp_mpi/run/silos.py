@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from fedsp_mpi.run.silo_inputs import SiloInputs, SiloText
 
 _MAX_NAMED = 10  # silos that the log names
+_MAX_HOSTS_NAMED = 4  # of a silo that differs
 _MAX_REASON = 300  # characters of a silo's problem
 # Of a Slurm task: its node's name in Slurm, which may differ from the host's.
 _NODE_VARIABLE = "SLURMD_NODENAME"
@@ -373,6 +374,8 @@ def _assign(
             )
         # An empty folder may be the place where the disk of another host would be mounted.
         seeing = [rank for rank in on_host if sizes[rank]]
+        if len({sizes[rank] for rank in seeing}) > 1:
+            problems[client] = _ambiguity({views[rank].hosts[0]: sizes[rank] for rank in seeing})
         seeing = seeing or [rank for rank in on_host if sizes[rank] is not None]
         allowed[client] = seeing or on_host or client_ranks
         most_bytes = max((size for size in sizes.values() if size is not None), default=0)
@@ -386,6 +389,19 @@ def _assign(
         ids[rank].append(client)
         load[rank] += work[client]
     return [sorted(clients) for clients in ids], problems
+
+
+def _ambiguity(sizes: Mapping[str, int | None]) -> str:
+    """Return what is wrong with a silo whose folder is another one on each host.
+
+    Args:
+        sizes: bytes of its files, by host.
+    """
+    places = [f"{size} bytes on {host}" for host, size in sorted(sizes.items())]
+    return (
+        f"found other files on each host ({', '.join(places[:_MAX_HOSTS_NAMED])}), expected one "
+        "folder; name its host, or a silo for each of them"
+    )
 
 
 def _seen_size(view: View, index: int, name: str) -> int | None:

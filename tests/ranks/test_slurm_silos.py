@@ -22,7 +22,10 @@ pytestmark = pytest.mark.slow
 # Rank 0 is the server; ranks 0 and 1 are on n1, rank 2 is on n2.
 OPTIONS = ("--nodes=2", "--ntasks=3")
 NODE_OF_RANK = ("n1", "n1", "n2")
-NUM_ROWS = {"n1": {"north": 8, "own": 10}, "n2": {"south": 12, "east": 14, "own": 6}}
+NUM_ROWS = {
+    "n1": {"sites/north": 8, "own": 10},
+    "n2": {"sites/south": 12, "sites/east": 14, "own": 6},
+}
 
 # Python runs this at its start: it imports all that a run needs, and the server says when all ranks
 # have met.
@@ -62,7 +65,7 @@ def slurm(tmp_path_factory, local) -> Iterator[Slurm]:
         for name, num_rows in silos.items():
             write(disks / node / name, num_rows)
     write(disks / "n1/server", 8, "validation")
-    (disks / "n1/south").mkdir()  # as where a disk is not mounted
+    (disks / "n1/sites/south").mkdir()  # as where a disk is not mounted
     with Slurm({node: {local: disks / node} for node in NUM_ROWS}) as slurm:
         yield slurm
 
@@ -77,8 +80,9 @@ def submit(slurm: Slurm, local: Path, folder: Path, name: str, *silos: str, **va
     where it is a folder of its name.
     """
     items = [
-        silo if "source" in silo else silo.replace("}", f", source: '{local / name_of(silo)}'}}")
+        silo if "source" in silo else silo.replace("}", f", source: '{local}/sites/{name}'}}")
         for silo in silos
+        for name in re.findall(r"name: (\w+)", silo) or [""]
     ]
     settings = [
         *(item for item in runs.SHORT if not item.startswith(("data.", "federation.clients"))),
@@ -98,24 +102,22 @@ def submit(slurm: Slurm, local: Path, folder: Path, name: str, *silos: str, **va
     return slurm.submit(OPTIONS, "fedsp.sbatch", *arguments, **where, **variables)
 
 
-def name_of(silo: str) -> str:
-    return re.search(r"name: (\w+)", silo)[1]
-
-
 @pytest.fixture(scope="module")
 def jobs(slurm, local, folder, tmp_path_factory) -> dict[str, Job]:
     """All jobs at once: most of their time they wait."""
     clock = tmp_path_factory.mktemp("clock")
     (clock / "sitecustomize.py").write_text(CLOCK)
     hosts = [
+        "{name: east}",
         "{name: south, host: n2}",
         f"{{name: first, host: n1, source: '{local / 'own'}'}}",
         f"{{name: second, host: n2, source: '{local / 'own'}'}}",
         "{name: elsewhere, host: n2}",
+        f"{{name: either, source: '{local / 'own'}'}}",
     ]
     places = (slurm, local, folder)
     return {
-        "found": submit(*places, "found", "{name: south}", "{name: north}", "{name: east}"),
+        "found": submit(*places, "found", f"{{source: '{local}/sites/*'}}"),
         "hosts": submit(*places, "hosts", *hosts, FEDSP_LAUNCHER="srun"),
         "stop": submit(
             *places, "stop", "{name: north}", "{name: elsewhere}", PYTHONPATH=f"{clock}:{ROOT}"
@@ -139,23 +141,28 @@ def took_part(run: Run) -> dict[int, list[int]]:
 
 
 def test_a_silo_goes_to_a_node_that_sees_its_rows(jobs, folder):
-    """An empty folder of the same name, on n1, has none of south's rows."""
+    """Each rank finds those of its own node; n1 has an empty folder of the name of one on n2."""
     jobs["found"].wait("COMPLETED")
     run = read(folder / "found")
-    assert nodes_of(run) == {"south": "n2", "north": "n1", "east": "n2"}
+    assert nodes_of(run) == {"east": "n2", "north": "n1", "south": "n2"}
     assert took_part(run) == {1: [0, 1, 2], 2: [0, 1, 2]}
-    assert run.sections["data"]["client_shards"] == [12, 8, 14]
+    assert run.sections["data"]["client_shards"] == [14, 8, 12]
 
 
 def test_a_silo_goes_to_its_host_and_one_that_nobody_sees_is_left_out(jobs, folder):
-    """Two silos have the same path, each on its own node."""
+    """Two silos have the same path, each on its own node; a third does not say which it means."""
     jobs["hosts"].wait("COMPLETED")
     run = read(folder / "hosts")
-    assert nodes_of(run) == {"south": "n2", "first": "n1", "second": "n2", "elsewhere": "n2"}
-    assert took_part(run) == {1: [0, 1, 2], 2: [0, 1, 2]}
-    assert run.sections["data"]["client_shards"] == [12, 10, 6, 0]
-    [line] = re.findall(r"^left out: .*", jobs["hosts"].text(), re.M)
-    assert line.startswith("left out: silo elsewhere on n2: sst2: found no folder ")
+    nodes = nodes_of(run)
+    del nodes["either"]
+    assert nodes == {"east": "n2", "south": "n2", "first": "n1", "second": "n2", "elsewhere": "n2"}
+    assert took_part(run) == {1: [0, 1, 2, 3], 2: [0, 1, 2, 3]}
+    assert run.sections["data"]["client_shards"] == [14, 12, 10, 6, 0, 0]
+    elsewhere, either = re.findall(r"^left out: .*", jobs["hosts"].text(), re.M)
+    assert elsewhere.startswith("left out: silo elsewhere on n2: sst2: found no folder ")
+    assert re.match(
+        r"left out: silo either on n\d: found other files on each host \(\d+ bytes on n1, ", either
+    )
 
 
 def test_one_that_nobody_sees_ends_the_job_at_once_where_all_are_needed(jobs, folder):
