@@ -197,6 +197,7 @@ def run_round(
             validation_loss=loss,
             control_validation_loss=control_loss,
             is_best=is_best,
+            bytes_down=wire.evaluation_bytes() if schedule.asks_silos else 0,
             **watch.seconds(),
         )
         server.journal.commit_round(

@@ -46,11 +46,15 @@ class Ledger:
     """Sums messages by (direction, phase, name), and keeps the last round's bytes per client.
 
     The methods take the number of logical messages and of those that crossed (see `Entry`).
+
+    Attributes:
+        evaluation_bytes: of the last broadcast that clients evaluated, all of them together.
     """
 
     def __init__(self) -> None:
         self._entries: dict[tuple[str, str, str], Entry] = {}
         self._round_bytes: dict[str, dict[int, int]] = {"down": {}, "up": {}}
+        self.evaluation_bytes = 0
 
     def add_bytes(
         self,
@@ -117,6 +121,9 @@ class Ledger:
             crossed: number of messages that crossed.
             phase: "broadcast" at the beginning of a round, or "evaluation" at its end.
         """
+        if phase == "evaluation":
+            num_values = sum(spec.num_values for spec in schema)
+            self.evaluation_bytes = messages * (HEADER_BYTES + 4 * num_values)
         self.add_headers("down", phase, messages=messages, crossed=crossed)
         self.add_tensors("down", phase, schema, messages=messages, crossed=crossed)
 

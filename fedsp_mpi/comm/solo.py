@@ -195,6 +195,10 @@ class Solo:
         """Return logical bytes of the last round: {"down": {client: bytes}, "up": ...}."""
         return self._ledger.round_bytes()
 
+    def evaluation_bytes(self) -> int:
+        """Return logical bytes of the last broadcast that was evaluated: once for each client."""
+        return self._ledger.evaluation_bytes
+
     def _receive_updates(
         self,
         round: int,

@@ -327,6 +327,10 @@ class Wire:
         """
         return self._ledger.round_bytes()
 
+    def evaluation_bytes(self) -> int:
+        """Return logical bytes of the last broadcast that was evaluated: once for each client."""
+        return self._ledger.evaluation_bytes
+
     # Up: one message with all headers of a rank, then the chunks of its updates.
 
     def _send_updates(

@@ -19,11 +19,11 @@ from pathlib import Path
 import yaml
 
 from fedsp_mpi import config, report
-from fedsp_mpi.config import Config, ConfigError
+from fedsp_mpi.config import Config, ConfigError, DataConfig
 from fedsp_mpi.config.limits import MOST_SILOS
 from fedsp_mpi.config.parsing import Section, put
 from fedsp_mpi.config.yaml_reader import key_value, setting
-from fedsp_mpi.data import found_classes, loading, sources
+from fedsp_mpi.data import loading, sources
 from fedsp_mpi.data.examples import Example
 from fedsp_mpi.data.labels import number_in_cell
 from fedsp_mpi.data.partition import ColumnValue
@@ -99,14 +99,7 @@ def split(
         digests = _write_rows(folder, owners, tables, log)
         classes = _classes(owners, inputs.task)
         _draw(folder / PICTURE, owners, classes, log)
-        text = _configuration(
-            path,
-            overrides,
-            folder.resolve(),
-            owners=owners,
-            inputs=inputs,
-            classes=tables.classes,
-        )
+        text = _configuration(path, overrides, folder.resolve(), owners=owners, inputs=inputs)
         ownership.write_new(folder / CONFIGURATION, text)
         manifest = _manifest(owners, classes, digests, inputs=inputs)
         ownership.finish_split(folder, json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
@@ -195,13 +188,7 @@ class _Tables:
         self._tables, _ = loading.read_tables(
             inputs.task, inputs.source, inputs.config.data.columns
         )
-        self.classes: tuple[str, ...] = ()  # of the rows, where the user names none
-        self._task: Task = inputs.task
-        if self._task.reader is not None:
-            self.classes, _ = found_classes.find(
-                self._task.name, self._tables, self._task.columns[-1]
-            )
-            self._task = self._task.with_classes(self.classes)
+        self._task, _ = loading.with_found_classes(inputs.task, self._tables)
         self._has_numerals = self._labels_are_numerals(owners)
 
     def of(self, owner: Owner, split: str) -> sources.Table:
@@ -386,7 +373,6 @@ def _configuration(
     *,
     owners: Sequence[Owner],
     inputs: ExperimentInputs,
-    classes: Sequence[str],
 ) -> str:
     """Return a configuration of the silos: the given one, with what was dealt out in its place.
 
@@ -396,7 +382,6 @@ def _configuration(
         folder: of the silos, absolute.
         owners: the server and the clients.
         inputs: of the given configuration.
-        classes: of the rows, where the user names none.
     """
     base = Path(path) if path is not None else config.EMBEDDED
     content: Section = {"extends": str(base.resolve())}
@@ -421,9 +406,23 @@ def _configuration(
             name: name if isinstance(column, str) else list(column)
             for name, column in inputs.config.data.columns.items()
         }
-    if classes:
-        values["data.classes"] = list(classes)  # a silo may not have rows of all of them
+        if inputs.config.data.template is not None:
+            values["data.template"] = _with_task_names(inputs.config.data)
+    if inputs.task.reader is not None:
+        # A silo may lack rows of a class: all have those of the one source.
+        tables, _ = loading.read_tables(inputs.task, inputs.source, inputs.config.data.columns)
+        values["data.classes"] = list(loading.class_names(inputs.task, tables))
     for key, value in values.items():
         put(content, key, value, key)
     head = "# Written by `split`: the same experiment, with a folder for each silo.\n"
     return head + yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+
+
+def _with_task_names(data: DataConfig) -> str | None:
+    """Return the template with the task's names of columns in the place of the source's."""
+    template = data.template
+    for name, column in data.columns.items():
+        if template is not None and isinstance(column, str):
+            field = rf"(?<!\{{)\{{{re.escape(column)}\}}(?!\}})"
+            template = re.sub(field, f"{{{name}}}", template)
+    return template

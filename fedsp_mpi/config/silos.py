@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 PLACEHOLDER = "{silo}"  # in a pattern, the place of the name
 WILDCARD = "*"  # the name of silos that are still to be found
 _MAX_NAME_LENGTH = 64
+_ENDING = re.compile(r"\.(csv|tsv|jsonl|ndjson|json|parquet|arrow)(\.(gz|bz2|xz|zst))?$", re.I)
 _NAME = re.compile(r"[\w][\w .@+-]*")
 
 
@@ -32,7 +33,7 @@ class SiloConfig:
     """
 
     name: str = ""  # in the log, the record and every message; none: the last part of the source
-    source: str = ""  # a folder on the host of its rank, or a hub set
+    source: str = ""  # a folder or a file on the host of its rank, or a hub set
     host: str | None = None  # None: any host that can open it
     columns: dict[str, str | tuple[str, ...]] = dataclasses.field(default_factory=dict)
     template: str | None = None
@@ -117,7 +118,7 @@ def _with_name(silo: Section) -> Section:
     source = silo.get("source")
     if silo.get("name") or not isinstance(source, str):
         return silo
-    name = WILDCARD if WILDCARD in source else PurePath(source).name
+    name = WILDCARD if WILDCARD in source else _ENDING.sub("", PurePath(source).name)
     return {**silo, "name": name}
 
 
@@ -165,8 +166,8 @@ def _require_silo(silo: SiloConfig, where: str) -> None:
         raise ConfigError(f"{where}.source: found none, expected a folder or a hub set")
     if PLACEHOLDER in silo.source:
         raise ConfigError(
-            f"{where}.source: found {PLACEHOLDER} in {shown(silo.source)} without names; add "
-            "names: [...], or write * to take all that match"
+            f"{where}.source: found {PLACEHOLDER} in {shown(silo.source)}, expected names for it; "
+            "add names: [...], or write * to take all that match"
         )
     is_plain = _NAME.fullmatch(silo.name) and len(silo.name) <= _MAX_NAME_LENGTH
     if not silo.is_pattern and not is_plain:

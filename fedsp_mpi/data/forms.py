@@ -122,6 +122,7 @@ class Folder:
         self._task = task
         self._location = location
         self._folder = location.folder
+        self._in_memory: dict[tuple[Path, ...], Table] = {}
         self._files = _name_task(
             task,
             lambda: (
@@ -163,14 +164,24 @@ class Folder:
         return tables, notes
 
     def _first_row_columns(self, split: str, paths: Sequence[Path]) -> list[str]:
+        if self._is_read_into_memory(paths):
+            return self._table(split, paths).column_names
         return self._ask(paths, lambda: _first_row_columns(self._builder(split, paths), split))
 
-    def _table(self, split: str, paths: Sequence[Path]) -> Table:
+    def _is_read_into_memory(self, paths: Sequence[Path]) -> bool:
         size = sum(path.stat().st_size for path in paths)
-        if self._location.cache is not None and size <= _MAX_BYTES_IN_MEMORY:
-            options = self._reader_options(paths)
-            return self._ask(paths, lambda: in_memory.table(self._files.kind, paths, options))
-        return self._ask(paths, lambda: _prepare(self._builder(split, paths))[split])
+        return self._location.cache is not None and size <= _MAX_BYTES_IN_MEMORY
+
+    def _table(self, split: str, paths: Sequence[Path]) -> Table:
+        if not self._is_read_into_memory(paths):
+            return self._ask(paths, lambda: _prepare(self._builder(split, paths))[split])
+        key = tuple(paths)
+        if key not in self._in_memory:
+            options = self._ask(paths, lambda: self._reader_options(paths))
+            self._in_memory[key] = self._ask(
+                paths, lambda: in_memory.table(self._files.kind, paths, options)
+            )
+        return self._in_memory[key]
 
     def _concatenated(self, paths: Sequence[Path], parts: Sequence[Table]) -> Table:
         table = self._ask(paths, lambda: datasets.concatenate_datasets(list(parts)))
@@ -178,6 +189,8 @@ class Folder:
         return table
 
     def _builder(self, split: str, paths: Sequence[Path]) -> datasets.DatasetBuilder:
+        if self._location.cache is not None:
+            cache.require(self._location.cache)
         return cache.builder(
             self._files.kind,
             split,
@@ -222,11 +235,14 @@ def open_source(task: str, location: Location) -> Source:
     """
     folder = location.folder
     if location.file:
-        _name_task(task, cache.require)
+        _name_task(task, lambda: _require_shared_cache(location))
         return Folder(task, location)
     if folder and any((folder / name).exists() for name in ("dataset_dict.json", "state.json")):
         return Saved(task, location)
-    _name_task(task, lambda: cache.require(location.cache))
+    if folder is None or _is_declared(task, location, folder):
+        _name_task(task, lambda: cache.require(location.cache))
+    else:
+        _name_task(task, lambda: _require_shared_cache(location))
     if folder is None:
         _require_hub(task, location.name)
         hub_builder = _ask(
@@ -248,6 +264,15 @@ def open_source(task: str, location: Location) -> Source:
     config = _pick_config(task, location)
     builder = _ask(task, location, lambda: cache.declared_builder(folder, config, location.cache))
     return Declared(task, location, builder)
+
+
+def _require_shared_cache(location: Location) -> None:
+    """Raise ValueError if files of the user's own would be prepared where that cannot be done.
+
+    A private cache is made when it is needed: small files need none.
+    """
+    if location.cache is None:
+        cache.require()
 
 
 def _is_declared(task: str, location: Location, folder: Path) -> bool:

@@ -74,7 +74,7 @@ def load(
     task = find(task) if isinstance(task, str) else task
     limits = _checked_limits(limit)
     tables, notes = read_tables(task, source, columns, cache=cache)
-    task, class_notes = with_classes(task, tables)
+    task, class_notes = with_found_classes(task, tables)
     rows, decisions = _split_rows(task, tables, seed, owner)
     notes += class_notes + decisions
     examples: dict[str, tuple[Example, ...]] = dict.fromkeys(SPLITS, ())
@@ -155,7 +155,7 @@ def scored_rows(
         ValueError: as `load` does.
     """
     tables, _ = read_tables(task, source, columns)
-    task, _ = with_classes(task, tables)
+    task, _ = with_found_classes(task, tables)
     rows, _ = _split_rows(task, tables, seed)
     origin, numbers = rows["test"]
     numbers = numbers[:limit]
@@ -172,7 +172,9 @@ def scored_rows(
     return table, examples
 
 
-def with_classes(task: Task, tables: Mapping[str, datasets.Dataset]) -> tuple[Task, list[str]]:
+def with_found_classes(
+    task: Task, tables: Mapping[str, datasets.Dataset]
+) -> tuple[Task, list[str]]:
     """Return the task with the classes of its rows, where the user names none, and notes."""
     if task.reader is None:
         return task, []
@@ -186,10 +188,16 @@ def _split_rows(
     if owner == "silo":
         return sources.silo_rows(task.name, tables)
     if owner == "server":
-        return sources.server_rows(tables, task.column_sets, seed=seed)
+        return sources.server_rows(task.name, tables, task.column_sets, seed=seed)
     return sources.split_rows(
         task.name, tables, task.column_sets, seed=seed, cuts_test=task.hub is None
     )
+
+
+def class_names(task: Task, tables: Mapping[str, datasets.Dataset]) -> tuple[str, ...]:
+    """Return the classes that are found in the rows of a task that has none yet."""
+    classes, _ = found_classes.find(task.name, tables, task.columns[-1])
+    return classes
 
 
 def _renamed(columns: ColumnNames | None) -> dict[str, str]:

@@ -272,30 +272,26 @@ def silo_rows(task: str, tables: Tables) -> tuple[dict[str, Rows], list[str]]:
 
 
 def server_rows(
-    tables: Tables, column_sets: ColumnSets, *, seed: int
+    task: str,
+    tables: Tables,
+    column_sets: ColumnSets,
+    *,
+    seed: int,
+    cuts_test: bool = False,
 ) -> tuple[dict[str, Rows], list[str]]:
     """Return the splits that the server's own source has; see `split_rows`.
 
-    Its train is the server's shard. A lone train is text to judge by: one half is validation, the
-    other test, drawn with `seed`. A lone validation is the test too.
+    Its train is the server's shard. A lone train is divided; a lone validation is the test too.
     """
+    if list(tables) == ["train"]:
+        return split_rows(task, tables, column_sets, seed=seed, cuts_test=True)
     rows: dict[str, Rows] = {
         split: (split, range(len(tables[split]))) for split in SPLITS if split in tables
     }
     if "test" in rows and _why_not_scored(tables["test"], column_sets) is not None:
         del rows["test"]
     notes = []
-    if list(rows) == ["train"]:
-        order = generator(seed, "server's halves").permutation(len(tables["train"]))
-        middle = len(order) // 2
-        rows = {
-            "validation": ("train", np.sort(order[:middle]).tolist()),
-            "test": ("train", np.sort(order[middle:]).tolist()),
-        }
-        notes.append(
-            "validation and test = the two halves of the server's rows, which name no split"
-        )
-    elif "validation" in rows and "test" not in rows:
+    if "validation" in rows and "test" not in rows:
         rows["test"] = rows["validation"]
         notes.append(
             "test = the server's validation rows, which also choose the best round: its scores "

@@ -67,7 +67,7 @@ class RoundJournal:
         """Write one round; when this returns, the round is on disk.
 
         Args:
-            row: the round's, without its bytes.
+            row: the round's; of its bytes only those of the evaluation at silos.
             results: what the clients sent.
             prompts: fp32 arrays [*shape] by name; None if they are not kept.
             silos: what silos have scored.
@@ -108,7 +108,7 @@ class RoundJournal:
             )
         row = replace(
             row,
-            bytes_down=sum(round_bytes["down"].values()),
+            bytes_down=row.bytes_down + sum(round_bytes["down"].values()),
             bytes_up=sum(round_bytes["up"].values()),
         )
         rows.sort(key=lambda client_row: client_row.client)

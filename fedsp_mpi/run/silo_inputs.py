@@ -14,7 +14,7 @@ import torch
 
 from fedsp_mpi import rng
 from fedsp_mpi.config import Config, ConfigError, DataConfig, SiloConfig
-from fedsp_mpi.data import answers, cache, loading, poison, tasks
+from fedsp_mpi.data import answers, cache, loading, own_tasks, poison, tasks
 from fedsp_mpi.data.tokens import Text
 from fedsp_mpi.evaluation import scoring
 from fedsp_mpi.files import fingerprint
@@ -198,6 +198,13 @@ class SiloInputs(ExperimentInputs):
         """Return the digest of how a silo's rows become tokens, as this rank would do it."""
         silo = self.config.federation.silos[client]
         return _reading_digest(self.tokenizer_digest, _data_of(self.config, silo))
+
+    @cached_property
+    def task(self) -> tasks.Task:
+        """What a row of the server's own text says."""
+        data = self.config.data
+        columns = self.config.server.data.columns or data.columns
+        return own_tasks.configured(replace(data, columns=columns))
 
     # -- what the server owns ----------------------------------------------------------------------
 

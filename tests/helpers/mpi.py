@@ -23,6 +23,7 @@ _ALLOW = {
     "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
     "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
 }
+_FAULT_ABSENT = "faulty.py: found no "
 
 
 def mpirun() -> str:
@@ -46,7 +47,8 @@ def run_mpi(
         args: arguments of Python.
         timeout: seconds, after which every process of the run is killed and the test fails.
         env: variables on top of the test's own environment.
-        status: the expected exit status; the test fails on another one. None expects nothing.
+        status: the expected exit status; the test fails on another one. None expects nothing, but
+            that the place of a fault (mpi_programs/faulty.py) was there.
     """
     command = ([mpirun(), "-n", str(n)] if n else []) + [
         sys.executable,
@@ -87,6 +89,8 @@ def run_mpi(
             else f"exit status {result.returncode}, expected {status}"
         )
         pytest.fail(f"{' '.join(command)}: {reason}\n{both_ends(result)}", pytrace=False)
+    if status is None and _FAULT_ABSENT in result.stderr:
+        pytest.fail(f"{' '.join(command)}: {both_ends(result)}", pytrace=False)
     return result
 
 

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from fedsp_mpi.record import read
-from helpers.mpi import both_ends, only_report
+from helpers.mpi import both_ends, only_report, run_mpi
 from helpers.paths import PROGRAMS
 from helpers.runs import short_run
 
@@ -111,18 +111,26 @@ def test_a_quorum_below_which_the_run_stops(tmp_path, n, fault, reason):
 
 
 @pytest.mark.parametrize(
-    ("fault", "message"),
+    ("fault", "place"),
     [
-        ("raise:no such phase:1", "found no phase 'no such phase' in run --name"),
-        ("raise:merge:1", "found no phase 'merge' in run --name"),
-        ("raise:merge:0:9", "found no phase 'merge' of round 9 in run --name"),
-        ("raise:merge:2", "found no rank 2 in run --name"),
+        ("raise:no such phase:1", "phase 'no such phase'"),
+        ("die:merge:0:9", "phase 'merge' of round 9"),
+        ("stop:merge:2", "rank 2"),
     ],
 )
-def test_a_fault_whose_place_is_not_there_is_no_pass(tmp_path, fault, message):
-    result, _ = timed(2, tmp_path, "run", "federation.rounds=1", fault=fault)
-    assert result.returncode not in (0, 1, 2, 75, 124), both_ends(result)
+def test_a_fault_whose_place_is_not_there_is_no_pass(fault, place):
+    command = [PROGRAMS / "faulty.py", fault, "bench", "wire", "--repeats", "1"]
+    result = run_mpi(2, command, status=70)
+    message = (
+        f"faulty.py: found no {place} in bench wire, expected the place of the fault '{fault}'"
+    )
     assert result.stderr.count("faulty.py: ") == 1 and message in result.stderr
+
+
+def test_a_test_that_expects_no_status_fails_where_its_fault_has_no_place():
+    command = [PROGRAMS / "faulty.py", "kill:no such phase:0", "report", "nowhere"]
+    with pytest.raises(pytest.fail.Exception, match="found no phase 'no such phase' in report"):
+        run_mpi(0, command, status=None)
 
 
 def test_a_slow_client_is_cut_at_its_time_and_weighs_what_it_did(tmp_path):

@@ -7,6 +7,7 @@ import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from fedsp_mpi.record import read
@@ -71,6 +72,44 @@ def test_the_same_bits_as_the_simulation(tmp_path, silos, method, n):
     whole = simulate(tmp_path, "simulation", *settings)
     run_silos(n, silos, tmp_path, "silos", *settings)
     assert difference(read(whole), read(tmp_path / "silos")) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n", [0, 3])
+def test_silos_choose_the_best_round_where_the_server_owns_no_text(tmp_path, silos, n):
+    names = [f"client_{client:03d}" for client in range(3)]
+    settings = [
+        *FEDPROMPT,
+        "server.tuning.steps=0",
+        "server.data.source=null",
+        "evaluation.at=silos",
+        "evaluation.held_out=0.25",
+        "federation.rounds=3",
+        f"federation.silos={{source: '{silos}/{{silo}}', names: [{', '.join(names)}]}}",
+    ]
+    run_silos(n, silos, tmp_path, "run", *settings)
+    run = read(tmp_path / "run")
+    assert np.isnan(run.rounds["validation_loss"]).all()
+    assert run.silos["silo"].tolist() == [0, 1, 2] * 3
+    assert set(run.silos["n"].tolist()) == {4}
+    means = run.silos["loss"].reshape(3, 3).mean(axis=1)
+    lowest = np.minimum.accumulate(means)
+    assert (run.rounds["is_best"] == (means == lowest)).all()
+    [size] = [
+        row["bytes"] for row in run.wire if (row["phase"], row["name"]) == ("evaluation", "prompt")
+    ]
+    assert size == 9 * 4 * run.sections["models"]["prompt_on_the_wire"]
+    assert (tmp_path / "run" / "prompt").is_dir()
+
+
+@pytest.mark.slow
+def test_two_ranks_of_the_server_judge_alike(tmp_path, silos):
+    settings = ("evaluation.at=both", "topology.server_ranks=2")
+    run_silos(4, silos, tmp_path, "two", *settings)
+    run_silos(0, silos, tmp_path, "one", settings[0])
+    one, two = read(tmp_path / "one"), read(tmp_path / "two")
+    assert two.silos["loss"] == pytest.approx(one.silos["loss"], rel=1e-4)
+    assert two.rounds["is_best"].tolist() == one.rounds["is_best"].tolist()
 
 
 @pytest.mark.slow

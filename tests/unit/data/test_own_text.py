@@ -18,11 +18,14 @@ import pytest
 import yaml
 
 from fedsp_mpi import config
+from fedsp_mpi.commands import split as split_command
 from fedsp_mpi.config import DataConfig
 from fedsp_mpi.config.parsing import parse
 from fedsp_mpi.data import loading, own_tasks
 from fedsp_mpi.data.tasks import Splits
+from fedsp_mpi.log import Log
 from fedsp_mpi.run.inputs import ExperimentInputs
+from fedsp_mpi.run.silo_inputs import SiloInputs, SiloText
 from helpers.configs import refused
 from helpers.paths import ROOT
 from helpers.runs import FEDPROMPT, here, short
@@ -404,11 +407,11 @@ def test_texts_that_lose_their_beginning_are_counted(paints):
 def test_the_readme_s_own_data_are_read_by_the_configuration_that_is_shipped(tmp_path):
     chapter = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Your own data")[2]
     _, table_text, settings, *_ = re.split(r"```(?:yaml)?\n", chapter.replace("```\n```", "```"))
-    shipped = (ROOT / "configs" / "own_text" / "reviews.yaml").read_text(encoding="utf-8")
+    shipped = (ROOT / "configs" / "silos" / "sites.yaml").read_text(encoding="utf-8")
     assert yaml.safe_load(settings) == yaml.safe_load(shipped)
-    (tmp_path / "reviews.csv").write_text(table_text)
-    section = yaml.safe_load(settings)["data"] | {"source": str(tmp_path / "reviews.csv")}
-    examples = all_of(read(section.pop("source"), **section))
+    (tmp_path / "north.csv").write_text(table_text)
+    section = yaml.safe_load(settings)["data"]
+    examples = all_of(read(str(tmp_path / "north.csv"), **section))
     assert [example.choices for example in examples] == [CLASSES] * 5
 
 
@@ -506,3 +509,54 @@ def test_files_that_are_no_tables_are_refused_with_what_to_do(tmp_path):
     # Without a header, the first row's text would be the name of a column.
     (tmp_path / "bare.csv").write_text(f"{SECRET} in one long line of a table,1\na,0\n")
     require_line(lambda: read(tmp_path / "bare.csv"), ("no column 'text', 'label'", "(a name of"))
+
+
+# -- silos -----------------------------------------------------------------------------------------
+
+
+def test_a_split_of_own_text_is_read_back_by_its_silos(tmp_path):
+    source = as_csv(tmp_path / "own.csv", MESSY, ";")
+    settings = [
+        "data.task=classification",
+        f"data.source={source}",
+        "data.columns={text: review, label: outcome}",
+        'data.template="{review} Verdict:"',
+        "federation.clients=3",
+        "data.partition=labels",
+        "data.alpha=0.1",
+    ]
+    lines: list[str] = []
+    split_command.split(None, settings, tmp_path / "silos", log=Log(lines.append))
+    simulated = ExperimentInputs(config.load(None, settings))
+    dealt_out = config.load(tmp_path / "silos" / "silos.yaml")
+    assert dealt_out.data.classes == CLASSES
+    for client, silo in enumerate(SiloInputs(dealt_out).config.federation.silos):
+        text = SiloText(dealt_out, client, SiloInputs(dealt_out))
+        rows = simulated.shards[client + 1]
+        assert list(text.splits.train) == [simulated.splits.train[row] for row in rows], silo
+
+
+def test_silos_with_a_table_each(tmp_path, paints):
+    rows = [json.loads(line) for line in (paints / "own" / "train.jsonl").open()]
+    names = ("north", "east")
+    for k, name in enumerate(names):
+        with (tmp_path / f"{name}.csv").open("w", newline="") as file:
+            writer = csv.writer(file, delimiter=";,"[k])
+            writer.writerow(["note", "paint"])
+            writer.writerows(
+                [row["note"], ("grey", "blue")[row["paint"]]] for row in rows[16 * k : 16 * k + 16]
+            )
+    silos = ", ".join(f"{{name: {name}, source: {tmp_path / name}.csv}}" for name in names)
+    own = [key for key in OWN if not key.startswith("data.source")]
+    run = short(
+        tmp_path / "run",
+        *FEDPROMPT,
+        *own,
+        "federation.clients=2",
+        "data.source=null",
+        f"federation.silos=[{silos}]",
+        f"server.data={{source: {paints / 'own'}}}",
+        "federation.rounds=1",
+    )
+    assert sorted(set(run.clients["client"].tolist())) == [0, 1]
+    assert set(run.clients["status"].tolist()) <= {b"ok", "ok"}
