@@ -85,7 +85,8 @@ def check(options: argparse.Namespace) -> int:
     from fedsp_mpi.commands import check
 
     settings, error = _load_or_error(options)
-    check.check(settings, _log(options), error=error)
+    name = Path(options.config).stem if options.config else "embedded"
+    check.check(settings, _log(options), name=name, error=error)
     return 0
 
 

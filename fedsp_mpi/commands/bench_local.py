@@ -106,6 +106,7 @@ def _require_comparable(config: Config, repeats: int) -> None:
     """Raise ValueError if the configuration asks for what the bare loop does not do."""
     if repeats < 1:
         raise ValueError(f"--repeats: found {repeats}, expected at least 1 round that counts")
+    require_one_source(config)
     for key, value, expected in (
         ("method", config.method, "fedsp"),
         ("federation.client_state", config.federation.client_state, "kept"),
@@ -121,6 +122,16 @@ def _require_comparable(config: Config, repeats: int) -> None:
                 f"{key}: found {str(value).lower()}, expected {str(expected).lower()}, which is "
                 "all that the bare loop does; set it for the comparison"
             )
+
+
+def require_one_source(config: Config) -> None:
+    """Raise ValueError if clients have silos: a benchmark takes its text from data.source."""
+    silos = config.federation.silos
+    if silos:
+        raise ValueError(
+            f"federation.silos: found {len(silos)}, expected none: the text of a benchmark is a "
+            "part of data.source; leave out federation.silos and server.data, and name data.source"
+        )
 
 
 def _bare_side(

@@ -16,6 +16,7 @@ from pathlib import Path
 from torch import Tensor
 
 from fedsp_mpi.comm import Topology
+from fedsp_mpi.commands.bench_local import require_one_source
 from fedsp_mpi.config import Config
 from fedsp_mpi.evaluation.scoring import answer_loss_mean
 from fedsp_mpi.log import Log
@@ -72,6 +73,7 @@ def transfer(config: Config, steps: int, log: Log) -> list[TransferPoint]:
     """
     if steps < 1:
         raise ValueError(f"--steps: found {steps}, expected at least 1")
+    require_one_source(config)
     if config.tunes_weights or not config.federation.clients:
         raise ValueError(
             "method, federation.clients: found no clients with prompts, whose transfer "

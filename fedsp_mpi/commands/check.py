@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 
 from fedsp_mpi.comm import diagnostics
 from fedsp_mpi.commands.check_inputs import FolderView, ServerChecks
-from fedsp_mpi.commands.check_ranks import check_ranks
+from fedsp_mpi.commands.check_ranks import check_ranks, check_world
 from fedsp_mpi.commands.check_report import CheckReport
+from fedsp_mpi.commands.check_silos import check_silos
 from fedsp_mpi.config import Config
 from fedsp_mpi.files.untrusted import JsonObject
 from fedsp_mpi.log import Log, one_line
@@ -28,12 +29,15 @@ if TYPE_CHECKING:
 _MAX_CLOCK_SKEW = 1.0
 
 
-def check(config: Config, log: Log, *, error: ValueError | None = None) -> None:
+def check(
+    config: Config, log: Log, *, name: str = "embedded", error: ValueError | None = None
+) -> None:
     """Check everything that a run of this configuration needs; every rank calls this.
 
     Args:
         config: checked.
         log: gets a line for each finding; speaks on the server only.
+        name: of the configuration, for a run that has none.
         error: what is wrong with the configuration on this rank; `config` is the default one then.
 
     Raises:
@@ -46,7 +50,14 @@ def check(config: Config, log: Log, *, error: ValueError | None = None) -> None:
     )  # of all ranks, on the server only
     ranks_agree = not ranks or check_ranks(report, config, ranks, error=error)
     wire.agree(None if ranks_agree else report.verdict())
-    server = ServerChecks(report, config, ranks) if wire.is_server else None
+    silos = None
+    if config.federation.silos:
+        has_patterns = any(silo.is_pattern for silo in config.federation.silos)
+        silos = check_silos(report, config, name, wire=wire)
+        config = silos.config if silos else config
+        if silos and ranks and has_patterns:
+            check_world(report, config, len(ranks))
+    server = ServerChecks(report, config, ranks, silos) if wire.is_server else None
     try:
         handout = wire.handout(server.check_inputs() if server else None)
         views = wire.collect(FolderView.of(handout.meta, wire.topology.rank).to_json())

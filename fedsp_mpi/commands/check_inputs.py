@@ -21,6 +21,7 @@ from fedsp_mpi.tensors import NamedTensors, Schema
 
 if TYPE_CHECKING:
     from fedsp_mpi.estimate.memory import ModelSizes
+    from fedsp_mpi.run.silos import OpenSilos
 
 # Share of the free memory above which an estimate is tight, because it is rough.
 _TIGHT = 0.8
@@ -61,15 +62,23 @@ class ServerChecks:
         report: gets the findings.
         config: checked.
         ranks: the introductions of all ranks.
+        silos: those of the clients, opened; None: there are none, or they cannot be placed.
     """
 
-    def __init__(self, report: CheckReport, config: Config, ranks: Sequence[JsonMapping]) -> None:
+    def __init__(
+        self,
+        report: CheckReport,
+        config: Config,
+        ranks: Sequence[JsonMapping],
+        silos: OpenSilos | None = None,
+    ) -> None:
         from fedsp_mpi.run.silo_inputs import inputs_of
 
         self._report = report
         self._config = config
         self._ranks = ranks
-        self._inputs = inputs_of(config)
+        self._silos = silos
+        self._inputs = silos.inputs if silos else inputs_of(config)
         self._probe: probe.Probe | None = None
         # Folders that every rank reads, and the status where one is not seen.
         self._folders: dict[str, Status] = {}
@@ -108,16 +117,14 @@ class ServerChecks:
         try:
             inputs.check()
             build.method_of(inputs)
-            texts = (*inputs.shard(0), *inputs.validation)
-            max_length = max(len(text.ids) for text in texts)
+            max_length = self._longest()
             model = inputs.model_config
             splits = inputs.splits
             self._report.add(
                 "ok",
                 "model, data",
                 f"{self._config.model.name}: {model.model_type}, {model.num_hidden_layers} "
-                f"layers; {self._config.data.task}: {len(splits.train)} train, "
-                f"{len(splits.validation)} validation, {len(splits.test)} test",
+                f"layers; {self._config.data.task}: {self._sizes_of_splits()}",
             )
             for note in splits.notes:
                 self._report.add("ok", "rows", note)
@@ -130,11 +137,36 @@ class ServerChecks:
         except (ValueError, OSError):
             return None
 
+    def _sizes_of_splits(self) -> str:
+        """Return the numbers of examples; where clients have silos, of the server's own."""
+        splits = self._inputs.splits
+        sizes = (
+            f"{len(splits.train)} train, {len(splits.validation)} validation, "
+            f"{len(splits.test)} test"
+        )
+        if not self._config.federation.silos:
+            return sizes
+        if not any((splits.train, splits.validation, splits.test)):
+            return "the server owns no text"
+        return f"the server's {sizes}"
+
+    def _longest(self) -> int:
+        """Return the number of tokens of the longest text; 0 if it is not known."""
+        inputs = self._inputs
+        lengths = [len(text.ids) for text in (*inputs.shard(0), *inputs.validation)]
+        declarations = self._silos.declarations if self._silos else ()
+        for item in declarations:
+            if item.error is None and item.longest is None:
+                return 0
+            lengths.append(item.longest or 0)
+        return max(lengths, default=0)
+
     def _check_memory(self, sizes: ModelSizes) -> None:
         """Compare the memory that a run needs on each host and GPU with what is free there."""
         from fedsp_mpi.estimate import memory
 
-        for budget in memory.plan(self._config, sizes, self._ranks):
+        assignment = self._silos.assignment if self._silos else None
+        for budget in memory.plan(self._config, sizes, self._ranks, assignment=assignment):
             finding = (
                 f"{budget.place}: about {as_gib(budget.needed)} needed, {as_gib(budget.free)} free"
             )
@@ -174,9 +206,9 @@ class ServerChecks:
         # Where the hub's cache is not shared, ranks may reach the hub, or have a cache elsewhere.
         cache = hub.locate(inputs.model_name, model.revision, "config.json")
         folders: dict[str, Status] = {str(cache.absolute()): "warn"}
-        # Where clients have silos, the server's text is its own.
-        source = None if self._config.federation.silos else inputs.source
-        for name in (inputs.model_name, model.tokenizer, source):
+        # Text of the server's own is nobody else's.
+        data = None if self._config.federation.silos else inputs.source
+        for name in (inputs.model_name, model.tokenizer, data):
             if name:
                 path = Path(name).expanduser()
                 if path.is_dir():

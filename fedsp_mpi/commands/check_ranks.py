@@ -32,8 +32,9 @@ def check_ranks(
     Returns:
         False if the ranks do not agree on one valid configuration.
     """
-    if error is None:
-        _check_world(report, config, len(ranks))
+    has_patterns = any(silo.is_pattern for silo in config.federation.silos)
+    if error is None and not has_patterns:  # else the number of clients is still to be found
+        check_world(report, config, len(ranks))
     libraries = [f"{rank['library']}, thread level {rank['level']}" for rank in ranks]
     _check_same(report, "MPI", libraries)
     _check_versions(report, [rank["versions"] for rank in ranks])
@@ -47,7 +48,7 @@ def check_ranks(
     return ranks_agree
 
 
-def _check_world(report: CheckReport, config: Config, num_ranks: int) -> None:
+def check_world(report: CheckReport, config: Config, num_ranks: int) -> None:
     """Compare the number of ranks with the configuration's, the clients', and the launcher's."""
     num_clients = config.federation.clients
     num_expected = config.topology.ranks

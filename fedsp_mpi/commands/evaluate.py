@@ -101,6 +101,7 @@ def evaluate(run_folder: str | Path, options: Options, log: Log) -> Evaluation:
         )
     harness = _import_harness()
     own_task = inputs.task.lm_eval_name
+    _require_text(inputs, own_task, options)
     specs = _task_specs(inputs, own_task, options, harness=harness)
     log.say(f"lm-eval {harness.VERSION} loads {', '.join(specs)}")
     loaded = harness.load(specs, options.include)
@@ -145,6 +146,11 @@ def _config(run: Run, options: Options) -> Config:
     """
     recorded = run.config
     sections = {key: recorded[key] for key in _SECTIONS if key in recorded}
+    silos = recorded.get("federation", {}).get("silos")
+    if silos:
+        names = [{"name": silo["name"], "source": silo["source"]} for silo in silos]
+        sections["federation"] = {"silos": names}
+        sections["server"] = {"data": recorded["server"]["data"]}
     sections["run"] = {
         key: value for key, value in recorded.get("run", {}).items() if key in ("seed", "label")
     }
@@ -188,6 +194,24 @@ def _require_tuned(run: Run, config: Config, folder: Path, *, options: Options) 
         fingerprint.require_digests(tuned)
     except ValueError as error:
         raise ValueError(f"{error}; copy the whole run folder again, or {alternative}") from None
+
+
+def _require_text(inputs: ExperimentInputs, own_task: str, options: Options) -> None:
+    """Raise ValueError if the run's own task is asked for, and the server owns no text.
+
+    Args:
+        inputs: of the run.
+        own_task: lm-eval's name of the run's own task.
+        options: with the tasks.
+    """
+    if not inputs.config.federation.silos or inputs.source is not None:
+        return
+    if set(options.tasks or (own_task,)) & {own_task, inputs.task.name}:
+        raise ValueError(
+            "server.data.source: found a run whose server owns no text, expected some to test "
+            f"{inputs.task.name} on: what silos hold back is theirs; name tasks with data of "
+            "their own by --tasks"
+        )
 
 
 def _models(
@@ -320,12 +344,15 @@ def _scored_rows(inputs: ExperimentInputs) -> tuple[Any, list[Example]]:
     """
     config = inputs.config
     data = config.data
+    has_silos = bool(config.federation.silos)
+    server_columns = config.server.data.columns if has_silos else {}
     return loading.scored_rows(
         inputs.task,
         inputs.source,
         seed=config.run.seed,
         limit=data.limit.test,
-        columns=data.columns,
+        columns=server_columns or data.columns,
+        owner="server" if has_silos else "all",
     )
 
 
@@ -349,6 +376,7 @@ def _provenance(
         seconds: wall time.
     """
     config = inputs.config
+    source = config.server.data.source if config.federation.silos else config.data.source
     return {
         "run": run.name,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -358,7 +386,7 @@ def _provenance(
             "torch": torch.__version__,
         },
         "model": config.model.name,
-        "own_task": {"name": config.data.task, "source": config.data.source},
+        "own_task": {"name": config.data.task, "source": source},
         "limit": options.limit,
         "batch_tokens": config.evaluation.batch_tokens,
         "dtype": config.evaluation.dtype,

@@ -10,11 +10,14 @@ from pathlib import Path
 import safetensors
 
 from fedsp_mpi.config import Config
-from fedsp_mpi.data import loading
+from fedsp_mpi.data import loading, sources
 from fedsp_mpi.log import Log, duration, one_line
 from fedsp_mpi.models import hub
 from fedsp_mpi.run.inputs import ExperimentInputs
-from fedsp_mpi.run.silo_inputs import inputs_of
+from fedsp_mpi.run.silo_inputs import SiloInputs, SiloText, inputs_of
+from fedsp_mpi.run.silos import found_here
+
+_MAX_MISSING = 10  # silos that are named
 
 
 def fetch(config: Config, log: Log) -> None:
@@ -30,11 +33,63 @@ def fetch(config: Config, log: Log) -> None:
     Raises:
         ValueError: something is neither local nor to be had, or is damaged.
     """
+    config = found_here(config)
     inputs = inputs_of(config)
     # The weights last: a mistake should be found before gigabytes are downloaded.
     _fetch_part(log, f"model {config.model.name}", lambda: _model_files(inputs))
-    _fetch_part(log, f"data {config.data.task}", lambda: _data_files(inputs))
+    if isinstance(inputs, SiloInputs):
+        _fetch_silos(log, inputs)
+    else:
+        _fetch_part(log, f"data {config.data.task}", lambda: _data_files(inputs))
     _fetch_part(log, "weights", lambda: _weight_files(inputs))
+
+
+def _fetch_silos(log: Log, inputs: SiloInputs) -> None:
+    """Fetch the server's own text and the silos' hub sets, and say which folders are here.
+
+    A silo's folder is only looked at: its files are opened by the rank that plays it, on a host
+    that may be another one.
+
+    Args:
+        log: gets the lines.
+        inputs: of the experiment, its silos found where they are here.
+
+    Raises:
+        ValueError: a hub set is not to be had, or the server's text is not.
+    """
+    config = inputs.config
+    if inputs.source is None:
+        log.say("data: the server owns no text")
+    else:
+        _fetch_part(log, f"data {config.data.task}, the server's", lambda: _data_files(inputs))
+    num_here = 0
+    num_fetched = 0
+    missing = []
+    for client, silo in enumerate(config.federation.silos):
+        if Path(silo.source).expanduser().exists():
+            num_here += 1
+        elif silo.is_pattern or not sources.may_be_hub_set(silo.source):
+            missing.append(silo)
+        else:
+            text = SiloText(config, client, inputs)
+            try:
+                _fetch_part(log, f"silo {silo.name}", text.prepared_files)
+            except ValueError as error:
+                raise ValueError(f"silo {silo.name}: {error}") from None
+            num_fetched += 1
+    if num_fetched and config.federation.silo_cache is None:
+        log.say(
+            "silos: hub sets lie below TMPDIR of this host; set federation.silo_cache to a folder "
+            "that their ranks see too"
+        )
+    if num_here:
+        log.say(f"silos: {num_here} of {len(config.federation.silos)} are folders that are here")
+    for silo in missing[:_MAX_MISSING]:
+        host = f"its host {silo.host}" if silo.host else "the host of its rank"
+        name = "silos" if silo.is_pattern else f"silo {silo.name}"
+        log.say(f"{name}: not here, expected on {host}: {silo.source}")
+    if len(missing) > _MAX_MISSING:
+        log.say(f"silos: {len(missing) - _MAX_MISSING} more are not here")
 
 
 def _fetch_part(log: Log, name: str, fetch_files: Callable[[], Sequence[Path]]) -> None:
@@ -77,7 +132,10 @@ def _model_files(inputs: ExperimentInputs) -> list[Path]:
 
 def _data_files(inputs: ExperimentInputs) -> list[Path]:
     """Read the rows of the data set once, and return its prepared files."""
-    tables, _ = loading.read_tables(inputs.task, inputs.source, inputs.config.data.columns)
+    config = inputs.config
+    server_columns = config.server.data.columns if config.federation.silos else {}
+    columns = server_columns or config.data.columns
+    tables, _ = loading.read_tables(inputs.task, inputs.source, columns)
     _ = inputs.splits
     return [Path(file["filename"]) for table in tables.values() for file in table.cache_files]
 

@@ -20,6 +20,7 @@ from fedsp_mpi.commands.jobs import Jobs, ResourceSlice, error_summary, split_re
 from fedsp_mpi.commands.trials import Trial, trials_of
 from fedsp_mpi.config import changed_keys, to_yaml
 from fedsp_mpi.config.parsing import ConfigError
+from fedsp_mpi.files.untrusted import JsonObject
 from fedsp_mpi.log import Log, duration
 from fedsp_mpi.record import Run, read
 from fedsp_mpi.report import main_result
@@ -179,11 +180,35 @@ def _changed(trial: Trial, run: Run) -> list[str]:
 
     The method's label counts for complete records only, whose tables have it.
     """
-    changed = changed_keys(run.config, asdict(trial.config))
+    changed = changed_keys(run.config, _with_silos_of(run, asdict(trial.config)))
     recorded_label = run.config.get("run", {}).get("label") or run.config.get("method")
     if run.status == "complete" and recorded_label != trial.method_label:
         changed.append(f"run.label: was {recorded_label}, is {trial.method_label}")
     return changed
+
+
+def _with_silos_of(run: Run, settings: JsonObject) -> JsonObject:
+    """Return a trial's settings with the silos of its record, which its patterns have found.
+
+    Without a pattern, or where a silo of the record matches none, the settings stay as they are.
+
+    Args:
+        run: the record.
+        settings: the trial's configuration.
+    """
+    federation = settings["federation"]
+    sources = [silo["source"] for silo in federation["silos"]]
+    recorded = run.config.get("federation", {})
+    recorded_sources = [silo["source"] for silo in recorded.get("silos", [])]
+    patterns = [str(Path(source).expanduser().absolute()) for source in sources if "*" in source]
+    has_found_all = all(
+        source in sources or any(fnmatchcase(source, pattern) for pattern in patterns)
+        for source in recorded_sources
+    )
+    if not patterns or not recorded_sources or not has_found_all:
+        return settings
+    found = {"silos": recorded["silos"], "clients": recorded["clients"]}
+    return {**settings, "federation": {**federation, **found}}
 
 
 def _progress(trial: Trial, run: Run | None) -> str:

@@ -8,6 +8,7 @@ from fedsp_mpi.config.parsing import ConfigError
 
 if TYPE_CHECKING:
     from fedsp_mpi.config.experiment import Config
+    from fedsp_mpi.config.federation import FederationConfig
 
 
 def require_consistent(config: Config) -> None:
@@ -46,6 +47,18 @@ def _require_federation(config: Config) -> None:
     if federation.clients == 0:
         _require_centralised(config)
         return
+    if not any(silo.is_pattern for silo in federation.silos):  # else they are still to be found
+        _require_participants(federation)
+    if (federation.stragglers == "drop") != (federation.client_seconds is not None):
+        raise ConfigError(
+            f"federation.stragglers: found {federation.stragglers} with client_seconds "
+            f"{federation.client_seconds}, expected drop with a number of seconds, or wait "
+            "without one"
+        )
+
+
+def _require_participants(federation: FederationConfig) -> None:
+    """Raise ConfigError if a round is to have more clients than there are."""
     per_round = federation.clients_per_round
     if per_round is not None and per_round > federation.clients:
         raise ConfigError(
@@ -58,12 +71,6 @@ def _require_federation(config: Config) -> None:
         raise ConfigError(
             f"federation.min_clients: found {federation.min_clients}, expected at most the "
             f"{participants} of federation.{name}"
-        )
-    if (federation.stragglers == "drop") != (federation.client_seconds is not None):
-        raise ConfigError(
-            f"federation.stragglers: found {federation.stragglers} with client_seconds "
-            f"{federation.client_seconds}, expected drop with a number of seconds, or wait "
-            "without one"
         )
 
 

@@ -244,7 +244,7 @@ def open_source(task: str, location: Location) -> Source:
     else:
         _name_task(task, lambda: _require_shared_cache(location))
     if folder is None:
-        _require_hub(task, location.name)
+        _require_hub(task, location.name, location.cache)
         hub_builder = _ask(
             task,
             location,
@@ -332,14 +332,19 @@ def _pick_config(task: str, location: Location) -> str:
     )
 
 
-def _require_hub(task: str, name: str) -> None:
+def _require_hub(task: str, name: str, folder: Path | None) -> None:
     """Raise ValueError if the hub does not have a data set, or cannot be reached.
 
     It is asked once, because `datasets` would go on asking for half a minute, and not about data
     that are cached. Where the hub is cut off and the data are cached, HF_HUB_OFFLINE=1 saves the
     half minute.
+
+    Args:
+        task: its name, for messages.
+        name: of the data set.
+        folder: where it may be cached; None: where all sources share.
     """
-    if datasets.config.HF_HUB_OFFLINE or _is_cached(name):
+    if datasets.config.HF_HUB_OFFLINE or _is_cached(name, folder):
         return
     no_folder = f"{task}: found no folder {Path(name).absolute()}"
     try:
@@ -355,11 +360,11 @@ def _require_hub(task: str, name: str) -> None:
         ) from error
 
 
-def _is_cached(name: str) -> bool:
+def _is_cached(name: str, folder: Path | None) -> bool:
     def plain(text: str) -> str:
         return re.sub(r"[_/]", "", text).lower()
 
-    root = Path(datasets.config.HF_DATASETS_CACHE)
+    root = folder or Path(datasets.config.HF_DATASETS_CACHE)
     return root.is_dir() and any(plain(path.name) == plain(name) for path in root.iterdir())
 
 

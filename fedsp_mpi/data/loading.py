@@ -138,6 +138,7 @@ def scored_rows(
     seed: int,
     limit: int | None,
     columns: ColumnNames | None = None,
+    owner: Owner = "all",
 ) -> tuple[datasets.Dataset, list[Example]]:
     """Read the rows of the test split that `load` keeps, with answers in lm-eval's form.
 
@@ -147,6 +148,7 @@ def scored_rows(
         seed: as in `load`.
         limit: maximum number of rows.
         columns: as in `load`.
+        owner: as in `load`.
 
     Returns:
         The rows, and their examples.
@@ -156,7 +158,7 @@ def scored_rows(
     """
     tables, _ = read_tables(task, source, columns)
     task, _ = with_found_classes(task, tables)
-    rows, _ = _split_rows(task, tables, seed)
+    rows, _ = _split_rows(task, tables, seed, owner)
     origin, numbers = rows["test"]
     numbers = numbers[:limit]
     usable = _sort_out(_read_rows(task, tables[origin], origin, numbers=numbers), "test").usable

@@ -81,7 +81,7 @@ def locate(
             "correct the path"
         )
     name, _, chosen_config = source.partition(":")
-    if not _HUB_NAME.fullmatch(name):
+    if not may_be_hub_set(source):
         raise ValueError(
             f"{task}: found no folder {Path(source).expanduser().absolute()}, expected one with "
             "train.jsonl, validation.jsonl, test.jsonl, or a hub name; correct the path"
@@ -89,6 +89,12 @@ def locate(
     if not chosen_config and name == hub_name:
         return Location(None, name, hub_config, columns=columns)
     return Location(None, name, chosen_config or None, columns=columns)
+
+
+def may_be_hub_set(source: str) -> bool:
+    """Return whether a source that is no folder here can be the name of a hub set."""
+    name = source.partition(":")[0]
+    return not is_table(source) and _HUB_NAME.fullmatch(name) is not None
 
 
 def read(

@@ -24,12 +24,14 @@ costs one forward through the activations, and one more where weights are traine
     client search         1 x forward of the auxiliary model for each point, and for the mean at
                           the end; twice that where a perturbed copy is evaluated. At the server,
                           and of the global model, for clients that hold no model
+    silos' validation     1 x forward of what the client holds for each text held out, and 1 x more
+                          where options are scored, whose context is read once for all of them
 
 and one forward more wherever activations are recomputed. A causal model reads an input prompt once
 for all texts of a pass, unless activations are recomputed (or a GPU saves less than 1024 positions
 by it). A projection or encoder of prompts runs once per micro-batch: 2 x its weights x prompt
-tokens, three times that where it is trained. Padding, norms, optimizers, validation and scoring are
-left out.
+tokens, three times that where it is trained. Padding, norms, optimizers, and the server's
+validation and scoring are left out.
 """
 
 from __future__ import annotations
@@ -49,6 +51,7 @@ from fedsp_mpi.models import auxiliary, backbone
 from fedsp_mpi.models.architectures import config_of, forward, ratios
 from fedsp_mpi.models.language_model import LanguageModel
 from fedsp_mpi.models.prompts import Prompt, PromptSpec, require_positions
+from fedsp_mpi.run.silos import found_here
 from fedsp_mpi.training.cma_es import sizes as search_sizes
 
 Trained = Literal["weights", "prompts", "both"]
@@ -62,6 +65,7 @@ _SEARCH = "client search"
 _SERVED_SEARCH = "clients' forward passes"  # of clients that hold no model, at the server
 _SERVER_TUNING = "server tuning"
 _CONTROL = "server-only control"
+_SILO_VALIDATION = "silos' validation"
 
 FP32_BYTES = 4  # of a value on the wire
 
@@ -80,7 +84,9 @@ class MethodCost:
         handout: bytes to a client, once; without header and JSON.
         down: bytes to a client per round, with header.
         up: bytes from a client per round, with header.
-        total: bytes of all rounds with their participating clients, and of the hand-out to all.
+        judged: bytes to a client at the end of a round that silos judge, with header; else 0.
+        total: bytes of all rounds with their participating clients, and of the hand-out to all; of
+            what silos judge, to all.
         steps: FLOPs of one optimizer step of each stage that a round has.
         round: FLOPs of a client's local work in a round.
     """
@@ -91,9 +97,25 @@ class MethodCost:
     handout: int
     down: int
     up: int
+    judged: int
     total: int
     steps: tuple[float, ...]
     round: float
+
+
+@dataclass(frozen=True)
+class SiloSizes:
+    """Examples of a silo, which are assumed: nobody opens one for an estimate.
+
+    Attributes:
+        train: examples that it trains on.
+        held_out: examples that it judges each round by.
+        source: what the numbers are taken from.
+    """
+
+    train: int
+    held_out: int
+    source: str
 
 
 @dataclass(frozen=True)
@@ -102,7 +124,8 @@ class CostEstimate:
 
     Attributes:
         label: the configuration's file.
-        config: the configuration.
+        config: the configuration, with the silos that patterns match on this host.
+        silos: what is assumed of each silo; None: clients have none.
         texts: tokens of its texts.
         sizes: parameters, layers and widths.
         ratios: parameters of the global model by those of the auxiliary one under several ways of
@@ -117,6 +140,7 @@ class CostEstimate:
 
     label: str
     config: Config
+    silos: SiloSizes | None
     texts: TextLengths
     sizes: ModelSizes
     ratios: dict[str, float]
@@ -144,6 +168,7 @@ def plan(config: Config, label: str, tokens: int | None = None) -> CostEstimate:
         ValueError: the model is not known, the auxiliary model does not fit it, or `tokens` is less
             than two.
     """
+    config = found_here(config)
     model_name = str(config.model.name)
     model_path = str(EMBEDDED.parent / "model") if model_name == "embedded" else model_name
     backbone.quiet()
@@ -160,6 +185,7 @@ def plan(config: Config, label: str, tokens: int | None = None) -> CostEstimate:
     return CostEstimate(
         label=label,
         config=config,
+        silos=costs.silo_sizes() if config.federation.silos else None,
         texts=costs.texts,
         sizes=sizes,
         ratios={} if config.tunes_weights else ratios(costs.large, costs.small),
@@ -184,6 +210,7 @@ def _critical_flops(config: Config, phases: dict[str, float], method: MethodCost
     # The server tunes the control while it waits for the clients.
     local_round = max(client_round, phases[_CONTROL] / rounds)
     flops = phases[_DISTILLATION] + phases[_SERVER_TUNING] + rounds * local_round
+    flops += phases.get(_SILO_VALIDATION, 0.0) / max(1, config.federation.clients)
     return flops + phases.get(_SERVED_SEARCH, 0.0) / config.topology.server_ranks
 
 
@@ -313,6 +340,7 @@ class _Costs:
             **self._client_phases(),
             _SERVER_TUNING: server_tuning + self._translation(),
             _CONTROL: server_tuning if has_control else 0.0,
+            **self._silo_validation(),
         }
 
     def _client_phases(self) -> dict[str, float]:
@@ -331,6 +359,29 @@ class _Costs:
             step = self._prompt_step(stage.settings, self.small, stage.trained)
             phases[stage.phase] = num_updates * (stage.settings.steps * step)
         return phases
+
+    def _silo_validation(self) -> dict[str, float]:
+        """Return the FLOPs of all silos that judge all rounds; nothing where the server judges."""
+        config = self.config
+        if config.evaluation.at == "server":
+            return {}
+        tokens = self.texts.tokens
+        if config.tunes_weights:
+            text_flops = forward(self.large, tokens, tokens, self.texts.answers)
+        else:
+            texts_per_pass = max(1, config.evaluation.batch_tokens // tokens)
+            text_flops = forward(
+                self.small,
+                self._tokens_per_forward(texts_per_pass),
+                tokens + self.spec.num_tokens,
+                self.texts.answers,
+            )
+        task = TASKS.get(config.data.task)
+        has_options = task is None or task.metric == "multiple_choice"
+        num_passes = 2 if has_options else 1
+        num_judgements = config.federation.rounds * config.federation.clients
+        num_texts = num_judgements * self.silo_sizes().held_out
+        return {_SILO_VALIDATION: num_texts * num_passes * text_flops}
 
     def _translation(self) -> float:
         """Return the FLOPs of all steps that imitate the auxiliary model's answers."""
@@ -485,8 +536,11 @@ class _Costs:
         handout = FP32_BYTES * (holds + num_values)
         message = FP32_BYTES * num_values + HEADER_BYTES
         clients_per_round = num_clients or self._clients_per_round()
-        total = (num_clients or self.config.federation.clients) * handout
-        total += self.config.federation.rounds * clients_per_round * 2 * message
+        all_clients = num_clients or self.config.federation.clients
+        judged = self._judged(message)
+        rounds = self.config.federation.rounds
+        total = all_clients * handout
+        total += rounds * (clients_per_round * 2 * message + all_clients * judged)
         return MethodCost(
             name=name,
             holds=holds,
@@ -494,6 +548,7 @@ class _Costs:
             handout=handout,
             down=message,
             up=message,
+            judged=judged,
             total=total,
             steps=steps,
             round=round_flops,
@@ -508,6 +563,9 @@ class _Costs:
         stage = self.config.client.tuning
         num_weights = self.large.num_parameters()
         message = FP32_BYTES * num_weights + HEADER_BYTES
+        judged = self._judged(message)
+        federation = self.config.federation
+        total = self._clients_per_round() * 2 * message + federation.clients * judged
         step = self._weights_step(stage)
         return MethodCost(
             name="fine-tuning",
@@ -516,10 +574,35 @@ class _Costs:
             handout=0,
             down=message,
             up=message,
-            total=self.config.federation.rounds * self._clients_per_round() * 2 * message,
+            judged=judged,
+            total=federation.rounds * total,
             steps=(step,),
             round=stage.steps * step,
         )
+
+    def _judged(self, message: int) -> int:
+        """Return the bytes to a client of a round's result, if silos judge it.
+
+        Args:
+            message: bytes of the broadcast that a round begins with.
+        """
+        return 0 if self.config.evaluation.at == "server" else message
+
+    def silo_sizes(self) -> SiloSizes:
+        """Return what is assumed of a silo's examples: its limit, or the texts of a round."""
+        config = self.config
+        assumed = self._texts_per_round()
+        limits = [silo.limit or config.data.limit.train for silo in config.federation.silos]
+        numbers = [limit or assumed for limit in limits]
+        num_examples = max(2, round(sum(numbers) / len(numbers)))
+        source = "the limits" if any(limits) else "the texts of a round's steps"
+        if config.evaluation.at == "server":
+            return SiloSizes(num_examples, held_out=0, source=source)
+        held_out = min(num_examples - 1, max(1, round(config.evaluation.held_out * num_examples)))
+        return SiloSizes(num_examples - held_out, held_out=held_out, source=source)
+
+    def _texts_per_round(self) -> int:
+        return self.config.client.tuning.steps * self.config.client.tuning.batch_size
 
     # -- search without gradients ------------------------------------------------------------------
 
@@ -546,7 +629,11 @@ class _Costs:
             # The model, the first prompt, and the scale of the search's projection.
             handout = FP32_BYTES * (holds + prompt.num_parameters() + 1)
             flops = self._search_flops(self.small)
+        judged = self._judged(down)
         num_updates = config.federation.rounds * self._clients_per_round()
+        num_judgements = config.federation.rounds * config.federation.clients
+        total = config.federation.clients * handout
+        total += num_updates * (down + up) + num_judgements * judged
         return MethodCost(
             name=config.method_facts.title,
             holds=holds,
@@ -554,7 +641,8 @@ class _Costs:
             handout=handout,
             down=down,
             up=up,
-            total=config.federation.clients * handout + num_updates * (down + up),
+            judged=judged,
+            total=total,
             steps=(flops.point,),
             round=flops.round,
         )
@@ -605,6 +693,8 @@ class _Costs:
         """
         config = self.config
         data = config.data
+        if config.federation.silos:
+            return self.silo_sizes().train
         if data.shots is not None:
             task = TASKS.get(data.task)
             num_labels = len(data.classes) or (task.num_classes if task else None) or _NUM_LABELS
@@ -612,7 +702,7 @@ class _Costs:
         elif data.limit.train is not None:
             num_examples = data.limit.train
         else:
-            return config.client.tuning.steps * config.client.tuning.batch_size
+            return self._texts_per_round()
         num_owners = config.federation.clients
         if data.resolved_server_share != 0:
             num_owners += 1

@@ -193,7 +193,13 @@ class MemoryBudget:
     free: int
 
 
-def plan(config: Config, sizes: ModelSizes, ranks: Sequence[JsonMapping]) -> list[MemoryBudget]:
+def plan(
+    config: Config,
+    sizes: ModelSizes,
+    ranks: Sequence[JsonMapping],
+    *,
+    assignment: Sequence[Sequence[int]] | None = None,
+) -> list[MemoryBudget]:
     """Estimate what the ranks of each host and GPU need together.
 
     Args:
@@ -201,16 +207,18 @@ def plan(config: Config, sizes: ModelSizes, ranks: Sequence[JsonMapping]) -> lis
         sizes: of the run.
         ranks: of each rank its "host", "memory" (free bytes there), and "devices": by role,
             "server" or "client", with "uuid" and "free" if it is a GPU.
+        assignment: the clients of each rank; None: about as many on each.
     """
     num_client_ranks = sum("client" in rank["devices"] for rank in ranks)
     clients_per_rank = -(-config.federation.clients // max(1, num_client_ranks))
-    needs = {
-        "server": server(config, sizes),
-        "client": client(config, sizes, clients_per_rank),
-    }
     needed: dict[str, int] = {}
     free: dict[str, int] = {}
-    for rank in ranks:
+    for number, rank in enumerate(ranks):
+        num_clients = len(assignment[number]) if assignment else clients_per_rank
+        needs = {
+            "server": server(config, sizes),
+            "client": client(config, sizes, num_clients),
+        }
         host = f"host {rank['host']}"
         needed[host] = needed.get(host, 0) + LIBRARIES
         free[host] = min(free.get(host, rank["memory"]), rank["memory"])
@@ -253,7 +261,7 @@ def server(config: Config, sizes: ModelSizes) -> MemoryNeed:
         dtype_bytes=dtype_bytes,
     )
     scoring = (scoring_bytes - dtype_bytes) * sizes.global_model
-    answering = _forward_passes(config, sizes) if config.asks_server else 0
+    answering = _forward_passes(sizes, config.search.batch_tokens) if config.asks_server else 0
     device = dtype_bytes * sizes.global_model + max(distillation, tuning, scoring, answering)
     if config.translates:  # the auxiliary model stays
         device += dtype_bytes * sizes.auxiliary
@@ -281,6 +289,8 @@ def client(config: Config, sizes: ModelSizes, num_clients: int) -> MemoryNeed:
         _activations(config, sizes, stage, depth=sizes.depth, dtype_bytes=_FP32_BYTES)
         for stage in (config.client.alignment, config.client.tuning)
     ]
+    if config.evaluation.at != "server":
+        activations.append(_forward_passes(sizes, config.evaluation.batch_tokens))
     device = weight_bytes * sizes.auxiliary + _TRAINED_BYTES * sizes.wire + max(activations)
     states = min(num_clients, config.client.resident) * state(config, sizes)
     return MemoryNeed(device, host=_FP32_BYTES * sizes.auxiliary + states)
@@ -298,14 +308,19 @@ def _search(config: Config, sizes: ModelSizes) -> MemoryNeed:
     dtype_bytes = DTYPES[config.client.compute.dtype].itemsize
     prompts = (config.search.population + 1) * _FP32_BYTES * sizes.prompt
     return MemoryNeed(
-        device=dtype_bytes * sizes.auxiliary + _forward_passes(config, sizes),
+        device=dtype_bytes * sizes.auxiliary + _forward_passes(sizes, config.search.batch_tokens),
         host=_FP32_BYTES * sizes.auxiliary + matrices + prompts,
     )
 
 
-def _forward_passes(config: Config, sizes: ModelSizes) -> int:
-    """Estimate the bytes of a search's forward passes, without the model."""
-    num_tokens = max(config.search.batch_tokens, sizes.length)
+def _forward_passes(sizes: ModelSizes, batch_tokens: int) -> int:
+    """Estimate the bytes of forward passes without gradients, and without the model.
+
+    Args:
+        sizes: of the run.
+        batch_tokens: positions of a pass, more only where one text is longer.
+    """
+    num_tokens = max(batch_tokens, sizes.length)
     return _FP32_BYTES * (sizes.wire + num_tokens * sizes.width * sizes.activations)
 
 

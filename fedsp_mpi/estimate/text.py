@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fedsp_mpi.comm.messages import HEADER_BYTES
+from fedsp_mpi.config import Config
 from fedsp_mpi.estimate import memory
-from fedsp_mpi.estimate.cost import FP32_BYTES, CostEstimate, MethodCost
+from fedsp_mpi.estimate.cost import FP32_BYTES, CostEstimate, MethodCost, SiloSizes
 from fedsp_mpi.report.formatting import (
     as_bytes,
     as_count,
@@ -18,6 +19,7 @@ from fedsp_mpi.report.formatting import (
 
 # How many times smaller than the global model the auxiliary one is, by FedSP's paper.
 PAPER = {"gpt2-xl": 14.5, "openai-community/gpt2-xl": 14.5, "facebook/opt-1.3b": 8.5}
+_MAX_SILOS = 8  # names that an estimate shows
 _HEAD = (
     "method",
     "holds",
@@ -47,8 +49,11 @@ def text(estimate: CostEstimate, tflops: float) -> str:
     duration = [
         f"{one_gpu} on one GPU of {tflops:g} TFLOP/s sustained, all clients one after another;",
         f"{gpu_each} with such a GPU for each client of a round and one for the server",
-        "left out: padding, validation and scoring, optimizers, loading, waiting",
+        f"left out: padding, {_validation_left_out(estimate)}, optimizers, loading, waiting",
     ]
+    judging = []
+    if estimate.config.evaluation.at != "server":
+        judging = ["down: what a round begins with, and its result, which every silo judges."]
     lines = [
         *_facts(estimate),
         "",
@@ -56,6 +61,7 @@ def text(estimate: CostEstimate, tflops: float) -> str:
         "of a client: parameters; bytes once, per round, and of all clients and rounds; FLOPs,",
         "alignment / prompts where a round has both. All methods with the rounds, steps and",
         "batches of this configuration.",
+        *judging,
         "",
         *_labelled("memory", _memory(estimate)),
         *_labelled("work", work),
@@ -88,11 +94,12 @@ def markdown(estimates: Sequence[CostEstimate], tflops: float) -> str:
         "a GPU each",
     )
     run_rows = [_run_row(estimate, phases, tflops) for estimate in estimates]
+    left_out = max((_validation_left_out(estimate) for estimate in estimates), key=len)
     return "\n\n".join(
         [
             markdown_table(method_head, method_rows, num_left=2),
             markdown_table(run_head, run_rows),
-            f"Hours at {tflops:g} TFLOP/s sustained, without padding, validation and scoring.",
+            f"Hours at {tflops:g} TFLOP/s sustained, without padding, {left_out}.",
         ]
     )
 
@@ -148,7 +155,40 @@ def _facts(estimate: CostEstimate) -> list[str]:
             f"{texts.longest} ({config.data.task}: {texts.source})"
         ),
     ]
+    if estimate.silos:
+        lines += _labelled("silos", _silos(config, estimate.silos))
     return lines
+
+
+def _silos(config: Config, sizes: SiloSizes) -> list[str]:
+    """Return the lines about silos: their names, and what is assumed of their text."""
+    silos = config.federation.silos
+    names = [silo.name for silo in silos if not silo.is_pattern]
+    patterns = [silo.source for silo in silos if silo.is_pattern]
+    lines = []
+    if names:
+        shown = names[:_MAX_SILOS]
+        if len(names) > _MAX_SILOS:
+            shown.append(f"and {len(names) - _MAX_SILOS} more")
+        lines.append(f"{len(names)}: {', '.join(shown)}")
+    for pattern in patterns[:_MAX_SILOS]:
+        lines.append(f"found nothing here that matches {pattern}")
+    if patterns:
+        lines.append(
+            f"counted as {config.federation.clients} in all; set federation.clients to count others"
+        )
+    judges = config.evaluation.at != "server"
+    if judges or config.searches:
+        held_out = f", {sizes.held_out:,} to judge each round by" if judges else ""
+        lines.append(f"of each {sizes.train:,} examples to train on{held_out}: assumed, after")
+        lines.append(f"{sizes.source}; no silo is opened")
+    return lines
+
+
+def _validation_left_out(estimate: CostEstimate) -> str:
+    """Return which validation is not among the FLOPs."""
+    owner = "" if estimate.config.evaluation.at == "server" else "the server's "
+    return f"{owner}validation and scoring"
 
 
 def _steps(estimate: CostEstimate) -> str:
@@ -239,7 +279,7 @@ def _row(method: MethodCost) -> tuple[str, ...]:
         as_count(method.holds),
         as_count(method.trains),
         as_bytes(method.handout),
-        as_bytes(method.down),
+        as_bytes(method.down + method.judged),
         as_bytes(method.up),
         as_bytes(method.total),
         " / ".join(scaled(step) for step in method.steps),

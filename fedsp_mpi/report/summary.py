@@ -339,6 +339,8 @@ def _wire(run: Run) -> list[str]:
     for row in run.wire:
         if row["direction"] not in ("down", "up"):
             sizes[row["direction"]] = sizes.get(row["direction"], 0) + int(row["bytes"])
+        elif row["phase"] == "evaluation":  # results of rounds, which silos judge
+            sizes["evaluation"] = sizes.get("evaluation", 0) + int(row["bytes"])
     total = sum(sizes.values())
     if not total:
         return []

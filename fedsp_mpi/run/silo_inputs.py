@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -66,6 +67,12 @@ class SiloText(ExperimentInputs):
     def longest(self) -> int:
         """Number of tokens of the longest text."""
         return max(len(text.ids) for text in self.texts)
+
+    def prepared_files(self) -> list[Path]:
+        """Read the source's rows once, and return the files that `datasets` made of them."""
+        columns = self.config.data.columns
+        tables, _ = loading.read_tables(self.task, self.source, columns, cache=self._folder)
+        return [Path(file["filename"]) for table in tables.values() for file in table.cache_files]
 
     def choices(self) -> str | None:
         """Return a digest of the choices, where all examples have the same ones; else None."""

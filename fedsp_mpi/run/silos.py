@@ -50,12 +50,14 @@ class OpenSilos:
         inputs: of this rank, with the silos that it plays.
         assignment: the clients of each rank.
         declarations: of all silos, by client; on the server.
+        mistake: why the model or the server's own text cannot be used; on the server.
     """
 
     config: Config
     inputs: SiloInputs
     assignment: Assignment
     declarations: Sequence[Declaration]
+    mistake: str | None = None
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,8 @@ class View:
                 }
                 for index, paths in values["matches"].items()
             }
+            if not values["hosts"]:
+                raise ValueError("a host without a name")
             sizes = [None if size is None else int(size) for size in values["num_bytes"]]
             return cls([str(host) for host in values["hosts"]], sizes, matches)
 
@@ -141,6 +145,26 @@ class Declaration:
         return declaration
 
 
+@dataclass(frozen=True)
+class Placement:
+    """Which rank plays which silo.
+
+    Attributes:
+        config: of the run, its silos found.
+        assignment: the clients of each rank.
+        problems: why silos cannot be placed, by client; their rank says so of them.
+        num_bytes: size of each silo as each client rank sees it, by rank, then by client; None: it
+            does not. On the server.
+        hosts: of all ranks, as `host` of a silo names them. On the server.
+    """
+
+    config: Config
+    assignment: Assignment
+    problems: Mapping[int, str]
+    num_bytes: Mapping[int, Sequence[int | None]]
+    hosts: Sequence[str]
+
+
 def open_silos(config: Config, name: str, wire: Wire | Solo, log: Log) -> OpenSilos:
     """Find the silos, place them on ranks, open them, and hear what they declare.
 
@@ -155,42 +179,88 @@ def open_silos(config: Config, name: str, wire: Wire | Solo, log: Log) -> OpenSi
     Raises:
         comm.Refused: on every rank, if silos cannot be placed, or too few of them can be used.
     """
-    views = wire.collect(_view(config, wire.topology), "silos")
+    silos = declare_silos(place_silos(config, name, wire), wire)
+    inputs = silos.inputs
+    declarations = silos.declarations
     with agreed(wire) as agreement:
-        if views is not None:
-            agreement.note = _place_all(config, name, views, wire.topology)
-    placed_silos, assignment, problems = agreement.note
-    config = with_silos(config, _read_silos(config, placed_silos))
-    ids = assignment[wire.topology.rank]
-
-    from fedsp_mpi.run.silo_inputs import SiloInputs
-
-    inputs = SiloInputs(config)
-    inputs.problems = {int(client): text for client, text in problems.items() if int(client) in ids}
-    refusal = None
-    if wire.is_server:
-        try:
-            inputs.check()
-        except (ValueError, OSError) as error:
-            refusal = comm.Refused(one_line(error))
-    own_silos = [asdict(_declare(inputs, client)) for client in ids]
-    messages = wire.collect({"silos": own_silos}, "declaration")
-    declarations: list[Declaration] = []
-    with agreed(wire) as agreement:
-        if messages is not None:
-            if refusal is not None:
-                raise refusal
-            declarations = _read_declarations(messages, assignment, config)
-            declarations = _with_disagreements(declarations, inputs)
-            _require_enough(declarations, config, log)
+        if wire.is_server:
+            if silos.mistake is not None:
+                raise comm.Refused(silos.mistake)
+            _require_enough(declarations, silos.config, log)
             inputs.sizes = [declaration.size or 0 for declaration in declarations]
             agreement.note = {
                 item.client: item.error for item in declarations if item.error is not None
             }
+    ids = silos.assignment[wire.topology.rank]
     for client, reason in agreement.note.items():
         if int(client) in ids:
             inputs.refuse_silo(int(client), reason)
-    return OpenSilos(config, inputs, [tuple(ids) for ids in assignment], declarations)
+    return silos
+
+
+def place_silos(config: Config, name: str, wire: Wire | Solo) -> Placement:
+    """Find the silos, and choose a rank for each, without opening a file of theirs.
+
+    Collective.
+
+    Args:
+        config: of the run.
+        name: of the configuration, for a run that has none.
+        wire: between all ranks.
+
+    Raises:
+        comm.Refused: on every rank, if silos cannot be placed.
+    """
+    messages = wire.collect(_view(config, wire.topology), "silos")
+    views: list[View] = []
+    with agreed(wire) as agreement:
+        if messages is not None:
+            views = [View.from_json(message, rank) for rank, message in enumerate(messages)]
+            agreement.note = _place_all(config, name, views, wire.topology)
+    placed_silos, assignment, problems = agreement.note
+    first = _first_client_rank(config, wire.topology)
+    num_bytes = {
+        rank: [_seen_size(views[rank], index, match) for index, match, _ in placed_silos]
+        for rank in range(first, len(views))
+    }
+    return Placement(
+        config=with_silos(config, _read_silos(config, placed_silos)),
+        assignment=[tuple(ids) for ids in assignment],
+        problems={int(client): text for client, text in problems.items()},
+        num_bytes=num_bytes,
+        hosts=[view.hosts[0] for view in views],
+    )
+
+
+def declare_silos(placement: Placement, wire: Wire | Solo) -> OpenSilos:
+    """Open the silos that this rank plays, and have the server hear what is declared of all.
+
+    Collective. Nothing is refused here: silos that cannot be used are among the declarations.
+
+    Args:
+        placement: of the silos.
+        wire: between all ranks.
+    """
+    from fedsp_mpi.run.silo_inputs import SiloInputs
+
+    config = placement.config
+    ids = placement.assignment[wire.topology.rank]
+    inputs = SiloInputs(config)
+    inputs.problems = {client: text for client, text in placement.problems.items() if client in ids}
+    mistake = None
+    if wire.is_server:
+        try:
+            inputs.check()
+        except (ValueError, OSError) as error:
+            mistake = one_line(error)
+    own_silos = [asdict(_declare(inputs, client)) for client in ids]
+    messages = wire.collect({"silos": own_silos}, "declaration")
+    declarations: list[Declaration] = []
+    if messages is not None:
+        declarations = _read_declarations(messages, placement.assignment, config)
+        if mistake is None:
+            declarations = _with_disagreements(declarations, inputs)
+    return OpenSilos(config, inputs, placement.assignment, declarations, mistake)
 
 
 def with_silos(config: Config, silos: Sequence[SiloConfig]) -> Config:
@@ -204,14 +274,18 @@ def with_silos(config: Config, silos: Sequence[SiloConfig]) -> Config:
 
 def _view(config: Config, topology: Topology) -> JsonObject:
     """Return what this rank sees of the silos; ranks of the server do not look."""
-    is_server = topology.rank < config.topology.server_ranks and not topology.solo
+    is_server = topology.rank < _first_client_rank(config, topology)
     silos = () if is_server else config.federation.silos
     return View.of_this_rank(silos).to_json()
 
 
+def _first_client_rank(config: Config, topology: Topology) -> int:
+    return 0 if topology.solo else config.topology.server_ranks
+
+
 def _host_names() -> list[str]:
     """Return the names that this rank's host goes by: in Slurm, in full, and without a domain."""
-    full_names = [os.environ.get(_NODE_VARIABLE, ""), platform.node()]
+    full_names = [os.environ.get(_NODE_VARIABLE, ""), platform.node() or "localhost"]
     names = [name for full in full_names for name in (full, full.partition(".")[0]) if name]
     return list(dict.fromkeys(names))
 
@@ -246,14 +320,14 @@ def _matches(pattern: str) -> dict[str, tuple[str, int]]:
 
 
 def _place_all(
-    config: Config, name: str, messages: Sequence[JsonMapping], topology: Topology
+    config: Config, name: str, views: Sequence[View], topology: Topology
 ) -> tuple[list[tuple[int, str, str]], list[list[int]], dict[int, str]]:
     """Find the silos in what the ranks see, and assign them to ranks.
 
     Args:
         config: of the run.
         name: of the configuration, for a run that has none.
-        messages: what each rank sees, by rank.
+        views: what each rank sees, by rank.
         topology: of the server.
 
     Returns:
@@ -263,8 +337,7 @@ def _place_all(
     Raises:
         comm.Refused: there is none, or the configuration cannot work with those that there are.
     """
-    views = [View.from_json(message, rank) for rank, message in enumerate(messages)]
-    first = 0 if topology.solo else config.topology.server_ranks
+    first = _first_client_rank(config, topology)
     try:
         placed = _find(config, name, views[first:])
         complete = with_silos(config, _read_silos(config, placed))
@@ -306,6 +379,28 @@ def _find(config: Config, name: str, views: Sequence[View]) -> list[tuple[int, s
             )
         placed += [(index, match, paths[match]) for match in sorted(paths)]
     return _as_recorded(config, placed, recorded)
+
+
+def found_here(config: Config) -> Config:
+    """Return the configuration with the silos that its patterns match on this host.
+
+    A pattern that matches nothing stays. No file is opened.
+
+    Raises:
+        ConfigError: the configuration cannot work with those silos.
+    """
+    silos: list[SiloConfig] = []
+    for silo in config.federation.silos:
+        paths = _matches(silo.source) if silo.is_pattern else {}
+        silos += [replace(silo, name=name, source=path) for name, (path, _) in paths.items()]
+        if not paths:
+            silos.append(silo)
+    if silos == list(config.federation.silos):
+        return config
+    found = with_silos(config, silos)
+    if not any(silo.is_pattern for silo in silos):
+        found.check()
+    return found
 
 
 def _as_recorded(

@@ -147,6 +147,9 @@ def test_a_silo_goes_to_a_node_that_sees_its_rows(jobs, folder):
     assert nodes_of(run) == {"east": "n2", "north": "n1", "south": "n2"}
     assert took_part(run) == {1: [0, 1, 2], 2: [0, 1, 2]}
     assert run.sections["data"]["client_shards"] == [14, 8, 12]
+    said = jobs["found"].text()  # by check
+    for node, sight in (("n1", "2 of 3 folders, not east"), ("n2", "2 of 3 folders, not north")):
+        assert f"{node} sees {sight}\n" in said, said
 
 
 def test_a_silo_goes_to_its_host_and_one_that_nobody_sees_is_left_out(jobs, folder):
@@ -166,11 +169,12 @@ def test_a_silo_goes_to_its_host_and_one_that_nobody_sees_is_left_out(jobs, fold
 
 
 def test_one_that_nobody_sees_ends_the_job_at_once_where_all_are_needed(jobs, folder):
+    """The check before the run says so."""
     job = jobs["stop"]
     assert job.wait("FAILED")["ExitCode"] == "2:0"
     [line] = re.findall(r"^fedsp_mpi: .*", job.text(), re.M)
-    assert re.search(r"silo elsewhere on n\d: .*found no folder ", line)
-    assert line.endswith("federation.on_failure=drop goes on without it")
+    assert re.search(r"silo: elsewhere on n\d: .*found no folder ", line)
+    assert "federation.on_failure=stop: a run ends before its first round\n" in job.text()
     ended = Path(job.fields()["StdOut"]).stat().st_mtime
     assert ended - float(re.findall(r"^met at (\S+)", job.text(), re.M)[-1]) < 10
     assert not (folder / "stop").exists()

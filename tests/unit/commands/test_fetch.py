@@ -112,6 +112,25 @@ def test_local_folders_are_looked_at(tmp_path, home):
     assert not (home / "hub").exists()
 
 
+def test_a_silo_s_hub_set_lies_in_a_cache_of_its_own(tmp_path, home):
+    cached_data(home)
+    cache = tmp_path / "silos"
+    cache.mkdir()
+    (home / "datasets").rename(cache / "north")
+    path = configuration(
+        tmp_path,
+        model={"name": "embedded"},
+        data={"task": "multiple_choice"},
+        federation={
+            "silos": [{"name": "north", "source": "some/world"}],
+            "silo_cache": str(cache),
+        },
+        server={"data": {"source": str(RESOURCES / "data")}},
+    )
+    [line] = [line for line in fetch(path).splitlines() if line.startswith("silo north: ")]
+    assert " 3 files, " in line and f" in {cache / 'north'}" in line
+
+
 @pytest.mark.parametrize("damage", ["cut", "empty", "missing", "shard"])
 def test_damaged_weights_of_a_folder_are_found(tmp_path, monkeypatch, damage):
     model = tmp_path / "model"
