@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +16,10 @@ import pytest
 from fedsp_mpi.record import read
 from fedsp_mpi.report.diff import difference
 from helpers.mpi import both_ends, run_mpi
-from helpers.paths import PROGRAMS
+from helpers.paths import PROGRAMS, ROOT
 from helpers.runs import FAULTY, FEDBPT, FEDPROMPT, SHORT, fedsp, here
 
-OPENS = PROGRAMS / "opens.py"
+TRESPASS = PROGRAMS / "trespass.py"
 METHODS = {
     "fedsp": (),
     "fedprompt": FEDPROMPT,
@@ -135,27 +138,36 @@ def six(tmp_path_factory) -> Path:
     return folder
 
 
-def opened_by(log: Path, silos: Path) -> dict[str, set[int]]:
+def opened_by(trace: Path, silos: Path) -> dict[str, set[int]]:
     """The ranks that opened a file of each silo, and of the server's data."""
     ranks: dict[str, set[int]] = {}
-    for path in log.glob("*.jsonl"):
-        for line in path.read_text().splitlines():
-            name = Path(json.loads(line)).relative_to(silos).parts[0]
-            ranks.setdefault(name, set()).add(int(path.stem))
+    for path in trace.iterdir():
+        opened = re.findall(r'open(?:at)?\([^"]*"([^"]+)".* = \d', path.read_text())
+        for name in opened:
+            if Path(name).is_file() and Path(name).is_relative_to(silos):
+                ranks.setdefault(Path(name).relative_to(silos).parts[0], set()).add(int(path.name))
     return ranks
 
 
 def watched(
-    tmp_path: Path, silos: Path, *faults: str
+    tmp_path: Path, silos: Path, program: Sequence[object] = ("-m", "fedsp_mpi")
 ) -> tuple[dict[str, set[int]], list[list[int]]]:
-    """Run six silos on four ranks; return who opened what, and who plays whom."""
-    log = tmp_path / "opens"
-    log.mkdir()
+    """Run six silos on four ranks under strace; return who opened what, and who plays whom."""
+    if not shutil.which("strace"):
+        pytest.skip("there is no strace")
+    trace = tmp_path / "trace"
+    trace.mkdir()
     where = ["--name", "run", "--set", f"run.folder={tmp_path}"]
     arguments = [*where, *of_silos(silos, "federation.clients=null", "evaluation.at=both")]
-    run_mpi(4, [OPENS, log, silos, ",".join(faults), "run", *arguments], timeout=90)
+    strace = 'exec strace -f --seccomp-bpf -qq -s 4096 -e trace=open,openat -o "$0/$PMI_RANK" "$@"'
+    command = ["mpirun", "-n", "4", "sh", "-c", strace, trace, sys.executable]
+    command += [*program, "run", *arguments]
+    ended = subprocess.run(
+        list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=150
+    )
+    assert ended.returncode == 0, both_ends(ended)
     assignment = read(tmp_path / "run").sections["topology"]["assignment"]
-    return opened_by(log, silos), assignment
+    return opened_by(trace, silos), assignment
 
 
 def strangers(opened: dict[str, set[int]], assignment: list[list[int]]) -> list[str]:
@@ -164,6 +176,7 @@ def strangers(opened: dict[str, set[int]], assignment: list[list[int]]) -> list[
     return [name for name, ranks in (own | {"server": {0}}).items() if opened.get(name) != ranks]
 
 
+@pytest.mark.slow
 def test_each_silo_is_opened_by_its_own_rank_alone(tmp_path, six):
     opened, assignment = watched(tmp_path, six)
     assert sorted(map(len, assignment)) == [0, 2, 2, 2]
@@ -172,7 +185,7 @@ def test_each_silo_is_opened_by_its_own_rank_alone(tmp_path, six):
 
 @pytest.mark.slow
 def test_the_watch_sees_a_rank_that_reads_anothers_silo(tmp_path, six):
-    opened, assignment = watched(tmp_path, six, "1:client_005")
+    opened, assignment = watched(tmp_path, six, (TRESPASS, 1, six / "client_005"))
     assert assignment[1] and 5 not in assignment[1]
     assert strangers(opened, assignment) == ["client_005"]
 
