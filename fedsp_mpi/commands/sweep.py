@@ -207,8 +207,8 @@ def _with_silos_of(run: Run, settings: JsonObject) -> JsonObject:
     )
     if not patterns or not recorded_sources or not has_found_all:
         return settings
-    found = {"silos": recorded["silos"], "clients": recorded["clients"]}
-    return {**settings, "federation": {**federation, **found}}
+    as_recorded = {"silos": recorded["silos"], "clients": recorded["clients"]}
+    return {**settings, "federation": {**federation, **as_recorded}}
 
 
 def _progress(trial: Trial, run: Run | None) -> str:

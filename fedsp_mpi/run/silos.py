@@ -397,10 +397,10 @@ def found_here(config: Config) -> Config:
             silos.append(silo)
     if silos == list(config.federation.silos):
         return config
-    found = with_silos(config, silos)
+    complete = with_silos(config, silos)
     if not any(silo.is_pattern for silo in silos):
-        found.check()
-    return found
+        complete.check()
+    return complete
 
 
 def _as_recorded(
