@@ -154,6 +154,8 @@ def report(options: argparse.Namespace) -> int:
         runs = report.read_all(options.runs)
         if options.plot:
             report.draw_curves(runs, options.plot)
+        if options.silos:
+            report.draw_silos(runs, options.silos)
     if options.table:
         with _user_errors():
             comparison = report.compare(runs)
@@ -163,7 +165,7 @@ def report(options: argparse.Namespace) -> int:
         _show("\n\n".join(table for table in tables if table))
     elif options.markdown:
         _show(report.markdown(runs))
-    elif not options.plot:
+    elif not options.plot and not options.silos:
         _show("\n\n".join(report.summarize(run) for run in runs))
     return 0
 
@@ -493,6 +495,7 @@ def _add_report(verbs: argparse._SubParsersAction) -> None:
     verb.add_argument(
         "--plot", metavar="FILE", help="losses over rounds, bytes and seconds (.png or .svg)"
     )
+    verb.add_argument("--silos", metavar="FILE", help="losses of each silo by round (.png or .svg)")
     verb.set_defaults(run=report)
 
 

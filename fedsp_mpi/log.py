@@ -69,12 +69,17 @@ class RoundProgress:
         say: takes one line.
         every: least seconds between two lines, and from the start of a round to its first; None:
             never a line.
+        client_name: returns what a line calls a client of an id.
     """
 
     def __init__(
-        self, say: Callable[[str], None] = lambda line: None, every: float | None = None
+        self,
+        say: Callable[[str], None] = lambda line: None,
+        every: float | None = None,
+        client_name: Callable[[int], str] = "client {}".format,
     ) -> None:
         self._say = say
+        self._client_name = client_name
         self._every = math.inf if every is None else every
         self._round = 0
         self._client = ""
@@ -97,7 +102,7 @@ class RoundProgress:
             num_clients: number of clients on this rank in this round.
         """
         of_rank = f" ({place} of {num_clients} on this rank)" if num_clients > 1 else ""
-        self._client = f"round {self._round}: client {client}{of_rank}"
+        self._client = f"round {self._round}: {self._client_name(client)}{of_rank}"
 
     def stage(self, unit: str, total: int) -> None:
         """Begin `total` steps of one kind, which `unit` names."""

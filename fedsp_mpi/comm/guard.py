@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,18 +56,24 @@ class Refused(Exception):
 
 @dataclass(frozen=True)
 class PhaseInfo:
-    """The innermost phase, with the round and client of the nearest phase that has them."""
+    """The innermost phase, with the round and client of the nearest phase that has them.
+
+    Attributes:
+        phase: its name.
+        round: number of the round.
+        client: what messages call the client.
+    """
 
     phase: str = "start-up"
     round: int | None = None
-    client: int | None = None
+    client: str | None = None
 
     def __str__(self) -> str:
         parts = []
         if self.round is not None:
             parts.append(f"round {self.round}")
         if self.client is not None:
-            parts.append(f"client {self.client}")
+            parts.append(self.client)
         parts.append(f"phase {self.phase!r}")
         return ", ".join(parts)
 
@@ -109,6 +115,7 @@ class Guard:
         self._reporting = threading.Lock()
         self._thread_hook = threading.excepthook
         self._peers: list[tuple[str, int]] = []  # (host, process id) by rank
+        self._client_name: Callable[[int], str] = "client {}".format
         self.stop_requested = False
 
     def __call__(self, verb: str) -> Guard:
@@ -161,7 +168,7 @@ class Guard:
         info = PhaseInfo(
             name,
             outer.round if round is None else round,
-            outer.client if client is None else client,
+            outer.client if client is None else self._client_name(client),
         )
         self._phases.append(info)
         try:
@@ -191,6 +198,10 @@ class Guard:
     def set_peers(self, peers: Iterable[tuple[str, int]]) -> None:
         """Set (host, process id) of every rank, by rank."""
         self._peers = list(peers)
+
+    def name_clients(self, client_name: Callable[[int], str]) -> None:
+        """Set what messages call a client of an id."""
+        self._client_name = client_name
 
     def _request_stop(self, *_: object) -> None:
         self.stop_requested = True

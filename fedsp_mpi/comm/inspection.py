@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -57,10 +57,12 @@ class Expected:
     Attributes:
         ranks: rank that hosts each client, by client id.
         max_samples: largest number of samples that each client can have used, by client id.
+        client_name: returns what messages call a client of an id.
     """
 
     ranks: Mapping[int, int]
     max_samples: Mapping[int, float]
+    client_name: Callable[[int], str] = "client {}".format
 
     def of_rank(self, rank: int) -> list[int]:
         """Return the ids of a rank's clients, ascending."""
@@ -121,12 +123,14 @@ def read_headers(
     with reading(rank, "a message of results"):
         headers = unpack_results(message, f"rank {rank}", contract.metrics)
     clients_of_rank = [] if expected is None else expected.of_rank(rank)
+    name = Expected.client_name if expected is None else expected.client_name
     for header in headers:
-        _require_agreed(header, contract, round=round, rank=rank)
+        whose = f"update of {name(header.client)} from rank {rank}"
+        _require_agreed(header, contract, round=round, whose=whose)
         if expected is not None and header.client not in clients_of_rank:
             raise ProtocolError(
-                f"update of client {header.client} from rank {rank}: found a client that this rank "
-                f"does not host in round {round}, expected one of "
+                f"{whose}: found a client that this rank does not host in round {round}, expected "
+                "one of "
                 f"{clients_of_rank[:_MAX_IDS_SHOWN]}"
             )
     if pack_results(headers, contract.metrics) != message:
@@ -136,7 +140,7 @@ def read_headers(
     for client, count in Counter(header.client for header in headers).items():
         if count > 1:
             raise ProtocolError(
-                f"update of client {client} from rank {rank}: found two results, expected one"
+                f"update of {name(client)} from rank {rank}: found two results, expected one"
             )
     return headers
 
@@ -157,9 +161,15 @@ def require_one_rank_each(senders: Sequence[Sequence[int]]) -> None:
                 )
 
 
-def _require_agreed(header: Header, contract: Contract, *, round: int, rank: int) -> None:
-    """Raise ProtocolError unless a header is an update or a failure as the contract has it."""
-    whose = f"update of client {header.client} from rank {rank}"
+def _require_agreed(header: Header, contract: Contract, *, round: int, whose: str) -> None:
+    """Raise ProtocolError unless a header is an update or a failure as the contract has it.
+
+    Args:
+        header: of a result.
+        contract: what may travel.
+        round: number of the round.
+        whose: begins the message.
+    """
     if header.kind not in (Kind.UPDATE, Kind.FAILURE):
         raise ProtocolError(
             f"{whose}: found a message of kind {header.kind.name}, expected UPDATE or FAILURE"

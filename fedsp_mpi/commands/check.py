@@ -53,7 +53,7 @@ def check(
     silos = None
     if config.federation.silos:
         has_patterns = any(silo.is_pattern for silo in config.federation.silos)
-        silos = check_silos(report, config, name, wire=wire, ranks=ranks)
+        silos = check_silos(report, config, name, wire=wire)
         config = silos.config if silos else config
         if silos and ranks and has_patterns:
             check_world(report, config, len(ranks))

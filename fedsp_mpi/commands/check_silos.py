@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 from fedsp_mpi.comm import Refused
 from fedsp_mpi.commands.check_report import CheckReport, Status
 from fedsp_mpi.config import Config
-from fedsp_mpi.files.untrusted import JsonMapping
 
 if TYPE_CHECKING:
     from fedsp_mpi.comm.solo import Solo
@@ -25,7 +24,6 @@ def check_silos(
     name: str,
     *,
     wire: Wire | Solo,
-    ranks: Sequence[JsonMapping],
 ) -> OpenSilos | None:
     """Place and open the silos as a run does; every rank calls this.
 
@@ -34,7 +32,6 @@ def check_silos(
         config: checked.
         name: of the configuration, for a run that has none.
         wire: between all ranks.
-        ranks: the introductions of all ranks, on the server; empty elsewhere.
 
     Returns:
         The silos, each with its declaration, also those that cannot be used; None if they cannot be
@@ -48,26 +45,19 @@ def check_silos(
         report.add("FAIL", "silos", str(error))
         return None
     silos = declare_silos(placement, wire)
-    if ranks:
-        hosts = [str(rank["host"]) for rank in ranks]
-        _report_hosts(report, placement, hosts)
-        _report_placement(report, placement, hosts)
-        _report_declarations(report, silos, hosts)
+    if wire.is_server:
+        _report_hosts(report, placement)
+        _report_placement(report, placement)
+        _report_declarations(report, silos, placement.hosts)
     return silos
 
 
-def _report_hosts(report: CheckReport, placement: Placement, hosts: Sequence[str]) -> None:
-    """Report how many of the silos' folders each host sees; a hub set is no folder of any host.
-
-    Args:
-        report: gets the findings.
-        placement: of the silos.
-        hosts: by rank.
-    """
+def _report_hosts(report: CheckReport, placement: Placement) -> None:
+    """Report how many of the silos' folders each host sees; a hub set is no folder of any host."""
     seen_by_host: dict[str, set[int]] = {}
     for rank, sizes in placement.num_bytes.items():
         clients = {client for client, size in enumerate(sizes) if size is not None}
-        seen_by_host.setdefault(hosts[rank], set()).update(clients)
+        seen_by_host.setdefault(placement.hosts[rank], set()).update(clients)
     folders = set().union(*seen_by_host.values())
     if not folders:
         return
@@ -82,18 +72,12 @@ def _report_hosts(report: CheckReport, placement: Placement, hosts: Sequence[str
         report.add("ok", "silos", f"{num_more} more hosts; each of all sees at least {fewest}")
 
 
-def _report_placement(report: CheckReport, placement: Placement, hosts: Sequence[str]) -> None:
-    """Report which rank plays which silos in a run.
-
-    Args:
-        report: gets the findings.
-        placement: of the silos.
-        hosts: by rank.
-    """
+def _report_placement(report: CheckReport, placement: Placement) -> None:
+    """Report which rank plays which silos in a run."""
     client_ranks = sorted(placement.num_bytes)
     for rank in client_ranks[:_MAX_LINES]:
         ids = placement.assignment[rank]
-        where = f"rank {rank} on {hosts[rank]}"
+        where = f"rank {rank} on {placement.hosts[rank]}"
         if ids:
             finding = f"{where} plays {len(ids)}: {_names(placement.config, ids)}"
             report.add("ok", "placement", finding)

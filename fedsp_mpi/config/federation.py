@@ -44,7 +44,8 @@ class FederationConfig:
 
     def client_name(self, client: int) -> str:
         """Return what messages call a client: "silo north", or "client 3"."""
-        return f"silo {self.silos[client].name}" if self.silos else f"client {client}"
+        is_silo = 0 <= client < len(self.silos)  # messages also name clients that cannot be
+        return f"silo {self.silos[client].name}" if is_silo else f"client {client}"
 
 
 @dataclass(frozen=True)

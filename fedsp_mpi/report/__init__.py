@@ -5,7 +5,7 @@ from fedsp_mpi.report.diff import difference
 from fedsp_mpi.report.experiments import markdown
 from fedsp_mpi.report.facts import main_result
 from fedsp_mpi.report.gain import gain_table
-from fedsp_mpi.report.plot import can_draw, draw_bars, draw_curves, draw_shards
+from fedsp_mpi.report.plot import can_draw, draw_bars, draw_curves, draw_shards, draw_silos
 from fedsp_mpi.report.summary import summarize
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "draw_bars",
     "draw_curves",
     "draw_shards",
+    "draw_silos",
     "gain_table",
     "main_result",
     "markdown",

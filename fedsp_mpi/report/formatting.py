@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from fedsp_mpi.files.untrusted import printable
 
 WIDTH = 100  # columns of a terminal
+_MAX_NAME_LENGTH = 30  # characters
 # Labels whose lines are not shortened: paths and commands, which are to be copied.
 _UNCLIPPED = ("folder ", "go on ")
 
@@ -146,6 +147,13 @@ def wrapped(label: str, items: Sequence[str]) -> list[str]:
             is_first = True
         lines[-1] += text if is_first else f" {text}"
     return lines
+
+
+def shortened(name: str) -> str:
+    """Shorten a name that is one of many, beside a bar or in a table."""
+    if len(name) <= _MAX_NAME_LENGTH:
+        return name
+    return f"{name[: _MAX_NAME_LENGTH - 3]}..."
 
 
 def clip(line: str) -> str:

@@ -17,10 +17,11 @@ import numpy as np
 from fedsp_mpi.files import ownership
 from fedsp_mpi.files.untrusted import JsonObject, printable
 from fedsp_mpi.record.hdf5 import Run
+from fedsp_mpi.report import silos
 from fedsp_mpi.report.comparison import Comparison, MethodResults
 from fedsp_mpi.report.costs import training_seconds
 from fedsp_mpi.report.facts import label_of, seed_of
-from fedsp_mpi.report.formatting import as_bytes, deviation
+from fedsp_mpi.report.formatting import as_bytes, deviation, shortened
 from fedsp_mpi.report.grouping import control_groups, require_distinct, task_names
 
 if TYPE_CHECKING:
@@ -39,7 +40,6 @@ _MAX_LABELS = 12  # of shards, that have a colour of their own
 _MAX_SEPARATE_BARS = 200  # of shards; more are drawn without gaps
 _MAX_SHARD_NAMES = 120  # beside their bars
 _MAX_INCHES = 20  # height of a picture of shards
-_MAX_NAME_LENGTH = 30  # characters
 _DPI = 150
 _STYLE: Any = {
     "font.size": 9,
@@ -55,6 +55,9 @@ _STYLE: Any = {
 }
 # Keyword arguments of matplotlib: colour, line style and the like.
 Look = JsonObject
+_SILO_LOOK: Look = {"color": GREYS[0], "linewidth": 0.7, "markersize": 3}
+_WORST_LOOK: Look = {"color": COLOURS[1], "linewidth": 1.2, "markersize": 4}
+_MEAN_LOOK: Look = {"color": COLOURS[0], "linewidth": 2.5, "markersize": 5}
 
 
 def draw_bars(comparison: Comparison, path: str | Path) -> None:
@@ -143,7 +146,7 @@ def draw_shards(
     series = _common_labels(counts)
     inches_per_bar = 0.3 if len(names) <= 20 else 0.16
     every = -(-len(names) // _MAX_SHARD_NAMES)
-    shown_names = [_shortened(printable(name)) for name in names[::every]]
+    shown_names = [shortened(printable(name)) for name in names[::every]]
     looks = _shard_looks(len(series), has_rare=len(counts) > len(series))
     with _picture(path) as figure:
         from matplotlib.ticker import MaxNLocator
@@ -164,6 +167,75 @@ def draw_shards(
         axes.set_xlabel("training examples")
         if len(series) > 1:
             _add_legend(figure, [axes], location="outside right upper", max_columns=1)
+
+
+def draw_silos(runs: Sequence[Run], path: str | Path) -> None:
+    """Draw the losses that silos have scored by round: a panel for each run that has such scores.
+
+    A thin line is one silo, over the rounds in which it scored; the bold one is the mean over silos
+    by their examples. The silo with the highest loss in the last round is named.
+
+    Raises:
+        ValueError: no run has scores of silos, matplotlib is missing, or the file cannot be
+            written.
+    """
+    scores = [(run, rows) for run in runs if (rows := silos.scored(run))]
+    if not scores:
+        raise ValueError(
+            "found no scores of silos, expected a run with evaluation.at=silos or both"
+        )
+    with _picture(path) as figure:
+        figure.set_size_inches(8, 0.7 + 3.6 * len(scores))
+        grid = figure.subplots(len(scores), squeeze=False)[:, 0]
+        for axes, (run, rows) in zip(grid, scores):
+            _draw_silo_lines(axes, run, rows)
+            axes.set_ylabel("held-out loss, nats per token")
+            axes.set_title(printable(run.name), loc="left", fontweight="bold")
+        _add_legend(figure, grid, location="outside lower center", max_columns=3)
+
+
+# -- silos -----------------------------------------------------------------------------------------
+
+
+def _draw_silo_lines(axes: Axes, run: Run, scores: Mapping[int, np.ndarray]) -> None:
+    """Draw the lines of one run.
+
+    Args:
+        axes: to draw on.
+        run: whose silos they are.
+        scores: rows of the table `silos` by round, [rows] each.
+    """
+    from matplotlib.ticker import MaxNLocator
+
+    rounds = list(scores)
+    marker = "o" if len(rounds) == 1 else None  # a line of one point is not seen
+    rows = np.concatenate(list(scores.values()))
+    for silo in np.unique(rows["silo"]):
+        line = rows[rows["silo"] == silo]
+        axes.plot(line["round"], line["loss"], label="each silo", marker=marker, **_SILO_LOOK)
+    last = silos.worst_of(scores[rounds[-1]])
+    worst = rows[rows["silo"] == last["silo"]]
+    axes.plot(
+        worst["round"],
+        worst["loss"],
+        label="highest loss in the last round",
+        marker=marker,
+        **_WORST_LOOK,
+    )
+    name = silos.client_name(run, int(last["silo"])).removeprefix("silo ")
+    axes.annotate(
+        shortened(printable(name)),
+        (last["round"], last["loss"]),
+        (6, 0),
+        textcoords="offset points",
+        va="center",
+        color=_WORST_LOOK["color"],
+    )
+    means = [silos.mean(rows) for rows in scores.values()]
+    axes.plot(rounds, means, label="mean by examples", marker=marker, **_MEAN_LOOK)
+    axes.margins(x=0.02)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axes.set_xlabel("round")
 
 
 # -- shards ----------------------------------------------------------------------------------------
@@ -228,12 +300,6 @@ def _draw_shard_bars(
         label=label,
         **look,
     )
-
-
-def _shortened(name: str) -> str:
-    if len(name) <= _MAX_NAME_LENGTH:
-        return name
-    return f"{name[: _MAX_NAME_LENGTH - 3]}..."
 
 
 # -- bars ------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from fedsp_mpi.record.hdf5 import Run
-from fedsp_mpi.report.formatting import as_decimal, as_percent, table
+from fedsp_mpi.report.formatting import as_decimal, as_percent, shortened, table
 
 _HEAD = (
     "round",
@@ -32,15 +32,23 @@ def client_name(run: Run, client: int) -> str:
     return f"client {client}"
 
 
+def scored(run: Run) -> dict[int, np.ndarray]:
+    """Return the rows of the table `silos` with a finite loss, by round: [rows] each, not empty."""
+    rows = run.silos[np.isfinite(run.silos["loss"])]
+    return {int(round): rows[rows["round"] == round] for round in np.unique(rows["round"])}
+
+
+def worst_of(rows: np.ndarray) -> np.void:
+    """Return the row of the silo with the highest loss, of rows [rows]."""
+    worst: np.void = rows[np.argmax(rows["loss"])]
+    return worst
+
+
 def lines(run: Run) -> list[str]:
     """Return the table of the silos' scores by round; nothing where silos did not judge."""
     body = []
-    for round in np.unique(run.silos["round"]):
-        rows = run.silos[run.silos["round"] == round]
-        rows = rows[np.isfinite(rows["loss"])]
-        if not len(rows):
-            continue
-        worst = rows[np.argmax(rows["loss"])]
+    for round, rows in scored(run).items():
+        worst = worst_of(rows)
         accuracies = rows["acc"][np.isfinite(rows["acc"])]
         body.append(
             [
@@ -51,7 +59,7 @@ def lines(run: Run) -> list[str]:
                 as_decimal(float(rows["loss"].std())),
                 as_percent(float(accuracies.mean()) if len(accuracies) else np.nan),
                 as_percent(float(accuracies.min()) if len(accuracies) else np.nan),
-                client_name(run, int(worst["silo"])).removeprefix("silo "),
+                shortened(client_name(run, int(worst["silo"])).removeprefix("silo ")),
             ]
         )
     if not body:

@@ -81,6 +81,7 @@ def execute(
         with guard.phase("silos"):
             silos = open_silos(config, name, wire, log)
         config = silos.config
+    guard.name_clients(config.federation.client_name)
     try:
         with guard.phase("checks"), agreed(wire, "handout") as agreement:
             if wire.is_server:
@@ -251,7 +252,11 @@ def _load_clients(
             ids=ids,
             call_server=wire.call,
             # One rank speaks for all: their clients have about the same work.
-            progress=RoundProgress(log.say, config.record.progress_seconds if is_first else None),
+            progress=RoundProgress(
+                log.say,
+                config.record.progress_seconds if is_first else None,
+                config.federation.client_name,
+            ),
         )
         clients.digests.update(fingerprints.of_clients(inputs, ids))
         return clients

@@ -47,4 +47,5 @@ def expected(inputs: ExperimentInputs, rank_of: Mapping[int, int], round: int) -
             undisclosed = config.searches and config.federation.disclose == "nothing"
             most = 1.0 if undisclosed else max_samples[client]
             max_samples[client] = most * config.federation.silos[client].weight
-    return Expected({client: rank_of[client] for client in max_samples}, max_samples)
+    ranks = {client: rank_of[client] for client in max_samples}
+    return Expected(ranks, max_samples, config.federation.client_name)

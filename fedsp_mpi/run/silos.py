@@ -35,8 +35,10 @@ if TYPE_CHECKING:
     from fedsp_mpi.run.silo_inputs import SiloInputs, SiloText
 
 _MAX_NAMED = 10  # silos that the log names
+_MAX_HOSTS_NAMED = 4  # of a silo that differs
 _MAX_REASON = 300  # characters of a silo's problem
-_HOST_VARIABLES = ("SLURMD_NODENAME",)
+# Of a Slurm task: its node's name in Slurm, which may differ from the host's.
+_NODE_VARIABLE = "SLURMD_NODENAME"
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ class View:
     """What a rank sees of the silos, without opening a file.
 
     Attributes:
-        hosts: names that this rank's host goes by.
+        hosts: names that this rank's host goes by; the first one stands in messages.
         num_bytes: size of each silo that has a name, in the order of the configuration; None: it
             is not there, or stands for silos that are still to be found.
         matches: what matches each pattern, by its place in the configuration: path and size by
@@ -77,13 +79,11 @@ class View:
     @classmethod
     def of_this_rank(cls, silos: Sequence[SiloConfig]) -> View:
         """Look at the folders of the silos."""
-        names = [platform.node(), *(os.environ.get(name, "") for name in _HOST_VARIABLES)]
-        hosts = {name for full in names if full for name in (full, full.partition(".")[0])}
         num_bytes = [None if silo.is_pattern else _size_of(silo.source) for silo in silos]
         matches = {
             index: _matches(silo.source) for index, silo in enumerate(silos) if silo.is_pattern
         }
-        return cls(sorted(hosts), num_bytes, matches)
+        return cls(_host_names(), num_bytes, matches)
 
     def to_json(self) -> JsonObject:
         """Return this as it travels."""
@@ -102,6 +102,8 @@ class View:
                 }
                 for index, paths in values["matches"].items()
             }
+            if not values["hosts"]:
+                raise ValueError("a host without a name")
             sizes = [None if size is None else int(size) for size in values["num_bytes"]]
             return cls([str(host) for host in values["hosts"]], sizes, matches)
 
@@ -153,12 +155,14 @@ class Placement:
         problems: why silos cannot be placed, by client; their rank says so of them.
         num_bytes: size of each silo as each client rank sees it, by rank, then by client; None: it
             does not. On the server.
+        hosts: of all ranks, as `host` of a silo names them. On the server.
     """
 
     config: Config
     assignment: Assignment
     problems: Mapping[int, str]
     num_bytes: Mapping[int, Sequence[int | None]]
+    hosts: Sequence[str]
 
 
 def open_silos(config: Config, name: str, wire: Wire | Solo, log: Log) -> OpenSilos:
@@ -224,6 +228,7 @@ def place_silos(config: Config, name: str, wire: Wire | Solo) -> Placement:
         assignment=[tuple(ids) for ids in assignment],
         problems={int(client): text for client, text in problems.items()},
         num_bytes=num_bytes,
+        hosts=[view.hosts[0] for view in views],
     )
 
 
@@ -276,6 +281,13 @@ def _view(config: Config, topology: Topology) -> JsonObject:
 
 def _first_client_rank(config: Config, topology: Topology) -> int:
     return 0 if topology.solo else config.topology.server_ranks
+
+
+def _host_names() -> list[str]:
+    """Return the names that this rank's host goes by: in Slurm, in full, and without a domain."""
+    full_names = [os.environ.get(_NODE_VARIABLE, ""), platform.node() or "localhost"]
+    names = [name for full in full_names for name in (full, full.partition(".")[0]) if name]
+    return list(dict.fromkeys(names))
 
 
 def _size_of(source: str) -> int | None:
@@ -455,7 +467,11 @@ def _assign(
                 f"found no client rank on its host {silo.host}, expected one of "
                 f"{', '.join(hosts[:_MAX_NAMED])}; correct host, or start a rank there"
             )
-        seeing = [rank for rank in on_host if sizes[rank] is not None]
+        # An empty folder may be the place where the disk of another host would be mounted.
+        seeing = [rank for rank in on_host if sizes[rank]]
+        if len({sizes[rank] for rank in seeing}) > 1:
+            problems[client] = _ambiguity({views[rank].hosts[0]: sizes[rank] for rank in seeing})
+        seeing = seeing or [rank for rank in on_host if sizes[rank] is not None]
         allowed[client] = seeing or on_host or client_ranks
         most_bytes = max((size for size in sizes.values() if size is not None), default=0)
         # Training steps are equally many; a search runs over all texts.
@@ -468,6 +484,19 @@ def _assign(
         ids[rank].append(client)
         load[rank] += work[client]
     return [sorted(clients) for clients in ids], problems
+
+
+def _ambiguity(sizes: Mapping[str, int | None]) -> str:
+    """Return what is wrong with a silo whose folder is another one on each host.
+
+    Args:
+        sizes: bytes of its files, by host.
+    """
+    places = [f"{size} bytes on {host}" for host, size in sorted(sizes.items())]
+    return (
+        f"found other files on each host ({', '.join(places[:_MAX_HOSTS_NAMED])}), expected one "
+        "folder; name its host, or a silo for each of them"
+    )
 
 
 def _seen_size(view: View, index: int, name: str) -> int | None:
@@ -491,7 +520,7 @@ def _declare(inputs: SiloInputs, client: int) -> Declaration:
     except (ValueError, OSError) as error:
         reason = one_line(error)[:_MAX_REASON]
         inputs.refuse_silo(client, reason)
-        return Declaration(client, error=f"on {platform.node()}: {reason}")
+        return Declaration(client, error=f"on {_host_names()[0]}: {reason}")
     disclose = config.federation.disclose
     return Declaration(
         client,

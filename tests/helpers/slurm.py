@@ -1,5 +1,5 @@
 """A real Slurm, started as root: two nodes that are both this machine, and all its files in a
-folder of its own.
+folder of its own. A node may have disks that the other does not see.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -32,6 +32,13 @@ PROGRAMS = (
     "squeue",
     "sinfo",
 )
+NODES = ("n1", "n2")
+# Mounts pairs of a folder and the place where it is seen, then becomes a daemon.
+MOUNT = """\
+while [ "$1" != -- ]; do mount --bind "$1" "$2" || exit; shift 2; done
+shift
+exec "$@"
+"""
 FINAL = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE"}
 
 # cred_expire is also how long a requeued job waits, and 5 is the least. OverTimeLimit: time limits
@@ -69,15 +76,22 @@ PartitionName=main Nodes=n[1-2] Default=YES OverSubscribe=FORCE:8
 class Slurm:
     """A cluster for the time of a `with`.
 
-    Skips the test where Slurm is not installed or the user is not root.
+    Skips the test where Slurm is not installed or the user is not root, or cannot mount.
+
+    Args:
+        disks: of a node, the folders that it sees at another place, by that place; nobody else
+            sees them there.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, disks: Mapping[str, Mapping[Path, Path]] | None = None) -> None:
+        self._disks = {} if disks is None else disks
         missing = [name for name in PROGRAMS if not shutil.which(name)]
         if missing:
             pytest.skip(f"there is no {', '.join(missing)}: apt-get install slurm-wlm munge")
         if os.geteuid() != 0:
             pytest.skip("only root can start a Slurm")
+        if self._disks and subprocess.run(["unshare", "--mount", "true"], check=False).returncode:
+            pytest.skip("this machine lets nobody mount")
 
     def __enter__(self) -> Slurm:
         with ExitStack() as stack:
@@ -91,12 +105,9 @@ class Slurm:
             conf.write_text(CONF.format(host=host, folder=self.folder, ports=_free_ports(3)))
             self._environment = {**_clean_environment(), "SLURM_CONF": str(conf)}
             self._start_munge(stack)
-            for command in (
-                ["slurmctld", "-D"],
-                ["slurmd", "-D", "-N", "n1"],
-                ["slurmd", "-D", "-N", "n2"],
-            ):
-                self._start(stack, command)
+            self._start(stack, ["slurmctld", "-D"])
+            for node in NODES:
+                self._start(stack, ["slurmd", "-D", "-N", node], self._disks.get(node, {}))
             stack.callback(self._end_jobs)
             until(
                 lambda: self.run("sinfo", "-h", "-t", "idle", "-o", "%D").strip() == "2",
@@ -146,10 +157,15 @@ class Slurm:
         )
         return Job(self, done.split(";")[0].strip())
 
-    def _start(self, stack: ExitStack, command: Sequence[str]) -> None:
+    def _start(
+        self, stack: ExitStack, command: Sequence[str], disks: Mapping[Path, Path] | None = None
+    ) -> None:
+        """Start a daemon, with disks in a mount namespace of its own if it has some."""
         log = stack.enter_context((self.folder / f"{command[0]}-{command[-1]}.out").open("w"))
+        pairs = [str(path) for place, disk in (disks or {}).items() for path in (disk, place)]
+        namespace = ["unshare", "--mount", "sh", "-c", MOUNT, "sh", *pairs, "--"] if pairs else []
         daemon = subprocess.Popen(
-            command,
+            [*namespace, *command],
             env=self._environment,
             stdin=subprocess.DEVNULL,
             stdout=log,

@@ -279,6 +279,16 @@ def test_a_bad_silo_stops_the_run_where_all_are_needed(tmp_path, sites):
     assert not (tmp_path / "run").exists()
 
 
+def test_the_log_and_the_report_of_a_crash_name_silos(tmp_path, sites):
+    where = ["--name", "run", "--set", f"run.folder={tmp_path}"]
+    settings = [*of_sites(sites, "north", "south"), "--set", "record.progress_seconds=0"]
+    fault = "raise:local training:0:2"
+    ended = run_mpi(0, [FAULTY, fault, "run", *where, *settings], timeout=60, status=1)
+    assert "round 1: silo south (2 of 2 on this rank) at tuning step 1 of 2" in ended.stdout
+    assert re.search(r"^run failed: .*, round 2, silo north, phase 'local training'", ended.stderr)
+    assert "client 0" not in ended.stdout + ended.stderr
+
+
 @pytest.mark.slow
 def test_a_silo_that_comes_back_takes_part_again(tmp_path, sites):
     folder = tmp_path / "found"

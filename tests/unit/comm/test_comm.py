@@ -329,6 +329,10 @@ def test_the_server_refuses_headers_that_break_the_contract() -> None:
         read_headers(bytes(hidden), 2, CONTRACT, round=4, expected=EXPECTED)
     with pytest.raises(ProtocolError, match="client 5 from rank 2: found two results"):
         read_from_rank_2(good, good)
+    named = replace(EXPECTED, client_name="silo s{}".format)
+    twice = 2 * good.pack(CONTRACT.metrics)
+    with pytest.raises(ProtocolError, match=r"^update of silo s5 from rank 2: found two"):
+        read_headers(twice, 2, CONTRACT, round=4, expected=named)
     with pytest.raises(
         ProtocolError, match="rank 2: found a message of results that cannot be read"
     ):

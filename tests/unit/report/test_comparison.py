@@ -8,7 +8,6 @@ import struct
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -26,6 +25,7 @@ from fedsp_mpi.report import (
     markdown,
     read_all,
 )
+from helpers import pictures
 
 ROUNDS = 4
 OWN = 1000  # bytes of a client and round, each way
@@ -395,11 +395,6 @@ def test_runs_of_a_folder_come_as_they_began(tmp_path, monkeypatch):
 # -- pictures --------------------------------------------------------------------------------------
 
 
-def drawn(path: Path) -> list[str]:
-    """Return all texts of an SVG picture."""
-    return re.findall(r"<text[^>]*>([^<]*)</text>", path.read_text())
-
-
 def pixels(path: Path) -> tuple[int, int]:
     """Return width and height of a PNG picture."""
     head = path.read_bytes()[:24]
@@ -410,7 +405,7 @@ def pixels(path: Path) -> tuple[int, int]:
 def test_bars_have_a_group_for_each_task_and_a_colour_for_each_method(tmp_path):
     comparison = compare(grid(tmp_path, ["FedSP", "FedPrompt"], ["sciq", "piqa"]))
     draw_bars(comparison, tmp_path / "bars.svg")
-    texts = drawn(tmp_path / "bars.svg")
+    texts = pictures.texts(tmp_path / "bars.svg")
     assert {
         "sciq",
         "piqa",
@@ -443,7 +438,7 @@ def test_many_methods_are_told_apart(tmp_path):
 def test_curves_against_rounds_bytes_and_seconds(tmp_path):
     runs = grid(tmp_path, ["FedSP", "FedPrompt"])
     draw_curves(runs, tmp_path / "curves.svg")
-    texts = drawn(tmp_path / "curves.svg")
+    texts = pictures.texts(tmp_path / "curves.svg")
     for text in (
         "round",
         "bytes sent so far, without the hand-out",
@@ -466,23 +461,8 @@ def test_equal_pictures_are_equal_files(tmp_path):
 
 
 def panels(runs: Sequence[Run]) -> list[Any]:
-    """Return the axes of a picture of curves, instead of a file."""
-    from fedsp_mpi.report import plot
-
-    figures = []
-
-    def keep(figure: Any, *_: object, **__: object) -> None:
-        figures.append(figure)
-
-    from matplotlib.figure import Figure
-
-    before, Figure.savefig = Figure.savefig, keep
-    try:
-        with TemporaryDirectory() as folder:
-            plot.draw_curves(runs, Path(folder) / "curves.png")
-    finally:
-        Figure.savefig = before
-    return figures[0].axes
+    """Return the axes of a picture of curves."""
+    return pictures.panels(lambda path: draw_curves(runs, path))
 
 
 def test_lines_are_means_over_seeds_and_the_control_is_dashed(tmp_path):
@@ -582,25 +562,25 @@ def test_without_matplotlib_one_line_says_how_to_get_it(tmp_path, monkeypatch, c
 
 def test_the_command(tmp_path, capsys):
     grid(tmp_path / "runs", ["FedSP", "FedPrompt"])
-    pictures = [str(tmp_path / name) for name in ("bars.png", "curves.svg")]
+    files = [str(tmp_path / name) for name in ("bars.png", "curves.svg")]
     arguments = [
         "report",
         str(tmp_path / "runs"),
         "--table",
         "comparison",
         "--picture",
-        pictures[0],
+        files[0],
         "--plot",
-        pictures[1],
+        files[1],
     ]
     assert cli.main(arguments) == 0
     table, gain = capsys.readouterr().out.split("| gain")
     assert set(rows(table)) == {"method", "zero-shot", "server-only", "FedSP", "FedPrompt"}
     assert set(rows("| gain" + gain)) == {"gain", "FedSP", "FedPrompt"}
-    assert all(Path(path).stat().st_size > 5000 for path in pictures)
-    assert cli.main(["report", str(tmp_path / "runs"), "--plot", pictures[1]]) == 0
+    assert all(Path(path).stat().st_size > 5000 for path in files)
+    assert cli.main(["report", str(tmp_path / "runs"), "--plot", files[1]]) == 0
     assert capsys.readouterr().out == ""
-    assert cli.main(["report", str(tmp_path / "runs"), "--picture", pictures[0]]) == 2
+    assert cli.main(["report", str(tmp_path / "runs"), "--picture", files[0]]) == 2
     assert "--picture: found without --table comparison" in capsys.readouterr().err
     assert cli.main(["report", str(tmp_path / "runs")]) == 0
     assert capsys.readouterr().out.count("run       sciq-") == 4
