@@ -24,7 +24,7 @@ from fedsp_mpi.comm import Topology
 from fedsp_mpi.comm.inspection import ProtocolError, reading, require_fields
 from fedsp_mpi.config import Config, ConfigError, SiloConfig
 from fedsp_mpi.config.silos import WILDCARD
-from fedsp_mpi.files.untrusted import JsonMapping, JsonObject
+from fedsp_mpi.files.untrusted import JsonMapping, JsonObject, printable
 from fedsp_mpi.log import Log, one_line
 from fedsp_mpi.run.agreement import agreed
 from fedsp_mpi.run.ranks import Assignment
@@ -142,7 +142,9 @@ class Declaration:
         sizes = (declaration.size, declaration.num_held_out, declaration.longest)
         if any(size is not None and size < 0 for size in sizes):
             raise ProtocolError(f"rank {rank}: found a silo of negative size, which cannot be")
-        return declaration
+        if declaration.error is None:
+            return declaration
+        return replace(declaration, error=printable(declaration.error)[: 2 * _MAX_REASON])
 
 
 @dataclass(frozen=True)
