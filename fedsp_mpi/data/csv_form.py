@@ -11,10 +11,18 @@ import gzip
 import lzma
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO, cast
 
-_OPEN: dict[str, Callable[[Path], object]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+import pyarrow as pa
+
+_OPEN: dict[str, Callable[[Path], object]] = {
+    ".gz": gzip.open,
+    ".bz2": bz2.open,
+    ".xz": lzma.open,
+    ".zst": partial(pa.input_stream, compression="zstd"),
+}
 _MARKS = {b"\xef\xbb\xbf": "utf-8-sig", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
 _MAX_HEADER = 1 << 16  # bytes that are looked at
 _QUOTED = re.compile(r'"[^"]*"?')
@@ -34,7 +42,7 @@ def recognise(path: Path, *, is_tsv: bool) -> dict[str, object]:
     Raises:
         OSError: it cannot be read.
     """
-    with _opened(path) as file:
+    with opened(path) as file:
         start = file.read(_MAX_HEADER)
     encoding = next((name for mark, name in _MARKS.items() if start.startswith(mark)), None)
     lines = start.decode(encoding or "utf-8", "replace").splitlines()
@@ -48,7 +56,12 @@ def recognise(path: Path, *, is_tsv: bool) -> dict[str, object]:
     return options
 
 
-def _opened(path: Path) -> BinaryIO:
+def opened(path: Path) -> BinaryIO:
+    """Open a file for reading bytes; .gz, .bz2, .xz and .zst are unpacked.
+
+    Raises:
+        OSError: it cannot be read.
+    """
     open_file = _OPEN.get(path.suffix.lower())
     return cast(BinaryIO, open_file(path)) if open_file else path.open("rb")
 

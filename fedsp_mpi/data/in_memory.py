@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import datasets
-import fsspec
 import pandas as pd
 import pyarrow as pa
 import pyarrow.ipc
 import pyarrow.json
 import pyarrow.parquet
 
+from fedsp_mpi.data import csv_form
 from fedsp_mpi.files.untrusted import JsonMapping
 
 
@@ -39,10 +40,10 @@ def _csv(path: Path, options: JsonMapping) -> datasets.Dataset:
 
 
 def _json(path: Path, options: JsonMapping) -> datasets.Dataset:
-    with fsspec.open(str(path), "rb", compression="infer") as file:
+    with csv_form.opened(path) as file:
         content = file.read()
     if content.lstrip()[:1] == b"[":
-        return datasets.Dataset.from_pandas(pd.read_json(path), preserve_index=False)
+        return datasets.Dataset.from_list(json.loads(content))
     # One block: a record must not be cut, and a column's type is found from all rows.
     one_block = pyarrow.json.ReadOptions(block_size=len(content) + 1)
     return datasets.Dataset(

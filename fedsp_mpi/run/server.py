@@ -337,8 +337,8 @@ class ServerRun:
         if not lost:
             return
         self._log.say(
-            f"{len(lost)} of {self._config.federation.clients} clients took part, and in no round "
-            "was their update merged; correct what is wrong with them, and run again:"
+            f"of {self._config.federation.clients} clients, {len(lost)} took part in vain: in no "
+            "round was their update merged; correct what is wrong with them, and run again:"
         )
         for client, reason in sorted(lost.items())[:_MAX_NAMED]:
             name = self._config.federation.client_name(client)

@@ -17,6 +17,7 @@ import numpy as np
 from fedsp_mpi.comm import Deadlines, Handout, RoundBroadcast, Wire, connect, guard
 from fedsp_mpi.comm.inspection import Expected
 from fedsp_mpi.comm.messages import HEADER_BYTES, CallStats, Header, Kind
+from fedsp_mpi.comm.wire import _JSON_TAGS
 from fedsp_mpi.tensors import Contract, Failure, NamedTensors, Schema, Update
 
 SCHEMA = Schema.of([("prefix", [10, 2])])
@@ -122,9 +123,8 @@ def main(out: Path, ways: list[str]) -> None:
             rounds.append({"way": way, "accepted": reports, "failures": reasons, "rows": merged})
         if rank == 2 and way in JSON:
             body = JSON[way]
-            wire._send_message(
-                Header(Kind.JSON, client=2, num_values=len(body)).pack() + body, 2, "gather"
-            )
+            header = Header(Kind.JSON, client=2, num_values=len(body))
+            wire._send_message(header.pack() + body, _JSON_TAGS["checkpoint"], "gather")
         else:
             wire.collect({"states": {}}, "checkpoint")
     wire.finish()

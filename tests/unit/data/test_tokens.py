@@ -279,7 +279,7 @@ def test_a_client_that_is_lost_in_every_round_is_named_at_the_end_with_its_whole
     failed = found.clients[found.clients["status"] == "failed"]
     assert set(failed["client"].tolist()) == {1} and set(failed["reason"].tolist()) == {reason}
     assert len(failed) == len(found.rounds) and found.status == "complete"
-    assert lines[-2].startswith("1 of 3 clients took part, and in no round was their update merged")
+    assert lines[-2].startswith("of 3 clients, 1 took part in vain: in no round was their update")
     assert lines[-1] == f"  client 1: {reason}"
     [entry] = [row for row in found.wire if row["name"] in (b"(reason)", "(reason)")]
     assert entry["bytes"] == entry["count"] * (len(reason) - 1 - TEXT_BYTES) and entry[
