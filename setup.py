@@ -40,7 +40,7 @@ setup(
         "threadpoolctl>=3.8",
         "numpy>=2.4",
         "pandas>=3.1",
-        "pyarrow>=21.0",
+        "pyarrow>=26.0",
         "PyYAML>=6.0",
     ],
     extras_require={"local": LOCAL, "evaluate": EVALUATE, "plot": PLOT, "test": TEST},

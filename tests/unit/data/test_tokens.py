@@ -185,6 +185,7 @@ def test_a_run_leaves_long_rows_out_and_check_finds_them(tmp_path, capsys):
     assert [note.split(" (")[0] for note in notes] == [
         "train: 1 row left out of 25, whose answer is longer than the 60 tokens that fit",
         "validation: 1 row left out of 4, whose answer is longer than the 60 tokens that fit",
+        "test: 1 of 4 texts is longer than the 61 tokens that fit",
         "test: 1 question with an option that is longer than the 60 tokens that fit",
         "test: 1 question with options that are the same tokens to this tokenizer, of "
         "which the first counts: row 3 of "
