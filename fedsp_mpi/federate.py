@@ -24,8 +24,8 @@ from fedsp_mpi.log import duration
 from fedsp_mpi.record.atomic import RecordError
 from fedsp_mpi.record.checkpoint import CheckpointFile
 from fedsp_mpi.record.journal import RoundJournal
-from fedsp_mpi.record.tables import RoundRow, SiloRow
-from fedsp_mpi.roles import HostedClients, ServerRole, mean_loss, read_silo_rows, silo_row_json
+from fedsp_mpi.record.tables import RoundRow, SiloRow, mean_silo_loss
+from fedsp_mpi.roles import HostedClients, ServerRole, read_silo_rows, silo_row_json
 from fedsp_mpi.tensors import ClientError, Failure, Update
 
 
@@ -390,29 +390,17 @@ def _log_round(journal: RoundJournal, round: int, schedule: Schedule, elapsed: f
     losses = f"validation loss {row['validation_loss']:.4f}{best}"
     losses += f" (merged {row['validation_merged']:.4f}{control})"
     silos = journal.record.run.silos
-    silos = silos[silos["round"] == round]
+    silos = silos[(silos["round"] == round) & np.isfinite(silos["loss"])]
     if len(silos):
         worst = silos[silos["loss"].argmax()]
         name = schedule.federation.client_name(int(worst["silo"]))
-        at_silos = f"loss at the silos {_mean_at_silos(silos):.4f}"
+        at_silos = f"loss at the silos {mean_silo_loss(silos):.4f}"
         at_silos += f" (worst {worst['loss']:.4f}, {name})"
         is_judged_by_silos = math.isnan(row["validation_loss"])
         losses = f"{at_silos}{best}" if is_judged_by_silos else f"{losses}, {at_silos}"
     journal.log.say(
         f"round {round}/{rounds}  {losses}  {row['num_clients']} clients{excluded}"
         f"  {duration(row['seconds_total'])}  {duration(remaining)} left"
-    )
-
-
-def _mean_at_silos(rows: np.ndarray) -> float:
-    """Return the mean loss of rows of the table `silos`, [rows], weighted by their examples."""
-    return mean_loss(
-        [
-            SiloRow(
-                round=int(row["round"]), silo=int(row["silo"]), n=int(row["n"]), loss=row["loss"]
-            )
-            for row in rows
-        ]
     )
 
 

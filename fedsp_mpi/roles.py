@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -18,18 +19,10 @@ from fedsp_mpi.files.untrusted import JsonMapping, JsonObject
 from fedsp_mpi.log import RoundProgress
 from fedsp_mpi.record.client_cache import ClientStateCache
 from fedsp_mpi.record.journal import RoundJournal
-from fedsp_mpi.record.tables import SiloRow
-from fedsp_mpi.tensors import NamedTensors, State, join_states, part_of_state
-from fedsp_mpi.training.device import Compute
+from fedsp_mpi.record.tables import SiloRow, mean_silo_loss, table
+from fedsp_mpi.tensors import ClientError, NamedTensors, State, join_states, part_of_state
+from fedsp_mpi.training.device import Compute, oom_as_client_error
 from fedsp_mpi.training.process_group import ServerGroup
-
-
-def mean_loss(rows: Sequence[SiloRow]) -> float:
-    """Return the silos' mean loss, in nats a token, weighted by their examples; nan without any."""
-    losses = [(row.loss, max(row.n, 1)) for row in rows if math.isfinite(row.loss)]
-    if not losses:
-        return math.nan
-    return sum(loss * n for loss, n in losses) / sum(n for _, n in losses)
 
 
 def silo_row_json(row: SiloRow) -> JsonObject:
@@ -67,6 +60,11 @@ def read_silo_rows(
                     for name in ("loss", "acc")
                 )
                 row = SiloRow(round=round, silo=values["silo"], n=values["n"], loss=loss, acc=acc)
+                if row.loss < 0 or not (math.isnan(row.acc) or 0 <= row.acc <= 1):
+                    raise ProtocolError(
+                        f"rank {rank}: found loss {row.loss:g} and accuracy {row.acc:g} of client "
+                        f"{row.silo}, expected a loss from 0 and a fraction"
+                    )
                 if rank_of.get(row.silo) != rank or row.silo in rows or row.n < 0:
                     raise ProtocolError(
                         f"rank {rank}: found a score of client {row.silo}, which it does not play "
@@ -121,10 +119,12 @@ class HostedClients:
         for client in self.ids:
             with guard.phase("evaluation at the silos", round=round, client=client):
                 self.cache.load(client)
-                row = self.score_silo(client, round, tensors)
+                # A silo that runs out of memory here has no row; training says what is wrong.
+                with suppress(ClientError), oom_as_client_error():
+                    row = self.score_silo(client, round, tensors)
+                    if row is not None:
+                        rows.append(row)
                 self.cache.store(client, round)
-                if row is not None:
-                    rows.append(row)
         return rows
 
 
@@ -246,7 +246,7 @@ class ServerRole:
             silos: what silos have scored.
         """
         if not self.validation:
-            loss = self.group.tell(mean_loss(silos))
+            loss = self.group.tell(mean_silo_loss(table(SiloRow, silos)))
         return self.best.update_if_better(self.server.export(), round, loss)
 
     def validate_control(self, round: int) -> float:

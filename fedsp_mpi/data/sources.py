@@ -219,11 +219,7 @@ def split_rows(
     Raises:
         ValueError: one of the three can be had in no way.
     """
-    rows: dict[str, Rows] = {
-        split: (split, range(len(tables[split])))
-        for split in ("train", "validation")
-        if split in tables
-    }
+    rows = _whole(tables, ("train", "validation"))
     notes = []
     reason = _why_not_scored(tables.get("test"), column_sets)
     if reason is None:
@@ -269,12 +265,13 @@ def silo_rows(task: str, tables: Tables) -> tuple[dict[str, Rows], list[str]]:
             f"{task}: found the splits {', '.join(tables) or '(none)'}, expected train; name a "
             "file train.csv, train.jsonl, ..."
         )
-    rows: dict[str, Rows] = {
-        split: (split, range(len(tables[split])))
-        for split in ("train", "validation")
-        if split in tables
-    }
+    rows = _whole(tables, ("train", "validation"))
     return rows, []
+
+
+def _whole(tables: Tables, names: Sequence[str]) -> dict[str, Rows]:
+    """Return all rows of those of the splits that there are."""
+    return {name: (name, range(len(tables[name]))) for name in names if name in tables}
 
 
 def server_rows(
@@ -291,9 +288,7 @@ def server_rows(
     """
     if list(tables) == ["train"]:
         return split_rows(task, tables, column_sets, seed=seed, cuts_test=True)
-    rows: dict[str, Rows] = {
-        split: (split, range(len(tables[split]))) for split in SPLITS if split in tables
-    }
+    rows = _whole(tables, SPLITS)
     if "test" in rows and _why_not_scored(tables["test"], column_sets) is not None:
         del rows["test"]
     notes = []

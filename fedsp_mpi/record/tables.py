@@ -231,6 +231,18 @@ def never_merged(clients: np.ndarray) -> dict[int, str]:
     return {int(row["client"]): _from_cell(row["reason"]) for row in rows}
 
 
+def mean_silo_loss(silos: np.ndarray) -> float:
+    """Return the mean loss of rows of the table `silos`, [rows], in nats per token.
+
+    Weighted by their examples, one at least; losses that are not finite are left out; nan without
+    any other.
+    """
+    rows = silos[np.isfinite(silos["loss"])]
+    if not len(rows):
+        return NAN
+    return float(np.average(rows["loss"], weights=np.maximum(rows["n"], 1)))
+
+
 def wire_rows(wire: np.ndarray) -> list[WireRow]:
     """Turn the table `wire`, [rows], into objects again."""
     rows = []

@@ -17,6 +17,7 @@ import numpy as np
 from fedsp_mpi.files import ownership
 from fedsp_mpi.files.untrusted import JsonObject, printable
 from fedsp_mpi.record.hdf5 import Run
+from fedsp_mpi.record.tables import mean_silo_loss
 from fedsp_mpi.report import silos
 from fedsp_mpi.report.comparison import Comparison, MethodResults
 from fedsp_mpi.report.costs import training_seconds
@@ -231,7 +232,7 @@ def _draw_silo_lines(axes: Axes, run: Run, scores: Mapping[int, np.ndarray]) -> 
         va="center",
         color=_WORST_LOOK["color"],
     )
-    means = [silos.mean(rows) for rows in scores.values()]
+    means = [mean_silo_loss(rows) for rows in scores.values()]
     axes.plot(rounds, means, label="mean by examples", marker=marker, **_MEAN_LOOK)
     axes.margins(x=0.02)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from fedsp_mpi.record.hdf5 import Run
+from fedsp_mpi.record.tables import mean_silo_loss
 from fedsp_mpi.report.formatting import as_decimal, as_percent, shortened, table
 
 _HEAD = (
@@ -54,7 +55,7 @@ def lines(run: Run) -> list[str]:
             [
                 str(round),
                 str(len(rows)),
-                as_decimal(mean(rows)),
+                as_decimal(mean_silo_loss(rows)),
                 as_decimal(worst["loss"]),
                 as_decimal(float(rows["loss"].std())),
                 as_percent(float(accuracies.mean()) if len(accuracies) else np.nan),
@@ -65,12 +66,3 @@ def lines(run: Run) -> list[str]:
     if not body:
         return []
     return [*table(_HEAD, body, num_left=0), *_LEGEND]
-
-
-def mean(rows: np.ndarray) -> float:
-    """Return the mean loss of rows of the table `silos`, weighted by their examples, nats a token.
-
-    Args:
-        rows: with finite losses, [rows].
-    """
-    return float(np.average(rows["loss"], weights=np.maximum(rows["n"], 1)))

@@ -10,8 +10,8 @@ import pytest
 from fedsp_mpi import config
 from fedsp_mpi.algorithms.silo_weights import WeightedClient
 from fedsp_mpi.comm.inspection import ProtocolError
-from fedsp_mpi.record.tables import SiloRow
-from fedsp_mpi.roles import mean_loss, read_silo_rows, silo_row_json
+from fedsp_mpi.record.tables import SiloRow, mean_silo_loss, table
+from fedsp_mpi.roles import read_silo_rows, silo_row_json
 from fedsp_mpi.run.silos import Declaration, View, _assign, disclosed
 from fedsp_mpi.tensors import NamedTensors, Update
 
@@ -124,9 +124,9 @@ ROWS = [SiloRow(round=3, silo=0, n=3, loss=1.0, acc=0.5), SiloRow(round=3, silo=
 
 
 def test_the_mean_loss_is_weighted_by_examples():
-    assert mean_loss(ROWS) == pytest.approx(1.5)
-    assert np.isnan(mean_loss([]))
-    assert mean_loss([replace(row, n=0) for row in ROWS]) == pytest.approx(2.0)
+    assert mean_silo_loss(table(SiloRow, ROWS)) == pytest.approx(1.5)
+    assert np.isnan(mean_silo_loss(table(SiloRow, [])))
+    assert mean_silo_loss(table(SiloRow, [replace(row, n=0) for row in ROWS])) == pytest.approx(2.0)
 
 
 def test_scores_travel_and_are_those_of_the_ranks_own_silos():
@@ -135,3 +135,10 @@ def test_scores_travel_and_are_those_of_the_ranks_own_silos():
     assert [(row.silo, row.n, row.loss) for row in rows] == [(0, 3, 1.0), (1, 1, 3.0)]
     with pytest.raises(ProtocolError, match=r"rank 1.*client 0"):
         read_silo_rows(answers, {0: 2, 1: 1}, 3)
+
+
+@pytest.mark.parametrize("change", [{"loss": -1e9}, {"acc": 2.0}, {"n": -1}, {"silo": 1}])
+def test_a_score_that_cannot_be_names_the_rank(change):
+    answers = [{"scores": []}, {"scores": [{**silo_row_json(ROWS[0]), **change}]}]
+    with pytest.raises(ProtocolError, match="rank 1"):
+        read_silo_rows(answers, {0: 1, 1: 2}, 3)
