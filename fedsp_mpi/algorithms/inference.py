@@ -265,6 +265,11 @@ class _Reader:
         self._position = 0
 
     def values(self, num: int) -> np.ndarray:
+        """Return the next values, fp32 [num].
+
+        Raises:
+            ValueError: fewer are left.
+        """
         remaining = self._values.size - self._position
         if num > remaining:
             raise ValueError(f"found {remaining} values, expected {num} more")

@@ -198,7 +198,7 @@ class Prompt(nn.Module):
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Copy values into the parameters, on whatever device the prompt is.
 
-        Names and shapes must be the same shapes and names as those of `tensors()`.
+        Names and shapes, any float dtype, must be those of `tensors()`.
         """
         assert set(tensors) == {name for name, _ in self.named_parameters()}
         for name, parameter in self.named_parameters():
