@@ -8,7 +8,18 @@ from setuptools import find_packages, setup
 LOCAL = ["mpich"]  # an MPI as a wheel, for machines without one; a cluster uses its own
 EVALUATE = ["lm_eval>=0.4.12"]  # drives the verb `evaluate`
 PLOT = ["matplotlib>=3.11"]  # pictures of `report`
-TEST = [*LOCAL, *EVALUATE, *PLOT, "pytest", "pytest-xdist", "hypothesis", "ruff", "mypy"]
+BROWSER = ["axe-playwright-python"]  # opens pages of `report` in a real Chromium, for the tests
+TEST = [
+    *LOCAL,
+    *EVALUATE,
+    *PLOT,
+    *BROWSER,
+    "pytest",
+    "pytest-xdist",
+    "hypothesis",
+    "ruff",
+    "mypy",
+]
 
 [VERSION] = re.findall(
     r'^__version__ = "(.+)"$', Path("fedsp_mpi/__init__.py").read_text(encoding="utf-8"), re.M
@@ -22,7 +33,11 @@ setup(
     long_description_content_type="text/markdown",
     python_requires=">=3.11",
     packages=find_packages(include=["fedsp_mpi", "fedsp_mpi.*"]),
-    package_data={"fedsp_mpi.resources": ["*.yaml", "recipes/*.yaml", "model/*", "data/*"]},
+    package_data={
+        "fedsp_mpi.resources": ["*.yaml", "recipes/*.yaml", "model/*", "data/*"],
+        "fedsp_mpi.report": ["*.j2"],
+        "fedsp_mpi.record": ["*.md"],
+    },
     # Lower bounds: the minor versions of constraints.txt, with which the tests have run.
     install_requires=[
         "mpi4py>=4.1",
@@ -42,6 +57,7 @@ setup(
         "pandas>=3.1",
         "pyarrow>=26.0",
         "PyYAML>=6.0",
+        "Jinja2>=3.1",
     ],
     extras_require={"local": LOCAL, "evaluate": EVALUATE, "plot": PLOT, "test": TEST},
 )

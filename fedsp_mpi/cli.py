@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fedsp_mpi import __version__, config
 from fedsp_mpi.comm import Refused, guard, launcher_rank, launcher_size
@@ -17,6 +18,9 @@ from fedsp_mpi.commands.usage import explained, number
 from fedsp_mpi.config.parsing import error_line
 from fedsp_mpi.files.untrusted import printable
 from fedsp_mpi.log import Log
+
+if TYPE_CHECKING:
+    from fedsp_mpi.record import Run
 
 USAGE_ERROR = 2  # exit status
 SECONDS = number(float, 0, 1e9)
@@ -152,6 +156,7 @@ def report(options: argparse.Namespace) -> int:
         raise Refused("--picture: found without --table comparison, expected both")
     with _user_errors():
         runs = report.read_all(options.runs)
+        _write_reports(runs, options)
         if options.plot:
             report.draw_curves(runs, options.plot)
         if options.silos:
@@ -165,9 +170,29 @@ def report(options: argparse.Namespace) -> int:
         _show("\n\n".join(table for table in tables if table))
     elif options.markdown:
         _show(report.markdown(runs))
-    elif not options.plot and not options.silos:
+    elif options.json == "-":
+        _show(report.as_json(runs))
+    elif not any((options.plot, options.silos, options.html, options.csv, options.json)):
         _show("\n\n".join(report.summarize(run) for run in runs))
     return 0
+
+
+def _write_reports(runs: Sequence[Run], options: argparse.Namespace) -> None:
+    """Write the files of `report` that hold data or a page of one run.
+
+    Raises ValueError if a file cannot be written, or is not ours.
+    """
+    from fedsp_mpi import report
+
+    for option in ("html", "csv"):
+        if getattr(options, option) and len(runs) != 1:
+            raise ValueError(f"--{option}: found {len(runs)} runs, expected one; name one run")
+    if options.html:
+        report.write_page(runs[0], options.html)
+    if options.csv:
+        report.write_csv(runs[0], options.csv)
+    if options.json not in (None, "-"):
+        report.write_json(runs, options.json)
 
 
 def sweep(options: argparse.Namespace) -> int:
@@ -490,6 +515,19 @@ def _add_report(verbs: argparse._SubParsersAction) -> None:
         "--table",
         choices=("comparison",),
         help="comparison: a row for each method, a column for each task",
+    )
+    kind.add_argument(
+        "--json",
+        nargs="?",
+        const="-",
+        metavar="FILE",
+        help="everything that the records say as one JSON document; without FILE, on the terminal",
+    )
+    verb.add_argument(
+        "--html", metavar="FILE", help="one run as a page that needs nothing else (.html)"
+    )
+    verb.add_argument(
+        "--csv", metavar="FOLDER", help="the tables of one run, a CSV file each (rounds.csv, ...)"
     )
     verb.add_argument("--picture", metavar="FILE", help="comparison as a bar chart (.png or .svg)")
     verb.add_argument(

@@ -182,8 +182,8 @@ _ROUNDS_LEGEND = (
 def _rounds(run: Run) -> list[str]:
     if not len(run.rounds):
         return ["no round was committed"]
-    client_losses = _client_losses(run)
-    best_round = _best_round(run)
+    losses = _client_losses(run)
+    best = best_round(run)
     body = []
     for row in run.rounds:
         number = int(row["round"])
@@ -192,7 +192,7 @@ def _rounds(run: Run) -> list[str]:
             [
                 str(number),
                 f"{num_merged}/{row['num_clients']}",
-                as_decimal(client_losses.get(number, math.nan)),
+                as_decimal(losses.get(number, math.nan)),
                 as_decimal(row["server_loss_last"]),
                 as_decimal(row["validation_merged"]),
                 as_decimal(row["validation_loss"]),
@@ -200,13 +200,13 @@ def _rounds(run: Run) -> list[str]:
                 as_seconds(row["seconds_clients"]),
                 as_seconds(row["seconds_server"]),
                 as_seconds(row["seconds_total"]),
-                "best" if row["is_best"] and number == best_round else "",
+                "best" if row["is_best"] and number == best else "",
             ]
         )
-    return [*table(_ROUNDS_HEAD, body, num_left=0), *_ROUNDS_LEGEND, *_failures(run)]
+    return [*table(_ROUNDS_HEAD, body, num_left=0), *_ROUNDS_LEGEND, *failures(run)]
 
 
-def _best_round(run: Run) -> int:
+def best_round(run: Run) -> int:
     """Return the last round that was the best so far; 0 if there is none."""
     best = run.rounds["round"][run.rounds["is_best"]]
     return int(best[-1]) if len(best) else 0
@@ -222,7 +222,7 @@ def _client_losses(run: Run) -> dict[int, float]:
     return losses
 
 
-def _failures(run: Run) -> list[str]:
+def failures(run: Run) -> list[str]:
     """Say why clients failed or were rejected, for the first of them."""
     failed = run.clients[run.clients["status"] != "ok"] if len(run.clients) else run.clients
     lines = []
@@ -273,10 +273,10 @@ def _results(run: Run) -> list[str]:
             ]
         )
     lines = table(_RESULTS_HEAD, body, num_left=2)
-    return [*lines, *_verdicts(run), *attack.summary_lines(run)]
+    return [*lines, *verdicts(run), *attack.summary_lines(run)]
 
 
-def _verdicts(run: Run) -> list[str]:
+def verdicts(run: Run) -> list[str]:
     """Say what the federated methods gained over their controls, split by split."""
     lines = []
     for row in run.results:
@@ -398,3 +398,32 @@ def _overhead(run: Run, row: np.void) -> float:
     busiest = max(by_rank, key=np.sum)
     seconds = row["seconds_clients"] + np.nan_to_num(row["seconds_control"])
     return float(seconds - busiest.sum()) / len(busiest)
+
+
+# -- for the page of a run -------------------------------------------------------------------------
+
+
+def header(run: Run) -> dict[str, str]:
+    """Return the summary's header by label: "machine" -> "node01, 3 ranks, 2 clients"."""
+    return _by_label(_header(run))
+
+
+def seconds(run: Run) -> dict[str, str]:
+    """Return where the time went, by label."""
+    return _by_label([line for line in _seconds(run) if "overhead = " not in line])
+
+
+def traffic(run: Run) -> str:
+    """Return how many bytes were sent, in one line; empty text where none were."""
+    text = _by_label(_wire(run)).get("wire", "")
+    return text.replace(" per client and round:", "; per client and round:")
+
+
+def _by_label(lines: list[str]) -> dict[str, str]:
+    """Join what follows each label; lines without a label go on with the one before."""
+    texts: dict[str, list[str]] = {}
+    label = ""
+    for line in lines:
+        label = line[: len(_INDENT)].strip() or label
+        texts.setdefault(label, []).append(line[len(_INDENT) :].strip())
+    return {label: " ".join(words) for label, words in texts.items()}
