@@ -404,8 +404,11 @@ def _overhead(run: Run, row: np.void) -> float:
 
 
 def header(run: Run) -> dict[str, str]:
-    """Return the summary's header by label: "machine" -> "node01, 3 ranks, 2 clients"."""
-    return _by_label(_header(run))
+    """Return the summary's header by label: "machine" -> "node01, 3 ranks, 2 clients".
+
+    Of a run that ended early with "go on", the command that resumes it.
+    """
+    return _by_label([*_header(run), *_how_to_resume(run)])
 
 
 def seconds(run: Run) -> dict[str, str]:

@@ -88,6 +88,15 @@ def test_runs_without_rounds_clients_or_scores_have_a_page(tmp_path: Path) -> No
     assert "No results yet." in html.page(begun)
 
 
+def test_a_run_that_was_stopped_says_why_and_how_it_goes_on(tmp_path: Path) -> None:
+    record = make(tmp_path / "run", rounds=2)
+    record.finish("stopped", "told to stop after round 2")
+    text = html.page(record.run)
+    assert "stopped, 2 rounds" in text and "told to stop after round 2" in text
+    command = text.partition("<dt>go on</dt><dd>")[2].partition("</dd>")[0]
+    assert "fedsp_mpi run" in command and "resume" in command.lower()
+
+
 def test_losses_that_are_not_finite_break_the_line() -> None:
     values = np.array([1.0, np.nan, 2.0, np.inf, 3.0, 3.5])
     drawn = chart("losses", [Line("a", np.arange(1, 7), values)], unit="nats")
