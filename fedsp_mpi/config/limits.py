@@ -144,6 +144,9 @@ RANGES: dict[str, Range] = {
     },
 }
 
+# Of each of `federation.silos`.
+SILO_RANGES = {"limit": Range(1, _MOST_EXAMPLES), "weight": Range(0, 1e6, above=True)}
+
 
 def require_ranges(config: Config) -> None:
     """Raise ConfigError on the first number of a configuration that is out of its range."""
