@@ -147,6 +147,8 @@ def parse(kind: Any, data: object, where: str) -> Any:
             parse(arguments[0], item, f"{where}[{index}]") for index, item in enumerate(data)
         )
     if origin is dict:
+        if data is None:
+            data = {}
         if not isinstance(data, dict):
             raise ConfigError(
                 f"{where}: found {type(data).__name__}, expected a section of names, "

@@ -17,6 +17,7 @@ EXTENDS: JsonObject = {
     "description": "a file or a list of files, relative to this one, that this one is laid over; "
     "later files win",
 }
+_SECTION = ["object", "null"]  # an empty one is null in YAML
 _NAMES = "of the silos; each goes where {silo} stands in `source`"
 
 
@@ -33,7 +34,7 @@ def file_schema() -> JsonObject:
 
 
 def _section(section: Section) -> JsonObject:
-    """Return the form of a section; an empty one is null in YAML."""
+    """Return the form of a section."""
     properties = {
         member.name.rpartition(".")[2]: (
             _section(member) if isinstance(member, Section) else _key(member)
@@ -42,7 +43,7 @@ def _section(section: Section) -> JsonObject:
     }
     return {
         "description": section.description,
-        "type": ["object", "null"],
+        "type": _SECTION,
         "properties": properties,
         "additionalProperties": False,
     }
@@ -50,6 +51,8 @@ def _section(section: Section) -> JsonObject:
 
 def _key(key: Key) -> JsonObject:
     values = key.values if key.items is None else _silos(key.items)
+    if values.get("type") == "object":
+        values = {**values, "type": _SECTION}
     default = key.defaults[DEFAULT_RECIPE]
     notes = [key.meaning]
     if key.unit:

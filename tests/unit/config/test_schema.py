@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import typing
 
 import hypothesis
@@ -25,6 +26,7 @@ from fedsp_mpi.config.yaml_reader import parse_yaml
 from helpers.configs import leaves
 from helpers.paths import ROOT
 
+EXAMPLES = int(os.environ.get("FEDSP_EXAMPLES", "400"))
 FILE = jsonschema.Draft202012Validator(schema())
 SWEEP = jsonschema.Draft202012Validator(sweep_schema())
 FILES = [
@@ -135,7 +137,7 @@ def test_what_a_sweep_may_say(tmp_path, case):
 # -- every key with every kind of value ------------------------------------------------------------
 
 # The schema is stricter: about words for a switch, and about numbers in quotes.
-words = st.sampled_from(["", "text", "auto", "prefix", "mean", "null", "010", "1:30", "half"])
+words = st.sampled_from(["", "text", "auto", "prefix", "mean", "null", "1:30", "half"])
 numbers = st.one_of(
     st.integers(-3, 3),
     st.integers(),
@@ -176,7 +178,13 @@ def is_read(data: dict) -> bool:
     return True
 
 
-@hypothesis.settings(max_examples=600, derandomize=True, deadline=None, database=None)
+@hypothesis.settings(
+    max_examples=EXAMPLES,
+    derandomize=True,
+    deadline=None,
+    database=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],  # a busy machine is none of its matter
+)
 @hypothesis.given(st.data())
 def test_the_schema_takes_what_the_reader_takes(data):
     name, hint = data.draw(st.sampled_from(KEYS))
