@@ -31,6 +31,7 @@ from fedsp_mpi.config.parsing import (
     differences,
     merge,
     message_line,
+    mistake_line,
     parse,
     put,
 )
@@ -226,7 +227,7 @@ def checked(data: Section) -> Config:
         config: Config = parse(Config, merge(recipe_values, data), "")
         config.check()
     except ConfigError as error:
-        raise ConfigError(message_line(str(error))) from None
+        raise ConfigError(mistake_line(error)) from None
     return config
 
 

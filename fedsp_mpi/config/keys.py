@@ -15,13 +15,12 @@ import dataclasses
 import json
 import typing
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from fedsp_mpi.config.experiment import Config
+from fedsp_mpi.config.experiment import Config, checked
 from fedsp_mpi.config.limits import RANGES, SILO_RANGES
 from fedsp_mpi.config.methods import METHODS
-from fedsp_mpi.config.model import Recipe, recipe
-from fedsp_mpi.config.parsing import parse
+from fedsp_mpi.config.model import ModelConfig, Recipe
 from fedsp_mpi.config.silos import SiloConfig
 from fedsp_mpi.files.untrusted import JsonObject
 
@@ -111,7 +110,8 @@ class Section:
 
 def configuration() -> Section:
     """Return the whole configuration."""
-    defaults = {name: parse(Config, recipe(name), "") for name in RECIPES}
+    whole = {name: checked({"recipe": name, "model": {"name": "any"}}) for name in RECIPES}
+    defaults = {name: replace(config, model=ModelConfig()) for name, config in whole.items()}
     return _section(Config, "", defaults)
 
 

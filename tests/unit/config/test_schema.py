@@ -18,6 +18,7 @@ from fedsp_mpi.commands.sweep_schema import sweep_schema
 from fedsp_mpi.commands.trials import trials_of
 from fedsp_mpi.config import Config, ConfigError
 from fedsp_mpi.config.experiment import checked
+from fedsp_mpi.config.keys import RECIPES
 from fedsp_mpi.config.limits import require_ranges
 from fedsp_mpi.config.methods import require_method
 from fedsp_mpi.config.parsing import parse
@@ -31,7 +32,8 @@ FILE = jsonschema.Draft202012Validator(schema())
 SWEEP = jsonschema.Draft202012Validator(sweep_schema())
 FILES = [
     *sorted((ROOT / "configs").rglob("*.yaml")),
-    *sorted((ROOT / "fedsp_mpi/resources").rglob("*.yaml")),
+    config.EMBEDDED,
+    *(config.EMBEDDED.parent / "recipes" / f"{name}.yaml" for name in RECIPES),
 ]
 
 
