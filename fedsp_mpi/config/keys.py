@@ -110,8 +110,10 @@ class Section:
 
 def configuration() -> Section:
     """Return the whole configuration."""
-    whole = {name: checked({"recipe": name, "model": {"name": "any"}}) for name in RECIPES}
-    defaults = {name: replace(config, model=ModelConfig()) for name, config in whole.items()}
+    defaults: dict[str, object] = {}
+    for name in RECIPES:
+        config = checked({"recipe": name, "model": {"name": "any"}})  # which has to be given
+        defaults[name] = replace(config, model=ModelConfig())
     return _section(Config, "", defaults)
 
 

@@ -113,8 +113,8 @@ def mistake_line(mistake: ConfigError) -> str:
     keys = [message_line(key, _LONGEST_NAME) for key in mistake.other_keys]
     for num_shown in range(len(keys), 0, -1):
         num_left = len(keys) - num_shown
-        rest = f" and {num_left} more" if num_left else ""
-        longer = f"{line}; also wrong: {', '.join(keys[:num_shown])}{rest}"
+        ending = f" and {num_left} more" if num_left else ""
+        longer = f"{line}; also wrong: {', '.join(keys[:num_shown])}{ending}"
         if len(longer) <= LONGEST_MESSAGE:
             return longer
     return line
