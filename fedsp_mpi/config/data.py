@@ -11,7 +11,7 @@ from fedsp_mpi.config.parsing import ConfigError, shown
 
 @dataclass(frozen=True)
 class LimitConfig:
-    """The most rows of each split, taken from its beginning; None: all."""
+    """The most rows of each split, taken from its beginning."""
 
     train: int | None = option(None, "use the first rows of the split only; `null`: all", "rows")
     validation: int | None = option(None, "the same of the validation split", "rows")
@@ -89,15 +89,15 @@ class DataConfig:
         "numbers or truth values. `federation.clients` must be the number of its values (5,000 at "
         "most); rows without a value are left out, with a note",
     )
-    alpha: float = option(
-        0.5,
-        "of the Dirichlet distribution behind the skew: 0.1 is strong, 100 hardly any",
-    )
     loss_over: Literal["vocabulary", "choices", "auto"] = option(
         "vocabulary",
         "the tokens that an answer's cross entropy runs over: the whole `vocabulary`, or those of "
         "the `choices`; `auto`: the choices where every example has the same ones, else the "
         "vocabulary",
+    )
+    alpha: float = option(
+        0.5,
+        "of the Dirichlet distribution behind the skew: 0.1 is strong, 100 hardly any",
     )
 
     @property
