@@ -8,18 +8,9 @@ from setuptools import find_packages, setup
 LOCAL = ["mpich"]  # an MPI as a wheel, for machines without one; a cluster uses its own
 EVALUATE = ["lm_eval>=0.4.12"]  # drives the verb `evaluate`
 PLOT = ["matplotlib>=3.11"]  # pictures of `report`
+TOOLS = ["pytest", "pytest-xdist", "hypothesis", "jsonschema", "ruff", "mypy"]
 BROWSER = ["axe-playwright-python"]  # opens pages of `report` in a real Chromium, for the tests
-TEST = [
-    *LOCAL,
-    *EVALUATE,
-    *PLOT,
-    *BROWSER,
-    "pytest",
-    "pytest-xdist",
-    "hypothesis",
-    "ruff",
-    "mypy",
-]
+TEST = [*LOCAL, *EVALUATE, *PLOT, *TOOLS, *BROWSER]
 
 [VERSION] = re.findall(
     r'^__version__ = "(.+)"$', Path("fedsp_mpi/__init__.py").read_text(encoding="utf-8"), re.M
@@ -34,7 +25,7 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["fedsp_mpi", "fedsp_mpi.*"]),
     package_data={
-        "fedsp_mpi.resources": ["*.yaml", "recipes/*.yaml", "model/*", "data/*"],
+        "fedsp_mpi.resources": ["*.yaml", "*.md", "recipes/*.yaml", "model/*", "data/*"],
         "fedsp_mpi.report": ["*.j2"],
         "fedsp_mpi.record": ["*.md"],
     },
@@ -53,6 +44,7 @@ setup(
         "xxhash>=4.1",
         "cmaes>=0.13",
         "threadpoolctl>=3.8",
+        "pydantic>=2.14",
         "numpy>=2.4",
         "pandas>=3.1",
         "pyarrow>=26.0",
