@@ -320,14 +320,14 @@ def _resumption_or_error(
     """Load what `--resume FOLDER` needs, with the directory that its paths are relative to."""
     from fedsp_mpi.run.resuming import read_resumption
 
-    here = Path.cwd()
-    others = {
+    working = Path.cwd()
+    beside = {
         "a configuration": options.config,
         "--name": options.name,
         "--replace": options.replace,
     }
     try:
-        for what, is_given in others.items():
+        for what, is_given in beside.items():
             if is_given:
                 raise ValueError(
                     f"--resume {options.resume}: found {what} beside it, expected none: the "
@@ -335,7 +335,7 @@ def _resumption_or_error(
                 )
         resumption = read_resumption(Path(options.resume), options.set)
     except ValueError as error:
-        return config.Config(), error, here
+        return config.Config(), error, working
     return resumption.config, None, resumption.directory
 
 

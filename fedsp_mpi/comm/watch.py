@@ -15,7 +15,6 @@ import socket
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from typing import Any
 
 _WAKE_UP = b"\0"  # no signal has this number
 
@@ -24,7 +23,8 @@ class Watch:
     """Watches from `start` to `stop`; both are called on the main thread.
 
     Args:
-        signals: whose default action, to end the process, `on_signal` takes over.
+        signals: whose default action, to end the process, `on_signal` takes over; those that are
+            ignored (nohup) stay so.
         on_signal: is called with the signal's number.
         on_death: is called with the rank of a process that ended.
     """
@@ -38,7 +38,7 @@ class Watch:
         self._signals = tuple(signals)
         self._on_signal = on_signal
         self._on_death = on_death
-        self._handlers: dict[signal.Signals, Any] = {}  # that were there before
+        self._taken: list[signal.Signals] = []  # over from their default action
         self._old_socket = -1
         self._ends: tuple[socket.socket, socket.socket] | None = None
         self._ranks: dict[int, int] = {}  # by the file descriptor of the process
@@ -58,8 +58,9 @@ class Watch:
         self._ends = (reader, writer)
         self._pid = os.getpid()
         for number in self._signals:
-            if signal.getsignal(number) == signal.SIG_DFL:  # nohup ignores SIGHUP
-                self._handlers[number] = signal.signal(number, _noted)
+            if signal.getsignal(number) == signal.SIG_DFL:
+                signal.signal(number, _noted)
+                self._taken.append(number)
         os.register_at_fork(after_in_child=self._leave_to_parent)
         threading.Thread(target=self._loop, args=(reader,), name="watch", daemon=True).start()
 
@@ -82,9 +83,7 @@ class Watch:
     def stop(self) -> None:
         """Watch nothing any more."""
         self.follow({})
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
-        self._handlers = {}
+        self._restore()
         if self._ends is not None:
             signal.set_wakeup_fd(self._old_socket)
             self._ends[1].close()  # the thread reads an end, and closes the other end
@@ -128,8 +127,13 @@ class Watch:
             return
         with suppress(ValueError):
             signal.set_wakeup_fd(-1)
-            for number, handler in self._handlers.items():
-                signal.signal(number, handler)
+            self._restore()
+
+    def _restore(self) -> None:
+        """Give the signals their default actions back."""
+        for number in self._taken:
+            signal.signal(number, signal.SIG_DFL)
+        self._taken = []
 
 
 def _noted(*_: object) -> None:

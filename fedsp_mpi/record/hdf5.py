@@ -26,7 +26,7 @@ import h5py
 import numpy as np
 
 from fedsp_mpi.files import untrusted
-from fedsp_mpi.files.untrusted import JsonMapping, JsonObject
+from fedsp_mpi.files.untrusted import JsonObject
 from fedsp_mpi.log import one_line
 from fedsp_mpi.record import lock, reader, shapes, tables, trailer
 
@@ -133,9 +133,9 @@ def read(folder_or_file: str | Path) -> Run:
     if report.exists():  # the job ended too fast for the record to learn of it
         reason = _first_line(report)
         # The guard's word where a signal, or the death of another rank, ended the job.
-        verdict, _, rest = reason.partition(": ")
+        verdict, _, cause = reason.partition(": ")
         if verdict.endswith(" stopped"):
-            return dataclasses.replace(run, status="stopped", reason=rest)
+            return dataclasses.replace(run, status="stopped", reason=cause)
         return dataclasses.replace(run, status="failed", reason=reason)
     if lock.is_abandoned(file.parent):
         return dataclasses.replace(run, status="stopped", reason=KILLED)

@@ -76,8 +76,8 @@ def _header(run: Run) -> list[str]:
     lines = [line]
     if reason and len(line) > WIDTH:
         lines = [start + end]
-        labels = {"initial_indent": "reason    ", "subsequent_indent": _INDENT}
-        lines += textwrap.wrap(reason, WIDTH, max_lines=_MAX_REASON_LINES, **labels)
+        words = f"reason    {reason}"
+        lines += textwrap.wrap(words, WIDTH, max_lines=_MAX_REASON_LINES, subsequent_indent=_INDENT)
     lines += wrapped("machine   ", [*machine(run.environment), *_num_clients(run)])
     lines.append(f"date      {as_date(run.created)} to {as_date(run.updated)} UTC")
     if not run.has_digest:

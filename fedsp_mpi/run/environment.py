@@ -51,7 +51,7 @@ def environment(ranks: Sequence[RankInfo]) -> JsonObject:
         "commit": _commit(),
         "hosts": [rank.to_json() for rank in ranks],
         "launcher": launcher_name(),
-        "directory": os.getcwd(),  # which relative paths of the configuration are relative to
+        "directory": str(Path.cwd()),  # which relative paths of the configuration are relative to
         "machine": (
             f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, "
             f"{platform.system()}"

@@ -1,8 +1,7 @@
-"""A run that is resumed from its folder: its configuration, and with how many rounds it may go on."""
+"""A run that is resumed from its folder: its configuration, and how many rounds it may have."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -48,10 +47,9 @@ def read_resumption(folder: Path, overrides: list[str]) -> Resumption:
     from fedsp_mpi.record import read
 
     run = read(folder)
-    here = Path.cwd()
     folder = _spelt_out(folder)
-    directory = _directory_of(folder, run.environment, here)
-    if directory != here:
+    directory = _directory_of(folder, run.environment)
+    if directory != Path.cwd():
         folder = folder.resolve()
     values = {"run.folder": str(folder.parent), "run.name": folder.name, "run.resume": "must"}
     try:
@@ -71,20 +69,21 @@ def _spelt_out(folder: Path) -> Path:
     return folder if folder.name not in ("", "..") else folder.resolve()
 
 
-def _directory_of(folder: Path, environment: Mapping[str, object], here: Path) -> Path:
+def _directory_of(folder: Path, environment: Mapping[str, object]) -> Path:
     """Return the directory that a run was begun in; records of earlier versions name none."""
+    working = Path.cwd()
     recorded = environment.get("directory")
     if not isinstance(recorded, str):
-        return here
+        return working
     directory = Path(recorded)
     with suppress(OSError):
-        if os.path.samefile(directory, here):
-            return here
+        if directory.samefile(working):
+            return working
         if directory.is_dir():
             return directory
     raise ValueError(
-        f"{folder}: was begun in {printable(recorded)}, which is not there; here is {here}; bring "
-        f"it back, or, to read relative paths here: run {folder / 'config.yaml'} --name "
+        f"{folder}: was begun in {printable(recorded)}, which is not there; here is {working}; "
+        f"bring it back, or, to read relative paths here: run {folder / 'config.yaml'} --name "
         f"{folder.name} --set run.folder={folder.parent} --resume"
     )
 
