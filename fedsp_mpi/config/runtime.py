@@ -84,7 +84,7 @@ class CheckpointConfig:
 
     every: int | None = 1  # rounds; None: only when the run is told to stop (SIGUSR1)
     keep: int = 2  # the newest ones, and that of the best round
-    keep_client_states: bool = False  # of a complete run, which nothing resumes any more
+    keep_client_states: bool = False  # of a complete run, which nothing needs any more
     # Between two states of the distillation (with zero_stage 0); None: only when the run is told to
     # stop.
     distillation_seconds: float | None = 600

@@ -312,7 +312,7 @@ def require_free(folder: Path) -> None:
 def _taken(folder: Path, evidence: str) -> ValueError:
     return ValueError(
         f"{folder}: found a run ({evidence}), expected a new folder; set run.name to another name, "
-        "run.resume=must to go on with that run, run.if_exists=replace to lose it, or delete it"
+        f"go on with that run by `run --resume {folder}`, lose it by --replace, or delete it"
     )
 
 

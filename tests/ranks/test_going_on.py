@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -21,6 +22,7 @@ from helpers.mpi import kill_tree, mpirun, run_mpi
 from helpers.paths import PROGRAMS, ROOT, TESTS
 from helpers.runs import FAULTY, FEDBPT, SHORT, here
 
+ROUNDS = "federation.rounds"
 # Without any schedule over all rounds.
 UNSCHEDULED = (*SHORT, "server.tuning.steps=0", "federation.client_state=restarted")
 
@@ -63,6 +65,28 @@ def test_more_rounds_have_the_bits_of_a_run_that_had_them_from_its_start(folder)
     require_equal(folder, "two")
     assert read(folder / "two").config["federation"]["rounds"] == 3
     assert "is complete" in here(["run", "--resume", folder / "two"]).stderr  # of 3 rounds now
+
+
+def test_a_complete_run_without_a_checkpoint_gets_no_more_rounds(folder, tmp_path):
+    shutil.copytree(folder / "whole", tmp_path / "a")
+    shutil.rmtree(tmp_path / "a" / "checkpoints")
+    refused = here(["run", "--resume", tmp_path / "a", "--set", "federation.rounds=4"], 2)
+    assert "a complete run of 3 rounds and no checkpoint to go on from" in refused.stderr
+    assert read(tmp_path / "a").status == "complete"
+
+
+@pytest.mark.slow
+def test_a_stopped_run_and_a_search_get_more_rounds(folder, tmp_path):
+    settings = (*UNSCHEDULED, "federation.rounds=2")
+    run_mpi(2, [FAULTY, "signal:merge:0:1", *arguments(folder, "one", *settings)], status=75)
+    run_mpi(3, ["-m", "fedsp_mpi", "run", "--resume", folder / "one", "--set", f"{ROUNDS}=3"])
+    require_equal(folder, "one")
+    for name, rounds in (("more", 1), ("all", 3)):
+        here(arguments(tmp_path, name, *SHORT, *FEDBPT, f"{ROUNDS}={rounds}"))
+    here(["run", "--resume", tmp_path / "more", "--set", f"{ROUNDS}=3"])
+    more, undisturbed = read(tmp_path / "more"), read(tmp_path / "all")
+    assert difference(undisturbed, more) == []
+    assert more.results["acc"].tobytes() == undisturbed.results["acc"].tobytes()
 
 
 def test_relative_paths_are_those_of_the_start(tmp_path):
