@@ -263,10 +263,11 @@ class Guard:
         )
         if thread is not None:
             title += f", thread {thread!r}"
-        text = title + "\n" + "".join(traceback.format_exception(error)) + self._last_line()
-        if _size() == 1 or self._is_reporter(text):
+        text = title + "\n" + "".join(traceback.format_exception(error))
+        if _size() == 1 or self._is_reporter(text + self._last_line()):
             _write(text)
             self._request_stacks(getattr(error, "missing", ()))
+            _write(self._last_line())
             # The text passes through the launcher, which drops what it has not read when it hears
             # of the abort.
             time.sleep(_WAIT_FOR_REPORT if _size() > 1 else 0)
