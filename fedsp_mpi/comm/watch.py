@@ -110,7 +110,8 @@ class Watch:
                     if not numbers:
                         return
                     for number in numbers:
-                        if number in self._signals:
+                        # A verb may have set a handler of its own since, as `sweep` does.
+                        if number in self._signals and signal.getsignal(number) is _noted:
                             self._on_signal(number)
 
     def _tell_of_deaths(self, ready: set[int]) -> None:
@@ -132,7 +133,8 @@ class Watch:
     def _restore(self) -> None:
         """Give the signals their default actions back."""
         for number in self._taken:
-            signal.signal(number, signal.SIG_DFL)
+            if signal.getsignal(number) is _noted:
+                signal.signal(number, signal.SIG_DFL)
         self._taken = []
 
 
