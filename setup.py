@@ -45,6 +45,7 @@ setup(
         "cmaes>=0.13",
         "threadpoolctl>=3.8",
         "pydantic>=2.14",
+        "tqdm>=4.70",
         "numpy>=2.4",
         "pandas>=3.1",
         "pyarrow>=26.0",

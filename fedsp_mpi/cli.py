@@ -19,7 +19,7 @@ from fedsp_mpi.comm import Refused, guard, launcher_rank, launcher_size
 from fedsp_mpi.commands.usage import explained, number
 from fedsp_mpi.config.parsing import error_line
 from fedsp_mpi.files.untrusted import printable
-from fedsp_mpi.log import Log
+from fedsp_mpi.log import Bar, Log
 
 if TYPE_CHECKING:
     from fedsp_mpi.record import Run
@@ -31,6 +31,7 @@ COUNT = number(int, 1, 1e7)
 TOKENS = number(int, 2, 1e7)
 JOBS = number(int, -1e7, 1e7)  # the sweep itself compares it with the number of cores
 RESUME_WORDS = ("must", "auto")  # of --resume; any other word is a folder
+_BAR = Bar(sys.stderr)  # of the terminal
 _PRINTED_CONTROLS = "\n\t"  # control characters that are printed as they are
 
 
@@ -51,7 +52,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options = _parser().parse_args(_with_verb(list(arguments)))
         with guard(options.verb):
-            return options.run(options)
+            try:
+                return options.run(options)
+            finally:
+                _BAR.end()
     except Refused as error:
         if _is_rank_zero():
             line = _fill_fetch_advice(error_line(str(error)), options)
@@ -84,7 +88,7 @@ def run(options: argparse.Namespace) -> int:
 
     log = _log(options)
     with contextlib.chdir(directory):
-        folder = execute(settings, name, log, client_log=Log(_show), error=error)
+        folder = execute(settings, name, log, client_log=Log(_show, bar=log.bar), error=error)
         if folder is not None:
             from fedsp_mpi.record import read
             from fedsp_mpi.report import summarize
@@ -436,8 +440,21 @@ def _show(text: str) -> None:
 
 
 def _log(options: argparse.Namespace) -> Log:
-    """Return a log that speaks on rank 0 only."""
-    return Log(_show if _is_rank_zero() else None, every=options.every)
+    """Return a log that speaks on rank 0 only, with bars where its user can see them."""
+    is_heard = _is_rank_zero()
+    bar = _BAR if is_heard and _shows_bars(options.progress) else None
+    return Log(_show if is_heard else None, every=options.every, bar=bar)
+
+
+def _shows_bars(choice: str) -> bool:
+    """Return whether progress is shown by bars: if told to, or by itself on a terminal.
+
+    Under mpirun the launcher stands between a rank and the terminal, so bars must be asked for.
+    """
+    if choice != "auto":
+        return choice == "bars"
+    is_terminal = sys.stdout.isatty() and sys.stderr.isatty()
+    return is_terminal and os.environ.get("TERM", "dumb") != "dumb"
 
 
 def _is_rank_zero() -> bool:
@@ -732,4 +749,10 @@ def _add_every(verb: argparse.ArgumentParser) -> None:
         default=5.0,
         metavar="S",
         help="seconds between progress lines; default: 5",
+    )
+    verb.add_argument(
+        "--progress",
+        choices=("auto", "bars", "lines"),
+        default="auto",
+        help="show progress by bars or by lines; default: bars on a terminal, without mpirun",
     )

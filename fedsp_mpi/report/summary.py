@@ -3,7 +3,8 @@
 What it takes from the free-form parts of a record, where they are there and have this form:
     environment: hosts = [{"host", "device"}, ...], one per rank (or host and num_ranks); machine;
         commit
-    sections["models"]: {part: number of parameters}, or {part: {"name", "num_parameters"}}
+    sections["models"]: {part: number of parameters}, or {part: {"name", "num_parameters"}};
+        what clients hold of the global model: layers, layers_copied, exact_copies (values)
     sections["data"]: task, train, validation, test, server_shard, client_shards
     sections["distillation"]: seconds, reused_from
     sections["timing"]: seconds, seconds_checkpoints
@@ -22,7 +23,7 @@ from fedsp_mpi.files.untrusted import printable
 from fedsp_mpi.record.going_on import newest_environment, resume_command
 from fedsp_mpi.record.hdf5 import KILLED, Run
 from fedsp_mpi.record.tables import TRIGGERED
-from fedsp_mpi.report import attack, silos
+from fedsp_mpi.report import attack, handed_out, silos
 from fedsp_mpi.report.costs import training_seconds
 from fedsp_mpi.report.facts import (
     CONTROLS,
@@ -49,6 +50,8 @@ from fedsp_mpi.report.formatting import (
 _MAX_RANKS_NAMED = 16  # after a kill
 _MAX_FAILURES_NAMED = 5
 _MAX_REASON_LINES = 6
+# Of the record's section `models`: what is no number of parameters of a part.
+_NO_PARAMETERS = ("layers", "layers_copied", "exact_copies")
 _INDENT = " " * 10  # the width of a label
 
 
@@ -88,6 +91,9 @@ def _header(run: Run) -> list[str]:
     if run.environment.get("commit"):
         lines.append(f"commit    {run.environment['commit']}")
     lines += wrapped("models    ", _models(run))
+    given = handed_out.sentence(run.sections.get("models", {}))
+    if given:
+        lines += wrapped("clients   ", [f"get {given}"])
     lines += wrapped("data      ", _data(run))
     return lines
 
@@ -103,6 +109,8 @@ def _models(run: Run) -> list[str]:
     """Name the parts of the model with their numbers of parameters."""
     texts = []
     for part, value in run.sections.get("models", {}).items():
+        if part in _NO_PARAMETERS:
+            continue
         name = run.config.get("model", {}).get("name", "") if part == "global" else ""
         num_parameters = value
         if isinstance(value, Mapping):

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 from fedsp_mpi import comm
 from fedsp_mpi.comm import guard
 from fedsp_mpi.config import Config
-from fedsp_mpi.log import Log, RoundProgress, one_line
+from fedsp_mpi.log import Log, one_line
 from fedsp_mpi.run import devices
 from fedsp_mpi.run.agreement import agreed
 from fedsp_mpi.run.handout import HandoutMeta, ServerMeeting
@@ -257,8 +257,7 @@ def _load_clients(
             ids=ids,
             call_server=wire.call,
             # One rank speaks for all: their clients have about the same work.
-            progress=RoundProgress(
-                log.say,
+            progress=log.round_progress(
                 config.record.progress_seconds if is_first else None,
                 config.federation.client_name,
             ),

@@ -14,6 +14,7 @@ from fedsp_mpi.log import Log, duration, one_line
 from fedsp_mpi.record import Checkpoints, RunRecord, newest_environment, resume_command
 from fedsp_mpi.record.journal import RoundJournal, manifest_rows
 from fedsp_mpi.record.tables import never_merged, wire_rows
+from fedsp_mpi.report import handed_out
 from fedsp_mpi.roles import ServerRole
 from fedsp_mpi.run import auxiliary_model, build, fingerprints, overview
 from fedsp_mpi.run.final_scores import score_all
@@ -241,7 +242,12 @@ class ServerRun:
             self.record.describe(distillation={"steps": stopped.kept})
             raise comm.Refused(f"{stopped}; go on with {self.resume_command}", STOPPED) from None
         servers = build.servers(
-            inputs, loaded.model, loaded.compute, group=group, client_model=client_model
+            inputs,
+            loaded.model,
+            loaded.compute,
+            group=group,
+            client_model=client_model,
+            progress=self._log.round_progress(None, self._config.federation.client_name),
         )
         self._prepared = PreparedServer(group, servers)
         candidates = inputs.candidates
@@ -264,6 +270,7 @@ class ServerRun:
             f"{counts['auxiliary']:,}, prompts {counts['prompt']:,} "
             f"({counts['prompt_on_the_wire']:,} travel)"
         )
+        self._log.say(f"clients get: {handed_out.sentence(counts)}")
         return handout
 
     def build_role(self, meta: HandoutMeta) -> ServerRole:
