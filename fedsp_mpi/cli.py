@@ -70,6 +70,7 @@ def run(options: argparse.Namespace) -> int:
     from fedsp_mpi.run.execute import execute
 
     log = _log(options)
+    _note_toy_settings(options, log)
     name = Path(options.config).stem if options.config else "embedded"
     folder = execute(settings, name, log, client_log=Log(_show), error=error)
     if folder is not None:
@@ -86,7 +87,9 @@ def check(options: argparse.Namespace) -> int:
 
     settings, error = _load_or_error(options)
     name = Path(options.config).stem if options.config else "embedded"
-    check.check(settings, _log(options), name=name, error=error)
+    log = _log(options)
+    _note_toy_settings(options, log)
+    check.check(settings, log, name=name, error=error)
     return 0
 
 
@@ -304,6 +307,17 @@ def _load_or_error(
         return config.load(options.config, options.set, values), None
     except ValueError as error:
         return config.Config(), error
+
+
+def _note_toy_settings(options: argparse.Namespace, log: Log) -> None:
+    """Say whose settings a model has that is named without a configuration."""
+    keys = {item.partition("=")[0].strip() for item in options.set}
+    if options.config is None and "model.name" in keys:
+        log.say(
+            "note: model.name without a configuration: all other settings are the embedded toy's, "
+            "recipe paper and learning rates of 0.1 included; begin from "
+            "configs/own_text/start.yaml"
+        )
 
 
 @contextmanager
