@@ -14,7 +14,6 @@ from helpers.paths import ROOT
 
 RATES = yaml.safe_load(FILE.read_text(encoding="utf-8"))
 PAPER = 5e-4
-SEARCH = yaml.safe_load((ROOT / "configs" / "methods" / "fedbpt.yaml").read_text(encoding="utf-8"))
 
 
 def resolved(**sections: Any) -> Config:
@@ -36,7 +35,6 @@ def rates_of(settings: Config) -> tuple[float, float]:
         ({"prompt": {"kind": "input", "init": "random", "encoder": "lstm"}}, RATES["encoder"]),
         ({"prompt": {"init": "random", "projection": 8}}, RATES["projection"]),
         ({"method": "finetune"}, RATES["weights"]),
-        ({"method": "fedbpt", **SEARCH}, PAPER),
         ({"recipe": "paper"}, PAPER),
         ({"recipe": "paper", "method": "finetune"}, PAPER),
     ],
@@ -50,6 +48,11 @@ def test_a_rate_that_is_given_wins_and_other_keys_leave_the_default():
     clipped = {"tuning": {"optimizer": {"clip": 1.0}}}
     assert rates_of(resolved(client=given, server=clipped)) == (0.25, RATES["prefix"])
     assert rates_of(resolved(client=None, server={"tuning": None})) == (RATES["prefix"],) * 2
+
+
+def test_a_search_has_no_rate_of_its_own():
+    file = ROOT / "configs" / "methods" / "fedbpt.yaml"
+    assert rates_of(config.load(file, ["model.name=any"])) == (PAPER, PAPER)
 
 
 @pytest.mark.parametrize(("steps", "rate"), [(0, PAPER), (2, RATES["prefix"])])
