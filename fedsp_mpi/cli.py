@@ -87,6 +87,7 @@ def run(options: argparse.Namespace) -> int:
     from fedsp_mpi.run.execute import execute
 
     log = _log(options)
+    _note_toy_settings(options, log)
     with contextlib.chdir(directory):
         folder = execute(settings, name, log, client_log=Log(_show, bar=log.bar), error=error)
         if folder is not None:
@@ -103,7 +104,9 @@ def check(options: argparse.Namespace) -> int:
 
     settings, error = _load_or_error(options)
     name = Path(options.config).stem if options.config else "embedded"
-    check.check(settings, _log(options), name=name, error=error)
+    log = _log(options)
+    _note_toy_settings(options, log)
+    check.check(settings, log, name=name, error=error)
     return 0
 
 
@@ -393,6 +396,17 @@ def _resumption_or_error(
     except ValueError as error:
         return config.Config(), error, working
     return resumption.config, None, resumption.directory
+
+
+def _note_toy_settings(options: argparse.Namespace, log: Log) -> None:
+    """Say whose settings a model has that is named without a configuration."""
+    keys = {item.partition("=")[0].strip() for item in options.set}
+    if options.config is None and "model.name" in keys:
+        log.say(
+            "note: model.name without a configuration: all other settings are the embedded toy's, "
+            "recipe paper and learning rates of 0.1 included; begin from "
+            "configs/own_text/start.yaml"
+        )
 
 
 @contextmanager

@@ -35,6 +35,7 @@ from fedsp_mpi.config.parsing import (
     parse,
     put,
 )
+from fedsp_mpi.config.rates import rates
 from fedsp_mpi.config.runtime import (
     CheckpointConfig,
     DeadlineConfig,
@@ -224,7 +225,8 @@ def checked(data: Section) -> Config:
     try:
         data = with_plain_silos(data)
         recipe_values = recipe(Config.recipe if name is None else name)
-        config: Config = parse(Config, merge(recipe_values, data), "")
+        data = merge(recipe_values, data)
+        config: Config = parse(Config, merge(rates(data), data), "")
         config.check()
     except ConfigError as error:
         raise ConfigError(mistake_line(error)) from None

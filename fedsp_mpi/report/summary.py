@@ -22,13 +22,14 @@ import numpy as np
 from fedsp_mpi.files.untrusted import printable
 from fedsp_mpi.record.going_on import newest_environment, resume_command
 from fedsp_mpi.record.hdf5 import KILLED, Run
-from fedsp_mpi.record.tables import TRIGGERED
+from fedsp_mpi.record.tables import LABELS, TRIGGERED
 from fedsp_mpi.report import attack, handed_out, silos
 from fedsp_mpi.report.costs import training_seconds
 from fedsp_mpi.report.facts import (
     CONTROLS,
     SERVER_ONLY,
     ZERO_SHOT,
+    baselines,
     machine,
     main_measure,
     ranks_of,
@@ -46,6 +47,7 @@ from fedsp_mpi.report.formatting import (
     table,
     wrapped,
 )
+from fedsp_mpi.report.significance import includes_zero, result_difference, wilson
 
 _MAX_RANKS_NAMED = 16  # after a kill
 _MAX_FAILURES_NAMED = 5
@@ -288,6 +290,8 @@ def _results(run: Run) -> list[str]:
             ]
         )
     lines = table(_RESULTS_HEAD, body, num_left=2)
+    if baselines(run):
+        lines.append("chance = a guess; majority = always the server's most frequent answer")
     return [*lines, *verdicts(run), *attack.summary_lines(run)]
 
 
@@ -295,13 +299,30 @@ def verdicts(run: Run) -> list[str]:
     """Say what the federated methods gained over their controls, split by split."""
     lines = []
     for row in run.results:
-        if row["method"] in CONTROLS or row["split"] == TRIGGERED:
+        if row["method"] in CONTROLS or row["split"] in (LABELS, TRIGGERED):
             continue
         for name in (SERVER_ONLY, ZERO_SHOT):
             control = result_of(run, name, row["split"])
             if control is not None:
                 lines += _verdict(row, control)
+        lines += _baseline_verdict(run, row)
     return lines
+
+
+def _baseline_verdict(run: Run, row: np.void) -> list[str]:
+    """Say that a method is no better than the best answer without a model; nothing if it is."""
+    rows = baselines(run).values() if row["split"] == "test" else []
+    best = max(rows, key=lambda baseline: float(baseline["acc"]), default=None)
+    if best is None:
+        return []
+    interval = wilson(float(row["acc"]), int(row["n"]))
+    if math.isnan(interval[0]) or interval[0] > float(best["acc"]):
+        return []
+    return [
+        f"{row['method']} ({row['split']}) is not shown to be better than {best['method']}, "
+        f"{as_percent(best['acc'])} %:",
+        f"    95 % interval {as_percent(interval[0])} to {as_percent(interval[1])}",
+    ]
 
 
 def _verdict(row: np.void, control: np.void) -> list[str]:
@@ -320,13 +341,17 @@ def _verdict(row: np.void, control: np.void) -> list[str]:
     if not math.isnan(error):
         text += f", standard error {100 * error:.2f} (unpaired)"
     lines = [text]
-    if gain == 0 or abs(gain) < 2 * error:
+    interval = result_difference(row, control)
+    if includes_zero(interval):
         lines.append(
-            f"    no difference that {row['n']} questions can show: less than two standard errors"
+            f"    no difference that {row['n']} questions can show: 95 % interval "
+            f"{100 * interval[0]:+.2f} to {100 * interval[1]:+.2f}"
         )
     elif gain < 0:
-        significance = "" if math.isnan(error) else ", by two standard errors or more"
-        lines.append(f"    {method} is worse than {control['method']}{significance}")
+        lines.append(
+            f"    {method} is worse than {control['method']}: 95 % interval "
+            f"{100 * interval[0]:+.2f} to {100 * interval[1]:+.2f}"
+        )
     return lines
 
 
