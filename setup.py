@@ -8,6 +8,7 @@ from setuptools import find_packages, setup
 LOCAL = ["mpich"]  # an MPI as a wheel, for machines without one; a cluster uses its own
 EVALUATE = ["lm_eval>=0.4.12"]  # drives the verb `evaluate`
 PLOT = ["matplotlib>=3.11"]  # pictures of `report`
+ALL = [*LOCAL, *EVALUATE, *PLOT]  # all but what only the tests need
 TEST = [*LOCAL, *EVALUATE, *PLOT, "pytest", "pytest-xdist", "hypothesis", "ruff", "mypy"]
 
 [VERSION] = re.findall(
@@ -22,7 +23,11 @@ setup(
     long_description_content_type="text/markdown",
     python_requires=">=3.11",
     packages=find_packages(include=["fedsp_mpi", "fedsp_mpi.*"]),
-    package_data={"fedsp_mpi.resources": ["*.yaml", "recipes/*.yaml", "model/*", "data/*"]},
+    package_data={
+        "fedsp_mpi": ["py.typed"],
+        "fedsp_mpi.resources": ["*.yaml", "recipes/*.yaml", "model/*", "data/*"],
+    },
+    entry_points={"console_scripts": ["fedsp-mpi = fedsp_mpi.cli:main"]},
     # Lower bounds: the minor versions of constraints.txt, with which the tests have run.
     install_requires=[
         "mpi4py>=4.1",
@@ -42,6 +47,7 @@ setup(
         "pandas>=3.1",
         "pyarrow>=26.0",
         "PyYAML>=6.0",
+        "shtab>=1.13",
     ],
-    extras_require={"local": LOCAL, "evaluate": EVALUATE, "plot": PLOT, "test": TEST},
+    extras_require={"local": LOCAL, "evaluate": EVALUATE, "plot": PLOT, "all": ALL, "test": TEST},
 )

@@ -47,9 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return options.run(options)
     except Refused as error:
         if _is_rank_zero():
-            line = _fill_fetch_advice(error_line(str(error)), options)
-            text = printable(line, keep=_PRINTED_CONTROLS)
-            print(f"fedsp_mpi: {text}", file=sys.stderr, flush=True)
+            print(f"fedsp_mpi: {refusal_line(error, options)}", file=sys.stderr, flush=True)
         return error.exit_status
 
 
@@ -67,17 +65,36 @@ def run(options: argparse.Namespace) -> int:
     if options.replace:
         values["run.if_exists"] = "replace"
     settings, error = _load_or_error(options, values)
+    name = Path(options.config).stem if options.config else "embedded"
+    execute_and_show(settings, name, options, error=error)
+    return 0
+
+
+def execute_and_show(
+    settings: config.Config,
+    name: str,
+    options: argparse.Namespace,
+    *,
+    error: ValueError | None = None,
+) -> Path | None:
+    """Run an experiment, and print its lines and its summary; return its folder on rank 0.
+
+    Args:
+        settings: checked.
+        name: of the configuration, for a run that has none.
+        options: with `every`, the seconds between two lines.
+        error: what is wrong with the configuration, which all ranks must hear.
+    """
     from fedsp_mpi.run.execute import execute
 
     log = _log(options)
-    name = Path(options.config).stem if options.config else "embedded"
     folder = execute(settings, name, log, client_log=Log(_show), error=error)
     if folder is not None:
         from fedsp_mpi.record import read
         from fedsp_mpi.report import summarize
 
         _show("\n" + summarize(read(folder)))
-    return 0
+    return folder
 
 
 def check(options: argparse.Namespace) -> int:
@@ -244,6 +261,15 @@ def bench(options: argparse.Namespace) -> int:
     return 0
 
 
+def completion(options: argparse.Namespace) -> int:
+    """`completion`: print the script by which a shell completes the words of `fedsp-mpi`."""
+    _require_one_process("completion", "start it without mpirun")
+    from fedsp_mpi.commands import completion
+
+    _show(completion.script(_parser(), options.shell))
+    return 0
+
+
 def _bench_local(options: argparse.Namespace, log: Log) -> None:
     from fedsp_mpi.commands import bench_local
 
@@ -332,6 +358,12 @@ def _fill_fetch_advice(text: str, options: argparse.Namespace) -> str:
     return text.replace("fetch CONFIG", "fetch " + " ".join(word for word in words if word))
 
 
+def refusal_line(error: Refused, options: argparse.Namespace) -> str:
+    """Return the one line that the user sees of a refusal."""
+    line = _fill_fetch_advice(error_line(str(error)), options)
+    return printable(line, keep=_PRINTED_CONTROLS)
+
+
 def _escape_unprintable() -> None:
     """Escape what the locale cannot encode, such as a path that is not UTF-8; printing it would
     raise.
@@ -348,6 +380,12 @@ def _show(text: str) -> None:
     except BrokenPipeError:
         # Otherwise the interpreter would complain again when it flushes at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def say(line: str) -> None:
+    """Print a line on rank 0."""
+    if _is_rank_zero():
+        _show(line)
 
 
 def _log(options: argparse.Namespace) -> Log:
@@ -399,6 +437,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_evaluate(verbs)
     _add_diff(verbs)
     _add_bench(verbs)
+    _add_completion(verbs)
     return parser
 
 
@@ -583,6 +622,14 @@ def _add_bench(verbs: argparse._SubParsersAction) -> None:
         help="steps of prompt tuning, for transfer; default: 20",
     )
     verb.set_defaults(run=bench)
+
+
+def _add_completion(verbs: argparse._SubParsersAction) -> None:
+    verb = verbs.add_parser(
+        "completion", help="print a script by which a shell completes the words of fedsp-mpi"
+    )
+    verb.add_argument("shell", choices=("bash", "zsh", "fish"))
+    verb.set_defaults(run=completion)
 
 
 def _add_configuration(verb: argparse.ArgumentParser) -> None:

@@ -129,13 +129,16 @@ def execute(
                 server_rank.close()
             if server and not is_complete:
                 raise server.stop_refusal()
-    except Exception as failure:
+    except (Exception, KeyboardInterrupt) as failure:
         if server:
             server.record_failure(failure)
         raise
     with guard.phase("end"):
         wire.finish()
-    return server.folder if server else None
+    if server is None:
+        return None
+    server.release()
+    return server.folder
 
 
 def connect(config: Config) -> Wire | Solo:

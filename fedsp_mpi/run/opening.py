@@ -146,11 +146,15 @@ def _silos(config: Config) -> dict[str, JsonObject]:
     return {"silos": {"names": names}} if names else {}
 
 
-def record_failure(record: RunRecord, error: Exception) -> None:
+def record_failure(record: RunRecord, error: BaseException) -> None:
     """Write into the record that the run ended before its end, and why."""
+    is_interrupted = isinstance(error, KeyboardInterrupt)
     is_stopped = isinstance(error, comm.Refused) and error.exit_status == STOPPED
+    reason = one_line(error)
+    if is_interrupted:
+        reason = f"interrupted (Ctrl-C) in {comm.guard.phase_info(error)}"
     with suppress(ValueError, OSError):  # the error itself is what matters
-        record.finish("stopped" if is_stopped else "failed", one_line(error))
+        record.finish("stopped" if is_stopped or is_interrupted else "failed", reason)
 
 
 @contextmanager

@@ -136,6 +136,9 @@ class ServerRun:
         except (ValueError, OSError) as error:
             place.release()
             raise comm.Refused(one_line(error)) from None
+        except BaseException:
+            place.release()  # a notebook goes on after Ctrl-C, and may start a run there
+            raise
         return cls(
             loaded,
             place=place,
@@ -166,9 +169,14 @@ class ServerRun:
         hosts = [rank.host for rank in self._ranks]
         return ServerMeeting(self._rendezvous.address, self._rendezvous.port, hosts)
 
-    def record_failure(self, error: Exception) -> None:
-        """Write into the record that the run ended before its end, and why."""
+    def record_failure(self, error: BaseException) -> None:
+        """Write into the record that the run ended before its end, and why.
+
+        Where no other rank can be writing any more, the folder is unlocked.
+        """
         record_failure(self.record, error)
+        if len(self._ranks) == 1 or isinstance(error, comm.Refused):
+            self.release()
 
     def report_ready(self, reports: Sequence[ReadyReport], role: str) -> None:
         """Log and record the slowest set-up, and the digests of the clients' texts.
@@ -310,6 +318,10 @@ class ServerRun:
             journal.checkpoints.remove_clients()
         self._name_lost_clients()
         return True
+
+    def release(self) -> None:
+        """Unlock the folder: the process may live on, and resume the run."""
+        self._place.release()
 
     def stop_refusal(self) -> comm.Refused:
         """Return what all ranks are told when the run was told to stop."""
