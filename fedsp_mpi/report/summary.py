@@ -20,7 +20,7 @@ import numpy as np
 from fedsp_mpi.files.untrusted import printable
 from fedsp_mpi.record.hdf5 import KILLED, Run, resume_command
 from fedsp_mpi.record.tables import TRIGGERED
-from fedsp_mpi.report import attack, silos
+from fedsp_mpi.report import attack, plain_use, silos
 from fedsp_mpi.report.costs import training_seconds
 from fedsp_mpi.report.facts import (
     CONTROLS,
@@ -45,6 +45,7 @@ from fedsp_mpi.report.formatting import (
 
 _MAX_RANKS_NAMED = 16  # after a kill
 _MAX_FAILURES_NAMED = 5
+_USE = "use it    with plain transformers and peft, for instance so (Python):"
 _INDENT = " " * 10  # the width of a label
 
 
@@ -58,7 +59,11 @@ def summarize(run: Run) -> str:
             lines.append("")
     lines.append(f"folder    {run.file.parent}")
     lines += _how_to_resume(run)
-    return "\n".join(clip(line) for line in lines)
+    text = "\n".join(clip(line) for line in lines)
+    code = plain_use.lines(run)
+    if code:
+        text += "\n" + "\n".join([_USE, "", *code])
+    return text
 
 
 # -- header ----------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from fedsp_mpi.record import Checkpoints, RunRecord, resume_command
 from fedsp_mpi.record.journal import RoundJournal, manifest_rows
 from fedsp_mpi.record.tables import never_merged, wire_rows
 from fedsp_mpi.roles import ServerRole
-from fedsp_mpi.run import auxiliary_model, build, fingerprints, overview
+from fedsp_mpi.run import auxiliary_model, build, fingerprints, overview, plain_use
 from fedsp_mpi.run.final_scores import score_all
 from fedsp_mpi.run.folder import RunFolder
 from fedsp_mpi.run.handout import HandoutMeta, ServerMeeting
@@ -305,6 +305,7 @@ class ServerRun:
         )
         if not is_complete:
             return False
+        self.record.describe(**{plain_use.SECTION: plain_use.plain_use(self.inputs)})
         self.record.write_wire(manifest_rows(wire.manifest, journal.carried))
         self.record.describe(
             timing={
