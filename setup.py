@@ -9,7 +9,8 @@ LOCAL = ["mpich"]  # an MPI as a wheel, for machines without one; a cluster uses
 EVALUATE = ["lm_eval>=0.4.12"]  # drives the verb `evaluate`
 PLOT = ["matplotlib>=3.11"]  # pictures of `report`
 ALL = [*LOCAL, *EVALUATE, *PLOT]  # all but what only the tests need
-TEST = [*LOCAL, *EVALUATE, *PLOT, "pytest", "pytest-xdist", "hypothesis", "ruff", "mypy"]
+TOOLS = ["pytest", "pytest-xdist", "hypothesis", "jsonschema", "ruff", "mypy"]
+TEST = [*ALL, *TOOLS]
 
 [VERSION] = re.findall(
     r'^__version__ = "(.+)"$', Path("fedsp_mpi/__init__.py").read_text(encoding="utf-8"), re.M
@@ -25,9 +26,9 @@ setup(
     packages=find_packages(include=["fedsp_mpi", "fedsp_mpi.*"]),
     package_data={
         "fedsp_mpi": ["py.typed"],
-        "fedsp_mpi.resources": ["*.yaml", "recipes/*.yaml", "model/*", "data/*"],
+        "fedsp_mpi.resources": ["*.yaml", "*.md", "recipes/*.yaml", "model/*", "data/*"],
     },
-    entry_points={"console_scripts": ["fedsp-mpi = fedsp_mpi.cli:main"]},
+    entry_points={"console_scripts": ["fedsp-mpi = fedsp_mpi.__main__:start"]},
     # Lower bounds: the minor versions of constraints.txt, with which the tests have run.
     install_requires=[
         "mpi4py>=4.1",
@@ -43,6 +44,7 @@ setup(
         "xxhash>=4.1",
         "cmaes>=0.13",
         "threadpoolctl>=3.8",
+        "pydantic>=2.14",
         "numpy>=2.4",
         "pandas>=3.1",
         "pyarrow>=26.0",
