@@ -8,17 +8,19 @@ the command line would print.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import chdir, contextmanager
 from os import PathLike
 from pathlib import Path
 from typing import Literal, TypeAlias
 
-from fedsp_mpi import cli, config
+from fedsp_mpi import cli
 from fedsp_mpi.comm import Refused, guard
-from fedsp_mpi.config import ConfigError
+from fedsp_mpi.config import Config, ConfigError, load
 from fedsp_mpi.record import Run, read
+from fedsp_mpi.run.resuming import read_resumption
 
 __all__ = ["ConfigError", "Refused", "Run", "read", "run"]
 
@@ -61,32 +63,58 @@ def run(
         Refused: the run was told to stop (SIGUSR1), and can be resumed.
     """
     values = {str(key): _plain(value) for key, value in (set or {}).items()}
+    if not isinstance(resume, bool) and resume != "auto":
+        return _resume(Path(resume), config, values)
     if name is not None:
         values["run.name"] = name
     if replace:
         values["run.if_exists"] = "replace"
-    if isinstance(resume, bool) or resume == "auto":
-        if resume:
-            values["run.resume"] = "auto" if resume == "auto" else "must"
-    else:
-        folder = Path(resume)
-        config = folder / "config.yaml" if config is None else config
-        values |= {"run.name": folder.name, "run.folder": str(folder.parent), "run.resume": "must"}
-    return _execute(config, values)
+    if resume:
+        values["run.resume"] = "auto" if resume == "auto" else "must"
+    label = "embedded" if config is None else _NO_NAME
+    if isinstance(config, (str, PathLike)):
+        label = Path(config).stem
+    settings, error = _load(config, values)
+    return _execute(settings, label, error, options=_options(config, values))
 
 
-def _execute(source: Source, values: dict[str, object]) -> Run | None:
-    """Run what a configuration and further values say; turn refusals into public exceptions."""
-    options = argparse.Namespace(
+def _resume(folder: Path, source: Source, values: dict[str, object]) -> Run | None:
+    """Continue the run in a folder, in the directory that it was begun in."""
+    options = _options(source, values)
+    overrides = [f"{key}={json.dumps(value, default=str)}" for key, value in values.items()]
+    try:
+        if source is not None:
+            raise ConfigError(
+                f"resume: found a configuration beside the folder {folder}, expected none: the "
+                "folder has its own; leave it out"
+            )
+        resumption = read_resumption(folder, overrides)
+    except ValueError as error:
+        return _execute(Config(), folder.name, error, options=options)
+    with chdir(resumption.directory):
+        return _execute(resumption.config, folder.name, None, options=options)
+
+
+def _options(source: Source, values: dict[str, object]) -> argparse.Namespace:
+    """Return the options of the command line that say the same."""
+    return argparse.Namespace(
         config=None if isinstance(source, Mapping) else source,
         set=[f"{key}={value}" for key, value in values.items()],
         every=_PROGRESS_SECONDS,
     )
-    if isinstance(source, Mapping):
-        label = _NO_NAME
-    else:
-        label = "embedded" if source is None else Path(source).stem
-    settings, error = _load(source, values)
+
+
+def _execute(
+    settings: Config, label: str, error: ValueError | None, *, options: argparse.Namespace
+) -> Run | None:
+    """Run a configuration; turn refusals into public exceptions.
+
+    Args:
+        settings: checked.
+        label: name of the configuration, for a run that has none.
+        error: what is wrong with the configuration, which all ranks must hear.
+        options: of the command line, as far as it looks at them.
+    """
     try:
         with guard.within_program("run"), _torch_kept():
             folder = cli.execute_and_show(settings, label, options, error=error)
@@ -108,14 +136,14 @@ def _execute(source: Source, values: dict[str, object]) -> Run | None:
     return None if folder is None else read(folder)
 
 
-def _load(source: Source, values: dict[str, object]) -> tuple[config.Config, ValueError | None]:
+def _load(source: Source, values: dict[str, object]) -> tuple[Config, ValueError | None]:
     """Load a configuration, or the default and what is wrong with it: all ranks must hear that."""
     try:
         if isinstance(source, Mapping):
-            return config.load(_plain_section(source), values=values), None
-        return config.load(None if source is None else Path(source), values=values), None
+            return load(_plain_section(source), values=values), None
+        return load(None if source is None else Path(source), values=values), None
     except ValueError as error:
-        return config.Config(), error
+        return Config(), error
 
 
 def _plain_section(section: Mapping[str, object]) -> dict[str, object]:

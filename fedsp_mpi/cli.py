@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
 import json
 import os
@@ -25,6 +26,7 @@ TFLOPS = number(float, 0, 1e9, above=True)
 COUNT = number(int, 1, 1e7)
 TOKENS = number(int, 2, 1e7)
 JOBS = number(int, -1e7, 1e7)  # the sweep itself compares it with the number of cores
+RESUME_WORDS = ("must", "auto")  # of --resume; any other word is a folder
 _PRINTED_CONTROLS = "\n\t"  # control characters that are printed as they are
 
 
@@ -58,16 +60,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(options: argparse.Namespace) -> int:
     """`run`: run one experiment, from its start to its table."""
-    values = {}
-    if options.name is not None:
-        values["run.name"] = options.name
-    if options.resume is not None:
-        values["run.resume"] = options.resume
-    if options.replace:
-        values["run.if_exists"] = "replace"
-    settings, error = _load_or_error(options, values)
+    directory = Path.cwd()
     name = Path(options.config).stem if options.config else "embedded"
-    execute_and_show(settings, name, options, error=error)
+    if options.resume in (None, *RESUME_WORDS):
+        values = {}
+        if options.name is not None:
+            values["run.name"] = options.name
+        if options.resume is not None:
+            values["run.resume"] = options.resume
+        if options.replace:
+            values["run.if_exists"] = "replace"
+        settings, error = _load_or_error(options, values)
+    else:
+        name = Path(options.resume).name
+        settings, error, directory = _resumption_or_error(options)
+    with contextlib.chdir(directory):
+        execute_and_show(settings, name, options, error=error)
     return 0
 
 
@@ -359,6 +367,31 @@ def _load_or_error(
         return config.Config(), error
 
 
+def _resumption_or_error(
+    options: argparse.Namespace,
+) -> tuple[config.Config, ValueError | None, Path]:
+    """Load what `--resume FOLDER` needs, with the directory that its paths are relative to."""
+    from fedsp_mpi.run.resuming import read_resumption
+
+    working = Path.cwd()
+    beside = {
+        "a configuration": options.config,
+        "--name": options.name,
+        "--replace": options.replace,
+    }
+    try:
+        for what, is_given in beside.items():
+            if is_given:
+                raise ValueError(
+                    f"--resume {options.resume}: found {what} beside it, expected none: the "
+                    "folder has its own; leave it out, or write --name NAME --resume"
+                )
+        resumption = read_resumption(Path(options.resume), options.set)
+    except ValueError as error:
+        return config.Config(), error, working
+    return resumption.config, None, resumption.directory
+
+
 @contextmanager
 def _user_errors() -> Iterator[None]:
     """Turn a ValueError into Refused: the user's mistake, reported in one line."""
@@ -480,8 +513,9 @@ def _add_run(verbs: argparse._SubParsersAction) -> None:
         "--resume",
         nargs="?",
         const="must",
-        choices=("must", "auto"),
-        help="continue a run from its last checkpoint, on any number of ranks; "
+        metavar="RUN",
+        help="continue the run in a folder such as runs/NAME from its last checkpoint, on any "
+        "number of ranks; with CONFIG and --name in its place: that run; "
         "auto: start it if there is none",
     )
     verb.set_defaults(run=run)

@@ -48,7 +48,7 @@ from fedsp_mpi.config.search import SearchConfig
 from fedsp_mpi.config.silos import require_silos, with_plain_silos
 from fedsp_mpi.config.threats import AttackConfig
 from fedsp_mpi.config.training import Dtype
-from fedsp_mpi.config.yaml_reader import extended, key_value, read_yaml, setting
+from fedsp_mpi.config.yaml_reader import extended, key_value, parse_yaml, read_yaml, setting
 
 EMBEDDED = Path(__file__).parent.parent / "resources" / "embedded.yaml"
 
@@ -278,3 +278,10 @@ def changed_keys(before: Section, now: Section) -> list[str]:
 def to_yaml(config: Config) -> str:
     """Write the resolved configuration as YAML that `load` reads back to the same."""
     return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
+
+
+def config_text_with_rounds(text: str, rounds: int) -> str:
+    """Return a resolved configuration that `to_yaml` wrote, with another number of rounds."""
+    data = parse_yaml(text, "config.yaml")
+    data["federation"]["rounds"] = rounds
+    return yaml.safe_dump(data, sort_keys=False)

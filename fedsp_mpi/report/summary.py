@@ -13,12 +13,14 @@ from __future__ import annotations
 
 import math
 import statistics
+import textwrap
 from collections.abc import Mapping
 
 import numpy as np
 
 from fedsp_mpi.files.untrusted import printable
-from fedsp_mpi.record.hdf5 import KILLED, Run, resume_command
+from fedsp_mpi.record.going_on import newest_environment, resume_command
+from fedsp_mpi.record.hdf5 import KILLED, Run
 from fedsp_mpi.record.tables import TRIGGERED
 from fedsp_mpi.report import attack, plain_use, silos
 from fedsp_mpi.report.costs import training_seconds
@@ -32,6 +34,7 @@ from fedsp_mpi.report.facts import (
     result_of,
 )
 from fedsp_mpi.report.formatting import (
+    WIDTH,
     as_bytes,
     as_count,
     as_date,
@@ -46,6 +49,7 @@ from fedsp_mpi.report.formatting import (
 _MAX_RANKS_NAMED = 16  # after a kill
 _MAX_FAILURES_NAMED = 5
 _USE = "use it    with plain transformers and peft, for instance so (Python):"
+_MAX_REASON_LINES = 6
 _INDENT = " " * 10  # the width of a label
 
 
@@ -70,10 +74,15 @@ def summarize(run: Run) -> str:
 
 
 def _header(run: Run) -> list[str]:
-    status = run.status
-    if run.reason:
-        status += f" ({' '.join(run.reason.split())})"
-    lines = [f"run       {run.name}   {status}, {run.committed_rounds} rounds"]
+    reason = " ".join(run.reason.split())
+    start = f"run       {run.name}   {run.status}"
+    end = f", {run.committed_rounds} rounds"
+    line = f"{start} ({reason}){end}" if reason else start + end
+    lines = [line]
+    if reason and len(line) > WIDTH:
+        lines = [start + end]
+        words = f"reason    {reason}"
+        lines += textwrap.wrap(words, WIDTH, max_lines=_MAX_REASON_LINES, subsequent_indent=_INDENT)
     lines += wrapped("machine   ", [*machine(run.environment), *_num_clients(run)])
     lines.append(f"date      {as_date(run.created)} to {as_date(run.updated)} UTC")
     if not run.has_digest:
@@ -137,15 +146,13 @@ def _how_to_resume(run: Run) -> list[str]:
     lines = wrapped("ranks     ", _processes(run)) if run.reason == KILLED else []
     if lines:
         lines.append(f"{_INDENT}the launcher's last lines name the process that was killed first")
-    return [*lines, f"go on     {resume_command(run.file.parent, run.config)}"]
+    environment = newest_environment(run.environment, run.sections)
+    return [*lines, f"go on     {resume_command(run.file.parent, environment)}"]
 
 
 def _processes(run: Run) -> list[str]:
     """Name the process of each rank since the last start of the run; nothing for a single rank."""
-    environment: Mapping[str, object] = run.environment
-    resumes = run.sections.get("resumes", {})
-    if resumes:
-        environment = resumes[max(resumes, key=int)].get("environment", {})
+    environment = newest_environment(run.environment, run.sections)
     processes = [
         f"{rank} is process {host.get('pid')} on {host.get('host')}"
         for rank, host in enumerate(ranks_of(environment))

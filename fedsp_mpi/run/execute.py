@@ -88,7 +88,7 @@ def execute(
                 server = _start(
                     config, name, wire, silos, ranks=ranks, log=log, started_at=started_at
                 )
-                guard.report_into(server.folder)
+                guard.report_into(server.folder, f"go on with {server.resume_command}")
                 meeting = server.meeting()
                 agreement.note = meeting.to_json() if meeting else None
         helper = None
@@ -100,7 +100,11 @@ def execute(
         handed_out = _hand_out(wire, server_rank)
         meta = HandoutMeta.from_json(handed_out.meta)
         if server is None:
-            guard.report_into(Path(meta.folder))
+            from fedsp_mpi.record import resume_command
+
+            machine = {"hosts": meta.processes, "launcher": comm.launcher_name()}
+            command = resume_command(Path(meta.folder), machine)
+            guard.report_into(Path(meta.folder), f"go on with {command}")
         guard.set_peers(meta.processes)
         clients = _load_clients(
             config, wire, handed_out, silos, meta=meta, server=server, log=client_log or Log()
@@ -133,6 +137,7 @@ def execute(
         if server:
             server.record_failure(failure)
         raise
+    guard.expect_ends()
     with guard.phase("end"):
         wire.finish()
     if server is None:

@@ -91,6 +91,7 @@ def resume_record(
     config: Config,
     digests: dict[str, str],
     *,
+    gets_rounds: bool = False,
     ranks: Sequence[RankInfo],
     log: Log,
 ) -> OpenRecord:
@@ -100,6 +101,7 @@ def resume_record(
         folder: of the run.
         config: of the run.
         digests: of what the server reads now.
+        gets_rounds: the configuration has another number of rounds than the record.
         ranks: all of them.
         log: is told where the run continues.
 
@@ -131,6 +133,9 @@ def resume_record(
         rounds_again += num_rounds - rounds_done + 1
         record.describe(**_privacy(config, rounds_again))
         record.cut(rounds_done)
+        if gets_rounds:
+            log.say(f"goes on with {config.federation.rounds} rounds in all")
+            record.set_rounds(config.federation.rounds)
         checkpoints.remove_after(rounds_done)
         number = len(record.run.sections.get("resumes", {})) + 1
         resume = {"round": rounds_done, "environment": environment.environment(ranks)}
