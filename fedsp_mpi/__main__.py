@@ -1,6 +1,13 @@
-"""`python -m fedsp_mpi`."""
+"""`python -m fedsp_mpi`, and the command `fedsp-mpi`."""
 
 from fedsp_mpi.cli import main
 from fedsp_mpi.comm import leave
 
-leave(main())
+
+def start() -> None:
+    """Run the command line, and end the process."""
+    leave(main())
+
+
+if __name__ == "__main__":
+    start()

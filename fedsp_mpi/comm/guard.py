@@ -167,6 +167,33 @@ class Guard:
         return False
 
     @contextmanager
+    def within_program(self, verb: str) -> Iterator[None]:
+        """Guard a part of a program of the user's, such as a notebook, and leave nothing behind.
+
+        In a single process every error passes through, and no thread is watched. Among several
+        ranks it is as in `with guard(verb)`. Afterwards signals are handled as before.
+        """
+        is_main_thread = threading.current_thread() is threading.main_thread()
+        previous = signal.getsignal(_STOP_SIGNAL) or signal.SIG_DFL
+        self.stop_requested = False
+        try:
+            if _size() > 1:
+                with self(verb):
+                    yield
+            else:
+                if is_main_thread:
+                    signal.signal(_STOP_SIGNAL, self._request_stop)
+                yield
+        finally:
+            if is_main_thread:
+                signal.signal(_STOP_SIGNAL, previous)
+            with suppress(ValueError, OSError, AttributeError):
+                faulthandler.unregister(_STACKS_SIGNAL)
+            self._folder = None
+            self._advice = ""
+            self.stop_requested = False
+
+    @contextmanager
     def phase(
         self, name: str, *, round: int | None = None, client: int | None = None
     ) -> Iterator[None]:

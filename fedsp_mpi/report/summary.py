@@ -23,7 +23,7 @@ from fedsp_mpi.files.untrusted import printable
 from fedsp_mpi.record.going_on import newest_environment, resume_command
 from fedsp_mpi.record.hdf5 import KILLED, Run
 from fedsp_mpi.record.tables import LABELS, TRIGGERED
-from fedsp_mpi.report import attack, handed_out, silos
+from fedsp_mpi.report import attack, handed_out, plain_use, silos
 from fedsp_mpi.report.costs import training_seconds
 from fedsp_mpi.report.facts import (
     CONTROLS,
@@ -51,6 +51,7 @@ from fedsp_mpi.report.significance import includes_zero, result_difference, wils
 
 _MAX_RANKS_NAMED = 16  # after a kill
 _MAX_FAILURES_NAMED = 5
+_USE = "use it    with plain transformers and peft, for instance so (Python):"
 _MAX_REASON_LINES = 6
 # Of the record's section `models`: what is no number of parameters of a part.
 _NO_PARAMETERS = ("layers", "layers_copied", "exact_copies")
@@ -67,7 +68,11 @@ def summarize(run: Run) -> str:
             lines.append("")
     lines.append(f"folder    {run.file.parent}")
     lines += _how_to_resume(run)
-    return "\n".join(clip(line) for line in lines)
+    text = "\n".join(clip(line) for line in lines)
+    code = plain_use.lines(run)
+    if code:
+        text += "\n" + "\n".join([_USE, "", *code])
+    return text
 
 
 # -- header ----------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from fedsp_mpi.record.journal import RoundJournal, manifest_rows
 from fedsp_mpi.record.tables import never_merged, wire_rows
 from fedsp_mpi.report import handed_out
 from fedsp_mpi.roles import ServerRole
-from fedsp_mpi.run import auxiliary_model, build, fingerprints, overview
+from fedsp_mpi.run import auxiliary_model, build, fingerprints, overview, plain_use
 from fedsp_mpi.run.final_scores import score_all
 from fedsp_mpi.run.folder import RunFolder
 from fedsp_mpi.run.handout import HandoutMeta, ServerMeeting
@@ -144,6 +144,9 @@ class ServerRun:
         except (ValueError, OSError) as error:
             place.release()
             raise comm.Refused(one_line(error)) from None
+        except BaseException:
+            place.release()  # a notebook goes on after Ctrl-C, and may start a run there
+            raise
         return cls(
             loaded,
             place=place,
@@ -181,8 +184,13 @@ class ServerRun:
         return ServerMeeting(self._rendezvous.address, self._rendezvous.port, hosts)
 
     def record_failure(self, error: BaseException) -> None:
-        """Write into the record that the run ended before its end, and why."""
+        """Write into the record that the run ended before its end, and why.
+
+        Where no other rank can be writing any more, the folder is unlocked.
+        """
         record_failure(self.record, error)
+        if len(self._ranks) == 1 or isinstance(error, comm.Refused):
+            self.release()
 
     def report_ready(self, reports: Sequence[ReadyReport], role: str) -> None:
         """Log and record the slowest set-up, and the digests of the clients' texts.
@@ -317,6 +325,7 @@ class ServerRun:
         )
         if not is_complete:
             return False
+        self.record.describe(**{plain_use.SECTION: plain_use.plain_use(self.inputs)})
         self.record.write_wire(manifest_rows(wire.manifest, journal.carried))
         self.record.describe(
             timing={
@@ -330,6 +339,10 @@ class ServerRun:
             journal.checkpoints.remove_clients()
         self._name_lost_clients()
         return True
+
+    def release(self) -> None:
+        """Unlock the folder: the process may live on, and resume the run."""
+        self._place.release()
 
     def stop_refusal(self) -> comm.Refused:
         """Return what all ranks are told when the run was told to stop."""
