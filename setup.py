@@ -46,5 +46,5 @@ setup(
         "pyarrow>=26.0",
         "PyYAML>=6.0",
     ],
-    extras_require={"local": LOCAL, "evaluate": EVALUATE, "plot": PLOT, "test": TEST},
+    extras_require={"local": LOCAL, "evaluate": EVALUATE, "plot": PLOT, "tensorboard": ["tensorboardX>=2.6"], "test": TEST},
 )
