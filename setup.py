@@ -8,12 +8,14 @@ from setuptools import find_packages, setup
 LOCAL = ["mpich"]  # an MPI as a wheel, for machines without one; a cluster uses its own
 EVALUATE = ["lm_eval>=0.4.12"]  # drives the verb `evaluate`
 PLOT = ["matplotlib>=3.11"]  # pictures of `report`
+TENSORBOARD = ["tensorboardX>=2.6"]  # event files beside the record
 TOOLS = ["pytest", "pytest-xdist", "hypothesis", "jsonschema", "ruff", "mypy"]
 TEST = [*LOCAL, *EVALUATE, *PLOT, *TOOLS]
 
 [VERSION] = re.findall(
     r'^__version__ = "(.+)"$', Path("fedsp_mpi/__init__.py").read_text(encoding="utf-8"), re.M
 )
+
 
 setup(
     name="fedsp_mpi",
@@ -46,5 +48,11 @@ setup(
         "pyarrow>=26.0",
         "PyYAML>=6.0",
     ],
-    extras_require={"local": LOCAL, "evaluate": EVALUATE, "plot": PLOT, "tensorboard": ["tensorboardX>=2.6"], "test": TEST},
+    extras_require={
+        "local": LOCAL,
+        "evaluate": EVALUATE,
+        "plot": PLOT,
+        "tensorboard": TENSORBOARD,
+        "test": TEST,
+    },
 )

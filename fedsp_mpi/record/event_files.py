@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -40,10 +40,10 @@ class EventFiles:
     def __init__(self, folder: Path, run: Run) -> None:
         from tensorboardX import SummaryWriter
 
-        target = folder / FOLDER
-        for file in target.glob("events.out.tfevents.*"):
+        event_folder = folder / FOLDER
+        for file in event_folder.glob("events.out.tfevents.*"):
             file.unlink()
-        self._writer = SummaryWriter(str(target))
+        self._writer = SummaryWriter(str(event_folder))
         for row in run.rounds:
             self._write(run, row)
         self._writer.flush()
@@ -68,13 +68,13 @@ class EventFiles:
         for name in row.dtype.names or ():
             if name != "round":
                 self._scalar(f"round/{name}", row[name], step)
-        for kind, key, table in (("client", "client", run.clients), ("silo", "silo", run.silos)):
-            for entry in table[table["round"] == step]:
-                for name in entry.dtype.names or ():
+        for kind, key, rows in (("client", "client", run.clients), ("silo", "silo", run.silos)):
+            for row_of_one in rows[rows["round"] == step]:
+                for name in row_of_one.dtype.names or ():
                     if "loss" in name or name == "acc":
-                        self._scalar(f"{kind}_{entry[key]}/{name}", entry[name], step)
+                        self._scalar(f"{kind}_{row_of_one[key]}/{name}", row_of_one[name], step)
 
-    def _scalar(self, name: str, value: Any, step: int) -> None:
+    def _scalar(self, name: str, value: float, step: int) -> None:
         """Write a number unless it is none."""
         if np.isfinite(value):
             self._writer.add_scalar(name.replace(" ", "_"), float(value), step)

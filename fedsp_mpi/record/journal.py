@@ -11,8 +11,8 @@ import numpy as np
 
 from fedsp_mpi.files.untrusted import JsonMapping
 from fedsp_mpi.log import Log
-from fedsp_mpi.record.event_files import EventFiles
 from fedsp_mpi.record.checkpoint import Checkpoints
+from fedsp_mpi.record.event_files import EventFiles
 from fedsp_mpi.record.tables import ClientRow, RoundRow, SiloRow, WireRow
 from fedsp_mpi.record.writer import RunRecord
 from fedsp_mpi.tensors import Failure, Report
