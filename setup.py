@@ -8,7 +8,8 @@ from setuptools import find_packages, setup
 LOCAL = ["mpich"]  # an MPI as a wheel, for machines without one; a cluster uses its own
 EVALUATE = ["lm_eval>=0.4.12"]  # drives the verb `evaluate`
 PLOT = ["matplotlib>=3.11"]  # pictures of `report`
-ALL = [*LOCAL, *EVALUATE, *PLOT]  # all but what only the tests need
+TENSORBOARD = ["tensorboardX>=2.6"]  # event files beside the record
+ALL = [*LOCAL, *EVALUATE, *PLOT, *TENSORBOARD]  # all but what only the tests need
 TOOLS = ["pytest", "pytest-xdist", "hypothesis", "jsonschema", "ruff", "mypy"]
 BROWSER = ["axe-playwright-python"]  # opens pages of `report` in a real Chromium, for a slow test
 TEST = [*ALL, *TOOLS]
@@ -16,6 +17,7 @@ TEST = [*ALL, *TOOLS]
 [VERSION] = re.findall(
     r'^__version__ = "(.+)"$', Path("fedsp_mpi/__init__.py").read_text(encoding="utf-8"), re.M
 )
+
 
 setup(
     name="fedsp_mpi",
@@ -62,6 +64,7 @@ setup(
         "plot": PLOT,
         "all": ALL,
         "browser": BROWSER,
+        "tensorboard": TENSORBOARD,
         "test": TEST,
     },
 )

@@ -11,7 +11,13 @@ from fedsp_mpi import comm
 from fedsp_mpi.comm import Topology
 from fedsp_mpi.config import Config
 from fedsp_mpi.log import Log, duration, one_line
-from fedsp_mpi.record import Checkpoints, RunRecord, newest_environment, resume_command
+from fedsp_mpi.record import (
+    Checkpoints,
+    RunRecord,
+    event_files,
+    newest_environment,
+    resume_command,
+)
 from fedsp_mpi.record.journal import RoundJournal, manifest_rows
 from fedsp_mpi.record.tables import never_merged, wire_rows
 from fedsp_mpi.report import handed_out
@@ -114,6 +120,8 @@ class ServerRun:
         """
         place = RunFolder(config, name)
         try:
+            if config.record.tensorboard:
+                event_files.require_library()
             inputs = ExperimentInputs(config) if silos is None else silos.inputs
             place.acquire(inputs.paths)
             servers = config.topology.server_ranks
@@ -293,6 +301,7 @@ class ServerRun:
             rank_of=meta.rank_of,
             carried=wire_rows(self.record.run.wire),
             inputs=fingerprints.combined(self._opened.digests),
+            events=self._event_files(),
         )
         role = build.server_role(
             self.inputs,
@@ -334,6 +343,8 @@ class ServerRun:
                 "checkpoints": len(journal.checkpoint_seconds),
             }
         )
+        if journal.events is not None:
+            journal.events.finish(self.record.run)
         self.record.finish()
         if not self._config.checkpoint.keep_client_states:
             journal.checkpoints.remove_clients()
@@ -359,6 +370,12 @@ class ServerRun:
     @property
     def _config(self) -> Config:
         return self.inputs.config
+
+    def _event_files(self) -> event_files.EventFiles | None:
+        """Open TensorBoard's files, if they are asked for."""
+        if not self._config.record.tensorboard:
+            return None
+        return event_files.EventFiles(self.folder, self.record.run)
 
     def _name_lost_clients(self) -> None:
         """Name the clients that took part and whose updates were never merged.
