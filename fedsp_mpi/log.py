@@ -5,6 +5,7 @@ is a bar at the bottom of a terminal or a line now and then.
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Callable
 from functools import partial
@@ -38,9 +39,16 @@ class Bar:
             unit=f" {unit}",
             file=self._stream,
             leave=False,
-            dynamic_ncols=True,
+            ncols=self._num_columns(),
             mininterval=0.2,
         )
+
+    def _num_columns(self) -> int:
+        """Return the width of the terminal; of one that does not know it, 80."""
+        try:
+            return os.get_terminal_size(self._stream.fileno()).columns or 80
+        except OSError:
+            return 80
 
     def step(self, count: int = 1) -> None:
         """Count steps of the task."""
