@@ -330,7 +330,7 @@ class _Costs:
         """
         config = self.config
         num_layers = self.large.shape.num_layers
-        given = {
+        counts = {
             "global": self.large.num_parameters(),
             "auxiliary": self.small.num_parameters(),
             "layers": num_layers,
@@ -338,18 +338,18 @@ class _Costs:
             "exact_copies": 0,
         }
         if config.asks_server:
-            return given | {"auxiliary": 0}
+            return counts | {"auxiliary": 0}
         if config.tunes_weights:
-            whole = given["global"]
-            return given | {"auxiliary": whole, "exact_copies": whole, "layers_copied": num_layers}
+            num_values = counts["global"]
+            return counts | {"auxiliary": num_values, "exact_copies": num_values, "layers_copied": num_layers}
         if config.distillation.stage.steps:
-            return given
+            return counts
         bridge = sum(
             weight.numel() for name, weight in self.small.weights.items() if ".bridge." in name
         )
         layers = auxiliary.layers(config.auxiliary, num_layers)
-        copied = given["auxiliary"] - bridge
-        return given | {"exact_copies": copied, "layers_copied": len(set(layers))}
+        copied = counts["auxiliary"] - bridge
+        return counts | {"exact_copies": copied, "layers_copied": len(set(layers))}
 
     # -- FLOPs of the whole run, by phase ----------------------------------------------------------
 

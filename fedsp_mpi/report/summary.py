@@ -98,9 +98,9 @@ def _header(run: Run) -> list[str]:
     if run.environment.get("commit"):
         lines.append(f"commit    {run.environment['commit']}")
     lines += wrapped("models    ", _models(run))
-    given = handed_out.sentence(run.sections.get("models", {}))
-    if given:
-        lines += wrapped("clients   ", [f"get {given}"])
+    handout = handed_out.sentence(run.sections.get("models", {}))
+    if handout:
+        lines += wrapped("clients   ", [f"get {handout}"])
     lines += wrapped("data      ", _data(run))
     return lines
 
