@@ -127,6 +127,7 @@ class WeightClient:
         total_rounds: length of the learning-rate schedule, in rounds.
         keep_state: whether optimizers and schedules live on from round to round, which takes twice
             the model's size a client.
+        proximal: FedProx's mu; see `TorchEngine`.
         max_seconds: of one client's work in a round; when they are over, it ends after its step.
             None: no limit.
         progress: is told of every step.
@@ -145,6 +146,7 @@ class WeightClient:
         *,
         total_rounds: int,
         keep_state: bool,
+        proximal: float = 0.0,
         max_seconds: float | None = None,
         progress: RoundProgress | None = None,
     ) -> None:
@@ -153,6 +155,7 @@ class WeightClient:
         self._stage = stage
         self._rounds = total_rounds if keep_state else 1
         self._keep_state = keep_state
+        self._proximal = proximal
         self._max_seconds = max_seconds
         self._progress = progress or RoundProgress()
         no_weights = NamedTensors.pack({})
@@ -178,6 +181,7 @@ class WeightClient:
             auxiliary.load_weights(self.model, broadcast.torch())
             engine = state.engines["tuning"]
             engine.steps_done = (round - 1) * self._stage.steps if self._keep_state else 0
+            engine.anchor()
             self.model.train_weights(True)
             self._progress.stage("step", self._stage.steps)
             trace = train(
@@ -209,7 +213,8 @@ class WeightClient:
     def _build_engines(self) -> dict[str, TorchEngine]:
         total_steps = self._stage.steps * self._rounds
         weights = self.model.weights.values()
-        return {"tuning": TorchEngine(weights, self._stage.optimizer, total_steps)}
+        engine = TorchEngine(weights, self._stage.optimizer, total_steps, proximal=self._proximal)
+        return {"tuning": engine}
 
 
 # -- the method ------------------------------------------------------------------------------------
@@ -255,6 +260,7 @@ class Finetune(Method):
             stage,
             total_rounds=config.federation.rounds,
             keep_state=config.federation.client_state == "kept",
+            proximal=config.client.proximal,
             max_seconds=config.federation.client_seconds,
             progress=context.progress,
         )

@@ -12,6 +12,31 @@ from fedsp_mpi.config.training import ComputeConfig, StageConfig
 
 
 @dataclass(frozen=True)
+class OuterConfig:
+    """How the server moves, given the mean of what its clients found (aggregation/outer.py)."""
+
+    # fedavg takes the mean over (with learning_rate=1); diloco is Nesterov's momentum; the last
+    # three are adaptive (Reddi et al., 2021).
+    optimizer: Literal["fedavg", "fedavgm", "diloco", "fedadam", "fedyogi", "fedadagrad"] = "fedavg"
+    learning_rate: float | None = None  # None: 1; diloco 0.7; the adaptive ones 0.01
+    momentum: float = 0.9  # beta_1 of the adaptive ones
+    decay: float = 0.99  # beta_2 of fedadam and fedyogi
+    adaptivity: float = 1e-3  # tau of the adaptive ones
+
+    @property
+    def resolved_learning_rate(self) -> float:
+        """The factor of the server's step."""
+        if self.learning_rate is not None:
+            return self.learning_rate
+        return {"fedavg": 1.0, "fedavgm": 1.0, "diloco": 0.7}.get(self.optimizer, 0.01)
+
+    @property
+    def takes_over_the_mean(self) -> bool:
+        """Whether the server goes on from the clients' mean itself."""
+        return self.optimizer == "fedavg" and self.resolved_learning_rate == 1
+
+
+@dataclass(frozen=True)
 class FederationConfig:
     """Rounds, clients, and what happens when one of them fails."""
 
@@ -35,6 +60,7 @@ class FederationConfig:
     # (aggregation/robust.py).
     rule: Literal["mean", "median", "reject_outliers"] = "mean"
     outlier_deviations: float = 3.0
+    outer: OuterConfig = OuterConfig()
     # Clients with text of their own (config/silos.py); none: data.source is divided among clients.
     silos: tuple[SiloConfig, ...] = ()
     # How many examples a silo says it has: as many as there are, rounded to two digits, or nothing.
@@ -77,6 +103,8 @@ class ClientConfig:
     training: Literal["alternating", "joint"] = "alternating"
     alignment: StageConfig = StageConfig()
     tuning: StageConfig = StageConfig()
+    # FedProx's mu: tuning has a term mu / 2 x the squared distance to what the server broadcast.
+    proximal: float = 0.0
     privacy: PrivacyConfig = PrivacyConfig()
     compute: ComputeConfig = ComputeConfig()
     # Clients of a rank whose state stays in memory between rounds; that of the others goes to disk.

@@ -43,7 +43,10 @@ _SEARCH_REQUIRES: dict[str, tuple[object, str]] = {
     "prompt.projection": (None, _OWN_PROJECTION),
     "prompt.encoder": (None, _OWN_PROJECTION),
     "federation.rule": ("mean", "what merges is search.rule"),
+    "federation.outer.optimizer": ("fedavg", "what merges is search.rule"),
+    "federation.outer.learning_rate": (None, "what merges is search.rule"),
     "client.privacy.clip": (None, _NO_CHANGE),
+    "client.proximal": (0, "a search takes no gradients"),
 }
 _FEDBPT = MethodFacts(
     "fedsp_mpi.algorithms.fedbpt", "FedBPT", searches=True, required=_SEARCH_REQUIRES

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from fedsp_mpi.aggregation.fedavg import weighted_mean
+from fedsp_mpi.aggregation.outer import OuterOptimizer, OuterSettings
 from fedsp_mpi.aggregation.robust import coordinate_median, without_outliers
 from fedsp_mpi.algorithms.backdoor import METRICS as ATTACK_METRICS
 from fedsp_mpi.algorithms.backdoor import AttackMonitor
@@ -29,6 +30,7 @@ from fedsp_mpi.algorithms.base import (
 from fedsp_mpi.algorithms.privacy import LocalDPClient
 from fedsp_mpi.algorithms.silo_weights import WeightedClient
 from fedsp_mpi.comm import Handout
+from fedsp_mpi.config import OuterConfig
 from fedsp_mpi.evaluation.scoring import answer_loss_mean, score
 from fedsp_mpi.log import RoundProgress
 from fedsp_mpi.models import auxiliary, backbone
@@ -229,6 +231,20 @@ def server_role(
         expected=partial(participation.expected, inputs, journal.rank_of) if journal else None,
         always_accept=config.server.accept == "always",
         answer=answer,
+        outer=outer_optimizer(config.federation.outer),
+    )
+
+
+def outer_optimizer(settings: OuterConfig) -> OuterOptimizer:
+    """Return what moves the server's values by the clients' mean."""
+    return OuterOptimizer(
+        settings.optimizer,
+        OuterSettings(
+            settings.resolved_learning_rate,
+            settings.momentum,
+            settings.decay,
+            settings.adaptivity,
+        ),
     )
 
 
