@@ -23,6 +23,8 @@ class MethodFacts:
             hold the whole model.
         searches: prompts are searched for without gradients: clients run forward passes alone, and
             the server merges but does not tune.
+        reads_plain_text: texts are documents, of which every token is predicted; otherwise they
+            are questions with answers.
         distils_prompts: the server may learn from the auxiliary model what a merged prompt means.
         required: values that keys must have with this method, by key, and why.
     """
@@ -31,6 +33,7 @@ class MethodFacts:
     title: str
     tunes_weights: bool = False
     searches: bool = False
+    reads_plain_text: bool = False
     distils_prompts: bool = False
     required: Mapping[str, tuple[object, str]] = field(default_factory=dict)
 
@@ -54,6 +57,9 @@ _FEDBPT = MethodFacts(
 METHODS: dict[str, MethodFacts] = {
     "fedsp": MethodFacts("fedsp_mpi.algorithms.fedsp", "FedSP", distils_prompts=True),
     "finetune": MethodFacts("fedsp_mpi.algorithms.finetune", "fine-tuning", tunes_weights=True),
+    "pretrain": MethodFacts(
+        "fedsp_mpi.algorithms.pretrain", "pre-training", tunes_weights=True, reads_plain_text=True
+    ),
     "fedbpt": _FEDBPT,
 }
 # method=fedbpt with search.rule=average

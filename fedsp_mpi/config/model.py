@@ -34,6 +34,8 @@ class ModelConfig:
     name: str | None = None
     revision: str | None = None
     tokenizer: str | None = None  # None: the model's own
+    # random: from config.json alone, drawn with the seed, as transformers initialises the family.
+    weights: Literal["pretrained", "random"] = "pretrained"
     gradient_checkpointing: bool = False
 
 

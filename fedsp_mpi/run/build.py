@@ -95,6 +95,7 @@ def global_model(inputs: ExperimentInputs, compute: Compute) -> LanguageModel:
         checkpointing=settings.gradient_checkpointing,
         trainable=inputs.config.tunes_weights,
         candidates=inputs.candidates,
+        initial_seed=inputs.initial_seed,
     )
 
 
@@ -284,7 +285,13 @@ def scoring_model(inputs: ExperimentInputs, model: LanguageModel) -> LanguageMod
     dtype = DTYPES[inputs.config.evaluation.dtype]
     if model.dtype != dtype or inputs.config.tunes_weights:
         revision = inputs.config.model.revision
-        backbone.reload(model, inputs.model_name, revision=revision, dtype=dtype)
+        backbone.reload(
+            model,
+            inputs.model_name,
+            revision=revision,
+            dtype=dtype,
+            initial_seed=inputs.initial_seed,
+        )
     return model
 
 
