@@ -43,14 +43,14 @@ Rule = Callable[[np.ndarray, dict[str, np.ndarray], OuterSettings], np.ndarray]
 def fedavg(
     change: np.ndarray, moments: dict[str, np.ndarray], settings: OuterSettings
 ) -> np.ndarray:
-    """Return eta times the change; with eta = 1 the server takes over the mean."""
+    """Return eta times the change, [values]; with eta = 1 the server takes over the mean."""
     return settings.learning_rate * change
 
 
 def fedavgm(
     change: np.ndarray, moments: dict[str, np.ndarray], settings: OuterSettings
 ) -> np.ndarray:
-    """Return a step of gradient descent with momentum (Hsu et al., 2019, arXiv 1909.06335)."""
+    """Return a step with momentum, [values] (Hsu et al., 2019, arXiv 1909.06335)."""
     first = moments["first"]
     first[:] = settings.momentum * first + change
     return settings.learning_rate * first
@@ -59,7 +59,10 @@ def fedavgm(
 def diloco(
     change: np.ndarray, moments: dict[str, np.ndarray], settings: OuterSettings
 ) -> np.ndarray:
-    """Return a step with Nesterov's momentum (DiLoCo, Douillard et al., 2023, arXiv 2311.08105)."""
+    """Return a step with Nesterov's momentum, [values].
+
+    Source: DiLoCo, Douillard et al., 2023, arXiv 2311.08105.
+    """
     first = moments["first"]
     first[:] = settings.momentum * first + change
     return settings.learning_rate * (change + settings.momentum * first)
@@ -68,7 +71,7 @@ def diloco(
 def fedadagrad(
     change: np.ndarray, moments: dict[str, np.ndarray], settings: OuterSettings
 ) -> np.ndarray:
-    """Return FedAdagrad's step: the second moment is the sum of all squares."""
+    """Return FedAdagrad's step, [values]: the second moment is the sum of all squares."""
     moments["second"] += np.square(change)
     return _adaptive_step(change, moments, settings)
 
@@ -76,7 +79,7 @@ def fedadagrad(
 def fedadam(
     change: np.ndarray, moments: dict[str, np.ndarray], settings: OuterSettings
 ) -> np.ndarray:
-    """Return FedAdam's step, without correction of the bias, as in algorithm 2."""
+    """Return FedAdam's step, [values], without correction of the bias, as in algorithm 2."""
     second = moments["second"]
     second[:] = settings.decay * second + (1 - settings.decay) * np.square(change)
     return _adaptive_step(change, moments, settings)
@@ -85,7 +88,7 @@ def fedadam(
 def fedyogi(
     change: np.ndarray, moments: dict[str, np.ndarray], settings: OuterSettings
 ) -> np.ndarray:
-    """Return FedYogi's step: the second moment follows the squares at a bounded rate."""
+    """Return FedYogi's step, [values]: the second moment follows the squares at a bounded rate."""
     second = moments["second"]
     square = np.square(change)
     second -= (1 - settings.decay) * square * np.sign(second - square)
@@ -136,7 +139,7 @@ class OuterOptimizer:
         """Replace the clients' mean, in place, by what the server goes on from.
 
         Args:
-            start: what the clients started from.
+            start: what the clients started from, fp32 [*shape] by name.
             mean: of their updates, of the same schema.
         """
         if self._takes_over:

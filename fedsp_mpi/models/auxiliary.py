@@ -242,7 +242,7 @@ def pack(model: LanguageModel) -> NamedTensors:
 
 
 def load_weights(model: LanguageModel, tensors: Mapping[str, Tensor]) -> None:
-    """Copy weights into a model in place; names and shapes are those of `pack`, any float dtype."""
+    """Copy weights [*shape] of any float dtype into a model, by the names and shapes of `pack`."""
     for name, tensor in tensors.items():
         model.weights[name].data.copy_(tensor)
 

@@ -119,9 +119,9 @@ def _read_model(
     if checkpointing:
         config = without_dropout(config)
     if initial_seed is not None:
-        model = _initialised(config, initial_seed).to(device, dtype)
-        structure.require_causal(name, model)
-        return model
+        drawn = _initialised(config, initial_seed)
+        structure.require_causal(name, drawn)
+        return drawn.to(device=device, dtype=dtype)  # type: ignore[arg-type]
     with refusing(
         "model.name",
         name,
@@ -144,7 +144,7 @@ def _read_model(
     return model
 
 
-def _initialised(config: Any, seed: int) -> Any:
+def _initialised(config: transformers.PretrainedConfig, seed: int) -> transformers.PreTrainedModel:
     """Return a model with weights as its family is initialised, fp32 on the CPU: equal seeds give
     equal weights, whatever the device.
     """

@@ -198,7 +198,7 @@ class Prompt(nn.Module):
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Copy values into the parameters, on whatever device the prompt is.
 
-        Names and shapes, any float dtype, must be those of `tensors()`.
+        Tensors [*shape] are of any float dtype; names and shapes are those of `tensors()`.
         """
         assert set(tensors) == {name for name, _ in self.named_parameters()}
         for name, parameter in self.named_parameters():

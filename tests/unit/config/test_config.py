@@ -20,6 +20,7 @@ TOGETHER: dict[str, dict[str, object]] = {
     "auxiliary.first_layers": {"auxiliary.layers_per_cell": None},
     "data.partition": {"data.server_share": 0.5, "data.partition_column": "user"},
     "data.partition_column": {"data.server_share": 0.5, "data.partition": "column"},
+    "model.weights": {"method": "finetune"},
     "prompt.encoder": {"prompt.kind": "input"},
     "method": {"server.tuning.steps": 0},
     "prompt.mapping": {"auxiliary.layers_per_cell": None},
