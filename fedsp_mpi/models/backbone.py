@@ -121,7 +121,7 @@ def _read_model(
     if initial_seed is not None:
         drawn = _initialised(config, initial_seed)
         structure.require_causal(name, drawn)
-        return drawn.to(device=device, dtype=dtype)  # type: ignore[arg-type]
+        return drawn.to(device=device, dtype=dtype)  # type: ignore[call-arg]
     with refusing(
         "model.name",
         name,
