@@ -16,6 +16,7 @@ def require_consistent(config: Config) -> None:
     if config.searches:
         _require_search(config)
     _require_text(config)
+    _require_adapters(config)
     _require_federation(config)
     _require_prompt(config)
     _require_shares(config)
@@ -64,6 +65,17 @@ def _require_text(config: Config) -> None:
         raise ConfigError(
             f"model.weights: found random with method={config.method}, which leaves the weights as "
             "they are, expected pretrained; or set method=pretrain"
+        )
+
+
+def _require_adapters(config: Config) -> None:
+    """Check what merges low-rank adapters by their products."""
+    if not config.adapts or config.lora.merge == "factors":
+        return
+    if config.federation.rule != "mean":
+        raise ConfigError(
+            f"federation.rule: found {config.federation.rule} with lora.merge=products, expected "
+            "mean: what is merged is the mean of products; or set lora.merge=factors"
         )
 
 

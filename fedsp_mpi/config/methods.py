@@ -21,6 +21,8 @@ class MethodFacts:
         title: name in tables.
         tunes_weights: the model's own weights are tuned and travel; there is no prompt, and clients
             hold the whole model.
+        adapts: of the weights, low-rank adapters beside them are tuned and travel; clients get the
+            weights once.
         searches: prompts are searched for without gradients: clients run forward passes alone, and
             the server merges but does not tune.
         reads_plain_text: texts are documents, of which every token is predicted; otherwise they
@@ -32,6 +34,7 @@ class MethodFacts:
     module: str
     title: str
     tunes_weights: bool = False
+    adapts: bool = False
     searches: bool = False
     reads_plain_text: bool = False
     distils_prompts: bool = False
@@ -57,6 +60,7 @@ _FEDBPT = MethodFacts(
 METHODS: dict[str, MethodFacts] = {
     "fedsp": MethodFacts("fedsp_mpi.algorithms.fedsp", "FedSP", distils_prompts=True),
     "finetune": MethodFacts("fedsp_mpi.algorithms.finetune", "fine-tuning", tunes_weights=True),
+    "lora": MethodFacts("fedsp_mpi.algorithms.lora", "LoRA", tunes_weights=True, adapts=True),
     "pretrain": MethodFacts(
         "fedsp_mpi.algorithms.pretrain", "pre-training", tunes_weights=True, reads_plain_text=True
     ),

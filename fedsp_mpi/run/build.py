@@ -33,7 +33,7 @@ from fedsp_mpi.comm import Handout
 from fedsp_mpi.config import OuterConfig
 from fedsp_mpi.evaluation.scoring import answer_loss_mean, score
 from fedsp_mpi.log import RoundProgress
-from fedsp_mpi.models import auxiliary, backbone
+from fedsp_mpi.models import auxiliary, backbone, lora
 from fedsp_mpi.models.families import PEFT_TASKS
 from fedsp_mpi.models.language_model import LanguageModel
 from fedsp_mpi.models.prompts import write_adapter
@@ -93,7 +93,7 @@ def global_model(inputs: ExperimentInputs, compute: Compute) -> LanguageModel:
         revision=settings.revision,
         dtype=compute.dtype,
         checkpointing=settings.gradient_checkpointing,
-        trainable=inputs.config.tunes_weights,
+        trainable=inputs.config.trains_all_weights,
         candidates=inputs.candidates,
         initial_seed=inputs.initial_seed,
     )
@@ -270,7 +270,10 @@ def save(inputs: ExperimentInputs, server: Server, *, exported: NamedTensors, fo
         exported: what it exported in its best round.
         folder: of the run.
     """
-    if server.prompt:
+    config = inputs.config
+    if config.adapts:
+        lora.write(folder / "adapter", exported, config.lora, base=inputs.model_name)
+    elif server.prompt:
         task = PEFT_TASKS[server.model.kind]
         write_adapter(
             folder / "prompt", exported, inputs.prompt_spec, base=inputs.model_name, task=task

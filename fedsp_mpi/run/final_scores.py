@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Collection
 from dataclasses import asdict
 
+from fedsp_mpi.algorithms.finetune import WeightServer
 from fedsp_mpi.evaluation.scoring import answer_loss_mean, perplexity, score
 from fedsp_mpi.log import Log, duration
 from fedsp_mpi.record.tables import TRIGGERED, ResultRow
@@ -39,6 +40,8 @@ def score_all(
     """
     candidates = _candidates(role, inputs)
     build.scoring_model(inputs, role.server.model)
+    if isinstance(role.server, WeightServer):
+        role.server.tuned.attach()
     missing = [method for method in candidates if method not in scored]
     for method in role.group.tell(missing):
         rows = _score(role, inputs, log, stop=stop, method=method, best=candidates[method])
