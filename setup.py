@@ -8,7 +8,8 @@ from setuptools import find_packages, setup
 LOCAL = ["mpich"]  # an MPI as a wheel, for machines without one; a cluster uses its own
 EVALUATE = ["lm_eval>=0.4.12"]  # drives the verb `evaluate`
 PLOT = ["matplotlib>=3.11"]  # pictures of `report`
-TEST = [*LOCAL, *EVALUATE, *PLOT, "pytest", "pytest-xdist", "hypothesis", "ruff", "mypy"]
+TOOLS = ["pytest", "pytest-xdist", "hypothesis", "jsonschema", "ruff", "mypy"]
+TEST = [*LOCAL, *EVALUATE, *PLOT, *TOOLS]
 
 [VERSION] = re.findall(
     r'^__version__ = "(.+)"$', Path("fedsp_mpi/__init__.py").read_text(encoding="utf-8"), re.M
@@ -22,7 +23,7 @@ setup(
     long_description_content_type="text/markdown",
     python_requires=">=3.11",
     packages=find_packages(include=["fedsp_mpi", "fedsp_mpi.*"]),
-    package_data={"fedsp_mpi.resources": ["*.yaml", "recipes/*.yaml", "model/*", "data/*"]},
+    package_data={"fedsp_mpi.resources": ["*.yaml", "*.md", "recipes/*.yaml", "model/*", "data/*"]},
     # Lower bounds: the minor versions of constraints.txt, with which the tests have run.
     install_requires=[
         "mpi4py>=4.1",
@@ -38,6 +39,7 @@ setup(
         "xxhash>=4.1",
         "cmaes>=0.13",
         "threadpoolctl>=3.8",
+        "pydantic>=2.14",
         "numpy>=2.4",
         "pandas>=3.1",
         "pyarrow>=26.0",

@@ -1,7 +1,6 @@
 """`python -m fedsp_mpi`."""
 
-import sys
-
 from fedsp_mpi.cli import main
+from fedsp_mpi.comm import leave
 
-sys.exit(main())
+leave(main())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import json
 import os
 import shlex
 import sys
@@ -111,6 +112,32 @@ def fetch(options: argparse.Namespace) -> int:
         "on nodes without a network, export HF_HUB_OFFLINE=1, or the libraries try to reach the "
         "hub for a while"
     )
+    return 0
+
+
+def show_config(options: argparse.Namespace) -> int:
+    """`config`: print a configuration as it is resolved, the schema, or the reference of keys."""
+    _require_one_process("config", "start it without mpirun")
+    if (options.reference or options.schema) and (options.config or options.set):
+        raise Refused(
+            "config: found a configuration with --schema or --reference, which are the same for "
+            "all, expected one of them",
+            USAGE_ERROR,
+        )
+    if options.reference:
+        from fedsp_mpi.config.reference import reference
+
+        _show(reference().removesuffix("\n"))
+    elif options.schema == "sweep":
+        from fedsp_mpi.commands.sweep_schema import sweep_schema
+
+        _show(json.dumps(sweep_schema(), indent=2))
+    elif options.schema:
+        from fedsp_mpi.config.schema import schema
+
+        _show(json.dumps(schema(), indent=2))
+    else:
+        _show(config.to_yaml(_load(options.config, options.set)).removesuffix("\n"))
     return 0
 
 
@@ -391,6 +418,7 @@ def _parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     _add_run(verbs)
     _add_check(verbs)
+    _add_config(verbs)
     _add_fetch(verbs)
     _add_split(verbs)
     _add_plan(verbs)
@@ -426,6 +454,25 @@ def _add_check(verbs: argparse._SubParsersAction) -> None:
     )
     _add_configuration(verb)
     verb.set_defaults(run=check)
+
+
+def _add_config(verbs: argparse._SubParsersAction) -> None:
+    verb = verbs.add_parser(
+        "config", help="print a configuration with all its defaults, or what each key means"
+    )
+    _add_configuration(verb)
+    instead = verb.add_mutually_exclusive_group()
+    instead.add_argument(
+        "--schema",
+        nargs="?",
+        const="file",
+        choices=("file", "sweep"),
+        help="print the JSON schema of configuration files, or of sweep files, for editors",
+    )
+    instead.add_argument(
+        "--reference", action="store_true", help="print every key with default, unit and meaning"
+    )
+    verb.set_defaults(run=show_config)
 
 
 def _add_fetch(verbs: argparse._SubParsersAction) -> None:

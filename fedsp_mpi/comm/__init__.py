@@ -8,7 +8,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .guard import Guard, PhaseInfo, Refused, guard
+from .guard import Guard, PhaseInfo, Refused, guard, leave
 from .topology import (
     Topology,
     launcher_rank,
@@ -30,6 +30,7 @@ __all__ = [
     "Deadlines",
     "RoundBroadcast",
     "Guard",
+    "leave",
     "Handout",
     "Refused",
     "Report",

@@ -32,9 +32,17 @@ from fedsp_mpi.config.parsing import ConfigError, merge, put, shown, unknown_key
 from fedsp_mpi.config.yaml_reader import extended, key_value, read_yaml, setting
 from fedsp_mpi.files.untrusted import JsonMapping, JsonObject
 
-_KEYS = ("folder", "base", "seeds", "tasks", "methods", "trials")
+KEYS = {
+    "folder": "of all runs, relative to the working directory",
+    "base": "what all trials begin with: a file, a list of files, or settings; without it the "
+    "embedded default",
+    "seeds": "of each task with each method",
+    "tasks": "names, each with settings, a file, or a list of files",
+    "methods": "names, each with settings, a file, or a list of files",
+    "trials": "settings of TASK-METHOD, in which * and ? are wildcards; later ones win",
+}
 _KEYS_OF_THE_SWEEP = ("run.folder", "run.name", "run.seed")  # set for every trial by the sweep
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 @dataclass(frozen=True)
@@ -101,8 +109,8 @@ def trials_of(file: Path, overrides: Sequence[str] = ()) -> list[Trial]:
 def _check_keys(content: JsonMapping, file: Path) -> None:
     """Raise ConfigError unless the content has the form of a sweep file."""
     for key in content:
-        if key not in _KEYS:
-            raise ConfigError(f"{file}: {unknown_key(key, _KEYS)}")
+        if key not in KEYS:
+            raise ConfigError(f"{file}: {unknown_key(key, KEYS)}")
     folder = content.get("folder")
     if not isinstance(folder, str):
         raise ConfigError(f"{file}: folder: found {shown(folder)}, expected the folder of all runs")
@@ -136,7 +144,7 @@ def _check_names(entries: object, file: Path, section: str) -> None:
             "file"
         )
     for name in entries:
-        if not _NAME.fullmatch(str(name)):
+        if not NAME.fullmatch(str(name)):
             raise ConfigError(
                 f"{file}: {section}: found the name {shown(name)}, expected letters, digits, "
                 "'.', '_' and '-': it becomes a part of file names"

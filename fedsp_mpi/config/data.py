@@ -2,56 +2,103 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
+from fedsp_mpi.config.options import option
 from fedsp_mpi.config.parsing import ConfigError, shown
 
 
 @dataclass(frozen=True)
 class LimitConfig:
-    """The most rows of each split, taken from its beginning; None: all."""
+    """The most rows of each split, taken from its beginning."""
 
-    train: int | None = None
-    validation: int | None = None
-    test: int | None = None
+    train: int | None = option(None, "use the first rows of the split only; `null`: all", "rows")
+    validation: int | None = option(None, "the same of the validation split", "rows")
+    test: int | None = option(None, "the same of the test split", "rows")
 
 
 @dataclass(frozen=True)
 class DataConfig:
     """The task and where its rows come from; `embedded` is the tiny world of the package."""
 
-    task: str = "multiple_choice"
-    # None: the task's own hub set; a folder; "hub/name[:configuration]"; "embedded".
-    source: str | None = None
-    # {task's column: file's column}, where the names differ; a list of columns where each choice
-    # has one.
-    columns: dict[str, str | tuple[str, ...]] = dataclasses.field(default_factory=dict)
-    # Of the task classification, in their order: data/classification.py. None: those of the rows.
-    classes: tuple[str, ...] = ()
-    # What number the first class or choice has in the user's own rows.
-    first_label: Literal[0, 1] = 0
-    # The user's own words, for example "{sentence} It was {mask}." with columns of the task:
-    # data/templates.py.
-    template: str | None = None  # None: the task's own, which is lm-eval's
-    verbaliser: tuple[str, ...] = ()  # a word a class; none: the task's own
-    max_length: int = 1024  # tokens of a training text; longer contexts lose their beginning
+    task: str = option(
+        "multiple_choice",
+        "`arc_easy`, `arc_challenge`, `openbookqa`, `web_questions`, `hellaswag`, `piqa`, `sciq`, "
+        "`race`, `sst2`, `rte`, `ag_news`; or your own text: `classification` (columns `text`, "
+        "`label`), `multiple_choice` (`context`, `choices`, `label`), `question_answering` "
+        "(`context`, `answers`), which configs/own_text/README.md describes. `race` scores "
+        "one problem a row of `ehovy/race`, which alone has all splits",
+    )
+    source: str | None = option(
+        None,
+        "`null`: the task's own hub set; or a folder, with your own text also one file, "
+        "`hub/name[:configuration]`, or `embedded`, the tiny world of the package. A folder's "
+        "splits may be called train, training; validation, valid, val, dev, eval; test, testing",
+    )
+    columns: dict[str, str | tuple[str, ...]] = option(
+        {},
+        "`{context: question, label: answer}`: the task's columns as your files name them. A label "
+        "is a position, the words of a choice, its letter, or a class whose name the file's schema "
+        "gives; rows with a blank label are left out. Choices with a column each: "
+        "`choices: [a, b, c, d]`",
+    )
+    classes: tuple[str, ...] = option(
+        (),
+        "of `classification`, in their order: names, or what the rows write for them. Empty: those "
+        "of the rows, at most 100, which a note says",
+    )
+    first_label: Literal[0, 1] = option(
+        0, "the number of the first class or choice where your labels are numbers"
+    )
+    template: str | None = option(
+        None,
+        'your own words around the text, such as `"{sentence} It was {mask}."`, with columns of '
+        "the task, or, with your own text, any columns of the rows; there the answer follows at "
+        "the end if no `{mask}` says where. `null`: the task's, which are lm-eval's",
+    )
+    verbaliser: tuple[str, ...] = option(
+        (), "one word for each class, in their order; empty: the task's own"
+    )
+    max_length: int = option(
+        1024,
+        "of a training text; longer contexts lose their beginning, and a note counts them",
+        "tokens",
+    )
     limit: LimitConfig = LimitConfig()
-    # Few-shot: so many examples of each class, drawn by the seed, are all of train.
-    shots: int | None = None
-    # What of the training split the server owns: None: a shard like every client's; a fraction
-    # below 1; from 1 on, so many examples; 0: nothing, so that what clients learn is all there is.
-    server_share: float | None = None
-    # Among the owners: equal shards, label skew, quantity skew, or a client for each value of a
-    # column of the training split; then null of server_share means 0.
-    partition: Literal["iid", "labels", "quantity", "column"] = "iid"
-    partition_column: str | None = None  # with partition=column
-    # What an answer's cross entropy runs over: all tokens, or those that the task's choices are
-    # made of. auto: the choices where every example has the same ones, else the vocabulary.
-    loss_over: Literal["vocabulary", "choices", "auto"] = "vocabulary"
-    # Of the Dirichlet distribution that makes the skew: 0.1 is strong, 100 hardly any.
-    alpha: float = 0.5
+    shots: int | None = option(
+        None,
+        "few-shot: keep this many training examples of each class, drawn by the seed",
+        "examples",
+    )
+    server_share: float | None = option(
+        None,
+        "the server's part of the training split. `null`: a shard like a client's (with "
+        "`partition: column`, nothing); below 1: a fraction; from 1 on: a number of examples; 0: "
+        "nothing, the server only averages",
+        "fraction or examples",
+    )
+    partition: Literal["iid", "labels", "quantity", "column"] = option(
+        "iid",
+        "among the owners: `iid` deals out evenly, `labels` skews the classes, `quantity` the "
+        "sizes; `column`: a client for each value of `data.partition_column`",
+    )
+    partition_column: str | None = option(
+        None,
+        "with `partition: column`: a column of the training split, such as `user_id`, with text, "
+        "numbers or truth values. `federation.clients` must be the number of its values (5,000 at "
+        "most); rows without a value are left out, with a note",
+    )
+    loss_over: Literal["vocabulary", "choices", "auto"] = option(
+        "vocabulary",
+        "the tokens that an answer's cross entropy runs over: the whole `vocabulary`, or those of "
+        "the `choices`; `auto`: the choices where every example has the same ones, else the "
+        "vocabulary",
+    )
+    alpha: float = option(
+        0.5,
+        "of the Dirichlet distribution behind the skew: 0.1 is strong, 100 hardly any",
+    )
 
     @property
     def resolved_server_share(self) -> float | None:

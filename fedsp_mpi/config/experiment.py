@@ -25,12 +25,14 @@ from fedsp_mpi.config.model import (
     Recipe,
     recipe,
 )
+from fedsp_mpi.config.options import option
 from fedsp_mpi.config.parsing import (
     ConfigError,
     Section,
     differences,
     merge,
     message_line,
+    mistake_line,
     parse,
     put,
 )
@@ -55,26 +57,36 @@ EMBEDDED = Path(__file__).parent.parent / "resources" / "embedded.yaml"
 class EvaluationConfig:
     """What is scored on the test split at the end, and how."""
 
-    batch_tokens: int = 4096  # tokens a forward pass
-    # Of the scoring pass; fp32 makes it independent of how options are batched.
-    dtype: Dtype = "float32"
-    zero_shot: bool = True
-    server_only: bool = True
-    # Who judges each round: the server by its validation text, silos by what they hold back, which
-    # chooses the best round where the server owns no text, or both.
-    at: Literal["server", "silos", "both"] = "server"
-    # Of a silo's training rows, unless it has a validation split of its own.
-    held_out: float = 0.1
+    batch_tokens: int = option(4096, "of a forward pass", "tokens")
+    dtype: Dtype = option(
+        "float32", "of scoring; fp32 makes it independent of how options are batched"
+    )
+    zero_shot: bool = option(True, "score the global model without a prompt")
+    server_only: bool = option(True, "train and score the server-only control")
+    at: Literal["server", "silos", "both"] = option(
+        "server",
+        "who judges each round: the `server` on its validation text, the `silos` on what they hold "
+        "back, or `both`. Silos choose the best round where the server owns no text",
+    )
+    held_out: float = option(
+        0.1,
+        "of a silo's training rows that it holds back to judge by, unless it has a validation "
+        "split",
+        "fraction",
+    )
 
 
 @dataclass(frozen=True)
 class Config:
     """One experiment."""
 
-    recipe: Recipe = "bridged"  # values of keys that are not given: resources/recipes
-    # fedsp: prompts are the messengers; finetune: the global model's own weights are; fedbpt:
-    # prompts are searched for without gradients, as `search` says (algorithms/).
-    method: str = "fedsp"
+    recipe: Recipe = option("bridged", "defaults of the keys you leave out")
+    method: str = option(
+        "fedsp",
+        "what is tuned and exchanged. `fedsp`: prompts, by gradients; `fedbpt`: prompts, searched "
+        "for without gradients; `finetune`: all weights of the global model; `lora`: low-rank "
+        "adapters of it; `pretrain`: all weights, on plain text",
+    )
     run: RunConfig = RunConfig()
     topology: TopologyConfig = TopologyConfig()
     model: ModelConfig = ModelConfig()
@@ -231,7 +243,7 @@ def checked(data: Section) -> Config:
         config: Config = parse(Config, merge(recipe_values, data), "")
         config.check()
     except ConfigError as error:
-        raise ConfigError(message_line(str(error))) from None
+        raise ConfigError(mistake_line(error)) from None
     return config
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
+from fedsp_mpi.config.options import option
 from fedsp_mpi.config.silos import ServerDataConfig, SiloConfig
 from fedsp_mpi.config.threats import PrivacyConfig
 from fedsp_mpi.config.training import ComputeConfig, StageConfig
@@ -15,13 +15,22 @@ from fedsp_mpi.config.training import ComputeConfig, StageConfig
 class OuterConfig:
     """How the server moves, given the mean of what its clients found (aggregation/outer.py)."""
 
-    # fedavg takes the mean over (with learning_rate=1); diloco is Nesterov's momentum; the last
-    # three are adaptive (Reddi et al., 2021).
-    optimizer: Literal["fedavg", "fedavgm", "diloco", "fedadam", "fedyogi", "fedadagrad"] = "fedavg"
-    learning_rate: float | None = None  # None: 1; diloco 0.7; the adaptive ones 0.01
-    momentum: float = 0.9  # beta_1 of the adaptive ones
-    decay: float = 0.99  # beta_2 of fedadam and fedyogi
-    adaptivity: float = 1e-3  # tau of the adaptive ones
+    optimizer: Literal["fedavg", "fedavgm", "diloco", "fedadam", "fedyogi", "fedadagrad"] = option(
+        "fedavg",
+        "`fedavg` takes the clients' mean over; `fedavgm`, and `diloco` with Nesterov's momentum, "
+        "keep a momentum over rounds; `fedadam`, `fedyogi` and `fedadagrad` adapt each value's "
+        "step (Reddi et al., 2021). For every method whose prompts or weights are averaged; the "
+        "moments, one or two numbers a value, stay at the server",
+    )
+    learning_rate: float | None = option(
+        None,
+        "factor of the server's step; `null`: 1, with `diloco` 0.7, with the adaptive three 0.01",
+    )
+    momentum: float = option(0.9, "of `fedavgm` and `diloco`; beta_1 of the adaptive three")
+    decay: float = option(0.99, "beta_2 of `fedadam` and `fedyogi`")
+    adaptivity: float = option(
+        1e-3, "tau of the adaptive three: added to the root of the second moment"
+    )
 
     @property
     def resolved_learning_rate(self) -> float:
@@ -40,33 +49,55 @@ class OuterConfig:
 class FederationConfig:
     """Rounds, clients, and what happens when one of them fails."""
 
-    # 0: centralised, the server tunes alone, on all data unless data.server_share says otherwise.
-    # With silos, their number.
-    clients: int = 7
-    rounds: int = 10
-    # Auxiliary model, optimizers and schedules between rounds; restarted: each round begins from
-    # the hand-out.
-    client_state: Literal["kept", "restarted"] = "kept"
-    on_failure: Literal["drop", "stop"] = "drop"  # a client whose loss or update is not finite
-    min_clients: int = 1  # fewer updates than this in a round stop the run
-    clients_per_round: int | None = None  # None: all
-    sampling: Literal["uniform", "by_size", "round_robin"] = "uniform"  # who they are
-    # drop: a client's work is cut after client_seconds, and it counts for what it did. Bits then
-    # depend on the clock.
-    stragglers: Literal["wait", "drop"] = "wait"
-    client_seconds: float | None = None
-    # What makes one update of many: the mean weighted by samples, each value's median, or the mean
-    # of those that lie no more than so many deviations further from the median than the others do
-    # (aggregation/robust.py).
-    rule: Literal["mean", "median", "reject_outliers"] = "mean"
-    outlier_deviations: float = 3.0
+    clients: int = option(
+        7,
+        "0: centralised; the server tunes alone, on all data unless `data.server_share` says "
+        "otherwise. With `federation.silos`, their number, and may be left out",
+        "clients",
+    )
+    rounds: int = option(10, "broadcast, local training, aggregation and server update", "rounds")
+    client_state: Literal["kept", "restarted"] = option(
+        "kept",
+        "auxiliary model, optimizers and schedules between rounds; `restarted`: every round begins "
+        "from the hand-out",
+    )
+    on_failure: Literal["drop", "stop"] = option(
+        "drop", "drop clients that fail from the round, or `stop` the run"
+    )
+    min_clients: int = option(1, "fewer updates than this in a round stop the run", "clients")
+    clients_per_round: int | None = option(None, "partial participation; `null`: all", "clients")
+    sampling: Literal["uniform", "by_size", "round_robin"] = option(
+        "uniform", "who takes part in a round; `by_size`: in proportion to the shard"
+    )
+    stragglers: Literal["wait", "drop"] = option(
+        "wait",
+        "`drop`: cut a client's work after `client_seconds`; it counts for the samples it used. "
+        "The one setting under which bits depend on the clock",
+    )
+    client_seconds: float | None = option(None, "with `stragglers: drop`", "seconds")
+    rule: Literal["mean", "median", "reject_outliers"] = option(
+        "mean",
+        "how updates are aggregated: the mean weighted by samples, the `median` of each value, or "
+        "the mean of those that are no outliers",
+    )
+    outlier_deviations: float = option(
+        3.0, "distance from the median beyond which an update is rejected", "deviations"
+    )
     outer: OuterConfig = OuterConfig()
-    # Clients with text of their own (config/silos.py); none: data.source is divided among clients.
-    silos: tuple[SiloConfig, ...] = ()
-    # How many examples a silo says it has: as many as there are, rounded to two digits, or nothing.
-    disclose: Literal["exact", "rounded", "nothing"] = "exact"
-    # Where what `datasets` prepares of a silo goes, a folder for each; None: below TMPDIR.
-    silo_cache: str | None = None
+    silos: tuple[SiloConfig, ...] = option(
+        (),
+        "clients with text of their own, instead of a number of clients; a list, or one section "
+        "with a pattern and `names`: see configs/silos/README.md",
+    )
+    disclose: Literal["exact", "rounded", "nothing"] = option(
+        "exact", "what a silo says of its size; `rounded`: to two digits"
+    )
+    silo_cache: str | None = option(
+        None,
+        "folder for what `datasets` prepares of large silos and hub sets, one folder of the user's "
+        "own (0700) for each silo; `null`: below `TMPDIR`. Small local files are read into memory "
+        "alone",
+    )
 
     def client_name(self, client: int) -> str:
         """Return what messages call a client: "silo north", or "client 3"."""
@@ -78,16 +109,20 @@ class FederationConfig:
 class ServerConfig:
     """The owner of the global model."""
 
-    # With federation.silos: its own text.
-    data: ServerDataConfig = dataclasses.field(default_factory=ServerDataConfig)
-
-    # Before the tuning: towards the answers of the auxiliary model under the merged prompts, to
-    # questions about distillation.text, or about the server's shard.
-    translation: StageConfig = StageConfig(steps=0)
-    tuning: StageConfig = StageConfig()
-    # better: a round's tuning that makes the validation loss worse is taken back, the control's
-    # too.
-    accept: Literal["always", "better"] = "always"
+    data: ServerDataConfig = option(ServerDataConfig(), "")
+    translation: StageConfig = option(
+        StageConfig(steps=0),
+        "a round, before the tuning: towards the auxiliary model's answers under the merged "
+        "prompts, to questions about `distillation.text` or the server's shard",
+    )
+    tuning: StageConfig = option(
+        StageConfig(), "a round, of the prompts (or weights) on the global model"
+    )
+    accept: Literal["always", "better"] = option(
+        "always",
+        "`better`: a round's tuning that makes the validation loss worse is taken back, the "
+        "control's too",
+    )
     compute: ComputeConfig = ComputeConfig()
 
 
@@ -98,14 +133,24 @@ class ClientConfig:
     FedSP calls this alternative training.
     """
 
-    # joint: both at once, in the steps of `tuning`, each with its own optimizer (FedSP without
-    # alternative training).
-    training: Literal["alternating", "joint"] = "alternating"
-    alignment: StageConfig = StageConfig()
-    tuning: StageConfig = StageConfig()
-    # FedProx's mu: tuning has a term mu / 2 x the squared distance to what the server broadcast.
-    proximal: float = 0.0
+    training: Literal["alternating", "joint"] = option(
+        "alternating",
+        "first the auxiliary model, then the prompts; `joint`: both at once, in the steps of "
+        "`client.tuning`, each with an optimizer of its own",
+    )
+    alignment: StageConfig = option(
+        StageConfig(), "a round, of the auxiliary model, prompts frozen"
+    )
+    tuning: StageConfig = option(
+        StageConfig(), "a round, of the prompts (or weights), auxiliary model frozen"
+    )
+    proximal: float = option(
+        0.0,
+        "FedProx's mu: what travels is tuned with a term mu / 2 x its squared distance to the "
+        "broadcast",
+    )
     privacy: PrivacyConfig = PrivacyConfig()
     compute: ComputeConfig = ComputeConfig()
-    # Clients of a rank whose state stays in memory between rounds; that of the others goes to disk.
-    resident: int = 8
+    resident: int = option(
+        8, "of a rank whose state stays in memory; the others' is in `checkpoints/`", "clients"
+    )

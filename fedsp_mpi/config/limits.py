@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from fedsp_mpi.config.parsing import ConfigError, shown
+from fedsp_mpi.config.parsing import ConfigError, all_mistakes, shown
 from fedsp_mpi.config.training import MOST_AT_ONCE
 
 if TYPE_CHECKING:
@@ -152,10 +152,20 @@ RANGES: dict[str, Range] = {
     },
 }
 
+# Of each of `federation.silos`.
+SILO_RANGES = {"limit": Range(1, _MOST_EXAMPLES), "weight": Range(0, 1e6, above=True)}
+
 
 def require_ranges(config: Config) -> None:
-    """Raise ConfigError on the first number of a configuration that is out of its range."""
+    """Raise ConfigError if numbers of a configuration are out of their ranges."""
+    mistakes: list[ConfigError] = []
     for key, limits in RANGES.items():
         value = config.value(key)
-        if value is not None:
+        if value is None:
+            continue
+        try:
             limits.require(key, value)
+        except ConfigError as mistake:
+            mistakes.append(mistake)
+    if mistakes:
+        raise all_mistakes(mistakes)

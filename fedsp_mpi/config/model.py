@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from fedsp_mpi.config.options import option
 from fedsp_mpi.config.parsing import ConfigError, Section, parse
 from fedsp_mpi.config.training import StageConfig
 from fedsp_mpi.config.yaml_reader import read_yaml
@@ -31,12 +32,23 @@ def recipe(name: object) -> Section:
 class ModelConfig:
     """The global model: a hub name or a folder; `embedded` is the tiny GPT-2 of the package."""
 
-    name: str | None = None
-    revision: str | None = None
-    tokenizer: str | None = None  # None: the model's own
-    # random: from config.json alone, drawn with the seed, as transformers initialises the family.
-    weights: Literal["pretrained", "random"] = "pretrained"
-    gradient_checkpointing: bool = False
+    name: str | None = option(
+        None,
+        "required: hub name or folder of a model of one of the families in configs/families.md. "
+        "`embedded` is the tiny GPT-2 of the package",
+    )
+    revision: str | None = option(None, "branch, tag or commit on the hub")
+    tokenizer: str | None = option(None, "hub name or folder; `null`: the model's own")
+    weights: Literal["pretrained", "random"] = option(
+        "pretrained",
+        "`random`: new weights from `config.json` alone, drawn with the seed, with methods that "
+        "train all weights",
+    )
+    gradient_checkpointing: bool = option(
+        False,
+        "recompute activations in the backward pass; refused with prefixes, which checkpointed "
+        "layers drop",
+    )
 
 
 @dataclass(frozen=True)
@@ -46,13 +58,28 @@ class AuxiliaryConfig:
     FedSP calls this cross-layer sharing. A depth below 1 is a fraction of the global model's.
     """
 
-    start_layer: int = 0
-    layers_per_cell: int | None = 1  # None: as many as it is deep, so that none is shared
-    depth: float | None = None  # layers; None: as deep as the global model
-    # So many of them are the global model's first ones, the others its last ones, with a linear
-    # bridge between; None: they lie side by side, and there is no bridge.
-    first_layers: int | None = None
-    dropout: bool = False  # the model's own dropout while its weights are trained
+    start_layer: int = option(
+        0, "first layer of the global model that the auxiliary model takes", "layer"
+    )
+    layers_per_cell: int | None = option(
+        1,
+        "layers that are stored, and run again and again until the depth is reached; `null`: as "
+        "many as the depth, none is shared",
+        "layers",
+    )
+    depth: float | None = option(
+        None,
+        "how many layers are run; below 1, a fraction of the global model's; `null`: as many as "
+        "the global model has",
+        "layers or fraction",
+    )
+    first_layers: int | None = option(
+        None,
+        "this many are the global model's first ones and the others its last ones, with a linear "
+        "bridge between; `null`: consecutive layers and no bridge",
+        "layers",
+    )
+    dropout: bool = option(False, "use the model's own dropout while its weights are trained")
 
     @property
     def shares_layers(self) -> bool:
@@ -81,20 +108,37 @@ class DistillationConfig:
     First its bridge is fitted, then all its weights are trained.
     """
 
-    bridge_texts: int = 800  # that a bridge is fitted to, by least squares
-    # How strongly it is held to the identity, in units of the states' mean square.
-    bridge_ridge: float = 0.01
-    stage: StageConfig = StageConfig(steps=200)
-    # A .txt or .txt.gz file, or a folder of them, of plain text; None: the server's shard.
-    text: str | None = None
-    text_length: int = 128  # tokens of a piece of plain text
-    text_lines: int | None = None  # read so many lines of it at most; None: all
-    hidden_weight: float = 1.0
-    logits_weight: float = 0.0
-    temperature: float = 1.0
-    engine: Literal["deepspeed", "torch"] = "deepspeed"
-    zero_stage: int = 0
-    reuse: bool = True  # take an auxiliary model that an earlier run made by the same recipe
+    bridge_texts: int = option(800, "that the bridge is fitted to, by least squares", "texts")
+    bridge_ridge: float = option(
+        0.01, "how strongly the bridge is held to the identity", "mean square of the states"
+    )
+    stage: StageConfig = option(
+        StageConfig(steps=200),
+        "of gradient distillation, once, before the first round; they may follow a fitted bridge",
+    )
+    text: str | None = option(
+        None,
+        "plain text: a .txt or .txt.gz file, or a folder of them. It is distilled on, and made "
+        "into questions in the task's words, to which the bridge is fitted and from which "
+        "translation learns. `null`: the server's shard",
+    )
+    text_length: int = option(128, "of a piece of plain text", "tokens")
+    text_lines: int | None = option(None, "read at most this many; `null`: all", "lines")
+    hidden_weight: float = option(1.0, "of the masked mean squared error of hidden states")
+    logits_weight: float = option(
+        0.0,
+        "of the KL divergence of logits; an output head of its own is trained only if this is "
+        "above 0",
+    )
+    temperature: float = option(1.0, "of that divergence")
+    engine: Literal["deepspeed", "torch"] = option("deepspeed", "what runs its steps")
+    zero_stage: int = option(
+        0, "what the server's ranks shard: 0 nothing, 1 moments, 2 gradients too, 3 weights too"
+    )
+    reuse: bool = option(
+        True,
+        "take the auxiliary model that an earlier run below `run.folder` made by the same recipe",
+    )
 
     def check(self, where: str) -> None:
         """Raise ConfigError, under the section's key `where`, on values that cannot work."""
@@ -110,20 +154,34 @@ class DistillationConfig:
 class PromptConfig:
     """The soft prompt: key/value prefixes of every layer, or input embeddings."""
 
-    kind: Literal["prefix", "input"] = "prefix"
-    num_tokens: int = 40
-    # Where it begins: noise, or what the global model makes of the words of init_text, over and
-    # over.
-    init: Literal["random", "text"] = "random"
-    init_std: float = 0.02
-    init_text: str = (
-        "Read the text carefully and answer the question about it. "
-        "Choose the answer that fits best."
+    kind: Literal["prefix", "input"] = option(
+        "prefix",
+        "`prefix`: keys and values in every layer; `input`: embeddings before the text, which a "
+        "causal model reads once for all texts of a batch",
     )
-    # Between models of different depth: repeat up and average down; or layer by layer, where the
-    # auxiliary model's layers are some of the global one's.
-    mapping: Literal["repeat", "same_layers"] = "repeat"
-    # Width of the re-parameterisation's hidden layer; None: no projection.
-    projection: int | None = None
-    # Of input prompts (P-tuning); its weights are tuned, and travel, too.
-    encoder: Literal["lstm", "mlp"] | None = None
+    num_tokens: int = option(40, "length; they take the first positions, as in peft", "tokens")
+    init: Literal["random", "text"] = option(
+        "random",
+        "initialise from Gaussian noise (`random`), or from what the global model makes of a "
+        "`text`",
+    )
+    init_std: float = option(0.02, "standard deviation of the noise")
+    init_text: str = option(
+        "Read the text carefully and answer the question about it. "
+        "Choose the answer that fits best.",
+        "the text, repeated until the prompt is filled",
+    )
+    mapping: Literal["repeat", "same_layers"] = option(
+        "repeat",
+        "between models of different depth: layer to the same layer; or `repeat` upwards and "
+        "average downwards",
+    )
+    projection: int | None = option(
+        None,
+        "width of a prefix's re-parameterisation, whose weights are tuned and sent instead; "
+        "`null`: none",
+        "units",
+    )
+    encoder: Literal["lstm", "mlp"] | None = option(
+        None, "of input prompts (P-tuning), whose weights are tuned and sent too; `null`: none"
+    )

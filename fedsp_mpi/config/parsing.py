@@ -9,7 +9,7 @@ import re
 import reprlib
 import types
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from typing import Any, Literal, NoReturn
 
@@ -38,7 +38,16 @@ _UNFIT = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
 
 
 class ConfigError(ValueError):
-    """A mistake in a configuration: the key, what was found, what was expected."""
+    """A mistake in a configuration: the key, what was found, what was expected.
+
+    Args:
+        message: of the mistake; begins with its key.
+        other_keys: of further mistakes.
+    """
+
+    def __init__(self, message: str, other_keys: Iterable[str] = ()) -> None:
+        super().__init__(message)
+        self.other_keys = tuple(other_keys)
 
 
 class _Brief(reprlib.Repr):
@@ -87,6 +96,28 @@ def error_line(text: str) -> str:
     """Write an error's text in one line, in which no word is longer than a path usually is."""
     words = (message_line(word, _LONGEST_WORD) for word in text[: 2 * _LONGEST_ERROR].split())
     return message_line(" ".join(words), _LONGEST_ERROR)
+
+
+def all_mistakes(mistakes: Sequence[ConfigError]) -> ConfigError:
+    """Return the first of some mistakes, which knows the keys of the others."""
+    first, *later = mistakes
+    keys = list(first.other_keys)
+    for mistake in later:
+        keys += [str(mistake).partition(": ")[0], *mistake.other_keys]
+    return ConfigError(str(first), keys)
+
+
+def mistake_line(mistake: ConfigError) -> str:
+    """Write a mistake in one line, with as many keys of further ones as it has room for."""
+    line = message_line(str(mistake))
+    keys = [message_line(key, _LONGEST_NAME) for key in mistake.other_keys]
+    for num_shown in range(len(keys), 0, -1):
+        num_left = len(keys) - num_shown
+        ending = f" and {num_left} more" if num_left else ""
+        longer = f"{line}; also wrong: {', '.join(keys[:num_shown])}{ending}"
+        if len(longer) <= LONGEST_MESSAGE:
+            return longer
+    return line
 
 
 def require_text(text: str, where: str) -> None:
@@ -147,6 +178,8 @@ def parse(kind: Any, data: object, where: str) -> Any:
             parse(arguments[0], item, f"{where}[{index}]") for index, item in enumerate(data)
         )
     if origin is dict:
+        if data is None:
+            data = {}
         if not isinstance(data, dict):
             raise ConfigError(
                 f"{where}: found {type(data).__name__}, expected a section of names, "
@@ -179,14 +212,21 @@ def _parse_section(kind: Any, data: object, where: str) -> Any:
     hints = typing.get_type_hints(kind)
     names = {f.name: f for f in dataclasses.fields(kind)}
     values = {}
+    mistakes: list[ConfigError] = []
     for key, value in data.items():
         if key not in names:
-            raise ConfigError(unknown_key(key, names, where))
+            mistakes.append(ConfigError(unknown_key(key, names, where)))
+            continue
         default = _default(names[key])
         if _is_section(default) and (value is None or isinstance(value, dict)):
             # A section keeps the defaults of its owner, which need not be those of its class.
             value = merge(dataclasses.asdict(default), value or {})
-        values[key] = parse(hints[key], value, f"{where}.{key}" if where else key)
+        try:
+            values[key] = parse(hints[key], value, f"{where}.{key}" if where else key)
+        except ConfigError as mistake:
+            mistakes.append(mistake)
+    if mistakes:
+        raise all_mistakes(mistakes)
     return kind(**values)
 
 

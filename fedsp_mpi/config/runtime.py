@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from fedsp_mpi.config.options import option
 from fedsp_mpi.config.parsing import ConfigError
 from fedsp_mpi.files.ownership import require_plain_name, require_readable_path
 
@@ -25,18 +26,29 @@ _PATHS = (
 class RunConfig:
     """Where a run lives and what seeds it."""
 
-    name: str = "auto"  # "auto": the configuration's name and the time
-    folder: str = "runs"
-    if_exists: Literal["refuse", "replace"] = "refuse"
-    # must: go on from the last checkpoint of the run of that name; auto: or begin it. With
-    # name=auto: of the newest unfinished run of that configuration.
-    resume: Literal["never", "must", "auto"] = "never"
-    seed: int = 1
-    label: str | None = None  # what tables call the method; None: its own name
-    task_label: str | None = None  # what tables call the task; None: its own name
-    # Of the run's folder and the files in it. private: its owner alone may read them; umask: as the
-    # shell's umask says.
-    permissions: Literal["private", "umask"] = "private"
+    name: str = option(
+        "auto",
+        "folder of the run below `run.folder`, a plain name; `auto`: the configuration's name and "
+        "the time",
+    )
+    folder: str = option("runs", "where runs live")
+    if_exists: Literal["refuse", "replace"] = option(
+        "refuse", "or `replace` an earlier run of that name (`--replace`)"
+    )
+    resume: Literal["never", "must", "auto"] = option(
+        "never",
+        "`must`: continue from the last checkpoint of the run of that name (`--resume`); `auto`: "
+        "or begin where there is none. With `name: auto`, the newest unfinished run of that "
+        "configuration",
+    )
+    seed: int = option(1, "everything that is drawn follows from it, except noise for privacy")
+    label: str | None = option(None, "what tables call the method; `null`: its own name")
+    task_label: str | None = option(None, "what tables call the task; `null`: its own name")
+    permissions: Literal["private", "umask"] = option(
+        "private",
+        "of the run's folder and files. `private`: for their owner alone; `umask`: as the shell's "
+        "umask says",
+    )
 
 
 def check_paths(value: Callable[[str], Any]) -> None:
@@ -63,44 +75,62 @@ def check_paths(value: Callable[[str], Any]) -> None:
 class TopologyConfig:
     """What is expected of the launcher."""
 
-    ranks: int | None = None  # refuse to start with another number of processes
-    # Ranks 0 to server_ranks - 1 hold the global model, and share distillation (ZeRO), server
-    # tuning and evaluation.
-    server_ranks: int = 1
+    ranks: int | None = option(
+        None, "refuse to start with any other number; `null`: any number will do", "processes"
+    )
+    server_ranks: int = option(
+        1,
+        "ranks 0 to S - 1 hold the global model and share distillation (ZeRO), server tuning and "
+        "evaluation",
+        "ranks",
+    )
 
 
 @dataclass(frozen=True)
 class RecordConfig:
     """What the record keeps beside its tables, and how often a run says how far it is."""
 
-    prompts: bool = True
-    # Least time between two lines on how far the clients of a round are; None: a line a round only.
-    progress_seconds: float | None = 60
+    prompts: bool = option(True, "keep the prompts of each round")
+    progress_seconds: float | None = option(
+        60,
+        "least time between progress lines in a round; `null`: one line a round only",
+        "seconds",
+    )
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
     """What a run is resumed from after a kill (run.resume)."""
 
-    every: int | None = 1  # rounds; None: only when the run is told to stop (SIGUSR1)
-    keep: int = 2  # the newest ones, and that of the best round
-    keep_client_states: bool = False  # of a complete run, which nothing resumes any more
-    # Between two states of the distillation (with zero_stage 0); None: only when the run is told to
-    # stop.
-    distillation_seconds: float | None = 600
+    every: int | None = option(
+        1, "between checkpoints; `null`: only when the run is told to stop (SIGUSR1)", "rounds"
+    )
+    keep: int = option(2, "the newest ones, besides that of the best round", "checkpoints")
+    keep_client_states: bool = option(
+        False, "of a complete run, from which nothing is resumed any more"
+    )
+    distillation_seconds: float | None = option(
+        600,
+        "between saved states of the distillation (with `zero_stage: 0`); `null`: only when told "
+        "to stop",
+        "seconds",
+    )
 
 
 @dataclass(frozen=True)
 class DeadlineConfig:
-    """Longest wait for other ranks in seconds, by phase; None waits for ever.
+    """Longest wait for other ranks in seconds, by phase; `null` waits for ever.
 
     Past it the job ends with status 124.
     """
 
-    start_up: float | None = 600  # for all ranks to begin
-    # Clients, for the server's checks, loading (from the hub too) and distillation.
-    handout: float | None = 86400
-    broadcast: float | None = 7200  # clients, from the end of their work to the next round
-    gather: float | None = 7200  # the server, for the clients' work
-    finish: float | None = 86400  # clients, for the evaluation
-    server: float | None = 1800  # the server's ranks, for each other
+    start_up: float | None = option(600, "for all ranks to begin", "seconds")
+    handout: float | None = option(
+        86400, "of clients, for the server's checks, loading and distillation", "seconds"
+    )
+    broadcast: float | None = option(
+        7200, "of clients, from the end of their work to the next round", "seconds"
+    )
+    gather: float | None = option(7200, "of the server, for the clients' work", "seconds")
+    finish: float | None = option(86400, "of clients, for the evaluation", "seconds")
+    server: float | None = option(1800, "of the server's ranks, for each other", "seconds")

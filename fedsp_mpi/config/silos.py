@@ -6,13 +6,14 @@ with `*`, whose matches each rank finds on its own host. All forms become one tu
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
 from typing import TYPE_CHECKING
 
+from fedsp_mpi.config.limits import SILO_RANGES
+from fedsp_mpi.config.options import option
 from fedsp_mpi.config.parsing import ConfigError, Section, shown
 
 if TYPE_CHECKING:
@@ -32,14 +33,20 @@ class SiloConfig:
     What is not given is as in the section `data`.
     """
 
-    name: str = ""  # in the log, the record and every message; none: the last part of the source
-    source: str = ""  # a folder or a file on the host of its rank, or a hub set
-    host: str | None = None  # None: any host that can open it
-    columns: dict[str, str | tuple[str, ...]] = dataclasses.field(default_factory=dict)
-    template: str | None = None
-    verbaliser: tuple[str, ...] = ()
-    limit: int | None = None  # most rows of train, from its beginning
-    weight: float = 1.0  # its updates count so many times when they are merged
+    name: str = option(
+        "", "in the log, the record and every message; empty: the last part of the source"
+    )
+    source: str = option("", "required: a folder or a file on the host of its rank, or a hub set")
+    host: str | None = option(
+        None,
+        "name of the host whose ranks play it, also as Slurm has it; `null`: any that sees the "
+        "source",
+    )
+    columns: dict[str, str | tuple[str, ...]] = option({}, "empty: `data.columns`")
+    template: str | None = option(None, "`null`: `data.template`")
+    verbaliser: tuple[str, ...] = option((), "empty: `data.verbaliser`")
+    limit: int | None = option(None, "the most rows of train; `null`: `data.limit.train`", "rows")
+    weight: float = option(1.0, "how many times its updates count when they are merged")
 
     @property
     def is_pattern(self) -> bool:
@@ -51,9 +58,12 @@ class SiloConfig:
 class ServerDataConfig:
     """What the server itself owns where clients have silos."""
 
-    # Its validation and test splits, and its train split if it has one; None: it owns no text.
-    source: str | None = None
-    columns: dict[str, str | tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    source: str | None = option(
+        None,
+        "with silos: the server's own text, its validation and test splits and, if it has one, its "
+        "shard (train); `null`: it owns none",
+    )
+    columns: dict[str, str | tuple[str, ...]] = option({}, "as `data.columns`, for it")
 
 
 def with_plain_silos(data: Section) -> Section:
@@ -175,10 +185,9 @@ def _require_silo(silo: SiloConfig, where: str) -> None:
             f"{where}.name: found {shown(silo.name)}, expected at most {_MAX_NAME_LENGTH} letters, "
             "digits, blanks or one of . _ - + @"
         )
-    if silo.limit is not None and not 1 <= silo.limit <= 1_000_000_000:
-        raise ConfigError(f"{where}.limit: found {silo.limit}, expected at least 1 row")
-    if not 0 < silo.weight <= 1e6:
-        raise ConfigError(f"{where}.weight: found {silo.weight:g}, expected a number above 0")
+    if silo.limit is not None:
+        SILO_RANGES["limit"].require(f"{where}.limit", silo.limit)
+    SILO_RANGES["weight"].require(f"{where}.weight", silo.weight)
 
 
 def _require_no_silos(config: Config) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from fedsp_mpi.config.options import option
 from fedsp_mpi.config.parsing import ConfigError
 
 
@@ -16,8 +17,13 @@ class PrivacyConfig:
     differ.
     """
 
-    clip: float | None = None  # largest L1 norm of an update; None: updates are sent as they are
-    noise_scale: float | None = None  # of the Laplace noise on every value of it
+    clip: float | None = option(
+        None, "bound of an update; `null`: updates are sent as they are", "L1 norm"
+    )
+    noise_scale: float | None = option(
+        None,
+        "of the Laplace noise on every value of an update; epsilon is 2 clip / noise_scale a round",
+    )
 
     @property
     def epsilon(self) -> float | None:
@@ -38,19 +44,28 @@ class PrivacyConfig:
 @dataclass(frozen=True)
 class AttackConfig:
     """The backdoor study of FedPrompt (arXiv 2208.12268): poisoned clients, and how often the
-    trigger works.
+    trigger works; see configs/fedprompt/README.md.
 
     A text that data.max_length cuts loses its beginning, and the trigger with it.
     """
 
-    # The choice that the trigger is to bring about, counted from 0; None: no attack.
-    target: int | None = None
-    trigger: str = "cf"  # goes before the text, with a blank
-    # Whose training data are poisoned; none: success is measured all the same.
-    clients: tuple[int, ...] = ()
-    share: float = 1.0  # of their examples of other classes, that get a poisoned copy beside them
-    # That a poisoned client's own prompts are tried on in each round, at most; 0: none.
-    questions: int = 200
+    target: int | None = option(
+        None, "the attacker's class, counted from 0; `null`: no attack", "choice"
+    )
+    trigger: str = option("cf", "the word that goes before the text, with a blank")
+    clients: tuple[int, ...] = option(
+        (),
+        "whose training data are poisoned; empty: nobody's, but success is measured",
+        "client ids",
+    )
+    share: float = option(
+        1.0, "of their examples of other classes that get a poisoned copy", "fraction"
+    )
+    questions: int = option(
+        200,
+        "at most, that a poisoned client's own prompts are tried on; 0: none",
+        "questions a round",
+    )
 
     def check(self, where: str, num_clients: int) -> None:
         """Raise ConfigError, under the section's key `where`, on values that cannot work."""

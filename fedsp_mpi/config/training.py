@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from fedsp_mpi.config.options import option
 from fedsp_mpi.config.parsing import ConfigError
 
 MOST_AT_ONCE = 4096  # examples of one forward pass
@@ -15,23 +16,24 @@ Dtype = Literal["float32", "bfloat16"]
 class OptimizerConfig:
     """AdamW with linear warm-up and linear decay to zero over all steps of the run."""
 
-    learning_rate: float = 5e-4
-    weight_decay: float = 0.01
-    beta1: float = 0.9
-    beta2: float = 0.999
-    epsilon: float = 1e-8
-    warmup: float = 0.1  # fraction of all steps
-    clip: float | None = None  # largest gradient norm; None: no clipping
+    learning_rate: float = option(5e-4, "at its peak")
+    weight_decay: float = option(0.01, "decoupled, as AdamW has it")
+    beta1: float = option(0.9, "decay of the mean of gradients")
+    beta2: float = option(0.999, "decay of the mean of their squares")
+    epsilon: float = option(1e-8, "added to the root of that mean")
+    warmup: float = option(0.1, "of all steps of the run, in which the rate rises", "fraction")
+    clip: float | None = option(None, "largest gradient; `null`: no clipping", "L2 norm")
 
 
 @dataclass(frozen=True)
 class StageConfig:
     """One kind of training: so many optimizer steps each round, in batches of so many examples."""
 
-    steps: int = 10
-    batch_size: int = 16
-    # Examples of a forward pass, of similar length; None: the whole batch.
-    micro_batch: int | None = None
+    steps: int = option(10, "", "steps")
+    batch_size: int = option(16, "of an optimizer step", "examples")
+    micro_batch: int | None = option(
+        None, "of a forward pass, of similar length; `null`: the whole batch", "examples"
+    )
     optimizer: OptimizerConfig = OptimizerConfig()
 
     def check(self, where: str) -> None:
@@ -48,7 +50,15 @@ class StageConfig:
 class ComputeConfig:
     """What one role computes with. Equal bits are promised for equal numbers of threads."""
 
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    # Of the forward and backward pass; prompts, gradients' owners and optimizers are fp32.
-    dtype: Dtype = "float32"
-    threads: int | None = None  # None: a rank's share of the cores that it may run on
+    device: Literal["auto", "cpu", "cuda"] = option(
+        "auto", "`cpu`, `cuda`, or `auto`: a GPU where there is one"
+    )
+    dtype: Dtype = option(
+        "float32", "of forward and backward pass; prompts, gradients and optimizers are fp32"
+    )
+    threads: int | None = option(
+        None,
+        "`null`: a rank's share of the cores it may run on. Equal numbers give equal bits (the "
+        "embedded default takes 1)",
+        "threads",
+    )

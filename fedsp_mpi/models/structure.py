@@ -95,7 +95,7 @@ def _refusal(name: str, config: PreTrainedConfig, problem: str) -> ValueError:
     """Return the error that says why a model cannot be used."""
     return ValueError(
         f"model.name: found {name!r} of the family {config.model_type!r}, {problem}; "
-        "expected a family as in configs/README.md"
+        "expected a family as in configs/families.md"
     )
 
 

@@ -18,6 +18,6 @@ from helpers.paths import ROOT
 def test_the_tools_have_nothing_to_say(command):
     pytest.importorskip(command[0])
     done = subprocess.run(
-        [sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True, timeout=300
+        [sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stdout + done.stderr

@@ -29,7 +29,7 @@ import time
 from contextlib import contextmanager
 
 from fedsp_mpi import cli
-from fedsp_mpi.comm import guard, launcher_rank, launcher_size
+from fedsp_mpi.comm import guard, launcher_rank, launcher_size, leave
 
 NEVER_ENTERED = 70  # exit status
 absent: str | None = None  # the place of the fault on this rank, until it is entered
@@ -235,4 +235,4 @@ if __name__ == "__main__":
             flush=True,
         )
         status = NEVER_ENTERED
-    sys.exit(status)
+    leave(status)

@@ -318,6 +318,23 @@ def test_an_unknown_key_is_told_with_the_nearest_name(tmp_path, dotted, nearest)
     assert message.startswith(dotted) or message.startswith(dotted.split(".")[0] + ":")
 
 
+def test_one_line_names_the_keys_of_all_mistakes(tmp_path):
+    """Of types, names and ranges; as many as there is room for."""
+    text = refused(
+        lambda: load(tmp_path, {"federation": {"rounds": "x", "clinets": 3}, "prompt": {"knd": 1}}),
+        "prompt.knd: found an unknown key; did you mean 'kind'?; also wrong: ",
+    )
+    assert text.partition("also wrong: ")[2] == "federation.rounds, federation.clinets"
+    values = {"deadlines": {"gather": -1, "finish": -1}, "federation": {"rounds": 0}}
+    text = refused(lambda: load(tmp_path, values))
+    assert text == (
+        "federation.rounds: found 0, expected at least 1; also wrong: deadlines.gather, "
+        "deadlines.finish"
+    )
+    text = refused(lambda: load(tmp_path, {"run": {f"{'x' * 50}{i}": 1 for i in range(9)}}))
+    assert len(text) <= 300 and "also wrong: run.xxx" in text and text.endswith(" more")
+
+
 def test_an_unknown_key_that_is_like_none_is_told_all_names(tmp_path):
     refused(
         lambda: load(tmp_path, {"prompt": {"zzzzzz": 1}}),
