@@ -371,7 +371,7 @@ def test_every_number_has_a_range():
     numbers = {
         dotted for dotted, hint in leaves(Config) if {int, float} & {hint, *typing.get_args(hint)}
     }
-    assert numbers == {*RANGES, "attack.clients"}  # ids below federation.clients
+    assert numbers == {*RANGES, "attack.clients", "lora.ranks"}  # below other keys
 
 
 def test_values_out_of_range(tmp_path):
