@@ -9,7 +9,8 @@ LOCAL = ["mpich"]  # an MPI as a wheel, for machines without one; a cluster uses
 EVALUATE = ["lm_eval>=0.4.12"]  # drives the verb `evaluate`
 PLOT = ["matplotlib>=3.11"]  # pictures of `report`
 TOOLS = ["pytest", "pytest-xdist", "hypothesis", "jsonschema", "ruff", "mypy"]
-TEST = [*LOCAL, *EVALUATE, *PLOT, *TOOLS]
+BROWSER = ["axe-playwright-python"]  # opens pages of `report` in a real Chromium, for the tests
+TEST = [*LOCAL, *EVALUATE, *PLOT, *TOOLS, *BROWSER]
 
 [VERSION] = re.findall(
     r'^__version__ = "(.+)"$', Path("fedsp_mpi/__init__.py").read_text(encoding="utf-8"), re.M
@@ -23,7 +24,11 @@ setup(
     long_description_content_type="text/markdown",
     python_requires=">=3.11",
     packages=find_packages(include=["fedsp_mpi", "fedsp_mpi.*"]),
-    package_data={"fedsp_mpi.resources": ["*.yaml", "*.md", "recipes/*.yaml", "model/*", "data/*"]},
+    package_data={
+        "fedsp_mpi.resources": ["*.yaml", "*.md", "recipes/*.yaml", "model/*", "data/*"],
+        "fedsp_mpi.report": ["*.j2"],
+        "fedsp_mpi.record": ["*.md"],
+    },
     # Lower bounds: the minor versions of constraints.txt, with which the tests have run.
     install_requires=[
         "mpi4py>=4.1",
@@ -40,10 +45,12 @@ setup(
         "cmaes>=0.13",
         "threadpoolctl>=3.8",
         "pydantic>=2.14",
+        "tqdm>=4.70",
         "numpy>=2.4",
         "pandas>=3.1",
         "pyarrow>=26.0",
         "PyYAML>=6.0",
+        "Jinja2>=3.1",
     ],
     extras_require={"local": LOCAL, "evaluate": EVALUATE, "plot": PLOT, "test": TEST},
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
 import json
 import os
@@ -11,13 +12,17 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fedsp_mpi import __version__, config
 from fedsp_mpi.comm import Refused, guard, launcher_rank, launcher_size
 from fedsp_mpi.commands.usage import explained, number
 from fedsp_mpi.config.parsing import error_line
 from fedsp_mpi.files.untrusted import printable
-from fedsp_mpi.log import Log
+from fedsp_mpi.log import Bar, Log
+
+if TYPE_CHECKING:
+    from fedsp_mpi.record import Run
 
 USAGE_ERROR = 2  # exit status
 SECONDS = number(float, 0, 1e9)
@@ -25,6 +30,8 @@ TFLOPS = number(float, 0, 1e9, above=True)
 COUNT = number(int, 1, 1e7)
 TOKENS = number(int, 2, 1e7)
 JOBS = number(int, -1e7, 1e7)  # the sweep itself compares it with the number of cores
+RESUME_WORDS = ("must", "auto")  # of --resume; any other word is a folder
+_BAR = Bar(sys.stderr)  # of the terminal
 _PRINTED_CONTROLS = "\n\t"  # control characters that are printed as they are
 
 
@@ -45,7 +52,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options = _parser().parse_args(_with_verb(list(arguments)))
         with guard(options.verb):
-            return options.run(options)
+            try:
+                return options.run(options)
+            finally:
+                _BAR.end()
     except Refused as error:
         if _is_rank_zero():
             line = _fill_fetch_advice(error_line(str(error)), options)
@@ -60,24 +70,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(options: argparse.Namespace) -> int:
     """`run`: run one experiment, from its start to its table."""
-    values = {}
-    if options.name is not None:
-        values["run.name"] = options.name
-    if options.resume is not None:
-        values["run.resume"] = options.resume
-    if options.replace:
-        values["run.if_exists"] = "replace"
-    settings, error = _load_or_error(options, values)
+    directory = Path.cwd()
+    name = Path(options.config).stem if options.config else "embedded"
+    if options.resume in (None, *RESUME_WORDS):
+        values = {}
+        if options.name is not None:
+            values["run.name"] = options.name
+        if options.resume is not None:
+            values["run.resume"] = options.resume
+        if options.replace:
+            values["run.if_exists"] = "replace"
+        settings, error = _load_or_error(options, values)
+    else:
+        name = Path(options.resume).name
+        settings, error, directory = _resumption_or_error(options)
     from fedsp_mpi.run.execute import execute
 
     log = _log(options)
-    name = Path(options.config).stem if options.config else "embedded"
-    folder = execute(settings, name, log, client_log=Log(_show), error=error)
-    if folder is not None:
-        from fedsp_mpi.record import read
-        from fedsp_mpi.report import summarize
+    _note_toy_settings(options, log)
+    with contextlib.chdir(directory):
+        folder = execute(settings, name, log, client_log=Log(_show, bar=log.bar), error=error)
+        if folder is not None:
+            from fedsp_mpi.record import read
+            from fedsp_mpi.report import summarize
 
-        _show("\n" + summarize(read(folder)))
+            _show("\n" + summarize(read(folder)))
     return 0
 
 
@@ -87,7 +104,9 @@ def check(options: argparse.Namespace) -> int:
 
     settings, error = _load_or_error(options)
     name = Path(options.config).stem if options.config else "embedded"
-    check.check(settings, _log(options), name=name, error=error)
+    log = _log(options)
+    _note_toy_settings(options, log)
+    check.check(settings, log, name=name, error=error)
     return 0
 
 
@@ -179,6 +198,7 @@ def report(options: argparse.Namespace) -> int:
         raise Refused("--picture: found without --table comparison, expected both")
     with _user_errors():
         runs = report.read_all(options.runs)
+        _write_reports(runs, options)
         if options.plot:
             report.draw_curves(runs, options.plot)
         if options.silos:
@@ -192,9 +212,29 @@ def report(options: argparse.Namespace) -> int:
         _show("\n\n".join(table for table in tables if table))
     elif options.markdown:
         _show(report.markdown(runs))
-    elif not options.plot and not options.silos:
+    elif options.json == "-":
+        _show(report.as_json(runs))
+    elif not any((options.plot, options.silos, options.html, options.csv, options.json)):
         _show("\n\n".join(report.summarize(run) for run in runs))
     return 0
+
+
+def _write_reports(runs: Sequence[Run], options: argparse.Namespace) -> None:
+    """Write the files of `report` that hold data or a page of one run.
+
+    Raises ValueError if a file cannot be written, or is not ours.
+    """
+    from fedsp_mpi import report
+
+    for option in ("html", "csv"):
+        if getattr(options, option) and len(runs) != 1:
+            raise ValueError(f"--{option}: found {len(runs)} runs, expected one; name one run")
+    if options.html:
+        report.write_page(runs[0], options.html)
+    if options.csv:
+        report.write_csv(runs[0], options.csv)
+    if options.json not in (None, "-"):
+        report.write_json(runs, options.json)
 
 
 def sweep(options: argparse.Namespace) -> int:
@@ -333,6 +373,42 @@ def _load_or_error(
         return config.Config(), error
 
 
+def _resumption_or_error(
+    options: argparse.Namespace,
+) -> tuple[config.Config, ValueError | None, Path]:
+    """Load what `--resume FOLDER` needs, with the directory that its paths are relative to."""
+    from fedsp_mpi.run.resuming import read_resumption
+
+    working = Path.cwd()
+    beside = {
+        "a configuration": options.config,
+        "--name": options.name,
+        "--replace": options.replace,
+    }
+    try:
+        for what, is_given in beside.items():
+            if is_given:
+                raise ValueError(
+                    f"--resume {options.resume}: found {what} beside it, expected none: the "
+                    "folder has its own; leave it out, or write --name NAME --resume"
+                )
+        resumption = read_resumption(Path(options.resume), options.set)
+    except ValueError as error:
+        return config.Config(), error, working
+    return resumption.config, None, resumption.directory
+
+
+def _note_toy_settings(options: argparse.Namespace, log: Log) -> None:
+    """Say whose settings a model has that is named without a configuration."""
+    keys = {item.partition("=")[0].strip() for item in options.set}
+    if options.config is None and "model.name" in keys:
+        log.say(
+            "note: model.name without a configuration: all other settings are the embedded toy's, "
+            "recipe paper and learning rates of 0.1 included; begin from "
+            "configs/own_text/start.yaml"
+        )
+
+
 @contextmanager
 def _user_errors() -> Iterator[None]:
     """Turn a ValueError into Refused: the user's mistake, reported in one line."""
@@ -378,8 +454,21 @@ def _show(text: str) -> None:
 
 
 def _log(options: argparse.Namespace) -> Log:
-    """Return a log that speaks on rank 0 only."""
-    return Log(_show if _is_rank_zero() else None, every=options.every)
+    """Return a log that speaks on rank 0 only, with bars where its user can see them."""
+    is_heard = _is_rank_zero()
+    bar = _BAR if is_heard and _shows_bars(options.progress) else None
+    return Log(_show if is_heard else None, every=options.every, bar=bar)
+
+
+def _shows_bars(choice: str) -> bool:
+    """Return whether progress is shown by bars: if told to, or by itself on a terminal.
+
+    Under mpirun the launcher stands between a rank and the terminal, so bars must be asked for.
+    """
+    if choice != "auto":
+        return choice == "bars"
+    is_terminal = sys.stdout.isatty() and sys.stderr.isatty()
+    return is_terminal and os.environ.get("TERM", "dumb") != "dumb"
 
 
 def _is_rank_zero() -> bool:
@@ -441,8 +530,9 @@ def _add_run(verbs: argparse._SubParsersAction) -> None:
         "--resume",
         nargs="?",
         const="must",
-        choices=("must", "auto"),
-        help="continue a run from its last checkpoint, on any number of ranks; "
+        metavar="RUN",
+        help="continue the run in a folder such as runs/NAME from its last checkpoint, on any "
+        "number of ranks; with CONFIG and --name in its place: that run; "
         "auto: start it if there is none",
     )
     verb.set_defaults(run=run)
@@ -537,6 +627,19 @@ def _add_report(verbs: argparse._SubParsersAction) -> None:
         "--table",
         choices=("comparison",),
         help="comparison: a row for each method, a column for each task",
+    )
+    kind.add_argument(
+        "--json",
+        nargs="?",
+        const="-",
+        metavar="FILE",
+        help="everything that the records say as one JSON document; without FILE, on the terminal",
+    )
+    verb.add_argument(
+        "--html", metavar="FILE", help="one run as a page that needs nothing else (.html)"
+    )
+    verb.add_argument(
+        "--csv", metavar="FOLDER", help="the tables of one run, a CSV file each (rounds.csv, ...)"
     )
     verb.add_argument("--picture", metavar="FILE", help="comparison as a bar chart (.png or .svg)")
     verb.add_argument(
@@ -660,4 +763,10 @@ def _add_every(verb: argparse.ArgumentParser) -> None:
         default=5.0,
         metavar="S",
         help="seconds between progress lines; default: 5",
+    )
+    verb.add_argument(
+        "--progress",
+        choices=("auto", "bars", "lines"),
+        default="auto",
+        help="show progress by bars or by lines; default: bars on a terminal, without mpirun",
     )

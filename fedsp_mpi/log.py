@@ -1,12 +1,69 @@
-"""Lines of text and progress messages for the user. The caller decides where they go."""
+"""Lines of text and progress for the user. The caller decides where they go, and whether progress
+is a bar at the bottom of a terminal or a line now and then.
+"""
 
 from __future__ import annotations
 
 import math
 import time
 from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, NoReturn, TextIO
 
 from fedsp_mpi.config.parsing import error_line
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+
+class Bar:
+    """One progress bar at the bottom of a terminal, for one task after the other.
+
+    Args:
+        stream: a terminal; nothing else may write to it while a task lasts, but through `above`.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._bar: tqdm[NoReturn] | None = None
+
+    def begin(self, label: str, total: int, unit: str = "step") -> None:
+        """Begin a task of `total` steps; the one before ends."""
+        from tqdm import tqdm
+
+        self.end()
+        self._bar = tqdm(
+            total=total,
+            desc=label,
+            unit=f" {unit}",
+            file=self._stream,
+            leave=False,
+            dynamic_ncols=True,
+            mininterval=0.2,
+        )
+
+    def step(self, count: int = 1) -> None:
+        """Count steps of the task."""
+        if self._bar is None:
+            return
+        self._bar.update(count)
+        if self._bar.total is not None and self._bar.n >= self._bar.total:
+            self.end()
+
+    def end(self) -> None:
+        """Take the bar away."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    def above(self, write: Callable[[], None]) -> None:
+        """Write lines above the bar."""
+        if self._bar is None:
+            write()
+            return
+        self._bar.clear()
+        write()
+        self._bar.refresh()
 
 
 class Log:
@@ -15,20 +72,49 @@ class Log:
     Args:
         sink: takes one line of text, without its line end; None on ranks that print nothing.
         every: least seconds between two progress lines.
+        bar: shows progress in the place of such lines.
+
+    Attributes:
+        bar: as above.
     """
 
-    def __init__(self, sink: Callable[[str], None] | None = None, every: float = 5.0) -> None:
+    def __init__(
+        self,
+        sink: Callable[[str], None] | None = None,
+        every: float = 5.0,
+        bar: Bar | None = None,
+    ) -> None:
         self._sink = sink
         self._every = every
+        self.bar = bar
 
     def say(self, text: str) -> None:
         """Send one line."""
-        if self._sink is not None:
+        if self._sink is None:
+            return
+        if self.bar is None:
             self._sink(text)
+        else:
+            self.bar.above(partial(self._sink, text))
 
     def progress(self, label: str, total: int) -> Progress:
         """Return a counter up to `total` that now and then logs progress and the time left."""
+        if self.bar is not None:
+            return BarProgress(self.bar, label, total)
         return Progress(self.say, label, total, every=self._every)
+
+    def round_progress(
+        self, every: float | None, client_name: Callable[[int], str]
+    ) -> RoundProgress:
+        """Return what shows how far this process is within a round.
+
+        Args:
+            every: least seconds between two lines; None: no lines.
+            client_name: returns what a client of an id is called.
+        """
+        if self.bar is not None:
+            return RoundBar(self.bar, client_name)
+        return RoundProgress(self.say, every, client_name)
 
 
 class Progress:
@@ -60,6 +146,18 @@ class Progress:
         seconds_left = (now - self._start) / self._done * (self._total - self._done)
         words = f"  {note()}" if note else ""
         self._say(f"{self._label} {self._done}/{self._total}{words}  {duration(seconds_left)} left")
+
+
+class BarProgress(Progress):
+    """The same as a bar."""
+
+    def __init__(self, bar: Bar, label: str, total: int) -> None:
+        self._bar = bar
+        bar.begin(label, total)
+
+    def step(self, count: int = 1, note: Callable[[], str] | None = None) -> None:
+        """Count `count` steps; there is no room for a note."""
+        self._bar.step(count)
 
 
 class RoundProgress:
@@ -104,6 +202,10 @@ class RoundProgress:
         of_rank = f" ({place} of {num_clients} on this rank)" if num_clients > 1 else ""
         self._client = f"round {self._round}: {self._client_name(client)}{of_rank}"
 
+    def server(self, round: int) -> None:
+        """Begin the server's part of a round."""
+        self._client = f"round {round}: server"
+
     def stage(self, unit: str, total: int) -> None:
         """Begin `total` steps of one kind, which `unit` names."""
         self._unit = unit
@@ -120,6 +222,27 @@ class RoundProgress:
         if now - self._last_line >= self._every:
             self._last_line = now
             self._say(f"{self._client} at {self._unit} {self._done} of {self._total}")
+
+
+class RoundBar(RoundProgress):
+    """The same as a bar for each stage of each client.
+
+    Args:
+        bar: of the terminal.
+        client_name: returns what a client of an id is called.
+    """
+
+    def __init__(self, bar: Bar, client_name: Callable[[int], str]) -> None:
+        super().__init__(client_name=client_name)
+        self._bar = bar
+
+    def stage(self, unit: str, total: int) -> None:
+        """Begin `total` steps of one kind, which `unit` names."""
+        self._bar.begin(self._client, total, unit)
+
+    def step(self, *_: object) -> None:
+        """Count one step."""
+        self._bar.step()
 
 
 def duration(seconds: float) -> str:

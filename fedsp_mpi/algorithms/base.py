@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
@@ -192,6 +192,7 @@ class ServerContext:
         rule: makes one update of many.
         client_model: the model that clients get, for a server that learns from it; None for the
             server-only control and on the server's other ranks.
+        progress: is told of every step of the server's tuning.
     """
 
     inputs: MethodInputs
@@ -200,6 +201,7 @@ class ServerContext:
     group: ServerGroup
     rule: Rule
     client_model: LanguageModel | None = None
+    progress: RoundProgress = field(default_factory=RoundProgress)
 
     def batches(self) -> Batches | None:
         """Return the server's training batches; None if it does not tune."""

@@ -271,6 +271,7 @@ class FedSP(Method):
             rule=context.rule,
             group=context.group,
             distiller=distiller,
+            progress=context.progress,
         )
 
     def hand_out(

@@ -114,6 +114,7 @@ class WeightServer:
         total_rounds: length of the learning-rate schedule, in rounds.
         rule: makes one set of weights of many updates.
         group: the ranks that train together, each on its part of the batches.
+        progress: is told of every step.
     """
 
     prompt = None
@@ -128,12 +129,14 @@ class WeightServer:
         total_rounds: int,
         rule: Rule,
         group: ServerGroup = SINGLE_RANK,
+        progress: RoundProgress | None = None,
     ) -> None:
         self.model = model
         self.tuned = tuned
         self._batches = batches
         self._stage = stage
         self._rule = rule
+        self._progress = progress or RoundProgress()
         total_steps = stage.steps * total_rounds
         self._engine = TorchEngine(self.parameters(), stage.optimizer, total_steps, group=group)
 
@@ -157,6 +160,8 @@ class WeightServer:
         """Tune the global model on the server's own shard."""
         if self._batches is None:
             return Trace()
+        self._progress.server(round)
+        self._progress.stage("step", self._stage.steps)
         loss = partial(answer_loss_of, self.model, None)
         self.tuned.begin_training()
         trace = train(
@@ -166,6 +171,7 @@ class WeightServer:
             first_step=(round - 1) * self._stage.steps,
             num_steps=self._stage.steps,
             device=self.model.device,
+            on_step=self._progress.step,
         )
         self.tuned.end_training()
         return trace
@@ -325,6 +331,7 @@ class Finetune(Method):
             total_rounds=config.federation.rounds,
             rule=context.rule,
             group=context.group,
+            progress=context.progress,
         )
 
     def hand_out(

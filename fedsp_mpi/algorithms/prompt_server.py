@@ -12,6 +12,7 @@ from fedsp_mpi.algorithms.base import Rule
 from fedsp_mpi.algorithms.client_state import arrays, tensors
 from fedsp_mpi.algorithms.prompt_distillation import PromptDistiller
 from fedsp_mpi.config import StageConfig
+from fedsp_mpi.log import RoundProgress
 from fedsp_mpi.models.language_model import LanguageModel
 from fedsp_mpi.models.losses import answer_loss_of
 from fedsp_mpi.models.prompts import DepthMap, Prompt
@@ -36,6 +37,7 @@ class PromptServer:
         total_rounds: length of the learning-rate schedule, in rounds.
         rule: makes one prompt of many updates.
         group: the ranks that tune together, each on its part of the batches.
+        progress: is told of every step of the tuning.
         distiller: teaches the global model to answer as the auxiliary model does with the merged
             prompt. With it, the merged prompt itself goes down again, and what the server tunes
             stays here.
@@ -52,6 +54,7 @@ class PromptServer:
         total_rounds: int,
         rule: Rule,
         group: ServerGroup = SINGLE_RANK,
+        progress: RoundProgress | None = None,
         distiller: PromptDistiller | None = None,
     ) -> None:
         self.model = model
@@ -60,6 +63,7 @@ class PromptServer:
         self._batches = batches
         self._stage = stage
         self._rule = rule
+        self._progress = progress or RoundProgress()
         self._distiller = distiller
         total_steps = stage.steps * total_rounds
         self._engine = TorchEngine(prompt.parameters(), stage.optimizer, total_steps, group=group)
@@ -90,6 +94,8 @@ class PromptServer:
             self._distiller.distill(self.model, self.prompt, round)
         if self._batches is None:
             return Trace()
+        self._progress.server(round)
+        self._progress.stage("step", self._stage.steps)
         loss = partial(answer_loss_of, self.model, self.prompt)
         return train(
             self._engine,
@@ -98,6 +104,7 @@ class PromptServer:
             first_step=(round - 1) * self._stage.steps,
             num_steps=self._stage.steps,
             device=self.model.device,
+            on_step=self._progress.step,
         )
 
     def parameters(self) -> Iterable[nn.Parameter]:

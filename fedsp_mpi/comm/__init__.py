@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from .guard import Guard, PhaseInfo, Refused, guard, leave
 from .topology import (
     Topology,
+    launcher_name,
     launcher_rank,
     launcher_size,
     library_name,
@@ -42,6 +43,7 @@ __all__ = [
     "checked_result",
     "connect",
     "guard",
+    "launcher_name",
     "launcher_rank",
     "launcher_size",
     "refuse_singletons",

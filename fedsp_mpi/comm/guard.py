@@ -27,6 +27,7 @@ from typing import Any, Literal, NoReturn
 from fedsp_mpi.files import ownership
 
 from .topology import launcher_rank, launcher_size
+from .watch import Watch
 
 REPORT = "failure.txt"
 # Seconds:
@@ -38,6 +39,8 @@ _MAX_TURN = 2.0
 _PHASE_ATTRIBUTE = "_fedsp_phase"  # of an exception: where it was raised
 _STOP_SIGNAL = signal.SIGUSR1
 _STACKS_SIGNAL = signal.SIGUSR2
+_END_SIGNALS = (signal.SIGTERM, signal.SIGHUP)
+INTERRUPTED = 130  # exit status after Ctrl-C
 
 
 class Refused(Exception):
@@ -95,15 +98,17 @@ class Guard:
         Refused: passes through; every rank raises it and the caller prints one line.
         SystemExit: passes through where no rank would wait for this one: in a single process, with
             status 0 between phases, or after a Refused. Elsewhere it is reported like any error.
-        KeyboardInterrupt: the job ends without a report.
+        KeyboardInterrupt: one line says so, and the job ends with status 130.
 
     A DeadlineError ends the job with its own status. Before that, the missing ranks on this host
     are sent SIGUSR2, upon which they write their stacks to stderr, even from a blocking call.
 
     SIGUSR1 sets `stop_requested`, which the main thread polls. After the `with` the signal is
-    ignored: a process that is about to end must not be killed by a request to stop. SIGTERM keeps
-    its default action, which ends a process at once even in a long computation; the launcher then
-    ends the others.
+    ignored: a process that is about to end must not be killed by a request to stop. SIGTERM and
+    SIGHUP end a process at once, even in a long computation, after one line that says so; the
+    launcher then ends the others. The same line is left by a rank that sees another one of its host
+    die, while the launcher has not ended it yet: the lowest rank of a host watches the others, and
+    they watch it.
 
     Attributes:
         stop_requested: the run was requested to stop after the current round.
@@ -112,11 +117,13 @@ class Guard:
     def __init__(self) -> None:
         self._verb = "start-up"
         self._folder: Path | None = None
+        self._advice = ""  # what the user should do after the end of the job
         self._phases = [PhaseInfo()]  # outermost first
         self._reporting = threading.Lock()
         self._thread_hook = threading.excepthook
         self._peers: list[tuple[str, int]] = []  # (host, process id) by rank
         self._client_name: Callable[[int], str] = "client {}".format
+        self._watch = Watch(_END_SIGNALS, self._signalled, self._rank_died)
         self.stop_requested = False
 
     def __call__(self, verb: str) -> Guard:
@@ -129,6 +136,7 @@ class Guard:
         threading.excepthook = self._thread_failed
         with suppress(ValueError):  # only the main thread may set signal handlers
             signal.signal(_STOP_SIGNAL, self._request_stop)
+            self._watch.start()
         with suppress(ValueError, OSError, AttributeError):  # stderr may not be a file
             faulthandler.register(_STACKS_SIGNAL, all_threads=True)
         return self
@@ -142,8 +150,12 @@ class Guard:
         threading.excepthook = self._thread_hook
         with suppress(ValueError):
             signal.signal(_STOP_SIGNAL, signal.SIG_IGN)
+            self._watch.stop()
         if isinstance(error, KeyboardInterrupt):
-            self._end(130)
+            with suppress(ValueError):
+                signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever asks twice hears it once
+            self._say_stopped("interrupted (Ctrl-C)", self.phase_info(error))
+            self._end(INTERRUPTED)
         elif isinstance(error, SystemExit):
             if self._leaves_others_waiting(error):
                 code = error.code
@@ -151,6 +163,7 @@ class Guard:
         elif error is not None and not isinstance(error, Refused):
             self._fail(error, getattr(error, "exit_status", 1))
         self._folder = None
+        self._advice = ""
         return False
 
     @contextmanager
@@ -186,19 +199,41 @@ class Guard:
         """Return the current phase, or the phase in which `error` was raised."""
         return getattr(error, _PHASE_ATTRIBUTE, self._phases[-1])
 
-    def report_into(self, folder: str | os.PathLike[str]) -> None:
+    def report_into(self, folder: str | os.PathLike[str], advice: str = "") -> None:
         """Write reports also to `failure.txt` in `folder`; of several failing ranks one reports.
 
         Rank 0 moves the report of an earlier run out of the way; the others call this afterwards.
+
+        Args:
+            folder: of the run.
+            advice: last line of every report: how to go on.
         """
         self._folder = Path(folder)
+        self._advice = advice
         earlier = self._folder / REPORT
         if _rank() == 0 and earlier.exists():
             ownership.set_aside(earlier, f"failure-{int(earlier.stat().st_mtime)}.txt")
 
     def set_peers(self, peers: Iterable[tuple[str, int]]) -> None:
-        """Set (host, process id) of every rank, by rank."""
+        """Set (host, process id) of every rank, by rank, and watch those of this host."""
         self._peers = list(peers)
+        host = socket.gethostname()
+        local_pids = {
+            rank: pid for rank, (peer_host, pid) in enumerate(self._peers) if peer_host == host
+        }
+        rank = _rank()
+        lowest = min(local_pids, default=rank)
+        self._watch.follow(
+            {
+                peer: pid
+                for peer, pid in local_pids.items()
+                if peer != rank and lowest in (peer, rank)
+            }
+        )
+
+    def expect_ends(self) -> None:
+        """Watch the other ranks no more: they are about to end."""
+        self._watch.follow({})
 
     def name_clients(self, client_name: Callable[[int], str]) -> None:
         """Set what messages call a client of an id."""
@@ -230,14 +265,58 @@ class Guard:
         if thread is not None:
             title += f", thread {thread!r}"
         text = title + "\n" + "".join(traceback.format_exception(error))
-        if _size() == 1 or self._is_reporter(text):
-            sys.stderr.write(text)
-            sys.stderr.flush()
+        if _size() == 1 or self._is_reporter(text + self._last_line()):
+            _write(text)
             self._request_stacks(getattr(error, "missing", ()))
+            _write(self._last_line())
             # The text passes through the launcher, which drops what it has not read when it hears
             # of the abort.
             time.sleep(_WAIT_FOR_REPORT if _size() > 1 else 0)
         self._end(status, on_main_thread=thread is None)
+
+    def _signalled(self, number: int) -> None:
+        """End the job on a signal; called by the thread that watches."""
+        if not self._reporting.acquire(blocking=False):
+            return  # an error is being reported, and ends the job
+        reason = f"{signal.Signals(number).name}, a request to end"
+        self._say_stopped(reason, self._phases[-1])
+        self._end(128 + number, on_main_thread=False)
+
+    def _rank_died(self, rank: int) -> None:
+        """Say that another rank has died; called by the thread that watches.
+
+        The launcher ends the job. A rank that could still speak has written its own report.
+        """
+        if self._folder is None or self._reporting.locked():
+            return
+        host, pid = self._peers[rank]
+        text = (
+            f"{self._verb} stopped: rank {rank} of {_size()} (process {pid} on host {host}) died, "
+            f"while rank {_rank()} was in {self._phases[-1]}: killed (kill -9, or no memory was "
+            f"left), or crashed in a library\n{self._last_line()}"
+        )
+        with suppress(OSError):
+            ownership.write_new(self._folder / REPORT, text)
+            _write(text)
+
+    def _say_stopped(self, reason: str, where: PhaseInfo) -> None:
+        """Say in one line, on one rank, what ended a run, and how to go on."""
+        if self._folder is None and self._verb != "run":
+            return
+        text = (
+            f"{self._verb} stopped: rank {_rank()} of {_size()} on host {socket.gethostname()}, "
+            f"{where}: {reason}\n"
+        )
+        text += self._last_line() or "nothing was begun that could go on\n"
+        if _size() == 1 or self._is_reporter(text):
+            if self._folder is not None and _size() == 1:
+                with suppress(OSError):
+                    ownership.write_new(self._folder / REPORT, text)
+            _write(text)
+            time.sleep(_WAIT_FOR_REPORT if _size() > 1 else 0)
+
+    def _last_line(self) -> str:
+        return f"{self._advice}\n" if self._advice else ""
 
     def _request_stacks(self, ranks: Iterable[int]) -> None:
         """Make those of `ranks` that run on this host write their stacks to stderr."""
@@ -293,6 +372,13 @@ class Guard:
         self._folder = None
         self._reporting = threading.Lock()
         raise SystemExit(status) from None
+
+
+def _write(text: str) -> None:
+    """Write to stderr, whose reader may be gone: that must not hide how the job ended."""
+    with suppress(OSError, ValueError):
+        sys.stderr.write(text)
+        sys.stderr.flush()
 
 
 def leave(status: int) -> NoReturn:

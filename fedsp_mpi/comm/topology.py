@@ -64,6 +64,12 @@ def launcher_size() -> int | None:
     return next((size for size in candidates if size is not None), None)
 
 
+def launcher_name() -> str:
+    """Return the command that starts ranks here, as far as the environment shows it."""
+    is_mpirun = "HYDI_CONTROL_FD" in os.environ or "OMPI_COMM_WORLD_RANK" in os.environ
+    return "srun" if "SLURM_STEP_ID" in os.environ and not is_mpirun else "mpirun"
+
+
 def library_name() -> str:
     """Return name and version of the MPI library that mpi4py loads."""
     from mpi4py import MPI

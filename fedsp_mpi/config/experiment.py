@@ -36,6 +36,7 @@ from fedsp_mpi.config.parsing import (
     parse,
     put,
 )
+from fedsp_mpi.config.rates import rates
 from fedsp_mpi.config.runtime import (
     CheckpointConfig,
     DeadlineConfig,
@@ -48,7 +49,7 @@ from fedsp_mpi.config.search import SearchConfig
 from fedsp_mpi.config.silos import require_silos, with_plain_silos
 from fedsp_mpi.config.threats import AttackConfig
 from fedsp_mpi.config.training import Dtype
-from fedsp_mpi.config.yaml_reader import key_value, read_yaml, setting
+from fedsp_mpi.config.yaml_reader import key_value, parse_yaml, read_yaml, setting
 
 EMBEDDED = Path(__file__).parent.parent / "resources" / "embedded.yaml"
 
@@ -240,7 +241,8 @@ def checked(data: Section) -> Config:
     try:
         data = with_plain_silos(data)
         recipe_values = recipe(Config.recipe if name is None else name)
-        config: Config = parse(Config, merge(recipe_values, data), "")
+        data = merge(recipe_values, data)
+        config: Config = parse(Config, merge(rates(data), data), "")
         config.check()
     except ConfigError as error:
         raise ConfigError(mistake_line(error)) from None
@@ -290,3 +292,10 @@ def changed_keys(before: Section, now: Section) -> list[str]:
 def to_yaml(config: Config) -> str:
     """Write the resolved configuration as YAML that `load` reads back to the same."""
     return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
+
+
+def config_text_with_rounds(text: str, rounds: int) -> str:
+    """Return a resolved configuration that `to_yaml` wrote, with another number of rounds."""
+    data = parse_yaml(text, "config.yaml")
+    data["federation"]["rounds"] = rounds
+    return yaml.safe_dump(data, sort_keys=False)

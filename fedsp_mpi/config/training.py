@@ -16,7 +16,10 @@ Dtype = Literal["float32", "bfloat16"]
 class OptimizerConfig:
     """AdamW with linear warm-up and linear decay to zero over all steps of the run."""
 
-    learning_rate: float = option(5e-4, "at its peak")
+    learning_rate: float = option(
+        5e-4,
+        "at its peak; in tuning, of a prefix, input prompts or weights: configs/defaults/README.md",
+    )
     weight_decay: float = option(0.01, "decoupled, as AdamW has it")
     beta1: float = option(0.9, "decay of the mean of gradients")
     beta2: float = option(0.999, "decay of the mean of their squares")

@@ -131,6 +131,7 @@ class CostEstimate:
         ratios: parameters of the global model by those of the auxiliary one under several ways of
             counting: "as held", and others that apply.
         methods: the configured method, then others with its rounds, steps and batches.
+        handed_out: what clients are given of the global model; see `report.handed_out`.
         phases: FLOPs of the whole run by phase, of all clients together.
         critical: FLOPs that come one after another where every client, and the server, has a GPU of
             its own.
@@ -145,6 +146,7 @@ class CostEstimate:
     sizes: ModelSizes
     ratios: dict[str, float]
     methods: tuple[MethodCost, ...]
+    handed_out: dict[str, int]
     phases: dict[str, float]
     critical: float
     server: MemoryNeed
@@ -190,6 +192,7 @@ def plan(config: Config, label: str, tokens: int | None = None) -> CostEstimate:
         sizes=sizes,
         ratios={} if config.tunes_weights else ratios(costs.large, costs.small),
         methods=methods,
+        handed_out=costs.handed_out(),
         phases=phases,
         critical=_critical_flops(config, phases, methods[0]),
         server=memory.server(config, sizes),
@@ -319,6 +322,34 @@ class _Costs:
             return ModelSizes.all_weights(self.large, longest)
         sizes = ModelSizes.between(self.large, self.small, spec=self.spec, length=longest)
         return sizes.held_by(self.config)
+
+    def handed_out(self) -> dict[str, int]:
+        """Return what clients are given of the global model, as the record has it (`models`).
+
+        What a distillation trains is no exact copy any more.
+        """
+        config = self.config
+        num_layers = self.large.shape.num_layers
+        given = {
+            "global": self.large.num_parameters(),
+            "auxiliary": self.small.num_parameters(),
+            "layers": num_layers,
+            "layers_copied": 0,
+            "exact_copies": 0,
+        }
+        if config.asks_server:
+            return given | {"auxiliary": 0}
+        if config.tunes_weights:
+            whole = given["global"]
+            return given | {"auxiliary": whole, "exact_copies": whole, "layers_copied": num_layers}
+        if config.distillation.stage.steps:
+            return given
+        bridge = sum(
+            weight.numel() for name, weight in self.small.weights.items() if ".bridge." in name
+        )
+        layers = auxiliary.layers(config.auxiliary, num_layers)
+        copied = given["auxiliary"] - bridge
+        return given | {"exact_copies": copied, "layers_copied": len(set(layers))}
 
     # -- FLOPs of the whole run, by phase ----------------------------------------------------------
 

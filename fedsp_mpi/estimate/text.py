@@ -8,6 +8,7 @@ from fedsp_mpi.comm.messages import HEADER_BYTES
 from fedsp_mpi.config import Config
 from fedsp_mpi.estimate import memory
 from fedsp_mpi.estimate.cost import FP32_BYTES, CostEstimate, MethodCost, SiloSizes
+from fedsp_mpi.report import handed_out
 from fedsp_mpi.report.formatting import (
     as_bytes,
     as_count,
@@ -145,6 +146,8 @@ def _facts(estimate: CostEstimate) -> list[str]:
     if not config.tunes_weights:
         lines += _auxiliary(estimate)
     lines += [
+        f"recipe    {config.recipe}",
+        f"clients   get {handed_out.sentence(estimate.handed_out)}",
         f"wire      {_wire(estimate)} for a client and round, + {HEADER_BYTES} each",
         (
             f"rounds    {federation.rounds}, of {clients_per_round} of {federation.clients} "

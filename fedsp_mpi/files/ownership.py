@@ -344,14 +344,18 @@ def place_model(part: Path, folder: Path) -> None:
     part.rmdir()
 
 
-def require_picture(path: Path) -> None:
-    """Raise ValueError unless a file is absent, empty, or our picture (see `picture_mark`)."""
+def require_picture(path: Path, mark: bytes = _PICTURE_MARK) -> None:
+    """Raise ValueError unless a file is absent, empty, or our picture (see `picture_mark`).
+
+    Other reports have another `mark`, which is in the first 4 KiB of each.
+    """
     if not path.exists():
         return
     head = b"" if path.is_dir() else _head(path)
-    if path.is_dir() or (head and _PICTURE_MARK not in head):
+    if path.is_dir() or (head and mark not in head):
+        kind = "a picture" if mark == _PICTURE_MARK else "one"
         raise ValueError(
-            f"{path}: found a file that no report wrote, expected a new name, or a picture of an "
+            f"{path}: found a file that no report wrote, expected a new name, or {kind} of an "
             "earlier report; name another file, or move that one away"
         )
 
@@ -363,14 +367,14 @@ def picture_mark(ending: str) -> dict[str, str | None]:
     return {"Software": "fedsp_mpi report"}
 
 
-def replace_picture(path: Path, image: bytes) -> None:
-    """Write a picture to `path` atomically.
+def replace_picture(path: Path, image: bytes, mark: bytes = _PICTURE_MARK) -> None:
+    """Write a picture, or another report with a mark of its own, to `path` atomically.
 
     Raises:
         ValueError: as of `require_picture`.
         OSError: it cannot be written.
     """
-    require_picture(path)
+    require_picture(path, mark)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     part = Path(name)
     try:

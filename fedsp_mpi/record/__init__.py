@@ -2,7 +2,8 @@
 
 from fedsp_mpi.record.atomic import RecordError
 from fedsp_mpi.record.checkpoint import Checkpoint, Checkpoints
-from fedsp_mpi.record.hdf5 import Run, read, resume_command
+from fedsp_mpi.record.going_on import newest_environment, resume_command
+from fedsp_mpi.record.hdf5 import Run, read
 from fedsp_mpi.record.tables import ClientRow, ResultRow, RoundRow, WireRow
 from fedsp_mpi.record.writer import RunRecord
 
@@ -16,6 +17,7 @@ __all__ = [
     "Run",
     "RunRecord",
     "WireRow",
+    "newest_environment",
     "read",
     "resume_command",
 ]

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shlex
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -27,7 +26,7 @@ import h5py
 import numpy as np
 
 from fedsp_mpi.files import untrusted
-from fedsp_mpi.files.untrusted import JsonMapping, JsonObject
+from fedsp_mpi.files.untrusted import JsonObject
 from fedsp_mpi.log import one_line
 from fedsp_mpi.record import lock, reader, shapes, tables, trailer
 
@@ -132,7 +131,12 @@ def read(folder_or_file: str | Path) -> Run:
         return run
     report = file.with_name("failure.txt")
     if report.exists():  # the job ended too fast for the record to learn of it
-        return dataclasses.replace(run, status="failed", reason=_first_line(report))
+        reason = _first_line(report)
+        # The guard's word where a signal, or the death of another rank, ended the job.
+        verdict, _, cause = reason.partition(": ")
+        if verdict.endswith(" stopped"):
+            return dataclasses.replace(run, status="stopped", reason=cause)
+        return dataclasses.replace(run, status="failed", reason=reason)
     if lock.is_abandoned(file.parent):
         return dataclasses.replace(run, status="stopped", reason=KILLED)
     return run
@@ -144,22 +148,6 @@ def _first_line(report: Path) -> str:
     except (OSError, ValueError) as error:
         return f"{report.name} cannot be read ({error})"
     return tables.clean(text.split("\n")[0])
-
-
-def resume_command(folder: Path, config: JsonMapping) -> str:
-    """Return what a user types to resume the run in a folder, whatever options it was started with.
-
-    Args:
-        folder: of the run.
-        config: of the run, as its record has it.
-    """
-    folder = folder if folder.name not in ("", "..") else folder.resolve()
-    words = ["python", "-m", "fedsp_mpi", "run", str(folder / "config.yaml")]
-    words += ["--name", folder.name, "--resume"]
-    runs = Path(str(config.get("run", {}).get("folder", ""))).expanduser()
-    if runs.resolve() != folder.parent.resolve():
-        words += ["--set", f"run.folder={folder.parent}"]
-    return shlex.join(words)
 
 
 def _to_run(source: reader.OpenFile) -> Run:

@@ -18,6 +18,11 @@ from fedsp_mpi.files.untrusted import JsonObject
 
 NAN = math.nan
 TRIGGERED = "test+trigger"  # the split of a result that is an attack's success
+# The split of results that no model has: the test split's answers alone (evaluation/baselines.py).
+LABELS = "test labels"
+CHANCE = "chance"
+MAJORITY = "majority"
+MAJORITY_OF_TEST = "majority (of the test)"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +124,8 @@ class ResultRow:
     Attributes:
         method: "zero-shot", "server-only", "fedsp", ...
         split: "test"; or "test+trigger", where acc is the fraction of questions that an attack's
-            trigger makes the model answer as the attacker wants.
+            trigger makes the model answer as the attacker wants; or "test labels" of what needs
+            no model, "chance" and "majority".
         round: the round whose prompts were scored; 0 for a method without rounds.
         n: number of questions that were scored; of plain text, of tokens.
         acc, acc_norm, exact_match: fractions from 0 to 1; nan where the task has no such measure.

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from fedsp_mpi.config import config_text_with_rounds
 from fedsp_mpi.files import ownership
 from fedsp_mpi.files.untrusted import JsonMapping
 from fedsp_mpi.log import one_line
@@ -25,6 +26,7 @@ from fedsp_mpi.record.atomic import RecordError
 from fedsp_mpi.record.hdf5 import Run
 from fedsp_mpi.record.tables import ClientRow, ResultRow, RoundRow, SiloRow, WireRow
 
+_UNTUNED = "zero-shot"  # the method of the model's results before the run
 FINAL_STATUSES = ("complete", "stopped", "failed")
 
 
@@ -199,6 +201,25 @@ class RunRecord:
         )
         self._sweep()
 
+    def set_rounds(self, rounds: int) -> None:
+        """Change how many rounds the run has; scores of what it tuned are removed.
+
+        Another round may be the best one of more rounds. The model as it was keeps its score.
+        """
+        run = self.run
+        # config.yaml first: a kill in between leaves a record that is changed once more.
+        text = config_text_with_rounds(run.config_text, rounds)
+        self._write_text(self.folder / "config.yaml", text)
+        federation = {**run.config["federation"], "rounds": rounds}
+        self._save(
+            replace(
+                run,
+                config={**run.config, "federation": federation},
+                config_text=text,
+                results=run.results[run.results["method"] == _UNTUNED],
+            )
+        )
+
     def finish(self, status: str = "complete", reason: str = "") -> None:
         """Write how the run ended; nothing can be written afterwards.
 
@@ -246,6 +267,9 @@ class RunRecord:
     def _write(self, path: Path, image: bytes) -> None:
         atomic.write(path, [image, trailer.of_image(image)], self._intact)
 
+    def _write_text(self, path: Path, text: str) -> None:
+        atomic.write(path, [text.encode()], self._intact)
+
     @property
     def _intact(self) -> str:
         return f"the record keeps its {self.run.committed_rounds} rounds"
@@ -288,7 +312,7 @@ def require_free(folder: Path) -> None:
 def _taken(folder: Path, evidence: str) -> ValueError:
     return ValueError(
         f"{folder}: found a run ({evidence}), expected a new folder; set run.name to another name, "
-        "run.resume=must to go on with that run, run.if_exists=replace to lose it, or delete it"
+        f"go on with that run by `run --resume {folder}`, lose it by --replace, or delete it"
     )
 
 

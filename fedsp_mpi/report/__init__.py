@@ -3,12 +3,15 @@
 from fedsp_mpi.report.comparison import compare, comparison_table, read_all
 from fedsp_mpi.report.diff import difference
 from fedsp_mpi.report.experiments import markdown
+from fedsp_mpi.report.export import as_json, write_csv, write_json
 from fedsp_mpi.report.facts import main_result
 from fedsp_mpi.report.gain import gain_table
+from fedsp_mpi.report.html import write_page
 from fedsp_mpi.report.plot import can_draw, draw_bars, draw_curves, draw_shards, draw_silos
 from fedsp_mpi.report.summary import summarize
 
 __all__ = [
+    "as_json",
     "can_draw",
     "compare",
     "comparison_table",
@@ -22,4 +25,7 @@ __all__ = [
     "markdown",
     "read_all",
     "summarize",
+    "write_csv",
+    "write_json",
+    "write_page",
 ]

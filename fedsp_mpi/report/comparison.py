@@ -17,11 +17,13 @@ import numpy as np
 from fedsp_mpi.config import changed_keys
 from fedsp_mpi.files.untrusted import printable
 from fedsp_mpi.record.hdf5 import Run, read
+from fedsp_mpi.record.tables import CHANCE
 from fedsp_mpi.report import attack, costs
 from fedsp_mpi.report.costs import value_range
 from fedsp_mpi.report.facts import (
     SERVER_ONLY,
     ZERO_SHOT,
+    baselines,
     label_of,
     machine,
     main_measure,
@@ -29,7 +31,12 @@ from fedsp_mpi.report.facts import (
     results_on_test,
     seed_of,
 )
-from fedsp_mpi.report.formatting import markdown_table, mean_and_deviation
+from fedsp_mpi.report.formatting import (
+    NOT_SHOWN,
+    NOT_SHOWN_LEGEND,
+    markdown_table,
+    score_cell,
+)
 from fedsp_mpi.report.grouping import (
     TaskKey,
     control_groups,
@@ -38,7 +45,18 @@ from fedsp_mpi.report.grouping import (
     task_names,
     with_task_labels,
 )
+from fedsp_mpi.report.significance import (
+    UNKNOWN,
+    Interval,
+    gain_interval,
+    includes_zero,
+    result_interval,
+)
 
+BASELINES_LEGEND = (
+    "chance = a guess among a question's choices; majority = always the most frequent answer of "
+    "the server's own shard and validation split."
+)
 SeedResults = dict[int, np.void]  # a row of a record's results by seed
 
 
@@ -65,6 +83,14 @@ class MethodResults:
         results = self.results.get(task, {})
         return [100 * main_measure(results[seed])[1] for seed in sorted(results)]
 
+    def interval(self, task: str) -> Interval:
+        """Return what the number of questions leaves open of a score on a task, fractions, at 95 %.
+
+        Of a single seed only: nan where there is another number of them, or no sample.
+        """
+        results = list(self.results.get(task, {}).values())
+        return result_interval(results[0]) if len(results) == 1 else UNKNOWN
+
     def runs_on(self, task: str) -> list[Run]:
         """Return the runs on a task."""
         return [run for run in self.runs if self.task_of[run.file] == task]
@@ -83,12 +109,35 @@ class Comparison:
         methods: the rows: zero-shot, server-only, then the methods in the order of their runs.
         warnings: what makes cells hard to compare, in a sentence each.
         unfinished: runs that do not count, as "name (status)".
+        baselines: what needs no model, "chance" and "majority": rows, but no methods.
     """
 
     tasks: tuple[str, ...]
     methods: tuple[MethodResults, ...]
     warnings: tuple[str, ...]
     unfinished: tuple[str, ...]
+    baselines: tuple[MethodResults, ...] = ()
+
+    def gain_interval(self, row: MethodResults, task: str) -> Interval:
+        """Return the 95 % interval of what a method has over its control on a task, fractions.
+
+        The control is server-only or, without one, zero-shot; nan for a control, or without one.
+        """
+        control = self._control_of(row)
+        if control is None:
+            return UNKNOWN
+        results = row.results.get(task, {})
+        controls = control.results.get(task, {})
+        seeds = sorted(results.keys() & controls.keys())
+        return gain_interval([results[seed] for seed in seeds], [controls[s] for s in seeds])
+
+    def _control_of(self, row: MethodResults) -> MethodResults | None:
+        if not row.runs:
+            return None
+        for other in self.methods:
+            if row.label in other.control_of:
+                return other
+        return next((other for other in self.methods if other.label == ZERO_SHOT), None)
 
 
 def read_all(paths: Iterable[str | Path]) -> list[Run]:
@@ -124,7 +173,13 @@ def compare(runs: Sequence[Run]) -> Comparison:
     names = task_names(complete)
     rows = (*_controls(complete, names), *_methods(complete, names))
     tasks = tuple(dict.fromkeys(names.values()))
-    return Comparison(tasks, rows, tuple(_warnings(tasks, rows)), tuple(unfinished))
+    return Comparison(
+        tasks,
+        rows,
+        warnings=tuple(_warnings(tasks, rows)),
+        unfinished=tuple(unfinished),
+        baselines=tuple(_baselines(complete, names)),
+    )
 
 
 def _methods(runs: Sequence[Run], names: dict[Path, str]) -> list[MethodResults]:
@@ -144,6 +199,21 @@ def _methods(runs: Sequence[Run], names: dict[Path, str]) -> list[MethodResults]
         method.runs.append(run)
         method.task_of[run.file] = task
     return list(methods.values())
+
+
+def _baselines(runs: Sequence[Run], names: dict[Path, str]) -> list[MethodResults]:
+    """Build the rows of what needs no model; of each task and seed that of the first run.
+
+    Args:
+        runs: which bring them.
+        names: of their tasks, by file.
+    """
+    rows: dict[str, MethodResults] = {}
+    for run in runs:
+        for label, result in baselines(run).items():
+            row = rows.setdefault(label, MethodResults(label))
+            row.results.setdefault(names[run.file], {}).setdefault(seed_of(run), result)
+    return list(rows.values())
 
 
 def _controls(runs: Sequence[Run], names: dict[Path, str]) -> list[MethodResults]:
@@ -197,26 +267,45 @@ def _same_scores(a: np.void, b: np.void) -> bool:
 def comparison_table(comparison: Comparison) -> str:
     """Write a comparison as a Markdown table, followed by a legend, what was measured, warnings."""
     head = ["method", *(f"{task} ({_measure(comparison, task)})" for task in comparison.tasks)]
-    body = []
-    for row in comparison.methods:
-        scores = [mean_and_deviation(row.percents(task)) for task in comparison.tasks]
-        body.append([row.label, *scores])
+    rows = (*comparison.baselines, *comparison.methods)
+    body = [[row.label, *(_score(comparison, row, t) for t in comparison.tasks)] for row in rows]
 
     for task in comparison.tasks:
-        successes = [_attack_success(comparison, row, task) for row in comparison.methods]
+        successes = [_attack_success(comparison, row, task) for row in rows]
         if any(successes):
             head.append(f"{task} (attack success)")
             for line, success in zip(body, successes):
                 line.append(success)
 
     head += costs.COLUMNS
-    for line, row in zip(body, comparison.methods):
+    for line, row in zip(body, rows):
         line += costs.costs(row.runs)
 
-    lines = [markdown_table(head, body), "", costs.LEGEND, ""]
+    legend = [costs.LEGEND, *_legend(comparison, body)]
+    lines = [markdown_table(head, body), "", "\n".join(legend), ""]
     lines += [printable(fact) for fact in _facts(comparison)]
     lines += [printable(f"- **Warning:** {text}") for text in comparison.warnings]
     return "\n".join(lines)
+
+
+def _score(comparison: Comparison, row: MethodResults, task: str) -> str:
+    """Write a score, marked where nothing can be shown to set it apart from its control's."""
+    interval = UNKNOWN if row.label == CHANCE else row.interval(task)
+    text = score_cell(row.percents(task), interval)
+    return text + NOT_SHOWN if includes_zero(comparison.gain_interval(row, task)) else text
+
+
+def _legend(comparison: Comparison, body: Sequence[Sequence[str]]) -> list[str]:
+    """Explain the intervals, marks and rows without a model that a table has."""
+    cells = [cell for line in body for cell in line[1 : len(comparison.tasks) + 1]]
+    lines = []
+    if any("[" in cell for cell in cells):
+        lines.append(
+            "[a, b] = 95 % interval (Wilson) of a single seed, by the number of its questions."
+        )
+    if any(cell.endswith(NOT_SHOWN) for cell in cells):
+        lines.append(NOT_SHOWN_LEGEND)
+    return lines + [BASELINES_LEGEND] * bool(comparison.baselines)
 
 
 def _measure(comparison: Comparison, task: str) -> str:

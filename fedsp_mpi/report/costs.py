@@ -9,12 +9,14 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from fedsp_mpi.record.hdf5 import Run
+from fedsp_mpi.report import handed_out
 from fedsp_mpi.report.formatting import as_bytes, as_count, as_seconds
 
-COLUMNS = ("holds", "trains", "down + up", "client s", "peak memory")
+COLUMNS = ("holds", "copied", "trains", "down + up", "client s", "peak memory")
 LEGEND = (
     "Scores in percent, mean ± standard deviation over seeds. Costs per client: holds, trains = "
-    "numbers of parameters; down + up = bytes sent and received per round; client s = seconds of "
+    "numbers of parameters; copied = share of the global model's weights that it holds as exact "
+    "copies; down + up = bytes sent and received per round; client s = seconds of "
     "training per round; peak memory = of the rank that plays the client."
 )
 
@@ -22,12 +24,19 @@ LEGEND = (
 def costs(runs: Sequence[Run]) -> list[str]:
     """Return a text for each of COLUMNS; empty where clients have no such cost or it is unknown."""
     counts = [count for run in runs if (count := _parameters(run)) is not None]
+    copied = [
+        share
+        for run in runs
+        if len(run.clients)
+        and (share := handed_out.share_copied(run.sections.get("models", {}))) is not None
+    ]
     traffic = [size for run in runs if (size := _bytes_per_round(run))]
     seconds = [value for run in runs if not math.isnan(value := client_seconds(run))]
     memory = [run.sections.get("memory", {}).get("clients") for run in runs]
     peaks = [size for size in memory if isinstance(size, (int, float))]
     return [
         value_range([held for held, _ in counts], as_count),
+        value_range(copied, handed_out.percent),
         value_range([trained for _, trained in counts], as_count),
         value_range(traffic, as_bytes),
         as_seconds(statistics.fmean(seconds)) if seconds else "",

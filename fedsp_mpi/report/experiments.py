@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
 from fedsp_mpi.files.untrusted import JsonMapping, JsonObject, printable
 from fedsp_mpi.record.hdf5 import Run
-from fedsp_mpi.record.tables import TRIGGERED
+from fedsp_mpi.record.tables import CHANCE, TRIGGERED
 from fedsp_mpi.report import attack
 from fedsp_mpi.report.facts import CONTROLS, SERVER_ONLY, main_measure, result_of, run_setting
-from fedsp_mpi.report.formatting import markdown_table, mean_and_deviation
+from fedsp_mpi.report.formatting import (
+    NOT_SHOWN,
+    NOT_SHOWN_LEGEND,
+    markdown_table,
+    mean_and_deviation,
+    score_cell,
+)
+from fedsp_mpi.report.significance import UNKNOWN, gain_interval, includes_zero, result_interval
 
 _HEAD = (
     "experiment",
@@ -54,6 +60,8 @@ def markdown(runs: Iterable[Run]) -> str:
             body.append(row[: len(head)])
     text = markdown_table(head, body, num_left=4)
 
+    if any(line[-1 if len(head) == len(_HEAD) else -2].endswith(NOT_SHOWN) for line in body):
+        text += f"\n\n{NOT_SHOWN_LEGEND}"
     unfinished = [
         printable(f"{run.name} ({run.status})")
         for run in runs
@@ -77,6 +85,7 @@ def _rows(name: str, runs: Sequence[Run]) -> Iterator[list[str]]:
             continue
         seeds = []
         results = []
+        controls = []
         gains = []
         successes = []
         for run in runs:
@@ -86,11 +95,19 @@ def _rows(name: str, runs: Sequence[Run]) -> Iterator[list[str]]:
             results.append(result)
             seed = run_setting(run, "seed")
             seeds.append("?" if seed is None else str(seed))
-            if method not in CONTROLS:
-                gains.append(100 * _gain(run, result))
+            control = result_of(run, SERVER_ONLY, split)
+            if method not in CONTROLS and control is not None:
+                gains.append(100 * _gain(result, control))
+                controls.append(control)
             rates = attack.success_rates(run)
             if method in rates:
                 successes.append(100 * rates[method])
+        interval = UNKNOWN
+        if len(results) == 1 and method != CHANCE:
+            interval = result_interval(results[0])
+        gain = mean_and_deviation(gains, sign=True)
+        if len(controls) == len(results) and includes_zero(gain_interval(results, controls)):
+            gain += NOT_SHOWN
         counts = [int(result["n"]) for result in results]
         yield [
             name,
@@ -98,20 +115,19 @@ def _rows(name: str, runs: Sequence[Run]) -> Iterator[list[str]]:
             split,
             ", ".join(seeds),
             "-".join(str(n) for n in dict.fromkeys([min(counts), max(counts)])),
-            mean_and_deviation([100 * float(result["acc"]) for result in results]),
+            score_cell([100 * float(result["acc"]) for result in results], interval),
             mean_and_deviation([100 * float(result["acc_norm"]) for result in results]),
-            mean_and_deviation([100 * float(result["exact_match"]) for result in results]),
+            score_cell([100 * float(result["exact_match"]) for result in results], interval),
             mean_and_deviation([float(result["loss"]) for result in results], digits=4),
-            mean_and_deviation(gains, sign=True),
+            gain,
             mean_and_deviation(successes),
         ]
 
 
-def _gain(run: Run, result: np.void) -> float:
-    """Return a result's main measure over that of the server-only control; nan without one."""
-    control = result_of(run, SERVER_ONLY, result["split"])
+def _gain(result: np.void, control: np.void) -> float:
+    """Return a result's main measure over that of the server-only control of its run."""
     measure, value = main_measure(result)
-    return math.nan if control is None else value - float(control[measure])
+    return value - float(control[measure])
 
 
 # -- what an experiment is called ------------------------------------------------------------------

@@ -10,6 +10,7 @@ import numpy as np
 
 from fedsp_mpi.files.untrusted import JsonMapping
 from fedsp_mpi.record.hdf5 import Run
+from fedsp_mpi.record.tables import LABELS
 
 ZERO_SHOT = "zero-shot"
 SERVER_ONLY = "server-only"
@@ -42,6 +43,14 @@ def result_of(run: Run, method: str, split: str) -> np.void | None:
 def results_on_test(run: Run) -> dict[str, np.void]:
     """Return the results on the test split, rows of the results by method."""
     return {str(row["method"]): row for row in run.results if row["split"] == "test"}
+
+
+def baselines(run: Run) -> dict[str, np.void]:
+    """Return what needs no model, "chance" and "majority", on the test split, by name.
+
+    None in records of earlier versions, and where questions have no choices.
+    """
+    return {str(row["method"]): row for row in run.results if row["split"] == LABELS}
 
 
 def main_result(run: Run) -> tuple[str, float] | None:

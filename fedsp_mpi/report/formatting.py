@@ -13,6 +13,12 @@ from fedsp_mpi.files.untrusted import printable
 
 WIDTH = 100  # columns of a terminal
 _MAX_NAME_LENGTH = 30  # characters
+# After what is no difference that the questions, or the seeds, can show.
+NOT_SHOWN = " ~"
+NOT_SHOWN_LEGEND = (
+    "~ = no difference to its control that these questions (one seed: Newcombe, unpaired) or seeds "
+    "(more: t distribution) can show at 95 %."
+)
 # Labels whose lines are not shortened: paths and commands, which are to be copied.
 _UNCLIPPED = ("folder ", "go on ")
 
@@ -83,6 +89,20 @@ def mean_and_deviation(values: Sequence[float], *, digits: int = 2, sign: bool =
     if len(numbers) == 1:
         return mean
     return f"{mean} ± {deviation(numbers):.{digits}f}"
+
+
+def score_cell(percents: Sequence[float], interval: tuple[float, float]) -> str:
+    """Write scores: mean ± deviation over seeds or, of a single seed, its interval.
+
+    Args:
+        percents: the scores by seed.
+        interval: of a single one, fractions; nan if there is none: 70.00 [65.3, 74.3].
+    """
+    low, high = interval
+    text = mean_and_deviation(percents)
+    if len(percents) != 1 or math.isnan(percents[0]) or math.isnan(low):
+        return text
+    return f"{text} [{100 * low:.1f}, {100 * high:.1f}]"
 
 
 # -- lines and tables ------------------------------------------------------------------------------

@@ -11,7 +11,8 @@ from fedsp_mpi.files.untrusted import printable
 from fedsp_mpi.record.hdf5 import Run
 from fedsp_mpi.report.comparison import Comparison, MethodResults
 from fedsp_mpi.report.facts import main_measure
-from fedsp_mpi.report.formatting import deviation, markdown_table
+from fedsp_mpi.report.formatting import NOT_SHOWN, NOT_SHOWN_LEGEND, deviation, markdown_table
+from fedsp_mpi.report.significance import includes_zero
 
 
 def gain_table(comparison: Comparison) -> str | None:
@@ -29,23 +30,22 @@ def gain_table(comparison: Comparison) -> str | None:
         for label in control.control_of:
             method = by_label[label]
             cells = [
-                _cell(_points(control, task), _points(method, task), _points(top, task))
-                for task in comparison.tasks
+                _cell(comparison, control, method, top=top, task=task) for task in comparison.tasks
             ]
             body.append([label, *cells])
     if not body:
         return None
     legend = "Points above server-only, mean ± standard error over seeds"
+    if any("[" in cell for row in body for cell in row[1:]):
+        legend += " ([a, b], of a single seed: 95 % interval by the number of its questions)"
     if top is not None:
         legend += (
             "; in brackets, the part of the gap between it and "
             f"{printable(top.label)} that this closes"
         )
     legend += "."
-    if any("±" in cell for row in body for cell in row[1:]):
-        legend += (
-            " A gain of less than two standard errors is no difference that these seeds can show."
-        )
+    if any(cell.endswith(NOT_SHOWN) for row in body for cell in row[1:]):
+        legend += f" {NOT_SHOWN_LEGEND}"
     return f"{markdown_table(['gain', *comparison.tasks], body)}\n\n{legend}"
 
 
@@ -68,24 +68,39 @@ def _points(row: MethodResults | None, task: str) -> dict[int, float]:
     return {seed: 100 * main_measure(result)[1] for seed, result in results.items()}
 
 
-def _cell(control: dict[int, float], method: dict[int, float], top: dict[int, float]) -> str:
-    """Write a gain with its standard error, and in brackets the part of the gap that it closes.
+def _cell(
+    comparison: Comparison,
+    control: MethodResults,
+    method: MethodResults,
+    *,
+    top: MethodResults | None,
+    task: str,
+) -> str:
+    """Write a gain with its error, in brackets the part of the gap that it closes, and a mark.
 
     Args:
-        control: points by seed.
-        method: points by seed.
-        top: of the centralised method; empty if there is none.
+        comparison: of all rows.
+        control: of the method.
+        method: whose gain it is.
+        top: the centralised method; None if there is none.
+        task: of the column.
     """
-    seeds = sorted(control.keys() & method.keys())
+    of_control = _points(control, task)
+    of_method = _points(method, task)
+    of_top = _points(top, task)
+    seeds = sorted(of_control.keys() & of_method.keys())
     if not seeds:
         return "-"
-    gains = [method[seed] - control[seed] for seed in seeds]
+    gains = [of_method[seed] - of_control[seed] for seed in seeds]
     gain = statistics.fmean(gains)
+    interval = comparison.gain_interval(method, task)
     text = f"{gain:+.2f}"
     if len(gains) > 1:
         text += f" ± {deviation(gains) / math.sqrt(len(gains)):.2f}"
-    if all(seed in top for seed in seeds):
-        gap = statistics.fmean([top[seed] - control[seed] for seed in seeds])
+    elif not math.isnan(interval[0]):
+        text += f" [{100 * interval[0]:+.1f}, {100 * interval[1]:+.1f}]"
+    if all(seed in of_top for seed in seeds):
+        gap = statistics.fmean([of_top[seed] - of_control[seed] for seed in seeds])
         if gap > 0:
             text += f" ({gain / gap:.0%})"
-    return text
+    return text + NOT_SHOWN if includes_zero(interval) else text

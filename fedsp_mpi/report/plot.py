@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import math
 import statistics
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -19,7 +20,7 @@ from fedsp_mpi.files.untrusted import JsonObject, printable
 from fedsp_mpi.record.hdf5 import Run
 from fedsp_mpi.record.tables import mean_silo_loss
 from fedsp_mpi.report import silos
-from fedsp_mpi.report.comparison import Comparison, MethodResults
+from fedsp_mpi.report.comparison import Comparison
 from fedsp_mpi.report.costs import training_seconds
 from fedsp_mpi.report.facts import label_of, seed_of
 from fedsp_mpi.report.formatting import as_bytes, deviation, shortened
@@ -36,7 +37,7 @@ DASHES = ("-", "-.", (0, (1, 1)), (0, (7, 1, 1, 1, 1, 1)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 GREYS = ("#BBBBBB", "#777777", "#999999", "#555555")  # of controls
 HATCHES = ("", "///", "...")
-_MAX_BARS = 36  # in a row
+_CONTROL_COLOUR = "#9A9A9A"  # of bars
 _MAX_LABELS = 12  # of shards, that have a colour of their own
 _MAX_SEPARATE_BARS = 200  # of shards; more are drawn without gaps
 _MAX_SHARD_NAMES = 120  # beside their bars
@@ -62,35 +63,29 @@ _MEAN_LOOK: Look = {"color": COLOURS[0], "linewidth": 2.5, "markersize": 5}
 
 
 def draw_bars(comparison: Comparison, path: str | Path) -> None:
-    """Draw the scores of a comparison: a group of bars for each task, a bar for each method.
+    """Draw the scores of a comparison: a panel for each task, a horizontal bar for each method.
 
-    Many bars are drawn in several rows.
+    The best bar of a panel is at the top; each has its name beside it and its score behind it.
+    Methods are blue, controls grey. A thin line is the standard deviation over seeds or, where
+    there is one seed, the standard error of the score.
 
     Raises:
         ValueError: matplotlib is missing, or the file cannot be written.
     """
-    methods = comparison.methods
-    num_slots = len(methods) + 1  # of a group: its bars, and the space before the next group
-    tasks_per_row = max(1, _MAX_BARS // num_slots)
-    rows = [
-        comparison.tasks[first : first + tasks_per_row]
-        for first in range(0, len(comparison.tasks), tasks_per_row)
-    ]
-    longest_row = min(tasks_per_row, len(comparison.tasks))
+    tasks = comparison.tasks
+    bars_of = [_bars(comparison, task) for task in tasks]
+    num_columns = min(2, len(tasks))
+    num_rows = -(-len(tasks) // num_columns)
+    most_bars = max(map(len, bars_of))
     with _picture(path) as figure:
-        width = 4 + 0.4 * max(4, num_slots * longest_row)
-        figure.set_size_inches(width, 0.8 + 3.2 * len(rows))
-        grid = figure.subplots(len(rows), squeeze=False, sharey=True)[:, 0]
-        for axes, tasks in zip(grid, rows):
-            for position, (method, look) in enumerate(zip(methods, _bar_looks(methods)), 1):
-                offset = position / num_slots - 0.5
-                _draw_bars(axes, tasks, method, offset=offset, width=1 / num_slots, look=look)
-            axes.set_xticks(range(len(tasks)), [printable(task) for task in tasks])
-            axes.set_xlim(-0.5, longest_row - 0.5)
-            axes.tick_params(axis="x", length=0)
-            axes.grid(visible=False, axis="x")
-            axes.set_ylabel("score in percent")
-        _add_legend(figure, grid, location="outside right upper", max_columns=1)
+        figure.set_size_inches(7 * num_columns, 0.5 + num_rows * (0.9 + 0.3 * max(3, most_bars)))
+        grid = figure.subplots(num_rows, num_columns, squeeze=False).flat
+        for axes, task, bars in zip(grid, tasks, bars_of):
+            _draw_bars(axes, bars, height=most_bars)
+            axes.set_title(printable(task), loc="left", fontweight="bold")
+        for axes in list(grid)[len(tasks) :]:
+            axes.set_axis_off()
+        figure.supxlabel(f"score in percent; {_errors_legend(bars_of)}", fontsize=9)
 
 
 def draw_curves(runs: Sequence[Run], path: str | Path) -> None:
@@ -306,72 +301,111 @@ def _draw_shard_bars(
 # -- bars ------------------------------------------------------------------------------------------
 
 
-def _bar_looks(methods: Sequence[MethodResults]) -> Iterator[Look]:
-    """Yield greys for the controls, colours for the methods; hatched where colours come again."""
-    num_greys = 0
-    num_coloured = 0
-    for method in methods:
-        if not method.runs:
-            yield {"color": GREYS[num_greys % len(GREYS)]}
-            num_greys += 1
+@dataclass(frozen=True)
+class _Bar:
+    """A bar of a comparison.
+
+    Attributes:
+        label: of the method.
+        percent: mean of the main measure over seeds.
+        error: in points; nan where none is known.
+        num_seeds: with one, the error is the standard error of its score.
+        is_control: whether it is grey.
+    """
+
+    label: str
+    percent: float
+    error: float
+    num_seeds: int
+    is_control: bool
+
+
+def _bars(comparison: Comparison, task: str) -> list[_Bar]:
+    """Return the bars of a task, the highest first; methods without a score are left out."""
+    bars = []
+    for method in comparison.methods:
+        percents = [value for value in method.percents(task) if math.isfinite(value)]
+        if not percents:
+            continue
+        if len(percents) > 1:
+            error = deviation(percents)
         else:
-            num_repeats = num_coloured // len(COLOURS)
-            yield {
-                "color": COLOURS[num_coloured % len(COLOURS)],
-                "hatch": HATCHES[num_repeats % len(HATCHES)],
-                "edgecolor": "white",
-            }
-            num_coloured += 1
+            [result] = method.results[task].values()
+            error = 100 * float(result["stderr"])
+        bars.append(
+            _Bar(
+                label=method.label,
+                percent=statistics.fmean(percents),
+                error=error,
+                num_seeds=len(percents),
+                is_control=not method.runs,
+            )
+        )
+    return sorted(bars, key=lambda bar: -bar.percent)
 
 
-def _draw_bars(
-    axes: Axes,
-    tasks: Sequence[str],
-    method: MethodResults,
-    *,
-    offset: float,
-    width: float,
-    look: Look,
-) -> None:
-    """Draw a method's bars, with the mean above and the standard deviation over seeds.
+def _draw_bars(axes: Axes, bars: Sequence[_Bar], *, height: int) -> None:
+    """Draw one task's bars from the top down.
 
     Args:
         axes: to draw on.
-        tasks: their groups are at 0, 1, 2 ...
-        method: has a bar in the group of each task that it has results on.
-        offset: of its bars in their groups.
-        width: of a bar and the space beside it.
-        look: of the bars.
+        bars: the highest first.
+        height: number of bars that the panel has room for, so that all bars are of one width.
     """
-    positions = []
-    means = []
-    deviations = []
-    for group, task in enumerate(tasks):
-        values = method.percents(task)
-        if values:
-            positions.append(group + offset)
-            means.append(statistics.fmean(values))
-            deviations.append(deviation(values) if len(values) > 1 else 0.0)
-    axes.bar(positions, means, 0.92 * width, label=method.label, **look)
-    with_error = [i for i, error in enumerate(deviations) if error]
+    percents = [bar.percent for bar in bars]
+    errors = [bar.error if math.isfinite(bar.error) else 0.0 for bar in bars]
+    colours = [_CONTROL_COLOUR if bar.is_control else COLOURS[0] for bar in bars]
+    axes.barh(range(len(bars)), percents, 0.72, color=colours)
+    drawn = [position for position, error in enumerate(errors) if error > 0]
     axes.errorbar(
-        [positions[i] for i in with_error],
-        [means[i] for i in with_error],
-        [deviations[i] for i in with_error],
+        [percents[position] for position in drawn],
+        drawn,
+        xerr=[errors[position] for position in drawn],
         fmt="none",
         ecolor="black",
         elinewidth=1,
         capsize=2,
     )
-    for position, mean, error in zip(positions, means, deviations):
+    for position, (bar, error) in enumerate(zip(bars, errors)):
+        text = f"{bar.percent:.1f}" + (f" ± {error:.1f}" if error > 0 else "")
         axes.annotate(
-            f"{mean:.1f}",
-            (position, mean + error),
-            (0, 2),
+            text,
+            (bar.percent + error, position),
+            (4, 0),
             textcoords="offset points",
-            ha="center",
-            fontsize=7,
+            va="center",
+            fontsize=8,
         )
+    axes.set_yticks(range(len(bars)), [_bar_label(bar.label) for bar in bars], fontsize=8)
+    axes.tick_params(axis="y", length=0)
+    axes.set_ylim(height - 0.4, -0.6)
+    ends = [percent + error for percent, error in zip(percents, errors)]
+    axes.set_xlim(0, 1.18 * max(ends, default=0.0) or 1.0)  # room for the scores
+    axes.grid(visible=False, axis="y")
+    axes.spines["left"].set_visible(False)
+
+
+def _bar_label(label: str) -> str:
+    """Return a method's name on at most two lines."""
+    lines = textwrap.wrap(
+        printable(label), 36, break_on_hyphens=False, max_lines=2, placeholder=" ..."
+    )
+    return "\n".join(lines)
+
+
+def _errors_legend(bars_of: Iterable[Sequence[_Bar]]) -> str:
+    """Say what the thin lines are, and which bars are grey."""
+    bars = [bar for bars in bars_of for bar in bars]
+    with_error = [bar for bar in bars if bar.error > 0]
+    kinds = []
+    if any(bar.num_seeds > 1 for bar in with_error):
+        kinds.append("standard deviation over seeds")
+    if any(bar.num_seeds == 1 for bar in with_error):
+        kinds.append("standard error over questions (one seed)")
+    facts = [f"± {' or '.join(kinds)}"] if kinds else []
+    if any(bar.is_control for bar in bars):
+        facts.append("grey: controls")
+    return "; ".join(facts) or "one seed"
 
 
 # -- curves ----------------------------------------------------------------------------------------

@@ -3,7 +3,8 @@
 What it takes from the free-form parts of a record, where they are there and have this form:
     environment: hosts = [{"host", "device"}, ...], one per rank (or host and num_ranks); machine;
         commit
-    sections["models"]: {part: number of parameters}, or {part: {"name", "num_parameters"}}
+    sections["models"]: {part: number of parameters}, or {part: {"name", "num_parameters"}};
+        what clients hold of the global model: layers, layers_copied, exact_copies (values)
     sections["data"]: task, train, validation, test, server_shard, client_shards
     sections["distillation"]: seconds, reused_from
     sections["timing"]: seconds, seconds_checkpoints
@@ -13,25 +14,29 @@ from __future__ import annotations
 
 import math
 import statistics
+import textwrap
 from collections.abc import Mapping
 
 import numpy as np
 
 from fedsp_mpi.files.untrusted import printable
-from fedsp_mpi.record.hdf5 import KILLED, Run, resume_command
-from fedsp_mpi.record.tables import TRIGGERED
-from fedsp_mpi.report import attack, silos
+from fedsp_mpi.record.going_on import newest_environment, resume_command
+from fedsp_mpi.record.hdf5 import KILLED, Run
+from fedsp_mpi.record.tables import LABELS, TRIGGERED
+from fedsp_mpi.report import attack, handed_out, silos
 from fedsp_mpi.report.costs import training_seconds
 from fedsp_mpi.report.facts import (
     CONTROLS,
     SERVER_ONLY,
     ZERO_SHOT,
+    baselines,
     machine,
     main_measure,
     ranks_of,
     result_of,
 )
 from fedsp_mpi.report.formatting import (
+    WIDTH,
     as_bytes,
     as_count,
     as_date,
@@ -42,9 +47,13 @@ from fedsp_mpi.report.formatting import (
     table,
     wrapped,
 )
+from fedsp_mpi.report.significance import includes_zero, result_difference, wilson
 
 _MAX_RANKS_NAMED = 16  # after a kill
 _MAX_FAILURES_NAMED = 5
+_MAX_REASON_LINES = 6
+# Of the record's section `models`: what is no number of parameters of a part.
+_NO_PARAMETERS = ("layers", "layers_copied", "exact_copies")
 _INDENT = " " * 10  # the width of a label
 
 
@@ -65,10 +74,15 @@ def summarize(run: Run) -> str:
 
 
 def _header(run: Run) -> list[str]:
-    status = run.status
-    if run.reason:
-        status += f" ({' '.join(run.reason.split())})"
-    lines = [f"run       {run.name}   {status}, {run.committed_rounds} rounds"]
+    reason = " ".join(run.reason.split())
+    start = f"run       {run.name}   {run.status}"
+    end = f", {run.committed_rounds} rounds"
+    line = f"{start} ({reason}){end}" if reason else start + end
+    lines = [line]
+    if reason and len(line) > WIDTH:
+        lines = [start + end]
+        words = f"reason    {reason}"
+        lines += textwrap.wrap(words, WIDTH, max_lines=_MAX_REASON_LINES, subsequent_indent=_INDENT)
     lines += wrapped("machine   ", [*machine(run.environment), *_num_clients(run)])
     lines.append(f"date      {as_date(run.created)} to {as_date(run.updated)} UTC")
     if not run.has_digest:
@@ -79,6 +93,9 @@ def _header(run: Run) -> list[str]:
     if run.environment.get("commit"):
         lines.append(f"commit    {run.environment['commit']}")
     lines += wrapped("models    ", _models(run))
+    given = handed_out.sentence(run.sections.get("models", {}))
+    if given:
+        lines += wrapped("clients   ", [f"get {given}"])
     lines += wrapped("data      ", _data(run))
     return lines
 
@@ -94,6 +111,8 @@ def _models(run: Run) -> list[str]:
     """Name the parts of the model with their numbers of parameters."""
     texts = []
     for part, value in run.sections.get("models", {}).items():
+        if part in _NO_PARAMETERS:
+            continue
         name = run.config.get("model", {}).get("name", "") if part == "global" else ""
         num_parameters = value
         if isinstance(value, Mapping):
@@ -132,15 +151,13 @@ def _how_to_resume(run: Run) -> list[str]:
     lines = wrapped("ranks     ", _processes(run)) if run.reason == KILLED else []
     if lines:
         lines.append(f"{_INDENT}the launcher's last lines name the process that was killed first")
-    return [*lines, f"go on     {resume_command(run.file.parent, run.config)}"]
+    environment = newest_environment(run.environment, run.sections)
+    return [*lines, f"go on     {resume_command(run.file.parent, environment)}"]
 
 
 def _processes(run: Run) -> list[str]:
     """Name the process of each rank since the last start of the run; nothing for a single rank."""
-    environment: Mapping[str, object] = run.environment
-    resumes = run.sections.get("resumes", {})
-    if resumes:
-        environment = resumes[max(resumes, key=int)].get("environment", {})
+    environment = newest_environment(run.environment, run.sections)
     processes = [
         f"{rank} is process {host.get('pid')} on {host.get('host')}"
         for rank, host in enumerate(ranks_of(environment))
@@ -182,8 +199,8 @@ _ROUNDS_LEGEND = (
 def _rounds(run: Run) -> list[str]:
     if not len(run.rounds):
         return ["no round was committed"]
-    client_losses = _client_losses(run)
-    best_round = _best_round(run)
+    losses = _client_losses(run)
+    best = best_round(run)
     body = []
     for row in run.rounds:
         number = int(row["round"])
@@ -192,7 +209,7 @@ def _rounds(run: Run) -> list[str]:
             [
                 str(number),
                 f"{num_merged}/{row['num_clients']}",
-                as_decimal(client_losses.get(number, math.nan)),
+                as_decimal(losses.get(number, math.nan)),
                 as_decimal(row["server_loss_last"]),
                 as_decimal(row["validation_merged"]),
                 as_decimal(row["validation_loss"]),
@@ -200,13 +217,13 @@ def _rounds(run: Run) -> list[str]:
                 as_seconds(row["seconds_clients"]),
                 as_seconds(row["seconds_server"]),
                 as_seconds(row["seconds_total"]),
-                "best" if row["is_best"] and number == best_round else "",
+                "best" if row["is_best"] and number == best else "",
             ]
         )
-    return [*table(_ROUNDS_HEAD, body, num_left=0), *_ROUNDS_LEGEND, *_failures(run)]
+    return [*table(_ROUNDS_HEAD, body, num_left=0), *_ROUNDS_LEGEND, *failures(run)]
 
 
-def _best_round(run: Run) -> int:
+def best_round(run: Run) -> int:
     """Return the last round that was the best so far; 0 if there is none."""
     best = run.rounds["round"][run.rounds["is_best"]]
     return int(best[-1]) if len(best) else 0
@@ -222,7 +239,7 @@ def _client_losses(run: Run) -> dict[int, float]:
     return losses
 
 
-def _failures(run: Run) -> list[str]:
+def failures(run: Run) -> list[str]:
     """Say why clients failed or were rejected, for the first of them."""
     failed = run.clients[run.clients["status"] != "ok"] if len(run.clients) else run.clients
     lines = []
@@ -273,20 +290,39 @@ def _results(run: Run) -> list[str]:
             ]
         )
     lines = table(_RESULTS_HEAD, body, num_left=2)
-    return [*lines, *_verdicts(run), *attack.summary_lines(run)]
+    if baselines(run):
+        lines.append("chance = a guess; majority = always the server's most frequent answer")
+    return [*lines, *verdicts(run), *attack.summary_lines(run)]
 
 
-def _verdicts(run: Run) -> list[str]:
+def verdicts(run: Run) -> list[str]:
     """Say what the federated methods gained over their controls, split by split."""
     lines = []
     for row in run.results:
-        if row["method"] in CONTROLS or row["split"] == TRIGGERED:
+        if row["method"] in CONTROLS or row["split"] in (LABELS, TRIGGERED):
             continue
         for name in (SERVER_ONLY, ZERO_SHOT):
             control = result_of(run, name, row["split"])
             if control is not None:
                 lines += _verdict(row, control)
+        lines += _baseline_verdict(run, row)
     return lines
+
+
+def _baseline_verdict(run: Run, row: np.void) -> list[str]:
+    """Say that a method is no better than the best answer without a model; nothing if it is."""
+    rows = baselines(run).values() if row["split"] == "test" else []
+    best = max(rows, key=lambda baseline: float(baseline["acc"]), default=None)
+    if best is None:
+        return []
+    interval = wilson(float(row["acc"]), int(row["n"]))
+    if math.isnan(interval[0]) or interval[0] > float(best["acc"]):
+        return []
+    return [
+        f"{row['method']} ({row['split']}) is not shown to be better than {best['method']}, "
+        f"{as_percent(best['acc'])} %:",
+        f"    95 % interval {as_percent(interval[0])} to {as_percent(interval[1])}",
+    ]
 
 
 def _verdict(row: np.void, control: np.void) -> list[str]:
@@ -305,13 +341,17 @@ def _verdict(row: np.void, control: np.void) -> list[str]:
     if not math.isnan(error):
         text += f", standard error {100 * error:.2f} (unpaired)"
     lines = [text]
-    if gain == 0 or abs(gain) < 2 * error:
+    interval = result_difference(row, control)
+    if includes_zero(interval):
         lines.append(
-            f"    no difference that {row['n']} questions can show: less than two standard errors"
+            f"    no difference that {row['n']} questions can show: 95 % interval "
+            f"{100 * interval[0]:+.2f} to {100 * interval[1]:+.2f}"
         )
     elif gain < 0:
-        significance = "" if math.isnan(error) else ", by two standard errors or more"
-        lines.append(f"    {method} is worse than {control['method']}{significance}")
+        lines.append(
+            f"    {method} is worse than {control['method']}: 95 % interval "
+            f"{100 * interval[0]:+.2f} to {100 * interval[1]:+.2f}"
+        )
     return lines
 
 
@@ -398,3 +438,35 @@ def _overhead(run: Run, row: np.void) -> float:
     busiest = max(by_rank, key=np.sum)
     seconds = row["seconds_clients"] + np.nan_to_num(row["seconds_control"])
     return float(seconds - busiest.sum()) / len(busiest)
+
+
+# -- for the page of a run -------------------------------------------------------------------------
+
+
+def header(run: Run) -> dict[str, str]:
+    """Return the summary's header by label: "machine" -> "node01, 3 ranks, 2 clients".
+
+    Of a run that ended early with "go on", the command that resumes it.
+    """
+    return _by_label([*_header(run), *_how_to_resume(run)])
+
+
+def seconds(run: Run) -> dict[str, str]:
+    """Return where the time went, by label."""
+    return _by_label([line for line in _seconds(run) if "overhead = " not in line])
+
+
+def traffic(run: Run) -> str:
+    """Return how many bytes were sent, in one line; empty text where none were."""
+    text = _by_label(_wire(run)).get("wire", "")
+    return text.replace(" per client and round:", "; per client and round:")
+
+
+def _by_label(lines: list[str]) -> dict[str, str]:
+    """Join what follows each label; lines without a label go on with the one before."""
+    texts: dict[str, list[str]] = {}
+    label = ""
+    for line in lines:
+        label = line[: len(_INDENT)].strip() or label
+        texts.setdefault(label, []).append(line[len(_INDENT) :].strip())
+    return {label: " ".join(words) for label, words in texts.items()}

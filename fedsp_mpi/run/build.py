@@ -34,6 +34,7 @@ from fedsp_mpi.config import OuterConfig
 from fedsp_mpi.evaluation.scoring import answer_loss_mean, score
 from fedsp_mpi.log import RoundProgress
 from fedsp_mpi.models import auxiliary, backbone, lora
+from fedsp_mpi.models.copies import ExactCopies, exact_copies
 from fedsp_mpi.models.families import PEFT_TASKS
 from fedsp_mpi.models.language_model import LanguageModel
 from fedsp_mpi.models.prompts import write_adapter
@@ -114,6 +115,7 @@ def servers(
     *,
     group: ServerGroup,
     client_model: LanguageModel | None = None,
+    progress: RoundProgress | None = None,
 ) -> Servers:
     """Build the method's server, and the control beside it.
 
@@ -123,10 +125,18 @@ def servers(
         compute: the server's device.
         group: the ranks that are the server together.
         client_model: the model that clients get; rank 0 has it.
+        progress: is told of every step of the tuning.
     """
     method = method_of(inputs)
     config = inputs.config
-    context = ServerContext(inputs, model, compute, group, rule_of(inputs))
+    context = ServerContext(
+        inputs,
+        model,
+        compute,
+        group,
+        rule_of(inputs),
+        progress=progress or RoundProgress(),
+    )
     control = None
     if config.evaluation.server_only and config.server.tuning.steps and config.federation.clients:
         control_model = copy.deepcopy(model) if config.tunes_weights else model
@@ -197,6 +207,12 @@ def parameter_counts(
     }
     if config.searches:
         counts["searched"] = config.search.dimension
+    copies = ExactCopies(0, 0)
+    if not config.asks_server:
+        copies = exact_copies(model, client_model)
+    counts["layers"] = model.shape.num_layers
+    counts["exact_copies"] = copies.num_values
+    counts["layers_copied"] = copies.num_layers
     return counts
 
 

@@ -9,6 +9,7 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
+from fedsp_mpi.comm import launcher_name
 from fedsp_mpi.files.untrusted import JsonObject
 from fedsp_mpi.run.ranks import RankInfo
 
@@ -49,6 +50,8 @@ def environment(ranks: Sequence[RankInfo]) -> JsonObject:
         "versions": versions | {name: importlib.metadata.version(name) for name in VERSIONS},
         "commit": _commit(),
         "hosts": [rank.to_json() for rank in ranks],
+        "launcher": launcher_name(),
+        "directory": str(Path.cwd()),  # which relative paths of the configuration are relative to
         "machine": (
             f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, "
             f"{platform.system()}"

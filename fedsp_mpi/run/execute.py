@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 from fedsp_mpi import comm
 from fedsp_mpi.comm import guard
 from fedsp_mpi.config import Config
-from fedsp_mpi.log import Log, RoundProgress, one_line
+from fedsp_mpi.log import Log, one_line
 from fedsp_mpi.run import devices
 from fedsp_mpi.run.agreement import agreed
 from fedsp_mpi.run.handout import HandoutMeta, ServerMeeting
@@ -88,7 +88,7 @@ def execute(
                 server = _start(
                     config, name, wire, silos, ranks=ranks, log=log, started_at=started_at
                 )
-                guard.report_into(server.folder)
+                guard.report_into(server.folder, f"go on with {server.resume_command}")
                 meeting = server.meeting()
                 agreement.note = meeting.to_json() if meeting else None
         helper = None
@@ -100,7 +100,11 @@ def execute(
         handed_out = _hand_out(wire, server_rank)
         meta = HandoutMeta.from_json(handed_out.meta)
         if server is None:
-            guard.report_into(Path(meta.folder))
+            from fedsp_mpi.record import resume_command
+
+            machine = {"hosts": meta.processes, "launcher": comm.launcher_name()}
+            command = resume_command(Path(meta.folder), machine)
+            guard.report_into(Path(meta.folder), f"go on with {command}")
         guard.set_peers(meta.processes)
         clients = _load_clients(
             config, wire, handed_out, silos, meta=meta, server=server, log=client_log or Log()
@@ -129,10 +133,11 @@ def execute(
                 server_rank.close()
             if server and not is_complete:
                 raise server.stop_refusal()
-    except Exception as failure:
+    except (Exception, KeyboardInterrupt) as failure:
         if server:
             server.record_failure(failure)
         raise
+    guard.expect_ends()
     with guard.phase("end"):
         wire.finish()
     return server.folder if server else None
@@ -252,8 +257,7 @@ def _load_clients(
             ids=ids,
             call_server=wire.call,
             # One rank speaks for all: their clients have about the same work.
-            progress=RoundProgress(
-                log.say,
+            progress=log.round_progress(
                 config.record.progress_seconds if is_first else None,
                 config.federation.client_name,
             ),

@@ -8,9 +8,10 @@ from collections.abc import Callable, Collection
 from dataclasses import asdict
 
 from fedsp_mpi.algorithms.finetune import WeightServer
+from fedsp_mpi.evaluation.baselines import baseline_rows
 from fedsp_mpi.evaluation.scoring import answer_loss_mean, perplexity, score
 from fedsp_mpi.log import Log, duration
-from fedsp_mpi.record.tables import TRIGGERED, ResultRow
+from fedsp_mpi.record.tables import CHANCE, TRIGGERED, ResultRow
 from fedsp_mpi.roles import Best, ServerRole
 from fedsp_mpi.run import build
 from fedsp_mpi.run.inputs import ExperimentInputs
@@ -33,7 +34,8 @@ def score_all(
         log: is told what was scored.
         stop: asked between two batches.
         scored: methods that have a result; rank 0's count.
-        write: gets the rows of each method as soon as all of them are known; rank 0 has one.
+        write: gets first the rows that need no model, then those of each method as soon as all of
+            them are known; rank 0 has one.
 
     Returns:
         False if told to stop before the last score.
@@ -42,6 +44,10 @@ def score_all(
     build.scoring_model(inputs, role.server.model)
     if isinstance(role.server, WeightServer):
         role.server.tuned.attach()
+    if write is not None and CHANCE not in scored:
+        baselines = baseline_rows(inputs.splits.test, inputs.server_examples, inputs.task.metric)
+        if baselines:
+            write(baselines)
     missing = [method for method in candidates if method not in scored]
     for method in role.group.tell(missing):
         rows = _score(role, inputs, log, stop=stop, method=method, best=candidates[method])

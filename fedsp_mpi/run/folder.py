@@ -14,6 +14,9 @@ from typing import TYPE_CHECKING
 from fedsp_mpi import comm
 from fedsp_mpi.config import Config, changed_keys
 from fedsp_mpi.files import ownership
+from fedsp_mpi.run.resuming import more_rounds_advice, require_rounds
+
+_ROUNDS = "federation.rounds"
 
 if TYPE_CHECKING:
     from fedsp_mpi.record.lock import RunLock
@@ -29,12 +32,14 @@ class RunFolder:
     Attributes:
         path: the folder; `acquire` makes it if it is absent.
         is_resumed: whether it holds a run that this job resumes; known after `acquire`.
+        gets_rounds: whether that run goes on with another number of rounds than it was begun with.
     """
 
     def __init__(self, config: Config, name: str) -> None:
         self._config = config
         self.path = _path(config, name)
         self.is_resumed = False
+        self.gets_rounds = False
         self._lock: RunLock | None = None
 
     def acquire(self, inputs: Mapping[str, str | None]) -> None:
@@ -65,7 +70,7 @@ class RunFolder:
                 "with --name, or take --resume auto to begin it where there is none"
             )
         if self.is_resumed:
-            self._require_unfinished()
+            self._require_resumable()
         elif settings.if_exists == "refuse" and settings.resume != "auto":
             require_free(self.path)
 
@@ -94,24 +99,48 @@ class RunFolder:
         self._lock.release(delete=names == [ownership.LOCK])
         ownership.remove_if_empty(self.path)
 
-    def _require_unfinished(self) -> None:
+    def _require_resumable(self) -> None:
         """Raise unless the run in the folder can be resumed under this configuration."""
-        from fedsp_mpi.record import Checkpoints, read, resume_command
+        from fedsp_mpi.record import Checkpoints, newest_environment, read, resume_command
 
         run = read(self.path)
-        if run.status == "complete":
+        changes = changed_keys(run.config, asdict(self._config))
+        other_changes = [change for change in changes if not change.startswith(f"{_ROUNDS}:")]
+        self.gets_rounds = changes != other_changes
+        if run.status == "complete" and not self.gets_rounds:
             if not self._config.checkpoint.keep_client_states:
                 # A job that was killed at its very end has not come to this.
                 Checkpoints(self.path).remove_clients()
             raise comm.Refused(
-                f"{self.path}: this run is complete, there is nothing to go on with", 0
+                f"{self.path}: this run is complete, there is nothing to go on with; "
+                f"{more_rounds_advice(self.path, self._config)}",
+                0,
             )
-        changes = changed_keys(run.config, asdict(self._config))
-        if changes:
+        if other_changes:
+            environment = newest_environment(run.environment, run.sections)
             raise ValueError(
                 f"{self.path}: found another configuration than the run was begun with "
                 f"({'; '.join(changes)}), expected the same; go on with "
-                f"{resume_command(self.path, run.config)}, or choose another run.name"
+                f"{resume_command(self.path, environment)}, or choose another run.name"
+            )
+        if self.gets_rounds:
+            before = run.config["federation"]["rounds"]
+            num_done = run.committed_rounds
+            require_rounds(self.path, self._config, before=before, num_done=num_done)
+            if run.status == "complete":
+                self._require_last_checkpoint(num_done)
+
+    def _require_last_checkpoint(self, num_done: int) -> None:
+        """Raise ValueError unless a complete run has a checkpoint to get more rounds from."""
+        from fedsp_mpi.record import Checkpoints
+
+        checkpoint, problems = Checkpoints(self.path).newest()
+        if checkpoint is None:
+            reason = f" ({problems[0]})" if problems else ""
+            raise ValueError(
+                f"{self.path}: found a complete run of {num_done} rounds and no checkpoint to go "
+                f"on from{reason}, expected one (checkpoint.every); begin another run with more "
+                "rounds under another run.name"
             )
 
 

@@ -354,6 +354,11 @@ class ExperimentInputs(ModelInputs):
         """Return the examples of the server (0) or of client `owner` - 1."""
         return [self.splits.train[row] for row in self.shards[owner]]
 
+    @property
+    def server_examples(self) -> list[tasks.Example]:
+        """What the server owns beside the test: its shard and the validation split."""
+        return [*self._examples_of(0), *self.splits.validation]
+
     def _training_examples(self, owner: int) -> list[tasks.Example]:
         """Return what an owner trains on; a poisoned client has poisoned copies beside it."""
         examples = self._examples_of(owner)
@@ -442,7 +447,7 @@ class ExperimentInputs(ModelInputs):
         num_questions = max(settings.bridge_texts, num_asked)
         order = rng.generator(config.run.seed, "questions").permutation(len(paragraphs))
         chosen = [paragraphs[index] for index in order[:num_questions]]
-        examples = [*self._examples_of(0), *self.splits.validation]
+        examples = self.server_examples
         questions = pseudo_questions.questions(chosen, examples)
         texts = encode_pairs(self.tokenizer, list(questions))
         return [truncate(text, self.max_length) for text in texts]

@@ -91,6 +91,7 @@ def resume_record(
     config: Config,
     digests: dict[str, str],
     *,
+    gets_rounds: bool = False,
     ranks: Sequence[RankInfo],
     log: Log,
 ) -> OpenRecord:
@@ -100,6 +101,7 @@ def resume_record(
         folder: of the run.
         config: of the run.
         digests: of what the server reads now.
+        gets_rounds: the configuration has another number of rounds than the record.
         ranks: all of them.
         log: is told where the run continues.
 
@@ -131,6 +133,9 @@ def resume_record(
         rounds_again += num_rounds - rounds_done + 1
         record.describe(**_privacy(config, rounds_again))
         record.cut(rounds_done)
+        if gets_rounds:
+            log.say(f"goes on with {config.federation.rounds} rounds in all")
+            record.set_rounds(config.federation.rounds)
         checkpoints.remove_after(rounds_done)
         number = len(record.run.sections.get("resumes", {})) + 1
         resume = {"round": rounds_done, "environment": environment.environment(ranks)}
@@ -146,11 +151,15 @@ def _silos(config: Config) -> dict[str, JsonObject]:
     return {"silos": {"names": names}} if names else {}
 
 
-def record_failure(record: RunRecord, error: Exception) -> None:
+def record_failure(record: RunRecord, error: BaseException) -> None:
     """Write into the record that the run ended before its end, and why."""
+    is_interrupted = isinstance(error, KeyboardInterrupt)
     is_stopped = isinstance(error, comm.Refused) and error.exit_status == STOPPED
+    reason = one_line(error)
+    if is_interrupted:
+        reason = f"interrupted (Ctrl-C) in {comm.guard.phase_info(error)}"
     with suppress(ValueError, OSError):  # the error itself is what matters
-        record.finish("stopped" if is_stopped else "failed", one_line(error))
+        record.finish("stopped" if is_stopped or is_interrupted else "failed", reason)
 
 
 @contextmanager

@@ -11,9 +11,10 @@ from fedsp_mpi import comm
 from fedsp_mpi.comm import Topology
 from fedsp_mpi.config import Config
 from fedsp_mpi.log import Log, duration, one_line
-from fedsp_mpi.record import Checkpoints, RunRecord, resume_command
+from fedsp_mpi.record import Checkpoints, RunRecord, newest_environment, resume_command
 from fedsp_mpi.record.journal import RoundJournal, manifest_rows
 from fedsp_mpi.record.tables import never_merged, wire_rows
+from fedsp_mpi.report import handed_out
 from fedsp_mpi.roles import ServerRole
 from fedsp_mpi.run import auxiliary_model, build, fingerprints, overview
 from fedsp_mpi.run.final_scores import score_all
@@ -130,7 +131,14 @@ class ServerRun:
             rendezvous = Rendezvous.open(servers, is_one_host)
             digests = fingerprints.of_server(inputs, loaded.model)
             if place.is_resumed:
-                opened = resume_record(place.path, config, digests, ranks=ranks, log=log)
+                opened = resume_record(
+                    place.path,
+                    config,
+                    digests,
+                    gets_rounds=place.gets_rounds,
+                    ranks=ranks,
+                    log=log,
+                )
             else:
                 opened = begin_record(place, inputs, digests, ranks=ranks, assignment=assignment)
         except (ValueError, OSError) as error:
@@ -159,6 +167,12 @@ class ServerRun:
     def record(self) -> RunRecord:
         return self._opened.record
 
+    @property
+    def resume_command(self) -> str:
+        """What a user types to go on with this run."""
+        run = self.record.run
+        return resume_command(self.folder, newest_environment(run.environment, run.sections))
+
     def meeting(self) -> ServerMeeting | None:
         """Return where the server's other ranks meet this one; None if there are none."""
         if self._config.topology.server_ranks == 1:
@@ -166,7 +180,7 @@ class ServerRun:
         hosts = [rank.host for rank in self._ranks]
         return ServerMeeting(self._rendezvous.address, self._rendezvous.port, hosts)
 
-    def record_failure(self, error: Exception) -> None:
+    def record_failure(self, error: BaseException) -> None:
         """Write into the record that the run ended before its end, and why."""
         record_failure(self.record, error)
 
@@ -226,9 +240,14 @@ class ServerRun:
             )
         except StoppedError as stopped:
             self.record.describe(distillation={"steps": stopped.kept})
-            raise comm.Refused(str(stopped), STOPPED) from None
+            raise comm.Refused(f"{stopped}; go on with {self.resume_command}", STOPPED) from None
         servers = build.servers(
-            inputs, loaded.model, loaded.compute, group=group, client_model=client_model
+            inputs,
+            loaded.model,
+            loaded.compute,
+            group=group,
+            client_model=client_model,
+            progress=self._log.round_progress(None, self._config.federation.client_name),
         )
         self._prepared = PreparedServer(group, servers)
         candidates = inputs.candidates
@@ -251,6 +270,7 @@ class ServerRun:
             f"{counts['auxiliary']:,}, prompts {counts['prompt']:,} "
             f"({counts['prompt_on_the_wire']:,} travel)"
         )
+        self._log.say(f"clients get: {handed_out.sentence(counts)}")
         return handout
 
     def build_role(self, meta: HandoutMeta) -> ServerRole:
@@ -313,10 +333,9 @@ class ServerRun:
 
     def stop_refusal(self) -> comm.Refused:
         """Return what all ranks are told when the run was told to stop."""
-        run = self.record.run
-        command = resume_command(self.folder, run.config)
+        num_rounds = self.record.run.committed_rounds
         return comm.Refused(
-            f"told to stop after round {run.committed_rounds}; go on with {command}", STOPPED
+            f"told to stop after round {num_rounds}; go on with {self.resume_command}", STOPPED
         )
 
     def close(self) -> None:

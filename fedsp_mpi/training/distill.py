@@ -37,7 +37,7 @@ class StoppedError(Exception):
     """
 
     def __init__(self, num_done: int, num_steps: int, kept: int) -> None:
-        advice = "`run --resume` goes on from there" if kept else "nothing of it is kept"
+        advice = "they are kept" if kept else "nothing of it is kept"
         super().__init__(
             f"told to stop after {num_done} of {num_steps} steps of the distillation; {advice}"
         )

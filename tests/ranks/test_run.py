@@ -102,7 +102,12 @@ def test_record_says_what_happened(runs):
     assert (run.rounds["seconds_clients"] > 0).all() and np.isfinite(
         run.rounds["validation_merged"]
     ).all()
-    assert [row["method"] for row in run.results] == ["zero-shot", "server-only", "fedsp"]
+    assert [row["method"] for row in run.results] == [
+        "chance",
+        "zero-shot",
+        "server-only",
+        "fedsp",
+    ]
     with h5py.File(runs / "n4" / "run.h5") as file:
         assert file["prompts/0002/prompt"].shape == run.prompts(2)["prompt"].shape
 

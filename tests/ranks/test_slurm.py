@@ -195,7 +195,9 @@ def test_no_requeue_if_nothing_was_gained(slurm, folder):
     assert "nothing was gained since its last start" in job.text()
 
 
-def test_a_cancelled_job_leaves_a_readable_record(slurm, folder, slow):
+def test_a_cancelled_job_leaves_a_readable_record_and_another_job_goes_on(
+    slurm, folder, slow, whole
+):
     job = submit(slurm, folder, "cancelled", PYTHONPATH=slow)
     job.wait_for("round 2/")
     job.cancel()
@@ -208,6 +210,8 @@ def test_a_cancelled_job_leaves_a_readable_record(slurm, folder, slow):
     )
     assert done.returncode == 0, done.stderr
     assert re.search(r"^ +2 +2/2 ", done.stdout, re.M), done.stdout
+    slurm.submit(TWO, "fedsp.sbatch", "--resume", str(folder / "cancelled")).wait("COMPLETED")
+    assert difference(read(whole), read(folder / "cancelled")) == []
 
 
 def test_a_job_that_meets_its_time_limit_goes_on_to_the_same_bits(limited, whole, folder):

@@ -40,6 +40,7 @@ HOME = {
     "lm_eval": "evaluation/harness.py",
     "matplotlib": "report/plot.py",
     "pydantic": "config/keys.py",
+    "jinja2": "report/html.py",
 }
 TOOLS = {"resources/make_embedded.py"}  # makes what the package ships; not part of a run
 FILES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))

@@ -135,7 +135,7 @@ def counted(run: Run, round: int) -> float:
 def test_success_after_averaging_is_what_a_loop_counts(tmp_path):
     run = short(tmp_path, *FEDPROMPT, *ATTACK, "client.tuning.steps=6", "data.limit.test=60")
     rows = {(str(row["method"]), str(row["split"])): row for row in run.results}
-    assert list(rows) == [
+    assert list(rows)[1:] == [
         (m, s) for m in ("zero-shot", "server-only", "fedsp") for s in ("test", "test+trigger")
     ]
     triggered = rows["fedsp", "test+trigger"]

@@ -65,7 +65,7 @@ def test_every_byte_has_a_name_and_the_plan_knows_it(whole):
 def test_the_record_says_what_was_searched(whole):
     run = read(whole)
     assert run.status == "complete" and run.sections["models"]["searched"] == 20
-    assert [str(row["method"]) for row in run.results] == ["zero-shot", "fedbpt"]
+    assert [str(row["method"]) for row in run.results] == ["chance", "zero-shot", "fedbpt"]
     for column in ("fitness", "step_size", "loss_prompt_first", "loss_prompt_last"):
         assert np.isfinite(run.clients[column]).all(), column
     assert run.rounds["validation_merged"].tolist() == run.rounds["validation_loss"].tolist()

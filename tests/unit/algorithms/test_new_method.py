@@ -81,7 +81,7 @@ def test_a_new_method_runs_is_recorded_and_planned(shrink, tmp_path: Path, capsy
     first, second = (run.clients[run.clients["round"] == r]["prompt_norm"] for r in (1, 2))
     assert len(set(first.tolist())) == 1 and np.allclose(second, first / 2)
     assert run.status == "complete" and "shrink" in summarize(run)
-    assert [str(row["method"]) for row in run.results] == ["zero-shot", "shrink"]
+    assert [str(row["method"]) for row in run.results] == ["chance", "zero-shot", "shrink"]
     assert cost.plan(config.load(None, settings), "toy", 20).methods
 
 

@@ -72,7 +72,7 @@ def test_a_server_without_text_only_averages(tmp_path, text):
         "client_shards"
     ] == [22, 21, 21]
     assert found.sections["distillation"]["steps"] == 4
-    assert [str(row["method"]) for row in found.results] == ["zero-shot", "fedsp"]
+    assert [str(row["method"]) for row in found.results] == ["chance", "zero-shot", "fedsp"]
     assert all(math.isnan(loss) for loss in found.rounds["server_loss_last"])
     assert found.rounds["validation_merged"].tolist() == found.rounds["validation_loss"].tolist()
 

@@ -14,7 +14,6 @@ from fedsp_mpi import cli
         ("run --every x", "--every: found 'x', expected a number"),
         ("run --every nan", "--every: found nan, expected at least 0"),
         ("run --every 1e999", "--every: found 1e999, expected at most 1e+09"),
-        ("run --resume=maybe", "--resume: found 'maybe', expected one of 'must', 'auto'"),
         ("run --replace=1", "--replace: found the value '1', expected none"),
         ("run --re", "found --re, expected one of --replace, --resume"),
         ("run --nmae=x", "found --nmae=x, expected only arguments that this command has"),

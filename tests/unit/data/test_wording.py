@@ -151,7 +151,7 @@ def test_a_run_is_trained_and_scored_in_the_users_words(tmp_path, films):
     )  # its own are unknown here
     usual = short(tmp_path / "usual", *FEDPROMPT, *settings(films, *other))
     assert run.config["data"]["verbaliser"] == ["grey", "blue"]
-    assert run.results["loss"].tolist() != usual.results["loss"].tolist()
+    assert run.results["loss"][-1] != usual.results["loss"][-1]
     materials = ExperimentInputs(config.load(Path(run.file.parent) / "config.yaml"))
     assert {question.lengths for question in materials.test} == {(4, 4)}
     assert materials.candidates is None or len(materials.candidates) == 2

@@ -84,7 +84,7 @@ def test_losses_of_all_methods_are_of_the_scoring_model(settings):
     run = read(Path(config.run.folder) / "half")
     materials, whole = loaded(config, torch.float32)
     rows = {row["method"]: row for row in run.results}
-    assert list(rows) == ["zero-shot", "server-only", "fedsp"]
+    assert list(rows) == ["chance", "zero-shot", "server-only", "fedsp"]
     prompt = Prompt(materials.prompt_spec)
     best = int(rows["fedsp"]["round"])
     prompt.load({name: torch.tensor(values) for name, values in run.prompts(best).items()})

@@ -684,15 +684,12 @@ def test_a_refused_resume_names_the_command_that_goes_on(runs, capsys, monkeypat
     status, _, error = run_command(
         capsys, "run", "--name", "a", "--set", f"run.folder={folder.parent}", "--resume"
     )
-    command = f"run {folder}/config.yaml --name a --resume"
+    command = f"run --resume {folder}"
     assert status == 2 and command in error
     RunLock.take(folder).release()  # the process that had it is gone
     status, out, _ = run_command(capsys, "report", str(folder))
     assert "stopped (it was killed: no process writes to it any more)" in out
-    assert (
-        out.splitlines()[-1]
-        == f"go on     python -m fedsp_mpi {command} --set run.folder={folder.parent}"
-    )
+    assert out.splitlines()[-1] == f"go on     python -m fedsp_mpi {command}"
     status, out, _ = run_command(capsys, *shlex.split(out.splitlines()[-1])[5:])
     assert status == 0 and difference(read(runs / "whole"), read(folder)) == []
 

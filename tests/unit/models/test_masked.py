@@ -290,14 +290,16 @@ def test_a_run_learns_and_peft_answers_with_its_prompt(tmp_path, family):
         "prompt.init_text=w3 w4",
     )
     assert run.status == "complete" and [str(m) for m in run.results["method"]] == [
+        "chance",
+        "majority",
         "zero-shot",
         "server-only",
         "fedsp",
     ]
     first = run.clients["loss_prompt_first"][:3].mean()
     assert run.clients["loss_prompt_last"][-3:].mean() < first
-    assert run.results["loss"][2] < run.results["loss"][0]
-    best = int(run.results["round"][2])
+    assert run.results["loss"][-1] < run.results["loss"][-3]
+    best = int(run.results["round"][-1])
     _compare_with_peft(
         run.file.parent / "prompt", tmp_path / "model", family, run.prompts(best)["prompt"]
     )
@@ -346,7 +348,10 @@ def test_a_backdoor_in_a_masked_model(tmp_path):
         "evaluation.server_only=false",
     )
     run = short(tmp_path / "runs", *gap_settings(tmp_path, "bert", *more, "federation.rounds=1"))
-    assert [str(row["split"]) for row in run.results] == ["test", "test+trigger"] * 2
+    assert [str(row["split"]) for row in run.results] == [
+        *["test labels"] * 2,
+        *["test", "test+trigger"] * 2,
+    ]
     assert np.isfinite(run.clients["attack_success"]).tolist() == [True, False, False]
 
 

@@ -187,10 +187,8 @@ def test_tables_show_the_names_that_a_sweep_gave_to_its_tasks(tmp_path):
         "| trec, FedSP",
         "| piqa, FedSP",
     }
-    assert "less than two standard errors is no difference" in str(gain_table(compare(runs)))
-    assert "standard errors is no difference" not in str(
-        gain_table(compare(first))
-    )  # one seed has no such error
+    assert "95 % interval" not in str(gain_table(compare(runs)))
+    assert "95 % interval" in str(gain_table(compare(first)))  # one seed has no spread
     alike = [named(run, "mine") for run in runs]
     assert rows(comparison_table(compare(alike)))["method"][:2] == [
         "mine, /d/a (acc)",
@@ -217,8 +215,8 @@ def test_methods_against_tasks_over_seeds(tmp_path):
     ]
     assert cells["zero-shot"] == ["50.00 ± 0.00"] * 2 + [""] * 5
     assert cells["server-only"] == ["60.00 ± 0.00"] * 2 + [""] * 5
-    assert cells["FedSP"] == ["61.50 ± 0.71"] * 2 + ["3 k", "3.5 k", "2 kB", "1.50", ""]
-    assert cells["FedPrompt"][:2] == ["63.50 ± 0.71"] * 2
+    assert cells["FedSP"] == ["61.50 ± 0.71 ~"] * 2 + ["3 k", "3.5 k", "2 kB", "1.50", ""]
+    assert cells["FedPrompt"][:2] == ["63.50 ± 0.71 ~"] * 2
     for fact in (
         "test questions: sciq 400, piqa 400",
         "seeds: 1, 2",
@@ -237,7 +235,7 @@ def test_one_seed_has_no_deviation_and_exact_match_is_a_main_measure(tmp_path):
     results = run.results.copy()
     results["exact_match"] = [0.1, 0.2, 0.3]
     cells = rows(comparison_table(compare([replace(run, results=results)])))
-    assert cells["method"][0] == "sciq (exact match)" and cells["FedSP"][0] == "30.00"
+    assert cells["method"][0] == "sciq (exact match)" and cells["FedSP"][0] == "30.00 [25.7, 34.7]"
     assert main_result(run) == ("acc", 0.25)
 
 
@@ -256,7 +254,7 @@ def test_what_clients_hold_and_train(tmp_path):
     assert cells["prompts"][1:] == ["3 k", "500", "2 kB", "1.50", ""]
     assert cells["joint"][1:3] == ["3 k", "3.5 k"]
     assert cells["tuned"][1:] == ["9 k", "9 k", "2 kB", "1.50", "1.5 GB"]
-    assert cells["central"] == ["70.00", "", "", "", "", ""]
+    assert cells["central"] == ["70.00 [65.3, 74.3]", "", "", "", "", ""]
 
 
 def test_controls_that_disagree_have_rows_of_their_own(tmp_path):
@@ -402,37 +400,36 @@ def pixels(path: Path) -> tuple[int, int]:
     return struct.unpack(">II", head[16:24])
 
 
-def test_bars_have_a_group_for_each_task_and_a_colour_for_each_method(tmp_path):
+def test_bars_are_sorted_with_their_names_scores_and_errors(tmp_path):
     comparison = compare(grid(tmp_path, ["FedSP", "FedPrompt"], ["sciq", "piqa"]))
-    draw_bars(comparison, tmp_path / "bars.svg")
-    texts = pictures.texts(tmp_path / "bars.svg")
-    assert {
-        "sciq",
-        "piqa",
-        "zero-shot",
-        "server-only",
-        "FedSP",
-        "FedPrompt",
-        "score in percent",
-    } <= set(texts)
-    assert sorted(text for text in texts if text.endswith((".5", "50.0", "60.0")))[:2] == [
-        "50.0",
-        "50.0",
-    ]
-    assert texts.count("61.5") == texts.count("63.5") == 2
-    picture = (tmp_path / "bars.svg").read_text()
-    assert picture.count("#0072b2") == picture.count("#d55e00") == 2 + 1  # bars and legend
+    panels = pictures.panels(lambda path: draw_bars(comparison, path))
+    assert [axes.get_title(loc="left") for axes in panels] == ["sciq", "piqa"]
+    for axes in panels:
+        labels = [label.get_text() for label in axes.get_yticklabels()]
+        assert labels == ["FedPrompt", "FedSP", "server-only", "zero-shot"]
+        lowest, highest = axes.get_ylim()
+        assert lowest > highest, "the first bar is at the top"
+        texts = [text.get_text() for text in axes.texts]
+        assert texts == ["63.5 ± 0.7", "61.5 ± 0.7", "60.0", "50.0"]
+        greys = [bar.get_facecolor()[0] == bar.get_facecolor()[2] for bar in axes.patches]
+        assert greys == [False, False, True, True]
+        assert axes.get_legend() is None
     draw_bars(comparison, tmp_path / "bars.png")
     width, height = pixels(tmp_path / "bars.png")
-    assert width > height > 400
+    assert width > height > 300
 
 
-def test_many_methods_are_told_apart(tmp_path):
-    comparison = compare(grid(tmp_path, [f"method {i}" for i in range(9)]))
+def test_bars_of_one_seed_have_the_error_of_their_questions(tmp_path):
+    runs = grid(tmp_path, [f"method {i}" for i in range(18)], seeds=(1,))
+    column = runs[0].results.copy()
+    column["stderr"] = 0.05
+    runs[0] = replace(runs[0], results=column)
+    comparison = compare(runs)
     draw_bars(comparison, tmp_path / "bars.svg")
-    assert (tmp_path / "bars.svg").read_text().count(
-        "<pattern"
-    ) == 2  # the eighth and ninth are hatched
+    texts = pictures.texts(tmp_path / "bars.svg")
+    assert "61.0 ± 5.0" in texts and "63.0" in texts
+    assert {f"method {i}" for i in range(18)} <= set(texts)
+    assert any("standard error over questions (one seed); grey: controls" in x for x in texts)
 
 
 def test_curves_against_rounds_bytes_and_seconds(tmp_path):

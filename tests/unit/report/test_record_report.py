@@ -56,16 +56,16 @@ def test_summary_fits_a_terminal_and_says_what_was_gained(tmp_path: Path) -> Non
     assert lines[-1] == f"folder    {tmp_path / 'a'}"
 
 
-NO_DIFFERENCE = "    no difference that 400 questions can show: less than two standard errors"
+NO_DIFFERENCE = "    no difference that 400 questions can show: 95 % interval "
 
 
 @pytest.mark.parametrize(
     ("fedsp", "gain", "verdict"),
     [
-        (0.61, "+1.00", NO_DIFFERENCE),
-        (0.6, "+0.00", NO_DIFFERENCE),
-        (0.58, "-2.00", NO_DIFFERENCE),
-        (0.55, "-5.00", "    fedsp is worse than server-only, by two standard errors or more"),
+        (0.61, "+1.00", f"{NO_DIFFERENCE}-5.75 to +7.74"),
+        (0.6, "+0.00", f"{NO_DIFFERENCE}-6.76 to +6.76"),
+        (0.55, "-5.00", f"{NO_DIFFERENCE}-11.78 to +1.84"),
+        (0.5, "-10.00", "    fedsp is worse than server-only: 95 % interval -16.76 to -3.11"),
     ],
 )
 def test_summary_says_what_the_questions_can_show(
@@ -80,7 +80,7 @@ def test_summary_says_what_the_questions_can_show(
 
 def test_summary_of_a_gain_beyond_its_error(tmp_path: Path) -> None:
     text = summarize(finished(tmp_path / "a", 0.7))
-    assert "standard errors" not in text and "worse" not in text
+    assert "can show" not in text and "worse" not in text
 
 
 def test_summary_explains_its_columns(tmp_path: Path) -> None:
@@ -206,10 +206,12 @@ def test_markdown_groups_seeds(tmp_path: Path) -> None:
         make(tmp_path / "d", seed=3, prompt={"num_tokens": 16}).run,
     ]
     lines = markdown(runs).splitlines()
-    assert len(lines) == 2 + 3 + 3 + 2 and len({line.count("|") for line in lines[:8]}) == 1
+    assert len(lines) == 2 + 3 + 3 + 2 + 2 and len({line.count("|") for line in lines[:8]}) == 1
     row = "| prompt.num_tokens=8 | fedsp | test | 1, 2 | 400 | 75.00 ± 7.07 | 65.00 ± 7.07 | - |"
-    assert lines[4] == row + " 2.0000 ± 0.0000 | +15.00 ± 7.07 |"
-    assert lines[7].startswith("| prompt.num_tokens=16 | fedsp | test | 1 | 400 | 50.00 |")
+    assert lines[4] == row + " 2.0000 ± 0.0000 | +15.00 ± 7.07 ~ |"
+    assert lines[7].startswith(
+        "| prompt.num_tokens=16 | fedsp | test | 1 | 400 | 50.00 [45.1, 54.9] |"
+    )
     assert lines[7].endswith("| -10.00 |")
     assert lines[-1] == "Not complete: d (running)."
 

@@ -640,7 +640,7 @@ def test_a_distillation_goes_on_with_equal_bits(gpt2, dropout):
     states: list[State] = []
     with pytest.raises(
         StoppedError,
-        match=r"told to stop after 4 of 6 steps of the distillation; `run --resume` goes",
+        match="told to stop after 4 of 6 steps of the distillation; they are kept",
     ):
         distilled(
             gpt2,
