@@ -155,9 +155,11 @@ def run_round(
     server.compute.begin()
     with guard.phase("merge", round=round):
         if updates is not None and schedule.federation.clients:
+            assert broadcast.tensors is not None
             require_quorum(updates, schedule.federation)
             aggregate = server.server.aggregate(updates)
             require_quorum(updates, schedule.federation)  # the rule may have rejected some
+            server.outer.step(broadcast.tensors, aggregate)
             server.server.load_aggregate(aggregate)
         server.group.lead(server.server.parameters())
         watch.lap("merge")

@@ -10,6 +10,7 @@ from typing import Protocol
 
 import numpy as np
 
+from fedsp_mpi.aggregation.outer import OuterOptimizer
 from fedsp_mpi.algorithms.base import Client, Server
 from fedsp_mpi.comm import guard
 from fedsp_mpi.comm.inspection import Expected, ProtocolError, reading, require_fields
@@ -190,6 +191,7 @@ class ServerRole:
         expected: returns who answers in a round, and what they may send; None likewise.
         always_accept: whether a round's tuning stands if it made the validation loss worse.
         answer: returns the losses that clients without a model ask for; None if all hold one.
+        outer: moves the server's values by the clients' mean.
         best: of the server.
         control_best: of the control.
     """
@@ -204,6 +206,7 @@ class ServerRole:
     expected: Callable[[int], Expected] | None = None
     always_accept: bool = True
     answer: Callable[[np.ndarray], np.ndarray] | None = None
+    outer: OuterOptimizer = field(default_factory=OuterOptimizer)
     best: Best = field(init=False)
     control_best: Best | None = field(init=False)
 
@@ -269,7 +272,11 @@ class ServerRole:
             part.load_state(part_of_state(state, name))
 
     def _parts(self) -> Mapping[str, _HasState]:
-        parts: dict[str, _HasState] = {"server": self.server, "best": self.best}
+        parts: dict[str, _HasState] = {
+            "server": self.server,
+            "best": self.best,
+            "outer": self.outer,
+        }
         if self.control is not None and self.control_best is not None:
             parts["control"] = self.control
             parts["control_best"] = self.control_best

@@ -59,6 +59,7 @@ class LocalTraining:
         keep_state: whether weights, optimizers and schedules live on from round to round; otherwise
             every round begins from the hand-out, with a schedule of its own.
         seed: of dropout.
+        proximal: FedProx's mu, for the prompt; see `TorchEngine`.
         max_seconds: of one client's work in a round. When they are over, a stage ends after its
             step; alignment has its share of them. None: no limit.
     """
@@ -69,6 +70,7 @@ class LocalTraining:
     total_rounds: int
     keep_state: bool
     seed: int
+    proximal: float = 0.0
     max_seconds: float | None = None
 
     def num_steps(self, stage: str) -> int:
@@ -206,6 +208,7 @@ class Client:
         for stage, engine in state.engines.items():
             previous_rounds = round - 1 if self._training.keep_state else 0
             engine.steps_done = previous_rounds * self._training.num_steps(stage)
+        state.engines["tuning"].anchor()
         if self.model.dropout:
             rng.seed_torch(self._training.seed, "client", round, client)
 
@@ -225,6 +228,7 @@ class Client:
             self.prompt.parameters(),
             training.tuning.optimizer,
             training.num_steps("tuning") * rounds,
+            proximal=training.proximal,
         )
         return {"alignment": alignment, "tuning": tuning}
 
@@ -309,6 +313,7 @@ class FedSP(Method):
                 total_rounds=config.federation.rounds,
                 keep_state=config.federation.client_state == "kept",
                 seed=config.run.seed,
+                proximal=config.client.proximal,
                 max_seconds=config.federation.client_seconds,
             ),
             progress=context.progress,

@@ -7,10 +7,11 @@ Nothing stays secret here: every client gets the global model. Prompts are compa
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
+from typing import Protocol
 
-from torch import nn
+from torch import Tensor, nn
 
 from fedsp_mpi.aggregation.fedavg import Updates
 from fedsp_mpi.algorithms.base import (
@@ -36,13 +37,78 @@ from fedsp_mpi.training.loop import Batches, NonFiniteError, Trace, train
 from fedsp_mpi.training.process_group import SINGLE_RANK, ServerGroup
 
 
+class Tuned(Protocol):
+    """What is tuned of a model, and travels."""
+
+    def parameters(self) -> Iterable[nn.Parameter]:
+        """Return the tensors themselves, fp32."""
+
+    def tensors(self) -> Mapping[str, nn.Parameter]:
+        """Return them by name."""
+
+    def pack(self) -> NamedTensors:
+        """Copy them into the tensors that travel, fp32 [*shape]."""
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copy values [*shape] in, by name."""
+
+    def truncate(self, rank: int) -> None:
+        """Keep what a client of a lower rank has."""
+
+    def attach(self) -> None:
+        """Become part of the model, whose weights have been read again."""
+
+    def begin_training(self) -> None:
+        """Make them trainable."""
+
+    def end_training(self) -> None:
+        """Make the model ready to be scored."""
+
+
+class AllWeights:
+    """All weights of a model; see `Tuned`."""
+
+    def __init__(self, model: LanguageModel) -> None:
+        self._model = model
+
+    def parameters(self) -> Iterable[nn.Parameter]:
+        """Return all weights, shared ones once."""
+        return self._model.weights.values()
+
+    def tensors(self) -> Mapping[str, nn.Parameter]:
+        """Return them by name."""
+        return self._model.weights
+
+    def pack(self) -> NamedTensors:
+        """Copy them into the tensors that travel, fp32 [*shape]."""
+        return auxiliary.pack(self._model)
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copy values [*shape] in, by name."""
+        auxiliary.load_weights(self._model, tensors)
+
+    def truncate(self, rank: int) -> None:
+        """Keep all."""
+
+    def attach(self) -> None:
+        """Do nothing: they are part of the model."""
+
+    def begin_training(self) -> None:
+        """Make them trainable."""
+        self._model.train_weights(True)
+
+    def end_training(self) -> None:
+        """Do nothing: there is no dropout."""
+
+
 class WeightServer:
-    """Averages the clients' models, and trains the result on the server's own shard.
+    """Averages what the clients tuned, and tunes the result on the server's own shard.
 
     Without clients it is centralised fine-tuning.
 
     Args:
-        model: the global model, its weights fp32 and trainable.
+        model: the global model.
+        tuned: what of it is tuned.
         batches: the server's shard; None if it does not tune.
         stage: its tuning in each round.
         total_rounds: length of the learning-rate schedule, in rounds.
@@ -56,15 +122,17 @@ class WeightServer:
     def __init__(
         self,
         model: LanguageModel,
+        tuned: Tuned,
         batches: Batches | None,
-        stage: StageConfig,
         *,
+        stage: StageConfig,
         total_rounds: int,
         rule: Rule,
         group: ServerGroup = SINGLE_RANK,
         progress: RoundProgress | None = None,
     ) -> None:
         self.model = model
+        self.tuned = tuned
         self._batches = batches
         self._stage = stage
         self._rule = rule
@@ -73,29 +141,30 @@ class WeightServer:
         self._engine = TorchEngine(self.parameters(), stage.optimizer, total_steps, group=group)
 
     def parameters(self) -> Iterable[nn.Parameter]:
-        """Return all weights, shared ones once."""
-        return self.model.weights.values()
+        """Return what is tuned."""
+        return self.tuned.parameters()
 
     def broadcast(self) -> NamedTensors:
-        """Return a copy of the weights."""
+        """Return a copy of what is tuned."""
         return self.export()
 
     def aggregate(self, updates: Updates) -> NamedTensors:
-        """Return one set of weights of many, by the rule."""
+        """Return one set of tensors of many, by the rule."""
         return self._rule(updates)
 
     def load_aggregate(self, aggregate: NamedTensors) -> None:
-        """Make the merged weights the server's own."""
+        """Make the merged tensors the server's own."""
         self.restore(aggregate)
 
     def server_update(self, round: int) -> Trace:
-        """Train the global model on the server's own shard."""
+        """Tune the global model on the server's own shard."""
         if self._batches is None:
             return Trace()
         self._progress.server(round)
         self._progress.stage("step", self._stage.steps)
         loss = partial(answer_loss_of, self.model, None)
-        return train(
+        self.tuned.begin_training()
+        trace = train(
             self._engine,
             self._batches,
             loss,
@@ -104,38 +173,45 @@ class WeightServer:
             device=self.model.device,
             on_step=self._progress.step,
         )
+        self.tuned.end_training()
+        return trace
 
     def export(self) -> NamedTensors:
-        """Return a copy of the weights."""
-        return auxiliary.pack(self.model)
+        """Return a copy of what is tuned."""
+        return self.tuned.pack()
 
     def restore(self, exported: NamedTensors) -> None:
-        """Copy in weights that `export` returned."""
-        auxiliary.load_weights(self.model, exported.torch())
+        """Copy in what `export` returned."""
+        self.tuned.load(exported.torch())
 
     def state(self) -> State:
         """Return all that the next round depends on."""
-        return join_states({"weights": arrays(self.model.weights), "engine": self._engine.state()})
+        parts = {"weights": arrays(self.tuned.tensors()), "engine": self._engine.state()}
+        return join_states(parts)
 
     def load_state(self, state: State) -> None:
         """Continue from `state()`, which is copied."""
-        auxiliary.load_weights(self.model, tensors(part_of_state(state, "weights")))
+        self.tuned.load(tensors(part_of_state(state, "weights")))
         self._engine.load_state(part_of_state(state, "engine"))
 
 
 class WeightClient:
-    """All clients of one process, which share one model to work in.
+    """All clients of one process, which tune all of one model, or a part of it, one by one.
 
     Args:
-        model: as large as the global one; its weights come with every round.
+        model: as large as the global one.
+        tuned: what of it is tuned, which comes with every round.
         shards: text by client id, or why it cannot be trained on.
         stage: a round's training.
         total_rounds: length of the learning-rate schedule, in rounds.
         keep_state: whether optimizers and schedules live on from round to round, which takes twice
             the model's size a client.
+        proximal: FedProx's mu; see `TorchEngine`.
         max_seconds: of one client's work in a round; when they are over, it ends after its step.
             None: no limit.
         progress: is told of every step.
+        initial: the model's own weights where they do not travel with what is tuned.
+        rank_of: returns the rank of a client's adapters.
 
     Attributes:
         states: what clients keep between rounds.
@@ -146,24 +222,32 @@ class WeightClient:
     def __init__(
         self,
         model: LanguageModel,
+        tuned: Tuned,
         shards: Mapping[int, Batches | ShardError],
-        stage: StageConfig,
         *,
+        stage: StageConfig,
         total_rounds: int,
         keep_state: bool,
+        proximal: float = 0.0,
         max_seconds: float | None = None,
         progress: RoundProgress | None = None,
+        initial: NamedTensors | None = None,
+        rank_of: Callable[[int], int] | None = None,
     ) -> None:
         self.model = model
+        self._tuned = tuned
+        self._rank_of = rank_of
         self._shards = shards
         self._stage = stage
         self._rounds = total_rounds if keep_state else 1
         self._keep_state = keep_state
+        self._proximal = proximal
         self._max_seconds = max_seconds
         self._progress = progress or RoundProgress()
-        no_weights = NamedTensors.pack({})
+        if initial is None:
+            initial = NamedTensors.pack({})
         self.states = ClientStates(
-            model, no_weights, self._build_engines, trains_model=False, keep=keep_state
+            model, initial, self._build_engines, trains_model=False, keep=keep_state
         )
 
     def local_update(self, client: int, round: int, broadcast: NamedTensors) -> Update:
@@ -181,10 +265,11 @@ class WeightClient:
             raise shard
         with oom_as_client_error():
             state = self.states.restore(client)
-            auxiliary.load_weights(self.model, broadcast.torch())
+            self._load(client, broadcast)
             engine = state.engines["tuning"]
             engine.steps_done = (round - 1) * self._stage.steps if self._keep_state else 0
-            self.model.train_weights(True)
+            engine.anchor()
+            self._tuned.begin_training()
             self._progress.stage("step", self._stage.steps)
             trace = train(
                 engine,
@@ -196,7 +281,8 @@ class WeightClient:
                 on_step=self._progress.step,
                 until=None if self._max_seconds is None else start + self._max_seconds,
             )
-            weights = auxiliary.pack(self.model)
+            self._tuned.end_training()
+            weights = self._tuned.pack()
             if not weights.is_finite():
                 raise NonFiniteError("the trained model holds numbers that are not finite")
             self.states.store(client, state)
@@ -209,13 +295,21 @@ class WeightClient:
         return Update(client, float(trace.samples), weights, metrics)
 
     def hold(self, client: int, broadcast: NamedTensors) -> None:
-        """Load the broadcast weights, which all clients hold; see `base.Client.hold`."""
-        auxiliary.load_weights(self.model, broadcast.torch())
+        """Load what was broadcast; see `base.Client.hold`."""
+        self.states.show(client)
+        self._load(client, broadcast)
+
+    def _load(self, client: int, broadcast: NamedTensors) -> None:
+        self._tuned.load(broadcast.torch())
+        if self._rank_of is not None:
+            self._tuned.truncate(self._rank_of(client))
 
     def _build_engines(self) -> dict[str, TorchEngine]:
         total_steps = self._stage.steps * self._rounds
-        weights = self.model.weights.values()
-        return {"tuning": TorchEngine(weights, self._stage.optimizer, total_steps)}
+        engine = TorchEngine(
+            self._tuned.parameters(), self._stage.optimizer, total_steps, proximal=self._proximal
+        )
+        return {"tuning": engine}
 
 
 # -- the method ------------------------------------------------------------------------------------
@@ -231,8 +325,9 @@ class Finetune(Method):
         config = context.inputs.config
         return WeightServer(
             context.model,
+            AllWeights(context.model),
             context.batches(),
-            config.server.tuning,
+            stage=config.server.tuning,
             total_rounds=config.federation.rounds,
             rule=context.rule,
             group=context.group,
@@ -256,12 +351,15 @@ class Finetune(Method):
         inputs = context.inputs
         config = inputs.config
         stage = config.client.tuning
+        model = context.build_model(False)
         return WeightClient(
-            context.build_model(False),
+            model,
+            AllWeights(model),
             context.shards(lambda client: inputs.batches(client + 1, stage, "prompt")),
-            stage,
+            stage=stage,
             total_rounds=config.federation.rounds,
             keep_state=config.federation.client_state == "kept",
+            proximal=config.client.proximal,
             max_seconds=config.federation.client_seconds,
             progress=context.progress,
         )

@@ -23,7 +23,7 @@ from fedsp_mpi.data.examples import Example
 from fedsp_mpi.files import fingerprint, ownership
 from fedsp_mpi.files.untrusted import JsonObject
 from fedsp_mpi.log import Log, duration
-from fedsp_mpi.models import backbone
+from fedsp_mpi.models import backbone, lora
 from fedsp_mpi.models.language_model import LanguageModel
 from fedsp_mpi.models.prompts import Prompt, read_adapter
 from fedsp_mpi.record import Run, read
@@ -184,7 +184,7 @@ def _require_tuned(run: Run, config: Config, folder: Path, *, options: Options) 
             f"{folder}: found a run that is {run.status}, expected a complete one; go on with it "
             f"by run --resume, or {alternative}"
         )
-    tuned = folder / ("model" if config.tunes_weights else "prompt")
+    tuned = folder / _tuned_folder(config)
     if not tuned.is_dir():
         raise ValueError(
             f"{tuned}: found no such folder, expected what the run has tuned; copy it there, or "
@@ -194,6 +194,13 @@ def _require_tuned(run: Run, config: Config, folder: Path, *, options: Options) 
         fingerprint.require_digests(tuned)
     except ValueError as error:
         raise ValueError(f"{error}; copy the whole run folder again, or {alternative}") from None
+
+
+def _tuned_folder(config: Config) -> str:
+    """Return the name of the folder that holds what a run has tuned."""
+    if config.adapts:
+        return "adapter"
+    return "model" if config.tunes_weights else "prompt"
 
 
 def _require_text(inputs: ExperimentInputs, own_task: str, options: Options) -> None:
@@ -227,7 +234,7 @@ def _models(
     """
     config = inputs.config
     method = config.run.label or config.method
-    has_tuned_weights = config.tunes_weights and not without_prompt
+    has_tuned_weights = config.trains_all_weights and not without_prompt
     model = backbone.load_global(
         str(folder / "model") if has_tuned_weights else inputs.model_name,
         device=compute.device,
@@ -239,6 +246,11 @@ def _models(
         backbone.reload(
             model, inputs.model_name, revision=config.model.revision, dtype=compute.dtype
         )
+    elif config.adapts and not without_prompt:
+        adapters = lora.Lora(model, config.lora)
+        adapters.load(lora.read(folder / _tuned_folder(config)))
+        yield method, model, None
+        adapters.clear()
     elif not without_prompt:
         yield method, model, _prompt(inputs, folder / "prompt").to(compute.device)
     yield ZERO_SHOT, model, None

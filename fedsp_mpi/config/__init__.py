@@ -12,7 +12,7 @@ from fedsp_mpi.config.experiment import (
     load,
     to_yaml,
 )
-from fedsp_mpi.config.federation import ClientConfig, FederationConfig, ServerConfig
+from fedsp_mpi.config.federation import ClientConfig, FederationConfig, OuterConfig, ServerConfig
 from fedsp_mpi.config.model import AuxiliaryConfig, DistillationConfig, ModelConfig, PromptConfig
 from fedsp_mpi.config.parsing import ConfigError
 from fedsp_mpi.config.runtime import (
@@ -44,6 +44,7 @@ __all__ = [
     "LimitConfig",
     "ModelConfig",
     "OptimizerConfig",
+    "OuterConfig",
     "PrivacyConfig",
     "PromptConfig",
     "RecordConfig",

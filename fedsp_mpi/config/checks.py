@@ -15,6 +15,8 @@ def require_consistent(config: Config) -> None:
     """Raise ConfigError on the first values of different keys that contradict each other."""
     if config.searches:
         _require_search(config)
+    _require_text(config)
+    _require_adapters(config)
     _require_federation(config)
     _require_prompt(config)
     _require_shares(config)
@@ -39,6 +41,41 @@ def _require_search(config: Config) -> None:
         raise ConfigError(
             "prompt.init_std: found 0 with method=fedbpt, expected a number above 0, which the "
             "search's scale follows from; or set prompt.init=text"
+        )
+
+
+def _require_text(config: Config) -> None:
+    """Check that a method that reads documents has some, and no other method; and the weights."""
+    is_plain = config.data.task == "plain_text"
+    if is_plain != config.method_facts.reads_plain_text:
+        expected = (
+            "another task, with questions and answers; or set method=pretrain"
+            if is_plain
+            else "plain_text, documents in a column text"
+        )
+        raise ConfigError(
+            f"data.task: found {config.data.task} with method={config.method}, expected {expected}"
+        )
+    if is_plain and config.data.template is not None:
+        raise ConfigError(
+            "data.template: found one with plain_text, whose documents are read as they are, "
+            "expected null"
+        )
+    if config.model.weights == "random" and not config.tunes_weights:
+        raise ConfigError(
+            f"model.weights: found random with method={config.method}, which leaves the weights as "
+            "they are, expected pretrained; or set method=pretrain"
+        )
+
+
+def _require_adapters(config: Config) -> None:
+    """Check what merges low-rank adapters by their products."""
+    if not config.adapts or config.lora.merge == "factors":
+        return
+    if config.federation.rule != "mean":
+        raise ConfigError(
+            f"federation.rule: found {config.federation.rule} with lora.merge=products, expected "
+            "mean: what is merged is the mean of products; or set lora.merge=factors"
         )
 
 

@@ -16,6 +16,7 @@ from fedsp_mpi.config.checks import require_consistent
 from fedsp_mpi.config.data import DataConfig
 from fedsp_mpi.config.federation import ClientConfig, FederationConfig, ServerConfig
 from fedsp_mpi.config.limits import STAGES, require_ranges
+from fedsp_mpi.config.lora import LoraConfig
 from fedsp_mpi.config.methods import FEDAVG_BBT, METHODS, MethodFacts, require_method
 from fedsp_mpi.config.model import (
     AuxiliaryConfig,
@@ -85,7 +86,8 @@ class Config:
     method: str = option(
         "fedsp",
         "what is tuned and exchanged. `fedsp`: prompts, by gradients; `fedbpt`: prompts, searched "
-        "for without gradients; `finetune`: all weights of the global model",
+        "for without gradients; `finetune`: all weights of the global model; `lora`: low-rank "
+        "adapters of it; `pretrain`: all weights, on plain text",
     )
     run: RunConfig = RunConfig()
     topology: TopologyConfig = TopologyConfig()
@@ -94,6 +96,7 @@ class Config:
     auxiliary: AuxiliaryConfig = AuxiliaryConfig()
     distillation: DistillationConfig = DistillationConfig()
     prompt: PromptConfig = PromptConfig()
+    lora: LoraConfig = LoraConfig()
     federation: FederationConfig = FederationConfig()
     server: ServerConfig = ServerConfig()
     client: ClientConfig = ClientConfig()
@@ -115,6 +118,16 @@ class Config:
     def tunes_weights(self) -> bool:
         """Whether the model's own weights are tuned and travel; then there is no prompt."""
         return self.method_facts.tunes_weights
+
+    @property
+    def adapts(self) -> bool:
+        """Whether low-rank adapters are tuned and travel, beside weights that stay as they are."""
+        return self.method_facts.adapts
+
+    @property
+    def trains_all_weights(self) -> bool:
+        """Whether all weights of the global model are trained and travel."""
+        return self.tunes_weights and not self.adapts
 
     @property
     def searches(self) -> bool:
@@ -139,7 +152,9 @@ class Config:
     def clients_train_weights(self) -> bool:
         """Whether clients train the weights of the model that they hold, not only prompts."""
         aligns = self.client.training == "joint" or self.client.alignment.steps > 0
-        return self.tunes_weights or (aligns and not self.searches)
+        if self.tunes_weights:
+            return not self.adapts
+        return aligns and not self.searches
 
     @property
     def distils(self) -> bool:
@@ -160,6 +175,7 @@ class Config:
         for key in STAGES:
             self.value(key).check(key)
         self.auxiliary.check("auxiliary")
+        self.lora.check("lora")
         self.client.privacy.check("client.privacy")
         self.distillation.check("distillation")
         if self.model.name is None:

@@ -12,6 +12,40 @@ from fedsp_mpi.config.training import ComputeConfig, StageConfig
 
 
 @dataclass(frozen=True)
+class OuterConfig:
+    """How the server moves, given the mean of what its clients found (aggregation/outer.py)."""
+
+    optimizer: Literal["fedavg", "fedavgm", "diloco", "fedadam", "fedyogi", "fedadagrad"] = option(
+        "fedavg",
+        "`fedavg` takes the clients' mean over; `fedavgm`, and `diloco` with Nesterov's momentum, "
+        "keep a momentum over rounds; `fedadam`, `fedyogi` and `fedadagrad` adapt each value's "
+        "step (Reddi et al., 2021). For every method whose prompts or weights are averaged; the "
+        "moments, one or two numbers a value, stay at the server",
+    )
+    learning_rate: float | None = option(
+        None,
+        "factor of the server's step; `null`: 1, with `diloco` 0.7, with the adaptive three 0.01",
+    )
+    momentum: float = option(0.9, "of `fedavgm` and `diloco`; beta_1 of the adaptive three")
+    decay: float = option(0.99, "beta_2 of `fedadam` and `fedyogi`")
+    adaptivity: float = option(
+        1e-3, "tau of the adaptive three: added to the root of the second moment"
+    )
+
+    @property
+    def resolved_learning_rate(self) -> float:
+        """The factor of the server's step."""
+        if self.learning_rate is not None:
+            return self.learning_rate
+        return {"fedavg": 1.0, "fedavgm": 1.0, "diloco": 0.7}.get(self.optimizer, 0.01)
+
+    @property
+    def takes_over_the_mean(self) -> bool:
+        """Whether the server goes on from the clients' mean itself."""
+        return self.optimizer == "fedavg" and self.resolved_learning_rate == 1
+
+
+@dataclass(frozen=True)
 class FederationConfig:
     """Rounds, clients, and what happens when one of them fails."""
 
@@ -49,6 +83,7 @@ class FederationConfig:
     outlier_deviations: float = option(
         3.0, "distance from the median beyond which an update is rejected", "deviations"
     )
+    outer: OuterConfig = OuterConfig()
     silos: tuple[SiloConfig, ...] = option(
         (),
         "clients with text of their own, instead of a number of clients; a list, or one section "
@@ -108,6 +143,11 @@ class ClientConfig:
     )
     tuning: StageConfig = option(
         StageConfig(), "a round, of the prompts (or weights), auxiliary model frozen"
+    )
+    proximal: float = option(
+        0.0,
+        "FedProx's mu: what travels is tuned with a term mu / 2 x its squared distance to the "
+        "broadcast",
     )
     privacy: PrivacyConfig = PrivacyConfig()
     compute: ComputeConfig = ComputeConfig()

@@ -21,8 +21,12 @@ class MethodFacts:
         title: name in tables.
         tunes_weights: the model's own weights are tuned and travel; there is no prompt, and clients
             hold the whole model.
+        adapts: of the weights, low-rank adapters beside them are tuned and travel; clients get the
+            weights once.
         searches: prompts are searched for without gradients: clients run forward passes alone, and
             the server merges but does not tune.
+        reads_plain_text: texts are documents, of which every token is predicted; otherwise they
+            are questions with answers.
         distils_prompts: the server may learn from the auxiliary model what a merged prompt means.
         required: values that keys must have with this method, by key, and why.
     """
@@ -30,7 +34,9 @@ class MethodFacts:
     module: str
     title: str
     tunes_weights: bool = False
+    adapts: bool = False
     searches: bool = False
+    reads_plain_text: bool = False
     distils_prompts: bool = False
     required: Mapping[str, tuple[object, str]] = field(default_factory=dict)
 
@@ -43,7 +49,10 @@ _SEARCH_REQUIRES: dict[str, tuple[object, str]] = {
     "prompt.projection": (None, _OWN_PROJECTION),
     "prompt.encoder": (None, _OWN_PROJECTION),
     "federation.rule": ("mean", "what merges is search.rule"),
+    "federation.outer.optimizer": ("fedavg", "what merges is search.rule"),
+    "federation.outer.learning_rate": (None, "what merges is search.rule"),
     "client.privacy.clip": (None, _NO_CHANGE),
+    "client.proximal": (0, "a search takes no gradients"),
 }
 _FEDBPT = MethodFacts(
     "fedsp_mpi.algorithms.fedbpt", "FedBPT", searches=True, required=_SEARCH_REQUIRES
@@ -51,6 +60,10 @@ _FEDBPT = MethodFacts(
 METHODS: dict[str, MethodFacts] = {
     "fedsp": MethodFacts("fedsp_mpi.algorithms.fedsp", "FedSP", distils_prompts=True),
     "finetune": MethodFacts("fedsp_mpi.algorithms.finetune", "fine-tuning", tunes_weights=True),
+    "lora": MethodFacts("fedsp_mpi.algorithms.lora", "LoRA", tunes_weights=True, adapts=True),
+    "pretrain": MethodFacts(
+        "fedsp_mpi.algorithms.pretrain", "pre-training", tunes_weights=True, reads_plain_text=True
+    ),
     "fedbpt": _FEDBPT,
 }
 # method=fedbpt with search.rule=average

@@ -39,6 +39,11 @@ class ModelConfig:
     )
     revision: str | None = option(None, "branch, tag or commit on the hub")
     tokenizer: str | None = option(None, "hub name or folder; `null`: the model's own")
+    weights: Literal["pretrained", "random"] = option(
+        "pretrained",
+        "`random`: new weights from `config.json` alone, drawn with the seed, with methods that "
+        "train all weights",
+    )
     gradient_checkpointing: bool = option(
         False,
         "recompute activations in the backward pass; refused with prefixes, which checkpointed "

@@ -11,6 +11,7 @@ from pathlib import Path
 from fedsp_mpi.config.parsing import Section
 from fedsp_mpi.config.yaml_reader import read_yaml
 
+_PROMPTS = ("prefix", "input", "encoder", "projection")
 FILE = Path(__file__).parent.parent / "resources" / "recipes" / "rates.yaml"
 
 
@@ -30,7 +31,7 @@ def rates(data: Section) -> Section:
     rate = read_yaml(FILE)[kind]
     stage = {"optimizer": {"learning_rate": rate}}
     server: Section = {"tuning": stage}
-    if kind != "weights" and _translates(data):
+    if kind in _PROMPTS and _translates(data):
         server["translation"] = stage
     return {"server": server, "client": {"tuning": stage}}
 
@@ -47,8 +48,12 @@ def _kind(data: Section) -> str | None:
     if data.get("recipe") == "paper":
         return None
     method = data.get("method")
-    if method == "finetune":
-        return "weights"
+    if method == "lora":
+        return "adapters"
+    if method in ("finetune", "pretrain"):
+        model = data.get("model")
+        is_new = isinstance(model, dict) and model.get("weights") == "random"
+        return "new_weights" if is_new else "weights"
     if method == "fedbpt":
         return None
     prompt = data.get("prompt")

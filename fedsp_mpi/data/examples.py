@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 from fedsp_mpi.data import labels
 from fedsp_mpi.data.cells import (
+    NoTextError,
     Row,
     as_text,
     describe_cell,
@@ -99,6 +100,18 @@ def hellaswag(row: Row) -> Example:
     endings = [_without_wikihow_marks(ending) for ending in texts(row, "endings")]
     label = labels.number_in_cell(row.get("label"))
     return _one_of(_without_wikihow_marks(context), endings, label)
+
+
+def plain_text(row: Row) -> Example:
+    """Read a document, all of which is taught and scored.
+
+    Raises:
+        NoTextError: it is blank.
+    """
+    document = text(row, "text")
+    if not document.strip():
+        raise NoTextError("found a blank document")
+    return Example("", document, (document,), (0,))
 
 
 def piqa(row: Row) -> Example:

@@ -215,7 +215,11 @@ class Folder:
         )
 
     def _reader_options(self, paths: Sequence[Path]) -> dict[str, object]:
-        """Return the options by which every cell of a CSV table is text, NA and None too."""
+        """Return the options by which every cell of a CSV table is text, NA and None too, and a
+        row of plain text is what lies between empty lines.
+        """
+        if self._files.kind == "text":
+            return {"sample_by": "paragraph"}
         if self._files.kind != "csv":
             return {}
         form = csv_form.recognise(paths[0], is_tsv=self._files.ending == ".tsv")

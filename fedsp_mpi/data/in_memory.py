@@ -21,9 +21,10 @@ def table(kind: str, paths: Sequence[Path], options: JsonMapping) -> datasets.Da
     """Return the rows of files of one kind, one file after the other.
 
     Args:
-        kind: name of the reader in `datasets`: "json", "csv", "parquet" or "arrow".
+        kind: name of the reader in `datasets`: "json", "csv", "parquet", "arrow" or "text".
         paths: the files.
-        options: of that reader; those of "csv" are pandas' own, and `features`.
+        options: of that reader; those of "csv" are pandas' own, and `features`; of "text" the only
+            one is `sample_by="paragraph"`.
 
     Raises:
         Exception: whatever the libraries raise on a file that they cannot read.
@@ -63,9 +64,17 @@ def _arrow(path: Path, options: JsonMapping) -> datasets.Dataset:
         return datasets.Dataset(pyarrow.ipc.open_file(content).read_all())
 
 
+def _text(path: Path, options: JsonMapping) -> datasets.Dataset:
+    with csv_form.opened(path) as file:
+        content = file.read().decode("utf-8")
+    paragraphs = [paragraph for paragraph in content.split("\n\n") if paragraph]
+    return datasets.Dataset.from_dict({"text": paragraphs})
+
+
 _READERS: dict[str, Callable[[Path, JsonMapping], datasets.Dataset]] = {
     "csv": _csv,
     "json": _json,
     "parquet": _parquet,
     "arrow": _arrow,
+    "text": _text,
 }

@@ -23,7 +23,10 @@ KINDS = {
     ".tsv": "csv",
     ".parquet": "parquet",
     ".arrow": "arrow",
+    ".txt": "text",
 }
+# Read where a folder has no tables: beside tables, such a file is a note to the reader.
+_PLAIN = ".txt"
 _WORKBOOKS = (".xlsx", ".xls", ".xlsm", ".ods")
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 # Files that describe a data set and hold no rows.
@@ -142,12 +145,14 @@ def require_files(folder: Path) -> list[Path]:
         ValueError: there is none, or one is empty.
     """
     paths = sorted(_data_files(folder))
+    tables = [path for path in paths if _ending(path.name) != _PLAIN]
+    paths = tables or paths
     if not paths:
         workbook = next((path for path in sorted(folder.iterdir()) if _is_workbook(path)), None)
         advice = _conversion(workbook) if workbook else "put them there"
         raise ValueError(
             f"found no data file in {folder}, expected train.jsonl, validation.jsonl, test.jsonl "
-            f"(or .jsonl.gz, .json, .csv, .tsv, .parquet); {advice}"
+            f"(or .jsonl.gz, .json, .csv, .tsv, .parquet, .txt); {advice}"
         )
     for path in paths:
         _require_rows(path)

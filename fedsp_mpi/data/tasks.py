@@ -14,6 +14,8 @@ from fedsp_mpi.data import classification, examples
 from fedsp_mpi.data.cells import Row
 from fedsp_mpi.data.examples import Example
 
+PLAIN_TEXT = "plain_text"  # the name of the task without questions
+
 
 @dataclass(frozen=True)
 class LmEvalTask:
@@ -62,7 +64,8 @@ class Task:
             data.
         column_sets: the sets of columns that `example` reads, the usual one first; a source must
             have one of them. The last column of a set holds the answer.
-        metric: "multiple_choice" (log-likelihood of the options) or "exact_match" (greedy answer).
+        metric: "multiple_choice" (log-likelihood of the options), "exact_match" (greedy answer) or
+            "perplexity" (of all tokens; there is no question).
         example: row -> Example; raises ValueError, without saying which row.
         lm_eval: the same task in lm-eval; None where lm-eval does not have it.
         num_classes: number of choices, where all rows have the same ones; else None.
@@ -267,6 +270,13 @@ _ALL_TASKS = (
         column_sets=(("context", "answers"),),
         metric="exact_match",
         example=examples.question_answering,
+    ),
+    Task(
+        name=PLAIN_TEXT,
+        hub=None,
+        column_sets=(("text",),),
+        metric="perplexity",
+        example=examples.plain_text,
     ),
 )
 TASKS: dict[str, Task] = {task.name: task for task in _ALL_TASKS}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 
 import numpy as np
 import torch
@@ -168,6 +168,37 @@ def pieces(tokenizer: Tokenizer, lines: Iterable[str], length: int) -> list[Text
             f"distillation.text_length={length}"
         )
     return texts
+
+
+def blocks(
+    tokenizer: Tokenizer, documents: Sequence[str], length: int, *, whole: bool
+) -> list[Text]:
+    """Tokenise documents, put them one after the other, and cut them into blocks without padding.
+
+    The end-of-text token stands between two documents, if the tokenizer has one. A block begins
+    with the last token of the one before, so that every token but the first is predicted once.
+
+    Args:
+        tokenizer: of the model.
+        documents: the text.
+        length: most tokens of a block, the first of which is not predicted; at least 2.
+        whole: whether an incomplete block at the end is dropped; else it is a shorter one.
+
+    Returns:
+        The blocks; none where there is too little text.
+    """
+    end = tokenizer.eos_token_id
+    pieces: list[list[int]] = []
+    for batch in _batched(documents, _LINES_AT_ONCE):
+        for ids in token_ids(tokenizer, batch):
+            pieces.append(ids)
+            if end is not None:
+                pieces.append([end])
+    stream = np.fromiter(chain.from_iterable(pieces), dtype=np.int32)
+    step = length - 1
+    num_predicted = len(stream) - 1
+    last = num_predicted // step * step if whole else num_predicted
+    return [Text(stream[begin : begin + length], 1) for begin in range(0, last, step)]
 
 
 def _batched(lines: Iterable[str], size: int) -> Iterator[list[str]]:

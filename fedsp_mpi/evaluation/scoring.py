@@ -300,6 +300,14 @@ def answer_loss_mean(
     return sum(sums.tolist()) / max(sum(text.num_answers for text in texts), 1)
 
 
+def perplexity(loss: float) -> float:
+    """Return exp of a mean loss in nats a token; infinite where that is no finite number."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
+
+
 # -- models that fill in a gap ---------------------------------------------------------------------
 
 

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors.torch
 import torch
 import transformers
@@ -37,7 +38,7 @@ from fedsp_mpi.models.families import (
 )
 from fedsp_mpi.models.language_model import LanguageModel
 from fedsp_mpi.models.remote_code import NO_CODE, NO_PICKLES, require_no_code
-from fedsp_mpi.tensors import NamedTensors
+from fedsp_mpi.tensors import NamedTensors, Schema
 
 RECIPE = "distillation.json"
 _MAX_RECIPE_BYTES = 1 << 24
@@ -239,6 +240,18 @@ def pack(model: LanguageModel) -> NamedTensors:
     Their shapes are the model's own, such as [vocabulary, hidden] of the embedding.
     """
     return NamedTensors.pack(model.weights)
+
+
+def pack_whole(model: LanguageModel) -> NamedTensors:
+    """Copy the weights [*shape] of a global model that clients hold whole, fp32.
+
+    Where this is called, the method gives the model away, and says so.
+    """
+    schema = Schema.of((name, weight.shape) for name, weight in model.weights.items())
+    packed = NamedTensors(schema, np.empty(schema.num_values, dtype=np.float32))
+    for name, tensor in packed.torch().items():
+        tensor.copy_(model.weights[name].detach())
+    return packed
 
 
 def load_weights(model: LanguageModel, tensors: Mapping[str, Tensor]) -> None:

@@ -9,6 +9,7 @@ import torch
 import transformers
 from torch import Tensor
 
+from fedsp_mpi import rng
 from fedsp_mpi.models import structure
 from fedsp_mpi.models.families import model_class, without_dropout
 from fedsp_mpi.models.hub import locate
@@ -29,6 +30,7 @@ def load_global(
     checkpointing: bool = False,
     trainable: bool = False,
     candidates: Tensor | None = None,
+    initial_seed: int | None = None,
 ) -> LanguageModel:
     """Load the global model: frozen, in evaluation mode, and sealed, so that it cannot be sent.
 
@@ -41,13 +43,21 @@ def load_global(
         trainable: fp32 weights that are trained and sent instead: neither frozen nor sealed.
         candidates: sorted ids of the tokens that an answer's token is chosen from, int64
             [candidates]; None: the whole vocabulary.
+        initial_seed: draws new weights by this seed, instead of reading some.
 
     Raises:
         ValueError: the weights cannot be read.
     """
     weights_dtype = torch.float32 if trainable else dtype
     model = LanguageModel(
-        _read_model(name, revision, device, dtype=weights_dtype, checkpointing=checkpointing),
+        _read_model(
+            name,
+            revision,
+            device,
+            dtype=weights_dtype,
+            checkpointing=checkpointing,
+            initial_seed=initial_seed,
+        ),
         dtype,
         checkpointing=checkpointing,
         candidates=candidates,
@@ -59,7 +69,12 @@ def load_global(
 
 
 def reload(
-    model: LanguageModel, name: str, *, revision: str | None = None, dtype: torch.dtype
+    model: LanguageModel,
+    name: str,
+    *,
+    revision: str | None = None,
+    dtype: torch.dtype,
+    initial_seed: int | None = None,
 ) -> None:
     """Read the global model's weights again, in another type and in place; freeze and seal them.
 
@@ -70,6 +85,7 @@ def reload(
         name: folder or hub name.
         revision: of the hub's files; None is the main one.
         dtype: of the weights and the forward pass.
+        initial_seed: draws the weights by this seed again.
 
     Raises:
         ValueError: the weights cannot be read.
@@ -77,7 +93,12 @@ def reload(
     seal.clear()
     del model.model, model.weights
     weights = _read_model(
-        name, revision, model.device, dtype=dtype, checkpointing=model.checkpointing
+        name,
+        revision,
+        model.device,
+        dtype=dtype,
+        checkpointing=model.checkpointing,
+        initial_seed=initial_seed,
     )
     model.set_model(weights, dtype)
     model.train_weights(False)
@@ -91,11 +112,16 @@ def _read_model(
     *,
     dtype: torch.dtype,
     checkpointing: bool,
+    initial_seed: int | None = None,
 ) -> Any:
     """Read a transformers model with its head; raise ValueError unless its weights are complete."""
     config = read_config(name, revision)
     if checkpointing:
         config = without_dropout(config)
+    if initial_seed is not None:
+        drawn = _initialised(config, initial_seed)
+        structure.require_causal(name, drawn)
+        return drawn.to(device=device, dtype=dtype)  # type: ignore[call-arg]
     with refusing(
         "model.name",
         name,
@@ -116,6 +142,15 @@ def _read_model(
     model = model.to(device)
     structure.require_causal(name, model)
     return model
+
+
+def _initialised(config: transformers.PretrainedConfig, seed: int) -> transformers.PreTrainedModel:
+    """Return a model with weights as its family is initialised, fp32 on the CPU: equal seeds give
+    equal weights, whatever the device.
+    """
+    with torch.random.fork_rng(devices=[]):
+        rng.seed_torch(seed, "initial weights")
+        return model_class(config).from_config(config).eval()
 
 
 def _require_tied(name: str, model: Any) -> None:

@@ -127,10 +127,11 @@ class ResultRow:
             trigger makes the model answer as the attacker wants; or "test labels" of what needs
             no model, "chance" and "majority".
         round: the round whose prompts were scored; 0 for a method without rounds.
-        n: number of items that were scored.
+        n: number of questions that were scored; of plain text, of tokens.
         acc, acc_norm, exact_match: fractions from 0 to 1; nan where the task has no such measure.
         stderr: standard error of exact_match where the task has it, of acc otherwise; a fraction.
         loss: on the validation split, in nats per token.
+        perplexity: of the split's tokens, where the text is plain; else nan.
     """
 
     method: str
@@ -143,6 +144,7 @@ class ResultRow:
     stderr: float = NAN
     loss: float = NAN
     seconds: float = NAN
+    perplexity: float = NAN
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from fedsp_mpi.aggregation.fedavg import weighted_mean
+from fedsp_mpi.aggregation.outer import OuterOptimizer, OuterSettings
 from fedsp_mpi.aggregation.robust import coordinate_median, without_outliers
 from fedsp_mpi.algorithms.backdoor import METRICS as ATTACK_METRICS
 from fedsp_mpi.algorithms.backdoor import AttackMonitor
@@ -29,9 +30,10 @@ from fedsp_mpi.algorithms.base import (
 from fedsp_mpi.algorithms.privacy import LocalDPClient
 from fedsp_mpi.algorithms.silo_weights import WeightedClient
 from fedsp_mpi.comm import Handout
+from fedsp_mpi.config import OuterConfig
 from fedsp_mpi.evaluation.scoring import answer_loss_mean, score
 from fedsp_mpi.log import RoundProgress
-from fedsp_mpi.models import auxiliary, backbone
+from fedsp_mpi.models import auxiliary, backbone, lora
 from fedsp_mpi.models.copies import ExactCopies, exact_copies
 from fedsp_mpi.models.families import PEFT_TASKS
 from fedsp_mpi.models.language_model import LanguageModel
@@ -92,8 +94,9 @@ def global_model(inputs: ExperimentInputs, compute: Compute) -> LanguageModel:
         revision=settings.revision,
         dtype=compute.dtype,
         checkpointing=settings.gradient_checkpointing,
-        trainable=inputs.config.tunes_weights,
+        trainable=inputs.config.trains_all_weights,
         candidates=inputs.candidates,
+        initial_seed=inputs.initial_seed,
     )
 
 
@@ -245,6 +248,20 @@ def server_role(
         expected=partial(participation.expected, inputs, journal.rank_of) if journal else None,
         always_accept=config.server.accept == "always",
         answer=answer,
+        outer=outer_optimizer(config.federation.outer),
+    )
+
+
+def outer_optimizer(settings: OuterConfig) -> OuterOptimizer:
+    """Return what moves the server's values by the clients' mean."""
+    return OuterOptimizer(
+        settings.optimizer,
+        OuterSettings(
+            settings.resolved_learning_rate,
+            settings.momentum,
+            settings.decay,
+            settings.adaptivity,
+        ),
     )
 
 
@@ -269,7 +286,10 @@ def save(inputs: ExperimentInputs, server: Server, *, exported: NamedTensors, fo
         exported: what it exported in its best round.
         folder: of the run.
     """
-    if server.prompt:
+    config = inputs.config
+    if config.adapts:
+        lora.write(folder / "adapter", exported, config.lora, base=inputs.model_name)
+    elif server.prompt:
         task = PEFT_TASKS[server.model.kind]
         write_adapter(
             folder / "prompt", exported, inputs.prompt_spec, base=inputs.model_name, task=task
@@ -284,7 +304,13 @@ def scoring_model(inputs: ExperimentInputs, model: LanguageModel) -> LanguageMod
     dtype = DTYPES[inputs.config.evaluation.dtype]
     if model.dtype != dtype or inputs.config.tunes_weights:
         revision = inputs.config.model.revision
-        backbone.reload(model, inputs.model_name, revision=revision, dtype=dtype)
+        backbone.reload(
+            model,
+            inputs.model_name,
+            revision=revision,
+            dtype=dtype,
+            initial_seed=inputs.initial_seed,
+        )
     return model
 
 

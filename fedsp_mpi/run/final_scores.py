@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Collection
 from dataclasses import asdict
 
+from fedsp_mpi.algorithms.finetune import WeightServer
 from fedsp_mpi.evaluation.baselines import baseline_rows
-from fedsp_mpi.evaluation.scoring import answer_loss_mean, score
+from fedsp_mpi.evaluation.scoring import answer_loss_mean, perplexity, score
 from fedsp_mpi.log import Log, duration
 from fedsp_mpi.record.tables import CHANCE, TRIGGERED, ResultRow
 from fedsp_mpi.roles import Best, ServerRole
@@ -40,6 +42,8 @@ def score_all(
     """
     candidates = _candidates(role, inputs)
     build.scoring_model(inputs, role.server.model)
+    if isinstance(role.server, WeightServer):
+        role.server.tuned.attach()
     if write is not None and CHANCE not in scored:
         baselines = baseline_rows(inputs.splits.test, inputs.server_examples, inputs.task.metric)
         if baselines:
@@ -89,6 +93,22 @@ def _score(
         role.server.restore(best.exported)
         group.lead(role.server.parameters())
     loss = answer_loss_mean(model, prompt, role.validation, batch_tokens, group)
+    round_of_best = best.round if best else 0
+    if inputs.is_plain_text:
+        start = time.perf_counter()
+        blocks = inputs.test_blocks
+        test_loss = answer_loss_mean(model, prompt, blocks, batch_tokens, group)
+        row = ResultRow(
+            method=method,
+            split="test",
+            round=round_of_best,
+            n=sum(block.num_answers for block in blocks),
+            perplexity=perplexity(test_loss),
+            loss=loss,
+            seconds=time.perf_counter() - start,
+        )
+        log.say(f"scored {method}: {row.n} tokens in {duration(row.seconds)}")
+        return [row]
     rows: list[ResultRow] = []
     for split, questions in {"test": inputs.test, TRIGGERED: inputs.triggered_test}.items():
         if not questions:
@@ -113,6 +133,5 @@ def _score(
             values["loss"] = loss
         else:
             values["acc_norm"] = math.nan  # of an attack, its success rate is all that counts
-        round_of_best = best.round if best else 0
         rows.append(ResultRow(**values, method=method, split=split, round=round_of_best))
     return rows

@@ -26,7 +26,7 @@ from fedsp_mpi.data import (
     tasks,
     templates,
 )
-from fedsp_mpi.data.tokens import Batches, Text, encode, encode_pairs, pieces, truncate
+from fedsp_mpi.data.tokens import Batches, Text, blocks, encode, encode_pairs, pieces, truncate
 from fedsp_mpi.evaluation import scoring
 from fedsp_mpi.models import auxiliary
 from fedsp_mpi.models.prompts import require_positions
@@ -77,6 +77,11 @@ class ExperimentInputs(ModelInputs):
         return own_tasks.configured(self.config.data)
 
     @property
+    def is_plain_text(self) -> bool:
+        """Whether texts are documents without questions, of which every token is predicted."""
+        return self.task.metric == "perplexity"
+
+    @property
     def is_reworded(self) -> bool:
         """Whether the user's own words stand around the text, or for its classes."""
         return self.config.data.template is not None or bool(self.config.data.verbaliser)
@@ -110,7 +115,7 @@ class ExperimentInputs(ModelInputs):
         """
         _, left_out = self._fitting_splits
         left_out += self._shortened_notes
-        if self.is_cloze:
+        if self.is_cloze or self.is_plain_text:
             return left_out
         options = [question.options for question in self.test]
         equal: tuple[str, ...] = ()
@@ -128,6 +133,8 @@ class ExperimentInputs(ModelInputs):
         data = self.config.data
         seed = self.config.run.seed
         loaded = self._load_splits()
+        if self.is_plain_text:  # documents are cut into blocks, and all fit
+            return loaded, ()
         room = self._answer_room.at_most(data.max_length)
         splits, left_out = fit.drop_too_long(
             loaded, room, lambda: self.tokenizer, attack_target=self.config.attack.target
@@ -158,6 +165,8 @@ class ExperimentInputs(ModelInputs):
     @property
     def _shortened_notes(self) -> tuple[str, ...]:
         """Notes on texts that are too long and lose their beginning, split by split."""
+        if self.is_plain_text:
+            return ()
         splits = self.splits
         num_unread = 0 if self.is_cloze else 1
         max_test_length = self.max_text_positions + num_unread
@@ -366,8 +375,25 @@ class ExperimentInputs(ModelInputs):
             client=client,
         )
 
-    def _encode(self, examples: Sequence[tasks.Example]) -> list[Text]:
-        """Tokenise examples to train and validate on."""
+    def _encode(self, examples: Sequence[tasks.Example], *, whole: bool = True) -> list[Text]:
+        """Tokenise examples to train and validate on; documents become blocks.
+
+        Args:
+            examples: of one owner.
+            whole: whether an incomplete block at the end of documents is dropped.
+
+        Raises:
+            ConfigError: an answer does not fit, or documents to train on make no block.
+        """
+        if self.is_plain_text:
+            documents = [example.target for example in examples]
+            texts = blocks(self.tokenizer, documents, self.max_length, whole=whole)
+            if documents and not texts:
+                raise ConfigError(
+                    f"data.max_length: found documents of fewer than {self.max_length} tokens in "
+                    "all, expected at least one block of that many; add text, or set it lower"
+                )
+            return texts
         if self.is_cloze:
             texts = cloze.encode(self.tokenizer, examples, self.max_length)
         else:
@@ -431,11 +457,19 @@ class ExperimentInputs(ModelInputs):
     @cached_property
     def validation(self) -> list[Text]:
         """The validation split, tokenised."""
-        return self._encode(self.splits.validation)
+        return self._encode(self.splits.validation, whole=False)
+
+    @cached_property
+    def test_blocks(self) -> list[Text]:
+        """The test split in blocks, where texts are documents."""
+        assert self.is_plain_text
+        return self._encode(self.splits.test, whole=False)
 
     @cached_property
     def test(self) -> list[scoring.Question]:
-        """The test split, tokenised, with options."""
+        """The test split, tokenised, with options; none where texts are documents."""
+        if self.is_plain_text:
+            return []
         return self._to_questions(self.splits.test)
 
     @cached_property
@@ -490,6 +524,8 @@ class ExperimentInputs(ModelInputs):
 
     def check_texts(self) -> None:
         """Raise ValueError on the first text that cannot be used with the model."""
+        if self.is_plain_text:
+            return
         # What is only read here raises on a mistake; a run would read it later.
         if self.is_cloze:
             _ = cloze.gap(self.tokenizer)

@@ -34,6 +34,11 @@ class ModelInputs:
         name = config.model.name
         self.model_name = str(RESOURCES / "model") if name == "embedded" else str(name)
 
+    @property
+    def initial_seed(self) -> int | None:
+        """Seed of weights that are drawn; None where they are read."""
+        return self.config.run.seed if self.config.model.weights == "random" else None
+
     @cached_property
     def model_config(self) -> Any:
         """The configuration of the global model, as transformers has it."""

@@ -49,7 +49,7 @@ class SiloText(ExperimentInputs):
     @cached_property
     def held_out(self) -> list[Text]:
         """The tokenised texts that the client holds back, to judge each round by."""
-        return self._encode(self._held_out_examples)
+        return self._encode(self._held_out_examples, whole=False)
 
     @cached_property
     def held_out_questions(self) -> list[scoring.Question]:

@@ -55,6 +55,8 @@ class TorchEngine:
         settings: optimizer and schedule.
         total_steps: length of the schedule.
         group: the ranks that step together, each with the gradient of its part.
+        proximal: FedProx's mu (Li et al., 2020, arXiv 1812.06127, algorithm 2): the loss has a term
+            mu / 2 ||w - w_t||^2 more, where w_t are the parameters at the last call of `anchor`.
 
     Attributes:
         steps_done: steps of the schedule so far.
@@ -67,8 +69,11 @@ class TorchEngine:
         total_steps: int,
         *,
         group: ServerGroup = SINGLE_RANK,
+        proximal: float = 0.0,
     ) -> None:
         self.group = group
+        self._proximal = proximal
+        self._anchors: list[Tensor] = []
         self.steps_done = 0
         self._settings = settings
         self._total_steps = total_steps
@@ -84,6 +89,7 @@ class TorchEngine:
         self.group.sum(
             parameter.grad for parameter in self._parameters if parameter.grad is not None
         )
+        self._pull_to_anchors()
         if self._settings.clip is not None:
             nn.utils.clip_grad_norm_(self._parameters, self._settings.clip)
         for param_group in self._optimizer.param_groups:
@@ -91,6 +97,17 @@ class TorchEngine:
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         self.steps_done += 1
+
+    def anchor(self) -> None:
+        """Remember the parameters as they are: the proximal term pulls towards them from now on."""
+        if self._proximal:
+            self._anchors = [parameter.detach().clone() for parameter in self._parameters]
+
+    def _pull_to_anchors(self) -> None:
+        """Add the gradient of the proximal term, mu (w - w_t)."""
+        for parameter, anchor in zip(self._parameters, self._anchors):
+            if parameter.grad is not None:
+                parameter.grad.add_(parameter.detach() - anchor, alpha=self._proximal)
 
     def zero_grad(self) -> None:
         """Drop a gradient that was not used, after an error."""

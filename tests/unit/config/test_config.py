@@ -20,6 +20,7 @@ TOGETHER: dict[str, dict[str, object]] = {
     "auxiliary.first_layers": {"auxiliary.layers_per_cell": None},
     "data.partition": {"data.server_share": 0.5, "data.partition_column": "user"},
     "data.partition_column": {"data.server_share": 0.5, "data.partition": "column"},
+    "model.weights": {"method": "finetune"},
     "prompt.encoder": {"prompt.kind": "input"},
     "method": {"server.tuning.steps": 0},
     "prompt.mapping": {"auxiliary.layers_per_cell": None},
@@ -370,7 +371,7 @@ def test_every_number_has_a_range():
     numbers = {
         dotted for dotted, hint in leaves(Config) if {int, float} & {hint, *typing.get_args(hint)}
     }
-    assert numbers == {*RANGES, "attack.clients"}  # ids below federation.clients
+    assert numbers == {*RANGES, "attack.clients", "lora.ranks"}  # below other keys
 
 
 def test_values_out_of_range(tmp_path):
