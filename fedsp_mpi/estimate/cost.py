@@ -341,7 +341,11 @@ class _Costs:
             return counts | {"auxiliary": 0}
         if config.tunes_weights:
             num_values = counts["global"]
-            return counts | {"auxiliary": num_values, "exact_copies": num_values, "layers_copied": num_layers}
+            return counts | {
+                "auxiliary": num_values,
+                "exact_copies": num_values,
+                "layers_copied": num_layers,
+            }
         if config.distillation.stage.steps:
             return counts
         bridge = sum(

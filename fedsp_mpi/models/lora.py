@@ -59,9 +59,9 @@ class Lora:
                 warnings.simplefilter("ignore")  # that GPT-2's maps are transposed
                 peft.inject_adapter_in_model(settings, self._model.model)
         except ValueError:
-            found = ", ".join(self._settings.targets) or "none, and peft knows no usual ones"
+            named = ", ".join(self._settings.targets) or "none, and peft knows no usual ones"
             raise ConfigError(
-                f"lora.targets: found {found} for a {family}, expected endings of names of its "
+                f"lora.targets: found {named} for a {family}, expected endings of names of its "
                 f"linear maps, such as {', '.join(linear_maps(self._model.model)[:4])}"
             ) from None
         for weight in self._model.weights.values():
@@ -107,8 +107,8 @@ class Lora:
         other.
         """
         for name, parameter in self._parameters.items():
-            rest = parameter.data[rank:] if name.endswith("lora_A") else parameter.data[:, rank:]
-            rest.zero_()
+            dropped = parameter.data[rank:] if name.endswith("lora_A") else parameter.data[:, rank:]
+            dropped.zero_()
 
     def clear(self) -> None:
         """Set B to 0, so that the model is as it was without adapters."""
