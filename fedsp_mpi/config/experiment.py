@@ -125,6 +125,13 @@ class Config:
         return self.method_facts.adapts
 
     @property
+    def tuned_folder(self) -> str:
+        """Name of the folder, in the run's, of what is tuned: prompt, adapter or model."""
+        if self.adapts:
+            return "adapter"
+        return "model" if self.tunes_weights else "prompt"
+
+    @property
     def trains_all_weights(self) -> bool:
         """Whether all weights of the global model are trained and travel."""
         return self.tunes_weights and not self.adapts

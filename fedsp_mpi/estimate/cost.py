@@ -47,7 +47,7 @@ from fedsp_mpi.config import EMBEDDED, AuxiliaryConfig, Config, StageConfig
 from fedsp_mpi.data.tasks import ASSUMED_LENGTHS, TASKS, TextLengths
 from fedsp_mpi.estimate import memory
 from fedsp_mpi.estimate.memory import MemoryNeed, ModelSizes, meta_model
-from fedsp_mpi.models import auxiliary, backbone
+from fedsp_mpi.models import auxiliary, backbone, lora
 from fedsp_mpi.models.architectures import config_of, forward, ratios
 from fedsp_mpi.models.language_model import LanguageModel
 from fedsp_mpi.models.prompts import Prompt, PromptSpec, require_positions
@@ -309,6 +309,11 @@ class _Costs:
             encoder=prompt.encoder,
         )
         self.texts = _text_lengths(config, self.large.shape.num_positions, tokens)
+        self._num_adapters = 0
+        if config.adapts:
+            self._num_adapters = lora.num_parameters(
+                meta_model(architecture, num_layers), config.lora
+            )
         # Forward passes that each backward pass repeats.
         self._recompute_passes = 1 if config.model.gradient_checkpointing else 0
 
@@ -318,6 +323,8 @@ class _Costs:
         longest = self.texts.longest
         if distillation.text:
             longest = max(longest, distillation.text_length)
+        if self.config.adapts:
+            return ModelSizes.with_adapters(self.large, self._num_adapters, longest)
         if self.config.tunes_weights:
             return ModelSizes.all_weights(self.large, longest)
         sizes = ModelSizes.between(self.large, self.small, spec=self.spec, length=longest)
@@ -451,7 +458,7 @@ class _Costs:
     def _weights_step(self, stage: StageConfig) -> float:
         """Return the FLOPs of one optimizer step on all weights of the global model, no prompts."""
         tokens = self.texts.tokens
-        passes = 3 + self._recompute_passes
+        passes = (2 if self.config.adapts else 3) + self._recompute_passes
         return stage.batch_size * passes * forward(self.large, tokens, tokens, self.texts.answers)
 
     def _prompt_step(self, stage: StageConfig, model: LanguageModel, trained: Trained) -> float:
@@ -590,23 +597,24 @@ class _Costs:
         )
 
     def _fine_tuning(self) -> MethodCost:
-        """Return the cost of fine-tuning, where clients train the whole model.
+        """Return the cost of fine-tuning, where clients train the whole model, or its adapters.
 
-        It takes the steps of the prompt stage. The weights come with every round, so there is no
-        hand-out.
+        It takes the steps of the prompt stage. All weights come with every round, so there is no
+        hand-out; beside adapters, they are handed out once.
         """
         stage = self.config.client.tuning
         num_weights = self.large.num_parameters()
-        message = FP32_BYTES * num_weights + HEADER_BYTES
+        num_tuned = self._num_adapters if self.config.adapts else num_weights
+        message = FP32_BYTES * num_tuned + HEADER_BYTES
         judged = self._judged(message)
         federation = self.config.federation
         total = self._clients_per_round() * 2 * message + federation.clients * judged
         step = self._weights_step(stage)
         return MethodCost(
-            name="fine-tuning",
+            name=self.config.method_facts.title if self.config.tunes_weights else "fine-tuning",
             holds=num_weights,
-            trains=num_weights,
-            handout=0,
+            trains=num_tuned,
+            handout=FP32_BYTES * num_weights if self.config.adapts else 0,
             down=message,
             up=message,
             judged=judged,

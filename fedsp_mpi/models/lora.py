@@ -131,6 +131,16 @@ class Lora:
             self._model.model.eval()
 
 
+def num_parameters(model: LanguageModel, settings: LoraConfig) -> int:
+    """Return the number of values of the adapters of a model, which becomes useless for others.
+
+    Args:
+        model: best on the meta device.
+        settings: of the adapters.
+    """
+    return sum(parameter.numel() for parameter in Lora(model, settings).parameters())
+
+
 def linear_maps(model: nn.Module) -> list[str]:
     """Return the endings of the names of a model's linear maps, without its head."""
     endings = {

@@ -98,6 +98,11 @@ class Run:
         return _existing(self.folder / "prompt")
 
     @property
+    def adapter(self) -> Path | None:
+        """The folder of low-rank adapters, in peft's form; None where there is none."""
+        return _existing(self.folder / "adapter")
+
+    @property
     def model(self) -> Path | None:
         """The folder of a fine-tuned model, in Hugging Face's form; None where there is none."""
         return _existing(self.folder / "model")

@@ -25,7 +25,7 @@ def lines(run: Run) -> list[str]:
         return []
     if not section.keys() >= _NEEDED or section["kind"] not in _CLASSES:
         return []
-    tuned = run.prompt if section["tuned"] == "prompt" else run.model
+    tuned = {"prompt": run.prompt, "adapter": run.adapter, "model": run.model}[section["tuned"]]
     if tuned is None:
         return []
     code = _loading(section, str(tuned)) + _asking(section)
@@ -34,7 +34,7 @@ def lines(run: Run) -> list[str]:
 
 def _loading(section: JsonObject, tuned: str) -> list[str]:
     """Return the lines that load tokenizer, model and prompt."""
-    has_prompt = section["tuned"] == "prompt"
+    has_prompt = section["tuned"] != "model"
     model_class = _CLASSES[section["kind"]]
     name = "base" if has_prompt else "tuned"
     options = ", revision=revision" if has_prompt and section["revision"] else ""

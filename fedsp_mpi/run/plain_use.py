@@ -34,8 +34,10 @@ def plain_use(inputs: ExperimentInputs) -> JsonObject:
         "revision": config.model.revision,
         "tokenizer": _absolute(config.model.tokenizer or inputs.model_name),
         "dtype": config.evaluation.dtype,
-        "tuned": "model" if config.tunes_weights else "prompt",
+        "tuned": config.tuned_folder,
     }
+    if inputs.is_plain_text:
+        return section
     questions = _cloze_questions(inputs) if inputs.is_cloze else _causal_questions(inputs)
     shortest = min(questions, key=_num_characters, default=None)
     if shortest is not None and _num_characters(shortest) <= _MAX_CHARACTERS:

@@ -343,16 +343,31 @@ def test_a_table_of_different_methods_has_a_column_for_each_phase():
 # A real run.
 
 
-def test_the_plan_is_what_a_run_records(tmp_path):
-    short_run(0, tmp_path, "short")
+# The default recipe: layers of the global model as they are, with a bridge.
+BRIDGED = (
+    "recipe=bridged",
+    "distillation.stage.steps=0",
+    "auxiliary.layers_per_cell=null",
+    "auxiliary.depth=2",
+    "auxiliary.first_layers=1",
+    "prompt.mapping=same_layers",
+)
+ADAPTERS = ("method=lora", "distillation.stage.steps=0")
+
+
+@pytest.mark.parametrize(("settings", "num_layers_copied"), [((), 0), (BRIDGED, 2), (ADAPTERS, 3)])
+def test_the_plan_is_what_a_run_records(tmp_path, settings, num_layers_copied):
+    short_run(0, tmp_path, "short", *settings)
     run = read(tmp_path / "short")
     estimate = cost.plan(config.load(tmp_path / "short" / "config.yaml"), "short")
     fedsp = estimate.methods[0]
+    assert estimate.handed_out["layers_copied"] == num_layers_copied
     assert run.sections["models"] == {
         "global": estimate.sizes.global_model,
         "auxiliary": estimate.sizes.auxiliary,
-        "prompt": estimate.sizes.prompt,
+        "prompt": 0 if settings == ADAPTERS else estimate.sizes.prompt,
         "prompt_on_the_wire": estimate.sizes.wire,
+        **estimate.handed_out,
     }
     assert set(run.clients["bytes_down"]) == {fedsp.down} and set(run.clients["bytes_up"]) == {
         fedsp.up
