@@ -101,6 +101,7 @@ def _options(source: Source, values: dict[str, object]) -> argparse.Namespace:
         config=None if isinstance(source, Mapping) else source,
         set=[f"{key}={value}" for key, value in values.items()],
         every=_PROGRESS_SECONDS,
+        progress="auto",
     )
 
 
@@ -115,9 +116,13 @@ def _execute(
         error: what is wrong with the configuration, which all ranks must hear.
         options: of the command line, as far as it looks at them.
     """
+    from fedsp_mpi.run.execute import execute
+
     try:
         with guard.within_program("run"), _torch_kept():
-            folder = cli.execute_and_show(settings, label, options, error=error)
+            log, client_log = cli.logs(options)
+            folder = execute(settings, label, log, client_log=client_log, error=error)
+            cli.show_summary(folder)
     except KeyboardInterrupt:
         cli.say("interrupted; fedsp_mpi.run(resume=FOLDER) goes on from the last checkpoint")
         raise

@@ -82,38 +82,29 @@ def run(options: argparse.Namespace) -> int:
     else:
         name = Path(options.resume).name
         settings, error, directory = _resumption_or_error(options)
+    from fedsp_mpi.run.execute import execute
+
     with contextlib.chdir(directory):
-        execute_and_show(settings, name, options, error=error)
+        log, client_log = logs(options)
+        show_summary(execute(settings, name, log, client_log=client_log, error=error))
     return 0
 
 
-def execute_and_show(
-    settings: config.Config,
-    name: str,
-    options: argparse.Namespace,
-    *,
-    error: ValueError | None = None,
-) -> Path | None:
-    """Run an experiment, and print its lines and its summary; return its folder on rank 0.
-
-    Args:
-        settings: checked.
-        name: of the configuration, for a run that has none.
-        options: with `every`, the seconds between two lines.
-        error: what is wrong with the configuration, which all ranks must hear.
-    """
-    from fedsp_mpi.run.execute import execute
-
+def logs(options: argparse.Namespace) -> tuple[Log, Log]:
+    """Return the log of rank 0, and that of the clients of every rank."""
     log = _log(options)
     _note_toy_settings(options, log)
-    client_log = Log(_show, bar=log.bar)
-    folder = execute(settings, name, log, client_log=client_log, error=error)
-    if folder is not None:
-        from fedsp_mpi.record import read
-        from fedsp_mpi.report import summarize
+    return log, Log(_show, bar=log.bar)
 
-        _show("\n" + summarize(read(folder)))
-    return folder
+
+def show_summary(folder: Path | None) -> None:
+    """Print the summary of a run that has ended; nothing on ranks that have no folder."""
+    if folder is None:
+        return
+    from fedsp_mpi.record import read
+    from fedsp_mpi.report import summarize
+
+    _show("\n" + summarize(read(folder)))
 
 
 def check(options: argparse.Namespace) -> int:

@@ -100,7 +100,7 @@ class Lora:
         for name, tensor in tensors.items():
             self._parameters[name].data.copy_(tensor)
 
-    def truncate(self, rank: int) -> None:
+    def limit_rank(self, rank: int) -> None:
         """Keep the first rows of A and columns of B, and set the others to 0.
 
         They stay 0 while the adapters are trained: the gradient of each is a product with the

@@ -101,7 +101,7 @@ def test_a_client_of_a_lower_rank_leaves_the_rest_at_zero(tmp_path):
     with torch.no_grad():
         for parameter in adapters.parameters():
             parameter.normal_()
-    adapters.truncate(2)
+    adapters.limit_rank(2)
     adapters.begin_training()
     optimizer = torch.optim.AdamW(adapters.parameters(), lr=0.1, weight_decay=0.1)
     for _ in range(3):
