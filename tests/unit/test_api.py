@@ -108,7 +108,7 @@ def test_a_file_and_its_content_give_the_same(first, folder):
 def test_a_record_is_plain_data(first):
     record = first[0]
     results = pd.DataFrame(record.results)
-    assert list(results["method"]) == ["zero-shot", "server-only", "fedsp"]
+    assert list(results["method"]) == ["chance", "zero-shot", "server-only", "fedsp"]
     assert results["acc"].dtype == float and pd.DataFrame(record.rounds)["round"].tolist() == [1, 2]
     assert record.prompt == record.folder / "prompt" and record.model is None
     assert repr(record) == f"<Run first: complete, 2 rounds, {record.folder}>"
