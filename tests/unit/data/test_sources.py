@@ -8,6 +8,7 @@ import gzip
 import http.server
 import json
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -205,6 +206,20 @@ def test_a_changed_file_is_read_again(tmp_path):
     assert len(loading.load("multiple_choice", source, seed=0).test) == 2
     write(tmp_path / "own", test=[CHOICE_ROW] * 3)
     assert len(loading.load("multiple_choice", source, seed=0).test) == 3
+
+
+def test_nobody_is_told_what_is_read(tmp_path, monkeypatch):
+    sought = []
+
+    def no_network(host: str, *_: object, **__: object) -> None:
+        sought.append(host)
+        raise OSError("no network")
+
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(socket, "getaddrinfo", no_network)
+    rows = {split: [CHOICE_ROW] * 3 for split in ("train", "validation", "test")}
+    loading.load("multiple_choice", write(tmp_path / "own", **rows), seed=0)
+    assert not sought
 
 
 def test_the_settings_of_the_library_are_as_before():
