@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-import peft
 import safetensors.torch
 import torch
 from torch import Tensor, nn
@@ -46,6 +45,8 @@ class Lora:
         Raises:
             ConfigError: the model has no such maps.
         """
+        import peft  # here: it takes a tenth of a start, and most runs have no adapters
+
         targets = list(self._settings.targets) or None
         settings = peft.LoraConfig(
             r=self._settings.rank,
@@ -160,6 +161,8 @@ def write(folder: Path, tensors: NamedTensors, settings: LoraConfig, *, base: st
         settings: of the adapters.
         base: name or folder of the global model, noted in the adapter.
     """
+    import peft
+
     folder.parent.mkdir(parents=True, exist_ok=True)
     part = ownership.begin_model(folder)
     names = {name: f"{_IN_FILE}{name}.weight" for name in tensors}
