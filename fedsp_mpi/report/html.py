@@ -151,39 +151,15 @@ def _notes(run: Run) -> list[str]:
 
 
 def _results(run: Run) -> Table:
-    head = [
-        "method",
-        "split",
-        "round",
-        "n",
-        "acc %",
-        "acc_norm %",
-        "exact %",
-        "perplexity",
-        "std. error",
-        "score, two std. errors",
-        "loss",
-        "seconds",
-    ]
+    place = summary.RESULTS_HEAD.index("std. error") + 1
+    head = [*summary.RESULTS_HEAD]
+    head.insert(place, "score, two std. errors")
     body: list[list[Cell]] = []
     for row in run.results:
         _, score = main_measure(row)
-        body.append(
-            [
-                str(row["method"]),
-                str(row["split"]),
-                str(row["round"]) if row["round"] else "",
-                f"{row['n']:,}",
-                as_percent(row["acc"]),
-                as_percent(row["acc_norm"]),
-                as_percent(row["exact_match"]),
-                as_decimal(row["perplexity"], 2),
-                as_percent(row["stderr"]),
-                bar(score, float(row["stderr"])),
-                as_decimal(row["loss"]),
-                as_seconds(row["seconds"]),
-            ]
-        )
+        cells: list[Cell] = [*summary.result_cells(row)]
+        cells.insert(place, bar(score, float(row["stderr"])))
+        body.append(cells)
     return _without_empty_columns("Results of the method and its controls", head, body, num_left=2)
 
 

@@ -259,7 +259,7 @@ def failures(run: Run) -> list[str]:
 
 # -- results ---------------------------------------------------------------------------------------
 
-_RESULTS_HEAD = (
+RESULTS_HEAD = (
     "method",
     "split",
     "round",
@@ -274,6 +274,23 @@ _RESULTS_HEAD = (
 )
 
 
+def result_cells(row: np.void) -> list[str]:
+    """Write a row of the table of results, in the columns of RESULTS_HEAD."""
+    return [
+        str(row["method"]),
+        str(row["split"]),
+        str(row["round"]) if row["round"] else "",
+        str(row["n"]),
+        as_percent(row["acc"]),
+        as_percent(row["acc_norm"]),
+        as_percent(row["exact_match"]),
+        as_decimal(row["perplexity"], 2),
+        as_percent(row["stderr"]),
+        as_decimal(row["loss"]),
+        as_seconds(row["seconds"]),
+    ]
+
+
 def _results(run: Run) -> list[str]:
     if not len(run.results):
         return ["no results yet"]
@@ -281,22 +298,8 @@ def _results(run: Run) -> list[str]:
     for row in run.results:
         if row["split"] == TRIGGERED:
             continue
-        body.append(
-            [
-                str(row["method"]),
-                str(row["split"]),
-                str(row["round"]) if row["round"] else "",
-                str(row["n"]),
-                as_percent(row["acc"]),
-                as_percent(row["acc_norm"]),
-                as_percent(row["exact_match"]),
-                as_decimal(row["perplexity"], 2),
-                as_percent(row["stderr"]),
-                as_decimal(row["loss"]),
-                as_seconds(row["seconds"]),
-            ]
-        )
-    lines = table(_RESULTS_HEAD, body, num_left=2)
+        body.append(result_cells(row))
+    lines = table(RESULTS_HEAD, body, num_left=2)
     if baselines(run):
         lines.append("chance = a guess; majority = always the server's most frequent answer")
     return [*lines, *verdicts(run), *attack.summary_lines(run)]
