@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from tqdm import tqdm
 
 
+_COUNTS = "{n_fmt} of {total_fmt}"
+_TIMES = "[{elapsed}, {remaining} left]"
+
+
 class Bar:
     """One progress bar at the bottom of a terminal, for one task after the other.
 
@@ -29,14 +33,16 @@ class Bar:
         self._bar: tqdm[NoReturn] | None = None
 
     def begin(self, label: str, total: int, unit: str = "step") -> None:
-        """Begin a task of `total` steps; the one before ends."""
+        """Begin a task of `total` steps, unless it has none; the one before ends."""
         from tqdm import tqdm
 
         self.end()
+        if total == 0:
+            return
         self._bar = tqdm(
             total=total,
             desc=label,
-            unit=f" {unit}",
+            bar_format=f"{{desc}}: {{percentage:3.0f}}%|{{bar}}| {_COUNTS} {unit}s {_TIMES}",
             file=self._stream,
             leave=False,
             ncols=self._num_columns(),
@@ -194,6 +200,8 @@ class RoundProgress:
         self._done = 0
         self._last_line = time.monotonic()
 
+    _where = " on this rank"
+
     def begin(self, round: int) -> None:
         """Start the clock of a round."""
         self._round = round
@@ -207,7 +215,7 @@ class RoundProgress:
             place: which of this rank's clients it is, counted from 1.
             num_clients: number of clients on this rank in this round.
         """
-        of_rank = f" ({place} of {num_clients} on this rank)" if num_clients > 1 else ""
+        of_rank = f" ({place} of {num_clients}{self._where})" if num_clients > 1 else ""
         self._client = f"round {self._round}: {self._client_name(client)}{of_rank}"
 
     def server(self, round: int) -> None:
@@ -243,6 +251,8 @@ class RoundBar(RoundProgress):
     def __init__(self, bar: Bar, client_name: Callable[[int], str]) -> None:
         super().__init__(client_name=client_name)
         self._bar = bar
+
+    _where = ""  # a bar needs the room
 
     def stage(self, unit: str, total: int) -> None:
         """Begin `total` steps of one kind, which `unit` names."""

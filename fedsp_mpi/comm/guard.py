@@ -37,6 +37,7 @@ _WAIT_FOR_REPORT = 0.15  # for a report to reach the launcher
 _TURN = 0.5  # between two ranks' turns to report
 _MAX_TURN = 2.0
 _PHASE_ATTRIBUTE = "_fedsp_phase"  # of an exception: where it was raised
+_NOTHING_BEGUN = "nothing was lost: the same command begins, or goes on with what it found\n"
 _STOP_SIGNAL = signal.SIGUSR1
 _STACKS_SIGNAL = signal.SIGUSR2
 _END_SIGNALS = (signal.SIGTERM, signal.SIGHUP)
@@ -334,7 +335,7 @@ class Guard:
             f"{self._verb} stopped: rank {_rank()} of {_size()} on host {socket.gethostname()}, "
             f"{where}: {reason}\n"
         )
-        text += self._last_line() or "nothing was begun that could go on\n"
+        text += self._last_line() or _NOTHING_BEGUN
         if _size() == 1 or self._is_reporter(text):
             if self._folder is not None and _size() == 1:
                 with suppress(OSError):

@@ -126,7 +126,7 @@ def _facts(run: Run) -> dict[str, str]:
     config = run.config
     settings = config.get("run", {})
     facts = {
-        "ended": f"{run.status}, {run.committed_rounds} rounds",
+        "state": f"{run.status}, {summary.num_rounds(run)}",
         "reason": " ".join(run.reason.split()),
         "method": str(config.get("method", "")),
         "label": str(settings.get("label") or ""),

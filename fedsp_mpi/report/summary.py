@@ -78,10 +78,15 @@ def summarize(run: Run) -> str:
 # -- header ----------------------------------------------------------------------------------------
 
 
+def num_rounds(run: Run) -> str:
+    """Write how many rounds a run has: "1 round", "6 rounds"."""
+    return f"{run.committed_rounds} round{'' if run.committed_rounds == 1 else 's'}"
+
+
 def _header(run: Run) -> list[str]:
     reason = " ".join(run.reason.split())
     start = f"run       {run.name}   {run.status}"
-    end = f", {run.committed_rounds} rounds"
+    end = f", {num_rounds(run)}"
     line = f"{start} ({reason}){end}" if reason else start + end
     lines = [line]
     if reason and len(line) > WIDTH:

@@ -105,7 +105,7 @@ def test_a_terminal_has_bars_below_the_lines_of_a_file(tmp_path):
     settings = [*SHORT, f"run.folder={tmp_path}", "distillation.engine=torch"]
     words = [word for setting in settings for word in ("--set", setting)]
     written = on_a_terminal(["run", "--name", "terminal", *words])
-    for label in ("distilling", "round 2: client 1 (2 of 3 on this rank)", "round 1: server"):
+    for label in ("distilling", "round 2: client 1 (2 of 3)", "round 1: server"):
         assert re.search(rf"\r{re.escape(label)}: +\d+%\|", written), (label, written)
     assert "scoring fedsp: " in written
     # What a line feed ends, less what a carriage return has written over, is what stays.
