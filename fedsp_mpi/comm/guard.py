@@ -34,6 +34,7 @@ REPORT = "failure.txt"
 _WAIT_FOR_ABORT = 5.0  # that a rank with a later report waits for the abort of the reporting one
 _WAIT_FOR_STACKS = 0.5  # for the stacks of other ranks to reach the launcher
 _WAIT_FOR_REPORT = 0.15  # for a report to reach the launcher
+_LAST_RESORT = 10.0  # for a process that is to end, after which it does in any case
 _TURN = 0.5  # between two ranks' turns to report
 _MAX_TURN = 2.0
 _PHASE_ATTRIBUTE = "_fedsp_phase"  # of an exception: where it was raised
@@ -306,6 +307,7 @@ class Guard:
         """End the job on a signal; called by the thread that watches."""
         if not self._reporting.acquire(blocking=False):
             return  # an error is being reported, and ends the job
+        _end_in_any_case()
         reason = f"{signal.Signals(number).name}, a request to end"
         self._say_stopped(reason, self._phases[-1])
         self._end(128 + number, on_main_thread=False)
@@ -389,6 +391,7 @@ class Guard:
         sys.stdout.flush()
         mpi = _running_mpi()
         if mpi is not None and mpi.COMM_WORLD.size > 1:
+            _end_in_any_case()
             mpi.COMM_WORLD.Abort(status)
             os._exit(status)
         if _size() > 1 and not _mpi_is_over():
@@ -400,6 +403,15 @@ class Guard:
         self._folder = None
         self._reporting = threading.Lock()
         raise SystemExit(status) from None
+
+
+def _end_in_any_case() -> None:
+    """Have this process ended after a while, whatever keeps it: MPI's abort may wait for a lock.
+
+    The clock is a thread of C, which needs no turn of the interpreter.
+    """
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    faulthandler.dump_traceback_later(_LAST_RESORT, exit=True, file=nowhere)
 
 
 def _write(text: str) -> None:

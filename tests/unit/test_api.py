@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import os
 import signal
 import threading
 from collections.abc import Callable
@@ -149,7 +148,7 @@ def test_what_is_interrupted_goes_on_in_the_same_process(first, folder, number, 
     before = [signal.getsignal(handled) for handled in HANDLED]
     hook = threading.excepthook
     name = f"interrupted-{number.name}"
-    out = Tripwire("round 1/2", lambda: os.kill(os.getpid(), number))
+    out = Tripwire("round 1/2", lambda: signal.raise_signal(number))
     with pytest.raises(raised) as caught, contextlib.redirect_stdout(out):
         fedsp_mpi.run(set=values(folder), name=name)
     assert [signal.getsignal(handled) for handled in HANDLED] == before
