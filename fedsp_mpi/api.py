@@ -135,6 +135,7 @@ def _execute(
         cli.say(line)  # the run is complete: there is nothing to go on with
         folder = Path(settings.run.folder).expanduser() / settings.run.name
     finally:
+        cli.end_bar()
         from fedsp_mpi.tensors import seal
 
         seal.clear()  # the next run has a global model of its own

@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             try:
                 return options.run(options)
             finally:
-                _BAR.end()
+                end_bar()
     except Refused as error:
         if _is_rank_zero():
             print(f"fedsp_mpi: {refusal_line(error, options)}", file=sys.stderr, flush=True)
@@ -95,6 +95,11 @@ def logs(options: argparse.Namespace) -> tuple[Log, Log]:
     log = _log(options)
     _note_toy_settings(options, log)
     return log, Log(_show, bar=log.bar)
+
+
+def end_bar() -> None:
+    """Take a progress bar away that an error has left."""
+    _BAR.end()
 
 
 def show_summary(folder: Path | None) -> None:

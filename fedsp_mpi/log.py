@@ -184,6 +184,8 @@ class RoundProgress:
         client_name: returns what a line calls a client of an id.
     """
 
+    _where = " on this rank"
+
     def __init__(
         self,
         say: Callable[[str], None] = lambda line: None,
@@ -199,8 +201,6 @@ class RoundProgress:
         self._total = 0
         self._done = 0
         self._last_line = time.monotonic()
-
-    _where = " on this rank"
 
     def begin(self, round: int) -> None:
         """Start the clock of a round."""
@@ -248,11 +248,11 @@ class RoundBar(RoundProgress):
         client_name: returns what a client of an id is called.
     """
 
+    _where = ""  # a bar needs the room
+
     def __init__(self, bar: Bar, client_name: Callable[[int], str]) -> None:
         super().__init__(client_name=client_name)
         self._bar = bar
-
-    _where = ""  # a bar needs the room
 
     def stage(self, unit: str, total: int) -> None:
         """Begin `total` steps of one kind, which `unit` names."""

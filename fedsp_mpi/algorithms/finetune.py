@@ -322,17 +322,7 @@ class Finetune(Method):
 
     def build_server(self, context: ServerContext) -> Server:
         """Return the server that trains the merged weights."""
-        config = context.inputs.config
-        return WeightServer(
-            context.model,
-            AllWeights(context.model),
-            context.batches(),
-            stage=config.server.tuning,
-            total_rounds=config.federation.rounds,
-            rule=context.rule,
-            group=context.group,
-            progress=context.progress,
-        )
+        return weight_server(context, AllWeights(context.model), context.rule)
 
     def hand_out(
         self, inputs: MethodInputs, server: Server, client_model: LanguageModel
@@ -348,21 +338,63 @@ class Finetune(Method):
 
     def build_client(self, context: ClientContext) -> WeightClient:
         """Return the clients of one process."""
-        inputs = context.inputs
-        config = inputs.config
-        stage = config.client.tuning
         model = context.build_model(False)
-        return WeightClient(
-            model,
-            AllWeights(model),
-            context.shards(lambda client: inputs.batches(client + 1, stage, "prompt")),
-            stage=stage,
-            total_rounds=config.federation.rounds,
-            keep_state=config.federation.client_state == "kept",
-            proximal=config.client.proximal,
-            max_seconds=config.federation.client_seconds,
-            progress=context.progress,
-        )
+        return weight_client(context, model, AllWeights(model))
+
+
+def weight_server(context: ServerContext, tuned: Tuned, rule: Rule) -> WeightServer:
+    """Build the server as configured.
+
+    Args:
+        context: of the server.
+        tuned: what of the context's model is tuned.
+        rule: makes one update of many.
+    """
+    config = context.inputs.config
+    return WeightServer(
+        context.model,
+        tuned,
+        context.batches(),
+        stage=config.server.tuning,
+        total_rounds=config.federation.rounds,
+        rule=rule,
+        group=context.group,
+        progress=context.progress,
+    )
+
+
+def weight_client(
+    context: ClientContext,
+    model: LanguageModel,
+    tuned: Tuned,
+    *,
+    initial: NamedTensors | None = None,
+    rank_of: Callable[[int], int] | None = None,
+) -> WeightClient:
+    """Build the clients of one process as configured.
+
+    Args:
+        context: of the clients.
+        model: that they work on.
+        tuned: what of it is tuned.
+        initial: see `WeightClient`.
+        rank_of: see `WeightClient`.
+    """
+    config = context.inputs.config
+    stage = config.client.tuning
+    return WeightClient(
+        model,
+        tuned,
+        context.shards(lambda client: context.inputs.batches(client + 1, stage, "prompt")),
+        stage=stage,
+        total_rounds=config.federation.rounds,
+        keep_state=config.federation.client_state == "kept",
+        proximal=config.client.proximal,
+        max_seconds=config.federation.client_seconds,
+        progress=context.progress,
+        initial=initial,
+        rank_of=rank_of,
+    )
 
 
 METHOD = Finetune()

@@ -84,7 +84,7 @@ class LocalInference:
         self._batch_tokens = batch_tokens
 
     def losses(self, client: int, points: np.ndarray, groups: Sequence[Texts]) -> list[np.ndarray]:
-        """Return each text's mean answer loss under each point; see `InferenceBackend.losses`.
+        """Return each text's mean answer loss, fp64 [points, texts]; see `InferenceBackend.losses`.
 
         Raises:
             OutOfMemoryError: the device's memory does not suffice.
@@ -143,7 +143,7 @@ class RemoteInference:
         """Do nothing with the point, [dimension]: there is no model here to score with."""
 
     def losses(self, client: int, points: np.ndarray, groups: Sequence[Texts]) -> list[np.ndarray]:
-        """Return each text's mean answer loss under each point; see `InferenceBackend.losses`.
+        """Return each text's mean answer loss, fp64 [points, texts]; see `InferenceBackend.losses`.
 
         Raises:
             ValueError: the response has another number of losses.

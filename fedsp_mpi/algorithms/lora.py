@@ -13,7 +13,7 @@ from fedsp_mpi.algorithms.base import (
     Server,
     ServerContext,
 )
-from fedsp_mpi.algorithms.finetune import WeightClient, WeightServer
+from fedsp_mpi.algorithms.finetune import WeightClient, weight_client, weight_server
 from fedsp_mpi.models import auxiliary
 from fedsp_mpi.models.language_model import LanguageModel
 from fedsp_mpi.models.lora import Lora
@@ -29,15 +29,8 @@ class LowRank(Method):
         """Return the server that tunes the merged adapters."""
         config = context.inputs.config
         adapters = Lora(context.model, config.lora).initialise(config.run.seed)
-        return WeightServer(
-            context.model,
-            adapters,
-            context.batches(),
-            stage=config.server.tuning,
-            total_rounds=config.federation.rounds,
-            rule=mean_of_products if config.lora.merge == "products" else context.rule,
-            group=context.group,
-        )
+        rule = mean_of_products if config.lora.merge == "products" else context.rule
+        return weight_server(context, adapters, rule)
 
     def hand_out(
         self, inputs: MethodInputs, server: Server, client_model: LanguageModel
@@ -54,22 +47,14 @@ class LowRank(Method):
 
     def build_client(self, context: ClientContext) -> WeightClient:
         """Return the clients of one process."""
-        inputs = context.inputs
-        config = inputs.config
-        stage = config.client.tuning
+        settings = context.inputs.config.lora
         model = context.build_model(False).round_weights()
-        return WeightClient(
+        return weight_client(
+            context,
             model,
-            Lora(model, config.lora),
-            context.shards(lambda client: inputs.batches(client + 1, stage, "prompt")),
-            stage=stage,
-            total_rounds=config.federation.rounds,
-            keep_state=config.federation.client_state == "kept",
-            proximal=config.client.proximal,
-            max_seconds=config.federation.client_seconds,
-            progress=context.progress,
+            Lora(model, settings),
             initial=context.tensors.select("model/"),
-            rank_of=config.lora.rank_of if config.lora.ranks else None,
+            rank_of=settings.rank_of if settings.ranks else None,
         )
 
 

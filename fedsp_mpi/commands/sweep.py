@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 import shutil
 import signal
@@ -226,6 +227,8 @@ def _score(run: Run) -> str:
     if result is None:
         return "no result"
     metric, value = result
+    if math.isnan(value):  # of plain text, whose measure is no fraction
+        return ""
     return f"{metric} {100 * value:.2f} %"
 
 

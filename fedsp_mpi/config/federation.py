@@ -39,11 +39,6 @@ class OuterConfig:
             return self.learning_rate
         return {"fedavg": 1.0, "fedavgm": 1.0, "diloco": 0.7}.get(self.optimizer, 0.01)
 
-    @property
-    def takes_over_the_mean(self) -> bool:
-        """Whether the server goes on from the clients' mean itself."""
-        return self.optimizer == "fedavg" and self.resolved_learning_rate == 1
-
 
 @dataclass(frozen=True)
 class FederationConfig:

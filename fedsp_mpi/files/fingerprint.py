@@ -52,7 +52,10 @@ class _TokenisedText(Protocol):
     """What a digest needs of a text: token ids [length], and the places of answer and gap."""
 
     @property
-    def ids(self) -> np.ndarray: ...
+    def ids(self) -> np.ndarray:
+        """Token ids, int32 [length]."""
+        ...
+
     @property
     def answer(self) -> int: ...
     @property

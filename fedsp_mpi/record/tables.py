@@ -182,7 +182,8 @@ SERVER_COLUMNS = tuple(
 )
 # Columns that records of earlier versions lack, and what they are filled with then.
 LATER: dict[str, JsonObject] = {
-    "clients": dict.fromkeys(("attack_success", "fitness", "step_size"), NAN)
+    "clients": dict.fromkeys(("attack_success", "fitness", "step_size"), NAN),
+    "results": {"perplexity": NAN},
 }
 # Tables that records of earlier versions lack.
 LATER_TABLES = ("silos",)

@@ -244,9 +244,9 @@ def _draw(line: Line, across: _Scale, up: _Scale, *, label_y: float) -> DrawnLin
     if line.band is not None:
         low, high = line.band
         shown = np.isfinite(low) & np.isfinite(high)
-        there = [f"{across(x)},{up(y)}" for x, y in zip(line.rounds[shown], high[shown])]
+        edge = [f"{across(x)},{up(y)}" for x, y in zip(line.rounds[shown], high[shown])]
         back = [f"{across(x)},{up(y)}" for x, y in zip(line.rounds[shown], low[shown])]
-        band = " ".join(there + back[::-1])
+        band = " ".join(edge + back[::-1])
     path = _path(line.rounds, line.values, across=across, up=up)
     return DrawnLine(line.label, path, band, dots, label_y)
 

@@ -127,7 +127,10 @@ def _run(run: Run) -> JsonObject:
         "prompt_rounds": list(run.prompt_rounds),
         "config": _finite(run.config),
         "environment": _finite(run.environment),
-        "sections": _finite(run.sections),
+        # Without the question of the test split: an export is for others, too.
+        "sections": _finite(
+            {name: value for name, value in run.sections.items() if name != "plain_use"}
+        ),
         **tables,
     }
 

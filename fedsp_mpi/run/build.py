@@ -271,6 +271,7 @@ def _on_device(answer: Answer | None, compute: Compute) -> Answer | None:
         return None
 
     def answer_on_device(request: np.ndarray) -> np.ndarray:
+        """Return fp32 [any number] for fp32 [any number]."""
         compute.begin()
         return answer(request)
 

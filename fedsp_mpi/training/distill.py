@@ -260,7 +260,7 @@ class _History:
         return len(self.losses_before) + len(self.ends)
 
     def add(self, loss: Tensor, is_stopped: bool) -> None:
-        """Note a step's loss, a scalar; store the state if that is due, or the last chance."""
+        """Note a step's loss, fp32 []; store the state if that is due, or the last chance."""
         self.ends.append(time.perf_counter())
         self._losses.append(loss)
         is_due = self._interval is not None and self.ends[-1] - self._last_kept > self._interval

@@ -103,7 +103,7 @@ def train(
     Args:
         engine: holds the optimizer of what is trained.
         batches: by the number of the step.
-        loss: returns the sum of a micro-batch's losses, a scalar.
+        loss: returns the sum of a micro-batch's losses, fp32 [].
         first_step: number of the first batch.
         num_steps: steps to take.
         device: that batches are moved to.

@@ -212,3 +212,12 @@ def test_two_jobs_do_not_write_to_one_run(folder):
         first.wait()
     go(0, folder, "shared", "--resume")
     require_equal(folder, "shared")
+
+
+def test_an_outer_optimizer_goes_on_with_its_moments(folder):
+    more = ("--set", "federation.outer.optimizer=fedadam")
+    go(0, folder, "outer-whole", *more)
+    go(2, folder, "outer", *more, fault="kill:merge:0:4", status=None)
+    go(3, folder, "outer", *more, "--resume")
+    assert difference(read(folder / "outer-whole"), read(folder / "outer")) == []
+    assert difference(read(folder / "whole"), read(folder / "outer")) != []

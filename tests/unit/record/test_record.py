@@ -17,7 +17,16 @@ import numpy as np
 import pytest
 
 import fedsp_mpi.record as room
-from fedsp_mpi.record import RecordError, ResultRow, RoundRow, RunRecord, WireRow, read, reader
+from fedsp_mpi.record import (
+    RecordError,
+    ResultRow,
+    RoundRow,
+    RunRecord,
+    WireRow,
+    read,
+    reader,
+    tables,
+)
 from helpers.record_samples import assert_same_bits, make, results, tensors
 
 # --- round trip ---
@@ -307,3 +316,35 @@ def test_the_room_imports_no_heavy_library() -> None:
         assert not heavy & {name.split(".")[0] for name in named}
         assert "print(" not in path.read_text()
         assert path.name not in ("report.py", "compare.py") or "h5py" not in named
+
+
+# The columns of the first records. Each that came later has a value for records that lack it.
+FIRST_COLUMNS = {
+    "rounds": "round num_clients num_failed server_loss_first server_loss_last validation_merged "
+    "validation_loss control_validation_loss is_best bytes_down bytes_up seconds_broadcast "
+    "seconds_control seconds_clients seconds_merge seconds_server seconds_validation seconds_total",
+    "clients": "round client rank status reason samples loss_model_first loss_model_last "
+    "loss_prompt_first loss_prompt_last seconds_model seconds_prompt seconds_other bytes_down "
+    "bytes_up",
+    "results": "method split round n acc acc_norm exact_match stderr loss seconds",
+    "wire": "name shape dtype direction count bytes phase bytes_crossed",
+}
+
+
+def test_a_record_of_an_earlier_version_is_read(tmp_path: Path) -> None:
+    record = make(tmp_path / "run")
+    record.write_results(results(0.7))
+    record.finish()
+    file = tmp_path / "run" / "run.h5"
+    with h5py.File(file, "r+") as h5:
+        for name in tables.LATER_TABLES:
+            del h5[name]
+        for name, columns in FIRST_COLUMNS.items():
+            stored = h5[name][:]
+            names = [column for column in stored.dtype.names if column in columns.split()]
+            kind = np.dtype([(column, stored.dtype[column]) for column in names])
+            del h5[name]
+            h5[name] = np.array([tuple(row) for row in stored[names]], dtype=kind)
+    earlier_run = read(tmp_path / "run")
+    assert np.isnan(earlier_run.results["perplexity"]).all()
+    assert earlier_run.results["loss"].tolist() == record.run.results["loss"].tolist()

@@ -18,11 +18,14 @@ from fedsp_mpi.report import as_json, write_csv
 from helpers.big_run import big_run
 from helpers.record_samples import make, results
 
+QUESTION = "Who owns this text?"  # of the server's test split, in the record
+
 
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
     record = make(tmp_path / "run")
     record.write_results(results(0.7))
+    record.describe(plain_use={"question": {"text": QUESTION}})
     record.finish()
     return read(tmp_path / "run")
 
@@ -87,7 +90,9 @@ def test_json_is_one_document_without_nan(
     def refuse(constant: str) -> None:
         raise AssertionError(constant)
 
-    document = json.loads(capsys.readouterr().out, parse_constant=refuse)
+    printed = capsys.readouterr().out
+    assert QUESTION not in printed, "an export is for others, who do not own the text"
+    document = json.loads(printed, parse_constant=refuse)
     [content] = document["runs"]
     assert (content["name"], content["status"], content["committed_rounds"]) == (
         "run",
