@@ -85,9 +85,9 @@ class ResidualStates:
 
     def load_client_state(self, client: int, state: State) -> None:
         """Continue from `client_state()`, whose arrays belong to the client from now on."""
-        rest = part_of_state(state, "client")
-        if rest:
-            self._holder.load_client_state(client, rest)
+        client_state = part_of_state(state, "client")
+        if client_state:
+            self._holder.load_client_state(client, client_state)
         residual = part_of_state(state, "compression").get("residual")
         if residual is not None:
             self._residuals[client] = residual

@@ -43,7 +43,7 @@ class Exchange:
         return where.stop - where.start
 
     def cut(self, packed: np.ndarray, part: slice) -> np.ndarray:
-        """Return the bytes of a chunk of a vector's bytes, both uint8; no copy."""
+        """Return a chunk's bytes, uint8 [num_bytes], of those of all values; no copy."""
         return packed[byte_range(part, self.compression)]
 
     def encode_broadcast(self, values: np.ndarray, part: slice, *, is_start: bool) -> np.ndarray:
@@ -92,9 +92,12 @@ class Exchange:
         return self.reference[part] + change
 
     def require_size(self, packed: np.ndarray | None, whose: str) -> np.ndarray:
-        """Return an update's bytes, uint8; raise ValueError, naming `whose`, unless all are there.
+        """Return an update's bytes, uint8 [num_bytes], if all are there.
 
         Updates are packed where they are made, by `algorithms.compressed`.
+
+        Raises:
+            ValueError: they are not; begins with `whose`.
         """
         expected = num_bytes(self.reference.size, self.compression)
         if packed is None or packed.size != expected:
