@@ -8,13 +8,16 @@ from setuptools import find_packages, setup
 LOCAL = ["mpich"]  # an MPI as a wheel, for machines without one; a cluster uses its own
 EVALUATE = ["lm_eval>=0.4.12"]  # drives the verb `evaluate`
 PLOT = ["matplotlib>=3.11"]  # pictures of `report`
+TENSORBOARD = ["tensorboardX>=2.6"]  # event files beside the record
+ALL = [*LOCAL, *EVALUATE, *PLOT, *TENSORBOARD]  # all but what only the tests need
 TOOLS = ["pytest", "pytest-xdist", "hypothesis", "jsonschema", "ruff", "mypy"]
-BROWSER = ["axe-playwright-python"]  # opens pages of `report` in a real Chromium, for the tests
-TEST = [*LOCAL, *EVALUATE, *PLOT, *TOOLS, *BROWSER]
+BROWSER = ["axe-playwright-python"]  # opens pages of `report` in a real Chromium, for a slow test
+TEST = [*ALL, *TOOLS]
 
 [VERSION] = re.findall(
     r'^__version__ = "(.+)"$', Path("fedsp_mpi/__init__.py").read_text(encoding="utf-8"), re.M
 )
+
 
 setup(
     name="fedsp_mpi",
@@ -25,10 +28,12 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["fedsp_mpi", "fedsp_mpi.*"]),
     package_data={
+        "fedsp_mpi": ["py.typed"],
         "fedsp_mpi.resources": ["*.yaml", "*.md", "recipes/*.yaml", "model/*", "data/*"],
         "fedsp_mpi.report": ["*.j2"],
         "fedsp_mpi.record": ["*.md"],
     },
+    entry_points={"console_scripts": ["fedsp-mpi = fedsp_mpi.__main__:start"]},
     # Lower bounds: the minor versions of constraints.txt, with which the tests have run.
     install_requires=[
         "mpi4py>=4.1",
@@ -51,6 +56,15 @@ setup(
         "pyarrow>=26.0",
         "PyYAML>=6.0",
         "Jinja2>=3.1",
+        "shtab>=1.13",
     ],
-    extras_require={"local": LOCAL, "evaluate": EVALUATE, "plot": PLOT, "test": TEST},
+    extras_require={
+        "local": LOCAL,
+        "evaluate": EVALUATE,
+        "plot": PLOT,
+        "all": ALL,
+        "browser": BROWSER,
+        "tensorboard": TENSORBOARD,
+        "test": TEST,
+    },
 )

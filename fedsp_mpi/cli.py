@@ -58,9 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 _BAR.end()
     except Refused as error:
         if _is_rank_zero():
-            line = _fill_fetch_advice(error_line(str(error)), options)
-            text = printable(line, keep=_PRINTED_CONTROLS)
-            print(f"fedsp_mpi: {text}", file=sys.stderr, flush=True)
+            print(f"fedsp_mpi: {refusal_line(error, options)}", file=sys.stderr, flush=True)
         return error.exit_status
 
 
@@ -86,16 +84,27 @@ def run(options: argparse.Namespace) -> int:
         settings, error, directory = _resumption_or_error(options)
     from fedsp_mpi.run.execute import execute
 
+    with contextlib.chdir(directory):
+        log, client_log = logs(options)
+        show_summary(execute(settings, name, log, client_log=client_log, error=error))
+    return 0
+
+
+def logs(options: argparse.Namespace) -> tuple[Log, Log]:
+    """Return the log of rank 0, and that of the clients of every rank."""
     log = _log(options)
     _note_toy_settings(options, log)
-    with contextlib.chdir(directory):
-        folder = execute(settings, name, log, client_log=Log(_show, bar=log.bar), error=error)
-        if folder is not None:
-            from fedsp_mpi.record import read
-            from fedsp_mpi.report import summarize
+    return log, Log(_show, bar=log.bar)
 
-            _show("\n" + summarize(read(folder)))
-    return 0
+
+def show_summary(folder: Path | None) -> None:
+    """Print the summary of a run that has ended; nothing on ranks that have no folder."""
+    if folder is None:
+        return
+    from fedsp_mpi.record import read
+    from fedsp_mpi.report import summarize
+
+    _show("\n" + summarize(read(folder)))
 
 
 def check(options: argparse.Namespace) -> int:
@@ -311,6 +320,15 @@ def bench(options: argparse.Namespace) -> int:
     return 0
 
 
+def completion(options: argparse.Namespace) -> int:
+    """`completion`: print the script by which a shell completes the words of `fedsp-mpi`."""
+    _require_one_process("completion", "start it without mpirun")
+    from fedsp_mpi.commands import completion
+
+    _show(completion.script(_parser(), options.shell))
+    return 0
+
+
 def _bench_local(options: argparse.Namespace, log: Log) -> None:
     from fedsp_mpi.commands import bench_local
 
@@ -435,6 +453,12 @@ def _fill_fetch_advice(text: str, options: argparse.Namespace) -> str:
     return text.replace("fetch CONFIG", "fetch " + " ".join(word for word in words if word))
 
 
+def refusal_line(error: Refused, options: argparse.Namespace) -> str:
+    """Return the one line that the user sees of a refusal."""
+    line = _fill_fetch_advice(error_line(str(error)), options)
+    return printable(line, keep=_PRINTED_CONTROLS)
+
+
 def _escape_unprintable() -> None:
     """Escape what the locale cannot encode, such as a path that is not UTF-8; printing it would
     raise.
@@ -451,6 +475,12 @@ def _show(text: str) -> None:
     except BrokenPipeError:
         # Otherwise the interpreter would complain again when it flushes at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def say(line: str) -> None:
+    """Print a line on rank 0."""
+    if _is_rank_zero():
+        _show(line)
 
 
 def _log(options: argparse.Namespace) -> Log:
@@ -516,6 +546,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_evaluate(verbs)
     _add_diff(verbs)
     _add_bench(verbs)
+    _add_completion(verbs)
     return parser
 
 
@@ -733,6 +764,14 @@ def _add_bench(verbs: argparse._SubParsersAction) -> None:
         help="steps of prompt tuning, for transfer; default: 20",
     )
     verb.set_defaults(run=bench)
+
+
+def _add_completion(verbs: argparse._SubParsersAction) -> None:
+    verb = verbs.add_parser(
+        "completion", help="print a script by which a shell completes the words of fedsp-mpi"
+    )
+    verb.add_argument("shell", choices=("bash", "zsh", "fish"))
+    verb.set_defaults(run=completion)
 
 
 def _add_configuration(verb: argparse.ArgumentParser) -> None:

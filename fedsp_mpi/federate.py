@@ -400,9 +400,10 @@ def _log_round(journal: RoundJournal, round: int, schedule: Schedule, elapsed: f
         at_silos += f" (worst {worst['loss']:.4f}, {name})"
         is_judged_by_silos = math.isnan(row["validation_loss"])
         losses = f"{at_silos}{best}" if is_judged_by_silos else f"{losses}, {at_silos}"
+    time_left = f"  {duration(remaining)} left" if round < rounds else ""
     journal.log.say(
         f"round {round}/{rounds}  {losses}  {row['num_clients']} clients{excluded}"
-        f"  {duration(row['seconds_total'])}  {duration(remaining)} left"
+        f"  {duration(row['seconds_total'])}{time_left}"
     )
 
 

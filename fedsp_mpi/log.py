@@ -5,6 +5,7 @@ is a bar at the bottom of a terminal or a line now and then.
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Callable
 from functools import partial
@@ -14,6 +15,10 @@ from fedsp_mpi.config.parsing import error_line
 
 if TYPE_CHECKING:
     from tqdm import tqdm
+
+
+_COUNTS = "{n_fmt} of {total_fmt}"
+_TIMES = "[{elapsed}, {remaining} left]"
 
 
 class Bar:
@@ -28,19 +33,28 @@ class Bar:
         self._bar: tqdm[NoReturn] | None = None
 
     def begin(self, label: str, total: int, unit: str = "step") -> None:
-        """Begin a task of `total` steps; the one before ends."""
+        """Begin a task of `total` steps, unless it has none; the one before ends."""
         from tqdm import tqdm
 
         self.end()
+        if total == 0:
+            return
         self._bar = tqdm(
             total=total,
             desc=label,
-            unit=f" {unit}",
+            bar_format=f"{{desc}}: {{percentage:3.0f}}%|{{bar}}| {_COUNTS} {unit}s {_TIMES}",
             file=self._stream,
             leave=False,
-            dynamic_ncols=True,
+            ncols=self._num_columns(),
             mininterval=0.2,
         )
+
+    def _num_columns(self) -> int:
+        """Return the width of the terminal; of one that does not know it, 80."""
+        try:
+            return os.get_terminal_size(self._stream.fileno()).columns or 80
+        except OSError:
+            return 80
 
     def step(self, count: int = 1) -> None:
         """Count steps of the task."""
@@ -186,6 +200,8 @@ class RoundProgress:
         self._done = 0
         self._last_line = time.monotonic()
 
+    _where = " on this rank"
+
     def begin(self, round: int) -> None:
         """Start the clock of a round."""
         self._round = round
@@ -199,7 +215,7 @@ class RoundProgress:
             place: which of this rank's clients it is, counted from 1.
             num_clients: number of clients on this rank in this round.
         """
-        of_rank = f" ({place} of {num_clients} on this rank)" if num_clients > 1 else ""
+        of_rank = f" ({place} of {num_clients}{self._where})" if num_clients > 1 else ""
         self._client = f"round {self._round}: {self._client_name(client)}{of_rank}"
 
     def server(self, round: int) -> None:
@@ -235,6 +251,8 @@ class RoundBar(RoundProgress):
     def __init__(self, bar: Bar, client_name: Callable[[int], str]) -> None:
         super().__init__(client_name=client_name)
         self._bar = bar
+
+    _where = ""  # a bar needs the room
 
     def stage(self, unit: str, total: int) -> None:
         """Begin `total` steps of one kind, which `unit` names."""

@@ -34,37 +34,39 @@ def mean_of_products(updates: Updates) -> NamedTensors:
         if not name.endswith(_A):
             continue
         other = name.removesuffix(_A) + _B
-        left = np.concatenate(
+        columns_b = np.concatenate(
             [share * row[other].astype(np.float64) for share, row in zip(shares, rows)], axis=1
         )
-        right = np.concatenate([row[name].astype(np.float64) for row in rows])
-        factor_b, factor_a = _nearest(left, right, rank=merged[name].shape[0])
+        rows_a = np.concatenate([row[name].astype(np.float64) for row in rows])
+        factor_b, factor_a = _nearest(columns_b, rows_a, rank=merged[name].shape[0])
         merged[name][...] = factor_a
         merged[other][...] = factor_b
     return merged
 
 
-def _nearest(left: np.ndarray, right: np.ndarray, *, rank: int) -> tuple[np.ndarray, np.ndarray]:
+def _nearest(
+    columns_b: np.ndarray, rows_a: np.ndarray, *, rank: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Return factors of the matrix of a rank that is nearest to a product.
 
     Args:
-        left: fp64 [out, inner].
-        right: fp64 [inner, in].
+        columns_b: fp64 [out, inner].
+        rows_a: fp64 [inner, in].
         rank: of the result; what there is less is 0.
 
     Returns:
         fp64 [out, rank] and [rank, in].
     """
-    left_basis, left_core = np.linalg.qr(left)
-    right_basis, right_core = np.linalg.qr(right.T)
-    u, singular, v = np.linalg.svd(left_core @ right_core.T)
+    basis_b, core_b = np.linalg.qr(columns_b)
+    basis_a, core_a = np.linalg.qr(rows_a.T)
+    u, singular, v = np.linalg.svd(core_b @ core_a.T)
     count = min(rank, len(singular))
-    columns = left_basis @ u[:, :count]
-    places = np.abs(columns).argmax(axis=0)
-    signs = np.where(columns[places, np.arange(count)] < 0, -1.0, 1.0)
+    directions = basis_b @ u[:, :count]
+    places = np.abs(directions).argmax(axis=0)
+    signs = np.where(directions[places, np.arange(count)] < 0, -1.0, 1.0)
     roots = np.sqrt(singular[:count]) * signs
-    factor_b = np.zeros((len(left), rank))
-    factor_a = np.zeros((rank, right.shape[1]))
-    factor_b[:, :count] = columns * roots
-    factor_a[:count] = (right_basis @ v[:count].T * roots).T
+    factor_b = np.zeros((len(columns_b), rank))
+    factor_a = np.zeros((rank, rows_a.shape[1]))
+    factor_b[:, :count] = directions * roots
+    factor_a[:count] = (basis_a @ v[:count].T * roots).T
     return factor_b, factor_a

@@ -52,7 +52,7 @@ class Tuned(Protocol):
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Copy values [*shape] in, by name."""
 
-    def truncate(self, rank: int) -> None:
+    def limit_rank(self, rank: int) -> None:
         """Keep what a client of a lower rank has."""
 
     def attach(self) -> None:
@@ -87,7 +87,7 @@ class AllWeights:
         """Copy values [*shape] in, by name."""
         auxiliary.load_weights(self._model, tensors)
 
-    def truncate(self, rank: int) -> None:
+    def limit_rank(self, rank: int) -> None:
         """Keep all."""
 
     def attach(self) -> None:
@@ -302,7 +302,7 @@ class WeightClient:
     def _load(self, client: int, broadcast: NamedTensors) -> None:
         self._tuned.load(broadcast.torch())
         if self._rank_of is not None:
-            self._tuned.truncate(self._rank_of(client))
+            self._tuned.limit_rank(self._rank_of(client))
 
     def _build_engines(self) -> dict[str, TorchEngine]:
         total_steps = self._stage.steps * self._rounds

@@ -37,6 +37,7 @@ _WAIT_FOR_REPORT = 0.15  # for a report to reach the launcher
 _TURN = 0.5  # between two ranks' turns to report
 _MAX_TURN = 2.0
 _PHASE_ATTRIBUTE = "_fedsp_phase"  # of an exception: where it was raised
+_NOTHING_BEGUN = "nothing was lost: the same command begins, or goes on with what it found\n"
 _STOP_SIGNAL = signal.SIGUSR1
 _STACKS_SIGNAL = signal.SIGUSR2
 _END_SIGNALS = (signal.SIGTERM, signal.SIGHUP)
@@ -165,6 +166,33 @@ class Guard:
         self._folder = None
         self._advice = ""
         return False
+
+    @contextmanager
+    def within_program(self, verb: str) -> Iterator[None]:
+        """Guard a part of a program of the user's, such as a notebook, and leave nothing behind.
+
+        In a single process every error passes through, and no thread is watched. Among several
+        ranks it is as in `with guard(verb)`. Afterwards signals are handled as before.
+        """
+        is_main_thread = threading.current_thread() is threading.main_thread()
+        previous = signal.getsignal(_STOP_SIGNAL) or signal.SIG_DFL
+        self.stop_requested = False
+        try:
+            if _size() > 1:
+                with self(verb):
+                    yield
+            else:
+                if is_main_thread:
+                    signal.signal(_STOP_SIGNAL, self._request_stop)
+                yield
+        finally:
+            if is_main_thread:
+                signal.signal(_STOP_SIGNAL, previous)
+            with suppress(ValueError, OSError, AttributeError):
+                faulthandler.unregister(_STACKS_SIGNAL)
+            self._folder = None
+            self._advice = ""
+            self.stop_requested = False
 
     @contextmanager
     def phase(
@@ -307,7 +335,7 @@ class Guard:
             f"{self._verb} stopped: rank {_rank()} of {_size()} on host {socket.gethostname()}, "
             f"{where}: {reason}\n"
         )
-        text += self._last_line() or "nothing was begun that could go on\n"
+        text += self._last_line() or _NOTHING_BEGUN
         if _size() == 1 or self._is_reporter(text):
             if self._folder is not None and _size() == 1:
                 with suppress(OSError):

@@ -110,11 +110,14 @@ class ServerChecks:
             The model's sizes; None if they are not known.
         """
         from fedsp_mpi.estimate.memory import ModelSizes
+        from fedsp_mpi.record import event_files
         from fedsp_mpi.run import build
 
         inputs = self._inputs
         max_length = 0
         try:
+            if inputs.config.record.tensorboard:
+                event_files.require_library()
             inputs.check()
             build.method_of(inputs)
             max_length = self._longest()

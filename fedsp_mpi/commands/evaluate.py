@@ -184,7 +184,7 @@ def _require_tuned(run: Run, config: Config, folder: Path, *, options: Options) 
             f"{folder}: found a run that is {run.status}, expected a complete one; go on with it "
             f"by run --resume, or {alternative}"
         )
-    tuned = folder / _tuned_folder(config)
+    tuned = folder / config.tuned_folder
     if not tuned.is_dir():
         raise ValueError(
             f"{tuned}: found no such folder, expected what the run has tuned; copy it there, or "
@@ -194,13 +194,6 @@ def _require_tuned(run: Run, config: Config, folder: Path, *, options: Options) 
         fingerprint.require_digests(tuned)
     except ValueError as error:
         raise ValueError(f"{error}; copy the whole run folder again, or {alternative}") from None
-
-
-def _tuned_folder(config: Config) -> str:
-    """Return the name of the folder that holds what a run has tuned."""
-    if config.adapts:
-        return "adapter"
-    return "model" if config.tunes_weights else "prompt"
 
 
 def _require_text(inputs: ExperimentInputs, own_task: str, options: Options) -> None:
@@ -248,7 +241,7 @@ def _models(
         )
     elif config.adapts and not without_prompt:
         adapters = lora.Lora(model, config.lora)
-        adapters.load(lora.read(folder / _tuned_folder(config)))
+        adapters.load(lora.read(folder / config.tuned_folder))
         yield method, model, None
         adapters.clear()
     elif not without_prompt:

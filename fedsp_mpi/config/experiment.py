@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import reduce
@@ -49,7 +50,7 @@ from fedsp_mpi.config.search import SearchConfig
 from fedsp_mpi.config.silos import require_silos, with_plain_silos
 from fedsp_mpi.config.threats import AttackConfig
 from fedsp_mpi.config.training import Dtype
-from fedsp_mpi.config.yaml_reader import key_value, parse_yaml, read_yaml, setting
+from fedsp_mpi.config.yaml_reader import extended, key_value, parse_yaml, read_yaml, setting
 
 EMBEDDED = Path(__file__).parent.parent / "resources" / "embedded.yaml"
 
@@ -124,6 +125,13 @@ class Config:
         return self.method_facts.adapts
 
     @property
+    def tuned_folder(self) -> str:
+        """Name of the folder, in the run's, of what is tuned: prompt, adapter or model."""
+        if self.adapts:
+            return "adapter"
+        return "model" if self.tunes_weights else "prompt"
+
+    @property
     def trains_all_weights(self) -> bool:
         """Whether all weights of the global model are trained and travel."""
         return self.tunes_weights and not self.adapts
@@ -189,9 +197,9 @@ class Config:
 
 
 def load(
-    path: str | Path | None,
+    path: str | Path | Section | None,
     overrides: list[str] | None = None,
-    values: dict[str, str] | None = None,
+    values: Mapping[str, object] | None = None,
 ) -> Config:
     """Read a YAML file, apply overrides, check the result, and freeze it.
 
@@ -199,9 +207,9 @@ def load(
     win over earlier ones, and the file's own keys over all of them.
 
     Args:
-        path: of the file; None: the embedded default.
+        path: of the file, or what it would say; None: the embedded default.
         overrides: items `key=value`, whose value is YAML.
-        values: texts by key, taken as they stand.
+        values: plain data by key, taken as they stand.
 
     Raises:
         ConfigError: the first mistake.
@@ -215,14 +223,17 @@ def load(
     return checked(data)
 
 
-def given(path: str | Path | None, overrides: list[str] | None = None) -> Section:
+def given(path: str | Path | Section | None, overrides: list[str] | None = None) -> Section:
     """Read what a file and overrides say, without the defaults of what they leave out.
 
     Raises:
         ConfigError: they cannot be read.
     """
     try:
-        data = read_yaml(Path(path) if path is not None else EMBEDDED)
+        if isinstance(path, dict):
+            data = extended(path, Path("configuration"))
+        else:
+            data = read_yaml(Path(path) if path is not None else EMBEDDED)
         for item in overrides or []:
             key, value = key_value(item)
             put(data, key, value, setting(item))

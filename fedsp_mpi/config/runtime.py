@@ -96,6 +96,9 @@ class RecordConfig:
         "least time between progress lines in a round; `null`: one line a round only",
         "seconds",
     )
+    tensorboard: bool = option(
+        False, "write TensorBoard's event files beside the record (extra `tensorboard`)"
+    )
 
 
 @dataclass(frozen=True)

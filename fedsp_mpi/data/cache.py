@@ -21,6 +21,10 @@ from datasets.data_files import DataFilesList
 
 from fedsp_mpi.files.untrusted import JsonMapping
 
+# `datasets` would tell its makers of every reader of local files that is built: a request that a
+# node without a network waits for, once for each table.
+datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
+
 _ADVICE = "set HF_HOME or HF_DATASETS_CACHE to a folder"
 
 

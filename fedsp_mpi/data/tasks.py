@@ -134,6 +134,8 @@ class Splits:
 
 # -- the tasks -------------------------------------------------------------------------------------
 
+# As long as a model and data.max_length allow, every token an answer.
+_BLOCKS = TextLengths(10_000_000, 10_000_000, 10_000_000, source="blocks without padding")
 _ARC_COLUMNS = ("question", "choices", "answerKey")
 
 _ALL_TASKS = (
@@ -277,6 +279,7 @@ _ALL_TASKS = (
         column_sets=(("text",),),
         metric="perplexity",
         example=examples.plain_text,
+        lengths=_BLOCKS,
     ),
 )
 TASKS: dict[str, Task] = {task.name: task for task in _ALL_TASKS}

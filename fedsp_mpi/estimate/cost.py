@@ -48,7 +48,7 @@ from fedsp_mpi.config import EMBEDDED, AuxiliaryConfig, Config, StageConfig
 from fedsp_mpi.data.tasks import ASSUMED_LENGTHS, TASKS, TextLengths
 from fedsp_mpi.estimate import memory
 from fedsp_mpi.estimate.memory import MemoryNeed, ModelSizes, meta_model
-from fedsp_mpi.models import auxiliary, backbone
+from fedsp_mpi.models import auxiliary, backbone, lora
 from fedsp_mpi.models.architectures import config_of, forward, ratios
 from fedsp_mpi.models.language_model import LanguageModel
 from fedsp_mpi.models.prompts import Prompt, PromptSpec, require_positions
@@ -310,6 +310,11 @@ class _Costs:
             encoder=prompt.encoder,
         )
         self.texts = _text_lengths(config, self.large.shape.num_positions, tokens)
+        self._num_adapters = 0
+        if config.adapts:
+            self._num_adapters = lora.num_parameters(
+                meta_model(architecture, num_layers), config.lora
+            )
         # Forward passes that each backward pass repeats.
         self._recompute_passes = 1 if config.model.gradient_checkpointing else 0
 
@@ -319,6 +324,8 @@ class _Costs:
         longest = self.texts.longest
         if distillation.text:
             longest = max(longest, distillation.text_length)
+        if self.config.adapts:
+            return ModelSizes.with_adapters(self.large, self._num_adapters, longest)
         if self.config.tunes_weights:
             return ModelSizes.all_weights(self.large, longest)
         sizes = ModelSizes.between(self.large, self.small, spec=self.spec, length=longest)
@@ -331,7 +338,7 @@ class _Costs:
         """
         config = self.config
         num_layers = self.large.shape.num_layers
-        given = {
+        counts = {
             "global": self.large.num_parameters(),
             "auxiliary": self.small.num_parameters(),
             "layers": num_layers,
@@ -339,18 +346,22 @@ class _Costs:
             "exact_copies": 0,
         }
         if config.asks_server:
-            return given | {"auxiliary": 0}
+            return counts | {"auxiliary": 0}
         if config.tunes_weights:
-            whole = given["global"]
-            return given | {"auxiliary": whole, "exact_copies": whole, "layers_copied": num_layers}
+            num_values = counts["global"]
+            return counts | {
+                "auxiliary": num_values,
+                "exact_copies": num_values,
+                "layers_copied": num_layers,
+            }
         if config.distillation.stage.steps:
-            return given
+            return counts
         bridge = sum(
             weight.numel() for name, weight in self.small.weights.items() if ".bridge." in name
         )
         layers = auxiliary.layers(config.auxiliary, num_layers)
-        copied = given["auxiliary"] - bridge
-        return given | {"exact_copies": copied, "layers_copied": len(set(layers))}
+        copied = counts["auxiliary"] - bridge
+        return counts | {"exact_copies": copied, "layers_copied": len(set(layers))}
 
     # -- FLOPs of the whole run, by phase ----------------------------------------------------------
 
@@ -448,7 +459,7 @@ class _Costs:
     def _weights_step(self, stage: StageConfig) -> float:
         """Return the FLOPs of one optimizer step on all weights of the global model, no prompts."""
         tokens = self.texts.tokens
-        passes = 3 + self._recompute_passes
+        passes = (2 if self.config.adapts else 3) + self._recompute_passes
         return stage.batch_size * passes * forward(self.large, tokens, tokens, self.texts.answers)
 
     def _prompt_step(self, stage: StageConfig, model: LanguageModel, trained: Trained) -> float:
@@ -587,23 +598,26 @@ class _Costs:
         )
 
     def _fine_tuning(self) -> MethodCost:
-        """Return the cost of fine-tuning, where clients train the whole model.
+        """Return the cost of fine-tuning, where clients train the whole model, or its adapters.
 
-        It takes the steps of the prompt stage. The weights come with every round, so there is no
-        hand-out, unless rounds are compressed.
+        It takes the steps of the prompt stage. All weights come with every round, so there is no
+        hand-out unless rounds are compressed; beside adapters, they are handed out once.
         """
         stage = self.config.client.tuning
         num_weights = self.large.num_parameters()
-        message = self._message_bytes(num_weights)
-        handout = self._reference_bytes(num_weights)
+        num_tuned = self._num_adapters if self.config.adapts else num_weights
+        message = self._message_bytes(num_tuned)
+        handout = self._reference_bytes(num_tuned)
+        if self.config.adapts:
+            handout += FP32_BYTES * num_weights
         judged = self._judged(message)
         federation = self.config.federation
         total = self._clients_per_round() * 2 * message + federation.clients * judged
         step = self._weights_step(stage)
         return MethodCost(
-            name="fine-tuning",
+            name=self.config.method_facts.title if self.config.tunes_weights else "fine-tuning",
             holds=num_weights,
-            trains=num_weights,
+            trains=num_tuned,
             handout=handout,
             down=message,
             up=message,

@@ -14,7 +14,7 @@ import torch
 
 from fedsp_mpi.config import Config, StageConfig
 from fedsp_mpi.files.untrusted import JsonMapping
-from fedsp_mpi.models import auxiliary
+from fedsp_mpi.models import auxiliary, lora
 from fedsp_mpi.models.language_model import LanguageModel
 from fedsp_mpi.models.prompts import Prompt, PromptSpec
 from fedsp_mpi.training.device import DTYPES
@@ -85,6 +85,10 @@ class ModelSizes:
         """
         config = inputs.model_config
         large = meta_model(config, inputs.shape.num_layers)
+        if inputs.config.adapts:
+            adapted = meta_model(config, inputs.shape.num_layers)
+            num_adapters = lora.num_parameters(adapted, inputs.config.lora)
+            return cls.with_adapters(large, num_adapters, length)
         if inputs.config.tunes_weights:
             return cls.all_weights(large, length)
         cell_config = auxiliary.cell_config(config, inputs.config.auxiliary)
@@ -144,6 +148,18 @@ class ModelSizes:
             activations=_activations_per_unit(model),
             vocabulary=model.model.config.vocab_size,
         )
+
+    @classmethod
+    def with_adapters(cls, model: LanguageModel, num_adapters: int, length: int) -> ModelSizes:
+        """Compute the sizes where clients hold the global model, and adapters of it travel.
+
+        Args:
+            model: on the meta device.
+            num_adapters: values of the adapters.
+            length: tokens of the longest text.
+        """
+        sizes = cls.all_weights(model, length)
+        return replace(sizes, auxiliary=sizes.global_model, prompt=num_adapters, wire=num_adapters)
 
     def held_by(self, config: Config) -> ModelSizes:
         """Return the sizes without the clients' model, if they hold none."""

@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-import peft
 import safetensors.torch
 import torch
 from torch import Tensor, nn
@@ -46,6 +45,8 @@ class Lora:
         Raises:
             ConfigError: the model has no such maps.
         """
+        import peft  # here: it takes a tenth of a start, and most runs have no adapters
+
         targets = list(self._settings.targets) or None
         settings = peft.LoraConfig(
             r=self._settings.rank,
@@ -59,9 +60,9 @@ class Lora:
                 warnings.simplefilter("ignore")  # that GPT-2's maps are transposed
                 peft.inject_adapter_in_model(settings, self._model.model)
         except ValueError:
-            found = ", ".join(self._settings.targets) or "none, and peft knows no usual ones"
+            named = ", ".join(self._settings.targets) or "none, and peft knows no usual ones"
             raise ConfigError(
-                f"lora.targets: found {found} for a {family}, expected endings of names of its "
+                f"lora.targets: found {named} for a {family}, expected endings of names of its "
                 f"linear maps, such as {', '.join(linear_maps(self._model.model)[:4])}"
             ) from None
         for weight in self._model.weights.values():
@@ -100,15 +101,15 @@ class Lora:
         for name, tensor in tensors.items():
             self._parameters[name].data.copy_(tensor)
 
-    def truncate(self, rank: int) -> None:
+    def limit_rank(self, rank: int) -> None:
         """Keep the first rows of A and columns of B, and set the others to 0.
 
         They stay 0 while the adapters are trained: the gradient of each is a product with the
         other.
         """
         for name, parameter in self._parameters.items():
-            rest = parameter.data[rank:] if name.endswith("lora_A") else parameter.data[:, rank:]
-            rest.zero_()
+            dropped = parameter.data[rank:] if name.endswith("lora_A") else parameter.data[:, rank:]
+            dropped.zero_()
 
     def clear(self) -> None:
         """Set B to 0, so that the model is as it was without adapters."""
@@ -131,6 +132,16 @@ class Lora:
             self._model.model.eval()
 
 
+def num_parameters(model: LanguageModel, settings: LoraConfig) -> int:
+    """Return the number of values of the adapters of a model, which becomes useless for others.
+
+    Args:
+        model: best on the meta device.
+        settings: of the adapters.
+    """
+    return sum(parameter.numel() for parameter in Lora(model, settings).parameters())
+
+
 def linear_maps(model: nn.Module) -> list[str]:
     """Return the endings of the names of a model's linear maps, without its head."""
     endings = {
@@ -150,6 +161,8 @@ def write(folder: Path, tensors: NamedTensors, settings: LoraConfig, *, base: st
         settings: of the adapters.
         base: name or folder of the global model, noted in the adapter.
     """
+    import peft
+
     folder.parent.mkdir(parents=True, exist_ok=True)
     part = ownership.begin_model(folder)
     names = {name: f"{_IN_FILE}{name}.weight" for name in tensors}

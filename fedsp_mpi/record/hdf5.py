@@ -48,7 +48,7 @@ def _empty(name: str) -> np.ndarray:
     return tables.table(tables.TABLES[name])
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Run:
     """A record as it was when it was read; only `prompts` reads the file again.
 
@@ -87,6 +87,29 @@ class Run:
     prompt_rounds: tuple[int, ...] = ()
     has_digest: bool = True
 
+    @property
+    def folder(self) -> Path:
+        """The run's folder."""
+        return self.file.parent
+
+    @property
+    def prompt(self) -> Path | None:
+        """The folder of the best prompts, a stock peft adapter; None where there is none."""
+        return _existing(self.folder / "prompt")
+
+    @property
+    def adapter(self) -> Path | None:
+        """The folder of low-rank adapters, in peft's form; None where there is none."""
+        return _existing(self.folder / "adapter")
+
+    @property
+    def model(self) -> Path | None:
+        """The folder of a fine-tuned model, in Hugging Face's form; None where there is none."""
+        return _existing(self.folder / "model")
+
+    def __repr__(self) -> str:
+        return f"<Run {self.name}: {self.status}, {self.committed_rounds} rounds, {self.folder}>"
+
     def methods(self) -> set[str]:
         """Return the methods that have a result."""
         names = self.results["method"].tolist()
@@ -111,6 +134,10 @@ class Run:
             except KeyError:
                 # The run may have finished since, and moved its prompts into the file.
                 return _read_prompts(self.file, round)
+
+
+def _existing(folder: Path) -> Path | None:
+    return folder if folder.is_dir() else None
 
 
 # -- reading ---------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import numpy as np
 from fedsp_mpi.files.untrusted import JsonMapping
 from fedsp_mpi.log import Log
 from fedsp_mpi.record.checkpoint import Checkpoints
+from fedsp_mpi.record.event_files import EventFiles
 from fedsp_mpi.record.tables import ClientRow, RoundRow, SiloRow, WireRow
 from fedsp_mpi.record.writer import RunRecord
 from fedsp_mpi.tensors import Failure, Report
@@ -42,6 +43,7 @@ class RoundJournal:
         rank_of: the rank of every client.
         carried: the manifest of the run's earlier stretches.
         inputs: digest of all that the run reads.
+        events: TensorBoard's files; None: they are not asked for.
         checkpoint_seconds: of each checkpoint so far.
     """
 
@@ -52,6 +54,7 @@ class RoundJournal:
     rank_of: Mapping[int, int]
     carried: Sequence[WireRow] = ()
     inputs: str | None = None
+    events: EventFiles | None = None
     checkpoint_seconds: list[float] = field(default_factory=list)
 
     def commit_round(
@@ -114,6 +117,8 @@ class RoundJournal:
         rows.sort(key=lambda client_row: client_row.client)
         manifest = manifest_rows(entries, self.carried)
         self.record.commit_round(row, rows, prompts, silos=silos, wire=manifest)
+        if self.events is not None:
+            self.events.write_round(self.record.run)
 
 
 def manifest_rows(entries: Sequence[JsonMapping], carried: Sequence[WireRow] = ()) -> list[WireRow]:

@@ -23,6 +23,17 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "sections.data.client_shards.*": _NUMBER,
     "sections.models.auxiliary": (int, dict),
     "sections.models.prompt_on_the_wire": (int, dict),
+    "sections.plain_use.dtype": (str,),
+    "sections.plain_use.kind": (str,),
+    "sections.plain_use.model": (str,),
+    "sections.plain_use.question": (dict,),
+    "sections.plain_use.question.choices": (list,),
+    "sections.plain_use.question.choices.*": (str,),
+    "sections.plain_use.question.gap": (str,),
+    "sections.plain_use.question.num_tokens": (int,),
+    "sections.plain_use.question.text": (str,),
+    "sections.plain_use.tokenizer": (str,),
+    "sections.plain_use.tuned": (str,),
     "sections.privacy.rounds_again": (int,),
 }
 _WORDS = {

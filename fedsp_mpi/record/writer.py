@@ -204,9 +204,11 @@ class RunRecord:
     def set_rounds(self, rounds: int) -> None:
         """Change how many rounds the run has; scores of what it tuned are removed.
 
-        Another round may be the best one of more rounds. The model as it was keeps its score.
+        Another round may be the best one of more rounds. The model as it was keeps its score, and
+        so do guesses.
         """
         run = self.run
+        is_kept = (run.results["method"] == _UNTUNED) | (run.results["split"] == tables.LABELS)
         # config.yaml first: a kill in between leaves a record that is changed once more.
         text = config_text_with_rounds(run.config_text, rounds)
         self._write_text(self.folder / "config.yaml", text)
@@ -216,7 +218,7 @@ class RunRecord:
                 run,
                 config={**run.config, "federation": federation},
                 config_text=text,
-                results=run.results[run.results["method"] == _UNTUNED],
+                results=run.results[is_kept],
             )
         )
 

@@ -55,8 +55,8 @@ def _parameters(run: Run) -> tuple[int, int] | None:
     on_the_wire = models.get("prompt_on_the_wire")
     if not isinstance(held, int) or not isinstance(on_the_wire, int) or not len(run.clients):
         return None
-    if models.get("prompt") == 0:  # the model itself is tuned
-        return held, held
+    if models.get("prompt") == 0:  # the model itself is tuned, or adapters of it
+        return held, on_the_wire
     if isinstance(models.get("searched"), int):
         return held, models["searched"]
     aligns = client.get("training") == "joint" or client.get("alignment", {}).get("steps", 0) > 0

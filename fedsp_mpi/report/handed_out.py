@@ -17,10 +17,10 @@ def share_copied(models: Mapping[str, object]) -> float | None:
         A fraction; None where the record does not say it.
     """
     copied = models.get("exact_copies")
-    whole = models.get("global")
-    if not isinstance(copied, int) or not isinstance(whole, int) or not whole:
+    num_values = models.get("global")
+    if not isinstance(copied, int) or not isinstance(num_values, int) or not num_values:
         return None
-    return copied / whole
+    return copied / num_values
 
 
 def sentence(models: Mapping[str, object]) -> str | None:

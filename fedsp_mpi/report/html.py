@@ -126,7 +126,7 @@ def _facts(run: Run) -> dict[str, str]:
     config = run.config
     settings = config.get("run", {})
     facts = {
-        "ended": f"{run.status}, {run.committed_rounds} rounds",
+        "state": f"{run.status}, {summary.num_rounds(run)}",
         "reason": " ".join(run.reason.split()),
         "method": str(config.get("method", "")),
         "label": str(settings.get("label") or ""),
@@ -151,37 +151,15 @@ def _notes(run: Run) -> list[str]:
 
 
 def _results(run: Run) -> Table:
-    head = [
-        "method",
-        "split",
-        "round",
-        "n",
-        "acc %",
-        "acc_norm %",
-        "exact %",
-        "std. error",
-        "score, two std. errors",
-        "loss",
-        "seconds",
-    ]
+    place = summary.RESULTS_HEAD.index("std. error") + 1
+    head = [*summary.RESULTS_HEAD]
+    head.insert(place, "score, two std. errors")
     body: list[list[Cell]] = []
     for row in run.results:
         _, score = main_measure(row)
-        body.append(
-            [
-                str(row["method"]),
-                str(row["split"]),
-                str(row["round"]) if row["round"] else "",
-                f"{row['n']:,}",
-                as_percent(row["acc"]),
-                as_percent(row["acc_norm"]),
-                as_percent(row["exact_match"]),
-                as_percent(row["stderr"]),
-                bar(score, float(row["stderr"])),
-                as_decimal(row["loss"]),
-                as_seconds(row["seconds"]),
-            ]
-        )
+        cells: list[Cell] = [*summary.result_cells(row)]
+        cells.insert(place, bar(score, float(row["stderr"])))
+        body.append(cells)
     return _without_empty_columns("Results of the method and its controls", head, body, num_left=2)
 
 

@@ -23,7 +23,7 @@ from fedsp_mpi.files.untrusted import printable
 from fedsp_mpi.record.going_on import newest_environment, resume_command
 from fedsp_mpi.record.hdf5 import KILLED, Run
 from fedsp_mpi.record.tables import LABELS, TRIGGERED
-from fedsp_mpi.report import attack, handed_out, silos
+from fedsp_mpi.report import attack, handed_out, plain_use, silos
 from fedsp_mpi.report.costs import training_seconds
 from fedsp_mpi.report.facts import (
     CONTROLS,
@@ -51,6 +51,7 @@ from fedsp_mpi.report.significance import includes_zero, result_difference, wils
 
 _MAX_RANKS_NAMED = 16  # after a kill
 _MAX_FAILURES_NAMED = 5
+_USE = "use it    with plain transformers and peft, for instance so (Python):"
 _MAX_REASON_LINES = 6
 # Of the record's section `models`: what is no number of parameters of a part.
 _NO_PARAMETERS = ("layers", "layers_copied", "exact_copies")
@@ -67,16 +68,25 @@ def summarize(run: Run) -> str:
             lines.append("")
     lines.append(f"folder    {run.file.parent}")
     lines += _how_to_resume(run)
-    return "\n".join(clip(line) for line in lines)
+    text = "\n".join(clip(line) for line in lines)
+    code = plain_use.lines(run)
+    if code:
+        text += "\n" + "\n".join([_USE, "", *code])
+    return text
 
 
 # -- header ----------------------------------------------------------------------------------------
 
 
+def num_rounds(run: Run) -> str:
+    """Write how many rounds a run has: "1 round", "6 rounds"."""
+    return f"{run.committed_rounds} round{'' if run.committed_rounds == 1 else 's'}"
+
+
 def _header(run: Run) -> list[str]:
     reason = " ".join(run.reason.split())
     start = f"run       {run.name}   {run.status}"
-    end = f", {run.committed_rounds} rounds"
+    end = f", {num_rounds(run)}"
     line = f"{start} ({reason}){end}" if reason else start + end
     lines = [line]
     if reason and len(line) > WIDTH:
@@ -93,9 +103,9 @@ def _header(run: Run) -> list[str]:
     if run.environment.get("commit"):
         lines.append(f"commit    {run.environment['commit']}")
     lines += wrapped("models    ", _models(run))
-    given = handed_out.sentence(run.sections.get("models", {}))
-    if given:
-        lines += wrapped("clients   ", [f"get {given}"])
+    handout = handed_out.sentence(run.sections.get("models", {}))
+    if handout:
+        lines += wrapped("clients   ", [f"get {handout}"])
     lines += wrapped("data      ", _data(run))
     return lines
 
@@ -254,7 +264,7 @@ def failures(run: Run) -> list[str]:
 
 # -- results ---------------------------------------------------------------------------------------
 
-_RESULTS_HEAD = (
+RESULTS_HEAD = (
     "method",
     "split",
     "round",
@@ -262,10 +272,28 @@ _RESULTS_HEAD = (
     "acc %",
     "acc_norm %",
     "exact %",
+    "perplexity",
     "std. error",
     "val. loss",
     "seconds",
 )
+
+
+def result_cells(row: np.void) -> list[str]:
+    """Write a row of the table of results, in the columns of RESULTS_HEAD."""
+    return [
+        str(row["method"]),
+        str(row["split"]),
+        str(row["round"]) if row["round"] else "",
+        str(row["n"]),
+        as_percent(row["acc"]),
+        as_percent(row["acc_norm"]),
+        as_percent(row["exact_match"]),
+        as_decimal(row["perplexity"], 2),
+        as_percent(row["stderr"]),
+        as_decimal(row["loss"]),
+        as_seconds(row["seconds"]),
+    ]
 
 
 def _results(run: Run) -> list[str]:
@@ -275,21 +303,8 @@ def _results(run: Run) -> list[str]:
     for row in run.results:
         if row["split"] == TRIGGERED:
             continue
-        body.append(
-            [
-                str(row["method"]),
-                str(row["split"]),
-                str(row["round"]) if row["round"] else "",
-                str(row["n"]),
-                as_percent(row["acc"]),
-                as_percent(row["acc_norm"]),
-                as_percent(row["exact_match"]),
-                as_percent(row["stderr"]),
-                as_decimal(row["loss"]),
-                as_seconds(row["seconds"]),
-            ]
-        )
-    lines = table(_RESULTS_HEAD, body, num_left=2)
+        body.append(result_cells(row))
+    lines = table(RESULTS_HEAD, body, num_left=2)
     if baselines(run):
         lines.append("chance = a guess; majority = always the server's most frequent answer")
     return [*lines, *verdicts(run), *attack.summary_lines(run)]

@@ -312,7 +312,7 @@ def save(inputs: ExperimentInputs, server: Server, *, exported: NamedTensors, fo
     """
     config = inputs.config
     if config.adapts:
-        lora.write(folder / "adapter", exported, config.lora, base=inputs.model_name)
+        lora.write(folder / config.tuned_folder, exported, config.lora, base=inputs.model_name)
     elif server.prompt:
         task = PEFT_TASKS[server.model.kind]
         write_adapter(

@@ -140,7 +140,10 @@ def execute(
     guard.expect_ends()
     with guard.phase("end"):
         wire.finish()
-    return server.folder if server else None
+    if server is None:
+        return None
+    server.release()
+    return server.folder
 
 
 def connect(config: Config) -> Wire | Solo:

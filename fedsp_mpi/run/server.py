@@ -11,12 +11,18 @@ from fedsp_mpi import comm
 from fedsp_mpi.comm import Topology
 from fedsp_mpi.config import Config
 from fedsp_mpi.log import Log, duration, one_line
-from fedsp_mpi.record import Checkpoints, RunRecord, newest_environment, resume_command
+from fedsp_mpi.record import (
+    Checkpoints,
+    RunRecord,
+    event_files,
+    newest_environment,
+    resume_command,
+)
 from fedsp_mpi.record.journal import RoundJournal, manifest_rows
 from fedsp_mpi.record.tables import never_merged, wire_rows
 from fedsp_mpi.report import handed_out
 from fedsp_mpi.roles import ServerRole
-from fedsp_mpi.run import auxiliary_model, build, fingerprints, overview
+from fedsp_mpi.run import auxiliary_model, build, fingerprints, overview, plain_use
 from fedsp_mpi.run.final_scores import score_all
 from fedsp_mpi.run.folder import RunFolder
 from fedsp_mpi.run.handout import HandoutMeta, ServerMeeting
@@ -114,6 +120,8 @@ class ServerRun:
         """
         place = RunFolder(config, name)
         try:
+            if config.record.tensorboard:
+                event_files.require_library()
             inputs = ExperimentInputs(config) if silos is None else silos.inputs
             place.acquire(inputs.paths)
             servers = config.topology.server_ranks
@@ -144,6 +152,9 @@ class ServerRun:
         except (ValueError, OSError) as error:
             place.release()
             raise comm.Refused(one_line(error)) from None
+        except BaseException:
+            place.release()  # a notebook goes on after Ctrl-C, and may start a run there
+            raise
         return cls(
             loaded,
             place=place,
@@ -181,8 +192,13 @@ class ServerRun:
         return ServerMeeting(self._rendezvous.address, self._rendezvous.port, hosts)
 
     def record_failure(self, error: BaseException) -> None:
-        """Write into the record that the run ended before its end, and why."""
+        """Write into the record that the run ended before its end, and why.
+
+        Where no other rank can be writing any more, the folder is unlocked.
+        """
         record_failure(self.record, error)
+        if len(self._ranks) == 1 or isinstance(error, comm.Refused):
+            self.release()
 
     def report_ready(self, reports: Sequence[ReadyReport], role: str) -> None:
         """Log and record the slowest set-up, and the digests of the clients' texts.
@@ -291,6 +307,7 @@ class ServerRun:
             rank_of=meta.rank_of,
             carried=wire_rows(self.record.run.wire),
             inputs=fingerprints.combined(self._opened.digests),
+            events=self._event_files(),
         )
         role = build.server_role(
             self.inputs,
@@ -324,6 +341,7 @@ class ServerRun:
         )
         if not is_complete:
             return False
+        self.record.describe(**{plain_use.SECTION: plain_use.plain_use(self.inputs)})
         self.record.write_wire(manifest_rows(wire.manifest, journal.carried))
         self.record.describe(
             timing={
@@ -332,11 +350,17 @@ class ServerRun:
                 "checkpoints": len(journal.checkpoint_seconds),
             }
         )
+        if journal.events is not None:
+            journal.events.finish(self.record.run)
         self.record.finish()
         if not self._config.checkpoint.keep_client_states:
             journal.checkpoints.remove_clients()
         self._name_lost_clients()
         return True
+
+    def release(self) -> None:
+        """Unlock the folder: the process may live on, and resume the run."""
+        self._place.release()
 
     def stop_refusal(self) -> comm.Refused:
         """Return what all ranks are told when the run was told to stop."""
@@ -353,6 +377,12 @@ class ServerRun:
     @property
     def _config(self) -> Config:
         return self.inputs.config
+
+    def _event_files(self) -> event_files.EventFiles | None:
+        """Open TensorBoard's files, if they are asked for."""
+        if not self._config.record.tensorboard:
+            return None
+        return event_files.EventFiles(self.folder, self.record.run)
 
     def _name_lost_clients(self) -> None:
         """Name the clients that took part and whose updates were never merged.

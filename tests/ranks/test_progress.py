@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import os
 import re
+import struct
+import subprocess
+import sys
+import termios
 
 from fedsp_mpi import config
 from fedsp_mpi.log import Log, RoundProgress
 from fedsp_mpi.run import execute
 from helpers.mpi import both_ends, run_mpi
-from helpers.runs import SHORT
+from helpers.paths import ROOT
+from helpers.runs import SHORT, here
 
 
 def test_a_line_is_due_only_when_enough_time_has_passed(monkeypatch):
@@ -68,3 +76,43 @@ def test_one_rank_says_how_far_a_search_is(tmp_path):
     assert lines == [f"round 1: client {lines[0][16]} at iteration {n} of 3" for n in (1, 2, 3)], (
         both_ends(result)
     )
+
+
+def on_a_terminal(arguments: list[str]) -> str:
+    """Run the program on a terminal of 40 lines of 100 columns; return all that it wrote there."""
+    ours, theirs = os.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))
+    environment = {**os.environ, "TERM": "xterm", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fedsp_mpi", *arguments],
+        cwd=ROOT,
+        env=environment,
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+    )
+    os.close(theirs)
+    written = b""
+    with contextlib.suppress(OSError):  # what a terminal says when nobody writes to it any more
+        while part := os.read(ours, 1 << 16):
+            written += part
+    os.close(ours)
+    assert process.wait(60) == 0, written.decode()
+    return written.decode()
+
+
+def test_a_terminal_has_bars_below_the_lines_of_a_file(tmp_path):
+    settings = [*SHORT, f"run.folder={tmp_path}", "distillation.engine=torch"]
+    words = [word for setting in settings for word in ("--set", setting)]
+    written = on_a_terminal(["run", "--name", "terminal", *words])
+    for label in ("distilling", "round 2: client 1 (2 of 3)", "round 1: server"):
+        assert re.search(rf"\r{re.escape(label)}: +\d+%\|", written), (label, written)
+    assert "scoring fedsp: " in written
+    # What a line feed ends, less what a carriage return has written over, is what stays.
+    lines = [line.rpartition("\r")[2] for line in written.replace("\r\n", "\n").split("\n")]
+    in_a_file = here(["run", "--name", "file", *words])
+    assert not re.search(r"[\r\x1b]|%\|", in_a_file.stdout + in_a_file.stderr)
+    plain = [re.sub(r"\d+|file|terminal", "#", line) for line in in_a_file.stdout.splitlines()]
+    kept = {re.sub(r"\d+|file|terminal", "#", line) for line in lines}
+    missing = [line for line in plain if line not in kept and "distill" not in line]
+    assert not missing, written

@@ -15,8 +15,7 @@ import fedsp_mpi
 from helpers.paths import ROOT
 
 SETUP = ast.parse((ROOT / "setup.py").read_text(encoding="utf-8"))
-FOR_USERS = {"peft"}  # prompts are written in its format; whoever loads them needs it
-ON_DEMAND = {"lm-eval", "matplotlib"}  # of a verb or an option, whose extra says so
+ON_DEMAND = {"lm-eval", "matplotlib", "tensorboardx"}  # of a verb or an option, whose extra says so
 
 
 def normal(requirement: str) -> str:
@@ -58,9 +57,8 @@ def test_what_is_imported_is_declared():
     homes = importlib.metadata.packages_distributions()
     others = set(imported()) - sys.stdlib_module_names - {"fedsp_mpi"}
     needed = {normal(homes[name][0]) for name in others}
-    assert needed - ON_DEMAND == declared() - FOR_USERS
+    assert needed - ON_DEMAND == declared()
     assert needed.intersection(extras()) >= ON_DEMAND
-    assert declared() >= FOR_USERS
 
 
 def test_what_is_declared_is_pinned():

@@ -26,9 +26,9 @@ def test_ten_calls_lead_to_a_client_s_forward_pass(tmp_path):
         if type(module).__name__ != "GPT2Model":
             return
         calls = [
-            (Path(common_affixes.filename).relative_to(PACKAGE).as_posix(), common_affixes.name)
-            for common_affixes in traceback.extract_stack()
-            if Path(common_affixes.filename).is_relative_to(PACKAGE)
+            (Path(frame.filename).relative_to(PACKAGE).as_posix(), frame.name)
+            for frame in traceback.extract_stack()
+            if Path(frame.filename).is_relative_to(PACKAGE)
         ]
         if ("federate.py", "train_clients") in calls:
             walks.append(calls)

@@ -427,7 +427,7 @@ model.train_weights(False)
 spec, random = PromptSpec.of(model.shape, "input", 50, None), np.random.default_rng(0)
 ids = [np.append(random.integers(100, 5000, 40), i % 4) for i in range(45)]
 texts = [Text(tokens.astype(np.int32), 40) for tokens in ids]
-settings = SearchConfig(iterations=2)
+settings = SearchConfig(iterations=2, population=3)
 space = Subspace(spec, settings.dimension, 0.01, 1)
 prompt = Prompt(spec)
 held = LocalInference(

@@ -101,7 +101,7 @@ def test_a_client_of_a_lower_rank_leaves_the_rest_at_zero(tmp_path):
     with torch.no_grad():
         for parameter in adapters.parameters():
             parameter.normal_()
-    adapters.truncate(2)
+    adapters.limit_rank(2)
     adapters.begin_training()
     optimizer = torch.optim.AdamW(adapters.parameters(), lr=0.1, weight_decay=0.1)
     for _ in range(3):
@@ -124,7 +124,7 @@ def folder(tmp_path_factory) -> Path:
 @pytest.mark.parametrize("name", ["same", "mixed"])
 def test_a_run_hands_out_the_model_once_and_sends_adapters(folder, name):
     record = read(folder / name)
-    assert [row["method"] for row in record.results] == ["zero-shot", "server-only", "lora"]
+    losses = {row["method"]: row["loss"] for row in record.results}
     values = {"handout": 0, "up": 0}
     for row in record.wire:
         if (row["direction"] in values and "lora" in row["name"]) or row["direction"] == "handout":
@@ -133,11 +133,11 @@ def test_a_run_hands_out_the_model_once_and_sends_adapters(folder, name):
     weights = AutoModelForCausalLM.from_pretrained(RESOURCES / "model").num_parameters()
     assert values["handout"] > 4 * weights
     assert 0 < values["up"] / (clients * rounds) < 0.05 * 4 * weights
-    assert record.results["loss"][2] < record.results["loss"][0]
+    assert losses["lora"] < losses["zero-shot"]
 
 
 def test_the_folder_of_a_run_is_a_stock_adapter_with_the_runs_scores(folder):
-    record = read(folder / "same")
+    [row] = [row for row in read(folder / "same").results if row["method"] == "lora"]
     inputs = ExperimentInputs(config.load(None, [*SHORT, *SETTINGS]))
     base = AutoModelForCausalLM.from_pretrained(RESOURCES / "model")
     model = peft.PeftModel.from_pretrained(base, str(folder / "same" / "adapter")).eval()
@@ -149,4 +149,4 @@ def test_the_folder_of_a_run_is_a_stock_adapter_with_the_runs_scores(folder):
             logits, ids[0, text.answer :], reduction="sum"
         ).item()
         count += text.num_answers
-    assert total / count == pytest.approx(record.results["loss"][2], abs=1e-5)
+    assert total / count == pytest.approx(row["loss"], abs=1e-5)

@@ -490,6 +490,7 @@ def test_the_plan_is_summed_by_host_and_by_gpu():
     ]
 
 
+@pytest.mark.slow
 def test_the_plan_is_near_what_a_run_takes(tmp_path):
     """A model that weighs more than the libraries' spread: 30 million parameters, of which the cell
     has 24.

@@ -112,7 +112,8 @@ def test_local_folders_are_looked_at(tmp_path, home):
     assert not (home / "hub").exists()
 
 
-def test_a_silo_s_hub_set_lies_in_a_cache_of_its_own(tmp_path, home):
+def test_a_silo_s_hub_set_lies_in_a_cache_of_its_own(tmp_path, home, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # or `datasets` asks the hub again and again
     cached_data(home)
     cache = tmp_path / "silos"
     cache.mkdir()

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from fedsp_mpi import cli, config
@@ -23,7 +24,7 @@ from fedsp_mpi.record import read
 from fedsp_mpi.report import difference
 from helpers.mpi import both_ends, kill_tree, mpirun, run_mpi
 from helpers.paths import ROOT
-from helpers.runs import SHORT
+from helpers.runs import SHORT, here
 
 METHODS = ROOT / "configs" / "methods"
 SWEEPS = [
@@ -614,8 +615,17 @@ def test_two_at_a_time_have_half_of_the_cores_each_and_the_bits_of_one_at_a_time
     for run in beside:
         [host] = run.environment["hosts"]
         assert {device["threads"] for device in host["devices"].values()} == {half}
-    base = short_base(f"server.compute.threads={half}", f"client.compute.threads={half}")
-    go(written(tmp_path, folder=str(tmp_path / "alone"), base=base), "--only", "*-fedsp-*")
+    settings = (
+        f"run.folder={tmp_path / 'alone'}",
+        f"server.compute.threads={half}",
+        f"client.compute.threads={half}",
+    )
+    threads = torch.get_num_threads()
+    file = tmp_path / "runs" / "configs" / "world-fedsp-1.yaml"
+    try:
+        here(["run", file, *(word for setting in settings for word in ("--set", setting))])
+    finally:
+        torch.set_num_threads(threads)
     assert difference(beside[0], read(tmp_path / "alone" / "world-fedsp-1")) == []
 
 
@@ -670,9 +680,9 @@ def wait_for_checkpoints(
 # -- stopped ---------------------------------------------------------------------------------------
 
 STOPS = [
-    pytest.param("mpirun", signal.SIGTERM, 143, id="mpirun"),
+    pytest.param("mpirun", signal.SIGTERM, 143, id="mpirun", marks=pytest.mark.slow),
     pytest.param("", signal.SIGINT, 130, id="interrupt", marks=pytest.mark.slow),
-    pytest.param("", signal.SIGUSR1, 75, id="time limit", marks=pytest.mark.slow),
+    pytest.param("", signal.SIGUSR1, 75, id="time limit"),
 ]
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import resource
+import socket
 import subprocess
 import sys
 from functools import cache
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 import transformers
@@ -25,7 +27,7 @@ from fedsp_mpi.tensors import Batch
 from helpers import tiny
 from helpers.mpi import run_mpi
 from helpers.paths import ROOT
-from helpers.runs import short_run
+from helpers.runs import here, short_run
 
 PAPER = ROOT / "configs" / "paper"
 MODELS = {"gpt2xl": "openai-community/gpt2-xl", "opt": "facebook/opt-1.3b"}
@@ -343,16 +345,31 @@ def test_a_table_of_different_methods_has_a_column_for_each_phase():
 # A real run.
 
 
-def test_the_plan_is_what_a_run_records(tmp_path):
-    short_run(0, tmp_path, "short")
+# The default recipe: layers of the global model as they are, with a bridge.
+BRIDGED = (
+    "recipe=bridged",
+    "distillation.stage.steps=0",
+    "auxiliary.layers_per_cell=null",
+    "auxiliary.depth=2",
+    "auxiliary.first_layers=1",
+    "prompt.mapping=same_layers",
+)
+ADAPTERS = ("method=lora", "distillation.stage.steps=0")
+
+
+@pytest.mark.parametrize(("settings", "num_layers_copied"), [((), 0), (BRIDGED, 2), (ADAPTERS, 3)])
+def test_the_plan_is_what_a_run_records(tmp_path, settings, num_layers_copied):
+    short_run(0, tmp_path, "short", *settings)
     run = read(tmp_path / "short")
     estimate = cost.plan(config.load(tmp_path / "short" / "config.yaml"), "short")
     fedsp = estimate.methods[0]
+    assert estimate.handed_out["layers_copied"] == num_layers_copied
     assert run.sections["models"] == {
         "global": estimate.sizes.global_model,
         "auxiliary": estimate.sizes.auxiliary,
-        "prompt": estimate.sizes.prompt,
+        "prompt": 0 if settings == ADAPTERS else estimate.sizes.prompt,
         "prompt_on_the_wire": estimate.sizes.wire,
+        **estimate.handed_out,
     }
     assert set(run.clients["bytes_down"]) == {fedsp.down} and set(run.clients["bytes_up"]) == {
         fedsp.up
@@ -382,9 +399,12 @@ def test_the_command_needs_no_network_and_little_time(monkeypatch):
 
 
 def test_an_unknown_model_is_one_line(monkeypatch):
-    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-    arguments = ["plan", "--set", "model.name=gpt2-x1"]
-    result = run_mpi(0, ["-m", "fedsp_mpi", *arguments], timeout=60, env=NOWHERE, status=2)
+    def no_network(*_: object, **__: object) -> None:
+        raise OSError("no network")
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(socket, "getaddrinfo", no_network)
+    result = here(["plan", "--set", "model.name=gpt2-x1"], status=2)
     [line] = result.stderr.splitlines()
     assert (
         "model.name: found 'gpt2-x1'" in line

@@ -119,6 +119,11 @@ ALLOWED = {
     ): "names of the split's own, in a folder that it has marked",
     ("files/fingerprint.py", "list_folder"): "in a folder that this process has just made",
     ("models/auxiliary.py", "write_model"): "in a folder that this process has just made",
+    (
+        "record/event_files.py",
+        "__init__",
+    ): "event files by their pattern, in a folder of that name in the folder of a run",
+    ("models/lora.py", "write"): "in a folder that this process has just made",
     ("models/prompts.py", "write_adapter"): "in a folder that this process has just made",
     (
         "record/atomic.py",

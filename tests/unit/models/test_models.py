@@ -451,7 +451,7 @@ def test_a_new_model_has_no_dropout_that_was_not_asked_for(tmp_path):
         assert torch.equal(model.hidden(tiny.batch()), model.hidden(tiny.batch()))
 
 
-@pytest.mark.parametrize("first", ["peft", "transformers", "deepspeed"])
+@pytest.mark.parametrize("first", ["deepspeed", pytest.param("peft", marks=pytest.mark.slow)])
 def test_it_does_not_matter_which_library_was_imported_first(first):
     code = f"""
 import {first}

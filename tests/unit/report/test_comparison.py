@@ -208,14 +208,15 @@ def test_methods_against_tasks_over_seeds(tmp_path):
         "sciq (acc)",
         "piqa (acc)",
         "holds",
+        "copied",
         "trains",
         "down + up",
         "client s",
         "peak memory",
     ]
-    assert cells["zero-shot"] == ["50.00 ± 0.00"] * 2 + [""] * 5
-    assert cells["server-only"] == ["60.00 ± 0.00"] * 2 + [""] * 5
-    assert cells["FedSP"] == ["61.50 ± 0.71 ~"] * 2 + ["3 k", "3.5 k", "2 kB", "1.50", ""]
+    assert cells["zero-shot"] == ["50.00 ± 0.00"] * 2 + [""] * 6
+    assert cells["server-only"] == ["60.00 ± 0.00"] * 2 + [""] * 6
+    assert cells["FedSP"] == ["61.50 ± 0.71 ~"] * 2 + ["3 k", "", "3.5 k", "2 kB", "1.50", ""]
     assert cells["FedPrompt"][:2] == ["63.50 ± 0.71 ~"] * 2
     for fact in (
         "test questions: sciq 400, piqa 400",
@@ -247,14 +248,20 @@ def test_what_clients_hold_and_train(tmp_path):
     tuned = made(tmp_path, "tuned", method="finetune")
     sections = {
         **tuned.sections,
-        "models": {"global": 9000, "auxiliary": 9000, "prompt": 0, "prompt_on_the_wire": 9000},
+        "models": {
+            "global": 9000,
+            "auxiliary": 9000,
+            "prompt": 0,
+            "prompt_on_the_wire": 9000,
+            "exact_copies": 8997,
+        },
     }
     memory = {"memory": {"clients": 1_500_000_000, "server": 3}}
     cells = rows(comparison_table(compare([*runs, replace(tuned, sections=sections | memory)])))
-    assert cells["prompts"][1:] == ["3 k", "500", "2 kB", "1.50", ""]
-    assert cells["joint"][1:3] == ["3 k", "3.5 k"]
-    assert cells["tuned"][1:] == ["9 k", "9 k", "2 kB", "1.50", "1.5 GB"]
-    assert cells["central"] == ["70.00 [65.3, 74.3]", "", "", "", "", ""]
+    assert cells["prompts"][1:] == ["3 k", "", "500", "2 kB", "1.50", ""]
+    assert cells["joint"][1:4] == ["3 k", "", "3.5 k"]
+    assert cells["tuned"][1:] == ["9 k", "99.9 %", "9 k", "2 kB", "1.50", "1.5 GB"]
+    assert cells["central"] == ["70.00 [65.3, 74.3]", "", "", "", "", "", ""]
 
 
 def test_controls_that_disagree_have_rows_of_their_own(tmp_path):
