@@ -410,17 +410,17 @@ def _write(text: str) -> None:
 
 
 def leave(status: int) -> NoReturn:
-    """End this process with MPI finalised and all output written, and tear down nothing else.
+    """End this process with all output written; without a launcher, tear down nothing else.
 
-    The interpreter would take down torch and transformers object by object, for a second of each
-    rank's time.
+    The interpreter would take down torch and transformers object by object, for a second of time.
+    Under MPICH's mpirun it does: of ranks that end by `_exit` the launcher mostly reports 0 (12 of
+    15 jobs), whatever their status.
 
     Args:
         status: exit status.
     """
-    mpi = _running_mpi()
-    if mpi is not None:
-        mpi.Finalize()
+    if launcher_rank() is not None or _running_mpi() is not None:
+        sys.exit(status)
     logging.shutdown()
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError):  # nobody reads it any more

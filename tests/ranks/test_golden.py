@@ -94,7 +94,7 @@ def features(folder: Path) -> dict[str, tuple[str, ...]]:
     }
 
 
-ONE_CLIENT = "fedprompt_single"  # which does not fill three ranks
+ONE_CLIENT = "prefix_tuning"  # which does not fill three ranks
 ON_RANKS = {
     1: tuple(METHODS),
     2: ("fedsp", "fedbpt", "finetune", ONE_CLIENT),  # one rank plays all clients
