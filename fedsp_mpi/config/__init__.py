@@ -12,7 +12,13 @@ from fedsp_mpi.config.experiment import (
     load,
     to_yaml,
 )
-from fedsp_mpi.config.federation import ClientConfig, FederationConfig, OuterConfig, ServerConfig
+from fedsp_mpi.config.federation import (
+    ClientConfig,
+    CompressionConfig,
+    FederationConfig,
+    OuterConfig,
+    ServerConfig,
+)
 from fedsp_mpi.config.model import AuxiliaryConfig, DistillationConfig, ModelConfig, PromptConfig
 from fedsp_mpi.config.parsing import ConfigError
 from fedsp_mpi.config.runtime import (
@@ -33,6 +39,7 @@ __all__ = [
     "AuxiliaryConfig",
     "CheckpointConfig",
     "ClientConfig",
+    "CompressionConfig",
     "ComputeConfig",
     "Config",
     "ConfigError",

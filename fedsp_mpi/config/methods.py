@@ -51,6 +51,7 @@ _SEARCH_REQUIRES: dict[str, tuple[object, str]] = {
     "federation.rule": ("mean", "what merges is search.rule"),
     "federation.outer.optimizer": ("fedavg", "what merges is search.rule"),
     "federation.outer.learning_rate": (None, "what merges is search.rule"),
+    "federation.compression.format": ("none", "a search's statistics travel, which are no change"),
     "client.privacy.clip": (None, _NO_CHANGE),
     "client.proximal": (0, "a search takes no gradients"),
 }
