@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -181,6 +182,21 @@ def write(folder: Path, tensors: NamedTensors, settings: LoraConfig, *, base: st
     ).save_pretrained(str(part))
     fingerprint.list_folder(part)
     ownership.place_model(part, folder)
+
+
+def merged(model: Any, folder: Path) -> Any:
+    """Return a model with an adapter that `write` wrote merged into its weights, as peft does it.
+
+    Args:
+        model: of transformers, fp32; it is changed.
+        folder: of the adapter.
+    """
+    import peft
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that GPT-2's maps are transposed
+        adapted = peft.PeftModel.from_pretrained(model, str(folder))
+    return adapted.merge_and_unload()
 
 
 def read(folder: Path) -> dict[str, Tensor]:
