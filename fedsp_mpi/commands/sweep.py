@@ -323,11 +323,11 @@ def _run_all(
     running: set[Future[_Outcome]] = set()
     with Jobs(slices) as jobs, ThreadPoolExecutor(len(slices)) as pool:
         while True:
-            ready = [trial for trial in waiting if _can_start(trial, is_done)]
             if jobs.signal_received is None:
-                for trial in ready[: len(slices) - len(running)]:
-                    waiting.remove(trial)
-                    running.add(pool.submit(_run, trial, launch_command, jobs))
+                ready = [trial for trial in waiting if _can_start(trial, is_done)]
+                started = ready[: len(slices) - len(running)]
+                waiting = [trial for trial in waiting if trial not in started]
+                running |= {pool.submit(_run, trial, launch_command, jobs) for trial in started}
             if not running:
                 break
             ended, running = wait(running, return_when=FIRST_COMPLETED)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import safetensors.torch
 import torch
@@ -184,7 +183,7 @@ def write(folder: Path, tensors: NamedTensors, settings: LoraConfig, *, base: st
     ownership.place_model(part, folder)
 
 
-def merged(model: Any, folder: Path) -> Any:
+def merged(model: nn.Module, folder: Path) -> nn.Module:
     """Return a model with an adapter that `write` wrote merged into its weights, as peft does it.
 
     Args:
@@ -196,7 +195,8 @@ def merged(model: Any, folder: Path) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that GPT-2's maps are transposed
         adapted = peft.PeftModel.from_pretrained(model, str(folder))
-    return adapted.merge_and_unload()
+    merged_model: nn.Module = adapted.merge_and_unload()
+    return merged_model
 
 
 def read(folder: Path) -> dict[str, Tensor]:

@@ -23,9 +23,9 @@ def main_measure(result: np.void) -> tuple[str, float]:
 
     Exact match where the task has it, else accuracy; of plain text, the perplexity itself.
     """
-    if not math.isnan(result[PERPLEXITY]):
-        return PERPLEXITY, float(result[PERPLEXITY])
     name = "acc" if math.isnan(result["exact_match"]) else "exact_match"
+    if math.isnan(result[name]) and not math.isnan(result[PERPLEXITY]):
+        name = PERPLEXITY
     return name, float(result[name])
 
 
