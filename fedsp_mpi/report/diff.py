@@ -53,15 +53,15 @@ def difference(run_a: Run, run_b: Run) -> list[str]:
 def _thread_differences(run_a: Run, run_b: Run) -> list[str]:
     """Name the roles that computed with other numbers of threads, in one line if there are any."""
     threads_a, threads_b = _threads(run_a), _threads(run_b)
-    found = [
+    by_role = [
         f"{role} {threads_a[role]} and {threads_b[role]}"
         for role in threads_a
         if role in threads_b and threads_a[role] != threads_b[role]
     ]
-    if not found:
+    if not by_role:
         return []
     return [
-        f"threads: {', '.join(found)}; bits are equal for equal numbers of threads only: set "
+        f"threads: {', '.join(by_role)}; bits are equal for equal numbers of threads only: set "
         "server.compute.threads and client.compute.threads"
     ]
 
