@@ -304,7 +304,7 @@ def save_checkpoint(
 ) -> None:
     """Write a checkpoint: the clients' states, by the ranks that play them, then the server's.
 
-    After the last round clients are not asked, because they have nothing left to do.
+    After the last round clients are asked only if their states are to be kept.
 
     Args:
         round: that is complete.
@@ -319,7 +319,7 @@ def save_checkpoint(
     with guard.phase("checkpoint", round=round):
         start = time.perf_counter()
         answers: Sequence[JsonMapping] | None = []
-        if round < schedule.federation.rounds:
+        if round < schedule.federation.rounds or schedule.checkpoint.keep_client_states:
             answers = wire.collect(_save_clients(clients), "checkpoint")
         if server is None or server.journal is None or answers is None:
             return
