@@ -95,7 +95,8 @@ def draw_phases(comparison: Comparison, path: str | Path) -> None:
     """Draw what each phase has brought: a panel for each, from left to right.
 
     A line of each method goes from its score at the start, a hollow dot, to that at the end. A thin
-    vertical line is the standard deviation over seeds. Perplexities are on a logarithmic scale.
+    vertical line is the standard deviation over seeds or, where there is one seed, the standard
+    error of the score. Perplexities are on a logarithmic scale.
 
     Raises:
         ValueError: matplotlib is missing, or the file cannot be written.
@@ -108,12 +109,15 @@ def draw_phases(comparison: Comparison, path: str | Path) -> None:
         figure.set_size_inches(1 + 2.8 * len(by_name), 3.6)
         grid = figure.subplots(1, len(by_name), squeeze=False)[0]
         for axes, (name, rows) in zip(grid, by_name.items()):
-            for row in rows:
-                _draw_phase(axes, row, methods.index(row.method))
+            # The higher of two scores has its numbers above its dots, so that none are covered.
+            by_score = sorted(rows, key=lambda row: -_mean(row.after))
+            for place, row in enumerate(by_score):
+                height = -6 if place else 6
+                _draw_phase(axes, row, methods.index(row.method), height=height)
             axes.set_xticks([0, 1], ["before", "after"])
             axes.set_xlim(-0.3, 1.3)
-            axes.set_title(_panel_title(name, rows[0].measure), loc="left", fontweight="bold")
-            axes.set_ylabel(_axis_title(rows[0].measure))
+            axes.set_title(printable(name), loc="left", fontweight="bold")
+            _set_measure(axes, rows[0].measure)
         _add_legend(figure, grid, location="outside lower center", max_columns=4)
 
 
@@ -340,29 +344,46 @@ def _panel_title(task: str, measure: str) -> str:
     return printable(task) + note
 
 
-def _axis_title(measure: str) -> str:
-    return measure if measure == PERPLEXITY else f"{measure}, percent"
+def _set_measure(axes: Axes, measure: str) -> None:
+    """Set the vertical axis for a measure: all of 0 to 100 %, or a logarithmic scale."""
+    if measure != PERPLEXITY:
+        axes.set_ylabel(f"{measure}, percent")
+        axes.set_ylim(0, 100)
+        return
+    axes.set_ylabel("perplexity (lower is better)")
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
 
 
-def _draw_phase(axes: Axes, phase: Phase, method: int) -> None:
+def _spread(results: Sequence[np.void]) -> float:
+    """Return the standard deviation over seeds, or a single one's standard error; 0: unknown."""
+    if len(results) > 1:
+        return deviation([shown_measure(result) for result in results])
+    error = 100 * float(results[0]["stderr"])
+    return error if math.isfinite(error) else 0.0
+
+
+def _mean(results: Sequence[np.void]) -> float:
+    """Return the mean of the main measure over seeds, as tables show it."""
+    return statistics.fmean(map(shown_measure, results))
+
+
+def _draw_phase(axes: Axes, phase: Phase, method: int, *, height: int) -> None:
     """Draw one method's line from the start of a phase to its end.
 
     Args:
         axes: to draw on.
         phase: of one method.
         method: its number, by which lines of several methods can be told apart.
+        height: of numbers above their dots, in points.
     """
     colour = COLOURS[method % len(COLOURS)]
     shift = 0.04 * method
-    height = -6 if method % 2 else 6  # of numbers, so that close ones do not cover each other
     places = ([0.0] if phase.before else []) + [1.0]
-    scores = [
-        [shown_measure(result) for result in results]
-        for results in (phase.before, phase.after)
-        if results
-    ]
-    means = [statistics.fmean(values) for values in scores]
-    errors = [deviation(values) if len(values) > 1 else 0.0 for values in scores]
+    ends = [results for results in (phase.before, phase.after) if results]
+    means = [_mean(results) for results in ends]
+    errors = [_spread(results) for results in ends]
     line = [place + shift for place in places]
     axes.errorbar(line, means, yerr=errors, color=colour, label=phase.method, capsize=2)
     for place, mean, is_end in zip(line, means, [len(means) == 1, True]):
@@ -375,9 +396,8 @@ def _draw_phase(axes: Axes, phase: Phase, method: int) -> None:
             ha="left" if is_end else "right",
             va="center",
             fontsize=8,
+            color=colour,
         )
-    if phase.measure == PERPLEXITY:
-        axes.set_yscale("log")
 
 
 # -- bars ------------------------------------------------------------------------------------------
