@@ -17,6 +17,7 @@ from torch import nn
 
 from fedsp_mpi.aggregation.fedavg import Updates
 from fedsp_mpi.config import Config, StageConfig
+from fedsp_mpi.data.instructions import InstructionTokens
 from fedsp_mpi.data.tokens import Batches, Text
 from fedsp_mpi.log import RoundProgress
 from fedsp_mpi.models.language_model import LanguageModel
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 
 Rule = Callable[[Updates], NamedTensors]
 InferenceCall = Callable[[int, np.ndarray], np.ndarray]
+Questions = Sequence[Any]  # texts with their choices, which `evaluation` makes and reads
+ChoiceLosses = Callable[[LanguageModel, Prompt | None, Questions, int], np.ndarray]
 Shard = TypeVar("Shard")
 
 
@@ -170,9 +173,20 @@ class MethodInputs(Protocol):
     def word_token_ids(self) -> np.ndarray:
         """Sorted ids of the tokens that are words, int64 [number]."""
 
+    @property
+    def instruction_tokens(self) -> InstructionTokens:
+        """What turns phrases into the rows of token ids that instructions are."""
+
+    @property
+    def scores_choices(self) -> bool:
+        """Whether instructions are scored by the choices of questions, not by the answers' loss."""
+
     def first_prompt(self, model: LanguageModel) -> Prompt: ...
 
     def shard(self, owner: int) -> Sequence[Text]: ...
+
+    def questions(self, owner: int) -> Questions:
+        """Return the texts of client `owner` - 1 as `ClientContext.choice_losses` takes them."""
 
     def batches(
         self, owner: int, stage: StageConfig, purpose: str, *, group: ServerGroup = ...
@@ -192,7 +206,7 @@ class ServerContext:
         rule: makes one update of many.
         client_model: the model that clients get, for a server that learns from it; None for the
             server-only control and on the server's other ranks.
-        progress: is told of every step of the server's tuning.
+        progress: is told of every step of the server's tuning, and shows lines.
     """
 
     inputs: MethodInputs
@@ -221,6 +235,9 @@ class ClientContext:
         depth: layers of the clients' model.
         build_model: builds the clients' model without weights; True: with dropout.
         call_server: asks the server for losses, where clients hold no model.
+        choice_losses: returns, under a model and a prompt, the cross entropy of the right choice
+            of each of a client's questions, fp64 [questions], in nats; takes the most tokens of a
+            forward pass too.
         progress: is told of every step.
     """
 
@@ -231,6 +248,7 @@ class ClientContext:
     depth: int
     build_model: Callable[[bool], LanguageModel]
     call_server: InferenceCall
+    choice_losses: ChoiceLosses
     progress: RoundProgress
 
     def shards(self, read: Callable[[int], Shard]) -> dict[int, Shard | ShardError]:
@@ -305,6 +323,15 @@ class Method(ABC):
         """Return what answers clients that hold no model, from fp32 [any number] to the same.
 
         None if every client holds a model.
+        """
+        return None
+
+    def words(self, inputs: MethodInputs, exported: NamedTensors) -> str | None:
+        """Return what the server exported as text, where it is words; else None.
+
+        Args:
+            inputs: of the experiment.
+            exported: as `Server.export` returns it.
         """
         return None
 

@@ -13,6 +13,7 @@ from fedsp_mpi.config.experiment import (
     to_yaml,
 )
 from fedsp_mpi.config.federation import ClientConfig, FederationConfig, OuterConfig, ServerConfig
+from fedsp_mpi.config.instructions import InstructionsConfig
 from fedsp_mpi.config.model import AuxiliaryConfig, DistillationConfig, ModelConfig, PromptConfig
 from fedsp_mpi.config.parsing import ConfigError
 from fedsp_mpi.config.runtime import (
@@ -41,6 +42,7 @@ __all__ = [
     "DistillationConfig",
     "EvaluationConfig",
     "FederationConfig",
+    "InstructionsConfig",
     "LimitConfig",
     "ModelConfig",
     "OptimizerConfig",

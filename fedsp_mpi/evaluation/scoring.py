@@ -9,7 +9,7 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -67,6 +67,17 @@ class Question:
     options: tuple[Text, ...]
     lengths: tuple[int, ...]
     gold: tuple[int, ...]
+
+    def shortened(self, max_length: int) -> Question:
+        """Return the question in at most `max_length` tokens, without its context's beginning.
+
+        Its options go on from the same context; there is no gap.
+        """
+        excess = max(len(text.ids) for text in self.options) - max_length
+        if excess <= 0:
+            return self
+        options = tuple(truncate(text, len(text.ids) - excess) for text in self.options)
+        return replace(self, options=options)
 
 
 class OptionScores:
@@ -251,6 +262,36 @@ def loglikelihoods(
         return None
     _share(scores, group)
     return scores
+
+
+def choice_losses(
+    model: LanguageModel,
+    prompt: Prompt | None,
+    questions: Sequence[Question],
+    batch_tokens: int,
+) -> np.ndarray:
+    """Return the cross entropy of the right choice among a question's choices, in nats.
+
+    A choice's probability is the softmax of the log-likelihoods that `acc` compares, summed over
+    each choice's tokens; of several right choices the probabilities are added.
+
+    Args:
+        model: on its device, frozen.
+        prompt: at the model's depth, or None.
+        questions: tokenised.
+        batch_tokens: as in `score`.
+
+    Returns:
+        fp64 [questions].
+    """
+    scores = loglikelihoods(model, prompt, questions, batch_tokens)
+    assert scores is not None, "nothing tells it to stop"
+    losses = np.empty(len(questions))
+    for index, (question, option_scores) in enumerate(zip(questions, scores, strict=True)):
+        all_choices = option_scores.loglikelihood
+        right_choices = all_choices[list(question.gold)]
+        losses[index] = np.logaddexp.reduce(all_choices) - np.logaddexp.reduce(right_choices)
+    return losses
 
 
 def _share(scores: Sequence[OptionScores], group: ServerGroup) -> None:

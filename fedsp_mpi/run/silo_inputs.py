@@ -293,6 +293,10 @@ class SiloInputs(ExperimentInputs):
             raise ConfigError(self.problems.get(client, "another rank plays it"))
         return super().shard(0)
 
+    def questions(self, owner: int) -> list[scoring.Question]:
+        """Return the training texts of client `owner` - 1, whose silo is open, with options."""
+        return self.opened[owner - 1].questions(owner)
+
     def _load_splits(self) -> tasks.Splits:
         """Read the server's own splits; it may own none."""
         if self.source is None:

@@ -308,9 +308,7 @@ def searching(model, **changes) -> fedbpt.SearchClient:
     inference = LocalInference(
         model,
         Prompt(spec),
-        first,
-        subspace=space,
-        depths=depths,
+        fedbpt.Projection(first, space, depths),
         batch_tokens=settings.batch_tokens,
     )
     return fedbpt.SearchClient(inference, shards, np.arange(4, 100), settings=settings, seed=1)
@@ -410,7 +408,7 @@ def test_a_slow_client_ends_after_its_iteration(model):
 MEMORY = """
 import numpy as np, torch
 from transformers import AutoModelForCausalLM, GPT2Config
-from fedsp_mpi.algorithms.fedbpt import SearchClient
+from fedsp_mpi.algorithms.fedbpt import Projection, SearchClient
 from fedsp_mpi.algorithms.inference import LocalInference
 from fedsp_mpi.data.tokens import Text, collate
 from fedsp_mpi.models.language_model import LanguageModel
@@ -433,9 +431,7 @@ prompt = Prompt(spec)
 held = LocalInference(
     model,
     prompt,
-    torch.zeros(50, 512),
-    subspace=space,
-    depths=DepthMap(spec, 2),
+    Projection(torch.zeros(50, 512), space, DepthMap(spec, 2)),
     batch_tokens=settings.batch_tokens,
 )
 client = SearchClient(held, {0: texts}, np.arange(9), settings=settings, seed=1)
