@@ -13,6 +13,7 @@ import numpy as np
 from fedsp_mpi.aggregation.outer import OuterOptimizer
 from fedsp_mpi.algorithms.base import Client, Server
 from fedsp_mpi.comm import guard
+from fedsp_mpi.comm.exchange import Exchange
 from fedsp_mpi.comm.inspection import Expected, ProtocolError, reading, require_fields
 from fedsp_mpi.data.tokens import Text
 from fedsp_mpi.evaluation.scoring import answer_loss_mean
@@ -192,6 +193,8 @@ class ServerRole:
         always_accept: whether a round's tuning stands if it made the validation loss worse.
         answer: returns the losses that clients without a model ask for; None if all hold one.
         outer: moves the server's values by the clients' mean.
+        exchange: what the wire's next broadcast depends on, where it compresses; None on the
+            server's other ranks.
         best: of the server.
         control_best: of the control.
     """
@@ -207,6 +210,7 @@ class ServerRole:
     always_accept: bool = True
     answer: Callable[[np.ndarray], np.ndarray] | None = None
     outer: OuterOptimizer = field(default_factory=OuterOptimizer)
+    exchange: Exchange | None = None
     best: Best = field(init=False)
     control_best: Best | None = field(init=False)
 
@@ -277,6 +281,8 @@ class ServerRole:
             "best": self.best,
             "outer": self.outer,
         }
+        if self.exchange is not None:
+            parts["exchange"] = self.exchange
         if self.control is not None and self.control_best is not None:
             parts["control"] = self.control
             parts["control_best"] = self.control_best

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 
+from fedsp_mpi.config.federation import CompressionConfig
+
 if TYPE_CHECKING:
     import torch
 
@@ -318,6 +320,7 @@ class Contract:
             may be of any number; 0: none.
         finite: those of the metrics that every update must have, as finite numbers, because the
             server computes with them.
+        compression: how values travel in rounds.
     """
 
     down: Schema
@@ -325,6 +328,7 @@ class Contract:
     metrics: tuple[str, ...] = ()
     servers: int = 0
     finite: tuple[str, ...] = ()
+    compression: CompressionConfig = field(default_factory=CompressionConfig)
 
 
 @dataclass(frozen=True)
@@ -336,12 +340,14 @@ class Update:
         weight: weight in the aggregate (number of samples used).
         tensors: the tuned prompt.
         metrics: losses, seconds, ... by the names in the contract.
+        packed: the tensors as they travel where the contract compresses them, uint8 [num_bytes].
     """
 
     client: int
     weight: float
     tensors: NamedTensors
     metrics: dict[str, float] = field(default_factory=dict)
+    packed: np.ndarray | None = None
 
 
 class Report(Protocol):

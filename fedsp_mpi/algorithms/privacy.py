@@ -15,6 +15,9 @@ the attack on the last bits of floating point (Mironov, 2012) is not excluded. N
 about what a client keeps between rounds: its optimizer's moments lie in the run's folder as they
 are (federation.client_state=restarted keeps nothing). The server's own text, on which it tunes and
 validates, has no noise. FedPrompt does not state the scale that its table V was made with.
+
+Compression (federation.compression) comes after the noise: what rounding makes of a noisy update,
+and what it adds to the next one, is computed from what is private already.
 """
 
 from __future__ import annotations

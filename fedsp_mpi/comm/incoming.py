@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 import numpy as np
 
+from .exchange import Exchange
 from .inspection import ProtocolError, describe_clients, invalid_rows
 from .messages import chunk_slices
 from .updates import Columns, reorder
@@ -17,12 +18,14 @@ class IncomingUpdates:
     """The updates of a round on their way: one chunk of each at a time, in memory that is reused.
 
     Args:
-        receive_chunks: fills each rank's memory (fp32 [num_clients, num_values of the chunk]) with
-            its next chunk; returns the number of bytes that a rank sent where it differs.
+        receive_chunks: fills each rank's memory (fp32 [num_clients, num_values of the chunk], or
+            uint8 [num_clients, num_bytes]) with its next chunk; returns the number of bytes that a
+            rank sent where it differs.
         senders: by rank, the ids of the clients whose updates it sends, in the order of sending.
         num_values: number of values of an update.
         chunk: number of values of a chunk.
         round: number of the round, for messages.
+        exchange: decodes the chunks of a compressed exchange; None: they are fp32 values.
     """
 
     def __init__(
@@ -33,7 +36,9 @@ class IncomingUpdates:
         *,
         chunk: int,
         round: int,
+        exchange: Exchange | None = None,
     ) -> None:
+        self._exchange = exchange
         self._receive_chunks = receive_chunks
         self._senders = senders
         self._round = round
@@ -41,9 +46,9 @@ class IncomingUpdates:
         # Chunks land in the order of their ranks' first clients, so that often no row has to move.
         ranks = [rank for rank, clients in enumerate(senders) if clients]
         self._ranks = sorted(ranks, key=lambda rank: senders[rank][0])
-        landing_order = [client for rank in self._ranks for client in senders[rank]]
-        self._row_order = [int(row) for row in np.argsort(landing_order)]
-        self._clients = sorted(landing_order)
+        self._landing_order = [client for rank in self._ranks for client in senders[rank]]
+        self._row_order = [int(row) for row in np.argsort(self._landing_order)]
+        self._clients = sorted(self._landing_order)
         self._memory = np.empty(len(self._clients) * min(chunk, num_values), dtype=np.float32)
         self._first_chunk: np.ndarray | None = None
 
@@ -86,23 +91,34 @@ class IncomingUpdates:
         width = part.stop - part.start
         num_rows = len(self._clients)
         matrix = self._memory[: num_rows * width].reshape(num_rows, width)
+        if self._exchange is None:
+            arrived = matrix
+        else:
+            arrived = np.empty((num_rows, self._exchange.num_bytes(part)), dtype=np.uint8)
         rows_of_rank: dict[int, np.ndarray] = {}
         begin = 0
         for rank in self._ranks:
             end = begin + len(self._senders[rank])
-            rows_of_rank[rank] = matrix[begin:end]
+            rows_of_rank[rank] = arrived[begin:end]
             begin = end
 
         reasons: dict[int, str] = {}
         for rank, num_bytes in self._receive_chunks(rows_of_rank).items():
             clients = self._senders[rank]
             rows = rows_of_rank[rank]
-            rows[...] = 0  # they still hold an earlier chunk
+            rows[...] = 0  # they still hold an earlier chunk, or nothing yet
             reason = (
                 f"rank {rank} sent {num_bytes} bytes for {describe_clients(clients)}, "
                 f"expected {rows.nbytes}"
             )
             reasons |= dict.fromkeys(clients, reason)
+        if self._exchange is not None:
+            for client, packed, values in zip(self._landing_order, arrived, matrix):
+                try:
+                    values[:] = self._exchange.decode(packed, part)
+                except ValueError as error:
+                    values[:] = 0
+                    reasons.setdefault(client, f"the update cannot be decoded: {error}")
         reorder(matrix, self._row_order)
         for row, reason in invalid_rows(matrix).items():
             reasons.setdefault(self._clients[row], reason)

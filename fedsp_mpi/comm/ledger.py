@@ -8,7 +8,11 @@ from dataclasses import asdict, dataclass
 from fedsp_mpi.tensors import Contract, Schema
 
 from ..files.untrusted import JsonObject
+from .compression import num_bytes, scale_bytes
 from .messages import HEADER_BYTES, NO_CALLS, CallStats, Direction
+
+# Type and bytes of a value, by `CompressionConfig.format`.
+_TYPES = {"none": ("float32", 4), "bf16": ("bfloat16", 2), "int8": ("int8", 1)}
 
 
 @dataclass
@@ -94,7 +98,7 @@ class Ledger:
     def add_tensors(
         self, direction: Direction, phase: str, schema: Schema, *, messages: int, crossed: int
     ) -> None:
-        """Add messages with the tensors of `schema`.
+        """Add messages with the fp32 tensors of `schema`.
 
         Args:
             direction: which way they went.
@@ -107,8 +111,31 @@ class Ledger:
             entry = Entry(direction, phase, spec.name, spec.shape, "float32")
             self._add(entry, size=4 * spec.num_values, messages=messages, crossed=crossed)
 
+    def add_exchanged(
+        self, direction: Direction, phase: str, contract: Contract, *, messages: int, crossed: int
+    ) -> None:
+        """Add messages with the tensors of a round, as the contract compresses them.
+
+        Args:
+            direction: "down" or "up".
+            phase: operation that sent them.
+            contract: schemas and compression.
+            messages: number of logical messages.
+            crossed: number of messages that crossed.
+        """
+        schema = contract.down if direction == "down" else contract.up
+        compression = contract.compression
+        dtype, value_bytes = _TYPES[compression.format]
+        for spec in schema:
+            entry = Entry(direction, phase, spec.name, spec.shape, dtype)
+            self._add(entry, size=value_bytes * spec.num_values, messages=messages, crossed=crossed)
+        if compression.format == "int8":
+            size = scale_bytes(schema.num_values, compression)
+            entry = Entry(direction, phase, "(scales)", (size // 4,), "float32")
+            self._add(entry, size=size, messages=messages, crossed=crossed)
+
     def add_broadcasts(
-        self, schema: Schema, *, messages: int, crossed: int, phase: str = "broadcast"
+        self, contract: Contract, *, messages: int, crossed: int, phase: str = "broadcast"
     ) -> None:
         """Add broadcasts.
 
@@ -116,16 +143,15 @@ class Ledger:
         sent a result.
 
         Args:
-            schema: names and shapes of the tensors of one broadcast.
+            contract: schemas and compression.
             messages: number of logical messages.
             crossed: number of messages that crossed.
             phase: "broadcast" at the beginning of a round, or "evaluation" at its end.
         """
         if phase == "evaluation":
-            num_values = sum(spec.num_values for spec in schema)
-            self.evaluation_bytes = messages * (HEADER_BYTES + 4 * num_values)
+            self.evaluation_bytes = messages * _message_bytes(contract.down, contract)
         self.add_headers("down", phase, messages=messages, crossed=crossed)
-        self.add_tensors("down", phase, schema, messages=messages, crossed=crossed)
+        self.add_exchanged("down", phase, contract, messages=messages, crossed=crossed)
 
     def add_round(
         self,
@@ -154,14 +180,14 @@ class Ledger:
                 "down", "(answer)", stats.num_calls, size=stats.bytes_down, crossed=crossed
             )
         clients = sorted([*updates, *failures])
-        self.add_broadcasts(contract.down, messages=len(clients), crossed=0)
+        self.add_broadcasts(contract, messages=len(clients), crossed=0)
         self.add_headers(
             "up", "gather", messages=len(clients), crossed=len(clients) if crossed else 0
         )
-        self.add_tensors(
+        self.add_exchanged(
             "up",
             "gather",
-            contract.up,
+            contract,
             messages=len(updates),
             crossed=len(updates) if crossed else 0,
         )
@@ -171,8 +197,8 @@ class Ledger:
                     "up", "gather", "(reason)", size=size, messages=1, crossed=int(crossed)
                 )
 
-        broadcast_bytes = HEADER_BYTES + 4 * contract.down.num_values
-        update_bytes = HEADER_BYTES + 4 * contract.up.num_values
+        broadcast_bytes = _message_bytes(contract.down, contract)
+        update_bytes = _message_bytes(contract.up, contract)
         result_bytes = {client: HEADER_BYTES + size for client, size in failures.items()}
         result_bytes |= dict.fromkeys(updates, update_bytes)
         self._round_bytes = {"down": {}, "up": {}}
@@ -209,3 +235,8 @@ class Ledger:
         total.crossed += crossed
         total.bytes_crossed += crossed * size
         return total
+
+
+def _message_bytes(schema: Schema, contract: Contract) -> int:
+    """Return the bytes of a message with the tensors of a schema, its header included."""
+    return HEADER_BYTES + num_bytes(schema.num_values, contract.compression)

@@ -6,16 +6,18 @@ import json
 import math
 import struct
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from enum import IntEnum
 from typing import Literal, NamedTuple
 
 import numpy as np
 
+from fedsp_mpi.config.federation import CompressionConfig
 from fedsp_mpi.files.untrusted import printable
 from fedsp_mpi.tensors import Contract, Failure, NamedTensors, Schema, Update, seal
 
 from ..files.untrusted import JsonMapping, JsonObject
+from .exchange import Exchange
 
 CHUNK_BYTES = 4 << 20  # of one vector that travel at once
 Direction = Literal["start-up", "handout", "down", "up", "checkpoint", "end"]
@@ -67,11 +69,13 @@ class Handout:
         meta: any JSON mapping.
         tensors: the auxiliary model and the initial prompts.
         contract: names and shapes of all later messages.
+        exchange: where the contract compresses, with the reference of the first broadcast.
     """
 
     meta: JsonObject
     tensors: NamedTensors
     contract: Contract
+    exchange: Exchange | None = None
 
 
 @dataclass(frozen=True)
@@ -125,8 +129,8 @@ class Report(NamedTuple):
 class Kind(IntEnum):
     """Kind of a message, which says what follows its header.
 
-    BROADCAST, UPDATE, REQUEST, RESPONSE: fp32 values; JSON: bytes; FAILURE: the rest of its text;
-    STOP: nothing.
+    BROADCAST, UPDATE: fp32 values, or what the contract makes of them; REQUEST, RESPONSE: fp32
+    values; JSON: bytes; FAILURE: the rest of its text; STOP: nothing.
     """
 
     BROADCAST = 1
@@ -146,7 +150,7 @@ class Header:
         kind: what follows the header.
         round: round of a broadcast or a result; -1 elsewhere.
         client: client id; the rank of a JSON message; -1 elsewhere.
-        num_values: fp32 values that follow, or bytes where no values follow.
+        num_values: values that follow, or bytes where no values follow.
         digest: digest of the schema of the values.
         weight: weight of an update.
         metrics: metrics of an update by name.
@@ -411,6 +415,21 @@ def require_handout(handout: Handout) -> None:
             f"found {len(handout.contract.metrics)} metrics, expected at most {MAX_METRICS}"
         )
     seal.check_array(handout.tensors.flat)
+    is_compressed = handout.contract.compression.is_on
+    assert is_compressed == (handout.exchange is not None), "compression needs a reference"
+    if handout.exchange is not None:
+        seal.check_array(handout.exchange.reference)
+
+
+def payload(update: Update, exchange: Exchange | None) -> np.ndarray:
+    """Return what an update travels as: fp32 [num_values], or uint8 [num_bytes] if compressed.
+
+    Raises:
+        ValueError: an update of a compressed exchange is not packed.
+    """
+    if exchange is None:
+        return update.tensors.flat
+    return exchange.require_size(update.packed, f"update of client {update.client}")
 
 
 def accepted_reports(headers: Iterable[Header], failed: Container[int] = ()) -> list[Report]:
@@ -460,6 +479,7 @@ def describe_handout(handout: Handout, chunk: int) -> JsonObject:
         "metrics": contract.metrics,
         "servers": contract.servers,
         "finite": contract.finite,
+        "compression": asdict(contract.compression),
         "meta": handout.meta,
         "chunk": chunk,
     }
@@ -469,7 +489,8 @@ def allocate_handout(content: JsonMapping) -> tuple[Handout, int]:
     """Read what `describe_handout` returned.
 
     Returns:
-        The hand-out, with memory for its tensors that is not filled yet, and the `chunk`.
+        The hand-out, with memory for its tensors and reference that is not filled yet, and the
+        `chunk`.
     """
     schema = Schema.of(content["tensors"])
     memory = np.empty(schema.num_values, dtype=np.float32)
@@ -479,6 +500,11 @@ def allocate_handout(content: JsonMapping) -> tuple[Handout, int]:
         metrics=tuple(content["metrics"]),
         servers=content["servers"],
         finite=tuple(content["finite"]),
+        compression=CompressionConfig(**content["compression"]),
     )
-    handout = Handout(content["meta"], NamedTensors(schema, memory), contract)
+    exchange = None
+    if contract.compression.is_on:
+        reference = np.empty(contract.down.num_values, dtype=np.float32)
+        exchange = Exchange(contract.compression, reference)
+    handout = Handout(content["meta"], NamedTensors(schema, memory), contract, exchange)
     return handout, int(content["chunk"])

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from fedsp_mpi.tensors import Contract, Failure, Update, seal
+from fedsp_mpi.tensors import Contract, Failure, NamedTensors, Update, seal
 
 from ..files.untrusted import JsonMapping, JsonObject
+from .exchange import Exchange
 from .guard import Refused, guard
 from .inspection import Expected, collect_failures, read_headers
 from .ledger import Ledger
@@ -32,6 +34,7 @@ from .messages import (
     chunk_slices,
     describe_handout,
     pack_results,
+    payload,
     reason_bytes,
     require_handout,
     to_json,
@@ -68,6 +71,7 @@ class Solo:
         self.deadlines = deadlines or Deadlines()
         self.contract: Contract | None = None
         self._chunk = max(1, chunk_bytes // 4)
+        self._exchange: Exchange | None = None
         self._ledger = Ledger()
         self._answer: Answer | None = None
         self._calls: dict[int, CallStats] = {}
@@ -107,6 +111,9 @@ class Solo:
             received, _ = allocate_handout(json.loads(raw))
             received.tensors.flat[:] = handout.tensors.flat
             self.contract = received.contract
+            self._exchange = handout.exchange
+            if self._exchange is not None:
+                self._chunk = self._exchange.chunk(self._chunk)
             self._ledger.add_headers("handout", "handout", messages=1, crossed=0)
             self._ledger.add_bytes(
                 "handout", "handout", "(meta)", size=len(raw), messages=1, crossed=0
@@ -114,7 +121,11 @@ class Solo:
             self._ledger.add_tensors(
                 "handout", "handout", received.tensors.schema, messages=1, crossed=0
             )
-            return received
+            if self._exchange is not None:
+                self._ledger.add_tensors(
+                    "handout", "reference", received.contract.down, messages=1, crossed=0
+                )
+            return replace(received, exchange=self._exchange)
 
     def broadcast(self, down: RoundBroadcast | None, evaluated_by: int = 0) -> RoundBroadcast:
         """Return a copy of the broadcast.
@@ -133,11 +144,17 @@ class Solo:
             if down.tensors is None or down.stop:
                 return down
             if evaluated_by:
-                schema = self._sealed_contract().down
                 self._ledger.add_broadcasts(
-                    schema, messages=evaluated_by, crossed=0, phase="evaluation"
+                    self._sealed_contract(), messages=evaluated_by, crossed=0, phase="evaluation"
                 )
-            return RoundBroadcast(down.round, tensors=down.tensors.copy())
+            tensors = down.tensors
+            if self._exchange is not None:
+                for part in chunk_slices(tensors.flat.size, self._chunk):
+                    self._exchange.encode_broadcast(
+                        tensors.flat[part], part, is_start=not evaluated_by
+                    )
+                tensors = NamedTensors(tensors.schema, self._exchange.reference)
+            return RoundBroadcast(down.round, tensors=tensors.copy())
 
     def call(self, client: int, values: np.ndarray) -> np.ndarray:
         """Return the server's response to a client's fp32 values [num_values].
@@ -225,18 +242,27 @@ class Solo:
             crossed=False,
         )
         accepted = {report.client for report in reports}
-        flats = [update.tensors.flat for update in updates if update.client in accepted]
-        source = self._columns(flats, contract.up.num_values)
+        payloads = [
+            payload(update, self._exchange) for update in updates if update.client in accepted
+        ]
+        source = self._columns(payloads, contract.up.num_values)
         return Updates(reports, failures, contract.up, source=source)
 
-    def _columns(self, flats: list[np.ndarray], num_values: int) -> Iterator[Columns]:
-        """Yield the chunks of fp32 vectors [num_values] as matrices in memory that is reused."""
-        memory = np.empty(len(flats) * min(self._chunk, num_values), dtype=np.float32)
+    def _columns(self, payloads: list[np.ndarray], num_values: int) -> Iterator[Columns]:
+        """Yield the chunks of what updates travel as, [num_values or num_bytes].
+
+        As matrices in memory that is reused.
+        """
+        num_rows = len(payloads)
+        memory = np.empty(num_rows * min(self._chunk, num_values), dtype=np.float32)
         for part in chunk_slices(num_values, self._chunk):
             width = part.stop - part.start
-            matrix = memory[: len(flats) * width].reshape(len(flats), width)
-            for row, flat in zip(matrix, flats):
-                row[:] = flat[part]
+            matrix = memory[: num_rows * width].reshape(num_rows, width)
+            for row, vector in zip(matrix, payloads):
+                if self._exchange is None:
+                    row[:] = vector[part]
+                else:
+                    row[:] = self._exchange.decode(self._exchange.cut(vector, part), part)
             yield part, matrix
 
     def _sealed_contract(self) -> Contract:

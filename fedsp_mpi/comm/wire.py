@@ -3,7 +3,8 @@
 Every rank calls the same operations in the same order, and inside them the same collectives: their
 number follows from the contract alone. Headers, which say who sends how much, go from client ranks
 to the server as messages of their own, so that the server knows which ranks are missing. Payload is
-fp32, straight from and to the vectors' memory, never pickled. Updates are gathered chunk by chunk
+fp32, straight from and to the vectors' memory, or the bytes of compressed changes (exchange.py),
+never pickled. Updates are gathered chunk by chunk
 with sends whose size the server probes before it receives: MPI's own gather leaves the server's
 memory as it was where a rank sends less than it announced, and that would be averaged. Everything
 that a client rank sends is inspected (inspection.py) before it has any effect.
@@ -22,6 +23,8 @@ import numpy as np
 from fedsp_mpi.tensors import Contract, Failure, NamedTensors, Update
 
 from ..files.untrusted import JsonMapping, JsonObject
+from .compression import byte_range
+from .exchange import Exchange
 from .guard import Refused, guard
 from .incoming import IncomingUpdates
 from .inspection import (
@@ -55,6 +58,7 @@ from .messages import (
     chunk_slices,
     describe_handout,
     pack_results,
+    payload,
     reason_bytes,
     require_handout,
     to_json,
@@ -114,6 +118,7 @@ class Wire:
         self.is_client = not self.topology.is_server
         self.contract: Contract | None = None
         self._chunk = max(1, chunk_bytes // 4)
+        self._exchange: Exchange | None = None
         self._ledger = Ledger()
         self._open_updates: Updates | None = None
         self._rpc: RpcEndpoint | None = None
@@ -203,6 +208,10 @@ class Wire:
                 handout, self._chunk = allocate_handout(json.loads(raw))
             self._send_chunks(handout.tensors.flat, "handout")
             self.contract = handout.contract
+            self._exchange = handout.exchange
+            if self._exchange is not None:
+                self._send_chunks(self._exchange.reference, "handout")
+                self._chunk = self._exchange.chunk(self._chunk)
             if self.contract.servers:
                 self._rpc = RpcEndpoint(
                     self._comm, self._mpi, self.contract.servers, wait=self._wait
@@ -218,6 +227,14 @@ class Wire:
                 messages=num_receivers,
                 crossed=num_receivers,
             )
+            if self._exchange is not None:
+                self._ledger.add_tensors(
+                    "handout",
+                    "reference",
+                    self.contract.down,
+                    messages=num_receivers,
+                    crossed=num_receivers,
+                )
             return handout
 
     def broadcast(self, down: RoundBroadcast | None, evaluated_by: int = 0) -> RoundBroadcast:
@@ -226,6 +243,9 @@ class Wire:
         Args:
             down: what a round begins with, or what its end has brought.
             evaluated_by: number of clients that judge it on their own text; 0: a round begins.
+
+        Returns:
+            What clients get: of a compressed exchange, on the server too, what they make of it.
 
         Raises:
             ValueError: the tensors are not those of the contract.
@@ -243,11 +263,18 @@ class Wire:
                 return down or RoundBroadcast(header.round, stop=True)
             if down is None:
                 header.require(Kind.BROADCAST, "the server")
-                down = RoundBroadcast(header.round, tensors=_allocate(header, contract))
-            assert down.tensors is not None, "a broadcast has tensors unless it says stop"
-            self._send_chunks(down.tensors.flat, "broadcast")
+                assert header.digest == contract.down.digest, "the server sent what it had not said"
+            tensors = None if down is None else down.tensors
+            if self._exchange is not None:
+                tensors = self._send_changes(tensors, self._exchange, is_start=not evaluated_by)
+            else:
+                if tensors is None:
+                    memory = np.empty(header.num_values, dtype=np.float32)
+                    tensors = NamedTensors(contract.down, memory)
+                self._send_chunks(tensors.flat, "broadcast")
+            down = RoundBroadcast(header.round, tensors=tensors)
             self._ledger.add_broadcasts(
-                contract.down,
+                contract,
                 messages=evaluated_by,
                 crossed=self._num_receivers,
                 phase="evaluation" if evaluated_by else "broadcast",
@@ -347,10 +374,11 @@ class Wire:
         ]
         self._send_message(pack_results(headers, contract.metrics), _RESULTS_TAG, "gather")
         updates = [result for result in results if isinstance(result, Update)]
-        flats = [update.tensors.flat for update in updates]
-        if flats:
+        payloads = [payload(update, self._exchange) for update in updates]
+        if payloads:
             for part in chunk_slices(contract.up.num_values, self._chunk):
-                self._send_chunk(flats, part)
+                where = part if self._exchange is None else byte_range(part, contract.compression)
+                self._send_chunk(payloads, where)
         self._ledger.add_round(
             contract,
             [update.client for update in updates],
@@ -359,13 +387,14 @@ class Wire:
             crossed=True,
         )
 
-    def _send_chunk(self, flats: list[np.ndarray], part: slice) -> None:
+    def _send_chunk(self, payloads: list[np.ndarray], part: slice) -> None:
         """Send one slice of all this rank's updates, one update after the other."""
-        if len(flats) == 1:
-            chunk = flats[0][part]  # a view: no copy
+        if len(payloads) == 1:
+            chunk = payloads[0][part]  # a view: no copy
         else:
-            chunk = np.concatenate([flat[part] for flat in flats])
-        request = self._comm.Isend([chunk, self._mpi.FLOAT], dest=_SERVER, tag=_CHUNK_TAG)
+            chunk = np.concatenate([vector[part] for vector in payloads])
+        kind = self._mpi.FLOAT if self._exchange is None else self._mpi.BYTE
+        request = self._comm.Isend([chunk, kind], dest=_SERVER, tag=_CHUNK_TAG)
         # The server receives while it aggregates, or after its own training: the deadline is that
         # of its work, and the payload may not be moving before the first chunk has been received.
         self._wait(
@@ -400,7 +429,12 @@ class Wire:
             for failure in collect_failures(headers, contract, round=round, expected=expected)
         }
         incoming = IncomingUpdates(
-            self._receive_chunks, senders, contract.up.num_values, chunk=self._chunk, round=round
+            self._receive_chunks,
+            senders,
+            contract.up.num_values,
+            chunk=self._chunk,
+            round=round,
+            exchange=self._exchange,
         )
         for client, reason in incoming.receive_first().items():
             failures.setdefault(client, Failure(client, round, "check", reason))
@@ -421,7 +455,7 @@ class Wire:
         return self._open_updates
 
     def _receive_chunks(self, targets: Mapping[int, np.ndarray]) -> dict[int, int]:
-        """Receive the next chunk of each rank into its contiguous fp32 memory.
+        """Receive the next chunk of each rank into its contiguous memory, fp32 or uint8.
 
         Returns:
             The number of bytes that a rank sent, for ranks that sent another number than their
@@ -533,6 +567,42 @@ class Wire:
         for request in in_flight:
             self._wait(request.Test, phase, moving=True)
 
+    def _send_changes(
+        self, tensors: NamedTensors | None, exchange: Exchange, *, is_start: bool
+    ) -> NamedTensors:
+        """Broadcast the change of the server's tensors against what all ranks hold, in chunks.
+
+        Args:
+            tensors: the server's; other ranks pass None.
+            exchange: this rank's.
+            is_start: whether a round begins.
+
+        Returns:
+            What all ranks hold now; on client ranks a copy, which clients may write to.
+        """
+        contract = self._sealed_contract()
+        in_flight: deque[tuple[MPI.Request, slice, np.ndarray]] = deque()
+
+        def complete() -> None:
+            request, part, packed = in_flight.popleft()
+            self._wait(request.Test, "broadcast", moving=True)
+            if tensors is None:
+                exchange.decode_broadcast(packed, part)
+
+        for part in chunk_slices(contract.down.num_values, self._chunk):
+            if tensors is not None:
+                packed = exchange.encode_broadcast(tensors.flat[part], part, is_start=is_start)
+            else:
+                packed = np.empty(exchange.num_bytes(part), dtype=np.uint8)
+            request = self._comm.Ibcast([packed, self._mpi.BYTE], root=_SERVER)
+            in_flight.append((request, part, packed))
+            if len(in_flight) == _CHUNKS_IN_FLIGHT:
+                complete()
+        while in_flight:
+            complete()
+        held = NamedTensors(contract.down, exchange.reference)
+        return held if self.is_server else held.copy()
+
     # Helpers of both sides.
 
     @contextmanager
@@ -574,9 +644,3 @@ class Wire:
         self._ledger.add_bytes(
             direction, phase, name, size=size, messages=num_receivers, crossed=num_receivers
         )
-
-
-def _allocate(header: Header, contract: Contract) -> NamedTensors:
-    """Return memory for the broadcast that a header announces."""
-    assert header.digest == contract.down.digest, "the server sent what it had not handed out"
-    return NamedTensors(contract.down, np.empty(header.num_values, dtype=np.float32))

@@ -12,8 +12,18 @@ from fedsp_mpi.config.experiment import (
     load,
     to_yaml,
 )
+<<<<<<< HEAD
 from fedsp_mpi.config.federation import ClientConfig, FederationConfig, OuterConfig, ServerConfig
 from fedsp_mpi.config.instructions import InstructionsConfig
+=======
+from fedsp_mpi.config.federation import (
+    ClientConfig,
+    CompressionConfig,
+    FederationConfig,
+    OuterConfig,
+    ServerConfig,
+)
+>>>>>>> 8c9c55bd64e1139c43044c33c7cf9041629334ab
 from fedsp_mpi.config.model import AuxiliaryConfig, DistillationConfig, ModelConfig, PromptConfig
 from fedsp_mpi.config.parsing import ConfigError
 from fedsp_mpi.config.runtime import (
@@ -34,6 +44,7 @@ __all__ = [
     "AuxiliaryConfig",
     "CheckpointConfig",
     "ClientConfig",
+    "CompressionConfig",
     "ComputeConfig",
     "Config",
     "ConfigError",

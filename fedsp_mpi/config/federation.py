@@ -41,6 +41,29 @@ class OuterConfig:
 
 
 @dataclass(frozen=True)
+class CompressionConfig:
+    """How prompts or weights are exchanged in rounds, both ways (comm/compression.py)."""
+
+    format: Literal["none", "bf16", "int8"] = option(
+        "none",
+        "what a value travels as: `none`, fp32; otherwise the change against what both sides hold "
+        "already, in `bf16`, or in `int8` with an fp32 scale a block. For every method whose "
+        "prompts or weights are averaged; after a client's noise, and before `federation.rule`",
+    )
+    block: int = option(256, "that share a scale, with `int8`", "values")
+    error_feedback: bool = option(
+        True,
+        "what rounding took is added to the next message: the server's, and each client's with "
+        "`federation.client_state: kept`",
+    )
+
+    @property
+    def is_on(self) -> bool:
+        """Whether what travels is compressed."""
+        return self.format != "none"
+
+
+@dataclass(frozen=True)
 class FederationConfig:
     """Rounds, clients, and what happens when one of them fails."""
 
@@ -79,6 +102,7 @@ class FederationConfig:
         3.0, "distance from the median beyond which an update is rejected", "deviations"
     )
     outer: OuterConfig = OuterConfig()
+    compression: CompressionConfig = CompressionConfig()
     silos: tuple[SiloConfig, ...] = option(
         (),
         "clients with text of their own, instead of a number of clients; a list, or one section "

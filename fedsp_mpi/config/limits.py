@@ -124,6 +124,7 @@ RANGES: dict[str, Range] = {
     "federation.outer.momentum": Range(0, 1, below=True),
     "federation.outer.decay": Range(0, 1, below=True),
     "federation.outer.adaptivity": _POSITIVE,
+    "federation.compression.block": Range(1, 65_536),
     "server.compute.threads": Range(1, 1_024),
     "client.compute.threads": Range(1, 1_024),
     "client.proximal": Range(0, 1e6),

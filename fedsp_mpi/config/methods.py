@@ -53,6 +53,7 @@ _SEARCH_REQUIRES: dict[str, tuple[object, str]] = {
     "federation.rule": ("mean", "what merges is search.rule"),
     "federation.outer.optimizer": ("fedavg", "what merges is search.rule"),
     "federation.outer.learning_rate": (None, "what merges is search.rule"),
+    "federation.compression.format": ("none", "a search's statistics travel, which are no change"),
     "client.privacy.clip": (None, _NO_CHANGE),
     "client.proximal": (0, "a search takes no gradients"),
 }
@@ -67,6 +68,7 @@ _WORDS_REQUIRE: dict[str, tuple[object, str]] = {
     "federation.client_seconds": (None, "a client scores all instructions of a round"),
     "federation.outer.optimizer": ("fedavg", _NO_MEAN),
     "federation.outer.learning_rate": (None, _NO_MEAN),
+    "federation.compression.format": ("none", "ids of tokens must arrive as they are"),
     "client.privacy.clip": (None, _NO_CHANGE),
     "client.proximal": (0, "a search takes no gradients"),
 }

@@ -44,6 +44,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from fedsp_mpi.comm.compression import num_bytes
 from fedsp_mpi.comm.messages import HEADER_BYTES
 from fedsp_mpi.config import EMBEDDED, AuxiliaryConfig, Config, StageConfig
 from fedsp_mpi.data.tasks import ASSUMED_LENGTHS, TASKS, TextLengths
@@ -577,8 +578,8 @@ class _Costs:
         trains = num_values
         if any(stage.trained != "prompts" for stage in stages):
             trains += holds
-        handout = FP32_BYTES * (holds + num_values)
-        message = FP32_BYTES * num_values + HEADER_BYTES
+        handout = FP32_BYTES * (holds + num_values) + self._reference_bytes(num_values)
+        message = self._message_bytes(num_values)
         clients_per_round = num_clients or self._clients_per_round()
         all_clients = num_clients or self.config.federation.clients
         judged = self._judged(message)
@@ -602,12 +603,15 @@ class _Costs:
         """Return the cost of fine-tuning, where clients train the whole model, or its adapters.
 
         It takes the steps of the prompt stage. All weights come with every round, so there is no
-        hand-out; beside adapters, they are handed out once.
+        hand-out unless rounds are compressed; beside adapters, they are handed out once.
         """
         stage = self.config.client.tuning
         num_weights = self.large.num_parameters()
         num_tuned = self._num_adapters if self.config.adapts else num_weights
-        message = FP32_BYTES * num_tuned + HEADER_BYTES
+        message = self._message_bytes(num_tuned)
+        handout = self._reference_bytes(num_tuned)
+        if self.config.adapts:
+            handout += FP32_BYTES * num_weights
         judged = self._judged(message)
         federation = self.config.federation
         total = self._clients_per_round() * 2 * message + federation.clients * judged
@@ -616,14 +620,22 @@ class _Costs:
             name=self.config.method_facts.title if self.config.tunes_weights else "fine-tuning",
             holds=num_weights,
             trains=num_tuned,
-            handout=FP32_BYTES * num_weights if self.config.adapts else 0,
+            handout=handout,
             down=message,
             up=message,
             judged=judged,
-            total=federation.rounds * total,
+            total=federation.rounds * total + federation.clients * handout,
             steps=(step,),
             round=stage.steps * step,
         )
+
+    def _message_bytes(self, num_values: int) -> int:
+        """Return the bytes of a broadcast or an update, as the configuration compresses it."""
+        return num_bytes(num_values, self.config.federation.compression) + HEADER_BYTES
+
+    def _reference_bytes(self, num_values: int) -> int:
+        """Return the bytes of what changes are sent against, which is handed out with them."""
+        return FP32_BYTES * num_values if self.config.federation.compression.is_on else 0
 
     def _judged(self, message: int) -> int:
         """Return the bytes to a client of a round's result, if silos judge it.

@@ -281,7 +281,7 @@ def server(config: Config, sizes: ModelSizes) -> MemoryNeed:
     device = dtype_bytes * sizes.global_model + max(distillation, tuning, scoring, answering)
     if config.translates:  # the auxiliary model stays
         device += dtype_bytes * sizes.auxiliary
-    return MemoryNeed(device, host=0)
+    return MemoryNeed(device, host=2 * _reference(config, sizes))
 
 
 def client(config: Config, sizes: ModelSizes, num_clients: int) -> MemoryNeed:
@@ -309,7 +309,13 @@ def client(config: Config, sizes: ModelSizes, num_clients: int) -> MemoryNeed:
         activations.append(_forward_passes(sizes, config.evaluation.batch_tokens))
     device = weight_bytes * sizes.auxiliary + _TRAINED_BYTES * sizes.wire + max(activations)
     states = min(num_clients, config.client.resident) * state(config, sizes)
-    return MemoryNeed(device, host=_FP32_BYTES * sizes.auxiliary + states)
+    host = _FP32_BYTES * sizes.auxiliary + states + _reference(config, sizes)
+    return MemoryNeed(device, host)
+
+
+def _reference(config: Config, sizes: ModelSizes) -> int:
+    """Return the bytes of a reference, or of a residual, of compressed rounds."""
+    return _FP32_BYTES * sizes.wire if config.federation.compression.is_on else 0
 
 
 def _search(config: Config, sizes: ModelSizes) -> MemoryNeed:
@@ -353,12 +359,15 @@ def state(config: Config, sizes: ModelSizes) -> int:
     num_values = sizes.wire
     if config.clients_train_weights:
         num_values += sizes.auxiliary
-    return _STATE_BYTES * num_values
+    has_feedback = config.federation.compression.error_feedback
+    residual = _reference(config, sizes) if has_feedback else 0
+    return _STATE_BYTES * num_values + residual
 
 
 def disk(config: Config, sizes: ModelSizes) -> int:
     """Estimate the bytes of a whole run folder: checkpoints, the auxiliary model, the record."""
     checkpoint = config.federation.clients * state(config, sizes) + 2 * _STATE_BYTES * sizes.prompt
+    checkpoint += 2 * _reference(config, sizes)
     # Besides those that are kept, the best one and the one that is being written.
     num_checkpoints = config.checkpoint.keep + 2 if config.checkpoint.every else 1
     prompts = 0

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from fedsp_mpi.comm.compression import num_bytes
 from fedsp_mpi.comm.messages import HEADER_BYTES
 from fedsp_mpi.config import Config
 from fedsp_mpi.estimate import memory
-from fedsp_mpi.estimate.cost import FP32_BYTES, CostEstimate, MethodCost, SiloSizes
+from fedsp_mpi.estimate.cost import CostEstimate, MethodCost, SiloSizes
 from fedsp_mpi.report import handed_out
 from fedsp_mpi.report.formatting import (
     as_bytes,
@@ -217,7 +218,8 @@ def _steps(estimate: CostEstimate) -> str:
 def _wire(estimate: CostEstimate) -> str:
     """Return the bytes that go down and up, without headers; without clients, what would."""
     if not estimate.config.searches:
-        return f"{FP32_BYTES * estimate.sizes.wire:,} bytes down and up"
+        size = num_bytes(estimate.sizes.wire, estimate.config.federation.compression)
+        return f"{size:,} bytes down and up"
     method = estimate.methods[0]
     return f"{method.down - HEADER_BYTES:,} bytes down and {method.up - HEADER_BYTES:,} up"
 

@@ -27,9 +27,11 @@ from fedsp_mpi.algorithms.base import (
     ServerContext,
     require_metrics,
 )
+from fedsp_mpi.algorithms.compressed import CompressedClient
 from fedsp_mpi.algorithms.privacy import LocalDPClient
 from fedsp_mpi.algorithms.silo_weights import WeightedClient
 from fedsp_mpi.comm import Handout
+from fedsp_mpi.comm.exchange import Exchange
 from fedsp_mpi.config import OuterConfig
 from fedsp_mpi.evaluation.scoring import answer_loss_mean, choice_losses, score
 from fedsp_mpi.log import RoundProgress
@@ -48,7 +50,7 @@ from fedsp_mpi.run.handout import HandoutMeta
 from fedsp_mpi.run.inputs import ExperimentInputs
 from fedsp_mpi.run.silo_inputs import SiloInputs
 from fedsp_mpi.run.silos import disclosed
-from fedsp_mpi.tensors import Contract, NamedTensors
+from fedsp_mpi.tensors import Contract, NamedTensors, State, part_of_state
 from fedsp_mpi.training.device import DTYPES, Compute
 from fedsp_mpi.training.process_group import ServerGroup
 
@@ -152,6 +154,7 @@ def handout(
     *,
     meta: HandoutMeta,
     resumed: Checkpoint | None,
+    exchange: Exchange | None = None,
 ) -> Handout:
     """Return what every rank gets once: the clients' model, the first prompt, earlier states.
 
@@ -161,6 +164,7 @@ def handout(
         server: the method's server.
         meta: of the run; the clients' model and states are filled in here.
         resumed: what the run continues from.
+        exchange: with the reference of the next broadcast, where rounds are compressed.
     """
     method = method_of(inputs)
     handed_out = method.hand_out(inputs, server, client_model)
@@ -170,7 +174,9 @@ def handout(
         (*method.metrics, *ATTACK_METRICS),
         handed_out.num_inference_ranks,
         handed_out.finite,
+        inputs.config.federation.compression,
     )
+    assert exchange is None or handed_out.down == handed_out.up, "updates are changes"
     meta = replace(
         meta,
         cell=handed_out.model_config.to_dict(),
@@ -178,7 +184,22 @@ def handout(
         rounds_done=resumed.round if resumed else 0,
         client_states=resumed.clients if resumed else {},
     )
-    return Handout(meta.to_json(), handed_out.tensors, contract)
+    return Handout(meta.to_json(), handed_out.tensors, contract, exchange)
+
+
+def exchange(inputs: ExperimentInputs, server: Server, state: State | None) -> Exchange:
+    """Return the server's end of compressed rounds.
+
+    Args:
+        inputs: of the experiment.
+        server: the method's server; of a new run, its first broadcast is the reference.
+        state: of the server's role, where an earlier stretch of the run has left it.
+    """
+    reference = server.broadcast().flat.copy()
+    server_end = Exchange(inputs.config.federation.compression, reference)
+    if state is not None:
+        server_end.load_state(part_of_state(state, "exchange"))
+    return server_end
 
 
 def parameter_counts(
@@ -223,6 +244,7 @@ def server_role(
     *,
     group: ServerGroup,
     journal: RoundJournal | None,
+    exchange: Exchange | None = None,
 ) -> ServerRole:
     """Build a rank's part of the server, as it is before the first round.
 
@@ -232,6 +254,7 @@ def server_role(
         compute: the server's device.
         group: the ranks that are the server together.
         journal: what rank 0 writes.
+        exchange: rank 0's end of compressed rounds.
     """
     config = inputs.config
     answer = None
@@ -249,6 +272,7 @@ def server_role(
         always_accept=config.server.accept == "always",
         answer=answer,
         outer=outer_optimizer(config.federation.outer),
+        exchange=exchange,
     )
 
 
@@ -374,6 +398,9 @@ def hosted_clients(
     privacy = config.client.privacy
     if privacy.clip is not None and privacy.noise_scale is not None:
         client = LocalDPClient(client, privacy.clip, privacy.noise_scale)
+    if config.federation.compression.is_on:
+        keep = config.federation.client_state == "kept"
+        client = CompressedClient(client, config.federation.compression, keep=keep)
     cache = ClientStateCache(
         client.states,
         Checkpoints(Path(meta.folder)),

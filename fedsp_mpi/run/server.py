@@ -265,7 +265,11 @@ class ServerRun:
             client_model=client_model,
             progress=self._log.round_progress(None, self._config.federation.client_name),
         )
-        self._prepared = PreparedServer(group, servers)
+        exchange = None
+        if self._config.federation.compression.is_on:
+            state = Checkpoints(self.folder).read_server(resumed) if resumed else None
+            exchange = build.exchange(inputs, servers.server, state)
+        self._prepared = PreparedServer(group, servers, exchange)
         candidates = inputs.candidates
         has_silos = bool(self._config.federation.silos)
         meta = HandoutMeta(
@@ -276,7 +280,9 @@ class ServerRun:
             candidates=candidates.tolist() if has_silos and candidates is not None else None,
         )
         server = servers.server
-        handout = build.handout(inputs, client_model, server, meta=meta, resumed=resumed)
+        handout = build.handout(
+            inputs, client_model, server, meta=meta, resumed=resumed, exchange=exchange
+        )
         counts = build.parameter_counts(
             inputs, loaded.model, client_model, server=server, contract=handout.contract
         )
@@ -309,6 +315,7 @@ class ServerRun:
             self._loaded.compute,
             group=self._prepared.group,
             journal=journal,
+            exchange=self._prepared.exchange,
         )
         if self._opened.resumed:
             role.load_state(checkpoints.read_server(self._opened.resumed))

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from fedsp_mpi.comm import Handout, Topology, guard
+from fedsp_mpi.comm.exchange import Exchange
 from fedsp_mpi.config import Config
 from fedsp_mpi.run import build
 from fedsp_mpi.run.inputs import ExperimentInputs
@@ -65,10 +66,12 @@ class PreparedServer:
     Attributes:
         group: the ranks that are the server together.
         servers: the method's server, and the control.
+        exchange: rank 0's end of compressed rounds.
     """
 
     group: ServerGroup
     servers: build.Servers
+    exchange: Exchange | None = None
 
 
 def join_group(

@@ -88,6 +88,9 @@ def features(folder: Path) -> dict[str, tuple[str, ...]]:
     words = ("data.limit.train=null", "data.verbaliser=[grey, blue]")
     clients = ("federation.clients=60", "federation.clients_per_round=6", "client.resident=1")
     kept = ("checkpoint.keep=3", "checkpoint.keep_client_states=true")
+    weights = ("method=finetune", "client.tuning.optimizer.learning_rate=1e-3")
+    outer = ("federation.outer.optimizer=fedavgm", "federation.clients_per_round=2")
+    int8 = ("federation.compression.format=int8", "federation.rounds=3")
     source = f"data.source={tiny.gap_task_folder(folder / 'data')}"
     return {
         "median": (*robust, "federation.rule=median"),
@@ -95,6 +98,7 @@ def features(folder: Path) -> dict[str, tuple[str, ...]]:
         "backdoor": (*FEDPROMPT, *quiet, *attack),
         "joint_by_labels": ("client.training=joint", *labels, source, *words),
         "bert": tuple(gap_settings(folder / "bert", "bert")),
+        "int8": (*weights, *outer, *int8, *quiet),
         "many_clients": (*clients, *kept, "federation.rounds=3", "data.limit.train=560"),
     }
 
@@ -105,7 +109,15 @@ ON_RANKS = {
     2: ("fedsp", "fedbpt", "finetune", ONE_CLIENT),  # one rank plays all clients
     4: tuple(name for name in METHODS if name != ONE_CLIENT),
 }
-FEATURES = ("median", "reject_outliers", "backdoor", "joint_by_labels", "bert", "many_clients")
+FEATURES = (
+    "median",
+    "reject_outliers",
+    "backdoor",
+    "joint_by_labels",
+    "bert",
+    "int8",
+    "many_clients",
+)
 
 
 @pytest.fixture(scope="module")

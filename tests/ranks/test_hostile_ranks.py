@@ -27,6 +27,15 @@ ALL_DROPPED = {  # why clients 2 and 3 are
     "long": "check: rank 2 sent 192 bytes for clients 2, 3, expected 96",
     "silent": "gather: rank 2 sent no answer",
 }
+SCALE = "check: the update cannot be decoded: found {} as a scale, expected a finite number from 0"
+COMPRESSED = {  # of a compressed exchange
+    "int8_nan": SCALE.format("nan"),
+    "int8_infinite": SCALE.format("inf"),
+    "int8_negative": SCALE.format("-1"),
+    "int8_huge": "check: the update cannot be decoded: found a scale too large for its codes, "
+    "expected finite numbers",
+    "int8_code": "check: the update cannot be decoded: found a code below -127, expected none",
+}
 ENDS = {  # what the job ends with
     "foreign": (
         "update of client 0 from rank 2: found a client that this rank does not host in round 1"
@@ -45,6 +54,10 @@ ENDS = {  # what the job ends with
     "long_message": "rank 2: found a message of 1048576 bytes in gather, expected at most 8704",
     "late_nan": (
         "update of client 2 from rank 2 in round 1: values 12 to 20: the update is not finite"
+    ),
+    "int8_late_nan": (
+        "update of client 2 from rank 2 in round 1: values 8 to 16: the update cannot be decoded: "
+        "found nan as a scale"
     ),
     "json_list": (
         "rank 2: found a JSON message that cannot be read (ValueError: a list, expected a mapping)"
@@ -77,6 +90,22 @@ def test_what_a_client_cannot_have_sent_is_left_out_by_name(tmp_path):
             if way == "honest" and start == 0:
                 rows[2][3] = 3.0
             assert outcome["rows"][str(start)] == rows, way
+
+
+def test_bytes_that_no_encoder_writes_are_left_out_by_name(tmp_path):
+    ways = [*COMPRESSED, "int8_short", "int8_honest"]
+    run_mpi(3, [PROGRAMS / "hostile.py", tmp_path / "out.json", *ways])
+    rounds = json.loads((tmp_path / "out.json").read_text())
+    short = "check: rank 2 sent 23 bytes for clients 2, 3, expected 24"
+    for outcome in rounds:
+        way = outcome["way"]
+        reasons = {"2": COMPRESSED[way]} if way in COMPRESSED else {}
+        if way == "int8_short":
+            reasons = dict.fromkeys("23", short)
+        assert outcome["failures"] == reasons, way
+    assert rounds[-1]["accepted"] == [0, 1, 2, 3]
+    # A change of 1 + the client's id against the broadcast, which is 0.
+    assert rounds[-1]["rows"]["16"] == [[1.0 + client] * 4 for client in range(4)]
 
 
 @pytest.mark.parametrize("way", ENDS)

@@ -99,6 +99,26 @@ def test_killed_at_a_random_moment(folder, number):
     require_equal(folder, name)
 
 
+def test_killed_between_compressed_rounds(folder):
+    """References and residuals go on, on other ranks."""
+    settings = (
+        "federation.compression.format=int8",
+        "federation.clients_per_round=2",
+        "federation.outer.optimizer=fedavgm",
+        "method=finetune",
+        "client.tuning.optimizer.learning_rate=1e-3",
+    )
+    more = [word for setting in settings for word in ("--set", setting)]
+    go(0, folder, "int8-whole", *more)
+    killed = go(2, folder, "int8-killed", *more, fault="kill:gather:0:4", status=None)
+    assert killed.returncode != 0 and "Traceback" not in killed.stderr, both_ends(killed)
+    resumed = go(4, folder, "int8-killed", "--resume", "auto", *more)
+    assert "goes on after round 3" in resumed.stdout
+    undisturbed, run = read(folder / "int8-whole"), read(folder / "int8-killed")
+    assert difference(undisturbed, run) == []
+    assert run.rounds["bytes_up"].tolist() == undisturbed.rounds["bytes_up"].tolist()
+
+
 def test_told_to_stop_in_a_round(folder):
     stopped = go(2, folder, "stopped", fault="signal:server tuning:0:2", status=75)
     assert "told to stop after round 2" in stopped.stderr

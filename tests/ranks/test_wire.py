@@ -28,8 +28,9 @@ def without(rounds: list[dict[str, Any]], *names: str) -> list[dict[str, Any]]:
         ("--partial", "--chunk", 4 << 20),
         ("--chunk", 4 * 7, "--values", 101),
         ("--values", 300_000, "--chunk", 4 * 131_072),
+        ("--values", 1001, "--chunk", 4 * 200, "--partial", "--compression", "int8"),
     ],
-    ids=["failures", "partial", "tiny-chunks", "large"],
+    ids=["failures", "partial", "tiny-chunks", "large", "int8"],
 )
 def test_one_result_on_one_two_and_four_processes(
     tmp_path: Path, options: tuple[object, ...]
@@ -37,6 +38,14 @@ def test_one_result_on_one_two_and_four_processes(
     alone, two, four = (fold(tmp_path / f"{n}.json", n, *options)["rounds"] for n in (0, 2, 4))
     assert without(alone, "peak") == without(two, "peak") == without(four, "peak")
     assert len({seen["digest"] for seen in alone}) == (2 if "--fail" in options else 3)
+
+
+def test_bf16_fails_as_fp32_does_and_halves_the_bytes(tmp_path: Path) -> None:
+    options = ("--fail", "--chunk", 4 * 7, "--values", 101, "--compression", "bf16")
+    alone, three = (fold(tmp_path / f"{n}.json", n, *options)["rounds"] for n in (0, 3))
+    assert without(alone, "peak") == without(three, "peak")
+    assert [failure["client"] for failure in three[1]["failures"]] == [1, 3]
+    assert three[0]["round_bytes"]["up"]["0"] == 2 * 104 + 256
 
 
 def test_failures_ride_in_the_place_of_updates(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """A few rounds of a toy federation; the server writes their outcome as JSON.
 
 Usage: fold.py OUT --clients N --values N --chunk BYTES --rounds N [--fail] [--partial]
-[--stop-early]
+[--stop-early] [--compression FORMAT]
 """
 
 from __future__ import annotations
@@ -11,13 +11,17 @@ import hashlib
 import json
 import tracemalloc
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fedsp_mpi.comm import Handout, RoundBroadcast, connect, guard, spread
+from fedsp_mpi.comm.compression import encode_against
+from fedsp_mpi.comm.exchange import Exchange
 from fedsp_mpi.comm.updates import Updates
+from fedsp_mpi.config import CompressionConfig
 from fedsp_mpi.rng import generator
 from fedsp_mpi.tensors import Contract, Failure, NamedTensors, Schema, Update
 
@@ -40,12 +44,14 @@ def arguments() -> argparse.Namespace:
         action="store_true",
         help="the server reads only the first columns of round 0",
     )
+    parser.add_argument("--compression", default="none")
     return parser.parse_args()
 
 
-def contract(values: int) -> Contract:
+def contract(values: int, format: str) -> Contract:
     up = Schema.of([("prefix", [values // 2, 2]), ("input", [values % 2 + 3])])
-    return Contract(down=up, up=up, metrics=("loss", "seconds"))
+    compression = CompressionConfig(format, block=64)
+    return Contract(down=up, up=up, metrics=("loss", "seconds"), compression=compression)
 
 
 def local(
@@ -63,11 +69,26 @@ def local(
 
 
 def work(
-    args: argparse.Namespace, round: int, clients: tuple[int, ...], down: NamedTensors
+    args: argparse.Namespace,
+    round: int,
+    clients: tuple[int, ...],
+    down: NamedTensors,
+    *,
+    agreed: Contract,
+    residuals: dict[int, np.ndarray],
 ) -> Iterator[Update | Failure]:
     for client in reversed(clients):  # not in the order of ids, which the server restores
-        if not args.partial or round != 1 or client == 0:
-            yield local(args, round, client, down)
+        if args.partial and round == 1 and client != 0:
+            continue
+        result = local(args, round, client, down)
+        is_update = isinstance(result, Update) and result.tensors.is_finite()
+        if agreed.compression.is_on and is_update:
+            residual = residuals.setdefault(client, np.zeros_like(down.flat))
+            packed, _ = encode_against(
+                result.tensors.flat, down.flat, residual, compression=agreed.compression
+            )
+            result = replace(result, packed=packed)
+        yield result
 
 
 def mean(updates: Updates, before: np.ndarray, early: bool) -> np.ndarray:
@@ -103,16 +124,19 @@ def main(args: argparse.Namespace) -> None:
     wire = connect(chunk_bytes=args.chunk)
     hosts = wire.collect({"rank": wire.topology.rank, "name": "Jürgen"})
     wire.agree(None)
-    agreed = contract(args.values)
+    agreed = contract(args.values, args.compression)
     first = NamedTensors(agreed.down, np.zeros(agreed.down.num_values, dtype=np.float32))
-    handout = wire.handout(
-        Handout({"seed": 7, "é": [1.5]}, first, agreed) if wire.is_server else None
-    )
-    assert handout.contract == agreed and handout.meta == {"seed": 7, "é": [1.5]}
+    exchange = None
+    if agreed.compression.is_on:
+        exchange = Exchange(agreed.compression, first.flat.copy())
+    meta = {"seed": 7, "é": [1.5]}
+    handout = wire.handout(Handout(meta, first, agreed, exchange) if wire.is_server else None)
+    assert handout.contract == agreed and handout.meta == meta
     ranks = max(1, wire.topology.size - 1)
     places = spread([1.0 + client % 4 for client in range(args.clients)], ranks)
     clients = places[max(0, wire.topology.rank - 1)] if wire.is_client else ()
     prompt = handout.tensors.flat
+    residuals: dict[int, np.ndarray] = {}
     rounds = []
     for round in range(args.rounds):
         down = wire.broadcast(
@@ -121,13 +145,16 @@ def main(args: argparse.Namespace) -> None:
             else None
         )
         assert down.tensors is not None and down.round == round
-        updates = wire.gather(round, list(work(args, round, clients, down.tensors)))
+        results = work(args, round, clients, down.tensors, agreed=agreed, residuals=residuals)
+        updates = wire.gather(round, list(results))
         if updates is not None:
             tracemalloc.start()
             prompt = mean(updates, prompt, args.stop_early and round == 0)
             peak = tracemalloc.get_traced_memory()[1]
             tracemalloc.stop()
-            rounds.append(outcome(round, updates, prompt, peak, wire.round_bytes()))
+            seen = outcome(round, updates, prompt, peak, wire.round_bytes())
+            seen["started"] = hashlib.sha256(down.tensors.flat.tobytes()).hexdigest()
+            rounds.append(seen)
     stop = wire.broadcast(RoundBroadcast(args.rounds, stop=True) if wire.is_server else None)
     assert stop.stop and stop.tensors is None and stop.round == args.rounds
     wire.finish()

@@ -1,7 +1,8 @@
 """A toy federation in which rank 2 breaks the protocol, each round in another way.
 
 Usage: hostile.py OUT WAY...: rank 1 hosts clients 0 and 1, rank 2 hosts 2 and 3 and does the WAY of
-the round; the server writes as JSON whom it accepted, and why not the others.
+the round; the server writes as JSON whom it accepted, and why not the others. If the first WAY
+begins with int8, all rounds are compressed.
 """
 
 from __future__ import annotations
@@ -9,21 +10,35 @@ from __future__ import annotations
 import json
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fedsp_mpi.comm import Deadlines, Handout, RoundBroadcast, Wire, connect, guard
+from fedsp_mpi.comm.compression import encode
+from fedsp_mpi.comm.exchange import Exchange
 from fedsp_mpi.comm.inspection import Expected
 from fedsp_mpi.comm.messages import HEADER_BYTES, CallStats, Header, Kind
 from fedsp_mpi.comm.wire import _JSON_TAGS
+from fedsp_mpi.config import CompressionConfig
 from fedsp_mpi.tensors import Contract, Failure, NamedTensors, Schema, Update
 
 SCHEMA = Schema.of([("prefix", [10, 2])])
 CONTRACT = Contract(SCHEMA, SCHEMA, ("loss", "fitness"), finite=("fitness",))
 CHUNK = 4 * 12  # bytes: two chunks of an update
 EXPECTED = Expected({0: 1, 1: 1, 2: 2, 3: 2}, dict.fromkeys(range(4), 16.0))
+INT8 = CompressionConfig("int8", block=8)
+# What rank 2 writes over the bytes of client 2, each a block's scale and codes.
+BYTES = {
+    "int8_nan": (0, b"\0\0\xc0\x7f"),
+    "int8_infinite": (0, b"\0\0\x80\x7f"),
+    "int8_negative": (0, b"\0\0\x80\xbf"),
+    "int8_huge": (0, b"\xff\xff\x7f\x7f"),
+    "int8_code": (5, b"\x80"),
+    "int8_late_nan": (12, b"\0\0\xc0\x7f"),
+}
 VALUES = {"nan": math.nan, "infinite": math.inf, "huge": 1e30}
 WEIGHTS = {"heavy": 1e6, "astronomic": 1e30, "negative": -1.0, "weight_nan": math.nan}
 METRICS: dict[str, dict[str, float]] = {
@@ -34,7 +49,9 @@ METRICS: dict[str, dict[str, float]] = {
 
 def update(client: int, weight: float = 8.0) -> Update:
     flat = np.full(SCHEMA.num_values, 1.0 + client, dtype=np.float32)
-    return Update(client, weight, NamedTensors(SCHEMA, flat), {"loss": 1.0, "fitness": 2.0})
+    packed = encode(flat, INT8)
+    metrics = {"loss": 1.0, "fitness": 2.0}
+    return Update(client, weight, NamedTensors(SCHEMA, flat), metrics, packed)
 
 
 def headers(way: str, round: int) -> list[Header]:
@@ -78,6 +95,9 @@ def send(wire: Wire, way: str, round: int) -> None:
     )
     if way == "failure":
         rows = rows[1:]
+    if way.startswith("int8"):
+        send_packed(wire, way)
+        return
     for part in (slice(0, 12), slice(12, 20)) if way not in ("silent", "no_chunks") else ():
         values = np.ascontiguousarray(rows[:, part]).ravel()
         if way == "short":
@@ -85,6 +105,19 @@ def send(wire: Wire, way: str, round: int) -> None:
         elif way == "long":
             values = np.append(values, values)
         request = wire._comm.Isend([values, wire._mpi.FLOAT], dest=0, tag=5)
+        wire._wait(request.Test, "gather")
+
+
+def send_packed(wire: Wire, way: str) -> None:
+    """Send compressed chunks, one block each, in which client 2 lies."""
+    rows = np.array([update(client).packed for client in (2, 3)])
+    place, lie = BYTES.get(way, (0, b""))
+    rows[0, place : place + len(lie)] = list(lie)
+    for part in (slice(0, 12), slice(12, 24), slice(24, 32)):
+        values = np.ascontiguousarray(rows[:, part]).ravel()
+        if way == "int8_short":
+            values = values[:-1]
+        request = wire._comm.Isend([values, wire._mpi.BYTE], dest=0, tag=5)
         wire._wait(request.Test, "gather")
 
 
@@ -104,7 +137,12 @@ def main(out: Path, ways: list[str]) -> None:
     rank = wire.topology.rank
     first = NamedTensors(SCHEMA, np.zeros(SCHEMA.num_values, dtype=np.float32))
     wire.agree(None)
-    wire.handout(Handout({}, first, CONTRACT) if rank == 0 else None)
+    contract = CONTRACT
+    exchange = None
+    if ways[0].startswith("int8"):
+        contract = replace(CONTRACT, compression=INT8)
+        exchange = Exchange(INT8, first.flat.copy())
+    wire.handout(Handout({}, first, contract, exchange) if rank == 0 else None)
     rounds: list[dict[str, Any]] = []
     for round, way in enumerate(ways, start=1):
         wire.broadcast(RoundBroadcast(round, tensors=first) if rank == 0 else None)

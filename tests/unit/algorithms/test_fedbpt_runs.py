@@ -196,6 +196,10 @@ def test_a_record_of_before_has_no_fitness(whole, tmp_path, monkeypatch):
             "federation.rule: found median with method=fedbpt, expected mean",
         ),
         (
+            ("federation.compression.format=int8",),
+            "federation.compression.format: found int8 with method=fedbpt, expected none",
+        ),
+        (
             ("client.privacy.clip=1", "client.privacy.noise_scale=1"),
             "client.privacy.clip: found 1.0 with method=fedbpt, expected null",
         ),

@@ -357,7 +357,26 @@ BRIDGED = (
 ADAPTERS = ("method=lora", "distillation.stage.steps=0")
 
 
-@pytest.mark.parametrize(("settings", "num_layers_copied"), [((), 0), (BRIDGED, 2), (ADAPTERS, 3)])
+INT8_ADAPTERS = (*ADAPTERS, "federation.compression.format=int8")
+
+
+def test_int8_plans_a_quarter_of_the_bytes():
+    settings = ("method=finetune", "federation.rounds=4", "federation.clients=3")
+    plans = [
+        embedded(*settings, f"federation.compression.format={format}").methods[0]
+        for format in ("none", "bf16", "int8")
+    ]
+    exact, halves, quarters = (method.down - HEADER for method in plans)
+    assert halves == exact / 2 and 3.9 < exact / quarters < 4
+    assert [method.handout for method in plans] == [0, exact, exact]
+    for method in plans:
+        assert method.total == 4 * 3 * (method.down + method.up) + 3 * method.handout
+
+
+@pytest.mark.parametrize(
+    ("settings", "num_layers_copied"),
+    [((), 0), (BRIDGED, 2), (ADAPTERS, 3), (INT8_ADAPTERS, 3)],
+)
 def test_the_plan_is_what_a_run_records(tmp_path, settings, num_layers_copied):
     short_run(0, tmp_path, "short", *settings)
     run = read(tmp_path / "short")
@@ -367,7 +386,7 @@ def test_the_plan_is_what_a_run_records(tmp_path, settings, num_layers_copied):
     assert run.sections["models"] == {
         "global": estimate.sizes.global_model,
         "auxiliary": estimate.sizes.auxiliary,
-        "prompt": 0 if settings == ADAPTERS else estimate.sizes.prompt,
+        "prompt": 0 if "method=lora" in settings else estimate.sizes.prompt,
         "prompt_on_the_wire": estimate.sizes.wire,
         **estimate.handed_out,
     }
