@@ -46,7 +46,7 @@ class InstructionsConfig:
                 "[Read the text., Answer in one word.]"
             )
         for position, phrase in enumerate(self.pool):
-            if len(phrase.splitlines()) != 1 or not phrase.strip():
+            if not phrase.strip() or len(f"{phrase}.".splitlines()) != 1:
                 raise ConfigError(
                     f"{where}.pool: found phrase {position + 1} without words or of several "
                     "lines, expected words in one line"

@@ -47,7 +47,7 @@ class InstructionTokens:
         return self._num_tokens
 
     def text(self, phrases: Sequence[str]) -> str:
-        """Return the words of an instruction, with the end of its line; nothing without a phrase."""
+        """Return the words of an instruction and the end of its line; nothing without a phrase."""
         return _SEPARATOR.join(phrases) + _END if phrases else ""
 
     def ids(self, phrases: Sequence[str]) -> list[int]:
