@@ -12,10 +12,6 @@ from fedsp_mpi.config.experiment import (
     load,
     to_yaml,
 )
-<<<<<<< HEAD
-from fedsp_mpi.config.federation import ClientConfig, FederationConfig, OuterConfig, ServerConfig
-from fedsp_mpi.config.instructions import InstructionsConfig
-=======
 from fedsp_mpi.config.federation import (
     ClientConfig,
     CompressionConfig,
@@ -23,7 +19,7 @@ from fedsp_mpi.config.federation import (
     OuterConfig,
     ServerConfig,
 )
->>>>>>> 8c9c55bd64e1139c43044c33c7cf9041629334ab
+from fedsp_mpi.config.instructions import InstructionsConfig
 from fedsp_mpi.config.model import AuxiliaryConfig, DistillationConfig, ModelConfig, PromptConfig
 from fedsp_mpi.config.parsing import ConfigError
 from fedsp_mpi.config.runtime import (
