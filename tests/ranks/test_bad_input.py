@@ -46,7 +46,7 @@ def test_prefix_with_gradient_checkpointing(tmp_path):
     )
 
 
-@pytest.mark.parametrize("n", [0, 2])
+@pytest.mark.parametrize("n", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_missing_model_folder(tmp_path, n):
     assert "nowhere" in refused(n, f"model.name={tmp_path / 'nowhere'}", folder=tmp_path)
 
@@ -57,6 +57,7 @@ def test_model_of_another_family(tmp_path):
     assert "'bloom'" in refused(0, f"model.name={tmp_path / 'model'}", folder=tmp_path)
 
 
+@pytest.mark.slow
 def test_truncated_weights(tmp_path):
     shutil.copytree(RESOURCES / "model", tmp_path / "model")
     weights = tmp_path / "model" / "model.safetensors"
@@ -71,7 +72,7 @@ def test_data_without_a_needed_column(tmp_path):
     assert "choices" in refused(0, f"data.source={tmp_path}", folder=tmp_path)
 
 
-@pytest.mark.parametrize("n", [0, 2])
+@pytest.mark.parametrize("n", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_more_clients_than_examples(tmp_path, n):
     line = refused(n, "federation.clients=50", "data.limit.train=20", folder=tmp_path)
     assert "20" in line and "51" in line

@@ -11,6 +11,8 @@ import subprocess
 import sys
 import termios
 
+import pytest
+
 from fedsp_mpi import config
 from fedsp_mpi.log import Log, RoundProgress
 from fedsp_mpi.run import execute
@@ -59,6 +61,7 @@ def test_every_stage_of_fedsp_says_how_far_it_is(tmp_path):
     ]
 
 
+@pytest.mark.slow
 def test_one_rank_says_how_far_a_search_is(tmp_path):
     """Of three ranks the server plays no client and two play one each: the first of them speaks,
     and it alone.

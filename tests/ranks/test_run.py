@@ -189,6 +189,7 @@ def test_client_without_finite_loss_is_dropped_and_named(tmp_path):
     assert failed["status"] in ("failed", b"failed") and "nan" in str(failed["reason"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("n", "setting"), [(2, "federation.on_failure=stop"), (0, "federation.min_clients=3")]
 )
@@ -204,11 +205,11 @@ def test_client_without_finite_loss_stops_the_run_if_so_configured(tmp_path, n, 
     ("n", "phase", "rank", "round"),
     [
         (2, "checks", 0, None),
-        (2, "distillation", 0, None),
-        (3, "client set-up", 2, None),
+        pytest.param(2, "distillation", 0, None, marks=pytest.mark.slow),
+        pytest.param(3, "client set-up", 2, None, marks=pytest.mark.slow),
         (2, "local training", 1, 2),
-        (3, "merge", 0, 1),
-        (2, "evaluation", 0, None),
+        pytest.param(3, "merge", 0, 1, marks=pytest.mark.slow),
+        pytest.param(2, "evaluation", 0, None, marks=pytest.mark.slow),
     ],
 )
 def test_an_exception_anywhere_ends_the_job_with_one_report(tmp_path, n, phase, rank, round):

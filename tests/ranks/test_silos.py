@@ -60,8 +60,8 @@ def run_silos(n, silos, folder, name, *settings, status=0):
 @pytest.mark.parametrize(
     ("method", "n"),
     [
-        ("fedsp", 3),
         ("fedbpt", 0),
+        pytest.param("fedsp", 3, marks=pytest.mark.slow),
         *(
             pytest.param(method, n, marks=pytest.mark.slow)
             for method in METHODS
@@ -279,6 +279,7 @@ def test_a_bad_silo_stops_the_run_where_all_are_needed(tmp_path, sites):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_the_log_and_the_report_of_a_crash_name_silos(tmp_path, sites):
     where = ["--name", "run", "--set", f"run.folder={tmp_path}"]
     settings = [*of_sites(sites, "north", "south"), "--set", "record.progress_seconds=0"]

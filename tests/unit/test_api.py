@@ -145,6 +145,8 @@ HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal
 )
 def test_what_is_interrupted_goes_on_in_the_same_process(first, folder, number, raised):
     """No handler is left behind, nothing is locked, and the bits are those of one stretch."""
+    if number == signal.SIGINT:  # a shell starts what is in its background without it
+        signal.signal(number, signal.default_int_handler)
     before = [signal.getsignal(handled) for handled in HANDLED]
     hook = threading.excepthook
     name = f"interrupted-{number.name}"

@@ -457,6 +457,7 @@ print(peak(forward), peak(lambda: client.local_update(0, 1, down)), peak(gradien
 """
 
 
+@pytest.mark.slow
 def test_a_client_needs_hardly_more_memory_than_its_forward_passes():
     """Resident memory of a process, with a model of 134 million parameters and a search in 500
     dimensions.

@@ -52,6 +52,7 @@ def runs(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("other", ["n3", "held"])
 def test_bits_depend_neither_on_ranks_nor_on_who_holds_the_model(runs, other):
     one, two = read(runs / "n0"), read(runs / other)
@@ -76,6 +77,7 @@ def asked_bytes(run: Run) -> tuple[int, int]:
     return up, down
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["n0", "n3"])
 def test_every_byte_has_a_name(runs, name):
     run = read(runs / name)
@@ -96,6 +98,7 @@ def test_every_byte_has_a_name(runs, name):
     assert int(questions["bytes_crossed"]) == (int(questions["bytes"]) if name == "n3" else 0)
 
 
+@pytest.mark.slow
 def test_the_plan_and_the_check_know_that_clients_hold_nothing(runs, tmp_path):
     run = read(runs / "n3")
     settings = config.load(

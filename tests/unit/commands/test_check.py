@@ -177,6 +177,7 @@ def test_another_configuration_on_one_rank(tmp_path):
     assert "rank 2" in lines[-1] and "run.seed: was 1, is 9" in lines[-1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("setting", "words"),
     [
@@ -275,12 +276,14 @@ def test_a_clock_that_is_wrong(with_faults):
     assert clocks.startswith("warn") and apart and abs(float(apart[1]) - 5) < 0.5
 
 
+@pytest.mark.slow
 def test_a_rank_whose_files_the_server_does_not_see(tmp_path):
     fault = "from fedsp_mpi.record import probe; probe.look = lambda f, r: {}"
     lines = table(3, tmp_path, status=2, program=with_fault(2, fault))
     assert "the server does not see what rank 2 on" in lines[-1]
 
 
+@pytest.mark.slow
 def test_a_report_of_a_rank_that_raises_is_one_and_nothing_stays(tmp_path):
     arguments = ["check", "--set", f"run.folder={tmp_path / 'runs'}"]
     fault = "from fedsp_mpi.comm import diagnostics; diagnostics.speed = None"
@@ -365,6 +368,7 @@ def test_a_cpu_without_units_for_bf16_is_named(tmp_path):
         assert placement.has_bf16(tmp_path / "cpuinfo") is expected
 
 
+@pytest.mark.slow
 def test_a_device_that_is_not_there(tmp_path):
     if torch.cuda.is_available():
         pytest.skip("there is a CUDA device")

@@ -112,6 +112,7 @@ def test_local_folders_are_looked_at(tmp_path, home):
     assert not (home / "hub").exists()
 
 
+@pytest.mark.slow
 def test_a_silo_s_hub_set_lies_in_a_cache_of_its_own(tmp_path, home, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # or `datasets` asks the hub again and again
     cached_data(home)
@@ -160,6 +161,7 @@ def test_damaged_weights_of_a_folder_are_found(tmp_path, monkeypatch, damage):
     assert "\n" not in line and f"found {words}" in line and str(model) in line, line
 
 
+@pytest.mark.slow
 def test_what_the_cache_holds_is_not_asked_for_again_and_a_run_needs_no_network(tmp_path, home):
     snapshot, prepared = cached_model(home), cached_data(home)
     path = configuration(tmp_path)
@@ -223,6 +225,7 @@ def test_a_mistake_in_any_configuration_is_found_before_anything_is_fetched(tmp_
     assert "did you mean 'model'" in fetch(good, tmp_path / "bad.yaml", status=2)
 
 
+@pytest.mark.slow
 def test_first_a_rank_of_each_host_then_the_others(tmp_path):
     (tmp_path / "times").mkdir()
     program = [PROGRAMS / "turns.py", tmp_path / "times", "run", "--name", "turns"]

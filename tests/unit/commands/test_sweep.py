@@ -534,6 +534,7 @@ def test_a_complete_run_whose_method_was_called_otherwise_is_refused(done, capsy
     assert status == 2 and "run.label: was FedSP, is B" in error
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_is_named_and_the_others_go_on(tmp_path):
     bad = {"extends": str(METHODS / "fedsp.yaml"), "data": {"source": str(tmp_path / "nowhere")}}
     methods = {
@@ -607,6 +608,7 @@ def test_more_places_than_cores_are_a_mistake(tmp_path, capsys, number):
     )
 
 
+@pytest.mark.slow
 @needs_cores
 def test_two_at_a_time_have_half_of_the_cores_each_and_the_bits_of_one_at_a_time(tmp_path):
     half = len(os.sched_getaffinity(0)) // 2
@@ -682,7 +684,7 @@ def wait_for_checkpoints(
 STOPS = [
     pytest.param("mpirun", signal.SIGTERM, 143, id="mpirun", marks=pytest.mark.slow),
     pytest.param("", signal.SIGINT, 130, id="interrupt", marks=pytest.mark.slow),
-    pytest.param("", signal.SIGUSR1, 75, id="time limit"),
+    pytest.param("", signal.SIGUSR1, 75, id="time limit", marks=pytest.mark.slow),
 ]
 
 

@@ -29,6 +29,10 @@ LM_EVAL = {
     "sst2": ("sst2", "validation"),
     "rte": ("rte", "validation"),
 }
+MANY_ROWS_ARE_SLOW = [
+    pytest.param(name, marks=pytest.mark.slow) if name in ("hellaswag", "arc_easy") else name
+    for name in LM_EVAL
+]
 CHOICE_ROW = {"context": "Q: 1 + 1?\nA:", "choices": ["two", "three"], "label": 0}
 ARC_ROW = {
     "question": "Why?",
@@ -140,7 +144,7 @@ def same(example: Example, context: str, continuations: list[str], gold: tuple[i
     assert example.gold == gold
 
 
-@pytest.mark.parametrize("name", LM_EVAL)
+@pytest.mark.parametrize("name", MANY_ROWS_ARE_SLOW)
 def test_what_is_scored_equals_lm_eval(name, monkeypatch):
     data = datasets.load_dataset(local(name))
     other, split = LM_EVAL[name]

@@ -219,6 +219,7 @@ def test_a_cached_model_needs_no_network(models, tmp_path):
     assert "whose weights the local cache does not hold" in found["org/torn weights"]
 
 
+@pytest.mark.slow
 def test_what_is_not_in_the_cache_is_fetched_once(models, tmp_path):
     served, cache = tmp_path / "served", tmp_path / "cache"
     shutil.copytree(models, served)

@@ -774,8 +774,9 @@ def test_checkpointing_gives_the_gradients_of_an_input_prompt(folder, of_weights
         ):  # rounding: OPT's key bias moves all scores of a query alike
             assert "k_proj.bias" in name and actual[name].abs().max() < 1e-6 * largest
             continue
+        # The order of sums differs; how far apart that brings them depends on the processor.
         assert gradient.any() and torch.allclose(
-            actual[name], gradient, rtol=1e-5, atol=1e-6 * gradient.abs().max()
+            actual[name], gradient, rtol=1e-5, atol=5e-6 * gradient.abs().max()
         )
 
 
