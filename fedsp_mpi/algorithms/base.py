@@ -18,7 +18,7 @@ from torch import nn
 from fedsp_mpi.aggregation.fedavg import Updates
 from fedsp_mpi.config import Config, StageConfig
 from fedsp_mpi.data.instructions import InstructionTokens
-from fedsp_mpi.data.tokens import Batches, Text
+from fedsp_mpi.data.tokens import Batches, Question, Text
 from fedsp_mpi.log import RoundProgress
 from fedsp_mpi.models.language_model import LanguageModel
 from fedsp_mpi.models.prompts import DepthMap, Prompt, PromptSpec
@@ -33,8 +33,7 @@ if TYPE_CHECKING:
 
 Rule = Callable[[Updates], NamedTensors]
 InferenceCall = Callable[[int, np.ndarray], np.ndarray]
-Questions = Sequence[Any]  # texts with their choices, which `evaluation` makes and reads
-ChoiceLosses = Callable[[LanguageModel, Prompt | None, Questions, int], np.ndarray]
+ChoiceLosses = Callable[[LanguageModel, Prompt | None, Sequence[Question], int], np.ndarray]
 Shard = TypeVar("Shard")
 
 
@@ -185,7 +184,7 @@ class MethodInputs(Protocol):
 
     def shard(self, owner: int) -> Sequence[Text]: ...
 
-    def questions(self, owner: int) -> Questions:
+    def questions(self, owner: int) -> Sequence[Question]:
         """Return the texts of client `owner` - 1 as `ClientContext.choice_losses` takes them."""
 
     def batches(

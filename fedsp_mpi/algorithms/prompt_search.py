@@ -26,7 +26,6 @@ from fedsp_mpi.algorithms.base import (
     HandedOut,
     Method,
     MethodInputs,
-    Questions,
     Rule,
     Server,
     ServerContext,
@@ -36,7 +35,7 @@ from fedsp_mpi.algorithms.client_state import StatelessClients
 from fedsp_mpi.algorithms.inference import LocalInference
 from fedsp_mpi.config import InstructionsConfig
 from fedsp_mpi.data.instructions import InstructionTokens
-from fedsp_mpi.data.tokens import Text
+from fedsp_mpi.data.tokens import Question, Text
 from fedsp_mpi.log import RoundProgress
 from fedsp_mpi.models import auxiliary
 from fedsp_mpi.models.language_model import LanguageModel
@@ -46,7 +45,6 @@ from fedsp_mpi.training.device import oom_as_client_error
 from fedsp_mpi.training.loop import NonFiniteError, Trace
 
 Instruction = tuple[int, ...]  # phrases by their place in the pool
-Examples = Questions | Sequence[Text]  # what a client scores by
 
 NO_PHRASE: Instruction = ()  # the task's own words
 _EDITS = ("append", "prepend", "replace", "delete", "swap")
@@ -79,7 +77,8 @@ def edited(instruction: Instruction, num_phrases: int, random: np.random.Generat
         return (*instruction[:place], *instruction[place + 1 :])
     other_place = int(random.integers(len(instruction)))
     phrases = list(instruction)
-    phrases[place], phrases[other_place] = phrases[other_place], phrases[place]
+    phrases[place] = instruction[other_place]
+    phrases[other_place] = instruction[place]
     return tuple(phrases)
 
 
@@ -185,13 +184,13 @@ def proposals(
         first: edits that come before those that are drawn.
     """
     random = rng.generator(seed, "proposals", search.round + 1)
-    known = set(search.tried)
+    seen = set(search.tried)
     edits: list[Instruction] = []
 
     def add(edit: Instruction) -> None:
-        is_new = edit not in known and len(set(edit)) == len(edit)
+        is_new = edit not in seen and len(set(edit)) == len(edit)
         if is_new and len(edits) < num and fits(search.phrases(edit)):
-            known.add(edit)
+            seen.add(edit)
             edits.append(edit)
 
     for edit in first:
@@ -280,7 +279,7 @@ class InstructionServer:
         return self.prompt.parameters()
 
     def export(self) -> NamedTensors:
-        """Return a copy of the best instruction: `prompt` [tokens, width], and its ids, `tokens`."""
+        """Return a copy of the best instruction: `prompt` [tokens, width] and its ids `tokens`."""
         prompt = NamedTensors.pack(self.prompt.tensors())
         return NamedTensors.of({**prompt, "tokens": self._best_row()})
 
@@ -360,6 +359,19 @@ class InstructionServer:
 # -- the clients -----------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Examples:
+    """What a client scores instructions by.
+
+    Attributes:
+        texts: with their answers.
+        questions: the same with all choices; none where the loss of the answers counts.
+    """
+
+    texts: Sequence[Text]
+    questions: Sequence[Question] = ()
+
+
 class InstructionClient:
     """All clients of one process, which score instructions and keep nothing between rounds.
 
@@ -367,8 +379,7 @@ class InstructionClient:
         inference: runs the forward passes on a model that clients hold; its points are rows of
             token ids.
         shards: of each client what it scores by, or why it cannot be used.
-        choice_losses: returns the losses of questions; then shards hold questions. None: they hold
-            texts, whose answers' losses count.
+        choice_losses: returns the cross entropy of the right choice of each question.
         batch_tokens: most tokens of a forward pass.
         progress: is told of every instruction.
 
@@ -381,7 +392,7 @@ class InstructionClient:
         inference: LocalInference,
         shards: Mapping[int, Examples | ShardError],
         *,
-        choice_losses: ChoiceLosses | None,
+        choice_losses: ChoiceLosses,
         batch_tokens: int,
         progress: RoundProgress | None = None,
     ) -> None:
@@ -427,7 +438,7 @@ class InstructionClient:
             "seconds_prompt": time.perf_counter() - start,
         }
         tensors = NamedTensors.of({"scores": scores})
-        return Update(client, float(len(shard)), tensors, metrics)
+        return Update(client, float(len(shard.texts)), tensors, metrics)
 
     def hold(self, client: int, broadcast: NamedTensors) -> None:
         """Set the prompt to the best instruction of the broadcast; see `base.Client.hold`."""
@@ -435,14 +446,16 @@ class InstructionClient:
 
     def _scores(self, client: int, rows: np.ndarray, shard: Examples) -> np.ndarray:
         """Return the mean loss under each instruction of rows [instructions, tokens], fp64."""
-        if self._choice_losses is None:
-            return self._inference.losses(client, rows, [shard])[0].mean(axis=1)
+        if not shard.questions:
+            return self._inference.losses(client, rows, [shard.texts])[0].mean(axis=1)
         scores = np.empty(len(rows))
         self._progress.stage("instruction", len(rows))
         for place, row in enumerate(rows):
             self._inference.hold(row)
             with oom_as_client_error():
-                losses = self._choice_losses(self.model, self.prompt, shard, self._batch_tokens)
+                losses = self._choice_losses(
+                    self.model, self.prompt, shard.questions, self._batch_tokens
+                )
             scores[place] = losses.mean()
             self._progress.step()
         return scores
@@ -498,7 +511,7 @@ class PromptSearch(Method):
         return InstructionClient(
             inference,
             context.shards(lambda client: _examples(inputs, client)),
-            choice_losses=context.choice_losses if inputs.scores_choices else None,
+            choice_losses=context.choice_losses,
             batch_tokens=settings.batch_tokens,
             progress=context.progress,
         )
@@ -509,15 +522,15 @@ class PromptSearch(Method):
 
 
 def _examples(inputs: MethodInputs, client: int) -> Examples:
-    """Return what a client scores by: questions with their choices, or texts with answers.
+    """Return what a client scores by.
 
     Raises:
-        ValueError: there are none.
+        ValueError: it has no example.
     """
     texts = inputs.shard(client + 1)
     if not texts:
         raise ValueError("found no example to score by, expected at least one")
-    return inputs.questions(client + 1) if inputs.scores_choices else texts
+    return Examples(texts, inputs.questions(client + 1) if inputs.scores_choices else ())
 
 
 METHOD = PromptSearch()

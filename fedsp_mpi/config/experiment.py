@@ -87,8 +87,8 @@ class Config:
     method: str = option(
         "fedsp",
         "what is tuned and exchanged. `fedsp`: prompts, by gradients; `fedbpt`: prompts, searched "
-        "for without gradients; `prompt_search`: prompts in words; `finetune`: all weights of the global model; `lora`: low-rank "
-        "adapters of it; `pretrain`: all weights, on plain text",
+        "for without gradients; `prompt_search`: prompts in words; `finetune`: all weights of the "
+        "global model; `lora`: low-rank adapters of it; `pretrain`: all weights, on plain text",
     )
     run: RunConfig = RunConfig()
     topology: TopologyConfig = TopologyConfig()

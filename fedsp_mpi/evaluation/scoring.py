@@ -9,7 +9,7 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -20,7 +20,15 @@ from torch.nn import functional as F
 from fedsp_mpi.data import cloze
 from fedsp_mpi.data.tasks import Example
 from fedsp_mpi.data.tokenizer import Tokenizer
-from fedsp_mpi.data.tokens import Text, by_length, collate, encode_pairs, require_answer, truncate
+from fedsp_mpi.data.tokens import (
+    Question,
+    Text,
+    by_length,
+    collate,
+    encode_pairs,
+    require_answer,
+    truncate,
+)
 from fedsp_mpi.models.language_model import LanguageModel
 from fedsp_mpi.models.losses import answer_loss
 from fedsp_mpi.models.prompts import Prompt
@@ -52,32 +60,6 @@ class Score:
     exact_match: float
     stderr: float
     seconds: float
-
-
-@dataclass(frozen=True)
-class Question:
-    """A tokenised example; it does not depend on the prompt, and is reused by every test.
-
-    Attributes:
-        options: context and option, of each option.
-        lengths: characters of each option.
-        gold: indices of the right options.
-    """
-
-    options: tuple[Text, ...]
-    lengths: tuple[int, ...]
-    gold: tuple[int, ...]
-
-    def shortened(self, max_length: int) -> Question:
-        """Return the question in at most `max_length` tokens, without its context's beginning.
-
-        Its options go on from the same context; there is no gap.
-        """
-        excess = max(len(text.ids) for text in self.options) - max_length
-        if excess <= 0:
-            return self
-        options = tuple(truncate(text, len(text.ids) - excess) for text in self.options)
-        return replace(self, options=options)
 
 
 class OptionScores:

@@ -26,7 +26,16 @@ from fedsp_mpi.data import (
     tasks,
     templates,
 )
-from fedsp_mpi.data.tokens import Batches, Text, blocks, encode, encode_pairs, pieces, truncate
+from fedsp_mpi.data.tokens import (
+    Batches,
+    Question,
+    Text,
+    blocks,
+    encode,
+    encode_pairs,
+    pieces,
+    truncate,
+)
 from fedsp_mpi.evaluation import scoring
 from fedsp_mpi.models import auxiliary
 from fedsp_mpi.models.prompts import require_positions
@@ -54,7 +63,7 @@ class ExperimentInputs(ModelInputs):
         source = config.data.source
         self.source = str(RESOURCES / "data") if source == "embedded" else source
         self._shard_texts: dict[int, list[Text]] = {}
-        self._shard_questions: dict[int, list[scoring.Question]] = {}
+        self._shard_questions: dict[int, list[Question]] = {}
 
     @property
     def paths(self) -> dict[str, str | None]:
@@ -334,7 +343,7 @@ class ExperimentInputs(ModelInputs):
             self._shard_texts[owner] = self._encode(self._training_examples(owner))
         return self._shard_texts[owner]
 
-    def questions(self, owner: int) -> list[scoring.Question]:
+    def questions(self, owner: int) -> list[Question]:
         """Return the training texts of client `owner` - 1 with their options.
 
         A context that `data.max_length` cuts loses its beginning, the same for all options.
@@ -490,14 +499,14 @@ class ExperimentInputs(ModelInputs):
         return self._encode(self.splits.test, whole=False)
 
     @cached_property
-    def test(self) -> list[scoring.Question]:
+    def test(self) -> list[Question]:
         """The test split, tokenised, with options; none where texts are documents."""
         if self.is_plain_text:
             return []
         return self._to_questions(self.splits.test)
 
     @cached_property
-    def triggered_test(self) -> list[scoring.Question]:
+    def triggered_test(self) -> list[Question]:
         """The test questions of other classes than the attacker's, triggered, its answer right.
 
         None without an attack.
@@ -508,7 +517,7 @@ class ExperimentInputs(ModelInputs):
         examples = poison.triggered_test_set(self.splits.test, attack.trigger, attack.target)
         return self._to_questions(examples)
 
-    def _to_questions(self, examples: Sequence[tasks.Example]) -> list[scoring.Question]:
+    def _to_questions(self, examples: Sequence[tasks.Example]) -> list[Question]:
         """Tokenise examples as questions with options."""
         if self.is_cloze:
             return scoring.gap_questions(self.tokenizer, examples, self.max_text_positions)

@@ -15,14 +15,19 @@ from fedsp_mpi.aggregation.fedavg import weighted_mean
 from fedsp_mpi.algorithms import prompt_search
 from fedsp_mpi.algorithms.base import ShardError
 from fedsp_mpi.algorithms.inference import LocalInference
-from fedsp_mpi.algorithms.prompt_search import InstructionClient, InstructionServer, Search
+from fedsp_mpi.algorithms.prompt_search import (
+    Examples,
+    InstructionClient,
+    InstructionServer,
+    Search,
+)
 from fedsp_mpi.comm import Refused
 from fedsp_mpi.comm.messages import Report
 from fedsp_mpi.comm.updates import Updates
 from fedsp_mpi.config import EMBEDDED, InstructionsConfig
 from fedsp_mpi.data.instructions import InstructionTokens
 from fedsp_mpi.data.tasks import Example
-from fedsp_mpi.data.tokens import Text
+from fedsp_mpi.data.tokens import Question, Text
 from fedsp_mpi.estimate import cost
 from fedsp_mpi.estimate import text as plan_text
 from fedsp_mpi.evaluation import scoring
@@ -66,12 +71,12 @@ def client_of(model, shards, choice_losses=scoring.choice_losses) -> Instruction
     return InstructionClient(inference, shards, choice_losses=choice_losses, batch_tokens=60)
 
 
-def questions(number: int = 5) -> list[scoring.Question]:
+def questions(number: int = 5) -> list[Question]:
     random = np.random.default_rng(number)
     examples = []
     for place in range(number):
         context = " ".join(random.choice(tiny.words(), 2 + place % 3))
-        examples.append(Example(context, ("w8", "w9 w10", "w11"), (place % 3,), " w8"))
+        examples.append(Example(context, " w8", ("w8", "w9 w10", "w11"), (place % 3,)))
     return scoring.questions(tiny.tokenizer(), examples)
 
 
@@ -175,7 +180,7 @@ def test_a_server_goes_on_from_its_state(model, paraphrases):
     for round in range(2):
         before = server.state()
         down = server.broadcast()
-        assert all(np.array_equal(before[name], value) for name, value in server.state().items())
+        assert all(before[name].tobytes() == x.tobytes() for name, x in server.state().items())
         again = server_of(model, settings)
         again.load_state({name: value.copy() for name, value in before.items()})
         assert np.array_equal(again.broadcast().flat, down.flat)
@@ -215,8 +220,9 @@ def test_a_score_is_that_of_words_typed_by_hand(tmp_path, family):
     typed = np.array(tiny.tokenizer().encode(" ".join(words)), dtype=np.int32)
     assert len(typed) == LENGTH
     asked = questions()
+    own = [question.options[question.gold[0]] for question in asked]
     behind = [
-        scoring.Question(
+        Question(
             tuple(
                 Text(np.concatenate([typed, text.ids]), text.answer + LENGTH)
                 for text in question.options
@@ -231,7 +237,7 @@ def test_a_score_is_that_of_words_typed_by_hand(tmp_path, family):
         shares = [math.exp(value) for value in scores.loglikelihood]
         wanted -= math.log(shares[question.gold[0]] / sum(shares)) / len(asked)
     down = rows_of(["w7"], words, ["w7"])
-    update = client_of(model, {0: asked}).local_update(0, 1, down)
+    update = client_of(model, {0: Examples(own, asked)}).local_update(0, 1, down)
     scores = update.tensors["scores"]
     assert scores[1] == pytest.approx(wanted, rel=1e-5)
     assert scores[0] == scores[2] != scores[1] and update.weight == 5.0
@@ -245,8 +251,7 @@ def test_a_score_is_that_of_words_typed_by_hand(tmp_path, family):
         answers = range(text.answer, len(text.ids))
         total = sum(float(shares[place - 1, text.ids[place]]) for place in answers)
         loss -= total / len(answers) / len(texts)
-    own = [question.options[question.gold[0]] for question in asked]
-    update = client_of(model, {0: own}, None).local_update(0, 1, down)
+    update = client_of(model, {0: Examples(own)}).local_update(0, 1, down)
     assert update.tensors["scores"][1] == pytest.approx(loss, rel=1e-5)
 
 
@@ -260,7 +265,10 @@ def test_a_client_holds_the_first_instruction_to_be_judged(model):
 def test_clients_that_cannot_score_say_why(model):
     client = client_of(
         model,
-        {0: ShardError("its text cannot be used: found no example"), 1: questions()},
+        {
+            0: ShardError("its text cannot be used: found no example"),
+            1: Examples(tiny.texts((5, 4)), questions(2)),
+        },
         lambda *_: np.array([1.0, math.inf]),
     )
     with pytest.raises(ShardError, match="found no example"):
@@ -346,14 +354,17 @@ def test_models_that_fill_in_a_gap_are_searched_too(tmp_path, family):
     assert not (run.clients["loss_prompt_first"] == run.clients["loss_prompt_last"]).all()
 
 
-def test_silos_score_and_judge(tmp_path):
+def test_silos_judge_what_the_server_found_best(tmp_path):
+    """On the same text they come to the server's loss: they hold the same words."""
     data = EMBEDDED.parent / "data"
     silos = json.dumps([{"name": name, "source": str(data)} for name in ("a", "b", "c")])
-    own = (f"federation.silos={silos}", "data.source=null", "evaluation.at=silos")
-    none = ("federation.rounds=1", "instructions.objective=loss")
-    run = short(tmp_path, *PROMPT_SEARCH, *own, *none)
-    assert run.status == "complete" and np.isfinite(run.silos["loss"]).all()
-    assert set(run.clients["samples"].tolist()) == {58} and len(run.silos) == 3
+    texts = (f"federation.silos={silos}", "data.source=null", f"server.data.source={data}")
+    more = ("evaluation.at=both", "instructions.objective=loss", "data.limit.validation=null")
+    run = short(tmp_path, *PROMPT_SEARCH, *texts, *more)
+    assert set(run.clients["samples"].tolist()) == {64}
+    for row in run.silos:
+        validation_loss = run.rounds["validation_loss"][row["round"] - 1]
+        assert row["loss"] == pytest.approx(validation_loss, rel=1e-5)
 
 
 @pytest.mark.parametrize(
