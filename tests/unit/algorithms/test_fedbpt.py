@@ -342,8 +342,9 @@ def test_a_client_s_round_is_forward_passes(model, objective, monkeypatch):
     assert update.weight == 4 and np.isfinite(list(update.metrics.values())).all()
     texts = client._shards[0]
     prompt = Prompt(held.prompt.spec)
-    change = held._subspace.expand(update.tensors["mean"][None])[0]
-    prompt.load({"prompt": held._initial + change})
+    space = held._matrices
+    change = space.subspace.expand(update.tensors["mean"][None])[0]
+    prompt.load({"prompt": space.initial + change})
     with torch.no_grad():
         losses = [F.cross_entropy(*answer_logits(collate([text]), prompt)).item() for text in texts]
     assert update.metrics["loss_prompt_last"] == pytest.approx(np.mean(losses), rel=1e-4)
@@ -361,7 +362,8 @@ def test_clients_may_be_ranked_by_their_improvement(model, objective):
     )
     assert np.array_equal(update.tensors["mean"], other.tensors["mean"])
     held = client._inference
-    own = held._initial + held._subspace.expand(update.tensors["mean"][None])[0]
+    space = held._matrices
+    own = space.initial + space.subspace.expand(update.tensors["mean"][None])[0]
     assert torch.allclose(held.prompt.prompt, own, atol=1e-6), (
         "what was tuned is what an attack is tried on"
     )
