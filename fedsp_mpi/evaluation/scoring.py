@@ -266,7 +266,9 @@ def choice_losses(
     Returns:
         fp64 [questions].
     """
-    scores = loglikelihoods(model, prompt, questions, batch_tokens)
+    with torch.no_grad(), model.evaluating():
+        cached_prompt = model.with_cache(prompt) if prompt else None
+    scores = loglikelihoods(model, cached_prompt, questions, batch_tokens)
     assert scores is not None, "nothing tells it to stop"
     losses = np.empty(len(questions))
     for index, (question, option_scores) in enumerate(zip(questions, scores, strict=True)):
