@@ -21,7 +21,7 @@ from fedsp_mpi.data.instructions import InstructionTokens
 from fedsp_mpi.data.tokens import Batches, Question, Text
 from fedsp_mpi.log import RoundProgress
 from fedsp_mpi.models.language_model import LanguageModel
-from fedsp_mpi.models.prompts import DepthMap, Prompt, PromptSpec
+from fedsp_mpi.models.prompts import DepthMap, Prompt, PromptBatch, PromptSpec
 from fedsp_mpi.record.tables import SERVER_COLUMNS
 from fedsp_mpi.tensors import ClientError, NamedTensors, Schema, State, Update
 from fedsp_mpi.training.device import Compute
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 Rule = Callable[[Updates], NamedTensors]
 InferenceCall = Callable[[int, np.ndarray], np.ndarray]
-ChoiceLosses = Callable[[LanguageModel, Prompt | None, Sequence[Question], int], np.ndarray]
+ChoiceLosses = Callable[[LanguageModel, PromptBatch, Sequence[Question], int], np.ndarray]
 Shard = TypeVar("Shard")
 
 
@@ -234,9 +234,9 @@ class ClientContext:
         depth: layers of the clients' model.
         build_model: builds the clients' model without weights; True: with dropout.
         call_server: asks the server for losses, where clients hold no model.
-        choice_losses: returns, under a model and a prompt, the cross entropy of the right choice
-            of each of a client's questions, fp64 [questions], in nats; takes the most tokens of a
-            forward pass too.
+        choice_losses: returns, under a model and each of several prompts, the cross entropy of
+            the right choice of each question, fp64 [prompts, questions], in nats; takes the most
+            tokens of a forward pass too.
         progress: is told of every step.
     """
 

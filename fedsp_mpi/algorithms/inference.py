@@ -84,20 +84,25 @@ class LocalInference:
         """
         spec = self.prompt.spec
         texts = [text for group in groups for text in group]
-        matrices = self._matrices(points).to(self.model.device)
+        prompts = self.prompts(points)
         losses = np.empty((len(points), len(texts)))
         pairs = [text for _ in points for text in texts]  # point by point
         with oom_as_client_error(), torch.inference_mode(), self.model.evaluating():
-            indices = torch.arange(len(matrices))
-            prompts = self.model.precompute_cache(PromptBatch(spec, matrices, indices))
             for batch in by_length(pairs, self._batch_tokens, spec.num_tokens):
                 point_of, text_of = np.divmod(batch, len(texts))
-                owners = torch.from_numpy(point_of).to(matrices.device)
+                owners = torch.from_numpy(point_of).to(prompts.values.device)
                 losses[point_of, text_of] = self._batch_losses(
                     [texts[index] for index in text_of], replace(prompts, prompt_index=owners)
                 )
-        self.prompt.load({"prompt": matrices[-1]})
+        self.prompt.load({"prompt": prompts.values[-1]})
         return np.split(losses, np.cumsum([len(group) for group in groups])[:-1], axis=1)
+
+    def prompts(self, points: np.ndarray) -> PromptBatch:
+        """Return the prompts of points [points, dimension], read by the model already."""
+        matrices = self._matrices(points).to(self.model.device)
+        prompts = PromptBatch(self.prompt.spec, matrices, torch.arange(len(matrices)))
+        with oom_as_client_error(), torch.inference_mode(), self.model.evaluating():
+            return self.model.precompute_cache(prompts)
 
     def hold(self, point: np.ndarray) -> None:
         """Set the prompt to that of a point, [dimension]."""

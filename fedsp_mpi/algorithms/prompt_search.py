@@ -381,7 +381,6 @@ class InstructionClient:
         shards: of each client what it scores by, or why it cannot be used.
         choice_losses: returns the cross entropy of the right choice of each question.
         batch_tokens: most tokens of a forward pass.
-        progress: is told of every instruction.
 
     Attributes:
         states: empty.
@@ -394,13 +393,11 @@ class InstructionClient:
         *,
         choice_losses: ChoiceLosses,
         batch_tokens: int,
-        progress: RoundProgress | None = None,
     ) -> None:
         self._inference = inference
         self._shards = shards
         self._choice_losses = choice_losses
         self._batch_tokens = batch_tokens
-        self._progress = progress or RoundProgress()
         self.states = StatelessClients()
 
     @property
@@ -410,7 +407,7 @@ class InstructionClient:
 
     @property
     def prompt(self) -> Prompt:
-        """The instruction that the last client found best, or that was scored last."""
+        """The instruction that the last client found best."""
         return self._inference.prompt
 
     def local_update(self, client: int, round: int, broadcast: NamedTensors) -> Update:
@@ -448,17 +445,10 @@ class InstructionClient:
         """Return the mean loss under each instruction of rows [instructions, tokens], fp64."""
         if not shard.questions:
             return self._inference.losses(client, rows, [shard.texts])[0].mean(axis=1)
-        scores = np.empty(len(rows))
-        self._progress.stage("instruction", len(rows))
-        for place, row in enumerate(rows):
-            self._inference.hold(row)
-            with oom_as_client_error():
-                losses = self._choice_losses(
-                    self.model, self.prompt, shard.questions, self._batch_tokens
-                )
-            scores[place] = losses.mean()
-            self._progress.step()
-        return scores
+        prompts = self._inference.prompts(rows)
+        with oom_as_client_error():
+            losses = self._choice_losses(self.model, prompts, shard.questions, self._batch_tokens)
+        return losses.mean(axis=1)
 
 
 # -- the method ------------------------------------------------------------------------------------
@@ -513,7 +503,6 @@ class PromptSearch(Method):
             context.shards(lambda client: _examples(inputs, client)),
             choice_losses=context.choice_losses,
             batch_tokens=settings.batch_tokens,
-            progress=context.progress,
         )
 
     def words(self, inputs: MethodInputs, exported: NamedTensors) -> str | None:

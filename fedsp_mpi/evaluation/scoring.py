@@ -9,7 +9,7 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -31,7 +31,7 @@ from fedsp_mpi.data.tokens import (
 )
 from fedsp_mpi.models.language_model import LanguageModel
 from fedsp_mpi.models.losses import answer_loss
-from fedsp_mpi.models.prompts import Prompt
+from fedsp_mpi.models.prompts import Prompt, PromptBatch
 from fedsp_mpi.tensors import Batch
 from fedsp_mpi.training.process_group import SINGLE_RANK, ServerGroup
 
@@ -204,7 +204,7 @@ class _Work:
 @torch.no_grad()
 def loglikelihoods(
     model: LanguageModel,
-    prompt: Prompt | None,
+    prompt: Prompt | PromptBatch | None,
     questions: Sequence[Question],
     batch_tokens: int,
     *,
@@ -216,7 +216,7 @@ def loglikelihoods(
 
     Args:
         model: on its device, frozen.
-        prompt: at the model's depth, or None.
+        prompt: at the model's depth, or None; of several, `prompt_index` is by question.
         questions: tokenised.
         batch_tokens: as in `score`.
         on_done: as in `score`.
@@ -248,7 +248,7 @@ def loglikelihoods(
 
 def choice_losses(
     model: LanguageModel,
-    prompt: Prompt | None,
+    prompts: PromptBatch,
     questions: Sequence[Question],
     batch_tokens: int,
 ) -> np.ndarray:
@@ -259,23 +259,32 @@ def choice_losses(
 
     Args:
         model: on its device, frozen.
-        prompt: at the model's depth, or None.
+        prompts: at the model's depth; each is tried with every question.
         questions: tokenised.
         batch_tokens: as in `score`.
 
     Returns:
-        fp64 [questions].
+        fp64 [prompts, questions].
     """
-    with torch.no_grad(), model.evaluating():
-        cached_prompt = model.with_cache(prompt) if prompt else None
-    scores = loglikelihoods(model, cached_prompt, questions, batch_tokens)
+    index = torch.arange(prompts.num, device=model.device).repeat_interleave(len(questions))
+    pairs = [question for _ in range(prompts.num) for question in questions]  # prompt by prompt
+    scores = loglikelihoods(model, replace(prompts, prompt_index=index), pairs, batch_tokens)
     assert scores is not None, "nothing tells it to stop"
-    losses = np.empty(len(questions))
-    for index, (question, option_scores) in enumerate(zip(questions, scores, strict=True)):
+    losses = np.empty(len(pairs))
+    for place, (question, option_scores) in enumerate(zip(pairs, scores, strict=True)):
         all_choices = option_scores.loglikelihood
         right_choices = all_choices[list(question.gold)]
-        losses[index] = np.logaddexp.reduce(all_choices) - np.logaddexp.reduce(right_choices)
-    return losses
+        losses[place] = np.logaddexp.reduce(all_choices) - np.logaddexp.reduce(right_choices)
+    return losses.reshape(prompts.num, len(questions))
+
+
+def _prompts_of(
+    prompt: Prompt | PromptBatch | None, indices: Sequence[int]
+) -> Prompt | PromptBatch | None:
+    """Return what goes in front of some of the questions, which are given by their indices."""
+    if not isinstance(prompt, PromptBatch):
+        return prompt
+    return replace(prompt, prompt_index=prompt.prompt_index[list(indices)])
 
 
 def _share(scores: Sequence[OptionScores], group: ServerGroup) -> None:
@@ -291,7 +300,7 @@ def _share(scores: Sequence[OptionScores], group: ServerGroup) -> None:
             row[:] = [next(totals) for _ in row]
 
 
-def positions_for_text(model: LanguageModel, prompt: Prompt | None) -> int:
+def positions_for_text(model: LanguageModel, prompt: Prompt | PromptBatch | None) -> int:
     """Return the model's positions less the prompt's."""
     return model.shape.num_positions - (prompt.spec.num_tokens if prompt else 0)
 
@@ -338,7 +347,7 @@ def perplexity(loss: float) -> float:
 
 def _gap_batches(
     model: LanguageModel,
-    prompt: Prompt | None,
+    prompt: Prompt | PromptBatch | None,
     questions: Sequence[Question],
     scores: list[OptionScores],
     *,
@@ -351,14 +360,16 @@ def _gap_batches(
         batch_questions = [questions[index] for index in indices]
         batch_scores = [scores[index] for index in indices]
         yield _Work(
-            partial(_score_gaps, model, prompt, batch_questions, batch_scores),
+            partial(
+                _score_gaps, model, _prompts_of(prompt, indices), batch_questions, batch_scores
+            ),
             sum(len(question.options) for question in batch_questions),
         )
 
 
 def _score_gaps(
     model: LanguageModel,
-    prompt: Prompt | None,
+    prompt: Prompt | PromptBatch | None,
     questions: Sequence[Question],
     scores: Sequence[OptionScores],
 ) -> None:
@@ -407,7 +418,7 @@ class _SharedContext:
 
 def _causal_batches(
     model: LanguageModel,
-    prompt: Prompt | None,
+    prompt: Prompt | PromptBatch | None,
     questions: Sequence[Question],
     scores: list[OptionScores],
     *,
@@ -478,7 +489,7 @@ def _split_contexts(
 
 def _score_group(
     model: LanguageModel,
-    prompt: Prompt | None,
+    prompt: Prompt | PromptBatch | None,
     contexts: list[_SharedContext],
     scores: list[OptionScores],
 ) -> None:
@@ -491,6 +502,7 @@ def _score_group(
         scores: of all questions.
     """
     context_ids = torch.tensor([context.ids for context in contexts], device=model.device)
+    prompt = _prompts_of(prompt, [context.question for context in contexts])
     endings = [ending for context in contexts for ending in context.endings]
     rows = [row for row, context in enumerate(contexts) for _ in context.options]
     # Logits of the options' first token [options, vocabulary], and of the further ones.

@@ -4,7 +4,6 @@ or answer logits out.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -269,7 +268,11 @@ class LanguageModel:
         return states[0][:, num_before:]
 
     def continue_from(
-        self, ids: Tensor, prompt: Prompt | None, rows: Tensor, endings: Batch | None
+        self,
+        ids: Tensor,
+        prompt: Prompt | PromptBatch | None,
+        rows: Tensor,
+        endings: Batch | None,
     ) -> tuple[Tensor, Tensor | None]:
         """Run contexts once, then several continuations of each.
 
@@ -360,18 +363,6 @@ class LanguageModel:
             return prompts
         with self.computing():
             return replace(prompts, cache=self._key_values(prompts))
-
-    def with_cache(self, prompt: Prompt) -> Prompt:
-        """Return a prompt that passes need not read again; it holds while its values stay.
-
-        What `precompute_cache` says of several prompts holds for one. Passes of few texts then
-        cost what the texts do.
-        """
-        index = torch.zeros(1, dtype=torch.int64)
-        matrices = prompt.matrices().detach()
-        cached = copy.copy(prompt)
-        cached.cache = self.precompute_cache(PromptBatch(prompt.spec, matrices, index)).cache
-        return cached
 
     def _key_values(self, prompt: Prompt | PromptBatch) -> list[tuple[Tensor, Tensor]]:
         """Compute each layer's keys and values of prompts, [num, heads, num_tokens, head_dim]."""

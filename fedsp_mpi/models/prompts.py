@@ -120,7 +120,7 @@ class Prompt(nn.Module):
 
     # The same attributes as `PromptBatch`, so that either can go into a forward pass.
     num = 1
-    cache: list[tuple[Tensor, Tensor]] | None = None
+    cache = None
 
     def __init__(self, spec: PromptSpec) -> None:
         super().__init__()

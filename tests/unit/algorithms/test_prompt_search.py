@@ -269,7 +269,7 @@ def test_clients_that_cannot_score_say_why(model):
             0: ShardError("its text cannot be used: found no example"),
             1: Examples(tiny.texts((5, 4)), questions(2)),
         },
-        lambda *_: np.array([1.0, math.inf]),
+        lambda *_: np.array([[1.0, math.inf]]),
     )
     with pytest.raises(ShardError, match="found no example"):
         client.local_update(0, 1, rows_of(["w3"]))
@@ -345,6 +345,7 @@ def _tokenizer():
     return AutoTokenizer.from_pretrained(EMBEDDED.parent / "model")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["roberta", "t5"])
 def test_models_that_fill_in_a_gap_are_searched_too(tmp_path, family):
     settings = [item for item in PROMPT_SEARCH if not item.startswith("auxiliary")]
@@ -354,6 +355,7 @@ def test_models_that_fill_in_a_gap_are_searched_too(tmp_path, family):
     assert not (run.clients["loss_prompt_first"] == run.clients["loss_prompt_last"]).all()
 
 
+@pytest.mark.slow
 def test_silos_judge_what_the_server_found_best(tmp_path):
     """On the same text they come to the server's loss: they hold the same words."""
     data = EMBEDDED.parent / "data"
