@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from tqdm import tqdm
 
 
+_NUM_ROWS = 2  # a bar needs one below another; some terminals say that they have none
 _COUNTS = "{n_fmt} of {total_fmt}"
 _TIMES = "[{elapsed}, {remaining} left]"
 
@@ -46,6 +47,7 @@ class Bar:
             file=self._stream,
             leave=False,
             ncols=self._num_columns(),
+            nrows=_NUM_ROWS,
             mininterval=0.2,
         )
 

@@ -63,8 +63,8 @@ class Server(Protocol):
     def load_aggregate(self, aggregate: NamedTensors) -> None:
         """Make the aggregate the server's own."""
 
-    def server_update(self, round: int) -> Trace:
-        """Tune on the global model; a method without such a step returns an empty trace."""
+    def server_update(self, round: int) -> Trace | None:
+        """Tune on the global model; None, if there is no such step."""
 
     def parameters(self) -> Iterable[nn.Parameter]:
         """Return what the server tunes."""

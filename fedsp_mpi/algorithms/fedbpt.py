@@ -47,7 +47,7 @@ from fedsp_mpi.models.prompts import DepthMap, Prompt
 from fedsp_mpi.models.subspace import Subspace, scale_of
 from fedsp_mpi.tensors import NamedTensors, Schema, State, Update
 from fedsp_mpi.training.cma_es import CmaEs
-from fedsp_mpi.training.loop import NonFiniteError, Trace
+from fedsp_mpi.training.loop import NonFiniteError
 
 
 @dataclass(frozen=True)
@@ -180,9 +180,8 @@ class SearchServer:
         """Continue from the merged search, and set the prompt to that of its mean."""
         self.load_state(dict(aggregate))
 
-    def server_update(self, round: int) -> Trace:
-        """Return an empty trace: the server does not tune."""
-        return Trace()
+    def server_update(self, round: int) -> None:
+        """Do nothing: the server does not tune."""
 
     def parameters(self) -> Iterable[nn.Parameter]:
         """Return the prompt's parameters."""

@@ -42,7 +42,7 @@ from fedsp_mpi.models.language_model import LanguageModel
 from fedsp_mpi.models.prompts import Prompt
 from fedsp_mpi.tensors import NamedTensors, Schema, State, TensorSpec, Update
 from fedsp_mpi.training.device import oom_as_client_error
-from fedsp_mpi.training.loop import NonFiniteError, Trace
+from fedsp_mpi.training.loop import NonFiniteError
 
 Instruction = tuple[int, ...]  # phrases by their place in the pool
 
@@ -270,9 +270,8 @@ class InstructionServer:
             f"{words}"
         )
 
-    def server_update(self, round: int) -> Trace:
-        """Return an empty trace: the server does not tune."""
-        return Trace()
+    def server_update(self, round: int) -> None:
+        """Do nothing: the server does not tune."""
 
     def parameters(self) -> Iterable[nn.Parameter]:
         """Return the prompt's parameters."""

@@ -110,7 +110,7 @@ class CheckpointConfig:
     )
     keep: int = option(2, "the newest ones, besides that of the best round", "checkpoints")
     keep_client_states: bool = option(
-        False, "of a complete run, from which nothing is resumed any more"
+        False, "of a complete run, which can then be given more rounds"
     )
     distillation_seconds: float | None = option(
         600,

@@ -14,7 +14,7 @@ Dtype = Literal["float32", "bfloat16"]
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with linear warm-up and linear decay to zero over all steps of the run."""
+    """AdamW, by default with linear warm-up and linear decay to zero over all steps of the run."""
 
     learning_rate: float = option(
         5e-4,
@@ -26,6 +26,10 @@ class OptimizerConfig:
     epsilon: float = option(1e-8, "added to the root of that mean")
     warmup: float = option(0.1, "of all steps of the run, in which the rate rises", "fraction")
     clip: float | None = option(None, "largest gradient; `null`: no clipping", "L2 norm")
+    schedule: Literal["linear", "constant"] = option(
+        "linear",
+        "`constant`: no warm-up and no decay, so that a run can be given more rounds later",
+    )
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,34 @@ def difference(run_a: Run, run_b: Run) -> list[str]:
             table_a = table_a[table_a["round"] <= last]
             table_b = table_b[table_b["round"] <= last]
         lines += _table_differences(name, table_a, table_b)
+    if lines:
+        lines += _thread_differences(run_a, run_b)
     return [printable(line) for line in lines]
+
+
+def _thread_differences(run_a: Run, run_b: Run) -> list[str]:
+    """Name the roles that computed with other numbers of threads, in one line if there are any."""
+    threads_a, threads_b = _threads(run_a), _threads(run_b)
+    by_role = [
+        f"{role} {threads_a[role]} and {threads_b[role]}"
+        for role in threads_a
+        if role in threads_b and threads_a[role] != threads_b[role]
+    ]
+    if not by_role:
+        return []
+    return [
+        f"threads: {', '.join(by_role)}; bits are equal for equal numbers of threads only: set "
+        "server.compute.threads and client.compute.threads"
+    ]
+
+
+def _threads(run: Run) -> dict[str, str]:
+    """Return the numbers of threads that each role had at the start, "1" or "1 or 2"."""
+    counts: dict[str, set[int]] = {}
+    for host in run.environment.get("hosts", []):
+        for role, device in host.get("devices", {}).items():
+            counts.setdefault(role, set()).add(device["threads"])
+    return {role: " or ".join(map(str, sorted(numbers))) for role, numbers in counts.items()}
 
 
 def _prompt_differences(run_a: Run, run_b: Run) -> list[str]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from fedsp_mpi.config.methods import METHODS
 from fedsp_mpi.files.untrusted import JsonMapping
 from fedsp_mpi.record.hdf5 import Run
 from fedsp_mpi.record.tables import LABELS
@@ -24,6 +25,12 @@ def main_measure(result: np.void) -> tuple[str, float]:
     """
     name = "acc" if math.isnan(result["exact_match"]) else "exact_match"
     return name, float(result[name])
+
+
+def reads_plain_text(run: Run) -> bool:
+    """Return whether every token of a run's texts is predicted, so that perplexity measures it."""
+    facts = METHODS.get(run.config.get("method", ""))
+    return facts is not None and facts.reads_plain_text
 
 
 def result_of(run: Run, method: str, split: str) -> np.void | None:

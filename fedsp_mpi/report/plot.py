@@ -22,7 +22,7 @@ from fedsp_mpi.record.tables import mean_silo_loss
 from fedsp_mpi.report import silos
 from fedsp_mpi.report.comparison import Comparison
 from fedsp_mpi.report.costs import training_seconds
-from fedsp_mpi.report.facts import label_of, seed_of
+from fedsp_mpi.report.facts import label_of, reads_plain_text, seed_of
 from fedsp_mpi.report.formatting import as_bytes, deviation, shortened
 from fedsp_mpi.report.grouping import control_groups, require_distinct, task_names
 
@@ -89,7 +89,7 @@ def draw_bars(comparison: Comparison, path: str | Path) -> None:
 
 
 def draw_curves(runs: Sequence[Run], path: str | Path) -> None:
-    """Draw validation losses against rounds, bytes and client seconds.
+    """Draw validation losses, of plain text perplexities, against rounds, bytes, client seconds.
 
     A line for each method, a row for each task. A task has a row for each `data.loss_over` among
     its runs, whose losses have different scales. A line is the mean over seeds, its band the
@@ -115,7 +115,11 @@ def draw_curves(runs: Sequence[Run], path: str | Path) -> None:
         for row, (title, lines) in zip(grid, lines_of.items()):
             for axes, panel in zip(row, _PANELS):
                 _draw_panel(axes, panel, lines)
-            row[0].set_ylabel("validation loss, nats per token")
+            if all(line.is_perplexity for line in lines):
+                row[0].set_yscale("log")
+                row[0].set_ylabel("validation perplexity")
+            else:
+                row[0].set_ylabel("validation loss, nats per token")
             row[0].set_title(printable(title), loc="left", fontweight="bold")
         _add_legend(figure, grid[:, 0], location="outside lower center", max_columns=4)
 
@@ -442,9 +446,15 @@ class _Line:
     column: str
     look: Look
 
-    def losses(self) -> np.ndarray:
-        """Return the losses of the rounds that all runs have, [seeds, rounds]."""
-        return _stacked([run.rounds[self.column] for run in self.runs])
+    @property
+    def is_perplexity(self) -> bool:
+        """Whether perplexities are drawn: of plain text, every token of which is predicted."""
+        return all(reads_plain_text(run) for run in self.runs)
+
+    def heights(self) -> np.ndarray:
+        """Return losses or perplexities of the rounds that all runs have, [seeds, rounds]."""
+        losses = _stacked([run.rounds[self.column] for run in self.runs])
+        return np.exp(losses) if self.is_perplexity else losses
 
     def progress(self, panel: _Panel) -> np.ndarray | None:
         """Return how far the runs are after each round on average, [rounds].
@@ -556,16 +566,16 @@ def _draw_panel(axes: Axes, panel: _Panel, lines: Sequence[_Line]) -> None:
 
 def _draw_line(axes: Axes, line: _Line, progress: np.ndarray | None) -> None:
     """Draw a line over its progress, [rounds]; without any, across the panel."""
-    losses = line.losses()
-    mean = losses.mean(0)
+    heights = line.heights()
+    mean = heights.mean(0)
     if progress is None:
         look = {key: value for key, value in line.look.items() if key != "marker"}
         axes.axhline(float(np.nanmin(mean)), label=line.label, **look)
         return
     every = max(1, len(progress) // 10)
     axes.plot(progress, mean, label=line.label, markersize=3.5, markevery=every, **line.look)
-    if len(losses) > 1:
-        band = losses.std(0, ddof=1)
+    if len(heights) > 1:
+        band = heights.std(0, ddof=1)
         colour = line.look["color"]
         axes.fill_between(progress, mean - band, mean + band, color=colour, alpha=0.15, linewidth=0)
 

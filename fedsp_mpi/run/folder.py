@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from fedsp_mpi import comm
 from fedsp_mpi.config import Config, changed_keys
 from fedsp_mpi.files import ownership
-from fedsp_mpi.run.resuming import more_rounds_advice, require_rounds
+from fedsp_mpi.run.resuming import clients_keep_state, more_rounds_advice, require_rounds
 
 _ROUNDS = "federation.rounds"
 
@@ -141,6 +141,12 @@ class RunFolder:
                 f"{self.path}: found a complete run of {num_done} rounds and no checkpoint to go "
                 f"on from{reason}, expected one (checkpoint.every); begin another run with more "
                 "rounds under another run.name"
+            )
+        if clients_keep_state(self._config) and not checkpoint.clients:
+            raise ValueError(
+                f"{self.path}: found a complete run of {num_done} rounds whose clients' states are "
+                "gone, expected them (checkpoint.keep_client_states=true keeps them); begin "
+                "another run with more rounds under another run.name"
             )
 
 

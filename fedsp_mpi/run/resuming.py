@@ -7,7 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedsp_mpi.config import Config, ConfigError, load
+from fedsp_mpi.config import Config, ConfigError, StageConfig, load
 from fedsp_mpi.files.untrusted import printable
 
 
@@ -102,20 +102,28 @@ def rounds_obstacle(config: Config) -> str | None:
         config: of the run.
     """
     client = config.client
-    if config.server.tuning.steps > 0:
+    if _decays(config.server.tuning):
         return f"server.tuning, {_SCHEDULE}"
-    keeps_state = config.federation.clients > 0 and config.federation.client_state == "kept"
-    # A search has no schedule, and its clients keep nothing.
-    if keeps_state and not config.searches:
-        if client.tuning.steps > 0:
+    if clients_keep_state(config):
+        if _decays(client.tuning):
             return f"client.tuning, {_SCHEDULE} (federation.client_state: kept)"
-        if client.alignment.steps > 0:
+        if _decays(client.alignment):
             return f"client.alignment, {_SCHEDULE} (federation.client_state: kept)"
     if config.server.translation.steps > 0 and config.distillation.text is not None:
         return "server.translation, whose questions are drawn from distillation.text for all rounds"
     if client.privacy.epsilon is not None:
         return "client.privacy, whose budget (epsilon_all) was promised for all rounds"
     return None
+
+
+def clients_keep_state(config: Config) -> bool:
+    """Return whether clients go on from what they had; those of a search keep nothing."""
+    federation = config.federation
+    return federation.clients > 0 and federation.client_state == "kept" and not config.searches
+
+
+def _decays(stage: StageConfig) -> bool:
+    return stage.steps > 0 and stage.optimizer.schedule == "linear"
 
 
 def require_rounds(folder: Path, config: Config, *, before: int, num_done: int) -> None:
@@ -142,7 +150,8 @@ def require_rounds(folder: Path, config: Config, *, before: int, num_done: int) 
         raise ValueError(
             f"{folder}: found another number of rounds than the run was begun with "
             f"(federation.rounds: was {before}, is {rounds}), expected the same, because of "
-            f"{obstacle}; go on without it, or begin another run under another run.name"
+            f"{obstacle}; begin another run: run {folder / 'config.yaml'} --name NAME "
+            f"--set federation.rounds={rounds}"
         )
 
 
@@ -151,4 +160,9 @@ def more_rounds_advice(folder: Path, config: Config) -> str:
     obstacle = rounds_obstacle(config)
     if obstacle is not None:
         return f"it cannot get more rounds because of {obstacle}"
+    if clients_keep_state(config) and not config.checkpoint.keep_client_states:
+        return (
+            "it cannot get more rounds, since its clients' states are gone "
+            "(checkpoint.keep_client_states=true keeps them)"
+        )
     return f"for more rounds: run --resume {folder} --set federation.rounds=N"

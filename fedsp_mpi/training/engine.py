@@ -18,16 +18,19 @@ from fedsp_mpi.training.process_group import SINGLE_RANK, ServerGroup
 
 
 def learning_rate(settings: OptimizerConfig, step: int, total_steps: int) -> float:
-    """Return the learning rate of a step: linear warm-up, then linear decay.
+    """Return the learning rate of a step: linear warm-up, then linear decay, or always the same.
 
-    With W = round(warmup * total): (step + 1) / W of the full rate while step < W, then (total -
-    step) / (total - W). No step has rate 0, so none is wasted; past the end the last rate stays.
+    With a linear schedule and W = round(warmup * total): (step + 1) / W of the full rate while step
+    < W, then (total - step) / (total - W). No step has rate 0, so none is wasted; past the end the
+    last rate stays.
 
     Args:
-        settings: full rate, and the share of warm-up.
+        settings: full rate, schedule, and the share of warm-up.
         step: from 0.
         total_steps: length of the schedule.
     """
+    if settings.schedule == "constant":
+        return settings.learning_rate
     num_warmup = round(settings.warmup * total_steps)
     if step < num_warmup:
         return settings.learning_rate * (step + 1) / num_warmup

@@ -24,7 +24,13 @@ from helpers.runs import FAULTY, FEDBPT, SHORT, here
 
 ROUNDS = "federation.rounds"
 # Without any schedule over all rounds.
-UNSCHEDULED = (*SHORT, "server.tuning.steps=0", "federation.client_state=restarted")
+UNSCHEDULED = (
+    *SHORT,
+    "server.tuning.optimizer.schedule=constant",
+    "client.alignment.optimizer.schedule=constant",
+    "client.tuning.optimizer.schedule=constant",
+    "checkpoint.keep_client_states=true",
+)
 
 
 def arguments(folder: Path, name: str, *settings: str) -> list[str]:
@@ -73,6 +79,14 @@ def test_a_complete_run_without_a_checkpoint_gets_no_more_rounds(folder, tmp_pat
     refused = here(["run", "--resume", tmp_path / "a", "--set", "federation.rounds=4"], 2)
     assert "a complete run of 3 rounds and no checkpoint to go on from" in refused.stderr
     assert read(tmp_path / "a").status == "complete"
+
+
+def test_clients_that_kept_something_must_have_it_still(tmp_path):
+    here(arguments(tmp_path, "a", *UNSCHEDULED, "checkpoint.keep_client_states=false"))
+    refused = here(["run", "--resume", tmp_path / "a", "--set", "federation.rounds=3"], 2)
+    assert "whose clients' states are gone" in refused.stderr
+    complete = here(["run", "--resume", tmp_path / "a"])
+    assert "cannot get more rounds, since its clients' states are gone" in complete.stderr
 
 
 @pytest.mark.slow
@@ -268,6 +282,7 @@ def test_a_rank_that_sees_another_one_die_says_which(tmp_path):
     [
         (("server.tuning.steps=1",), "server.tuning, whose learning rate"),
         (("federation.client_state=kept",), "client.tuning, whose learning rate"),
+        (("server.tuning.steps=1", "server.tuning.optimizer.schedule=constant"), None),
         (("client.privacy.clip=1", "client.privacy.noise_scale=1"), "client.privacy, whose budget"),
         (FEDBPT, None),
     ],
@@ -276,7 +291,8 @@ def test_what_depends_on_the_number_of_rounds(settings, reason):
     from fedsp_mpi import config
     from fedsp_mpi.run.resuming import rounds_obstacle
 
-    obstacle = rounds_obstacle(config.load(None, [*UNSCHEDULED, *settings]))
+    nothing_kept = (*SHORT, "server.tuning.steps=0", "federation.client_state=restarted")
+    obstacle = rounds_obstacle(config.load(None, [*nothing_kept, *settings]))
     assert (obstacle is None) == (reason is None)
     assert reason is None or obstacle.startswith(reason)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 import torch
@@ -49,6 +51,18 @@ def path(outer: OuterOptimizer, rounds: range, x: np.ndarray) -> np.ndarray:
         x = mean.flat.astype(np.float64)
         values.append(x)
     return np.array(values)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_a_step_needs_memory_for_its_moments_and_one_stretch(name, monkeypatch):
+    monkeypatch.setattr("fedsp_mpi.aggregation.outer._STRETCH", 10_000)
+    schema = Schema.of([("w", (2_000_000,))])
+    start, mean = (NamedTensors(schema, np.ones(2_000_000, dtype=np.float32)) for _ in range(2))
+    tracemalloc.start()
+    OuterOptimizer(name, SETTINGS).step(start, mean)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < len(RULES[name].moments) * mean.flat.nbytes + 12 * 8 * 10_000
 
 
 @pytest.mark.parametrize("name", RULES)

@@ -457,6 +457,16 @@ def test_curves_against_rounds_bytes_and_seconds(tmp_path):
     assert pixels(tmp_path / "curves.png") == (1800, 585)
 
 
+def test_curves_of_plain_text_are_perplexities(tmp_path):
+    runs = grid(tmp_path, ["DiLoCo"])
+    plain = [replace(run, config={**run.config, "method": "pretrain"}) for run in runs]
+    [losses, *_], [perplexities, *_] = panels(runs), panels(plain)
+    each = np.exp([run.rounds["validation_loss"] for run in plain])
+    assert perplexities.lines[0].get_ydata() == pytest.approx(each.mean(0))
+    assert perplexities.get_ylabel() == "validation perplexity"
+    assert perplexities.get_yscale() == "log" and losses.get_yscale() == "linear"
+
+
 def test_equal_pictures_are_equal_files(tmp_path):
     runs = grid(tmp_path, ["FedSP"])
     for name in ("a.svg", "b.svg"):
