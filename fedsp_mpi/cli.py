@@ -209,7 +209,7 @@ def report(options: argparse.Namespace) -> int:
     from fedsp_mpi import report
 
     if options.picture and not options.table:
-        raise Refused("--picture: found without --table comparison, expected both")
+        raise Refused("--picture: found without --table comparison or phases, expected both")
     with _user_errors():
         runs = report.read_all(options.runs)
         _write_reports(runs, options)
@@ -218,10 +218,15 @@ def report(options: argparse.Namespace) -> int:
         if options.silos:
             report.draw_silos(runs, options.silos)
     if options.table:
+        has_phases = options.table == "phases"
         with _user_errors():
             comparison = report.compare(runs)
             if options.picture:
-                report.draw_bars(comparison, options.picture)
+                draw = report.draw_phases if has_phases else report.draw_bars
+                draw(comparison, options.picture)
+        if has_phases:
+            _show(report.phases_table(comparison))
+            return 0
         tables = (report.comparison_table(comparison), report.gain_table(comparison))
         _show("\n\n".join(table for table in tables if table))
     elif options.markdown:
@@ -661,8 +666,9 @@ def _add_report(verbs: argparse._SubParsersAction) -> None:
     )
     kind.add_argument(
         "--table",
-        choices=("comparison",),
-        help="comparison: a row for each method, a column for each task",
+        choices=("comparison", "phases"),
+        help="comparison: a row for each method, a column for each task; phases: a row for each "
+        "phase and method, of runs that start from one another's results (`after`)",
     )
     kind.add_argument(
         "--json",
@@ -677,7 +683,7 @@ def _add_report(verbs: argparse._SubParsersAction) -> None:
     verb.add_argument(
         "--csv", metavar="FOLDER", help="the tables of one run, a CSV file each (rounds.csv, ...)"
     )
-    verb.add_argument("--picture", metavar="FILE", help="comparison as a bar chart (.png or .svg)")
+    verb.add_argument("--picture", metavar="FILE", help="of --table: bars or phases (.png or .svg)")
     verb.add_argument(
         "--plot", metavar="FILE", help="losses over rounds, bytes and seconds (.png or .svg)"
     )

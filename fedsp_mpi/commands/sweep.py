@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import shlex
 import shutil
 import signal
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
@@ -21,10 +20,11 @@ from fedsp_mpi.commands.jobs import Jobs, ResourceSlice, error_summary, split_re
 from fedsp_mpi.commands.trials import Trial, trials_of
 from fedsp_mpi.config import changed_keys, to_yaml
 from fedsp_mpi.config.parsing import ConfigError
+from fedsp_mpi.files import fingerprint
 from fedsp_mpi.files.untrusted import JsonObject
 from fedsp_mpi.log import Log, duration
 from fedsp_mpi.record import Run, read
-from fedsp_mpi.report import main_result
+from fedsp_mpi.report import PERPLEXITY, main_result
 
 _EXIT_STOPPED = 75  # exit status of a run that SIGUSR1 asked to stop
 _MAX_NAMES = 12  # names of trials that a message lists
@@ -70,6 +70,7 @@ def sweep(
     is_complete = {
         folder: run is not None and run.status == "complete" for folder, run in records.items()
     }
+    _require_earlier(trials, is_complete)
     num_complete = sum(is_complete.values())
     log.say(f"{len(trials)} runs in {_joined(_parents(trials))}, {num_complete} of them complete")
     if dry_run:
@@ -100,6 +101,24 @@ def _select(trials: list[Trial], only: Sequence[str], files: Sequence[Path]) -> 
     if not only:
         return trials
     return [trial for trial in trials if any(fnmatchcase(trial.name, pattern) for pattern in only)]
+
+
+def _require_earlier(trials: Sequence[Trial], is_complete: Mapping[Path, bool]) -> None:
+    """Raise ConfigError if a trial would start from one that is neither complete nor to be run.
+
+    Args:
+        trials: that are to be run, or are complete.
+        is_complete: of them, by the run's folder.
+    """
+    for trial in trials:
+        earlier = trial.after_folder
+        if earlier is None or is_complete[trial.folder] or earlier in is_complete:
+            continue
+        if not _has_complete_record(earlier):
+            raise ConfigError(
+                f"--only: found {trial.name} without {trial.after}, which it starts from and which "
+                f"is not complete, expected both; add --only {trial.after}"
+            )
 
 
 def _require_separate(trials_by_file: Mapping[Path, Sequence[Trial]]) -> None:
@@ -179,13 +198,30 @@ def _require_same_configuration(
 def _changed(trial: Trial, run: Run) -> list[str]:
     """Return the keys in which a record differs from a trial: "key: was ..., is ...".
 
-    The method's label counts for complete records only, whose tables have it.
+    The method's label counts for complete records only, whose tables have it. A run that goes on
+    compares the weights that it starts from itself.
     """
     changed = changed_keys(run.config, _with_silos_of(run, asdict(trial.config)))
     recorded_label = run.config.get("run", {}).get("label") or run.config.get("method")
     if run.status == "complete" and recorded_label != trial.method_label:
         changed.append(f"run.label: was {recorded_label}, is {trial.method_label}")
+    if (
+        run.status == "complete"
+        and trial.after_folder
+        and _starts_from_other(run, trial.after_folder)
+    ):
+        changed.append(f"model.after: {trial.after} has another result now")
     return changed
+
+
+def _starts_from_other(run: Run, earlier: Path) -> bool:
+    """Return whether a run has started from other weights than another run has left by now."""
+    origin = run.sections.get("origin", {}).get("runs", [])
+    digests = fingerprint.listed(earlier / "model")
+    if not origin or digests is None:
+        return False
+    weights = origin[0].get("weights", {})
+    return any(digests.get(name) != digest for name, digest in weights.items())
 
 
 def _with_silos_of(run: Run, settings: JsonObject) -> JsonObject:
@@ -215,21 +251,19 @@ def _with_silos_of(run: Run, settings: JsonObject) -> JsonObject:
 def _progress(trial: Trial, run: Run | None) -> str:
     """Return how far a run is, for `--dry-run`."""
     if run is None:
-        return "new"
+        return f"new, starts from {trial.after}" if trial.after else "new"
     if run.status == "complete":
         return f"complete  {_score(run)}"
     return f"{run.status} after round {run.committed_rounds} of {trial.config.federation.rounds}"
 
 
 def _score(run: Run) -> str:
-    """Return the main metric of the run's own method, in percent."""
+    """Return the main metric of the run's own method, in percent; a perplexity as it is."""
     result = main_result(run)
     if result is None:
         return "no result"
     metric, value = result
-    if math.isnan(value):  # of plain text, whose measure is no fraction
-        return ""
-    return f"{metric} {100 * value:.2f} %"
+    return f"{metric} {value:.2f}" if metric == PERPLEXITY else f"{metric} {100 * value:.2f} %"
 
 
 # -- running ---------------------------------------------------------------------------------------
@@ -281,37 +315,60 @@ def _run_all(
     stopped: list[str] = []
     names = _names(trials)
     titles = _numbered_names(trials)
+    is_done = dict(is_complete)
     for trial in trials:
-        if is_complete[trial.folder]:
+        if is_done[trial.folder]:
             log.say(f"{titles[trial.folder]}  complete  {_score(read(trial.folder))}")
+    waiting = [trial for trial in trials if not is_done[trial.folder]]
+    running: set[Future[_Outcome]] = set()
     with Jobs(slices) as jobs, ThreadPoolExecutor(len(slices)) as pool:
-        futures = [
-            pool.submit(_run, trial, launch_command, jobs)
-            for trial in trials
-            if not is_complete[trial.folder]
-        ]
-        for future in as_completed(futures):
-            outcome = future.result()
-            folder = outcome.trial.folder
-            line = f"{titles[folder]}  {duration(outcome.seconds)}"
-            if outcome.status == 0 and _has_complete_record(outcome.trial):
-                log.say(f"{line}  {_score(read(folder))}")
-            elif jobs.signal_received is None:
-                failed.append(names[folder])
-                log.say(f"{line}  {_failure(outcome)}")
-            elif outcome.status is not None:
-                stopped.append(names[folder])
+        while True:
+            if jobs.signal_received is None:
+                ready = [trial for trial in waiting if _can_start(trial, is_done)]
+                started = ready[: len(slices) - len(running)]
+                waiting = [trial for trial in waiting if trial not in started]
+                running |= {pool.submit(_run, trial, launch_command, jobs) for trial in started}
+            if not running:
+                break
+            ended, running = wait(running, return_when=FIRST_COMPLETED)
+            for future in ended:
+                outcome = future.result()
+                folder = outcome.trial.folder
+                line = f"{titles[folder]}  {duration(outcome.seconds)}"
+                if outcome.status == 0 and _has_complete_record(folder):
+                    is_done[folder] = True
+                    log.say(f"{line}  {_score(read(folder))}")
+                elif jobs.signal_received is None:
+                    failed.append(names[folder])
+                    log.say(f"{line}  {_failure(outcome)}")
+                elif outcome.status is not None:
+                    stopped.append(names[folder])
     if jobs.signal_received is not None:
         raise _stopped_by(jobs.signal_received, stopped)
+    for trial in waiting:
+        log.say(f"{titles[trial.folder]}  not started: {trial.after}, its start, is not complete")
     if failed:
+        num_waiting = f", and {len(waiting)} that start from them were not begun" * bool(waiting)
         log.say(
-            f"{len(failed)} of {len(trials)} runs failed: {', '.join(failed)}; the same "
-            "command tries them again"
+            f"{len(failed)} of {len(trials)} runs failed: {', '.join(failed)}{num_waiting}; the "
+            "same command tries them again"
         )
         return 1
     folders = shlex.join(map(str, _parents(trials)))
-    log.say(f"all runs are complete: python -m fedsp_mpi report {folders} --table comparison")
+    table = "phases" if any(trial.after for trial in trials) else "comparison"
+    log.say(f"all runs are complete: python -m fedsp_mpi report {folders} --table {table}")
     return 0
+
+
+def _can_start(trial: Trial, is_complete: Mapping[Path, bool]) -> bool:
+    """Return whether the run that a trial starts from is complete, or there is none.
+
+    Args:
+        trial: of the sweep.
+        is_complete: by the folder of each run of the sweep; others are complete, as was checked.
+    """
+    earlier = trial.after_folder
+    return earlier is None or is_complete.get(earlier, True)
 
 
 @dataclass(frozen=True)
@@ -364,10 +421,9 @@ def _failure(outcome: _Outcome) -> str:
     return f"FAILED with {end}: {reason} ({log_file})"
 
 
-def _has_complete_record(trial: Trial) -> bool:
+def _has_complete_record(folder: Path) -> bool:
     with suppress(ValueError):  # a damaged record is no reason to stop the other runs
-        run = _read_record(trial)
-        return run is not None and run.status == "complete"
+        return (folder / "run.h5").exists() and read(folder).status == "complete"
     return False
 
 

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from fedsp_mpi.commands.trials import KEYS, NAME
+from fedsp_mpi.commands.trials import AFTER, KEYS, NAME
 from fedsp_mpi.config.schema import DRAFT, EXTENDS, FILES, file_schema
 from fedsp_mpi.files.untrusted import JsonObject
 
 _LAYER: JsonObject = {"anyOf": [*FILES["anyOf"], {"$ref": "#/$defs/configuration"}]}
+_PHASE: JsonObject = {"anyOf": [*FILES["anyOf"], {"$ref": "#/$defs/phase"}]}
+_AFTER: JsonObject = {
+    "description": "what it starts from the result of",
+    "type": ["string", "null"],
+}
 
 
 def sweep_schema() -> JsonObject:
     """Return the JSON schema (draft 2020-12) of a sweep file."""
     names = {"propertyNames": {"pattern": f"^{NAME.pattern}$"}, "minProperties": 1}
     layers = {"type": "object", "additionalProperties": _LAYER}
+    phases = {"type": "object", "additionalProperties": _PHASE}
+    configuration = file_schema()
     forms: dict[str, JsonObject] = {
         "folder": {"type": "string"},
         "base": _LAYER,
@@ -22,9 +29,9 @@ def sweep_schema() -> JsonObject:
             "minItems": 1,
             "uniqueItems": True,
         },
-        "tasks": {**layers, **names},
+        "tasks": {**phases, **names},
         "methods": {**layers, **names},
-        "trials": {**layers, "type": ["object", "null"]},
+        "trials": {**phases, "type": ["object", "null"]},
     }
     properties = {key: {"description": meaning, **forms[key]} for key, meaning in KEYS.items()}
     return {
@@ -33,5 +40,10 @@ def sweep_schema() -> JsonObject:
         "type": "object",
         "properties": {"extends": EXTENDS, **properties},
         "additionalProperties": False,
-        "$defs": {"configuration": file_schema()},
+        "$defs": {"configuration": configuration, "phase": _with_after(configuration)},
     }
+
+
+def _with_after(configuration: JsonObject) -> JsonObject:
+    """Return the form of settings that may also say what they come after."""
+    return {**configuration, "properties": {AFTER: _AFTER, **configuration["properties"]}}

@@ -16,6 +16,19 @@ A trial is one task with one method and one seed, named TASK-METHOD-SEED. Its co
 base, then the task, the method, and the matching entries of `trials` in their order, then `--set`,
 where {task} stands for the task's name and {file} for the file's name without its suffix; the later
 win. Seeds change last, so that a sweep that is interrupted half-way has compared all methods.
+
+A task may be a phase that comes after another:
+
+    tasks:
+      wiki_text: pretrain.yaml
+      ag_news: {extends: finetune.yaml, after: wiki_text}
+
+Each trial of `ag_news` then starts from the result of the trial of `wiki_text` with the same method
+and seed (`model.after` of its configuration). An entry of `trials` may name that of another method
+by `after: TASK-METHOD`, or none by `after: null`. So a method of such a file is one way through all
+phases, such as federated or centralised, and tables have a row for each way and a column for each
+phase. A section of its own would have had to say anew what tasks and methods say: names, layers,
+`{task}`, `--only`.
 """
 
 from __future__ import annotations
@@ -37,27 +50,44 @@ KEYS = {
     "base": "what all trials begin with: a file, a list of files, or settings; without it the "
     "embedded default",
     "seeds": "of each task with each method",
-    "tasks": "names, each with settings, a file, or a list of files",
+    "tasks": "names, each with settings, a file, or a list of files; with `after`, the name of a "
+    "task, its trials start from the results of that one's",
     "methods": "names, each with settings, a file, or a list of files",
-    "trials": "settings of TASK-METHOD, in which * and ? are wildcards; later ones win",
+    "trials": "settings of TASK-METHOD, in which * and ? are wildcards; later ones win; `after` "
+    "names the TASK-METHOD that it starts from",
 }
+AFTER = "after"  # of a task, or of an entry of `trials`
 _KEYS_OF_THE_SWEEP = ("run.folder", "run.name", "run.seed")  # set for every trial by the sweep
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One experiment; `config` is checked, with the run's name, folder and seed in it."""
+    """One experiment.
+
+    Attributes:
+        name: of the run.
+        task, method: their names in the file.
+        config: checked, with the run's name, folder and seed in it.
+        after: name of the trial that it starts from, of the same seed; None: it starts from
+            `model.name`.
+    """
 
     name: str
     task: str
     method: str
     config: Config
+    after: str | None = None
 
     @property
     def folder(self) -> Path:
         """The run's folder."""
         return Path(self.config.run.folder).expanduser() / self.name
+
+    @property
+    def after_folder(self) -> Path | None:
+        """The folder of the run that it starts from; None if it starts from none."""
+        return None if self.after is None else self.folder.parent / self.after
 
     @property
     def method_label(self) -> str:
@@ -82,6 +112,7 @@ def trials_of(file: Path, overrides: Sequence[str] = ()) -> list[Trial]:
     methods = _read_layers(content, "methods", file)
     layers_by_pattern = _read_layers(content, "trials", file)
     _require_matched(layers_by_pattern, tasks, methods, file=file)
+    after = _earlier(tasks, methods, layers_by_pattern, file=file)
     trials = []
     for seed in content["seeds"]:
         for task, task_layer in tasks.items():
@@ -90,19 +121,26 @@ def trials_of(file: Path, overrides: Sequence[str] = ()) -> list[Trial]:
             ]
             override_layer = _read_overrides(filled_in)
             for method, method_layer in methods.items():
-                name = f"{task}-{method}-{seed}"
+                pair = f"{task}-{method}"
+                name = f"{pair}-{seed}"
+                run = {"folder": content["folder"], "name": name, "seed": seed}
                 layers = [
                     base,
                     {"run": {"task_label": task}},
                     task_layer,
                     {"run": {"label": method}},
                     method_layer,
-                    *_matching(layers_by_pattern, f"{task}-{method}"),
+                    *_matching(layers_by_pattern, pair),
                     override_layer,
-                    {"run": {"folder": content["folder"], "name": name, "seed": seed}},
+                    {"run": run},
                 ]
-                trials.append(Trial(name, task, method, _merged_config(name, layers)))
+                earlier = f"{after[pair]}-{seed}" if after[pair] else None
+                if earlier:
+                    layers.append({"model": {"after": str(Path(content["folder"]) / earlier)}})
+                config = _merged_config(name, layers)
+                trials.append(Trial(name, task, method, config, earlier))
     _require_distinct(trials, file)
+    _require_models(trials, file)
     return trials
 
 
@@ -176,7 +214,7 @@ def _read_layer(entry: object, file: Path, where: str) -> JsonObject:
         raise ConfigError(
             f"{file}: {where}: found {shown(entry)}, expected settings, a file, or a list of files"
         )
-    return extended(entry or {}, file)
+    return dict(extended(entry or {}, file))
 
 
 def _matching(layers: Mapping[str, JsonObject], name: str) -> list[JsonObject]:
@@ -195,6 +233,100 @@ def _require_matched(
                 f"{file}: trials: found {shown(pattern)}, which is no task with a method, "
                 "expected TASK-METHOD, for instance " + names[0]
             )
+
+
+# -- phases ----------------------------------------------------------------------------------------
+
+
+def _earlier(
+    tasks: Mapping[str, JsonObject],
+    methods: Iterable[str],
+    layers_by_pattern: Mapping[str, JsonObject],
+    *,
+    file: Path,
+) -> dict[str, str | None]:
+    """Return, by TASK-METHOD, the one that it starts from; None where it starts from none.
+
+    Takes the key out of the layers, which are of the configuration then.
+
+    Args:
+        tasks: layers by name.
+        methods: their names.
+        layers_by_pattern: of the section `trials`.
+        file: the sweep file, for messages.
+
+    Raises:
+        ConfigError: there is no such task or trial, or one comes after itself.
+    """
+    methods = list(methods)
+    pairs = [f"{task}-{method}" for task in tasks for method in methods]
+    after: dict[str, str | None] = dict.fromkeys(pairs)
+    for task, layer in tasks.items():
+        earlier = layer.pop(AFTER, None)
+        _require_name(earlier, tasks, f"{file}: tasks.{task}.{AFTER}", "a task of the file")
+        if earlier is not None:
+            after |= {f"{task}-{method}": f"{earlier}-{method}" for method in methods}
+    for pattern, layer in layers_by_pattern.items():
+        if AFTER not in layer:
+            continue
+        earlier = layer.pop(AFTER)
+        where = f"{file}: trials.{pattern}.{AFTER}"
+        _require_name(earlier, pairs, where, "TASK-METHOD, or null")
+        after |= {pair: earlier for pair in pairs if fnmatchcase(pair, pattern)}
+    for pair in pairs:
+        _require_no_circle(pair, after, file)
+    return after
+
+
+def _require_name(name: object, names: Iterable[str], where: str, expected: str) -> None:
+    """Raise ConfigError if something is named that is not among the names.
+
+    Args:
+        name: null names nothing.
+        names: those that there are.
+        where: the key, with the file.
+        expected: what the names are of, for the message.
+    """
+    names = list(names)
+    if name is not None and name not in names:
+        raise ConfigError(
+            f"{where}: found {shown(name)}, expected {expected}, for instance {names[0]}"
+        )
+
+
+def _require_no_circle(pair: str, after: Mapping[str, str | None], file: Path) -> None:
+    """Raise ConfigError if a trial, TASK-METHOD, comes after itself."""
+    path = [pair]
+    while (earlier := after[path[-1]]) is not None:
+        if earlier in path:
+            circle = " after ".join([*path[path.index(earlier) :], earlier])
+            raise ConfigError(
+                f"{file}: {AFTER}: found {circle}, expected a first phase, which comes after none"
+            )
+        path.append(earlier)
+
+
+def _require_models(trials: Sequence[Trial], file: Path) -> None:
+    """Raise ConfigError if a trial comes after one that leaves no model, or one of another."""
+    by_name = {trial.name: trial for trial in trials}
+    for trial in trials:
+        if trial.after is None:
+            continue
+        earlier = by_name[trial.after]
+        if not earlier.config.leaves_model:
+            raise ConfigError(
+                f"{file}: {trial.name}: found it after {earlier.name} of "
+                f"{earlier.config.method}, which leaves no model, expected one of finetune or "
+                "pretrain, or of lora with lora.merged=true"
+            )
+        if earlier.config.model.name != trial.config.model.name:
+            raise ConfigError(
+                f"{file}: {trial.name}: found model.name {trial.config.model.name} after "
+                f"{earlier.name} with {earlier.config.model.name}, expected one model for both"
+            )
+
+
+# -- command line ----------------------------------------------------------------------------------
 
 
 def _read_overrides(items: Iterable[str]) -> JsonObject:

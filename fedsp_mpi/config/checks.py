@@ -64,6 +64,11 @@ def _require_text(config: Config) -> None:
             "data.template: found one with plain_text, whose documents are read as they are, "
             "expected null"
         )
+    if config.model.weights == "random" and config.model.after is not None:
+        raise ConfigError(
+            "model.weights: found random with model.after, whose weights an earlier run has "
+            "trained, expected pretrained; or set model.after=null"
+        )
     if config.model.weights == "random" and not config.tunes_weights:
         raise ConfigError(
             f"model.weights: found random with method={config.method}, which leaves the weights as "

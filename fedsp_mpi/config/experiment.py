@@ -139,6 +139,11 @@ class Config:
         return self.tunes_weights and not self.adapts
 
     @property
+    def leaves_model(self) -> bool:
+        """Whether the run leaves a whole model that a later one can start from."""
+        return self.trains_all_weights or (self.adapts and self.lora.merged)
+
+    @property
     def searches(self) -> bool:
         """Whether prompts are searched for without gradients."""
         return self.method_facts.searches

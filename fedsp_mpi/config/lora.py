@@ -36,6 +36,12 @@ class LoraConfig:
         "a singular value decomposition (FlexLoRA, Bai et al., 2024)",
     )
 
+    merged: bool = option(
+        False,
+        "also write the model with the adapters merged into its weights, which `model.after` of a "
+        "later run names",
+    )
+
     def check(self, where: str) -> None:
         """Raise ConfigError, under the section's key `where`, on values that cannot work."""
         wrong = [rank for rank in self.ranks if not 1 <= rank <= self.rank]

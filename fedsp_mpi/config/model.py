@@ -44,6 +44,12 @@ class ModelConfig:
         "`random`: new weights from `config.json` alone, drawn with the seed, with methods that "
         "train all weights",
     )
+    after: str | None = option(
+        None,
+        "folder of an earlier run whose result is the global model: complete, of the same "
+        "`model.name`, and with a folder `model` (`finetune`, `pretrain`, or `lora` with "
+        "`lora.merged`)",
+    )
     gradient_checkpointing: bool = option(
         False,
         "recompute activations in the backward pass; refused with prefixes, which checkpointed "

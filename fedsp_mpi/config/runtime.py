@@ -15,6 +15,7 @@ _PATHS = (
     "run.name",
     "model.name",
     "model.tokenizer",
+    "model.after",
     "data.source",
     "server.data.source",
     "federation.silo_cache",

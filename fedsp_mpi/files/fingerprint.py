@@ -108,6 +108,25 @@ def list_folder(folder: Path) -> None:
     (folder / MANIFEST).write_text(json.dumps(digests, indent=2) + "\n", encoding="utf-8")
 
 
+def listed(folder: Path) -> dict[str, str] | None:
+    """Return a folder's list of the digests of its files; None if there is no list.
+
+    Raises:
+        ValueError: the list cannot be read.
+    """
+    try:
+        digests = json.loads((folder / MANIFEST).read_bytes())
+        if not isinstance(digests, dict):
+            raise ValueError("it is not a mapping")
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{folder / MANIFEST}: found no list of digests ({error}), expected the one of a run"
+        ) from None
+    return {str(name): str(digest) for name, digest in digests.items()}
+
+
 def require_digests(folder: Path) -> bool:
     """Check a folder's files against its list of digests.
 
@@ -117,16 +136,9 @@ def require_digests(folder: Path) -> bool:
     Raises:
         ValueError: a file on the list is missing or changed, or the list cannot be read.
     """
-    try:
-        digests = json.loads((folder / MANIFEST).read_bytes())
-        if not isinstance(digests, dict):
-            raise ValueError("it is not a mapping")
-    except FileNotFoundError:
+    digests = listed(folder)
+    if digests is None:
         return False
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(
-            f"{folder / MANIFEST}: found no list of digests ({error}), expected the one of a run"
-        ) from None
     for name, expected in digests.items():
         path = folder / Path(name).name
         try:

@@ -183,6 +183,22 @@ def write(folder: Path, tensors: NamedTensors, settings: LoraConfig, *, base: st
     ownership.place_model(part, folder)
 
 
+def merged(model: nn.Module, folder: Path) -> nn.Module:
+    """Return a model with an adapter that `write` wrote merged into its weights, as peft does it.
+
+    Args:
+        model: of transformers, fp32; it is changed.
+        folder: of the adapter.
+    """
+    import peft
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that GPT-2's maps are transposed
+        adapted = peft.PeftModel.from_pretrained(model, str(folder))
+    merged_model: nn.Module = adapted.merge_and_unload()
+    return merged_model
+
+
 def read(folder: Path) -> dict[str, Tensor]:
     """Return A [rank, in] and B [out, rank] of each map of an adapter that `write` wrote.
 

@@ -8,6 +8,7 @@ other settings have another server-only control; then each control gets a row of
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,15 +22,18 @@ from fedsp_mpi.record.tables import CHANCE
 from fedsp_mpi.report import attack, costs
 from fedsp_mpi.report.costs import value_range
 from fedsp_mpi.report.facts import (
+    PERPLEXITY,
     SERVER_ONLY,
     ZERO_SHOT,
     baselines,
     label_of,
     machine,
     main_measure,
+    origin_weights,
     own_result,
     results_on_test,
     seed_of,
+    shown_measure,
 )
 from fedsp_mpi.report.formatting import (
     NOT_SHOWN,
@@ -68,7 +72,8 @@ class MethodResults:
         label: what the row is called.
         results: by task and seed.
         runs: of the method; none for a control.
-        control_of: labels of the methods whose control it is; none for a method.
+        control_of: labels of the methods whose server-only control it is; none for a method.
+        start_of: of a zero-shot row that is not that of all, labels of the methods that it is of.
         task_of: name of each run's task, by the run's file.
     """
 
@@ -76,12 +81,13 @@ class MethodResults:
     results: dict[str, SeedResults] = field(default_factory=dict)
     runs: list[Run] = field(default_factory=list)
     control_of: tuple[str, ...] = ()
+    start_of: tuple[str, ...] = ()
     task_of: dict[Path, str] = field(default_factory=dict)
 
     def percents(self, task: str) -> list[float]:
-        """Return the main measure on a task in percent, in the order of seeds."""
+        """Return the main measure on a task in percent, in the order of seeds; or perplexities."""
         results = self.results.get(task, {})
-        return [100 * main_measure(results[seed])[1] for seed in sorted(results)]
+        return [shown_measure(results[seed]) for seed in sorted(results)]
 
     def interval(self, task: str) -> Interval:
         """Return what the number of questions leaves open of a score on a task, fractions, at 95 %.
@@ -137,7 +143,10 @@ class Comparison:
         for other in self.methods:
             if row.label in other.control_of:
                 return other
-        return next((other for other in self.methods if other.label == ZERO_SHOT), None)
+        for other in self.methods:
+            if row.label in other.start_of or other.label == ZERO_SHOT:
+                return other
+        return None
 
 
 def read_all(paths: Iterable[str | Path]) -> list[Run]:
@@ -224,10 +233,15 @@ def _controls(runs: Sequence[Run], names: dict[Path, str]) -> list[MethodResults
         names: of their tasks, by file.
     """
     rows = []
-    zero_shot = MethodResults(ZERO_SHOT)
-    _add_results(zero_shot, runs, names, method=ZERO_SHOT)
-    if zero_shot.results:
-        rows.append(zero_shot)
+    # Runs that start from results of others have each the zero-shot of their own start.
+    scored = [run for run in runs if ZERO_SHOT in results_on_test(run)]
+    zero_shots = control_groups(scored, origin_weights, operator.eq, name=ZERO_SHOT)
+    for control in zero_shots:
+        start_of = control.methods if len(zero_shots) > 1 else ()
+        row = MethodResults(control.label, start_of=start_of)
+        of_group = control.runs if start_of else scored
+        _add_results(row, of_group, names, method=ZERO_SHOT)
+        rows.append(row)
     server_only = control_groups(
         runs, lambda run: results_on_test(run).get(SERVER_ONLY), _same_scores
     )
@@ -258,7 +272,9 @@ def _same_scores(a: np.void, b: np.void) -> bool:
     both_unknown = math.isnan(loss_a) and math.isnan(loss_b)
     if not both_unknown and not math.isclose(loss_a, loss_b, rel_tol=1e-3):
         return False
-    return math.isclose(main_measure(a)[1], main_measure(b)[1], abs_tol=1e-9)
+    measure, score = main_measure(a)
+    rel_tol = 1e-3 if measure == PERPLEXITY else 1e-9
+    return math.isclose(score, main_measure(b)[1], rel_tol=rel_tol, abs_tol=1e-9)
 
 
 # -- the table -------------------------------------------------------------------------------------
@@ -266,7 +282,7 @@ def _same_scores(a: np.void, b: np.void) -> bool:
 
 def comparison_table(comparison: Comparison) -> str:
     """Write a comparison as a Markdown table, followed by a legend, what was measured, warnings."""
-    head = ["method", *(f"{task} ({_measure(comparison, task)})" for task in comparison.tasks)]
+    head = ["method", *(f"{task} ({measure_on(comparison, task)})" for task in comparison.tasks)]
     rows = (*comparison.baselines, *comparison.methods)
     body = [[row.label, *(_score(comparison, row, t) for t in comparison.tasks)] for row in rows]
 
@@ -283,7 +299,7 @@ def comparison_table(comparison: Comparison) -> str:
 
     legend = [costs.LEGEND, *_legend(comparison, body)]
     lines = [markdown_table(head, body), "", "\n".join(legend), ""]
-    lines += [printable(fact) for fact in _facts(comparison)]
+    lines += [printable(fact) for fact in facts_below(comparison)]
     lines += [printable(f"- **Warning:** {text}") for text in comparison.warnings]
     return "\n".join(lines)
 
@@ -299,6 +315,8 @@ def _legend(comparison: Comparison, body: Sequence[Sequence[str]]) -> list[str]:
     """Explain the intervals, marks and rows without a model that a table has."""
     cells = [cell for line in body for cell in line[1 : len(comparison.tasks) + 1]]
     lines = []
+    if any(measure_on(comparison, task) == PERPLEXITY for task in comparison.tasks):
+        lines.append("perplexity = of all test tokens, as it is: lower is better.")
     if any("[" in cell for cell in cells):
         lines.append(
             "[a, b] = 95 % interval (Wilson) of a single seed, by the number of its questions."
@@ -308,8 +326,8 @@ def _legend(comparison: Comparison, body: Sequence[Sequence[str]]) -> list[str]:
     return lines + [BASELINES_LEGEND] * bool(comparison.baselines)
 
 
-def _measure(comparison: Comparison, task: str) -> str:
-    """Name the main measure of a task."""
+def measure_on(comparison: Comparison, task: str) -> str:
+    """Name the main measure of a task: "acc", "exact match" or "perplexity"."""
     names: dict[str, None] = {}
     for row in comparison.methods:
         for result in row.results.get(task, {}).values():
@@ -335,13 +353,14 @@ def _attack_success(comparison: Comparison, row: MethodResults, task: str) -> st
 # -- below the table -------------------------------------------------------------------------------
 
 
-def _facts(comparison: Comparison) -> list[str]:
+def facts_below(comparison: Comparison) -> list[str]:
     """Say what was measured: test questions, seeds, rounds, models, machines and dates."""
     runs = [run for row in comparison.methods for run in row.runs]
     questions = []
     for task in comparison.tasks:
         numbers = [n for row in comparison.methods for n in row.num_questions(task)]
-        questions.append(f"{task} {value_range(numbers, lambda n: f'{n:,}')}")
+        kind = " tokens" * (measure_on(comparison, task) == PERPLEXITY)
+        questions.append(f"{task} {value_range(numbers, lambda n: f'{n:,}')}{kind}")
     models = dict.fromkeys(str(run.config.get("model", {}).get("name", "?")) for run in runs)
     machines = dict.fromkeys(", ".join(machine(run.environment)) for run in runs)
     first_day = min(run.created[:10] for run in runs)
@@ -363,7 +382,7 @@ def _facts(comparison: Comparison) -> list[str]:
             lines.append(f"- partition {partition}: {'; '.join(labels)}")
     for row in comparison.methods:
         if row.label.endswith("others)"):  # a control whose label does not name all its methods
-            lines.append(f"- {row.label}: {_listed(row.control_of)}")
+            lines.append(f"- {row.label}: {_listed(row.control_of or row.start_of)}")
     if comparison.unfinished:
         lines.append(f"- not complete: {', '.join(comparison.unfinished)}")
     return lines
@@ -412,7 +431,7 @@ def _mixed_settings(method: MethodResults) -> Iterator[str]:
         names = differing.setdefault(key, {})
         for line in changed_keys(first.config, run.config):
             name = line.partition(":")[0]
-            if name != "run.seed":
+            if name not in ("run.seed", "model.after"):  # a run of the same seed
                 names[name] = None
     for key, names in differing.items():
         if names:

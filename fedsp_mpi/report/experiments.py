@@ -11,7 +11,15 @@ from fedsp_mpi.files.untrusted import JsonMapping, JsonObject, printable
 from fedsp_mpi.record.hdf5 import Run
 from fedsp_mpi.record.tables import CHANCE, TRIGGERED
 from fedsp_mpi.report import attack
-from fedsp_mpi.report.facts import CONTROLS, SERVER_ONLY, main_measure, result_of, run_setting
+from fedsp_mpi.report.facts import (
+    CONTROLS,
+    PERPLEXITY,
+    SERVER_ONLY,
+    better_by,
+    main_measure,
+    result_of,
+    run_setting,
+)
 from fedsp_mpi.report.formatting import (
     NOT_SHOWN,
     NOT_SHOWN_LEGEND,
@@ -30,6 +38,7 @@ _HEAD = (
     "acc",
     "acc_norm",
     "exact match",
+    PERPLEXITY,
     "val. loss",
     "gain",
 )
@@ -41,8 +50,8 @@ def markdown(runs: Iterable[Run]) -> str:
     """Write runs as a Markdown table: mean ± standard deviation over seeds.
 
     Runs that differ only in their seed, name, ranks or deadlines are one experiment. Measures are
-    percent; `gain` is points over the server-only control of the same run. Runs without results are
-    named below the table.
+    percent; `gain` is points over the server-only control of the same run, or by how much the
+    perplexity is lower. Runs without results are named below the table.
     """
     runs = list(runs)
     by_settings: dict[str, list[Run]] = {}
@@ -58,9 +67,14 @@ def markdown(runs: Iterable[Run]) -> str:
     for name, experiment in zip(names, experiments):
         for row in _rows(name, experiment):
             body.append(row[: len(head)])
+    has_marks = any(line[head.index("gain")].endswith(NOT_SHOWN) for line in body)
+    if not any(_has_perplexity(run) for run in runs):
+        column = head.index(PERPLEXITY)
+        for line in (head, *body):
+            del line[column]
     text = markdown_table(head, body, num_left=4)
 
-    if any(line[-1 if len(head) == len(_HEAD) else -2].endswith(NOT_SHOWN) for line in body):
+    if has_marks:
         text += f"\n\n{NOT_SHOWN_LEGEND}"
     unfinished = [
         printable(f"{run.name} ({run.status})")
@@ -97,7 +111,7 @@ def _rows(name: str, runs: Sequence[Run]) -> Iterator[list[str]]:
             seeds.append("?" if seed is None else str(seed))
             control = result_of(run, SERVER_ONLY, split)
             if method not in CONTROLS and control is not None:
-                gains.append(100 * _gain(result, control))
+                gains.append(_gain(result, control))
                 controls.append(control)
             rates = attack.success_rates(run)
             if method in rates:
@@ -118,16 +132,22 @@ def _rows(name: str, runs: Sequence[Run]) -> Iterator[list[str]]:
             score_cell([100 * float(result["acc"]) for result in results], interval),
             mean_and_deviation([100 * float(result["acc_norm"]) for result in results]),
             score_cell([100 * float(result["exact_match"]) for result in results], interval),
+            mean_and_deviation([float(result[PERPLEXITY]) for result in results]),
             mean_and_deviation([float(result["loss"]) for result in results], digits=4),
             gain,
             mean_and_deviation(successes),
         ]
 
 
+def _has_perplexity(run: Run) -> bool:
+    """Return whether a run has scored plain text."""
+    return bool(np.isfinite(run.results[PERPLEXITY]).any())
+
+
 def _gain(result: np.void, control: np.void) -> float:
-    """Return a result's main measure over that of the server-only control of its run."""
-    measure, value = main_measure(result)
-    return value - float(control[measure])
+    """Return what a result has over the server-only control of its run: points, or perplexity."""
+    gain = better_by(result, control)
+    return gain if main_measure(result)[0] == PERPLEXITY else 100 * gain
 
 
 # -- what an experiment is called ------------------------------------------------------------------
@@ -135,7 +155,12 @@ def _gain(result: np.void, control: np.void) -> float:
 
 def _settings(run: Run) -> JsonObject:
     """Return the settings that runs of one experiment have in common."""
-    return {key: value for key, value in run.config.items() if key not in _SAME_EXPERIMENT}
+    settings = {key: value for key, value in run.config.items() if key not in _SAME_EXPERIMENT}
+    after = settings.get("model", {}).get("after")
+    if after is not None:  # in a sweep, the run of an earlier phase with the same seed
+        earlier = str(after).removesuffix(f"-{run_setting(run, 'seed')}")
+        settings["model"] = {**settings["model"], "after": earlier}
+    return settings
 
 
 def _given_names(experiments: Sequence[Sequence[Run]]) -> list[str] | None:

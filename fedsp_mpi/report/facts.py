@@ -16,15 +16,34 @@ from fedsp_mpi.record.tables import LABELS
 ZERO_SHOT = "zero-shot"
 SERVER_ONLY = "server-only"
 CONTROLS = (ZERO_SHOT, SERVER_ONLY)
+PERPLEXITY = "perplexity"  # a measure that is no fraction, and better where it is lower
 
 
 def main_measure(result: np.void) -> tuple[str, float]:
     """Return the measure by which results are compared, and its value, a fraction.
 
-    Exact match where the task has it, else accuracy.
+    Exact match where the task has it, else accuracy; of plain text, the perplexity itself.
     """
     name = "acc" if math.isnan(result["exact_match"]) else "exact_match"
+    if math.isnan(result[name]) and not math.isnan(result[PERPLEXITY]):
+        name = PERPLEXITY
     return name, float(result[name])
+
+
+def shown_measure(result: np.void) -> float:
+    """Return the main measure as tables show it: in percent, or the perplexity."""
+    name, value = main_measure(result)
+    return value if name == PERPLEXITY else 100 * value
+
+
+def better_by(result: np.void, control: np.void) -> float:
+    """Return by how much a result is better than a control, by the result's main measure.
+
+    A fraction, or by how much the perplexity is lower; nan where the control lacks the measure.
+    """
+    name, value = main_measure(result)
+    difference = value - float(control[name])
+    return -difference if name == PERPLEXITY else difference
 
 
 def reads_plain_text(run: Run) -> bool:
@@ -81,6 +100,15 @@ def label_of(run: Run) -> str:
     if result is not None:
         return str(result["method"])
     return str(run_setting(run, "label") or run.config.get("method", "fedsp"))
+
+
+def origin_weights(run: Run) -> JsonMapping:
+    """Return the digests, by file, of the weights of an earlier run that a run has started from.
+
+    Empty of a run that started from none.
+    """
+    runs = run.sections.get("origin", {}).get("runs", [])
+    return runs[0].get("weights", {}) if runs else {}
 
 
 def seed_of(run: Run) -> int:

@@ -9,8 +9,8 @@ import statistics
 
 from fedsp_mpi.files.untrusted import printable
 from fedsp_mpi.record.hdf5 import Run
-from fedsp_mpi.report.comparison import Comparison, MethodResults
-from fedsp_mpi.report.facts import main_measure
+from fedsp_mpi.report.comparison import Comparison, MethodResults, measure_on
+from fedsp_mpi.report.facts import PERPLEXITY, main_measure, shown_measure
 from fedsp_mpi.report.formatting import NOT_SHOWN, NOT_SHOWN_LEGEND, deviation, markdown_table
 from fedsp_mpi.report.significance import includes_zero
 
@@ -43,6 +43,8 @@ def gain_table(comparison: Comparison) -> str | None:
             "; in brackets, the part of the gap between it and "
             f"{printable(top.label)} that this closes"
         )
+    if any(measure_on(comparison, task) == PERPLEXITY for task in comparison.tasks):
+        legend += "; of perplexity, by how much it is lower"
     legend += "."
     if any(cell.endswith(NOT_SHOWN) for row in body for cell in row[1:]):
         legend += f" {NOT_SHOWN_LEGEND}"
@@ -63,9 +65,16 @@ def _tunes_on_all_data(run: Run) -> bool:
 
 
 def _points(row: MethodResults | None, task: str) -> dict[int, float]:
-    """Return the main measure in percent by seed; empty without a row."""
+    """Return the main measure by seed, in percent; a perplexity with a minus. Empty without a row.
+
+    So a difference is a gain where it is positive, whatever the measure.
+    """
     results = row.results.get(task, {}) if row else {}
-    return {seed: 100 * main_measure(result)[1] for seed, result in results.items()}
+    points = {}
+    for seed, result in results.items():
+        sign = -1 if main_measure(result)[0] == PERPLEXITY else 1
+        points[seed] = sign * shown_measure(result)
+    return points
 
 
 def _cell(

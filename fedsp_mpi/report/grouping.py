@@ -1,4 +1,4 @@
-"""Groups runs for comparison: which are on the same task, and which share a server-only control."""
+"""Groups runs for comparison: which are on the same task, and which share a control."""
 
 from __future__ import annotations
 
@@ -135,12 +135,12 @@ def require_distinct(runs: Sequence[Run]) -> None:
             )
 
 
-# -- server-only controls --------------------------------------------------------------------------
+# -- controls --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Control:
-    """A server-only control.
+    """A control, server-only or zero-shot.
 
     Attributes:
         label: what tables call it.
@@ -154,9 +154,13 @@ class Control:
 
 
 def control_groups(
-    runs: Sequence[Run], control: Callable[[Run], T | None], agree: Callable[[T, T], bool]
+    runs: Sequence[Run],
+    control: Callable[[Run], T | None],
+    agree: Callable[[T, T], bool],
+    *,
+    name: str = SERVER_ONLY,
 ) -> list[Control]:
-    """Return the server-only controls of some runs.
+    """Return the server-only controls of some runs, or those of another name.
 
     Methods share a control if theirs agree wherever task and seed are the same; so there is one
     control if all servers had the same settings. All runs of a method have the same one.
@@ -165,6 +169,7 @@ def control_groups(
         runs: of several methods.
         control: returns what is compared of a run; None if the run has no control.
         agree: returns whether two of those are the same.
+        name: of the control in tables.
     """
     by_label: dict[str, list[Run]] = {}
     for run in runs:
@@ -181,7 +186,7 @@ def control_groups(
     controls = []
     for group in groups:
         methods = tuple(dict.fromkeys(label_of(run) for run in group))
-        label = SERVER_ONLY if len(groups) == 1 else f"{SERVER_ONLY} (of {_few(methods)})"
+        label = name if len(groups) == 1 else f"{name} (of {_few(methods)})"
         controls.append(Control(label, methods, tuple(group)))
     return controls
 

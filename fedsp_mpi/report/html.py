@@ -20,7 +20,7 @@ from fedsp_mpi.record.tables import mean_silo_loss
 from fedsp_mpi.report import silos, summary
 from fedsp_mpi.report.chart import Bar, Chart, Line, Spark, bar, chart, spark
 from fedsp_mpi.report.costs import training_seconds
-from fedsp_mpi.report.facts import main_measure, ranks_of
+from fedsp_mpi.report.facts import PERPLEXITY, main_measure, ranks_of
 from fedsp_mpi.report.formatting import (
     as_bytes,
     as_count,
@@ -156,7 +156,9 @@ def _results(run: Run) -> Table:
     head.insert(place, "score, two std. errors")
     body: list[list[Cell]] = []
     for row in run.results:
-        _, score = main_measure(row)
+        measure, score = main_measure(row)
+        if measure == PERPLEXITY:  # which no bar from 0 to 100 % shows
+            score = math.nan
         cells: list[Cell] = [*summary.result_cells(row)]
         cells.insert(place, bar(score, float(row["stderr"])))
         body.append(cells)

@@ -20,11 +20,12 @@ from fedsp_mpi.files.untrusted import JsonObject, printable
 from fedsp_mpi.record.hdf5 import Run
 from fedsp_mpi.record.tables import mean_silo_loss
 from fedsp_mpi.report import silos
-from fedsp_mpi.report.comparison import Comparison
+from fedsp_mpi.report.comparison import Comparison, measure_on
 from fedsp_mpi.report.costs import training_seconds
-from fedsp_mpi.report.facts import label_of, reads_plain_text, seed_of
+from fedsp_mpi.report.facts import PERPLEXITY, label_of, reads_plain_text, seed_of, shown_measure
 from fedsp_mpi.report.formatting import as_bytes, deviation, shortened
 from fedsp_mpi.report.grouping import control_groups, require_distinct, task_names
+from fedsp_mpi.report.phases import Phase, phases
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -67,7 +68,7 @@ def draw_bars(comparison: Comparison, path: str | Path) -> None:
 
     The best bar of a panel is at the top; each has its name beside it and its score behind it.
     Methods are blue, controls grey. A thin line is the standard deviation over seeds or, where
-    there is one seed, the standard error of the score.
+    there is one seed, the standard error of the score. Of perplexities the lowest is the best.
 
     Raises:
         ValueError: matplotlib is missing, or the file cannot be written.
@@ -82,10 +83,38 @@ def draw_bars(comparison: Comparison, path: str | Path) -> None:
         grid = figure.subplots(num_rows, num_columns, squeeze=False).flat
         for axes, task, bars in zip(grid, tasks, bars_of):
             _draw_bars(axes, bars, height=most_bars)
-            axes.set_title(printable(task), loc="left", fontweight="bold")
+            axes.set_title(
+                _panel_title(task, measure_on(comparison, task)), loc="left", fontweight="bold"
+            )
         for axes in list(grid)[len(tasks) :]:
             axes.set_axis_off()
         figure.supxlabel(f"score in percent; {_errors_legend(bars_of)}", fontsize=9)
+
+
+def draw_phases(comparison: Comparison, path: str | Path) -> None:
+    """Draw what each phase has brought: a panel for each, from left to right.
+
+    A line of each method goes from its score at the start, a hollow dot, to that at the end. A thin
+    vertical line is the standard deviation over seeds. Perplexities are on a logarithmic scale.
+
+    Raises:
+        ValueError: matplotlib is missing, or the file cannot be written.
+    """
+    by_name: dict[str, list[Phase]] = {}
+    for phase in phases(comparison):
+        by_name.setdefault(phase.name, []).append(phase)
+    methods = list(dict.fromkeys(row.method for rows in by_name.values() for row in rows))
+    with _picture(path) as figure:
+        figure.set_size_inches(1 + 2.8 * len(by_name), 3.6)
+        grid = figure.subplots(1, len(by_name), squeeze=False)[0]
+        for axes, (name, rows) in zip(grid, by_name.items()):
+            for row in rows:
+                _draw_phase(axes, row, methods.index(row.method))
+            axes.set_xticks([0, 1], ["before", "after"])
+            axes.set_xlim(-0.3, 1.3)
+            axes.set_title(_panel_title(name, rows[0].measure), loc="left", fontweight="bold")
+            axes.set_ylabel(_axis_title(rows[0].measure))
+        _add_legend(figure, grid, location="outside lower center", max_columns=4)
 
 
 def draw_curves(runs: Sequence[Run], path: str | Path) -> None:
@@ -302,6 +331,55 @@ def _draw_shard_bars(
     )
 
 
+# -- phases ----------------------------------------------------------------------------------------
+
+
+def _panel_title(task: str, measure: str) -> str:
+    """Return a task's name, with its measure where that is no score in percent."""
+    note = ", perplexity (lower is better)" * (measure == PERPLEXITY)
+    return printable(task) + note
+
+
+def _axis_title(measure: str) -> str:
+    return measure if measure == PERPLEXITY else f"{measure}, percent"
+
+
+def _draw_phase(axes: Axes, phase: Phase, method: int) -> None:
+    """Draw one method's line from the start of a phase to its end.
+
+    Args:
+        axes: to draw on.
+        phase: of one method.
+        method: its number, by which lines of several methods can be told apart.
+    """
+    colour = COLOURS[method % len(COLOURS)]
+    shift = 0.04 * method
+    height = -6 if method % 2 else 6  # of numbers, so that close ones do not cover each other
+    places = ([0.0] if phase.before else []) + [1.0]
+    scores = [
+        [shown_measure(result) for result in results]
+        for results in (phase.before, phase.after)
+        if results
+    ]
+    means = [statistics.fmean(values) for values in scores]
+    errors = [deviation(values) if len(values) > 1 else 0.0 for values in scores]
+    line = [place + shift for place in places]
+    axes.errorbar(line, means, yerr=errors, color=colour, label=phase.method, capsize=2)
+    for place, mean, is_end in zip(line, means, [len(means) == 1, True]):
+        axes.plot(place, mean, marker="o", color=colour, markerfacecolor=colour if is_end else "w")
+        axes.annotate(
+            f"{mean:.1f}",
+            (place, mean),
+            (6 if is_end else -6, height),
+            textcoords="offset points",
+            ha="left" if is_end else "right",
+            va="center",
+            fontsize=8,
+        )
+    if phase.measure == PERPLEXITY:
+        axes.set_yscale("log")
+
+
 # -- bars ------------------------------------------------------------------------------------------
 
 
@@ -311,7 +389,7 @@ class _Bar:
 
     Attributes:
         label: of the method.
-        percent: mean of the main measure over seeds.
+        percent: mean of the main measure over seeds; of a perplexity, itself.
         error: in points; nan where none is known.
         num_seeds: with one, the error is the standard error of its score.
         is_control: whether it is grey.
@@ -325,7 +403,7 @@ class _Bar:
 
 
 def _bars(comparison: Comparison, task: str) -> list[_Bar]:
-    """Return the bars of a task, the highest first; methods without a score are left out."""
+    """Return the bars of a task, the best first; methods without a score are left out."""
     bars = []
     for method in comparison.methods:
         percents = [value for value in method.percents(task) if math.isfinite(value)]
@@ -345,7 +423,8 @@ def _bars(comparison: Comparison, task: str) -> list[_Bar]:
                 is_control=not method.runs,
             )
         )
-    return sorted(bars, key=lambda bar: -bar.percent)
+    is_lower_better = measure_on(comparison, task) == PERPLEXITY
+    return sorted(bars, key=lambda bar: bar.percent, reverse=not is_lower_better)
 
 
 def _draw_bars(axes: Axes, bars: Sequence[_Bar], *, height: int) -> None:
@@ -353,7 +432,7 @@ def _draw_bars(axes: Axes, bars: Sequence[_Bar], *, height: int) -> None:
 
     Args:
         axes: to draw on.
-        bars: the highest first.
+        bars: the best first.
         height: number of bars that the panel has room for, so that all bars are of one width.
     """
     percents = [bar.percent for bar in bars]

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fedsp_mpi.report.facts import main_measure
+from fedsp_mpi.report.facts import PERPLEXITY, better_by, main_measure
 
 Z = statistics.NormalDist().inv_cdf(0.975)
 # Of Student's t distribution with 1, 2, ... degrees of freedom, the 0.975 quantile.
@@ -64,13 +64,19 @@ def difference(share: float, n: int, *, other: float, n_other: int) -> Interval:
 
 
 def result_interval(result: np.void) -> Interval:
-    """Return the 95 % interval of a result's main measure, fractions."""
-    return wilson(main_measure(result)[1], int(result["n"]))
+    """Return the 95 % interval of a result's main measure, fractions; nan of a perplexity."""
+    measure, value = main_measure(result)
+    return UNKNOWN if measure == PERPLEXITY else wilson(value, int(result["n"]))
 
 
 def result_difference(result: np.void, control: np.void) -> Interval:
-    """Return the 95 % interval of what a result has over a control's, by its main measure."""
+    """Return the 95 % interval of what a result has over a control's, by its main measure.
+
+    Fractions; nan of perplexities, of which a record holds no spread.
+    """
     measure, value = main_measure(result)
+    if measure == PERPLEXITY:
+        return UNKNOWN
     return difference(
         value, int(result["n"]), other=float(control[measure]), n_other=int(control["n"])
     )
@@ -105,7 +111,7 @@ def includes_zero(interval: Interval) -> bool:
 
 
 def gain_interval(results: Sequence[np.void], controls: Sequence[np.void]) -> Interval:
-    """Return the 95 % interval of the mean gain over a control, fractions.
+    """Return the 95 % interval of the mean gain over a control, fractions or perplexities.
 
     With one seed it is what the number of questions leaves open; with more, what the spread of the
     gains over seeds does, unless there is none.
@@ -116,10 +122,7 @@ def gain_interval(results: Sequence[np.void], controls: Sequence[np.void]) -> In
     """
     if not results:
         return UNKNOWN
-    gains = []
-    for result, control in zip(results, controls, strict=True):
-        measure, value = main_measure(result)
-        gains.append(value - float(control[measure]))
+    gains = [better_by(result, control) for result, control in zip(results, controls, strict=True)]
     if max(gains) - min(gains) < _SAME:
         return result_difference(results[0], controls[0])
     return mean_interval(gains)

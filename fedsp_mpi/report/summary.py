@@ -7,6 +7,7 @@ What it takes from the free-form parts of a record, where they are there and hav
         what clients hold of the global model: layers, layers_copied, exact_copies (values)
     sections["data"]: task, train, validation, test, server_shard, client_shards
     sections["distillation"]: seconds, reused_from
+    sections["origin"]: runs = [{"run", "method", "round", "rounds"}, ...], the last one first
     sections["timing"]: seconds, seconds_checkpoints
     sections["instruction"]: text
 """
@@ -24,13 +25,15 @@ from fedsp_mpi.files.untrusted import printable
 from fedsp_mpi.record.going_on import newest_environment, resume_command
 from fedsp_mpi.record.hdf5 import KILLED, Run
 from fedsp_mpi.record.tables import LABELS, TRIGGERED
-from fedsp_mpi.report import attack, handed_out, plain_use, silos
+from fedsp_mpi.report import attack, handed_out, phases, plain_use, silos
 from fedsp_mpi.report.costs import training_seconds
 from fedsp_mpi.report.facts import (
     CONTROLS,
+    PERPLEXITY,
     SERVER_ONLY,
     ZERO_SHOT,
     baselines,
+    better_by,
     machine,
     main_measure,
     ranks_of,
@@ -104,6 +107,7 @@ def _header(run: Run) -> list[str]:
     if run.environment.get("commit"):
         lines.append(f"commit    {run.environment['commit']}")
     lines += wrapped("models    ", _models(run))
+    lines += wrapped("starts    ", phases.origin_words(run))
     handout = handed_out.sentence(run.sections.get("models", {}))
     if handout:
         lines += wrapped("clients   ", [f"get {handout}"])
@@ -350,11 +354,15 @@ def _verdict(row: np.void, control: np.void) -> list[str]:
 
     By the main measure or, where no test was scored, by the loss.
     """
-    measure, value = main_measure(row)
-    gain = value - float(control[measure])
+    measure, _ = main_measure(row)
+    gain = better_by(row, control)
     if math.isnan(gain):
         return _loss_verdict(row, control)
     method = row["method"]
+    if measure == PERPLEXITY:
+        change = "lower" if gain > 0 else "higher"
+        against = f"{method} against {control['method']} ({row['split']})"
+        return [f"{against}: perplexity {change} by {abs(gain):.2f}"]
     text = f"{method} against {control['method']} ({row['split']}): "
     text += f"{100 * gain:+.2f} points of {measure}"
     error = math.hypot(row["stderr"], control["stderr"])

@@ -11,6 +11,7 @@ from importlib import import_module
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from fedsp_mpi.aggregation.fedavg import weighted_mean
 from fedsp_mpi.aggregation.outer import OuterOptimizer, OuterSettings
@@ -305,6 +306,8 @@ def _on_device(answer: Answer | None, compute: Compute) -> Answer | None:
 def save(inputs: ExperimentInputs, server: Server, *, exported: NamedTensors, folder: Path) -> None:
     """Write what a run is for: the prompt as a peft adapter in `prompt`, or the model in `model`.
 
+    Low-rank adapters go to `adapter`, and merged into the model to `model` if that is asked for.
+
     Args:
         inputs: of the experiment.
         server: the method's server.
@@ -314,6 +317,8 @@ def save(inputs: ExperimentInputs, server: Server, *, exported: NamedTensors, fo
     config = inputs.config
     if config.adapts:
         lora.write(folder / config.tuned_folder, exported, config.lora, base=inputs.model_name)
+        if config.lora.merged:
+            _save_merged(inputs, folder)
     elif server.prompt:
         task = PEFT_TASKS[server.model.kind]
         write_adapter(
@@ -327,6 +332,19 @@ def save(inputs: ExperimentInputs, server: Server, *, exported: NamedTensors, fo
     else:
         server.restore(exported)
         auxiliary.write_model(folder / "model", server.model.model, inputs.tokenizer)
+
+
+def _save_merged(inputs: ExperimentInputs, folder: Path) -> None:
+    """Write the model, read again in fp32 on the CPU, with a run's adapters merged into it."""
+    base = backbone.load_global(
+        inputs.model_name,
+        device=torch.device("cpu"),
+        revision=inputs.config.model.revision,
+        trainable=True,
+        initial_seed=inputs.initial_seed,
+    )
+    merged = lora.merged(base.model, folder / inputs.config.tuned_folder)
+    auxiliary.write_model(folder / "model", merged, inputs.tokenizer)
 
 
 def scoring_model(inputs: ExperimentInputs, model: LanguageModel) -> LanguageModel:

@@ -71,6 +71,7 @@ class ExperimentInputs(ModelInputs):
         return {
             "model.name": self.config.model.name,
             "model.tokenizer": self.config.model.tokenizer,
+            "model.after": self.config.model.after,
             "data.source": self.config.data.source,
             "distillation.text": self.config.distillation.text,
         }
@@ -542,6 +543,7 @@ class ExperimentInputs(ModelInputs):
 
     def check_model(self) -> None:
         """Raise ValueError on the first thing that cannot work with the model, whatever text."""
+        _ = self.origin
         if self.is_cloze:
             self._require_possible_for_cloze()
         if not self.config.tunes_weights:

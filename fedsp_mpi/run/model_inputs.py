@@ -12,8 +12,10 @@ import torch
 from fedsp_mpi.config import Config, ConfigError
 from fedsp_mpi.data.instructions import InstructionTokens
 from fedsp_mpi.data.tokens import token_ids
+from fedsp_mpi.files.untrusted import JsonObject
 from fedsp_mpi.models import auxiliary, backbone, families
 from fedsp_mpi.models.prompts import DepthMap, Prompt, PromptSpec
+from fedsp_mpi.run import origin
 
 RESOURCES = Path(__file__).parent.parent / "resources"
 
@@ -26,7 +28,7 @@ class ModelInputs:
 
     Attributes:
         config: of the experiment.
-        model_name: hub name or folder of the global model.
+        model_name: hub name or folder of the global model, which may be an earlier run's result.
     """
 
     def __init__(self, config: Config) -> None:
@@ -34,11 +36,22 @@ class ModelInputs:
         self.config = config
         name = config.model.name
         self.model_name = str(RESOURCES / "model") if name == "embedded" else str(name)
+        if config.model.after is not None:
+            self.model_name = origin.model_folder(config.model.after)
 
     @property
     def initial_seed(self) -> int | None:
         """Seed of weights that are drawn; None where they are read."""
         return self.config.run.seed if self.config.model.weights == "random" else None
+
+    @cached_property
+    def origin(self) -> JsonObject | None:
+        """The earlier runs that the global model comes from, as the record has it; None: none.
+
+        Raises:
+            ConfigError: `model.after` is no complete run of this model.
+        """
+        return origin.origin(self.config)
 
     @cached_property
     def model_config(self) -> Any:

@@ -13,7 +13,7 @@ from fedsp_mpi.files import ownership
 from fedsp_mpi.files.untrusted import JsonObject
 from fedsp_mpi.log import Log, one_line
 from fedsp_mpi.record import Checkpoint, Checkpoints, RunRecord, read
-from fedsp_mpi.run import environment, fingerprints
+from fedsp_mpi.run import environment, fingerprints, origin
 from fedsp_mpi.run.folder import RunFolder
 from fedsp_mpi.run.inputs import ExperimentInputs
 from fedsp_mpi.run.ranks import Assignment, RankInfo
@@ -81,6 +81,7 @@ def begin_record(
             topology={"assignment": [list(ids) for ids in assignment]},
             **_silos(config),
             inputs=digests,
+            **_origin(inputs),
             **_privacy(config),
         )
     return OpenRecord(record, digests)
@@ -143,6 +144,11 @@ def resume_record(
     note = "" if resumed else ": it has no checkpoint"
     log.say(f"goes on after round {rounds_done} of {folder}{note}")
     return OpenRecord(record, digests, resumed)
+
+
+def _origin(inputs: ExperimentInputs) -> dict[str, JsonObject]:
+    """Return the record's section `origin`, if the global model comes from an earlier run."""
+    return {} if inputs.origin is None else {origin.SECTION: inputs.origin}
 
 
 def _silos(config: Config) -> dict[str, JsonObject]:

@@ -60,6 +60,8 @@ def say_inputs(log: Log, inputs: ExperimentInputs, *, is_embedded: bool) -> None
     server_size, *client_sizes = inputs.shard_sizes
     log.say(f"recipe    {config.recipe}{_settings_note(config, is_embedded)}")
     log.say(f"model     {config.model.name}: {model.model_type}, {model.num_hidden_layers} layers")
+    if inputs.origin is not None:
+        log.say(f"          starts from {inputs.origin['runs'][0]['folder']}")
     mean_size = sum(client_sizes) // max(1, len(client_sizes))
     if config.federation.silos:
         log.say(

@@ -150,3 +150,21 @@ def test_the_folder_of_a_run_is_a_stock_adapter_with_the_runs_scores(folder):
         ).item()
         count += text.num_answers
     assert total / count == pytest.approx(row["loss"], abs=1e-5)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_a_merged_model_is_the_adapted_one(family, tmp_path):
+    name = tiny.model_folder(tmp_path / "model", family)
+    settings = LoraConfig(rank=2, alpha=6)
+    model = tiny.load(name)
+    adapters = Lora(model, settings).initialise(seed=1)
+    with torch.no_grad():
+        for parameter in adapters.parameters():
+            parameter.normal_(std=0.3)
+    lora.write(tmp_path / "adapter", adapters.pack(), settings, base=name)
+    ids = torch.arange(4, 24).reshape(2, 10)
+    merged = lora.merged(AutoModelForCausalLM.from_pretrained(name), tmp_path / "adapter")
+    merged.save_pretrained(tmp_path / "merged")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    torch.testing.assert_close(again(ids).logits, model.model(ids).logits, rtol=0, atol=1e-5)
+    assert not any("lora" in key for key, _ in again.named_parameters())
