@@ -175,7 +175,9 @@ def run_round(
 
     # --- validate, at the server and where the text is ---
     with guard.phase("validation", round=round):
-        loss = server.accept_or_revert(before, aggregate_loss)
+        loss = aggregate_loss
+        if trace is not None:
+            loss = server.accept_or_revert(before, aggregate_loss)
         control_loss = server.validate_control(round)
         watch.lap("validation")
     silo_scores: list[SiloRow] = []
@@ -193,8 +195,8 @@ def run_round(
             round=round,
             num_clients=len(updates.reports) + len(updates.failures),
             num_failed=len(updates.failures) + len(updates.rejected),
-            server_loss_first=trace.first,
-            server_loss_last=trace.last,
+            server_loss_first=trace.first if trace else math.nan,
+            server_loss_last=trace.last if trace else math.nan,
             validation_merged=aggregate_loss,
             validation_loss=loss,
             control_validation_loss=control_loss,

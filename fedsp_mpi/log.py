@@ -129,7 +129,7 @@ class Log:
             client_name: returns what a client of an id is called.
         """
         if self.bar is not None:
-            return RoundBar(self.bar, client_name)
+            return RoundBar(self.bar, client_name, self.say)
         return RoundProgress(self.say, every, client_name)
 
 
@@ -204,6 +204,10 @@ class RoundProgress:
         self._done = 0
         self._last_line = time.monotonic()
 
+    def say(self, text: str) -> None:
+        """Show one line, whatever the time."""
+        self._say(text)
+
     def begin(self, round: int) -> None:
         """Start the clock of a round."""
         self._round = round
@@ -248,12 +252,15 @@ class RoundBar(RoundProgress):
     Args:
         bar: of the terminal.
         client_name: returns what a client of an id is called.
+        say: takes one line.
     """
 
     _where = ""  # a bar needs the room
 
-    def __init__(self, bar: Bar, client_name: Callable[[int], str]) -> None:
-        super().__init__(client_name=client_name)
+    def __init__(
+        self, bar: Bar, client_name: Callable[[int], str], say: Callable[[str], None]
+    ) -> None:
+        super().__init__(say, client_name=client_name)
         self._bar = bar
 
     def stage(self, unit: str, total: int) -> None:

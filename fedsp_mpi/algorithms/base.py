@@ -17,10 +17,11 @@ from torch import nn
 
 from fedsp_mpi.aggregation.fedavg import Updates
 from fedsp_mpi.config import Config, StageConfig
-from fedsp_mpi.data.tokens import Batches, Text
+from fedsp_mpi.data.instructions import InstructionTokens
+from fedsp_mpi.data.tokens import Batches, Question, Text
 from fedsp_mpi.log import RoundProgress
 from fedsp_mpi.models.language_model import LanguageModel
-from fedsp_mpi.models.prompts import DepthMap, Prompt, PromptSpec
+from fedsp_mpi.models.prompts import DepthMap, Prompt, PromptBatch, PromptSpec
 from fedsp_mpi.record.tables import SERVER_COLUMNS
 from fedsp_mpi.tensors import ClientError, NamedTensors, Schema, State, Update
 from fedsp_mpi.training.device import Compute
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 Rule = Callable[[Updates], NamedTensors]
 InferenceCall = Callable[[int, np.ndarray], np.ndarray]
+ChoiceLosses = Callable[[LanguageModel, PromptBatch, Sequence[Question], int], np.ndarray]
 Shard = TypeVar("Shard")
 
 
@@ -61,8 +63,8 @@ class Server(Protocol):
     def load_aggregate(self, aggregate: NamedTensors) -> None:
         """Make the aggregate the server's own."""
 
-    def server_update(self, round: int) -> Trace:
-        """Tune on the global model; a method without such a step returns an empty trace."""
+    def server_update(self, round: int) -> Trace | None:
+        """Tune on the global model; None, if there is no such step."""
 
     def parameters(self) -> Iterable[nn.Parameter]:
         """Return what the server tunes."""
@@ -170,9 +172,20 @@ class MethodInputs(Protocol):
     def word_token_ids(self) -> np.ndarray:
         """Sorted ids of the tokens that are words, int64 [number]."""
 
+    @property
+    def instruction_tokens(self) -> InstructionTokens:
+        """What turns phrases into the rows of token ids that instructions are."""
+
+    @property
+    def scores_choices(self) -> bool:
+        """Whether instructions are scored by the choices of questions, not by the answers' loss."""
+
     def first_prompt(self, model: LanguageModel) -> Prompt: ...
 
     def shard(self, owner: int) -> Sequence[Text]: ...
+
+    def questions(self, owner: int) -> Sequence[Question]:
+        """Return the texts of client `owner` - 1 as `ClientContext.choice_losses` takes them."""
 
     def batches(
         self, owner: int, stage: StageConfig, purpose: str, *, group: ServerGroup = ...
@@ -192,7 +205,7 @@ class ServerContext:
         rule: makes one update of many.
         client_model: the model that clients get, for a server that learns from it; None for the
             server-only control and on the server's other ranks.
-        progress: is told of every step of the server's tuning.
+        progress: is told of every step of the server's tuning, and shows lines.
     """
 
     inputs: MethodInputs
@@ -221,6 +234,9 @@ class ClientContext:
         depth: layers of the clients' model.
         build_model: builds the clients' model without weights; True: with dropout.
         call_server: asks the server for losses, where clients hold no model.
+        choice_losses: returns, under a model and each of several prompts, the cross entropy of
+            the right choice of each question, fp64 [prompts, questions], in nats; takes the most
+            tokens of a forward pass too.
         progress: is told of every step.
     """
 
@@ -231,6 +247,7 @@ class ClientContext:
     depth: int
     build_model: Callable[[bool], LanguageModel]
     call_server: InferenceCall
+    choice_losses: ChoiceLosses
     progress: RoundProgress
 
     def shards(self, read: Callable[[int], Shard]) -> dict[int, Shard | ShardError]:
@@ -305,6 +322,15 @@ class Method(ABC):
         """Return what answers clients that hold no model, from fp32 [any number] to the same.
 
         None if every client holds a model.
+        """
+        return None
+
+    def words(self, inputs: MethodInputs, exported: NamedTensors) -> str | None:
+        """Return what the server exported as text, where it is words; else None.
+
+        Args:
+            inputs: of the experiment.
+            exported: as `Server.export` returns it.
         """
         return None
 

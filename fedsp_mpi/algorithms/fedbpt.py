@@ -10,10 +10,11 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fedsp_mpi import rng
 from fedsp_mpi.aggregation.fedavg import Updates
@@ -46,7 +47,30 @@ from fedsp_mpi.models.prompts import DepthMap, Prompt
 from fedsp_mpi.models.subspace import Subspace, scale_of
 from fedsp_mpi.tensors import NamedTensors, Schema, State, Update
 from fedsp_mpi.training.cma_es import CmaEs
-from fedsp_mpi.training.loop import NonFiniteError, Trace
+from fedsp_mpi.training.loop import NonFiniteError
+
+
+@dataclass(frozen=True)
+class Projection:
+    """The map from points of the search to prompts of a model.
+
+    Attributes:
+        initial: the first prompt, at the depth of that model, [tokens, row width].
+        subspace: maps z to what is added to it, at the depth of the global model.
+        depths: maps that to this model's depth.
+    """
+
+    initial: Tensor
+    subspace: Subspace
+    depths: DepthMap
+
+    def __call__(self, points: np.ndarray) -> Tensor:
+        """Return the prompt of each point z [points, dimension]: fp32 [points, tokens, width]."""
+        changes = [
+            self.depths.down({"prompt": change})["prompt"]
+            for change in self.subspace.expand(points)
+        ]
+        return self.initial + torch.stack(changes)
 
 
 class SearchServer:
@@ -156,9 +180,8 @@ class SearchServer:
         """Continue from the merged search, and set the prompt to that of its mean."""
         self.load_state(dict(aggregate))
 
-    def server_update(self, round: int) -> Trace:
-        """Return an empty trace: the server does not tune."""
-        return Trace()
+    def server_update(self, round: int) -> None:
+        """Do nothing: the server does not tune."""
 
     def parameters(self) -> Iterable[nn.Parameter]:
         """Return the prompt's parameters."""
@@ -350,9 +373,11 @@ class FedBPT(Method):
             inference = LocalInference(
                 context.model,
                 Prompt(inputs.prompt_spec).to(context.compute.device),
-                prompt.matrix().detach().clone(),
-                subspace=subspace,
-                depths=DepthMap(inputs.prompt_spec, layers, tuple(range(layers))),
+                Projection(
+                    prompt.matrix().detach().clone(),
+                    subspace,
+                    DepthMap(inputs.prompt_spec, layers, tuple(range(layers))),
+                ),
                 batch_tokens=search.batch_tokens,
             )
         return self.server_class(
@@ -411,9 +436,11 @@ class FedBPT(Method):
             inference = LocalInference(
                 model.round_weights(),
                 Prompt(inputs.depth_map.small).to(context.compute.device),
-                context.tensors.select("prompt/").torch()["prompt"].clone(),
-                subspace=_subspace(inputs, context.tensors["search/scale"].item()),
-                depths=inputs.depth_map,
+                Projection(
+                    context.tensors.select("prompt/").torch()["prompt"].clone(),
+                    _subspace(inputs, context.tensors["search/scale"].item()),
+                    inputs.depth_map,
+                ),
                 batch_tokens=config.search.batch_tokens,
             )
         return self.client_class(

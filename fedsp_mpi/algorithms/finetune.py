@@ -156,10 +156,10 @@ class WeightServer:
         """Make the merged tensors the server's own."""
         self.restore(aggregate)
 
-    def server_update(self, round: int) -> Trace:
-        """Tune the global model on the server's own shard."""
+    def server_update(self, round: int) -> Trace | None:
+        """Tune the global model on the server's own shard, if it has one to tune on."""
         if self._batches is None:
-            return Trace()
+            return None
         self._progress.server(round)
         self._progress.stage("step", self._stage.steps)
         loss = partial(answer_loss_of, self.model, None)

@@ -16,8 +16,7 @@ from torch import Tensor
 from fedsp_mpi.data.tokens import Text, by_length, collate
 from fedsp_mpi.models.language_model import LanguageModel
 from fedsp_mpi.models.losses import answer_losses
-from fedsp_mpi.models.prompts import DepthMap, Prompt, PromptBatch
-from fedsp_mpi.models.subspace import Subspace
+from fedsp_mpi.models.prompts import Prompt, PromptBatch
 from fedsp_mpi.training.device import oom_as_client_error
 
 Texts = Sequence[Text]
@@ -45,7 +44,7 @@ class InferenceBackend(Protocol):
 
         Args:
             client: whose texts they are.
-            points: z, [points, dimension].
+            points: what prompts are made of, [points, dimension].
             groups: texts whose losses are returned apart.
 
         Returns:
@@ -60,9 +59,7 @@ class LocalInference:
     Args:
         model: frozen.
         prompt: of that model's depth; is set to the point that was tried last.
-        initial: the first prompt, [tokens, row width].
-        subspace: maps z to what is added to it, at the depth of the global model.
-        depths: maps that to this model's depth.
+        matrices: returns the prompt of each point, fp32 [points, tokens, row width].
         batch_tokens: most tokens of a forward pass, prompts among them.
     """
 
@@ -70,17 +67,13 @@ class LocalInference:
         self,
         model: LanguageModel,
         prompt: Prompt,
-        initial: Tensor,
+        matrices: Callable[[np.ndarray], Tensor],
         *,
-        subspace: Subspace,
-        depths: DepthMap,
         batch_tokens: int,
     ) -> None:
         self.model = model
         self.prompt = prompt.requires_grad_(False)
-        self._initial = initial
-        self._subspace = subspace
-        self._depths = depths
+        self._matrices = matrices
         self._batch_tokens = batch_tokens
 
     def losses(self, client: int, points: np.ndarray, groups: Sequence[Texts]) -> list[np.ndarray]:
@@ -91,32 +84,29 @@ class LocalInference:
         """
         spec = self.prompt.spec
         texts = [text for group in groups for text in group]
-        matrices = self._prompt_matrices(points)
+        prompts = self.prompts(points)
         losses = np.empty((len(points), len(texts)))
         pairs = [text for _ in points for text in texts]  # point by point
         with oom_as_client_error(), torch.inference_mode(), self.model.evaluating():
-            indices = torch.arange(len(matrices))
-            prompts = self.model.precompute_cache(PromptBatch(spec, matrices, indices))
             for batch in by_length(pairs, self._batch_tokens, spec.num_tokens):
                 point_of, text_of = np.divmod(batch, len(texts))
-                owners = torch.from_numpy(point_of).to(matrices.device)
+                owners = torch.from_numpy(point_of).to(prompts.values.device)
                 losses[point_of, text_of] = self._batch_losses(
                     [texts[index] for index in text_of], replace(prompts, prompt_index=owners)
                 )
-        self.prompt.load({"prompt": matrices[-1]})
+        self.prompt.load({"prompt": prompts.values[-1]})
         return np.split(losses, np.cumsum([len(group) for group in groups])[:-1], axis=1)
+
+    def prompts(self, points: np.ndarray) -> PromptBatch:
+        """Return the prompts of points [points, dimension], read by the model already."""
+        matrices = self._matrices(points).to(self.model.device)
+        prompts = PromptBatch(self.prompt.spec, matrices, torch.arange(len(matrices)))
+        with oom_as_client_error(), torch.inference_mode(), self.model.evaluating():
+            return self.model.precompute_cache(prompts)
 
     def hold(self, point: np.ndarray) -> None:
         """Set the prompt to that of a point, [dimension]."""
-        self.prompt.load({"prompt": self._prompt_matrices(point[None])[0]})
-
-    def _prompt_matrices(self, points: np.ndarray) -> Tensor:
-        """Return the prompt of each point, fp32 [points, tokens, row width]."""
-        changes = [
-            self._depths.down({"prompt": change})["prompt"]
-            for change in self._subspace.expand(points)
-        ]
-        return (self._initial + torch.stack(changes)).to(self.model.device)
+        self.prompt.load({"prompt": self._matrices(point[None])[0]})
 
     def _batch_losses(self, texts: Texts, prompts: PromptBatch) -> np.ndarray:
         """Return the mean loss of each text's answer, fp64 [texts]."""

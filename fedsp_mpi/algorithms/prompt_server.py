@@ -84,16 +84,16 @@ class PromptServer:
         if self._distiller:
             self._distiller.set_teacher_prompt(aggregate)
 
-    def server_update(self, round: int) -> Trace:
+    def server_update(self, round: int) -> Trace | None:
         """Tune the prompt on the global model, by distillation and then on the server's shard.
 
         Returns:
-            The trace of the latter.
+            The trace of the latter; None, if there is neither.
         """
         if self._distiller:
             self._distiller.distill(self.model, self.prompt, round)
         if self._batches is None:
-            return Trace()
+            return Trace() if self._distiller else None
         self._progress.server(round)
         self._progress.stage("step", self._stage.steps)
         loss = partial(answer_loss_of, self.model, self.prompt)

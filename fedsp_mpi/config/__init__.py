@@ -19,6 +19,7 @@ from fedsp_mpi.config.federation import (
     OuterConfig,
     ServerConfig,
 )
+from fedsp_mpi.config.instructions import InstructionsConfig
 from fedsp_mpi.config.model import AuxiliaryConfig, DistillationConfig, ModelConfig, PromptConfig
 from fedsp_mpi.config.parsing import ConfigError
 from fedsp_mpi.config.runtime import (
@@ -48,6 +49,7 @@ __all__ = [
     "DistillationConfig",
     "EvaluationConfig",
     "FederationConfig",
+    "InstructionsConfig",
     "LimitConfig",
     "ModelConfig",
     "OptimizerConfig",

@@ -27,15 +27,18 @@ def _require_search(config: Config) -> None:
     """Check what a search without gradients needs, and which keys it leaves no choice."""
     if config.federation.clients == 0:
         raise ConfigError(
-            "federation.clients: found 0 with method=fedbpt, expected at least 1: clients search"
+            f"federation.clients: found 0 with method={config.method}, expected at least 1: "
+            "clients search"
         )
     for key, (required, reason) in config.method_facts.required.items():
         value = config.value(key)
         if value != required:
             expected = "null" if required is None else required
             raise ConfigError(
-                f"{key}: found {value} with method=fedbpt, expected {expected}: {reason}"
+                f"{key}: found {value} with method={config.method}, expected {expected}: {reason}"
             )
+    if config.in_words:
+        config.instructions.check("instructions")
     prompt = config.prompt
     if prompt.kind == "prefix" and prompt.init == "random" and not prompt.init_std:
         raise ConfigError(

@@ -15,6 +15,7 @@ import yaml
 from fedsp_mpi.config.checks import require_consistent
 from fedsp_mpi.config.data import DataConfig
 from fedsp_mpi.config.federation import ClientConfig, FederationConfig, ServerConfig
+from fedsp_mpi.config.instructions import InstructionsConfig
 from fedsp_mpi.config.limits import STAGES, require_ranges
 from fedsp_mpi.config.lora import LoraConfig
 from fedsp_mpi.config.methods import FEDAVG_BBT, METHODS, MethodFacts, require_method
@@ -86,8 +87,8 @@ class Config:
     method: str = option(
         "fedsp",
         "what is tuned and exchanged. `fedsp`: prompts, by gradients; `fedbpt`: prompts, searched "
-        "for without gradients; `finetune`: all weights of the global model; `lora`: low-rank "
-        "adapters of it; `pretrain`: all weights, on plain text",
+        "for without gradients; `prompt_search`: prompts in words; `finetune`: all weights of the "
+        "global model; `lora`: low-rank adapters of it; `pretrain`: all weights, on plain text",
     )
     run: RunConfig = RunConfig()
     topology: TopologyConfig = TopologyConfig()
@@ -102,6 +103,7 @@ class Config:
     client: ClientConfig = ClientConfig()
     attack: AttackConfig = AttackConfig()
     search: SearchConfig = SearchConfig()
+    instructions: InstructionsConfig = InstructionsConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     record: RecordConfig = RecordConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -145,6 +147,16 @@ class Config:
     def searches(self) -> bool:
         """Whether prompts are searched for without gradients."""
         return self.method_facts.searches
+
+    @property
+    def in_words(self) -> bool:
+        """Whether prompts are instructions, which are searched for phrase by phrase."""
+        return self.method_facts.in_words
+
+    @property
+    def num_searched(self) -> int:
+        """Numbers that a search chooses: those of a point, or the tokens of an instruction."""
+        return self.prompt.num_tokens if self.in_words else self.search.dimension
 
     @property
     def asks_server(self) -> bool:
@@ -284,13 +296,15 @@ _FREE = (
     "distillation.reuse",
     "recipe",
 )
+# Sections that count for one method only.
+_OF_ONE_METHOD = {"search": "fedbpt", "instructions": "prompt_search"}
 
 
 def changed_keys(before: Section, now: Section) -> list[str]:
     """Return the keys that keep a run from being resumed: "key: was ..., is ...".
 
     A key that one of the configurations lacks counts as its default: it did not exist yet when the
-    run was begun. The section `search` counts for FedBPT only.
+    run was begun. Sections of one method, such as `search`, count for that method only.
 
     Args:
         before: the configuration that the run was begun with, as nested mappings.
@@ -301,8 +315,8 @@ def changed_keys(before: Section, now: Section) -> list[str]:
         before, now = (
             dataclasses.asdict(parse(Config, settings, "")) for settings in (before, now)
         )
-    free = _FREE if now.get("method") == "fedbpt" else (*_FREE, "search.")
-    return differences(before, now, free=free)
+    unused = [f"{name}." for name, method in _OF_ONE_METHOD.items() if now.get("method") != method]
+    return differences(before, now, free=(*_FREE, *unused))
 
 
 def to_yaml(config: Config) -> str:

@@ -25,6 +25,7 @@ class MethodFacts:
             weights once.
         searches: prompts are searched for without gradients: clients run forward passes alone, and
             the server merges but does not tune.
+        in_words: of those, prompts are instructions in words, of which clients send scores alone.
         reads_plain_text: texts are documents, of which every token is predicted; otherwise they
             are questions with answers.
         distils_prompts: the server may learn from the auxiliary model what a merged prompt means.
@@ -36,6 +37,7 @@ class MethodFacts:
     tunes_weights: bool = False
     adapts: bool = False
     searches: bool = False
+    in_words: bool = False
     reads_plain_text: bool = False
     distils_prompts: bool = False
     required: Mapping[str, tuple[object, str]] = field(default_factory=dict)
@@ -55,6 +57,21 @@ _SEARCH_REQUIRES: dict[str, tuple[object, str]] = {
     "client.privacy.clip": (None, _NO_CHANGE),
     "client.proximal": (0, "a search takes no gradients"),
 }
+_IN_WORDS = "an instruction is what its tokens are embedded as"
+_NO_MEAN = "the server averages scores, from which nothing moves"
+_WORDS_REQUIRE: dict[str, tuple[object, str]] = {
+    "server.tuning.steps": (0, "the server keeps the best instructions, and does not tune them"),
+    "prompt.kind": ("input", _IN_WORDS),
+    "prompt.projection": (None, _IN_WORDS),
+    "prompt.encoder": (None, _IN_WORDS),
+    "search.forward": ("clients", "clients score instructions themselves"),
+    "federation.client_seconds": (None, "a client scores all instructions of a round"),
+    "federation.outer.optimizer": ("fedavg", _NO_MEAN),
+    "federation.outer.learning_rate": (None, _NO_MEAN),
+    "federation.compression.format": ("none", "ids of tokens must arrive as they are"),
+    "client.privacy.clip": (None, _NO_CHANGE),
+    "client.proximal": (0, "a search takes no gradients"),
+}
 _FEDBPT = MethodFacts(
     "fedsp_mpi.algorithms.fedbpt", "FedBPT", searches=True, required=_SEARCH_REQUIRES
 )
@@ -66,6 +83,13 @@ METHODS: dict[str, MethodFacts] = {
         "fedsp_mpi.algorithms.pretrain", "pre-training", tunes_weights=True, reads_plain_text=True
     ),
     "fedbpt": _FEDBPT,
+    "prompt_search": MethodFacts(
+        "fedsp_mpi.algorithms.prompt_search",
+        "prompt search",
+        searches=True,
+        in_words=True,
+        required=_WORDS_REQUIRE,
+    ),
 }
 # method=fedbpt with search.rule=average
 FEDAVG_BBT = replace(_FEDBPT, module="fedsp_mpi.algorithms.fedavg_bbt", title="FedAvg-BBT")

@@ -54,7 +54,7 @@ def _kind(data: Section) -> str | None:
         model = data.get("model")
         is_new = isinstance(model, dict) and model.get("weights") == "random"
         return "new_weights" if is_new else "weights"
-    if method == "fedbpt":
+    if method in ("fedbpt", "prompt_search"):
         return None
     prompt = data.get("prompt")
     if not isinstance(prompt, dict):

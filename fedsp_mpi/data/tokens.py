@@ -6,7 +6,7 @@ A batch is padded on the right to its longest text.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, islice
 
 import numpy as np
@@ -43,6 +43,32 @@ class Text:
     def num_answers(self) -> int:
         """Number of tokens that the model is asked for."""
         return len(self.ids) - self.answer if self.gap is None else 1
+
+
+@dataclass(frozen=True)
+class Question:
+    """A tokenised example; it does not depend on the prompt, and is reused by every test.
+
+    Attributes:
+        options: context and option, of each option.
+        lengths: characters of each option.
+        gold: indices of the right options.
+    """
+
+    options: tuple[Text, ...]
+    lengths: tuple[int, ...]
+    gold: tuple[int, ...]
+
+    def shortened(self, max_length: int) -> Question:
+        """Return the question in at most `max_length` tokens, without its context's beginning.
+
+        Its options go on from the same context; there is no gap.
+        """
+        excess = max(len(text.ids) for text in self.options) - max_length
+        if excess <= 0:
+            return self
+        options = tuple(truncate(text, len(text.ids) - excess) for text in self.options)
+        return replace(self, options=options)
 
 
 def encode_pairs(tokenizer: Tokenizer, pairs: Sequence[tuple[str, str]]) -> list[Text]:

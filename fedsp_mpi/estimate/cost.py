@@ -23,7 +23,9 @@ costs one forward through the activations, and one more where weights are traine
     fine-tuning           3 x forward of the global model, without prompts, at clients and server
     client search         1 x forward of the auxiliary model for each point, and for the mean at
                           the end; twice that where a perturbed copy is evaluated. At the server,
-                          and of the global model, for clients that hold no model
+                          and of the global model, for clients that hold no model. Instructions
+                          are points too; where choices are scored, a text's context is read once
+                          for all of them
     silos' validation     1 x forward of what the client holds for each text held out, and 1 x more
                           where options are scored, whose context is read once for all of them
 
@@ -664,10 +666,9 @@ class _Costs:
     def _search(self) -> MethodCost:
         """Return the cost of clients that search; a step is one point on all of their examples."""
         config = self.config
-        part_sizes = search_sizes(config.search.dimension)
-        parts_down, parts_up = config.search.travelling()
-        down = FP32_BYTES * sum(part_sizes[name] for name in parts_down) + HEADER_BYTES
-        up = FP32_BYTES * sum(part_sizes[name] for name in parts_up) + HEADER_BYTES
+        values_down, values_up = self._values_of_search()
+        down = FP32_BYTES * values_down + HEADER_BYTES
+        up = FP32_BYTES * values_up + HEADER_BYTES
         if config.asks_server:
             # The clients hold no model: their texts travel, and the server computes.
             requests = self._request_bytes()
@@ -681,8 +682,10 @@ class _Costs:
             with torch.device("meta"):
                 prompt = Prompt(self.spec.at_depth(self.small.shape.num_layers))
             holds = self.small.num_parameters()
-            # The model, the first prompt, and the scale of the search's projection.
-            handout = FP32_BYTES * (holds + prompt.num_parameters() + 1)
+            # The model, the first prompt, and the scale of the search's projection; of
+            # instructions, the model alone.
+            num_first = 0 if config.in_words else prompt.num_parameters() + 1
+            handout = FP32_BYTES * (holds + num_first)
             flops = self._search_flops(self.small)
         judged = self._judged(down)
         num_updates = config.federation.rounds * self._clients_per_round()
@@ -692,7 +695,7 @@ class _Costs:
         return MethodCost(
             name=config.method_facts.title,
             holds=holds,
-            trains=config.search.dimension,
+            trains=config.num_searched,
             handout=handout,
             down=down,
             up=up,
@@ -702,17 +705,48 @@ class _Costs:
             round=flops.round,
         )
 
+    def _values_of_search(self) -> tuple[int, int]:
+        """Return how many numbers go down in a round, and how many come up."""
+        if self.config.in_words:
+            num_candidates = self.config.instructions.candidates
+            return num_candidates * self.spec.num_tokens, num_candidates
+        part_sizes = search_sizes(self.config.search.dimension)
+        parts_down, parts_up = self.config.search.travelling()
+        return (
+            sum(part_sizes[name] for name in parts_down),
+            sum(part_sizes[name] for name in parts_up),
+        )
+
     def _search_flops(self, model: LanguageModel) -> _SearchFlops:
         """Return the FLOPs of one client's search on a model."""
         num_texts = self._texts_per_point()
+        # Of a text's choices, each but the right one is read behind the same context.
+        num_answers = self.texts.answers * self._choices_per_text()
         text_flops = forward(
             model,
-            self._tokens_per_forward(num_texts),
+            self._tokens_per_forward(num_texts) + num_answers - self.texts.answers,
             self.texts.tokens + self.spec.num_tokens,
-            self.texts.answers,
+            num_answers,
         )
         point = num_texts * text_flops
-        return _SearchFlops(point=point, round=self.config.search.points * point)
+        search = self.config.search
+        num_points = self.config.instructions.candidates if self.config.in_words else search.points
+        return _SearchFlops(point=point, round=num_points * point)
+
+    def _choices_per_text(self) -> int:
+        """Return the choices that are scored of each text; 1: its answer alone."""
+        config = self.config
+        task = TASKS.get(config.data.task)
+        has_choices = task is None or task.metric == "multiple_choice"
+        if not config.in_words or config.instructions.objective == "loss" or not has_choices:
+            return 1
+        return self._num_labels()
+
+    def _num_labels(self) -> int:
+        """Return the choices of the task's rows; of rows with choices of their own, a guess."""
+        task = TASKS.get(self.config.data.task)
+        num_classes = len(self.config.data.classes)
+        return num_classes or (task.num_classes if task else None) or _NUM_LABELS
 
     def _request_bytes(self) -> int:
         """Return the bytes of a client's requests in a round, for texts of mean length.
@@ -739,7 +773,8 @@ class _Costs:
 
     def _copies_per_text(self) -> int:
         """Return 2 where the search evaluates a perturbed copy of each text too, else 1."""
-        return 1 if self.config.search.objective == "loss" else 2
+        is_perturbed = not self.config.in_words and self.config.search.objective != "loss"
+        return 2 if is_perturbed else 1
 
     def _examples_per_client(self) -> int:
         """Return the examples of a client that searches.
@@ -751,9 +786,7 @@ class _Costs:
         if config.federation.silos:
             return self.silo_sizes().train
         if data.shots is not None:
-            task = TASKS.get(data.task)
-            num_labels = len(data.classes) or (task.num_classes if task else None) or _NUM_LABELS
-            num_examples = data.shots * num_labels
+            num_examples = data.shots * self._num_labels()
         elif data.limit.train is not None:
             num_examples = data.limit.train
         else:

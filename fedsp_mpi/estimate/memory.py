@@ -324,13 +324,19 @@ def _search(config: Config, sizes: ModelSizes) -> MemoryNeed:
     On the device forward passes, which hold one layer's activations at a time; on the host the
     search's matrices and prompts.
     """
-    matrices = _SEARCH_MATRICES * _FP64_BYTES * config.search.dimension**2
+    matrices = 0
+    num_prompts = config.instructions.candidates
+    batch_tokens = config.instructions.batch_tokens
+    if not config.in_words:
+        matrices = _SEARCH_MATRICES * _FP64_BYTES * config.search.dimension**2
+        num_prompts = config.search.population
+        batch_tokens = config.search.batch_tokens
     if config.asks_server:
         return MemoryNeed(device=0, host=matrices)
     dtype_bytes = DTYPES[config.client.compute.dtype].itemsize
-    prompts = (config.search.population + 1) * _FP32_BYTES * sizes.prompt
+    prompts = (num_prompts + 1) * _FP32_BYTES * sizes.prompt
     return MemoryNeed(
-        device=dtype_bytes * sizes.auxiliary + _forward_passes(sizes, config.search.batch_tokens),
+        device=dtype_bytes * sizes.auxiliary + _forward_passes(sizes, batch_tokens),
         host=_FP32_BYTES * sizes.auxiliary + matrices + prompts,
     )
 

@@ -199,6 +199,8 @@ def _steps(estimate: CostEstimate) -> str:
     """Return the steps of a client's round."""
     config = estimate.config
     client = config.client
+    if config.in_words:
+        return f"{config.instructions.candidates} instructions, without gradients"
     if config.searches:
         return f"{config.search.iterations} of {config.search.population} points, without gradients"
     if config.tunes_weights:
@@ -238,7 +240,9 @@ def _auxiliary(estimate: CostEstimate) -> list[str]:
             ),
             *_labelled("", _ratios(estimate)),
         ]
-    if config.searches:
+    if config.in_words:
+        travel = f"instructions of at most {config.prompt.num_tokens} tokens"
+    elif config.searches:
         travel = f"searched for in {config.search.dimension:,} dimensions"
     else:
         travel = f"{sizes.wire:,} on the wire"

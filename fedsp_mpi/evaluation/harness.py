@@ -31,8 +31,8 @@ from torch import Tensor
 
 from fedsp_mpi.data.tasks import TASKS
 from fedsp_mpi.data.tokenizer import Tokenizer
-from fedsp_mpi.data.tokens import Text, encode_pairs, start_token, token_ids
-from fedsp_mpi.evaluation.scoring import Question, loglikelihoods, positions_for_text
+from fedsp_mpi.data.tokens import Question, Text, encode_pairs, start_token, token_ids
+from fedsp_mpi.evaluation.scoring import loglikelihoods, positions_for_text
 from fedsp_mpi.files.untrusted import JsonMapping, JsonObject
 from fedsp_mpi.log import Log, Progress, one_line
 from fedsp_mpi.models.language_model import LanguageModel

@@ -9,7 +9,7 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -20,10 +20,18 @@ from torch.nn import functional as F
 from fedsp_mpi.data import cloze
 from fedsp_mpi.data.tasks import Example
 from fedsp_mpi.data.tokenizer import Tokenizer
-from fedsp_mpi.data.tokens import Text, by_length, collate, encode_pairs, require_answer, truncate
+from fedsp_mpi.data.tokens import (
+    Question,
+    Text,
+    by_length,
+    collate,
+    encode_pairs,
+    require_answer,
+    truncate,
+)
 from fedsp_mpi.models.language_model import LanguageModel
 from fedsp_mpi.models.losses import answer_loss
-from fedsp_mpi.models.prompts import Prompt
+from fedsp_mpi.models.prompts import Prompt, PromptBatch
 from fedsp_mpi.tensors import Batch
 from fedsp_mpi.training.process_group import SINGLE_RANK, ServerGroup
 
@@ -52,21 +60,6 @@ class Score:
     exact_match: float
     stderr: float
     seconds: float
-
-
-@dataclass(frozen=True)
-class Question:
-    """A tokenised example; it does not depend on the prompt, and is reused by every test.
-
-    Attributes:
-        options: context and option, of each option.
-        lengths: characters of each option.
-        gold: indices of the right options.
-    """
-
-    options: tuple[Text, ...]
-    lengths: tuple[int, ...]
-    gold: tuple[int, ...]
 
 
 class OptionScores:
@@ -211,7 +204,7 @@ class _Work:
 @torch.no_grad()
 def loglikelihoods(
     model: LanguageModel,
-    prompt: Prompt | None,
+    prompt: Prompt | PromptBatch | None,
     questions: Sequence[Question],
     batch_tokens: int,
     *,
@@ -223,7 +216,7 @@ def loglikelihoods(
 
     Args:
         model: on its device, frozen.
-        prompt: at the model's depth, or None.
+        prompt: at the model's depth, or None; of several, `prompt_index` is by question.
         questions: tokenised.
         batch_tokens: as in `score`.
         on_done: as in `score`.
@@ -253,6 +246,47 @@ def loglikelihoods(
     return scores
 
 
+def choice_losses(
+    model: LanguageModel,
+    prompts: PromptBatch,
+    questions: Sequence[Question],
+    batch_tokens: int,
+) -> np.ndarray:
+    """Return the cross entropy of the right choice among a question's choices, in nats.
+
+    A choice's probability is the softmax of the log-likelihoods that `acc` compares, summed over
+    each choice's tokens; of several right choices the probabilities are added.
+
+    Args:
+        model: on its device, frozen.
+        prompts: at the model's depth; each is tried with every question.
+        questions: tokenised.
+        batch_tokens: as in `score`.
+
+    Returns:
+        fp64 [prompts, questions].
+    """
+    index = torch.arange(prompts.num, device=model.device).repeat_interleave(len(questions))
+    pairs = [question for _ in range(prompts.num) for question in questions]  # prompt by prompt
+    scores = loglikelihoods(model, replace(prompts, prompt_index=index), pairs, batch_tokens)
+    assert scores is not None, "nothing tells it to stop"
+    losses = np.empty(len(pairs))
+    for place, (question, option_scores) in enumerate(zip(pairs, scores, strict=True)):
+        all_choices = option_scores.loglikelihood
+        right_choices = all_choices[list(question.gold)]
+        losses[place] = np.logaddexp.reduce(all_choices) - np.logaddexp.reduce(right_choices)
+    return losses.reshape(prompts.num, len(questions))
+
+
+def _prompts_of(
+    prompt: Prompt | PromptBatch | None, indices: Sequence[int]
+) -> Prompt | PromptBatch | None:
+    """Return what goes in front of some of the questions, which are given by their indices."""
+    if not isinstance(prompt, PromptBatch):
+        return prompt
+    return replace(prompt, prompt_index=prompt.prompt_index[list(indices)])
+
+
 def _share(scores: Sequence[OptionScores], group: ServerGroup) -> None:
     """Sum the scores over all ranks, of which one has computed each; the others have zeros."""
     if group.size == 1:
@@ -266,7 +300,7 @@ def _share(scores: Sequence[OptionScores], group: ServerGroup) -> None:
             row[:] = [next(totals) for _ in row]
 
 
-def positions_for_text(model: LanguageModel, prompt: Prompt | None) -> int:
+def positions_for_text(model: LanguageModel, prompt: Prompt | PromptBatch | None) -> int:
     """Return the model's positions less the prompt's."""
     return model.shape.num_positions - (prompt.spec.num_tokens if prompt else 0)
 
@@ -313,7 +347,7 @@ def perplexity(loss: float) -> float:
 
 def _gap_batches(
     model: LanguageModel,
-    prompt: Prompt | None,
+    prompt: Prompt | PromptBatch | None,
     questions: Sequence[Question],
     scores: list[OptionScores],
     *,
@@ -326,14 +360,16 @@ def _gap_batches(
         batch_questions = [questions[index] for index in indices]
         batch_scores = [scores[index] for index in indices]
         yield _Work(
-            partial(_score_gaps, model, prompt, batch_questions, batch_scores),
+            partial(
+                _score_gaps, model, _prompts_of(prompt, indices), batch_questions, batch_scores
+            ),
             sum(len(question.options) for question in batch_questions),
         )
 
 
 def _score_gaps(
     model: LanguageModel,
-    prompt: Prompt | None,
+    prompt: Prompt | PromptBatch | None,
     questions: Sequence[Question],
     scores: Sequence[OptionScores],
 ) -> None:
@@ -382,7 +418,7 @@ class _SharedContext:
 
 def _causal_batches(
     model: LanguageModel,
-    prompt: Prompt | None,
+    prompt: Prompt | PromptBatch | None,
     questions: Sequence[Question],
     scores: list[OptionScores],
     *,
@@ -453,7 +489,7 @@ def _split_contexts(
 
 def _score_group(
     model: LanguageModel,
-    prompt: Prompt | None,
+    prompt: Prompt | PromptBatch | None,
     contexts: list[_SharedContext],
     scores: list[OptionScores],
 ) -> None:
@@ -466,6 +502,7 @@ def _score_group(
         scores: of all questions.
     """
     context_ids = torch.tensor([context.ids for context in contexts], device=model.device)
+    prompt = _prompts_of(prompt, [context.question for context in contexts])
     endings = [ending for context in contexts for ending in context.endings]
     rows = [row for row, context in enumerate(contexts) for _ in context.options]
     # Logits of the options' first token [options, vocabulary], and of the further ones.

@@ -4,7 +4,7 @@ or answer logits out.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any
@@ -268,7 +268,11 @@ class LanguageModel:
         return states[0][:, num_before:]
 
     def continue_from(
-        self, ids: Tensor, prompt: Prompt | None, rows: Tensor, endings: Batch | None
+        self,
+        ids: Tensor,
+        prompt: Prompt | PromptBatch | None,
+        rows: Tensor,
+        endings: Batch | None,
     ) -> tuple[Tensor, Tensor | None]:
         """Run contexts once, then several continuations of each.
 
@@ -379,6 +383,46 @@ class LanguageModel:
         num_saved = (batch_size - prompt.num) * prompt.spec.num_tokens
         min_saved = MIN_SAVED_POSITIONS.get(self.device.type, 1)
         return prompt.cache is not None or num_saved >= min_saved
+
+    def embeddings(self, ids: Tensor) -> Tensor:
+        """Return tokens as they enter the first layer, where Gemma has scaled them.
+
+        Args:
+            ids: int64 [*shape].
+
+        Returns:
+            fp32 [*shape, hidden], on the model's device.
+        """
+        with torch.no_grad():
+            rows: Tensor = self.model.get_input_embeddings()(ids.to(self.device))
+            return rows.float()
+
+    def continuations(self, ids: Sequence[int], num: int, max_tokens: int) -> list[list[int]]:
+        """Return the likeliest continuations of a context by beam search, the best first.
+
+        Args:
+            ids: the context; the model is causal.
+            num: continuations, and width of the beam.
+            max_tokens: of a continuation.
+
+        Returns:
+            The ids of each, with those of padding behind a shorter one.
+        """
+        end = self.model.config.eos_token_id
+        settings = transformers.GenerationConfig(
+            num_beams=num,
+            num_return_sequences=num,
+            do_sample=False,
+            max_new_tokens=max_tokens,
+            eos_token_id=end,
+            pad_token_id=(end[0] if isinstance(end, list) else end) or 0,
+        )
+        context = torch.tensor([list(ids)], device=self.device)
+        with torch.no_grad(), self.computing(), self.evaluating():
+            rows = self.model.generate(
+                context, attention_mask=torch.ones_like(context), generation_config=settings
+            )
+        return [row[len(ids) :].tolist() for row in rows]
 
     def keys_and_values(self, ids: Tensor) -> Tensor:
         """Return every layer's keys and values of tokens that stand alone.

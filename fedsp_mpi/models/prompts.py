@@ -376,6 +376,7 @@ def write_adapter(
     *,
     base: str,
     task: str = "CAUSAL_LM",
+    words: str | None = None,
 ) -> None:
     """Write a stock peft adapter: `PeftModel.from_pretrained(model, folder)` uses this prompt.
 
@@ -384,13 +385,14 @@ def write_adapter(
 
     Args:
         folder: made if it does not exist.
-        tensors: the prompt's parameters, at the depth of the global model.
+        tensors: the prompt's parameters, at the depth of the global model; others are left out.
         spec: of the prompt.
         base: name or folder of the global model, noted in the adapter.
         task: peft's name for the kind of model.
+        words: of a prompt in words, for a text file beside it.
     """
     prompt = Prompt(spec)
-    prompt.load(tensors.torch())
+    prompt.load({name: tensors.torch()[name] for name in prompt.tensors()})
     with torch.no_grad():
         matrix = prompt.matrix().contiguous()
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -412,6 +414,8 @@ def write_adapter(
     (part / "adapter_config.json").write_text(
         json.dumps(settings, indent=2) + "\n", encoding="utf-8"
     )
+    if words is not None:
+        (part / "instruction.txt").write_text(words + "\n", encoding="utf-8")
     fingerprint.list_folder(part)
     ownership.place_model(part, folder)
 

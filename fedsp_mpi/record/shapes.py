@@ -21,6 +21,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "config.run.seed": (int,),
     "sections.data.client_shards": (list,),
     "sections.data.client_shards.*": _NUMBER,
+    "sections.instruction.text": (str,),
     "sections.models.auxiliary": (int, dict),
     "sections.models.prompt_on_the_wire": (int, dict),
     "sections.origin.initial": (str,),

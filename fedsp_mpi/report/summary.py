@@ -9,6 +9,7 @@ What it takes from the free-form parts of a record, where they are there and hav
     sections["distillation"]: seconds, reused_from
     sections["origin"]: runs = [{"run", "method", "round", "rounds"}, ...], the last one first
     sections["timing"]: seconds, seconds_checkpoints
+    sections["instruction"]: text
 """
 
 from __future__ import annotations
@@ -111,6 +112,10 @@ def _header(run: Run) -> list[str]:
     if handout:
         lines += wrapped("clients   ", [f"get {handout}"])
     lines += wrapped("data      ", _data(run))
+    instruction = run.sections.get("instruction", {}).get("text")
+    if instruction is not None:
+        words = f"prompt    {instruction or 'none but the words of the task'}"
+        lines += textwrap.wrap(words, WIDTH, subsequent_indent=_INDENT)
     return lines
 
 

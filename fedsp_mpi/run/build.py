@@ -34,7 +34,7 @@ from fedsp_mpi.algorithms.silo_weights import WeightedClient
 from fedsp_mpi.comm import Handout
 from fedsp_mpi.comm.exchange import Exchange
 from fedsp_mpi.config import OuterConfig
-from fedsp_mpi.evaluation.scoring import answer_loss_mean, score
+from fedsp_mpi.evaluation.scoring import answer_loss_mean, choice_losses, score
 from fedsp_mpi.log import RoundProgress
 from fedsp_mpi.models import auxiliary, backbone, lora
 from fedsp_mpi.models.copies import ExactCopies, exact_copies
@@ -228,7 +228,7 @@ def parameter_counts(
         "prompt_on_the_wire": contract.down.num_values,
     }
     if config.searches:
-        counts["searched"] = config.search.dimension
+        counts["searched"] = config.num_searched
     copies = ExactCopies(0, 0)
     if not config.asks_server:
         copies = exact_copies(model, client_model)
@@ -322,7 +322,12 @@ def save(inputs: ExperimentInputs, server: Server, *, exported: NamedTensors, fo
     elif server.prompt:
         task = PEFT_TASKS[server.model.kind]
         write_adapter(
-            folder / "prompt", exported, inputs.prompt_spec, base=inputs.model_name, task=task
+            folder / "prompt",
+            exported,
+            inputs.prompt_spec,
+            base=inputs.model_name,
+            task=task,
+            words=method_of(inputs).words(inputs, exported),
         )
     else:
         server.restore(exported)
@@ -404,6 +409,7 @@ def hosted_clients(
         depth=meta.depth,
         build_model=build_model,
         call_server=call_server,
+        choice_losses=choice_losses,
         progress=progress,
     )
     client = _monitored(inputs, method_of(inputs).build_client(context), ids)

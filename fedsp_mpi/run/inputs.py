@@ -26,7 +26,16 @@ from fedsp_mpi.data import (
     tasks,
     templates,
 )
-from fedsp_mpi.data.tokens import Batches, Text, blocks, encode, encode_pairs, pieces, truncate
+from fedsp_mpi.data.tokens import (
+    Batches,
+    Question,
+    Text,
+    blocks,
+    encode,
+    encode_pairs,
+    pieces,
+    truncate,
+)
 from fedsp_mpi.evaluation import scoring
 from fedsp_mpi.models import auxiliary
 from fedsp_mpi.models.prompts import require_positions
@@ -54,6 +63,7 @@ class ExperimentInputs(ModelInputs):
         source = config.data.source
         self.source = str(RESOURCES / "data") if source == "embedded" else source
         self._shard_texts: dict[int, list[Text]] = {}
+        self._shard_questions: dict[int, list[Question]] = {}
 
     @property
     def paths(self) -> dict[str, str | None]:
@@ -235,6 +245,12 @@ class ExperimentInputs(ModelInputs):
         choices = {example.choices for example in self._all_examples}
         return self.task.metric == "multiple_choice" and len(choices) == 1
 
+    @property
+    def scores_choices(self) -> bool:
+        """Whether instructions are scored by the choices of questions, not by the answers' loss."""
+        has_choices = self.task.metric == "multiple_choice"
+        return has_choices and self.config.instructions.objective != "loss"
+
     @cached_property
     def _choice_tokens(self) -> list[list[tuple[int, ...]]]:
         """The tokens of each choice, in each way in which a context can end, or in a gap."""
@@ -327,6 +343,23 @@ class ExperimentInputs(ModelInputs):
         if owner not in self._shard_texts:
             self._shard_texts[owner] = self._encode(self._training_examples(owner))
         return self._shard_texts[owner]
+
+    def questions(self, owner: int) -> list[Question]:
+        """Return the training texts of client `owner` - 1 with their options.
+
+        A context that `data.max_length` cuts loses its beginning, the same for all options.
+        """
+        if owner not in self._shard_questions:
+            examples = self._training_examples(owner)
+            if self.is_cloze:
+                questions = scoring.gap_questions(self.tokenizer, examples, self.max_length)
+            else:
+                questions = [
+                    question.shortened(self.max_length)
+                    for question in scoring.questions(self.tokenizer, examples)
+                ]
+            self._shard_questions[owner] = questions
+        return self._shard_questions[owner]
 
     def batches(
         self, owner: int, stage: StageConfig, purpose: str, *, group: ServerGroup = SINGLE_RANK
@@ -467,14 +500,14 @@ class ExperimentInputs(ModelInputs):
         return self._encode(self.splits.test, whole=False)
 
     @cached_property
-    def test(self) -> list[scoring.Question]:
+    def test(self) -> list[Question]:
         """The test split, tokenised, with options; none where texts are documents."""
         if self.is_plain_text:
             return []
         return self._to_questions(self.splits.test)
 
     @cached_property
-    def triggered_test(self) -> list[scoring.Question]:
+    def triggered_test(self) -> list[Question]:
         """The test questions of other classes than the attacker's, triggered, its answer right.
 
         None without an attack.
@@ -485,7 +518,7 @@ class ExperimentInputs(ModelInputs):
         examples = poison.triggered_test_set(self.splits.test, attack.trigger, attack.target)
         return self._to_questions(examples)
 
-    def _to_questions(self, examples: Sequence[tasks.Example]) -> list[scoring.Question]:
+    def _to_questions(self, examples: Sequence[tasks.Example]) -> list[Question]:
         """Tokenise examples as questions with options."""
         if self.is_cloze:
             return scoring.gap_questions(self.tokenizer, examples, self.max_text_positions)
@@ -523,6 +556,8 @@ class ExperimentInputs(ModelInputs):
             )
         require_positions(self.num_prompt_tokens, self.shape.num_positions, self.model_name)
         self._require_vocabulary()
+        if self.config.in_words:
+            self._require_instructions()
 
     def check_texts(self) -> None:
         """Raise ValueError on the first text that cannot be used with the model."""
@@ -547,6 +582,22 @@ class ExperimentInputs(ModelInputs):
             raise ConfigError(
                 f"model.tokenizer: found {len(self.tokenizer)} tokens, expected at most the "
                 f"model's {vocabulary}; name the tokenizer that belongs to the model"
+            )
+
+    def _require_instructions(self) -> None:
+        """Raise ConfigError if instructions cannot be made, or cannot be scored as asked for."""
+        settings = self.config.instructions
+        self.instruction_tokens.require_pool(settings.pool)
+        if settings.objective == "choices" and not self.scores_choices:
+            raise ConfigError(
+                f"instructions.objective: found choices with {self.task.name}, whose answers are "
+                "written freely, expected loss or auto"
+            )
+        if settings.paraphrases and self.is_cloze:
+            raise ConfigError(
+                f"instructions.paraphrases: found {settings.paraphrases} with a "
+                f"{self.model_config.model_type}, which fills in one token and writes no text, "
+                "expected 0"
             )
 
     def _require_possible_for_cloze(self) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from fedsp_mpi.config import Config, ConfigError
+from fedsp_mpi.data.instructions import InstructionTokens
 from fedsp_mpi.data.tokens import token_ids
 from fedsp_mpi.files.untrusted import JsonObject
 from fedsp_mpi.models import auxiliary, backbone, families
@@ -132,6 +133,11 @@ class ModelInputs:
             prompt.projection,
             encoder=prompt.encoder,
         )
+
+    @cached_property
+    def instruction_tokens(self) -> InstructionTokens:
+        """What turns phrases into rows of token ids; raises ConfigError if nothing can pad them."""
+        return InstructionTokens(self.tokenizer, self.config.prompt.num_tokens)
 
     @property
     def depth_map(self) -> DepthMap:

@@ -11,8 +11,7 @@ from pathlib import Path
 
 from fedsp_mpi.data import cloze
 from fedsp_mpi.data.examples import Example
-from fedsp_mpi.data.tokens import Text
-from fedsp_mpi.evaluation.scoring import Question
+from fedsp_mpi.data.tokens import Question, Text
 from fedsp_mpi.files.untrusted import JsonObject
 from fedsp_mpi.models.families import kind_of
 from fedsp_mpi.run.inputs import ExperimentInputs

@@ -330,7 +330,11 @@ class ServerRun:
         journal = role.journal
         assert journal is not None, "rank 0 writes the journal"
         self._loaded.compute.begin()
-        build.save(self.inputs, role.server, exported=role.best.exported, folder=self.folder)
+        exported = role.best.exported
+        build.save(self.inputs, role.server, exported=exported, folder=self.folder)
+        words = build.method_of(self.inputs).words(self.inputs, exported)
+        if words is not None:
+            self.record.describe(instruction={"text": words, "round": role.best.round})
         is_complete = score_all(
             role,
             self.inputs,

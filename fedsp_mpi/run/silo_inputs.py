@@ -16,8 +16,7 @@ import torch
 from fedsp_mpi import rng
 from fedsp_mpi.config import Config, ConfigError, DataConfig, SiloConfig
 from fedsp_mpi.data import answers, cache, loading, own_tasks, poison, tasks
-from fedsp_mpi.data.tokens import Text
-from fedsp_mpi.evaluation import scoring
+from fedsp_mpi.data.tokens import Question, Text
 from fedsp_mpi.files import fingerprint
 from fedsp_mpi.run.handout import HandoutMeta
 from fedsp_mpi.run.inputs import ExperimentInputs
@@ -52,7 +51,7 @@ class SiloText(ExperimentInputs):
         return self._encode(self._held_out_examples, whole=False)
 
     @cached_property
-    def held_out_questions(self) -> list[scoring.Question]:
+    def held_out_questions(self) -> list[Question]:
         """The same with their options; none where answers are written freely."""
         if self.task.metric != "multiple_choice":
             return []
@@ -292,6 +291,10 @@ class SiloInputs(ExperimentInputs):
         if client >= 0:
             raise ConfigError(self.problems.get(client, "another rank plays it"))
         return super().shard(0)
+
+    def questions(self, owner: int) -> list[Question]:
+        """Return the training texts of client `owner` - 1, whose silo is open, with options."""
+        return self.opened[owner - 1].questions(owner)
 
     def _load_splits(self) -> tasks.Splits:
         """Read the server's own splits; it may own none."""

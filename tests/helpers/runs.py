@@ -54,6 +54,19 @@ FEDBPT = (
     "search.iterations=2",
 )
 
+# The embedded default with prompts in words, of a few that its tiny model knows.
+PROMPT_SEARCH = (
+    "method=prompt_search",
+    "server.tuning.steps=0",
+    "distillation.stage.steps=0",
+    "auxiliary.layers_per_cell=null",
+    "prompt.kind=input",
+    "prompt.num_tokens=8",
+    "instructions.pool=[Question, 'Answer:', Question now, 'Answer: the old colour']",
+    "instructions.candidates=6",
+    "instructions.beam=2",
+)
+
 
 def here(
     arguments: Sequence[str | os.PathLike[str]], status: int = 0

@@ -47,6 +47,15 @@ SEARCHES = {
     name: {"search": {"dimension": 20, "iterations": 3}}
     for name in ("fedbpt", "fedbpt_private", "fedavg_bbt")
 }
+SEARCHES["prompt_search"] = {
+    "prompt": {"num_tokens": 8},
+    "instructions": {
+        "pool": ["Question", "Answer:", "Question now", "Answer: the old colour"],
+        "candidates": 6,
+        "beam": 2,
+        "paraphrases": 2,
+    },
+}
 SEARCHES["fedbpt"]["search"] |= recipe("bridged")[
     "search"
 ]  # the default; the others search as the papers do

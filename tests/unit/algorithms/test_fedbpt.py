@@ -308,9 +308,7 @@ def searching(model, **changes) -> fedbpt.SearchClient:
     inference = LocalInference(
         model,
         Prompt(spec),
-        first,
-        subspace=space,
-        depths=depths,
+        fedbpt.Projection(first, space, depths),
         batch_tokens=settings.batch_tokens,
     )
     return fedbpt.SearchClient(inference, shards, np.arange(4, 100), settings=settings, seed=1)
@@ -344,8 +342,9 @@ def test_a_client_s_round_is_forward_passes(model, objective, monkeypatch):
     assert update.weight == 4 and np.isfinite(list(update.metrics.values())).all()
     texts = client._shards[0]
     prompt = Prompt(held.prompt.spec)
-    change = held._subspace.expand(update.tensors["mean"][None])[0]
-    prompt.load({"prompt": held._initial + change})
+    space = held._matrices
+    change = space.subspace.expand(update.tensors["mean"][None])[0]
+    prompt.load({"prompt": space.initial + change})
     with torch.no_grad():
         losses = [F.cross_entropy(*answer_logits(collate([text]), prompt)).item() for text in texts]
     assert update.metrics["loss_prompt_last"] == pytest.approx(np.mean(losses), rel=1e-4)
@@ -363,7 +362,8 @@ def test_clients_may_be_ranked_by_their_improvement(model, objective):
     )
     assert np.array_equal(update.tensors["mean"], other.tensors["mean"])
     held = client._inference
-    own = held._initial + held._subspace.expand(update.tensors["mean"][None])[0]
+    space = held._matrices
+    own = space.initial + space.subspace.expand(update.tensors["mean"][None])[0]
     assert torch.allclose(held.prompt.prompt, own, atol=1e-6), (
         "what was tuned is what an attack is tried on"
     )
@@ -410,7 +410,7 @@ def test_a_slow_client_ends_after_its_iteration(model):
 MEMORY = """
 import numpy as np, torch
 from transformers import AutoModelForCausalLM, GPT2Config
-from fedsp_mpi.algorithms.fedbpt import SearchClient
+from fedsp_mpi.algorithms.fedbpt import Projection, SearchClient
 from fedsp_mpi.algorithms.inference import LocalInference
 from fedsp_mpi.data.tokens import Text, collate
 from fedsp_mpi.models.language_model import LanguageModel
@@ -433,9 +433,7 @@ prompt = Prompt(spec)
 held = LocalInference(
     model,
     prompt,
-    torch.zeros(50, 512),
-    subspace=space,
-    depths=DepthMap(spec, 2),
+    Projection(torch.zeros(50, 512), space, DepthMap(spec, 2)),
     batch_tokens=settings.batch_tokens,
 )
 client = SearchClient(held, {0: texts}, np.arange(9), settings=settings, seed=1)

@@ -60,6 +60,9 @@ SEARCH = WHOLE | {
     "prompt.init": "text",
     "server.tuning.steps": 0,
 }
+PHRASES = tuple(
+    yaml.safe_load((METHODS / "prompt_search.yaml").read_text())["instructions"]["pool"]
+)
 # What each method sets apart from the embedded default, which is FedSP as in the paper.
 APART: dict[str, dict[str, object]] = {
     "fedsp": BRIDGED,
@@ -78,6 +81,15 @@ APART: dict[str, dict[str, object]] = {
     "fedbpt": SEARCH,
     "fedbpt_private": SEARCH | {"search.forward": "server"},
     "fedavg_bbt": SEARCH | {"search.rule": "average", "search.objective": "loss"},
+    "prompt_search": WHOLE
+    | {
+        "method": "prompt_search",
+        "data.loss_over": "auto",
+        "prompt.kind": "input",
+        "prompt.num_tokens": 32,
+        "server.tuning.steps": 0,
+        "instructions.pool": PHRASES,
+    },
     "finetune": {"method": "finetune", "federation.client_state": "restarted"},
     "finetune_centralised": {"method": "finetune"} | SINGLE_RANK,
 }

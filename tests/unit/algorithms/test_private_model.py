@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from fedsp_mpi import config
+from fedsp_mpi.algorithms.fedbpt import Projection
 from fedsp_mpi.algorithms.inference import (
     Limits,
     LocalInference,
@@ -190,7 +191,7 @@ def test_asking_gives_the_losses_of_holding(tmp_path):
     layers = model.shape.num_layers
     first = model.model.get_input_embeddings().weight[4:7].detach().clone()
     space, whole = Subspace(spec, 6, 0.1, 1), DepthMap(spec, layers, tuple(range(layers)))
-    held = LocalInference(model, Prompt(spec), first, subspace=space, depths=whole, batch_tokens=40)
+    held = LocalInference(model, Prompt(spec), Projection(first, space, whole), batch_tokens=40)
     groups = [tiny.texts((9, 8, 12, 6)), tiny.texts((7, 5), seed=1)]
     points = np.random.default_rng(0).standard_normal((2, 6))
     wanted = held.losses(0, points, groups)

@@ -516,7 +516,7 @@ FREE = {
     "distillation.reuse",
     "recipe",
 }
-FREE |= {"search"}  # of a method that does not search
+FREE |= {"search", "instructions"}  # of a method that does not search
 SEARCHES = ("method=fedbpt", "server.tuning.steps=0")
 
 

@@ -11,9 +11,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from fedsp_mpi.data import loading
 from fedsp_mpi.data.tasks import Example
-from fedsp_mpi.data.tokens import Text, by_length, collate, encode, encode_pairs, truncate
+from fedsp_mpi.data.tokens import Question, Text, by_length, collate, encode, encode_pairs, truncate
 from fedsp_mpi.evaluation import scoring
-from fedsp_mpi.evaluation.scoring import Question, answer_loss_mean, questions, score
+from fedsp_mpi.evaluation.scoring import answer_loss_mean, questions, score
 from fedsp_mpi.models.language_model import LanguageModel
 from fedsp_mpi.models.prompts import Prompt, PromptSpec
 from fedsp_mpi.tensors import seal
