@@ -4,10 +4,10 @@ Every rank calls the same operations in the same order, and inside them the same
 number follows from the contract alone. Headers, which say who sends how much, go from client ranks
 to the server as messages of their own, so that the server knows which ranks are missing. Payload is
 fp32, straight from and to the vectors' memory, or the bytes of compressed changes (exchange.py),
-never pickled. Updates are gathered chunk by chunk
-with sends whose size the server probes before it receives: MPI's own gather leaves the server's
-memory as it was where a rank sends less than it announced, and that would be averaged. Everything
-that a client rank sends is inspected (inspection.py) before it has any effect.
+never pickled. Updates are gathered chunk by chunk with sends whose size the server probes before it
+receives: MPI's own gather leaves the server's memory as it was where a rank sends less than it
+announced, and that would be averaged. Everything that a client rank sends is inspected
+(inspection.py) before it has any effect.
 """
 
 from __future__ import annotations
@@ -263,7 +263,9 @@ class Wire:
                 return down or RoundBroadcast(header.round, stop=True)
             if down is None:
                 header.require(Kind.BROADCAST, "the server")
-                assert header.digest == contract.down.digest, "the server sent what it had not said"
+                assert header.digest == contract.down.digest, (
+                    "the server sent another schema"
+                )
             tensors = None if down is None else down.tensors
             if self._exchange is not None:
                 tensors = self._send_changes(tensors, self._exchange, is_start=not evaluated_by)

@@ -24,7 +24,7 @@ from fedsp_mpi.files import fingerprint
 from fedsp_mpi.files.untrusted import JsonObject
 from fedsp_mpi.log import Log, duration
 from fedsp_mpi.record import Run, read
-from fedsp_mpi.report import PERPLEXITY, main_result
+from fedsp_mpi.report import PERPLEXITY, main_result, origin_weights
 
 _EXIT_STOPPED = 75  # exit status of a run that SIGUSR1 asked to stop
 _MAX_NAMES = 12  # names of trials that a message lists
@@ -216,12 +216,10 @@ def _changed(trial: Trial, run: Run) -> list[str]:
 
 def _starts_from_other(run: Run, earlier: Path) -> bool:
     """Return whether a run has started from other weights than another run has left by now."""
-    origin = run.sections.get("origin", {}).get("runs", [])
     digests = fingerprint.listed(earlier / "model")
-    if not origin or digests is None:
+    if digests is None:
         return False
-    weights = origin[0].get("weights", {})
-    return any(digests.get(name) != digest for name, digest in weights.items())
+    return any(digests.get(name) != digest for name, digest in origin_weights(run).items())
 
 
 def _with_silos_of(run: Run, settings: JsonObject) -> JsonObject:

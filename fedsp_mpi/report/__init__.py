@@ -4,7 +4,7 @@ from fedsp_mpi.report.comparison import compare, comparison_table, read_all
 from fedsp_mpi.report.diff import difference
 from fedsp_mpi.report.experiments import markdown
 from fedsp_mpi.report.export import as_json, write_csv, write_json
-from fedsp_mpi.report.facts import PERPLEXITY, main_result
+from fedsp_mpi.report.facts import PERPLEXITY, main_result, origin_weights
 from fedsp_mpi.report.gain import gain_table
 from fedsp_mpi.report.html import write_page
 from fedsp_mpi.report.phases import phases_table
@@ -33,6 +33,7 @@ __all__ = [
     "gain_table",
     "main_result",
     "markdown",
+    "origin_weights",
     "phases_table",
     "read_all",
     "summarize",

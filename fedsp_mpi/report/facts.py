@@ -102,13 +102,20 @@ def label_of(run: Run) -> str:
     return str(run_setting(run, "label") or run.config.get("method", "fedsp"))
 
 
+def earlier_runs(run: Run) -> list[JsonMapping]:
+    """Return what a record says of the runs that its model comes from, the last one first."""
+    runs: list[JsonMapping] = run.sections.get("origin", {}).get("runs", [])
+    return runs
+
+
 def origin_weights(run: Run) -> JsonMapping:
     """Return the digests, by file, of the weights of an earlier run that a run has started from.
 
     Empty of a run that started from none.
     """
-    runs = run.sections.get("origin", {}).get("runs", [])
-    return runs[0].get("weights", {}) if runs else {}
+    runs = earlier_runs(run)
+    weights: JsonMapping = runs[0].get("weights", {}) if runs else {}
+    return weights
 
 
 def seed_of(run: Run) -> int:

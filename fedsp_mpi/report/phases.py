@@ -7,11 +7,18 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from fedsp_mpi.files.untrusted import JsonMapping, printable
+from fedsp_mpi.files.untrusted import printable
 from fedsp_mpi.record.hdf5 import Run
 from fedsp_mpi.report.comparison import Comparison, MethodResults, facts_below, measure_on
 from fedsp_mpi.report.costs import value_range
-from fedsp_mpi.report.facts import ZERO_SHOT, own_result, results_on_test, seed_of, shown_measure
+from fedsp_mpi.report.facts import (
+    ZERO_SHOT,
+    earlier_runs,
+    own_result,
+    results_on_test,
+    seed_of,
+    shown_measure,
+)
 from fedsp_mpi.report.formatting import (
     NOT_SHOWN,
     NOT_SHOWN_LEGEND,
@@ -53,12 +60,6 @@ class Phase:
     def depth(self) -> int:
         """Return how many phases there were before it."""
         return min(len(earlier_runs(run)) for run in self.runs)
-
-
-def earlier_runs(run: Run) -> list[JsonMapping]:
-    """Return what a record says of the runs that it comes from, the last one first."""
-    runs: list[JsonMapping] = run.sections.get("origin", {}).get("runs", [])
-    return runs
 
 
 def origin_words(run: Run) -> list[str]:

@@ -350,10 +350,16 @@ def _set_measure(axes: Axes, measure: str) -> None:
         axes.set_ylabel(f"{measure}, percent")
         axes.set_ylim(0, 100)
         return
+    from matplotlib.ticker import NullFormatter
+
     axes.set_ylabel("perplexity (lower is better)")
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter("{x:g}")
+    low, high = axes.get_ylim()
+    if high < 10 * low:  # else the powers of ten are enough
+        axes.yaxis.set_minor_formatter("{x:g}")
+    else:
+        axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _spread(results: Sequence[np.void]) -> float:

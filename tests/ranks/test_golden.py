@@ -139,8 +139,8 @@ def run_methods(
     for name in names:
         where = ["--set", f"run.folder={target}", "--name", name]
         jobs.append((["run", str(folder / f"{name}.yaml"), *where], None))
-    for name, more in settings.items():
-        jobs.append((command(target, name, *more), target / f"{name}.txt"))
+    for name, own_settings in settings.items():
+        jobs.append((command(target, name, *own_settings), target / f"{name}.txt"))
     together(0 if n == 1 else n, jobs)
     return target
 
@@ -161,7 +161,7 @@ def runs(configurations) -> dict[int, Path]:
 
 
 @pytest.fixture(scope="module")
-def more_runs(configurations, runs) -> dict[int, Path]:
+def slow_runs(configurations, runs) -> dict[int, Path]:
     """Folders of the other methods' runs by the number of ranks."""
     others = {n: run_methods(configurations, n, names, {}) for n, names in SLOW_ON_RANKS.items()}
     return {1: runs[1], **others}
@@ -215,8 +215,8 @@ def test_bits_do_not_depend_on_the_number_of_ranks(runs, name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "n"), [(m, n) for n in (2, 4) for m in SLOW_ON_RANKS[n]])
-def test_bits_of_the_other_methods_do_not_either(more_runs, name, n):
-    assert difference(read(more_runs[1] / name), read(more_runs[n] / name)) == []
+def test_bits_of_the_other_methods_do_not_either(slow_runs, name, n):
+    assert difference(read(slow_runs[1] / name), read(slow_runs[n] / name)) == []
 
 
 @pytest.mark.slow
