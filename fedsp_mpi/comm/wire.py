@@ -263,9 +263,7 @@ class Wire:
                 return down or RoundBroadcast(header.round, stop=True)
             if down is None:
                 header.require(Kind.BROADCAST, "the server")
-                assert header.digest == contract.down.digest, (
-                    "the server sent another schema"
-                )
+                assert header.digest == contract.down.digest, "the server sent another schema"
             tensors = None if down is None else down.tensors
             if self._exchange is not None:
                 tensors = self._send_changes(tensors, self._exchange, is_start=not evaluated_by)
