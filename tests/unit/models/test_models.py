@@ -761,7 +761,9 @@ def test_checkpointing_gives_the_gradients_of_an_input_prompt(folder, of_weights
         )
         for model in (plain, lean):
             auxiliary.load_weights(model, values)
-    prompt = prompt_for(plain, "input")
+    prompt = prompt_for(plain, "input").double()
+    for model in (plain, lean):  # in fp32 sums in another order differ by more on some processors
+        model.model.double()
     expected, apart = gradients(plain, prompt, of_weights)
     actual, twice = gradients(lean, prompt, of_weights)
     soft, text = prompt.spec.num_tokens, tiny.batch().input_ids.shape[1]
@@ -774,9 +776,8 @@ def test_checkpointing_gives_the_gradients_of_an_input_prompt(folder, of_weights
         ):  # rounding: OPT's key bias moves all scores of a query alike
             assert "k_proj.bias" in name and actual[name].abs().max() < 1e-6 * largest
             continue
-        # The order of sums differs; how far apart that brings them depends on the processor.
         assert gradient.any() and torch.allclose(
-            actual[name], gradient, rtol=1e-5, atol=5e-6 * gradient.abs().max()
+            actual[name], gradient, rtol=1e-5, atol=1e-6 * gradient.abs().max()
         )
 
 
