@@ -335,6 +335,7 @@ def _prompt_distiller(
         stage.micro_batch,
         inputs.config.run.seed,
         "translation",
+        max_padding=stage.max_padding,
     )
     teacher = client_model
     if client_model.casts:  # the model itself is still to be handed out in full precision

@@ -237,16 +237,12 @@ def _with_additions(run: Run, added: Sequence[Addition]) -> Run:
     for name, value in fields.items():
         if not isinstance(value, ADDED[name]):
             raise ValueError(f"a {type(value).__name__} as {name}")
-    merged = dataclasses.replace(
-        run,
-        prompt_rounds=tuple(prompt_rounds),
-        **fields,
-        **{
-            name: tables.joined([*stays[name], _current(name, tables.joined(rows))])
-            for name, rows in parts.items()
-            if rows
-        },
-    )
+    fields["prompt_rounds"] = tuple(prompt_rounds)
+    for name, new_parts in parts.items():
+        if new_parts:
+            new_rows = _current(name, tables.joined(new_parts))
+            fields[name] = tables.joined([*stays[name], new_rows])
+    merged = dataclasses.replace(run, **fields)
     shapes.require(merged.config, merged.sections)
     return merged
 
@@ -343,8 +339,9 @@ def _current(name: str, stored: np.ndarray) -> np.ndarray:
                 f"{column_type}"
             )
         if is_text:
-            values = [text.decode() if isinstance(text, bytes) else text for text in values]
-        table[column] = values
+            table[column] = [text.decode() if isinstance(text, bytes) else text for text in values]
+        else:
+            table[column] = values
     return tables.frozen(table)
 
 

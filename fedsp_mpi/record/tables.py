@@ -31,9 +31,11 @@ class RoundRow:
 
     Attributes:
         round: counted from 1.
-        seconds_control: tuning of the server-only control, while the clients train.
+        seconds_control: tuning and validation of the server-only control, while the clients train.
         seconds_clients: from then until the slowest client has reported.
         seconds_server: the server's tuning on the global model.
+        seconds_validation: without such tuning, and with several ranks, in the next round's time.
+        seconds_total: until the next round can begin.
         bytes_down, bytes_up: all ranks together.
         num_clients: clients that took part, whether or not they failed.
         num_failed: clients among them whose update was not aggregated.

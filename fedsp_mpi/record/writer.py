@@ -22,7 +22,7 @@ import numpy as np
 
 from fedsp_mpi.config import config_text_with_rounds
 from fedsp_mpi.files import ownership
-from fedsp_mpi.files.untrusted import JsonMapping
+from fedsp_mpi.files.untrusted import JsonMapping, JsonObject
 from fedsp_mpi.log import one_line
 from fedsp_mpi.record import additions, atomic, hdf5, tables, trailer
 from fedsp_mpi.record.additions import Addition, Additions
@@ -173,7 +173,7 @@ class RunRecord:
             "clients": tables.table(ClientRow, clients),
             "silos": tables.table(SiloRow, silos),
         }
-        extended = {
+        extended: JsonObject = {
             name: self._growing[name].extended(getattr(run, name), rows)
             for name, rows in new_rows.items()
             if len(rows)

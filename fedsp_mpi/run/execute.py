@@ -85,7 +85,7 @@ def execute(
     guard.name_clients(config.federation.client_name)
     preload = None
     if _will_play(config, wire.topology):
-        preload = Preload(config.method_facts.module)
+        preload = Preload()
     try:
         with guard.phase("checks"), agreed(wire, "handout") as agreement:
             if wire.is_server:

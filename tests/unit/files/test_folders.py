@@ -138,6 +138,7 @@ ALLOWED = {
     ("record/additions.py", "remove"): "names of the record's own, in the folder of a run",
     ("record/writer.py", "create"): "the config.yaml that this call has made",
     ("record/writer.py", "_fold"): "run.h5 and rounds by their pattern, in the folder of a run",
+    ("record/writer.py", "_remove_additions"): "names of the record's own, in the folder of a run",
     ("record/writer.py", "_sweep"): "rounds by their pattern, in the folder of a run",
     ("record/checkpoint.py", "remove_client"): "a file that this process wrote",
     (
