@@ -17,6 +17,7 @@ from fedsp_mpi.files.untrusted import printable
 from fedsp_mpi.tensors import Contract, Failure, NamedTensors, Schema, Update, seal
 
 from ..files.untrusted import JsonMapping, JsonObject
+from .envelope import SEAL_BYTES
 from .exchange import Exchange
 
 CHUNK_BYTES = 4 << 20  # of one vector that travel at once
@@ -106,11 +107,17 @@ class CallStats(NamedTuple):
     bytes_up: int = 0
     bytes_down: int = 0
 
-    def add_call(self, request_values: int, response_values: int) -> CallStats:
-        """Return the statistics after another call with so many fp32 values each way."""
+    def add_call(
+        self, request_values: int, response_values: int, *, is_sealed: bool = False
+    ) -> CallStats:
+        """Return the statistics after another call with so many fp32 values each way.
+
+        The header and the values of a request are sealed by themselves, if they are.
+        """
+        seal_bytes = 2 * SEAL_BYTES if is_sealed else 0
         return CallStats(
             self.num_calls + 1,
-            self.bytes_up + HEADER_BYTES + 4 * request_values,
+            self.bytes_up + HEADER_BYTES + 4 * request_values + seal_bytes,
             self.bytes_down + HEADER_BYTES + 4 * response_values,
         )
 

@@ -45,6 +45,7 @@ from fedsp_mpi.config.runtime import (
     RecordConfig,
     RunConfig,
     TopologyConfig,
+    WireConfig,
     check_paths,
 )
 from fedsp_mpi.config.search import SearchConfig
@@ -92,6 +93,7 @@ class Config:
     )
     run: RunConfig = RunConfig()
     topology: TopologyConfig = TopologyConfig()
+    wire: WireConfig = WireConfig()
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     auxiliary: AuxiliaryConfig = AuxiliaryConfig()
@@ -288,6 +290,7 @@ _FREE = (
     "run.task_label",
     "run.permissions",
     "topology.ranks",
+    "wire.",
     "deadlines.",
     "checkpoint.",
     "record.",

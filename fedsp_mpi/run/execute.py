@@ -74,6 +74,8 @@ def execute(
         messages = wire.collect(introduction(config, wire.topology, error))
         with agreed(wire):
             ranks = read_introductions(messages) if messages else []
+        if config.wire.encryption:
+            wire.exchange_keys()
     if ranks:
         guard.set_peers((rank.host, rank.pid) for rank in ranks)
     silos: OpenSilos | None = None
@@ -99,6 +101,10 @@ def execute(
 
         handed_out = _hand_out(wire, server_rank)
         meta = HandoutMeta.from_json(handed_out.meta)
+        if config.wire.encryption:
+            wire.exchange_client_keys(meta.assignment)
+        if server is not None and wire.fingerprints is not None:
+            server.record_keys(wire.fingerprints)
         if server is None:
             from fedsp_mpi.record import resume_command
 
