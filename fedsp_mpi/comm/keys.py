@@ -12,7 +12,7 @@ from __future__ import annotations
 import hmac
 import os
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 
@@ -36,7 +36,7 @@ class _Speaks(Protocol):
 
     def collect(self, info: JsonMapping, phase: JsonPhase = ...) -> list[JsonObject] | None: ...
 
-    def agree(self, verdict: None, phase: str = ..., note: Any = ...) -> Any: ...
+    def agree(self, verdict: None, phase: str = ..., note: object = ...) -> JsonObject: ...
 
 
 class Seals:
@@ -293,7 +293,7 @@ class Seals:
         """
         server = fingerprint(self._keys[_SERVER])
         messages = wire.collect({"server": server})
-        proofs: list[str] | None = None
+        note: JsonObject | None = None
         if messages is not None:
             for rank, message in enumerate(messages):
                 require_fields(message, rank, {"server": str})
@@ -302,8 +302,8 @@ class Seals:
                         f"rank {rank}: found {message['server']!r} as the server's key, expected "
                         f"{server}"
                     )
-            proofs = [self._proofs.get(rank, b"").hex() for rank in range(len(messages))]
-        proofs = wire.agree(None, note=proofs)
+            note = {"proofs": [self._proofs.get(rank, b"").hex() for rank in range(len(messages))]}
+        proofs = wire.agree(None, note=note)["proofs"]
         expected = self._proofs.get(self._rank, b"").hex()
         if self._rank != _SERVER and not hmac.compare_digest(proofs[self._rank], expected):
             raise ProtocolError(

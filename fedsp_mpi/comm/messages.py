@@ -394,8 +394,13 @@ def invalid_values(values: np.ndarray) -> str | None:
     return None
 
 
-def broadcast_header(down: RoundBroadcast, contract: Contract) -> Header:
+def broadcast_header(
+    down: RoundBroadcast, contract: Contract, exchange: Exchange | None = None
+) -> Header:
     """Build the header of a broadcast.
+
+    Where rounds are compressed, and the values have no change that can be encoded, it announces
+    none: receivers make `no_numbers` of it.
 
     Raises:
         ValueError: the tensors are not those of the contract.
@@ -407,7 +412,15 @@ def broadcast_header(down: RoundBroadcast, contract: Contract) -> Header:
     schema = contract.down
     down.tensors.schema.require(schema, f"broadcast of round {down.round}")
     seal.check_array(down.tensors.flat)
-    return Header(Kind.BROADCAST, down.round, num_values=schema.num_values, digest=schema.digest)
+    num_values = schema.num_values
+    if exchange is not None and not exchange.can_encode(down.tensors.flat):
+        num_values = 0
+    return Header(Kind.BROADCAST, down.round, num_values=num_values, digest=schema.digest)
+
+
+def no_numbers(schema: Schema) -> NamedTensors:
+    """Return tensors of a schema, each [*shape], whose values are all nan."""
+    return NamedTensors(schema, np.full(schema.num_values, np.nan, dtype=np.float32))
 
 
 def require_handout(handout: Handout) -> None:

@@ -34,6 +34,7 @@ from .messages import (
     checked_results,
     chunk_slices,
     describe_handout,
+    no_numbers,
     pack_results,
     payload,
     reason_bytes,
@@ -171,7 +172,7 @@ class Solo:
         """
         assert down is not None, "one process is the server too"
         with guard.phase("broadcast", round=down.round):
-            broadcast_header(down, self._sealed_contract())  # for its checks
+            header = broadcast_header(down, self._sealed_contract(), self._exchange)
             if down.tensors is None or down.stop:
                 return down
             if evaluated_by:
@@ -179,6 +180,8 @@ class Solo:
                     self._sealed_contract(), messages=evaluated_by, crossed=0, phase="evaluation"
                 )
             tensors = down.tensors
+            if not header.num_values:
+                return RoundBroadcast(down.round, tensors=no_numbers(tensors.schema))
             if self._exchange is not None:
                 for part in chunk_slices(tensors.flat.size, self._chunk):
                     self._exchange.encode_broadcast(

@@ -59,6 +59,7 @@ from .messages import (
     checked_results,
     chunk_slices,
     describe_handout,
+    no_numbers,
     pack_results,
     payload,
     reason_bytes,
@@ -292,7 +293,9 @@ class Wire:
             evaluated_by: number of clients that judge it on their own text; 0: a round begins.
 
         Returns:
-            What clients get: of a compressed exchange, on the server too, what they make of it.
+            What clients get: of a compressed exchange, on the server too, what they make of it. All
+            values are nan where no change can be sent because they are not finite: clients fail at
+            them as they would without compression.
 
         Raises:
             ValueError: the tensors are not those of the contract.
@@ -301,7 +304,9 @@ class Wire:
         with self._operation("broadcast", None if down is None else down.round):
             assert (down is not None) == self.is_server
             contract = self._sealed_contract()
-            header = None if down is None else broadcast_header(down, contract)
+            header = None
+            if down is not None:
+                header = broadcast_header(down, contract, self._exchange)
             header = self._broadcast_header(header, "broadcast")
             if header.kind is Kind.STOP:
                 self._ledger.add_headers(
@@ -312,7 +317,9 @@ class Wire:
                 header.require(Kind.BROADCAST, "the server")
                 assert header.digest == contract.down.digest, "the server sent another schema"
             tensors = None if down is None else down.tensors
-            if self._exchange is not None:
+            if not header.num_values:
+                tensors = no_numbers(contract.down)
+            elif self._exchange is not None:
                 tensors = self._send_changes(tensors, self._exchange, is_start=not evaluated_by)
             else:
                 if tensors is None:
