@@ -362,7 +362,8 @@ def _bench_wire(repeats: int, log: Log) -> None:
     if times:  # on the server only
         log.say(
             "broadcast + gather of {num_values:,} values among {ranks} ranks: {wire_seconds:.4f} "
-            "s, bare mpi4py {bare_seconds:.4f} s: ratio {ratio:.3f}".format(**times)
+            "s, sealed {sealed_seconds:.4f} s, bare mpi4py {bare_seconds:.4f} s: ratio "
+            "{ratio:.3f}".format(**times)
         )
     waiting = benchmark.measure_waiting(repeats=min(repeats, 5))
     if waiting:

@@ -209,5 +209,6 @@ def test_the_bench_measures_and_waiting_is_cheap(tmp_path: Path) -> None:
     figures = json.loads((tmp_path / "out.json").read_text())
     assert figures["ranks"] == 3 and figures["ratio"] > 0
     assert figures["ratio"] == pytest.approx(figures["wire_seconds"] / figures["bare_seconds"])
+    assert figures["sealed_seconds"] > 0
     assert figures["waiting_cores"] < 0.5  # of a core: a blocking call takes all of it
     assert {"broadcast_slowdown", "gather_slowdown"} <= figures.keys()
