@@ -124,17 +124,18 @@ def _header(run: Run) -> list[str]:
 def _keys(run: Run) -> list[str]:
     """Name the keys of the newest start that seals what goes up; nothing of other runs."""
     starts = run.sections.get("encryption", {})
-    if not starts:
+    newest = starts.get(str(len(starts)), {})
+    clients = newest.get("clients", {})
+    if not newest:
         return []
-    newest = starts[max(starts, key=int)]
-    clients = newest["clients"]
     names = [
         f"{silos.client_name(run, int(client))} {key}"
         for client, key in list(clients.items())[:_MAX_KEYS_NAMED]
     ]
     if len(clients) > _MAX_KEYS_NAMED:
         names.append(f"and {len(clients) - _MAX_KEYS_NAMED} more")
-    return [f"what goes up, by {newest['cipher']}", f"keys: server {newest['server']}", *names]
+    facts = [f"what goes up, by {newest.get('cipher')}", f"key of server {newest.get('server')}"]
+    return facts + names
 
 
 def _num_clients(run: Run) -> list[str]:

@@ -507,6 +507,7 @@ def test_each_difference_is_named_with_both_values(tmp_path):
 
 FREE = {
     "topology.ranks",
+    "wire",
     "deadlines",
     "checkpoint",
     "record",
