@@ -130,17 +130,26 @@ def configurations(tmp_path_factory) -> Path:
 
 
 def run_methods(
-    folder: Path, n: int, names: Iterable[str], settings: Mapping[str, tuple[str, ...]]
+    folder: Path,
+    n: int,
+    names: Iterable[str],
+    settings: Mapping[str, tuple[str, ...]],
+    *,
+    more: tuple[str, ...] = (),
 ) -> Path:
-    """Run methods, and features by their settings, in one start of n ranks; 1: in this process."""
-    target = folder / f"n{n}"
+    """Run methods, and features by their settings, in one start of n ranks; 1: in this process.
+
+    `more` are settings of all of them.
+    """
+    target = folder / f"n{n}{'-more' if more else ''}"
     target.mkdir(exist_ok=True)
     jobs: list[tuple[list[str], Path | None]] = []
     for name in names:
-        where = ["--set", f"run.folder={target}", "--name", name]
+        words = [word for setting in more for word in ("--set", setting)]
+        where = ["--set", f"run.folder={target}", "--name", name, *words]
         jobs.append((["run", str(folder / f"{name}.yaml"), *where], None))
     for name, own_settings in settings.items():
-        jobs.append((command(target, name, *own_settings), target / f"{name}.txt"))
+        jobs.append((command(target, name, *own_settings, *more), target / f"{name}.txt"))
     together(0 if n == 1 else n, jobs)
     return target
 
@@ -165,6 +174,29 @@ def slow_runs(configurations, runs) -> dict[int, Path]:
     """Folders of the other methods' runs by the number of ranks."""
     others = {n: run_methods(configurations, n, names, {}) for n, names in SLOW_ON_RANKS.items()}
     return {1: runs[1], **others}
+
+
+SEALED_ON_RANKS = {  # with what the requests of clients without a model are, and compression
+    1: (*METHODS, *FEATURES),
+    2: ("fedsp", "fedbpt_private", ONE_CLIENT, "int8"),
+    4: (*(name for name in METHODS if name != ONE_CLIENT), *FEATURES),
+}
+
+
+@pytest.fixture(scope="module")
+def sealed_runs(configurations, runs) -> dict[int, Path]:
+    """Folders of runs whose clients seal what they send, by the number of ranks."""
+    settings = features(configurations)
+    return {
+        n: run_methods(
+            configurations,
+            n,
+            [name for name in names if name in METHODS],
+            {name: settings[name] for name in names if name in FEATURES},
+            more=("wire.encryption=true",),
+        )
+        for n, names in SEALED_ON_RANKS.items()
+    }
 
 
 def numbers(run: Run) -> dict[str, list[float]]:
@@ -217,6 +249,25 @@ def test_bits_do_not_depend_on_the_number_of_ranks(runs, name):
 @pytest.mark.parametrize(("name", "n"), [(m, n) for n in (2, 4) for m in SLOW_ON_RANKS[n]])
 def test_bits_of_the_other_methods_do_not_either(slow_runs, name, n):
     assert difference(read(slow_runs[1] / name), read(slow_runs[n] / name)) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "n"), [(name, n) for n, names in SEALED_ON_RANKS.items() for name in names]
+)
+def test_sealed_runs_have_the_bits_of_open_ones(runs, sealed_runs, name, n):
+    plain = read(runs[1] / name)
+    sealed = read(sealed_runs[n] / name)
+    assert difference(plain, sealed) == []
+    [start] = sealed.sections["encryption"].values()
+    assert (
+        len(start["ranks"]) == n and len(start["clients"]) == sealed.config["federation"]["clients"]
+    )
+    seals = sealed.wire[sealed.wire["name"] == "(seal)"]
+    assert (sum(seals["bytes"]) > 0) == (n > 1 or len(start["clients"]) > 0)
+    grown = sealed.rounds["bytes_up"] - plain.rounds["bytes_up"]
+    in_rounds = seals[(seals["direction"] == "up") & (seals["phase"] != "evaluation")]
+    assert sum(grown) == sum(in_rounds["bytes"])
 
 
 @pytest.mark.slow

@@ -119,6 +119,21 @@ def test_killed_between_compressed_rounds(folder):
     assert run.rounds["bytes_up"].tolist() == undisturbed.rounds["bytes_up"].tolist()
 
 
+def test_killed_between_sealed_rounds(folder):
+    """The start after it has new keys, on other ranks, and the bits of an open run."""
+    more = ("--set", "wire.encryption=true")
+    killed = go(2, folder, "sealed", *more, fault="kill:gather:0:4", status=None)
+    assert killed.returncode != 0 and "Traceback" not in killed.stderr, both_ends(killed)
+    resumed = go(4, folder, "sealed", "--resume", "auto", *more)
+    assert "goes on after round 3" in resumed.stdout
+    require_equal(folder, "sealed")
+    first, second = read(folder / "sealed").sections["encryption"].values()
+    assert (first["round"], second["round"]) == (0, 3)
+    keys = [[*start["ranks"], *start["clients"].values()] for start in (first, second)]
+    assert [len(of_start) for of_start in keys] == [2 + 3, 4 + 3]
+    assert len({key for of_start in keys for key in of_start}) == 12
+
+
 def test_told_to_stop_in_a_round(folder):
     stopped = go(2, folder, "stopped", fault="signal:server tuning:0:2", status=75)
     assert "told to stop after round 2" in stopped.stderr
