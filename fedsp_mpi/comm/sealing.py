@@ -141,7 +141,7 @@ class Sender(_Channel):
         cipher, envelope = self._next(content, round, plain.size)
         raw = envelope.pack()
         target[:ENVELOPE_BYTES] = np.frombuffer(raw, dtype=np.uint8)
-        cipher.encrypt_into(_nonce(envelope), plain, raw, target[ENVELOPE_BYTES:])
+        cipher.encrypt_into(_nonce(envelope), plain.data, raw, target[ENVELOPE_BYTES:].data)
 
     def seal(self, content: bytes, kind: Content, *, round: int = -1) -> bytes:
         """Return a sealed message.
@@ -183,7 +183,7 @@ class Receiver(_Channel):
             Envelope.unpack(raw).require(expected)
             if sealed.size != plain.size + SEAL_BYTES:
                 raise ValueError(f"found {sealed.size} bytes, expected {plain.size + SEAL_BYTES}")
-            cipher.decrypt_into(_nonce(expected), sealed[ENVELOPE_BYTES:], raw, plain)
+            cipher.decrypt_into(_nonce(expected), sealed[ENVELOPE_BYTES:].data, raw, plain.data)
         except InvalidTag:
             plain[:] = 0  # the library has written what nobody vouches for
             raise ValueError(
