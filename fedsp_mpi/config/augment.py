@@ -17,8 +17,9 @@ class AugmentConfig:
 
     clients: int = option(
         0,
-        "that label in a round, at most, drawn anew in each; a client's pseudo-labels count until "
-        "it labels again. 0: nobody labels, and text without labels is not used",
+        "that label in a round, at most, drawn anew in each; they take part in it, before others. "
+        "A client's pseudo-labels count until it labels again. 0: nobody labels, and text without "
+        "labels is not used",
         "clients",
     )
     per_client: int = option(

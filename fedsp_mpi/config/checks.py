@@ -111,13 +111,8 @@ def _require_labels(config: Config) -> None:
             f"augment.clients: found {augment.clients} without data.labels, expected 0: all text "
             "is labelled; set data.labels, or name silos with unlabelled rows"
         )
-    per_round = config.federation.clients_per_round
-    if per_round is not None and augment.clients > per_round:
-        raise ConfigError(
-            f"augment.clients: found {augment.clients}, expected at most "
-            f"federation.clients_per_round={per_round}: who labels also trains"
-        )
-    if config.federation.sampling == "round_robin" and per_round is not None:
+    is_drawn = config.federation.clients_per_round is not None
+    if config.federation.sampling == "round_robin" and is_drawn:
         raise ConfigError(
             "federation.sampling: found round_robin with augment.clients, expected uniform or "
             "by_size: who can take part changes from round to round"

@@ -143,6 +143,20 @@ def with_values(table: Table, column: str, values: Sequence[object]) -> Table:
         return table.remove_columns(column).add_column(column, list(values))
 
 
+def without_values(table: Table, column: str, keeps: Sequence[bool]) -> Table:
+    """Return the table with nulls in a column of the same type, which is its last one then.
+
+    Args:
+        table: of any columns.
+        column: one of them.
+        keeps: whether a row keeps its value, one per row.
+    """
+    kind = table.features[column]
+    cells = [cell if is_kept else None for cell, is_kept in zip(table[column], keeps)]
+    with _quiet():
+        return table.remove_columns(column).add_column(column, cells, feature=kind)
+
+
 def with_empty_column(table: Table, column: str) -> Table:
     """Return the table with one more column, in which every cell is null."""
     with _quiet():

@@ -17,12 +17,16 @@ from fedsp_mpi.algorithms.augment import AugmentedClient
 from fedsp_mpi.algorithms.base import Client, ClientContext, ShardError, TextClient
 from fedsp_mpi.algorithms.label_monitor import LabelMonitor
 from fedsp_mpi.config import Config
+from fedsp_mpi.data import loading
 from fedsp_mpi.data.few_labels import ClientText
 from fedsp_mpi.data.tokens import Question
 from fedsp_mpi.evaluation.scoring import choice_scores
+from fedsp_mpi.files.untrusted import JsonObject
 from fedsp_mpi.run import participation
 from fedsp_mpi.run.inputs import ExperimentInputs
 from fedsp_mpi.run.silos import disclosed
+
+SECTION = "labels"  # of the record
 
 
 def metrics(config: Config) -> tuple[str, ...]:
@@ -30,6 +34,25 @@ def metrics(config: Config) -> tuple[str, ...]:
     if not _wraps(config):
         return ()
     return (*augment.METRICS, *label_monitor.METRICS)
+
+
+def section(inputs: ExperimentInputs) -> dict[str, JsonObject]:
+    """Return the record's section `labels`, if a simulation leaves clients few of them."""
+    places = inputs.labelled_places
+    if places is None:
+        return {}
+    train = inputs.splits.train
+    choices = {example.choices for example in train}
+    classes = list(choices.pop()) if len(choices) == 1 else []
+    labels: list[list[int]] = []
+    rows: list[list[int]] = []
+    for shard, labelled in zip(inputs.shards[1:], places):
+        examples = [train[row] for row in shard[labelled].tolist()]
+        numbers = [example.gold[0] for example in examples]
+        labels.append([numbers.count(label) for label in range(len(classes))])
+        rows.append([loading.place(example)[1] for example in examples])
+    content: JsonObject = {"classes": classes, "labels": labels, "rows": rows}
+    return {SECTION: content}
 
 
 def augmented(inputs: ExperimentInputs, client: Client, context: ClientContext) -> Client:

@@ -44,8 +44,9 @@ def labellers_of(inputs: ExperimentInputs, round: int) -> list[int]:
         for client, size in enumerate(inputs.shard_sizes[1:])
         if inputs.labelled_places is None or size > len(inputs.labelled_places[client])
     ]
-    seed = inputs.config.run.seed
-    return labellers(augment.clients, candidates, seed=seed, round=round)
+    per_round = inputs.config.federation.clients_per_round
+    num = augment.clients if per_round is None else min(augment.clients, per_round)
+    return labellers(num, candidates, seed=inputs.config.run.seed, round=round)
 
 
 def _with_labels(inputs: ExperimentInputs, round: int) -> set[int]:

@@ -15,19 +15,21 @@ from fedsp_mpi.algorithms.augment import AugmentedClient
 from fedsp_mpi.algorithms.base import ShardError
 from fedsp_mpi.algorithms.client_state import StatelessClients
 from fedsp_mpi.algorithms.label_monitor import LabelMonitor
+from fedsp_mpi.commands.split import split
 from fedsp_mpi.config import AugmentConfig
 from fedsp_mpi.data.few_labels import ClientText
 from fedsp_mpi.data.tokens import Question, Text, collate
+from fedsp_mpi.log import Log
 from fedsp_mpi.models.losses import answer_loss, answer_loss_of
-from fedsp_mpi.record import Run
-from fedsp_mpi.report import difference
+from fedsp_mpi.record import Run, read
+from fedsp_mpi.report import difference, summarize
 from fedsp_mpi.run import participation
 from fedsp_mpi.run.inputs import ExperimentInputs
 from fedsp_mpi.tensors import ClientError, NamedTensors, Update
 from fedsp_mpi.training.loop import num_answer_tokens
 from helpers import tiny
 from helpers.configs import load, refused
-from helpers.runs import WHOLE_MODEL, short
+from helpers.runs import SHORT, WHOLE_MODEL, here, short
 
 DOWN = NamedTensors.of({"prompt": np.arange(6.0).reshape(2, 3)})
 
@@ -254,14 +256,14 @@ FEW = (
 def relabelled(folder: Path, rows: set[int], target: Path) -> str:
     """Copy a task of two classes; rows of train but these get the other class."""
     target.mkdir()
-    for split in ("train", "validation", "test"):
-        lines = (folder / f"{split}.jsonl").read_text().splitlines()
+    for name in ("train", "validation", "test"):
+        lines = (folder / f"{name}.jsonl").read_text().splitlines()
         examples = [json.loads(line) for line in lines]
         for number, example in enumerate(examples):
-            if split == "train" and number not in rows:
+            if name == "train" and number not in rows:
                 example["label"] = 1 - example["label"]
         text = "".join(json.dumps(example) + "\n" for example in examples)
-        (target / f"{split}.jsonl").write_text(text)
+        (target / f"{name}.jsonl").write_text(text)
     return str(target)
 
 
@@ -358,11 +360,6 @@ REFUSED = {
         "federation": {"silos": [{"source": "/a"}]},
         "server": {"data": {"source": "/b"}},
     },
-    "who labels also trains": {
-        "data": {"labels": 9},
-        "augment": {"clients": 4},
-        "federation": {"clients_per_round": 3},
-    },
     "who can take part changes": {
         "data": {"labels": 9},
         "augment": {"clients": 2},
@@ -388,3 +385,48 @@ def test_text_without_classes_and_wrong_templates_are_refused_before_a_run(tmp_p
     refused(words.check, "augment.second_template", "nothing")
     many = inputs_of(tmp_path, "data.labels=1000")
     refused(many.check, "data.labels: found 1000 labels for 48 examples of 8 clients")
+
+
+def test_silos_with_unlabelled_rows_run_to_the_bits_of_the_simulation(tmp_path):
+    """`split` leaves out the labels that a client does not hold; its silo labels the same text."""
+    data = tmp_path / "data"
+    few = (*FEW, f"data.source={tiny.gap_task_folder(data)}", "federation.clients=3")
+    few += ("augment.clients=3", "augment.quota=labels")
+    simulated = short(tmp_path / "runs", *few)
+    split(None, [*SHORT, *few, "distillation.engine=torch"], tmp_path / "silos", log=Log())
+    manifest = json.loads((tmp_path / "silos" / "manifest.json").read_text())
+    labels = [owner["labels"]["train"] for owner in manifest["owners"][1:]]
+    assert sum(counts["no label"] for counts in labels) == 42
+    assert sum(counts["grey"] + counts["blue"] for counts in labels) == 6
+    silos = tmp_path / "silos" / "silos.yaml"
+    here(["run", str(silos), "--name", "silos", "--set", f"run.folder={tmp_path / 'runs'}"])
+    run = read(tmp_path / "runs" / "silos")
+    for round in (1, 2):
+        for name, prompt in simulated.prompts(round).items():
+            assert run.prompts(round)[name].tobytes() == prompt.tobytes()
+    for name in ("pseudo_labels", "texts_scored", "samples"):
+        assert run.clients[name].tolist() == simulated.clients[name].tolist()
+    assert (
+        "pseudo_precision" not in run.clients.dtype.names
+        or np.isnan(run.clients["pseudo_precision"]).all()
+    )
+    quiet = ["--set", "federation.disclose=nothing", "--name", "quiet"]
+    here(["run", str(silos), *quiet, "--set", f"run.folder={tmp_path / 'runs'}"])
+    undisclosed = read(tmp_path / "runs" / "quiet").clients
+    assert set(undisclosed["samples"].tolist()) == {1}
+    assert np.isnan(undisclosed["pseudo_labels"]).all()
+
+
+def test_the_record_says_whose_labels_there_are_and_how_many_pseudo_labels_are_right(tmp_path):
+    data = tmp_path / "data"
+    few = (*FEW, f"data.source={tiny.gap_task_folder(data)}", "federation.clients=3")
+    run = short(tmp_path / "runs", *few)
+    section = run.sections["labels"]
+    assert section["classes"] == ["grey", "blue"]
+    assert sum(map(sum, section["labels"])) == sum(map(len, section["rows"])) == 6
+    assert {row for rows in section["rows"] for row in rows} == labelled_rows(few)
+    rows = [json.loads(line) for line in (data / "train.jsonl").read_text().splitlines()]
+    for counts, numbers in zip(section["labels"], section["rows"]):
+        assert counts[1] == sum(rows[number]["label"] for number in numbers)
+    summary = summarize(run)
+    assert "precision %" in summary and "pseudo-labels among them" in summary
