@@ -110,8 +110,8 @@ class AugmentedClient(WrappedClient):
             update = Update(client, 0.0, broadcast.copy(), {})
         metrics = dict(update.metrics)
         for name, number in zip(METRICS, (num_pseudo, num_scored)):
-            number = self._disclose(number)
-            metrics[name] = math.nan if number is None else float(number)
+            disclosed = self._disclose(number)
+            metrics[name] = math.nan if disclosed is None else float(disclosed)
         metrics["seconds_labels"] = seconds
         weight = self._weight(len(text.labelled) + num_pseudo)
         return replace(update, weight=weight, metrics=metrics)
@@ -146,7 +146,7 @@ class AugmentedClient(WrappedClient):
             probabilities,
             eligible,
             pseudo_labels.class_shares(
-                settings.quota, scores.argmax(axis=1), text.labels, scores.shape[1]
+                settings.quota, scores.argmax(axis=1), text.labels, num=scores.shape[1]
             ),
             num=settings.num_examples(round) - len(text.labelled),
             random=rng.generator(self._seed, "pseudo-labels", round, client),

@@ -92,8 +92,8 @@ def load(
             notes.append(f"{split} = the first {max_rows} of {len(numbers)} rows (limit)")
             numbers = numbers[:max_rows]
         if keeps_unlabelled and split == "train":
-            numbers, without_label = _by_label(task, tables[origin], origin, numbers)
-            unlabelled = _read_unlabelled(task, tables[origin], origin, without_label)
+            numbers, unlabelled_rows = _by_label(task, tables[origin], origin, numbers=numbers)
+            unlabelled = _read_unlabelled(task, tables[origin], origin, numbers=unlabelled_rows)
             if unlabelled:
                 notes.append(f"train: {len(unlabelled)} rows without a label, to be labelled")
                 if not numbers:
@@ -266,7 +266,7 @@ def unlabelled_again(
     places = [place(example) for example in examples]
     [origin] = {split for split, _ in places}
     numbers = [number for _, number in places]
-    again = _read_unlabelled(task, tables[origin], origin, numbers)
+    again = _read_unlabelled(task, tables[origin], origin, numbers=numbers)
     if len(again) != len(examples):
         raise ValueError(
             f"found {len(examples) - len(again)} rows of train without a "
@@ -391,19 +391,19 @@ def _examples(
 
 
 def _by_label(
-    task: Task, table: datasets.Dataset, origin: str, numbers: Sequence[int]
+    task: Task, table: datasets.Dataset, origin: str, *, numbers: Sequence[int]
 ) -> tuple[list[int], list[int]]:
     """Divide row numbers into those of rows with a label, and those of rows without one."""
-    with_label: list[int] = []
-    without_label: list[int] = []
+    labelled: list[int] = []
+    unlabelled: list[int] = []
     for number, example in _read_rows(task, table, origin, numbers=numbers):
-        rows = without_label if example is Missing.ANSWER else with_label
+        rows = unlabelled if example is Missing.ANSWER else labelled
         rows.append(number)
-    return with_label, without_label
+    return labelled, unlabelled
 
 
 def _read_unlabelled(
-    task: Task, table: datasets.Dataset, origin: str, numbers: Sequence[int]
+    task: Task, table: datasets.Dataset, origin: str, *, numbers: Sequence[int]
 ) -> tuple[Example, ...]:
     """Read rows as examples without a label; those without a text are left out.
 

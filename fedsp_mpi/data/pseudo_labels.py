@@ -101,7 +101,7 @@ def fit_temperature(log_likelihoods: np.ndarray, labels: np.ndarray) -> float:
     return float(_TEMPERATURES[int(np.argmin(losses))])
 
 
-def class_shares(quota: str, predicted: np.ndarray, labels: np.ndarray, num: int) -> np.ndarray:
+def class_shares(quota: str, predicted: np.ndarray, labels: np.ndarray, *, num: int) -> np.ndarray:
     """Estimate the shares of the classes in the unlabelled text, fp64 [classes].
 
     Args:

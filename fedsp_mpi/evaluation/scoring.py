@@ -282,6 +282,7 @@ def choice_scores(
     model: LanguageModel,
     prompt: Prompt | None,
     questions: Sequence[Question],
+    *,
     batch_tokens: int,
 ) -> np.ndarray:
     """Return the log-likelihoods of all choices of questions that have the same ones, in nats.

@@ -75,7 +75,7 @@ def augmented(inputs: ExperimentInputs, client: Client, context: ClientContext) 
     def score(questions: Sequence[Question]) -> np.ndarray:
         model = trainer.model
         assert model is not None, "clients that train hold a model"
-        return choice_scores(model, trainer.prompt, questions, batch_tokens)
+        return choice_scores(model, trainer.prompt, questions, batch_tokens=batch_tokens)
 
     @lru_cache(maxsize=2)
     def labellers(round: int) -> frozenset[int]:

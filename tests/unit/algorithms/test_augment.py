@@ -282,14 +282,28 @@ def without_precision(run: Run) -> list[str]:
     return [name for name in run.clients.dtype.names if name != "pseudo_precision"]
 
 
-def test_the_method_never_reads_the_labels_of_unlabelled_rows(tmp_path):
+@pytest.fixture(scope="module")
+def few(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
+    """The settings of a run with six labels among 48 texts of three clients."""
+    data = tiny.gap_task_folder(tmp_path_factory.mktemp("few") / "data")
+    return (*FEW, f"data.source={data}", "federation.clients=3")
+
+
+@pytest.fixture(scope="module")
+def few_run(few: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return short(tmp_path_factory.mktemp("runs"), *few)
+
+
+def source_of(settings: tuple[str, ...]) -> Path:
+    return Path(config.load(None, list(settings)).data.source or "")
+
+
+def test_the_method_never_reads_the_labels_of_unlabelled_rows(few, few_run, tmp_path):
     """With all of them wrong a run has the same bits; only the record's precision differs."""
-    data = tmp_path / "data"
-    few = (*FEW, f"data.source={tiny.gap_task_folder(data)}", "federation.clients=3")
     rows = labelled_rows(few)
     assert len(rows) == 6
-    wrong = relabelled(data, rows, tmp_path / "wrong")
-    first = short(tmp_path / "runs", *few)
+    wrong = relabelled(source_of(few), rows, tmp_path / "wrong")
+    first = few_run
     second = short(tmp_path / "others", *few, f"data.source={wrong}")
     assert all("pseudo_precision" in line for line in difference(first, second))
     pseudo = first.clients["pseudo_labels"] > 0
@@ -387,11 +401,10 @@ def test_text_without_classes_and_wrong_templates_are_refused_before_a_run(tmp_p
     refused(many.check, "data.labels: found 1000 labels for 48 examples of 8 clients")
 
 
-def test_silos_with_unlabelled_rows_run_to_the_bits_of_the_simulation(tmp_path):
+@pytest.mark.slow
+def test_silos_with_unlabelled_rows_run_to_the_bits_of_the_simulation(few, tmp_path):
     """`split` leaves out the labels that a client does not hold; its silo labels the same text."""
-    data = tmp_path / "data"
-    few = (*FEW, f"data.source={tiny.gap_task_folder(data)}", "federation.clients=3")
-    few += ("augment.clients=3", "augment.quota=labels")
+    few = (*few, "augment.clients=3", "augment.quota=labels")
     simulated = short(tmp_path / "runs", *few)
     split(None, [*SHORT, *few, "distillation.engine=torch"], tmp_path / "silos", log=Log())
     manifest = json.loads((tmp_path / "silos" / "manifest.json").read_text())
@@ -417,16 +430,13 @@ def test_silos_with_unlabelled_rows_run_to_the_bits_of_the_simulation(tmp_path):
     assert np.isnan(undisclosed["pseudo_labels"]).all()
 
 
-def test_the_record_says_whose_labels_there_are_and_how_many_pseudo_labels_are_right(tmp_path):
-    data = tmp_path / "data"
-    few = (*FEW, f"data.source={tiny.gap_task_folder(data)}", "federation.clients=3")
-    run = short(tmp_path / "runs", *few)
-    section = run.sections["labels"]
+def test_the_record_says_whose_labels_there_are_and_how_many_pseudo_labels_are_right(few, few_run):
+    section = few_run.sections["labels"]
     assert section["classes"] == ["grey", "blue"]
     assert sum(map(sum, section["labels"])) == sum(map(len, section["rows"])) == 6
     assert {row for rows in section["rows"] for row in rows} == labelled_rows(few)
-    rows = [json.loads(line) for line in (data / "train.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (source_of(few) / "train.jsonl").read_text().splitlines()]
     for counts, numbers in zip(section["labels"], section["rows"]):
         assert counts[1] == sum(rows[number]["label"] for number in numbers)
-    summary = summarize(run)
+    summary = summarize(few_run)
     assert "precision %" in summary and "pseudo-labels among them" in summary
