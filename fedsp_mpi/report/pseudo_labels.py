@@ -14,11 +14,9 @@ from fedsp_mpi.report.formatting import as_percent, as_seconds, table
 
 _HEAD = ("round", "labelled", "texts", "labels s", "trained on", "pseudo", "precision %")
 _LEGEND = (
-    "labelled = clients that labelled text; texts = that went through the model for it, and labels "
-    "s = seconds,",
-    "of all clients; trained on = examples of all clients, pseudo = pseudo-labels among them, of "
-    "which precision",
-    "are right",
+    "all clients of a round: labelled = who labelled text, texts = what the model read for it,",
+    "labels s = seconds of it; trained on = examples, pseudo = pseudo-labels among them,",
+    "precision = the share of these that is right",
 )
 
 

@@ -119,7 +119,7 @@ def features(folder: Path) -> dict[str, tuple[str, ...]]:
 
 
 ONE_CLIENT = "prefix_tuning"  # which does not fill three ranks
-ON_FOUR_RANKS = ("fedsp", "fedbpt", "finetune", "fedprompt", "aug_fedprompt")
+ON_FOUR_RANKS = ("fedsp", "fedbpt", "finetune", "fedprompt")
 SLOW_ON_RANKS = {
     2: ("fedsp", "fedbpt", "finetune", "aug_fedprompt", ONE_CLIENT),  # one rank plays all clients
     4: tuple(name for name in METHODS if name not in (*ON_FOUR_RANKS, ONE_CLIENT)),

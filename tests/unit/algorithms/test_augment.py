@@ -439,4 +439,4 @@ def test_the_record_says_whose_labels_there_are_and_how_many_pseudo_labels_are_r
     for counts, numbers in zip(section["labels"], section["rows"]):
         assert counts[1] == sum(rows[number]["label"] for number in numbers)
     summary = summarize(few_run)
-    assert "precision %" in summary and "pseudo-labels among them" in summary
+    assert "precision %" in summary and "pseudo = pseudo-labels among them" in summary
