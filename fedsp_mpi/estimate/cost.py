@@ -26,6 +26,8 @@ costs one forward through the activations, and one more where weights are traine
                           and of the global model, for clients that hold no model. Instructions
                           are points too; where choices are scored, a text's context is read once
                           for all of them
+    client labelling      1 x forward of what the client holds for each text without a label, whose
+                          context is read once for all classes; 2 x with a second template
     silos' validation     1 x forward of what the client holds for each text held out, and 1 x more
                           where options are scored, whose context is read once for all of them
 
@@ -65,6 +67,7 @@ _DISTILLATION = "distillation"
 _ALIGNMENT = "client alignment"
 _PROMPT_TUNING = "client prompt tuning"
 _FINE_TUNING = "client fine-tuning"
+_LABELLING = "client labelling"
 _SEARCH = "client search"
 _SERVED_SEARCH = "clients' forward passes"  # of clients that hold no model, at the server
 _SERVER_TUNING = "server tuning"
@@ -214,6 +217,9 @@ def _critical_flops(config: Config, phases: dict[str, float], method: MethodCost
     """
     rounds = config.federation.rounds
     client_round = method.round if config.federation.clients else 0.0
+    # Those who label work at the same time, too, and train afterwards.
+    num_labellers = min(config.augment.clients, config.federation.clients)
+    client_round += phases.get(_LABELLING, 0.0) / max(1, num_labellers) / rounds
     # The server tunes the control while it waits for the clients.
     local_round = max(client_round, phases[_CONTROL] / rounds)
     flops = phases[_DISTILLATION] + phases[_SERVER_TUNING] + rounds * local_round
@@ -384,6 +390,7 @@ class _Costs:
         return {
             _DISTILLATION: distillation,
             **self._client_phases(),
+            **self._labelling(),
             _SERVER_TUNING: server_tuning + self._translation(),
             _CONTROL: server_tuning if has_control else 0.0,
             **self._silo_validation(),
@@ -405,6 +412,32 @@ class _Costs:
             step = self._prompt_step(stage.settings, self.small, stage.trained)
             phases[stage.phase] = num_updates * (stage.settings.steps * step)
         return phases
+
+    def _labelling(self) -> dict[str, float]:
+        """Return the FLOPs of all clients that label text; nothing where nobody does."""
+        config = self.config
+        augment = config.augment
+        if not augment.is_on:
+            return {}
+        num_rounds = max(0, config.federation.rounds - augment.start_round + 1)
+        num_labellers = min(augment.clients, config.federation.clients)
+        labels_per_client = (config.data.labels or 0) // max(1, config.federation.clients)
+        num_texts = max(0, self._examples_per_client() - labels_per_client)
+        if augment.second_template is not None:
+            num_texts *= 2
+        num_answers = self.texts.answers * self._num_labels()
+        tokens = self.texts.tokens + num_answers - self.texts.answers
+        if config.tunes_weights:
+            text_flops = forward(self.large, tokens, tokens, num_answers)
+        else:
+            texts_per_pass = max(1, config.evaluation.batch_tokens // tokens)
+            text_flops = forward(
+                self.small,
+                self._tokens_per_forward(texts_per_pass) + tokens - self.texts.tokens,
+                tokens + self.spec.num_tokens,
+                num_answers,
+            )
+        return {_LABELLING: num_rounds * num_labellers * num_texts * text_flops}
 
     def _silo_validation(self) -> dict[str, float]:
         """Return the FLOPs of all silos that judge all rounds; nothing where the server judges."""
@@ -787,7 +820,7 @@ class _Costs:
         return 2 if is_perturbed else 1
 
     def _examples_per_client(self) -> int:
-        """Return the examples of a client that searches.
+        """Return the examples of a client that searches or labels.
 
         Its share of data.shots or data.limit.train, else what client.tuning takes in a round.
         """

@@ -26,7 +26,7 @@ from fedsp_mpi.files.untrusted import printable
 from fedsp_mpi.record.going_on import newest_environment, resume_command
 from fedsp_mpi.record.hdf5 import KILLED, Run
 from fedsp_mpi.record.tables import LABELS, TRIGGERED
-from fedsp_mpi.report import attack, handed_out, phases, plain_use, silos
+from fedsp_mpi.report import attack, handed_out, phases, plain_use, pseudo_labels, silos
 from fedsp_mpi.report.costs import training_seconds
 from fedsp_mpi.report.facts import (
     CONTROLS,
@@ -67,7 +67,7 @@ _INDENT = " " * 10  # the width of a label
 def summarize(run: Run) -> str:
     """Write a run as plain text of at most 100 columns: header, rounds, results, bytes, seconds."""
     lines = []
-    parts = (_header, _rounds, silos.lines, _results, _wire, _seconds)
+    parts = (_header, _rounds, pseudo_labels.lines, silos.lines, _results, _wire, _seconds)
     for part in (write(run) for write in parts):
         if part:
             lines += [printable(line) for line in part]

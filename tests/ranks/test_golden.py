@@ -59,6 +59,12 @@ SEARCHES["prompt_search"] = {
 SEARCHES["fedbpt"]["search"] |= recipe("bridged")[
     "search"
 ]  # the default; the others search as the papers do
+LABELS = {  # of 48 texts of three clients
+    "aug_fedprompt": {
+        "data": {"labels": 6, "label_spread": 0.1, "verbaliser": ["grey", "blue"]},
+        "augment": {"clients": 2, "per_client": 8},
+    },
+}
 COLUMNS = (
     "server_loss_first",
     "server_loss_last",
@@ -71,8 +77,11 @@ COLUMNS = (
 def write_configurations(folder: Path) -> list[Path]:
     """One file a method: the embedded default, shortened, under the method's own keys."""
     short, files = folder / "short.yaml", []
+    two_classes = {"data": {"source": tiny.gap_task_folder(folder / "data")}}
     for name, path in METHODS.items():
         more = WEIGHTS if name.startswith(("finetune", "p_tuning")) else SEARCHES.get(name, {})
+        if name in LABELS:
+            more = merge(LABELS[name], two_classes)
         own = {"extends": [str(config.EMBEDDED), short.name, str(path)]}
         files.append(folder / f"{name}.yaml")
         files[-1].write_text(yaml.safe_dump({**own, **more}))
@@ -93,12 +102,17 @@ def features(folder: Path) -> dict[str, tuple[str, ...]]:
     outer = ("federation.outer.optimizer=fedavgm", "federation.clients_per_round=2")
     int8 = ("federation.compression.format=int8", "federation.rounds=3")
     source = f"data.source={tiny.gap_task_folder(folder / 'data')}"
+    few = ("data.labels=6", "augment.clients=2", "augment.per_client=8", "data.server_share=8")
+    soft = ("augment.targets=soft", "augment.quota=balanced", "augment.calibrate=true")
+    templates = ("augment.second_template={context} now {mask}", "federation.rounds=3")
+    some = ("federation.clients=6", "federation.clients_per_round=3", "client.resident=1")
     return {
         "median": (*robust, "federation.rule=median"),
         "reject_outliers": (*robust, "federation.rule=reject_outliers"),
         "backdoor": (*FEDPROMPT, *quiet, *attack),
         "joint_by_labels": ("client.training=joint", *labels, source, *words),
         "bert": tuple(gap_settings(folder / "bert", "bert")),
+        "soft_labels": (*few, *soft, *templates, *some, source, *words, *quiet),
         "int8": (*weights, *outer, *int8, *quiet),
         "many_clients": (*clients, *kept, "federation.rounds=3", "data.limit.train=560"),
     }
@@ -107,7 +121,7 @@ def features(folder: Path) -> dict[str, tuple[str, ...]]:
 ONE_CLIENT = "prefix_tuning"  # which does not fill three ranks
 ON_FOUR_RANKS = ("fedsp", "fedbpt", "finetune", "fedprompt")
 SLOW_ON_RANKS = {
-    2: ("fedsp", "fedbpt", "finetune", ONE_CLIENT),  # one rank plays all clients
+    2: ("fedsp", "fedbpt", "finetune", "aug_fedprompt", ONE_CLIENT),  # one rank plays all clients
     4: tuple(name for name in METHODS if name not in (*ON_FOUR_RANKS, ONE_CLIENT)),
 }
 FEATURES = (
@@ -116,6 +130,7 @@ FEATURES = (
     "backdoor",
     "joint_by_labels",
     "bert",
+    "soft_labels",
     "int8",
     "many_clients",
 )

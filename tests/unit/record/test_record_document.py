@@ -15,7 +15,7 @@ from helpers.paths import ROOT
 from helpers.runs import short
 
 DOCUMENT = (ROOT / "fedsp_mpi" / "record" / "RECORD.md").read_text(encoding="utf-8")
-NOT_IN_THIS_RUN = {"sections/instruction", "sections/origin", "sections/resumes"}
+NOT_IN_THIS_RUN = {f"sections/{name}" for name in ("instruction", "labels", "origin", "resumes")}
 TENSOR = re.compile(r"prompts/\d{4}/prompt")
 
 
