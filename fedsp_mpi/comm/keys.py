@@ -350,6 +350,8 @@ class Seals:
         for pair in (self._pair, *pairs.values()):
             pair.forget()
         self._confirm_clients(wire, assignment)
+        # Nobody's next message may arrive before the server has all proofs.
+        wire.agree(None)
 
     def _add_client_receivers(
         self, assignment: Sequence[Collection[int]], num_servers: int

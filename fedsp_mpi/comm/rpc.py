@@ -89,8 +89,8 @@ class RpcEndpoint:
         if self.seals is None:
             self._send(request, values, server, limit=_CALLER_DEADLINE)
         else:
+            request = self.seals.seal_call(client, request)  # first: messages are counted
             sealed = self.seals.seal_request(client, values)
-            request = self.seals.seal_call(client, request)
             self._send(request, sealed, server, limit=_CALLER_DEADLINE)
         header, _ = self._receive_header(server, lambda: (server,), limit=_CALLER_DEADLINE)
         header.require(Kind.RESPONSE, f"rank {server}")

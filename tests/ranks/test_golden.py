@@ -26,7 +26,7 @@ from fedsp_mpi.report import difference, summarize
 from helpers import blas_kernels, tiny
 from helpers.mpi import run_mpi
 from helpers.paths import PROGRAMS, ROOT
-from helpers.runs import FEDPROMPT, command, gap_settings, together
+from helpers.runs import FEDBPT, FEDPROMPT, command, gap_settings, together
 
 GOLDEN = Path(__file__).with_name("golden.json")
 METHODS = {path.stem: path for path in sorted((ROOT / "configs" / "methods").glob("*.yaml"))}
@@ -114,6 +114,7 @@ def features(folder: Path) -> dict[str, tuple[str, ...]]:
         "bert": tuple(gap_settings(folder / "bert", "bert")),
         "soft_labels": (*few, *soft, *templates, *some, source, *words, *quiet),
         "int8": (*weights, *outer, *int8, *quiet),
+        "sealed_requests": (*FEDBPT, *quiet, "search.forward=server", "wire.encryption=true"),
         "many_clients": (*clients, *kept, "federation.rounds=3", "data.limit.train=560"),
     }
 
@@ -132,8 +133,10 @@ FEATURES = (
     "bert",
     "soft_labels",
     "int8",
+    "sealed_requests",
     "many_clients",
 )
+OPEN = tuple(name for name in FEATURES if name != "sealed_requests")
 
 
 @pytest.fixture(scope="module")
@@ -191,10 +194,10 @@ def slow_runs(configurations, runs) -> dict[int, Path]:
     return {1: runs[1], **others}
 
 
-SEALED_ON_RANKS = {  # with what the requests of clients without a model are, and compression
-    1: (*METHODS, *FEATURES),
+SEALED_ON_RANKS = {  # all that is open otherwise
+    1: (*METHODS, *OPEN),
     2: ("fedsp", "fedbpt_private", ONE_CLIENT, "int8"),
-    4: (*(name for name in METHODS if name != ONE_CLIENT), *FEATURES),
+    4: (*(name for name in METHODS if name != ONE_CLIENT), *OPEN),
 }
 
 

@@ -80,6 +80,16 @@ def test_bf16_fails_as_fp32_does_and_halves_the_bytes(tmp_path: Path) -> None:
     assert three[0]["round_bytes"]["up"]["0"] == 2 * 104 + 256
 
 
+def test_a_compressed_round_of_a_server_that_is_not_finite_fails_its_clients_by_name(
+    tmp_path: Path,
+) -> None:
+    options = ("--nan", "--chunk", 4 * 64, "--values", 101, "--compression", "int8")
+    alone, three = (fold(tmp_path / f"{n}.json", n, *options)["rounds"] for n in (0, 3))
+    assert without(alone, "peak") == without(three, "peak")
+    reasons = [[failure["reason"] for failure in seen["failures"]] for seen in three]
+    assert reasons == [[], ["tensor 'prefix' is not finite"] * 5, []]
+
+
 def test_failures_ride_in_the_place_of_updates(tmp_path: Path) -> None:
     rounds = fold(tmp_path / "out.json", 3, "--fail")["rounds"]
     assert [report["client"] for report in rounds[1]["reports"]] == [0, 2, 4]

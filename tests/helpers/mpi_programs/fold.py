@@ -1,7 +1,7 @@
 """A few rounds of a toy federation; the server writes their outcome as JSON.
 
 Usage: fold.py OUT --clients N --values N --chunk BYTES --rounds N [--fail] [--partial]
-[--stop-early] [--compression FORMAT] [--encryption] [--capture FILE]
+[--stop-early] [--compression FORMAT] [--nan] [--encryption] [--capture FILE]
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ def arguments() -> argparse.Namespace:
         help="the server reads only the first columns of round 0",
     )
     parser.add_argument("--compression", default="none")
+    parser.add_argument("--nan", action="store_true", help="in round 1 the server is not finite")
     parser.add_argument("--encryption", action="store_true")
     parser.add_argument(
         "--capture", type=Path, help="of all that rank 1 sends after the introduction"
@@ -166,8 +167,9 @@ def main(args: argparse.Namespace) -> None:
     residuals: dict[int, np.ndarray] = {}
     rounds = []
     for round in range(args.rounds):
+        values = np.full_like(prompt, np.nan) if args.nan and round == 1 else prompt
         down = wire.broadcast(
-            RoundBroadcast(round, tensors=NamedTensors(agreed.down, prompt))
+            RoundBroadcast(round, tensors=NamedTensors(agreed.down, values))
             if wire.is_server
             else None
         )
