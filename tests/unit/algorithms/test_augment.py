@@ -29,7 +29,7 @@ from fedsp_mpi.tensors import ClientError, NamedTensors, Update
 from fedsp_mpi.training.loop import num_answer_tokens
 from helpers import tiny
 from helpers.configs import load, refused
-from helpers.runs import SHORT, WHOLE_MODEL, here, short
+from helpers.runs import SHORT, WHOLE_MODEL, gap_settings, here, short
 
 DOWN = NamedTensors.of({"prompt": np.arange(6.0).reshape(2, 3)})
 
@@ -440,3 +440,43 @@ def test_the_record_says_whose_labels_there_are_and_how_many_pseudo_labels_are_r
         assert counts[1] == sum(rows[number]["label"] for number in numbers)
     summary = summarize(few_run)
     assert "precision %" in summary and "pseudo = pseudo-labels among them" in summary
+
+
+LABELS = (
+    "data.labels=6",
+    "data.label_spread=0.1",
+    "augment.clients=2",
+    "augment.per_client=8",
+    "evaluation.zero_shot=false",
+    "evaluation.server_only=false",
+)
+WEIGHTS = (
+    "client.tuning.optimizer.learning_rate=1e-3",
+    "server.tuning.optimizer.learning_rate=1e-3",
+)
+# What else may be tuned, and by which models.
+TUNED = {
+    "weights": ("method=finetune", *WEIGHTS),
+    "adapters": ("method=lora", *WEIGHTS, "lora.merge=products"),
+    "auxiliary": ("auxiliary.depth=2", "client.training=joint"),
+    "bert": None,
+    "t5": None,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TUNED)
+def test_whatever_clients_train_labels_their_text(few, tmp_path, name):
+    """Weights, adapters, FedSP's auxiliary model, and models that fill in a gap."""
+    tuned = TUNED[name]
+    if tuned is None:
+        settings = (*gap_settings(tmp_path, name), *LABELS)
+    else:
+        data = (f"data.source={source_of(few)}", "data.verbaliser=[grey, blue]")
+        settings = (*data, "data.limit.train=null", *LABELS, *tuned)
+    run = short(tmp_path / "runs", *settings)
+    ok = run.clients[run.clients["status"] == "ok"]
+    assert len(ok) == len(run.clients)
+    labelled = ok[ok["texts_scored"] > 0]
+    assert len(labelled) and (labelled["pseudo_labels"] > 0).all()
+    assert np.isfinite(run.rounds["validation_loss"]).all()
