@@ -54,6 +54,10 @@ class Server(Protocol):
     def prompt(self) -> Prompt | None:
         """The prompt in front of every text; None where the model itself is tuned."""
 
+    @property
+    def tunes(self) -> bool:
+        """Whether the server has a step of its own in each round."""
+
     def broadcast(self) -> NamedTensors:
         """Return what clients start the round from."""
 

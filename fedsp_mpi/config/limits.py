@@ -73,6 +73,7 @@ _STAGE = {
     "steps": Range(0, 10_000_000),
     "batch_size": Range(1, 100_000),
     "micro_batch": Range(1, MOST_AT_ONCE),
+    "max_padding": Range(0, 1, below=True),
     **{f"optimizer.{name}": limits for name, limits in _OPTIMIZER.items()},
 }
 STAGES = (

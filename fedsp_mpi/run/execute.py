@@ -20,6 +20,7 @@ from fedsp_mpi.log import Log, one_line
 from fedsp_mpi.run import devices
 from fedsp_mpi.run.agreement import agreed
 from fedsp_mpi.run.handout import HandoutMeta, ServerMeeting
+from fedsp_mpi.run.preload import Preload
 from fedsp_mpi.run.ranks import (
     RankInfo,
     ReadyReport,
@@ -49,8 +50,8 @@ def execute(
 ) -> Path | None:
     """Run one experiment; every rank calls this.
 
-    Heavy libraries are imported by the server at once and by the clients when the hand-out has
-    come: ranks that only wait leave the processor to the distillation.
+    Heavy libraries are imported by the server at once, and by ranks that play clients while they
+    wait for it.
 
     Args:
         config: checked, the same on every rank.
@@ -85,6 +86,9 @@ def execute(
             silos = open_silos(config, name, wire, log)
         config = silos.config
     guard.name_clients(config.federation.client_name)
+    preload = None
+    if _will_play(config, wire.topology):
+        preload = Preload()
     try:
         with guard.phase("checks"), agreed(wire, "handout") as agreement:
             if wire.is_server:
@@ -100,6 +104,8 @@ def execute(
             helper = _load_helper(config, wire, server, meeting=meeting)
         server_rank: ServerRank | None = server or helper
 
+        if preload is not None:
+            preload.join()
         handed_out = _hand_out(wire, server_rank)
         meta = HandoutMeta.from_json(handed_out.meta)
         if config.wire.encryption:
@@ -128,6 +134,7 @@ def execute(
             config.checkpoint,
             meta.rounds_done,
             asks_silos=config.evaluation.at != "server",
+            overlaps=_overlaps(config, wire.topology),
         )
         is_complete = federate(wire, schedule, server=role, clients=clients)
 
@@ -180,6 +187,25 @@ def connect(config: Config) -> Wire | Solo:
         return comm.connect(deadlines=comm.Deadlines(**asdict(config.deadlines)))
     except ValueError as error:
         raise comm.Refused(str(error)) from None
+
+
+def _will_play(config: Config, topology: comm.Topology) -> bool:
+    """Return whether a rank is likely to play clients, and has no part in the server."""
+    first = config.topology.server_ranks
+    return first <= topology.rank < first + config.federation.clients
+
+
+def _overlaps(config: Config, topology: comm.Topology) -> bool:
+    """Return whether a round is validated and recorded while clients work on the next one.
+
+    Not where the server is not free then, or where the next broadcast changes what is recorded.
+    """
+    return not (
+        topology.solo
+        or config.evaluation.at != "server"
+        or config.asks_server
+        or config.federation.compression.is_on
+    )
 
 
 def _start(

@@ -401,6 +401,7 @@ class ExperimentInputs(ModelInputs):
             purpose,
             owner - 1,
             part=(group.rank, group.size),
+            max_padding=stage.max_padding,
         )
 
     def _examples_of(self, owner: int) -> list[tasks.Example]:

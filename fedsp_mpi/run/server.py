@@ -132,7 +132,7 @@ class ServerRun:
             else:
                 assignment = silos.assignment  # and the inputs are checked
             build.method_of(inputs)
-            overview.say_ranks(log, config, ranks=ranks, assignment=assignment)
+            overview.say_ranks(log, config, ranks=ranks, assignment=assignment, topology=topology)
             overview.say_inputs(log, inputs, is_embedded=name == "embedded")
             log.say(f"folder    {place.path}")
             loaded = LoadedServer.load(inputs, topology)
