@@ -148,10 +148,11 @@ class DistillationConfig:
 
     def check(self, where: str) -> None:
         """Raise ConfigError, under the section's key `where`, on values that cannot work."""
-        if self.stage.max_padding is not None:
+        if self.stage.max_padding is not None and self.engine == "deepspeed":
             raise ConfigError(
-                f"{where}.stage.max_padding: found {self.stage.max_padding:g}, expected null: all "
-                "steps of a distillation have as many forward passes; set micro_batch instead"
+                f"{where}.stage.max_padding: found {self.stage.max_padding:g} with DeepSpeed, "
+                "whose steps have equally many forward passes, expected null; set "
+                f"{where}.engine=torch, or micro_batch instead"
             )
         if self.stage.steps and not (self.hidden_weight or self.logits_weight):
             raise ConfigError(

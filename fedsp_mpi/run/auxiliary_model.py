@@ -193,6 +193,7 @@ def _distil(
         seed,
         "distillation",
         part=(group.rank, group.size),
+        max_padding=stage.max_padding,
     )
     distilled = distil(
         small,
@@ -298,7 +299,8 @@ def _recipe(
         recipe["layers"] = list(inputs.layers)
     if "gelu_new" in vars(inputs.model_config).values():
         recipe["gelu"] = "one kernel"  # in the same way
-    del recipe["distillation"]["stage"]["max_padding"]  # of which there is one value
+    if config.distillation.stage.max_padding is None:
+        del recipe["distillation"]["stage"]["max_padding"]  # which earlier versions did not have
     return json.loads(json.dumps(recipe))
 
 
