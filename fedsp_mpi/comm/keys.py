@@ -84,7 +84,13 @@ class Seals:
         return self._senders["messages", self._rank].seal(message, Content.JSON)
 
     def seal_result(self, client: int, message: bytes, round: int) -> bytes:
-        """Seal a client's header of a round, and the text behind it."""
+        """Seal a client's header of a round, and the text behind it.
+
+        Args:
+            client: client id.
+            message: as it would travel unsealed.
+            round: number of the round.
+        """
         return self._senders["results", client].seal(message, Content.RESULT, round=round)
 
     def seal_values(

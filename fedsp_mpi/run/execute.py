@@ -111,7 +111,8 @@ def execute(
         if config.wire.encryption:
             wire.exchange_client_keys(meta.assignment)
         if wire.fingerprints is not None:
-            _tell_keys(config, wire.fingerprints, meta.assignment[wire.topology.rank], client_log)
+            ids = meta.assignment[wire.topology.rank]
+            _tell_keys(config, wire.fingerprints, ids, log=client_log)
             if server is not None:
                 server.record_keys(wire.fingerprints)
         if server is None:
@@ -163,7 +164,7 @@ def execute(
 
 
 def _tell_keys(
-    config: Config, fingerprints: JsonMapping, ids: Sequence[int], log: Log | None
+    config: Config, fingerprints: JsonMapping, ids: Sequence[int], *, log: Log | None
 ) -> None:
     """Say, where silos are played, what their keys are: the record's can be held against that.
 
