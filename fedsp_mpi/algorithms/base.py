@@ -125,6 +125,13 @@ class Client(Protocol):
         """
 
 
+class TextClient(Client, Protocol):
+    """Clients that train on examples, and can be given others than they began with."""
+
+    def train_on(self, client: int, texts: Sequence[Text]) -> None:
+        """Train a client on these texts from now on, at least one, in the place of its own."""
+
+
 class WrappedClient:
     """Clients of any method, around whose local update a subclass does something.
 
@@ -192,7 +199,13 @@ class MethodInputs(Protocol):
         """Return the texts of client `owner` - 1 as `ClientContext.choice_losses` takes them."""
 
     def batches(
-        self, owner: int, stage: StageConfig, purpose: str, *, group: ServerGroup = ...
+        self,
+        owner: int,
+        stage: StageConfig,
+        purpose: str,
+        *,
+        texts: Sequence[Text] | None = None,
+        group: ServerGroup = ...,
     ) -> Batches:
         """Return the batches of one owner's stage; see `run.inputs.ExperimentInputs.batches`."""
 

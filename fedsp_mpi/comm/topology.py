@@ -207,3 +207,8 @@ def spread(work: Sequence[float], num_ranks: int) -> list[tuple[int, ...]]:
         ranks[target].append(client)
         load[target] += work[client]
     return [tuple(sorted(clients)) for clients in ranks]
+
+
+def called_rank(rank: int, num_servers: int) -> int:
+    """Return the server's rank that a client rank calls: client ranks take them in turn."""
+    return (rank - num_servers) % num_servers

@@ -33,11 +33,13 @@ class Text:
         answer: index of the answer's first token.
         gap: id of the token that the model reads in the place of the answer, which is one token;
             None where the text is read from left to right, and the answer is its end.
+        weight: how much its answer counts in a training loss, from 0 to 1.
     """
 
     ids: np.ndarray
     answer: int
     gap: int | None = None
+    weight: float = 1.0
 
     @property
     def num_answers(self) -> int:
@@ -273,6 +275,9 @@ class _Table:
         for row, text in enumerate(texts):
             self._ids[row, : len(text.ids)] = text.ids
         self._positions = np.arange(self._ids.shape[1])
+        # None: all count alike, as in most tables.
+        weights = np.array([text.weight for text in texts], dtype=np.float32)
+        self._weights = None if (weights == 1).all() else weights
 
     def longest_first(self, rows: np.ndarray) -> np.ndarray:
         """Sort rows [batch] by length, longest first.
@@ -306,6 +311,7 @@ class _Table:
             torch.from_numpy(inputs),
             torch.from_numpy(is_text.astype(np.int64)),
             torch.from_numpy(targets),
+            None if self._weights is None else torch.from_numpy(self._weights[rows]),
         )
 
 

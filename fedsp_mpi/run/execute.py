@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 from fedsp_mpi import comm
 from fedsp_mpi.comm import guard
 from fedsp_mpi.config import Config
+from fedsp_mpi.files.untrusted import JsonMapping
 from fedsp_mpi.log import Log, one_line
 from fedsp_mpi.run import devices
 from fedsp_mpi.run.agreement import agreed
@@ -75,6 +76,8 @@ def execute(
         messages = wire.collect(introduction(config, wire.topology, error))
         with agreed(wire):
             ranks = read_introductions(messages) if messages else []
+        if config.wire.encryption:
+            wire.exchange_keys()
     if ranks:
         guard.set_peers((rank.host, rank.pid) for rank in ranks)
     silos: OpenSilos | None = None
@@ -105,6 +108,13 @@ def execute(
             preload.join()
         handed_out = _hand_out(wire, server_rank)
         meta = HandoutMeta.from_json(handed_out.meta)
+        if config.wire.encryption:
+            wire.exchange_client_keys(meta.assignment)
+        if wire.fingerprints is not None:
+            ids = meta.assignment[wire.topology.rank]
+            _tell_keys(config, wire.fingerprints, ids, log=client_log)
+            if server is not None:
+                server.record_keys(wire.fingerprints)
         if server is None:
             from fedsp_mpi.record import resume_command
 
@@ -151,6 +161,25 @@ def execute(
         return None
     server.release()
     return server.folder
+
+
+def _tell_keys(
+    config: Config, fingerprints: JsonMapping, ids: Sequence[int], *, log: Log | None
+) -> None:
+    """Say, where silos are played, what their keys are: the record's can be held against that.
+
+    Args:
+        config: of the run.
+        fingerprints: of all keys.
+        ids: of this rank's clients.
+        log: speaks on every rank.
+    """
+    if log is None or not config.federation.silos:
+        return
+    for client in ids:
+        name = config.federation.client_name(client)
+        key = fingerprints["clients"][str(client)]
+        log.say(f"key       {name} {key}, for a server with the key {fingerprints['server']}")
 
 
 def connect(config: Config) -> Wire | Solo:
