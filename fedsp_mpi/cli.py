@@ -360,6 +360,14 @@ def _bench_local(options: argparse.Namespace, log: Log) -> None:
         f"a client's local round {timing.package_seconds:.4f} s, bare loop "
         f"{timing.bare_seconds:.4f} s: ratio {timing.ratio:.3f}"
     )
+    step = bench_local.step(settings, options.repeats)
+    if step is not None:
+        log.say(
+            f"passes of a tuning step {step.package_seconds:.4f} s, by hand "
+            f"{step.by_hand_seconds:.4f} s, stock peft {step.peft_seconds:.4f} s: ratios "
+            f"{step.package_seconds / step.by_hand_seconds:.3f} and "
+            f"{step.package_seconds / step.peft_seconds:.3f}"
+        )
 
 
 def _bench_wire(repeats: int, log: Log) -> None:

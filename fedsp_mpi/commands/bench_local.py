@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 from typing import TypeVar
 
@@ -15,7 +16,9 @@ from fedsp_mpi.comm import Solo, Topology
 from fedsp_mpi.config import Config
 from fedsp_mpi.log import Log
 from fedsp_mpi.models import auxiliary, backbone
+from fedsp_mpi.models.by_hand import Loss, loss_by_hand, loss_by_peft
 from fedsp_mpi.models.language_model import LanguageModel
+from fedsp_mpi.models.losses import answer_loss_of
 from fedsp_mpi.models.prompts import Prompt
 from fedsp_mpi.run import build
 from fedsp_mpi.run.handout import HandoutMeta
@@ -100,6 +103,74 @@ def local(config: Config, repeats: int, log: Log) -> LocalTiming:
         assert difference < _TOLERANCE, f"the bare loop ended {difference} away from the package"
         log.say(f"round {round}: {package_seconds:.4f} s, bare {bare_seconds:.4f} s")
     return LocalTiming(median(package_times[1:]), median(bare_times[1:]))
+
+
+@dataclass(frozen=True)
+class StepTiming:
+    """Seconds of a forward and a backward pass of prompt tuning, medians over the counted steps.
+
+    Attributes:
+        package_seconds: by the package.
+        by_hand_seconds: by the model written out for it alone.
+        peft_seconds: by stock peft with labels.
+    """
+
+    package_seconds: float
+    by_hand_seconds: float
+    peft_seconds: float
+
+
+def step(config: Config, repeats: int) -> StepTiming | None:
+    """Time passes of a client's prompt tuning against the same written by hand, and against peft.
+
+    The three take turns on the same batches, and come to the same losses, which is checked.
+
+    Args:
+        config: checked by `local`.
+        repeats: counted steps.
+
+    Returns:
+        The times; None for a family, a prompt or a dtype that is not written out.
+
+    Raises:
+        AssertionError: two losses differ.
+    """
+    materials = ExperimentInputs(config)
+    compute = Compute.of(config.client.compute, Topology.alone())
+    compute.begin()
+    _, _, bare_loop = _bare_side(materials, compute)
+    model = bare_loop.model
+    prompt = bare_loop.prompt
+    by_hand = loss_by_hand(model)
+    is_plain = prompt.spec.kind == "prefix" and prompt.spec.projection is None and not model.casts
+    if by_hand is None or not is_plain:
+        return None
+    model.model.requires_grad_(False)
+    losses: dict[str, Loss] = {
+        "package": partial(answer_loss_of, model),
+        "by_hand": by_hand,
+        "peft": loss_by_peft(model, prompt),
+    }
+    batches = materials.batches(1, config.client.tuning, "prompt")
+    seconds: dict[str, list[float]] = {name: [] for name in losses}
+    for index in range(repeats + 1):
+        batch = batches.step(index)[0].to(compute.device)
+        num_answers = int((batch.targets != -100).sum())
+        means = []
+        for name, loss in losses.items():
+
+            def passes(loss: Loss = loss, batch: Batch = batch) -> float:
+                total = loss(prompt, batch)
+                total.backward()
+                return total.item()
+
+            prompt.zero_grad()
+            duration, total = _timed(passes)
+            seconds[name].append(duration)
+            means.append(total / num_answers)
+        assert max(means) - min(means) < _TOLERANCE, f"losses of one batch: {means}"
+    medians = {f"{name}_seconds": median(times[1:]) for name, times in seconds.items()}
+    return StepTiming(**medians)
 
 
 def _require_comparable(config: Config, repeats: int) -> None:
@@ -193,8 +264,8 @@ class _BareLoop:
     """
 
     def __init__(self, model: LanguageModel, prompt: Prompt, config: Config) -> None:
-        self._model = model
-        self._prompt = prompt
+        self.model = model
+        self.prompt = prompt
         self._rounds = config.federation.rounds
         self._stages = (config.client.alignment, config.client.tuning)
         self._optimizers = [
@@ -213,13 +284,13 @@ class _BareLoop:
         Returns:
             The tuned prompt.
         """
-        self._prompt.load(down.torch())
+        self.prompt.load(down.torch())
         for index, steps in enumerate(stages):
-            self._model.model.requires_grad_(index == 0)
-            self._prompt.requires_grad_(index == 1)
+            self.model.model.requires_grad_(index == 0)
+            self.prompt.requires_grad_(index == 1)
             for micro_batches in steps:
                 self._step(index, micro_batches)
-        return NamedTensors.pack(self._prompt.tensors())
+        return NamedTensors.pack(self.prompt.tensors())
 
     def _step(self, index: int, micro_batches: Step) -> None:
         """Make one optimizer step of stage `index`."""
@@ -227,7 +298,7 @@ class _BareLoop:
         optimizer = self._optimizers[index]
         num_answers = sum(int((batch.targets != -100).sum()) for batch in micro_batches)
         for batch in micro_batches:
-            logits, targets = self._model.answer_logits(batch, self._prompt)
+            logits, targets = self.model.answer_logits(batch, self.prompt)
             loss = F.cross_entropy(logits.float(), targets, reduction="sum")
             (loss / num_answers).backward()
         group = optimizer.param_groups[0]

@@ -5,10 +5,15 @@ from __future__ import annotations
 import math
 
 import pytest
+import torch
 
 from fedsp_mpi import config
 from fedsp_mpi.commands import bench_local
 from fedsp_mpi.log import Log
+from fedsp_mpi.models.by_hand import loss_by_hand, loss_by_peft
+from fedsp_mpi.models.losses import answer_loss_of
+from fedsp_mpi.models.prompts import Prompt, PromptSpec
+from helpers import tiny
 from helpers.mpi import both_ends
 from helpers.runs import fedsp
 
@@ -31,6 +36,33 @@ def test_the_bare_loop_is_compared_with_the_client(settings):
     timing = local(*settings)
     assert math.isfinite(timing.package_seconds) and math.isfinite(timing.bare_seconds)
     assert timing.ratio == timing.package_seconds / timing.bare_seconds > 0
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_the_passes_of_a_step_come_to_the_losses_of_a_model_written_by_hand(tmp_path, family):
+    """And to its gradients, and to peft's losses."""
+    folder = tiny.model_folder(tmp_path / "model", family)
+    model = tiny.load(folder)
+    prompt = Prompt(PromptSpec.of(model.shape, "prefix", 5, None))
+    prompt.initialise(1, 0.5)
+    batch = tiny.batch()
+    gradients = []
+    losses = [answer_loss_of(model, prompt, batch), loss_by_hand(model)(prompt, batch)]
+    for loss in losses:
+        prompt.zero_grad()
+        loss.backward()
+        gradients.append(prompt.get_parameter("prompt").grad.clone())
+    torch.testing.assert_close(*losses, rtol=1e-5, atol=0)
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-5)
+    by_peft = loss_by_peft(model, prompt)(prompt, batch)
+    torch.testing.assert_close(by_peft, losses[0], rtol=1e-5, atol=0)
+
+
+def test_the_passes_of_a_step_are_timed():
+    timing = bench_local.step(config.load(None, SHORT), 1)
+    assert timing is not None
+    assert min(timing.package_seconds, timing.by_hand_seconds, timing.peft_seconds) > 0
+    assert bench_local.step(config.load(None, [*SHORT, "prompt.kind=input"]), 1) is None
 
 
 @pytest.mark.parametrize(
