@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 
@@ -25,7 +25,13 @@ from fedsp_mpi.record.atomic import RecordError
 from fedsp_mpi.record.checkpoint import CheckpointFile
 from fedsp_mpi.record.journal import RoundJournal
 from fedsp_mpi.record.tables import RoundRow, SiloRow, mean_silo_loss
-from fedsp_mpi.roles import HostedClients, ServerRole, read_silo_rows, silo_row_json
+from fedsp_mpi.roles import (
+    HostedClients,
+    ServerRole,
+    read_silo_rows,
+    read_tier_scores,
+    silo_row_json,
+)
 from fedsp_mpi.tensors import ClientError, Failure, Update
 
 
@@ -42,12 +48,15 @@ class Schedule:
         checkpoint: when checkpoints are written.
         rounds_done: by an earlier stretch of the run.
         asks_silos: whether silos judge each round on the text that they hold back.
+        judge_tiers: when users and the server score the prompts of all tiers: "never", before the
+            first round and after the last ("ends"), or after each as well ("rounds").
     """
 
     federation: FederationConfig
     checkpoint: CheckpointConfig
     rounds_done: int = 0
     asks_silos: bool = False
+    judge_tiers: str = "never"
 
     def is_due(self, round: int) -> bool:
         """Return whether a checkpoint follows a round: after every so many, and after the last."""
@@ -55,6 +64,16 @@ class Schedule:
         if every is None:
             return False
         return round % every == 0 or round == self.federation.rounds
+
+    def judges_tiers(self, round: int) -> bool:
+        """Return whether tiers are scored after a round; 0 is before the first."""
+        is_end = round in (0, self.federation.rounds)
+        return self.judge_tiers == "rounds" or (self.judge_tiers == "ends" and is_end)
+
+    def num_evaluations(self, round: int) -> int:
+        """Return how often clients judge between the last round's record and a round's."""
+        is_first = round == 1 and self.judges_tiers(0)
+        return self.asks_silos + self.judges_tiers(round) + is_first
 
 
 def federate(
@@ -81,6 +100,8 @@ def federate(
         RecordError: on the server, if a rank cannot write its part of a checkpoint.
     """
     start = time.perf_counter()
+    if schedule.rounds_done == 0 and schedule.judges_tiers(0):
+        judge_tiers(0, wire, schedule, server=server, clients=clients)
     for round in range(schedule.rounds_done + 1, schedule.federation.rounds + 1):
         is_complete = run_round(round, wire, schedule, server=server, clients=clients)
         if not is_complete:
@@ -122,7 +143,7 @@ def run_round(
 
     # --- broadcast ---
     with guard.phase("broadcast", round=round):
-        is_root = server is not None and server.journal is not None
+        is_root = server is not None and server.is_root
         broadcast = wire.broadcast(_round_broadcast(round, server) if server and is_root else None)
         watch.lap("broadcast")
     if broadcast.stop:
@@ -149,6 +170,8 @@ def run_round(
     if server is None:
         if schedule.asks_silos:
             judge_at_silos(round, wire, schedule, server=None, clients=clients)
+        if schedule.judges_tiers(round):
+            judge_tiers(round, wire, schedule, server=None, clients=clients)
         return True
 
     # --- aggregate ---
@@ -170,6 +193,15 @@ def run_round(
     # --- server update ---
     with guard.phase("server tuning", round=round):
         before = None if server.always_accept else server.server.export()
+        if server.above:  # a round of the tier above, whose clients are parts of this server
+            above = server.above
+            run_round(
+                round,
+                above.wire,
+                Schedule(above.federation, schedule.checkpoint),
+                server=above.server,
+                clients=above.clients,
+            )
         trace = server.server.server_update(round)
         watch.lap("server")
 
@@ -183,6 +215,9 @@ def run_round(
     silo_scores: list[SiloRow] = []
     if schedule.asks_silos:
         silo_scores = judge_at_silos(round, wire, schedule, server=server, clients=clients)
+        watch.lap("validation")
+    if schedule.judges_tiers(round):
+        judge_tiers(round, wire, schedule, server=server, clients=clients)
         watch.lap("validation")
     with guard.phase("best round", round=round):
         is_best = server.keep_if_best(round, loss, silo_scores)
@@ -201,7 +236,7 @@ def run_round(
             validation_loss=loss,
             control_validation_loss=control_loss,
             is_best=is_best,
-            bytes_down=wire.evaluation_bytes() if schedule.asks_silos else 0,
+            bytes_down=schedule.num_evaluations(round) * wire.evaluation_bytes(),
             **watch.seconds(),
         )
         server.journal.commit_round(
@@ -209,9 +244,11 @@ def run_round(
             updates,
             dict(server.server.export()) if server.journal.keep_prompts else None,
             silos=silo_scores,
+            tiers=server.tier_rows,
             round_bytes=wire.round_bytes(),
             entries=wire.manifest,
         )
+        server.tier_rows.clear()
     return True
 
 
@@ -270,6 +307,42 @@ def judge_at_silos(
         if answers is None or server is None or server.journal is None:
             return []
         return read_silo_rows(answers, server.journal.rank_of, round)
+
+
+def judge_tiers(
+    round: int,
+    wire: Wire | Solo,
+    schedule: Schedule,
+    *,
+    server: ServerRole | None,
+    clients: HostedClients | None,
+) -> None:
+    """Have users score all tiers' prompts on their own text, and the server on its own.
+
+    The scores go into the record with the next round that is committed.
+
+    Args:
+        round: that ends; 0 before the first.
+        wire: between all ranks.
+        schedule: of the rounds.
+        server: this rank's part of the server.
+        clients: those that this rank plays.
+    """
+    with guard.phase("evaluation of the tiers", round=round):
+        is_root = server is not None and server.is_root
+        tuned = RoundBroadcast(round, tensors=server.server.broadcast()) if server else None
+        broadcast = wire.broadcast(tuned if is_root else None, schedule.federation.clients)
+        assert broadcast.tensors is not None
+        scores = clients.score_tiers(round, broadcast.tensors) if clients else []
+        answers = wire.collect({"tiers": [asdict(score) for score in scores]}, "evaluation")
+        if answers is None or server is None or server.journal is None:
+            return
+        users = schedule.federation.users
+        rank_of = server.journal.rank_of
+        server.tier_rows += read_tier_scores(answers, rank_of, round, users=users)
+        if server.score_tiers is not None:
+            server.compute.begin()
+            server.tier_rows += server.score_tiers(round)
 
 
 def require_quorum(updates: Updates, federation: FederationConfig) -> None:
@@ -338,7 +411,7 @@ def save_checkpoint(
 
 
 def _round_broadcast(round: int, server: ServerRole) -> RoundBroadcast:
-    if guard.stop_requested:
+    if guard.stop_requested and not server.is_inner:  # the outer round goes on to its end
         return RoundBroadcast(round, stop=True)
     return RoundBroadcast(round, tensors=server.server.broadcast())
 

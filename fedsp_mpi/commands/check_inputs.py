@@ -72,7 +72,7 @@ class ServerChecks:
         ranks: Sequence[JsonMapping],
         silos: OpenSilos | None = None,
     ) -> None:
-        from fedsp_mpi.run.silo_inputs import inputs_of
+        from fedsp_mpi.run.any_inputs import inputs_of
 
         self._report = report
         self._config = config

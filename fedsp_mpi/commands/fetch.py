@@ -13,8 +13,9 @@ from fedsp_mpi.config import Config
 from fedsp_mpi.data import loading, sources
 from fedsp_mpi.log import Log, duration, one_line
 from fedsp_mpi.models import hub
+from fedsp_mpi.run.any_inputs import inputs_of
 from fedsp_mpi.run.inputs import ExperimentInputs
-from fedsp_mpi.run.silo_inputs import SiloInputs, SiloText, inputs_of
+from fedsp_mpi.run.silo_inputs import SiloInputs, SiloText
 from fedsp_mpi.run.silos import found_here
 
 _MAX_MISSING = 10  # silos that are named

@@ -108,6 +108,9 @@ class FederationConfig:
         "clients with text of their own, instead of a number of clients; a list, or one section "
         "with a pattern and `names`: see configs/silos/README.md",
     )
+    users: tuple[str, ...] = option(
+        (), "names of the clients, which follow from `tiers.experts`; leave it out"
+    )
     disclose: Literal["exact", "rounded", "nothing"] = option(
         "exact", "what a silo says of its size; `rounded`: to two digits"
     )
@@ -119,9 +122,12 @@ class FederationConfig:
     )
 
     def client_name(self, client: int) -> str:
-        """Return what messages call a client: "silo north", or "client 3"."""
-        is_silo = 0 <= client < len(self.silos)  # messages also name clients that cannot be
-        return f"silo {self.silos[client].name}" if is_silo else f"client {client}"
+        """Return what messages call a client: "silo north", "user ann", or "client 3"."""
+        if 0 <= client < len(self.silos):  # messages also name clients that cannot be
+            return f"silo {self.silos[client].name}"
+        if 0 <= client < len(self.users):
+            return f"user {self.users[client]}"
+        return f"client {client}"
 
 
 @dataclass(frozen=True)

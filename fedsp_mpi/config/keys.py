@@ -22,6 +22,7 @@ from fedsp_mpi.config.limits import RANGES, SILO_RANGES
 from fedsp_mpi.config.methods import METHODS
 from fedsp_mpi.config.model import ModelConfig, Recipe
 from fedsp_mpi.config.silos import SiloConfig
+from fedsp_mpi.config.tiers import ExpertConfig
 from fedsp_mpi.files.untrusted import JsonObject
 
 DEFAULT_RECIPE = Config.recipe
@@ -140,8 +141,9 @@ def _section(
             continue
         unit = field.metadata.get("unit", "")
         items = None
-        if hint == tuple[SiloConfig, ...]:
-            items = _section(SiloConfig, f"{own_name}[]", dict.fromkeys(RECIPES, SiloConfig()))
+        for item in (SiloConfig, ExpertConfig):
+            if hint == tuple[item, ...]:
+                items = _section(item, f"{own_name}[]", dict.fromkeys(RECIPES, item()))
         members.append(
             Key(
                 name=own_name,

@@ -28,6 +28,7 @@ class MethodFacts:
         in_words: of those, prompts are instructions in words, of which clients send scores alone.
         reads_plain_text: texts are documents, of which every token is predicted; otherwise they
             are questions with answers.
+        has_tiers: clients are the users of experts, and keep prompts of their own (`tiers`).
         distils_prompts: the server may learn from the auxiliary model what a merged prompt means.
         required: values that keys must have with this method, by key, and why.
     """
@@ -40,6 +41,7 @@ class MethodFacts:
     in_words: bool = False
     reads_plain_text: bool = False
     distils_prompts: bool = False
+    has_tiers: bool = False
     required: Mapping[str, tuple[object, str]] = field(default_factory=dict)
 
 
@@ -72,6 +74,17 @@ _WORDS_REQUIRE: dict[str, tuple[object, str]] = {
     "client.privacy.clip": (None, _NO_CHANGE),
     "client.proximal": (0, "a search takes no gradients"),
 }
+_ONE_UP = "a user sends one prompt, and gets those of all experts"
+_TIERS_REQUIRE: dict[str, tuple[object, str]] = {
+    "topology.server_ranks": (1, "one rank plays all experts and the general model"),
+    "client.training": ("alternating", "users tune prompts alone"),
+    "client.alignment.steps": (0, "users tune prompts alone"),
+    "client.privacy.clip": (None, _ONE_UP),
+    "federation.client_seconds": (None, "users tune two prompts"),
+    "federation.client_state": ("kept", "a user's own prompt lives on from round to round"),
+    "federation.compression.format": ("none", _ONE_UP),
+    "attack.target": (None, "domains have different answers"),
+}
 _FEDBPT = MethodFacts(
     "fedsp_mpi.algorithms.fedbpt", "FedBPT", searches=True, required=_SEARCH_REQUIRES
 )
@@ -89,6 +102,9 @@ METHODS: dict[str, MethodFacts] = {
         searches=True,
         in_words=True,
         required=_WORDS_REQUIRE,
+    ),
+    "plmm": MethodFacts(
+        "fedsp_mpi.algorithms.plmm", "PLMM", has_tiers=True, required=_TIERS_REQUIRE
     ),
 }
 # method=fedbpt with search.rule=average

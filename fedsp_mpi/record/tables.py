@@ -118,6 +118,32 @@ class SiloRow:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TierRow:
+    """One score of a tier's prompt on one text (`method: plmm`), with accuracy and loss.
+
+    Attributes:
+        round: that ended; 0 before the first.
+        name: of the user whose prompt or text it is; of the server's rows, of the expert.
+        model: whose prompt: "personal", "expert" or "general".
+        text: "own", what the user holds back; "domain", the test split of its experts' domains;
+            "other", that of the other domains.
+        at: "device", the users' model on the user's rank; "server", the global model.
+        n: number of questions.
+        loss: in nats per token.
+        acc: fraction from 0 to 1.
+    """
+
+    round: int
+    name: str
+    model: str
+    text: str
+    at: str
+    n: int = 0
+    loss: float = NAN
+    acc: float = NAN
+
+
+@dataclass(frozen=True, kw_only=True)
 class ResultRow:
     """One method scored on one split.
 
@@ -173,6 +199,7 @@ TABLES: dict[str, type] = {
     "rounds": RoundRow,
     "clients": ClientRow,
     "silos": SiloRow,
+    "tiers": TierRow,
     "results": ResultRow,
     "wire": WireRow,
 }
@@ -186,7 +213,7 @@ LATER: dict[str, JsonObject] = {
     "results": {"perplexity": NAN},
 }
 # Tables that records of earlier versions lack.
-LATER_TABLES = ("silos",)
+LATER_TABLES = ("silos", "tiers")
 _EXTRA = "extra"  # the field of a row whose names are columns of their own
 _TYPES: dict[Any, Any] = {int: np.dtype("i8"), float: np.dtype("f8"), bool: np.dtype("?")}
 

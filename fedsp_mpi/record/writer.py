@@ -24,7 +24,7 @@ from fedsp_mpi.log import one_line
 from fedsp_mpi.record import atomic, hdf5, tables, trailer
 from fedsp_mpi.record.atomic import RecordError
 from fedsp_mpi.record.hdf5 import Run
-from fedsp_mpi.record.tables import ClientRow, ResultRow, RoundRow, SiloRow, WireRow
+from fedsp_mpi.record.tables import ClientRow, ResultRow, RoundRow, SiloRow, TierRow, WireRow
 
 _UNTUNED = "zero-shot"  # the method of the model's results before the run
 FINAL_STATUSES = ("complete", "stopped", "failed")
@@ -130,6 +130,7 @@ class RunRecord:
         prompts: Mapping[str, np.ndarray] | None = None,
         *,
         silos: Iterable[SiloRow] = (),
+        tiers: Iterable[TierRow] = (),
         wire: Iterable[WireRow] | None = None,
     ) -> None:
         """Write one round with everything that belongs to it; on return the round is on disk.
@@ -139,6 +140,8 @@ class RunRecord:
             clients: a row for each client.
             prompts: arrays [*shape] of any numeric dtype by name; None keeps none for this round.
             silos: a row for each silo that has scored the round.
+            tiers: scores of personal, expert and general prompts; with the first round also those
+                before it.
             wire: the wire's manifest so far; None leaves the last one.
 
         Raises:
@@ -162,6 +165,7 @@ class RunRecord:
                 rounds=tables.append(run.rounds, tables.table(RoundRow, [row])),
                 clients=tables.append(run.clients, tables.table(ClientRow, clients)),
                 silos=tables.append(run.silos, tables.table(SiloRow, silos)),
+                tiers=tables.append(run.tiers, tables.table(TierRow, tiers)),
                 wire=run.wire if wire is None else tables.table(WireRow, wire),
                 prompt_rounds=prompt_rounds,
                 committed_rounds=row.round,
@@ -194,6 +198,8 @@ class RunRecord:
                 rounds=run.rounds[run.rounds["round"] <= after_round],
                 clients=run.clients[run.clients["round"] <= after_round],
                 silos=run.silos[run.silos["round"] <= after_round],
+                # What was scored before the first round is scored again with it.
+                tiers=run.tiers[(run.tiers["round"] <= after_round) & (after_round > 0)],
                 results=run.results[run.results["round"] <= after_round],
                 prompt_rounds=tuple(round for round in run.prompt_rounds if round <= after_round),
                 committed_rounds=after_round,

@@ -17,6 +17,7 @@ from fedsp_mpi.report.plot import (
     draw_silos,
 )
 from fedsp_mpi.report.summary import summarize
+from fedsp_mpi.report.tiers import tiers_table
 
 __all__ = [
     "PERPLEXITY",
@@ -37,6 +38,7 @@ __all__ = [
     "phases_table",
     "read_all",
     "summarize",
+    "tiers_table",
     "write_csv",
     "write_json",
     "write_page",

@@ -119,6 +119,7 @@ def execute(
             config.checkpoint,
             meta.rounds_done,
             asks_silos=config.evaluation.at != "server",
+            judge_tiers=config.tiers.judge if config.method_facts.has_tiers else "never",
         )
         is_complete = federate(wire, schedule, server=role, clients=clients)
 
@@ -243,15 +244,15 @@ def _load_clients(
 
     def load() -> HostedClients:
         from fedsp_mpi.run import build, fingerprints
-        from fedsp_mpi.run.inputs import ExperimentInputs
+        from fedsp_mpi.run.any_inputs import inputs_of
         from fedsp_mpi.training.device import Compute
 
         compute = Compute.of(config.client.compute, wire.topology)
+        inputs = server.inputs if server else None
         if silos is not None:
             silos.inputs.receive(meta)
-            inputs: ExperimentInputs = silos.inputs
-        else:
-            inputs = server.inputs if server else ExperimentInputs(config)
+            inputs = silos.inputs
+        inputs = inputs or inputs_of(config)
         clients = build.hosted_clients(
             inputs,
             compute,

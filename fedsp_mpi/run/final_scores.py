@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict
 
 from fedsp_mpi.algorithms.finetune import WeightServer
+from fedsp_mpi.algorithms.plmm import Experts
+from fedsp_mpi.data.tokens import Question
 from fedsp_mpi.evaluation.baselines import baseline_rows
-from fedsp_mpi.evaluation.scoring import answer_loss_mean, perplexity, score
+from fedsp_mpi.evaluation.scoring import Score, answer_loss_mean, perplexity, pooled, score
 from fedsp_mpi.log import Log, duration
+from fedsp_mpi.models.prompts import Prompt
 from fedsp_mpi.record.tables import CHANCE, TRIGGERED, ResultRow
 from fedsp_mpi.roles import Best, ServerRole
 from fedsp_mpi.run import build
 from fedsp_mpi.run.inputs import ExperimentInputs
+from fedsp_mpi.run.tier_inputs import TierInputs
 
 
 def score_all(
@@ -66,8 +70,16 @@ def _candidates(role: ServerRole, inputs: ExperimentInputs) -> dict[str, Best | 
         candidates["zero-shot"] = None
     if role.control_best:
         candidates["server-only"] = role.control_best
-    candidates[config.run.label or config.method] = role.best
+    label = config.run.label or config.method
+    candidates[label] = role.best
+    if isinstance(inputs, TierInputs):
+        candidates[general_of(label)] = role.best
     return candidates
+
+
+def general_of(label: str) -> str:
+    """Return the name of a method's general model among the results; its own is its experts'."""
+    return f"{label}, general"
 
 
 def _score(
@@ -86,13 +98,21 @@ def _score(
     """
     model = role.server.model
     group = role.group
-    batch_tokens = inputs.config.evaluation.batch_tokens
+    config = inputs.config
+    batch_tokens = config.evaluation.batch_tokens
     prompt = None
+    by_domain: Mapping[str, Prompt] = {}
     if best is not None:
         prompt = role.server.prompt
         role.server.restore(best.exported)
         group.lead(role.server.parameters())
-    loss = answer_loss_mean(model, prompt, role.validation, batch_tokens, group)
+        is_general = method == general_of(config.run.label or config.method)
+        if isinstance(role.server, Experts) and not is_general:
+            by_domain = role.server.prompts
+    if by_domain:
+        loss = role.validation_loss(role.server)
+    else:
+        loss = answer_loss_mean(model, prompt, role.validation, batch_tokens, group)
     round_of_best = best.round if best else 0
     if inputs.is_plain_text:
         start = time.perf_counter()
@@ -115,18 +135,25 @@ def _score(
             continue
         num_options = sum(len(question.options) for question in questions)
         progress = log.progress(f"scoring {method}", num_options // group.size)
-        result = score(
-            model,
-            prompt,
-            questions,
-            inputs.task.metric,
-            batch_tokens,
-            on_done=progress.step,
-            stop=stop,
-            group=group,
-        )
-        if result is None:
-            return None
+        parts: list[tuple[Prompt | None, Sequence[Question]]] = [(prompt, questions)]
+        if by_domain and isinstance(inputs, TierInputs):
+            parts = [(by_domain[domain.name], domain.test) for domain in inputs.domains]
+        results: list[Score] = []
+        for part_prompt, part in parts:
+            result = score(
+                model,
+                part_prompt,
+                part,
+                inputs.task.metric,
+                batch_tokens,
+                on_done=progress.step,
+                stop=stop,
+                group=group,
+            )
+            if result is None:
+                return None
+            results.append(result)
+        result = pooled(results)
         log.say(f"scored {method}: {result.n} questions in {duration(result.seconds)}")
         values = asdict(result)
         if split == "test":
