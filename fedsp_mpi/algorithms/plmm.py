@@ -221,7 +221,7 @@ class Experts:
         it; an expert none of whose users took part keeps its own.
         """
         values = updates.rows()
-        sent = [self._sent.select(part_name(name)) for name in self.experts]
+        starts = [self._sent.select(part_name(name)) for name in self.experts]
         merged: dict[str, NamedTensors] = {}
         for index, (name, expert) in enumerate(self.experts.items()):
             rows = [
@@ -229,14 +229,14 @@ class Experts:
                 for row, report in enumerate(updates.reports)
                 if index in self._members[report.client]
             ]
-            own = values[rows]
+            group_values = values[rows]
             for place, row in enumerate(rows):
                 experts = self._members[updates.reports[row].client]
                 if len(experts) > 1:
-                    start = mean_prompt([sent[expert] for expert in experts])
-                    own[place] += sent[index].flat - start.flat
-            group = Group(updates, rows, own)
-            merged[part_name(name)] = expert.aggregate(group) if rows else sent[index]
+                    start = mean_prompt([starts[expert] for expert in experts])
+                    group_values[place] += starts[index].flat - start.flat
+            group = Group(updates, rows, group_values)
+            merged[part_name(name)] = expert.aggregate(group) if rows else starts[index]
         merged[part_name(GENERAL)] = self._sent.select(part_name(GENERAL))
         return NamedTensors.join(merged)
 

@@ -232,11 +232,11 @@ class Assistant:
             if not questions:
                 continue
             expert = self.models.server_prompt(self.inputs.domains[index].name)
-            own = self._choices(self.models.personal, self.prompt, questions)
+            of_user = self._choices(self.models.personal, self.prompt, questions)
             of_expert = self._choices(self.models.shared, expert, questions)
             of_general = self._choices(self.models.shared, general, questions)
-            correct += [is_right for is_right, _ in own]
-            confidences += [confidence for _, confidence in own]
+            correct += [is_right for is_right, _ in of_user]
+            confidences += [confidence for _, confidence in of_user]
             expert_correct += [is_right for is_right, _ in of_expert]
             general_correct += [is_right for is_right, _ in of_general]
         return Routing(
