@@ -309,9 +309,8 @@ def evaluate(options: argparse.Namespace) -> int:
 def ask(options: argparse.Namespace) -> int:
     """`ask`: answer a user of a run with tiers, or measure how well users are answered."""
     _require_one_process("ask", "start it without mpirun")
-    if (options.text is None) != options.evaluate:
-        what = "a text and --evaluate" if options.evaluate else "neither a text nor --evaluate"
-        raise Refused(f"ask: found {what}, expected one of them", USAGE_ERROR)
+    if options.text is not None and options.evaluate:
+        raise Refused("ask: found a text and --evaluate, expected one of them", USAGE_ERROR)
     from fedsp_mpi.commands import ask
 
     with _user_errors():
@@ -569,6 +568,18 @@ class _Parser(argparse.ArgumentParser):
             super()._print_message(message, file)
 
 
+class _InPlaceOf(argparse.Action):
+    """A switch with which another argument may be left out."""
+
+    def __init__(self, option_strings, dest, *, other: argparse.Action, **settings):
+        super().__init__(option_strings, dest, nargs=0, default=False, **settings)
+        self._other = other
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        setattr(namespace, self.dest, True)
+        self._other.required = False
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="fedsp_mpi", description="Federated tuning of soft prompts (FedSP) on MPI."
@@ -786,7 +797,7 @@ def _add_ask(verbs: argparse._SubParsersAction) -> None:
         "ask", help="answer a user of a run with tiers, by its own model or by an expert"
     )
     verb.add_argument("folder", metavar="RUN", help="folder of a complete run with method=plmm")
-    verb.add_argument("text", nargs="?", metavar="TEXT", help="the question")
+    text = verb.add_argument("text", metavar="TEXT", help="the question")
     verb.add_argument("--user", metavar="NAME", help="whose personal prompt answers")
     verb.add_argument("--expert", metavar="NAME", help="of the user's; default: its first one")
     verb.add_argument(
@@ -798,7 +809,8 @@ def _add_ask(verbs: argparse._SubParsersAction) -> None:
     )
     verb.add_argument(
         "--evaluate",
-        action="store_true",
+        action=_InPlaceOf,
+        other=text,
         help="measure routing on held-out text of the user, without --user of all users, and what "
         "the personal model costs",
     )

@@ -502,7 +502,7 @@ class Users:
         self.prompt = shared.prompt
         build_engine = partial(
             TorchEngine,
-            shared.prompt.parameters(),
+            list(shared.prompt.parameters()),
             stage.optimizer,
             stage.steps * total_rounds,
             proximal=proximal,

@@ -83,6 +83,7 @@ _TIERS_REQUIRE: dict[str, tuple[object, str]] = {
     "federation.client_seconds": (None, "users tune two prompts"),
     "federation.client_state": ("kept", "a user's own prompt lives on from round to round"),
     "federation.compression.format": ("none", _ONE_UP),
+    "server.accept": ("always", "the general model has learned from what an expert has tuned"),
     "attack.target": (None, "domains have different answers"),
 }
 _FEDBPT = MethodFacts(

@@ -40,6 +40,9 @@ class ExpertConfig:
     classes: tuple[str, ...] = option((), "empty: `data.classes`")
     template: str | None = option(None, "`null`: `data.template`")
     verbaliser: tuple[str, ...] = option((), "empty: `data.verbaliser`")
+    partition: Literal["iid", "labels", "quantity"] | None = option(
+        None, "how its rows are dealt out among expert and users; `null`: `data.partition`"
+    )
 
 
 @dataclass(frozen=True)

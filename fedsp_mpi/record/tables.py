@@ -17,6 +17,7 @@ from fedsp_mpi.files import untrusted
 from fedsp_mpi.files.untrusted import JsonObject
 
 NAN = math.nan
+OF_GENERAL = "test, general model"  # the split of a result under the general prompt, with tiers
 TRIGGERED = "test+trigger"  # the split of a result that is an attack's success
 # The split of results that no model has: the test split's answers alone (evaluation/baselines.py).
 LABELS = "test labels"
@@ -149,9 +150,10 @@ class ResultRow:
 
     Attributes:
         method: "zero-shot", "server-only", "fedsp", ...
-        split: "test"; or "test+trigger", where acc is the fraction of questions that an attack's
-            trigger makes the model answer as the attacker wants; or "test labels" of what needs
-            no model, "chance" and "majority".
+        split: "test", with tiers each domain's questions under its expert; "test, general model",
+            the same questions under the general prompt; or "test+trigger", where acc is the
+            fraction of questions that an attack's trigger makes the model answer as the attacker
+            wants; or "test labels" of what needs no model, "chance" and "majority".
         round: the round whose prompts were scored; 0 for a method without rounds.
         n: number of questions that were scored; of plain text, of tokens.
         acc, acc_norm, exact_match: fractions from 0 to 1; nan where the task has no such measure.

@@ -52,7 +52,9 @@ def tiers_table(runs: Sequence[Run]) -> str:
     gains: list[list[str]] = []
     for label, of_label in by_label.items():
         for when, pick in (("before", min), ("after", max)):
-            body += [[printable(label), when, *_row(of_label, model, pick)] for model in MODELS]
+            body += [
+                [printable(label), when, model, *_row(of_label, model, pick)] for model in MODELS
+            ]
         gains.append([printable(label), *_gains(of_label)])
     tables = [markdown_table(_HEAD, body, num_left=3), _LEGEND]
     head = ("loss is lower by", *(f"{a} < {b}, {text}" for a, b, text in _PAIRS))

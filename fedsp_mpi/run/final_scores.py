@@ -14,7 +14,7 @@ from fedsp_mpi.evaluation.baselines import baseline_rows
 from fedsp_mpi.evaluation.scoring import Score, answer_loss_mean, perplexity, pooled, score
 from fedsp_mpi.log import Log, duration
 from fedsp_mpi.models.prompts import Prompt
-from fedsp_mpi.record.tables import CHANCE, TRIGGERED, ResultRow
+from fedsp_mpi.record.tables import CHANCE, OF_GENERAL, TRIGGERED, ResultRow
 from fedsp_mpi.roles import Best, ServerRole
 from fedsp_mpi.run import build
 from fedsp_mpi.run.inputs import ExperimentInputs
@@ -70,16 +70,8 @@ def _candidates(role: ServerRole, inputs: ExperimentInputs) -> dict[str, Best | 
         candidates["zero-shot"] = None
     if role.control_best:
         candidates["server-only"] = role.control_best
-    label = config.run.label or config.method
-    candidates[label] = role.best
-    if isinstance(inputs, TierInputs):
-        candidates[general_of(label)] = role.best
+    candidates[config.run.label or config.method] = role.best
     return candidates
-
-
-def general_of(label: str) -> str:
-    """Return the name of a method's general model among the results; its own is its experts'."""
-    return f"{label}, general"
 
 
 def _score(
@@ -98,16 +90,14 @@ def _score(
     """
     model = role.server.model
     group = role.group
-    config = inputs.config
-    batch_tokens = config.evaluation.batch_tokens
+    batch_tokens = inputs.config.evaluation.batch_tokens
     prompt = None
     by_domain: Mapping[str, Prompt] = {}
     if best is not None:
         prompt = role.server.prompt
         role.server.restore(best.exported)
         group.lead(role.server.parameters())
-        is_general = method == general_of(config.run.label or config.method)
-        if isinstance(role.server, Experts) and not is_general:
+        if isinstance(role.server, Experts):
             by_domain = role.server.prompts
     if by_domain:
         loss = role.validation_loss(role.server)
@@ -130,13 +120,16 @@ def _score(
         log.say(f"scored {method}: {row.n} tokens in {duration(row.seconds)}")
         return [row]
     rows: list[ResultRow] = []
-    for split, questions in {"test": inputs.test, TRIGGERED: inputs.triggered_test}.items():
+    splits = {"test": inputs.test, TRIGGERED: inputs.triggered_test}
+    if by_domain and best is role.best:
+        splits[OF_GENERAL] = inputs.test
+    for split, questions in splits.items():
         if not questions:
             continue
         num_options = sum(len(question.options) for question in questions)
         progress = log.progress(f"scoring {method}", num_options // group.size)
         parts: list[tuple[Prompt | None, Sequence[Question]]] = [(prompt, questions)]
-        if by_domain and isinstance(inputs, TierInputs):
+        if by_domain and split == "test" and isinstance(inputs, TierInputs):
             parts = [(by_domain[domain.name], domain.test) for domain in inputs.domains]
         results: list[Score] = []
         for part_prompt, part in parts:
@@ -158,7 +151,7 @@ def _score(
         values = asdict(result)
         if split == "test":
             values["loss"] = loss
-        else:
+        elif split == TRIGGERED:
             values["acc_norm"] = math.nan  # of an attack, its success rate is all that counts
         rows.append(ResultRow(**values, method=method, split=split, round=round_of_best))
     return rows

@@ -272,6 +272,7 @@ def data_of(data: DataConfig, expert: ExpertConfig) -> DataConfig:
         classes=expert.classes or data.classes,
         template=expert.template if expert.template is not None else data.template,
         verbaliser=expert.verbaliser or data.verbaliser,
+        partition=expert.partition or data.partition,
     )
 
 
