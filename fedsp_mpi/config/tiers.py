@@ -119,9 +119,13 @@ def with_tier_clients(data: Section) -> Section:
         if isinstance(names, Sequence) and not isinstance(names, str):
             users |= dict.fromkeys(str(name) for name in names)
     federation = data.get("federation") or {}
-    if not isinstance(federation, dict) or not users:
+    if not isinstance(federation, dict):
         return data
     clients = federation.get("clients")
+    if clients is None:
+        federation = {key: value for key, value in federation.items() if key != "clients"}
+    if not users:
+        return {**data, "federation": federation}
     if clients not in (None, len(users)):
         raise ConfigError(
             f"federation.clients: found {shown(clients)} with {len(users)} users in tiers.experts, "
