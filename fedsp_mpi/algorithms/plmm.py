@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fedsp_mpi.aggregation.fedavg import Updates, weighted_mean
+from fedsp_mpi.aggregation.fedavg import Updates, fold, shares_of, weighted_mean
 from fedsp_mpi.algorithms import fedsp
 from fedsp_mpi.algorithms.base import (
     ClientContext,
@@ -304,7 +304,8 @@ def mean_prompt(prompts: Sequence[NamedTensors]) -> NamedTensors:
     """Return the mean of prompts, each fp32 [*shape]; of one prompt, a copy with its bits."""
     if len(prompts) == 1:
         return prompts[0].copy()
-    mean = np.mean([prompt.flat for prompt in prompts], axis=0, dtype=np.float64)
+    shares = shares_of([1.0] * len(prompts))
+    mean = fold(shares, np.stack([prompt.flat for prompt in prompts]))
     return NamedTensors(prompts[0].schema, mean.astype(np.float32))
 
 

@@ -70,7 +70,8 @@ class FederationConfig:
     clients: int = option(
         7,
         "0: centralised; the server tunes alone, on all data unless `data.server_share` says "
-        "otherwise. With `federation.silos`, their number, and may be left out",
+        "otherwise. With `federation.silos`, their number, and may be left out; with "
+        "`tiers.experts`, the number of their users, whatever it says",
         "clients",
     )
     rounds: int = option(10, "broadcast, local training, aggregation and server update", "rounds")
@@ -109,7 +110,7 @@ class FederationConfig:
         "with a pattern and `names`: see configs/silos/README.md",
     )
     users: tuple[str, ...] = option(
-        (), "names of the clients, which follow from `tiers.experts`; leave it out"
+        (), "with `tiers.experts`, the names of their users; follows from them"
     )
     disclose: Literal["exact", "rounded", "nothing"] = option(
         "exact", "what a silo says of its size; `rounded`: to two digits"

@@ -141,9 +141,10 @@ def _section(
             continue
         unit = field.metadata.get("unit", "")
         items = None
-        for item in (SiloConfig, ExpertConfig):
-            if hint == tuple[item, ...]:
-                items = _section(item, f"{own_name}[]", dict.fromkeys(RECIPES, item()))
+        if hint == tuple[SiloConfig, ...]:
+            items = _section(SiloConfig, f"{own_name}[]", dict.fromkeys(RECIPES, SiloConfig()))
+        elif hint == tuple[ExpertConfig, ...]:
+            items = _section(ExpertConfig, f"{own_name}[]", dict.fromkeys(RECIPES, ExpertConfig()))
         members.append(
             Key(
                 name=own_name,

@@ -102,15 +102,14 @@ class TiersConfig:
 
 
 def with_tier_clients(data: Section) -> Section:
-    """Name the clients after the users of all experts; return other data unchanged.
+    """Make the users of all experts the clients, whatever number of clients a base has; return
+    other data unchanged.
 
     What is misplaced is left as it is, and refused later with a message.
-
-    Raises:
-        ConfigError: `federation.clients` says another number, or `federation.users` other names.
     """
     tiers = data.get("tiers")
     experts = tiers.get("experts") if isinstance(tiers, dict) else None
+    federation = data.get("federation") or {}
     if not isinstance(experts, Sequence) or isinstance(experts, str):
         return data
     users: dict[str, None] = {}
@@ -118,25 +117,8 @@ def with_tier_clients(data: Section) -> Section:
         names = expert.get("users") if isinstance(expert, Mapping) else None
         if isinstance(names, Sequence) and not isinstance(names, str):
             users |= dict.fromkeys(str(name) for name in names)
-    federation = data.get("federation") or {}
-    if not isinstance(federation, dict):
+    if not isinstance(federation, dict) or not users:
         return data
-    clients = federation.get("clients")
-    if clients is None:
-        federation = {key: value for key, value in federation.items() if key != "clients"}
-    if not users:
-        return {**data, "federation": federation}
-    if clients not in (None, len(users)):
-        raise ConfigError(
-            f"federation.clients: found {shown(clients)} with {len(users)} users in tiers.experts, "
-            "each of whom is a client, expected none; leave it out"
-        )
-    earlier = federation.get("users")
-    if earlier and list(earlier) != list(users):
-        raise ConfigError(
-            f"federation.users: found {shown(earlier)} with tiers.experts, whose users are the "
-            "clients, expected none; leave it out"
-        )
     return {**data, "federation": {**federation, "clients": len(users), "users": list(users)}}
 
 
@@ -166,6 +148,11 @@ def require_tiers(config: Config) -> None:
     """Raise ConfigError on the first expert or key that cannot be with tiers, or without."""
     experts = config.tiers.experts
     has_tiers = config.method_facts.has_tiers
+    if config.federation.users != config.tiers.users:
+        raise ConfigError(
+            f"federation.users: found {shown(list(config.federation.users))}, expected the users "
+            "of tiers.experts, from which they follow; leave it out"
+        )
     if not has_tiers and experts:
         raise ConfigError(
             f"tiers.experts: found {len(experts)} with method={config.method}, expected none; or "

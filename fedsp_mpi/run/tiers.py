@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fedsp_mpi.algorithms.base import Client, Server
-from fedsp_mpi.algorithms.plmm import Experts, Users
+from fedsp_mpi.algorithms.plmm import Experts, TierName, Users
 from fedsp_mpi.config.tiers import GENERAL
 from fedsp_mpi.evaluation.scoring import answer_loss_mean, score
 from fedsp_mpi.models.language_model import LanguageModel
@@ -84,7 +84,7 @@ def user_scorer(
 
     def score_tiers_of(id: int, tensors: NamedTensors) -> list[TierScore]:
         experts = inputs.members[id]
-        texts = {
+        texts: dict[tuple[TierName, str], JudgedText] = {
             ("personal", "own"): inputs.own_text(id),
             ("personal", "domain"): inputs.domain_text(experts),
             ("personal", "other"): inputs.other_text(experts),
