@@ -115,7 +115,7 @@ def test_their_commands_install_and_run_the_package(tmp_path):
         assert shell(f"fedsp-mpi {words}", tmp_path, environment) == module != ""
     where = shell("python -c 'import fedsp_mpi; print(fedsp_mpi.__file__)'", tmp_path, environment)
     assert where.startswith(str(site)) and (site / "fedsp_mpi" / "py.typed").exists()
-    assert "complete, 1 rounds" in shell(sections()["test"], tmp_path, environment)
+    assert "complete, 1 round" in shell(sections()["test"], tmp_path, environment)
     # conda's part for pip, in the folder of its file
     (home / "fedsp_mpi" / "slurm").mkdir()
     (home / "fedsp_mpi" / "slurm" / "pip.txt").write_text("\n".join(pip_lines()))
