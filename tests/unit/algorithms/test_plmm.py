@@ -207,7 +207,9 @@ def test_experts_and_the_general_model_are_scored_at_the_end(whole):
     assert (record.file.parent / "prompt" / "adapter_model.safetensors").exists()
 
 
-@pytest.mark.parametrize(("proximal", "is_equal"), [(0.0, True), (1.0, False)])
+@pytest.mark.parametrize(
+    ("proximal", "is_equal"), [(0.0, True), pytest.param(1.0, False, marks=pytest.mark.slow)]
+)
 def test_without_lambda_a_personal_prompt_learns_of_nobody(tmp_path, proximal, is_equal):
     """Plain local tuning: whatever the experts do, its losses are the same."""
     records = [
@@ -217,6 +219,7 @@ def test_without_lambda_a_personal_prompt_learns_of_nobody(tmp_path, proximal, i
             **{
                 "tiers.personal.proximal": proximal,
                 "server.tuning.steps": steps,
+                "tiers.experts": [{"name": "only", "users": ["ann", "ben"]}],
                 "tiers.judge": "never",
                 "evaluation.server_only": False,
             },
