@@ -203,7 +203,7 @@ class Assistant:
         Args:
             num_questions: of the user's own text, of which each is read by itself.
         """
-        questions = self.inputs.own_text(self.client).questions[:num_questions]
+        questions = self.inputs.own_text(self.client)[:num_questions]
         times = []
         for question in questions:
             start = time.perf_counter()
@@ -228,7 +228,7 @@ class Assistant:
         confidences: list[float] = []
         general = self.models.server_prompt(GENERAL)
         for index in self.inputs.members[self.client]:
-            questions = self.inputs.own_text(self.client, index).questions
+            questions = self.inputs.own_text(self.client, index)
             if not questions:
                 continue
             expert = self.models.server_prompt(self.inputs.domains[index].name)

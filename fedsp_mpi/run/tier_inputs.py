@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 
 import numpy as np
@@ -18,21 +18,8 @@ from fedsp_mpi import rng
 from fedsp_mpi.config import Config, ConfigError, DataConfig
 from fedsp_mpi.config.tiers import ExpertConfig
 from fedsp_mpi.data import loading, tasks
-from fedsp_mpi.data.tokens import Question, Text
+from fedsp_mpi.data.tokens import Question
 from fedsp_mpi.run.inputs import ExperimentInputs
-
-
-@dataclass(frozen=True)
-class JudgedText:
-    """Text that tiers are scored on, tokenised.
-
-    Attributes:
-        texts: with their answers.
-        questions: the same with their options.
-    """
-
-    texts: Sequence[Text]
-    questions: Sequence[Question]
 
 
 class DomainInputs(ExperimentInputs):
@@ -105,10 +92,9 @@ class DomainInputs(ExperimentInputs):
         super().check()
 
     @cached_property
-    def judged(self) -> JudgedText:
+    def judged(self) -> list[Question]:
         """The first questions of the domain's test split, which tiers are scored on."""
-        examples = self.splits.test[: self.config.tiers.questions]
-        return JudgedText(self._encode(examples, whole=False), self._to_questions(examples))
+        return self._to_questions(self.splits.test[: self.config.tiers.questions])
 
 
 class TierInputs(ExperimentInputs):
@@ -217,7 +203,7 @@ class TierInputs(ExperimentInputs):
         num_held_out = min(len(rows) - 1, max(1, round(config.evaluation.held_out * len(rows))))
         return rows[np.sort(order[num_held_out:])], rows[np.sort(order[:num_held_out])]
 
-    def own_text(self, client: int, expert: int | None = None) -> JudgedText:
+    def own_text(self, client: int, expert: int | None = None) -> list[Question]:
         """Return what a user holds back of its own text, at most as much as tiers are scored on.
 
         Args:
@@ -233,20 +219,15 @@ class TierInputs(ExperimentInputs):
             sizes = [len(domain.splits.train) for domain in self.domains]
             offset = sum(sizes[:expert])
             chosen = chosen[(chosen >= offset) & (chosen < offset + sizes[expert])]
-        examples = [self.splits.train[row] for row in chosen]
-        return JudgedText(self._encode(examples, whole=False), self._to_questions(examples))
+        return self._to_questions([self.splits.train[row] for row in chosen])
 
-    def domain_text(self, experts: Sequence[int]) -> JudgedText:
-        """Return the test text of domains, an equal number of questions of each."""
-        judged = [self.domains[expert].judged for expert in experts]
-        share = -(-self.config.tiers.questions // max(1, len(judged)))
-        return JudgedText(
-            [text for part in judged for text in part.texts[:share]],
-            [question for part in judged for question in part.questions[:share]],
-        )
+    def domain_text(self, experts: Sequence[int]) -> list[Question]:
+        """Return test questions of some domains, an equal number of each."""
+        share = -(-self.config.tiers.questions // max(1, len(experts)))
+        return [question for expert in experts for question in self.domains[expert].judged[:share]]
 
-    def other_text(self, experts: Sequence[int]) -> JudgedText:
-        """Return the test text of all domains but those given; empty if there are no others."""
+    def other_text(self, experts: Sequence[int]) -> list[Question]:
+        """Return test questions of all domains but those given; none if there are no others."""
         return self.domain_text([e for e in range(len(self.domains)) if e not in experts])
 
     def check(self) -> None:

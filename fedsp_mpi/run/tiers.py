@@ -10,16 +10,15 @@ import numpy as np
 from fedsp_mpi.algorithms.base import Client, Server
 from fedsp_mpi.algorithms.plmm import Experts, TierName, Users
 from fedsp_mpi.config.tiers import GENERAL
-from fedsp_mpi.evaluation.scoring import answer_loss_mean, score
+from fedsp_mpi.data.tokens import Question
+from fedsp_mpi.evaluation.scoring import answer_loss_mean, loglikelihoods
 from fedsp_mpi.models.language_model import LanguageModel
 from fedsp_mpi.models.prompts import Prompt
 from fedsp_mpi.record.tables import TierRow
 from fedsp_mpi.roles import TierScore
 from fedsp_mpi.run.inputs import ExperimentInputs
-from fedsp_mpi.run.tier_inputs import JudgedText, TierInputs
+from fedsp_mpi.run.tier_inputs import TierInputs
 from fedsp_mpi.tensors import NamedTensors
-
-METRIC = "multiple_choice"
 
 
 @dataclass(frozen=True)
@@ -32,20 +31,32 @@ class Judgement:
 
 
 def judge(
-    model: LanguageModel, prompt: Prompt | None, text: JudgedText, batch_tokens: int
+    model: LanguageModel,
+    prompt: Prompt,
+    questions: Sequence[Question],
+    batch_tokens: int,
 ) -> Judgement:
-    """Score a prompt.
+    """Score a prompt, in one pass over each question's options.
+
+    The loss is that of the right answer's tokens over the whole vocabulary.
 
     Args:
         model: frozen.
-        prompt: at its depth; None: the model alone.
-        text: not empty.
+        prompt: at its depth.
+        questions: one at least, of multiple choice.
         batch_tokens: most tokens of a forward pass.
     """
-    result = score(model, prompt, text.questions, METRIC, batch_tokens)
-    assert result is not None, "nothing tells it to stop"
-    loss = answer_loss_mean(model, prompt, text.texts, batch_tokens)
-    return Judgement(result.n, loss, result.acc)
+    scores = loglikelihoods(model, prompt, questions, batch_tokens)
+    assert scores is not None, "nothing tells it to stop"
+    nats = 0.0
+    num_tokens = 0
+    num_right = 0
+    for question, option_scores in zip(questions, scores, strict=True):
+        answer = question.gold[0]
+        nats -= float(option_scores.loglikelihood[answer])
+        num_tokens += question.options[answer].num_answers
+        num_right += int(option_scores.loglikelihood.argmax()) in question.gold
+    return Judgement(len(questions), nats / num_tokens, num_right / len(questions))
 
 
 def validation_of(inputs: ExperimentInputs) -> Callable[[Server], float] | None:
@@ -84,7 +95,7 @@ def user_scorer(
 
     def score_tiers_of(id: int, tensors: NamedTensors) -> list[TierScore]:
         experts = inputs.members[id]
-        texts: dict[tuple[TierName, str], JudgedText] = {
+        texts: dict[tuple[TierName, str], list[Question]] = {
             ("personal", "own"): inputs.own_text(id),
             ("personal", "domain"): inputs.domain_text(experts),
             ("personal", "other"): inputs.other_text(experts),
@@ -93,7 +104,7 @@ def user_scorer(
         }
         scores: list[TierScore] = []
         for (tier, kind), text in texts.items():
-            if not text.questions:
+            if not text:
                 continue
             client.show(id, tensors, tier)
             result = judge(client.model, client.prompt, text, batch_tokens)
@@ -121,7 +132,7 @@ def server_scorer(
             texts = {"domain": inputs.domain_text([index]), "other": inputs.other_text([index])}
             prompts = {"expert": server.prompts[domain.name], "general": server.prompts[GENERAL]}
             for kind, text in texts.items():
-                if not text.questions:
+                if not text:
                     continue
                 for tier, prompt in prompts.items():
                     result = judge(server.model, prompt, text, batch_tokens)
