@@ -77,8 +77,12 @@ def method_of(inputs: ExperimentInputs) -> Method:
 
 
 def _metrics(inputs: ExperimentInputs, method: Method) -> tuple[str, ...]:
-    """Return the names of the numbers that come with an update."""
-    return (*method.metrics, *ATTACK_METRICS, *labelling.metrics(inputs.config))
+    """Return the names of the numbers that come with an update.
+
+    Clients that label text are not attacked.
+    """
+    studied = labelling.metrics(inputs.config) or ATTACK_METRICS
+    return (*method.metrics, *studied)
 
 
 def rule_of(inputs: ExperimentInputs) -> Rule:
