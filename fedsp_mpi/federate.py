@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 
 import numpy as np
@@ -26,7 +26,14 @@ from fedsp_mpi.record.atomic import RecordError
 from fedsp_mpi.record.checkpoint import CheckpointFile
 from fedsp_mpi.record.journal import RoundJournal
 from fedsp_mpi.record.tables import RoundRow, SiloRow, mean_silo_loss
-from fedsp_mpi.roles import HostedClients, ServerRole, read_silo_rows, silo_row_json
+from fedsp_mpi.roles import (
+    HostedClients,
+    ServerRole,
+    UpperTier,
+    read_silo_rows,
+    read_tier_scores,
+    silo_row_json,
+)
 from fedsp_mpi.tensors import ClientError, Failure, Update
 from fedsp_mpi.training.loop import Trace
 
@@ -47,6 +54,8 @@ class Schedule:
         rounds_done: by an earlier stretch of the run.
         asks_silos: whether silos judge each round on the text that they hold back.
         overlaps: whether a round is validated and recorded while clients work on the next one.
+        judge_tiers: when users and the server score the prompts of all tiers: "never", before the
+            first round and after the last ("ends"), or after each as well ("rounds").
     """
 
     federation: FederationConfig
@@ -54,6 +63,7 @@ class Schedule:
     rounds_done: int = 0
     asks_silos: bool = False
     overlaps: bool = False
+    judge_tiers: str = "never"
 
     def is_due(self, round: int) -> bool:
         """Return whether a checkpoint follows a round: after every so many, and after the last."""
@@ -61,6 +71,16 @@ class Schedule:
         if every is None:
             return False
         return round % every == 0 or round == self.federation.rounds
+
+    def judges_tiers(self, round: int) -> bool:
+        """Return whether tiers are scored after a round; 0 is before the first."""
+        is_end = round in (0, self.federation.rounds)
+        return self.judge_tiers == "rounds" or (self.judge_tiers == "ends" and is_end)
+
+    def num_evaluations(self, round: int) -> int:
+        """Return how often clients judge between the last round's record and a round's."""
+        is_first = round == 1 and self.judges_tiers(0)
+        return self.asks_silos + self.judges_tiers(round) + is_first
 
 
 def federate(
@@ -88,6 +108,8 @@ def federate(
     """
     start = time.perf_counter()
     close_previous: Closing = _nothing_is_left
+    if schedule.rounds_done == 0 and schedule.judges_tiers(0):
+        judge_tiers(0, wire, schedule, server=server, clients=clients)
     for round in range(schedule.rounds_done + 1, schedule.federation.rounds + 1):
         close = run_round(
             round, wire, schedule, server=server, clients=clients, close_previous=close_previous
@@ -148,7 +170,7 @@ def run_round(
 
     # --- broadcast ---
     with guard.phase("broadcast", round=round):
-        is_root = server is not None and server.journal is not None
+        is_root = server is not None and server.is_root
         broadcast = wire.broadcast(_round_broadcast(round, server) if server and is_root else None)
         watch.lap("broadcast")
 
@@ -181,6 +203,8 @@ def run_round(
     if server is None:
         if schedule.asks_silos:
             judge_at_silos(round, wire, schedule, server=None, clients=clients)
+        if schedule.judges_tiers(round):
+            judge_tiers(round, wire, schedule, server=None, clients=clients)
         return _nothing_is_left
 
     # --- aggregate ---
@@ -199,12 +223,15 @@ def run_round(
     # --- server update ---
     tuning = None
     if server.server.tunes:
-        tuning = tune_on_server(round, server, watch)
+        tuning = tune_on_server(round, schedule, server, watch)
 
     # --- validate at the server, and where the text is ---
     silo_scores: list[SiloRow] = []
     if schedule.asks_silos:
         silo_scores = judge_at_silos(round, wire, schedule, server=server, clients=clients)
+        watch.lap("validation")
+    if schedule.judges_tiers(round):
+        judge_tiers(round, wire, schedule, server=server, clients=clients)
         watch.lap("validation")
     result = RoundResult(
         round=round,
@@ -213,7 +240,7 @@ def run_round(
         control_loss=control_loss,
         silo_scores=silo_scores,
         round_bytes=wire.round_bytes(),
-        evaluation_bytes=wire.evaluation_bytes() if schedule.asks_silos else 0,
+        evaluation_bytes=schedule.num_evaluations(round) * wire.evaluation_bytes(),
         entries=wire.manifest,
         watch=watch,
     )
@@ -264,19 +291,37 @@ class RoundResult:
     watch: Stopwatch
 
 
-def tune_on_server(round: int, server: ServerRole, watch: Stopwatch) -> ServerTuning:
+def tune_on_server(
+    round: int, schedule: Schedule, server: ServerRole, watch: Stopwatch
+) -> ServerTuning:
     """Tune the merged prompts at the server, and keep that if the validation loss says so."""
     with guard.phase("validation of the merged prompts", round=round):
         merged_loss = server.validation_loss(server.server)
         watch.lap("validation")
     with guard.phase("server tuning", round=round):
         before = None if server.always_accept else server.server.export()
+        if server.above:  # a round of the tier above, whose clients are parts of this server
+            run_tier_above(round, schedule, server.above)
         trace = server.server.server_update(round) or Trace()
         watch.lap("server")
     with guard.phase("validation", round=round):
         loss = server.accept_or_revert(before, merged_loss)
         watch.lap("validation")
     return ServerTuning(trace, merged_loss, loss)
+
+
+def run_tier_above(round: int, schedule: Schedule, above: UpperTier) -> None:
+    """Run one round of the tier above; validation and record belong to the round that it is in."""
+    close = run_round(
+        round,
+        above.wire,
+        Schedule(above.federation, schedule.checkpoint),
+        server=above.server,
+        clients=above.clients,
+        close_previous=_nothing_is_left,
+    )
+    if close is not None:
+        close()
 
 
 def validate_and_record(result: RoundResult, server: ServerRole) -> None:
@@ -318,9 +363,11 @@ def validate_and_record(result: RoundResult, server: ServerRole) -> None:
             updates,
             dict(server.server.export()) if server.journal.keep_prompts else None,
             silos=result.silo_scores,
+            tiers=server.tier_rows,
             round_bytes=result.round_bytes,
             entries=result.entries,
         )
+        server.tier_rows.clear()
 
 
 def train_clients(clients: HostedClients, broadcast: RoundBroadcast) -> list[Update | Failure]:
@@ -378,6 +425,42 @@ def judge_at_silos(
         if answers is None or server is None or server.journal is None:
             return []
         return read_silo_rows(answers, server.journal.rank_of, round)
+
+
+def judge_tiers(
+    round: int,
+    wire: Wire | Solo,
+    schedule: Schedule,
+    *,
+    server: ServerRole | None,
+    clients: HostedClients | None,
+) -> None:
+    """Have users score all tiers' prompts on their own text, and the server on its own.
+
+    The scores go into the record with the next round that is committed.
+
+    Args:
+        round: that ends; 0 before the first.
+        wire: between all ranks.
+        schedule: of the rounds.
+        server: this rank's part of the server.
+        clients: those that this rank plays.
+    """
+    with guard.phase("evaluation of the tiers", round=round):
+        is_root = server is not None and server.is_root
+        tuned = RoundBroadcast(round, tensors=server.server.broadcast()) if server else None
+        broadcast = wire.broadcast(tuned if is_root else None, schedule.federation.clients)
+        assert broadcast.tensors is not None
+        scores = clients.score_tiers(round, broadcast.tensors) if clients else []
+        answers = wire.collect({"tiers": [asdict(score) for score in scores]}, "evaluation")
+        if answers is None or server is None or server.journal is None:
+            return
+        users = schedule.federation.users
+        rank_of = server.journal.rank_of
+        server.tier_rows += read_tier_scores(answers, rank_of, round, users=users)
+        if server.score_tiers is not None:
+            server.compute.begin()
+            server.tier_rows += server.score_tiers(round)
 
 
 def require_quorum(updates: Updates, federation: FederationConfig) -> None:
@@ -485,7 +568,7 @@ def _nothing_is_left() -> None:
 
 
 def _round_broadcast(round: int, server: ServerRole) -> RoundBroadcast:
-    if guard.stop_requested:
+    if guard.stop_requested and not server.is_inner:  # the outer round goes on to its end
         return RoundBroadcast(round, stop=True)
     return RoundBroadcast(round, tensors=server.server.broadcast())
 

@@ -108,12 +108,13 @@ class AugmentedClient(WrappedClient):
             update = self._trainer.local_update(client, round, broadcast)
         else:
             update = Update(client, 0.0, broadcast.copy(), {})
-        metrics = dict(update.metrics)
-        for name, number in zip(METRICS, (num_pseudo, num_scored)):
+        weight = self._weight(len(text.labelled) + num_pseudo)
+        if not self._settings.is_on:
+            return replace(update, weight=weight)
+        metrics = {**update.metrics, "seconds_labels": seconds}
+        for name, number in (("pseudo_labels", num_pseudo), ("texts_scored", num_scored)):
             disclosed = self._disclose(number)
             metrics[name] = math.nan if disclosed is None else float(disclosed)
-        metrics["seconds_labels"] = seconds
-        weight = self._weight(len(text.labelled) + num_pseudo)
         return replace(update, weight=weight, metrics=metrics)
 
     def _weight(self, num_examples: int) -> float:

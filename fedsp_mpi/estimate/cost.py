@@ -66,6 +66,7 @@ Trained = Literal["weights", "prompts", "both"]
 _DISTILLATION = "distillation"
 _ALIGNMENT = "client alignment"
 _PROMPT_TUNING = "client prompt tuning"
+_PERSONAL_TUNING = "client tuning of personal prompts"
 _FINE_TUNING = "client fine-tuning"
 _LABELLING = "client labelling"
 _SEARCH = "client search"
@@ -558,10 +559,14 @@ class _Costs:
                 self._fine_tuning(),
             )
         stages = self._stages()
-        trains_weights = stages != prompts_only
+        trains_weights = any(stage.trained != "prompts" for stage in stages)
         is_fedsp = trains_weights or self.config.auxiliary.first_layers
         name = "FedSP (as configured)" if is_fedsp else "as configured"
-        methods = [self._prompt_method(name, self.small, stages)]
+        num_down = 1
+        if self.config.method_facts.has_tiers:
+            name = f"{self.config.method_facts.title} (as configured)"
+            num_down = len(self.config.tiers.experts) + 1  # the experts' and the general prompt
+        methods = [self._prompt_method(name, self.small, stages, num_down=num_down)]
         if trains_weights:
             methods.append(self._prompt_method("FedSP, no sharing", self.single, stages))
         methods += [
@@ -584,6 +589,9 @@ class _Costs:
         stages = [_Stage(_PROMPT_TUNING, client.tuning, "prompts")]
         if client.alignment.steps:
             stages.insert(0, _Stage(_ALIGNMENT, client.alignment, "weights"))
+        personal = self.config.tiers.personal.tuning
+        if self.config.method_facts.has_tiers and personal.steps:
+            stages.append(_Stage(_PERSONAL_TUNING, personal, "prompts"))
         return stages
 
     def _prompt_method(
@@ -593,6 +601,7 @@ class _Costs:
         stages: list[_Stage],
         *,
         num_clients: int | None = None,
+        num_down: int = 1,
     ) -> MethodCost:
         """Return the cost of a method whose clients exchange prompts.
 
@@ -601,6 +610,7 @@ class _Costs:
             model: that each client holds; the prompts that travel have its depth.
             stages: of a client's round.
             num_clients: all of which take part in every round; None: as configured.
+            num_down: prompts that go down in a round; one comes up.
         """
         holds = model.num_parameters()
         with torch.device("meta"):
@@ -612,21 +622,22 @@ class _Costs:
         trains = num_values
         if any(stage.trained != "prompts" for stage in stages):
             trains += holds
-        handout = FP32_BYTES * (holds + num_values) + self._reference_bytes(num_values)
-        message = self._message_bytes(num_values)
-        update = message + self._seal_bytes(num_values)
+        num_values_down = num_down * num_values
+        handout = FP32_BYTES * (holds + num_values_down) + self._reference_bytes(num_values)
+        down = self._message_bytes(num_values_down)
+        update = self._message_bytes(num_values) + self._seal_bytes(num_values)
         clients_per_round = num_clients or self._clients_per_round()
         all_clients = num_clients or self.config.federation.clients
-        judged = self._judged(message)
+        judged = self._judged(down)
         rounds = self.config.federation.rounds
         total = all_clients * handout
-        total += rounds * (clients_per_round * (message + update) + all_clients * judged)
+        total += rounds * (clients_per_round * (down + update) + all_clients * judged)
         return MethodCost(
             name=name,
             holds=holds,
             trains=trains,
             handout=handout,
-            down=message,
+            down=down,
             up=update,
             judged=judged,
             total=total,

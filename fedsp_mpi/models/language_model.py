@@ -445,6 +445,41 @@ class LanguageModel:
             )
         return [row[len(ids) :].tolist() for row in rows]
 
+    def greedy_tokens(
+        self, ids: Sequence[int], prompt: Prompt | None, max_tokens: int
+    ) -> Iterator[tuple[int, float]]:
+        """Yield the likeliest next token again and again, each with its probability.
+
+        The context is read once, before the first token; then a pass for each token.
+
+        Args:
+            ids: the context; the model is causal.
+            prompt: at this model's depth, or None.
+            max_tokens: after which to end, if no token that ends a text has come before; that one
+                is not yielded.
+        """
+        end = self.model.config.eos_token_id
+        ends = set(end) if isinstance(end, list) else {end}
+        context = torch.tensor([list(ids)], device=self.device)
+        batch = Batch(context, torch.ones_like(context), context)
+        with torch.no_grad(), self.computing(), self.evaluating():
+            inputs, _ = self.inputs(batch, prompt)
+            mask = inputs["attention_mask"]
+            output = self.model.base_model(**{**inputs, "use_cache": True})
+            for _ in range(max_tokens):
+                probabilities = self.head(output.last_hidden_state[0, -1]).float().softmax(dim=-1)
+                probability, token = probabilities.max(dim=-1)
+                if int(token) in ends:
+                    return
+                yield int(token), float(probability)
+                mask = torch.cat([mask, mask.new_ones(1, 1)], dim=1)
+                output = self.model.base_model(
+                    input_ids=token.view(1, 1),
+                    attention_mask=mask,
+                    past_key_values=output.past_key_values,
+                    use_cache=True,
+                )
+
     def keys_and_values(self, ids: Tensor) -> Tensor:
         """Return every layer's keys and values of tokens that stand alone.
 

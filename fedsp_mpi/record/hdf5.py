@@ -5,7 +5,7 @@ Layout 1. Attributes of the root: format, layout, name, status, created, updated
 
     reason, config, config_text, environment    texts; config and environment are JSON
     sections/<name>                             JSON
-    rounds, clients, silos, results, wire       tables, see tables.py
+    rounds, clients, silos, tiers, results, wire       tables, see tables.py
     prompts/<0007>/<tensor>                     a group for each round; while a run goes on, a link
                                                 to the round's own file
 
@@ -73,8 +73,8 @@ class Run:
         created, updated: UTC, ISO 8601, to the second.
         committed_rounds: number of the last round that is completely on disk; nothing above it is
             shown.
-        rounds, clients, silos, results, wire: structured arrays [rows] with the fields of the row
-            classes, read-only.
+        rounds, clients, silos, tiers, results, wire: structured arrays [rows] with the fields of
+            the row classes, read-only.
         prompt_rounds: the rounds whose prompts were kept.
         has_digest: whether the file's bytes were compared with a digest; those of earlier versions
             have none.
@@ -95,6 +95,7 @@ class Run:
     rounds: np.ndarray = field(default_factory=lambda: _empty("rounds"))
     clients: np.ndarray = field(default_factory=lambda: _empty("clients"))
     silos: np.ndarray = field(default_factory=lambda: _empty("silos"))
+    tiers: np.ndarray = field(default_factory=lambda: _empty("tiers"))
     results: np.ndarray = field(default_factory=lambda: _empty("results"))
     wire: np.ndarray = field(default_factory=lambda: _empty("wire"))
     prompt_rounds: tuple[int, ...] = ()
@@ -266,7 +267,7 @@ def _to_run(source: reader.OpenFile) -> Run:
     committed = attributes["committed_rounds"]
 
     arrays: JsonObject = {name: _read_table(source, name) for name in tables.TABLES}
-    for name in ("rounds", "clients", "silos"):
+    for name in ("rounds", "clients", "silos", "tiers"):
         is_committed = arrays[name]["round"] <= committed
         arrays[name] = tables.frozen(arrays[name][is_committed])
 

@@ -17,6 +17,7 @@ from fedsp_mpi.files import untrusted
 from fedsp_mpi.files.untrusted import JsonObject
 
 NAN = math.nan
+OF_GENERAL = "test, general model"  # the split of a result under the general prompt, with tiers
 TRIGGERED = "test+trigger"  # the split of a result that is an attack's success
 # The split of results that no model has: the test split's answers alone (evaluation/baselines.py).
 LABELS = "test labels"
@@ -120,14 +121,41 @@ class SiloRow:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TierRow:
+    """One score of a tier's prompt on one text (`method: plmm`), with accuracy and loss.
+
+    Attributes:
+        round: that ended; 0 before the first.
+        name: of the user whose prompt or text it is; of the server's rows, of the expert.
+        model: whose prompt: "personal", "expert" or "general".
+        text: "own", what the user holds back; "domain", the test split of its experts' domains;
+            "other", that of the other domains.
+        at: "device", the users' model on the user's rank; "server", the global model.
+        n: number of questions.
+        loss: in nats per token.
+        acc: fraction from 0 to 1.
+    """
+
+    round: int
+    name: str
+    model: str
+    text: str
+    at: str
+    n: int = 0
+    loss: float = NAN
+    acc: float = NAN
+
+
+@dataclass(frozen=True, kw_only=True)
 class ResultRow:
     """One method scored on one split.
 
     Attributes:
         method: "zero-shot", "server-only", "fedsp", ...
-        split: "test"; or "test+trigger", where acc is the fraction of questions that an attack's
-            trigger makes the model answer as the attacker wants; or "test labels" of what needs
-            no model, "chance" and "majority".
+        split: "test", with tiers each domain's questions under its expert; "test, general model",
+            the same questions under the general prompt; or "test+trigger", where acc is the
+            fraction of questions that an attack's trigger makes the model answer as the attacker
+            wants; or "test labels" of what needs no model, "chance" and "majority".
         round: the round whose prompts were scored; 0 for a method without rounds.
         n: number of questions that were scored; of plain text, of tokens.
         acc, acc_norm, exact_match: fractions from 0 to 1; nan where the task has no such measure.
@@ -175,6 +203,7 @@ TABLES: dict[str, type] = {
     "rounds": RoundRow,
     "clients": ClientRow,
     "silos": SiloRow,
+    "tiers": TierRow,
     "results": ResultRow,
     "wire": WireRow,
 }
@@ -188,7 +217,7 @@ LATER: dict[str, JsonObject] = {
     "results": {"perplexity": NAN},
 }
 # Tables that records of earlier versions lack.
-LATER_TABLES = ("silos",)
+LATER_TABLES = ("silos", "tiers")
 _EXTRA = "extra"  # the field of a row whose names are columns of their own
 _TYPES: dict[Any, Any] = {int: np.dtype("i8"), float: np.dtype("f8"), bool: np.dtype("?")}
 

@@ -28,14 +28,14 @@ from fedsp_mpi.record import additions, atomic, hdf5, tables, trailer
 from fedsp_mpi.record.additions import Addition, Additions
 from fedsp_mpi.record.atomic import RecordError
 from fedsp_mpi.record.hdf5 import Run
-from fedsp_mpi.record.tables import ClientRow, ResultRow, RoundRow, SiloRow, WireRow
+from fedsp_mpi.record.tables import ClientRow, ResultRow, RoundRow, SiloRow, TierRow, WireRow
 
 # In bytes. A run.h5 up to this size is written as a whole with every commit.
 _MAX_REWRITTEN = 128 << 10
 # Prompts of all rounds up to this size move into run.h5 when a run is complete.
 _MAX_FOLDED = 16 << 20
 _UNTUNED = "zero-shot"  # the method of the model's results before the run
-_GROWING = ("rounds", "clients", "silos")  # tables to which every round adds
+_GROWING = ("rounds", "clients", "silos", "tiers")  # tables to which every round adds
 FINAL_STATUSES = ("complete", "stopped", "failed")
 
 
@@ -142,6 +142,7 @@ class RunRecord:
         prompts: Mapping[str, np.ndarray] | None = None,
         *,
         silos: Iterable[SiloRow] = (),
+        tiers: Iterable[TierRow] = (),
         wire: Iterable[WireRow] | None = None,
     ) -> None:
         """Write one round with everything that belongs to it; on return the round is on disk.
@@ -151,6 +152,8 @@ class RunRecord:
             clients: a row for each client.
             prompts: arrays [*shape] of any numeric dtype by name; None keeps none for this round.
             silos: a row for each silo that has scored the round.
+            tiers: scores of personal, expert and general prompts; with the first round also those
+                before it.
             wire: the wire's manifest so far; None leaves the last one.
 
         Raises:
@@ -172,6 +175,7 @@ class RunRecord:
             "rounds": tables.table(RoundRow, [row]),
             "clients": tables.table(ClientRow, clients),
             "silos": tables.table(SiloRow, silos),
+            "tiers": tables.table(TierRow, tiers),
         }
         extended: JsonObject = {
             name: self._growing[name].extended(getattr(run, name), rows)
@@ -215,6 +219,8 @@ class RunRecord:
                 rounds=run.rounds[run.rounds["round"] <= after_round],
                 clients=run.clients[run.clients["round"] <= after_round],
                 silos=run.silos[run.silos["round"] <= after_round],
+                # What was scored before the first round is scored again with it.
+                tiers=run.tiers[(run.tiers["round"] <= after_round) & (after_round > 0)],
                 results=run.results[run.results["round"] <= after_round],
                 prompt_rounds=tuple(round for round in run.prompt_rounds if round <= after_round),
                 committed_rounds=after_round,

@@ -136,6 +136,7 @@ def execute(
             meta.rounds_done,
             asks_silos=config.evaluation.at != "server",
             overlaps=_overlaps(config, wire.topology),
+            judge_tiers=config.tiers.judge if config.method_facts.has_tiers else "never",
         )
         is_complete = federate(wire, schedule, server=role, clients=clients)
 
@@ -206,6 +207,7 @@ def _overlaps(config: Config, topology: comm.Topology) -> bool:
         or config.evaluation.at != "server"
         or config.asks_server
         or config.federation.compression.is_on
+        or config.method_facts.has_tiers
     )
 
 
@@ -298,15 +300,15 @@ def _load_clients(
 
     def load() -> HostedClients:
         from fedsp_mpi.run import build, fingerprints
-        from fedsp_mpi.run.inputs import ExperimentInputs
+        from fedsp_mpi.run.any_inputs import inputs_of
         from fedsp_mpi.training.device import Compute
 
         compute = Compute.of(config.client.compute, wire.topology)
+        inputs = server.inputs if server else None
         if silos is not None:
             silos.inputs.receive(meta)
-            inputs: ExperimentInputs = silos.inputs
-        else:
-            inputs = server.inputs if server else ExperimentInputs(config)
+            inputs = silos.inputs
+        inputs = inputs or inputs_of(config)
         clients = build.hosted_clients(
             inputs,
             compute,

@@ -30,8 +30,8 @@ SECTION = "labels"  # of the record
 
 
 def metrics(config: Config) -> tuple[str, ...]:
-    """Return the names of the numbers that clients with few labels report."""
-    if not _wraps(config):
+    """Return the names of the numbers that clients report where some of them label text."""
+    if not config.augment.is_on:
         return ()
     return (*augment.METRICS, *label_monitor.METRICS)
 

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict
 
 from fedsp_mpi.algorithms.finetune import WeightServer
+from fedsp_mpi.algorithms.plmm import Experts
+from fedsp_mpi.data.tokens import Question
 from fedsp_mpi.evaluation.baselines import baseline_rows
-from fedsp_mpi.evaluation.scoring import answer_loss_mean, perplexity, score
+from fedsp_mpi.evaluation.scoring import Score, answer_loss_mean, perplexity, pooled, score
 from fedsp_mpi.log import Log, duration
-from fedsp_mpi.record.tables import CHANCE, TRIGGERED, ResultRow
+from fedsp_mpi.models.prompts import Prompt
+from fedsp_mpi.record.tables import CHANCE, OF_GENERAL, TRIGGERED, ResultRow
 from fedsp_mpi.roles import Best, ServerRole
 from fedsp_mpi.run import build
 from fedsp_mpi.run.inputs import ExperimentInputs
+from fedsp_mpi.run.tier_inputs import TierInputs
 
 
 def score_all(
@@ -102,11 +106,16 @@ def _score(
     group = role.group
     batch_tokens = inputs.config.evaluation.batch_tokens
     prompt = None
+    by_domain: Mapping[str, Prompt] = {}
     if best is not None:
         prompt = role.server.prompt
         role.server.restore(best.exported)
         group.lead(role.server.parameters())
-    if loss is None:
+        if isinstance(role.server, Experts):
+            by_domain = role.server.prompts
+    if loss is None and by_domain:
+        loss = role.validation_loss(role.server)
+    elif loss is None:
         loss = answer_loss_mean(model, prompt, role.validation, batch_tokens, group)
     round_of_best = best.round if best else 0
     if inputs.is_plain_text:
@@ -125,28 +134,38 @@ def _score(
         log.say(f"scored {method}: {row.n} tokens in {duration(row.seconds)}")
         return [row]
     rows: list[ResultRow] = []
-    for split, questions in {"test": inputs.test, TRIGGERED: inputs.triggered_test}.items():
+    splits = {"test": inputs.test, TRIGGERED: inputs.triggered_test}
+    if by_domain and best is role.best:
+        splits[OF_GENERAL] = inputs.test
+    for split, questions in splits.items():
         if not questions:
             continue
         num_options = sum(len(question.options) for question in questions)
         progress = log.progress(f"scoring {method}", num_options // group.size)
-        result = score(
-            model,
-            prompt,
-            questions,
-            inputs.task.metric,
-            batch_tokens,
-            on_done=progress.step,
-            stop=stop,
-            group=group,
-        )
-        if result is None:
-            return None
+        parts: list[tuple[Prompt | None, Sequence[Question]]] = [(prompt, questions)]
+        if by_domain and split == "test" and isinstance(inputs, TierInputs):
+            parts = [(by_domain[domain.name], domain.test) for domain in inputs.domains]
+        results: list[Score] = []
+        for part_prompt, part in parts:
+            result = score(
+                model,
+                part_prompt,
+                part,
+                inputs.task.metric,
+                batch_tokens,
+                on_done=progress.step,
+                stop=stop,
+                group=group,
+            )
+            if result is None:
+                return None
+            results.append(result)
+        result = pooled(results)
         log.say(f"scored {method}: {result.n} questions in {duration(result.seconds)}")
         values = asdict(result)
         if split == "test":
             values["loss"] = loss
-        else:
+        elif split == TRIGGERED:
             values["acc_norm"] = math.nan  # of an attack, its success rate is all that counts
         rows.append(ResultRow(**values, method=method, split=split, round=round_of_best))
     return rows

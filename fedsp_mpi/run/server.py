@@ -24,6 +24,7 @@ from fedsp_mpi.record.tables import never_merged, wire_rows
 from fedsp_mpi.report import handed_out
 from fedsp_mpi.roles import ServerRole
 from fedsp_mpi.run import auxiliary_model, build, fingerprints, overview, plain_use
+from fedsp_mpi.run.any_inputs import inputs_of
 from fedsp_mpi.run.final_scores import score_all
 from fedsp_mpi.run.folder import RunFolder
 from fedsp_mpi.run.handout import HandoutMeta, ServerMeeting
@@ -123,7 +124,7 @@ class ServerRun:
         try:
             if config.record.tensorboard:
                 event_files.require_library()
-            inputs = ExperimentInputs(config) if silos is None else silos.inputs
+            inputs = inputs_of(config) if silos is None else silos.inputs
             place.acquire(inputs.paths)
             servers = config.topology.server_ranks
             if silos is None:

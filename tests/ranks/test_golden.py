@@ -120,9 +120,9 @@ def features(folder: Path) -> dict[str, tuple[str, ...]]:
 
 
 ONE_CLIENT = "prefix_tuning"  # which does not fill three ranks
-ON_FOUR_RANKS = ("fedsp", "fedbpt", "finetune", "fedprompt")
+ON_FOUR_RANKS = ("fedsp", "fedbpt", "finetune", "fedprompt", "plmm")
 SLOW_ON_RANKS = {
-    2: ("fedsp", "fedbpt", "finetune", "aug_fedprompt", ONE_CLIENT),  # one rank plays all clients
+    2: ("fedsp", "fedbpt", "finetune", "aug_fedprompt", "plmm", ONE_CLIENT),  # one rank plays all
     4: tuple(name for name in METHODS if name not in (*ON_FOUR_RANKS, ONE_CLIENT)),
 }
 FEATURES = (

@@ -179,6 +179,29 @@ def test_told_to_stop_where_no_checkpoint_is_due(folder):
     require_equal(folder, "late")
 
 
+def test_killed_in_the_round_of_the_tier_above(folder):
+    """The experts, the general model and what users keep go on, on other ranks."""
+    experts = "[{name: a, users: [ann, ben]}, {name: b, users: [ben, cem]}]"
+    settings = (
+        "method=plmm",
+        f"tiers.experts={experts}",
+        "tiers.judge=rounds",
+        "tiers.questions=5",
+        "tiers.personal.proximal=0.1",
+        "client.alignment.steps=0",
+    )
+    more = [word for setting in settings for word in ("--set", setting)]
+    go(0, folder, "tiers-whole", *more)
+    # On rank 0, which plays no user, two experts train a round: this is in the third one.
+    fault = "kill:local training:0:3"
+    killed = go(2, folder, "tiers-killed", *more, fault=fault, status=None)
+    assert killed.returncode != 0 and "Traceback" not in killed.stderr, both_ends(killed)
+    resumed = go(4, folder, "tiers-killed", "--resume", "auto", *more)
+    assert "goes on after round 2" in resumed.stdout
+    undisturbed, run = read(folder / "tiers-whole"), read(folder / "tiers-killed")
+    assert difference(undisturbed, run) == [] and len(run.tiers) == len(undisturbed.tiers)
+
+
 @pytest.mark.parametrize("phase", ["distillation", "evaluation"])
 def test_told_to_stop_before_and_after_the_rounds(folder, phase):
     name, more = f"stop-{phase}", ("--set", "distillation.reuse=false")
