@@ -218,6 +218,8 @@ def report(options: argparse.Namespace) -> int:
             report.draw_curves(runs, options.plot)
         if options.silos:
             report.draw_silos(runs, options.silos)
+        if options.labels:
+            report.draw_labels(runs, options.labels)
     if options.table == "tiers":
         with _user_errors():
             _show(report.tiers_table(runs))
@@ -237,7 +239,16 @@ def report(options: argparse.Namespace) -> int:
         _show(report.markdown(runs))
     elif options.json == "-":
         _show(report.as_json(runs))
-    elif not any((options.plot, options.silos, options.html, options.csv, options.json)):
+    elif not any(
+        (
+            options.plot,
+            options.silos,
+            options.labels,
+            options.html,
+            options.csv,
+            options.json,
+        )
+    ):
         _show("\n\n".join(report.summarize(run) for run in runs))
     return 0
 
@@ -391,7 +402,8 @@ def _bench_wire(repeats: int, log: Log) -> None:
     if times:  # on the server only
         log.say(
             "broadcast + gather of {num_values:,} values among {ranks} ranks: {wire_seconds:.4f} "
-            "s, bare mpi4py {bare_seconds:.4f} s: ratio {ratio:.3f}".format(**times)
+            "s, sealed {sealed_seconds:.4f} s, bare mpi4py {bare_seconds:.4f} s: ratio "
+            "{ratio:.3f}".format(**times)
         )
     waiting = benchmark.measure_waiting(repeats=min(repeats, 5))
     if waiting:
@@ -731,6 +743,11 @@ def _add_report(verbs: argparse._SubParsersAction) -> None:
         "--plot", metavar="FILE", help="losses over rounds, bytes and seconds (.png or .svg)"
     )
     verb.add_argument("--silos", metavar="FILE", help="losses of each silo by round (.png or .svg)")
+    verb.add_argument(
+        "--labels",
+        metavar="FILE",
+        help="scores by the number of labels, and how many pseudo-labels are right (.png or .svg)",
+    )
     verb.set_defaults(run=report)
 
 

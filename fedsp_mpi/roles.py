@@ -256,19 +256,19 @@ class Best:
     round: int = 0
     loss: float = math.inf
 
-    def update_if_better(self, exported: NamedTensors, round: int, loss: float) -> bool:
+    def update_if_better(self, export: Callable[[], NamedTensors], round: int, loss: float) -> bool:
         """Take over what has a lower loss, and return whether it has.
 
         Of equal losses the first stays; a loss that is not a number is never better.
 
         Args:
-            exported: what the server exported.
+            export: returns what the server exports.
             round: that it is of.
             loss: on the validation texts, in nats a token.
         """
         if not loss < self.loss:
             return False
-        self.exported = exported
+        self.exported = export()
         self.round = round
         self.loss = loss
         return True
@@ -396,7 +396,7 @@ class ServerRole:
         """
         if not self.validation:
             loss = self.group.tell(mean_silo_loss(table(SiloRow, silos)))
-        return self.best.update_if_better(self.server.export(), round, loss)
+        return self.best.update_if_better(self.server.export, round, loss)
 
     @property
     def is_root(self) -> bool:
@@ -408,7 +408,7 @@ class ServerRole:
         if self.control is None or self.control_best is None:
             return math.nan
         loss = self.validation_loss(self.control)
-        is_best = self.control_best.update_if_better(self.control.export(), round, loss)
+        is_best = self.control_best.update_if_better(self.control.export, round, loss)
         if not is_best and not self.always_accept:
             self.control.restore(self.control_best.exported)
         return loss

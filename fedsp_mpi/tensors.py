@@ -295,17 +295,27 @@ class Batch(NamedTuple):
         attention_mask: int64 [batch, length], 0 on padding.
         targets: int64 [batch, length]: the token to predict at this position, or -100 where there
             is no loss.
+        weights: fp32 [batch], how much the answer of each text counts; None: all count alike.
     """
 
     input_ids: torch.Tensor
     attention_mask: torch.Tensor
     targets: torch.Tensor
+    weights: torch.Tensor | None = None
+
+    @property
+    def target_weights(self) -> torch.Tensor | None:
+        """How much each target counts, fp32 [answers], text after text; None: all alike."""
+        if self.weights is None:
+            return None
+        return self.weights[:, None].expand_as(self.targets)[self.targets != -100]
 
     def to(self, device: torch.device) -> Batch:
         """Return the batch on a device; itself if that is the CPU, where batches are made."""
         if device.type == "cpu":
             return self
-        return Batch(*(tensor.to(device, non_blocking=True) for tensor in self))
+        tensors = [None if part is None else part.to(device, non_blocking=True) for part in self]
+        return Batch._make(tensors)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
+import numpy as np
+
 from fedsp_mpi import rng
 
 Rule = Literal["uniform", "by_size", "round_robin"]
@@ -36,3 +38,18 @@ def participants(
         chances = [size / sum(sizes) for size in sizes]
     random = rng.generator(seed, "sampling", round)
     return sorted(random.choice(num_clients, num, replace=False, p=chances).tolist())
+
+
+def labellers(num: int, candidates: Sequence[int], *, seed: int, round: int) -> list[int]:
+    """Return the ids of the clients that label their text in a round, ascending.
+
+    Args:
+        num: of them; where there are fewer candidates, these are all.
+        candidates: ids of the clients that hold text without labels.
+        seed: of the run.
+        round: from 1.
+    """
+    if num >= len(candidates):
+        return sorted(candidates)
+    random = rng.generator(seed, "labelling", round)
+    return sorted(random.choice(np.array(candidates), num, replace=False).tolist())

@@ -54,6 +54,10 @@ class Server(Protocol):
     def prompt(self) -> Prompt | None:
         """The prompt in front of every text; None where the model itself is tuned."""
 
+    @property
+    def tunes(self) -> bool:
+        """Whether the server has a step of its own in each round."""
+
     def broadcast(self) -> NamedTensors:
         """Return what clients start the round from."""
 
@@ -119,6 +123,13 @@ class Client(Protocol):
             client: its id.
             broadcast: the server's tensors; the client's own weights stay, where it has some.
         """
+
+
+class TextClient(Client, Protocol):
+    """Clients that train on examples, and can be given others than they began with."""
+
+    def train_on(self, client: int, texts: Sequence[Text]) -> None:
+        """Train a client on these texts from now on, at least one, in the place of its own."""
 
 
 class WrappedClient:
@@ -196,7 +207,13 @@ class MethodInputs(Protocol):
         """Return the texts of client `owner` - 1 as `ClientContext.choice_losses` takes them."""
 
     def batches(
-        self, owner: int, stage: StageConfig, purpose: str, *, group: ServerGroup = ...
+        self,
+        owner: int,
+        stage: StageConfig,
+        purpose: str,
+        *,
+        texts: Sequence[Text] | None = None,
+        group: ServerGroup = ...,
     ) -> Batches:
         """Return the batches of one owner's stage; see `run.inputs.ExperimentInputs.batches`."""
 

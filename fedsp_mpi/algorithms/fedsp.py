@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -26,7 +27,7 @@ from fedsp_mpi.algorithms.client_state import ClientState, ClientStates
 from fedsp_mpi.algorithms.prompt_distillation import PromptDistiller
 from fedsp_mpi.algorithms.prompt_server import PromptServer
 from fedsp_mpi.config import StageConfig
-from fedsp_mpi.data.tokens import Batches
+from fedsp_mpi.data.tokens import Batches, Text
 from fedsp_mpi.log import RoundProgress
 from fedsp_mpi.models import auxiliary
 from fedsp_mpi.models.language_model import LanguageModel
@@ -95,6 +96,7 @@ class Client:
         initial: the weights that the server handed out, where every client begins.
         prompt: of the auxiliary model's depth; a client tunes it in place.
         shards: text by client id, or why it cannot be trained on.
+        make_shard: cuts a client's other texts into batches.
         training: what a client does in a round.
         progress: is told of every step.
 
@@ -109,12 +111,14 @@ class Client:
         prompt: Prompt,
         *,
         shards: Mapping[int, Shard | ShardError],
+        make_shard: Callable[[int, Sequence[Text]], Shard],
         training: LocalTraining,
         progress: RoundProgress | None = None,
     ) -> None:
         self.model = model
         self.prompt = prompt
-        self._shards = shards
+        self._shards = dict(shards)
+        self._make_shard = make_shard
         self._training = training
         self._progress = progress or RoundProgress()
         self.states = ClientStates(
@@ -167,16 +171,17 @@ class Client:
             self._progress.stage(
                 "step" if self._training.joint else "tuning step", self._training.tuning.steps
             )
-            tuned = train(
-                engine,
-                shard.tuning,
-                partial(answer_loss_of, self.model, self.prompt),
-                first_step=(round - 1) * self._training.tuning.steps,
-                num_steps=self._training.tuning.steps,
-                device=self.model.device,
-                on_step=self._progress.step,
-                until=_later(start, self._training.max_seconds),
-            )
+            with nullcontext() if self._training.joint else self.model.frozen():
+                tuned = train(
+                    engine,
+                    shard.tuning,
+                    partial(answer_loss_of, self.model, self.prompt),
+                    first_step=(round - 1) * self._training.tuning.steps,
+                    num_steps=self._training.tuning.steps,
+                    device=self.model.device,
+                    on_step=self._progress.step,
+                    until=_later(start, self._training.max_seconds),
+                )
             self.model.train_weights(False)
 
             tensors = NamedTensors.pack(self.prompt.tensors())
@@ -200,6 +205,10 @@ class Client:
         self.states.show(client)
         self.prompt.load(broadcast.torch())
         self._select_trained(model=False, prompt=False)
+
+    def train_on(self, client: int, texts: Sequence[Text]) -> None:
+        """Train a client on these texts from now on; see `base.TextClient`."""
+        self._shards[client] = self._make_shard(client, texts)
 
     def _begin_round(
         self, state: ClientState, client: int, round: int, broadcast: NamedTensors
@@ -296,16 +305,19 @@ class FedSP(Method):
             model = model.round_weights()
         prompt = Prompt(inputs.prompt_spec.at_depth(context.depth))
 
-        def read_shard(client: int) -> Shard:
-            alignment = inputs.batches(client + 1, config.client.alignment, "alignment")
-            tuning = inputs.batches(client + 1, config.client.tuning, "prompt")
-            return Shard(alignment, tuning)
+        def read_shard(client: int, texts: Sequence[Text] | None = None) -> Shard:
+            owner = client + 1
+            return Shard(
+                inputs.batches(owner, config.client.alignment, "alignment", texts=texts),
+                inputs.batches(owner, config.client.tuning, "prompt", texts=texts),
+            )
 
         return Client(
             model,
             context.tensors.select("auxiliary/"),
             prompt.to(context.compute.device),
             shards=context.shards(read_shard),
+            make_shard=read_shard,
             training=LocalTraining(
                 alignment=config.client.alignment,
                 tuning=config.client.tuning,
@@ -333,6 +345,7 @@ def _prompt_distiller(
         stage.micro_batch,
         inputs.config.run.seed,
         "translation",
+        max_padding=stage.max_padding,
     )
     teacher = client_model
     if client_model.casts:  # the model itself is still to be handed out in full precision

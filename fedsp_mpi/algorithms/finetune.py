@@ -7,7 +7,7 @@ Nothing stays secret here: every client gets the global model. Prompts are compa
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Protocol
 
@@ -26,6 +26,7 @@ from fedsp_mpi.algorithms.base import (
 )
 from fedsp_mpi.algorithms.client_state import ClientStates, arrays, tensors
 from fedsp_mpi.config import StageConfig
+from fedsp_mpi.data.tokens import Text
 from fedsp_mpi.log import RoundProgress
 from fedsp_mpi.models import auxiliary
 from fedsp_mpi.models.language_model import LanguageModel
@@ -144,6 +145,11 @@ class WeightServer:
         """Return what is tuned."""
         return self.tuned.parameters()
 
+    @property
+    def tunes(self) -> bool:
+        """Whether there is a shard to tune on."""
+        return self._batches is not None
+
     def broadcast(self) -> NamedTensors:
         """Return a copy of what is tuned."""
         return self.export()
@@ -202,6 +208,7 @@ class WeightClient:
         model: as large as the global one.
         tuned: what of it is tuned, which comes with every round.
         shards: text by client id, or why it cannot be trained on.
+        make_shard: cuts a client's other texts into batches.
         stage: a round's training.
         total_rounds: length of the learning-rate schedule, in rounds.
         keep_state: whether optimizers and schedules live on from round to round, which takes twice
@@ -225,6 +232,7 @@ class WeightClient:
         tuned: Tuned,
         shards: Mapping[int, Batches | ShardError],
         *,
+        make_shard: Callable[[int, Sequence[Text]], Batches],
         stage: StageConfig,
         total_rounds: int,
         keep_state: bool,
@@ -237,7 +245,8 @@ class WeightClient:
         self.model = model
         self._tuned = tuned
         self._rank_of = rank_of
-        self._shards = shards
+        self._shards = dict(shards)
+        self._make_shard = make_shard
         self._stage = stage
         self._rounds = total_rounds if keep_state else 1
         self._keep_state = keep_state
@@ -298,6 +307,10 @@ class WeightClient:
         """Load what was broadcast; see `base.Client.hold`."""
         self.states.show(client)
         self._load(client, broadcast)
+
+    def train_on(self, client: int, texts: Sequence[Text]) -> None:
+        """Train a client on these texts from now on; see `base.TextClient`."""
+        self._shards[client] = self._make_shard(client, texts)
 
     def _load(self, client: int, broadcast: NamedTensors) -> None:
         self._tuned.load(broadcast.torch())
@@ -382,10 +395,15 @@ def weight_client(
     """
     config = context.inputs.config
     stage = config.client.tuning
+
+    def read_shard(client: int, texts: Sequence[Text] | None = None) -> Batches:
+        return context.inputs.batches(client + 1, stage, "prompt", texts=texts)
+
     return WeightClient(
         model,
         tuned,
-        context.shards(lambda client: context.inputs.batches(client + 1, stage, "prompt")),
+        context.shards(read_shard),
+        make_shard=read_shard,
         stage=stage,
         total_rounds=config.federation.rounds,
         keep_state=config.federation.client_state == "kept",

@@ -4,6 +4,7 @@ travel (Hu et al., 2021, arXiv 2106.09685; FlexLoRA, Bai et al., 2024, arXiv 240
 
 from __future__ import annotations
 
+from fedsp_mpi.aggregation.contributors import among_contributors
 from fedsp_mpi.aggregation.lora import mean_of_products
 from fedsp_mpi.algorithms.base import (
     ClientContext,
@@ -29,7 +30,9 @@ class LowRank(Method):
         """Return the server that tunes the merged adapters."""
         config = context.inputs.config
         adapters = Lora(context.model, config.lora).initialise(config.run.seed)
-        rule = mean_of_products if config.lora.merge == "products" else context.rule
+        rule = context.rule
+        if config.lora.merge == "products":
+            rule = among_contributors(mean_of_products)
         return weight_server(context, adapters, rule)
 
     def hand_out(

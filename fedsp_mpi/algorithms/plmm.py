@@ -205,6 +205,11 @@ class Experts:
         return self.general.prompt
 
     @property
+    def tunes(self) -> bool:
+        """Whether prompts change after the merge: the round of the tier above changes them."""
+        return True
+
+    @property
     def prompts(self) -> dict[str, Prompt]:
         """The prompts of all experts and of the general model, by name."""
         return {name: server.prompt for name, server in self._servers().items()}
@@ -343,6 +348,11 @@ class GeneralServer(PromptServer):
         )
         self._experts = experts
         self._teaching = teaching
+
+    @property
+    def tunes(self) -> bool:
+        """Whether the mean of the experts' prompts learns from their answers."""
+        return self._teaching.stage.steps > 0
 
     def server_update(self, round: int) -> Trace | None:
         """Distil the experts' answers into the mean of their prompts; None without such steps."""

@@ -24,7 +24,7 @@ from fedsp_mpi.config.limits import MOST_SILOS
 from fedsp_mpi.config.parsing import Section, put
 from fedsp_mpi.config.yaml_reader import key_value, setting
 from fedsp_mpi.data import loading, sources
-from fedsp_mpi.data.examples import Example
+from fedsp_mpi.data.examples import Example, without_label
 from fedsp_mpi.data.labels import number_in_cell
 from fedsp_mpi.data.partition import ColumnValue
 from fedsp_mpi.data.tasks import Task
@@ -39,6 +39,7 @@ _SERVER = "server"
 _LEAST_DIGITS = 3  # of a client's number in its name
 _LONGEST_NAME = 40  # characters of a value in its name
 _NO_CLASSES = "examples"  # the only label where a task has no classes
+_NO_LABEL = "no label"
 
 
 @dataclass(frozen=True)
@@ -160,6 +161,12 @@ def _owners(inputs: ExperimentInputs) -> list[Owner]:
     ]
     server_examples: dict[str, Sequence[Example]] = {"train": server_shard} if server_shard else {}
     server_examples |= {"validation": splits.validation, "test": splits.test}
+    for shard, places in zip(client_shards, inputs.labelled_places or ()):
+        labelled = set(places.tolist())
+        shard[:] = [
+            example if place in labelled else without_label(example)
+            for place, example in enumerate(shard)
+        ]
     column = inputs.column_shards
     values = column.values if column else [None] * len(client_shards)
     num_digits = max(_LEAST_DIGITS, len(str(len(client_shards) - 1)))
@@ -197,7 +204,7 @@ class _Tables:
         self._has_numerals = self._labels_are_numerals(owners)
 
     def of(self, owner: Owner, split: str) -> sources.Table:
-        """Return an owner's rows of a split, in the task's columns.
+        """Return an owner's rows of a split, in the task's columns, those of few labels without.
 
         Raises:
             ValueError: they would be read back to other examples.
@@ -208,7 +215,11 @@ class _Tables:
             answer_column = self._task.columns[-1]
             numbers = [number_in_cell(cell) for cell in table[answer_column]]
             table = sources.with_values(table, answer_column, numbers)
-        if loading.read_again(self._task, table) != list(examples):
+        is_labelled = [bool(example.gold) for example in examples]
+        if not all(is_labelled):
+            table = sources.without_values(table, self._task.columns[-1], is_labelled)
+        expected = [example if example.gold else None for example in examples]
+        if loading.read_again(self._task, table) != expected:
             raise ValueError(
                 f"data.source: found rows of {split} of {owner.name} that would be read back to "
                 "other examples from Parquet, expected labels of one kind, numbers or words; "
@@ -304,10 +315,10 @@ def _draw(path: Path, owners: Sequence[Owner], classes: Sequence[str], log: Log)
         return
     drawn = [owner for owner in owners if owner.train]
     counts: dict[str, list[int]] = {}
-    for owner in drawn:
+    for place, owner in enumerate(drawn):
         labels = _labels(owner.train, classes) if classes else {_NO_CLASSES: len(owner.train)}
         for name, count in labels.items():
-            counts.setdefault(name, []).append(count)
+            counts.setdefault(name, [0] * len(drawn))[place] = count
     report.draw_shards([owner.name for owner in drawn], counts, path)
     ownership.apply_folder_mode(path)
 
@@ -326,9 +337,10 @@ def _classes(owners: Sequence[Owner], task: Task) -> tuple[str, ...]:
 
 
 def _labels(examples: Sequence[Example], classes: Sequence[str]) -> dict[str, int]:
-    """Return the number of examples by class."""
-    numbers = Counter(example.gold[0] for example in examples)
-    return {name: numbers[number] for number, name in enumerate(classes)}
+    """Return the number of examples by class, and of those without a label if there are any."""
+    numbers = Counter(example.gold[0] if example.gold else None for example in examples)
+    counts = {name: numbers[number] for number, name in enumerate(classes)}
+    return counts | {_NO_LABEL: numbers[None]} if numbers[None] else counts
 
 
 def _manifest(
@@ -401,6 +413,7 @@ def _configuration(
         "data.source": None,
         "data.limit": dict.fromkeys(asdict(inputs.config.data.limit)),
         "data.shots": None,
+        "data.labels": None,
         "data.partition": "iid",
         "data.partition_column": None,
         "data.server_share": None,

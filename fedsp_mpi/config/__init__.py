@@ -1,5 +1,6 @@
 """YAML to frozen dataclasses, a file a section; what cannot work is refused before a run."""
 
+from fedsp_mpi.config.augment import AugmentConfig
 from fedsp_mpi.config.data import DataConfig, LimitConfig
 from fedsp_mpi.config.experiment import (
     EMBEDDED,
@@ -37,6 +38,7 @@ from fedsp_mpi.config.training import ComputeConfig, OptimizerConfig, StageConfi
 __all__ = [
     "EMBEDDED",
     "AttackConfig",
+    "AugmentConfig",
     "AuxiliaryConfig",
     "CheckpointConfig",
     "ClientConfig",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from fedsp_mpi.config.methods import METHODS
 from fedsp_mpi.config.parsing import ConfigError
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ def require_consistent(config: Config) -> None:
     else:
         _require_method_keys(config)
     _require_text(config)
+    _require_labels(config)
     _require_adapters(config)
     _require_federation(config)
     _require_prompt(config)
@@ -80,6 +82,52 @@ def _require_text(config: Config) -> None:
         raise ConfigError(
             f"model.weights: found random with method={config.method}, which leaves the weights as "
             "they are, expected pretrained; or set method=pretrain"
+        )
+
+
+def _require_labels(config: Config) -> None:
+    """Check what few labels, and text without any, need."""
+    data = config.data
+    augment = config.augment
+    has_silos = bool(config.federation.silos)
+    if data.labels is not None and has_silos:
+        raise ConfigError(
+            f"data.labels: found {data.labels} with federation.silos, expected null: silos have "
+            "labels of their own; leave those that they lack empty in their rows"
+        )
+    if data.labels is not None and not config.federation.clients:
+        raise ConfigError(
+            f"data.labels: found {data.labels} with federation.clients=0, expected null: labels "
+            "are spread over clients; set data.limit.train or data.shots"
+        )
+    if data.labels is not None and config.method_facts.reads_plain_text:
+        raise ConfigError(
+            f"data.labels: found {data.labels} with method={config.method}, whose texts have no "
+            "labels, expected null"
+        )
+    if not augment.is_on:
+        return
+    if not config.method_facts.augments:
+        names = [name for name, facts in METHODS.items() if facts.augments]
+        raise ConfigError(
+            f"augment.clients: found {augment.clients} with method={config.method}, expected 0, or "
+            f"a method that trains on labelled examples by gradients: {', '.join(names)}"
+        )
+    if data.labels is None and not has_silos:
+        raise ConfigError(
+            f"augment.clients: found {augment.clients} without data.labels, expected 0: all text "
+            "is labelled; set data.labels, or name silos with unlabelled rows"
+        )
+    is_drawn = config.federation.clients_per_round is not None
+    if config.federation.sampling == "round_robin" and is_drawn:
+        raise ConfigError(
+            "federation.sampling: found round_robin with augment.clients, expected uniform or "
+            "by_size: who can take part changes from round to round"
+        )
+    if config.attack.target is not None:
+        raise ConfigError(
+            f"attack.target: found {config.attack.target} with augment.clients, expected null: "
+            "how poisoned clients label is not defined"
         )
 
 

@@ -71,6 +71,17 @@ class DataConfig:
         "few-shot: keep this many training examples of each class, drawn by the seed",
         "examples",
     )
+    labels: int | None = option(
+        None,
+        "few labels: clients keep this many labelled examples in all, drawn by the seed; the rest "
+        "of their text is without labels, and of use to `augment` alone. `null`: all are labelled",
+        "examples",
+    )
+    label_spread: float = option(
+        1.0,
+        "with `data.labels`, gamma of the Dirichlet distribution of labels over clients: 0.01 "
+        "leaves nearly all of them with one client, 100 spreads them evenly",
+    )
     server_share: float | None = option(
         None,
         "the server's part of the training split. `null`: a shard like a client's (with "

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import yaml
 
+from fedsp_mpi.config.augment import AugmentConfig
 from fedsp_mpi.config.checks import require_consistent
 from fedsp_mpi.config.data import DataConfig
 from fedsp_mpi.config.federation import ClientConfig, FederationConfig, ServerConfig
@@ -45,6 +46,7 @@ from fedsp_mpi.config.runtime import (
     RecordConfig,
     RunConfig,
     TopologyConfig,
+    WireConfig,
     check_paths,
 )
 from fedsp_mpi.config.search import SearchConfig
@@ -94,6 +96,7 @@ class Config:
     )
     run: RunConfig = RunConfig()
     topology: TopologyConfig = TopologyConfig()
+    wire: WireConfig = WireConfig()
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     auxiliary: AuxiliaryConfig = AuxiliaryConfig()
@@ -103,6 +106,7 @@ class Config:
     federation: FederationConfig = FederationConfig()
     server: ServerConfig = ServerConfig()
     client: ClientConfig = ClientConfig()
+    augment: AugmentConfig = AugmentConfig()
     tiers: TiersConfig = TiersConfig()
     attack: AttackConfig = AttackConfig()
     search: SearchConfig = SearchConfig()
@@ -155,6 +159,11 @@ class Config:
     def in_words(self) -> bool:
         """Whether prompts are instructions, which are searched for phrase by phrase."""
         return self.method_facts.in_words
+
+    @property
+    def has_few_labels(self) -> bool:
+        """Whether clients may hold text without labels."""
+        return self.data.labels is not None or self.augment.is_on
 
     @property
     def num_searched(self) -> int:
@@ -293,6 +302,7 @@ _FREE = (
     "run.task_label",
     "run.permissions",
     "topology.ranks",
+    "wire.",
     "deadlines.",
     "checkpoint.",
     "record.",

@@ -73,6 +73,7 @@ _STAGE = {
     "steps": Range(0, 10_000_000),
     "batch_size": Range(1, 100_000),
     "micro_batch": Range(1, MOST_AT_ONCE),
+    "max_padding": Range(0, 1, below=True),
     **{f"optimizer.{name}": limits for name, limits in _OPTIMIZER.items()},
 }
 STAGES = (
@@ -97,6 +98,8 @@ RANGES: dict[str, Range] = {
     "data.shots": Range(1, _MOST_EXAMPLES),
     "data.server_share": Range(0, _MOST_EXAMPLES),
     "data.alpha": Range(0, 1e6, above=True),
+    "data.labels": Range(1, _MOST_EXAMPLES),
+    "data.label_spread": Range(1e-3, 1e6),
     "auxiliary.start_layer": Range(0, _MOST_LAYERS),
     "auxiliary.layers_per_cell": Range(1, _MOST_LAYERS),
     "auxiliary.depth": Range(0, _MOST_LAYERS, above=True),
@@ -152,6 +155,11 @@ RANGES: dict[str, Range] = {
     "instructions.beam": Range(1, 9_999),
     "instructions.paraphrases": Range(0, 100),
     "instructions.batch_tokens": Range(1, _MOST_TOKENS),
+    "augment.clients": Range(0, 1_000_000),
+    "augment.per_client": Range(1, _MOST_EXAMPLES),
+    "augment.growth": Range(0, _MOST_EXAMPLES),
+    "augment.start_round": Range(1, _MOST_ROUNDS),
+    "augment.confidence": Range(0, 1),
     "evaluation.batch_tokens": Range(1, _MOST_TOKENS),
     "evaluation.held_out": Range(0, 1, above=True, below=True),
     "record.progress_seconds": _SECONDS,

@@ -28,6 +28,7 @@ class MethodFacts:
         in_words: of those, prompts are instructions in words, of which clients send scores alone.
         reads_plain_text: texts are documents, of which every token is predicted; otherwise they
             are questions with answers.
+        augments: clients train by gradients on examples, and can be given pseudo-labelled ones.
         has_tiers: clients are the users of experts, and keep prompts of their own (`tiers`).
         distils_prompts: the server may learn from the auxiliary model what a merged prompt means.
         required: values that keys must have with this method, by key, and why.
@@ -40,6 +41,7 @@ class MethodFacts:
     searches: bool = False
     in_words: bool = False
     reads_plain_text: bool = False
+    augments: bool = False
     distils_prompts: bool = False
     has_tiers: bool = False
     required: Mapping[str, tuple[object, str]] = field(default_factory=dict)
@@ -90,9 +92,15 @@ _FEDBPT = MethodFacts(
     "fedsp_mpi.algorithms.fedbpt", "FedBPT", searches=True, required=_SEARCH_REQUIRES
 )
 METHODS: dict[str, MethodFacts] = {
-    "fedsp": MethodFacts("fedsp_mpi.algorithms.fedsp", "FedSP", distils_prompts=True),
-    "finetune": MethodFacts("fedsp_mpi.algorithms.finetune", "fine-tuning", tunes_weights=True),
-    "lora": MethodFacts("fedsp_mpi.algorithms.lora", "LoRA", tunes_weights=True, adapts=True),
+    "fedsp": MethodFacts(
+        "fedsp_mpi.algorithms.fedsp", "FedSP", augments=True, distils_prompts=True
+    ),
+    "finetune": MethodFacts(
+        "fedsp_mpi.algorithms.finetune", "fine-tuning", tunes_weights=True, augments=True
+    ),
+    "lora": MethodFacts(
+        "fedsp_mpi.algorithms.lora", "LoRA", tunes_weights=True, adapts=True, augments=True
+    ),
     "pretrain": MethodFacts(
         "fedsp_mpi.algorithms.pretrain", "pre-training", tunes_weights=True, reads_plain_text=True
     ),

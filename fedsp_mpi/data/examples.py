@@ -10,7 +10,7 @@ import ast
 import re
 import string
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from fedsp_mpi.data import labels
 from fedsp_mpi.data.cells import (
@@ -58,6 +58,11 @@ class Example:
             f"Example(context={self.context!r}, target={self.target!r}, choices={self.choices!r}, "
             f"gold={self.gold!r}, after={self.suffix!r}, row={self.row!r})"
         )
+
+
+def without_label(example: Example) -> Example:
+    """Return an example of which neither the answer nor the right choice is known."""
+    return replace(example, target="", gold=())
 
 
 # -- rows to examples ------------------------------------------------------------------------------

@@ -76,7 +76,8 @@ def drop_too_long(
     *,
     attack_target: int | None = None,
 ) -> tuple[Splits, tuple[str, ...]]:
-    """Leave out rows of train and validation whose answer does not fit.
+    """Leave out rows of train and validation whose answer does not fit, whatever it is of a row
+    without a label.
 
     Only rows that are long enough to be doubtful are tokenised: no token is shorter than a byte.
 
@@ -99,7 +100,9 @@ def drop_too_long(
     validation, validation_notes = _fitting(
         "validation", splits.validation, limit, tokenizer=tokenizer, attack_target=None
     )
-    return replace(splits, train=train, validation=validation), train_notes + validation_notes
+    unlabelled, unlabelled_notes = _fitting_unlabelled(splits.unlabelled, limit, tokenizer)
+    splits = replace(splits, train=train, validation=validation, unlabelled=unlabelled)
+    return splits, train_notes + validation_notes + unlabelled_notes
 
 
 def truncated_options_note(
@@ -214,6 +217,19 @@ def _fitting(
         f"{limit.tokens} tokens that fit ({limit.reason}): {rows}; {limit.advice}"
     )
     return fitting, (note,)
+
+
+def _fitting_unlabelled(
+    examples: Sequence[Example], limit: AnswerLimit, tokenizer: Callable[[], Tokenizer]
+) -> tuple[tuple[Example, ...], tuple[str, ...]]:
+    """Return the examples without a label of which every choice fits, and a note on others."""
+    with_longest = [
+        replace(example, target=f" {max(example.choices, key=len)}") for example in examples
+    ]
+    fitting, notes = _fitting(
+        "unlabelled rows", with_longest, limit, tokenizer=tokenizer, attack_target=None
+    )
+    return tuple(replace(example, target="") for example in fitting), notes
 
 
 def _taught_answers(example: Example, attack_target: int | None) -> list[str]:

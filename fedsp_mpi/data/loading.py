@@ -15,7 +15,8 @@ import datasets
 from fedsp_mpi.config.parsing import message_line, shown
 from fedsp_mpi.data import found_classes, labels, partition, sources
 from fedsp_mpi.data.cells import NoTextError, describe_choices
-from fedsp_mpi.data.examples import Example
+from fedsp_mpi.data.classification import Reader
+from fedsp_mpi.data.examples import Example, without_label
 from fedsp_mpi.data.splits import SPLITS
 from fedsp_mpi.data.tasks import Splits, Task, find
 
@@ -43,6 +44,7 @@ def load(
     columns: ColumnNames | None = None,
     owner: Owner = "all",
     cache: Path | None = None,
+    keeps_unlabelled: bool = False,
 ) -> Splits:
     """Read the examples of a task.
 
@@ -65,6 +67,8 @@ def load(
             is what it holds back; "server": of which no split is needed (`sources.server_rows`).
         cache: a folder for what is prepared of the source, instead of the one that all sources
             share; small files are then read into memory alone.
+        keeps_unlabelled: whether rows of train without a label are returned as such, and the
+            column of labels may be missing.
 
     Raises:
         ValueError: unknown task, no such folder or hub set, hub out of reach, missing column or
@@ -73,22 +77,32 @@ def load(
     """
     task = find(task) if isinstance(task, str) else task
     limits = _checked_limits(limit)
-    tables, notes = read_tables(task, source, columns, cache=cache)
+    tables, notes = read_tables(
+        task, source, columns, cache=cache, may_lack_labels=keeps_unlabelled
+    )
     task, class_notes = with_found_classes(task, tables)
     rows, decisions = _split_rows(task, tables, seed, owner)
     notes += class_notes + decisions
     examples: dict[str, tuple[Example, ...]] = dict.fromkeys(SPLITS, ())
+    unlabelled: tuple[Example, ...] = ()
     for split in rows:
         origin, numbers = rows[split]
         max_rows = limits.get(split)
         if max_rows is not None and max_rows < len(numbers):
             notes.append(f"{split} = the first {max_rows} of {len(numbers)} rows (limit)")
             numbers = numbers[:max_rows]
+        if keeps_unlabelled and split == "train":
+            numbers, unlabelled_rows = _by_label(task, tables[origin], origin, numbers=numbers)
+            unlabelled = _read_unlabelled(task, tables[origin], origin, numbers=unlabelled_rows)
+            if unlabelled:
+                notes.append(f"train: {len(unlabelled)} rows without a label, to be labelled")
+                if not numbers:
+                    continue
         examples[split], split_notes = _examples(
             task, tables[origin], origin, numbers=numbers, split=split
         )
         notes += split_notes
-    return Splits(**examples, notes=tuple(dict.fromkeys(notes)))
+    return Splits(**examples, notes=tuple(dict.fromkeys(notes)), unlabelled=unlabelled)
 
 
 def read_tables(
@@ -97,6 +111,7 @@ def read_tables(
     columns: ColumnNames | None,
     *,
     cache: Path | None = None,
+    may_lack_labels: bool = False,
 ) -> tuple[dict[str, datasets.Dataset], list[str]]:
     """Read the tables of a source by split, in the task's names of columns.
 
@@ -105,6 +120,7 @@ def read_tables(
         source: as in `load`.
         columns: as in `load`.
         cache: as in `load`.
+        may_lack_labels: whether a table may lack the column of the answers, and gets an empty one.
 
     Returns:
         The tables by split, and notes on what they were made of.
@@ -113,7 +129,15 @@ def read_tables(
         ValueError: as `load` does.
     """
     location = sources.locate(task.name, task.hub, source, columns=_renamed(columns))
-    return sources.read(task.name, replace(location, cache=cache), task.column_sets)
+    location = replace(location, cache=cache)
+    if not may_lack_labels:
+        return sources.read(task.name, location, task.column_sets)
+    tables, notes = sources.read(task.name, location, task.column_sets, may_lack_answers=True)
+    answer_columns = {columns[-1] for columns in task.column_sets}
+    for split, table in tables.items():
+        if not answer_columns & set(table.column_names):
+            tables[split] = sources.with_empty_column(table, task.columns[-1])
+    return tables, notes
 
 
 def check_columns(task: Task | str, source: str | None, columns: ColumnNames | None = None) -> None:
@@ -224,6 +248,31 @@ def rows_of(tables: Mapping[str, datasets.Dataset], examples: Sequence[Example])
     places = [place(example) for example in examples]
     [origin] = {split for split, _ in places}
     return tables[origin].select([number for _, number in places])
+
+
+def unlabelled_again(
+    task: Task, tables: Mapping[str, datasets.Dataset], examples: Sequence[Example]
+) -> list[Example]:
+    """Read the rows of examples of train again, in another task's words, without their labels.
+
+    Args:
+        task: whose words are other ones.
+        tables: of the source, from `read_tables`.
+        examples: from `load`, at least one.
+
+    Raises:
+        ValueError: a row does not read in these words.
+    """
+    places = [place(example) for example in examples]
+    [origin] = {split for split, _ in places}
+    numbers = [number for _, number in places]
+    again = _read_unlabelled(task, tables[origin], origin, numbers=numbers)
+    if len(again) != len(examples):
+        raise ValueError(
+            f"found {len(examples) - len(again)} rows of train without a "
+            "text in these words, expected one in each; name columns that all rows fill"
+        )
+    return list(again)
 
 
 def read_again(task: Task, table: sources.Table) -> list[Example | None]:
@@ -339,6 +388,42 @@ def _examples(
         replace(example, row=f"row {number} of {origin}") for number, example in rows.usable
     )
     return examples, notes
+
+
+def _by_label(
+    task: Task, table: datasets.Dataset, origin: str, *, numbers: Sequence[int]
+) -> tuple[list[int], list[int]]:
+    """Divide row numbers into those of rows with a label, and those of rows without one."""
+    labelled: list[int] = []
+    unlabelled: list[int] = []
+    for number, example in _read_rows(task, table, origin, numbers=numbers):
+        rows = unlabelled if example is Missing.ANSWER else labelled
+        rows.append(number)
+    return labelled, unlabelled
+
+
+def _read_unlabelled(
+    task: Task, table: datasets.Dataset, origin: str, *, numbers: Sequence[int]
+) -> tuple[Example, ...]:
+    """Read rows as examples without a label; those without a text are left out.
+
+    Whatever stands in the column of the labels is not read: any label takes its place meanwhile.
+
+    Raises:
+        ValueError: a row does not read; the message names it.
+    """
+    if not numbers:
+        return ()
+    reader = task.example
+    any_label = reader.classes[0] if isinstance(reader, Reader) else 1  # the first or second class
+    column = _answer_column(task, table.column_names)
+    rows = sources.with_values(table.select(numbers), column, [any_label] * len(numbers))
+    examples: list[Example] = []
+    for place_in_rows, example in _read_rows(task, rows, origin, numbers=range(len(numbers))):
+        if not isinstance(example, Missing):
+            row = f"row {numbers[place_in_rows]} of {origin}"
+            examples.append(without_label(replace(example, row=row)))
+    return tuple(examples)
 
 
 def _left_out_note(split: str, origin: str, numbers: Sequence[int], *, reason: str) -> str:

@@ -11,7 +11,7 @@ import gzip
 import logging
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -27,6 +27,7 @@ Tables = Mapping[str, Table]
 ColumnSets = Sequence[Sequence[str]]
 Rows = tuple[str, Sequence[int]]  # a split of the source, and the numbers of rows in it
 
+_UNANSWERED = ("test",)  # splits that may lack the column of their answers
 _TEST_SHARE = 5  # a fifth of train is test, where it has to be cut
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
@@ -98,7 +99,7 @@ def may_be_hub_set(source: str) -> bool:
 
 
 def read(
-    task: str, location: Location, column_sets: ColumnSets
+    task: str, location: Location, column_sets: ColumnSets, *, may_lack_answers: bool = False
 ) -> tuple[dict[str, Table], list[str]]:
     """Read the splits train, validation and test that a source has.
 
@@ -107,6 +108,7 @@ def read(
         location: of the source.
         column_sets: sets of columns, in the task's names; each split must have one of them. Test
             may lack the last column of the set, which holds the answers.
+        may_lack_answers: whether other splits may lack it, too.
 
     Returns:
         The tables by split, and notes on what they were made of.
@@ -116,14 +118,16 @@ def read(
     """
     with _quiet():
         source = open_source(task, location)
-        names = _task_names(task, location, source.columns(), column_sets=column_sets)
-        _require_columns(task, location, names, column_sets=column_sets)
+        columns = source.columns()
+        unanswered = tuple(columns) if may_lack_answers else _UNANSWERED
+        names = _task_names(task, location, columns, column_sets=column_sets, unanswered=unanswered)
+        _require_columns(task, location, names, column_sets=column_sets, unanswered=unanswered)
         tables, notes = source.tables()
         tables = {
             split: _with_task_names(table, location.columns) for split, table in tables.items()
         }
     names = {split: table.column_names for split, table in tables.items()}
-    _require_columns(task, location, names, column_sets=column_sets)
+    _require_columns(task, location, names, column_sets=column_sets, unanswered=unanswered)
     return tables, notes
 
 
@@ -137,6 +141,26 @@ def with_values(table: Table, column: str, values: Sequence[object]) -> Table:
     """
     with _quiet():
         return table.remove_columns(column).add_column(column, list(values))
+
+
+def without_values(table: Table, column: str, keeps: Sequence[bool]) -> Table:
+    """Return the table with nulls in a column of the same type, which is its last one then.
+
+    Args:
+        table: of any columns.
+        column: one of them.
+        keeps: whether a row keeps its value, one per row.
+    """
+    kind = table.features[column]
+    cells = [cell if is_kept else None for cell, is_kept in zip(table[column], keeps)]
+    with _quiet():
+        return table.remove_columns(column).add_column(column, cells, feature=kind)
+
+
+def with_empty_column(table: Table, column: str) -> Table:
+    """Return the table with one more column, in which every cell is null."""
+    with _quiet():
+        return table.add_column(column, [None] * len(table))
 
 
 def write_parquet(table: Table, path: Path) -> None:
@@ -355,8 +379,16 @@ def _task_names(
     columns_by_split: Mapping[str, Sequence[str]],
     *,
     column_sets: ColumnSets,
+    unanswered: Container[str] = _UNANSWERED,
 ) -> dict[str, list[str]]:
     """Return split -> column names, in the task's names.
+
+    Args:
+        task: its name, for messages.
+        location: of the source.
+        columns_by_split: as the source names them.
+        column_sets: as in `read`.
+        unanswered: the splits that may lack their answers.
 
     Raises:
         ValueError: data.columns names a column that the task or the source does not have.
@@ -370,7 +402,7 @@ def _task_names(
                 f"{', '.join(task_columns)}"
             )
         for split, columns in columns_by_split.items():
-            may_lack = split == "test" and name in answer_columns
+            may_lack = split in unanswered and name in answer_columns
             if source_name not in columns and not may_lack:
                 raise ValueError(
                     f"data.columns.{name}: found {source_name!r}, which {split} of {location} does "
@@ -411,11 +443,12 @@ def _require_columns(
     columns_by_split: Mapping[str, Sequence[str]],
     *,
     column_sets: ColumnSets,
+    unanswered: Container[str] = _UNANSWERED,
 ) -> None:
-    """Raise ValueError if a split has none of the sets of columns."""
+    """Raise ValueError if a split has none of the sets of columns; see `_task_names`."""
     for split, columns in columns_by_split.items():
         required_sets = column_sets
-        if split == "test":
+        if split in unanswered:
             # A test split without answers is not scored, however the file format says that it has
             # none.
             required_sets = [required[:-1] for required in column_sets]

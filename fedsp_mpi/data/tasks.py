@@ -124,12 +124,14 @@ class Splits:
         validation: examples that choose among prompts.
         test: examples that are scored.
         notes: how the splits were made, and what was left out.
+        unlabelled: examples of train without a label, where they are asked for.
     """
 
     train: tuple[Example, ...]
     validation: tuple[Example, ...]
     test: tuple[Example, ...]
     notes: tuple[str, ...]
+    unlabelled: tuple[Example, ...] = ()
 
 
 # -- the tasks -------------------------------------------------------------------------------------

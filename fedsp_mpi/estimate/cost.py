@@ -26,6 +26,8 @@ costs one forward through the activations, and one more where weights are traine
                           and of the global model, for clients that hold no model. Instructions
                           are points too; where choices are scored, a text's context is read once
                           for all of them
+    client labelling      1 x forward of what the client holds for each text without a label, whose
+                          context is read once for all classes; 2 x with a second template
     silos' validation     1 x forward of what the client holds for each text held out, and 1 x more
                           where options are scored, whose context is read once for all of them
 
@@ -45,7 +47,8 @@ import torch
 from torch import nn
 
 from fedsp_mpi.comm.compression import num_bytes
-from fedsp_mpi.comm.messages import HEADER_BYTES
+from fedsp_mpi.comm.envelope import SEAL_BYTES, update_seal_bytes
+from fedsp_mpi.comm.messages import CHUNK_BYTES, HEADER_BYTES
 from fedsp_mpi.config import EMBEDDED, AuxiliaryConfig, Config, StageConfig
 from fedsp_mpi.data.tasks import ASSUMED_LENGTHS, TASKS, TextLengths
 from fedsp_mpi.estimate import memory
@@ -65,6 +68,7 @@ _ALIGNMENT = "client alignment"
 _PROMPT_TUNING = "client prompt tuning"
 _PERSONAL_TUNING = "client tuning of personal prompts"
 _FINE_TUNING = "client fine-tuning"
+_LABELLING = "client labelling"
 _SEARCH = "client search"
 _SERVED_SEARCH = "clients' forward passes"  # of clients that hold no model, at the server
 _SERVER_TUNING = "server tuning"
@@ -87,7 +91,7 @@ class MethodCost:
         trains: parameters that a client trains, prompts among them.
         handout: bytes to a client, once; without header and JSON.
         down: bytes to a client per round, with header.
-        up: bytes from a client per round, with header.
+        up: bytes from a client per round, with header, and with what sealing adds.
         judged: bytes to a client at the end of a round that silos judge, with header; else 0.
         total: bytes of all rounds with their participating clients, and of the hand-out to all; of
             what silos judge, to all.
@@ -214,6 +218,9 @@ def _critical_flops(config: Config, phases: dict[str, float], method: MethodCost
     """
     rounds = config.federation.rounds
     client_round = method.round if config.federation.clients else 0.0
+    # Those who label work at the same time, too, and train afterwards.
+    num_labellers = min(config.augment.clients, config.federation.clients)
+    client_round += phases.get(_LABELLING, 0.0) / max(1, num_labellers) / rounds
     # The server tunes the control while it waits for the clients.
     local_round = max(client_round, phases[_CONTROL] / rounds)
     flops = phases[_DISTILLATION] + phases[_SERVER_TUNING] + rounds * local_round
@@ -384,6 +391,7 @@ class _Costs:
         return {
             _DISTILLATION: distillation,
             **self._client_phases(),
+            **self._labelling(),
             _SERVER_TUNING: server_tuning + self._translation(),
             _CONTROL: server_tuning if has_control else 0.0,
             **self._silo_validation(),
@@ -405,6 +413,32 @@ class _Costs:
             step = self._prompt_step(stage.settings, self.small, stage.trained)
             phases[stage.phase] = num_updates * (stage.settings.steps * step)
         return phases
+
+    def _labelling(self) -> dict[str, float]:
+        """Return the FLOPs of all clients that label text; nothing where nobody does."""
+        config = self.config
+        augment = config.augment
+        if not augment.is_on:
+            return {}
+        num_rounds = max(0, config.federation.rounds - augment.start_round + 1)
+        num_labellers = min(augment.clients, config.federation.clients)
+        labels_per_client = (config.data.labels or 0) // max(1, config.federation.clients)
+        num_texts = max(0, self._examples_per_client() - labels_per_client)
+        if augment.second_template is not None:
+            num_texts *= 2
+        num_answers = self.texts.answers * self._num_labels()
+        tokens = self.texts.tokens + num_answers - self.texts.answers
+        if config.tunes_weights:
+            text_flops = forward(self.large, tokens, tokens, num_answers)
+        else:
+            texts_per_pass = max(1, config.evaluation.batch_tokens // tokens)
+            text_flops = forward(
+                self.small,
+                self._tokens_per_forward(texts_per_pass) + tokens - self.texts.tokens,
+                tokens + self.spec.num_tokens,
+                num_answers,
+            )
+        return {_LABELLING: num_rounds * num_labellers * num_texts * text_flops}
 
     def _silo_validation(self) -> dict[str, float]:
         """Return the FLOPs of all silos that judge all rounds; nothing where the server judges."""
@@ -591,20 +625,20 @@ class _Costs:
         num_values_down = num_down * num_values
         handout = FP32_BYTES * (holds + num_values_down) + self._reference_bytes(num_values)
         down = self._message_bytes(num_values_down)
-        up = self._message_bytes(num_values)
+        update = self._message_bytes(num_values) + self._seal_bytes(num_values)
         clients_per_round = num_clients or self._clients_per_round()
         all_clients = num_clients or self.config.federation.clients
         judged = self._judged(down)
         rounds = self.config.federation.rounds
         total = all_clients * handout
-        total += rounds * (clients_per_round * (down + up) + all_clients * judged)
+        total += rounds * (clients_per_round * (down + update) + all_clients * judged)
         return MethodCost(
             name=name,
             holds=holds,
             trains=trains,
             handout=handout,
             down=down,
-            up=up,
+            up=update,
             judged=judged,
             total=total,
             steps=steps,
@@ -621,12 +655,13 @@ class _Costs:
         num_weights = self.large.num_parameters()
         num_tuned = self._num_adapters if self.config.adapts else num_weights
         message = self._message_bytes(num_tuned)
+        update = message + self._seal_bytes(num_tuned)
         handout = self._reference_bytes(num_tuned)
         if self.config.adapts:
             handout += FP32_BYTES * num_weights
         judged = self._judged(message)
         federation = self.config.federation
-        total = self._clients_per_round() * 2 * message + federation.clients * judged
+        total = self._clients_per_round() * (message + update) + federation.clients * judged
         step = self._weights_step(stage)
         return MethodCost(
             name=self.config.method_facts.title if self.config.tunes_weights else "fine-tuning",
@@ -634,7 +669,7 @@ class _Costs:
             trains=num_tuned,
             handout=handout,
             down=message,
-            up=message,
+            up=update,
             judged=judged,
             total=federation.rounds * total + federation.clients * handout,
             steps=(step,),
@@ -644,6 +679,12 @@ class _Costs:
     def _message_bytes(self, num_values: int) -> int:
         """Return the bytes of a broadcast or an update, as the configuration compresses it."""
         return num_bytes(num_values, self.config.federation.compression) + HEADER_BYTES
+
+    def _seal_bytes(self, num_values: int) -> int:
+        """Return the bytes that sealing adds to an update; 0 if nothing is sealed."""
+        if not self.config.wire.encryption:
+            return 0
+        return update_seal_bytes(num_values, CHUNK_BYTES, self.config.federation.compression)
 
     def _reference_bytes(self, num_values: int) -> int:
         """Return the bytes of what changes are sent against, which is handed out with them."""
@@ -680,7 +721,7 @@ class _Costs:
         config = self.config
         values_down, values_up = self._values_of_search()
         down = FP32_BYTES * values_down + HEADER_BYTES
-        up = FP32_BYTES * values_up + HEADER_BYTES
+        up = FP32_BYTES * values_up + HEADER_BYTES + self._seal_bytes(values_up)
         if config.asks_server:
             # The clients hold no model: their texts travel, and the server computes.
             requests = self._request_bytes()
@@ -770,7 +811,8 @@ class _Costs:
         num_texts = self._texts_per_point()
         num_values = 3 + self._copies_per_text() + num_texts * (3 + self.texts.tokens)
         points = FP32_BYTES * search.points * search.dimension
-        return num_requests * (HEADER_BYTES + FP32_BYTES * num_values) + points
+        seal_bytes = 2 * SEAL_BYTES if self.config.wire.encryption else 0
+        return num_requests * (HEADER_BYTES + FP32_BYTES * num_values + seal_bytes) + points
 
     def _response_bytes(self) -> int:
         """Return the bytes of the server's responses to a client in a round."""
@@ -789,7 +831,7 @@ class _Costs:
         return 2 if is_perturbed else 1
 
     def _examples_per_client(self) -> int:
-        """Return the examples of a client that searches.
+        """Return the examples of a client that searches or labels.
 
         Its share of data.shots or data.limit.train, else what client.tuning takes in a round.
         """

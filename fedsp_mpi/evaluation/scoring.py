@@ -302,6 +302,29 @@ def choice_losses(
     return losses.reshape(prompts.num, len(questions))
 
 
+def choice_scores(
+    model: LanguageModel,
+    prompt: Prompt | None,
+    questions: Sequence[Question],
+    *,
+    batch_tokens: int,
+) -> np.ndarray:
+    """Return the log-likelihoods of all choices of questions that have the same ones, in nats.
+
+    Args:
+        model: on its device, frozen.
+        prompt: at the model's depth, or None.
+        questions: tokenised, at least one.
+        batch_tokens: as in `score`.
+
+    Returns:
+        fp64 [questions, choices], summed over each choice's tokens.
+    """
+    scores = loglikelihoods(model, prompt, questions, batch_tokens)
+    assert scores is not None, "nothing tells it to stop"
+    return np.stack([option_scores.loglikelihood for option_scores in scores])
+
+
 def _prompts_of(
     prompt: Prompt | PromptBatch | None, indices: Sequence[int]
 ) -> Prompt | PromptBatch | None:

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from fedsp_mpi.files.untrusted import JsonObject
-from fedsp_mpi.models.families import kind_of, logits_of, shape_of
+from fedsp_mpi.models.families import fuse_gelu, kind_of, logits_of, shape_of
 from fedsp_mpi.models.prompts import Prompt, PromptBatch, key_values
 from fedsp_mpi.tensors import Batch
 
@@ -72,6 +73,7 @@ class LanguageModel:
         self.weights = dict(model.named_parameters())
         self.shape = shape_of(model.config)
         self.kind = kind_of(model.config)
+        fuse_gelu(model)
         first_weight = next(model.parameters())
         self.device = first_weight.device
         self.casts = first_weight.dtype != dtype
@@ -108,6 +110,25 @@ class LanguageModel:
             weight.data = weight.data.to(self.dtype)
         self.casts = False
         return self
+
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Run the block, in which no weight is trained, without casting weights in every pass.
+
+        Where autocast would cast a weight of a matrix product each time, it is in the type of the
+        forward pass meanwhile; the results have the same bits. A head that is the input embedding
+        too stays as it is.
+        """
+        full_precision: list[tuple[nn.Parameter, Tensor]] = []
+        if self.casts:
+            for weight in _product_weights(self.model):
+                full_precision.append((weight, weight.data))
+                weight.data = weight.data.to(self.dtype)
+        try:
+            yield
+        finally:
+            for weight, data in full_precision:
+                weight.data = data
 
     def train_weights(self, on: bool) -> None:
         """Make every weight trainable, or none.
@@ -474,6 +495,16 @@ class LanguageModel:
         return torch.stack(
             [torch.stack([layer.keys[0], layer.values[0]]) for layer in layers]
         ).float()
+
+
+def _product_weights(model: nn.Module) -> list[nn.Parameter]:
+    """Return the weights and biases that only linear layers use, each once."""
+    used: dict[bool, dict[int, nn.Parameter]] = {True: {}, False: {}}
+    for module in model.modules():
+        is_linear = isinstance(module, (nn.Linear, Conv1D))
+        for weight in module.parameters(recurse=False):
+            used[is_linear][id(weight)] = weight
+    return [weight for key, weight in used[True].items() if key not in used[False]]
 
 
 def _full_cache() -> JsonObject:

@@ -29,8 +29,8 @@ def answer_loss(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def answer_loss_of(model: LanguageModel, prompt: Prompt | None, batch: Batch) -> Tensor:
-    """Return the sum of the next-token cross entropy over a batch's answers, an fp32 scalar in
-    nats.
+    """Return the sum of the next-token cross entropy over a batch's answers, by their weights, an
+    fp32 scalar in nats.
 
     Args:
         model: answers.
@@ -39,7 +39,10 @@ def answer_loss_of(model: LanguageModel, prompt: Prompt | None, batch: Batch) ->
     """
     states = model.answer_states(batch, prompt)
     logits, targets = model.logits_and_targets(states, batch)
-    return answer_loss(logits, targets)
+    weights = batch.target_weights
+    if weights is None:
+        return answer_loss(logits, targets)
+    return (weights * F.cross_entropy(logits.float(), targets, reduction="none")).sum()
 
 
 def answer_losses(logits: Tensor, targets: Tensor, counts: list[int]) -> Tensor:

@@ -32,9 +32,11 @@ class RoundRow:
 
     Attributes:
         round: counted from 1.
-        seconds_control: tuning of the server-only control, while the clients train.
+        seconds_control: tuning and validation of the server-only control, while the clients train.
         seconds_clients: from then until the slowest client has reported.
         seconds_server: the server's tuning on the global model.
+        seconds_validation: without such tuning, and with several ranks, in the next round's time.
+        seconds_total: until the next round can begin.
         bytes_down, bytes_up: all ranks together.
         num_clients: clients that took part, whether or not they failed.
         num_failed: clients among them whose update was not aggregated.
@@ -291,16 +293,48 @@ def wire_rows(wire: np.ndarray) -> list[WireRow]:
     return rows
 
 
+class GrowingTable:
+    """A table with room behind its last row, so that adding rows does not copy those before."""
+
+    def __init__(self) -> None:
+        self._buffer = np.empty(0)
+
+    def extended(self, table: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """Return a table [rows] with the rows of another one below; see `append`.
+
+        What was returned before stays as it is. A table that is extended twice has the rows of the
+        last time.
+        """
+        if table.dtype != rows.dtype:
+            return append(table, rows)
+        size = len(table) + len(rows)
+        if table.base is not self._buffer or size > len(self._buffer):
+            self._buffer = np.empty(2 * size, table.dtype)
+            self._buffer[: len(table)] = table
+        self._buffer[len(table) : size] = rows
+        return frozen(self._buffer[:size])
+
+
 def append(table: np.ndarray, rows: np.ndarray) -> np.ndarray:
     """Return a table [rows] with the rows of another one below; columns that one lacks are nan."""
+    return joined([table, rows])
+
+
+def joined(parts: Sequence[np.ndarray]) -> np.ndarray:
+    """Return one table [rows] of several; columns that some lack are nan there."""
+    if len(parts) == 1:
+        return parts[0]
     columns: dict[str, np.dtype] = {}
-    for part in (table, rows):
+    for part in parts:
         columns |= {name: part.dtype[name] for name in part.dtype.names or ()}
-    joined = np.empty(len(table) + len(rows), dtype=list(columns.items()))
-    for name in columns:
-        joined[name][: len(table)] = table[name] if name in (table.dtype.names or ()) else NAN
-        joined[name][len(table) :] = rows[name] if name in (rows.dtype.names or ()) else NAN
-    return frozen(joined)
+    table = np.empty(sum(map(len, parts)), dtype=list(columns.items()))
+    start = 0
+    for part in parts:
+        end = start + len(part)
+        for name in columns:
+            table[name][start:end] = part[name] if name in (part.dtype.names or ()) else NAN
+        start = end
+    return frozen(table)
 
 
 def frozen(array: np.ndarray) -> np.ndarray:

@@ -19,13 +19,14 @@ from fedsp_mpi.files import ownership
 from fedsp_mpi.files.untrusted import JsonObject, printable
 from fedsp_mpi.record.hdf5 import Run
 from fedsp_mpi.record.tables import mean_silo_loss
-from fedsp_mpi.report import silos
+from fedsp_mpi.report import pseudo_labels, silos
 from fedsp_mpi.report.comparison import Comparison, measure_on
 from fedsp_mpi.report.costs import training_seconds
 from fedsp_mpi.report.facts import PERPLEXITY, label_of, reads_plain_text, seed_of, shown_measure
 from fedsp_mpi.report.formatting import as_bytes, deviation, shortened
 from fedsp_mpi.report.grouping import control_groups, require_distinct, task_names
 from fedsp_mpi.report.phases import Phase, phases
+from fedsp_mpi.report.pseudo_labels import LabelStudy
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -225,6 +226,84 @@ def draw_silos(runs: Sequence[Run], path: str | Path) -> None:
             axes.set_ylabel("held-out loss, nats per token")
             axes.set_title(printable(run.name), loc="left", fontweight="bold")
         _add_legend(figure, grid, location="outside lower center", max_columns=3)
+
+
+def draw_labels(runs: Sequence[Run], path: str | Path) -> None:
+    """Draw scores by the number of labels, and the precision of pseudo-labels by round.
+
+    Two panels for each task. Left: a line for each method and spread of labels, with the standard
+    deviation over seeds; what the same methods score with all labels goes across. Right: a line
+    for each of them and each number of labels, where clients have made labels.
+
+    Raises:
+        ValueError: no run has few labels and a result, matplotlib is missing, or the file cannot
+            be written.
+    """
+    studies = pseudo_labels.studies(runs)
+    with _picture(path) as figure:
+        figure.set_size_inches(11, 0.9 + 3.6 * len(studies))
+        grid = figure.subplots(len(studies), 2, squeeze=False)
+        for (scores, precision), study in zip(grid, studies):
+            _draw_scores_by_labels(scores, study)
+            _draw_precision(precision, study)
+            scores.set_title(printable(study.task), loc="left", fontweight="bold")
+        _add_legend(figure, grid[:, 0], location="outside lower center", max_columns=3)
+
+
+# -- few labels ------------------------------------------------------------------------------------
+
+
+def _curve_look(index: int) -> Look:
+    """Return how a method's line looks, in both panels."""
+    return {
+        "color": COLOURS[index % len(COLOURS)],
+        "linestyle": DASHES[index % len(DASHES)],
+        "marker": MARKERS[index % len(MARKERS)],
+        "markersize": 4,
+    }
+
+
+def _draw_scores_by_labels(axes: Axes, study: LabelStudy) -> None:
+    """Draw the scores of one task by the number of labels, which is on a logarithmic scale."""
+    numbers = sorted({number for curve in study.curves for number in curve.scores})
+    for index, curve in enumerate(study.curves):
+        means = [statistics.fmean(scores) for scores in curve.scores.values()]
+        errors = [deviation(scores) if len(scores) > 1 else 0.0 for scores in curve.scores.values()]
+        axes.errorbar(
+            list(curve.scores), means, errors, label=curve.name, capsize=2, **_curve_look(index)
+        )
+    for index, (label, scores) in enumerate(study.all_labels.items()):
+        look: Look = {"color": GREYS[1 + index % 3], "linestyle": "--", "linewidth": 1.2}
+        axes.axhline(statistics.fmean(scores), label=f"{label}, all labels", **look)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(numbers, [f"{number:,}" for number in numbers])
+    axes.minorticks_off()
+    axes.set_xlabel("labels of all clients together")
+    axes.set_ylabel("score, percent")
+
+
+def _draw_precision(axes: Axes, study: LabelStudy) -> None:
+    """Draw the precision of one task's pseudo-labels by round, fewer labels paler."""
+    from matplotlib.ticker import MaxNLocator
+
+    for index, curve in enumerate(study.curves):
+        judged = {n: values for n, values in curve.precision.items() if np.isfinite(values).any()}
+        for place, (number, values) in enumerate(judged.items()):
+            shade = 0.35 + 0.65 * (place + 1) / len(judged)
+            rounds = np.arange(1, len(values) + 1)
+            axes.plot(rounds, 100 * values, alpha=shade, **_curve_look(index))
+            axes.annotate(
+                f"{number:,}",
+                (rounds[-1], 100 * values[-1]),
+                (5, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=7,
+                color=COLOURS[index % len(COLOURS)],
+            )
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axes.set_xlabel("round")
+    axes.set_ylabel("right pseudo-labels, percent")
 
 
 # -- silos -----------------------------------------------------------------------------------------

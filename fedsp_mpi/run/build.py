@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from fedsp_mpi.aggregation.contributors import among_contributors
 from fedsp_mpi.aggregation.fedavg import weighted_mean
 from fedsp_mpi.aggregation.outer import OuterOptimizer, OuterSettings
 from fedsp_mpi.aggregation.robust import coordinate_median, without_outliers
@@ -49,6 +50,7 @@ from fedsp_mpi.record.client_cache import ClientStateCache
 from fedsp_mpi.record.journal import RoundJournal
 from fedsp_mpi.record.tables import SiloRow
 from fedsp_mpi.roles import HostedClients, ServerRole, UpperTier
+from fedsp_mpi.run import few_labels as labelling
 from fedsp_mpi.run import participation, tiers
 from fedsp_mpi.run.handout import HandoutMeta
 from fedsp_mpi.run.inputs import ExperimentInputs
@@ -70,8 +72,17 @@ def method_of(inputs: ExperimentInputs) -> Method:
     """
     config = inputs.config
     method: Method = import_module(config.method_facts.module).METHOD
-    require_metrics(config.method, (*method.metrics, *ATTACK_METRICS))
+    require_metrics(config.method, _metrics(inputs, method))
     return method
+
+
+def _metrics(inputs: ExperimentInputs, method: Method) -> tuple[str, ...]:
+    """Return the names of the numbers that come with an update.
+
+    Clients that label text are not attacked.
+    """
+    studied = labelling.metrics(inputs.config) or ATTACK_METRICS
+    return (*method.metrics, *studied)
 
 
 def rule_of(inputs: ExperimentInputs) -> Rule:
@@ -82,7 +93,8 @@ def rule_of(inputs: ExperimentInputs) -> Rule:
         "median": coordinate_median,
         "reject_outliers": partial(without_outliers, deviations=federation.outlier_deviations),
     }
-    return rules[federation.rule]
+    rule = rules[federation.rule]
+    return among_contributors(rule) if inputs.config.has_few_labels else rule
 
 
 # -- the server ------------------------------------------------------------------------------------
@@ -176,7 +188,7 @@ def handout(
     contract = Contract(
         handed_out.down,
         handed_out.up,
-        (*method.metrics, *ATTACK_METRICS),
+        _metrics(inputs, method),
         handed_out.num_inference_ranks,
         handed_out.finite,
         inputs.config.federation.compression,
@@ -459,7 +471,8 @@ def hosted_clients(
         choice_losses=choice_losses,
         progress=progress,
     )
-    client = _monitored(inputs, method_of(inputs).build_client(context), ids)
+    client = labelling.augmented(inputs, method_of(inputs).build_client(context), context)
+    client = _monitored(inputs, client, ids)
     privacy = config.client.privacy
     if privacy.clip is not None and privacy.noise_scale is not None:
         client = LocalDPClient(client, privacy.clip, privacy.noise_scale)

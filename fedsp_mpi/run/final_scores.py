@@ -45,7 +45,9 @@ def score_all(
         False if told to stop before the last score.
     """
     candidates = _candidates(role, inputs)
+    dtype = role.server.model.dtype
     build.scoring_model(inputs, role.server.model)
+    is_validated = role.server.prompt is not None and role.server.model.dtype == dtype
     if isinstance(role.server, WeightServer):
         role.server.tuned.attach()
     if write is not None and CHANCE not in scored:
@@ -54,7 +56,9 @@ def score_all(
             write(baselines)
     missing = [method for method in candidates if method not in scored]
     for method in role.group.tell(missing):
-        rows = _score(role, inputs, log, stop=stop, method=method, best=candidates[method])
+        best = candidates[method]
+        loss = best.loss if best and best.round and is_validated and role.validation else None
+        rows = _score(role, inputs, log, stop=stop, method=method, best=best, loss=loss)
         if rows is None:
             return False
         if write is not None:
@@ -82,8 +86,18 @@ def _score(
     stop: Callable[[], bool],
     method: str,
     best: Best | None,
+    loss: float | None,
 ) -> list[ResultRow] | None:
     """Score what a method has tuned on the test, and where an attack is studied on its success.
+
+    Args:
+        role: this rank's part of the server.
+        inputs: of the experiment.
+        log: is told what was scored.
+        stop: asked between two batches.
+        method: its name.
+        best: what it has tuned; None: the model as it was.
+        loss: on the validation texts, in nats a token; None if it is still to be computed.
 
     Returns:
         A row for each; None if told to stop.
@@ -99,9 +113,9 @@ def _score(
         group.lead(role.server.parameters())
         if isinstance(role.server, Experts):
             by_domain = role.server.prompts
-    if by_domain:
+    if loss is None and by_domain:
         loss = role.validation_loss(role.server)
-    else:
+    elif loss is None:
         loss = answer_loss_mean(model, prompt, role.validation, batch_tokens, group)
     round_of_best = best.round if best else 0
     if inputs.is_plain_text:

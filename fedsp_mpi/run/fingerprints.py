@@ -62,8 +62,14 @@ def _name(config: Config, client: int) -> str:
 
 
 def _of_client(inputs: ExperimentInputs, client: int) -> str:
+    owner = client + 1
     try:
-        return fingerprint.of_texts(inputs.shard(client + 1))
+        texts = inputs.shard(owner)
+        if inputs.config.has_few_labels:
+            held = inputs.client_text(owner)
+            questions = (*held.unlabelled, *held.reworded)
+            texts = [*texts, *(text for question in questions for text in question.options)]
+        return fingerprint.of_texts(texts)
     except ValueError:  # the client fails in its first round, and is named there
         return UNUSABLE
 

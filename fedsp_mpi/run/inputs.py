@@ -16,6 +16,7 @@ from fedsp_mpi.config.parsing import shown
 from fedsp_mpi.data import (
     answers,
     cloze,
+    few_labels,
     fit,
     loading,
     own_tasks,
@@ -26,6 +27,8 @@ from fedsp_mpi.data import (
     tasks,
     templates,
 )
+from fedsp_mpi.data.examples import without_label
+from fedsp_mpi.data.few_labels import ClientText
 from fedsp_mpi.data.tokens import (
     Batches,
     Question,
@@ -64,6 +67,7 @@ class ExperimentInputs(ModelInputs):
         self.source = str(RESOURCES / "data") if source == "embedded" else source
         self._shard_texts: dict[int, list[Text]] = {}
         self._shard_questions: dict[int, list[Question]] = {}
+        self._client_texts: dict[int, ClientText] = {}
 
     @property
     def paths(self) -> dict[str, str | None]:
@@ -361,18 +365,26 @@ class ExperimentInputs(ModelInputs):
         """
         if owner not in self._shard_questions:
             examples = self._training_examples(owner)
-            if self.is_cloze:
-                questions = scoring.gap_questions(self.tokenizer, examples, self.max_length)
-            else:
-                questions = [
-                    question.shortened(self.max_length)
-                    for question in scoring.questions(self.tokenizer, examples)
-                ]
-            self._shard_questions[owner] = questions
+            self._shard_questions[owner] = self._training_questions(examples)
         return self._shard_questions[owner]
 
+    def _training_questions(self, examples: Sequence[tasks.Example]) -> list[Question]:
+        """Tokenise examples to train on with their options."""
+        if self.is_cloze:
+            return scoring.gap_questions(self.tokenizer, examples, self.max_length)
+        return [
+            question.shortened(self.max_length)
+            for question in scoring.questions(self.tokenizer, examples)
+        ]
+
     def batches(
-        self, owner: int, stage: StageConfig, purpose: str, *, group: ServerGroup = SINGLE_RANK
+        self,
+        owner: int,
+        stage: StageConfig,
+        purpose: str,
+        *,
+        texts: Sequence[Text] | None = None,
+        group: ServerGroup = SINGLE_RANK,
     ) -> Batches:
         """Return the batches of one owner's stage, or this rank's part of them.
 
@@ -382,21 +394,109 @@ class ExperimentInputs(ModelInputs):
             owner: 0 is the server, k + 1 is client k.
             stage: sizes of the batches.
             purpose: of the stage, for the order.
+            texts: in the place of the owner's own.
             group: the ranks that share them.
+
+        Raises:
+            ConfigError: the owner has no text.
         """
+        texts = self.shard(owner) if texts is None else texts
+        if not texts:
+            raise ConfigError("found no labelled example to train on, expected at least one")
         return Batches(
-            self.shard(owner),
+            texts,
             stage.batch_size,
             stage.micro_batch,
             self.config.run.seed,
             purpose,
             owner - 1,
             part=(group.rank, group.size),
+            max_padding=stage.max_padding,
         )
 
     def _examples_of(self, owner: int) -> list[tasks.Example]:
         """Return the examples of the server (0) or of client `owner` - 1."""
         return [self.splits.train[row] for row in self.shards[owner]]
+
+    # -- few labels --------------------------------------------------------------------------------
+
+    @cached_property
+    def labelled_places(self) -> list[np.ndarray] | None:
+        """Places of the labelled examples in each client's shard, int64 [number of them] each.
+
+        None: all are labelled.
+
+        Raises:
+            ConfigError: there are fewer examples than labels.
+        """
+        data = self.config.data
+        if data.labels is None:
+            return None
+        try:
+            return few_labels.spread(
+                self.shard_sizes[1:],
+                data.labels,
+                gamma=data.label_spread,
+                seed=self.config.run.seed,
+            )
+        except ValueError as error:
+            raise ConfigError(f"data.labels: {error}") from None
+
+    def _labelled_examples(self, owner: int) -> list[tasks.Example]:
+        """Return the examples of the server (0), or the labelled ones of client `owner` - 1."""
+        examples = self._examples_of(owner)
+        places = self.labelled_places
+        if owner == 0 or places is None:
+            return examples
+        return [examples[place] for place in places[owner - 1].tolist()]
+
+    def unlabelled_examples(self, owner: int) -> list[tasks.Example]:
+        """Return the other examples of client `owner` - 1, in their order, with their labels.
+
+        What a client holds of them is `client_text`; the labels are for reports alone.
+        """
+        places = self.labelled_places
+        if places is None:
+            return []
+        examples = self._examples_of(owner)
+        is_unlabelled = np.ones(len(examples), dtype=bool)
+        is_unlabelled[places[owner - 1]] = False
+        return [examples[place] for place in np.flatnonzero(is_unlabelled).tolist()]
+
+    def client_text(self, owner: int) -> ClientText:
+        """Return what client `owner` - 1 holds: text with labels, and text without any.
+
+        Raises:
+            ConfigError: a text cannot be used.
+        """
+        if owner in self._client_texts:
+            return self._client_texts[owner]
+        unlabelled = [without_label(example) for example in self.unlabelled_examples(owner)]
+        reworded: list[tasks.Example] = []
+        if self.config.augment.second_template is not None:
+            reworded = self._reworded(unlabelled)
+        self._client_texts[owner] = ClientText(
+            self.shard(owner),
+            self.questions(owner),
+            self._training_questions(unlabelled),
+            self._training_questions(reworded),
+        )
+        return self._client_texts[owner]
+
+    def _reworded(self, examples: Sequence[tasks.Example]) -> list[tasks.Example]:
+        """Return unlabelled examples in the words of the second template."""
+        if not examples:
+            return []
+        data = self.config.data
+        task = own_tasks.configured(replace(data, template=self.config.augment.second_template))
+        tables = self._tables_of(task)
+        task, _ = loading.with_found_classes(task, tables)
+        return loading.unlabelled_again(task, tables, examples)
+
+    def _tables_of(self, task: tasks.Task) -> dict[str, sources.Table]:
+        """Read the tables of the source as a task's, by split."""
+        tables, _ = loading.read_tables(task, self.source, self.config.data.columns)
+        return tables
 
     @property
     def server_examples(self) -> list[tasks.Example]:
@@ -404,8 +504,8 @@ class ExperimentInputs(ModelInputs):
         return [*self._examples_of(0), *self.splits.validation]
 
     def _training_examples(self, owner: int) -> list[tasks.Example]:
-        """Return what an owner trains on; a poisoned client has poisoned copies beside it."""
-        examples = self._examples_of(owner)
+        """Return what an owner trains on: its labelled examples, poisoned copies beside them."""
+        examples = self._labelled_examples(owner)
         attack = self.config.attack
         client = owner - 1
         if attack.target is None or client not in attack.clients:
@@ -543,6 +643,8 @@ class ExperimentInputs(ModelInputs):
         self.check_texts()
         poison.require_feasible_attack(self.task, self.splits, self.config.attack.target)
         _ = self.shards
+        _ = self.labelled_places
+        self._require_labelling()
         _ = self.candidates
         _ = self.warnings
         _ = self.shard(0)
@@ -609,6 +711,25 @@ class ExperimentInputs(ModelInputs):
                 f"{self.model_config.model_type}, which fills in one token and writes no text, "
                 "expected 0"
             )
+
+    def _require_labelling(self) -> None:
+        """Raise ConfigError if clients are to label text that has no classes, or a second template
+        is none.
+        """
+        augment = self.config.augment
+        if not augment.is_on:
+            return
+        self._require_classes(self.splits, "augment.clients", augment.clients, "set it to 0")
+        if augment.second_template is None:
+            return
+        splits = self.splits
+        try:
+            reworded = self._reworded((splits.train or splits.validation or splits.test)[:1])
+        except ValueError as error:
+            reason = str(error).replace("data.template: ", "")
+            raise ConfigError(f"augment.second_template: {reason}") from None
+        if not self.is_cloze:
+            templates.require_answer_last(reworded, self.model_config.model_type)
 
     def _require_possible_for_cloze(self) -> None:
         """Raise ConfigError if a model that fills in gaps is asked for what a causal one can do."""

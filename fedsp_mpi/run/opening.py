@@ -13,7 +13,7 @@ from fedsp_mpi.files import ownership
 from fedsp_mpi.files.untrusted import JsonObject
 from fedsp_mpi.log import Log, one_line
 from fedsp_mpi.record import Checkpoint, Checkpoints, RunRecord, read
-from fedsp_mpi.run import environment, fingerprints, origin
+from fedsp_mpi.run import environment, few_labels, fingerprints, origin
 from fedsp_mpi.run.folder import RunFolder
 from fedsp_mpi.run.inputs import ExperimentInputs
 from fedsp_mpi.run.ranks import Assignment, RankInfo
@@ -83,6 +83,7 @@ def begin_record(
             inputs=digests,
             **_origin(inputs),
             **_privacy(config),
+            **few_labels.section(inputs),
         )
     return OpenRecord(record, digests)
 

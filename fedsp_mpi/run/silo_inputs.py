@@ -15,7 +15,8 @@ import torch
 
 from fedsp_mpi import rng
 from fedsp_mpi.config import Config, ConfigError, DataConfig, SiloConfig
-from fedsp_mpi.data import answers, cache, loading, own_tasks, poison, tasks
+from fedsp_mpi.data import answers, cache, loading, own_tasks, poison, sources, tasks
+from fedsp_mpi.data.few_labels import ClientText
 from fedsp_mpi.data.tokens import Question, Text
 from fedsp_mpi.files import fingerprint
 from fedsp_mpi.run.handout import HandoutMeta
@@ -65,13 +66,37 @@ class SiloText(ExperimentInputs):
     @cached_property
     def longest(self) -> int:
         """Number of tokens of the longest text."""
-        return max(len(text.ids) for text in self.texts)
+        unlabelled = [text for question in self.unlabelled for text in question.options]
+        return max(len(text.ids) for text in (*self.texts, *unlabelled))
+
+    @cached_property
+    def unlabelled(self) -> Sequence[Question]:
+        """The tokenised texts without a label, with their options."""
+        return self.client_text(self._client + 1).unlabelled
+
+    @property
+    def num_texts(self) -> int:
+        """Number of texts that the client may train on, those without a label among them."""
+        return len(self.texts) + len(self.unlabelled)
 
     def prepared_files(self) -> list[Path]:
         """Read the source's rows once, and return the files that `datasets` made of them."""
-        columns = self.config.data.columns
-        tables, _ = loading.read_tables(self.task, self.source, columns, cache=self._folder)
+        tables = self._tables_of(self.task)
         return [Path(file["filename"]) for table in tables.values() for file in table.cache_files]
+
+    def _tables_of(self, task: tasks.Task) -> dict[str, sources.Table]:
+        tables, _ = loading.read_tables(
+            task,
+            self.source,
+            self.config.data.columns,
+            cache=self._folder,
+            may_lack_labels=self.config.augment.is_on,
+        )
+        return tables
+
+    def shard(self, owner: int) -> list[Text]:
+        """Return `texts`; `owner` is the silo itself."""
+        return self.texts
 
     def choices(self) -> str | None:
         """Return a digest of the choices, where all examples have the same ones; else None."""
@@ -84,6 +109,7 @@ class SiloText(ExperimentInputs):
         if poison_target is not None and self._client in self.config.attack.clients:
             poison.require_feasible_target(self.splits.train, poison_target)
         _ = self.texts
+        _ = self.unlabelled
         if self.config.evaluation.at != "server":
             _ = self.held_out
 
@@ -106,12 +132,21 @@ class SiloText(ExperimentInputs):
             columns=data.columns,
             owner="silo",
             cache=self._folder,
+            keeps_unlabelled=self.config.augment.is_on,
         )
 
     def _examples_of(self, owner: int) -> list[tasks.Example]:
         """Return the silo's training examples, in file order; `owner` is the silo itself."""
         rows, _ = self._divided
         return [self.splits.train[row] for row in rows]
+
+    def unlabelled_examples(self, owner: int) -> list[tasks.Example]:
+        """Return the silo's examples without a label; `owner` is the silo itself."""
+        return list(self.splits.unlabelled)
+
+    @property
+    def _all_examples(self) -> list[tasks.Example]:
+        return [*super()._all_examples, *self.splits.unlabelled]
 
     @property
     def _held_out_examples(self) -> Sequence[tasks.Example]:
@@ -271,6 +306,7 @@ class SiloInputs(ExperimentInputs):
         if self.has_text:
             self.check_texts()
             self._require_attack()
+            self._require_labelling()
         self._require_known_choices()
         _ = self.candidates
         _ = self.warnings
@@ -295,6 +331,20 @@ class SiloInputs(ExperimentInputs):
     def questions(self, owner: int) -> list[Question]:
         """Return the training texts of client `owner` - 1, whose silo is open, with options."""
         return self.opened[owner - 1].questions(owner)
+
+    def client_text(self, owner: int) -> ClientText:
+        """Return what client `owner` - 1 holds: text with labels, and text without any.
+
+        Raises:
+            ConfigError: the silo cannot be used.
+        """
+        _ = self.shard(owner)
+        return self.opened[owner - 1].client_text(owner)
+
+    def unlabelled_examples(self, owner: int) -> list[tasks.Example]:
+        """Return the examples without a label of client `owner` - 1, if its silo is open here."""
+        text = self.opened.get(owner - 1)
+        return [] if text is None else text.unlabelled_examples(owner)
 
     def _load_splits(self) -> tasks.Splits:
         """Read the server's own splits; it may own none."""

@@ -526,7 +526,7 @@ def _declare(inputs: SiloInputs, client: int) -> Declaration:
     disclose = config.federation.disclose
     return Declaration(
         client,
-        size=disclosed(len(text.texts), disclose),
+        size=disclosed(text.num_texts, disclose),
         num_held_out=disclosed(_num_held_out(text), disclose),
         longest=disclosed(text.longest, disclose),
         reading=text.reading_digest,

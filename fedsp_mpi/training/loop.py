@@ -72,8 +72,11 @@ class Trace:
         return self.losses[-1] if self.losses else math.nan
 
 
-def num_answer_tokens(batch: Batch) -> int:
-    """Return the number of tokens that a batch's targets [batch, length] ask for."""
+def num_answer_tokens(batch: Batch) -> float:
+    """Return the number of tokens that a batch's targets [batch, length] ask for, by weight."""
+    weights = batch.target_weights
+    if weights is not None:
+        return float(weights.double().sum())
     return int((batch.targets != -100).sum())
 
 
@@ -90,7 +93,7 @@ def train(
     first_step: int,
     num_steps: int,
     device: torch.device,
-    count: Callable[[Batch], int] = num_answer_tokens,
+    count: Callable[[Batch], float] = num_answer_tokens,
     on_step: Callable[[Tensor], None] | None = None,
     until: float | None = None,
 ) -> Trace:
@@ -144,7 +147,7 @@ def _in_blocks(
     batches: Batches,
     first_step: int,
     num_steps: int,
-    count: Callable[[Batch], int],
+    count: Callable[[Batch], float],
     group: ServerGroup,
 ) -> Iterator[tuple[list[Batch], float]]:
     """Yield every step's micro-batches, and what they count on all ranks together.

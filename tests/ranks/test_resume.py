@@ -14,9 +14,10 @@ import pytest
 
 from fedsp_mpi.record import read
 from fedsp_mpi.report import difference
+from helpers import tiny
 from helpers.mpi import both_ends, kill_tree, mpirun, run_mpi
 from helpers.paths import ROOT
-from helpers.runs import FAULTY, SHORT, here
+from helpers.runs import FAULTY, SHORT, WHOLE_MODEL, here
 
 pytestmark = pytest.mark.slow
 
@@ -117,6 +118,48 @@ def test_killed_between_compressed_rounds(folder):
     undisturbed, run = read(folder / "int8-whole"), read(folder / "int8-killed")
     assert difference(undisturbed, run) == []
     assert run.rounds["bytes_up"].tolist() == undisturbed.rounds["bytes_up"].tolist()
+
+
+def test_killed_between_sealed_rounds(folder):
+    """The start after it has new keys, on other ranks, and the bits of an open run."""
+    more = ("--set", "wire.encryption=true")
+    killed = go(2, folder, "sealed", *more, fault="kill:gather:0:4", status=None)
+    assert killed.returncode != 0 and "Traceback" not in killed.stderr, both_ends(killed)
+    resumed = go(4, folder, "sealed", "--resume", "auto", *more)
+    assert "goes on after round 3" in resumed.stdout
+    require_equal(folder, "sealed")
+    first, second = read(folder / "sealed").sections["encryption"].values()
+    assert (first["round"], second["round"]) == (0, 3)
+    keys = [[*start["ranks"], *start["clients"].values()] for start in (first, second)]
+    assert [len(of_start) for of_start in keys] == [2 + 3, 4 + 3]
+    assert len({key for of_start in keys for key in of_start}) == 12
+
+
+def test_killed_in_the_middle_of_labelling(folder, tmp_path):
+    """Pseudo-labels are kept like all else that clients keep; those of earlier rounds count."""
+    settings = (
+        *WHOLE_MODEL,
+        f"data.source={tiny.gap_task_folder(tmp_path / 'data')}",
+        "data.verbaliser=[grey, blue]",
+        "data.labels=6",
+        "data.server_share=8",
+        "augment.clients=2",
+        "augment.per_client=8",
+    )
+    more = [word for setting in settings for word in ("--set", setting)]
+    go(0, folder, "labels-whole", *more)
+    undisturbed = read(folder / "labels-whole")
+    labelled = undisturbed.clients[undisturbed.clients["texts_scored"] > 0]
+    client = int(labelled["client"][labelled["round"] == 4][-1])
+    fault = f"labels:{client}:4"
+    killed = go(2, folder, "labels-killed", *more, fault=fault, status=None)
+    assert killed.returncode != 0 and "Traceback" not in killed.stderr, both_ends(killed)
+    resumed = go(3, folder, "labels-killed", "--resume", "auto", *more)
+    assert "goes on after round 3" in resumed.stdout
+    run = read(folder / "labels-killed")
+    assert difference(undisturbed, run) == []
+    waiting = run.clients[(run.clients["round"] == 4) & (run.clients["texts_scored"] == 0)]
+    assert (waiting["pseudo_labels"] > 0).any(), "labels of an earlier round were kept"
 
 
 def test_told_to_stop_in_a_round(folder):

@@ -13,6 +13,7 @@ FAULT is one of
     nan:CLIENT[:ROUND]          the losses of one client are not a number
     memory:CLIENT[:ROUND]       one client runs out of memory
     text:CLIENT                 one client's text cannot be used
+    labels:CLIENT:ROUND         SIGKILL every rank when one client has scored what it labels
     slow:CLIENT:SECONDS         each step of one client takes so long
     lie:WHAT:CLIENT             what one client sends, past its rank's own checks: "values" that are
                                 not numbers, the "weight" of a million, or nothing at all ("silent")
@@ -138,6 +139,30 @@ def text_of(client: str) -> None:
     ExperimentInputs.shard = broken
 
 
+def labels_of(client: str, round: str) -> None:
+    """Kill the job in the middle of one client's labelling."""
+    from fedsp_mpi.algorithms import augment
+
+    global absent
+    absent = f"labelling of client {client} in round {round}"
+    label = augment.AugmentedClient._label
+    choose = augment.pseudo_labels.choose
+    is_place = False
+
+    def noted(self, id, number, text):
+        nonlocal is_place
+        is_place = (id, number) == (int(client), int(round))
+        return label(self, id, number, text)
+
+    def chosen(*arguments, **named):
+        if is_place:
+            kill_all()
+        return choose(*arguments, **named)
+
+    augment.AugmentedClient._label = noted
+    augment.pseudo_labels.choose = chosen
+
+
 def slow(client: str, seconds: str) -> None:
     """Let one client's steps take their time."""
     from fedsp_mpi.algorithms import fedsp
@@ -219,6 +244,7 @@ if __name__ == "__main__":
         "full": full,
         "memory": memory_in,
         "text": text_of,
+        "labels": labels_of,
         "slow": slow,
         "lie": lie,
     }

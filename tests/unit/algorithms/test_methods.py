@@ -77,6 +77,14 @@ APART: dict[str, dict[str, object]] = {
     "fedprompt_single": WHOLE | {"auxiliary.layers_per_cell": 1, "auxiliary.depth": 1},
     "fedprompt_paper": PAPER,
     "p_tuning": PAPER | {"prompt.encoder": "lstm", "prompt.init": "random"},
+    "aug_fedprompt": WHOLE
+    | {
+        "data.labels": 64,
+        "data.label_spread": 0.01,
+        "data.server_share": 0,
+        "server.tuning.steps": 0,
+        "augment.clients": 5,
+    },
     "prefix_tuning": WHOLE | {"federation.clients": 1},
     "prefix_tuning_centralised": WHOLE | SINGLE_RANK,
     "fedbpt": SEARCH,

@@ -25,14 +25,17 @@ TOGETHER: dict[str, dict[str, object]] = {
     "method": {"server.tuning.steps": 0},
     "prompt.mapping": {"auxiliary.layers_per_cell": None},
     "attack.clients": {"attack.target": 1},
+    "augment.clients": {"data.labels": 9},
     "client.privacy.clip": {"client.privacy.noise_scale": 1.5},
     "client.privacy.noise_scale": {"client.privacy.clip": 1.5},
     "topology.server_ranks": {"distillation.stage.batch_size": 3, "server.tuning.batch_size": 3},
+    "distillation.stage.max_padding": {"distillation.engine": "torch"},
 }
 # A key whose least value is refused without another one.
 LEAST_WITH: dict[str, dict[str, object]] = {
     "data.server_share": {"server.tuning.steps": 0, "distillation.stage.steps": 0},
     "distillation.hidden_weight": {"distillation.logits_weight": 1},
+    "distillation.stage.max_padding": {"distillation.engine": "torch"},
 }
 
 
@@ -509,6 +512,7 @@ def test_each_difference_is_named_with_both_values(tmp_path):
 
 FREE = {
     "topology.ranks",
+    "wire",
     "deadlines",
     "checkpoint",
     "record",

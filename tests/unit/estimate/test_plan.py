@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fedsp_mpi import cli, config
 from fedsp_mpi.commands.trials import trials_of
-from fedsp_mpi.config import to_yaml
+from fedsp_mpi.config import EMBEDDED, to_yaml
 from fedsp_mpi.estimate import cost, memory
 from fedsp_mpi.estimate import text as plan_text
 from fedsp_mpi.models import architectures, backbone
@@ -375,7 +375,12 @@ def test_int8_plans_a_quarter_of_the_bytes():
 
 @pytest.mark.parametrize(
     ("settings", "num_layers_copied"),
-    [((), 0), (BRIDGED, 2), (ADAPTERS, 3), (INT8_ADAPTERS, 3)],
+    [
+        ((), 0),
+        ((*BRIDGED, "wire.encryption=true"), 2),
+        (ADAPTERS, 3),
+        ((*INT8_ADAPTERS, "wire.encryption=true"), 3),
+    ],
 )
 def test_the_plan_is_what_a_run_records(tmp_path, settings, num_layers_copied):
     short_run(0, tmp_path, "short", *settings)
@@ -484,3 +489,43 @@ def test_a_reader_may_stop_before_the_end():
     ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith("plan ")
+
+
+# -- few labels ------------------------------------------------------------------------------------
+
+FEW = (
+    "auxiliary.layers_per_cell=null",
+    "auxiliary.depth=null",
+    "distillation.stage.steps=0",
+    "client.alignment.steps=0",
+    "data.server_share=0",
+    "server.tuning.steps=0",
+    "data.limit.train=70",
+    "data.labels=7",
+    "augment.clients=2",
+)
+
+
+def labelling(*settings: str) -> float:
+    return embedded(*FEW, *settings).phases.get("client labelling", 0.0)
+
+
+def test_labelling_costs_a_pass_over_the_other_texts_of_those_who_label():
+    """Of seven clients two label nine of their ten texts in each of six rounds."""
+    flops = labelling()
+    assert labelling("augment.clients=4") == pytest.approx(2 * flops)
+    assert labelling("augment.clients=9") == pytest.approx(3.5 * flops), "there are seven"
+    assert labelling("augment.start_round=4") == pytest.approx(flops / 2)
+    assert labelling("augment.second_template=x {mask}") == pytest.approx(2 * flops)
+    assert labelling("data.limit.train=140") == pytest.approx(flops * 19 / 9)
+    assert "client labelling" not in embedded(*FEW, "augment.clients=0").phases
+    alone, together = (embedded(*FEW, f"augment.clients={n}") for n in (1, 7))
+    assert together.critical == pytest.approx(alone.critical), "clients label at the same time"
+
+
+def test_a_labelled_text_is_read_once_for_all_classes():
+    """Of 21 tokens the last four are an answer, of which there are two, behind eight of prompt."""
+    model = memory.meta_model(architectures.config_of(str(EMBEDDED.parent / "model")), 3)
+    estimate = cost.plan(config.load(None, [*FEW, "prompt.num_tokens=8"]), "embedded", tokens=21)
+    text = architectures.forward(model, 25, 33, 8)
+    assert estimate.phases["client labelling"] == pytest.approx(6 * 2 * 9 * text)

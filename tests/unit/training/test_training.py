@@ -23,7 +23,7 @@ from fedsp_mpi.algorithms.prompt_server import PromptServer
 from fedsp_mpi.comm import RoundBroadcast, Topology
 from fedsp_mpi.config import ComputeConfig, DistillationConfig, StageConfig
 from fedsp_mpi.config.training import OptimizerConfig
-from fedsp_mpi.data.tokens import Batches, collate
+from fedsp_mpi.data.tokens import Batches, Text, collate
 from fedsp_mpi.files.fingerprint import of_weights
 from fedsp_mpi.models import auxiliary
 from fedsp_mpi.models.language_model import LanguageModel
@@ -500,7 +500,14 @@ def client(
     training = fedsp.LocalTraining(
         alignment, tuning, joint=False, total_rounds=6, keep_state=keep, seed=1
     )
-    return fedsp.Client(model, weights_sent, prompt, shards=shards, training=training)
+
+    def make_shard(id: int, other_texts: list[Text]) -> fedsp.Shard:
+        batches = Batches(other_texts, 4, None, 1, "prompt", id)
+        return fedsp.Shard(batches, batches)
+
+    return fedsp.Client(
+        model, weights_sent, prompt, shards=shards, make_shard=make_shard, training=training
+    )
 
 
 def downs(model: fedsp.Client, count: int) -> list[NamedTensors]:
