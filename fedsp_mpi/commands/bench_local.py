@@ -196,7 +196,13 @@ def _require_comparable(config: Config, repeats: int) -> None:
 
 
 def require_one_source(config: Config) -> None:
-    """Raise ValueError if clients have silos: a benchmark takes its text from data.source."""
+    """Raise ValueError if clients have silos or experts: a benchmark's text is of data.source."""
+    experts = config.tiers.experts
+    if experts:
+        raise ValueError(
+            f"tiers.experts: found {len(experts)}, expected none: the text of a benchmark is a "
+            "part of data.source; take another method"
+        )
     silos = config.federation.silos
     if silos:
         raise ValueError(

@@ -91,7 +91,13 @@ def evaluate(run_folder: str | Path, options: Options, log: Log) -> Evaluation:
     options.check()
     run = read(run_folder)
     folder = run.file.parent
-    inputs = inputs_of(_config(run, options))
+    config = _config(run, options)
+    if config.method_facts.has_tiers:
+        raise ValueError(
+            f"{folder}: found a run with method={config.method}, whose domains have tasks of their "
+            "own, expected one task for all; measure it by ask --evaluate"
+        )
+    inputs = inputs_of(config)
     ownership.require_evaluation(folder / FILE)
     _require_tuned(run, inputs.config, folder, options=options)
     if inputs.is_cloze:

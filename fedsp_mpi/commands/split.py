@@ -128,6 +128,11 @@ def _settings(path: str | None, overrides: list[str]) -> Config:
             "clients own, and no poisoned copies; add --set attack.target=null --set "
             "attack.clients=[], and set them again when you run the silos"
         )
+    if settings.tiers.experts:
+        raise ConfigError(
+            f"tiers.experts: found {len(settings.tiers.experts)}, expected none: users cannot have "
+            "silos yet; split a configuration of another method"
+        )
     if settings.federation.silos:
         raise ConfigError(
             f"federation.silos: found {len(settings.federation.silos)}, expected none: their text "

@@ -26,10 +26,12 @@ _LEGEND = (
 
 
 def client_name(run: Run, client: int) -> str:
-    """Return what reports call a client: "silo north", or "client 3"."""
-    names = run.sections.get("silos", {}).get("names", [])
-    if isinstance(names, list) and 0 <= client < len(names):
-        return f"silo {names[client]}"
+    """Return what reports call a client: "silo north", "user ann", or "client 3"."""
+    silos = run.sections.get("silos", {}).get("names", [])
+    users = run.config.get("federation", {}).get("users", [])
+    for kind, names in (("silo", silos), ("user", users)):
+        if isinstance(names, list) and 0 <= client < len(names):
+            return f"{kind} {names[client]}"
     return f"client {client}"
 
 

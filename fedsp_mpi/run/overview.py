@@ -81,6 +81,14 @@ def say_inputs(log: Log, inputs: ExperimentInputs, *, is_embedded: bool) -> None
             f"{len(splits.validation)} validation, {len(splits.test)} test"
         )
         log.say(f"silos     {_silos_line(config, client_sizes)}")
+    elif config.tiers.experts:
+        log.say(
+            f"data      {len(splits.train)} train ({server_size} the experts', about {mean_size} "
+            f"each user's), {len(splits.validation)} validation, {len(splits.test)} test"
+        )
+        for expert in config.tiers.experts:
+            task = expert.task or config.data.task
+            log.say(f"          {expert.name} ({task}): {', '.join(expert.users)}")
     else:
         log.say(
             f"data      {config.data.task}: {len(splits.train)} train ({server_size} the "

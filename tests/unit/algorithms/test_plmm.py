@@ -19,6 +19,7 @@ from fedsp_mpi.algorithms.prompt_server import PromptServer
 from fedsp_mpi.comm.inspection import ProtocolError
 from fedsp_mpi.config import StageConfig
 from fedsp_mpi.config.federation import FederationConfig
+from fedsp_mpi.estimate import cost
 from fedsp_mpi.models.prompts import DepthMap, Prompt, PromptSpec
 from fedsp_mpi.record import read
 from fedsp_mpi.record.tables import TierRow
@@ -288,6 +289,30 @@ def test_routing_is_measured_on_what_users_hold_back(whole):
 def test_what_cannot_be_asked_is_said_in_one_line(whole, arguments, words):
     result = here(["ask", str(whole[0].file.parent), *arguments], status=2)
     assert words in result.stderr and len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["evaluate", "{run}"], "ask --evaluate"),
+        (["split", "{file}", "--to", "{folder}/split"], "tiers.experts: found 3"),
+        (["bench", "local", "{file}"], "tiers.experts: found 3"),
+    ],
+    ids=["evaluate", "split", "bench"],
+)
+def test_what_has_one_task_for_all_refuses_tiers(whole, tmp_path, arguments, words):
+    places = {"run": whole[0].file.parent, "file": write(tmp_path), "folder": tmp_path}
+    result = here([word.format(**places) for word in arguments], status=2)
+    assert words in result.stderr and len(result.stderr.splitlines()) == 1
+
+
+def test_plan_counts_the_prompts_that_go_down(whole, tmp_path):
+    """One message up, those of three experts and the general model down."""
+    own, *_ = cost.plan(config.load(write(tmp_path)), "tiers", 20).methods
+    record, _ = whole
+    assert own.name == "PLMM (as configured)"
+    assert set(record.clients["bytes_up"].tolist()) == {own.up}
+    assert set(record.clients["bytes_down"].tolist()) == {own.down}
 
 
 # -- configuration ---------------------------------------------------------------------------------
