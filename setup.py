@@ -49,6 +49,7 @@ setup(
         "xxhash>=4.1",
         "cmaes>=0.13",
         "threadpoolctl>=3.8",
+        "cryptography>=50.0",
         "pydantic>=2.14",
         "tqdm>=4.70",
         "numpy>=2.4",

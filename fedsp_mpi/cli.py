@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 USAGE_ERROR = 2  # exit status
 SECONDS = number(float, 0, 1e9)
 TFLOPS = number(float, 0, 1e9, above=True)
+FRACTION = number(float, 0, 1)
 COUNT = number(int, 1, 1e7)
 TOKENS = number(int, 2, 1e7)
 JOBS = number(int, -1e7, 1e7)  # the sweep itself compares it with the number of cores
@@ -208,7 +209,7 @@ def report(options: argparse.Namespace) -> int:
     """`report`: show tables and pictures of finished runs."""
     from fedsp_mpi import report
 
-    if options.picture and not options.table:
+    if options.picture and options.table not in ("comparison", "phases"):
         raise Refused("--picture: found without --table comparison or phases, expected both")
     with _user_errors():
         runs = report.read_all(options.runs)
@@ -219,7 +220,10 @@ def report(options: argparse.Namespace) -> int:
             report.draw_silos(runs, options.silos)
         if options.labels:
             report.draw_labels(runs, options.labels)
-    if options.table:
+    if options.table == "tiers":
+        with _user_errors():
+            _show(report.tiers_table(runs))
+    elif options.table:
         has_phases = options.table == "phases"
         with _user_errors():
             comparison = report.compare(runs)
@@ -313,6 +317,31 @@ def evaluate(options: argparse.Namespace) -> int:
     return 0
 
 
+def ask(options: argparse.Namespace) -> int:
+    """`ask`: answer a user of a run with tiers, or measure how well users are answered."""
+    _require_one_process("ask", "start it without mpirun")
+    if options.text is not None and options.evaluate:
+        raise Refused("ask: found a text and --evaluate, expected one of them", USAGE_ERROR)
+    from fedsp_mpi.commands import ask
+
+    with _user_errors():
+        if options.evaluate:
+            lines = ask.evaluate(
+                options.folder, options.user, threshold=options.threshold, log=_log(options)
+            )
+            _show("\n\n".join(lines))
+            return 0
+        lines = ask.ask(
+            options.folder,
+            options.user,
+            options.text,
+            expert=options.expert,
+            threshold=options.threshold,
+        )
+    _show("\n".join(lines))
+    return 0
+
+
 def diff(options: argparse.Namespace) -> int:
     """`diff`: compare the prompts of two runs bit by bit; status 1 if any differ."""
     from fedsp_mpi.record import read
@@ -373,7 +402,8 @@ def _bench_wire(repeats: int, log: Log) -> None:
     if times:  # on the server only
         log.say(
             "broadcast + gather of {num_values:,} values among {ranks} ranks: {wire_seconds:.4f} "
-            "s, bare mpi4py {bare_seconds:.4f} s: ratio {ratio:.3f}".format(**times)
+            "s, sealed {sealed_seconds:.4f} s, bare mpi4py {bare_seconds:.4f} s: ratio "
+            "{ratio:.3f}".format(**times)
         )
     waiting = benchmark.measure_waiting(repeats=min(repeats, 5))
     if waiting:
@@ -550,6 +580,18 @@ class _Parser(argparse.ArgumentParser):
             super()._print_message(message, file)
 
 
+class _InPlaceOf(argparse.Action):
+    """A switch with which another argument may be left out."""
+
+    def __init__(self, option_strings, dest, *, other: argparse.Action, **settings):
+        super().__init__(option_strings, dest, nargs=0, default=False, **settings)
+        self._other = other
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        setattr(namespace, self.dest, True)
+        self._other.required = False
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="fedsp_mpi", description="Federated tuning of soft prompts (FedSP) on MPI."
@@ -565,6 +607,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_report(verbs)
     _add_sweep(verbs)
     _add_evaluate(verbs)
+    _add_ask(verbs)
     _add_diff(verbs)
     _add_bench(verbs)
     _add_completion(verbs)
@@ -677,9 +720,10 @@ def _add_report(verbs: argparse._SubParsersAction) -> None:
     )
     kind.add_argument(
         "--table",
-        choices=("comparison", "phases"),
+        choices=("comparison", "phases", "tiers"),
         help="comparison: a row for each method, a column for each task; phases: a row for each "
-        "phase and method, of runs that start from one another's results (`after`)",
+        "phase and method, of runs that start from one another's results (`after`); tiers: "
+        "personal, expert and general models on own, domain's and other text",
     )
     kind.add_argument(
         "--json",
@@ -763,6 +807,32 @@ def _add_evaluate(verbs: argparse._SubParsersAction) -> None:
     verb.add_argument("--include", metavar="FOLDER", help="your own task files for lm-eval")
     _add_every(verb)
     verb.set_defaults(run=evaluate)
+
+
+def _add_ask(verbs: argparse._SubParsersAction) -> None:
+    verb = verbs.add_parser(
+        "ask", help="answer a user of a run with tiers, by its own model or by an expert"
+    )
+    verb.add_argument("folder", metavar="RUN", help="folder of a complete run with method=plmm")
+    text = verb.add_argument("text", metavar="TEXT", help="the question")
+    verb.add_argument("--user", metavar="NAME", help="whose personal prompt answers")
+    verb.add_argument("--expert", metavar="NAME", help="of the user's; default: its first one")
+    verb.add_argument(
+        "--threshold",
+        type=FRACTION,
+        default=0.6,
+        metavar="P",
+        help="of confidence, below which the expert is asked; default: 0.6",
+    )
+    verb.add_argument(
+        "--evaluate",
+        action=_InPlaceOf,
+        other=text,
+        help="measure routing on held-out text of the user, without --user of all users, and what "
+        "the personal model costs",
+    )
+    _add_every(verb)
+    verb.set_defaults(run=ask)
 
 
 def _add_diff(verbs: argparse._SubParsersAction) -> None:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
 
 import numpy as np
 
@@ -25,8 +26,18 @@ from fedsp_mpi.record.atomic import RecordError
 from fedsp_mpi.record.checkpoint import CheckpointFile
 from fedsp_mpi.record.journal import RoundJournal
 from fedsp_mpi.record.tables import RoundRow, SiloRow, mean_silo_loss
-from fedsp_mpi.roles import HostedClients, ServerRole, read_silo_rows, silo_row_json
+from fedsp_mpi.roles import (
+    HostedClients,
+    ServerRole,
+    UpperTier,
+    read_silo_rows,
+    read_tier_scores,
+    silo_row_json,
+)
 from fedsp_mpi.tensors import ClientError, Failure, Update
+from fedsp_mpi.training.loop import Trace
+
+Closing = Callable[[], None]
 
 
 class ClientFailedError(RuntimeError):
@@ -42,12 +53,17 @@ class Schedule:
         checkpoint: when checkpoints are written.
         rounds_done: by an earlier stretch of the run.
         asks_silos: whether silos judge each round on the text that they hold back.
+        overlaps: whether a round is validated and recorded while clients work on the next one.
+        judge_tiers: when users and the server score the prompts of all tiers: "never", before the
+            first round and after the last ("ends"), or after each as well ("rounds").
     """
 
     federation: FederationConfig
     checkpoint: CheckpointConfig
     rounds_done: int = 0
     asks_silos: bool = False
+    overlaps: bool = False
+    judge_tiers: str = "never"
 
     def is_due(self, round: int) -> bool:
         """Return whether a checkpoint follows a round: after every so many, and after the last."""
@@ -55,6 +71,16 @@ class Schedule:
         if every is None:
             return False
         return round % every == 0 or round == self.federation.rounds
+
+    def judges_tiers(self, round: int) -> bool:
+        """Return whether tiers are scored after a round; 0 is before the first."""
+        is_end = round in (0, self.federation.rounds)
+        return self.judge_tiers == "rounds" or (self.judge_tiers == "ends" and is_end)
+
+    def num_evaluations(self, round: int) -> int:
+        """Return how often clients judge between the last round's record and a round's."""
+        is_first = round == 1 and self.judges_tiers(0)
+        return self.asks_silos + self.judges_tiers(round) + is_first
 
 
 def federate(
@@ -81,17 +107,36 @@ def federate(
         RecordError: on the server, if a rank cannot write its part of a checkpoint.
     """
     start = time.perf_counter()
+    close_previous: Closing = _nothing_is_left
+    if schedule.rounds_done == 0 and schedule.judges_tiers(0):
+        judge_tiers(0, wire, schedule, server=server, clients=clients)
     for round in range(schedule.rounds_done + 1, schedule.federation.rounds + 1):
-        is_complete = run_round(round, wire, schedule, server=server, clients=clients)
-        if not is_complete:
+        close = run_round(
+            round, wire, schedule, server=server, clients=clients, close_previous=close_previous
+        )
+        if close is None:
             last = round - 1
             if schedule.rounds_done < last and not schedule.is_due(last):
-                save_checkpoint(last, wire, schedule, server=server, clients=clients)
+                files = collect_clients(last, wire, schedule, server=server, clients=clients)
+                save_checkpoint(last, schedule, server, files)
             return False
-        if server and server.journal:
-            _log_round(server.journal, round, schedule, time.perf_counter() - start)
+        files = None
         if schedule.is_due(round):
-            save_checkpoint(round, wire, schedule, server=server, clients=clients)
+            files = collect_clients(round, wire, schedule, server=server, clients=clients)
+
+        def close_round(
+            round: int = round, close: Closing = close, files: ClientFiles | None = files
+        ) -> None:
+            close()
+            if server and server.journal:
+                _log_round(server.journal, round, schedule, time.perf_counter() - start)
+            save_checkpoint(round, schedule, server, files)
+
+        if schedule.overlaps and round < schedule.federation.rounds:
+            close_previous = close_round
+        else:
+            close_round()
+            close_previous = _nothing_is_left
     return True
 
 
@@ -102,7 +147,8 @@ def run_round(
     *,
     server: ServerRole | None,
     clients: HostedClients | None,
-) -> bool:
+    close_previous: Closing,
+) -> Closing | None:
     """Run one round: broadcast, local training, gather, aggregate, server update, validate, record.
 
     Args:
@@ -111,9 +157,11 @@ def run_round(
         schedule: of the rounds.
         server: this rank's part of the server.
         clients: those that this rank plays.
+        close_previous: does what is left of the round before.
 
     Returns:
-        False if the server broadcast the word to stop.
+        What is left of this round and needs no client: validation and record. None if the server
+        broadcast the word to stop.
 
     Raises:
         ClientFailedError: on the server, if too many clients failed.
@@ -122,17 +170,23 @@ def run_round(
 
     # --- broadcast ---
     with guard.phase("broadcast", round=round):
-        is_root = server is not None and server.journal is not None
+        is_root = server is not None and server.is_root
         broadcast = wire.broadcast(_round_broadcast(round, server) if server and is_root else None)
         watch.lap("broadcast")
+
+    # --- the end of the round before, while clients work ---
+    close_previous()
+    watch.skip()
     if broadcast.stop:
-        return False
+        return None
 
     # --- the server-only control, while clients work ---
+    control_loss = math.nan
     if server and server.control:
         with guard.phase("server-only control", round=round):
             server.compute.begin()
             server.control.server_update(round)
+            control_loss = server.validate_control(round)
             watch.lap("control")
 
     # --- local training; the server answers the calls of clients that hold no model ---
@@ -149,7 +203,9 @@ def run_round(
     if server is None:
         if schedule.asks_silos:
             judge_at_silos(round, wire, schedule, server=None, clients=clients)
-        return True
+        if schedule.judges_tiers(round):
+            judge_tiers(round, wire, schedule, server=None, clients=clients)
+        return _nothing_is_left
 
     # --- aggregate ---
     server.compute.begin()
@@ -163,56 +219,155 @@ def run_round(
             server.server.load_aggregate(aggregate)
         server.group.lead(server.server.parameters())
         watch.lap("merge")
-    with guard.phase("validation of the merged prompts", round=round):
-        aggregate_loss = server.validation_loss(server.server)
-        watch.lap("validation")
 
     # --- server update ---
-    with guard.phase("server tuning", round=round):
-        before = None if server.always_accept else server.server.export()
-        trace = server.server.server_update(round)
-        watch.lap("server")
+    tuning = None
+    if server.server.tunes:
+        tuning = tune_on_server(round, schedule, server, watch)
 
-    # --- validate, at the server and where the text is ---
-    with guard.phase("validation", round=round):
-        loss = aggregate_loss
-        if trace is not None:
-            loss = server.accept_or_revert(before, aggregate_loss)
-        control_loss = server.validate_control(round)
-        watch.lap("validation")
+    # --- validate at the server, and where the text is ---
     silo_scores: list[SiloRow] = []
     if schedule.asks_silos:
         silo_scores = judge_at_silos(round, wire, schedule, server=server, clients=clients)
         watch.lap("validation")
-    with guard.phase("best round", round=round):
-        is_best = server.keep_if_best(round, loss, silo_scores)
-    if updates is None or server.journal is None:
-        return True
+    if schedule.judges_tiers(round):
+        judge_tiers(round, wire, schedule, server=server, clients=clients)
+        watch.lap("validation")
+    result = RoundResult(
+        round=round,
+        updates=updates,
+        tuning=tuning,
+        control_loss=control_loss,
+        silo_scores=silo_scores,
+        round_bytes=wire.round_bytes(),
+        evaluation_bytes=schedule.num_evaluations(round) * wire.evaluation_bytes(),
+        entries=wire.manifest,
+        watch=watch,
+    )
+    if schedule.overlaps:
+        watch.stop()
+    return partial(validate_and_record, result, server)
 
-    # --- record ---
+
+@dataclass(frozen=True)
+class ServerTuning:
+    """What the server's tuning of a round was worth.
+
+    Attributes:
+        trace: of its steps.
+        merged_loss: validation loss before it, in nats a token.
+        loss: of what is kept.
+    """
+
+    trace: Trace
+    merged_loss: float
+    loss: float
+
+
+@dataclass(frozen=True)
+class RoundResult:
+    """What a round has brought, on a rank of the server, until it is recorded.
+
+    Attributes:
+        round: its number.
+        updates: of the clients; None on the server's other ranks.
+        tuning: of the server; None where it does not tune.
+        control_loss: validation loss of the server-only control, in nats a token.
+        silo_scores: what silos have scored.
+        round_bytes: on the wire, by direction and client.
+        evaluation_bytes: of what silos have scored.
+        entries: the wire's manifest so far.
+        watch: of the round.
+    """
+
+    round: int
+    updates: Updates | None
+    tuning: ServerTuning | None
+    control_loss: float
+    silo_scores: Sequence[SiloRow]
+    round_bytes: Mapping[str, Mapping[int, int]]
+    evaluation_bytes: int
+    entries: Sequence[JsonMapping]
+    watch: Stopwatch
+
+
+def tune_on_server(
+    round: int, schedule: Schedule, server: ServerRole, watch: Stopwatch
+) -> ServerTuning:
+    """Tune the merged prompts at the server, and keep that if the validation loss says so."""
+    with guard.phase("validation of the merged prompts", round=round):
+        merged_loss = server.validation_loss(server.server)
+        watch.lap("validation")
+    with guard.phase("server tuning", round=round):
+        before = None if server.always_accept else server.server.export()
+        if server.above:  # a round of the tier above, whose clients are parts of this server
+            run_tier_above(round, schedule, server.above)
+        trace = server.server.server_update(round) or Trace()
+        watch.lap("server")
+    with guard.phase("validation", round=round):
+        loss = server.accept_or_revert(before, merged_loss)
+        watch.lap("validation")
+    return ServerTuning(trace, merged_loss, loss)
+
+
+def run_tier_above(round: int, schedule: Schedule, above: UpperTier) -> None:
+    """Run one round of the tier above; validation and record belong to the round that it is in."""
+    close = run_round(
+        round,
+        above.wire,
+        Schedule(above.federation, schedule.checkpoint),
+        server=above.server,
+        clients=above.clients,
+        close_previous=_nothing_is_left,
+    )
+    if close is not None:
+        close()
+
+
+def validate_and_record(result: RoundResult, server: ServerRole) -> None:
+    """Validate what the server has not tuned, see whether the round is the best, and record it.
+
+    What is left of a round whose result can be broadcast; no client takes part.
+    """
+    round = result.round
+    watch = result.watch
+    watch.skip()
+    tuning = result.tuning
+    if tuning is None:
+        with guard.phase("validation", round=round):
+            server.compute.begin()
+            loss = server.validation_loss(server.server)
+            tuning = ServerTuning(Trace(), loss, loss)
+            watch.lap("validation")
+    with guard.phase("best round", round=round):
+        is_best = server.keep_if_best(round, tuning.loss, result.silo_scores)
+    updates = result.updates
+    if updates is None or server.journal is None:
+        return
     with guard.phase("record", round=round):
         row = RoundRow(
             round=round,
             num_clients=len(updates.reports) + len(updates.failures),
             num_failed=len(updates.failures) + len(updates.rejected),
-            server_loss_first=trace.first if trace else math.nan,
-            server_loss_last=trace.last if trace else math.nan,
-            validation_merged=aggregate_loss,
-            validation_loss=loss,
-            control_validation_loss=control_loss,
+            server_loss_first=tuning.trace.first,
+            server_loss_last=tuning.trace.last,
+            validation_merged=tuning.merged_loss,
+            validation_loss=tuning.loss,
+            control_validation_loss=result.control_loss,
             is_best=is_best,
-            bytes_down=wire.evaluation_bytes() if schedule.asks_silos else 0,
+            bytes_down=result.evaluation_bytes,
             **watch.seconds(),
         )
         server.journal.commit_round(
             row,
             updates,
             dict(server.server.export()) if server.journal.keep_prompts else None,
-            silos=silo_scores,
-            round_bytes=wire.round_bytes(),
-            entries=wire.manifest,
+            silos=result.silo_scores,
+            tiers=server.tier_rows,
+            round_bytes=result.round_bytes,
+            entries=result.entries,
         )
-    return True
+        server.tier_rows.clear()
 
 
 def train_clients(clients: HostedClients, broadcast: RoundBroadcast) -> list[Update | Failure]:
@@ -272,6 +427,42 @@ def judge_at_silos(
         return read_silo_rows(answers, server.journal.rank_of, round)
 
 
+def judge_tiers(
+    round: int,
+    wire: Wire | Solo,
+    schedule: Schedule,
+    *,
+    server: ServerRole | None,
+    clients: HostedClients | None,
+) -> None:
+    """Have users score all tiers' prompts on their own text, and the server on its own.
+
+    The scores go into the record with the next round that is committed.
+
+    Args:
+        round: that ends; 0 before the first.
+        wire: between all ranks.
+        schedule: of the rounds.
+        server: this rank's part of the server.
+        clients: those that this rank plays.
+    """
+    with guard.phase("evaluation of the tiers", round=round):
+        is_root = server is not None and server.is_root
+        tuned = RoundBroadcast(round, tensors=server.server.broadcast()) if server else None
+        broadcast = wire.broadcast(tuned if is_root else None, schedule.federation.clients)
+        assert broadcast.tensors is not None
+        scores = clients.score_tiers(round, broadcast.tensors) if clients else []
+        answers = wire.collect({"tiers": [asdict(score) for score in scores]}, "evaluation")
+        if answers is None or server is None or server.journal is None:
+            return
+        users = schedule.federation.users
+        rank_of = server.journal.rank_of
+        server.tier_rows += read_tier_scores(answers, rank_of, round, users=users)
+        if server.score_tiers is not None:
+            server.compute.begin()
+            server.tier_rows += server.score_tiers(round)
+
+
 def require_quorum(updates: Updates, federation: FederationConfig) -> None:
     """Raise ClientFailedError if the run should not continue with the updates that there are.
 
@@ -296,24 +487,27 @@ def require_quorum(updates: Updates, federation: FederationConfig) -> None:
         )
 
 
-def save_checkpoint(
+def collect_clients(
     round: int,
     wire: Wire | Solo,
     schedule: Schedule,
     *,
     server: ServerRole | None,
     clients: HostedClients | None,
-) -> None:
-    """Write a checkpoint: the clients' states, by the ranks that play them, then the server's.
+) -> ClientFiles | None:
+    """Have the ranks write the states of the clients that they play, for a checkpoint.
 
-    After the last round clients are asked only if their states are to be kept.
+    After the last round clients are asked only if their states are to be kept. Collective.
 
     Args:
-        round: that is complete.
+        round: whose updates are merged.
         wire: between all ranks.
         schedule: of the rounds.
         server: this rank's part of the server.
         clients: those that this rank plays.
+
+    Returns:
+        On the server's first rank the files by client; None elsewhere.
 
     Raises:
         RecordError: on the server, if a rank cannot write.
@@ -324,21 +518,57 @@ def save_checkpoint(
         if round < schedule.federation.rounds or schedule.checkpoint.keep_client_states:
             answers = wire.collect(_save_clients(clients), "checkpoint")
         if server is None or server.journal is None or answers is None:
-            return
+            return None
+        files = _client_files(answers, server.journal.rank_of)
+        return ClientFiles(files, time.perf_counter() - start)
+
+
+def save_checkpoint(
+    round: int, schedule: Schedule, server: ServerRole | None, files: ClientFiles | None
+) -> None:
+    """Write the server's part of a checkpoint, which completes it.
+
+    Args:
+        round: that is recorded.
+        schedule: of the rounds.
+        server: this rank's part of the server.
+        files: of the clients; None where nothing is to be written.
+    """
+    if files is None or server is None or server.journal is None:
+        return
+    with guard.phase("checkpoint", round=round):
+        start = time.perf_counter()
         journal = server.journal
         journal.checkpoints.commit(
             round,
             server.state(),
-            _client_files(answers, journal.rank_of),
+            files.by_client,
             keep=schedule.checkpoint.keep,
             best=server.best.round,
             inputs=journal.inputs,
         )
-        journal.checkpoint_seconds.append(time.perf_counter() - start)
+        journal.checkpoint_seconds.append(files.seconds + time.perf_counter() - start)
+
+
+@dataclass(frozen=True)
+class ClientFiles:
+    """The clients' part of a checkpoint.
+
+    Attributes:
+        by_client: the file of each client's state, by client id.
+        seconds: that writing them took.
+    """
+
+    by_client: dict[int, CheckpointFile]
+    seconds: float
+
+
+def _nothing_is_left() -> None:
+    """Stand for the end of a round on a rank that has nothing to do there."""
 
 
 def _round_broadcast(round: int, server: ServerRole) -> RoundBroadcast:
-    if guard.stop_requested:
+    if guard.stop_requested and not server.is_inner:  # the outer round goes on to its end
         return RoundBroadcast(round, stop=True)
     return RoundBroadcast(round, tensors=server.server.broadcast())
 
@@ -381,7 +611,8 @@ def _log_round(journal: RoundJournal, round: int, schedule: Schedule, elapsed: f
     rounds = schedule.federation.rounds
     row = journal.record.run.rounds[-1]
     clients = journal.record.run.clients
-    statuses = clients[clients["round"] == round]["status"].tolist()
+    rows_of_round = clients[len(clients) - int(row["num_clients"]) :]
+    statuses = rows_of_round["status"].tolist()
     excluded = ""
     for status in ("failed", "rejected"):
         if status in statuses:
@@ -415,6 +646,7 @@ class Stopwatch:
     def __init__(self) -> None:
         self._start = time.perf_counter()
         self._last = self._start
+        self._total: float | None = None
         self._laps: dict[str, float] = {}
 
     def lap(self, phase: str) -> None:
@@ -423,7 +655,18 @@ class Stopwatch:
         self._laps[phase] = self._laps.get(phase, 0.0) + now - self._last
         self._last = now
 
+    def skip(self) -> None:
+        """Count the time since the last lap for no phase."""
+        self._last = time.perf_counter()
+
+    def stop(self) -> None:
+        """End the round: what is timed from now on lies in the next one."""
+        self._total = time.perf_counter() - self._start
+
     def seconds(self) -> JsonObject:
         """Return the seconds as the fields of a round's row."""
+        total = self._total
+        if total is None:
+            total = time.perf_counter() - self._start
         laps = {f"seconds_{phase}": seconds for phase, seconds in self._laps.items()}
-        return {**laps, "seconds_total": time.perf_counter() - self._start}
+        return {**laps, "seconds_total": total}

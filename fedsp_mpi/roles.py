@@ -15,13 +15,15 @@ from fedsp_mpi.algorithms.base import Client, Server
 from fedsp_mpi.comm import guard
 from fedsp_mpi.comm.exchange import Exchange
 from fedsp_mpi.comm.inspection import Expected, ProtocolError, reading, require_fields
+from fedsp_mpi.comm.solo import Solo
+from fedsp_mpi.config import FederationConfig
 from fedsp_mpi.data.tokens import Text
 from fedsp_mpi.evaluation.scoring import answer_loss_mean
 from fedsp_mpi.files.untrusted import JsonMapping, JsonObject
 from fedsp_mpi.log import RoundProgress
 from fedsp_mpi.record.client_cache import ClientStateCache
 from fedsp_mpi.record.journal import RoundJournal
-from fedsp_mpi.record.tables import SiloRow, mean_silo_loss, table
+from fedsp_mpi.record.tables import SiloRow, TierRow, mean_silo_loss, table
 from fedsp_mpi.tensors import ClientError, NamedTensors, State, join_states, part_of_state
 from fedsp_mpi.training.device import Compute, oom_as_client_error
 from fedsp_mpi.training.process_group import ServerGroup
@@ -76,6 +78,93 @@ def read_silo_rows(
     return [rows[silo] for silo in sorted(rows)]
 
 
+TIERS = ("personal", "expert", "general")
+TIER_TEXTS = ("own", "domain", "other")
+
+
+@dataclass(frozen=True)
+class TierScore:
+    """What a user's rank says of one tier's prompt on one text.
+
+    Attributes:
+        client: id of the user.
+        model: one of `TIERS`.
+        text: one of `TIER_TEXTS`.
+        n: number of questions.
+        loss: in nats per token.
+        acc: fraction from 0 to 1.
+    """
+
+    client: int
+    model: str
+    text: str
+    n: int
+    loss: float
+    acc: float
+
+    @classmethod
+    def from_json(cls, values: JsonMapping, rank: int) -> TierScore:
+        """Read what a rank sent; raise ProtocolError, naming the rank, if it cannot be."""
+        number = (float, int)
+        require_fields(values, rank, {"client": int, "model": str, "text": str, "n": int})
+        require_fields(values, rank, {"loss": number, "acc": number})
+        score = cls(**{name: values[name] for name in cls.__dataclass_fields__})
+        is_named = score.model in TIERS and score.text in TIER_TEXTS
+        if not is_named or score.n < 0 or not score.loss >= 0 or not 0 <= score.acc <= 1:
+            raise ProtocolError(
+                f"rank {rank}: found a score of {score.model} prompts on {score.text} text with "
+                f"loss {score.loss:g} and accuracy {score.acc:g}, expected one of "
+                f"{', '.join(TIERS)} on {', '.join(TIER_TEXTS)} text, a loss from 0 and a fraction"
+            )
+        return score
+
+
+def read_tier_scores(
+    answers: Sequence[JsonMapping],
+    rank_of: Mapping[int, int],
+    round: int,
+    *,
+    users: Sequence[str],
+) -> list[TierRow]:
+    """Read what ranks sent of their users' scores of all tiers, by client.
+
+    Args:
+        answers: by rank.
+        rank_of: the rank that plays each client.
+        round: that was scored.
+        users: names, by client id.
+
+    Raises:
+        ProtocolError: a rank scores for a user that it does not play, or sends what cannot be.
+    """
+    scores: dict[tuple[int, int, int], TierScore] = {}
+    for rank, answer in enumerate(answers):
+        with reading(rank, "the scores of its users"):
+            require_fields(answer, rank, {"tiers": list})
+            for values in answer["tiers"]:
+                score = TierScore.from_json(values, rank)
+                key = (score.client, TIERS.index(score.model), TIER_TEXTS.index(score.text))
+                if rank_of.get(score.client) != rank or key in scores:
+                    raise ProtocolError(
+                        f"rank {rank}: found a score of client {score.client}, which it does not "
+                        "play or has scored already"
+                    )
+                scores[key] = score
+    return [
+        TierRow(
+            round=round,
+            name=users[score.client],
+            model=score.model,
+            text=score.text,
+            at="device",
+            n=score.n,
+            loss=float(score.loss),
+            acc=float(score.acc),
+        )
+        for _, score in sorted(scores.items())
+    ]
+
+
 class _HasState(Protocol):
     def state(self) -> State: ...
 
@@ -96,6 +185,8 @@ class HostedClients:
         digests: of their tokenised texts, by name.
         score_silo: returns a client's row on the text that it holds back, of the round and the
             tensors given; None where silos do not judge.
+        score_tiers_of: returns a user's scores of all tiers, given what was broadcast; None without
+            tiers.
     """
 
     client: Client
@@ -106,6 +197,7 @@ class HostedClients:
     progress: RoundProgress = field(default_factory=RoundProgress)
     digests: dict[str, str] = field(default_factory=dict)
     score_silo: Callable[[int, int, NamedTensors], SiloRow | None] | None = None
+    score_tiers_of: Callable[[int, NamedTensors], Sequence[TierScore]] | None = None
 
     def score_silos(self, round: int, tensors: NamedTensors) -> list[SiloRow]:
         """Return a row for each silo of this process that could score what a round has brought.
@@ -129,6 +221,26 @@ class HostedClients:
                 self.cache.store(client, round)
         return rows
 
+    def score_tiers(self, round: int, tensors: NamedTensors) -> list[TierScore]:
+        """Return the scores of all tiers of each user of this process that could score.
+
+        Args:
+            round: that ends; 0 before the first.
+            tensors: what the server would begin the next round with.
+        """
+        assert self.score_tiers_of is not None, "users judge only where there are tiers"
+        self.compute.begin()
+        scores: list[TierScore] = []
+        self.cache.start_round(self.ids)
+        for client in self.ids:
+            with guard.phase("evaluation of the tiers", round=round, client=client):
+                self.cache.load(client)
+                # A user that runs out of memory here has no scores; training says what is wrong.
+                with suppress(ClientError), oom_as_client_error():
+                    scores += self.score_tiers_of(client, tensors)
+                self.cache.store(client, round)
+        return scores
+
 
 @dataclass
 class Best:
@@ -144,19 +256,19 @@ class Best:
     round: int = 0
     loss: float = math.inf
 
-    def update_if_better(self, exported: NamedTensors, round: int, loss: float) -> bool:
+    def update_if_better(self, export: Callable[[], NamedTensors], round: int, loss: float) -> bool:
         """Take over what has a lower loss, and return whether it has.
 
         Of equal losses the first stays; a loss that is not a number is never better.
 
         Args:
-            exported: what the server exported.
+            export: returns what the server exports.
             round: that it is of.
             loss: on the validation texts, in nats a token.
         """
         if not loss < self.loss:
             return False
-        self.exported = exported
+        self.exported = export()
         self.round = round
         self.loss = loss
         return True
@@ -172,6 +284,23 @@ class Best:
             self.exported[name][...] = value
         self.round = int(state["at/round"])
         self.loss = float(state["at/loss"])
+
+
+@dataclass
+class UpperTier:
+    """A round inside the server's part of each round, whose clients are parts of the server.
+
+    Attributes:
+        wire: between its server and its clients, all of which this process plays.
+        federation: of that round: who takes part, and what follows if one fails.
+        server: of that round.
+        clients: of that round.
+    """
+
+    wire: Solo
+    federation: FederationConfig
+    server: ServerRole
+    clients: HostedClients
 
 
 @dataclass
@@ -195,6 +324,12 @@ class ServerRole:
         outer: moves the server's values by the clients' mean.
         exchange: what the wire's next broadcast depends on, where it compresses; None on the
             server's other ranks.
+        validate: returns the validation loss of a server that has several prompts, each with texts
+            of its own; None: its prompt's on `validation`.
+        above: a round inside the server's part of each round; None: there is none.
+        is_inner: this is the server of such a round, which is recorded with the outer one.
+        score_tiers: returns the server's own scores of all tiers after a round; None without tiers.
+        tier_rows: scores of tiers that are not yet in the record.
         best: of the server.
         control_best: of the control.
     """
@@ -211,6 +346,11 @@ class ServerRole:
     answer: Callable[[np.ndarray], np.ndarray] | None = None
     outer: OuterOptimizer = field(default_factory=OuterOptimizer)
     exchange: Exchange | None = None
+    validate: Callable[[Server], float] | None = None
+    above: UpperTier | None = None
+    is_inner: bool = False
+    score_tiers: Callable[[int], Sequence[TierRow]] | None = None
+    tier_rows: list[TierRow] = field(default_factory=list)
     best: Best = field(init=False)
     control_best: Best | None = field(init=False)
 
@@ -220,6 +360,8 @@ class ServerRole:
 
     def validation_loss(self, server: Server) -> float:
         """Return the mean answer loss on the validation texts, in nats a token; nan without any."""
+        if self.validate is not None:
+            return self.validate(server)
         if not self.validation:
             return math.nan
         return answer_loss_mean(
@@ -254,14 +396,19 @@ class ServerRole:
         """
         if not self.validation:
             loss = self.group.tell(mean_silo_loss(table(SiloRow, silos)))
-        return self.best.update_if_better(self.server.export(), round, loss)
+        return self.best.update_if_better(self.server.export, round, loss)
+
+    @property
+    def is_root(self) -> bool:
+        """Whether this rank begins rounds: it writes the record, or its round is an inner one."""
+        return self.journal is not None or self.is_inner
 
     def validate_control(self, round: int) -> float:
         """Validate the control, which continues from its best; return its loss, nan without one."""
         if self.control is None or self.control_best is None:
             return math.nan
         loss = self.validation_loss(self.control)
-        is_best = self.control_best.update_if_better(self.control.export(), round, loss)
+        is_best = self.control_best.update_if_better(self.control.export, round, loss)
         if not is_best and not self.always_accept:
             self.control.restore(self.control_best.exported)
         return loss
@@ -283,6 +430,8 @@ class ServerRole:
         }
         if self.exchange is not None:
             parts["exchange"] = self.exchange
+        if self.above is not None:
+            parts["above"] = self.above.server
         if self.control is not None and self.control_best is not None:
             parts["control"] = self.control
             parts["control_best"] = self.control_best

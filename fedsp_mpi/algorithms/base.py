@@ -54,6 +54,10 @@ class Server(Protocol):
     def prompt(self) -> Prompt | None:
         """The prompt in front of every text; None where the model itself is tuned."""
 
+    @property
+    def tunes(self) -> bool:
+        """Whether the server has a step of its own in each round."""
+
     def broadcast(self) -> NamedTensors:
         """Return what clients start the round from."""
 
@@ -187,6 +191,14 @@ class MethodInputs(Protocol):
     def scores_choices(self) -> bool:
         """Whether instructions are scored by the choices of questions, not by the answers' loss."""
 
+    @property
+    def domains(self) -> Sequence[MethodInputs]:
+        """The inputs of each expert's domain, whose server is the expert; none without tiers."""
+
+    @property
+    def members(self) -> Sequence[Sequence[int]]:
+        """The experts of each client; none without tiers."""
+
     def first_prompt(self, model: LanguageModel) -> Prompt: ...
 
     def shard(self, owner: int) -> Sequence[Text]: ...
@@ -301,6 +313,23 @@ class HandedOut:
     num_inference_ranks: int = 0
 
 
+@dataclass(frozen=True)
+class TierAbove:
+    """A round whose clients are parts of a method's server.
+
+    Attributes:
+        server: of that round.
+        client: all its clients.
+        ids: of the clients, which follow those of the run's clients.
+        metrics: names of the numbers that come with their updates.
+    """
+
+    server: Server
+    client: Client
+    ids: Sequence[int]
+    metrics: tuple[str, ...]
+
+
 class Method(ABC):
     """Builds the two sides of one method, and says what travels between them.
 
@@ -335,6 +364,15 @@ class Method(ABC):
         """Return what answers clients that hold no model, from fp32 [any number] to the same.
 
         None if every client holds a model.
+        """
+        return None
+
+    def tier_above(self, inputs: MethodInputs, server: Server) -> TierAbove | None:
+        """Return the round that belongs to the server's part of each round; None without tiers.
+
+        Args:
+            inputs: of the experiment.
+            server: as `build_server` returned it.
         """
         return None
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 
 from fedsp_mpi.algorithms.base import Client, WrappedClient
-from fedsp_mpi.comm.compression import encode_against
+from fedsp_mpi.comm.compression import encode_against, encode_change
 from fedsp_mpi.comm.messages import invalid_values
 from fedsp_mpi.config import CompressionConfig
 from fedsp_mpi.record.client_cache import StateHolder
@@ -48,8 +48,13 @@ class CompressedClient(WrappedClient):
         values = update.tensors.flat
         if update.tensors.schema != broadcast.schema or invalid_values(values):
             return update  # which the wire refuses, or makes a failure of
-        residual = self._states.residual(client, values.size) if self._has_feedback else None
-        packed, _ = encode_against(values, broadcast.flat, residual, compression=self._compression)
+        if self._has_feedback:
+            residual = self._states.residual(client, values.size)
+            packed, _ = encode_against(
+                values, broadcast.flat, residual, compression=self._compression
+            )
+        else:
+            packed = encode_change(values, broadcast.flat, self._compression)
         return replace(update, packed=packed)
 
 

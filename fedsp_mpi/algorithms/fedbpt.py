@@ -106,6 +106,11 @@ class SearchServer:
         )
         self._search_state = NamedTensors.of(initial_search.state())
 
+    @property
+    def tunes(self) -> bool:
+        """False: clients search alone."""
+        return False
+
     def broadcast(self) -> NamedTensors:
         """Return the parts of the search's state that go down."""
         names = self._settings.travelling()[0]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -170,16 +171,17 @@ class Client:
             self._progress.stage(
                 "step" if self._training.joint else "tuning step", self._training.tuning.steps
             )
-            tuned = train(
-                engine,
-                shard.tuning,
-                partial(answer_loss_of, self.model, self.prompt),
-                first_step=(round - 1) * self._training.tuning.steps,
-                num_steps=self._training.tuning.steps,
-                device=self.model.device,
-                on_step=self._progress.step,
-                until=_later(start, self._training.max_seconds),
-            )
+            with nullcontext() if self._training.joint else self.model.frozen():
+                tuned = train(
+                    engine,
+                    shard.tuning,
+                    partial(answer_loss_of, self.model, self.prompt),
+                    first_step=(round - 1) * self._training.tuning.steps,
+                    num_steps=self._training.tuning.steps,
+                    device=self.model.device,
+                    on_step=self._progress.step,
+                    until=_later(start, self._training.max_seconds),
+                )
             self.model.train_weights(False)
 
             tensors = NamedTensors.pack(self.prompt.tensors())
@@ -343,6 +345,7 @@ def _prompt_distiller(
         stage.micro_batch,
         inputs.config.run.seed,
         "translation",
+        max_padding=stage.max_padding,
     )
     teacher = client_model
     if client_model.casts:  # the model itself is still to be handed out in full precision

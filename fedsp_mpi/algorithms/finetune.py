@@ -145,6 +145,11 @@ class WeightServer:
         """Return what is tuned."""
         return self.tuned.parameters()
 
+    @property
+    def tunes(self) -> bool:
+        """Whether there is a shard to tune on."""
+        return self._batches is not None
+
     def broadcast(self) -> NamedTensors:
         """Return a copy of what is tuned."""
         return self.export()

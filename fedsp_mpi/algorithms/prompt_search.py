@@ -241,6 +241,11 @@ class InstructionServer:
         self._proposed: tuple[Search, list[Instruction]] | None = None
         self._show_best()
 
+    @property
+    def tunes(self) -> bool:
+        """False: the server proposes, and clients score."""
+        return False
+
     def broadcast(self) -> NamedTensors:
         """Return the candidates' token ids, fp32 [candidates, tokens], the best so far first.
 

@@ -68,6 +68,11 @@ class PromptServer:
         total_steps = stage.steps * total_rounds
         self._engine = TorchEngine(prompt.parameters(), stage.optimizer, total_steps, group=group)
 
+    @property
+    def tunes(self) -> bool:
+        """Whether there is a shard, or a distiller, to tune with."""
+        return self._batches is not None or self._distiller is not None
+
     def broadcast(self) -> NamedTensors:
         """Return the prompt at the depth of the clients' model."""
         if self._distiller:

@@ -1,4 +1,4 @@
-"""Communication: the only package that imports mpi4py.
+"""Communication: the only package that imports mpi4py, and `cryptography`.
 
 Names are imported on first use, so that the guard can be entered before numpy and MPI are imported.
 """

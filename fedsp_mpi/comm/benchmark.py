@@ -26,8 +26,8 @@ def measure(num_values: int = 6_144_000, repeats: int = 15) -> dict[str, float]:
     """Time a round's broadcast and gather on the wire, against blocking calls on bare buffers.
 
     Collective: run by every rank of an MPI world of two or more, one client on each rank but the
-    server. The wire and the bare calls (`Bcast` and `Gather`) take turns in one run, after one
-    round that is not counted.
+    server. The wire, another one that seals what goes up, and the bare calls (`Bcast` and `Gather`)
+    take turns in one run, after one round that is not counted.
 
     Args:
         num_values: fp32 values of one message; the default is a GPT2-XL prompt of 40 tokens (48
@@ -35,23 +35,27 @@ def measure(num_values: int = 6_144_000, repeats: int = 15) -> dict[str, float]:
         repeats: rounds that are counted.
 
     Returns:
-        On the server: "ranks", "num_values", "wire_seconds" and "bare_seconds" (medians of a
-        round), "ratio" (of the medians). Elsewhere an empty dict.
+        On the server: "ranks", "num_values", "wire_seconds", "sealed_seconds" and "bare_seconds"
+        (medians of a round), "ratio" (of wire to bare). Elsewhere an empty dict.
     """
     from mpi4py import MPI
 
     comm = MPI.COMM_WORLD
     wire = Wire(comm)
     _hand_out(wire, num_values)
+    sealed_wire = _sealed_wire(comm, num_values)
     num_rows = wire.topology.size if wire.is_server else 0
     gathered = np.zeros((num_rows, num_values), dtype=np.float32)
     vector = np.zeros(num_values, dtype=np.float32)
     wire_times: list[float] = []
+    sealed_times: list[float] = []
     bare_times: list[float] = []
     for round in range(1 + repeats):
         wire_times.append(_time_together(comm, partial(_wire_round, wire, round, vector)))
+        sealed_times.append(_time_together(comm, partial(_wire_round, sealed_wire, round, vector)))
         bare_times.append(_time_together(comm, partial(_bare_round, comm, vector, gathered)))
     wire.finish()
+    sealed_wire.finish()
     if not wire.is_server:
         return {}
     wire_seconds = median(wire_times[1:])
@@ -60,6 +64,7 @@ def measure(num_values: int = 6_144_000, repeats: int = 15) -> dict[str, float]:
         "ranks": wire.topology.size,
         "num_values": num_values,
         "wire_seconds": wire_seconds,
+        "sealed_seconds": median(sealed_times[1:]),
         "bare_seconds": bare_seconds,
         "ratio": wire_seconds / bare_seconds,
     }
@@ -122,6 +127,15 @@ def _hand_out(wire: Wire, num_values: int) -> None:
         no_tensors = NamedTensors(Schema(), np.empty(0, dtype=np.float32))
         handout = Handout({}, no_tensors, Contract(schema, schema, ("cores",)))
     wire.handout(handout)
+
+
+def _sealed_wire(comm: MPI.Intracomm, num_values: int) -> Wire:
+    """Return a wire whose clients, one on each rank but the server, seal what they send."""
+    wire = Wire(comm)
+    wire.exchange_keys()
+    _hand_out(wire, num_values)
+    wire.exchange_client_keys([(), *((client,) for client in range(wire.topology.size - 1))])
+    return wire
 
 
 def _prompt(vector: np.ndarray) -> NamedTensors:

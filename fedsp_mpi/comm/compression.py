@@ -94,6 +94,31 @@ def decode(packed: np.ndarray, num_values: int, compression: CompressionConfig) 
     return _decode_int8(packed, num_values, compression.block)
 
 
+def encode_change(
+    values: np.ndarray, reference: np.ndarray, compression: CompressionConfig
+) -> np.ndarray:
+    """Encode values by their change against a reference, where nobody here needs them decoded.
+
+    Args:
+        values: fp32 [num_values].
+        reference: fp32 [num_values], what the receiver holds.
+        compression: format.
+
+    Returns:
+        What travels, uint8 [num_bytes].
+
+    Raises:
+        ValueError: a value is not finite.
+    """
+    packed = np.empty(num_bytes(values.size, compression), dtype=np.uint8)
+    stretch = between_blocks(_STRETCH, compression)
+    for start in range(0, values.size, stretch):
+        part = slice(start, min(start + stretch, values.size))
+        change = _change(values[part].astype(np.float64), reference[part])
+        packed[byte_range(part, compression)] = encode(change, compression)
+    return packed
+
+
 def encode_against(
     values: np.ndarray,
     reference: np.ndarray,
@@ -124,14 +149,19 @@ def encode_against(
         target = values[part].astype(np.float64)
         if residual is not None:
             target += residual[part]
-        with np.errstate(over="ignore"):
-            change = (target - reference[part]).astype(np.float32)
+        change = _change(target, reference[part])
         encoded = encode(change, compression)
         received[part] = reference[part] + decode(encoded, change.size, compression)
         packed[byte_range(part, compression)] = encoded
         if residual is not None:
             residual[part] = target - received[part]
     return packed, received
+
+
+def _change(target: np.ndarray, reference: np.ndarray) -> np.ndarray:
+    """Return fp64 [num_values] less fp32 [num_values], rounded once to fp32."""
+    with np.errstate(over="ignore"):
+        return (target - reference).astype(np.float32)
 
 
 # -- bf16 ------------------------------------------------------------------------------------------

@@ -15,6 +15,9 @@ from fedsp_mpi.tensors import State
 
 from .compression import between_blocks, byte_range, decode, encode_against, num_bytes
 
+# The largest value of a broadcast: changes between such values can be encoded.
+_MAX_VALUE = 1e37
+
 
 class Exchange:
     """One rank's end of compressed rounds, with its reference.
@@ -45,6 +48,13 @@ class Exchange:
     def cut(self, packed: np.ndarray, part: slice) -> np.ndarray:
         """Return a chunk's bytes, uint8 [num_bytes], of those of all values; no copy."""
         return packed[byte_range(part, self.compression)]
+
+    def can_encode(self, values: np.ndarray) -> bool:
+        """Return whether the server's values, fp32 [num_values], have a change that can travel.
+
+        Values that are not finite have none; nor have those near the largest fp32 numbers.
+        """
+        return bool(np.abs(values).max(initial=0) <= _MAX_VALUE)
 
     def encode_broadcast(self, values: np.ndarray, part: slice, *, is_start: bool) -> np.ndarray:
         """Encode a chunk of the server's values, and make of the reference what all others will.

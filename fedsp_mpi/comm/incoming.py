@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from .envelope import SEAL_BYTES
 from .exchange import Exchange
 from .inspection import ProtocolError, describe_clients, invalid_rows
 from .messages import chunk_slices
 from .updates import Columns, reorder
+
+if TYPE_CHECKING:
+    from .keys import Seals
 
 ReceiveChunks = Callable[[Mapping[int, np.ndarray]], dict[int, int]]
 
@@ -19,13 +24,14 @@ class IncomingUpdates:
 
     Args:
         receive_chunks: fills each rank's memory (fp32 [num_clients, num_values of the chunk], or
-            uint8 [num_clients, num_bytes]) with its next chunk; returns the number of bytes that a
-            rank sent where it differs.
+            uint8 [num_clients, num_bytes] of what is compressed or sealed) with its next chunk;
+            returns the number of bytes that a rank sent where it differs.
         senders: by rank, the ids of the clients whose updates it sends, in the order of sending.
         num_values: number of values of an update.
         chunk: number of values of a chunk.
         round: number of the round, for messages.
         exchange: decodes the chunks of a compressed exchange; None: they are fp32 values.
+        seals: open the chunks; None: they are not sealed.
     """
 
     def __init__(
@@ -37,8 +43,11 @@ class IncomingUpdates:
         chunk: int,
         round: int,
         exchange: Exchange | None = None,
+        seals: Seals | None = None,
     ) -> None:
         self._exchange = exchange
+        self._seals = seals
+        self._scratch: dict[str, np.ndarray] = {}  # bytes as they travel, reused
         self._receive_chunks = receive_chunks
         self._senders = senders
         self._round = round
@@ -91,10 +100,13 @@ class IncomingUpdates:
         width = part.stop - part.start
         num_rows = len(self._clients)
         matrix = self._memory[: num_rows * width].reshape(num_rows, width)
-        if self._exchange is None:
-            arrived = matrix
-        else:
-            arrived = np.empty((num_rows, self._exchange.num_bytes(part)), dtype=np.uint8)
+        plain = matrix
+        if self._exchange is not None:
+            plain = self._bytes("packed", num_rows, self._exchange.num_bytes(part))
+        arrived = plain
+        if self._seals is not None:
+            num_bytes = plain.shape[1] * plain.itemsize + SEAL_BYTES
+            arrived = self._bytes("sealed", num_rows, num_bytes)
         rows_of_rank: dict[int, np.ndarray] = {}
         begin = 0
         for rank in self._ranks:
@@ -112,8 +124,10 @@ class IncomingUpdates:
                 f"expected {rows.nbytes}"
             )
             reasons |= dict.fromkeys(clients, reason)
+        if self._seals is not None:
+            self._open(plain, arrived, reasons)
         if self._exchange is not None:
-            for client, packed, values in zip(self._landing_order, arrived, matrix):
+            for client, packed, values in zip(self._landing_order, plain, matrix):
                 try:
                     values[:] = self._exchange.decode(packed, part)
                 except ValueError as error:
@@ -123,6 +137,32 @@ class IncomingUpdates:
         for row, reason in invalid_rows(matrix).items():
             reasons.setdefault(self._clients[row], reason)
         return matrix, reasons
+
+    def _open(self, plain: np.ndarray, sealed: np.ndarray, reasons: dict[int, str]) -> None:
+        """Open the chunk of each update into its row, which is 0 if that is refused.
+
+        Args:
+            plain: fp32 [num_updates, num_values] or uint8 [num_updates, num_bytes].
+            sealed: uint8 [num_updates, num_bytes + SEAL_BYTES].
+            reasons: why rows cannot be averaged, by client id; gets those that cannot be opened.
+        """
+        assert self._seals is not None
+        for client, row, message in zip(self._landing_order, plain, sealed):
+            if client in reasons:
+                row[:] = 0
+                self._seals.skip_values(client)
+                continue
+            try:
+                self._seals.open_values(client, row, message, round=self._round)
+            except ValueError as error:
+                reasons[client] = f"the update cannot be opened: {error}"
+
+    def _bytes(self, name: str, num_rows: int, num_bytes: int) -> np.ndarray:
+        """Return uint8 [num_rows, num_bytes] in memory that is reused, one for each name."""
+        size = num_rows * num_bytes
+        if name not in self._scratch or self._scratch[name].size < size:
+            self._scratch[name] = np.empty(size, dtype=np.uint8)
+        return self._scratch[name][:size].reshape(num_rows, num_bytes)
 
     def _require_valid(
         self, part: slice, accepted: Collection[int], reasons: Mapping[int, str]

@@ -9,6 +9,7 @@ from fedsp_mpi.tensors import Contract, Schema
 
 from ..files.untrusted import JsonObject
 from .compression import num_bytes, scale_bytes
+from .envelope import SEAL_BYTES
 from .messages import HEADER_BYTES, NO_CALLS, CallStats, Direction
 
 # Type and bytes of a value, by `CompressionConfig.format`.
@@ -53,12 +54,16 @@ class Ledger:
 
     Attributes:
         evaluation_bytes: of the last broadcast that clients evaluated, all of them together.
+        is_sealed: what goes up is sealed.
+        num_chunks: of an update, each of which is sealed by itself.
     """
 
     def __init__(self) -> None:
         self._entries: dict[tuple[str, str, str], Entry] = {}
         self._round_bytes: dict[str, dict[int, int]] = {"down": {}, "up": {}}
         self.evaluation_bytes = 0
+        self.is_sealed = False
+        self.num_chunks = 0
 
     def add_bytes(
         self,
@@ -110,6 +115,21 @@ class Ledger:
         for spec in schema:
             entry = Entry(direction, phase, spec.name, spec.shape, "float32")
             self._add(entry, size=4 * spec.num_values, messages=messages, crossed=crossed)
+
+    def add_seals(
+        self, direction: Direction, phase: str, *, num_seals: int, messages: int, crossed: int
+    ) -> None:
+        """Add what sealing adds to messages: envelopes and tags.
+
+        Args:
+            direction: which way they went.
+            phase: operation that sent them.
+            num_seals: of one message, whose chunks are sealed one by one.
+            messages: number of logical messages.
+            crossed: number of messages that crossed.
+        """
+        size = SEAL_BYTES * num_seals
+        self.add_bytes(direction, phase, "(seal)", size=size, messages=messages, crossed=crossed)
 
     def add_exchanged(
         self, direction: Direction, phase: str, contract: Contract, *, messages: int, crossed: int
@@ -191,6 +211,17 @@ class Ledger:
             messages=len(updates),
             crossed=len(updates) if crossed else 0,
         )
+        num_seals = 1 + self.num_chunks
+        if self.is_sealed:
+            for seals, senders in ((num_seals, updates), (1, [*failures])):
+                number = len(senders)
+                self.add_seals(
+                    "up",
+                    "gather",
+                    num_seals=seals,
+                    messages=number,
+                    crossed=number if crossed else 0,
+                )
         for size in failures.values():
             if size:
                 self.add_bytes(
@@ -199,7 +230,11 @@ class Ledger:
 
         broadcast_bytes = _message_bytes(contract.down, contract)
         update_bytes = _message_bytes(contract.up, contract)
-        result_bytes = {client: HEADER_BYTES + size for client, size in failures.items()}
+        failure_bytes = HEADER_BYTES
+        if self.is_sealed:
+            update_bytes += SEAL_BYTES * num_seals
+            failure_bytes += SEAL_BYTES
+        result_bytes = {client: failure_bytes + size for client, size in failures.items()}
         result_bytes |= dict.fromkeys(updates, update_bytes)
         self._round_bytes = {"down": {}, "up": {}}
         for client in clients:
@@ -224,6 +259,12 @@ class Ledger:
         entry = Entry(direction, "questions", name, None, "float32")
         entry = self._add(entry, size=0, messages=num_calls, crossed=num_crossed)
         value_bytes = size - num_calls * HEADER_BYTES
+        if self.is_sealed and direction == "up":
+            # A request's header and its values are sealed by themselves.
+            self.add_seals(
+                direction, "questions", num_seals=2, messages=num_calls, crossed=num_crossed
+            )
+            value_bytes -= num_calls * 2 * SEAL_BYTES
         entry.bytes += value_bytes
         entry.bytes_crossed += value_bytes if crossed else 0
 

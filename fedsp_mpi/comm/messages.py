@@ -17,6 +17,7 @@ from fedsp_mpi.files.untrusted import printable
 from fedsp_mpi.tensors import Contract, Failure, NamedTensors, Schema, Update, seal
 
 from ..files.untrusted import JsonMapping, JsonObject
+from .envelope import SEAL_BYTES
 from .exchange import Exchange
 
 CHUNK_BYTES = 4 << 20  # of one vector that travel at once
@@ -106,11 +107,17 @@ class CallStats(NamedTuple):
     bytes_up: int = 0
     bytes_down: int = 0
 
-    def add_call(self, request_values: int, response_values: int) -> CallStats:
-        """Return the statistics after another call with so many fp32 values each way."""
+    def add_call(
+        self, request_values: int, response_values: int, *, is_sealed: bool = False
+    ) -> CallStats:
+        """Return the statistics after another call with so many fp32 values each way.
+
+        The header and the values of a request are sealed by themselves, if they are.
+        """
+        seal_bytes = 2 * SEAL_BYTES if is_sealed else 0
         return CallStats(
             self.num_calls + 1,
-            self.bytes_up + HEADER_BYTES + 4 * request_values,
+            self.bytes_up + HEADER_BYTES + 4 * request_values + seal_bytes,
             self.bytes_down + HEADER_BYTES + 4 * response_values,
         )
 
@@ -387,8 +394,13 @@ def invalid_values(values: np.ndarray) -> str | None:
     return None
 
 
-def broadcast_header(down: RoundBroadcast, contract: Contract) -> Header:
+def broadcast_header(
+    down: RoundBroadcast, contract: Contract, exchange: Exchange | None = None
+) -> Header:
     """Build the header of a broadcast.
+
+    Where rounds are compressed, and the values have no change that can be encoded, it announces
+    none: receivers make `no_numbers` of it.
 
     Raises:
         ValueError: the tensors are not those of the contract.
@@ -400,7 +412,15 @@ def broadcast_header(down: RoundBroadcast, contract: Contract) -> Header:
     schema = contract.down
     down.tensors.schema.require(schema, f"broadcast of round {down.round}")
     seal.check_array(down.tensors.flat)
-    return Header(Kind.BROADCAST, down.round, num_values=schema.num_values, digest=schema.digest)
+    num_values = schema.num_values
+    if exchange is not None and not exchange.can_encode(down.tensors.flat):
+        num_values = 0
+    return Header(Kind.BROADCAST, down.round, num_values=num_values, digest=schema.digest)
+
+
+def no_numbers(schema: Schema) -> NamedTensors:
+    """Return tensors of a schema, each [*shape], whose values are all nan."""
+    return NamedTensors(schema, np.full(schema.num_values, np.nan, dtype=np.float32))
 
 
 def require_handout(handout: Handout) -> None:

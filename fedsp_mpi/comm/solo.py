@@ -6,15 +6,16 @@ For notebooks, tests and single machines.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fedsp_mpi.tensors import Contract, Failure, NamedTensors, Update, seal
 
 from ..files.untrusted import JsonMapping, JsonObject
+from .envelope import SEAL_BYTES, num_chunks
 from .exchange import Exchange
 from .guard import Refused, guard
 from .inspection import Expected, collect_failures, read_headers
@@ -33,23 +34,28 @@ from .messages import (
     checked_results,
     chunk_slices,
     describe_handout,
+    no_numbers,
     pack_results,
     payload,
     reason_bytes,
     require_handout,
     to_json,
+    unpack_results,
 )
 from .rpc import Answer
 from .topology import Topology
 from .updates import Columns, Updates
 from .waiting import Deadlines
 
+if TYPE_CHECKING:
+    from .keys import Seals
+
 
 class Solo:
     """The operations of `Wire`, with the same checks, chunks and logical bytes; nothing crosses.
 
     The hand-out and the broadcasts are copied, so that clients cannot write into the server's
-    memory.
+    memory. Where keys are exchanged, results and requests are sealed, and opened again.
 
     Args:
         chunk_bytes: size of the chunks in which updates are read.
@@ -75,6 +81,7 @@ class Solo:
         self._ledger = Ledger()
         self._answer: Answer | None = None
         self._calls: dict[int, CallStats] = {}
+        self._seals: Seals | None = None
 
     # The operations, in the order of a run.
 
@@ -97,6 +104,30 @@ class Solo:
             raise verdict
         return note
 
+    def exchange_keys(self) -> None:
+        """Make the keys of this rank; see `Wire.exchange_keys`."""
+        from .keys import Seals  # which imports the library of ciphers
+
+        with guard.phase("introduction"):
+            self._seals = Seals.agree_with_ranks(self)
+            self._ledger.is_sealed = True
+
+    def exchange_client_keys(self, assignment: Sequence[Collection[int]]) -> None:
+        """Make a key for each client; see `Wire.exchange_client_keys`.
+
+        Args:
+            assignment: the ids of the clients, in a list of one.
+        """
+        with guard.phase("introduction"):
+            assert self._seals is not None, "the keys of the ranks come first"
+            servers = self._sealed_contract().servers
+            self._seals.introduce_clients(self, assignment, servers)
+
+    @property
+    def fingerprints(self) -> JsonObject | None:
+        """Cipher and fingerprints of all public keys; None where nothing is sealed."""
+        return None if self._seals is None else self._seals.fingerprints
+
     def handout(self, handout: Handout | None) -> Handout:
         """Return a copy of the hand-out, as a client would receive it; it fixes the contract.
 
@@ -114,6 +145,7 @@ class Solo:
             self._exchange = handout.exchange
             if self._exchange is not None:
                 self._chunk = self._exchange.chunk(self._chunk)
+            self._ledger.num_chunks = num_chunks(self.contract.up.num_values, self._chunk)
             self._ledger.add_headers("handout", "handout", messages=1, crossed=0)
             self._ledger.add_bytes(
                 "handout", "handout", "(meta)", size=len(raw), messages=1, crossed=0
@@ -140,7 +172,7 @@ class Solo:
         """
         assert down is not None, "one process is the server too"
         with guard.phase("broadcast", round=down.round):
-            broadcast_header(down, self._sealed_contract())  # for its checks
+            header = broadcast_header(down, self._sealed_contract(), self._exchange)
             if down.tensors is None or down.stop:
                 return down
             if evaluated_by:
@@ -148,6 +180,8 @@ class Solo:
                     self._sealed_contract(), messages=evaluated_by, crossed=0, phase="evaluation"
                 )
             tensors = down.tensors
+            if not header.num_values:
+                return RoundBroadcast(down.round, tensors=no_numbers(tensors.schema))
             if self._exchange is not None:
                 for part in chunk_slices(tensors.flat.size, self._chunk):
                     self._exchange.encode_broadcast(
@@ -166,10 +200,14 @@ class Solo:
         """
         assert self._sealed_contract().servers, "the contract says whether clients may call"
         assert self._answer is not None, "the server serves before clients call"
+        if self._seals is not None:
+            sealed = self._seals.seal_request(client, values)
+            values = self._seals.open_request(client, self.topology.rank, sealed=sealed)
         response = self._answer(values)
         seal.check_array(response)
         stats = self._calls.get(client, NO_CALLS)
-        self._calls[client] = stats.add_call(values.size, response.size)
+        is_sealed = self._seals is not None
+        self._calls[client] = stats.add_call(values.size, response.size, is_sealed=is_sealed)
         return response
 
     def serve(self, answer: Answer) -> None:
@@ -201,7 +239,9 @@ class Solo:
             return self._receive_updates(round, contract, results, calls=calls, expected=expected)
 
     def finish(self) -> None:
-        """Do nothing: there is no rank to wait for."""
+        """Drop the keys: there is no rank to wait for."""
+        if self._seals is not None:
+            self._seals.close()
 
     @property
     def manifest(self) -> list[JsonObject]:
@@ -230,6 +270,8 @@ class Solo:
             [Header.of(result, round, calls.get(result.client, NO_CALLS)) for result in results],
             contract.metrics,
         )
+        if self._seals is not None:
+            packed = self._through_seals(packed, contract, round=round, expected=expected)
         headers = read_headers(packed, 0, contract, round=round, expected=expected)
         updates = [result for result in results if isinstance(result, Update)]
         failures = collect_failures(headers, contract, round=round, expected=expected)
@@ -242,14 +284,30 @@ class Solo:
             crossed=False,
         )
         accepted = {report.client for report in reports}
-        payloads = [
-            payload(update, self._exchange) for update in updates if update.client in accepted
-        ]
-        source = self._columns(payloads, contract.up.num_values)
+        payloads = {
+            update.client: payload(update, self._exchange)
+            for update in updates
+            if update.client in accepted
+        }
+        source = self._columns(payloads, contract.up.num_values, round)
         return Updates(reports, failures, contract.up, source=source)
 
-    def _columns(self, payloads: list[np.ndarray], num_values: int) -> Iterator[Columns]:
-        """Yield the chunks of what updates travel as, [num_values or num_bytes].
+    def _through_seals(
+        self, packed: bytes, contract: Contract, *, round: int, expected: Expected | None
+    ) -> bytes:
+        """Seal the headers of all clients, and return them as the server opens them."""
+        assert self._seals is not None
+        headers = unpack_results(packed, "this process", contract.metrics)
+        message = b"".join(
+            self._seals.seal_result(header.client, pack_results([header], contract.metrics), round)
+            for header in headers
+        )
+        return self._seals.open_results(message, 0, round=round, expected=expected)
+
+    def _columns(
+        self, payloads: Mapping[int, np.ndarray], num_values: int, round: int
+    ) -> Iterator[Columns]:
+        """Yield the chunks of what updates travel as, [num_values or num_bytes] by client.
 
         As matrices in memory that is reused.
         """
@@ -258,12 +316,23 @@ class Solo:
         for part in chunk_slices(num_values, self._chunk):
             width = part.stop - part.start
             matrix = memory[: num_rows * width].reshape(num_rows, width)
-            for row, vector in zip(matrix, payloads):
-                if self._exchange is None:
-                    row[:] = vector[part]
-                else:
-                    row[:] = self._exchange.decode(self._exchange.cut(vector, part), part)
+            for row, (client, vector) in zip(matrix, payloads.items()):
+                chunk = vector[part]
+                if self._exchange is not None:
+                    chunk = self._exchange.cut(vector, part)
+                if self._seals is not None:
+                    chunk = self._opened(client, chunk, round)
+                row[:] = chunk if self._exchange is None else self._exchange.decode(chunk, part)
             yield part, matrix
+
+    def _opened(self, client: int, chunk: np.ndarray, round: int) -> np.ndarray:
+        """Seal a chunk, fp32 or uint8 [num_values], and return it as the server opens it."""
+        assert self._seals is not None
+        sealed = np.empty(chunk.nbytes + SEAL_BYTES, dtype=np.uint8)
+        self._seals.seal_values(client, sealed, chunk, round=round)
+        opened = np.empty_like(chunk)
+        self._seals.open_values(client, opened, sealed, round=round)
+        return opened
 
     def _sealed_contract(self) -> Contract:
         assert self.contract is not None, "the hand-out comes first"

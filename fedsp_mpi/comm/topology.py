@@ -112,6 +112,7 @@ class Topology:
         solo: there is no other process: server and clients take turns here.
         cores: this process's share of the cores that it may run on, at least one: a core that other
             processes of this host may run on counts for each of them in part.
+        host_cores: cores that the processes on this host may run on, all together.
     """
 
     rank: int
@@ -122,10 +123,17 @@ class Topology:
     is_server: bool
     solo: bool
     cores: int = 1
+    host_cores: int = 1
+
+    @property
+    def is_crowded(self) -> bool:
+        """Whether this host has more processes than cores for them."""
+        return self.local_size > self.host_cores
 
     @classmethod
     def alone(cls) -> Topology:
         """Return the topology of one process without MPI."""
+        num_cores = len(os.sched_getaffinity(0))
         return cls(
             rank=0,
             size=1,
@@ -134,7 +142,8 @@ class Topology:
             host=socket.gethostname(),
             is_server=True,
             solo=True,
-            cores=len(os.sched_getaffinity(0)),
+            cores=num_cores,
+            host_cores=num_cores,
         )
 
     @classmethod
@@ -158,6 +167,7 @@ class Topology:
             is_server=comm.rank == 0,
             solo=comm.size == 1,
             cores=max(1, int(share + 1e-6)),  # rounding errors must not cost a core
+            host_cores=int(np.count_nonzero(num_users)),
         )
         on_host.Free()
         return topology
@@ -197,3 +207,8 @@ def spread(work: Sequence[float], num_ranks: int) -> list[tuple[int, ...]]:
         ranks[target].append(client)
         load[target] += work[client]
     return [tuple(sorted(clients)) for clients in ranks]
+
+
+def called_rank(rank: int, num_servers: int) -> int:
+    """Return the server's rank that a client rank calls: client ranks take them in turn."""
+    return (rank - num_servers) % num_servers

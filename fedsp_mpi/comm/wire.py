@@ -7,7 +7,8 @@ fp32, straight from and to the vectors' memory, or the bytes of compressed chang
 never pickled. Updates are gathered chunk by chunk with sends whose size the server probes before it
 receives: MPI's own gather leaves the server's memory as it was where a rank sends less than it
 announced, and that would be averaged. Everything that a client rank sends is inspected
-(inspection.py) before it has any effect.
+(inspection.py) before it has any effect. Once keys are exchanged (keys.py), all that goes up is
+sealed: each message of a rank, and each client's header and chunks by themselves.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from fedsp_mpi.tensors import Contract, Failure, NamedTensors, Update
 
 from ..files.untrusted import JsonMapping, JsonObject
 from .compression import byte_range
+from .envelope import SEAL_BYTES, num_chunks
 from .exchange import Exchange
 from .guard import Refused, guard
 from .incoming import IncomingUpdates
@@ -57,6 +59,7 @@ from .messages import (
     checked_results,
     chunk_slices,
     describe_handout,
+    no_numbers,
     pack_results,
     payload,
     reason_bytes,
@@ -70,6 +73,8 @@ from .waiting import Deadlines, wait
 
 if TYPE_CHECKING:
     from mpi4py import MPI
+
+    from .keys import Seals
 
 _SERVER = 0  # rank
 _CHUNKS_IN_FLIGHT = 4  # of one vector on its way down
@@ -122,6 +127,8 @@ class Wire:
         self._ledger = Ledger()
         self._open_updates: Updates | None = None
         self._rpc: RpcEndpoint | None = None
+        self._seals: Seals | None = None  # from `exchange_keys` on
+        self._sealed_chunk = np.empty(0, dtype=np.uint8)  # of this rank's clients, reused
 
     # The operations, in the order of a run.
 
@@ -143,21 +150,61 @@ class Wire:
             content = to_json(info)
             if not self.is_server:
                 header = Header(Kind.JSON, client=self.topology.rank, num_values=len(content))
+                message = header.pack() + content
+                if self._seals is not None:
+                    message = self._seals.seal_json(message)
                 # After a round the server reads messages only when its own work is done.
                 limit = DEADLINE_OF[phase] if phase in BEFORE_ROUNDS else "broadcast"
-                self._send_message(header.pack() + content, _JSON_TAGS[phase], limit)
-                self._count_json(
-                    DIRECTION_OF[phase], phase, "(json)", size=len(content), num_receivers=1
-                )
+                self._send_message(message, _JSON_TAGS[phase], limit)
+                self._count_collected(phase, len(content))
                 return None
             max_bytes = dict.fromkeys(range(self.topology.size), MAX_JSON_BYTES)
             messages = self._receive_messages(_JSON_TAGS[phase], DEADLINE_OF[phase], max_bytes)
             infos = [json.loads(content)]
-            for rank in sorted(messages):
-                size = len(messages[rank]) - HEADER_BYTES
-                self._count_json(DIRECTION_OF[phase], phase, "(json)", size=size, num_receivers=1)
-                infos.append(open_json(messages[rank], rank))
+            for rank, message in sorted(messages.items()):
+                if self._seals is not None:
+                    message = self._seals.open_json(rank, message)
+                self._count_collected(phase, len(message) - HEADER_BYTES)
+                infos.append(open_json(message, rank))
             return infos
+
+    def exchange_keys(self) -> None:
+        """Exchange and prove the keys of all ranks: what they send from now on is sealed.
+
+        Collective.
+
+        Raises:
+            ProtocolError: a rank, or the server, has another key than it says.
+        """
+        from .keys import Seals  # which imports the library of ciphers
+
+        with self._operation("introduction"):
+            self._seals = Seals.agree_with_ranks(self)
+            self._ledger.is_sealed = True
+            self._seals.confirm_ranks(self)
+
+    def exchange_client_keys(self, assignment: Sequence[Collection[int]]) -> None:
+        """Exchange and prove a key for each client, by which its results are sealed.
+
+        Collective, after the hand-out.
+
+        Args:
+            assignment: the ids of each rank's clients.
+
+        Raises:
+            ProtocolError: a rank has not the key that it has sent for a client.
+        """
+        with self._operation("introduction"):
+            assert self._seals is not None, "the keys of the ranks come first"
+            servers = self._sealed_contract().servers
+            self._seals.introduce_clients(self, assignment, servers)
+            if self._rpc is not None:
+                self._rpc.seals = self._seals
+
+    @property
+    def fingerprints(self) -> JsonObject | None:
+        """Cipher and fingerprints of all public keys; None where nothing is sealed."""
+        return None if self._seals is None else self._seals.fingerprints
 
     def agree(self, verdict: Refused | None, phase: str = "start_up", note: Any = None) -> Any:
         """Broadcast the server's decision whether the run goes on; other ranks pass None.
@@ -212,6 +259,7 @@ class Wire:
             if self._exchange is not None:
                 self._send_chunks(self._exchange.reference, "handout")
                 self._chunk = self._exchange.chunk(self._chunk)
+            self._ledger.num_chunks = num_chunks(self.contract.up.num_values, self._chunk)
             if self.contract.servers:
                 self._rpc = RpcEndpoint(
                     self._comm, self._mpi, self.contract.servers, wait=self._wait
@@ -245,7 +293,9 @@ class Wire:
             evaluated_by: number of clients that judge it on their own text; 0: a round begins.
 
         Returns:
-            What clients get: of a compressed exchange, on the server too, what they make of it.
+            What clients get: of a compressed exchange, on the server too, what they make of it. All
+            values are nan where no change can be sent because they are not finite: clients fail at
+            them as they would without compression.
 
         Raises:
             ValueError: the tensors are not those of the contract.
@@ -254,7 +304,9 @@ class Wire:
         with self._operation("broadcast", None if down is None else down.round):
             assert (down is not None) == self.is_server
             contract = self._sealed_contract()
-            header = None if down is None else broadcast_header(down, contract)
+            header = None
+            if down is not None:
+                header = broadcast_header(down, contract, self._exchange)
             header = self._broadcast_header(header, "broadcast")
             if header.kind is Kind.STOP:
                 self._ledger.add_headers(
@@ -265,7 +317,9 @@ class Wire:
                 header.require(Kind.BROADCAST, "the server")
                 assert header.digest == contract.down.digest, "the server sent another schema"
             tensors = None if down is None else down.tensors
-            if self._exchange is not None:
+            if not header.num_values:
+                tensors = no_numbers(contract.down)
+            elif self._exchange is not None:
                 tensors = self._send_changes(tensors, self._exchange, is_start=not evaluated_by)
             else:
                 if tensors is None:
@@ -340,6 +394,8 @@ class Wire:
         """Wait, without spinning, until every rank is done: MPI_Finalize would spin."""
         with self._operation("finish"):
             self._wait(self._comm.Ibarrier().Test, "finish")
+        if self._seals is not None:
+            self._seals.close()
 
     @property
     def manifest(self) -> list[JsonObject]:
@@ -372,13 +428,13 @@ class Wire:
         headers = [
             Header.of(result, round, calls.get(result.client, NO_CALLS)) for result in results
         ]
-        self._send_message(pack_results(headers, contract.metrics), _RESULTS_TAG, "gather")
+        self._send_message(self._pack(headers, contract, round), _RESULTS_TAG, "gather")
         updates = [result for result in results if isinstance(result, Update)]
-        payloads = [payload(update, self._exchange) for update in updates]
+        payloads = {update.client: payload(update, self._exchange) for update in updates}
         if payloads:
             for part in chunk_slices(contract.up.num_values, self._chunk):
                 where = part if self._exchange is None else byte_range(part, contract.compression)
-                self._send_chunk(payloads, where)
+                self._send_chunk(payloads, where, round)
         self._ledger.add_round(
             contract,
             [update.client for update in updates],
@@ -387,13 +443,25 @@ class Wire:
             crossed=True,
         )
 
-    def _send_chunk(self, payloads: list[np.ndarray], part: slice) -> None:
-        """Send one slice of all this rank's updates, one update after the other."""
-        if len(payloads) == 1:
-            chunk = payloads[0][part]  # a view: no copy
+    def _pack(self, headers: Sequence[Header], contract: Contract, round: int) -> bytes:
+        """Return the message of this rank's headers, each sealed by itself if they are."""
+        if self._seals is None:
+            return pack_results(headers, contract.metrics)
+        return b"".join(
+            self._seals.seal_result(header.client, pack_results([header], contract.metrics), round)
+            for header in headers
+        )
+
+    def _send_chunk(self, payloads: Mapping[int, np.ndarray], part: slice, round: int) -> None:
+        """Send one slice of all this rank's updates, by client, one after the other."""
+        chunks = {client: vector[part] for client, vector in payloads.items()}
+        if self._seals is not None:
+            chunk = self._seal_chunk(chunks, round)
+        elif len(chunks) == 1:
+            [chunk] = chunks.values()  # a view: no copy
         else:
-            chunk = np.concatenate([vector[part] for vector in payloads])
-        kind = self._mpi.FLOAT if self._exchange is None else self._mpi.BYTE
+            chunk = np.concatenate(list(chunks.values()))
+        kind = self._mpi.FLOAT if chunk.dtype == np.float32 else self._mpi.BYTE
         request = self._comm.Isend([chunk, kind], dest=_SERVER, tag=_CHUNK_TAG)
         # The server receives while it aggregates, or after its own training: the deadline is that
         # of its work, and the payload may not be moving before the first chunk has been received.
@@ -405,6 +473,19 @@ class Wire:
             missing=lambda: (_SERVER,),
         )
 
+    def _seal_chunk(self, chunks: Mapping[int, np.ndarray], round: int) -> np.ndarray:
+        """Seal a chunk of each client, fp32 or uint8 [num_values], into the message to be sent."""
+        assert self._seals is not None
+        num_bytes = sum(values.nbytes + SEAL_BYTES for values in chunks.values())
+        if self._sealed_chunk.size < num_bytes:
+            self._sealed_chunk = np.empty(num_bytes, dtype=np.uint8)
+        begin = 0
+        for client, values in chunks.items():
+            end = begin + values.nbytes + SEAL_BYTES
+            self._seals.seal_values(client, self._sealed_chunk[begin:end], values, round=round)
+            begin = end
+        return self._sealed_chunk[:num_bytes]
+
     def _receive_updates(
         self, round: int, contract: Contract, expected: Expected | None
     ) -> Updates:
@@ -412,13 +493,14 @@ class Wire:
         size = self.topology.size
         max_bytes = None
         if expected is not None:
-            max_bytes = {
-                rank: MAX_RESULT_BYTES * len(expected.of_rank(rank)) for rank in range(size)
-            }
+            result_bytes = MAX_RESULT_BYTES + (0 if self._seals is None else SEAL_BYTES)
+            max_bytes = {rank: result_bytes * len(expected.of_rank(rank)) for rank in range(size)}
         messages = self._receive_messages(_RESULTS_TAG, "gather", max_bytes)
         headers: list[Header] = []
         senders: list[list[int]] = [[] for _ in range(size)]
         for rank, message in sorted(messages.items()):
+            if self._seals is not None:
+                message = self._seals.open_results(message, rank, round=round, expected=expected)
             rank_headers = read_headers(message, rank, contract, round=round, expected=expected)
             headers += rank_headers
             senders[rank] = [header.client for header in rank_headers if header.kind is Kind.UPDATE]
@@ -435,6 +517,7 @@ class Wire:
             chunk=self._chunk,
             round=round,
             exchange=self._exchange,
+            seals=self._seals,
         )
         for client, reason in incoming.receive_first().items():
             failures.setdefault(client, Failure(client, round, "check", reason))
@@ -644,3 +727,10 @@ class Wire:
         self._ledger.add_bytes(
             direction, phase, name, size=size, messages=num_receivers, crossed=num_receivers
         )
+
+    def _count_collected(self, phase: JsonPhase, size: int) -> None:
+        """Add a rank's JSON message of `size` bytes to the ledger."""
+        direction = DIRECTION_OF[phase]
+        self._count_json(direction, phase, "(json)", size=size, num_receivers=1)
+        if self._seals is not None:
+            self._ledger.add_seals(direction, phase, num_seals=1, messages=1, crossed=1)

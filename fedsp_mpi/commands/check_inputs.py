@@ -72,7 +72,7 @@ class ServerChecks:
         ranks: Sequence[JsonMapping],
         silos: OpenSilos | None = None,
     ) -> None:
-        from fedsp_mpi.run.silo_inputs import inputs_of
+        from fedsp_mpi.run.any_inputs import inputs_of
 
         self._report = report
         self._config = config
@@ -210,8 +210,9 @@ class ServerChecks:
         cache = hub.locate(inputs.model_name, model.revision, "config.json")
         folders: dict[str, Status] = {str(cache.absolute()): "warn"}
         # Text of the server's own is nobody else's.
-        data = None if self._config.federation.silos else inputs.source
-        for name in (inputs.model_name, model.tokenizer, data):
+        data = [None if self._config.federation.silos else inputs.source]
+        data += [domain.source for domain in inputs.domains]
+        for name in (inputs.model_name, model.tokenizer, *data):
             if name:
                 path = Path(name).expanduser()
                 if path.is_dir():

@@ -27,8 +27,8 @@ from fedsp_mpi.models import backbone, lora
 from fedsp_mpi.models.language_model import LanguageModel
 from fedsp_mpi.models.prompts import Prompt, read_adapter
 from fedsp_mpi.record import Run, read
+from fedsp_mpi.run.any_inputs import inputs_of
 from fedsp_mpi.run.inputs import ExperimentInputs
-from fedsp_mpi.run.silo_inputs import inputs_of
 from fedsp_mpi.training.device import Compute
 
 ZERO_SHOT = "zero-shot"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import safetensors
@@ -13,9 +14,11 @@ from fedsp_mpi.config import Config
 from fedsp_mpi.data import loading, sources
 from fedsp_mpi.log import Log, duration, one_line
 from fedsp_mpi.models import hub
+from fedsp_mpi.run.any_inputs import inputs_of
 from fedsp_mpi.run.inputs import ExperimentInputs
-from fedsp_mpi.run.silo_inputs import SiloInputs, SiloText, inputs_of
+from fedsp_mpi.run.silo_inputs import SiloInputs, SiloText
 from fedsp_mpi.run.silos import found_here
+from fedsp_mpi.run.tier_inputs import TierInputs
 
 _MAX_MISSING = 10  # silos that are named
 
@@ -39,6 +42,10 @@ def fetch(config: Config, log: Log) -> None:
     _fetch_part(log, f"model {config.model.name}", lambda: _model_files(inputs))
     if isinstance(inputs, SiloInputs):
         _fetch_silos(log, inputs)
+    elif isinstance(inputs, TierInputs):
+        for domain in inputs.domains:
+            name = f"data {domain.config.data.task}, of expert {domain.name}"
+            _fetch_part(log, name, partial(_data_files, domain))
     else:
         _fetch_part(log, f"data {config.data.task}", lambda: _data_files(inputs))
     _fetch_part(log, "weights", lambda: _weight_files(inputs))

@@ -16,6 +16,8 @@ def require_consistent(config: Config) -> None:
     """Raise ConfigError on the first values of different keys that contradict each other."""
     if config.searches:
         _require_search(config)
+    else:
+        _require_method_keys(config)
     _require_text(config)
     _require_labels(config)
     _require_adapters(config)
@@ -32,13 +34,7 @@ def _require_search(config: Config) -> None:
             f"federation.clients: found 0 with method={config.method}, expected at least 1: "
             "clients search"
         )
-    for key, (required, reason) in config.method_facts.required.items():
-        value = config.value(key)
-        if value != required:
-            expected = "null" if required is None else required
-            raise ConfigError(
-                f"{key}: found {value} with method={config.method}, expected {expected}: {reason}"
-            )
+    _require_method_keys(config)
     if config.in_words:
         config.instructions.check("instructions")
     prompt = config.prompt
@@ -47,6 +43,17 @@ def _require_search(config: Config) -> None:
             "prompt.init_std: found 0 with method=fedbpt, expected a number above 0, which the "
             "search's scale follows from; or set prompt.init=text"
         )
+
+
+def _require_method_keys(config: Config) -> None:
+    """Check the keys that a method leaves no choice."""
+    for key, (required, reason) in config.method_facts.required.items():
+        value = config.value(key)
+        if value != required:
+            expected = "null" if required is None else required
+            raise ConfigError(
+                f"{key}: found {value} with method={config.method}, expected {expected}: {reason}"
+            )
 
 
 def _require_text(config: Config) -> None:

@@ -46,11 +46,13 @@ from fedsp_mpi.config.runtime import (
     RecordConfig,
     RunConfig,
     TopologyConfig,
+    WireConfig,
     check_paths,
 )
 from fedsp_mpi.config.search import SearchConfig
 from fedsp_mpi.config.silos import require_silos, with_plain_silos
 from fedsp_mpi.config.threats import AttackConfig
+from fedsp_mpi.config.tiers import TiersConfig, require_tiers, with_tier_clients, with_tier_stages
 from fedsp_mpi.config.training import Dtype
 from fedsp_mpi.config.yaml_reader import extended, key_value, parse_yaml, read_yaml, setting
 
@@ -89,10 +91,12 @@ class Config:
         "fedsp",
         "what is tuned and exchanged. `fedsp`: prompts, by gradients; `fedbpt`: prompts, searched "
         "for without gradients; `prompt_search`: prompts in words; `finetune`: all weights of the "
-        "global model; `lora`: low-rank adapters of it; `pretrain`: all weights, on plain text",
+        "global model; `lora`: low-rank adapters of it; `pretrain`: all weights, on plain text; "
+        "`plmm`: prompts of users, experts and a general model (`tiers`)",
     )
     run: RunConfig = RunConfig()
     topology: TopologyConfig = TopologyConfig()
+    wire: WireConfig = WireConfig()
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     auxiliary: AuxiliaryConfig = AuxiliaryConfig()
@@ -103,6 +107,7 @@ class Config:
     server: ServerConfig = ServerConfig()
     client: ClientConfig = ClientConfig()
     augment: AugmentConfig = AugmentConfig()
+    tiers: TiersConfig = TiersConfig()
     attack: AttackConfig = AttackConfig()
     search: SearchConfig = SearchConfig()
     instructions: InstructionsConfig = InstructionsConfig()
@@ -216,6 +221,7 @@ class Config:
             )
         self.data.check("data")
         require_silos(self)
+        require_tiers(self)
         self.attack.check("attack", self.federation.clients)
         require_consistent(self)
 
@@ -274,10 +280,11 @@ def checked(data: Section) -> Config:
     """
     name = data.get("recipe")
     try:
-        data = with_plain_silos(data)
+        data = with_tier_clients(with_plain_silos(data))
         recipe_values = recipe(Config.recipe if name is None else name)
         data = merge(recipe_values, data)
-        config: Config = parse(Config, merge(rates(data), data), "")
+        data = with_tier_stages(merge(rates(data), data))
+        config: Config = parse(Config, data, "")
         config.check()
     except ConfigError as error:
         raise ConfigError(mistake_line(error)) from None
@@ -295,6 +302,7 @@ _FREE = (
     "run.task_label",
     "run.permissions",
     "topology.ranks",
+    "wire.",
     "deadlines.",
     "checkpoint.",
     "record.",
@@ -304,7 +312,7 @@ _FREE = (
     "recipe",
 )
 # Sections that count for one method only.
-_OF_ONE_METHOD = {"search": "fedbpt", "instructions": "prompt_search"}
+_OF_ONE_METHOD = {"search": "fedbpt", "instructions": "prompt_search", "tiers": "plmm"}
 
 
 def changed_keys(before: Section, now: Section) -> list[str]:

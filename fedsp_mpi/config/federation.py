@@ -70,7 +70,8 @@ class FederationConfig:
     clients: int = option(
         7,
         "0: centralised; the server tunes alone, on all data unless `data.server_share` says "
-        "otherwise. With `federation.silos`, their number, and may be left out",
+        "otherwise. With `federation.silos`, their number, and may be left out; with "
+        "`tiers.experts`, the number of their users, whatever it says",
         "clients",
     )
     rounds: int = option(10, "broadcast, local training, aggregation and server update", "rounds")
@@ -108,6 +109,9 @@ class FederationConfig:
         "clients with text of their own, instead of a number of clients; a list, or one section "
         "with a pattern and `names`: see configs/silos/README.md",
     )
+    users: tuple[str, ...] = option(
+        (), "with `tiers.experts`, the names of their users; follows from them"
+    )
     disclose: Literal["exact", "rounded", "nothing"] = option(
         "exact", "what a silo says of its size; `rounded`: to two digits"
     )
@@ -119,9 +123,12 @@ class FederationConfig:
     )
 
     def client_name(self, client: int) -> str:
-        """Return what messages call a client: "silo north", or "client 3"."""
-        is_silo = 0 <= client < len(self.silos)  # messages also name clients that cannot be
-        return f"silo {self.silos[client].name}" if is_silo else f"client {client}"
+        """Return what messages call a client: "silo north", "user ann", or "client 3"."""
+        if 0 <= client < len(self.silos):  # messages also name clients that cannot be
+            return f"silo {self.silos[client].name}"
+        if 0 <= client < len(self.users):
+            return f"user {self.users[client]}"
+        return f"client {client}"
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from fedsp_mpi.config.limits import RANGES, SILO_RANGES
 from fedsp_mpi.config.methods import METHODS
 from fedsp_mpi.config.model import ModelConfig, Recipe
 from fedsp_mpi.config.silos import SiloConfig
+from fedsp_mpi.config.tiers import ExpertConfig
 from fedsp_mpi.files.untrusted import JsonObject
 
 DEFAULT_RECIPE = Config.recipe
@@ -142,6 +143,8 @@ def _section(
         items = None
         if hint == tuple[SiloConfig, ...]:
             items = _section(SiloConfig, f"{own_name}[]", dict.fromkeys(RECIPES, SiloConfig()))
+        elif hint == tuple[ExpertConfig, ...]:
+            items = _section(ExpertConfig, f"{own_name}[]", dict.fromkeys(RECIPES, ExpertConfig()))
         members.append(
             Key(
                 name=own_name,

@@ -73,6 +73,7 @@ _STAGE = {
     "steps": Range(0, 10_000_000),
     "batch_size": Range(1, 100_000),
     "micro_batch": Range(1, MOST_AT_ONCE),
+    "max_padding": Range(0, 1, below=True),
     **{f"optimizer.{name}": limits for name, limits in _OPTIMIZER.items()},
 }
 STAGES = (
@@ -81,6 +82,9 @@ STAGES = (
     "server.tuning",
     "client.alignment",
     "client.tuning",
+    "tiers.personal.tuning",
+    "tiers.upgrade",
+    "tiers.consensus",
 )
 
 RANGES: dict[str, Range] = {
@@ -131,6 +135,10 @@ RANGES: dict[str, Range] = {
     "client.compute.threads": Range(1, 1_024),
     "client.proximal": Range(0, 1e6),
     "client.resident": Range(1, 1_000_000),
+    "tiers.personal.proximal": Range(0, 1e6),
+    "tiers.hidden_weight": Range(0, _MOST),
+    "tiers.temperature": Range(0, 1e6, above=True),
+    "tiers.questions": Range(1, _MOST_EXAMPLES),
     "client.privacy.clip": _POSITIVE,
     "client.privacy.noise_scale": _POSITIVE,
     "attack.target": Range(0, 1_000_000),

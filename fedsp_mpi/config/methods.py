@@ -29,6 +29,7 @@ class MethodFacts:
         reads_plain_text: texts are documents, of which every token is predicted; otherwise they
             are questions with answers.
         augments: clients train by gradients on examples, and can be given pseudo-labelled ones.
+        has_tiers: clients are the users of experts, and keep prompts of their own (`tiers`).
         distils_prompts: the server may learn from the auxiliary model what a merged prompt means.
         required: values that keys must have with this method, by key, and why.
     """
@@ -42,6 +43,7 @@ class MethodFacts:
     reads_plain_text: bool = False
     augments: bool = False
     distils_prompts: bool = False
+    has_tiers: bool = False
     required: Mapping[str, tuple[object, str]] = field(default_factory=dict)
 
 
@@ -74,6 +76,18 @@ _WORDS_REQUIRE: dict[str, tuple[object, str]] = {
     "client.privacy.clip": (None, _NO_CHANGE),
     "client.proximal": (0, "a search takes no gradients"),
 }
+_ONE_UP = "a user sends one prompt, and gets those of all experts"
+_TIERS_REQUIRE: dict[str, tuple[object, str]] = {
+    "topology.server_ranks": (1, "one rank plays all experts and the general model"),
+    "client.training": ("alternating", "users tune prompts alone"),
+    "client.alignment.steps": (0, "users tune prompts alone"),
+    "client.privacy.clip": (None, _ONE_UP),
+    "federation.client_seconds": (None, "users tune two prompts"),
+    "federation.client_state": ("kept", "a user's own prompt lives on from round to round"),
+    "federation.compression.format": ("none", _ONE_UP),
+    "server.accept": ("always", "the general model has learned from what an expert has tuned"),
+    "attack.target": (None, "domains have different answers"),
+}
 _FEDBPT = MethodFacts(
     "fedsp_mpi.algorithms.fedbpt", "FedBPT", searches=True, required=_SEARCH_REQUIRES
 )
@@ -97,6 +111,9 @@ METHODS: dict[str, MethodFacts] = {
         searches=True,
         in_words=True,
         required=_WORDS_REQUIRE,
+    ),
+    "plmm": MethodFacts(
+        "fedsp_mpi.algorithms.plmm", "PLMM", has_tiers=True, required=_TIERS_REQUIRE
     ),
 }
 # method=fedbpt with search.rule=average

@@ -148,6 +148,12 @@ class DistillationConfig:
 
     def check(self, where: str) -> None:
         """Raise ConfigError, under the section's key `where`, on values that cannot work."""
+        if self.stage.max_padding is not None and self.engine == "deepspeed":
+            raise ConfigError(
+                f"{where}.stage.max_padding: found {self.stage.max_padding:g} with DeepSpeed, "
+                "whose steps have equally many forward passes, expected null; set "
+                f"{where}.engine=torch, or micro_batch instead"
+            )
         if self.stage.steps and not (self.hidden_weight or self.logits_weight):
             raise ConfigError(
                 f"{where}: found hidden_weight 0 and logits_weight 0 with "

@@ -10,6 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from fedsp_mpi.config.keys import DEFAULT_RECIPE, RECIPES, Key, Section, configuration
+from fedsp_mpi.config.silos import SiloConfig
+from fedsp_mpi.config.tiers import ExpertConfig
 from fedsp_mpi.config.training import ComputeConfig, StageConfig
 from fedsp_mpi.files.untrusted import JsonObject
 
@@ -17,6 +19,10 @@ _HEAD = Path(__file__).parent.parent / "resources" / "reference.md"
 _TABLE = "| key | values | default | unit | meaning |\n|---|---|---|---|---|"
 _TOP = "The keys that stand in no section."
 _SHARED = (StageConfig, ComputeConfig)  # sections of which there are several, with the same keys
+_LISTS: dict[type, str] = {
+    SiloConfig: "list of silos, or one section",
+    ExpertConfig: "list of experts",
+}
 _PAGE = re.compile(r"\bconfigs/(\S+\.md)\b")
 _LINK = r"[\1](\1)"
 _NO_END = 1e30  # from here on, the end of a range says nothing
@@ -79,7 +85,7 @@ def _row(key: Key) -> str:
     for name in RECIPES:
         if key.defaults[name] != key.defaults[DEFAULT_RECIPE]:
             default += f" ({name}: `{key.default(name)}`)"
-    values = "list of silos, or one section" if key.items else _described(key.values)
+    values = _described(key.values) if key.items is None else _LISTS[key.items.kind]
     meaning = _PAGE.sub(_LINK, key.meaning)
     cells = [f"`{key.name}`", values, default, key.unit, meaning]
     return f"| {' | '.join(cells)} |".replace("|  |", "| |")

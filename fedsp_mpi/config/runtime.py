@@ -1,4 +1,7 @@
-"""Where and how a run runs: sections `run`, `topology`, `record`, `checkpoint`, `deadlines`."""
+"""Where and how a run runs.
+
+Sections `run`, `topology`, `wire`, `record`, `checkpoint`, `deadlines`.
+"""
 
 from __future__ import annotations
 
@@ -84,6 +87,17 @@ class TopologyConfig:
         "ranks 0 to S - 1 hold the global model and share distillation (ZeRO), server tuning and "
         "evaluation",
         "ranks",
+    )
+
+
+@dataclass(frozen=True)
+class WireConfig:
+    """How messages travel between the ranks; results have the same bits in any case."""
+
+    encryption: bool = option(
+        False,
+        "seal all that clients' ranks send to the server, end to end, with a key for each client "
+        "(X25519, ChaCha20-Poly1305); what it protects: configs/silos/README.md",
     )
 
 

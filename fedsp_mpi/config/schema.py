@@ -8,6 +8,7 @@ other, which `check` finds.
 from __future__ import annotations
 
 from fedsp_mpi.config.keys import DEFAULT_RECIPE, RECIPES, Key, Section, configuration
+from fedsp_mpi.config.silos import SiloConfig
 from fedsp_mpi.files.untrusted import JsonObject
 
 DRAFT = "https://json-schema.org/draft/2020-12/schema"
@@ -50,7 +51,7 @@ def _section(section: Section) -> JsonObject:
 
 
 def _key(key: Key) -> JsonObject:
-    values = key.values if key.items is None else _silos(key.items)
+    values = key.values if key.items is None else _items(key.items)
     if values.get("type") == "object":
         values = {**values, "type": _SECTION}
     default = key.defaults[DEFAULT_RECIPE]
@@ -63,9 +64,11 @@ def _key(key: Key) -> JsonObject:
     return {"description": "\n".join(notes), **values, "default": default}
 
 
-def _silos(silo: Section) -> JsonObject:
-    """Return the forms of silos: a list, or one section with a pattern."""
-    item = {**_section(silo), "type": "object"}
+def _items(kind: Section) -> JsonObject:
+    """Return the forms of a list of sections; silos may also be one section with a pattern."""
+    item = {**_section(kind), "type": "object"}
+    if kind.kind is not SiloConfig:
+        return {"type": "array", "items": item}
     names = {"description": _NAMES, "type": "array"}
     pattern = {**item, "properties": {"names": names, **item["properties"]}}
     return {"anyOf": [{"type": "array", "items": item}, pattern]}

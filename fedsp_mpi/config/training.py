@@ -41,6 +41,12 @@ class StageConfig:
     micro_batch: int | None = option(
         None, "of a forward pass, of similar length; `null`: the whole batch", "examples"
     )
+    max_padding: float | None = option(
+        None,
+        "of a step's forward passes, at most: a batch is cut by length into as few as that takes. "
+        "Losses and gradients stay the same but for rounding. `null`: any",
+        "fraction of tokens",
+    )
     optimizer: OptimizerConfig = OptimizerConfig()
 
     def check(self, where: str) -> None:

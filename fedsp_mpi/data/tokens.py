@@ -286,6 +286,10 @@ class _Table:
         """
         return rows[np.argsort(-self._ends[rows], kind="stable")]
 
+    def lengths(self, rows: np.ndarray) -> np.ndarray:
+        """Return how many positions rows [batch] take, int64 [batch]."""
+        return self._ends[rows]
+
     def batch(self, rows: np.ndarray) -> Batch:
         """Return the texts of rows [batch], padded to the longest of them."""
         ends = self._ends[rows, None]
@@ -329,6 +333,42 @@ def by_length(
         start += size
 
 
+def sizes_by_length(lengths: np.ndarray, max_size: int, max_padding: float) -> list[int]:
+    """Cut a batch that is sorted by length into as few groups as a limit of padding takes.
+
+    Of all ways to cut it into that many, the one with the least padding.
+
+    Args:
+        lengths: of the texts, int64 [batch], longest first.
+        max_size: most texts of a group.
+        max_padding: largest fraction of all groups' tokens that may be padding, below 1.
+
+    Returns:
+        The sizes of the groups, in order.
+    """
+    num_texts = len(lengths)
+    most = lengths.sum() / (1 - max_padding)
+    ends = np.arange(num_texts + 1)
+    sizes = ends[None, :] - ends[:, None]  # of a group from the row's text to before the column's
+    cost_of_group = np.where(
+        (sizes > 0) & (sizes <= max_size), np.append(lengths, 0)[:, None] * sizes, np.inf
+    )
+    costs = np.where(ends == 0, 0.0, np.inf)  # tokens of the best groups up to each text
+    begins: list[np.ndarray] = []  # of the last of them
+    while costs[-1] > most * (1 + 1e-9):
+        totals = costs[:, None] + cost_of_group
+        begins.append(totals.argmin(axis=0))
+        costs = totals.min(axis=0)
+        if len(begins) == num_texts:  # each text by itself
+            break
+    cut: list[int] = []
+    end = num_texts
+    for begin in reversed(begins):
+        cut.append(end - int(begin[end]))
+        end -= cut[-1]
+    return cut[::-1]
+
+
 class Batches:
     """Training batches over one shard, addressed by step: a step always gives the same batch.
 
@@ -343,6 +383,8 @@ class Batches:
         owner: the stage whose order it is, and numbers such as the client's: "client prompt", 3.
         part: (index, number of parts): the part of every batch that is returned, where several
             ranks share the work.
+        max_padding: largest fraction of a step's tokens that are padding; a batch is cut into as
+            few micro-batches as that takes, of at most `micro_batch` examples. None: no limit.
     """
 
     def __init__(
@@ -353,6 +395,7 @@ class Batches:
         seed: int,
         *owner: str | int,
         part: tuple[int, int] = (0, 1),
+        max_padding: float | None = None,
     ) -> None:
         assert len(texts) > 0
         stage, *numbers = owner
@@ -364,6 +407,7 @@ class Batches:
         self._purpose = f"order {stage}"
         self._owner_numbers = [int(number) for number in numbers]
         self._part = part
+        self._max_padding = max_padding
         # The order of one epoch is kept: steps mostly come one after the other.
         self._epoch = -1
         self._order = np.empty(0, dtype=np.int64)
@@ -380,13 +424,16 @@ class Batches:
         epochs = range(start // self._num_texts, (end - 1) // self._num_texts + 1)
         rows = np.concatenate([self._rows(epoch, start, end) for epoch in epochs])
         part_index, num_parts = self._part
-        if self._micro_batch * num_parts < len(rows):
+        if self._micro_batch * num_parts < len(rows) or self._max_padding is not None:
             rows = self._table.longest_first(rows)
         rows = rows[part_index::num_parts]
-        return [
-            self._table.batch(rows[first : first + self._micro_batch])
-            for first in range(0, len(rows), self._micro_batch)
-        ]
+        if self._max_padding is None:
+            sizes = [self._micro_batch] * -(-len(rows) // self._micro_batch)
+        else:
+            lengths = self._table.lengths(rows)
+            sizes = sizes_by_length(lengths, self._micro_batch, self._max_padding)
+        ends = np.cumsum(sizes)
+        return [self._table.batch(rows[end - size : end]) for size, end in zip(sizes, ends)]
 
     def _rows(self, epoch: int, start: int, end: int) -> np.ndarray:
         """Return the rows of an epoch's order between two positions of the stream of all epochs."""

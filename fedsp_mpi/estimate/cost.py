@@ -47,7 +47,8 @@ import torch
 from torch import nn
 
 from fedsp_mpi.comm.compression import num_bytes
-from fedsp_mpi.comm.messages import HEADER_BYTES
+from fedsp_mpi.comm.envelope import SEAL_BYTES, update_seal_bytes
+from fedsp_mpi.comm.messages import CHUNK_BYTES, HEADER_BYTES
 from fedsp_mpi.config import EMBEDDED, AuxiliaryConfig, Config, StageConfig
 from fedsp_mpi.data.tasks import ASSUMED_LENGTHS, TASKS, TextLengths
 from fedsp_mpi.estimate import memory
@@ -65,6 +66,7 @@ Trained = Literal["weights", "prompts", "both"]
 _DISTILLATION = "distillation"
 _ALIGNMENT = "client alignment"
 _PROMPT_TUNING = "client prompt tuning"
+_PERSONAL_TUNING = "client tuning of personal prompts"
 _FINE_TUNING = "client fine-tuning"
 _LABELLING = "client labelling"
 _SEARCH = "client search"
@@ -89,7 +91,7 @@ class MethodCost:
         trains: parameters that a client trains, prompts among them.
         handout: bytes to a client, once; without header and JSON.
         down: bytes to a client per round, with header.
-        up: bytes from a client per round, with header.
+        up: bytes from a client per round, with header, and with what sealing adds.
         judged: bytes to a client at the end of a round that silos judge, with header; else 0.
         total: bytes of all rounds with their participating clients, and of the hand-out to all; of
             what silos judge, to all.
@@ -557,10 +559,14 @@ class _Costs:
                 self._fine_tuning(),
             )
         stages = self._stages()
-        trains_weights = stages != prompts_only
+        trains_weights = any(stage.trained != "prompts" for stage in stages)
         is_fedsp = trains_weights or self.config.auxiliary.first_layers
         name = "FedSP (as configured)" if is_fedsp else "as configured"
-        methods = [self._prompt_method(name, self.small, stages)]
+        num_down = 1
+        if self.config.method_facts.has_tiers:
+            name = f"{self.config.method_facts.title} (as configured)"
+            num_down = len(self.config.tiers.experts) + 1  # the experts' and the general prompt
+        methods = [self._prompt_method(name, self.small, stages, num_down=num_down)]
         if trains_weights:
             methods.append(self._prompt_method("FedSP, no sharing", self.single, stages))
         methods += [
@@ -583,6 +589,9 @@ class _Costs:
         stages = [_Stage(_PROMPT_TUNING, client.tuning, "prompts")]
         if client.alignment.steps:
             stages.insert(0, _Stage(_ALIGNMENT, client.alignment, "weights"))
+        personal = self.config.tiers.personal.tuning
+        if self.config.method_facts.has_tiers and personal.steps:
+            stages.append(_Stage(_PERSONAL_TUNING, personal, "prompts"))
         return stages
 
     def _prompt_method(
@@ -592,6 +601,7 @@ class _Costs:
         stages: list[_Stage],
         *,
         num_clients: int | None = None,
+        num_down: int = 1,
     ) -> MethodCost:
         """Return the cost of a method whose clients exchange prompts.
 
@@ -600,6 +610,7 @@ class _Costs:
             model: that each client holds; the prompts that travel have its depth.
             stages: of a client's round.
             num_clients: all of which take part in every round; None: as configured.
+            num_down: prompts that go down in a round; one comes up.
         """
         holds = model.num_parameters()
         with torch.device("meta"):
@@ -611,21 +622,23 @@ class _Costs:
         trains = num_values
         if any(stage.trained != "prompts" for stage in stages):
             trains += holds
-        handout = FP32_BYTES * (holds + num_values) + self._reference_bytes(num_values)
-        message = self._message_bytes(num_values)
+        num_values_down = num_down * num_values
+        handout = FP32_BYTES * (holds + num_values_down) + self._reference_bytes(num_values)
+        down = self._message_bytes(num_values_down)
+        update = self._message_bytes(num_values) + self._seal_bytes(num_values)
         clients_per_round = num_clients or self._clients_per_round()
         all_clients = num_clients or self.config.federation.clients
-        judged = self._judged(message)
+        judged = self._judged(down)
         rounds = self.config.federation.rounds
         total = all_clients * handout
-        total += rounds * (clients_per_round * 2 * message + all_clients * judged)
+        total += rounds * (clients_per_round * (down + update) + all_clients * judged)
         return MethodCost(
             name=name,
             holds=holds,
             trains=trains,
             handout=handout,
-            down=message,
-            up=message,
+            down=down,
+            up=update,
             judged=judged,
             total=total,
             steps=steps,
@@ -642,12 +655,13 @@ class _Costs:
         num_weights = self.large.num_parameters()
         num_tuned = self._num_adapters if self.config.adapts else num_weights
         message = self._message_bytes(num_tuned)
+        update = message + self._seal_bytes(num_tuned)
         handout = self._reference_bytes(num_tuned)
         if self.config.adapts:
             handout += FP32_BYTES * num_weights
         judged = self._judged(message)
         federation = self.config.federation
-        total = self._clients_per_round() * 2 * message + federation.clients * judged
+        total = self._clients_per_round() * (message + update) + federation.clients * judged
         step = self._weights_step(stage)
         return MethodCost(
             name=self.config.method_facts.title if self.config.tunes_weights else "fine-tuning",
@@ -655,7 +669,7 @@ class _Costs:
             trains=num_tuned,
             handout=handout,
             down=message,
-            up=message,
+            up=update,
             judged=judged,
             total=federation.rounds * total + federation.clients * handout,
             steps=(step,),
@@ -665,6 +679,12 @@ class _Costs:
     def _message_bytes(self, num_values: int) -> int:
         """Return the bytes of a broadcast or an update, as the configuration compresses it."""
         return num_bytes(num_values, self.config.federation.compression) + HEADER_BYTES
+
+    def _seal_bytes(self, num_values: int) -> int:
+        """Return the bytes that sealing adds to an update; 0 if nothing is sealed."""
+        if not self.config.wire.encryption:
+            return 0
+        return update_seal_bytes(num_values, CHUNK_BYTES, self.config.federation.compression)
 
     def _reference_bytes(self, num_values: int) -> int:
         """Return the bytes of what changes are sent against, which is handed out with them."""
@@ -701,7 +721,7 @@ class _Costs:
         config = self.config
         values_down, values_up = self._values_of_search()
         down = FP32_BYTES * values_down + HEADER_BYTES
-        up = FP32_BYTES * values_up + HEADER_BYTES
+        up = FP32_BYTES * values_up + HEADER_BYTES + self._seal_bytes(values_up)
         if config.asks_server:
             # The clients hold no model: their texts travel, and the server computes.
             requests = self._request_bytes()
@@ -791,7 +811,8 @@ class _Costs:
         num_texts = self._texts_per_point()
         num_values = 3 + self._copies_per_text() + num_texts * (3 + self.texts.tokens)
         points = FP32_BYTES * search.points * search.dimension
-        return num_requests * (HEADER_BYTES + FP32_BYTES * num_values) + points
+        seal_bytes = 2 * SEAL_BYTES if self.config.wire.encryption else 0
+        return num_requests * (HEADER_BYTES + FP32_BYTES * num_values + seal_bytes) + points
 
     def _response_bytes(self) -> int:
         """Return the bytes of the server's responses to a client in a round."""

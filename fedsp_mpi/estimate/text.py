@@ -217,11 +217,13 @@ def _steps(estimate: CostEstimate) -> str:
 
 def _wire(estimate: CostEstimate) -> str:
     """Return the bytes that go down and up, without headers; without clients, what would."""
-    if not estimate.config.searches:
-        size = num_bytes(estimate.sizes.wire, estimate.config.federation.compression)
-        return f"{size:,} bytes down and up"
     method = estimate.methods[0]
-    return f"{method.down - HEADER_BYTES:,} bytes down and {method.up - HEADER_BYTES:,} up"
+    if estimate.config.searches:
+        return f"{method.down - HEADER_BYTES:,} bytes down and {method.up - HEADER_BYTES:,} up"
+    size = num_bytes(estimate.sizes.wire, estimate.config.federation.compression)
+    seals = f", and {method.up - method.down:,} up that seal it"
+    is_sealed = estimate.config.wire.encryption
+    return f"{size:,} bytes down and up{seals if is_sealed else ''}"
 
 
 def _auxiliary(estimate: CostEstimate) -> list[str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -60,6 +60,30 @@ class Score:
     exact_match: float
     stderr: float
     seconds: float
+
+
+def pooled(scores: Sequence[Score]) -> Score:
+    """Return one score of several splits that were each scored under a prompt of its own.
+
+    Means are weighted by questions; the standard error is that of a stratified mean.
+    """
+    if len(scores) == 1:
+        return scores[0]
+    total = sum(score.n for score in scores)
+    shares = [score.n / total for score in scores]
+
+    def mean(values: Iterable[float]) -> float:
+        return float(sum(share * value for share, value in zip(shares, values)))
+
+    variance = sum((share * score.stderr) ** 2 for share, score in zip(shares, scores))
+    return Score(
+        n=total,
+        acc=mean(score.acc for score in scores),
+        acc_norm=mean(score.acc_norm for score in scores),
+        exact_match=mean(score.exact_match for score in scores),
+        stderr=math.sqrt(variance),
+        seconds=sum(score.seconds for score in scores),
+    )
 
 
 class OptionScores:

@@ -44,7 +44,9 @@ _NOTE_KEYS = {"host", "pid", "job"}
 _PARTS = re.compile(rf"({'|'.join(MODELS)})\.part\d+")
 # Names of a run's files, by subfolder.
 _RUN_FILES = {
-    "": re.compile(rf"(run\.h5|config\.yaml|{re.escape(EVALUATION)})(\.part)?"),
+    "": re.compile(
+        rf"(run\.(h5|additions(\.mark)?)|config\.yaml|{re.escape(EVALUATION)})(\.part)?"
+    ),
     "rounds": re.compile(r"\d{4,}\.h5(\.part)?"),
     "checkpoints": re.compile(
         r"(\d{4,}\.json|(server-\d{4,}|client-\d{5,}-\d{4,}|distillation-\d+)\.safetensors"

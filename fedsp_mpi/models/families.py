@@ -15,6 +15,7 @@ from typing import Any, Literal
 import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.activations import NewGELUActivation
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 Kind = Literal["causal", "masked", "encoder_decoder"]
@@ -221,6 +222,18 @@ def _logits_by_forward(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     head.__dict__["_modules"] = modules
     states = hidden.reshape(1, -1, hidden.shape[-1])
     return head(inputs_embeds=states).logits.reshape(*hidden.shape[:-1], -1)
+
+
+def fuse_gelu(model: nn.Module) -> None:
+    """Have GPT-2's activation computed by one kernel, in place.
+
+    `gelu_new` is GELU's approximation by a tanh. transformers writes it out in eight operations,
+    each of which keeps what its backward pass needs.
+    """
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, NewGELUActivation):
+                setattr(module, name, nn.GELU(approximate="tanh"))
 
 
 def origins(config: PreTrainedConfig) -> tuple[int, ...] | None:

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from fedsp_mpi.files.untrusted import JsonObject
-from fedsp_mpi.models.families import kind_of, logits_of, shape_of
+from fedsp_mpi.models.families import fuse_gelu, kind_of, logits_of, shape_of
 from fedsp_mpi.models.prompts import Prompt, PromptBatch, key_values
 from fedsp_mpi.tensors import Batch
 
@@ -72,6 +73,7 @@ class LanguageModel:
         self.weights = dict(model.named_parameters())
         self.shape = shape_of(model.config)
         self.kind = kind_of(model.config)
+        fuse_gelu(model)
         first_weight = next(model.parameters())
         self.device = first_weight.device
         self.casts = first_weight.dtype != dtype
@@ -108,6 +110,25 @@ class LanguageModel:
             weight.data = weight.data.to(self.dtype)
         self.casts = False
         return self
+
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Run the block, in which no weight is trained, without casting weights in every pass.
+
+        Where autocast would cast a weight of a matrix product each time, it is in the type of the
+        forward pass meanwhile; the results have the same bits. A head that is the input embedding
+        too stays as it is.
+        """
+        full_precision: list[tuple[nn.Parameter, Tensor]] = []
+        if self.casts:
+            for weight in _product_weights(self.model):
+                full_precision.append((weight, weight.data))
+                weight.data = weight.data.to(self.dtype)
+        try:
+            yield
+        finally:
+            for weight, data in full_precision:
+                weight.data = data
 
     def train_weights(self, on: bool) -> None:
         """Make every weight trainable, or none.
@@ -424,6 +445,41 @@ class LanguageModel:
             )
         return [row[len(ids) :].tolist() for row in rows]
 
+    def greedy_tokens(
+        self, ids: Sequence[int], prompt: Prompt | None, max_tokens: int
+    ) -> Iterator[tuple[int, float]]:
+        """Yield the likeliest next token again and again, each with its probability.
+
+        The context is read once, before the first token; then a pass for each token.
+
+        Args:
+            ids: the context; the model is causal.
+            prompt: at this model's depth, or None.
+            max_tokens: after which to end, if no token that ends a text has come before; that one
+                is not yielded.
+        """
+        end = self.model.config.eos_token_id
+        ends = set(end) if isinstance(end, list) else {end}
+        context = torch.tensor([list(ids)], device=self.device)
+        batch = Batch(context, torch.ones_like(context), context)
+        with torch.no_grad(), self.computing(), self.evaluating():
+            inputs, _ = self.inputs(batch, prompt)
+            mask = inputs["attention_mask"]
+            output = self.model.base_model(**{**inputs, "use_cache": True})
+            for _ in range(max_tokens):
+                probabilities = self.head(output.last_hidden_state[0, -1]).float().softmax(dim=-1)
+                probability, token = probabilities.max(dim=-1)
+                if int(token) in ends:
+                    return
+                yield int(token), float(probability)
+                mask = torch.cat([mask, mask.new_ones(1, 1)], dim=1)
+                output = self.model.base_model(
+                    input_ids=token.view(1, 1),
+                    attention_mask=mask,
+                    past_key_values=output.past_key_values,
+                    use_cache=True,
+                )
+
     def keys_and_values(self, ids: Tensor) -> Tensor:
         """Return every layer's keys and values of tokens that stand alone.
 
@@ -439,6 +495,16 @@ class LanguageModel:
         return torch.stack(
             [torch.stack([layer.keys[0], layer.values[0]]) for layer in layers]
         ).float()
+
+
+def _product_weights(model: nn.Module) -> list[nn.Parameter]:
+    """Return the weights and biases that only linear layers use, each once."""
+    used: dict[bool, dict[int, nn.Parameter]] = {True: {}, False: {}}
+    for module in model.modules():
+        is_linear = isinstance(module, (nn.Linear, Conv1D))
+        for weight in module.parameters(recurse=False):
+            used[is_linear][id(weight)] = weight
+    return [weight for key, weight in used[True].items() if key not in used[False]]
 
 
 def _full_cache() -> JsonObject:

@@ -58,6 +58,30 @@ def write(
         rename(part, path, sync)
 
 
+def append(path: Path, size: int, content: Buffer, intact: str) -> None:
+    """Write bytes behind the first `size` bytes of a file, which stay as they are.
+
+    What a failed call has left there is written over by the next one.
+
+    Args:
+        path: of the file; it is made if it is missing.
+        size: bytes of the file that count.
+        content: to add.
+        intact: what is still there if this fails, for the error message.
+
+    Raises:
+        RecordError: the file cannot be written.
+    """
+    with writing(path, intact):
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT, ownership.file_mode(path))
+        try:
+            os.lseek(handle, size, os.SEEK_SET)
+            _write_all(handle, content)
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
 def read(path: Path) -> memoryview:
     """Return a file's bytes in writable memory, read past the page cache where the file system can.
 

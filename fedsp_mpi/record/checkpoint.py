@@ -112,6 +112,19 @@ class Checkpoints:
         """
         return states.unpack(self._read(client_file(client, file.round), file))
 
+    def newest_client_state(self, client: int) -> State | None:
+        """Return the newest state of one client, without opening any other client's; None if there
+        is none.
+
+        Raises:
+            ValueError: the file is not what was written.
+        """
+        for round in sorted(self._rounds(), reverse=True):
+            file = self._client_files(round).get(client)
+            if file is not None:
+                return self.read_client(client, file)
+        return None
+
     def read_server(self, checkpoint: Checkpoint) -> State:
         """Return the server's state.
 

@@ -5,7 +5,7 @@ Layout 1. Attributes of the root: format, layout, name, status, created, updated
 
     reason, config, config_text, environment    texts; config and environment are JSON
     sections/<name>                             JSON
-    rounds, clients, silos, results, wire       tables, see tables.py
+    rounds, clients, silos, tiers, results, wire       tables, see tables.py
     prompts/<0007>/<tensor>                     a group for each round; while a run goes on, a link
                                                 to the round's own file
 
@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,7 +28,8 @@ import numpy as np
 from fedsp_mpi.files import untrusted
 from fedsp_mpi.files.untrusted import JsonObject
 from fedsp_mpi.log import one_line
-from fedsp_mpi.record import lock, reader, shapes, tables, trailer
+from fedsp_mpi.record import additions, lock, reader, shapes, tables, trailer
+from fedsp_mpi.record.additions import Addition
 
 FORMAT = "fedsp_mpi run"
 LAYOUT = 1
@@ -38,6 +39,17 @@ _TEXTS = ("reason", "config_text")
 _JSONS = ("config", "environment")
 # In this order: the commit mark comes last.
 _ATTRIBUTES = ("name", "status", "created", "updated", "committed_rounds")
+# What may be added to a record beside rows of its tables, and the type that JSON has for it.
+ADDED: dict[str, type] = {
+    "status": str,
+    "reason": str,
+    "updated": str,
+    "committed_rounds": int,
+    "sections": dict,
+}
+# Likewise: a round, and the rounds from there on whose prompts were kept.
+PROMPT_ROUNDS = "prompt_rounds"
+_MAX_READS = 5  # of a run.h5 that another process replaces meanwhile
 _MAX_REPORT_BYTES = 1 << 20  # of failure.txt
 # Level 1: on 24.6 MB of normal fp32 noise (GPT2-XL's prefix) 0.3 s for 10.4 % less; level 4 takes
 # 0.5 s for 11.1 %.
@@ -61,11 +73,12 @@ class Run:
         created, updated: UTC, ISO 8601, to the second.
         committed_rounds: number of the last round that is completely on disk; nothing above it is
             shown.
-        rounds, clients, silos, results, wire: structured arrays [rows] with the fields of the row
-            classes, read-only.
+        rounds, clients, silos, tiers, results, wire: structured arrays [rows] with the fields of
+            the row classes, read-only.
         prompt_rounds: the rounds whose prompts were kept.
         has_digest: whether the file's bytes were compared with a digest; those of earlier versions
             have none.
+        digest: of the run.h5 that was read, by which what was added to it since is known.
     """
 
     file: Path
@@ -82,10 +95,12 @@ class Run:
     rounds: np.ndarray = field(default_factory=lambda: _empty("rounds"))
     clients: np.ndarray = field(default_factory=lambda: _empty("clients"))
     silos: np.ndarray = field(default_factory=lambda: _empty("silos"))
+    tiers: np.ndarray = field(default_factory=lambda: _empty("tiers"))
     results: np.ndarray = field(default_factory=lambda: _empty("results"))
     wire: np.ndarray = field(default_factory=lambda: _empty("wire"))
     prompt_rounds: tuple[int, ...] = ()
     has_digest: bool = True
+    digest: str = ""
 
     @property
     def folder(self) -> Path:
@@ -151,9 +166,7 @@ def read(folder_or_file: str | Path) -> Run:
     """
     path = Path(folder_or_file)
     file = path / "run.h5" if path.is_dir() else path
-    with _reading(file), reader.open_file(file) as source:
-        _check_format(source.h5, file)
-        run = _to_run(source)
+    run = _read_file(file)
     if run.status != "running":
         return run
     report = file.with_name("failure.txt")
@@ -167,6 +180,72 @@ def read(folder_or_file: str | Path) -> Run:
     if lock.is_abandoned(file.parent):
         return dataclasses.replace(run, status="stopped", reason=KILLED)
     return run
+
+
+def _read_file(file: Path) -> Run:
+    """Read a run.h5 with what was added to it since; raise ValueError if that cannot be read."""
+    with _reading(file):
+        for _ in range(_MAX_READS):
+            before = _identity(file)
+            with reader.open_file(file) as source:
+                _check_format(source.h5, file)
+                run = _to_run(source)
+            if not run.digest:
+                return run
+            # A run that ends writes a new run.h5, and removes what was added to this one.
+            try:
+                run = _with_additions(run, additions.read(file.parent, run.digest))
+            except (OSError, ValueError):
+                if _identity(file) == before:
+                    raise
+            else:
+                if _identity(file) == before:
+                    return run
+        raise ValueError("a file that changes all the time")
+
+
+def _identity(file: Path) -> tuple[int, int]:
+    status = file.stat()
+    return status.st_ino, status.st_mtime_ns
+
+
+def _with_additions(run: Run, added: Sequence[Addition]) -> Run:
+    """Return the record with all additions.
+
+    Raises:
+        ValueError: they are none that a run writes.
+        KeyError: a table lacks a column.
+    """
+    if not added:
+        return run
+    fields: JsonObject = {}
+    stays = {name: [getattr(run, name)] for name in tables.TABLES}
+    parts: dict[str, list[np.ndarray]] = {name: [] for name in tables.TABLES}
+    prompt_rounds = list(run.prompt_rounds)
+    for addition in added:
+        fields |= addition.fields
+        new_rounds = fields.pop(PROMPT_ROUNDS, None)
+        if new_rounds is not None:
+            from_round, *rounds = map(int, new_rounds)
+            prompt_rounds = [round for round in prompt_rounds if round < from_round] + rounds
+        for name, rows in addition.replaced.items():
+            stays[name] = []
+            parts[name] = [rows]
+        for name, rows in addition.appended.items():
+            parts[name].append(rows)
+    if not set(fields) <= set(ADDED):
+        raise ValueError(f"additions of {untrusted.printable(str(sorted(fields)))}")
+    for name, value in fields.items():
+        if not isinstance(value, ADDED[name]):
+            raise ValueError(f"a {type(value).__name__} as {name}")
+    fields["prompt_rounds"] = tuple(prompt_rounds)
+    for name, new_parts in parts.items():
+        if new_parts:
+            new_rows = _current(name, tables.joined(new_parts))
+            fields[name] = tables.joined([*stays[name], new_rows])
+    merged = dataclasses.replace(run, **fields)
+    shapes.require(merged.config, merged.sections)
+    return merged
 
 
 def _first_line(report: Path) -> str:
@@ -188,7 +267,7 @@ def _to_run(source: reader.OpenFile) -> Run:
     committed = attributes["committed_rounds"]
 
     arrays: JsonObject = {name: _read_table(source, name) for name in tables.TABLES}
-    for name in ("rounds", "clients", "silos"):
+    for name in ("rounds", "clients", "silos", "tiers"):
         is_committed = arrays[name]["round"] <= committed
         arrays[name] = tables.frozen(arrays[name][is_committed])
 
@@ -209,6 +288,7 @@ def _to_run(source: reader.OpenFile) -> Run:
         reason=texts["reason"],
         prompt_rounds=tuple(prompt_rounds),
         has_digest=source.trailer is not None,
+        digest=source.trailer.digest if source.trailer else "",
         **attributes,
         **arrays,
     )
@@ -227,10 +307,19 @@ def _parse_mapping(name: str, text: str) -> JsonObject:
 
 
 def _read_table(source: reader.OpenFile, name: str) -> np.ndarray:
-    """Return a table [rows] with the columns and types of today's row class."""
+    """Return a table [rows] of a file with the columns and types of today's row class."""
     if name in tables.LATER_TABLES and name not in source.h5:
         return _empty(name)
-    stored = reader.table(source, name)
+    return _current(name, reader.table(source, name))
+
+
+def _current(name: str, stored: np.ndarray) -> np.ndarray:
+    """Return a stored table [rows] with the columns and types of today's row class.
+
+    Raises:
+        KeyError: it lacks a column.
+        ValueError: a column has another type.
+    """
     extra = _extra_columns(name, stored.dtype)
     table_type = tables.table_type(tables.TABLES[name], extra)
     later_columns = tables.LATER.get(name, {})
@@ -250,7 +339,10 @@ def _read_table(source: reader.OpenFile, name: str) -> np.ndarray:
                 f"{values.dtype} in column {column} of table {name}, which a run writes as "
                 f"{column_type}"
             )
-        table[column] = [text.decode() for text in values] if is_text else values
+        if is_text:
+            table[column] = [text.decode() if isinstance(text, bytes) else text for text in values]
+        else:
+            table[column] = values
     return tables.frozen(table)
 
 
@@ -266,7 +358,11 @@ def _read_prompts(file: Path, round: int) -> dict[str, np.ndarray]:
     """Return a round's prompts [*shape] by name, from run.h5 or from the round's own file."""
     name = link_name(round)
     with reader.open_file(file) as source:
-        path = reader.linked_round(source, name)
+        path: Path | None
+        try:
+            path = reader.linked_round(source, name)
+        except KeyError:  # of a round that was added
+            path = file.parent / round_file(round)
         if path is None:
             if source.trailer is not None:
                 source.trailer.require_round(source.raw, name)

@@ -13,7 +13,7 @@ from fedsp_mpi.files.untrusted import JsonMapping
 from fedsp_mpi.log import Log
 from fedsp_mpi.record.checkpoint import Checkpoints
 from fedsp_mpi.record.event_files import EventFiles
-from fedsp_mpi.record.tables import ClientRow, RoundRow, SiloRow, WireRow
+from fedsp_mpi.record.tables import ClientRow, RoundRow, SiloRow, TierRow, WireRow
 from fedsp_mpi.record.writer import RunRecord
 from fedsp_mpi.tensors import Failure, Report
 
@@ -64,6 +64,7 @@ class RoundJournal:
         prompts: Mapping[str, np.ndarray] | None,
         *,
         silos: Sequence[SiloRow] = (),
+        tiers: Sequence[TierRow] = (),
         round_bytes: Mapping[str, Mapping[int, int]],
         entries: Sequence[JsonMapping],
     ) -> None:
@@ -74,6 +75,7 @@ class RoundJournal:
             results: what the clients sent.
             prompts: fp32 arrays [*shape] by name; None if they are not kept.
             silos: what silos have scored.
+            tiers: what users and the server have scored of all tiers.
             round_bytes: by direction ("down", "up") and client.
             entries: the wire's manifest so far.
         """
@@ -116,7 +118,7 @@ class RoundJournal:
         )
         rows.sort(key=lambda client_row: client_row.client)
         manifest = manifest_rows(entries, self.carried)
-        self.record.commit_round(row, rows, prompts, silos=silos, wire=manifest)
+        self.record.commit_round(row, rows, prompts, silos=silos, tiers=tiers, wire=manifest)
         if self.events is not None:
             self.events.write_round(self.record.run)
 

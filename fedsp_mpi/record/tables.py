@@ -17,6 +17,7 @@ from fedsp_mpi.files import untrusted
 from fedsp_mpi.files.untrusted import JsonObject
 
 NAN = math.nan
+OF_GENERAL = "test, general model"  # the split of a result under the general prompt, with tiers
 TRIGGERED = "test+trigger"  # the split of a result that is an attack's success
 # The split of results that no model has: the test split's answers alone (evaluation/baselines.py).
 LABELS = "test labels"
@@ -31,9 +32,11 @@ class RoundRow:
 
     Attributes:
         round: counted from 1.
-        seconds_control: tuning of the server-only control, while the clients train.
+        seconds_control: tuning and validation of the server-only control, while the clients train.
         seconds_clients: from then until the slowest client has reported.
         seconds_server: the server's tuning on the global model.
+        seconds_validation: without such tuning, and with several ranks, in the next round's time.
+        seconds_total: until the next round can begin.
         bytes_down, bytes_up: all ranks together.
         num_clients: clients that took part, whether or not they failed.
         num_failed: clients among them whose update was not aggregated.
@@ -118,14 +121,41 @@ class SiloRow:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TierRow:
+    """One score of a tier's prompt on one text (`method: plmm`), with accuracy and loss.
+
+    Attributes:
+        round: that ended; 0 before the first.
+        name: of the user whose prompt or text it is; of the server's rows, of the expert.
+        model: whose prompt: "personal", "expert" or "general".
+        text: "own", what the user holds back; "domain", the test split of its experts' domains;
+            "other", that of the other domains.
+        at: "device", the users' model on the user's rank; "server", the global model.
+        n: number of questions.
+        loss: in nats per token.
+        acc: fraction from 0 to 1.
+    """
+
+    round: int
+    name: str
+    model: str
+    text: str
+    at: str
+    n: int = 0
+    loss: float = NAN
+    acc: float = NAN
+
+
+@dataclass(frozen=True, kw_only=True)
 class ResultRow:
     """One method scored on one split.
 
     Attributes:
         method: "zero-shot", "server-only", "fedsp", ...
-        split: "test"; or "test+trigger", where acc is the fraction of questions that an attack's
-            trigger makes the model answer as the attacker wants; or "test labels" of what needs
-            no model, "chance" and "majority".
+        split: "test", with tiers each domain's questions under its expert; "test, general model",
+            the same questions under the general prompt; or "test+trigger", where acc is the
+            fraction of questions that an attack's trigger makes the model answer as the attacker
+            wants; or "test labels" of what needs no model, "chance" and "majority".
         round: the round whose prompts were scored; 0 for a method without rounds.
         n: number of questions that were scored; of plain text, of tokens.
         acc, acc_norm, exact_match: fractions from 0 to 1; nan where the task has no such measure.
@@ -173,6 +203,7 @@ TABLES: dict[str, type] = {
     "rounds": RoundRow,
     "clients": ClientRow,
     "silos": SiloRow,
+    "tiers": TierRow,
     "results": ResultRow,
     "wire": WireRow,
 }
@@ -186,7 +217,7 @@ LATER: dict[str, JsonObject] = {
     "results": {"perplexity": NAN},
 }
 # Tables that records of earlier versions lack.
-LATER_TABLES = ("silos",)
+LATER_TABLES = ("silos", "tiers")
 _EXTRA = "extra"  # the field of a row whose names are columns of their own
 _TYPES: dict[Any, Any] = {int: np.dtype("i8"), float: np.dtype("f8"), bool: np.dtype("?")}
 
@@ -262,16 +293,48 @@ def wire_rows(wire: np.ndarray) -> list[WireRow]:
     return rows
 
 
+class GrowingTable:
+    """A table with room behind its last row, so that adding rows does not copy those before."""
+
+    def __init__(self) -> None:
+        self._buffer = np.empty(0)
+
+    def extended(self, table: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """Return a table [rows] with the rows of another one below; see `append`.
+
+        What was returned before stays as it is. A table that is extended twice has the rows of the
+        last time.
+        """
+        if table.dtype != rows.dtype:
+            return append(table, rows)
+        size = len(table) + len(rows)
+        if table.base is not self._buffer or size > len(self._buffer):
+            self._buffer = np.empty(2 * size, table.dtype)
+            self._buffer[: len(table)] = table
+        self._buffer[len(table) : size] = rows
+        return frozen(self._buffer[:size])
+
+
 def append(table: np.ndarray, rows: np.ndarray) -> np.ndarray:
     """Return a table [rows] with the rows of another one below; columns that one lacks are nan."""
+    return joined([table, rows])
+
+
+def joined(parts: Sequence[np.ndarray]) -> np.ndarray:
+    """Return one table [rows] of several; columns that some lack are nan there."""
+    if len(parts) == 1:
+        return parts[0]
     columns: dict[str, np.dtype] = {}
-    for part in (table, rows):
+    for part in parts:
         columns |= {name: part.dtype[name] for name in part.dtype.names or ()}
-    joined = np.empty(len(table) + len(rows), dtype=list(columns.items()))
-    for name in columns:
-        joined[name][: len(table)] = table[name] if name in (table.dtype.names or ()) else NAN
-        joined[name][len(table) :] = rows[name] if name in (rows.dtype.names or ()) else NAN
-    return frozen(joined)
+    table = np.empty(sum(map(len, parts)), dtype=list(columns.items()))
+    start = 0
+    for part in parts:
+        end = start + len(part)
+        for name in columns:
+            table[name][start:end] = part[name] if name in (part.dtype.names or ()) else NAN
+        start = end
+    return frozen(table)
 
 
 def frozen(array: np.ndarray) -> np.ndarray:

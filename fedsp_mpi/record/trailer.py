@@ -68,8 +68,13 @@ class Trailer:
 
 def of_image(image: bytes) -> bytes:
     """Return the trailer of an HDF5 file that is in memory and has no extents."""
-    trailer = Trailer(len(image), xxhash.xxh3_128_hexdigest(image))
+    trailer = Trailer(len(image), digest(image))
     return _to_bytes(trailer)
+
+
+def digest(image: bytes) -> str:
+    """Return the 128-bit digest of an HDF5 file that is in memory and has no extents."""
+    return xxhash.xxh3_128_hexdigest(image)
 
 
 def of_file(file: BinaryIO, extents: Mapping[str, Sequence[Extent]]) -> bytes:

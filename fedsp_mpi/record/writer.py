@@ -5,6 +5,9 @@ makes the next view, builds the whole run.h5 from it in memory, writes that to r
 and renames it over run.h5. Each round's prompts are a file of their own, written once in the same
 way before run.h5 links to it. So a reader sees the state before or after a commit, and a failed
 write changes neither the disk nor the view.
+
+Once run.h5 is large, a commit writes only what is new, behind what it has written before
+(additions.py), until the run ends and run.h5 is written once more.
 """
 
 from __future__ import annotations
@@ -19,14 +22,20 @@ import numpy as np
 
 from fedsp_mpi.config import config_text_with_rounds
 from fedsp_mpi.files import ownership
-from fedsp_mpi.files.untrusted import JsonMapping
+from fedsp_mpi.files.untrusted import JsonMapping, JsonObject
 from fedsp_mpi.log import one_line
-from fedsp_mpi.record import atomic, hdf5, tables, trailer
+from fedsp_mpi.record import additions, atomic, hdf5, tables, trailer
+from fedsp_mpi.record.additions import Addition, Additions
 from fedsp_mpi.record.atomic import RecordError
 from fedsp_mpi.record.hdf5 import Run
-from fedsp_mpi.record.tables import ClientRow, ResultRow, RoundRow, SiloRow, WireRow
+from fedsp_mpi.record.tables import ClientRow, ResultRow, RoundRow, SiloRow, TierRow, WireRow
 
+# In bytes. A run.h5 up to this size is written as a whole with every commit.
+_MAX_REWRITTEN = 128 << 10
+# Prompts of all rounds up to this size move into run.h5 when a run is complete.
+_MAX_FOLDED = 16 << 20
 _UNTUNED = "zero-shot"  # the method of the model's results before the run
+_GROWING = ("rounds", "clients", "silos", "tiers")  # tables to which every round adds
 FINAL_STATUSES = ("complete", "stopped", "failed")
 
 
@@ -45,6 +54,8 @@ class RunRecord:
         self.folder = folder
         self.run = run
         self._finished = False
+        self._additions: Additions | None = None  # where run.h5 is large
+        self._growing = {name: tables.GrowingTable() for name in _GROWING}
 
     @classmethod
     def create(
@@ -107,6 +118,7 @@ class RunRecord:
                 path = folder / hdf5.round_file(round)
                 record._write(path, hdf5.unfolded_image(run.file, round))
         record._save(replace(run, status="running", reason=""))
+        record._remove_additions()
         record._sweep()
         return record
 
@@ -130,6 +142,7 @@ class RunRecord:
         prompts: Mapping[str, np.ndarray] | None = None,
         *,
         silos: Iterable[SiloRow] = (),
+        tiers: Iterable[TierRow] = (),
         wire: Iterable[WireRow] | None = None,
     ) -> None:
         """Write one round with everything that belongs to it; on return the round is on disk.
@@ -139,6 +152,8 @@ class RunRecord:
             clients: a row for each client.
             prompts: arrays [*shape] of any numeric dtype by name; None keeps none for this round.
             silos: a row for each silo that has scored the round.
+            tiers: scores of personal, expert and general prompts; with the first round also those
+                before it.
             wire: the wire's manifest so far; None leaves the last one.
 
         Raises:
@@ -156,16 +171,26 @@ class RunRecord:
         if prompts is not None:
             self._write(self.folder / hdf5.round_file(row.round), hdf5.prompts_image(prompts))
             prompt_rounds = (*prompt_rounds, row.round)
+        new_rows = {
+            "rounds": tables.table(RoundRow, [row]),
+            "clients": tables.table(ClientRow, clients),
+            "silos": tables.table(SiloRow, silos),
+            "tiers": tables.table(TierRow, tiers),
+        }
+        extended: JsonObject = {
+            name: self._growing[name].extended(getattr(run, name), rows)
+            for name, rows in new_rows.items()
+            if len(rows)
+        }
         self._save(
             replace(
                 run,
-                rounds=tables.append(run.rounds, tables.table(RoundRow, [row])),
-                clients=tables.append(run.clients, tables.table(ClientRow, clients)),
-                silos=tables.append(run.silos, tables.table(SiloRow, silos)),
+                **extended,
                 wire=run.wire if wire is None else tables.table(WireRow, wire),
                 prompt_rounds=prompt_rounds,
                 committed_rounds=row.round,
-            )
+            ),
+            new_rows,
         )
 
     def write_wire(self, manifest: Iterable[WireRow]) -> None:
@@ -194,6 +219,8 @@ class RunRecord:
                 rounds=run.rounds[run.rounds["round"] <= after_round],
                 clients=run.clients[run.clients["round"] <= after_round],
                 silos=run.silos[run.silos["round"] <= after_round],
+                # What was scored before the first round is scored again with it.
+                tiers=run.tiers[(run.tiers["round"] <= after_round) & (after_round > 0)],
                 results=run.results[run.results["round"] <= after_round],
                 prompt_rounds=tuple(round for round in run.prompt_rounds if round <= after_round),
                 committed_rounds=after_round,
@@ -235,8 +262,17 @@ class RunRecord:
         assert status in FINAL_STATUSES, status
         self._save(replace(self.run, status=status, reason=reason))
         self._finished = True
-        if status == "complete" and self.run.prompt_rounds:
+        if status == "complete" and self._folds():
             self._fold()
+        elif self._additions is not None:
+            self._write(self.run.file, hdf5.run_image(self.run))
+        self._remove_additions()
+
+    def _folds(self) -> bool:
+        """Return whether the prompts of all rounds are few enough to be written once more."""
+        files = [self.folder / hdf5.round_file(round) for round in self.run.prompt_rounds]
+        with atomic.writing(self.run.file, self._intact):
+            return 0 < sum(file.stat().st_size for file in files) <= _MAX_FOLDED
 
     def _fold(self) -> None:
         """Move the prompts of all rounds into run.h5."""
@@ -256,15 +292,52 @@ class RunRecord:
                 path.unlink()
             ownership.remove_if_empty(self.folder / "rounds")
 
-    def _save(self, run: Run) -> None:
-        """Put `run` on disk; only then is it what the record holds."""
+    def _save(self, run: Run, new_rows: Mapping[str, np.ndarray] | None = None) -> None:
+        """Put `run` on disk; only then is it what the record holds.
+
+        Args:
+            run: the next state.
+            new_rows: what tables of it have more than the last state's, [rows] by name; another
+                table that is not the last state's is a new one.
+        """
         if self._finished:
             raise ValueError(
                 f"{run.file}: found a write after finish(), expected none; open the run again"
             )
         run = replace(run, updated=_now())
-        self._write(run.file, hdf5.run_image(run))
+        if self._additions is not None and run.config is self.run.config:
+            self._additions.append(self._changes(run, new_rows or {}), self._intact)
+        else:
+            image = hdf5.run_image(run)
+            self._write(run.file, image)
+            is_large = len(image) > _MAX_REWRITTEN
+            self._additions = Additions(self.folder, trailer.digest(image)) if is_large else None
         self.run = run
+
+    def _changes(self, run: Run, new_rows: Mapping[str, np.ndarray]) -> Addition:
+        """Return what a state has that the last one does not; see `_save`."""
+        fields = {
+            name: getattr(run, name)
+            for name in hdf5.ADDED
+            if getattr(run, name) != getattr(self.run, name)
+        }
+        before, after = self.run.prompt_rounds, run.prompt_rounds
+        if before != after:
+            num_kept = len(before) if after[: len(before)] == before else 0
+            fields[hdf5.PROMPT_ROUNDS] = [before[-1] + 1 if num_kept else 0, *after[num_kept:]]
+        replaced = {
+            name: getattr(run, name)
+            for name in tables.TABLES
+            if name not in new_rows and getattr(run, name) is not getattr(self.run, name)
+        }
+        return Addition(
+            fields, {name: rows for name, rows in new_rows.items() if len(rows)}, replaced
+        )
+
+    def _remove_additions(self) -> None:
+        """Remove what run.h5, which has just been written, holds itself."""
+        with atomic.writing(self.folder / additions.NAME, self._intact):
+            additions.remove(self.folder)
 
     def _write(self, path: Path, image: bytes) -> None:
         atomic.write(path, [image, trailer.of_image(image)], self._intact)

@@ -18,6 +18,7 @@ from fedsp_mpi.report.plot import (
     draw_silos,
 )
 from fedsp_mpi.report.summary import summarize
+from fedsp_mpi.report.tiers import tiers_table
 
 __all__ = [
     "PERPLEXITY",
@@ -39,6 +40,7 @@ __all__ = [
     "phases_table",
     "read_all",
     "summarize",
+    "tiers_table",
     "write_csv",
     "write_json",
     "write_page",

@@ -16,6 +16,7 @@ _MACHINE_COLUMNS = ("seconds", "bytes", "rank", "reason")
 _KEYS = {
     "rounds": ("round",),
     "clients": ("round", "client"),
+    "tiers": ("round", "name", "model", "text", "at"),
     "results": ("method", "split"),
 }
 _MAX_ROUNDS_NAMED = 8

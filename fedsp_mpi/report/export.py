@@ -23,7 +23,7 @@ from fedsp_mpi.record.tables import TABLES
 FORMAT = "fedsp_mpi report"
 VERSION = 1
 _JSON_MARK = f'"format": "{FORMAT}"'
-_OPTIONAL_TABLES = ("silos",)  # whose file is left out where the table has no rows
+_OPTIONAL_TABLES = ("silos", "tiers")  # whose file is left out where the table has no rows
 # What a spreadsheet takes for the beginning of a formula.
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
 

@@ -10,6 +10,7 @@ What it takes from the free-form parts of a record, where they are there and hav
     sections["origin"]: runs = [{"run", "method", "round", "rounds"}, ...], the last one first
     sections["timing"]: seconds, seconds_checkpoints
     sections["instruction"]: text
+    sections["encryption"]: {start: {cipher, server, clients = {id: fingerprint}}}
 """
 
 from __future__ import annotations
@@ -59,6 +60,7 @@ _USE = "use it    with plain transformers and peft, for instance so (Python):"
 _MAX_REASON_LINES = 6
 # Of the record's section `models`: what is no number of parameters of a part.
 _NO_PARAMETERS = ("layers", "layers_copied", "exact_copies")
+_MAX_KEYS_NAMED = 8  # clients whose fingerprints are shown
 _INDENT = " " * 10  # the width of a label
 
 
@@ -116,7 +118,24 @@ def _header(run: Run) -> list[str]:
     if instruction is not None:
         words = f"prompt    {instruction or 'none but the words of the task'}"
         lines += textwrap.wrap(words, WIDTH, subsequent_indent=_INDENT)
-    return lines
+    return lines + wrapped("sealed    ", _keys(run))
+
+
+def _keys(run: Run) -> list[str]:
+    """Name the keys of the newest start that seals what goes up; nothing of other runs."""
+    starts = run.sections.get("encryption", {})
+    newest = starts.get(str(len(starts)), {})
+    clients = newest.get("clients", {})
+    if not newest:
+        return []
+    names = [
+        f"{silos.client_name(run, int(client))} {key}"
+        for client, key in list(clients.items())[:_MAX_KEYS_NAMED]
+    ]
+    if len(clients) > _MAX_KEYS_NAMED:
+        names.append(f"and {len(clients) - _MAX_KEYS_NAMED} more")
+    facts = [f"what goes up, by {newest.get('cipher')}", f"key of server {newest.get('server')}"]
+    return facts + names
 
 
 def _num_clients(run: Run) -> list[str]:

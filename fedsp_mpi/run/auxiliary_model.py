@@ -193,6 +193,7 @@ def _distil(
         seed,
         "distillation",
         part=(group.rank, group.size),
+        max_padding=stage.max_padding,
     )
     distilled = distil(
         small,
@@ -279,7 +280,7 @@ def _recipe(
     config = inputs.config
     size = {"depth": inputs.depth, "layers_per_cell": inputs.layers_per_cell}
     libraries = ("torch", "transformers", "deepspeed")
-    recipe = {
+    recipe: Recipe = {
         "global_model": digest or fingerprint.of_weights(model.weights),
         "auxiliary": asdict(config.auxiliary) | size,
         "distillation": asdict(replace(config.distillation, reuse=True, text=None)),
@@ -296,6 +297,10 @@ def _recipe(
     if differs_by_layer(inputs.model_config):
         # Earlier versions made other weights by what is otherwise the same recipe.
         recipe["layers"] = list(inputs.layers)
+    if "gelu_new" in vars(inputs.model_config).values():
+        recipe["gelu"] = "one kernel"  # in the same way
+    if config.distillation.stage.max_padding is None:
+        del recipe["distillation"]["stage"]["max_padding"]  # which earlier versions did not have
     return json.loads(json.dumps(recipe))
 
 

@@ -30,11 +30,14 @@ from fedsp_mpi.algorithms.base import (
     require_metrics,
 )
 from fedsp_mpi.algorithms.compressed import CompressedClient
+from fedsp_mpi.algorithms.plmm import part_name
 from fedsp_mpi.algorithms.privacy import LocalDPClient
 from fedsp_mpi.algorithms.silo_weights import WeightedClient
 from fedsp_mpi.comm import Handout
 from fedsp_mpi.comm.exchange import Exchange
-from fedsp_mpi.config import OuterConfig
+from fedsp_mpi.comm.solo import Solo
+from fedsp_mpi.config import FederationConfig, OuterConfig
+from fedsp_mpi.config.tiers import GENERAL
 from fedsp_mpi.evaluation.scoring import answer_loss_mean, choice_losses, score
 from fedsp_mpi.log import RoundProgress
 from fedsp_mpi.models import auxiliary, backbone, lora
@@ -46,13 +49,14 @@ from fedsp_mpi.record.checkpoint import Checkpoint, Checkpoints
 from fedsp_mpi.record.client_cache import ClientStateCache
 from fedsp_mpi.record.journal import RoundJournal
 from fedsp_mpi.record.tables import SiloRow
-from fedsp_mpi.roles import HostedClients, ServerRole
+from fedsp_mpi.roles import HostedClients, ServerRole, UpperTier
 from fedsp_mpi.run import few_labels as labelling
-from fedsp_mpi.run import participation
+from fedsp_mpi.run import participation, tiers
 from fedsp_mpi.run.handout import HandoutMeta
 from fedsp_mpi.run.inputs import ExperimentInputs
 from fedsp_mpi.run.silo_inputs import SiloInputs
 from fedsp_mpi.run.silos import disclosed
+from fedsp_mpi.run.tier_inputs import TierInputs
 from fedsp_mpi.tensors import Contract, NamedTensors, State, part_of_state
 from fedsp_mpi.training.device import DTYPES, Compute
 from fedsp_mpi.training.process_group import ServerGroup
@@ -286,7 +290,48 @@ def server_role(
         answer=answer,
         outer=outer_optimizer(config.federation.outer),
         exchange=exchange,
+        validate=tiers.validation_of(inputs),
+        above=_upper_tier(inputs, both.server, compute, group=group, journal=journal),
+        score_tiers=tiers.server_scorer(inputs, both.server),
     )
+
+
+def _upper_tier(
+    inputs: ExperimentInputs,
+    server: Server,
+    compute: Compute,
+    *,
+    group: ServerGroup,
+    journal: RoundJournal | None,
+) -> UpperTier | None:
+    """Build the round inside the server's part of each round, with both its sides in this process;
+    None without tiers.
+    """
+    above = method_of(inputs).tier_above(inputs, server)
+    if above is None or journal is None:
+        return None
+    config = inputs.config
+    ids = list(above.ids)
+    wire = Solo()
+    prompt = above.server.broadcast().schema
+    wire.contract = Contract(prompt, prompt, above.metrics)
+    role = ServerRole(
+        above.server,
+        None,
+        compute,
+        validation=inputs.validation,
+        batch_tokens=config.evaluation.batch_tokens,
+        group=group,
+        is_inner=True,
+    )
+    cache = ClientStateCache(
+        above.client.states, journal.checkpoints, max_in_memory=len(ids), files={}
+    )
+    clients = HostedClients(above.client, ids, compute, cache, lambda _: ids)
+    federation = FederationConfig(
+        clients=len(ids), rounds=config.federation.rounds, on_failure="stop"
+    )
+    return UpperTier(wire, federation, role, clients)
 
 
 def outer_optimizer(settings: OuterConfig) -> OuterOptimizer:
@@ -333,6 +378,8 @@ def save(inputs: ExperimentInputs, server: Server, *, exported: NamedTensors, fo
             _save_merged(inputs, folder)
     elif server.prompt:
         task = PEFT_TASKS[server.model.kind]
+        if isinstance(inputs, TierInputs):  # those of experts are in the record
+            exported = exported.select(part_name(GENERAL))
         write_adapter(
             folder / "prompt",
             exported,
@@ -447,6 +494,7 @@ def hosted_clients(
         participants,
         progress,
         score_silo=_silo_scorer(inputs, client),
+        score_tiers_of=tiers.user_scorer(inputs, client),
     )
 
 

@@ -21,6 +21,7 @@ VERSIONS = (
     "deepspeed",
     "cmaes",
     "mpi4py",
+    "cryptography",
     "h5py",
     "numpy",
     "tokenizers",

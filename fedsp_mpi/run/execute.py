@@ -15,10 +15,12 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 from fedsp_mpi import comm
 from fedsp_mpi.comm import guard
 from fedsp_mpi.config import Config
+from fedsp_mpi.files.untrusted import JsonMapping
 from fedsp_mpi.log import Log, one_line
 from fedsp_mpi.run import devices
 from fedsp_mpi.run.agreement import agreed
 from fedsp_mpi.run.handout import HandoutMeta, ServerMeeting
+from fedsp_mpi.run.preload import Preload
 from fedsp_mpi.run.ranks import (
     RankInfo,
     ReadyReport,
@@ -48,8 +50,8 @@ def execute(
 ) -> Path | None:
     """Run one experiment; every rank calls this.
 
-    Heavy libraries are imported by the server at once and by the clients when the hand-out has
-    come: ranks that only wait leave the processor to the distillation.
+    Heavy libraries are imported by the server at once, and by ranks that play clients while they
+    wait for it.
 
     Args:
         config: checked, the same on every rank.
@@ -74,6 +76,8 @@ def execute(
         messages = wire.collect(introduction(config, wire.topology, error))
         with agreed(wire):
             ranks = read_introductions(messages) if messages else []
+        if config.wire.encryption:
+            wire.exchange_keys()
     if ranks:
         guard.set_peers((rank.host, rank.pid) for rank in ranks)
     silos: OpenSilos | None = None
@@ -82,6 +86,9 @@ def execute(
             silos = open_silos(config, name, wire, log)
         config = silos.config
     guard.name_clients(config.federation.client_name)
+    preload = None
+    if _will_play(config, wire.topology):
+        preload = Preload()
     try:
         with guard.phase("checks"), agreed(wire, "handout") as agreement:
             if wire.is_server:
@@ -97,8 +104,17 @@ def execute(
             helper = _load_helper(config, wire, server, meeting=meeting)
         server_rank: ServerRank | None = server or helper
 
+        if preload is not None:
+            preload.join()
         handed_out = _hand_out(wire, server_rank)
         meta = HandoutMeta.from_json(handed_out.meta)
+        if config.wire.encryption:
+            wire.exchange_client_keys(meta.assignment)
+        if wire.fingerprints is not None:
+            ids = meta.assignment[wire.topology.rank]
+            _tell_keys(config, wire.fingerprints, ids, log=client_log)
+            if server is not None:
+                server.record_keys(wire.fingerprints)
         if server is None:
             from fedsp_mpi.record import resume_command
 
@@ -119,6 +135,8 @@ def execute(
             config.checkpoint,
             meta.rounds_done,
             asks_silos=config.evaluation.at != "server",
+            overlaps=_overlaps(config, wire.topology),
+            judge_tiers=config.tiers.judge if config.method_facts.has_tiers else "never",
         )
         is_complete = federate(wire, schedule, server=role, clients=clients)
 
@@ -146,12 +164,51 @@ def execute(
     return server.folder
 
 
+def _tell_keys(
+    config: Config, fingerprints: JsonMapping, ids: Sequence[int], *, log: Log | None
+) -> None:
+    """Say, where silos are played, what their keys are: the record's can be held against that.
+
+    Args:
+        config: of the run.
+        fingerprints: of all keys.
+        ids: of this rank's clients.
+        log: speaks on every rank.
+    """
+    if log is None or not config.federation.silos:
+        return
+    for client in ids:
+        name = config.federation.client_name(client)
+        key = fingerprints["clients"][str(client)]
+        log.say(f"key       {name} {key}, for a server with the key {fingerprints['server']}")
+
+
 def connect(config: Config) -> Wire | Solo:
     """Connect all ranks; raise comm.Refused if the launcher's processes do not see each other."""
     try:
         return comm.connect(deadlines=comm.Deadlines(**asdict(config.deadlines)))
     except ValueError as error:
         raise comm.Refused(str(error)) from None
+
+
+def _will_play(config: Config, topology: comm.Topology) -> bool:
+    """Return whether a rank is likely to play clients, and has no part in the server."""
+    first = config.topology.server_ranks
+    return first <= topology.rank < first + config.federation.clients
+
+
+def _overlaps(config: Config, topology: comm.Topology) -> bool:
+    """Return whether a round is validated and recorded while clients work on the next one.
+
+    Not where the server is not free then, or where the next broadcast changes what is recorded.
+    """
+    return not (
+        topology.solo
+        or config.evaluation.at != "server"
+        or config.asks_server
+        or config.federation.compression.is_on
+        or config.method_facts.has_tiers
+    )
 
 
 def _start(
@@ -243,15 +300,15 @@ def _load_clients(
 
     def load() -> HostedClients:
         from fedsp_mpi.run import build, fingerprints
-        from fedsp_mpi.run.inputs import ExperimentInputs
+        from fedsp_mpi.run.any_inputs import inputs_of
         from fedsp_mpi.training.device import Compute
 
         compute = Compute.of(config.client.compute, wire.topology)
+        inputs = server.inputs if server else None
         if silos is not None:
             silos.inputs.receive(meta)
-            inputs: ExperimentInputs = silos.inputs
-        else:
-            inputs = server.inputs if server else ExperimentInputs(config)
+            inputs = silos.inputs
+        inputs = inputs or inputs_of(config)
         clients = build.hosted_clients(
             inputs,
             compute,

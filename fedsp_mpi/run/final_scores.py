@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict
 
 from fedsp_mpi.algorithms.finetune import WeightServer
+from fedsp_mpi.algorithms.plmm import Experts
+from fedsp_mpi.data.tokens import Question
 from fedsp_mpi.evaluation.baselines import baseline_rows
-from fedsp_mpi.evaluation.scoring import answer_loss_mean, perplexity, score
+from fedsp_mpi.evaluation.scoring import Score, answer_loss_mean, perplexity, pooled, score
 from fedsp_mpi.log import Log, duration
-from fedsp_mpi.record.tables import CHANCE, TRIGGERED, ResultRow
+from fedsp_mpi.models.prompts import Prompt
+from fedsp_mpi.record.tables import CHANCE, OF_GENERAL, TRIGGERED, ResultRow
 from fedsp_mpi.roles import Best, ServerRole
 from fedsp_mpi.run import build
 from fedsp_mpi.run.inputs import ExperimentInputs
+from fedsp_mpi.run.tier_inputs import TierInputs
 
 
 def score_all(
@@ -41,7 +45,9 @@ def score_all(
         False if told to stop before the last score.
     """
     candidates = _candidates(role, inputs)
+    dtype = role.server.model.dtype
     build.scoring_model(inputs, role.server.model)
+    is_validated = role.server.prompt is not None and role.server.model.dtype == dtype
     if isinstance(role.server, WeightServer):
         role.server.tuned.attach()
     if write is not None and CHANCE not in scored:
@@ -50,7 +56,9 @@ def score_all(
             write(baselines)
     missing = [method for method in candidates if method not in scored]
     for method in role.group.tell(missing):
-        rows = _score(role, inputs, log, stop=stop, method=method, best=candidates[method])
+        best = candidates[method]
+        loss = best.loss if best and best.round and is_validated and role.validation else None
+        rows = _score(role, inputs, log, stop=stop, method=method, best=best, loss=loss)
         if rows is None:
             return False
         if write is not None:
@@ -78,8 +86,18 @@ def _score(
     stop: Callable[[], bool],
     method: str,
     best: Best | None,
+    loss: float | None,
 ) -> list[ResultRow] | None:
     """Score what a method has tuned on the test, and where an attack is studied on its success.
+
+    Args:
+        role: this rank's part of the server.
+        inputs: of the experiment.
+        log: is told what was scored.
+        stop: asked between two batches.
+        method: its name.
+        best: what it has tuned; None: the model as it was.
+        loss: on the validation texts, in nats a token; None if it is still to be computed.
 
     Returns:
         A row for each; None if told to stop.
@@ -88,11 +106,17 @@ def _score(
     group = role.group
     batch_tokens = inputs.config.evaluation.batch_tokens
     prompt = None
+    by_domain: Mapping[str, Prompt] = {}
     if best is not None:
         prompt = role.server.prompt
         role.server.restore(best.exported)
         group.lead(role.server.parameters())
-    loss = answer_loss_mean(model, prompt, role.validation, batch_tokens, group)
+        if isinstance(role.server, Experts):
+            by_domain = role.server.prompts
+    if loss is None and by_domain:
+        loss = role.validation_loss(role.server)
+    elif loss is None:
+        loss = answer_loss_mean(model, prompt, role.validation, batch_tokens, group)
     round_of_best = best.round if best else 0
     if inputs.is_plain_text:
         start = time.perf_counter()
@@ -110,28 +134,38 @@ def _score(
         log.say(f"scored {method}: {row.n} tokens in {duration(row.seconds)}")
         return [row]
     rows: list[ResultRow] = []
-    for split, questions in {"test": inputs.test, TRIGGERED: inputs.triggered_test}.items():
+    splits = {"test": inputs.test, TRIGGERED: inputs.triggered_test}
+    if by_domain and best is role.best:
+        splits[OF_GENERAL] = inputs.test
+    for split, questions in splits.items():
         if not questions:
             continue
         num_options = sum(len(question.options) for question in questions)
         progress = log.progress(f"scoring {method}", num_options // group.size)
-        result = score(
-            model,
-            prompt,
-            questions,
-            inputs.task.metric,
-            batch_tokens,
-            on_done=progress.step,
-            stop=stop,
-            group=group,
-        )
-        if result is None:
-            return None
+        parts: list[tuple[Prompt | None, Sequence[Question]]] = [(prompt, questions)]
+        if by_domain and split == "test" and isinstance(inputs, TierInputs):
+            parts = [(by_domain[domain.name], domain.test) for domain in inputs.domains]
+        results: list[Score] = []
+        for part_prompt, part in parts:
+            result = score(
+                model,
+                part_prompt,
+                part,
+                inputs.task.metric,
+                batch_tokens,
+                on_done=progress.step,
+                stop=stop,
+                group=group,
+            )
+            if result is None:
+                return None
+            results.append(result)
+        result = pooled(results)
         log.say(f"scored {method}: {result.n} questions in {duration(result.seconds)}")
         values = asdict(result)
         if split == "test":
             values["loss"] = loss
-        else:
+        elif split == TRIGGERED:
             values["acc_norm"] = math.nan  # of an attack, its success rate is all that counts
         rows.append(ResultRow(**values, method=method, split=split, round=round_of_best))
     return rows

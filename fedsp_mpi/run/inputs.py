@@ -80,6 +80,16 @@ class ExperimentInputs(ModelInputs):
             "distillation.text": self.config.distillation.text,
         }
 
+    @property
+    def domains(self) -> Sequence[ExperimentInputs]:
+        """The inputs of each expert's domain; none without tiers (`run.tier_inputs`)."""
+        return ()
+
+    @property
+    def members(self) -> Sequence[Sequence[int]]:
+        """The experts of each client, by client id; none without tiers."""
+        return ()
+
     # -- the task ----------------------------------------------------------------------------------
 
     @cached_property
@@ -401,6 +411,7 @@ class ExperimentInputs(ModelInputs):
             purpose,
             owner - 1,
             part=(group.rank, group.size),
+            max_padding=stage.max_padding,
         )
 
     def _examples_of(self, owner: int) -> list[tasks.Example]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from fedsp_mpi.comm import Topology
 from fedsp_mpi.config import Config
 from fedsp_mpi.log import Log
 from fedsp_mpi.run import devices, environment
@@ -15,7 +16,12 @@ _MAX_SILOS_SHOWN = 8
 
 
 def say_ranks(
-    log: Log, config: Config, *, ranks: Sequence[RankInfo], assignment: Assignment
+    log: Log,
+    config: Config,
+    *,
+    ranks: Sequence[RankInfo],
+    assignment: Assignment,
+    topology: Topology,
 ) -> None:
     """Say where the ranks are and how the clients are spread over them.
 
@@ -24,6 +30,7 @@ def say_ranks(
         config: of the run.
         ranks: all of them.
         assignment: the clients of each rank.
+        topology: of rank 0.
     """
     size = len(ranks)
     servers = config.topology.server_ranks
@@ -39,6 +46,11 @@ def say_ranks(
     log.say(f"ranks     {size} ({kind}) on {', '.join(hosts)}")
     for uuid, sharing in devices.shared_gpus([rank.devices for rank in ranks]).items():
         log.say(f"          {uuid} is shared by ranks {devices.format_ranges(sharing)}")
+    if topology.is_crowded:
+        log.say(
+            f"          {topology.local_size} ranks share {topology.host_cores} cores: "
+            f"`-n {max(2, topology.host_cores)}` does the same with less work"
+        )
     most = max(len(ids) for ids in assignment)
     log.say(
         f"clients   {config.federation.clients}, at most {most} on a rank; "

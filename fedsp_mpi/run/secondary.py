@@ -13,10 +13,10 @@ from fedsp_mpi.log import Log
 from fedsp_mpi.record import Checkpoints
 from fedsp_mpi.roles import ServerRole
 from fedsp_mpi.run import auxiliary_model, build
+from fedsp_mpi.run.any_inputs import inputs_of
 from fedsp_mpi.run.final_scores import score_all
 from fedsp_mpi.run.handout import HandoutMeta
 from fedsp_mpi.run.server_rank import LoadedServer, PreparedServer, join_group, stop_requested
-from fedsp_mpi.run.silo_inputs import inputs_of
 from fedsp_mpi.training.distill import StoppedError
 from fedsp_mpi.training.process_group import Rendezvous
 

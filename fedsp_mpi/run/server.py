@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from fedsp_mpi import comm
 from fedsp_mpi.comm import Topology
 from fedsp_mpi.config import Config
+from fedsp_mpi.files.untrusted import JsonMapping
 from fedsp_mpi.log import Log, duration, one_line
 from fedsp_mpi.record import (
     Checkpoints,
@@ -23,6 +24,7 @@ from fedsp_mpi.record.tables import never_merged, wire_rows
 from fedsp_mpi.report import handed_out
 from fedsp_mpi.roles import ServerRole
 from fedsp_mpi.run import auxiliary_model, build, fingerprints, overview, plain_use
+from fedsp_mpi.run.any_inputs import inputs_of
 from fedsp_mpi.run.final_scores import score_all
 from fedsp_mpi.run.folder import RunFolder
 from fedsp_mpi.run.handout import HandoutMeta, ServerMeeting
@@ -122,7 +124,7 @@ class ServerRun:
         try:
             if config.record.tensorboard:
                 event_files.require_library()
-            inputs = ExperimentInputs(config) if silos is None else silos.inputs
+            inputs = inputs_of(config) if silos is None else silos.inputs
             place.acquire(inputs.paths)
             servers = config.topology.server_ranks
             if silos is None:
@@ -131,7 +133,7 @@ class ServerRun:
             else:
                 assignment = silos.assignment  # and the inputs are checked
             build.method_of(inputs)
-            overview.say_ranks(log, config, ranks=ranks, assignment=assignment)
+            overview.say_ranks(log, config, ranks=ranks, assignment=assignment, topology=topology)
             overview.say_inputs(log, inputs, is_embedded=name == "embedded")
             log.say(f"folder    {place.path}")
             loaded = LoadedServer.load(inputs, topology)
@@ -294,6 +296,21 @@ class ServerRun:
         )
         self._log.say(f"clients get: {handed_out.sentence(counts)}")
         return handout
+
+    def record_keys(self, fingerprints: JsonMapping) -> None:
+        """Write the fingerprints of all keys of this start into the record, and log them.
+
+        Args:
+            fingerprints: cipher and fingerprints, as `Wire.fingerprints` returns them.
+        """
+        sections = self.record.run.sections
+        number = len(sections.get("encryption", {})) + 1
+        start = {"round": self.record.run.committed_rounds, **fingerprints}
+        self.record.describe(encryption={str(number): start})
+        self._log.say(
+            f"sealed    all that goes up, by {fingerprints['cipher']}; the server's key is "
+            f"{fingerprints['server']}"
+        )
 
     def build_role(self, meta: HandoutMeta) -> ServerRole:
         """Build this rank's part of the server, where an earlier stretch of the run has left it."""

@@ -425,8 +425,3 @@ def _reading_digest(tokenizer_digest: str, data: DataConfig) -> str:
     """Return one digest of the tokenizer and of the words around a text."""
     words = [data.task, data.template or "", *data.verbaliser]
     return fingerprint.of_rows([tokenizer_digest, *words])[:16]
-
-
-def inputs_of(config: Config) -> ExperimentInputs:
-    """Return the inputs of an experiment, whether its clients have silos or share one source."""
-    return SiloInputs(config) if config.federation.silos else ExperimentInputs(config)

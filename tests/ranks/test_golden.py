@@ -26,7 +26,7 @@ from fedsp_mpi.report import difference, summarize
 from helpers import blas_kernels, tiny
 from helpers.mpi import run_mpi
 from helpers.paths import PROGRAMS, ROOT
-from helpers.runs import FEDPROMPT, command, gap_settings, together
+from helpers.runs import FEDBPT, FEDPROMPT, command, gap_settings, together
 
 GOLDEN = Path(__file__).with_name("golden.json")
 METHODS = {path.stem: path for path in sorted((ROOT / "configs" / "methods").glob("*.yaml"))}
@@ -114,14 +114,15 @@ def features(folder: Path) -> dict[str, tuple[str, ...]]:
         "bert": tuple(gap_settings(folder / "bert", "bert")),
         "soft_labels": (*few, *soft, *templates, *some, source, *words, *quiet),
         "int8": (*weights, *outer, *int8, *quiet),
+        "sealed_requests": (*FEDBPT, *quiet, "search.forward=server", "wire.encryption=true"),
         "many_clients": (*clients, *kept, "federation.rounds=3", "data.limit.train=560"),
     }
 
 
 ONE_CLIENT = "prefix_tuning"  # which does not fill three ranks
-ON_FOUR_RANKS = ("fedsp", "fedbpt", "finetune", "fedprompt")
+ON_FOUR_RANKS = ("fedsp", "fedbpt", "finetune", "fedprompt", "plmm")
 SLOW_ON_RANKS = {
-    2: ("fedsp", "fedbpt", "finetune", "aug_fedprompt", ONE_CLIENT),  # one rank plays all clients
+    2: ("fedsp", "fedbpt", "finetune", "aug_fedprompt", "plmm", ONE_CLIENT),  # one rank plays all
     4: tuple(name for name in METHODS if name not in (*ON_FOUR_RANKS, ONE_CLIENT)),
 }
 FEATURES = (
@@ -132,8 +133,10 @@ FEATURES = (
     "bert",
     "soft_labels",
     "int8",
+    "sealed_requests",
     "many_clients",
 )
+OPEN = tuple(name for name in FEATURES if name != "sealed_requests")
 
 
 @pytest.fixture(scope="module")
@@ -145,17 +148,26 @@ def configurations(tmp_path_factory) -> Path:
 
 
 def run_methods(
-    folder: Path, n: int, names: Iterable[str], settings: Mapping[str, tuple[str, ...]]
+    folder: Path,
+    n: int,
+    names: Iterable[str],
+    settings: Mapping[str, tuple[str, ...]],
+    *,
+    more: tuple[str, ...] = (),
 ) -> Path:
-    """Run methods, and features by their settings, in one start of n ranks; 1: in this process."""
-    target = folder / f"n{n}"
+    """Run methods, and features by their settings, in one start of n ranks; 1: in this process.
+
+    `more` are settings of all of them.
+    """
+    target = folder / f"n{n}{'-more' if more else ''}"
     target.mkdir(exist_ok=True)
     jobs: list[tuple[list[str], Path | None]] = []
     for name in names:
-        where = ["--set", f"run.folder={target}", "--name", name]
+        words = [word for setting in more for word in ("--set", setting)]
+        where = ["--set", f"run.folder={target}", "--name", name, *words]
         jobs.append((["run", str(folder / f"{name}.yaml"), *where], None))
     for name, own_settings in settings.items():
-        jobs.append((command(target, name, *own_settings), target / f"{name}.txt"))
+        jobs.append((command(target, name, *own_settings, *more), target / f"{name}.txt"))
     together(0 if n == 1 else n, jobs)
     return target
 
@@ -180,6 +192,29 @@ def slow_runs(configurations, runs) -> dict[int, Path]:
     """Folders of the other methods' runs by the number of ranks."""
     others = {n: run_methods(configurations, n, names, {}) for n, names in SLOW_ON_RANKS.items()}
     return {1: runs[1], **others}
+
+
+SEALED_ON_RANKS = {  # all that is open otherwise
+    1: (*METHODS, *OPEN),
+    2: ("fedsp", "fedbpt_private", ONE_CLIENT, "int8"),
+    4: (*(name for name in METHODS if name != ONE_CLIENT), *OPEN),
+}
+
+
+@pytest.fixture(scope="module")
+def sealed_runs(configurations, runs) -> dict[int, Path]:
+    """Folders of runs whose clients seal what they send, by the number of ranks."""
+    settings = features(configurations)
+    return {
+        n: run_methods(
+            configurations,
+            n,
+            [name for name in names if name in METHODS],
+            {name: settings[name] for name in names if name in FEATURES},
+            more=("wire.encryption=true",),
+        )
+        for n, names in SEALED_ON_RANKS.items()
+    }
 
 
 def numbers(run: Run) -> dict[str, list[float]]:
@@ -232,6 +267,25 @@ def test_bits_do_not_depend_on_the_number_of_ranks(runs, name):
 @pytest.mark.parametrize(("name", "n"), [(m, n) for n in (2, 4) for m in SLOW_ON_RANKS[n]])
 def test_bits_of_the_other_methods_do_not_either(slow_runs, name, n):
     assert difference(read(slow_runs[1] / name), read(slow_runs[n] / name)) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "n"), [(name, n) for n, names in SEALED_ON_RANKS.items() for name in names]
+)
+def test_sealed_runs_have_the_bits_of_open_ones(runs, sealed_runs, name, n):
+    plain = read(runs[1] / name)
+    sealed = read(sealed_runs[n] / name)
+    assert difference(plain, sealed) == []
+    [start] = sealed.sections["encryption"].values()
+    assert (
+        len(start["ranks"]) == n and len(start["clients"]) == sealed.config["federation"]["clients"]
+    )
+    seals = sealed.wire[sealed.wire["name"] == "(seal)"]
+    assert (sum(seals["bytes"]) > 0) == (n > 1 or len(start["clients"]) > 0)
+    grown = sealed.rounds["bytes_up"] - plain.rounds["bytes_up"]
+    in_rounds = seals[(seals["direction"] == "up") & (seals["phase"] != "evaluation")]
+    assert sum(grown) == sum(in_rounds["bytes"])
 
 
 @pytest.mark.slow

@@ -104,6 +104,14 @@ def test_before_mpi_and_alone_a_crash_is_reported_and_leaves_status_1() -> None:
     )
 
 
+@pytest.mark.parametrize("status", [0, 2, 3])
+def test_ranks_leave_with_their_status_and_all_that_they_have_said(status: int) -> None:
+    """Several times: of ranks that end without MPICH's handlers, some jobs have another status."""
+    for _ in range(3):
+        run = run_mpi(3, [PROGRAMS / "leaves.py", str(status)], status=status)
+        assert run.stdout.count("the last line") == 3, both_ends(run)
+
+
 def test_phases_nest_and_an_error_remembers_its_own() -> None:
     with pytest.raises(RuntimeError) as caught, guard.phase("round", round=3):
         with guard.phase("local training", client=5):

@@ -67,6 +67,40 @@ ENDS = {  # what the job ends with
     "json_cut": "rank 2: found a JSON message that cannot be read (JSONDecodeError",
     "json_large": "rank 2: found a message of 68157696 bytes in gather, expected at most 67108864",
 }
+NOT_SEALED = "found bytes that its key did not seal: they were changed, or the key is another"
+SEALED = {  # why clients are left out, where somebody changes sealed chunks on their way
+    "sealed_flip": {"2": NOT_SEALED},
+    "sealed_tag_flip": {"2": NOT_SEALED},
+    "sealed_round_flip": {"2": "found round 5 on the envelope, expected 4"},
+    "sealed_replay": dict.fromkeys(
+        "23", "found message 11, expected 14: one was repeated, left out or moved"
+    ),
+    "sealed_swap": {
+        "2": "found sender 3 on the envelope, expected 2",
+        "3": "found sender 2 on the envelope, expected 3",
+    },
+    "sealed_not": {"2": "found a message that is not sealed, expected a sealed one"},
+}
+SEALED_ENDS = {  # what the job ends with
+    "sealed_header_flip": (
+        f"update of client 2 from rank 2 in round 1: its header cannot be opened: {NOT_SEALED}"
+    ),
+    "sealed_header_replay": (
+        "update of client 2 from rank 2 in round 1: its header cannot be opened: found message 1, "
+        "expected 2: one was repeated, left out or moved"
+    ),
+    "sealed_late_flip": (
+        "update of client 2 from rank 2 in round 1: values 12 to 20: the update cannot be opened: "
+        f"{NOT_SEALED}"
+    ),
+    "sealed_json_flip": f"its message cannot be opened: {NOT_SEALED}",
+    "sealed_json_replay": "its message cannot be opened: found message 3, expected 4: one was rep",
+    "sealed_wrong_key": f"its message cannot be opened: {NOT_SEALED}",
+    "sealed_wrong_client_key": ("client 2 on rank 2: it has not the key that it has sent, "),
+    "sealed_changed_key": " as the key of client 3 in what the server has sent, expected ",
+    "sealed_foreign_key": "rank 2: found keys of other clients than it plays, expected one for",
+}
+SEALED_ENDS_FAST = ("sealed_header_flip", "sealed_json_flip", "sealed_wrong_client_key")
 SILENT = ("mute", "no_chunks")  # nothing comes: the deadline says from whom
 
 
@@ -106,6 +140,39 @@ def test_bytes_that_no_encoder_writes_are_left_out_by_name(tmp_path):
     assert rounds[-1]["accepted"] == [0, 1, 2, 3]
     # A change of 1 + the client's id against the broadcast, which is 0.
     assert rounds[-1]["rows"]["16"] == [[1.0 + client] * 4 for client in range(4)]
+
+
+def test_sealed_chunks_that_were_changed_on_their_way_are_left_out_by_name(tmp_path):
+    ways = ["sealed_honest", *SEALED, "sealed_short", "sealed_honest"]
+    run_mpi(3, [PROGRAMS / "hostile.py", tmp_path / "out.json", *ways])
+    rounds = json.loads((tmp_path / "out.json").read_text())
+    short = "check: rank 2 sent 222 bytes for clients 2, 3, expected 224"
+    for outcome in rounds:
+        way = outcome["way"]
+        opened = "check: the update cannot be opened: "
+        reasons = {client: opened + reason for client, reason in SEALED.get(way, {}).items()}
+        if way == "sealed_short":
+            reasons = dict.fromkeys("23", short)
+        assert outcome["failures"] == reasons, way
+        accepted = [client for client in range(4) if str(client) not in reasons]
+        assert outcome["accepted"] == accepted, way
+        for start, width in ((0, 12), (12, 8)):
+            assert outcome["rows"][str(start)] == [[1.0 + c] * width for c in accepted], way
+
+
+@pytest.mark.parametrize(
+    "way",
+    [
+        pytest.param(way, marks=[] if way in SEALED_ENDS_FAST else pytest.mark.slow)
+        for way in SEALED_ENDS
+    ],
+)
+def test_a_wrong_key_and_a_changed_header_end_the_job_and_name_whose_it_is(tmp_path, way):
+    result = run_mpi(3, [PROGRAMS / "hostile.py", tmp_path / "out.json", way], status=None)
+    assert result.returncode not in (0, 2), both_ends(result)
+    only_report(result)
+    assert SEALED_ENDS[way] in result.stderr, both_ends(result)
+    assert not (tmp_path / "out.json").exists()
 
 
 @pytest.mark.parametrize("way", ENDS)

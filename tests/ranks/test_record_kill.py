@@ -61,6 +61,17 @@ while True:
     commit(record, 200_000)
 """
 
+LARGE_LOOP = """
+from fedsp_mpi.record import writer
+writer._MAX_REWRITTEN = 0
+record = create(sys.argv[1])
+print("created", flush=True)
+while True:
+    commit(record, 2_000)
+    if record.run.committed_rounds % 20 == 0:
+        record = RunRecord.open(sys.argv[1])
+"""
+
 FOLD_LOOP = """
 record = create(sys.argv[1])
 for _ in range(3):
@@ -107,7 +118,9 @@ def expected_prompts(round: int, size: int) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize(
-    "code, size, moments", [(LOOP, 200_000, 12), (FOLD_LOOP, 20_000, 8)], ids=["commits", "folds"]
+    "code, size, moments",
+    [(LOOP, 200_000, 12), (LARGE_LOOP, 2_000, 12), (FOLD_LOOP, 20_000, 8)],
+    ids=["commits", "additions", "folds"],
 )
 def test_killed_at_any_moment_keeps_every_committed_round(
     tmp_path: Path, code: str, size: int, moments: int

@@ -120,6 +120,21 @@ def test_killed_between_compressed_rounds(folder):
     assert run.rounds["bytes_up"].tolist() == undisturbed.rounds["bytes_up"].tolist()
 
 
+def test_killed_between_sealed_rounds(folder):
+    """The start after it has new keys, on other ranks, and the bits of an open run."""
+    more = ("--set", "wire.encryption=true")
+    killed = go(2, folder, "sealed", *more, fault="kill:gather:0:4", status=None)
+    assert killed.returncode != 0 and "Traceback" not in killed.stderr, both_ends(killed)
+    resumed = go(4, folder, "sealed", "--resume", "auto", *more)
+    assert "goes on after round 3" in resumed.stdout
+    require_equal(folder, "sealed")
+    first, second = read(folder / "sealed").sections["encryption"].values()
+    assert (first["round"], second["round"]) == (0, 3)
+    keys = [[*start["ranks"], *start["clients"].values()] for start in (first, second)]
+    assert [len(of_start) for of_start in keys] == [2 + 3, 4 + 3]
+    assert len({key for of_start in keys for key in of_start}) == 12
+
+
 def test_killed_in_the_middle_of_labelling(folder, tmp_path):
     """Pseudo-labels are kept like all else that clients keep; those of earlier rounds count."""
     settings = (
@@ -162,6 +177,29 @@ def test_told_to_stop_where_no_checkpoint_is_due(folder):
     assert [path.name for path in (folder / "late" / "checkpoints").glob("*.json")] == ["0003.json"]
     go(0, folder, "late", "--resume")
     require_equal(folder, "late")
+
+
+def test_killed_in_the_round_of_the_tier_above(folder):
+    """The experts, the general model and what users keep go on, on other ranks."""
+    experts = "[{name: a, users: [ann, ben]}, {name: b, users: [ben, cem]}]"
+    settings = (
+        "method=plmm",
+        f"tiers.experts={experts}",
+        "tiers.judge=rounds",
+        "tiers.questions=5",
+        "tiers.personal.proximal=0.1",
+        "client.alignment.steps=0",
+    )
+    more = [word for setting in settings for word in ("--set", setting)]
+    go(0, folder, "tiers-whole", *more)
+    # On rank 0, which plays no user, two experts train a round: this is in the third one.
+    fault = "kill:local training:0:3"
+    killed = go(2, folder, "tiers-killed", *more, fault=fault, status=None)
+    assert killed.returncode != 0 and "Traceback" not in killed.stderr, both_ends(killed)
+    resumed = go(4, folder, "tiers-killed", "--resume", "auto", *more)
+    assert "goes on after round 2" in resumed.stdout
+    undisturbed, run = read(folder / "tiers-whole"), read(folder / "tiers-killed")
+    assert difference(undisturbed, run) == [] and len(run.tiers) == len(undisturbed.tiers)
 
 
 @pytest.mark.parametrize("phase", ["distillation", "evaluation"])

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from itertools import groupby
 from pathlib import Path
 
 import h5py
@@ -17,7 +18,7 @@ from fedsp_mpi.record import read
 from fedsp_mpi.report import difference
 from helpers.mpi import both_ends
 from helpers.paths import PROGRAMS, ROOT
-from helpers.runs import SHORT, short_run
+from helpers.runs import FEDPROMPT, SHORT, short_run
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +81,39 @@ def test_start_progress_and_table_are_shown(runs):
     assert "round 1/2" in text and "round 2/2" in text and " left" in text
     assert re.search(r"^zero-shot .*\n(server-only .*)\n(fedsp .*)", text, re.M)
     assert str(runs / "n3") in text
+
+
+def test_a_launcher_with_more_ranks_than_cores_gets_a_line_of_advice(runs):
+    num_cores = len(os.sched_getaffinity(0))
+    advice = f"3 ranks share {num_cores} cores: `-n {max(2, num_cores)}` does the same"
+    assert (advice in (runs / "n3.txt").read_text()) == (num_cores < 3)
+    assert "ranks share" not in (runs / "n1.txt").read_text()
+
+
+def test_a_round_is_validated_and_recorded_while_clients_work_on_the_next(tmp_path):
+    """Where the server does not tune, and once."""
+    result = short_run(
+        2,
+        tmp_path,
+        "run",
+        *FEDPROMPT,
+        "server.tuning.steps=0",
+        program=[PROGRAMS / "phases.py"],
+    )
+    line = next(line for line in result.stdout.splitlines() if line.startswith("phases: "))
+    phases = [phase for phase, _ in groupby(line.removeprefix("phases: ").split(", "))]
+    first = phases.index("broadcast 2")
+    assert phases[first : first + 5] == [
+        "broadcast 2",
+        "validation 1",
+        "best round 1",
+        "record 1",
+        "checkpoint 1",
+    ]
+    assert phases.index("gather 2") > first + 4
+    for round in (1, 2):
+        names = [phase for phase in phases if phase.startswith("validation")]
+        assert sum(name.endswith(f" {round}") for name in names) == 1, names
 
 
 def test_record_says_what_happened(runs):
@@ -207,7 +241,7 @@ def test_client_without_finite_loss_stops_the_run_if_so_configured(tmp_path, n, 
         (2, "checks", 0, None),
         pytest.param(2, "distillation", 0, None, marks=pytest.mark.slow),
         pytest.param(3, "client set-up", 2, None, marks=pytest.mark.slow),
-        (2, "local training", 1, 2),
+        pytest.param(2, "local training", 1, 2, marks=pytest.mark.slow),
         pytest.param(3, "merge", 0, 1, marks=pytest.mark.slow),
         pytest.param(2, "evaluation", 0, None, marks=pytest.mark.slow),
     ],

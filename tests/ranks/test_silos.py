@@ -254,6 +254,7 @@ def of_sites(sites: Path, *names: str) -> list[str]:
     )
 
 
+@pytest.mark.slow
 def test_bad_silos_are_named_in_a_line_each_and_the_others_go_on(tmp_path, sites):
     where = ["--name", "run", "--set", f"run.folder={tmp_path}"]
     ended = fedsp(3, ["run", *where, *of_sites(sites, "north", *BAD, "south")])

@@ -40,12 +40,54 @@ def test_one_result_on_one_two_and_four_processes(
     assert len({seen["digest"] for seen in alone}) == (2 if "--fail" in options else 3)
 
 
+def test_sealed_rounds_have_the_same_result_and_show_nothing_of_it(tmp_path: Path) -> None:
+    options = ("--values", 1001, "--chunk", 4 * 200, "--fail")
+    taps = {name: tmp_path / f"{name}.bin" for name in ("open", "sealed")}
+    plain = fold(tmp_path / "open.json", 3, *options, "--capture", taps["open"])
+    sealed_options = (*options, "--encryption")
+    sealed = fold(tmp_path / "sealed.json", 3, *sealed_options, "--capture", taps["sealed"])
+    alone = fold(tmp_path / "alone.json", 0, *sealed_options)
+    for run in (sealed, alone):
+        unlike = ("peak", "round_bytes")
+        assert without(run["rounds"], *unlike) == without(plain["rounds"], *unlike)
+    up = [run["rounds"][0]["round_bytes"]["up"] for run in (alone, sealed, plain)]
+    # A header and six chunks are sealed, with 64 bytes each.
+    assert up[0] == up[1] == {client: size + 7 * 64 for client, size in up[2].items()}
+
+    captured = {name: tap.read_bytes() for name, tap in taps.items()}
+    shown, hidden = (
+        {data[i : i + 16] for i in range(len(data) - 15)} for data in captured.values()
+    )
+    assert len(captured["sealed"]) > len(captured["open"]) > 10_000
+    assert "Jürgen".encode() in captured["open"] and "Jürgen".encode() not in captured["sealed"]
+    assert not shown & hidden
+
+    seals = {
+        (entry["phase"], entry["crossed"]): entry["bytes_crossed"]
+        for entry in sealed["manifest"]
+        if entry["name"] == "(seal)"
+    }
+    # Of five clients one fails, of itself, in round 1, another by its values, and all in round 2.
+    assert seals["gather", 15] == 64 * (8 * 7 + 7)
+    assert set(seals) == {("start-up", 8), ("gather", 15)}
+
+
 def test_bf16_fails_as_fp32_does_and_halves_the_bytes(tmp_path: Path) -> None:
     options = ("--fail", "--chunk", 4 * 7, "--values", 101, "--compression", "bf16")
     alone, three = (fold(tmp_path / f"{n}.json", n, *options)["rounds"] for n in (0, 3))
     assert without(alone, "peak") == without(three, "peak")
     assert [failure["client"] for failure in three[1]["failures"]] == [1, 3]
     assert three[0]["round_bytes"]["up"]["0"] == 2 * 104 + 256
+
+
+def test_a_compressed_round_of_a_server_that_is_not_finite_fails_its_clients_by_name(
+    tmp_path: Path,
+) -> None:
+    options = ("--nan", "--chunk", 4 * 64, "--values", 101, "--compression", "int8")
+    alone, three = (fold(tmp_path / f"{n}.json", n, *options)["rounds"] for n in (0, 3))
+    assert without(alone, "peak") == without(three, "peak")
+    reasons = [[failure["reason"] for failure in seen["failures"]] for seen in three]
+    assert reasons == [[], ["tensor 'prefix' is not finite"] * 5, []]
 
 
 def test_failures_ride_in_the_place_of_updates(tmp_path: Path) -> None:
@@ -177,5 +219,6 @@ def test_the_bench_measures_and_waiting_is_cheap(tmp_path: Path) -> None:
     figures = json.loads((tmp_path / "out.json").read_text())
     assert figures["ranks"] == 3 and figures["ratio"] > 0
     assert figures["ratio"] == pytest.approx(figures["wire_seconds"] / figures["bare_seconds"])
+    assert figures["sealed_seconds"] > 0
     assert figures["waiting_cores"] < 0.5  # of a core: a blocking call takes all of it
     assert {"broadcast_slowdown", "gather_slowdown"} <= figures.keys()

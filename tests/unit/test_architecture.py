@@ -34,6 +34,7 @@ ORDER = (
 INTERFACE = {("__init__.py", "fedsp_mpi.api"), ("run/__init__.py", "fedsp_mpi.api")}
 HOME = {
     "mpi4py": "comm/",
+    "cryptography": "comm/sealing.py",
     "h5py": "record/",
     "datasets": "data/",
     "transformers": "models/",

@@ -1,7 +1,7 @@
 """A few rounds of a toy federation; the server writes their outcome as JSON.
 
 Usage: fold.py OUT --clients N --values N --chunk BYTES --rounds N [--fail] [--partial]
-[--stop-early] [--compression FORMAT]
+[--stop-early] [--compression FORMAT] [--nan] [--encryption] [--capture FILE]
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from fedsp_mpi.comm import Handout, RoundBroadcast, connect, guard, spread
+from fedsp_mpi.comm import Handout, RoundBroadcast, Wire, connect, guard, spread
 from fedsp_mpi.comm.compression import encode_against
 from fedsp_mpi.comm.exchange import Exchange
 from fedsp_mpi.comm.updates import Updates
@@ -45,7 +45,28 @@ def arguments() -> argparse.Namespace:
         help="the server reads only the first columns of round 0",
     )
     parser.add_argument("--compression", default="none")
+    parser.add_argument("--nan", action="store_true", help="in round 1 the server is not finite")
+    parser.add_argument("--encryption", action="store_true")
+    parser.add_argument(
+        "--capture", type=Path, help="of all that rank 1 sends after the introduction"
+    )
     return parser.parse_args()
+
+
+class Tap:
+    """A communicator that copies what this rank sends into a file."""
+
+    def __init__(self, comm: Any, path: Path) -> None:
+        self._comm = comm
+        self._file = path.open("wb")
+
+    def Isend(self, buffer: list[Any], **where: int) -> Any:
+        self._file.write(bytes(buffer[0]))
+        self._file.flush()
+        return self._comm.Isend(buffer, **where)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._comm, name)
 
 
 def contract(values: int, format: str) -> Contract:
@@ -122,6 +143,11 @@ def outcome(
 
 def main(args: argparse.Namespace) -> None:
     wire = connect(chunk_bytes=args.chunk)
+    if args.encryption:
+        wire.exchange_keys()
+    if args.capture and wire.topology.rank == 1:
+        assert isinstance(wire, Wire)
+        wire._comm = Tap(wire._comm, args.capture)  # type: ignore[assignment]
     hosts = wire.collect({"rank": wire.topology.rank, "name": "Jürgen"})
     wire.agree(None)
     agreed = contract(args.values, args.compression)
@@ -135,12 +161,15 @@ def main(args: argparse.Namespace) -> None:
     ranks = max(1, wire.topology.size - 1)
     places = spread([1.0 + client % 4 for client in range(args.clients)], ranks)
     clients = places[max(0, wire.topology.rank - 1)] if wire.is_client else ()
+    if args.encryption:
+        wire.exchange_client_keys(places if wire.topology.solo else [(), *places])
     prompt = handout.tensors.flat
     residuals: dict[int, np.ndarray] = {}
     rounds = []
     for round in range(args.rounds):
+        values = np.full_like(prompt, np.nan) if args.nan and round == 1 else prompt
         down = wire.broadcast(
-            RoundBroadcast(round, tensors=NamedTensors(agreed.down, prompt))
+            RoundBroadcast(round, tensors=NamedTensors(agreed.down, values))
             if wire.is_server
             else None
         )

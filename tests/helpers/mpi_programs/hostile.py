@@ -2,7 +2,7 @@
 
 Usage: hostile.py OUT WAY...: rank 1 hosts clients 0 and 1, rank 2 hosts 2 and 3 and does the WAY of
 the round; the server writes as JSON whom it accepted, and why not the others. If the first WAY
-begins with int8, all rounds are compressed.
+begins with int8, all rounds are compressed; if it begins with sealed, all that goes up is sealed.
 """
 
 from __future__ import annotations
@@ -18,9 +18,12 @@ import numpy as np
 
 from fedsp_mpi.comm import Deadlines, Handout, RoundBroadcast, Wire, connect, guard
 from fedsp_mpi.comm.compression import encode
+from fedsp_mpi.comm.envelope import ENVELOPE_BYTES, SEAL_BYTES
 from fedsp_mpi.comm.exchange import Exchange
 from fedsp_mpi.comm.inspection import Expected
-from fedsp_mpi.comm.messages import HEADER_BYTES, CallStats, Header, Kind
+from fedsp_mpi.comm.keys import Seals
+from fedsp_mpi.comm.messages import HEADER_BYTES, CallStats, Header, Kind, pack_results
+from fedsp_mpi.comm.sealing import KeyPair
 from fedsp_mpi.comm.wire import _JSON_TAGS
 from fedsp_mpi.config import CompressionConfig
 from fedsp_mpi.tensors import Contract, Failure, NamedTensors, Schema, Update
@@ -108,6 +111,92 @@ def send(wire: Wire, way: str, round: int) -> None:
         wire._wait(request.Test, "gather")
 
 
+def send_sealed(wire: Wire, way: str, round: int, earlier: dict[str, np.ndarray]) -> None:
+    """Send sealed results, which somebody changes on their way who has no key.
+
+    Args:
+        wire: of rank 2.
+        way: of the round.
+        round: number of the round.
+        earlier: the first chunk of the round before, which is replaced by this one's.
+    """
+    seals = wire._seals
+    assert seals is not None
+    headers = [
+        seals.seal_result(c, pack_results([Header.of(update(c), round)], CONTRACT.metrics), round)
+        for c in (2, 3)
+    ]
+    message = bytearray(b"".join(headers))
+    if way == "sealed_header_flip":
+        message[ENVELOPE_BYTES + 30] ^= 1
+    elif way == "sealed_header_replay":
+        message[:] = headers[0] + headers[0]
+    wire._send_message(bytes(message), 1, "gather")
+    chunks = [sealed_chunk(seals, part, round) for part in (slice(0, 12), slice(12, 20))]
+    first, last = chunks
+    replayed = earlier.get("first")
+    earlier["first"] = first.copy()
+    if way == "sealed_flip":
+        first[0, ENVELOPE_BYTES] ^= 1
+    elif way == "sealed_tag_flip":
+        first[0, -1] ^= 128
+    elif way == "sealed_round_flip":
+        first[0, 12] ^= 1
+    elif way == "sealed_late_flip":
+        last[0, ENVELOPE_BYTES] ^= 1
+    elif way == "sealed_replay":
+        assert replayed is not None
+        first = replayed
+    elif way == "sealed_swap":
+        first = first[::-1].copy()
+    elif way == "sealed_not":
+        first[0] = 0
+        first[0, : 4 * 12] = update(2).tensors.flat[:12].view(np.uint8)
+    elif way == "sealed_short":
+        first = first[:, :-1].copy()
+    for chunk in (first, last):
+        request = wire._comm.Isend([chunk, wire._mpi.BYTE], dest=0, tag=5)
+        wire._wait(request.Test, "gather")
+
+
+def sealed_chunk(seals: Seals, part: slice, round: int) -> np.ndarray:
+    """Seal a part of the updates of clients 2 and 3; return uint8 [2, num_bytes + SEAL_BYTES]."""
+    rows = np.empty((2, 4 * (part.stop - part.start) + SEAL_BYTES), dtype=np.uint8)
+    for row, client in zip(rows, (2, 3)):
+        seals.seal_values(client, row, update(client).tensors.flat[part], round=round)
+    return rows
+
+
+def introduce(wire: Wire, way: str) -> None:
+    """Exchange the keys of the ranks; rank 2 may use another key than it sends."""
+    if wire.topology.rank == 2:
+        honest = KeyPair.agree
+        wrong = {"sealed_wrong_key": "messages", "sealed_wrong_client_key": "results"}.get(way)
+
+        def agree(pair: KeyPair, peer: bytes, purpose: str, *args: Any, **options: Any) -> Any:
+            pair = KeyPair() if purpose == wrong else pair
+            return honest(pair, peer, purpose, *args, **options)
+
+        KeyPair.agree = agree  # type: ignore[method-assign]
+    wire.exchange_keys()
+
+
+def introduce_clients(wire: Wire, way: str) -> None:
+    """Exchange the keys of the clients, of which somebody may change one on the way."""
+    if wire.topology.rank == 2 and way in ("sealed_changed_key", "sealed_foreign_key"):
+        honest = wire.collect
+
+        def collect(info: Any, phase: Any = "start-up") -> Any:
+            if "keys" in info and way == "sealed_changed_key":
+                info["keys"]["3"] = info["keys"]["2"][::-1]
+            elif "keys" in info:
+                info["keys"]["0"] = info["keys"].pop("3")
+            return honest(info, phase)
+
+        wire.collect = collect  # type: ignore[method-assign]
+    wire.exchange_client_keys([[], [0, 1], [2, 3]])
+
+
 def send_packed(wire: Wire, way: str) -> None:
     """Send compressed chunks, one block each, in which client 2 lies."""
     rows = np.array([update(client).packed for client in (2, 3)])
@@ -137,16 +226,24 @@ def main(out: Path, ways: list[str]) -> None:
     rank = wire.topology.rank
     first = NamedTensors(SCHEMA, np.zeros(SCHEMA.num_values, dtype=np.float32))
     wire.agree(None)
+    is_sealed = ways[0].startswith("sealed")
+    if is_sealed:
+        introduce(wire, ways[0])
     contract = CONTRACT
     exchange = None
     if ways[0].startswith("int8"):
         contract = replace(CONTRACT, compression=INT8)
         exchange = Exchange(INT8, first.flat.copy())
     wire.handout(Handout({}, first, contract, exchange) if rank == 0 else None)
+    if is_sealed:
+        introduce_clients(wire, ways[0])
+    earlier: dict[str, np.ndarray] = {}
     rounds: list[dict[str, Any]] = []
     for round, way in enumerate(ways, start=1):
         wire.broadcast(RoundBroadcast(round, tensors=first) if rank == 0 else None)
-        if rank == 2:
+        if rank == 2 and is_sealed:
+            send_sealed(wire, way, round, earlier)
+        elif rank == 2:
             send(wire, way, round)
         else:
             updates = wire.gather(
@@ -163,8 +260,20 @@ def main(out: Path, ways: list[str]) -> None:
             body = JSON[way]
             header = Header(Kind.JSON, client=2, num_values=len(body))
             wire._send_message(header.pack() + body, _JSON_TAGS["checkpoint"], "gather")
+        elif rank == 2 and way in ("sealed_json_flip", "sealed_json_replay"):
+            assert wire._seals is not None
+            body = b'{"states": {}}'
+            header = Header(Kind.JSON, client=2, num_values=len(body))
+            message = bytearray(wire._seals.seal_json(header.pack() + body))
+            if way == "sealed_json_flip":
+                message[-20] ^= 1
+            wire._send_message(bytes(message), _JSON_TAGS["checkpoint"], "gather")
+            if way == "sealed_json_replay":
+                wire._send_message(bytes(message), _JSON_TAGS["end"], "gather")
         else:
             wire.collect({"states": {}}, "checkpoint")
+        if way == "sealed_json_replay" and rank != 2:
+            wire.collect({}, "end")
     wire.finish()
     if rank == 0:
         out.write_text(json.dumps(rounds))

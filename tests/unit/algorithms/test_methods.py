@@ -12,6 +12,7 @@ import yaml
 from fedsp_mpi import config
 from fedsp_mpi.config import EMBEDDED, Config
 from fedsp_mpi.config.parsing import differences
+from fedsp_mpi.config.tiers import ExpertConfig
 from fedsp_mpi.estimate import cost
 from fedsp_mpi.report import difference
 from helpers.paths import ROOT
@@ -97,6 +98,24 @@ APART: dict[str, dict[str, object]] = {
         "prompt.num_tokens": 32,
         "server.tuning.steps": 0,
         "instructions.pool": PHRASES,
+    },
+    "plmm": BRIDGED
+    | {
+        "method": "plmm",
+        "server.accept": "always",
+        "federation.clients": 3,
+        "federation.users": ("ann", "ben", "cem"),
+        "tiers.experts": (
+            ExpertConfig(name="first", users=("ann", "ben")),
+            ExpertConfig(name="second", users=("ben", "cem")),
+        ),
+        # As the base tunes users' and experts' prompts.
+        "tiers.personal.tuning.steps": 40,
+        "tiers.personal.tuning.optimizer.learning_rate": 0.15,
+        "tiers.personal.proximal": 0.1,
+        "tiers.upgrade.optimizer.learning_rate": 0.1,
+        "tiers.consensus.optimizer.learning_rate": 0.1,
+        "checkpoint.keep_client_states": True,
     },
     "finetune": {"method": "finetune", "federation.client_state": "restarted"},
     "finetune_centralised": {"method": "finetune"} | SINGLE_RANK,

@@ -17,6 +17,7 @@ from fedsp_mpi.comm.compression import (
     decode,
     encode,
     encode_against,
+    encode_change,
     num_bytes,
 )
 from fedsp_mpi.comm.exchange import Exchange
@@ -165,6 +166,33 @@ def test_a_broadcast_that_silos_only_judge_leaves_the_residual_for_the_next_roun
     # The second message of the same values is about what the first one has left.
     assert 0 < errors["judged"] < errors["other"] / 50
     assert judged.evaluation_bytes() == 3 * (256 + num_bytes(67, INT8))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 3e38])
+def test_a_broadcast_without_a_change_that_can_travel_is_nan_and_leaves_both_ends_alone(value):
+    wire = opened()
+    other = opened()
+    for each_wire in (wire, other):
+        each_wire.broadcast(RoundBroadcast(1, tensors=tensors(1)))
+    broken = tensors(2)
+    broken["w"][3, 1] = value
+    received = wire.broadcast(RoundBroadcast(2, tensors=broken)).tensors
+    assert received.schema == SCHEMA and np.isnan(received.flat).all()
+    failures = wire.gather(2, [Update(0, 1.0, received)]).failures
+    assert [failure.reason for failure in failures] == ["tensor 'w' is not finite"]
+    again, expected = (
+        each_wire.broadcast(RoundBroadcast(3, tensors=tensors(3))).tensors
+        for each_wire in (wire, other)
+    )
+    assert again.flat.tobytes() == expected.flat.tobytes()
+
+
+@FORMATS
+def test_a_change_is_encoded_alike_with_and_without_being_decoded(compression):
+    values = tensors(1).flat
+    reference = tensors(2).flat
+    expected, _ = encode_against(values, reference, None, compression=compression)
+    assert encode_change(values, reference, compression).tobytes() == expected.tobytes()
 
 
 def test_an_exchange_goes_on_from_its_state_with_the_same_bits():

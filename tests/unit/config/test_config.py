@@ -29,11 +29,13 @@ TOGETHER: dict[str, dict[str, object]] = {
     "client.privacy.clip": {"client.privacy.noise_scale": 1.5},
     "client.privacy.noise_scale": {"client.privacy.clip": 1.5},
     "topology.server_ranks": {"distillation.stage.batch_size": 3, "server.tuning.batch_size": 3},
+    "distillation.stage.max_padding": {"distillation.engine": "torch"},
 }
 # A key whose least value is refused without another one.
 LEAST_WITH: dict[str, dict[str, object]] = {
     "data.server_share": {"server.tuning.steps": 0, "distillation.stage.steps": 0},
     "distillation.hidden_weight": {"distillation.logits_weight": 1},
+    "distillation.stage.max_padding": {"distillation.engine": "torch"},
 }
 
 
@@ -57,6 +59,7 @@ def value_of(settings: object, dotted: str) -> object:
 
 # Keys that mean something with silos only.
 WITH_SILOS = ("federation.silos", "server.data.source", "evaluation.at")
+WITH_TIERS = ("federation.users", "tiers.experts")
 
 
 def another(start: Config, dotted: str, hint: object) -> object:
@@ -108,6 +111,7 @@ def test_every_key_can_be_written_and_read(tmp_path):
             "model.gradient_checkpointing",  # not with a prefix, see below
             "recipe",  # unit/training/test_bridge.py
             *WITH_SILOS,  # test_silos_config.py
+            *WITH_TIERS,  # unit/algorithms/test_plmm.py
         ):
             continue
         new = another(start, dotted, hint)
@@ -508,6 +512,7 @@ def test_each_difference_is_named_with_both_values(tmp_path):
 
 FREE = {
     "topology.ranks",
+    "wire",
     "deadlines",
     "checkpoint",
     "record",
@@ -517,7 +522,7 @@ FREE = {
     "distillation.reuse",
     "recipe",
 }
-FREE |= {"search", "instructions"}  # of a method that does not search
+FREE |= {"search", "instructions", "tiers"}  # of other methods
 SEARCHES = ("method=fedbpt", "server.tuning.steps=0")
 
 

@@ -15,6 +15,7 @@ import yaml
 
 from fedsp_mpi import cli, config
 from fedsp_mpi.config.keys import configuration
+from fedsp_mpi.config.tiers import ExpertConfig
 from helpers.paths import ROOT
 
 REFERENCE = ROOT / "configs" / "README.md"
@@ -41,7 +42,8 @@ def defaults(recipe: str) -> dict[str, Any]:
     """Return the value of every key that is left out under a recipe; model.name has to be given."""
     values = dict(settings(config.checked({"recipe": recipe, "model": {"name": "any"}})))
     silo = dict(settings(config.SiloConfig(), "federation.silos[]."))
-    return values | {"model.name": None} | silo
+    expert = dict(settings(ExpertConfig(), "tiers.experts[]."))
+    return values | {"model.name": None} | silo | expert
 
 
 def documented() -> list[tuple[str, Any, Any]]:

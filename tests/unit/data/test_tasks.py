@@ -158,7 +158,10 @@ def test_what_is_scored_equals_lm_eval(name, monkeypatch):
         same(example, context, continuations, gold)
 
 
-@pytest.mark.parametrize("name", LM_EVAL)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[pytest.mark.slow] if n == "hellaswag" else []) for n in LM_EVAL],
+)
 def test_every_other_row_equals_lm_eval(name, monkeypatch):
     data = datasets.load_dataset(local(name))
     if name == "sciq":  # lm-eval has a test split in mind that the local copy does not have

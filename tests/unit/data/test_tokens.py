@@ -5,6 +5,8 @@ that it adds.
 from __future__ import annotations
 
 import json
+import math
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +21,14 @@ from fedsp_mpi.comm.messages import TEXT_BYTES
 from fedsp_mpi.data import answers, cloze, fit
 from fedsp_mpi.data.examples import Example
 from fedsp_mpi.data.tasks import Splits
-from fedsp_mpi.data.tokens import collate, encode, encode_pairs, pieces
+from fedsp_mpi.data.tokens import Batches, collate, encode, encode_pairs, pieces
 from fedsp_mpi.evaluation.scoring import questions
 from fedsp_mpi.log import Log
 from fedsp_mpi.models.losses import answer_loss
 from fedsp_mpi.record import read
 from fedsp_mpi.run import execute
 from fedsp_mpi.run.inputs import ExperimentInputs
+from fedsp_mpi.tensors import Batch
 from helpers import tiny
 from helpers.configs import refused
 from helpers.runs import SHORT, short
@@ -479,3 +482,61 @@ def test_an_empty_context_without_a_token_in_its_place_is_refused(tmp_path):
     )
     write(tmp_path / "data", test=data[:4])
     of_model(tmp_path, bare, source).check()
+
+
+# --- batches that are cut by length ---
+
+
+@pytest.mark.parametrize("max_padding", [0.0, 0.15, 0.5])
+@pytest.mark.parametrize("micro_batch", [None, 5])
+def test_a_limit_of_padding_is_kept_with_the_fewest_passes(max_padding, micro_batch):
+    lengths = np.random.default_rng(3).integers(4, 60, 80)
+    texts = tiny.texts(lengths.tolist())
+    batches = Batches(texts, 16, micro_batch, 1, "client prompt", 0, max_padding=max_padding)
+    whole = Batches(texts, 16, None, 1, "client prompt", 0)
+    for index in range(10):
+        cut = batches.step(index)
+        rows = [row for batch in cut for row in _texts_of(batch)]
+        assert sorted(rows) == sorted(_texts_of(whole.step(index)[0]))
+        sizes = [len(batch.input_ids) for batch in cut]
+        assert max(sizes) <= (micro_batch or 16)
+        num_tokens = sum(batch.attention_mask.numel() for batch in cut)
+        num_texts = sum(int(batch.attention_mask.sum()) for batch in cut)
+        assert num_tokens - num_texts <= max_padding * num_tokens + 1e-6
+        ends = sorted((len(row[0]) for row in rows), reverse=True)
+        fewest = _fewest_groups(ends, micro_batch or 16, max_padding)
+        assert len(cut) == fewest
+
+
+def _texts_of(batch: Batch) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Return each row's tokens and targets without padding."""
+    lengths = batch.attention_mask.sum(dim=1).tolist()
+    return [
+        (tuple(ids[:length].tolist()), tuple(targets[:length].tolist()))
+        for ids, targets, length in zip(batch.input_ids, batch.targets, lengths)
+    ]
+
+
+def _fewest_groups(lengths: list[int], most: int, max_padding: float) -> int:
+    """Try all numbers of groups, by a recursion over the last one."""
+
+    @cache
+    def tokens(end: int, groups: int) -> float:
+        if groups == 0:
+            return 0 if end == 0 else math.inf
+        begins = range(max(0, end - most), end)
+        options = [tokens(b, groups - 1) + lengths[b] * (end - b) for b in begins]
+        return min(options, default=math.inf)
+
+    limit = sum(lengths) / (1 - max_padding) + 1e-6
+    return next(n for n in range(1, len(lengths) + 1) if tokens(len(lengths), n) <= limit)
+
+
+def test_parts_of_a_batch_are_cut_each_by_itself():
+    texts = tiny.texts(list(range(4, 36)))
+    parts = [
+        Batches(texts, 32, None, 1, "server", 0, part=(rank, 2), max_padding=0.1).step(0)
+        for rank in range(2)
+    ]
+    rows = [row for part in parts for batch in part for row in _texts_of(batch)]
+    assert sorted(rows) == sorted(_texts_of(Batches(texts, 32, None, 1, "server", 0).step(0)[0]))

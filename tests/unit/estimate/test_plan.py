@@ -375,7 +375,12 @@ def test_int8_plans_a_quarter_of_the_bytes():
 
 @pytest.mark.parametrize(
     ("settings", "num_layers_copied"),
-    [((), 0), (BRIDGED, 2), (ADAPTERS, 3), (INT8_ADAPTERS, 3)],
+    [
+        ((), 0),
+        ((*BRIDGED, "wire.encryption=true"), 2),
+        (ADAPTERS, 3),
+        ((*INT8_ADAPTERS, "wire.encryption=true"), 3),
+    ],
 )
 def test_the_plan_is_what_a_run_records(tmp_path, settings, num_layers_copied):
     short_run(0, tmp_path, "short", *settings)

@@ -509,7 +509,7 @@ def test_tiny_scores_equal_lm_evals(gpt2, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "other", "metric", "number"),
     [
-        ("arc_easy", "arc_easy", "multiple_choice", 60),
+        pytest.param("arc_easy", "arc_easy", "multiple_choice", 60, marks=pytest.mark.slow),
         ("web_questions", "webqs", "exact_match", 40),
     ],
 )

@@ -135,8 +135,10 @@ ALLOWED = {
         "record/lock.py",
         "release",
     ): "the lock that this process made, in a folder that holds nothing else",
+    ("record/additions.py", "remove"): "names of the record's own, in the folder of a run",
     ("record/writer.py", "create"): "the config.yaml that this call has made",
     ("record/writer.py", "_fold"): "run.h5 and rounds by their pattern, in the folder of a run",
+    ("record/writer.py", "_remove_additions"): "names of the record's own, in the folder of a run",
     ("record/writer.py", "_sweep"): "rounds by their pattern, in the folder of a run",
     ("record/checkpoint.py", "remove_client"): "a file that this process wrote",
     (
@@ -167,6 +169,7 @@ WRITERS = {
     ("files/ownership.py", "write_new"): "a file that is not there yet (O_EXCL)",
     ("record/lock.py", "_opened"): "the lock, in a folder that is ours",
     ("record/atomic.py", "_open"): "the part of a file, for `write`",
+    ("record/atomic.py", "append"): "adds to the end of a name of the record's own",
     ("record/hdf5.py", "fold_into"): "the part of run.h5, for `_fold`",
     ("commands/jobs.py", "_start"): "adds to the end of a log",
     ("record/probe.py", "_begin"): "in a folder that this process has just made",

@@ -8,6 +8,7 @@ import math
 import subprocess
 import sys
 import weakref
+from collections import Counter
 
 import numpy as np
 import peft
@@ -15,6 +16,7 @@ import pytest
 import safetensors.torch
 import torch
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoModelForCausalLM,
     DynamicCache,
@@ -351,6 +353,58 @@ def test_rounded_weights_compute_as_a_model_that_was_loaded_so(folder):
         rounded.answer_logits(batch, prompt), half.answer_logits(batch, prompt)
     ):
         assert torch.equal(actual, expected)
+
+
+class Casts(TorchDispatchMode):
+    """Count the casts of tensors, by the address of their values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._to_copy.default:
+            self.places[args[0].data_ptr()] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_weights_that_are_not_trained_are_cast_once(folder):
+    """Whatever the family, to the same bits, and they come back as they were."""
+    model = LanguageModel(tiny.load(folder).model, torch.bfloat16)
+    model.train_weights(True)  # as a client's alignment leaves them
+    model.train_weights(False)
+    batch, prompt = tiny.batch(), prompt_for(model, "prefix")
+    weights = {name: weight.detach().clone() for name, weight in model.weights.items()}
+    head = model.model.get_output_embeddings().weight
+    matrices = [w for w in model.weights.values() if w.ndim == 2 and w is not head]
+
+    def gradient() -> torch.Tensor:
+        prompt.zero_grad()
+        answer_loss(*model.answer_logits(batch, prompt)).backward()
+        return prompt.get_parameter("prompt").grad.clone()
+
+    with Casts() as casts:
+        expected = gradient()
+    assert sum(casts.places[matrix.data_ptr()] for matrix in matrices) >= 4  # in every pass
+    with model.frozen():
+        with Casts() as casts:
+            actual = gradient()
+        assert not any(casts.places[matrix.data_ptr()] for matrix in matrices)
+    assert torch.equal(actual, expected)
+    for name, weight in model.weights.items():
+        assert weight.dtype == torch.float32 and torch.equal(weight, weights[name]), name
+
+
+def test_gpt2s_activation_is_one_kernel_of_the_same_function(gpt2):
+    stock = AutoModelForCausalLM.from_pretrained(gpt2)
+    model = tiny.load(gpt2)
+    kinds = {type(module).__name__ for module in model.model.modules()}
+    assert "NewGELUActivation" not in kinds and "GELU" in kinds
+    batch = tiny.batch()
+    expected = stock(batch.input_ids, attention_mask=batch.attention_mask).logits
+    actual = model.head(model.hidden(batch))
+    is_text = batch.attention_mask.bool()
+    assert torch.allclose(actual[is_text], expected[is_text], rtol=1e-5, atol=1e-6)
 
 
 def test_models_that_cannot_be_read(tmp_path):

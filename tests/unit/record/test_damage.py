@@ -20,7 +20,7 @@ from fedsp_mpi.files import fingerprint
 from fedsp_mpi.models import auxiliary
 from fedsp_mpi.models.language_model import LanguageModel
 from fedsp_mpi.models.prompts import Prompt, PromptSpec, read_adapter, write_adapter
-from fedsp_mpi.record import Checkpoint, Checkpoints, RunRecord, WireRow, read
+from fedsp_mpi.record import Checkpoint, Checkpoints, RunRecord, WireRow, read, writer
 from fedsp_mpi.tensors import NamedTensors
 from helpers import tiny
 from helpers.record_samples import make, results
@@ -88,8 +88,10 @@ def content(folder: Path) -> list[Any]:
 
 
 @numbers
-@pytest.mark.parametrize("kind", ["running", "complete"])
-def test_a_damaged_record_is_never_read_as_another(tmp_path, kind, number):
+@pytest.mark.parametrize("kind", ["running", "complete", "large"])
+def test_a_damaged_record_is_never_read_as_another(tmp_path, monkeypatch, *, kind, number):
+    if kind == "large":
+        monkeypatch.setattr(writer, "_MAX_REWRITTEN", 0)
     record = make(tmp_path / "a", rounds=2)
     record.write_wire(
         [WireRow(name="p", shape=(8, 4), dtype="float32", direction="up", count=6, bytes=768)]
@@ -98,8 +100,9 @@ def test_a_damaged_record_is_never_read_as_another(tmp_path, kind, number):
     record.describe(models={"auxiliary": 46})
     if kind == "complete":
         record.finish()
-    files = [tmp_path / "a" / "run.h5", *sorted((tmp_path / "a").glob("rounds/*.h5"))]
-    assert len(files) == (3 if kind == "running" else 1)
+    folder = tmp_path / "a"
+    files = [*sorted(folder.glob("run.*")), *sorted(folder.glob("rounds/*.h5"))]
+    assert len(files) == {"running": 3, "complete": 1, "large": 5}[kind]
     original = content(tmp_path / "a")
 
     def look() -> str:

@@ -45,7 +45,7 @@ def test_every_column_of_the_code_is_documented() -> None:
 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the record of a run with silos that score, and with noise."""
+    """Return the record of a run with silos that score, with noise, and sealed."""
     data = EMBEDDED.parent / "data"
     silos = json.dumps([{"name": name, "source": str(data)} for name in ("a", "b", "c")])
     run = short(
@@ -56,6 +56,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "evaluation.at=both",
         "client.privacy.clip=1.0",
         "client.privacy.noise_scale=0.1",
+        "wire.encryption=true",
     )
     return run.file
 

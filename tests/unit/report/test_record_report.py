@@ -185,6 +185,22 @@ def test_summary_header_and_time(tmp_path: Path) -> None:
     assert "seconds   distillation reused, all rounds 4.50" in summarize(record.run)
 
 
+def test_summary_names_the_keys_of_the_newest_start(tmp_path: Path) -> None:
+    record = make(tmp_path / "a")
+    assert "sealed" not in summarize(record.run)
+    for start in ("1", "2"):
+        clients = {str(client): start * 32 for client in range(9)}
+        keys = {"cipher": "C20", "server": "a" * 32, "clients": clients}
+        record.describe(encryption={start: keys})
+    lines = summarize(record.run).splitlines()
+    [first] = [place for place, line in enumerate(lines) if line.startswith("sealed    ")]
+    words = " ".join(line.strip() for line in lines[first : first + 6])
+    assert (
+        f"sealed    what goes up, by C20, key of server {'a' * 32}, client 0 {'2' * 32}," in words
+    )
+    assert f"client 7 {'2' * 32}, and 1 more" in words and "client 8" not in words
+
+
 def test_summary_bears_with_free_form_parts(tmp_path: Path) -> None:
     run = make(tmp_path / "a").run
     sections = {
@@ -192,6 +208,7 @@ def test_summary_bears_with_free_form_parts(tmp_path: Path) -> None:
         "data": {"client_shards": 3},
         "distillation": {"seconds": "long"},
         "timing": {},
+        "encryption": {"1": {"clients": {}}},
     }
     assert "unknown machine" in summarize(
         replace(run, environment={"hosts": 3}, sections=sections, config={})
