@@ -183,7 +183,11 @@ def read(folder_or_file: str | Path) -> Run:
 
 
 def _read_file(file: Path) -> Run:
-    """Read a run.h5 with what was added to it since; raise ValueError if that cannot be read."""
+    """Read a run.h5 with what was added to it since; raise ValueError if that cannot be read.
+
+    Of a file that another process replaces all the time, this is one of the states that it had.
+    """
+    earlier: Run | None = None
     with _reading(file):
         for _ in range(_MAX_READS):
             before = _identity(file)
@@ -201,7 +205,10 @@ def _read_file(file: Path) -> Run:
             else:
                 if _identity(file) == before:
                     return run
-        raise ValueError("a file that changes all the time")
+                earlier = run
+        if earlier is None:
+            raise ValueError("a file that changes all the time")
+        return earlier
 
 
 def _identity(file: Path) -> tuple[int, int]:

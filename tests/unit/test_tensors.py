@@ -255,7 +255,7 @@ def test_a_batch_on_the_cpu_stays_itself():
     batch = Batch(*(torch.zeros(2, 3, dtype=torch.int64) for _ in range(3)))
     assert batch.to(torch.device("cpu")) is batch
     moved = batch.to(torch.device("meta"))
-    assert isinstance(moved, Batch) and all(tensor.device.type == "meta" for tensor in moved)
+    assert isinstance(moved, Batch) and all(tensor.device.type == "meta" for tensor in moved[:3])
 
 
 def test_randomness_is_keyed_by_its_meaning():

@@ -257,7 +257,7 @@ def test_the_objectives_are_those_of_loops(tmp_path):
     by_hand = []
     for some in (batch, copy):
         losses = []
-        for ids, mask, targets in zip(*some):
+        for ids, mask, targets in zip(*some[:3]):
             length = int(mask.sum())
             logits = model.model(input_ids=ids[None, :length]).logits[0]
             each = [

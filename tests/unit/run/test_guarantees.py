@@ -92,12 +92,12 @@ def test_of_rounds_with_equal_losses_the_first_is_the_best():
     )
     best = Best(start)
     assert (
-        best.update_if_better(first, 1, 0.5)
-        and not best.update_if_better(second, 2, 0.5)
-        and not best.update_if_better(second, 3, math.nan)
+        best.update_if_better(lambda: first, 1, 0.5)
+        and not best.update_if_better(lambda: second, 2, 0.5)
+        and not best.update_if_better(lambda: second, 3, math.nan)
     )
     assert (best.round, best.loss) == (1, 0.5) and best.exported is first
-    assert best.update_if_better(second, 4, math.nextafter(0.5, 0)) and best.round == 4
+    assert best.update_if_better(lambda: second, 4, math.nextafter(0.5, 0)) and best.round == 4
 
 
 def test_updates_that_the_rule_rejects_are_missing_from_the_quorum_of_a_run(tmp_path, capsys):
