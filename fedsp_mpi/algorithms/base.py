@@ -180,6 +180,10 @@ class MethodInputs(Protocol):
     def server_questions(self) -> Sequence[Text]: ...
 
     @property
+    def classes(self) -> tuple[str, ...]:
+        """The choices that all examples have in common, in order."""
+
+    @property
     def word_token_ids(self) -> np.ndarray:
         """Sorted ids of the tokens that are words, int64 [number]."""
 

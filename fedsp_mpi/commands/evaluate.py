@@ -97,6 +97,12 @@ def evaluate(run_folder: str | Path, options: Options, log: Log) -> Evaluation:
             f"{folder}: found a run with method={config.method}, whose domains have tasks of their "
             "own, expected one task for all; measure it by ask --evaluate"
         )
+    if config.classifies and not options.without_prompt:
+        raise ValueError(
+            f"{folder}: found a run with method=head, whose answers are classes, expected one that "
+            "answers in words, as lm-eval asks; report has its score, and --without-prompt tests "
+            "the model as it was"
+        )
     inputs = inputs_of(config)
     ownership.require_evaluation(folder / FILE)
     _require_tuned(run, inputs.config, folder, options=options)

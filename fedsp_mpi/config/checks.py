@@ -78,7 +78,8 @@ def _require_text(config: Config) -> None:
             "model.weights: found random with model.after, whose weights an earlier run has "
             "trained, expected pretrained; or set model.after=null"
         )
-    if config.model.weights == "random" and not config.tunes_weights:
+    keeps_weights = config.classifies or not config.tunes_weights
+    if config.model.weights == "random" and keeps_weights:
         raise ConfigError(
             f"model.weights: found random with method={config.method}, which leaves the weights as "
             "they are, expected pretrained; or set method=pretrain"

@@ -91,8 +91,9 @@ class Config:
         "fedsp",
         "what is tuned and exchanged. `fedsp`: prompts, by gradients; `fedbpt`: prompts, searched "
         "for without gradients; `prompt_search`: prompts in words; `finetune`: all weights of the "
-        "global model; `lora`: low-rank adapters of it; `pretrain`: all weights, on plain text; "
-        "`plmm`: prompts of users, experts and a general model (`tiers`)",
+        "global model; `lora`: low-rank adapters of it; `head`: a classification head on it, for "
+        "tasks with one set of classes; `pretrain`: all weights, on plain text; `plmm`: prompts of "
+        "users, experts and a general model (`tiers`)",
     )
     run: RunConfig = RunConfig()
     topology: TopologyConfig = TopologyConfig()
@@ -134,16 +135,23 @@ class Config:
         return self.method_facts.adapts
 
     @property
+    def classifies(self) -> bool:
+        """Whether a classification head is tuned and travels, on weights that stay as they are."""
+        return self.method_facts.classifies
+
+    @property
     def tuned_folder(self) -> str:
-        """Name of the folder, in the run's, of what is tuned: prompt, adapter or model."""
+        """Name of the folder, in the run's, of what is tuned: prompt, adapter, head or model."""
         if self.adapts:
             return "adapter"
+        if self.classifies:
+            return "head"
         return "model" if self.tunes_weights else "prompt"
 
     @property
     def trains_all_weights(self) -> bool:
         """Whether all weights of the global model are trained and travel."""
-        return self.tunes_weights and not self.adapts
+        return self.tunes_weights and not (self.adapts or self.classifies)
 
     @property
     def leaves_model(self) -> bool:
@@ -189,7 +197,7 @@ class Config:
         """Whether clients train the weights of the model that they hold, not only prompts."""
         aligns = self.client.training == "joint" or self.client.alignment.steps > 0
         if self.tunes_weights:
-            return not self.adapts
+            return self.trains_all_weights
         return aligns and not self.searches
 
     @property

@@ -23,6 +23,8 @@ class MethodFacts:
             hold the whole model.
         adapts: of the weights, low-rank adapters beside them are tuned and travel; clients get the
             weights once.
+        classifies: of the weights, a classification head in the place of the model's own is tuned
+            and travels; clients get the weights once.
         searches: prompts are searched for without gradients: clients run forward passes alone, and
             the server merges but does not tune.
         in_words: of those, prompts are instructions in words, of which clients send scores alone.
@@ -38,6 +40,7 @@ class MethodFacts:
     title: str
     tunes_weights: bool = False
     adapts: bool = False
+    classifies: bool = False
     searches: bool = False
     in_words: bool = False
     reads_plain_text: bool = False
@@ -100,6 +103,13 @@ METHODS: dict[str, MethodFacts] = {
     ),
     "lora": MethodFacts(
         "fedsp_mpi.algorithms.lora", "LoRA", tunes_weights=True, adapts=True, augments=True
+    ),
+    "head": MethodFacts(
+        "fedsp_mpi.algorithms.head",
+        "classification head",
+        tunes_weights=True,
+        classifies=True,
+        augments=True,
     ),
     "pretrain": MethodFacts(
         "fedsp_mpi.algorithms.pretrain", "pre-training", tunes_weights=True, reads_plain_text=True

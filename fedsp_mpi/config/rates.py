@@ -50,6 +50,8 @@ def _kind(data: Section) -> str | None:
     method = data.get("method")
     if method == "lora":
         return "adapters"
+    if method == "head":
+        return "head"
     if method in ("finetune", "pretrain"):
         model = data.get("model")
         is_new = isinstance(model, dict) and model.get("weights") == "random"

@@ -65,7 +65,7 @@ def encode(tokenizer: Tokenizer, examples: Sequence[Example], max_length: int) -
         ConfigError: an answer is not one token; or the words from the gap on do not fit, in which
             case the message names the row.
     """
-    texts = _with_gaps(tokenizer, examples, max_length)
+    texts = with_gaps(tokenizer, examples, max_length)
     answers = _answers(tokenizer, (example.target.strip() for example in examples))
     return [
         _filled(text, answers[example.target.strip()]) for text, example in zip(texts, examples)
@@ -85,7 +85,7 @@ def encode_options(
     Raises:
         ConfigError: as in `encode`, or two choices are the same token.
     """
-    texts = _with_gaps(tokenizer, examples, max_length)
+    texts = with_gaps(tokenizer, examples, max_length)
     answers = _answers(tokenizer, (choice for example in examples for choice in example.choices))
     for choices in dict.fromkeys(example.choices for example in examples):
         _require_different(choices, [answers[choice] for choice in choices])
@@ -154,8 +154,17 @@ def _locate_gaps(tokenizer: Tokenizer, examples: Sequence[Example]) -> list[_Loc
     return located
 
 
-def _with_gaps(tokenizer: Tokenizer, examples: Sequence[Example], max_length: int) -> list[Text]:
-    """Tokenise each example with an empty gap; a long text loses the beginning of its words."""
+def with_gaps(tokenizer: Tokenizer, examples: Sequence[Example], max_length: int) -> list[Text]:
+    """Tokenise each example with an empty gap; a long text loses the beginning of its words.
+
+    Args:
+        tokenizer: of the model.
+        examples: of the task.
+        max_length: maximum number of tokens of a text.
+
+    Raises:
+        ConfigError: the words from the gap on do not fit; the message names the row.
+    """
     _, gap_id = gap(tokenizer)
     texts = []
     for example, located in zip(examples, _locate_gaps(tokenizer, examples)):

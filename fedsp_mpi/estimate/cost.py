@@ -53,7 +53,7 @@ from fedsp_mpi.config import EMBEDDED, AuxiliaryConfig, Config, StageConfig
 from fedsp_mpi.data.tasks import ASSUMED_LENGTHS, TASKS, TextLengths
 from fedsp_mpi.estimate import memory
 from fedsp_mpi.estimate.memory import MemoryNeed, ModelSizes, meta_model
-from fedsp_mpi.models import auxiliary, backbone, lora
+from fedsp_mpi.models import auxiliary, backbone, class_head, lora
 from fedsp_mpi.models.architectures import config_of, forward, ratios
 from fedsp_mpi.models.language_model import LanguageModel
 from fedsp_mpi.models.prompts import Prompt, PromptSpec, require_positions
@@ -320,11 +320,13 @@ class _Costs:
             encoder=prompt.encoder,
         )
         self.texts = _text_lengths(config, self.large.shape.num_positions, tokens)
-        self._num_adapters = 0
+        self._num_beside = 0  # values of adapters or a head, beside frozen weights
         if config.adapts:
-            self._num_adapters = lora.num_parameters(
+            self._num_beside = lora.num_parameters(
                 meta_model(architecture, num_layers), config.lora
             )
+        if config.classifies:
+            self._num_beside = class_head.num_parameters(self.large, self._num_labels())
         # Forward passes that each backward pass repeats.
         self._recompute_passes = 1 if config.model.gradient_checkpointing else 0
 
@@ -334,8 +336,8 @@ class _Costs:
         longest = self.texts.longest
         if distillation.text:
             longest = max(longest, distillation.text_length)
-        if self.config.adapts:
-            return ModelSizes.with_adapters(self.large, self._num_adapters, longest)
+        if self._num_beside:
+            return ModelSizes.with_adapters(self.large, self._num_beside, longest)
         if self.config.tunes_weights:
             return ModelSizes.all_weights(self.large, longest)
         sizes = ModelSizes.between(self.large, self.small, spec=self.spec, length=longest)
@@ -496,6 +498,8 @@ class _Costs:
     def _weights_step(self, stage: StageConfig) -> float:
         """Return the FLOPs of one optimizer step on all weights of the global model, no prompts."""
         tokens = self.texts.tokens
+        if self.config.classifies:  # no gradient goes into the model, and its own head is not run
+            return stage.batch_size * forward(self.large, tokens, tokens, 0)
         passes = (2 if self.config.adapts else 3) + self._recompute_passes
         return stage.batch_size * passes * forward(self.large, tokens, tokens, self.texts.answers)
 
@@ -646,19 +650,22 @@ class _Costs:
         )
 
     def _fine_tuning(self) -> MethodCost:
-        """Return the cost of fine-tuning, where clients train the whole model, or its adapters.
+        """Return the cost of fine-tuning, where clients train the whole model, its adapters or a
+        head.
 
         It takes the steps of the prompt stage. All weights come with every round, so there is no
-        hand-out unless rounds are compressed; beside adapters, they are handed out once.
+        hand-out unless rounds are compressed; beside adapters or a head, they are handed out once.
         """
         stage = self.config.client.tuning
         num_weights = self.large.num_parameters()
-        num_tuned = self._num_adapters if self.config.adapts else num_weights
+        num_tuned = self._num_beside or num_weights
         message = self._message_bytes(num_tuned)
         update = message + self._seal_bytes(num_tuned)
         handout = self._reference_bytes(num_tuned)
-        if self.config.adapts:
+        if self._num_beside:
             handout += FP32_BYTES * num_weights
+        if self.config.classifies:
+            handout += FP32_BYTES * num_tuned  # the first head
         judged = self._judged(message)
         federation = self.config.federation
         total = self._clients_per_round() * (message + update) + federation.clients * judged

@@ -14,7 +14,7 @@ import torch
 
 from fedsp_mpi.config import Config, StageConfig
 from fedsp_mpi.files.untrusted import JsonMapping
-from fedsp_mpi.models import auxiliary, lora
+from fedsp_mpi.models import auxiliary, class_head, lora
 from fedsp_mpi.models.language_model import LanguageModel
 from fedsp_mpi.models.prompts import Prompt, PromptSpec
 from fedsp_mpi.training.device import DTYPES
@@ -89,6 +89,9 @@ class ModelSizes:
             adapted = meta_model(config, inputs.shape.num_layers)
             num_adapters = lora.num_parameters(adapted, inputs.config.lora)
             return cls.with_adapters(large, num_adapters, length)
+        if inputs.config.classifies:
+            num_values = class_head.num_parameters(large, len(inputs.classes))
+            return cls.with_adapters(large, num_values, length)
         if inputs.config.tunes_weights:
             return cls.all_weights(large, length)
         cell_config = auxiliary.cell_config(config, inputs.config.auxiliary)
@@ -150,16 +153,16 @@ class ModelSizes:
         )
 
     @classmethod
-    def with_adapters(cls, model: LanguageModel, num_adapters: int, length: int) -> ModelSizes:
-        """Compute the sizes where clients hold the global model, and adapters of it travel.
+    def with_adapters(cls, model: LanguageModel, num_values: int, length: int) -> ModelSizes:
+        """Compute the sizes where clients hold the global model, and adapters or a head travel.
 
         Args:
             model: on the meta device.
-            num_adapters: values of the adapters.
+            num_values: of the adapters, or of the head.
             length: tokens of the longest text.
         """
         sizes = cls.all_weights(model, length)
-        return replace(sizes, auxiliary=sizes.global_model, prompt=num_adapters, wire=num_adapters)
+        return replace(sizes, auxiliary=sizes.global_model, prompt=num_values, wire=num_values)
 
     def held_by(self, config: Config) -> ModelSizes:
         """Return the sizes without the clients' model, if they hold none."""
@@ -391,6 +394,8 @@ def _activations(
     """
     if not stage.steps:
         return 0
+    if config.classifies:  # no gradient goes into the model
+        return _forward_passes(sizes, _num_tokens(stage, sizes))
     if config.model.gradient_checkpointing:
         # One layer's activations, and the hidden states between the layers.
         values_per_unit = sizes.activations + depth

@@ -29,7 +29,7 @@ LOCK = "lock"
 RECORD = "run.h5"
 # In a model's folder: the files that were written there, each with its digest.
 MANIFEST = "digests.json"
-MODELS = ("auxiliary", "prompt", "adapter", "model")
+MODELS = ("auxiliary", "prompt", "adapter", "head", "model")
 EVALUATION = "evaluation.json"
 # In the folder of a split: what it is begun with, and what it ends with.
 SPLIT_BEGUN = "unfinished.json"

@@ -50,6 +50,8 @@ class LanguageModel:
         kind: "causal", "masked" or "encoder_decoder".
         device: of the weights.
         casts: whether the weights have another type than the forward pass.
+        classifier: gives logits of classes, in fp32, in the place of the model's own head; None
+            where there is none.
     """
 
     def __init__(
@@ -64,6 +66,7 @@ class LanguageModel:
         self.dropout = dropout
         self.checkpointing = checkpointing
         self.candidates = candidates
+        self.classifier: nn.Linear | None = None
         self.set_model(model, dtype)
 
     def set_model(self, model: Any, dtype: torch.dtype) -> None:
@@ -222,7 +225,13 @@ class LanguageModel:
         return decoded.last_hidden_state[:, -1]
 
     def head(self, hidden: Tensor) -> Tensor:
-        """Return the logits [..., vocabulary] of last hidden states [..., hidden]."""
+        """Return the logits [..., vocabulary] of last hidden states [..., hidden].
+
+        With a classifier, logits [..., classes].
+        """
+        if self.classifier is not None:
+            logits: Tensor = self.classifier(hidden.float())
+            return logits
         with self.computing():
             return logits_of(self.model, hidden)
 

@@ -118,6 +118,11 @@ class Run:
         return _existing(self.folder / "adapter")
 
     @property
+    def head(self) -> Path | None:
+        """The folder of a classification head, as safetensors; None where there is none."""
+        return _existing(self.folder / "head")
+
+    @property
     def model(self) -> Path | None:
         """The folder of a fine-tuned model, in Hugging Face's form; None where there is none."""
         return _existing(self.folder / "model")

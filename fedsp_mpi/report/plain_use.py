@@ -25,7 +25,8 @@ def lines(run: Run) -> list[str]:
         return []
     if not section.keys() >= _NEEDED or section["kind"] not in _CLASSES:
         return []
-    tuned = {"prompt": run.prompt, "adapter": run.adapter, "model": run.model}[section["tuned"]]
+    folders = {"prompt": run.prompt, "adapter": run.adapter, "head": run.head, "model": run.model}
+    tuned = folders[section["tuned"]]
     if tuned is None:
         return []
     code = _loading(section, str(tuned)) + _asking(section)
@@ -33,27 +34,34 @@ def lines(run: Run) -> list[str]:
 
 
 def _loading(section: JsonObject, tuned: str) -> list[str]:
-    """Return the lines that load tokenizer, model and prompt."""
-    has_prompt = section["tuned"] != "model"
+    """Return the lines that load tokenizer, model and prompt, or head."""
+    has_base = section["tuned"] != "model"
+    has_head = section["tuned"] == "head"
     model_class = _CLASSES[section["kind"]]
-    name = "base" if has_prompt else "tuned"
-    options = ", revision=revision" if has_prompt and section["revision"] else ""
-    code = ["from peft import PeftModel"] if has_prompt else []
+    name = "base" if has_base else "tuned"
+    options = ", revision=revision" if has_base and section["revision"] else ""
+    code: list[str] = []
+    if has_head:
+        code.append("from safetensors.torch import load_file")
+    elif has_base:
+        code.append("from peft import PeftModel")
     code.append(f"from transformers import AutoTokenizer, {model_class}")
-    if has_prompt:
+    if has_base:
         code.append(f"base = {section['model']!r}")
     if options:
         code.append(f"revision = {section['revision']!r}")
     code.append(f"tuned = {tuned!r}")
     tokenizer = f"base{options}"
-    if not has_prompt:
+    if not has_base:
         tokenizer = "tuned"
     elif section["tokenizer"] != section["model"]:
         tokenizer = repr(section["tokenizer"])
     code.append(f"tokenizer = AutoTokenizer.from_pretrained({tokenizer})")
     dtype = f", dtype={section['dtype']!r}"
     code.append(f"model = {model_class}.from_pretrained({name}{options}{dtype})")
-    if has_prompt:
+    if has_head:
+        code.append('head = load_file(f"{tuned}/head.safetensors")')
+    elif has_base:
         code.append("model = PeftModel.from_pretrained(model, tuned)")
     return code
 
@@ -73,6 +81,15 @@ def _asking(section: JsonObject) -> list[str]:
             "print(tokenizer.decode(ids[0, inputs.input_ids.shape[1] :]))",
         ]
     code += _choices(question["choices"])
+    if section["tuned"] == "head":
+        return [
+            *code,
+            'inputs = tokenizer(text, return_tensors="pt")',
+            *_state(section["kind"], question),
+            'logits = (head["weight"] @ state.float() + head["bias"]).log_softmax(-1)',
+            "scores = dict(zip(choices, logits.tolist()))",
+            _ANSWER,
+        ]
     if "gap" in question or question.get("are_tokens"):
         return [
             *code,
@@ -98,18 +115,40 @@ def _logits(kind: str, question: JsonObject) -> list[str]:
     """Return the lines that compute what the model expects in the place of the answer."""
     if kind == "causal" or "gap" not in question:
         return ["logits = model(**inputs).logits[0, -1].log_softmax(-1)"]
-    gap = f"gap = tokenizer.convert_tokens_to_ids({question['gap']!r})"
     if kind == "encoder_decoder":
         return [
-            gap,
-            "start = inputs.input_ids.new_tensor([[model.config.decoder_start_token_id, gap]])",
+            *_gap(kind, question["gap"]),
             "logits = model(**inputs, decoder_input_ids=start).logits[0, -1].log_softmax(-1)",
         ]
     return [
-        gap,
-        "place = inputs.input_ids[0].tolist().index(gap) - inputs.input_ids.shape[1]",
+        *_gap(kind, question["gap"]),
         "logits = model(**inputs).logits[0, place].log_softmax(-1)",
     ]
+
+
+def _state(kind: str, question: JsonObject) -> list[str]:
+    """Return the lines that compute the last hidden state in the place of the answer."""
+    if kind == "causal" or "gap" not in question:
+        return ["state = model.base_model(**inputs).last_hidden_state[0, -1]"]
+    if kind == "encoder_decoder":
+        return [
+            *_gap(kind, question["gap"]),
+            "states = {'decoder_input_ids': start, 'output_hidden_states': True}",
+            "state = model(**inputs, **states).decoder_hidden_states[-1][0, -1]",
+        ]
+    return [
+        *_gap(kind, question["gap"]),
+        "state = model.base_model(**inputs).last_hidden_state[0, place]",
+    ]
+
+
+def _gap(kind: str, token: str) -> list[str]:
+    """Return the lines that find a text's gap, or begin a decoder's text with it."""
+    gap = f"gap = tokenizer.convert_tokens_to_ids({token!r})"
+    if kind == "encoder_decoder":
+        start = "start = inputs.input_ids.new_tensor([[model.config.decoder_start_token_id, gap]])"
+        return [gap, start]
+    return [gap, "place = inputs.input_ids[0].tolist().index(gap) - inputs.input_ids.shape[1]"]
 
 
 def _assigned(name: str, text: str) -> list[str]:

@@ -40,7 +40,7 @@ from fedsp_mpi.config import FederationConfig, OuterConfig
 from fedsp_mpi.config.tiers import GENERAL
 from fedsp_mpi.evaluation.scoring import answer_loss_mean, choice_losses, score
 from fedsp_mpi.log import RoundProgress
-from fedsp_mpi.models import auxiliary, backbone, lora
+from fedsp_mpi.models import auxiliary, backbone, class_head, lora
 from fedsp_mpi.models.copies import ExactCopies, exact_copies
 from fedsp_mpi.models.families import PEFT_TASKS
 from fedsp_mpi.models.language_model import LanguageModel
@@ -363,7 +363,8 @@ def _on_device(answer: Answer | None, compute: Compute) -> Answer | None:
 def save(inputs: ExperimentInputs, server: Server, *, exported: NamedTensors, folder: Path) -> None:
     """Write what a run is for: the prompt as a peft adapter in `prompt`, or the model in `model`.
 
-    Low-rank adapters go to `adapter`, and merged into the model to `model` if that is asked for.
+    Low-rank adapters go to `adapter`, and merged into the model to `model` if that is asked for; a
+    classification head goes to `head`.
 
     Args:
         inputs: of the experiment.
@@ -376,6 +377,10 @@ def save(inputs: ExperimentInputs, server: Server, *, exported: NamedTensors, fo
         lora.write(folder / config.tuned_folder, exported, config.lora, base=inputs.model_name)
         if config.lora.merged:
             _save_merged(inputs, folder)
+    elif config.classifies:
+        class_head.write(
+            folder / config.tuned_folder, exported, inputs.classes, base=inputs.model_name
+        )
     elif server.prompt:
         task = PEFT_TASKS[server.model.kind]
         if isinstance(inputs, TierInputs):  # those of experts are in the record

@@ -70,7 +70,7 @@ def _candidates(role: ServerRole, inputs: ExperimentInputs) -> dict[str, Best | 
     """Return what had the lowest validation loss, by method; None is the model as it was."""
     config = inputs.config
     candidates: dict[str, Best | None] = {}
-    if config.evaluation.zero_shot:
+    if config.evaluation.zero_shot and not config.classifies:  # an untrained head knows nothing
         candidates["zero-shot"] = None
     if role.control_best:
         candidates["server-only"] = role.control_best

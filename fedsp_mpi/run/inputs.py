@@ -15,6 +15,7 @@ from fedsp_mpi.config import Config, ConfigError, StageConfig
 from fedsp_mpi.config.parsing import shown
 from fedsp_mpi.data import (
     answers,
+    class_numbers,
     cloze,
     few_labels,
     fit,
@@ -235,7 +236,7 @@ class ExperimentInputs(ModelInputs):
             ConfigError: candidates are asked for, and the examples have different choices.
         """
         loss_over = self.config.data.loss_over
-        if loss_over == "vocabulary":
+        if loss_over == "vocabulary" or self.config.classifies:
             return None
         if not self._has_classes:
             if loss_over == "auto":
@@ -258,6 +259,12 @@ class ExperimentInputs(ModelInputs):
         """Whether all examples have the same choices."""
         choices = {example.choices for example in self._all_examples}
         return self.task.metric == "multiple_choice" and len(choices) == 1
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The choices that all examples have in common, in order."""
+        assert self._has_classes, "checked before a method asks"
+        return self._all_examples[0].choices
 
     @property
     def scores_choices(self) -> bool:
@@ -370,6 +377,8 @@ class ExperimentInputs(ModelInputs):
 
     def _training_questions(self, examples: Sequence[tasks.Example]) -> list[Question]:
         """Tokenise examples to train on with their options."""
+        if self.config.classifies:
+            return self._class_questions(examples, self.max_length)
         if self.is_cloze:
             return scoring.gap_questions(self.tokenizer, examples, self.max_length)
         return [
@@ -538,6 +547,8 @@ class ExperimentInputs(ModelInputs):
                     "all, expected at least one block of that many; add text, or set it lower"
                 )
             return texts
+        if self.config.classifies:
+            return class_numbers.right_texts(self._class_questions(examples, self.max_length))
         if self.is_cloze:
             texts = cloze.encode(self.tokenizer, examples, self.max_length)
         else:
@@ -630,9 +641,20 @@ class ExperimentInputs(ModelInputs):
 
     def _to_questions(self, examples: Sequence[tasks.Example]) -> list[Question]:
         """Tokenise examples as questions with options."""
+        if self.config.classifies:
+            num_unread = 0 if self.is_cloze else 1
+            return self._class_questions(examples, self.max_text_positions + num_unread)
         if self.is_cloze:
             return scoring.gap_questions(self.tokenizer, examples, self.max_text_positions)
         return scoring.questions(self.tokenizer, examples)
+
+    def _class_questions(
+        self, examples: Sequence[tasks.Example], max_length: int
+    ) -> list[Question]:
+        """Tokenise examples as questions whose options are numbers of classes."""
+        if self.is_cloze:
+            return class_numbers.gap_questions(self.tokenizer, examples, max_length)
+        return class_numbers.continued_questions(self.tokenizer, examples, max_length)
 
     # -- checks ------------------------------------------------------------------------------------
 
@@ -675,6 +697,8 @@ class ExperimentInputs(ModelInputs):
         """Raise ValueError on the first text that cannot be used with the model."""
         if self.is_plain_text:
             return
+        if self.config.classifies:
+            self._require_classification()
         # What is only read here raises on a mistake; a run would read it later.
         if self.is_cloze:
             _ = cloze.gap(self.tokenizer)
@@ -682,9 +706,23 @@ class ExperimentInputs(ModelInputs):
         else:
             templates.require_answer_last(self.splits.train, self.model_config.model_type)
             answers.require_start_token(self.tokenizer, self.splits)
-        if self._has_classes:
+        if self._has_classes and not self.config.classifies:
             answers.require_distinct_choices(
                 self.tokenizer, self._all_examples[0].choices, self._choice_tokens
+            )
+
+    def _require_classification(self) -> None:
+        """Raise ConfigError if there are no classes that a head could tell apart."""
+        if not self._all_examples:
+            raise ConfigError(
+                "method: found head, and the server owns no text to know the classes from "
+                "(server.data.source), expected a task with known classes (data.classes)"
+            )
+        if not self._has_classes:
+            raise ConfigError(
+                f"method: found head with {self.config.data.task}, whose examples have no classes "
+                "in common, expected a task with one set of choices; take another method, such as "
+                "fedsp"
             )
 
     def _require_vocabulary(self) -> None:

@@ -37,7 +37,12 @@ def plain_use(inputs: ExperimentInputs) -> JsonObject:
     }
     if inputs.is_plain_text:
         return section
-    questions = _cloze_questions(inputs) if inputs.is_cloze else _causal_questions(inputs)
+    if inputs.is_cloze:
+        questions = _cloze_questions(inputs)
+    elif config.classifies:
+        questions = _classification_questions(inputs)
+    else:
+        questions = _causal_questions(inputs)
     shortest = min(questions, key=_num_characters, default=None)
     if shortest is not None and _num_characters(shortest) <= _MAX_CHARACTERS:
         section["question"] = shortest
@@ -80,6 +85,15 @@ def _causal_questions(inputs: ExperimentInputs) -> Iterator[JsonObject]:
             for choice, option in zip(choices, question.options)
         )
         yield {"text": text, "choices": choices, "are_tokens": are_tokens}
+
+
+def _classification_questions(inputs: ExperimentInputs) -> Iterator[JsonObject]:
+    """Yield the questions of a causal model with a head whose tokens are those of the text."""
+    for example, question in _test_questions(inputs):
+        text = example.context.rstrip()
+        option = question.options[0]
+        if text and inputs.tokenizer(text).input_ids == option.ids[: option.answer].tolist():
+            yield {"text": text, "choices": list(example.choices)}
 
 
 def _is_plain(joint_ids: list[int], context_ids: list[int], option: Text) -> bool:

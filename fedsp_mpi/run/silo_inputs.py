@@ -303,6 +303,8 @@ class SiloInputs(ExperimentInputs):
         self.check_model()
         self._server_size = len(self.splits.train)
         self._require_shard()
+        if self.config.classifies:
+            self._require_classification()
         if self.has_text:
             self.check_texts()
             self._require_attack()
