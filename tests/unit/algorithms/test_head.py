@@ -32,7 +32,9 @@ HEAD = (
     "data.task=classification",
     "data.columns={text: review, label: outcome}",
     "data.classes=[colour, trade]",
+    "data.template={review} {mask}",
     "client.tuning.steps=6",
+    "client.alignment.steps=0",
     "client.tuning.optimizer={learning_rate: 1e-2, schedule: constant}",
     "server.tuning.steps=0",
     "checkpoint.keep_client_states=true",
@@ -45,7 +47,7 @@ def write_table(path: Path, rows: int, seed: int) -> None:
     lines = ["review,outcome"]
     for _ in range(rows):
         name = str(random.choice(list(WORDS)))
-        lines.append(f"Question: Which {random.choice(WORDS[name])} goes with Tosith?,{name}")
+        lines.append(f"Question: Which {random.choice(WORDS[name])},{name}")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(lines) + "\n")
 
@@ -163,7 +165,7 @@ def test_few_labels_pseudo_labels_a_robust_rule_and_compression(folder, tmp_path
 
 def test_silos_score_where_the_text_is(folder, tmp_path):
     sites = f"federation.silos={{source: '{folder / 'sites'}/{{silo}}.csv', names: [north, south]}}"
-    own = (f"server.data.source={folder / 'data'}", "data.source=null", "federation.clients=0")
+    own = (f"server.data.source={folder / 'data'}", "data.source=null", "federation.clients=null")
     run = short(tmp_path, *HEAD, sites, *own, "evaluation.at=both", "evaluation.held_out=0.3")
     last = run.silos[run.silos["round"] == 2]
     assert last["silo"].tolist() == [0, 1] and (last["acc"] > 0.6).all()
@@ -194,7 +196,14 @@ def test_what_has_no_classes_is_refused_before_a_model_is_loaded(tmp_path, monke
     assert "method: found head with multiple_choice, whose examples have no classes" in line
     assert "expected a task with one set of choices" in line
     silos = "federation.silos={source: '/nowhere/{silo}.csv', names: [north, south]}"
-    unnamed = [*SHORT, *HEAD, silos, "data.source=null", "federation.clients=0", "data.classes=[]"]
+    unnamed = [
+        *SHORT,
+        *HEAD,
+        silos,
+        "data.source=null",
+        "federation.clients=null",
+        "data.classes=[]",
+    ]
     with pytest.raises(ConfigError, match=r"the server owns no text .*\(data.classes\)"):
         SiloInputs(config.load(None, unnamed)).check()
 
