@@ -59,11 +59,12 @@ SEARCHES["prompt_search"] = {
 SEARCHES["fedbpt"]["search"] |= recipe("bridged")[
     "search"
 ]  # the default; the others search as the papers do
-LABELS = {  # of 48 texts of three clients
+CLASSES = {  # of 48 texts of three clients, in two classes
     "aug_fedprompt": {
         "data": {"labels": 6, "label_spread": 0.1, "verbaliser": ["grey", "blue"]},
         "augment": {"clients": 2, "per_client": 8},
     },
+    "head": WEIGHTS,
 }
 COLUMNS = (
     "server_loss_first",
@@ -80,8 +81,8 @@ def write_configurations(folder: Path) -> list[Path]:
     two_classes = {"data": {"source": tiny.gap_task_folder(folder / "data")}}
     for name, path in METHODS.items():
         more = WEIGHTS if name.startswith(("finetune", "p_tuning")) else SEARCHES.get(name, {})
-        if name in LABELS:
-            more = merge(LABELS[name], two_classes)
+        if name in CLASSES:
+            more = merge(CLASSES[name], two_classes)
         own = {"extends": [str(config.EMBEDDED), short.name, str(path)]}
         files.append(folder / f"{name}.yaml")
         files[-1].write_text(yaml.safe_dump({**own, **more}))
@@ -122,7 +123,15 @@ def features(folder: Path) -> dict[str, tuple[str, ...]]:
 ONE_CLIENT = "prefix_tuning"  # which does not fill three ranks
 ON_FOUR_RANKS = ("fedsp", "fedbpt", "finetune", "fedprompt", "plmm")
 SLOW_ON_RANKS = {
-    2: ("fedsp", "fedbpt", "finetune", "aug_fedprompt", "plmm", ONE_CLIENT),  # one rank plays all
+    2: (
+        "fedsp",
+        "fedbpt",
+        "finetune",
+        "aug_fedprompt",
+        "head",
+        "plmm",
+        ONE_CLIENT,
+    ),  # one rank plays all
     4: tuple(name for name in METHODS if name not in (*ON_FOUR_RANKS, ONE_CLIENT)),
 }
 FEATURES = (

@@ -203,6 +203,7 @@ def test_what_has_no_classes_is_refused_before_a_model_is_loaded(tmp_path, monke
         "data.source=null",
         "federation.clients=null",
         "data.classes=[]",
+        "evaluation.at=silos",
     ]
     with pytest.raises(ConfigError, match=r"the server owns no text .*\(data.classes\)"):
         SiloInputs(config.load(None, unnamed)).check()

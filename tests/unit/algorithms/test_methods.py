@@ -117,6 +117,7 @@ APART: dict[str, dict[str, object]] = {
         "tiers.consensus.optimizer.learning_rate": 0.1,
         "checkpoint.keep_client_states": True,
     },
+    "head": {"method": "head"},
     "finetune": {"method": "finetune", "federation.client_state": "restarted"},
     "finetune_centralised": {"method": "finetune"} | SINGLE_RANK,
 }
