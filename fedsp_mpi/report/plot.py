@@ -240,12 +240,14 @@ def draw_labels(runs: Sequence[Run], path: str | Path) -> None:
             be written.
     """
     studies = pseudo_labels.studies(runs)
+    names = dict.fromkeys(curve.name for study in studies for curve in study.curves)
+    looks = {name: _curve_look(index) for index, name in enumerate(names)}
     with _picture(path) as figure:
         figure.set_size_inches(11, 0.9 + 3.6 * len(studies))
         grid = figure.subplots(len(studies), 2, squeeze=False)
         for (scores, precision), study in zip(grid, studies):
-            _draw_scores_by_labels(scores, study)
-            _draw_precision(precision, study)
+            _draw_scores_by_labels(scores, study, looks)
+            _draw_precision(precision, study, looks)
             scores.set_title(printable(study.task), loc="left", fontweight="bold")
         _add_legend(figure, grid[:, 0], location="outside lower center", max_columns=3)
 
@@ -254,7 +256,7 @@ def draw_labels(runs: Sequence[Run], path: str | Path) -> None:
 
 
 def _curve_look(index: int) -> Look:
-    """Return how a method's line looks, in both panels."""
+    """Return how a method's line looks, in all panels."""
     return {
         "color": COLOURS[index % len(COLOURS)],
         "linestyle": DASHES[index % len(DASHES)],
@@ -263,14 +265,14 @@ def _curve_look(index: int) -> Look:
     }
 
 
-def _draw_scores_by_labels(axes: Axes, study: LabelStudy) -> None:
+def _draw_scores_by_labels(axes: Axes, study: LabelStudy, looks: Mapping[str, Look]) -> None:
     """Draw the scores of one task by the number of labels, which is on a logarithmic scale."""
     numbers = sorted({number for curve in study.curves for number in curve.scores})
-    for index, curve in enumerate(study.curves):
+    for curve in study.curves:
         means = [statistics.fmean(scores) for scores in curve.scores.values()]
         errors = [deviation(scores) if len(scores) > 1 else 0.0 for scores in curve.scores.values()]
         axes.errorbar(
-            list(curve.scores), means, errors, label=curve.name, capsize=2, **_curve_look(index)
+            list(curve.scores), means, errors, label=curve.name, capsize=2, **looks[curve.name]
         )
     for index, (label, scores) in enumerate(study.all_labels.items()):
         look: Look = {"color": GREYS[1 + index % 3], "linestyle": "--", "linewidth": 1.2}
@@ -282,16 +284,17 @@ def _draw_scores_by_labels(axes: Axes, study: LabelStudy) -> None:
     axes.set_ylabel("score, percent")
 
 
-def _draw_precision(axes: Axes, study: LabelStudy) -> None:
+def _draw_precision(axes: Axes, study: LabelStudy, looks: Mapping[str, Look]) -> None:
     """Draw the precision of one task's pseudo-labels by round, fewer labels paler."""
     from matplotlib.ticker import MaxNLocator
 
-    for index, curve in enumerate(study.curves):
+    for curve in study.curves:
+        look = looks[curve.name]
         judged = {n: values for n, values in curve.precision.items() if np.isfinite(values).any()}
         for place, (number, values) in enumerate(judged.items()):
             shade = 0.35 + 0.65 * (place + 1) / len(judged)
             rounds = np.arange(1, len(values) + 1)
-            axes.plot(rounds, 100 * values, alpha=shade, **_curve_look(index))
+            axes.plot(rounds, 100 * values, alpha=shade, **look)
             axes.annotate(
                 f"{number:,}",
                 (rounds[-1], 100 * values[-1]),
@@ -299,8 +302,9 @@ def _draw_precision(axes: Axes, study: LabelStudy) -> None:
                 textcoords="offset points",
                 va="center",
                 fontsize=7,
-                color=COLOURS[index % len(COLOURS)],
+                color=look["color"],
             )
+    axes.set_visible(axes.has_data())
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.set_xlabel("round")
     axes.set_ylabel("right pseudo-labels, percent")

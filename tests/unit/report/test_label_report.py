@@ -26,9 +26,10 @@ def made(
     gamma: float = 0.01,
     label: str = "AUG",
     seed: int = 1,
+    task: str = "ag_news",
 ) -> Run:
     """Make a record of two rounds of two clients, and a score."""
-    data = {"task": "ag_news", "labels": labels, "label_spread": gamma}
+    data = {"task": task, "labels": labels, "label_spread": gamma}
     settings = {"run": {"seed": seed, "label": label}, "data": data}
     record = RunRecord.create(folder / name, config=settings, config_text="", environment={})
     for number, clients in enumerate(ROUNDS, 1):
@@ -81,6 +82,17 @@ def test_scores_by_labels_and_all_labels_across(tmp_path):
     ]
     assert list(precision.lines[0].get_ydata()) == pytest.approx([50, 85])
     assert [text.get_text() for text in precision.texts] == ["16", "64", "16"]
+
+
+def test_a_method_has_one_look_in_the_panels_of_all_tasks(tmp_path):
+    runs = [
+        made(tmp_path, "a", 0.6, gamma=0.01),
+        made(tmp_path, "b", 0.6, gamma=100),
+        made(tmp_path, "c", 0.6, gamma=100, task="sst2"),
+    ]
+    first, _, second, _ = pictures.panels(lambda path: draw_labels(runs, path))
+    colours = [[c.lines[0].get_color() for c in panel.containers] for panel in (first, second)]
+    assert colours[0][0] != colours[0][1] and colours[1] == colours[0][1:]
 
 
 def test_the_command_line_draws_it_and_says_what_is_missing(tmp_path, capsys):
