@@ -123,6 +123,7 @@ ALLOWED = {
         "record/event_files.py",
         "__init__",
     ): "event files by their pattern, in a folder of that name in the folder of a run",
+    ("models/class_head.py", "write"): "in a folder that this process has just made",
     ("models/lora.py", "write"): "in a folder that this process has just made",
     ("models/prompts.py", "write_adapter"): "in a folder that this process has just made",
     (
