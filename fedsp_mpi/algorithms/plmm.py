@@ -49,6 +49,7 @@ from fedsp_mpi.models.prompts import DepthMap, Prompt
 from fedsp_mpi.record.client_cache import StateHolder
 from fedsp_mpi.tensors import (
     Batch,
+    ClientError,
     NamedTensors,
     Report,
     Schema,
@@ -447,6 +448,13 @@ class UserStates:
             return self.personal[client]
         return Personal(start, self._build_engine())
 
+    def drop_moments(self, client: int) -> None:
+        """Give a user's prompt a new optimizer: the moments of the old one are from a round that
+        failed, and may not be finite. One that has no prompt yet begins in its next round.
+        """
+        if client in self.personal:
+            self.personal[client] = Personal(self.personal[client].prompt, self._build_engine())
+
     def has_state(self, client: int) -> bool:
         """Return whether a user keeps something; before its first round it does not."""
         return client in self.personal or self._shared.has_state(client)
@@ -523,41 +531,51 @@ class Users:
     def local_update(self, client: int, round: int, broadcast: NamedTensors) -> Update:
         """Tune the prompt that is sent, from the experts' one, and the user's own.
 
-        See `base.Client.local_update`. After an error the user's own prompt is as it was.
+        See `base.Client.local_update`. After an error of its tuning the user's own prompt is as it
+        was, and its optimizer a new one: moments of the failed steps may not be finite.
 
         Raises:
             ClientError: as FedSP's clients; NonFiniteError if the user's own prompt is not finite.
         """
         start = self.start(client, broadcast)
         update = self._shared.local_update(client, round, start)
-        if not self._stage.steps:
-            return replace(update, metrics={**update.metrics, **_personal_metrics(Trace())})
+        trace = Trace()
+        if self._stage.steps:
+            try:
+                with oom_as_client_error():
+                    trace = self._tune_own(client, round, start)
+            except ClientError:
+                self.states.drop_moments(client)
+                raise
+        return replace(update, metrics={**update.metrics, **_personal_metrics(trace)})
+
+    def _tune_own(self, client: int, round: int, start: NamedTensors) -> Trace:
+        """Tune a user's own prompt near the prompt of its experts, and keep it."""
         texts = self._texts[client]
         assert not isinstance(texts, ShardError), "FedSP's client has refused it"
-        with oom_as_client_error():
-            personal = self.states.begin(client, start.torch())
-            engine = personal.engine
-            self.prompt.load(start.torch())
-            engine.to(self.model.device)
-            engine.zero_grad()
-            engine.anchor()
-            self.prompt.load(personal.prompt)
-            self.prompt.requires_grad_(True)
-            engine.steps_done = (round - 1) * self._stage.steps
-            trace = train(
-                engine,
-                texts,
-                partial(answer_loss_of, self.model, self.prompt),
-                first_step=(round - 1) * self._stage.steps,
-                num_steps=self._stage.steps,
-                device=self.model.device,
-            )
-            tuned = NamedTensors.pack(self.prompt.tensors())
-            if not tuned.is_finite():
-                raise NonFiniteError("the personal prompt holds numbers that are not finite")
-            engine.to(torch.device("cpu"))
-            self.states.personal[client] = Personal(tuned.torch(), engine)
-        return replace(update, metrics={**update.metrics, **_personal_metrics(trace)})
+        personal = self.states.begin(client, start.torch())
+        engine = personal.engine
+        self.prompt.load(start.torch())
+        engine.to(self.model.device)
+        engine.zero_grad()
+        engine.anchor()
+        self.prompt.load(personal.prompt)
+        self.prompt.requires_grad_(True)
+        engine.steps_done = (round - 1) * self._stage.steps
+        trace = train(
+            engine,
+            texts,
+            partial(answer_loss_of, self.model, self.prompt),
+            first_step=(round - 1) * self._stage.steps,
+            num_steps=self._stage.steps,
+            device=self.model.device,
+        )
+        tuned = NamedTensors.pack(self.prompt.tensors())
+        if not tuned.is_finite():
+            raise NonFiniteError("the personal prompt holds numbers that are not finite")
+        engine.to(torch.device("cpu"))
+        self.states.personal[client] = Personal(tuned.torch(), engine)
+        return trace
 
     def start(self, client: int, broadcast: NamedTensors) -> NamedTensors:
         """Return the prompt that a user starts from: its expert's, or the mean of its experts'."""

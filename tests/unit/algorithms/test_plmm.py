@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,14 +15,16 @@ import torch
 
 from fedsp_mpi import config
 from fedsp_mpi.aggregation.fedavg import weighted_mean
+from fedsp_mpi.algorithms import plmm
 from fedsp_mpi.algorithms.plmm import Experts, GeneralServer, Teaching, part_name
 from fedsp_mpi.algorithms.prompt_server import PromptServer
 from fedsp_mpi.comm.inspection import ProtocolError
 from fedsp_mpi.config import StageConfig
 from fedsp_mpi.config.federation import FederationConfig
 from fedsp_mpi.estimate import cost
+from fedsp_mpi.models.losses import answer_loss_of
 from fedsp_mpi.models.prompts import DepthMap, Prompt, PromptSpec
-from fedsp_mpi.record import read
+from fedsp_mpi.record import Checkpoints, read
 from fedsp_mpi.record.tables import TierRow
 from fedsp_mpi.report import tiers_table
 from fedsp_mpi.roles import read_tier_scores
@@ -230,6 +233,29 @@ def test_without_lambda_a_personal_prompt_learns_of_nobody(tmp_path, proximal, i
     personal = [record.clients["loss_personal_last"].tolist() for record in records]
     shared = [record.clients["loss_prompt_last"].tolist() for record in records]
     assert shared[0] != shared[1] and (personal[0] == personal[1]) is is_equal
+
+
+def test_after_a_failed_round_a_personal_prompt_goes_on_without_its_moments(tmp_path, monkeypatch):
+    """The second personal step of user 0 in round 2 is NaN, and with it all moments."""
+    num_calls = 0
+
+    def loss(*arguments):
+        nonlocal num_calls
+        num_calls += 1
+        is_faulty = num_calls == 4 * 3 + 2  # 4 users take 3 steps in round 1
+        return answer_loss_of(*arguments) * (math.nan if is_faulty else 1.0)
+
+    monkeypatch.setattr(plmm, "answer_loss_of", loss)
+    more = {"federation.rounds": 3, "tiers.judge": "never", "evaluation.server_only": False}
+    record, _ = run(tmp_path, "run", **more)
+    of_user = record.clients[record.clients["client"] == 0]
+    assert of_user["status"].tolist() == ["ok", "failed", "ok"]
+    checkpoints = Checkpoints(record.file.parent)
+    states = [checkpoints.read_client(0, checkpoints._client_files(n)[0]) for n in (1, 2, 3)]
+    prompts = [state["personal/prompt"] for state in states]
+    has_moments = [any(name.startswith("engine/0/") for name in state) for state in states]
+    assert has_moments == [True, False, True]
+    assert np.array_equal(prompts[0], prompts[1]) and not np.array_equal(prompts[1], prompts[2])
 
 
 # -- text ------------------------------------------------------------------------------------------
