@@ -90,7 +90,7 @@ SPEC = PromptSpec("input", 2, 1, 1, 3)
 STAGE = StageConfig(steps=0)
 
 
-def experts(*values: float) -> Experts:
+def experts(*values: float, merges_values: bool = True) -> Experts:
     """Experts whose prompts are filled with one number each."""
     depths = DepthMap(SPEC, 1)
     servers = {}
@@ -104,7 +104,7 @@ def experts(*values: float) -> Experts:
         None, Prompt(SPEC), depths, experts=[], teaching=Teaching(STAGE, 1.0, 1.0)
     )
     members = [(0,), (0, 1), (1,)]  # the third expert has no user in this round
-    return Experts(servers, general, members, depths)
+    return Experts(servers, general, members, depths, merges_values=merges_values)
 
 
 class Sent:
@@ -118,12 +118,21 @@ class Sent:
         ]
         self._rows = np.repeat(np.array(values, dtype=np.float32)[:, None], 6, axis=1)
 
+        self.num_read = 0  # most values of an update that were in memory at once
+
+    def columns(self):
+        for part in (slice(0, 4), slice(4, 6)):
+            self.num_read = max(self.num_read, part.stop - part.start)
+            yield part, self._rows[:, part].copy()
+
     def rows(self) -> np.ndarray:
+        self.num_read = 6
         return self._rows.copy()
 
 
-def test_each_expert_merges_its_users_and_of_a_shared_one_what_it_changed():
-    tier = experts(1.0, 5.0, 9.0)
+@pytest.mark.parametrize(("merges_values", "num_read"), [(True, 4), (False, 6)])
+def test_each_expert_merges_its_users_and_of_a_shared_one_what_it_changed(merges_values, num_read):
+    tier = experts(1.0, 5.0, 9.0, merges_values=merges_values)
     sent = tier.broadcast()
     assert {name.rpartition("/")[0] for name in sent} == {
         "expert/a",
@@ -133,7 +142,9 @@ def test_each_expert_merges_its_users_and_of_a_shared_one_what_it_changed():
     }
     schema = sent.select(part_name("a")).schema
     # The shared user began at the mean, 3, and went up by 1: 2 for a, 6 for b, each three times.
-    merged = tier.aggregate(Sent(schema, 3.0, 4.0, 6.0))
+    updates = Sent(schema, 3.0, 4.0, 6.0)
+    merged = tier.aggregate(updates)
+    assert updates.num_read == num_read
     parts = {name: merged.select(part_name(name))["prompt"] for name in "abc"}
     assert np.allclose(parts["a"], (3 + 3 * 2) / 4) and np.allclose(parts["b"], (3 * 6 + 6) / 4)
     assert np.array_equal(parts["c"], sent.select(part_name("c"))["prompt"])
