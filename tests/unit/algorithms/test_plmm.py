@@ -281,7 +281,7 @@ def test_nobody_owns_what_another_one_trains_on_or_holds_back(tmp_path):
     # The three experts share one source: their examples differ, too.
     domains = [domain.splits.train for domain in inputs.domains]
     assert sum(map(len, domains)) == len(set().union(*domains)) == 120
-    ben = [len(inputs.own_text(1, expert)) for expert in (0, 1, 2)]
+    ben = [len(inputs.own_examples(1, expert)) for expert in (0, 1, 2)]
     assert ben[0] and ben[1] and not ben[2]
     assert sum(ben) == len(inputs.own_text(1))
 
