@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from fedsp_mpi import config
 from fedsp_mpi.comm.envelope import ENVELOPE_BYTES, Content, Envelope
 from fedsp_mpi.record import read
 from fedsp_mpi.report.diff import difference
+from fedsp_mpi.run.any_inputs import inputs_of
 from helpers.mpi import run_mpi
 from helpers.opened import opened_files
 from helpers.paths import PROGRAMS, ROOT
@@ -19,7 +21,8 @@ pytestmark = pytest.mark.slow
 SETTINGS = (
     *(item for item in SHORT if not item.startswith("federation.clients")),
     "method=plmm",
-    "tiers.experts=[{name: a, users: [ann, ben, cem]}, {name: b, users: [cem, dee, eva, fay]}]",
+    "tiers.experts=[{name: a, users: [ann, ben, cem]}, "
+    "{name: b, users: [cem, dee, eva, fay, gus]}]",
     "tiers.judge=rounds",
     "tiers.questions=4",
     "tiers.personal.proximal=0.1",
@@ -29,7 +32,7 @@ SETTINGS = (
     "checkpoint.keep_client_states=true",
     "data.limit.train=96",
 )
-USERS = ("ann", "ben", "cem", "dee", "eva", "fay")
+USERS = ("ann", "ben", "cem", "dee", "eva", "fay", "gus")
 WEIGHTS = ROOT / "fedsp_mpi" / "resources" / "model" / "model.safetensors"
 QUESTION = "Where is the dog of the old gardener?"
 
@@ -49,7 +52,7 @@ def runs(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize(("n", "is_sealed"), [(2, True), (4, False), (8, True)])
 def test_the_same_bits_on_any_number_of_ranks(runs, n, is_sealed):
-    """Six users on one client rank, on three, and on seven, of which one plays nobody."""
+    """Seven users on one client rank, on three, and on seven."""
     name = f"on-{n}"
     more = (f"wire.encryption={str(is_sealed).lower()}",)
     run_mpi(n, ["-m", "fedsp_mpi", *arguments(runs, name, *more)], timeout=400)
@@ -64,25 +67,36 @@ def test_the_same_bits_on_any_number_of_ranks(runs, n, is_sealed):
 # -- who opens what --------------------------------------------------------------------------------
 
 
-def test_weights_are_opened_at_the_server_and_what_a_user_keeps_by_its_rank(tmp_path):
-    command = ["-m", "fedsp_mpi", *arguments(tmp_path, "run")]
+def test_weights_and_text_stay_where_they_are_and_what_a_user_keeps_on_its_rank(tmp_path):
+    """Who opens what, and what the ranks tell each other, tensors by their names."""
+    messages = tmp_path / "messages"
+    messages.mkdir()
+    command = [PROGRAMS / "capture.py", messages, *arguments(tmp_path, "run")]
     opened = opened_files(tmp_path / "trace", 4, command)
-    assert opened[WEIGHTS] == {0}
     run = read(tmp_path / "run")
+    assert opened[WEIGHTS] == {0}
     rank_of = {
         client: rank
         for rank, clients in enumerate(run.sections["topology"]["assignment"])
         for client in clients
     }
-    assert sorted(rank_of) == list(range(6)) and len(set(rank_of.values())) == 3
-    kept = {path: ranks for path, ranks in opened.items() if path.name.startswith("client-")}
-    assert len(kept) >= 6
+    assert sorted(rank_of) == list(range(7)) and len(set(rank_of.values())) == 3
+    kept = {path: ranks for path, ranks in opened.items() if is_kept(path)}
+    assert len(kept) >= 7
     for path, ranks in kept.items():
         assert ranks == {rank_of[int(path.name.split("-")[1])]}, path
-    # Of what the ranks have told each other, nothing is of the global model.
     names = {row["name"] for row in run.wire if "(" not in row["name"]}
-    prompt = r"((expert/[ab]/|general/|prompt/)?prefix|auxiliary/.+)"
-    assert all(re.fullmatch(prompt, name) for name in names), names
+    prompts = r"(prompt/)?(expert/[ab]|general)/prompt|prompt"
+    assert not [name for name in names if not re.fullmatch(rf"{prompts}|auxiliary/.+", name)]
+    splits = inputs_of(config.load(tmp_path / "run" / "config.yaml")).splits
+    texts = {
+        max(example.context.splitlines(), key=len).encode()
+        for split in (splits.train, splits.validation, splits.test)
+        for example in split
+    }
+    sent = [path.read_bytes() for path in messages.iterdir()]
+    assert len(texts) > 50 and any(b"prompt" in message for message in sent)
+    assert not [text for text in texts for message in sent if text in message]
 
 
 # -- asking ----------------------------------------------------------------------------------------

@@ -364,6 +364,10 @@ def test_plan_counts_the_prompts_that_go_down(whole, tmp_path):
         ({"tiers.experts": [{"name": "general", "users": ["u"]}]}, ("another tier is called",)),
         ({"tiers.experts": [{"name": "a", "users": ["u", "u"]}]}, ("'u' twice",)),
         ({"method": "fedsp"}, ("tiers.experts: found 3 with method=fedsp",)),
+        (
+            {"federation.silos": [{"source": "/data/ann"}]},
+            ("federation.silos: found silos with tiers.experts", "tiers.experts[].source"),
+        ),
         ({"client.privacy": {"clip": 1.0, "noise_scale": 0.1}}, ("client.privacy.clip",)),
         ({"federation.compression.format": "int8"}, ("one prompt, and gets those of all",)),
         (
