@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers.mpi import both_ends, mpirun
+from helpers.mpi import both_ends, environment_of_ranks, mpirun
 from helpers.paths import ROOT
 
 # Each rank's own trace, by the number that MPICH's mpirun gives it.
@@ -35,7 +35,12 @@ def opened_files(
     folder.mkdir()
     command = [mpirun(), "-n", n, "sh", "-c", _STRACE, folder, sys.executable, *args]
     ended = subprocess.run(
-        list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=timeout
+        list(map(str, command)),
+        cwd=ROOT,
+        env=environment_of_ranks(),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
     )
     assert ended.returncode == 0, both_ends(ended)
     ranks: dict[Path, set[int]] = {}
