@@ -34,7 +34,7 @@ from fedsp_mpi.roles import (
     read_tier_scores,
     silo_row_json,
 )
-from fedsp_mpi.tensors import ClientError, Failure, Update
+from fedsp_mpi.tensors import ClientError, Failure, NamedTensors, Update
 from fedsp_mpi.training.loop import Trace
 
 Closing = Callable[[], None]
@@ -124,20 +124,40 @@ def federate(
         if schedule.is_due(round):
             files = collect_clients(round, wire, schedule, server=server, clients=clients)
 
-        def close_round(
-            round: int = round, close: Closing = close, files: ClientFiles | None = files
-        ) -> None:
-            close()
-            if server and server.journal:
-                _log_round(server.journal, round, schedule, time.perf_counter() - start)
-            save_checkpoint(round, schedule, server, files)
-
+        finish = partial(
+            finish_round, round, schedule, server, close=close, files=files, start=start
+        )
         if schedule.overlaps and round < schedule.federation.rounds:
-            close_previous = close_round
+            close_previous = finish
         else:
-            close_round()
+            finish()
             close_previous = _nothing_is_left
     return True
+
+
+def finish_round(
+    round: int,
+    schedule: Schedule,
+    server: ServerRole | None,
+    *,
+    close: Closing,
+    files: ClientFiles | None,
+    start: float,
+) -> None:
+    """Do what is left of a round, log it, and complete its checkpoint; no client takes part.
+
+    Args:
+        round: that ends.
+        schedule: of the rounds.
+        server: this rank's part of the server.
+        close: validates and records.
+        files: of the clients' states; None where no checkpoint is due.
+        start: of the rounds, in seconds of `time.perf_counter`.
+    """
+    close()
+    if server and server.journal:
+        _log_round(server.journal, round, schedule, time.perf_counter() - start)
+    save_checkpoint(round, schedule, server, files)
 
 
 def run_round(
@@ -416,11 +436,8 @@ def judge_at_silos(
         On the server's first rank a row for each silo that could score; none elsewhere.
     """
     with guard.phase("evaluation at the silos", round=round):
-        is_root = server is not None and server.journal is not None
-        tuned = RoundBroadcast(round, tensors=server.server.broadcast()) if server else None
-        broadcast = wire.broadcast(tuned if is_root else None, schedule.federation.clients)
-        assert broadcast.tensors is not None
-        rows = clients.score_silos(round, broadcast.tensors) if clients else []
+        tensors = _broadcast_for_scoring(round, wire, schedule, server)
+        rows = clients.score_silos(round, tensors) if clients else []
         answers = wire.collect({"scores": [silo_row_json(row) for row in rows]}, "evaluation")
         if answers is None or server is None or server.journal is None:
             return []
@@ -447,11 +464,8 @@ def judge_tiers(
         clients: those that this rank plays.
     """
     with guard.phase("evaluation of the tiers", round=round):
-        is_root = server is not None and server.is_root
-        tuned = RoundBroadcast(round, tensors=server.server.broadcast()) if server else None
-        broadcast = wire.broadcast(tuned if is_root else None, schedule.federation.clients)
-        assert broadcast.tensors is not None
-        scores = clients.score_tiers(round, broadcast.tensors) if clients else []
+        tensors = _broadcast_for_scoring(round, wire, schedule, server)
+        scores = clients.score_tiers(round, tensors) if clients else []
         answers = wire.collect({"tiers": [asdict(score) for score in scores]}, "evaluation")
         if answers is None or server is None or server.journal is None:
             return
@@ -571,6 +585,17 @@ def _round_broadcast(round: int, server: ServerRole) -> RoundBroadcast:
     if guard.stop_requested and not server.is_inner:  # the outer round goes on to its end
         return RoundBroadcast(round, stop=True)
     return RoundBroadcast(round, tensors=server.server.broadcast())
+
+
+def _broadcast_for_scoring(
+    round: int, wire: Wire | Solo, schedule: Schedule, server: ServerRole | None
+) -> NamedTensors:
+    """Send what the round has brought to all clients, who score it on their own text."""
+    tuned = RoundBroadcast(round, tensors=server.server.broadcast()) if server else None
+    is_root = server is not None and server.is_root
+    broadcast = wire.broadcast(tuned if is_root else None, schedule.federation.clients)
+    assert broadcast.tensors is not None
+    return broadcast.tensors
 
 
 def _save_clients(clients: HostedClients | None) -> JsonObject:

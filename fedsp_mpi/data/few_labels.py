@@ -92,8 +92,8 @@ def label_counts(sizes: Sequence[int], num_labels: int, *, gamma: float, seed: i
         shares = np.where(counts < room, proportions, 0.0)
         if not shares.sum() > 0:  # who has a share is full
             shares = (room - counts).astype(np.float64)
-        more = apportion(num_labels - int(counts.sum()), shares)
-        counts = np.minimum(counts + more, room)
+        added = apportion(num_labels - int(counts.sum()), shares)
+        counts = np.minimum(counts + added, room)
     return counts
 
 

@@ -176,7 +176,7 @@ def _columns(rows: np.ndarray, buffers: list[bytes]) -> JsonObject:
 
 
 def _addition(packed: bytes) -> Addition:
-    """Raises ValueError if a frame is none that a run writes."""
+    """Read one frame; raise ValueError if it is none that a run writes."""
     try:
         unpacked = zlib.decompressobj().decompress(packed, _MAX_FRAME_BYTES)
         length = _number(unpacked, 0)

@@ -73,6 +73,7 @@ def augmented(inputs: ExperimentInputs, client: Client, context: ClientContext) 
         return inputs.client_text(id + 1)
 
     def score(questions: Sequence[Question]) -> np.ndarray:
+        """Return the choices' log-likelihoods in nats, fp64 [questions, choices]."""
         model = trainer.model
         assert model is not None, "clients that train hold a model"
         return choice_scores(model, trainer.prompt, questions, batch_tokens=batch_tokens)

@@ -79,12 +79,12 @@ def write_configurations(folder: Path) -> list[Path]:
     short, files = folder / "short.yaml", []
     two_classes = {"data": {"source": tiny.gap_task_folder(folder / "data")}}
     for name, path in METHODS.items():
-        more = WEIGHTS if name.startswith(("finetune", "p_tuning")) else SEARCHES.get(name, {})
+        keys = WEIGHTS if name.startswith(("finetune", "p_tuning")) else SEARCHES.get(name, {})
         if name in LABELS:
-            more = merge(LABELS[name], two_classes)
+            keys = merge(LABELS[name], two_classes)
         own = {"extends": [str(config.EMBEDDED), short.name, str(path)]}
         files.append(folder / f"{name}.yaml")
-        files[-1].write_text(yaml.safe_dump({**own, **more}))
+        files[-1].write_text(yaml.safe_dump({**own, **keys}))
     short.write_text(yaml.safe_dump(SHORT))
     return files
 

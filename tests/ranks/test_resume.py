@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from fedsp_mpi.record import read
+from fedsp_mpi.record import Run, read
 from fedsp_mpi.report import difference
 from helpers import tiny
 from helpers.mpi import both_ends, kill_tree, mpirun, run_mpi
@@ -25,18 +25,46 @@ SETTINGS = (*SHORT, "federation.rounds=5", "client.resident=1")
 NUM_RANDOM = int(os.environ.get("FEDSP_KILLS", "2"))  # moments; 20 for the figure in the README
 
 
-def arguments(folder: Path, name: str, *more: str, fault: str = "") -> list[str]:
-    settings = [
-        item for setting in (*SETTINGS, f"run.folder={folder}") for item in ("--set", setting)
-    ]
+def arguments(folder: Path, name: str, *words: str, fault: str = "") -> list[str]:
+    settings = sets(*SETTINGS, f"run.folder={folder}")
     program = [str(FAULTY), fault] if fault else ["-m", "fedsp_mpi"]
-    return [*program, "run", "--name", name, *settings, *more]
+    return [*program, "run", "--name", name, *settings, *words]
 
 
-def go(n: int, folder: Path, name: str, *more: str, fault: str = "", status: int | None = 0):
+def go(n: int, folder: Path, name: str, *words: str, fault: str = "", status: int | None = 0):
     if n == 0 and not fault and status is not None:  # in this process
-        return here(arguments(folder, name, *more)[2:], status)
-    return run_mpi(n, arguments(folder, name, *more, fault=fault), timeout=120, status=status)
+        return here(arguments(folder, name, *words)[2:], status)
+    return run_mpi(n, arguments(folder, name, *words, fault=fault), timeout=120, status=status)
+
+
+def sets(*settings: str) -> list[str]:
+    """Return the words of the command line that set keys."""
+    return [word for setting in settings for word in ("--set", setting)]
+
+
+def die(ranks: int, folder: Path, name: str, *words: str, fault: str) -> int:
+    """Run until the fault kills it; return the last round that has a checkpoint, 0 for none."""
+    killed = go(ranks, folder, name, *words, fault=fault, status=None)
+    assert killed.returncode != 0 and "Traceback" not in killed.stderr, both_ends(killed)
+    checkpoints = (folder / name / "checkpoints").glob("[0-9]*.json")
+    return max((int(path.stem) for path in checkpoints), default=0)
+
+
+def die_and_go_on(
+    folder: Path, name: str, *words: str, fault: str, ranks_after: int
+) -> tuple[Run, Run]:
+    """Return the run `{name}-whole`, and its equal that a fault killed on two ranks.
+
+    While clients train, the server writes the checkpoint of the round before: where the fault is
+    not on rank 0, it may come before that.
+    """
+    round = die(2, folder, f"{name}-killed", *words, fault=fault)
+    assert round > 0
+    resumed = go(ranks_after, folder, f"{name}-killed", "--resume", "auto", *words)
+    assert f"goes on after round {round}" in resumed.stdout
+    undisturbed, run = read(folder / f"{name}-whole"), read(folder / f"{name}-killed")
+    assert difference(undisturbed, run) == []
+    return undisturbed, run
 
 
 @pytest.fixture(scope="module")
@@ -72,8 +100,7 @@ MOMENTS = [
 )
 def test_killed_at_a_chosen_moment(folder, moment, ranks, ranks_after):
     name = moment.replace(":", "-").replace(" ", "-")
-    killed = go(ranks, folder, name, fault=moment, status=None)
-    assert killed.returncode != 0 and "Traceback" not in killed.stderr, both_ends(killed)
+    die(ranks, folder, name, fault=moment)
     go(ranks_after, folder, name, "--resume", "auto")
     require_equal(folder, name)
 
@@ -109,24 +136,17 @@ def test_killed_between_compressed_rounds(folder):
         "method=finetune",
         "client.tuning.optimizer.learning_rate=1e-3",
     )
-    more = [word for setting in settings for word in ("--set", setting)]
-    go(0, folder, "int8-whole", *more)
-    killed = go(2, folder, "int8-killed", *more, fault="kill:gather:0:4", status=None)
-    assert killed.returncode != 0 and "Traceback" not in killed.stderr, both_ends(killed)
-    resumed = go(4, folder, "int8-killed", "--resume", "auto", *more)
-    assert "goes on after round 3" in resumed.stdout
-    undisturbed, run = read(folder / "int8-whole"), read(folder / "int8-killed")
-    assert difference(undisturbed, run) == []
+    words = sets(*settings)
+    go(0, folder, "int8-whole", *words)
+    undisturbed, run = die_and_go_on(folder, "int8", *words, fault="kill:gather:0:4", ranks_after=4)
     assert run.rounds["bytes_up"].tolist() == undisturbed.rounds["bytes_up"].tolist()
 
 
 def test_killed_between_sealed_rounds(folder):
     """The start after it has new keys, on other ranks, and the bits of an open run."""
-    more = ("--set", "wire.encryption=true")
-    killed = go(2, folder, "sealed", *more, fault="kill:gather:0:4", status=None)
-    assert killed.returncode != 0 and "Traceback" not in killed.stderr, both_ends(killed)
-    resumed = go(4, folder, "sealed", "--resume", "auto", *more)
-    assert "goes on after round 3" in resumed.stdout
+    words = sets("wire.encryption=true")
+    assert die(2, folder, "sealed", *words, fault="kill:gather:0:4") == 3
+    go(4, folder, "sealed", "--resume", "auto", *words)
     require_equal(folder, "sealed")
     first, second = read(folder / "sealed").sections["encryption"].values()
     assert (first["round"], second["round"]) == (0, 3)
@@ -146,18 +166,12 @@ def test_killed_in_the_middle_of_labelling(folder, tmp_path):
         "augment.clients=2",
         "augment.per_client=8",
     )
-    more = [word for setting in settings for word in ("--set", setting)]
-    go(0, folder, "labels-whole", *more)
-    undisturbed = read(folder / "labels-whole")
-    labelled = undisturbed.clients[undisturbed.clients["texts_scored"] > 0]
-    client = int(labelled["client"][labelled["round"] == 4][-1])
-    fault = f"labels:{client}:4"
-    killed = go(2, folder, "labels-killed", *more, fault=fault, status=None)
-    assert killed.returncode != 0 and "Traceback" not in killed.stderr, both_ends(killed)
-    resumed = go(3, folder, "labels-killed", "--resume", "auto", *more)
-    assert "goes on after round 3" in resumed.stdout
-    run = read(folder / "labels-killed")
-    assert difference(undisturbed, run) == []
+    words = sets(*settings)
+    go(0, folder, "labels-whole", *words)
+    clients = read(folder / "labels-whole").clients
+    labelled = clients[(clients["round"] == 4) & (clients["texts_scored"] > 0)]
+    fault = f"labels:{labelled['client'][-1]}:4"
+    _, run = die_and_go_on(folder, "labels", *words, fault=fault, ranks_after=3)
     waiting = run.clients[(run.clients["round"] == 4) & (run.clients["texts_scored"] == 0)]
     assert (waiting["pseudo_labels"] > 0).any(), "labels of an earlier round were kept"
 
@@ -172,8 +186,7 @@ def test_told_to_stop_in_a_round(folder):
 
 
 def test_told_to_stop_where_no_checkpoint_is_due(folder):
-    more = ("--set", "checkpoint.every=null")
-    go(2, folder, "late", *more, fault="signal:merge:0:3", status=75)
+    go(2, folder, "late", *sets("checkpoint.every=null"), fault="signal:merge:0:3", status=75)
     assert [path.name for path in (folder / "late" / "checkpoints").glob("*.json")] == ["0003.json"]
     go(0, folder, "late", "--resume")
     require_equal(folder, "late")
@@ -190,24 +203,20 @@ def test_killed_in_the_round_of_the_tier_above(folder):
         "tiers.personal.proximal=0.1",
         "client.alignment.steps=0",
     )
-    more = [word for setting in settings for word in ("--set", setting)]
-    go(0, folder, "tiers-whole", *more)
+    words = sets(*settings)
+    go(0, folder, "tiers-whole", *words)
     # On rank 0, which plays no user, two experts train a round: this is in the third one.
     fault = "kill:local training:0:3"
-    killed = go(2, folder, "tiers-killed", *more, fault=fault, status=None)
-    assert killed.returncode != 0 and "Traceback" not in killed.stderr, both_ends(killed)
-    resumed = go(4, folder, "tiers-killed", "--resume", "auto", *more)
-    assert "goes on after round 2" in resumed.stdout
-    undisturbed, run = read(folder / "tiers-whole"), read(folder / "tiers-killed")
-    assert difference(undisturbed, run) == [] and len(run.tiers) == len(undisturbed.tiers)
+    undisturbed, run = die_and_go_on(folder, "tiers", *words, fault=fault, ranks_after=4)
+    assert len(run.tiers) == len(undisturbed.tiers)
 
 
 @pytest.mark.parametrize("phase", ["distillation", "evaluation"])
 def test_told_to_stop_before_and_after_the_rounds(folder, phase):
-    name, more = f"stop-{phase}", ("--set", "distillation.reuse=false")
-    stopped = go(2, folder, name, *more, fault=f"signal:{phase}:0", status=75)
+    name, words = f"stop-{phase}", sets("distillation.reuse=false")
+    stopped = go(2, folder, name, *words, fault=f"signal:{phase}:0", status=75)
     assert "told to stop" in stopped.stderr and "Traceback" not in stopped.stderr
-    resumed = go(0, folder, name, "--resume", *more)
+    resumed = go(0, folder, name, "--resume", *words)
     assert ("goes on after 1 of 4 steps of the distillation" in resumed.stdout) == (
         phase == "distillation"
     )
@@ -216,47 +225,28 @@ def test_told_to_stop_before_and_after_the_rounds(folder, phase):
 
 @pytest.mark.parametrize("moment", ["distillation-3.safetensors", "distillation.json"])
 def test_killed_while_a_state_of_the_distillation_is_written(folder, moment):
-    name, more = f"torn-{moment}", ("distillation.reuse=false", "checkpoint.distillation_seconds=0")
-    settings = [word for setting in more for word in ("--set", setting)]
+    name = f"torn-{moment}"
+    words = sets("distillation.reuse=false", "checkpoint.distillation_seconds=0")
     count = 3 if moment.endswith("json") else 1
-    killed = go(2, folder, name, *settings, fault=f"tear:{moment}:{count}", status=None)
-    assert killed.returncode != 0 and "Traceback" not in killed.stderr, both_ends(killed)
-    resumed = go(0, folder, name, "--resume", *settings)
+    die(2, folder, name, *words, fault=f"tear:{moment}:{count}")
+    resumed = go(0, folder, name, "--resume", *words)
     assert "goes on after 2 of 4 steps of the distillation" in resumed.stdout
     require_equal(folder, name)
     assert list((folder / name / "checkpoints").glob("distillation*")) == []
 
 
 def test_a_damaged_checkpoint_gives_way_and_another_configuration_does_not_go_on(folder):
-    go(2, folder, "damaged", fault="kill:local training:1:4", status=None)
-    other = go(
-        0,
-        folder,
-        "damaged",
-        "--resume",
-        "--set",
-        "server.tuning.steps=3",
-        "--set",
-        "run.seed=2",
-        status=2,
-    )
-    assert (
-        "run.seed: was 1, is 2; server.tuning.steps: was 2, is 3" in other.stderr
-        and other.stderr.count("\n") == 1
-    )
-    newest = folder / "damaged" / "checkpoints" / "server-0003.safetensors"
+    round = die(2, folder, "damaged", fault="kill:local training:1:4")
+    other = sets("server.tuning.steps=3", "run.seed=2")
+    refused = go(0, folder, "damaged", "--resume", *other, status=2)
+    assert "run.seed: was 1, is 2; server.tuning.steps: was 2, is 3" in refused.stderr
+    assert refused.stderr.count("\n") == 1
+    newest = folder / "damaged" / "checkpoints" / f"server-{round:04d}.safetensors"
     newest.write_bytes(newest.read_bytes()[:-100])
-    again = go(
-        0,
-        folder,
-        "damaged",
-        "--resume",
-        "--set",
-        "deadlines.gather=100",
-        "--set",
-        "client.resident=5",
-    )
-    assert "checkpoint is not usable" in again.stdout and "goes on after round 2" in again.stdout
+    free = sets("deadlines.gather=100", "client.resident=5")
+    again = go(0, folder, "damaged", "--resume", *free)
+    assert "checkpoint is not usable" in again.stdout
+    assert f"goes on after round {round - 1}" in again.stdout
     require_equal(folder, "damaged")
 
 
@@ -301,9 +291,7 @@ def test_two_jobs_do_not_write_to_one_run(folder):
 
 
 def test_an_outer_optimizer_goes_on_with_its_moments(folder):
-    more = ("--set", "federation.outer.optimizer=fedadam")
-    go(0, folder, "outer-whole", *more)
-    go(2, folder, "outer", *more, fault="kill:merge:0:4", status=None)
-    go(3, folder, "outer", *more, "--resume")
-    assert difference(read(folder / "outer-whole"), read(folder / "outer")) == []
-    assert difference(read(folder / "whole"), read(folder / "outer")) != []
+    words = sets("federation.outer.optimizer=fedadam")
+    go(0, folder, "outer-whole", *words)
+    die_and_go_on(folder, "outer", *words, fault="kill:merge:0:4", ranks_after=3)
+    assert difference(read(folder / "whole"), read(folder / "outer-whole")) != []

@@ -313,12 +313,12 @@ def test_the_method_never_reads_the_labels_of_unlabelled_rows(few, few_run, tmp_
     assert (first.clients["samples"] <= 16).all() and len(np.unique(first.clients["samples"])) > 1
 
 
-def inputs_of(tmp_path: Path, *more: str) -> ExperimentInputs:
+def inputs_of(tmp_path: Path, *settings: str) -> ExperimentInputs:
     data = tmp_path / "data"
     if not data.exists():
         tiny.gap_task_folder(data)
-    settings = [*FEW, f"data.source={data}", "federation.clients=8", *more]
-    return ExperimentInputs(config.load(None, settings))
+    own = (*FEW, f"data.source={data}", "federation.clients=8")
+    return ExperimentInputs(config.load(None, [*own, *settings]))
 
 
 def test_a_client_holds_all_of_its_text_and_no_answers_but_its_own(tmp_path):
