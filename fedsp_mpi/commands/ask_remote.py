@@ -40,9 +40,10 @@ class RemoteExperts:
         """How many questions there were, and how long they took on the way and back."""
         if not self._way_seconds:
             return "no question to the expert's process"
+        plural = "s" if len(self._way_seconds) > 1 else ""
         return (
-            f"{len(self._way_seconds)} sealed messages to the expert's process, whose key is "
-            f"{self._dialogue.server_key}, {1000 * median(self._way_seconds):.1f} ms there and "
+            f"{len(self._way_seconds)} sealed question{plural} to the expert's process, whose key "
+            f"is {self._dialogue.server_key}, {1000 * median(self._way_seconds):.1f} ms there and "
             "back (median)"
         )
 

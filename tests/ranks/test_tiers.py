@@ -109,7 +109,7 @@ def ask(*more: object) -> list[str]:
 def untimed(printed: str) -> list[str]:
     """The lines of an answer without times, and without what two processes add."""
     lines = [line.split(", first token")[0] for line in printed.splitlines()]
-    return [line for line in lines if "sealed messages" not in line]
+    return [line for line in lines if "sealed question" not in line]
 
 
 def test_question_and_answer_travel_sealed(runs, tmp_path):
@@ -118,7 +118,7 @@ def test_question_and_answer_travel_sealed(runs, tmp_path):
     alone = here(question).stdout
     together = run_mpi(2, [PROGRAMS / "capture.py", tmp_path, *question]).stdout
     assert untimed(together) == untimed(alone) and "asks expert b" in alone
-    assert "ms there and back, sealed" in together and "1 sealed messages" in together
+    assert "ms there and back, sealed" in together and "1 sealed question to" in together
     messages = {path.name: path.read_bytes() for path in sorted(tmp_path.iterdir())}
     answers = [bytes.fromhex(digits) for digits in sealed_digits(messages)]
     # Bytes as they travelled, and what is in hexadecimal digits among them.
@@ -169,7 +169,7 @@ def test_routing_measured_in_two_processes_is_that_of_one(runs):
     together = run_mpi(2, ["-m", "fedsp_mpi", *command]).stdout
     tables = [[line for line in text.splitlines() if line[:1] == "|"] for text in (alone, together)]
     assert len(tables[0]) == 3 and tables[0] == tables[1]
-    assert "2 sealed messages to the expert's process" in together
+    assert "2 sealed questions to the expert's process" in together
 
 
 @pytest.mark.parametrize(
