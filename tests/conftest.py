@@ -7,6 +7,8 @@ from pathlib import Path
 
 # One thread a process: workers of pytest and ranks share the cores, and bits are compared.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# The ranks that tests start keep the compiled package, and do not compile it each time.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 import pytest
 

@@ -19,11 +19,11 @@ KEPT = (*FEDBPT, "search.step_size_by=clients", "search.rank_by=improvement", "s
 )
 def test_a_killed_run_goes_on_with_equal_bits(tmp_path, settings):
     settings = (*settings, "federation.rounds=3", "client.resident=1", "search.dimension=10")
-    short_run(2, tmp_path, "whole", *settings)
+    short_run(0, tmp_path, "whole", *settings)
     program = (FAULTY, "kill:checkpoint:0:2")
     killed = short_run(2, tmp_path, "killed", *settings, program=program, status=None)
     assert killed.returncode != 0 and "Traceback" not in killed.stderr, both_ends(killed)
-    short_run(3, tmp_path, "killed", *settings, "run.resume=must")
+    short_run(0, tmp_path, "killed", *settings, "run.resume=must")
     assert difference(read(tmp_path / "whole"), read(tmp_path / "killed")) == []
 
 

@@ -239,10 +239,7 @@ def test_client_without_finite_loss_stops_the_run_if_so_configured(tmp_path, n, 
     ("n", "phase", "rank", "round"),
     [
         (2, "checks", 0, None),
-        pytest.param(2, "distillation", 0, None, marks=pytest.mark.slow),
         pytest.param(3, "client set-up", 2, None, marks=pytest.mark.slow),
-        pytest.param(2, "local training", 1, 2, marks=pytest.mark.slow),
-        pytest.param(3, "merge", 0, 1, marks=pytest.mark.slow),
         pytest.param(2, "evaluation", 0, None, marks=pytest.mark.slow),
     ],
 )

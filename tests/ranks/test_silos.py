@@ -16,7 +16,7 @@ from fedsp_mpi.report.diff import difference
 from helpers.mpi import both_ends, run_mpi
 from helpers.opened import opened_files
 from helpers.paths import PROGRAMS
-from helpers.runs import FAULTY, FEDBPT, FEDPROMPT, SHORT, fedsp, here
+from helpers.runs import FAULTY, FEDBPT, FEDPROMPT, SHORT, fedsp, here, together
 
 TRESPASS = PROGRAMS / "trespass.py"
 METHODS = {
@@ -45,35 +45,37 @@ def of_silos(silos: Path, *settings: str) -> list[str]:
     return [str(silos / "silos.yaml"), *sets([*kept, *settings])]
 
 
+def words_of_run(folder: Path, name: str) -> list[str]:
+    return ["run", "--name", name, "--set", f"run.folder={folder}"]
+
+
 def simulate(folder: Path, name: str, *settings: str) -> Path:
-    where = ["--name", name, "--set", f"run.folder={folder}"]
-    here(["run", *where, *sets([*SHORT, *settings])])
+    here([*words_of_run(folder, name), *sets([*SHORT, *settings])])
     return folder / name
 
 
 def run_silos(n, silos, folder, name, *settings, status=0):
-    where = ["--name", name, "--set", f"run.folder={folder}"]
-    return fedsp(n, ["run", *where, *of_silos(silos, *settings)], status)
+    return fedsp(n, [*words_of_run(folder, name), *of_silos(silos, *settings)], status)
 
 
-@pytest.mark.parametrize(
-    ("method", "n"),
-    [
-        ("fedbpt", 0),
-        pytest.param("fedsp", 3, marks=pytest.mark.slow),
-        *(
-            pytest.param(method, n, marks=pytest.mark.slow)
-            for method in METHODS
-            for n in (0, 2, 4)
-            if (method, n) != ("fedbpt", 0)
-        ),
-    ],
-)
-def test_the_same_bits_as_the_simulation(tmp_path, silos, method, n):
-    settings = METHODS[method]
-    whole = simulate(tmp_path, "simulation", *settings)
-    run_silos(n, silos, tmp_path, "silos", *settings)
+def test_the_same_bits_as_the_simulation(tmp_path, silos):
+    whole = simulate(tmp_path, "simulation", *FEDBPT)
+    run_silos(0, silos, tmp_path, "silos", *FEDBPT)
     assert difference(read(whole), read(tmp_path / "silos")) == []
+
+
+@pytest.mark.slow
+def test_the_same_bits_as_the_simulation_on_any_number_of_ranks(tmp_path, silos):
+    on_ranks = {0: ["fedsp", "fedprompt", "finetune"], 2: [*METHODS], 3: ["fedsp"], 4: [*METHODS]}
+    for n, names in on_ranks.items():
+        folder = tmp_path / f"n{n}"
+        runs = [[*words_of_run(folder, m), *of_silos(silos, *METHODS[m])] for m in names]
+        together(n, [(arguments, None) for arguments in runs])
+    for name, settings in METHODS.items():
+        whole = read(simulate(tmp_path, name, *settings))
+        for n in on_ranks:
+            if name in on_ranks[n]:
+                assert difference(whole, read(tmp_path / f"n{n}" / name)) == [], (name, n)
 
 
 @pytest.mark.slow

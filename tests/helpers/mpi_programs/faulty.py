@@ -1,4 +1,4 @@
-"""The command line with one fault injected: python faulty.py FAULT ARGUMENTS...
+"""The command line with faults injected: python faulty.py FAULT[+FAULT...] ARGUMENTS...
 
 FAULT is one of
     raise:PHASE:RANK[:ROUND]    raise where that phase begins on that rank
@@ -229,7 +229,6 @@ def lie(what: str, client: str) -> None:
 
 
 if __name__ == "__main__":
-    kind, *details = sys.argv[1].split(":")
     in_phases = {
         "raise": fault,
         "kill": kill_all,
@@ -248,10 +247,12 @@ if __name__ == "__main__":
         "slow": slow,
         "lie": lie,
     }
-    if kind in in_phases:
-        in_phase(in_phases[kind], *details)
-    else:
-        elsewhere[kind](*details)
+    for one in sys.argv[1].split("+"):
+        kind, *details = one.split(":")
+        if kind in in_phases:
+            in_phase(in_phases[kind], *details)
+        else:
+            elsewhere[kind](*details)
     status = cli.main(sys.argv[2:])
     if absent:
         print(
