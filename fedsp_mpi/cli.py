@@ -318,8 +318,10 @@ def evaluate(options: argparse.Namespace) -> int:
 
 
 def ask(options: argparse.Namespace) -> int:
-    """`ask`: answer a user of a run with tiers, or measure how well users are answered."""
-    _require_one_process("ask", "start it without mpirun")
+    """`ask`: answer a user of a run with tiers, or measure how well users are answered.
+
+    Of two processes the second one is the user's, and shows the answer.
+    """
     if options.text is not None and options.evaluate:
         raise Refused("ask: found a text and --evaluate, expected one of them", USAGE_ERROR)
     from fedsp_mpi.commands import ask
@@ -329,16 +331,16 @@ def ask(options: argparse.Namespace) -> int:
             lines = ask.evaluate(
                 options.folder, options.user, threshold=options.threshold, log=_log(options)
             )
-            _show("\n\n".join(lines))
-            return 0
-        lines = ask.ask(
-            options.folder,
-            options.user,
-            options.text,
-            expert=options.expert,
-            threshold=options.threshold,
-        )
-    _show("\n".join(lines))
+        else:
+            lines = ask.ask(
+                options.folder,
+                options.user,
+                options.text,
+                expert=options.expert,
+                threshold=options.threshold,
+            )
+    if lines:
+        _show(("\n\n" if options.evaluate else "\n").join(lines))
     return 0
 
 

@@ -200,7 +200,7 @@ class MethodInputs(Protocol):
         """The inputs of each expert's domain, whose server is the expert; none without tiers."""
 
     @property
-    def members(self) -> Sequence[Sequence[int]]:
+    def members(self) -> Sequence[tuple[int, ...]]:
         """The experts of each client; none without tiers."""
 
     def first_prompt(self, model: LanguageModel) -> Prompt: ...

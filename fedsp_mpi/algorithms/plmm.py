@@ -49,6 +49,7 @@ from fedsp_mpi.models.prompts import DepthMap, Prompt
 from fedsp_mpi.record.client_cache import StateHolder
 from fedsp_mpi.tensors import (
     Batch,
+    ClientError,
     NamedTensors,
     Report,
     Schema,
@@ -139,23 +140,22 @@ class Teaching:
 
 
 class Group:
-    """The updates of one expert's users, as a rule of aggregation reads them.
+    """The updates of one expert's users, or a range of their values, as a rule reads them.
 
     Args:
         updates: of all users.
         rows: places of the expert's users among them.
         values: what they have tuned, from this expert's prompt: fp32 [users, values].
+        schema: names and shapes of these values.
     """
 
-    def __init__(self, updates: Updates, rows: Sequence[int], values: np.ndarray) -> None:
+    def __init__(
+        self, updates: Updates, rows: Sequence[int], values: np.ndarray, *, schema: Schema
+    ) -> None:
         self._updates = updates
         self._values = values
+        self.schema = schema
         self.reports: Sequence[Report] = [updates.reports[row] for row in rows]
-
-    @property
-    def schema(self) -> Schema:
-        """Names and shapes of an update."""
-        return self._updates.schema
 
     def columns(self) -> Iterator[tuple[slice, np.ndarray]]:
         """Yield all values at once: fp32 [users, values]."""
@@ -181,20 +181,25 @@ class Experts:
         general: the tier above, whose prompt goes down with theirs.
         members: the experts of each user, by client id.
         depths: converts prompts to the depth of the users' model.
+        merges_values: whether the rule merges each value by itself, so that updates can be read a
+            range of values at a time; otherwise all of them are in memory at once.
     """
 
     def __init__(
         self,
         experts: Mapping[str, PromptServer],
         general: GeneralServer,
-        members: Sequence[Sequence[int]],
+        members: Sequence[tuple[int, ...]],
         depths: DepthMap,
+        *,
+        merges_values: bool = False,
     ) -> None:
         self.experts = dict(experts)
         self.general = general
         self.model = general.model
         self._members = members
         self._depths = depths
+        self._merges_values = merges_values
         self._sent = NamedTensors.pack({})  # the broadcast of the round
         self._tuned: dict[str, Trace | None] = {}  # in the round `_round`
         self._round = 0
@@ -225,25 +230,34 @@ class Experts:
         """Return the broadcast with each expert's prompt replaced by what its users have made of
         it; an expert none of whose users took part keeps its own.
         """
-        values = updates.rows()
         starts = [self._sent.select(part_name(name)) for name in self.experts]
-        merged: dict[str, NamedTensors] = {}
-        for index, (name, expert) in enumerate(self.experts.items()):
-            rows = [
-                row
-                for row, report in enumerate(updates.reports)
-                if index in self._members[report.client]
-            ]
-            group_values = values[rows]
-            for place, row in enumerate(rows):
-                experts = self._members[updates.reports[row].client]
-                if len(experts) > 1:
-                    start = mean_prompt([starts[expert] for expert in experts])
-                    group_values[place] += starts[index].flat - start.flat
-            group = Group(updates, rows, group_values)
-            merged[part_name(name)] = expert.aggregate(group) if rows else starts[index]
-        merged[part_name(GENERAL)] = self._sent.select(part_name(GENERAL))
-        return NamedTensors.join(merged)
+        merged = [start.copy() for start in starts]
+        members = [self._members[report.client] for report in updates.reports]
+        shifts = _shifts(starts, members)
+        schema = updates.schema
+        for part, columns in self._parts(updates):
+            if self._merges_values:
+                schema = Schema.of([("values", (columns.shape[1],))])
+            for index, expert in enumerate(self.experts.values()):
+                rows = [row for row, experts in enumerate(members) if index in experts]
+                if not rows:
+                    continue
+                values = columns[rows]
+                for place, row in enumerate(rows):
+                    if (index, members[row]) in shifts:
+                        values[place] += shifts[index, members[row]][part]
+                group = Group(updates, rows, values, schema=schema)
+                merged[index].flat[part] = expert.aggregate(group).flat
+        prompts = {part_name(name): prompt for name, prompt in zip(self.experts, merged)}
+        prompts[part_name(GENERAL)] = self._sent.select(part_name(GENERAL))
+        return NamedTensors.join(prompts)
+
+    def _parts(self, updates: Updates) -> Iterator[tuple[slice, np.ndarray]]:
+        """Yield ranges of all updates, fp32 [users, range]; one range, where a rule needs all."""
+        if self._merges_values:
+            yield from updates.columns()
+        else:
+            yield slice(0, updates.schema.num_values), updates.rows()
 
     def load_aggregate(self, aggregate: NamedTensors) -> None:
         """Make the merged prompts the experts' own, at the depth of the global model."""
@@ -303,6 +317,26 @@ class Experts:
 def part_name(tier: str) -> str:
     """Return what stands in front of the names of an expert's tensors, or of the general ones."""
     return f"{GENERAL}/" if tier == GENERAL else f"expert/{tier}/"
+
+
+def _shifts(
+    starts: Sequence[NamedTensors], members: Sequence[tuple[int, ...]]
+) -> dict[tuple[int, tuple[int, ...]], np.ndarray]:
+    """Return by how much an expert's prompt differs from what users of several began with.
+
+    Args:
+        starts: the experts' prompts.
+        members: the experts of each user.
+
+    Returns:
+        fp32 [values] by the expert, and all experts of such a user.
+    """
+    shifts = {}
+    for experts in {experts for experts in members if len(experts) > 1}:
+        start = mean_prompt([starts[expert] for expert in experts])
+        for expert in experts:
+            shifts[expert, experts] = starts[expert].flat - start.flat
+    return shifts
 
 
 def mean_prompt(prompts: Sequence[NamedTensors]) -> NamedTensors:
@@ -447,6 +481,13 @@ class UserStates:
             return self.personal[client]
         return Personal(start, self._build_engine())
 
+    def drop_moments(self, client: int) -> None:
+        """Give a user's prompt a new optimizer: the moments of the old one are from a round that
+        failed, and may not be finite. One that has no prompt yet begins in its next round.
+        """
+        if client in self.personal:
+            self.personal[client] = Personal(self.personal[client].prompt, self._build_engine())
+
     def has_state(self, client: int) -> bool:
         """Return whether a user keeps something; before its first round it does not."""
         return client in self.personal or self._shared.has_state(client)
@@ -523,41 +564,51 @@ class Users:
     def local_update(self, client: int, round: int, broadcast: NamedTensors) -> Update:
         """Tune the prompt that is sent, from the experts' one, and the user's own.
 
-        See `base.Client.local_update`. After an error the user's own prompt is as it was.
+        See `base.Client.local_update`. After an error of its tuning the user's own prompt is as it
+        was, and its optimizer a new one: moments of the failed steps may not be finite.
 
         Raises:
             ClientError: as FedSP's clients; NonFiniteError if the user's own prompt is not finite.
         """
         start = self.start(client, broadcast)
         update = self._shared.local_update(client, round, start)
-        if not self._stage.steps:
-            return replace(update, metrics={**update.metrics, **_personal_metrics(Trace())})
+        trace = Trace()
+        if self._stage.steps:
+            try:
+                with oom_as_client_error():
+                    trace = self._tune_own(client, round, start)
+            except ClientError:
+                self.states.drop_moments(client)
+                raise
+        return replace(update, metrics={**update.metrics, **_personal_metrics(trace)})
+
+    def _tune_own(self, client: int, round: int, start: NamedTensors) -> Trace:
+        """Tune a user's own prompt near the prompt of its experts, and keep it."""
         texts = self._texts[client]
         assert not isinstance(texts, ShardError), "FedSP's client has refused it"
-        with oom_as_client_error():
-            personal = self.states.begin(client, start.torch())
-            engine = personal.engine
-            self.prompt.load(start.torch())
-            engine.to(self.model.device)
-            engine.zero_grad()
-            engine.anchor()
-            self.prompt.load(personal.prompt)
-            self.prompt.requires_grad_(True)
-            engine.steps_done = (round - 1) * self._stage.steps
-            trace = train(
-                engine,
-                texts,
-                partial(answer_loss_of, self.model, self.prompt),
-                first_step=(round - 1) * self._stage.steps,
-                num_steps=self._stage.steps,
-                device=self.model.device,
-            )
-            tuned = NamedTensors.pack(self.prompt.tensors())
-            if not tuned.is_finite():
-                raise NonFiniteError("the personal prompt holds numbers that are not finite")
-            engine.to(torch.device("cpu"))
-            self.states.personal[client] = Personal(tuned.torch(), engine)
-        return replace(update, metrics={**update.metrics, **_personal_metrics(trace)})
+        personal = self.states.begin(client, start.torch())
+        engine = personal.engine
+        self.prompt.load(start.torch())
+        engine.to(self.model.device)
+        engine.zero_grad()
+        engine.anchor()
+        self.prompt.load(personal.prompt)
+        self.prompt.requires_grad_(True)
+        engine.steps_done = (round - 1) * self._stage.steps
+        trace = train(
+            engine,
+            texts,
+            partial(answer_loss_of, self.model, self.prompt),
+            first_step=(round - 1) * self._stage.steps,
+            num_steps=self._stage.steps,
+            device=self.model.device,
+        )
+        tuned = NamedTensors.pack(self.prompt.tensors())
+        if not tuned.is_finite():
+            raise NonFiniteError("the personal prompt holds numbers that are not finite")
+        engine.to(torch.device("cpu"))
+        self.states.personal[client] = Personal(tuned.torch(), engine)
+        return trace
 
     def start(self, client: int, broadcast: NamedTensors) -> NamedTensors:
         """Return the prompt that a user starts from: its expert's, or the mean of its experts'."""
@@ -624,7 +675,13 @@ class PersonalLargeModels(Method):
             ],
             teaching=_teaching(inputs, consensus),
         )
-        return Experts(prompt_servers, general, inputs.members, inputs.depth_map)
+        return Experts(
+            prompt_servers,
+            general,
+            inputs.members,
+            inputs.depth_map,
+            merges_values=inputs.config.federation.rule != "reject_outliers",
+        )
 
     def tier_above(self, inputs: MethodInputs, server: Server) -> TierAbove:
         """Return the general model's round, whose clients are the experts."""

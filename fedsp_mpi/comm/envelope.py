@@ -30,6 +30,7 @@ class Content(IntEnum):
     CALL = 4  # the header of a request, of a client
     CLOSE = 5  # the word that a rank makes no more requests in a round
     PROOF = 6  # nothing: whoever sealed it has the key
+    ANSWER = 7  # a mapping, of rank 0 for another rank
 
 
 class Envelope(NamedTuple):

@@ -26,7 +26,8 @@ from .topology import Topology, called_rank
 _SERVER = 0  # rank
 # What a channel is for. Messages are a rank's, and go to rank 0; results and requests are a
 # client's; by `close` a rank tells the server's rank that it calls that no more requests follow.
-_Purpose = Literal["messages", "results", "calls", "close"]
+# Answers go from rank 0 to the rank that has asked.
+_Purpose = Literal["messages", "results", "calls", "close", "answers"]
 
 
 class _Speaks(Protocol):
@@ -120,6 +121,33 @@ class Seals:
     def seal_close(self, header: bytes) -> bytes:
         """Seal the word that this rank makes no more requests."""
         return self._senders["close", self._rank].seal(header, Content.CLOSE)
+
+    # -- between two ranks -------------------------------------------------------------------------
+
+    def add_answers(self) -> bytes:
+        """Make this rank's end of the channel from rank 0 to rank 1; return the key of rank 0."""
+        if self._rank == _SERVER:
+            self._add_sender("answers", _SERVER, self._pair, to=1)
+        else:
+            self._add_receiver("answers", _SERVER, self._keys[_SERVER])
+        return self._keys[_SERVER]
+
+    def seal_answer(self, content: bytes) -> str:
+        """Seal an answer of rank 0; return it in hexadecimal digits."""
+        return self._senders["answers", _SERVER].seal(content, Content.ANSWER).hex()
+
+    def open_answer(self, digits: object) -> bytes:
+        """Open what `seal_answer` returned; raise ProtocolError if it is refused."""
+        try:
+            if not isinstance(digits, str):
+                raise ValueError("found no digits")
+            sealed = bytes.fromhex(digits)
+            return self._receivers["answers", _SERVER].open(sealed, Content.ANSWER)
+        except ValueError as error:
+            raise ProtocolError(
+                f"rank {_SERVER}, whose key is {fingerprint(self._keys[_SERVER])}: its answer "
+                f"cannot be opened: {error}"
+            ) from None
 
     # -- opened at the server ----------------------------------------------------------------------
 

@@ -74,6 +74,7 @@ from .waiting import Deadlines, wait
 if TYPE_CHECKING:
     from mpi4py import MPI
 
+    from .dialogue import Dialogue
     from .keys import Seals
 
 _SERVER = 0  # rank
@@ -200,6 +201,20 @@ class Wire:
             self._seals.introduce_clients(self, assignment, servers)
             if self._rpc is not None:
                 self._rpc.seals = self._seals
+
+    def open_dialogue(self) -> Dialogue:
+        """Exchange the keys of two ranks, of which one asks, and return this rank's end.
+
+        Collective.
+
+        Raises:
+            ProtocolError: a rank has another key than it says.
+        """
+        from .dialogue import Dialogue
+
+        self.exchange_keys()
+        assert self._seals is not None
+        return Dialogue(self, self._seals)
 
     @property
     def fingerprints(self) -> JsonObject | None:

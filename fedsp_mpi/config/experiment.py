@@ -288,7 +288,7 @@ def checked(data: Section) -> Config:
     """
     name = data.get("recipe")
     try:
-        data = with_tier_clients(with_plain_silos(data))
+        data = with_plain_silos(with_tier_clients(data))
         recipe_values = recipe(Config.recipe if name is None else name)
         data = merge(recipe_values, data)
         data = with_tier_stages(merge(rates(data), data))

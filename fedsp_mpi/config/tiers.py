@@ -106,6 +106,9 @@ def with_tier_clients(data: Section) -> Section:
     other data unchanged.
 
     What is misplaced is left as it is, and refused later with a message.
+
+    Raises:
+        ConfigError: there are silos, too.
     """
     tiers = data.get("tiers")
     experts = tiers.get("experts") if isinstance(tiers, dict) else None
@@ -119,6 +122,12 @@ def with_tier_clients(data: Section) -> Section:
             users |= dict.fromkeys(str(name) for name in names)
     if not isinstance(federation, dict) or not users:
         return data
+    if federation.get("silos"):
+        raise ConfigError(
+            "federation.silos: found silos with tiers.experts, whose users are the clients and get "
+            "their text from the experts' data, expected none; name that data in "
+            "tiers.experts[].source (configs/plmm/README.md says what silos of users would take)"
+        )
     return {**data, "federation": {**federation, "clients": len(users), "users": list(users)}}
 
 
@@ -196,11 +205,6 @@ def _require_name(name: str, where: str) -> None:
 
 
 def _require_other_keys(config: Config) -> None:
-    if config.federation.silos:
-        raise ConfigError(
-            f"federation.silos: found {len(config.federation.silos)} with tiers.experts, whose "
-            "users are the clients, expected none"
-        )
     if config.data.partition == "column":
         raise ConfigError(
             "data.partition: found column with tiers.experts, expected iid, labels or quantity: "

@@ -87,7 +87,7 @@ class ExperimentInputs(ModelInputs):
         return ()
 
     @property
-    def members(self) -> Sequence[Sequence[int]]:
+    def members(self) -> Sequence[tuple[int, ...]]:
         """The experts of each client, by client id; none without tiers."""
         return ()
 

@@ -203,8 +203,12 @@ class TierInputs(ExperimentInputs):
         num_held_out = min(len(rows) - 1, max(1, round(config.evaluation.held_out * len(rows))))
         return rows[np.sort(order[num_held_out:])], rows[np.sort(order[:num_held_out])]
 
-    def own_text(self, client: int, expert: int | None = None) -> list[Question]:
-        """Return what a user holds back of its own text, at most as much as tiers are scored on.
+    def own_text(self, client: int) -> list[Question]:
+        """Return what a user holds back of its own text, at most as much as tiers are scored on."""
+        return self._to_questions(self.own_examples(client))
+
+    def own_examples(self, client: int, expert: int | None = None) -> list[tasks.Example]:
+        """Return the same, before it is tokenised.
 
         Args:
             client: of the user.
@@ -219,7 +223,7 @@ class TierInputs(ExperimentInputs):
             sizes = [len(domain.splits.train) for domain in self.domains]
             offset = sum(sizes[:expert])
             chosen = chosen[(chosen >= offset) & (chosen < offset + sizes[expert])]
-        return self._to_questions([self.splits.train[row] for row in chosen])
+        return [self.splits.train[row] for row in chosen]
 
     def domain_text(self, experts: Sequence[int]) -> list[Question]:
         """Return test questions of some domains, an equal number of each."""

@@ -33,6 +33,12 @@ def mpirun() -> str:
     return found or pytest.skip("there is no mpirun next to Python or on PATH")
 
 
+def environment_of_ranks() -> dict[str, str]:
+    """The test's own environment, with one thread a process, and this checkout to import from."""
+    paths = os.pathsep.join([str(ROOT), str(TESTS)])
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths, **_ALLOW}
+
+
 def run_mpi(
     n: int,
     args: Sequence[str | os.PathLike[str]],
@@ -54,13 +60,7 @@ def run_mpi(
         sys.executable,
         *(os.fspath(arg) for arg in args),
     ]
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(TESTS)]),
-        **_ALLOW,
-        **(env or {}),
-    }
+    environment = {**environment_of_ranks(), **(env or {})}
     # Files, not pipes: a process that outlives mpirun would keep a pipe open, and us waiting.
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         process = subprocess.Popen(

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,7 +14,8 @@ import pytest
 from fedsp_mpi.record import read
 from fedsp_mpi.report.diff import difference
 from helpers.mpi import both_ends, run_mpi
-from helpers.paths import PROGRAMS, ROOT
+from helpers.opened import opened_files
+from helpers.paths import PROGRAMS
 from helpers.runs import FAULTY, FEDBPT, FEDPROMPT, SHORT, fedsp, here, together
 
 TRESPASS = PROGRAMS / "trespass.py"
@@ -140,36 +139,17 @@ def six(tmp_path_factory) -> Path:
     return folder
 
 
-def opened_by(trace: Path, silos: Path) -> dict[str, set[int]]:
-    """The ranks that opened a file of each silo, and of the server's data."""
-    ranks: dict[str, set[int]] = {}
-    for path in trace.iterdir():
-        opened = re.findall(r'open(?:at)?\([^"]*"([^"]+)".* = \d', path.read_text())
-        for name in opened:
-            if Path(name).is_file() and Path(name).is_relative_to(silos):
-                ranks.setdefault(Path(name).relative_to(silos).parts[0], set()).add(int(path.name))
-    return ranks
-
-
 def watched(
     tmp_path: Path, silos: Path, program: Sequence[object] = ("-m", "fedsp_mpi")
 ) -> tuple[dict[str, set[int]], list[list[int]]]:
-    """Run six silos on four ranks under strace; return who opened what, and who plays whom."""
-    if not shutil.which("strace"):
-        pytest.skip("there is no strace")
-    trace = tmp_path / "trace"
-    trace.mkdir()
+    """Run six silos on four ranks; return who opened a file of each silo, and who plays whom."""
     where = ["--name", "run", "--set", f"run.folder={tmp_path}"]
     arguments = [*where, *of_silos(silos, "federation.clients=null", "evaluation.at=both")]
-    strace = 'exec strace -f --seccomp-bpf -qq -s 4096 -e trace=open,openat -o "$0/$PMI_RANK" "$@"'
-    command = ["mpirun", "-n", "4", "sh", "-c", strace, trace, sys.executable]
-    command += [*program, "run", *arguments]
-    ended = subprocess.run(
-        list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=150
-    )
-    assert ended.returncode == 0, both_ends(ended)
-    assignment = read(tmp_path / "run").sections["topology"]["assignment"]
-    return opened_by(trace, silos), assignment
+    opened: dict[str, set[int]] = {}
+    for path, ranks in opened_files(tmp_path / "trace", 4, [*program, "run", *arguments]).items():
+        if path.is_relative_to(silos):
+            opened.setdefault(path.relative_to(silos).parts[0], set()).update(ranks)
+    return opened, read(tmp_path / "run").sections["topology"]["assignment"]
 
 
 def strangers(opened: dict[str, set[int]], assignment: list[list[int]]) -> list[str]:

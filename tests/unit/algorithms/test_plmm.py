@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,14 +15,16 @@ import torch
 
 from fedsp_mpi import config
 from fedsp_mpi.aggregation.fedavg import weighted_mean
+from fedsp_mpi.algorithms import plmm
 from fedsp_mpi.algorithms.plmm import Experts, GeneralServer, Teaching, part_name
 from fedsp_mpi.algorithms.prompt_server import PromptServer
 from fedsp_mpi.comm.inspection import ProtocolError
 from fedsp_mpi.config import StageConfig
 from fedsp_mpi.config.federation import FederationConfig
 from fedsp_mpi.estimate import cost
+from fedsp_mpi.models.losses import answer_loss_of
 from fedsp_mpi.models.prompts import DepthMap, Prompt, PromptSpec
-from fedsp_mpi.record import read
+from fedsp_mpi.record import Checkpoints, read
 from fedsp_mpi.record.tables import TierRow
 from fedsp_mpi.report import tiers_table
 from fedsp_mpi.roles import read_tier_scores
@@ -87,7 +90,7 @@ SPEC = PromptSpec("input", 2, 1, 1, 3)
 STAGE = StageConfig(steps=0)
 
 
-def experts(*values: float) -> Experts:
+def experts(*values: float, merges_values: bool = True) -> Experts:
     """Experts whose prompts are filled with one number each."""
     depths = DepthMap(SPEC, 1)
     servers = {}
@@ -101,7 +104,7 @@ def experts(*values: float) -> Experts:
         None, Prompt(SPEC), depths, experts=[], teaching=Teaching(STAGE, 1.0, 1.0)
     )
     members = [(0,), (0, 1), (1,)]  # the third expert has no user in this round
-    return Experts(servers, general, members, depths)
+    return Experts(servers, general, members, depths, merges_values=merges_values)
 
 
 class Sent:
@@ -115,12 +118,21 @@ class Sent:
         ]
         self._rows = np.repeat(np.array(values, dtype=np.float32)[:, None], 6, axis=1)
 
+        self.num_read = 0  # most values of an update that were in memory at once
+
+    def columns(self):
+        for part in (slice(0, 4), slice(4, 6)):
+            self.num_read = max(self.num_read, part.stop - part.start)
+            yield part, self._rows[:, part].copy()
+
     def rows(self) -> np.ndarray:
+        self.num_read = 6
         return self._rows.copy()
 
 
-def test_each_expert_merges_its_users_and_of_a_shared_one_what_it_changed():
-    tier = experts(1.0, 5.0, 9.0)
+@pytest.mark.parametrize(("merges_values", "num_read"), [(True, 4), (False, 6)])
+def test_each_expert_merges_its_users_and_of_a_shared_one_what_it_changed(merges_values, num_read):
+    tier = experts(1.0, 5.0, 9.0, merges_values=merges_values)
     sent = tier.broadcast()
     assert {name.rpartition("/")[0] for name in sent} == {
         "expert/a",
@@ -130,7 +142,9 @@ def test_each_expert_merges_its_users_and_of_a_shared_one_what_it_changed():
     }
     schema = sent.select(part_name("a")).schema
     # The shared user began at the mean, 3, and went up by 1: 2 for a, 6 for b, each three times.
-    merged = tier.aggregate(Sent(schema, 3.0, 4.0, 6.0))
+    updates = Sent(schema, 3.0, 4.0, 6.0)
+    merged = tier.aggregate(updates)
+    assert updates.num_read == num_read
     parts = {name: merged.select(part_name(name))["prompt"] for name in "abc"}
     assert np.allclose(parts["a"], (3 + 3 * 2) / 4) and np.allclose(parts["b"], (3 * 6 + 6) / 4)
     assert np.array_equal(parts["c"], sent.select(part_name("c"))["prompt"])
@@ -232,6 +246,29 @@ def test_without_lambda_a_personal_prompt_learns_of_nobody(tmp_path, proximal, i
     assert shared[0] != shared[1] and (personal[0] == personal[1]) is is_equal
 
 
+def test_after_a_failed_round_a_personal_prompt_goes_on_without_its_moments(tmp_path, monkeypatch):
+    """The second personal step of user 0 in round 2 is NaN, and with it all moments."""
+    num_calls = 0
+
+    def loss(*arguments):
+        nonlocal num_calls
+        num_calls += 1
+        is_faulty = num_calls == 4 * 3 + 2  # 4 users take 3 steps in round 1
+        return answer_loss_of(*arguments) * (math.nan if is_faulty else 1.0)
+
+    monkeypatch.setattr(plmm, "answer_loss_of", loss)
+    more = {"federation.rounds": 3, "tiers.judge": "never", "evaluation.server_only": False}
+    record, _ = run(tmp_path, "run", **more)
+    of_user = record.clients[record.clients["client"] == 0]
+    assert of_user["status"].tolist() == ["ok", "failed", "ok"]
+    checkpoints = Checkpoints(record.file.parent)
+    states = [checkpoints.read_client(0, checkpoints._client_files(n)[0]) for n in (1, 2, 3)]
+    prompts = [state["personal/prompt"] for state in states]
+    has_moments = [any(name.startswith("engine/0/") for name in state) for state in states]
+    assert has_moments == [True, False, True]
+    assert np.array_equal(prompts[0], prompts[1]) and not np.array_equal(prompts[1], prompts[2])
+
+
 # -- text ------------------------------------------------------------------------------------------
 
 
@@ -244,7 +281,7 @@ def test_nobody_owns_what_another_one_trains_on_or_holds_back(tmp_path):
     # The three experts share one source: their examples differ, too.
     domains = [domain.splits.train for domain in inputs.domains]
     assert sum(map(len, domains)) == len(set().union(*domains)) == 120
-    ben = [len(inputs.own_text(1, expert)) for expert in (0, 1, 2)]
+    ben = [len(inputs.own_examples(1, expert)) for expert in (0, 1, 2)]
     assert ben[0] and ben[1] and not ben[2]
     assert sum(ben) == len(inputs.own_text(1))
 
@@ -327,6 +364,10 @@ def test_plan_counts_the_prompts_that_go_down(whole, tmp_path):
         ({"tiers.experts": [{"name": "general", "users": ["u"]}]}, ("another tier is called",)),
         ({"tiers.experts": [{"name": "a", "users": ["u", "u"]}]}, ("'u' twice",)),
         ({"method": "fedsp"}, ("tiers.experts: found 3 with method=fedsp",)),
+        (
+            {"federation.silos": [{"source": "/data/ann"}]},
+            ("federation.silos: found silos with tiers.experts", "tiers.experts[].source"),
+        ),
         ({"client.privacy": {"clip": 1.0, "noise_scale": 0.1}}, ("client.privacy.clip",)),
         ({"federation.compression.format": "int8"}, ("one prompt, and gets those of all",)),
         (

@@ -117,6 +117,27 @@ def test_what_is_no_public_key_is_not_agreed_with(key):
 # -- what a channel refuses ------------------------------------------------------------------------
 
 
+def test_an_answer_is_opened_once_in_its_place_and_unchanged():
+    pairs = [KeyPair(), KeyPair()]
+    keys = [pair.public for pair in pairs]
+    server, client = (Seals(rank, pair, keys, start=START) for rank, pair in enumerate(pairs))
+    assert server.add_answers() == client.add_answers() == keys[0]
+    sealed = [server.seal_answer(b'{"text":"yes"}') for _ in range(4)]
+    assert not [digits for digits in sealed if b"yes" in bytes.fromhex(digits)]
+    assert client.open_answer(sealed[0]) == b'{"text":"yes"}'
+    changed = sealed[2][:-1] + ("0" if sealed[2][-1] != "0" else "1")
+    for digits, reason in (
+        (sealed[0], "found message 0, expected 1"),
+        (changed, "its key did not seal"),
+    ):
+        with pytest.raises(ProtocolError, match=rf"rank 0, whose key is .*{reason}"):
+            client.open_answer(digits)
+    assert client.open_answer(sealed[3]) == b'{"text":"yes"}'
+    for nothing in (None, 7, "zz", ""):
+        with pytest.raises(ProtocolError, match=r"rank 0, whose key is .* its answer cannot be"):
+            client.open_answer(nothing)
+
+
 def test_every_flipped_bit_is_refused_and_leaves_no_value():
     values = np.ones(3, dtype=np.float32)
     client = KeyPair()

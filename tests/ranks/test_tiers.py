@@ -1,0 +1,186 @@
+"""Tiers on ranks: the same bits on any number, who opens which file, and what `ask` sends."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from fedsp_mpi import config
+from fedsp_mpi.comm.envelope import ENVELOPE_BYTES, Content, Envelope
+from fedsp_mpi.record import read
+from fedsp_mpi.report.diff import difference
+from fedsp_mpi.run.any_inputs import inputs_of
+from helpers.mpi import run_mpi
+from helpers.opened import opened_files
+from helpers.paths import PROGRAMS, ROOT
+from helpers.runs import SHORT, here
+
+pytestmark = pytest.mark.slow
+SETTINGS = (
+    *(item for item in SHORT if not item.startswith("federation.clients")),
+    "method=plmm",
+    "tiers.experts=[{name: a, users: [ann, ben, cem]}, "
+    "{name: b, users: [cem, dee, eva, fay, gus]}]",
+    "tiers.judge=rounds",
+    "tiers.questions=4",
+    "tiers.personal.proximal=0.1",
+    "client.alignment.steps=0",
+    "evaluation.server_only=false",
+    "evaluation.zero_shot=false",
+    "checkpoint.keep_client_states=true",
+    "data.limit.train=96",
+)
+USERS = ("ann", "ben", "cem", "dee", "eva", "fay", "gus")
+WEIGHTS = ROOT / "fedsp_mpi" / "resources" / "model" / "model.safetensors"
+QUESTION = "Where is the dog of the old gardener?"
+
+
+def arguments(folder: Path, name: str, *settings: str) -> list[str]:
+    every = (*SETTINGS, f"run.folder={folder}", *settings)
+    return ["run", "--name", name, *(word for item in every for word in ("--set", item))]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Path:
+    """A folder of runs, with one of this process, `whole`."""
+    folder = tmp_path_factory.mktemp("tiers")
+    here(arguments(folder, "whole"))
+    return folder
+
+
+@pytest.mark.parametrize(("n", "is_sealed"), [(2, True), (4, False), (8, True)])
+def test_the_same_bits_on_any_number_of_ranks(runs, n, is_sealed):
+    """Seven users on one client rank, on three, and on seven."""
+    name = f"on-{n}"
+    more = (f"wire.encryption={str(is_sealed).lower()}",)
+    run_mpi(n, ["-m", "fedsp_mpi", *arguments(runs, name, *more)], timeout=400)
+    whole, run = read(runs / "whole"), read(runs / name)
+    assert difference(whole, run) == []
+    columns = ["round", "name", "model", "text", "at", "n", "loss", "acc"]
+    assert whole.tiers[columns].tolist() == run.tiers[columns].tolist()
+    clients = ["round", "client", "loss_prompt_last", "loss_personal_last"]
+    assert whole.clients[clients].tolist() == run.clients[clients].tolist()
+
+
+# -- who opens what --------------------------------------------------------------------------------
+
+
+def test_weights_and_text_stay_where_they_are_and_what_a_user_keeps_on_its_rank(tmp_path):
+    """Who opens what, and what the ranks tell each other, tensors by their names."""
+    messages = tmp_path / "messages"
+    messages.mkdir()
+    command = [PROGRAMS / "capture.py", messages, *arguments(tmp_path, "run")]
+    opened = opened_files(tmp_path / "trace", 4, command)
+    run = read(tmp_path / "run")
+    assert opened[WEIGHTS] == {0}
+    rank_of = {
+        client: rank
+        for rank, clients in enumerate(run.sections["topology"]["assignment"])
+        for client in clients
+    }
+    assert sorted(rank_of) == list(range(7)) and len(set(rank_of.values())) == 3
+    kept = {path: ranks for path, ranks in opened.items() if is_kept(path)}
+    assert len(kept) >= 7
+    for path, ranks in kept.items():
+        assert ranks == {rank_of[int(path.name.split("-")[1])]}, path
+    names = {row["name"] for row in run.wire if "(" not in row["name"]}
+    prompts = r"(prompt/)?(expert/[ab]|general)/prompt|prompt"
+    assert not [name for name in names if not re.fullmatch(rf"{prompts}|auxiliary/.+", name)]
+    splits = inputs_of(config.load(tmp_path / "run" / "config.yaml")).splits
+    texts = {
+        max(example.context.splitlines(), key=len).encode()
+        for split in (splits.train, splits.validation, splits.test)
+        for example in split
+    }
+    sent = [path.read_bytes() for path in messages.iterdir()]
+    assert len(texts) > 50 and any(b"prompt" in message for message in sent)
+    assert not [text for text in texts for message in sent if text in message]
+
+
+# -- asking ----------------------------------------------------------------------------------------
+
+
+def ask(*more: object) -> list[str]:
+    return ["ask", *map(str, more)]
+
+
+def untimed(printed: str) -> list[str]:
+    """The lines of an answer without times, and without what two processes add."""
+    lines = [line.split(", first token")[0] for line in printed.splitlines()]
+    return [line for line in lines if "sealed question" not in line]
+
+
+def test_question_and_answer_travel_sealed(runs, tmp_path):
+    """All that both ranks send is kept: nothing of the text is in it; the answer is the same."""
+    question = ask(runs / "whole", "--user", "cem", QUESTION, "--expert", "b", "--threshold", "1")
+    alone = here(question).stdout
+    together = run_mpi(2, [PROGRAMS / "capture.py", tmp_path, *question]).stdout
+    assert untimed(together) == untimed(alone) and "asks expert b" in alone
+    assert "ms there and back, sealed" in together and "1 sealed question to" in together
+    messages = {path.name: path.read_bytes() for path in sorted(tmp_path.iterdir())}
+    answers = [bytes.fromhex(digits) for digits in sealed_digits(messages)]
+    # Bytes as they travelled, and what is in hexadecimal digits among them.
+    everything = [*messages.values(), *answers]
+    [answer] = re.findall(r"^expert b: (.+?)  \(", together, re.M)
+    words = [*QUESTION.split(), answer, "expert", "text", "confidence", "cem"]
+    for content in everything:
+        assert not [word for word in words if len(word) > 3 and word.encode() in content]
+    from_user = [message for name, message in messages.items() if name.startswith("1-")]
+    kinds = [envelope(message) for message in from_user if message.startswith(b"FSPS")]
+    assert kinds == [Content.JSON] * 3  # the proof of its key, the question, the end
+    assert [envelope(answer) for answer in answers] == [Content.ANSWER]
+    assert max(map(len, from_user)) > ENVELOPE_BYTES + len(QUESTION)
+
+
+def sealed_digits(messages: dict[str, bytes]) -> list[str]:
+    magic = b"FSPS".hex()
+    return [
+        digits
+        for message in messages.values()
+        for digits in re.findall(r'"([0-9a-f]+)"', message.decode(errors="replace"))
+        if digits.startswith(magic)
+    ]
+
+
+def envelope(message: bytes) -> Content:
+    return Envelope.unpack(message[:ENVELOPE_BYTES]).content
+
+
+def test_the_expert_opens_no_users_state_and_the_user_no_weights_of_the_expert(runs, tmp_path):
+    folder = runs / "whole"
+    command = ["-m", "fedsp_mpi", *ask(folder, "--user", "dee", "--evaluate", "--threshold", "1")]
+    opened = opened_files(tmp_path / "trace", 2, command)
+    assert opened[WEIGHTS] == {0}
+    kept = {path.name.split("-")[1]: ranks for path, ranks in opened.items() if is_kept(path)}
+    assert kept == {f"{USERS.index('dee'):05d}": {1}}
+    of_auxiliary = [ranks for path, ranks in opened.items() if path.parent == folder / "auxiliary"]
+    assert of_auxiliary and all(ranks == {1} for ranks in of_auxiliary)
+
+
+def is_kept(path: Path) -> bool:
+    return path.name.startswith("client-")
+
+
+def test_routing_measured_in_two_processes_is_that_of_one(runs):
+    command = ask(runs / "whole", "--user", "ann", "--evaluate", "--threshold", "0.9")
+    alone = here(command).stdout
+    together = run_mpi(2, ["-m", "fedsp_mpi", *command]).stdout
+    tables = [[line for line in text.splitlines() if line[:1] == "|"] for text in (alone, together)]
+    assert len(tables[0]) == 3 and tables[0] == tables[1]
+    assert "2 sealed questions to the expert's process" in together
+
+
+@pytest.mark.parametrize(
+    ("n", "more", "words"),
+    [
+        (2, ["--user", "anna", "Why?"], "--user: found 'anna', expected one of ann, ben"),
+        (2, ["--evaluate"], "--user: found none"),
+        (3, ["--user", "ann", "Why?"], "ask: found 3 processes, expected one, or two"),
+    ],
+)
+def test_what_cannot_be_asked_ends_both_processes_with_one_line(runs, n, more, words):
+    ended = run_mpi(n, ["-m", "fedsp_mpi", *ask(runs / "whole", *more)], status=2)
+    lines = [line for line in ended.stderr.splitlines() if line.startswith("fedsp_mpi: ")]
+    assert len(lines) == 1 and words in lines[0] and "Traceback" not in ended.stderr
