@@ -287,6 +287,43 @@ class NamedTensors(Mapping[str, np.ndarray]):
         return f"NamedTensors({specs})"
 
 
+class AnswerPlaces(NamedTuple):
+    """Where a batch has targets, as indices, so that nobody has to look for them on a device.
+
+    Attributes:
+        positions: of each text's targets, int64 [batch, most]; behind the last one any position.
+        flat: of all targets, text after text, in the flattened batch, int64 [answers].
+        slots: of all targets in the flattened `positions`, int64 [answers]; None: all of them are.
+    """
+
+    positions: torch.Tensor
+    flat: torch.Tensor
+    slots: torch.Tensor | None
+
+    @classmethod
+    def of(cls, targets: torch.Tensor) -> AnswerPlaces:
+        """Find the targets, int64 [batch, length], that are not -100."""
+        import torch
+
+        is_target = targets != -100
+        flat = is_target.flatten().nonzero().flatten()
+        counts = is_target.sum(dim=1)
+        batch_size, length = targets.shape
+        if len(flat) == batch_size and bool((counts == 1).all()):
+            return cls((flat % length)[:, None], flat, None)
+        most = int(counts.max())
+        rows = flat // length
+        place_in_row = torch.arange(len(flat), device=flat.device) - (counts.cumsum(0) - counts)[rows]
+        slots = rows * most + place_in_row
+        positions = targets.new_zeros(batch_size * most).index_copy(0, slots, flat % length)
+        return cls(positions.view(batch_size, most), flat, slots)
+
+    def to(self, device: torch.device) -> AnswerPlaces:
+        """Return the indices on a device."""
+        parts = [None if part is None else part.to(device, non_blocking=True) for part in self]
+        return AnswerPlaces._make(parts)
+
+
 class Batch(NamedTuple):
     """Texts of one batch, padded on the right to the longest of them.
 
@@ -296,12 +333,19 @@ class Batch(NamedTuple):
         targets: int64 [batch, length]: the token to predict at this position, or -100 where there
             is no loss.
         weights: fp32 [batch], how much the answer of each text counts; None: all count alike.
+        known_places: where the targets are, if that has been found out.
     """
 
     input_ids: torch.Tensor
     attention_mask: torch.Tensor
     targets: torch.Tensor
     weights: torch.Tensor | None = None
+    known_places: AnswerPlaces | None = None
+
+    @property
+    def places(self) -> AnswerPlaces:
+        """Where the targets are."""
+        return self.known_places or AnswerPlaces.of(self.targets)
 
     @property
     def target_weights(self) -> torch.Tensor | None:
@@ -311,11 +355,14 @@ class Batch(NamedTuple):
         return self.weights[:, None].expand_as(self.targets)[self.targets != -100]
 
     def to(self, device: torch.device) -> Batch:
-        """Return the batch on a device; itself if that is the CPU, where batches are made."""
+        """Return the batch on a device; itself if that is the CPU, where batches are made.
+
+        There its targets' places are found, which would make a device wait.
+        """
         if device.type == "cpu":
             return self
-        tensors = [None if part is None else part.to(device, non_blocking=True) for part in self]
-        return Batch._make(tensors)
+        parts = self._replace(known_places=self.places)
+        return Batch._make(None if part is None else part.to(device) for part in parts)
 
 
 @dataclass(frozen=True)

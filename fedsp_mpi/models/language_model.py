@@ -12,12 +12,14 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
+from transformers.cache_utils import DynamicLayer
 from transformers.pytorch_utils import Conv1D
 
 from fedsp_mpi.files.untrusted import JsonObject
-from fedsp_mpi.models.families import fuse_gelu, kind_of, logits_of, shape_of
+from fedsp_mpi.models.families import fuse_gelu, is_listed, kind_of, layers_of, logits_of, shape_of
+from fedsp_mpi.models.last_layer import LastLayer, at_answers
 from fedsp_mpi.models.prompts import Prompt, PromptBatch, key_values
-from fedsp_mpi.tensors import Batch
+from fedsp_mpi.tensors import AnswerPlaces, Batch
 
 # The fewest prompt positions that must be saved before an input prompt gets a pass of its own. On a
 # GPU each pass has a fixed price; on other devices any saving pays.
@@ -194,12 +196,51 @@ class LanguageModel:
             batch: int64 [batch, length], on the model's device.
             prompt: at this model's depth; goes in front of every text.
         """
-        is_answer = batch.targets != -100
+        places = batch.places
         with self.computing():
             inputs, num_before = self.inputs(batch, prompt)
             if self.kind == "encoder_decoder":
-                return self._gap_states(inputs, batch.input_ids[is_answer])
-            return self.model.base_model(**inputs).last_hidden_state[:, num_before:][is_answer]
+                return self._gap_states(inputs, batch.input_ids.flatten()[places.flat])
+            self._mask_once(inputs, batch, num_before)
+            with self._last_layer(places, num_before) as last_layer:
+                output = self.model.base_model(**inputs)
+            return last_layer.states_of(output.last_hidden_state)
+
+    def _last_layer(self, places: AnswerPlaces, num_before: int):
+        layer = layers_of(self.model)[-1]
+        return at_answers(layer, places, num_before, is_causal=self.kind == "causal")
+
+    def _mask_once(self, inputs: JsonObject, batch: Batch, num_before: int) -> None:
+        """Replace the mask of the text's tokens by the one that every layer needs.
+
+        transformers, left to itself, makes it in every forward pass. It leaves alone a mask of four
+        dimensions, which families with a window take for all of their layers.
+
+        Args:
+            inputs: what `inputs` returned; changed in place.
+            batch: int64 [batch, length].
+            num_before: prompt positions among those that enter the model.
+        """
+        config = self.model.config
+        mask = inputs["attention_mask"]
+        num_keys = mask.shape[1]
+        num_queries = batch.input_ids.shape[1] + num_before
+        attention = config._attn_implementation
+        window = getattr(config, "sliding_window", None) or num_keys
+        is_known = self.kind == "causal" and is_listed(config) and attention in ("sdpa", "eager")
+        if not is_known or num_keys > window:
+            return
+        num_cached = num_keys - num_queries
+        is_before = mask.new_ones(num_queries, num_keys, dtype=torch.bool).tril(num_cached)
+        is_seen = mask.bool()[:, None, None] & is_before
+        if attention == "eager":
+            weight = self.model.get_input_embeddings().weight
+            hidden = weight.new_full((), torch.finfo(weight.dtype).min)
+            inputs["attention_mask"] = torch.where(is_seen, weight.new_zeros(()), hidden)
+        else:
+            inputs["attention_mask"] = is_seen
+        # OPT counts the ones of the mask, and has none to count now.
+        inputs["position_ids"] = torch.arange(num_cached, num_keys, device=mask.device)[None]
 
     def _gap_states(self, inputs: JsonObject, gaps: Tensor) -> Tensor:
         """Return the decoder's states [batch, hidden] after the token that marks each text's gap.
@@ -252,7 +293,7 @@ class LanguageModel:
             [answers, candidates], and indices of candidates.
         """
         logits = self.head(states)
-        targets = batch.targets[batch.targets != -100]
+        targets = batch.targets.flatten()[batch.places.flat]
         if self.candidates is None:
             return logits, targets
         return logits[:, self.candidates], torch.searchsorted(self.candidates, targets)
@@ -365,9 +406,9 @@ class LanguageModel:
         Each layer has keys and values [batch, heads, num_tokens, head_dim].
         """
         layers = prompt.cache or self._key_values(prompt)
-        return transformers.DynamicCache(
+        return transformers.Cache(
             [
-                (prompt.expand(keys, batch_size), prompt.expand(values, batch_size))
+                _cache_layer(prompt.expand(keys, batch_size), prompt.expand(values, batch_size))
                 for keys, values in layers
             ]
         )
@@ -505,6 +546,20 @@ def _product_weights(model: nn.Module) -> list[nn.Parameter]:
         for weight in module.parameters(recurse=False):
             used[is_linear][id(weight)] = weight
     return [weight for key, weight in used[True].items() if key not in used[False]]
+
+
+def _cache_layer(keys: Tensor, values: Tensor) -> DynamicLayer:
+    """Return a layer of a cache that begins with keys and values, which may be views.
+
+    Args:
+        keys: [batch, heads, num_tokens, head_dim].
+        values: likewise.
+    """
+    layer = DynamicLayer()
+    layer.lazy_initialization(keys, values)
+    layer.keys = keys
+    layer.values = values
+    return layer
 
 
 def _full_cache() -> JsonObject:
