@@ -301,25 +301,34 @@ class AnswerPlaces(NamedTuple):
     slots: torch.Tensor | None
 
     @classmethod
-    def of(cls, targets: torch.Tensor) -> AnswerPlaces:
-        """Find the targets, int64 [batch, length], that are not -100."""
+    def of(cls, is_target: np.ndarray) -> AnswerPlaces:
+        """Return the places where a batch has targets, bool [batch, length], on the CPU."""
         import torch
 
-        is_target = targets != -100
-        flat = is_target.flatten().nonzero().flatten()
-        counts = is_target.sum(dim=1)
-        batch_size, length = targets.shape
-        if len(flat) == batch_size and bool((counts == 1).all()):
-            return cls((flat % length)[:, None], flat, None)
-        most = int(counts.max())
+        batch_size, length = is_target.shape
+        flat = is_target.ravel().nonzero()[0]
         rows = flat // length
-        place_in_row = torch.arange(len(flat), device=flat.device) - (counts.cumsum(0) - counts)[rows]
-        slots = rows * most + place_in_row
-        positions = targets.new_zeros(batch_size * most).index_copy(0, slots, flat % length)
-        return cls(positions.view(batch_size, most), flat, slots)
+        columns = flat - rows * length
+        counts = np.bincount(rows, minlength=batch_size)
+        most = int(counts.max())
+        if most * batch_size == len(flat):
+            positions = columns.reshape(batch_size, most)
+            return cls(torch.from_numpy(positions), torch.from_numpy(flat), None)
+        slots = (
+            np.arange(len(flat)) + (np.arange(batch_size) * most - counts.cumsum() + counts)[rows]
+        )
+        positions = np.zeros(batch_size * most, dtype=np.int64)
+        positions[slots] = columns
+        return cls(
+            torch.from_numpy(positions.reshape(batch_size, most)),
+            torch.from_numpy(flat),
+            torch.from_numpy(slots),
+        )
 
     def to(self, device: torch.device) -> AnswerPlaces:
         """Return the indices on a device."""
+        if device.type == "cpu":
+            return self
         parts = [None if part is None else part.to(device, non_blocking=True) for part in self]
         return AnswerPlaces._make(parts)
 
@@ -345,7 +354,10 @@ class Batch(NamedTuple):
     @property
     def places(self) -> AnswerPlaces:
         """Where the targets are."""
-        return self.known_places or AnswerPlaces.of(self.targets)
+        if self.known_places is not None:
+            return self.known_places
+        is_target = (self.targets != -100).cpu().numpy()
+        return AnswerPlaces.of(is_target).to(self.targets.device)
 
     @property
     def target_weights(self) -> torch.Tensor | None:

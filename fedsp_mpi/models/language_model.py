@@ -5,7 +5,7 @@ or answer logits out.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -52,6 +52,7 @@ class LanguageModel:
         kind: "causal", "masked" or "encoder_decoder".
         device: of the weights.
         casts: whether the weights have another type than the forward pass.
+        draws: whether a pass draws random numbers in evaluation mode too, for an adapter's dropout.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class LanguageModel:
         self.dropout = dropout
         self.checkpointing = checkpointing
         self.candidates = candidates
+        self.draws = False
         self.set_model(model, dtype)
 
     def set_model(self, model: Any, dtype: torch.dtype) -> None:
@@ -75,6 +77,7 @@ class LanguageModel:
         self.weights = dict(model.named_parameters())
         self.shape = shape_of(model.config)
         self.kind = kind_of(model.config)
+        self._is_listed = is_listed(model.config)
         fuse_gelu(model)
         first_weight = next(model.parameters())
         self.device = first_weight.device
@@ -156,7 +159,10 @@ class LanguageModel:
     @contextmanager
     def computing(self) -> Iterator[None]:
         """Run the block with matrix products in the type of the forward pass."""
-        with torch.autocast(self.device.type, self.dtype, enabled=self.casts):
+        if not self.casts:
+            yield
+            return
+        with torch.autocast(self.device.type, self.dtype):
             yield
 
     @contextmanager
@@ -206,9 +212,28 @@ class LanguageModel:
                 output = self.model.base_model(**inputs)
             return last_layer.states_of(output.last_hidden_state)
 
-    def _last_layer(self, places: AnswerPlaces, num_before: int):
-        layer = layers_of(self.model)[-1]
+    def _last_layer(
+        self, places: AnswerPlaces, num_before: int
+    ) -> AbstractContextManager[LastLayer]:
+        """Return a context in which the last layer runs where answers are due, if that pays.
+
+        It takes a layer that does the same in two runs: without dropout.
+
+        Args:
+            places: of the answers.
+            num_before: prompt positions among those that enter the model.
+        """
+        layer = None
+        if self._is_listed and not (self.model.training or self.draws):
+            layer = layers_of(self.model)[-1]
         return at_answers(layer, places, num_before, is_causal=self.kind == "causal")
+
+    def _added_mask(self, is_seen: Tensor) -> Tensor:
+        """Return what is added to the products of queries and keys, 0 or the least number."""
+        weight = self.model.get_input_embeddings().weight
+        dtype = self.dtype if self.casts else weight.dtype
+        mask = torch.zeros(is_seen.shape, dtype=dtype, device=is_seen.device)
+        return mask.masked_fill_(~is_seen, torch.finfo(dtype).min)
 
     def _mask_once(self, inputs: JsonObject, batch: Batch, num_before: int) -> None:
         """Replace the mask of the text's tokens by the one that every layer needs.
@@ -227,18 +252,15 @@ class LanguageModel:
         num_queries = batch.input_ids.shape[1] + num_before
         attention = config._attn_implementation
         window = getattr(config, "sliding_window", None) or num_keys
-        is_known = self.kind == "causal" and is_listed(config) and attention in ("sdpa", "eager")
+        is_known = self.kind == "causal" and self._is_listed and attention in ("sdpa", "eager")
         if not is_known or num_keys > window:
             return
         num_cached = num_keys - num_queries
         is_before = mask.new_ones(num_queries, num_keys, dtype=torch.bool).tril(num_cached)
         is_seen = mask.bool()[:, None, None] & is_before
-        if attention == "eager":
-            weight = self.model.get_input_embeddings().weight
-            hidden = weight.new_full((), torch.finfo(weight.dtype).min)
-            inputs["attention_mask"] = torch.where(is_seen, weight.new_zeros(()), hidden)
-        else:
-            inputs["attention_mask"] = is_seen
+        if attention == "eager" or self.device.type == "cpu":  # where each layer would make it so
+            is_seen = self._added_mask(is_seen)
+        inputs["attention_mask"] = is_seen
         # OPT counts the ones of the mask, and has none to count now.
         inputs["position_ids"] = torch.arange(num_cached, num_keys, device=mask.device)[None]
 
@@ -406,12 +428,12 @@ class LanguageModel:
         Each layer has keys and values [batch, heads, num_tokens, head_dim].
         """
         layers = prompt.cache or self._key_values(prompt)
-        return transformers.Cache(
-            [
-                _cache_layer(prompt.expand(keys, batch_size), prompt.expand(values, batch_size))
-                for keys, values in layers
-            ]
-        )
+        cache = transformers.DynamicCache()
+        cache.layers = [
+            _cache_layer(prompt.expand(keys, batch_size), prompt.expand(values, batch_size))
+            for keys, values in layers
+        ]
+        return cache
 
     def precompute_cache(self, prompts: PromptBatch) -> PromptBatch:
         """Return the prompts with their keys and values, so that later passes need not compute
@@ -429,7 +451,8 @@ class LanguageModel:
     def _key_values(self, prompt: Prompt | PromptBatch) -> list[tuple[Tensor, Tensor]]:
         """Compute each layer's keys and values of prompts, [num, heads, num_tokens, head_dim]."""
         if prompt.spec.kind == "prefix":
-            return [(keys, values) for keys, values in key_values(prompt).to(self.dtype)]
+            parts = key_values(prompt).to(self.dtype).flatten(0, 1).unbind()
+            return list(zip(parts[::2], parts[1::2]))
         soft = prompt.matrices().to(self.model.get_input_embeddings().weight.dtype)
         cache = self.model.base_model(inputs_embeds=soft, **_full_cache()).past_key_values
         return [(layer.keys, layer.values) for layer in cache.layers]
@@ -556,9 +579,11 @@ def _cache_layer(keys: Tensor, values: Tensor) -> DynamicLayer:
         values: likewise.
     """
     layer = DynamicLayer()
-    layer.lazy_initialization(keys, values)
+    layer.dtype = keys.dtype
+    layer.device = keys.device
     layer.keys = keys
     layer.values = values
+    layer.is_initialized = True
     return layer
 
 

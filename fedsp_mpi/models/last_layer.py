@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -88,18 +88,22 @@ class LastLayer:
         cache_name = next((name for name in _CACHE_NAMES if name in _names(type(layer))), None)
         mask = arguments.get("attention_mask")
         is_sliceable = not self._is_causal if mask is None else mask.dim() == 4
-        if cache_name is None or not is_sliceable:
-            return None
         hidden = arguments.pop("hidden_states")
+        batch_size, length, width = hidden.shape
+        # With more answers, two runs take longer than one.
+        is_worth_it = 2 * self._places.positions.shape[1] <= length
+        if cache_name is None or not is_sliceable or not is_worth_it:
+            return None
         arguments[cache_name] = _KeysAndValues(arguments.get(cache_name))
         with suppress(_KeptError):
             layer.forward(hidden, **arguments)
         positions = self._places.positions + self._num_before
+        first_rows = torch.arange(0, batch_size * length, length, device=hidden.device)
+        rows = (positions + first_rows[:, None]).flatten()
         for name, value in arguments.items():
-            arguments[name] = _at(positions, name, value)
-        batch_size, length, width = hidden.shape
-        rows = torch.arange(batch_size, device=hidden.device)[:, None] * length + positions
-        chosen = hidden.reshape(-1, width).index_select(0, rows.flatten())
+            if value is not None and name in _BY_POSITION:
+                arguments[name] = _BY_POSITION[name](value, positions, rows)
+        chosen = hidden.reshape(-1, width).index_select(0, rows)
         self._length = length
         self._is_complete = False
         return (chosen.view(batch_size, -1, width),), arguments
@@ -117,21 +121,18 @@ class LastLayer:
 
 @contextmanager
 def at_answers(
-    layer: nn.Module, places: AnswerPlaces, num_before: int, *, is_causal: bool
+    layer: nn.Module | None, places: AnswerPlaces, num_before: int, *, is_causal: bool
 ) -> Iterator[LastLayer]:
     """Run the block, a forward pass, with the last layer at the answers' positions.
 
-    The layer runs on all positions where it draws random numbers, as in dropout, so that the two
-    runs would differ, and where there are too many answers for two runs to pay.
-
     Args:
-        layer: the last one.
+        layer: the last one; None: the pass is a complete one.
         places: of the answers in the text.
         num_before: prompt positions in front of the text's among those that enter the layer.
         is_causal: whether a pass without a mask means that tokens see none behind them.
     """
     run = LastLayer(places, num_before, is_causal=is_causal)
-    if any(module.training for module in layer.modules()):
+    if layer is None:
         yield run
         return
     hooks = [
@@ -151,27 +152,39 @@ def _names(layer_class: type[nn.Module]) -> tuple[str, ...]:
     return tuple(inspect.signature(layer_class.forward).parameters)[1:]
 
 
-def _at(positions: Tensor, name: str, value: Any) -> Any:
-    """Return the part of a layer's argument that belongs to positions, int64 [batch, most].
+def _select(value: Tensor, positions: Tensor, rows: Tensor) -> Tensor:
+    """Select what belongs to the answers' positions.
 
     Args:
-        positions: counted from the first one that enters the layer.
-        name: of the argument.
-        value: a mask [batch or 1, 1, length or 1, keys]; sines and cosines, [batch or 1, length,
-            head_dim] each; position numbers [batch or 1, length]; or what belongs to none.
+        value: [batch or 1, length, ...].
+        positions: in each text, int64 [batch, most].
+        rows: of the batch with its texts one behind the other, int64 [batch * most].
+
+    Returns:
+        [batch, most, ...].
     """
-    if name == "position_embeddings" and value is not None:
-        return tuple(_select(part, positions) for part in value)
-    if name == "position_ids" and value is not None:
-        return _select(value, positions)
-    if name == "attention_mask" and value is not None and value.shape[2] > 1:
-        return _select(value[:, 0], positions)[:, None]
-    return value
+    index = positions.flatten() if len(value) == 1 else rows
+    chosen = value.flatten(0, 1).index_select(0, index)
+    return chosen.view(*positions.shape, *chosen.shape[1:])
 
 
-def _select(value: Tensor, positions: Tensor) -> Tensor:
-    """Select positions [batch, most] of [batch or 1, length, ...]: [batch, most, ...]."""
-    if len(value) == 1:
-        return value[0][positions]
-    rows = torch.arange(len(value), device=value.device)
-    return value[rows[:, None], positions]
+def _select_mask(value: Tensor, positions: Tensor, rows: Tensor) -> Tensor:
+    """Select queries of a mask [batch or 1, 1, length or 1, keys]: [batch, 1, most or 1, keys]."""
+    if value.shape[2] == 1:
+        return value
+    return _select(value[:, 0], positions, rows)[:, None]
+
+
+def _select_angles(
+    value: tuple[Tensor, Tensor], positions: Tensor, rows: Tensor
+) -> tuple[Tensor, ...]:
+    """Select of cosines and sines, each [batch or 1, length, head_dim]."""
+    return tuple(_select(part, positions, rows) for part in value)
+
+
+# The arguments of a layer that have a part for each position.
+_BY_POSITION: dict[str, Callable[..., Any]] = {
+    "attention_mask": _select_mask,
+    "position_embeddings": _select_angles,
+    "position_ids": _select,
+}
