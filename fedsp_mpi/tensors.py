@@ -326,7 +326,7 @@ class AnswerPlaces(NamedTuple):
         )
 
     def to(self, device: torch.device) -> AnswerPlaces:
-        """Return the indices on a device."""
+        """Return the same indices, each of its shape, on a device."""
         if device.type == "cpu":
             return self
         parts = [None if part is None else part.to(device, non_blocking=True) for part in self]
@@ -364,7 +364,7 @@ class Batch(NamedTuple):
         """How much each target counts, fp32 [answers], text after text; None: all alike."""
         if self.weights is None:
             return None
-        return self.weights[:, None].expand_as(self.targets)[self.targets != -100]
+        return self.weights[self.places.flat // self.targets.shape[1]]
 
     def to(self, device: torch.device) -> Batch:
         """Return the batch on a device; itself if that is the CPU, where batches are made.

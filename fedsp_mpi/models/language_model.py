@@ -5,7 +5,7 @@ or answer logits out.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -17,9 +17,9 @@ from transformers.pytorch_utils import Conv1D
 
 from fedsp_mpi.files.untrusted import JsonObject
 from fedsp_mpi.models.families import fuse_gelu, is_listed, kind_of, layers_of, logits_of, shape_of
-from fedsp_mpi.models.last_layer import LastLayer, at_answers
+from fedsp_mpi.models.last_layer import LastLayer
 from fedsp_mpi.models.prompts import Prompt, PromptBatch, key_values
-from fedsp_mpi.tensors import AnswerPlaces, Batch
+from fedsp_mpi.tensors import Batch
 
 # The fewest prompt positions that must be saved before an input prompt gets a pass of its own. On a
 # GPU each pass has a fixed price; on other devices any saving pays.
@@ -208,25 +208,18 @@ class LanguageModel:
             if self.kind == "encoder_decoder":
                 return self._gap_states(inputs, batch.input_ids.flatten()[places.flat])
             self._mask_once(inputs, batch, num_before)
-            with self._last_layer(places, num_before) as last_layer:
+            last_layer = LastLayer(places, num_before, is_causal=self.kind == "causal")
+            with last_layer.running(self._repeatable_layer()):
                 output = self.model.base_model(**inputs)
             return last_layer.states_of(output.last_hidden_state)
 
-    def _last_layer(
-        self, places: AnswerPlaces, num_before: int
-    ) -> AbstractContextManager[LastLayer]:
-        """Return a context in which the last layer runs where answers are due, if that pays.
-
-        It takes a layer that does the same in two runs: without dropout.
-
-        Args:
-            places: of the answers.
-            num_before: prompt positions among those that enter the model.
+    def _repeatable_layer(self) -> nn.Module | None:
+        """Return the last layer if it does the same in two runs, so that it may run where answers
+        are due; None where dropout acts, or a family is built in a way that is not known.
         """
-        layer = None
-        if self._is_listed and not (self.model.training or self.draws):
-            layer = layers_of(self.model)[-1]
-        return at_answers(layer, places, num_before, is_causal=self.kind == "causal")
+        if not self._is_listed or self.model.training or self.draws:
+            return None
+        return layers_of(self.model)[-1]
 
     def _added_mask(self, is_seen: Tensor) -> Tensor:
         """Return what is added to the products of queries and keys, 0 or the least number."""
@@ -236,10 +229,11 @@ class LanguageModel:
         return mask.masked_fill_(~is_seen, torch.finfo(dtype).min)
 
     def _mask_once(self, inputs: JsonObject, batch: Batch, num_before: int) -> None:
-        """Replace the mask of the text's tokens by the one that every layer needs.
+        """Replace the mask of the tokens by the one that all layers compute with.
 
-        transformers, left to itself, makes it in every forward pass. It leaves alone a mask of four
-        dimensions, which families with a window take for all of their layers.
+        A mask of four dimensions goes through transformers 5 as it is. It asks less of Python than
+        the one that transformers makes, and is made of numbers, which on a CPU each layer would
+        make of truth values. Where a window is shorter than the text, layers need different ones.
 
         Args:
             inputs: what `inputs` returned; changed in place.

@@ -10,16 +10,23 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fedsp_mpi.files.untrusted import JsonObject
 from fedsp_mpi.tensors import AnswerPlaces
 
 # What the families call the cache in the arguments of a layer.
 _CACHE_NAMES = ("past_key_values", "layer_past")
+
+
+class _Cache(Protocol):
+    """What a layer keeps keys and values in: a cache of transformers."""
+
+    def update(self, keys: Tensor, values: Tensor, layer_index: int) -> tuple[Tensor, Tensor]: ...
 
 
 class _KeptError(Exception):
@@ -37,7 +44,7 @@ class _KeysAndValues:
         cache: of transformers, or None.
     """
 
-    def __init__(self, cache: Any) -> None:
+    def __init__(self, cache: _Cache | None) -> None:
         self._cache = cache
         self._kept: tuple[Tensor, Tensor] | None = None
 
@@ -73,6 +80,26 @@ class LastLayer:
         self._is_causal = is_causal
         self._is_complete = True
 
+    @contextmanager
+    def running(self, layer: nn.Module | None) -> Iterator[None]:
+        """Run the block, a forward pass, with the model's last layer at the answers' positions.
+
+        Args:
+            layer: the last one; None: the pass is a complete one.
+        """
+        if layer is None:
+            yield
+            return
+        hooks = [
+            layer.register_forward_pre_hook(self._before, with_kwargs=True),
+            layer.register_forward_hook(self._after),
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
     def states_of(self, output: Tensor) -> Tensor:
         """Return the states [answers, hidden] in the last hidden states that the model returned."""
         if self._is_complete:
@@ -80,12 +107,13 @@ class LastLayer:
             return states.index_select(0, self._places.flat)
         return output.flatten(0, 1)[: len(self._places.flat)]
 
-    def before(
-        self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    def _before(
+        self, layer: nn.Module, args: tuple[object, ...], kwargs: JsonObject
+    ) -> tuple[tuple[Tensor], JsonObject] | None:
         """Replace the arguments of the layer's run by those of the answers' positions."""
-        arguments = {**dict(zip(_names(type(layer)), args)), **kwargs}
-        cache_name = next((name for name in _CACHE_NAMES if name in _names(type(layer))), None)
+        names = _names(type(layer).forward)
+        cache_name = next((name for name in _CACHE_NAMES if name in names), None)
+        arguments: JsonObject = dict(zip(names, args)) | kwargs
         mask = arguments.get("attention_mask")
         is_sliceable = not self._is_causal if mask is None else mask.dim() == 4
         hidden = arguments.pop("hidden_states")
@@ -108,7 +136,7 @@ class LastLayer:
         self._is_complete = False
         return (chosen.view(batch_size, -1, width),), arguments
 
-    def after(self, _: nn.Module, __: tuple[Any, ...], output: Tensor) -> Tensor | None:
+    def _after(self, _: nn.Module, __: object, output: Tensor) -> Tensor | None:
         """Lay out the answers' states in rows of the input's length: GPT-2 asks for that length."""
         if self._is_complete:
             return None
@@ -119,37 +147,10 @@ class LastLayer:
         return padded.view(-1, self._length, padded.shape[-1])
 
 
-@contextmanager
-def at_answers(
-    layer: nn.Module | None, places: AnswerPlaces, num_before: int, *, is_causal: bool
-) -> Iterator[LastLayer]:
-    """Run the block, a forward pass, with the last layer at the answers' positions.
-
-    Args:
-        layer: the last one; None: the pass is a complete one.
-        places: of the answers in the text.
-        num_before: prompt positions in front of the text's among those that enter the layer.
-        is_causal: whether a pass without a mask means that tokens see none behind them.
-    """
-    run = LastLayer(places, num_before, is_causal=is_causal)
-    if layer is None:
-        yield run
-        return
-    hooks = [
-        layer.register_forward_pre_hook(run.before, with_kwargs=True),
-        layer.register_forward_hook(run.after),
-    ]
-    try:
-        yield run
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
 @functools.cache
-def _names(layer_class: type[nn.Module]) -> tuple[str, ...]:
+def _names(forward: Callable[..., object]) -> tuple[str, ...]:
     """Return the names of what a layer's forward pass takes, in order."""
-    return tuple(inspect.signature(layer_class.forward).parameters)[1:]
+    return tuple(inspect.signature(forward).parameters)[1:]
 
 
 def _select(value: Tensor, positions: Tensor, rows: Tensor) -> Tensor:
@@ -183,7 +184,7 @@ def _select_angles(
 
 
 # The arguments of a layer that have a part for each position.
-_BY_POSITION: dict[str, Callable[..., Any]] = {
+_BY_POSITION: dict[str, Callable[..., object]] = {
     "attention_mask": _select_mask,
     "position_embeddings": _select_angles,
     "position_ids": _select,
