@@ -16,7 +16,15 @@ from transformers.cache_utils import DynamicLayer
 from transformers.pytorch_utils import Conv1D
 
 from fedsp_mpi.files.untrusted import JsonObject
-from fedsp_mpi.models.families import fuse_gelu, is_listed, kind_of, layers_of, logits_of, shape_of
+from fedsp_mpi.models.families import (
+    fuse_gelu,
+    is_listed,
+    kind_of,
+    layers_of,
+    leave_out_dropout,
+    logits_of,
+    shape_of,
+)
 from fedsp_mpi.models.last_layer import LastLayer
 from fedsp_mpi.models.prompts import Prompt, PromptBatch, key_values
 from fedsp_mpi.tensors import Batch
@@ -79,6 +87,8 @@ class LanguageModel:
         self.kind = kind_of(model.config)
         self._is_listed = is_listed(model.config)
         fuse_gelu(model)
+        if not self.dropout:
+            leave_out_dropout(model)
         first_weight = next(model.parameters())
         self.device = first_weight.device
         self.casts = first_weight.dtype != dtype
@@ -87,6 +97,12 @@ class LanguageModel:
         if self.device.type == "cpu" and dtype is torch.bfloat16:
             # The backward pass of the fused implementation is slower on short texts.
             model.set_attn_implementation("eager")
+        attention = model.config._attn_implementation
+        self._adds_mask = attention == "eager" or self.device.type == "cpu"
+        self._longest_masked = 0
+        if self._is_listed and self.kind == "causal" and attention in ("sdpa", "eager"):
+            window = getattr(model.config, "sliding_window", None)
+            self._longest_masked = window or self.shape.num_positions
         if self.checkpointing:
             model.gradient_checkpointing_enable()
         model.train(self.checkpointing)
@@ -221,13 +237,6 @@ class LanguageModel:
             return None
         return layers_of(self.model)[-1]
 
-    def _added_mask(self, is_seen: Tensor) -> Tensor:
-        """Return what is added to the products of queries and keys, 0 or the least number."""
-        weight = self.model.get_input_embeddings().weight
-        dtype = self.dtype if self.casts else weight.dtype
-        mask = torch.zeros(is_seen.shape, dtype=dtype, device=is_seen.device)
-        return mask.masked_fill_(~is_seen, torch.finfo(dtype).min)
-
     def _mask_once(self, inputs: JsonObject, batch: Batch, num_before: int) -> None:
         """Replace the mask of the tokens by the one that all layers compute with.
 
@@ -240,21 +249,21 @@ class LanguageModel:
             batch: int64 [batch, length].
             num_before: prompt positions among those that enter the model.
         """
-        config = self.model.config
         mask = inputs["attention_mask"]
         num_keys = mask.shape[1]
-        num_queries = batch.input_ids.shape[1] + num_before
-        attention = config._attn_implementation
-        window = getattr(config, "sliding_window", None) or num_keys
-        is_known = self.kind == "causal" and self._is_listed and attention in ("sdpa", "eager")
-        if not is_known or num_keys > window:
+        if num_keys > self._longest_masked:
             return
-        num_cached = num_keys - num_queries
-        is_before = mask.new_ones(num_queries, num_keys, dtype=torch.bool).tril(num_cached)
-        is_seen = mask.bool()[:, None, None] & is_before
-        if attention == "eager" or self.device.type == "cpu":  # where each layer would make it so
-            is_seen = self._added_mask(is_seen)
-        inputs["attention_mask"] = is_seen
+        num_cached = num_keys - batch.input_ids.shape[1] - num_before
+        is_shown = mask.bool()[:, None, None]
+        if self._adds_mask:
+            weight = self.model.get_input_embeddings().weight
+            dtype = self.dtype if self.casts else weight.dtype
+            hidden = torch.finfo(dtype).min
+            later = mask.new_full((num_keys - num_cached, num_keys), hidden, dtype=dtype)
+            inputs["attention_mask"] = torch.where(is_shown, later.triu(num_cached + 1), hidden)
+        else:
+            later = mask.new_ones(num_keys - num_cached, num_keys, dtype=torch.bool)
+            inputs["attention_mask"] = is_shown & later.tril(num_cached)
         # OPT counts the ones of the mask, and has none to count now.
         inputs["position_ids"] = torch.arange(num_cached, num_keys, device=mask.device)[None]
 
