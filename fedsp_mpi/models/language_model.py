@@ -256,8 +256,7 @@ class LanguageModel:
         num_cached = num_keys - batch.input_ids.shape[1] - num_before
         is_shown = mask.bool()[:, None, None]
         if self._adds_mask:
-            weight = self.model.get_input_embeddings().weight
-            dtype = self.dtype if self.casts else weight.dtype
+            dtype = self.dtype if self.casts else next(iter(self.weights.values())).dtype
             hidden = torch.finfo(dtype).min
             later = mask.new_full((num_keys - num_cached, num_keys), hidden, dtype=dtype)
             inputs["attention_mask"] = torch.where(is_shown, later.triu(num_cached + 1), hidden)
