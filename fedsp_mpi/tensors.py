@@ -287,6 +287,52 @@ class NamedTensors(Mapping[str, np.ndarray]):
         return f"NamedTensors({specs})"
 
 
+class AnswerPlaces(NamedTuple):
+    """Where a batch has targets, as indices, so that nobody has to look for them on a device.
+
+    Attributes:
+        positions: of each text's targets, int64 [batch, most]; behind the last one any position.
+        flat: of all targets, text after text, in the flattened batch, int64 [answers].
+        slots: of all targets in the flattened `positions`, int64 [answers]; None: all of them are.
+    """
+
+    positions: torch.Tensor
+    flat: torch.Tensor
+    slots: torch.Tensor | None
+
+    @classmethod
+    def of(cls, is_target: np.ndarray) -> AnswerPlaces:
+        """Return the places where a batch has targets, bool [batch, length], on the CPU."""
+        import torch
+
+        batch_size, length = is_target.shape
+        flat = is_target.ravel().nonzero()[0]
+        rows = flat // length
+        columns = flat - rows * length
+        counts = np.bincount(rows, minlength=batch_size)
+        most = int(counts.max())
+        if most * batch_size == len(flat):
+            positions = columns.reshape(batch_size, most)
+            return cls(torch.from_numpy(positions), torch.from_numpy(flat), None)
+        slots = (
+            np.arange(len(flat)) + (np.arange(batch_size) * most - counts.cumsum() + counts)[rows]
+        )
+        positions = np.zeros(batch_size * most, dtype=np.int64)
+        positions[slots] = columns
+        return cls(
+            torch.from_numpy(positions.reshape(batch_size, most)),
+            torch.from_numpy(flat),
+            torch.from_numpy(slots),
+        )
+
+    def to(self, device: torch.device) -> AnswerPlaces:
+        """Return the same indices, each of its shape, on a device."""
+        if device.type == "cpu":
+            return self
+        parts = [None if part is None else part.to(device, non_blocking=True) for part in self]
+        return AnswerPlaces._make(parts)
+
+
 class Batch(NamedTuple):
     """Texts of one batch, padded on the right to the longest of them.
 
@@ -296,26 +342,39 @@ class Batch(NamedTuple):
         targets: int64 [batch, length]: the token to predict at this position, or -100 where there
             is no loss.
         weights: fp32 [batch], how much the answer of each text counts; None: all count alike.
+        known_places: where the targets are, if that has been found out.
     """
 
     input_ids: torch.Tensor
     attention_mask: torch.Tensor
     targets: torch.Tensor
     weights: torch.Tensor | None = None
+    known_places: AnswerPlaces | None = None
+
+    @property
+    def places(self) -> AnswerPlaces:
+        """Where the targets are."""
+        if self.known_places is not None:
+            return self.known_places
+        is_target = (self.targets != -100).cpu().numpy()
+        return AnswerPlaces.of(is_target).to(self.targets.device)
 
     @property
     def target_weights(self) -> torch.Tensor | None:
         """How much each target counts, fp32 [answers], text after text; None: all alike."""
         if self.weights is None:
             return None
-        return self.weights[:, None].expand_as(self.targets)[self.targets != -100]
+        return self.weights[self.places.flat // self.targets.shape[1]]
 
     def to(self, device: torch.device) -> Batch:
-        """Return the batch on a device; itself if that is the CPU, where batches are made."""
+        """Return the batch on a device; itself if that is the CPU, where batches are made.
+
+        There its targets' places are found, which would make a device wait.
+        """
         if device.type == "cpu":
             return self
-        tensors = [None if part is None else part.to(device, non_blocking=True) for part in self]
-        return Batch._make(tensors)
+        parts = self._replace(known_places=self.places)
+        return Batch._make(None if part is None else part.to(device) for part in parts)
 
 
 @dataclass(frozen=True)

@@ -123,7 +123,8 @@ class StepTiming:
 def step(config: Config, repeats: int) -> StepTiming | None:
     """Time passes of a client's prompt tuning against the same written by hand, and against peft.
 
-    The three take turns on the same batches, and come to the same losses, which is checked.
+    The three take turns on the same batches, also in being the first, and come to the same losses,
+    which is checked.
 
     Args:
         config: checked by `local`.
@@ -157,7 +158,10 @@ def step(config: Config, repeats: int) -> StepTiming | None:
         batch = batches.step(index)[0].to(compute.device)
         num_answers = int((batch.targets != -100).sum())
         means = []
-        for name, loss in losses.items():
+        names = list(losses)
+        first = index % len(names)
+        for name in names[first:] + names[:first]:
+            loss = losses[name]
 
             def passes(loss: Loss = loss, batch: Batch = batch) -> float:
                 total = loss(prompt, batch)

@@ -16,7 +16,7 @@ from fedsp_mpi import rng
 from fedsp_mpi.config.parsing import ConfigError
 from fedsp_mpi.data.examples import Example
 from fedsp_mpi.data.tokenizer import Tokenizer
-from fedsp_mpi.tensors import Batch
+from fedsp_mpi.tensors import AnswerPlaces, Batch
 
 _LINES_AT_ONCE = 1000  # lines of plain text that are tokenised in one call
 _IGNORED = -100  # target of positions that are not asked for
@@ -312,6 +312,7 @@ class _Table:
             torch.from_numpy(is_text.astype(np.int64)),
             torch.from_numpy(targets),
             None if self._weights is None else torch.from_numpy(self._weights[rows]),
+            AnswerPlaces.of(is_answer),
         )
 
 

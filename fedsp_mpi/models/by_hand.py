@@ -177,6 +177,8 @@ def loss_by_peft(model: LanguageModel, prompt: Prompt) -> Loss:
             attention_mask=F.pad(batch.attention_mask, (0, 1)),
             labels=labels,
         )
+        if model.candidates is not None:  # of which labels know nothing
+            return _sum_of_losses(model, output.logits[:, :-1][batch.targets != -100], batch)
         return output.loss * (labels != -100).sum()
 
     return loss

@@ -236,6 +236,22 @@ def fuse_gelu(model: nn.Module) -> None:
                 setattr(module, name, nn.GELU(approximate="tanh"))
 
 
+class _NoDropout(nn.Identity):
+    """Stand for dropout that never acts; attention asks it for its rate."""
+
+    p = 0.0
+
+
+def leave_out_dropout(model: nn.Module) -> None:
+    """Replace dropout that never acts, in place: calling it costs a small model a fortieth of a
+    step.
+    """
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if type(child) is nn.Dropout:
+                setattr(module, name, _NoDropout())
+
+
 def origins(config: PreTrainedConfig) -> tuple[int, ...] | None:
     """Return each layer's place in the model that it comes from; None if places do not matter.
 

@@ -12,10 +12,20 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
+from transformers.cache_utils import DynamicLayer
 from transformers.pytorch_utils import Conv1D
 
 from fedsp_mpi.files.untrusted import JsonObject
-from fedsp_mpi.models.families import fuse_gelu, kind_of, logits_of, shape_of
+from fedsp_mpi.models.families import (
+    fuse_gelu,
+    is_listed,
+    kind_of,
+    layers_of,
+    leave_out_dropout,
+    logits_of,
+    shape_of,
+)
+from fedsp_mpi.models.last_layer import LastLayer
 from fedsp_mpi.models.prompts import Prompt, PromptBatch, key_values
 from fedsp_mpi.tensors import Batch
 
@@ -52,6 +62,7 @@ class LanguageModel:
         casts: whether the weights have another type than the forward pass.
         classifier: gives logits of classes, in fp32, in the place of the model's own head; None
             where there is none.
+        draws: whether a pass draws random numbers in evaluation mode too, for an adapter's dropout.
     """
 
     def __init__(
@@ -67,6 +78,7 @@ class LanguageModel:
         self.checkpointing = checkpointing
         self.candidates = candidates
         self.classifier: nn.Linear | None = None
+        self.draws = False
         self.set_model(model, dtype)
 
     def set_model(self, model: Any, dtype: torch.dtype) -> None:
@@ -76,7 +88,10 @@ class LanguageModel:
         self.weights = dict(model.named_parameters())
         self.shape = shape_of(model.config)
         self.kind = kind_of(model.config)
+        self._is_listed = is_listed(model.config)
         fuse_gelu(model)
+        if not self.dropout:
+            leave_out_dropout(model)
         first_weight = next(model.parameters())
         self.device = first_weight.device
         self.casts = first_weight.dtype != dtype
@@ -85,6 +100,12 @@ class LanguageModel:
         if self.device.type == "cpu" and dtype is torch.bfloat16:
             # The backward pass of the fused implementation is slower on short texts.
             model.set_attn_implementation("eager")
+        attention = model.config._attn_implementation
+        self._adds_mask = attention == "eager" or self.device.type == "cpu"
+        self._longest_masked = 0
+        if self._is_listed and self.kind == "causal" and attention in ("sdpa", "eager"):
+            window = getattr(model.config, "sliding_window", None)
+            self._longest_masked = window or self.shape.num_positions
         if self.checkpointing:
             model.gradient_checkpointing_enable()
         model.train(self.checkpointing)
@@ -157,7 +178,10 @@ class LanguageModel:
     @contextmanager
     def computing(self) -> Iterator[None]:
         """Run the block with matrix products in the type of the forward pass."""
-        with torch.autocast(self.device.type, self.dtype, enabled=self.casts):
+        if not self.casts:
+            yield
+            return
+        with torch.autocast(self.device.type, self.dtype):
             yield
 
     @contextmanager
@@ -197,12 +221,53 @@ class LanguageModel:
             batch: int64 [batch, length], on the model's device.
             prompt: at this model's depth; goes in front of every text.
         """
-        is_answer = batch.targets != -100
+        places = batch.places
         with self.computing():
             inputs, num_before = self.inputs(batch, prompt)
             if self.kind == "encoder_decoder":
-                return self._gap_states(inputs, batch.input_ids[is_answer])
-            return self.model.base_model(**inputs).last_hidden_state[:, num_before:][is_answer]
+                return self._gap_states(inputs, batch.input_ids.flatten()[places.flat])
+            self._mask_once(inputs, batch, num_before)
+            last_layer = LastLayer(places, num_before, is_causal=self.kind == "causal")
+            with last_layer.running(self._repeatable_layer()):
+                output = self.model.base_model(**inputs)
+            return last_layer.states_of(output.last_hidden_state)
+
+    def _repeatable_layer(self) -> nn.Module | None:
+        """Return the last layer if it does the same in two runs, so that it may run where answers
+        are due; None where dropout acts, or a family is built in a way that is not known.
+        """
+        if not self._is_listed or self.model.training or self.draws:
+            return None
+        return layers_of(self.model)[-1]
+
+    def _mask_once(self, inputs: JsonObject, batch: Batch, num_before: int) -> None:
+        """Replace the mask of the tokens by the one that all layers compute with.
+
+        A mask of four dimensions goes through transformers 5 as it is. It asks less of Python than
+        the one that transformers makes, and is made of numbers, which on a CPU each layer would
+        make of truth values. Where a window is shorter than the text, layers need different ones.
+
+        Args:
+            inputs: what `inputs` returned; changed in place.
+            batch: int64 [batch, length].
+            num_before: prompt positions among those that enter the model.
+        """
+        mask = inputs["attention_mask"]
+        num_keys = mask.shape[1]
+        if num_keys > self._longest_masked:
+            return
+        num_cached = num_keys - batch.input_ids.shape[1] - num_before
+        is_shown = mask.bool()[:, None, None]
+        if self._adds_mask:
+            dtype = self.dtype if self.casts else next(iter(self.weights.values())).dtype
+            hidden = torch.finfo(dtype).min
+            later = mask.new_full((num_keys - num_cached, num_keys), hidden, dtype=dtype)
+            inputs["attention_mask"] = torch.where(is_shown, later.triu(num_cached + 1), hidden)
+        else:
+            later = mask.new_ones(num_keys - num_cached, num_keys, dtype=torch.bool)
+            inputs["attention_mask"] = is_shown & later.tril(num_cached)
+        # OPT counts the ones of the mask, and has none to count now.
+        inputs["position_ids"] = torch.arange(num_cached, num_keys, device=mask.device)[None]
 
     def _gap_states(self, inputs: JsonObject, gaps: Tensor) -> Tensor:
         """Return the decoder's states [batch, hidden] after the token that marks each text's gap.
@@ -261,7 +326,7 @@ class LanguageModel:
             [answers, candidates], and indices of candidates.
         """
         logits = self.head(states)
-        targets = batch.targets[batch.targets != -100]
+        targets = batch.targets.flatten()[batch.places.flat]
         if self.candidates is None:
             return logits, targets
         return logits[:, self.candidates], torch.searchsorted(self.candidates, targets)
@@ -374,12 +439,12 @@ class LanguageModel:
         Each layer has keys and values [batch, heads, num_tokens, head_dim].
         """
         layers = prompt.cache or self._key_values(prompt)
-        return transformers.DynamicCache(
-            [
-                (prompt.expand(keys, batch_size), prompt.expand(values, batch_size))
-                for keys, values in layers
-            ]
-        )
+        cache = transformers.DynamicCache()
+        cache.layers = [
+            _cache_layer(prompt.expand(keys, batch_size), prompt.expand(values, batch_size))
+            for keys, values in layers
+        ]
+        return cache
 
     def precompute_cache(self, prompts: PromptBatch) -> PromptBatch:
         """Return the prompts with their keys and values, so that later passes need not compute
@@ -397,7 +462,8 @@ class LanguageModel:
     def _key_values(self, prompt: Prompt | PromptBatch) -> list[tuple[Tensor, Tensor]]:
         """Compute each layer's keys and values of prompts, [num, heads, num_tokens, head_dim]."""
         if prompt.spec.kind == "prefix":
-            return [(keys, values) for keys, values in key_values(prompt).to(self.dtype)]
+            parts = key_values(prompt).to(self.dtype).flatten(0, 1).unbind()
+            return list(zip(parts[::2], parts[1::2]))
         soft = prompt.matrices().to(self.model.get_input_embeddings().weight.dtype)
         cache = self.model.base_model(inputs_embeds=soft, **_full_cache()).past_key_values
         return [(layer.keys, layer.values) for layer in cache.layers]
@@ -514,6 +580,22 @@ def _product_weights(model: nn.Module) -> list[nn.Parameter]:
         for weight in module.parameters(recurse=False):
             used[is_linear][id(weight)] = weight
     return [weight for key, weight in used[True].items() if key not in used[False]]
+
+
+def _cache_layer(keys: Tensor, values: Tensor) -> DynamicLayer:
+    """Return a layer of a cache that begins with keys and values, which may be views.
+
+    Args:
+        keys: [batch, heads, num_tokens, head_dim].
+        values: likewise.
+    """
+    layer = DynamicLayer()
+    layer.dtype = keys.dtype
+    layer.device = keys.device
+    layer.keys = keys
+    layer.values = values
+    layer.is_initialized = True
+    return layer
 
 
 def _full_cache() -> JsonObject:

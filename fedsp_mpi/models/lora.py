@@ -122,6 +122,7 @@ class Lora:
         for parameter in self._parameters.values():
             parameter.requires_grad = True
         if self._settings.dropout:
+            self._model.draws = True
             for name, module in self._model.model.named_modules():
                 if ".lora_dropout" in name:
                     module.train()
@@ -129,6 +130,7 @@ class Lora:
     def end_training(self) -> None:
         """Turn dropout off."""
         if self._settings.dropout:
+            self._model.draws = False
             self._model.model.eval()
 
 

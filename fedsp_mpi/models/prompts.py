@@ -183,7 +183,7 @@ class Prompt(nn.Module):
 
         The result is a view: all texts share one memory.
         """
-        return stacked.expand(num_texts, *(-1 for _ in stacked.shape[1:]))
+        return stacked.expand(num_texts, *[-1] * (stacked.dim() - 1))
 
     def tensors(self) -> dict[str, Tensor]:
         """Return fp32 views of the parameters by name, which are what travels: `prompt`
