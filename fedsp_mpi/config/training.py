@@ -69,6 +69,11 @@ class ComputeConfig:
     dtype: Dtype = option(
         "float32", "of forward and backward pass; prompts, gradients and optimizers are fp32"
     )
+    matmul_precision: Literal["highest", "high", "medium"] = option(
+        "highest",
+        "of float32 matrix products, as torch has it: `high` is TF32 on a GPU, `medium` bf16 inside "
+        "a product; they are faster, and change results from the third digit on",
+    )
     threads: int | None = option(
         None,
         "`null`: a rank's share of the cores it may run on. Equal numbers give equal bits (the "

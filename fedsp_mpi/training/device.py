@@ -43,11 +43,13 @@ class Compute:
         device: torch device.
         dtype: type of its forward and backward passes.
         threads: CPU threads inside one operation; equal numbers give equal bits.
+        matmul_precision: of float32 matrix products, as `torch.set_float32_matmul_precision` takes.
     """
 
     device: torch.device
     dtype: torch.dtype
     threads: int
+    matmul_precision: str = "highest"
 
     @classmethod
     def of(cls, settings: ComputeConfig, topology: Topology) -> Compute:
@@ -69,11 +71,13 @@ class Compute:
         device = torch.device("cpu")
         if num_devices:
             device = torch.device("cuda", topology.local_rank % num_devices)
-        return cls(device, DTYPES[settings.dtype], settings.threads or topology.cores)
+        threads = settings.threads or topology.cores
+        return cls(device, DTYPES[settings.dtype], threads, settings.matmul_precision)
 
     def begin(self) -> None:
-        """Set threads and device of this process; one process may play both roles in turn."""
+        """Set threads, precision and device of this process, which may play both roles in turn."""
         if torch.get_num_threads() != self.threads:
             torch.set_num_threads(self.threads)
+        torch.set_float32_matmul_precision(self.matmul_precision)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)

@@ -577,6 +577,16 @@ def test_its_update_is_refused_and_the_others_go_on(gpt2, tmp_path):
     assert results[0].weight == 8.0
 
 
+def test_two_roles_of_a_process_compute_in_turn_with_their_own_precision():
+    alone = Topology.alone()
+    fast = Compute.of(ComputeConfig(device="cpu", matmul_precision="high"), alone)
+    exact = Compute.of(ComputeConfig(device="cpu"), alone)
+    for compute, expected in ((fast, "high"), (exact, "highest"), (fast, "high")):
+        compute.begin()
+        assert torch.get_float32_matmul_precision() == expected
+    exact.begin()
+
+
 def test_a_prompt_that_is_not_finite_is_refused_even_if_its_losses_are(gpt2):
     playing = client(gpt2, prompt_rate=1e39, steps=1)
     with pytest.raises(NonFiniteError, match="the tuned prompt holds numbers that are not finite"):
