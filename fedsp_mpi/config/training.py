@@ -71,8 +71,8 @@ class ComputeConfig:
     )
     matmul_precision: Literal["highest", "high", "medium"] = option(
         "highest",
-        "of float32 matrix products, as torch has it: `high` is TF32 on a GPU, `medium` bf16 inside "
-        "a product; they are faster, and change results from the third digit on",
+        "of float32 matrix products, as torch has it: `high` is TF32 on a GPU, `medium` bf16; they "
+        "are faster, and change results from the third digit on",
     )
     threads: int | None = option(
         None,
