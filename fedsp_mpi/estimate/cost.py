@@ -10,8 +10,9 @@ FLOPs count one multiplication and one addition as two. The forward pass of one 
     + 2 x head x answers
 
 with `keys` that each token attends to (text and prompts; what causality masks is counted, because
-kernels differ in it), and the head at answers only, as the package computes it. The backward pass
-costs one forward through the activations, and one more where weights are trained. So a text costs
+kernels differ in it), and the head at answers only, as the package computes it. The last layer is
+counted at all tokens; where nothing but answers is read, it runs at theirs. The backward pass costs
+one forward through the activations, and one more where weights are trained. So a text costs
 
     distillation          1 x forward of the global model + 3 x forward of the auxiliary model, both
                           without prompts; a bridge costs at most one forward of both models, with

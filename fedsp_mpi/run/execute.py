@@ -154,6 +154,8 @@ def execute(
     except (Exception, KeyboardInterrupt) as failure:
         if server:
             server.record_failure(failure)
+        if preload is not None and isinstance(failure, comm.Refused):
+            preload.join()  # the process is about to end, and not in the middle of an import
         raise
     guard.expect_ends()
     with guard.phase("end"):

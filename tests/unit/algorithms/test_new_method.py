@@ -111,6 +111,8 @@ def test_a_metric_is_not_named_like_another_column(
 def test_the_name_of_a_method_is_taken_once_and_known():
     with pytest.raises(ValueError, match="method fedsp: found another one of that name"):
         register("fedsp", METHODS["fedsp"])
-    known = "expected one of fedsp, finetune, lora, pretrain, fedbpt, prompt_search, plmm; did"
+    known = (
+        "expected one of fedsp, finetune, lora, head, pretrain, fedbpt, prompt_search, plmm; did"
+    )
     with pytest.raises(config.ConfigError, match=known):
         config.load(None, ["method=fedps"])

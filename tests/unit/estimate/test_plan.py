@@ -161,7 +161,7 @@ def test_a_folder_goes_before_a_known_name(tmp_path, monkeypatch):
 @pytest.mark.parametrize("prompt_tokens", [0, 5])
 def test_flops_are_those_that_torch_counts(family, prompt_tokens):
     """Forward and with the weights' gradients to the last one; with the prompts' alone, 3 % are
-    allowed.
+    allowed. More than half of the positions are answers, so the last layer runs at all of them.
     """
     stock = transformers.AutoModelForCausalLM.from_config(
         tiny.config(family), attn_implementation="eager"
@@ -170,11 +170,11 @@ def test_flops_are_those_that_torch_counts(family, prompt_tokens):
     spec = PromptSpec.of(model.shape, "prefix", 5, None)
     prompt = Prompt(spec).initialise(1, 0.1) if prompt_tokens else None
     targets = torch.full((3, 12), -100)
-    targets[:, -4:] = 5
+    targets[:, -7:] = 5
     batch = Batch(
         torch.randint(4, tiny.VOCABULARY, (3, 12)), torch.ones(3, 12, dtype=torch.long), targets
     )
-    expected = 3 * architectures.forward(model, 12, 12 + prompt_tokens, 4)
+    expected = 3 * architectures.forward(model, 12, 12 + prompt_tokens, 7)
     for trained, factor in (("nothing", 1), ("weights", 3), ("prompts", 2)):
         if trained == "prompts" and prompt is None:
             continue
@@ -195,8 +195,8 @@ def test_flops_are_those_that_torch_counts(family, prompt_tokens):
 
 @pytest.mark.parametrize("rows", [1, 8])
 def test_an_input_prompt_is_counted_as_often_as_it_is_read(tmp_path, rows):
-    """By a plan, and by torch: the soft tokens do not see the text, which is a little less than the
-    plan says.
+    """By a plan, and by torch: the soft tokens do not see the text, and the last layer runs at the
+    answers' positions, which is a little less than the plan says.
     """
     name = tiny.model_folder(tmp_path, "llama")
     settings = [
@@ -226,7 +226,7 @@ def test_an_input_prompt_is_counted_as_often_as_it_is_read(tmp_path, rows):
     )
     with FlopCounterMode(display=False) as counter:
         torch.nn.functional.cross_entropy(*model.answer_logits(batch, prompt)).backward()
-    assert server_tuning == pytest.approx(8 // rows * counter.get_total_flops(), rel=0.1)
+    assert server_tuning == pytest.approx(8 // rows * counter.get_total_flops(), rel=0.15)
 
 
 def test_phases_add_up_from_steps():
