@@ -12,15 +12,26 @@ class Preload:
     They take seconds of a core, and a rank without a part in the server's preparation has nothing
     else to do. `join` comes before the main thread imports them, so that no two threads import one
     module at a time.
+
+    The thread stays until the process ends: in the allocator of pyarrow 24 to 26, mimalloc, the
+    thread that has loaded the library owns the first heap, and when that thread is gone, other
+    threads and the end of the process can meet a segmentation fault (apache/arrow, issue 50908).
     """
 
     def __init__(self) -> None:
-        self._thread = threading.Thread(target=_import_all, name="preload", daemon=True)
-        self._thread.start()
+        self._has_imported = threading.Event()
+        threading.Thread(target=self._import_and_stay, name="preload", daemon=True).start()
 
     def join(self) -> None:
         """Wait until everything is imported."""
-        self._thread.join()
+        self._has_imported.wait()
+
+    def _import_and_stay(self) -> None:
+        try:
+            _import_all()
+        finally:
+            self._has_imported.set()
+        threading.Event().wait()
 
 
 def _import_all() -> None:
