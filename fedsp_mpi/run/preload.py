@@ -13,9 +13,8 @@ class Preload:
     else to do. `join` comes before the main thread imports them, so that no two threads import one
     module at a time.
 
-    The thread stays until the process ends: in the allocator of pyarrow 24 to 26, mimalloc, the
-    thread that has loaded the library owns the first heap, and when that thread is gone, other
-    threads and the end of the process can meet a segmentation fault (apache/arrow, issue 50908).
+    The thread stays until the process ends: libraries such as pyarrow keep what belongs to the
+    thread that has loaded them, and fail when it is gone (apache/arrow, issue 50908).
     """
 
     def __init__(self) -> None:
