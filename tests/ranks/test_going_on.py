@@ -230,8 +230,8 @@ def test_a_signal_in_a_round(
 @pytest.mark.parametrize(
     ("fault", "status", "reason"),
     [
-        ("raise:local training:1:2", 1, "rank 1 of 2"),
-        ("hang:local training:1:2", 124, "found nothing from rank 1"),
+        ("raise:local training:1:3", 1, "rank 1 of 2"),
+        ("hang:local training:1:3", 124, "found nothing from rank 1"),
         ("full:0002.json:1", 1, "No space left on device"),
     ],
 )
