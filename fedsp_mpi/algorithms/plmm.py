@@ -680,7 +680,7 @@ class PersonalLargeModels(Method):
             general,
             inputs.members,
             inputs.depth_map,
-            merges_values=inputs.config.federation.rule != "reject_outliers",
+            merges_values=inputs.config.federation.rule in ("mean", "median"),
         )
 
     def tier_above(self, inputs: MethodInputs, server: Server) -> TierAbove:

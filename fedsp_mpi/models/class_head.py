@@ -80,8 +80,8 @@ def write(folder: Path, tensors: NamedTensors, classes: Sequence[str], *, base: 
     part = ownership.begin_model(folder)
     weights = {name.removeprefix("head."): tensor for name, tensor in tensors.torch().items()}
     safetensors.torch.save_file(weights, part / _WEIGHTS_FILE)
-    about = {"base_model_name_or_path": base, "classes": list(classes)}
-    (part / _CLASSES_FILE).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+    description = {"base_model_name_or_path": base, "classes": list(classes)}
+    (part / _CLASSES_FILE).write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
     fingerprint.list_folder(part)
     ownership.place_model(part, folder)
 

@@ -26,7 +26,9 @@ _CACHE_NAMES = ("past_key_values", "layer_past")
 class _Cache(Protocol):
     """What a layer keeps keys and values in: a cache of transformers."""
 
-    def update(self, keys: Tensor, values: Tensor, layer_index: int) -> tuple[Tensor, Tensor]: ...
+    def update(self, keys: Tensor, values: Tensor, layer_index: int) -> tuple[Tensor, Tensor]:
+        """Add keys and values, and return all of a layer: [batch, heads, positions, head_dim]."""
+        ...
 
 
 class _KeptError(Exception):

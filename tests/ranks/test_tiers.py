@@ -54,8 +54,8 @@ def runs(tmp_path_factory) -> Path:
 def test_the_same_bits_on_any_number_of_ranks(runs, n, is_sealed):
     """Seven users on one client rank, on three, and on seven."""
     name = f"on-{n}"
-    more = (f"wire.encryption={str(is_sealed).lower()}",)
-    run_mpi(n, ["-m", "fedsp_mpi", *arguments(runs, name, *more)], timeout=400)
+    settings = (f"wire.encryption={str(is_sealed).lower()}",)
+    run_mpi(n, ["-m", "fedsp_mpi", *arguments(runs, name, *settings)], timeout=400)
     whole, run = read(runs / "whole"), read(runs / name)
     assert difference(whole, run) == []
     columns = ["round", "name", "model", "text", "at", "n", "loss", "acc"]
@@ -102,8 +102,8 @@ def test_weights_and_text_stay_where_they_are_and_what_a_user_keeps_on_its_rank(
 # -- asking ----------------------------------------------------------------------------------------
 
 
-def ask(*more: object) -> list[str]:
-    return ["ask", *map(str, more)]
+def ask(*words: object) -> list[str]:
+    return ["ask", *map(str, words)]
 
 
 def untimed(printed: str) -> list[str]:
@@ -173,14 +173,14 @@ def test_routing_measured_in_two_processes_is_that_of_one(runs):
 
 
 @pytest.mark.parametrize(
-    ("n", "more", "words"),
+    ("n", "asked", "words"),
     [
         (2, ["--user", "anna", "Why?"], "--user: found 'anna', expected one of ann, ben"),
         (2, ["--evaluate"], "--user: found none"),
         (3, ["--user", "ann", "Why?"], "ask: found 3 processes, expected one, or two"),
     ],
 )
-def test_what_cannot_be_asked_ends_both_processes_with_one_line(runs, n, more, words):
-    ended = run_mpi(n, ["-m", "fedsp_mpi", *ask(runs / "whole", *more)], status=2)
+def test_what_cannot_be_asked_ends_both_processes_with_one_line(runs, n, asked, words):
+    ended = run_mpi(n, ["-m", "fedsp_mpi", *ask(runs / "whole", *asked)], status=2)
     lines = [line for line in ended.stderr.splitlines() if line.startswith("fedsp_mpi: ")]
     assert len(lines) == 1 and words in lines[0] and "Traceback" not in ended.stderr

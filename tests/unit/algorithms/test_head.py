@@ -174,8 +174,8 @@ def test_silos_score_where_the_text_is(folder, tmp_path):
 @pytest.mark.parametrize("family", ["bert", pytest.param("t5", marks=pytest.mark.slow)])
 def test_models_that_fill_in_a_gap(family, tmp_path):
     rate = "client.tuning.optimizer.learning_rate=1e-2"
-    more = ("method=head", "server.tuning.steps=0", rate, "client.tuning.steps=8")
-    run = short(tmp_path / "runs", *gap_settings(tmp_path, family, *more))
+    settings = ("method=head", "server.tuning.steps=0", rate, "client.tuning.steps=8")
+    run = short(tmp_path / "runs", *gap_settings(tmp_path, family, *settings))
     losses = run.clients["loss_model_last"]
     assert losses[run.clients["round"] == 2].mean() < 0.69
     variables: dict[str, Any] = {}
