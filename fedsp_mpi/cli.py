@@ -490,10 +490,17 @@ def _note_toy_settings(options: argparse.Namespace, log: Log) -> None:
 
 @contextmanager
 def _user_errors() -> Iterator[None]:
-    """Turn a ValueError into Refused: the user's mistake, reported in one line."""
+    """Turn a ValueError into Refused: the user's mistake, reported in one line.
+
+    A rank that breaks the protocol is none: the guard ends the job, and no rank waits for ever.
+    """
     try:
         yield
     except ValueError as error:
+        from fedsp_mpi.comm import ProtocolError
+
+        if isinstance(error, ProtocolError):
+            raise
         raise Refused(str(error)) from None
 
 

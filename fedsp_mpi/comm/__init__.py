@@ -20,6 +20,7 @@ from .topology import (
 )
 
 if TYPE_CHECKING:
+    from .inspection import ProtocolError
     from .messages import Handout, Report, RoundBroadcast, checked_result
     from .solo import Solo
     from .updates import Updates
@@ -33,6 +34,7 @@ __all__ = [
     "Guard",
     "leave",
     "Handout",
+    "ProtocolError",
     "Refused",
     "Report",
     "PhaseInfo",
@@ -54,6 +56,7 @@ _MODULE_OF = {
     "DeadlineError": "waiting",
     "Deadlines": "waiting",
     "Handout": "messages",
+    "ProtocolError": "inspection",
     "Report": "messages",
     "RoundBroadcast": "messages",
     "Solo": "solo",

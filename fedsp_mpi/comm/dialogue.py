@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 _SERVER = 0  # rank
 _CLIENT = 1
+_PROBLEM = (str, type(None))
 
 
 class Dialogue:
@@ -42,12 +43,18 @@ class Dialogue:
 
         Raises:
             ProtocolError: the answer cannot be opened: it was changed, repeated or left out.
+            ValueError: rank 0 has found a problem with the question.
         """
         self._wire.collect({"question": question, "problem": None})
         sealed = self._wire.agree(None)
-        answer = parse_json(self._seals.open_answer(sealed))
-        if not isinstance(answer, dict):
+        message = parse_json(self._seals.open_answer(sealed))
+        if not isinstance(message, dict):
             raise ProtocolError(f"rank {_SERVER}: found no mapping as its answer, expected one")
+        require_fields(message, _SERVER, {"problem": _PROBLEM})
+        if message["problem"] is not None:
+            raise ValueError(message["problem"])
+        require_fields(message, _SERVER, {"answer": dict})
+        answer: JsonObject = message["answer"]
         return answer
 
     def close(self, problem: str | None = None) -> None:
@@ -60,7 +67,8 @@ class Dialogue:
         """Answer until rank 1 closes.
 
         Args:
-            answer: returns the answer to a question.
+            answer: returns the answer to a question; a ValueError is the question's problem, which
+                rank 1 hears.
 
         Raises:
             ValueError: rank 1 has closed with a problem.
@@ -70,11 +78,20 @@ class Dialogue:
             messages = self._wire.collect({})
             assert messages is not None, "rank 0 serves"
             message = messages[_CLIENT]
-            fields = {"question": (dict, type(None)), "problem": (str, type(None))}
-            require_fields(message, _CLIENT, fields)
+            require_fields(message, _CLIENT, {"question": (dict, type(None)), "problem": _PROBLEM})
             if message["problem"] is not None:
                 raise ValueError(message["problem"])
             if message["question"] is None:
                 return
-            content = to_json(answer(message["question"]))
-            self._wire.agree(None, note=self._seals.seal_answer(content))
+            reply = self._reply(answer, message["question"])
+            self._wire.agree(None, note=self._seals.seal_answer(to_json(reply)))
+
+    @staticmethod
+    def _reply(answer: Callable[[JsonMapping], JsonMapping], question: JsonMapping) -> JsonMapping:
+        """Return an answer, or the problem with the question, which rank 1 must hear."""
+        try:
+            return {"answer": answer(question), "problem": None}
+        except ProtocolError:
+            raise
+        except ValueError as error:
+            return {"answer": None, "problem": str(error)}

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from helpers import warm
 from helpers.paths import ROOT, TESTS
 
 # Open MPI refuses root and more ranks than cores unless told otherwise; MPICH does not look at
@@ -23,6 +24,7 @@ _ALLOW = {
     "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
     "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
 }
+_AT_START = dict(os.environ)  # before a test changes it
 _FAULT_ABSENT = "faulty.py: found no "
 
 
@@ -33,10 +35,10 @@ def mpirun() -> str:
     return found or pytest.skip("there is no mpirun next to Python or on PATH")
 
 
-def environment_of_ranks() -> dict[str, str]:
+def environment_of_ranks(base: Mapping[str, str] = os.environ) -> dict[str, str]:
     """The test's own environment, with one thread a process, and this checkout to import from."""
     paths = os.pathsep.join([str(ROOT), str(TESTS)])
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths, **_ALLOW}
+    return {**base, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths, **_ALLOW}
 
 
 def run_mpi(
@@ -56,11 +58,10 @@ def run_mpi(
         status: the expected exit status; the test fails on another one. None expects nothing, but
             that the place of a fault (mpi_programs/faulty.py) was there.
     """
-    command = ([mpirun(), "-n", str(n)] if n else []) + [
-        sys.executable,
-        *(os.fspath(arg) for arg in args),
-    ]
+    launcher = [mpirun(), "-n", str(n)] if n else []
     environment = {**environment_of_ranks(), **(env or {})}
+    python = warm.python(os.fspath(args[0]), environment, environment_of_ranks(_AT_START))
+    command = [*launcher, *python, *(os.fspath(arg) for arg in args)]
     # Files, not pipes: a process that outlives mpirun would keep a pipe open, and us waiting.
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         process = subprocess.Popen(
@@ -79,6 +80,7 @@ def run_mpi(
             late = True
         finally:
             kill_tree(process)
+            warm.wait_for_none()
         out.seek(0)
         err.seek(0)
         result = subprocess.CompletedProcess(command, process.returncode, out.read(), err.read())

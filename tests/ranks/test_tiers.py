@@ -134,6 +134,23 @@ def test_question_and_answer_travel_sealed(runs, tmp_path):
     assert max(map(len, from_user)) > ENVELOPE_BYTES + len(QUESTION)
 
 
+@pytest.mark.parametrize(
+    ("way", "status", "words"),
+    [
+        ("question", 1, "ProtocolError: rank 1, whose key is"),
+        ("answer", 1, "ProtocolError: rank 0, whose key is"),
+        ("problem", 2, "fedsp_mpi: the expert cannot answer a text of 37 characters"),
+    ],
+)
+def test_both_processes_end_when_either_cannot_go_on(runs, way, status, words):
+    question = ask(runs / "whole", "--user", "cem", QUESTION, "--expert", "b", "--threshold", "1")
+    ended = run_mpi(2, [PROGRAMS / "tamper.py", way, *question], status=status)
+    assert ended.stderr.count(words) == 1 and "answered by" not in ended.stdout
+    assert ("cannot be opened: found bytes that its key did not seal" in ended.stderr) == (
+        way != "problem"
+    )
+
+
 def sealed_digits(messages: dict[str, bytes]) -> list[str]:
     magic = b"FSPS".hex()
     return [
