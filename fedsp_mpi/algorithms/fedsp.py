@@ -34,7 +34,7 @@ from fedsp_mpi.models.language_model import LanguageModel
 from fedsp_mpi.models.losses import answer_loss_of
 from fedsp_mpi.models.prompts import Prompt
 from fedsp_mpi.tensors import NamedTensors, Update
-from fedsp_mpi.training.device import oom_as_client_error
+from fedsp_mpi.training.device import max_padding, oom_as_client_error
 from fedsp_mpi.training.engine import JointEngine, TorchEngine
 from fedsp_mpi.training.loop import Engine, NonFiniteError, Trace, train
 
@@ -345,7 +345,7 @@ def _prompt_distiller(
         stage.micro_batch,
         inputs.config.run.seed,
         "translation",
-        max_padding=stage.max_padding,
+        max_padding=max_padding(stage, client_model.device.type),
     )
     teacher = client_model
     if client_model.casts:  # the model itself is still to be handed out in full precision

@@ -181,7 +181,7 @@ def require_ranges(config: Config) -> None:
     mistakes: list[ConfigError] = []
     for key, limits in RANGES.items():
         value = config.value(key)
-        if value is None:
+        if value is None or value == "auto":
             continue
         try:
             limits.require(key, value)

@@ -148,9 +148,9 @@ class DistillationConfig:
 
     def check(self, where: str) -> None:
         """Raise ConfigError, under the section's key `where`, on values that cannot work."""
-        if self.stage.max_padding is not None and self.engine == "deepspeed":
+        if self.stage.max_padding not in (None, "auto") and self.engine == "deepspeed":
             raise ConfigError(
-                f"{where}.stage.max_padding: found {self.stage.max_padding:g} with DeepSpeed, "
+                f"{where}.stage.max_padding: found {self.stage.max_padding} with DeepSpeed, "
                 "whose steps have equally many forward passes, expected null; set "
                 f"{where}.engine=torch, or micro_batch instead"
             )

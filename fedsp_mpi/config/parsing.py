@@ -168,6 +168,11 @@ def parse(kind: Any, data: object, where: str) -> Any:
         # Of two kinds, such as a text or a list of texts, the value's own one is taken.
         is_list = isinstance(data, (list, tuple))
         kinds = [argument for argument in arguments if argument is not type(None)]
+        # A word that stands for a value, such as `auto` for a number.
+        words = [word for kind in kinds for word in typing.get_args(kind) if isinstance(word, str)]
+        if data in words:
+            return data
+        kinds = [kind for kind in kinds if typing.get_origin(kind) is not Literal] or kinds
         fitting = [kind for kind in kinds if (typing.get_origin(kind) is tuple) == is_list]
         return parse((fitting or kinds)[0], data, where)
     if origin is tuple:

@@ -100,6 +100,8 @@ def _forms(values: JsonObject) -> list[str]:
     """Return each form that values may have in words."""
     if "enum" in values:
         return [f"`{value}`" for value in values["enum"]]
+    if "const" in values:
+        return [f"`{values['const']}`"]
     if "anyOf" in values:  # a range beside it is that of numbers
         limits = {name: limit for name, limit in values.items() if name != "anyOf"}
         return [words for form in values["anyOf"] for words in _forms({**limits, **form})]

@@ -193,7 +193,7 @@ def _distil(
         seed,
         "distillation",
         part=(group.rank, group.size),
-        max_padding=stage.max_padding,
+        max_padding=None if stage.max_padding == "auto" else stage.max_padding,
     )
     distilled = distil(
         small,
@@ -299,7 +299,7 @@ def _recipe(
         recipe["layers"] = list(inputs.layers)
     if "gelu_new" in vars(inputs.model_config).values():
         recipe["gelu"] = "one kernel"  # in the same way
-    if config.distillation.stage.max_padding is None:
+    if config.distillation.stage.max_padding in (None, "auto"):
         del recipe["distillation"]["stage"]["max_padding"]  # which earlier versions did not have
     return json.loads(json.dumps(recipe))
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from fedsp_mpi import rng
-from fedsp_mpi.config import Config, ConfigError, StageConfig
+from fedsp_mpi.config import ComputeConfig, Config, ConfigError, StageConfig
 from fedsp_mpi.config.parsing import shown
 from fedsp_mpi.data import (
     answers,
@@ -44,6 +44,7 @@ from fedsp_mpi.evaluation import scoring
 from fedsp_mpi.models import auxiliary
 from fedsp_mpi.models.prompts import require_positions
 from fedsp_mpi.run.model_inputs import RESOURCES, ModelInputs
+from fedsp_mpi.training.device import device_type, max_padding
 from fedsp_mpi.training.process_group import SINGLE_RANK, ServerGroup
 
 __all__ = ["RESOURCES", "ExperimentInputs"]
@@ -420,8 +421,11 @@ class ExperimentInputs(ModelInputs):
             purpose,
             owner - 1,
             part=(group.rank, group.size),
-            max_padding=stage.max_padding,
+            max_padding=max_padding(stage, device_type(self._compute_of(owner))),
         )
+
+    def _compute_of(self, owner: int) -> ComputeConfig:
+        return self.config.client.compute if owner else self.config.server.compute
 
     def _examples_of(self, owner: int) -> list[tasks.Example]:
         """Return the examples of the server (0) or of client `owner` - 1."""

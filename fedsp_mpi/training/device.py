@@ -9,11 +9,32 @@ from dataclasses import dataclass
 import torch
 
 from fedsp_mpi.comm import Topology
-from fedsp_mpi.config import ComputeConfig
+from fedsp_mpi.config import ComputeConfig, StageConfig
 from fedsp_mpi.log import one_line
 from fedsp_mpi.tensors import ClientError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+_MAX_PADDING_ON_CPU = 0.15
+
+
+def device_type(settings: ComputeConfig) -> str:
+    """Return the type of the device that a role computes on: "cpu" or "cuda"."""
+    has_gpu = settings.device != "cpu" and torch.cuda.is_available()
+    return "cuda" if has_gpu else "cpu"
+
+
+def max_padding(stage: StageConfig, device_type: str) -> float | None:
+    """Return the largest fraction of padding in a stage's batches; None: any.
+
+    Args:
+        stage: whose `max_padding` may be "auto".
+        device_type: of the device that it runs on.
+    """
+    if stage.max_padding != "auto":
+        return stage.max_padding
+    return _MAX_PADDING_ON_CPU if device_type == "cpu" else None
 
 
 class OutOfMemoryError(ClientError):

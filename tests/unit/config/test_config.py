@@ -71,6 +71,8 @@ def another(start: Config, dotted: str, hint: object) -> object:
     if typing.get_origin(hint) is dict:
         return {"new": "old"}
     kinds = [a for a in typing.get_args(hint) if a is not type(None)] or [hint]
+    # A word beside numbers is their default, such as "auto".
+    kinds = [kind for kind in kinds if typing.get_origin(kind) is not typing.Literal] or kinds
     if typing.get_origin(kinds[0]) is typing.Literal:
         kinds = list(typing.get_args(kinds[0]))
     return {int: 3, float: 0.75, bool: not value_of(start, dotted), str: "new"}.get(
