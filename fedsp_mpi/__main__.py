@@ -13,7 +13,7 @@ _OBJECTS_BETWEEN_COLLECTIONS = 20_000
 def start() -> None:
     """Run the command line, and end the process."""
     gc.set_threshold(_OBJECTS_BETWEEN_COLLECTIONS)
-    leave(main())
+    leave(main(ends_process=True))
 
 
 if __name__ == "__main__":

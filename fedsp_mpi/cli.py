@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedsp_mpi import __version__, config
-from fedsp_mpi.comm import Refused, guard, launcher_rank, launcher_size
+from fedsp_mpi.comm import Refused, finalize, guard, launcher_rank, launcher_size
 from fedsp_mpi.commands.usage import explained, number
 from fedsp_mpi.config.parsing import error_line
 from fedsp_mpi.files.untrusted import printable
@@ -36,11 +36,13 @@ _BAR = Bar(sys.stderr)  # of the terminal
 _PRINTED_CONTROLS = "\n\t"  # control characters that are printed as they are
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, *, ends_process: bool = False) -> int:
     """Run a verb.
 
     Args:
         arguments: the command line without the program's name; default: that of this process.
+        ends_process: nothing follows, so that ranks with nothing left to say need not wait for
+            those that have.
 
     Returns:
         The exit status: 0, 1 where the verb found a difference or a failed run, 2 for a mistake of
@@ -52,6 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = argparse.Namespace()
     try:
         options = _parser().parse_args(_with_verb(list(arguments)))
+        options.ends_process = ends_process
         with guard(options.verb):
             try:
                 return options.run(options)
@@ -87,7 +90,10 @@ def run(options: argparse.Namespace) -> int:
 
     with contextlib.chdir(directory):
         log, client_log = logs(options)
-        show_summary(execute(settings, name, log, client_log=client_log, error=error))
+        folder = execute(settings, name, log, client_log=client_log, error=error)
+        if options.ends_process:
+            finalize()  # the other ranks end while this one writes
+        show_summary(folder)
     return 0
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .guard import Guard, PhaseInfo, Refused, guard, leave
+from .guard import Guard, PhaseInfo, Refused, finalize, guard, leave
 from .topology import (
     Topology,
     launcher_name,
@@ -44,6 +44,7 @@ __all__ = [
     "Wire",
     "checked_result",
     "connect",
+    "finalize",
     "guard",
     "launcher_name",
     "launcher_rank",

@@ -422,6 +422,13 @@ def _write(text: str) -> None:
         sys.stderr.flush()
 
 
+def finalize() -> None:
+    """Finalise MPI, if it runs: collective, and the last thing that ranks do together."""
+    mpi = _running_mpi()
+    if mpi is not None:
+        mpi.Finalize()
+
+
 def leave(status: int) -> NoReturn:
     """End this process with all output written and MPI finalised; take down no Python object.
 
@@ -433,14 +440,13 @@ def leave(status: int) -> NoReturn:
     Args:
         status: exit status.
     """
-    mpi = _running_mpi()
-    if mpi is not None:
-        mpi.Finalize()
+    has_mpi = _mpi() is not None
+    finalize()
     logging.shutdown()
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError):  # nobody reads it any more
             stream.flush()
-    if launcher_rank() is not None or mpi is not None:
+    if launcher_rank() is not None or has_mpi:
         # Called with the interpreter's lock: no other thread of Python runs meanwhile.
         ctypes.PyDLL(None).exit(status)
     os._exit(status)
