@@ -29,6 +29,7 @@ SECONDS = number(float, 0, 1e9)
 TFLOPS = number(float, 0, 1e9, above=True)
 FRACTION = number(float, 0, 1)
 COUNT = number(int, 1, 1e7)
+RECORD_ROUNDS = number(int, 10, 1e5)
 TOKENS = number(int, 2, 1e7)
 JOBS = number(int, -1e7, 1e7)  # the sweep itself compares it with the number of cores
 RESUME_WORDS = ("must", "auto")  # of --resume; any other word is a folder
@@ -373,6 +374,8 @@ def bench(options: argparse.Namespace) -> int:
         _bench_local(options, log)
     elif options.what == "wire":
         _bench_wire(options.repeats, log)
+    elif options.what == "record":
+        _bench_record(options, log)
     else:
         _bench_transfer(options, log)
     return 0
@@ -428,6 +431,31 @@ def _bench_wire(repeats: int, log: Log) -> None:
             "broadcast, x {gather_slowdown:.3f} in the gather; a waiting rank uses "
             "{waiting_cores:.4f} cores".format(**waiting)
         )
+
+
+def _bench_record(options: argparse.Namespace, log: Log) -> None:
+    _require_one_process("bench record", "start it without mpirun")
+    from tempfile import TemporaryDirectory
+
+    from fedsp_mpi.record import RecordError, benchmark
+
+    settings = _load(options.config, options.set)
+    folder = Path(settings.run.folder).expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(prefix="bench-record-", dir=folder) as place:
+            cost = benchmark.measure(Path(place) / "run", options.rounds, options.clients)
+    except (OSError, RecordError) as error:
+        raise Refused(
+            f"run.folder: found {folder}, where nothing can be written: {error}"
+        ) from None
+    log.say(
+        f"record of {options.rounds:,} rounds of {options.clients:,} clients: commit "
+        f"{1000 * cost.first_seconds:.1f} ms at first, {1000 * cost.last_seconds:.1f} ms at last: "
+        f"ratio {cost.last_seconds / cost.first_seconds:.2f}; {cost.final_bytes / 1e6:.1f} MB, "
+        f"written {cost.written_bytes / cost.final_bytes:.3f} times, "
+        f"{cost.peak_bytes / cost.final_bytes:.3f} times as much on disk at most in the end"
+    )
 
 
 def _bench_transfer(options: argparse.Namespace, log: Log) -> None:
@@ -869,7 +897,7 @@ def _add_bench(verbs: argparse._SubParsersAction) -> None:
     verb = verbs.add_parser("bench", help="measure the overhead over bare torch and bare mpi4py")
     verb.add_argument(
         "what",
-        choices=("local", "wire", "transfer"),
+        choices=("local", "wire", "record", "transfer"),
         help="wire: start it under mpirun; the others run in one process",
     )
     _add_configuration(verb)
@@ -882,6 +910,16 @@ def _add_bench(verbs: argparse._SubParsersAction) -> None:
         default=20,
         metavar="N",
         help="steps of prompt tuning, for transfer; default: 20",
+    )
+    verb.add_argument(
+        "--rounds", type=RECORD_ROUNDS, default=200, metavar="N", help="for record; default: 200"
+    )
+    verb.add_argument(
+        "--clients",
+        type=COUNT,
+        default=100,
+        metavar="N",
+        help="of each round, for record; default: 100",
     )
     verb.set_defaults(run=bench)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 import torch
@@ -110,3 +111,19 @@ def test_a_mistake_is_one_line(n, arguments, words):
     assert len(lines) == 1 and lines[0].startswith("fedsp_mpi: ") and words in lines[0], both_ends(
         result
     )
+
+
+def test_the_record_is_measured_where_runs_live_and_leaves_nothing(tmp_path):
+    where = ["--set", f"run.folder={tmp_path / 'runs'}"]
+    printed = fedsp(0, ["bench", "record", "--rounds", "12", "--clients", "3", *where]).stdout
+    line = re.search(
+        r"12 rounds of 3 clients: .* ratio (\S+); (\S+) MB, written (\S+) times", printed
+    )
+    assert line, printed
+    ratio, megabytes, written = map(float, line.groups())
+    # A prompt of 49 kB for each round, which is written twice: by itself, and when it is folded.
+    assert ratio > 0 and 0.58 < megabytes < 0.7 and 1.9 < written < 4
+    assert list((tmp_path / "runs").iterdir()) == []
+    (tmp_path / "file").write_text("")
+    said = fedsp(0, ["bench", "record", "--set", f"run.folder={tmp_path / 'file'}"], status=2)
+    assert "where nothing can be written" in said.stderr
