@@ -222,7 +222,9 @@ def test_a_job_that_meets_its_time_limit_goes_on_to_the_same_bits(limited, whole
 
 
 @pytest.mark.parametrize(
-    "script", sorted((ROOT / "slurm").glob("*.s*")), ids=lambda path: path.name
+    "script",
+    [*sorted((ROOT / "slurm").glob("*.s*")), ROOT / "configs" / "comparison" / "gpu.sh"],
+    ids=lambda path: path.name,
 )
 def test_shellcheck_has_nothing_to_say(script):
     if not shutil.which("shellcheck"):

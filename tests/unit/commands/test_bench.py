@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import math
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +18,8 @@ from fedsp_mpi.models.by_hand import loss_by_hand, loss_by_peft
 from fedsp_mpi.models.losses import answer_loss_of
 from fedsp_mpi.models.prompts import Prompt, PromptSpec
 from helpers import tiny
-from helpers.mpi import both_ends
+from helpers.mpi import both_ends, environment_of_ranks
+from helpers.paths import ROOT
 from helpers.runs import fedsp
 
 SHORT = [
@@ -127,3 +131,29 @@ def test_the_record_is_measured_where_runs_live_and_leaves_nothing(tmp_path):
     (tmp_path / "file").write_text("")
     said = fedsp(0, ["bench", "record", "--set", f"run.folder={tmp_path / 'file'}"], status=2)
     assert "where nothing can be written" in said.stderr
+
+
+@pytest.mark.slow
+def test_the_script_for_gpus_measures_everything_on_a_cpu_too(tmp_path):
+    command = [ROOT / "configs" / "comparison" / "gpu.sh", tmp_path / "speed", "embedded"]
+    environment = environment_of_ranks() | {"FEDSP_GPU_STEPS": "2"}
+    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
+    done = subprocess.run(
+        list(map(str, [*command, "client.tuning.steps=2"])),
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr
+    measured = [line.partition(":")[0] for line in done.stdout.splitlines()]
+    engines = ["torch, ZeRO 0", *(f"deepspeed, ZeRO {stage}" for stage in range(4))]
+    of_client = ["float32, matmul highest"] * 2 + ["float32, matmul high"] * 2
+    assert measured == [
+        *(f"distillation step, {engine}" for engine in engines),
+        "scoring",
+        *of_client,
+        "bfloat16, matmul highest",
+        "exchange",
+    ]
