@@ -209,10 +209,7 @@ class ServerChecks:
         # Where the hub's cache is not shared, ranks may reach the hub, or have a cache elsewhere.
         cache = hub.locate(inputs.model_name, model.revision, "config.json")
         folders: dict[str, Status] = {str(cache.absolute()): "warn"}
-        # Text of the server's own is nobody else's.
-        data = [None if self._config.federation.silos else inputs.source]
-        data += [domain.source for domain in inputs.domains]
-        for name in (inputs.model_name, model.tokenizer, *data):
+        for name in (inputs.model_name, model.tokenizer, *inputs.shared_sources):
             if name:
                 path = Path(name).expanduser()
                 if path.is_dir():
