@@ -151,7 +151,8 @@ class ServerChecks:
             return sizes
         if not any((splits.train, splits.validation, splits.test)):
             return "the server owns no text"
-        return f"the server's {sizes}"
+        owner = "the experts'" if self._config.tiers.experts else "the server's"
+        return f"{owner} {sizes}"
 
     def _longest(self) -> int:
         """Return the number of tokens of the longest text; 0 if it is not known."""

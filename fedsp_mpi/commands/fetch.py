@@ -44,6 +44,9 @@ def fetch(config: Config, log: Log) -> None:
         for domain in inputs.domains:
             name = f"data {domain.config.data.task}, of expert {domain.name}"
             _fetch_part(log, name, partial(_data_files, domain))
+            if domain.public is not None:
+                name = f"public text of expert {domain.name}"
+                _fetch_part(log, name, partial(_data_files, domain.public))
     if isinstance(inputs, SiloInputs):
         _fetch_silos(log, inputs)
     elif not isinstance(inputs, TierInputs):

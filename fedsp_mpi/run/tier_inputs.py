@@ -20,6 +20,7 @@ from fedsp_mpi.config.tiers import ExpertConfig
 from fedsp_mpi.data import loading, tasks
 from fedsp_mpi.data.tokens import Question
 from fedsp_mpi.run.inputs import ExperimentInputs
+from fedsp_mpi.run.silo_inputs import choices_digest
 
 
 class DomainText(ExperimentInputs):
@@ -45,6 +46,10 @@ class DomainText(ExperimentInputs):
         """Tokenise examples with their options."""
         return self._to_questions(examples)
 
+    def choices(self) -> str | None:
+        """Return a digest of the choices of all rows; None if they have none in common."""
+        return choices_digest(self._all_examples, self.task)
+
 
 class DomainInputs(DomainText):
     """One domain: the expert's and its users' text.
@@ -55,7 +60,13 @@ class DomainInputs(DomainText):
         tiers: the run's inputs, which tell the model's shape and tokenizer.
         part: which part of the source's training rows is this domain's, and how many parts there
             are: experts of the same data share its rows out.
+
+    Attributes:
+        public: questions of the domain that every rank may open, in a place of their own; None
+            where users share the experts' data.
     """
+
+    public: DomainText | None = None
 
     def __init__(
         self, config: Config, expert: ExpertConfig, tiers: TierInputs, part: tuple[int, int]

@@ -16,7 +16,7 @@ from fedsp_mpi.config import Config, ConfigError
 from fedsp_mpi.config.tiers import ExpertConfig
 from fedsp_mpi.data import loading, tasks
 from fedsp_mpi.data.tokens import Question
-from fedsp_mpi.run.silo_inputs import SiloInputs, SiloText, choices_digest
+from fedsp_mpi.run.silo_inputs import SiloInputs, SiloText
 from fedsp_mpi.run.tier_inputs import DomainInputs, DomainText, TierInputs, named_domain
 
 
@@ -69,9 +69,6 @@ class ExpertInputs(DomainInputs):
         expert: of the domain.
         tiers: the run's inputs, which tell the model's shape and tokenizer.
         part: as in `DomainInputs`.
-
-    Attributes:
-        public: the domain's public test text; None: there is none.
     """
 
     def __init__(
@@ -92,18 +89,13 @@ class ExpertInputs(DomainInputs):
             return super().judged
         return self.public.test[: self.config.tiers.questions]
 
-    def choices(self) -> str | None:
-        """Return a digest of the choices of the expert's text; None if it has none in common."""
-        return choices_digest(self._all_examples, self.task)
-
     def check(self) -> None:
         """Raise ValueError on the first thing that cannot work with the expert's text."""
         self._require_splits()
         super().check()
         if self.public is None:
             return
-        choices = choices_digest(self.public.splits.test, self.task)
-        if choices != self.choices():
+        if self.public.choices() != self.choices():
             raise ConfigError(
                 f"public_test: found other choices in {self.public.source!r} than in the expert's "
                 "rows, expected the same labels; correct them, or name all in classes"
@@ -169,7 +161,7 @@ class UserSiloInputs(SiloInputs, TierInputs):
     @property
     def public_examples(self) -> list[tasks.Example]:
         """The questions of the domains' public text."""
-        texts = [domain.public for domain in self.domains if isinstance(domain, ExpertInputs)]
+        texts = [domain.public for domain in self.domains]
         return [example for text in texts if text is not None for example in text.splits.test]
 
     def _domain_of(self, expert: ExpertConfig, part: tuple[int, int]) -> ExpertInputs:
@@ -243,11 +235,7 @@ class UserSiloInputs(SiloInputs, TierInputs):
     def choices_by_owner(self, client: int) -> dict[str, str | None]:
         """Return digests of the choices of a user's experts, by whose rows have them."""
         domains = [self.domains[expert] for expert in self.members[client]]
-        return {
-            f"the rows of expert {domain.name}": domain.choices()
-            for domain in domains
-            if isinstance(domain, ExpertInputs)
-        }
+        return {f"the rows of expert {domain.name}": domain.choices() for domain in domains}
 
     def check(self) -> None:
         """Raise ValueError on the first thing that cannot work, before any weight is loaded."""
