@@ -256,6 +256,11 @@ def test_a_user_who_asks_opens_its_own_folder_and_no_other(runs, own, tmp_path):
     assert owners(opened, runs / "cut") == {"users/cem": {1}, "experts/b": {0}}
     shared = ask(runs / "whole", *question)
     assert untimed(here(command).stdout) == untimed(here(shared).stdout)
+    (runs / "cut" / "users" / "cem").rename(tmp_path / "cem")
+    ended = run_mpi(2, ["-m", "fedsp_mpi", *command], status=2)
+    (tmp_path / "cem").rename(runs / "cut" / "users" / "cem")
+    [line] = [line for line in ended.stderr.splitlines() if line.startswith("fedsp_mpi: ")]
+    assert f"found no folder {runs / 'cut' / 'users' / 'cem'}" in line
 
 
 def test_a_kill_a_lost_silo_and_a_changed_one(runs, own, tmp_path):
