@@ -290,11 +290,11 @@ def _require_silos_of_users(config: Config) -> None:
 def _require_one_reading(config: Config, user: str) -> None:
     """Raise ConfigError if the experts of a user, who has one silo, read text in different ways."""
     first, *more_experts = (config.tiers.experts[index] for index in config.tiers.experts_of(user))
-    silo = next((silo for silo in config.federation.silos if silo.name == user), None)
+    silos = [silo for silo in config.federation.silos if silo.name == user or silo.is_pattern]
     for other in more_experts:
         data, other_data = first.data_over(config.data), other.data_over(config.data)
         for key in ("task", "classes", "columns", "template", "verbaliser"):
-            is_own = silo is not None and bool(getattr(silo, key, None))
+            is_own = all(getattr(silo, key, None) for silo in silos)
             if not is_own and getattr(data, key) != getattr(other_data, key):
                 raise ConfigError(
                     f"federation.silos: found one silo of user {user}, whose experts {first.name} "

@@ -39,7 +39,7 @@ def cut(settings: Sequence[str], folder: Path, *, public: bool = True) -> tuple[
         experts.append(f"{{name: {domain.name}, users: [{users}], source: '{source}'{more}}}")
     for user, own in shards.items():
         write(folder / "users" / user / "train", own)
-    left = ("tiers.experts=", "data.limit.", "federation.clients")
+    left = ("tiers.experts=", "data.limit.", "federation.clients=")
     return (
         *(item for item in settings if not item.startswith(left)),
         "data.source=null",

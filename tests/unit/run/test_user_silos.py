@@ -102,6 +102,9 @@ def test_a_silo_with_columns_of_its_own_suits_experts_whose_columns_differ():
     silos = [{"source": f"/data/{name}", "columns": {"text": "t"}} for name in NAMES]
     more = {"federation.silos": silos, "tiers.experts.1.columns": {"text": "note"}}
     assert config.checked(content(**more)).federation.silos[1].columns == {"text": "t"}
+    more |= {"federation.silos": {"source": "/data/*", "columns": {"text": "t"}}}
+    [pattern] = config.checked(content(**more)).federation.silos
+    assert pattern.is_pattern
 
 
 # -- folders ---------------------------------------------------------------------------------------
@@ -164,7 +167,7 @@ def test_without_public_text_users_score_their_own_alone_and_the_table_says_why(
     [after] = [line for line in table.splitlines() if line.startswith("| plmm | after | personal")]
     assert after.endswith("| - | - | - | - |")
     assert "Personal prompts are not scored on text of domains" in table
-    here(["run", "--name", "public", *settings(folder, public="open")])
+    here(["run", "--name", "public", *settings(folder, "data.loss_over=choices", public="open")])
     run = read(folder / "public")
     scored = [(row["text"], row["n"]) for row in run.tiers if row["name"] == "ann"]
     # Of two experts: three questions of each; there is no other domain.
