@@ -265,6 +265,8 @@ def _require_silos_of_users(config: Config) -> None:
                 f"federation.silos: found {strangers[0]!r}, expected the names of users of "
                 f"tiers.experts: {', '.join(tiers.users)}; name it among an expert's users"
             )
+    private_sources = {expert.source for expert in tiers.experts}
+    private_sources |= {silo.source for silo in silos}
     for index, expert in enumerate(tiers.experts):
         where = f"tiers.experts[{index}]"
         if expert.source is None:
@@ -276,6 +278,11 @@ def _require_silos_of_users(config: Config) -> None:
             raise ConfigError(
                 f"{where}.partition: found {expert.partition} with federation.silos, expected "
                 "null: the text is divided already"
+            )
+        if expert.public_test is not None and expert.public_test in private_sources:
+            raise ConfigError(
+                f"{where}.public_test: found {shown(expert.public_test)}, which is the source of "
+                "an expert or a user, expected a place of its own: every user's rank opens it"
             )
         if (expert.public_test is None) != (tiers.experts[0].public_test is None):
             raise ConfigError(

@@ -75,6 +75,10 @@ def test_silos_come_in_the_order_of_their_users():
             {"tiers.experts.0.public_test": "/data/open"},
             ("tiers.experts[1].public_test: found null beside '/data/open' of hall",),
         ),
+        (
+            {"tiers.experts.0.public_test": "yard"},
+            ("tiers.experts[0].public_test: found 'yard', which is the source of an expert",),
+        ),
         ({"evaluation": {"at": "both"}}, ("evaluation.at: found both with tiers.experts",)),
         (
             {"tiers.experts.1.classes": ["good", "bad"]},
