@@ -271,6 +271,14 @@ MUTANTS = [
         "unit/training/test_training.py",
         "the_others_go_on",
     ),
+    Mutant(
+        "scores users' prompts on an expert's own text",
+        "run/user_silos.py",
+        "        if not self._public_experts:\n",
+        "        if client < 0:\n",
+        "unit/run/test_user_silos.py",
+        "without_public_text",
+    ),
 ]
 
 

@@ -86,18 +86,18 @@ def ask(
 
     def answer(models: Models, experts: Experts) -> list[str]:
         assistant = Assistant(models, require_user(models.inputs.config, user))
-        by_name = {domain.name: domain for domain in assistant.domains}
-        if expert is not None and expert not in by_name:
+        words = assistant.words
+        if expert is not None and expert not in words:
             raise ValueError(
                 f"--expert: found {expert!r}, expected one of {assistant.user}'s: "
-                f"{', '.join(by_name)}"
+                f"{', '.join(words)}"
             )
-        domain = by_name[expert] if expert is not None else assistant.domains[0]
-        answers = [assistant.answer(text, domain)]
+        name = expert if expert is not None else next(iter(words))
+        answers = [assistant.answer(text, words[name])]
         lines = [_answer_line(answers[0])]
         if answers[0].confidence < threshold:
-            answers.append(experts.answer(text, domain.name))
-            lines.append(f"below the threshold of {threshold:g}: asks expert {domain.name}")
+            answers.append(experts.answer(text, name))
+            lines.append(f"below the threshold of {threshold:g}: asks expert {name}")
             lines.append(_answer_line(answers[1]))
         return [*lines, f"answered by {answers[-1].tier}"]
 
@@ -152,14 +152,14 @@ def routing(assistant: Assistant, experts: Experts) -> Routing:
     general_correct: list[bool] = []
     confidences: list[float] = []
     inputs = assistant.inputs
-    for index in inputs.members[assistant.client]:
+    members = inputs.members[assistant.client]
+    for index, (name, words) in zip(members, assistant.words.items(), strict=True):
         examples = inputs.own_examples(assistant.client, index)
         if not examples:
             continue
-        domain = inputs.domains[index]
-        of_user = assistant.choose(examples, domain)
-        of_expert = experts.choose(domain.name, domain.name, examples)
-        of_general = experts.choose(GENERAL, domain.name, examples)
+        of_user = assistant.choose(examples, words)
+        of_expert = experts.choose(name, name, examples)
+        of_general = experts.choose(GENERAL, name, examples)
         gold = [example.gold for example in examples]
         correct += [choice.option in right for choice, right in zip(of_user, gold)]
         confidences += [choice.confidence for choice in of_user]

@@ -31,7 +31,7 @@ from fedsp_mpi.models.language_model import LanguageModel
 from fedsp_mpi.models.prompts import Prompt
 from fedsp_mpi.record import Checkpoints, Run, read
 from fedsp_mpi.run.any_inputs import inputs_of
-from fedsp_mpi.run.tier_inputs import DomainInputs, TierInputs
+from fedsp_mpi.run.tier_inputs import DomainInputs, DomainText, TierInputs
 from fedsp_mpi.tensors import NamedTensors, part_of_state
 
 MAX_TOKENS = 24  # of an answer that is written freely
@@ -237,21 +237,21 @@ class Assistant:
         self.client = self.inputs.config.federation.users.index(user)
         self.prompt = models.prompt(self._personal_tensors(), depth=models.inputs.depth)
 
-    @property
-    def domains(self) -> list[DomainInputs]:
-        """The domains that the user belongs to."""
-        return [self.inputs.domains[expert] for expert in self.inputs.members[self.client]]
+    @cached_property
+    def words(self) -> dict[str, DomainText]:
+        """Text in whose words the user asks, by the names of its experts."""
+        return self.inputs.words_of(self.client)
 
-    def answer(self, text: str, domain: DomainInputs) -> Answer:
+    def answer(self, text: str, domain: DomainText) -> Answer:
         """Return the personal model's answer.
 
         Args:
             text: the question, in the place of the domain's first column.
-            domain: whose task it is.
+            domain: text in whose words it is asked.
         """
         return _answer("personal", self.models.personal, self.prompt, text=text, domain=domain)
 
-    def choose(self, examples: Sequence[Example], domain: DomainInputs) -> list[Choice]:
+    def choose(self, examples: Sequence[Example], domain: DomainText) -> list[Choice]:
         """Return what the personal model chooses for each question of a domain."""
         return _choices(self.models.personal, self.prompt, examples, domain)
 
@@ -292,12 +292,14 @@ class Assistant:
         if state:
             return NamedTensors.of(state)
         # Without steps of its own, a user has what its experts have.
-        start = mean_prompt([self.models.exported(domain.name) for domain in self.domains])
+        experts = self.inputs.config.tiers.experts
+        names = [experts[index].name for index in self.inputs.members[self.client]]
+        start = mean_prompt([self.models.exported(name) for name in names])
         return NamedTensors.pack(self.inputs.depth_map.down(start.torch()))
 
 
 def _answer(
-    tier: str, model: LanguageModel, prompt: Prompt, *, text: str, domain: DomainInputs
+    tier: str, model: LanguageModel, prompt: Prompt, *, text: str, domain: DomainText
 ) -> Answer:
     """Answer a text: by a choice where all questions of the domain have the same, else freely."""
     example = domain.example_of(text)
@@ -327,7 +329,7 @@ def _answer(
 
 
 def _choices(
-    model: LanguageModel, prompt: Prompt, examples: Sequence[Example], domain: DomainInputs
+    model: LanguageModel, prompt: Prompt, examples: Sequence[Example], domain: DomainText
 ) -> list[Choice]:
     """Return the likeliest option of each question."""
     batch_tokens = domain.config.evaluation.batch_tokens

@@ -151,7 +151,8 @@ class ServerChecks:
             return sizes
         if not any((splits.train, splits.validation, splits.test)):
             return "the server owns no text"
-        return f"the server's {sizes}"
+        owner = "the experts'" if self._config.tiers.experts else "the server's"
+        return f"{owner} {sizes}"
 
     def _longest(self) -> int:
         """Return the number of tokens of the longest text; 0 if it is not known."""
@@ -209,10 +210,7 @@ class ServerChecks:
         # Where the hub's cache is not shared, ranks may reach the hub, or have a cache elsewhere.
         cache = hub.locate(inputs.model_name, model.revision, "config.json")
         folders: dict[str, Status] = {str(cache.absolute()): "warn"}
-        # Text of the server's own is nobody else's.
-        data = [None if self._config.federation.silos else inputs.source]
-        data += [domain.source for domain in inputs.domains]
-        for name in (inputs.model_name, model.tokenizer, *data):
+        for name in (inputs.model_name, model.tokenizer, *inputs.shared_sources):
             if name:
                 path = Path(name).expanduser()
                 if path.is_dir():

@@ -16,7 +16,7 @@ from fedsp_mpi.log import Log, duration, one_line
 from fedsp_mpi.models import hub
 from fedsp_mpi.run.any_inputs import inputs_of
 from fedsp_mpi.run.inputs import ExperimentInputs
-from fedsp_mpi.run.silo_inputs import SiloInputs, SiloText
+from fedsp_mpi.run.silo_inputs import SiloInputs
 from fedsp_mpi.run.silos import found_here
 from fedsp_mpi.run.tier_inputs import TierInputs
 
@@ -40,13 +40,16 @@ def fetch(config: Config, log: Log) -> None:
     inputs = inputs_of(config)
     # The weights last: a mistake should be found before gigabytes are downloaded.
     _fetch_part(log, f"model {config.model.name}", lambda: _model_files(inputs))
-    if isinstance(inputs, SiloInputs):
-        _fetch_silos(log, inputs)
-    elif isinstance(inputs, TierInputs):
+    if isinstance(inputs, TierInputs):
         for domain in inputs.domains:
             name = f"data {domain.config.data.task}, of expert {domain.name}"
             _fetch_part(log, name, partial(_data_files, domain))
-    else:
+            if domain.public is not None:
+                name = f"public text of expert {domain.name}"
+                _fetch_part(log, name, partial(_data_files, domain.public))
+    if isinstance(inputs, SiloInputs):
+        _fetch_silos(log, inputs)
+    elif not isinstance(inputs, TierInputs):
         _fetch_part(log, f"data {config.data.task}", lambda: _data_files(inputs))
     _fetch_part(log, "weights", lambda: _weight_files(inputs))
 
@@ -66,7 +69,8 @@ def _fetch_silos(log: Log, inputs: SiloInputs) -> None:
     """
     config = inputs.config
     if inputs.source is None:
-        log.say("data: the server owns no text")
+        if not inputs.domains:
+            log.say("data: the server owns no text")
     else:
         _fetch_part(log, f"data {config.data.task}, the server's", lambda: _data_files(inputs))
     num_here = 0
@@ -78,7 +82,7 @@ def _fetch_silos(log: Log, inputs: SiloInputs) -> None:
         elif silo.is_pattern or not sources.may_be_hub_set(silo.source):
             missing.append(silo)
         else:
-            text = SiloText(config, client, inputs)
+            text = inputs.text_of(client)
             try:
                 _fetch_part(log, f"silo {silo.name}", text.prepared_files)
             except ValueError as error:

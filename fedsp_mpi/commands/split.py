@@ -130,8 +130,9 @@ def _settings(path: str | None, overrides: list[str]) -> Config:
         )
     if settings.tiers.experts:
         raise ConfigError(
-            f"tiers.experts: found {len(settings.tiers.experts)}, expected none: users cannot have "
-            "silos yet; split a configuration of another method"
+            f"tiers.experts: found {len(settings.tiers.experts)}, expected none: a split has one "
+            "server's text and no experts'; split each domain's data by a configuration of another "
+            "method"
         )
     if settings.federation.silos:
         raise ConfigError(

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from fedsp_mpi.config.methods import METHODS
 from fedsp_mpi.config.parsing import ConfigError
+from fedsp_mpi.config.silos import server_owns_text
 
 if TYPE_CHECKING:
     from fedsp_mpi.config.experiment import Config
@@ -233,7 +234,7 @@ def _require_shares(config: Config) -> None:
     has_no_examples = config.data.resolved_server_share == 0
     why = "data.server_share=0"
     if config.federation.silos:
-        has_no_examples = config.server.data.source is None
+        has_no_examples = not server_owns_text(config)
         why = "federation.silos, and no server.data.source"
     has_no_text = config.distillation.text is None
     if has_no_examples and config.server.tuning.steps:

@@ -52,7 +52,13 @@ from fedsp_mpi.config.runtime import (
 from fedsp_mpi.config.search import SearchConfig
 from fedsp_mpi.config.silos import require_silos, with_plain_silos
 from fedsp_mpi.config.threats import AttackConfig
-from fedsp_mpi.config.tiers import TiersConfig, require_tiers, with_tier_clients, with_tier_stages
+from fedsp_mpi.config.tiers import (
+    TiersConfig,
+    require_tiers,
+    with_silos_of_users,
+    with_tier_clients,
+    with_tier_stages,
+)
 from fedsp_mpi.config.training import Dtype
 from fedsp_mpi.config.yaml_reader import extended, key_value, parse_yaml, read_yaml, setting
 
@@ -288,7 +294,7 @@ def checked(data: Section) -> Config:
     """
     name = data.get("recipe")
     try:
-        data = with_plain_silos(with_tier_clients(data))
+        data = with_silos_of_users(with_plain_silos(with_tier_clients(data)))
         recipe_values = recipe(Config.recipe if name is None else name)
         data = merge(recipe_values, data)
         data = with_tier_stages(merge(rates(data), data))

@@ -107,7 +107,8 @@ class FederationConfig:
     silos: tuple[SiloConfig, ...] = option(
         (),
         "clients with text of their own, instead of a number of clients; a list, or one section "
-        "with a pattern and `names`: see configs/silos/README.md",
+        "with a pattern and `names`: see configs/silos/README.md. With `tiers.experts`, one for "
+        "each user, of the same name",
     )
     users: tuple[str, ...] = option(
         (), "with `tiers.experts`, the names of their users; follows from them"

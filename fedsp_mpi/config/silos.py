@@ -147,11 +147,14 @@ def require_silos(config: Config) -> None:
                 f"{where}.name: found {silo.name!r} a second time, expected names that differ"
             )
         names[silo.name] = index
+    own_source = "the server server.data"
+    if config.tiers.experts:
+        own_source = "each expert tiers.experts[].source"
     for key, value, usual, reason in (
-        ("data.source", config.data.source, None, "each silo has its own, the server server.data"),
+        ("data.source", config.data.source, None, f"each silo has its own, {own_source}"),
         ("data.shots", config.data.shots, None, "nobody sees the labels of all silos"),
         ("data.partition", config.data.partition, "iid", "the text is divided already"),
-        ("data.server_share", config.data.server_share, None, "the server owns server.data"),
+        ("data.server_share", config.data.server_share, None, "the text is divided already"),
     ):
         if value != usual:
             expected = "null" if usual is None else usual
@@ -206,7 +209,10 @@ def _require_no_silos(config: Config) -> None:
 def _require_evaluation(config: Config) -> None:
     """Check that somebody has text to judge the rounds by."""
     at = config.evaluation.at
-    has_text = config.server.data.source is not None
+    if config.tiers.experts:
+        _require_experts_evaluation(config)
+        return
+    has_text = server_owns_text(config)
     if at != "silos" and not has_text:
         raise ConfigError(
             f"evaluation.at: found {at}, and the server owns no text (server.data.source), "
@@ -222,3 +228,22 @@ def _require_evaluation(config: Config) -> None:
             "server.accept: found better, and the server owns no text (server.data.source), "
             "expected always"
         )
+
+
+def _require_experts_evaluation(config: Config) -> None:
+    """Check that experts own the server's text, and judge the rounds by it."""
+    if config.server.data.source is not None:
+        raise ConfigError(
+            f"server.data.source: found {shown(config.server.data.source)} with tiers.experts, "
+            "expected null: each expert has text of its own (tiers.experts[].source)"
+        )
+    if config.evaluation.at != "server":
+        raise ConfigError(
+            f"evaluation.at: found {config.evaluation.at} with tiers.experts, expected server: "
+            "experts choose the best round, and users score all tiers (tiers.judge)"
+        )
+
+
+def server_owns_text(config: Config) -> bool:
+    """Return whether the server, or experts in its place, may own text where clients have silos."""
+    return bool(config.tiers.experts) or config.server.data.source is not None

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
+from fedsp_mpi.config.data import DataConfig
 from fedsp_mpi.config.options import option
 from fedsp_mpi.config.parsing import ConfigError, Section, merge, shown
 from fedsp_mpi.config.training import StageConfig
@@ -35,7 +36,11 @@ class ExpertConfig:
         (), "required: names of its users; one may belong to several experts"
     )
     task: str | None = option(None, "`null`: `data.task`")
-    source: str | None = option(None, "`null`: `data.source`")
+    source: str | None = option(
+        None,
+        "`null`: `data.source`. Where users have silos (`federation.silos`), required: the "
+        "expert's own text, opened by the server's rank alone",
+    )
     columns: dict[str, str | tuple[str, ...]] = option({}, "empty: `data.columns`")
     classes: tuple[str, ...] = option((), "empty: `data.classes`")
     template: str | None = option(None, "`null`: `data.template`")
@@ -43,6 +48,25 @@ class ExpertConfig:
     partition: Literal["iid", "labels", "quantity"] | None = option(
         None, "how its rows are dealt out among expert and users; `null`: `data.partition`"
     )
+    public_test: str | None = option(
+        None,
+        "where users have silos: questions of the domain, in a place of their own, that every "
+        "user's rank may open and score its prompts on. All experts have one, or none: then users "
+        "are scored on their own text alone",
+    )
+
+    def data_over(self, data: DataConfig) -> DataConfig:
+        """Return the section `data` of this expert's domain."""
+        return replace(
+            data,
+            task=self.task or data.task,
+            source=self.source if self.source is not None else data.source,
+            columns=self.columns or data.columns,
+            classes=self.classes or data.classes,
+            template=self.template if self.template is not None else data.template,
+            verbaliser=self.verbaliser or data.verbaliser,
+            partition=self.partition or data.partition,
+        )
 
 
 @dataclass(frozen=True)
@@ -107,8 +131,7 @@ def with_tier_clients(data: Section) -> Section:
 
     What is misplaced is left as it is, and refused later with a message.
 
-    Raises:
-        ConfigError: there are silos, too.
+    Where they have silos, these are counted later (`with_plain_silos`).
     """
     tiers = data.get("tiers")
     experts = tiers.get("experts") if isinstance(tiers, dict) else None
@@ -122,13 +145,29 @@ def with_tier_clients(data: Section) -> Section:
             users |= dict.fromkeys(str(name) for name in names)
     if not isinstance(federation, dict) or not users:
         return data
-    if federation.get("silos"):
-        raise ConfigError(
-            "federation.silos: found silos with tiers.experts, whose users are the clients and get "
-            "their text from the experts' data, expected none; name that data in "
-            "tiers.experts[].source (configs/plmm/README.md says what silos of users would take)"
-        )
-    return {**data, "federation": {**federation, "clients": len(users), "users": list(users)}}
+    num_clients = None if federation.get("silos") else len(users)
+    return {**data, "federation": {**federation, "clients": num_clients, "users": list(users)}}
+
+
+def with_silos_of_users(data: Section) -> Section:
+    """Put silos into the order of the users that they are named like; return other data unchanged.
+
+    Names that differ are left as they are, and refused later with a message.
+
+    Args:
+        data: its silos a list (`with_plain_silos`).
+    """
+    federation = data.get("federation")
+    if not isinstance(federation, dict):
+        return data
+    users = federation.get("users")
+    silos = federation.get("silos")
+    if not isinstance(users, list) or not isinstance(silos, Sequence) or not users or not silos:
+        return data
+    by_name = {str(silo.get("name")): silo for silo in silos if isinstance(silo, dict)}
+    if len(by_name) == len(silos) and by_name.keys() == set(users):
+        silos = [by_name[user] for user in users]
+    return {**data, "federation": {**federation, "silos": silos, "clients": len(users)}}
 
 
 def with_tier_stages(data: Section) -> Section:
@@ -184,6 +223,10 @@ def require_tiers(config: Config) -> None:
                 "names that differ"
             )
         names.add(expert.name)
+    if config.federation.silos:
+        _require_silos_of_users(config)
+    else:
+        _require_no_public_text(config)
     _require_other_keys(config)
 
 
@@ -202,6 +245,78 @@ def _require_name(name: str, where: str) -> None:
         raise ConfigError(
             f"{where}: found {shown(name)}, expected at most 64 letters, digits or one of _ . -"
         )
+
+
+def _require_silos_of_users(config: Config) -> None:
+    """Check that users and silos are the same, and that each owner's text has a place."""
+    tiers = config.tiers
+    silos = config.federation.silos
+    if not any(silo.is_pattern for silo in silos):  # else they are still to be found
+        names = [silo.name for silo in silos]
+        without = [user for user in tiers.users if user not in names]
+        if without:
+            raise ConfigError(
+                f"federation.silos: found none named {without[0]!r}, expected a silo for each user "
+                "of tiers.experts, of the same name; add it, or leave the user out"
+            )
+        strangers = [name for name in names if name not in tiers.users]
+        if strangers:
+            raise ConfigError(
+                f"federation.silos: found {strangers[0]!r}, expected the names of users of "
+                f"tiers.experts: {', '.join(tiers.users)}; name it among an expert's users"
+            )
+    private_sources = {expert.source for expert in tiers.experts}
+    private_sources |= {silo.source for silo in silos}
+    for index, expert in enumerate(tiers.experts):
+        where = f"tiers.experts[{index}]"
+        if expert.source is None:
+            raise ConfigError(
+                f"{where}.source: found none with federation.silos, expected the expert's own "
+                "text: that of users is in their silos"
+            )
+        if expert.partition is not None:
+            raise ConfigError(
+                f"{where}.partition: found {expert.partition} with federation.silos, expected "
+                "null: the text is divided already"
+            )
+        if expert.public_test is not None and expert.public_test in private_sources:
+            raise ConfigError(
+                f"{where}.public_test: found {shown(expert.public_test)}, which is the source of "
+                "an expert or a user, expected a place of its own: every user's rank opens it"
+            )
+        if (expert.public_test is None) != (tiers.experts[0].public_test is None):
+            raise ConfigError(
+                f"{where}.public_test: found {shown(expert.public_test)} beside "
+                f"{shown(tiers.experts[0].public_test)} of {tiers.experts[0].name}, expected one "
+                "for each expert, or none at all"
+            )
+    for user in tiers.users:
+        _require_one_reading(config, user)
+
+
+def _require_one_reading(config: Config, user: str) -> None:
+    """Raise ConfigError if the experts of a user, who has one silo, read text in different ways."""
+    first, *more_experts = (config.tiers.experts[index] for index in config.tiers.experts_of(user))
+    silos = [silo for silo in config.federation.silos if silo.name == user or silo.is_pattern]
+    for other in more_experts:
+        data, other_data = first.data_over(config.data), other.data_over(config.data)
+        for key in ("task", "classes", "columns", "template", "verbaliser"):
+            is_own = all(getattr(silo, key, None) for silo in silos)
+            if not is_own and getattr(data, key) != getattr(other_data, key):
+                raise ConfigError(
+                    f"federation.silos: found one silo of user {user}, whose experts {first.name} "
+                    f"and {other.name} differ in {key}, expected experts that read it alike; "
+                    "give the user one of them, or make it two users with a silo each"
+                )
+
+
+def _require_no_public_text(config: Config) -> None:
+    for index, expert in enumerate(config.tiers.experts):
+        if expert.public_test is not None:
+            raise ConfigError(
+                f"tiers.experts[{index}].public_test: found {shown(expert.public_test)} without "
+                "federation.silos, expected null: all ranks read the domain's own test split"
+            )
 
 
 def _require_other_keys(config: Config) -> None:

@@ -24,7 +24,7 @@ from fedsp_mpi.data.tasks import Splits, Task, find
 ColumnNames = Mapping[str, str | tuple[str, ...]]
 
 _NUM_ROWS_SHOWN = 5  # row numbers that a note lists
-Owner = Literal["all", "silo", "server"]
+Owner = Literal["all", "silo", "server", "public"]
 _PLACE = re.compile(r"row (\d+) of (\w+)")  # what `Example.row` says
 
 
@@ -64,7 +64,8 @@ def load(
             order, as with lm-eval's `limit`. A cut validation keeps the file order too.
         columns: the source's name of a column by the task's, where they differ.
         owner: whose the source is. "silo": one client's, of which train is needed, and validation
-            is what it holds back; "server": of which no split is needed (`sources.server_rows`).
+            is what it holds back; "server": of which no split is needed (`sources.server_rows`);
+            "public": nobody's, of which test alone is read.
         cache: a folder for what is prepared of the source, instead of the one that all sources
             share; small files are then read into memory alone.
         keeps_unlabelled: whether rows of train without a label are returned as such, and the
@@ -213,6 +214,8 @@ def _split_rows(
 ) -> tuple[dict[str, sources.Rows], list[str]]:
     if owner == "silo":
         return sources.silo_rows(task.name, tables)
+    if owner == "public":
+        return sources.public_rows(tables), []
     if owner == "server":
         return sources.server_rows(task.name, tables, task.column_sets, seed=seed)
     return sources.split_rows(

@@ -293,6 +293,12 @@ def silo_rows(task: str, tables: Tables) -> tuple[dict[str, Rows], list[str]]:
     return rows, []
 
 
+def public_rows(tables: Tables) -> dict[str, Rows]:
+    """Return all rows of test; of another split, where there is no test, or no split at all."""
+    name = next((name for name in ("test", "validation") if name in tables), next(iter(tables)))
+    return {"test": (name, range(len(tables[name])))}
+
+
 def _whole(tables: Tables, names: Sequence[str]) -> dict[str, Rows]:
     """Return all rows of those of the splits that there are."""
     return {name: (name, range(len(tables[name]))) for name in names if name in tables}

@@ -128,10 +128,10 @@ class TierRow:
         round: that ended; 0 before the first.
         name: of the user whose prompt or text it is; of the server's rows, of the expert.
         model: whose prompt: "personal", "expert" or "general".
-        text: "own", what the user holds back; "domain", the test split of its experts' domains;
-            "other", that of the other domains.
+        text: "own", what the user holds back; "domain", the test split of its experts' domains, or
+            their public text; "other", that of the other domains.
         at: "device", the users' model on the user's rank; "server", the global model.
-        n: number of questions.
+        n: number of questions; of own text of a silo as `federation.disclose` has it.
         loss: in nats per token.
         acc: fraction from 0 to 1.
     """

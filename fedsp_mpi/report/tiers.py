@@ -24,6 +24,10 @@ _LEGEND = (
     "model, because the text stays there; experts and general model on domains, on the global "
     "model."
 )
+_NO_PUBLIC_TEXT = (
+    "Personal prompts are not scored on text of domains where users have silos and experts name no "
+    "public text (tiers.experts[].public_test): no user's rank may open an expert's."
+)
 
 
 def tiers_table(runs: Sequence[Run]) -> str:
@@ -57,6 +61,8 @@ def tiers_table(runs: Sequence[Run]) -> str:
             ]
         gains.append([printable(label), *_gains(of_label)])
     tables = [markdown_table(_HEAD, body, num_left=3), _LEGEND]
+    if any(_lacks_public_text(run) for runs in by_label.values() for run in runs):
+        tables.append(_NO_PUBLIC_TEXT)
     head = ("loss is lower by", *(f"{a} < {b}, {text}" for a, b, text in _PAIRS))
     tables += [
         markdown_table(head, gains),
@@ -78,6 +84,13 @@ def _rows(run: Run, model: str, text: str, pick: Callable[[Sequence[int]], int])
     tiers = run.tiers[run.tiers["round"] == round]
     is_shown = [_text(row["model"]) == model and _text(row["text"]) == text for row in tiers]
     return tiers[np.array(is_shown, dtype=bool)]
+
+
+def _lacks_public_text(run: Run) -> bool:
+    """Return whether users, who have silos, scored their prompts on no text but their own."""
+    texts = (text for text in TEXTS if text != "own")
+    is_scored = any(len(_rows(run, "personal", text, max)) for text in texts)
+    return "silos" in run.sections and not is_scored
 
 
 def _row(runs: Sequence[Run], model: str, pick: Callable[[Sequence[int]], int]) -> list[str]:

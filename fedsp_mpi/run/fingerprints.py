@@ -16,6 +16,7 @@ from fedsp_mpi.files import fingerprint
 from fedsp_mpi.files.untrusted import JsonMapping
 from fedsp_mpi.models.language_model import LanguageModel
 from fedsp_mpi.run.inputs import ExperimentInputs
+from fedsp_mpi.run.tier_inputs import TierInputs
 
 SECTION = "inputs"  # of the record
 WEIGHTS = "weights of model.name"
@@ -44,6 +45,9 @@ def of_server(inputs: ExperimentInputs, model: LanguageModel) -> dict[str, str]:
         "test split": fingerprint.of_rows(example.as_text() for example in inputs.splits.test),
     }
     config = inputs.config
+    if isinstance(inputs, TierInputs) and inputs.public_examples:
+        public = inputs.public_examples
+        digests["public test text"] = fingerprint.of_rows(example.as_text() for example in public)
     if config.distillation.text is not None:
         texts = list(inputs.alignment_texts)
         if config.translates:

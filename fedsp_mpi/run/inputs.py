@@ -83,6 +83,11 @@ class ExperimentInputs(ModelInputs):
         }
 
     @property
+    def shared_sources(self) -> Sequence[str | None]:
+        """Where text lies that every rank reads; None: in the task's own hub set."""
+        return [self.source]
+
+    @property
     def domains(self) -> Sequence[ExperimentInputs]:
         """The inputs of each expert's domain; none without tiers (`run.tier_inputs`)."""
         return ()

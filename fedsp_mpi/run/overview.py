@@ -75,26 +75,25 @@ def say_inputs(log: Log, inputs: ExperimentInputs, *, is_embedded: bool) -> None
     if inputs.origin is not None:
         log.say(f"          starts from {inputs.origin['runs'][0]['folder']}")
     mean_size = sum(client_sizes) // max(1, len(client_sizes))
+    scored = f"{len(splits.validation)} validation, {len(splits.test)} test"
     if config.federation.silos:
-        log.say(
-            f"data      {config.data.task}: the server's {server_size} train, "
-            f"{len(splits.validation)} validation, {len(splits.test)} test"
-        )
-        log.say(f"silos     {_silos_line(config, client_sizes)}")
+        owner = "the experts'" if config.tiers.experts else f"{config.data.task}: the server's"
+        log.say(f"data      {owner} {server_size} train, {scored}")
     elif config.tiers.experts:
         log.say(
             f"data      {len(splits.train)} train ({server_size} the experts', about {mean_size} "
-            f"each user's), {len(splits.validation)} validation, {len(splits.test)} test"
+            f"each user's), {scored}"
         )
-        for expert in config.tiers.experts:
-            task = expert.task or config.data.task
-            log.say(f"          {expert.name} ({task}): {', '.join(expert.users)}")
     else:
         log.say(
             f"data      {config.data.task}: {len(splits.train)} train ({server_size} the "
-            f"server's, about {mean_size} each client's), {len(splits.validation)} validation, "
-            f"{len(splits.test)} test"
+            f"server's, about {mean_size} each client's), {scored}"
         )
+    for expert in config.tiers.experts:
+        task = expert.task or config.data.task
+        log.say(f"          {expert.name} ({task}): {', '.join(expert.users)}")
+    if config.federation.silos:
+        log.say(f"silos     {_silos_line(config, client_sizes)}")
     for note in inputs.notes:
         log.say(f"          {note}")
     privacy = privacy_section(config)

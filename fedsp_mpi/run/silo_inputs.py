@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from fedsp_mpi import rng
-from fedsp_mpi.config import Config, ConfigError, DataConfig, SiloConfig
+from fedsp_mpi.config import Config, ConfigError, DataConfig
 from fedsp_mpi.data import answers, cache, loading, own_tasks, poison, sources, tasks
 from fedsp_mpi.data.few_labels import ClientText
 from fedsp_mpi.data.tokens import Question, Text
@@ -34,7 +34,7 @@ class SiloText(ExperimentInputs):
 
     def __init__(self, config: Config, client: int, model: SiloInputs) -> None:
         silo = config.federation.silos[client]
-        super().__init__(replace(config, data=_data_of(config, silo)))
+        super().__init__(replace(config, data=_data_of(config, client)))
         self._client = client
         self._folder = cache.private_folder(config.federation.silo_cache, silo.name)
         self._model = model
@@ -45,6 +45,16 @@ class SiloText(ExperimentInputs):
     def texts(self) -> list[Text]:
         """The tokenised texts that the client trains on."""
         return self._encode(self._training_examples(self._client + 1))
+
+    @property
+    def holds_back(self) -> bool:
+        """Whether the client keeps some of its text from training, to judge by."""
+        return self.config.evaluation.at != "server"
+
+    @property
+    def num_held_out(self) -> int:
+        """Number of texts that the client holds back."""
+        return len(self.held_out) if self.holds_back else 0
 
     @cached_property
     def held_out(self) -> list[Text]:
@@ -110,7 +120,7 @@ class SiloText(ExperimentInputs):
             poison.require_feasible_target(self.splits.train, poison_target)
         _ = self.texts
         _ = self.unlabelled
-        if self.config.evaluation.at != "server":
+        if self.holds_back:
             _ = self.held_out
 
     def require_candidates(self, candidates: torch.Tensor) -> None:
@@ -160,7 +170,7 @@ class SiloText(ExperimentInputs):
         """The rows of train that are trained on, and those that are held out."""
         num_rows = len(self.splits.train)
         evaluation = self.config.evaluation
-        if evaluation.at == "server" or self.splits.validation:
+        if not self.holds_back or self.splits.validation:
             return range(num_rows), ()
         if num_rows < 2:
             raise ConfigError(
@@ -200,9 +210,18 @@ class SiloInputs(ExperimentInputs):
         silos = {f"silo {silo.name}": silo.source for silo in self.config.federation.silos}
         return super().paths | {"server.data.source": self.source} | silos
 
+    @property
+    def shared_sources(self) -> Sequence[str | None]:
+        """None: each owner's text is its own."""
+        return ()
+
+    def text_of(self, client: int) -> SiloText:
+        """Return a silo's text, of which nothing has been read."""
+        return SiloText(self.config, client, self)
+
     def open_silo(self, client: int) -> SiloText:
         """Open a silo that this rank plays; raise ValueError if it cannot be used."""
-        text = SiloText(self.config, client, self)
+        text = self.text_of(client)
         text.require_usable()
         self.opened[client] = text
         return text
@@ -237,8 +256,7 @@ class SiloInputs(ExperimentInputs):
 
     def reading_digest_of(self, client: int) -> str:
         """Return the digest of how a silo's rows become tokens, as this rank would do it."""
-        silo = self.config.federation.silos[client]
-        return _reading_digest(self.tokenizer_digest, _data_of(self.config, silo))
+        return _reading_digest(self.tokenizer_digest, _data_of(self.config, client))
 
     @cached_property
     def task(self) -> tasks.Task:
@@ -297,6 +315,16 @@ class SiloInputs(ExperimentInputs):
     def choices(self) -> str | None:
         """Return a digest of the choices of the server's own text; None if it has no such."""
         return choices_digest(self._all_examples, self.task)
+
+    def choices_by_owner(self, client: int) -> dict[str, str | None]:
+        """Return digests of the choices that a silo's rows should have, by whose rows have them.
+
+        None: these have none in common. Nothing where the server knows of no choices.
+        """
+        choices = self.choices()
+        if self.has_text:
+            return {"the server's rows": choices}
+        return {} if choices is None else {"most silos": choices}
 
     def check(self) -> None:
         """Raise ValueError on the first thing that cannot work, before any weight is loaded."""
@@ -400,9 +428,12 @@ class SiloInputs(ExperimentInputs):
             poison.require_feasible_target(self.splits.test, target)
 
 
-def _data_of(config: Config, silo: SiloConfig) -> DataConfig:
-    """Return the section `data` of one silo."""
+def _data_of(config: Config, client: int) -> DataConfig:
+    """Return the section `data` of one silo, over that of its user's experts, if it has some."""
+    silo = config.federation.silos[client]
     data = config.data
+    for expert in config.tiers.experts_of(silo.name)[:1]:  # the others read alike
+        data = config.tiers.experts[expert].data_over(data)
     return replace(
         data,
         source=silo.source,

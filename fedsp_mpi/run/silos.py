@@ -32,7 +32,7 @@ from fedsp_mpi.run.ranks import Assignment
 if TYPE_CHECKING:
     from fedsp_mpi.comm.solo import Solo
     from fedsp_mpi.comm.wire import Wire
-    from fedsp_mpi.run.silo_inputs import SiloInputs, SiloText
+    from fedsp_mpi.run.silo_inputs import SiloInputs
 
 _MAX_NAMED = 10  # silos that the log names
 _MAX_HOSTS_NAMED = 4  # of a silo that differs
@@ -243,11 +243,11 @@ def declare_silos(placement: Placement, wire: Wire | Solo) -> OpenSilos:
         placement: of the silos.
         wire: between all ranks.
     """
-    from fedsp_mpi.run.silo_inputs import SiloInputs
+    from fedsp_mpi.run.any_inputs import silo_inputs_of
 
     config = placement.config
     ids = placement.assignment[wire.topology.rank]
-    inputs = SiloInputs(config)
+    inputs = silo_inputs_of(config)
     inputs.problems = {client: text for client, text in placement.problems.items() if client in ids}
     mistake = None
     if wire.is_server:
@@ -359,10 +359,10 @@ def _read_silos(config: Config, placed: Sequence[tuple[int, str, str]]) -> list[
 def _find(config: Config, name: str, views: Sequence[View]) -> list[tuple[int, str, str]]:
     """Return the silos in the order of the configuration, those of a pattern by name.
 
-    A run that is resumed has the silos that it was begun with.
+    A run that is resumed has the silos that it was begun with, one with experts those of its users.
 
     Raises:
-        ConfigError: nothing matches, or a silo is new to the run.
+        ConfigError: nothing matches, or a silo is new to the run, or no user's.
     """
     placed: list[tuple[int, str, str]] = []
     recorded = _recorded_names(config, name)
@@ -380,7 +380,7 @@ def _find(config: Config, name: str, views: Sequence[View]) -> list[tuple[int, s
                 f"{', '.join(hosts[:_MAX_NAMED])}, expected a folder for each silo"
             )
         placed += [(index, match, paths[match]) for match in sorted(paths)]
-    return _as_recorded(config, placed, recorded)
+    return _of_users(config, _as_recorded(config, placed, recorded))
 
 
 def found_here(config: Config) -> Config:
@@ -391,16 +391,17 @@ def found_here(config: Config) -> Config:
     Raises:
         ConfigError: the configuration cannot work with those silos.
     """
-    silos: list[SiloConfig] = []
-    for silo in config.federation.silos:
+    placed: list[tuple[int, str, str]] = []
+    for index, silo in enumerate(config.federation.silos):
         paths = _matches(silo.source) if silo.is_pattern else {}
-        silos += [replace(silo, name=name, source=path) for name, (path, _) in paths.items()]
+        placed += [(index, name, path) for name, (path, _) in paths.items()]
         if not paths:
-            silos.append(silo)
+            placed.append((index, silo.name, silo.source))
+    silos = _read_silos(config, placed)
     if silos == list(config.federation.silos):
         return config
-    complete = with_silos(config, silos)
-    if not any(silo.is_pattern for silo in silos):
+    complete = with_silos(config, _read_silos(config, _of_users(config, placed)))
+    if not any(silo.is_pattern for silo in complete.federation.silos):
         complete.check()
     return complete
 
@@ -411,18 +412,39 @@ def _as_recorded(
     """Return the silos of the run that is resumed, also those that are not there any more."""
     if not recorded:
         return list(placed)
-    by_name = {name: (index, name, source) for index, name, source in placed}
-    new = [name for name in by_name if name not in recorded]
+    new = [name for _, name, _ in placed if name not in recorded]
     if new:
         raise ConfigError(
             f"federation.silos: found {', '.join(new[:_MAX_NAMED])}, which the run was begun "
             "without, expected the same silos; move them away, or choose another run.name"
         )
+    return _named(config, placed, recorded)
+
+
+def _of_users(config: Config, placed: Sequence[tuple[int, str, str]]) -> list[tuple[int, str, str]]:
+    """Return the silos of all users of experts, in their order; without experts those given."""
+    users = config.tiers.users
+    if not users:
+        return list(placed)
+    strangers = [name for _, name, _ in placed if name not in (*users, WILDCARD)]
+    if strangers:
+        raise ConfigError(
+            f"federation.silos: found {', '.join(strangers[:_MAX_NAMED])}, expected the names of "
+            "users of tiers.experts; name them among an expert's users, or move them away"
+        )
+    return _named(config, placed, users)
+
+
+def _named(
+    config: Config, placed: Sequence[tuple[int, str, str]], names: Sequence[str]
+) -> list[tuple[int, str, str]]:
+    """Return the silos of these names; one that is not there lies where the pattern has it."""
+    by_name = {name: (index, name, source) for index, name, source in placed}
     pattern = next(
         (index for index, silo in enumerate(config.federation.silos) if silo.is_pattern), 0
     )
     source = config.federation.silos[pattern].source
-    return [by_name.get(name, (pattern, name, source.replace(WILDCARD, name))) for name in recorded]
+    return [by_name.get(name, (pattern, name, source.replace(WILDCARD, name))) for name in names]
 
 
 def _recorded_names(config: Config, name: str) -> list[str]:
@@ -527,15 +549,11 @@ def _declare(inputs: SiloInputs, client: int) -> Declaration:
     return Declaration(
         client,
         size=disclosed(text.num_texts, disclose),
-        num_held_out=disclosed(_num_held_out(text), disclose),
+        num_held_out=disclosed(text.num_held_out, disclose),
         longest=disclosed(text.longest, disclose),
         reading=text.reading_digest,
         choices=text.choices(),
     )
-
-
-def _num_held_out(text: SiloText) -> int:
-    return 0 if text.config.evaluation.at == "server" else len(text.held_out)
 
 
 def disclosed(number: int, disclose: str) -> int | None:
@@ -580,10 +598,9 @@ def _with_disagreements(
 
     The server's own text decides; where it owns none, what most silos have.
     """
-    usable = [item for item in declarations if item.error is None]
-    reference = inputs.choices()
-    if reference is None and usable and not inputs.has_text:
-        [(reference, _)] = Counter(item.choices for item in usable).most_common(1)
+    usable = [item.choices for item in declarations if item.error is None]
+    most_silos = {"most silos": max(usable, key=Counter(usable).__getitem__, default=None)}
+    key = "tiers.experts[].classes" if inputs.config.tiers.experts else "data.classes"
     checked = []
     for item in declarations:
         silo = inputs.config.federation.silos[item.client]
@@ -594,12 +611,13 @@ def _with_disagreements(
                 "expected the same files; copy model.tokenizer or model.name there"
             )
         has_own_words = bool(silo.verbaliser)
-        if error is None and reference and not has_own_words and item.choices != reference:
-            owner = "the server's rows" if inputs.has_text else "most silos"
-            error = (
-                f"silo {silo.name}: found other choices in its rows than {owner} have, expected "
-                "the same labels; correct them, or name all classes in data.classes"
-            )
+        references = inputs.choices_by_owner(item.client) or most_silos
+        for owner, choices in references.items():
+            if error is None and choices and not has_own_words and item.choices != choices:
+                error = (
+                    f"silo {silo.name}: found other choices in its rows than {owner} have, "
+                    f"expected the same labels; correct them, or name all classes in {key}"
+                )
         checked.append(replace(item, error=error))
     return checked
 

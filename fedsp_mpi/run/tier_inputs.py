@@ -15,14 +15,43 @@ import numpy as np
 import torch
 
 from fedsp_mpi import rng
-from fedsp_mpi.config import Config, ConfigError, DataConfig
+from fedsp_mpi.config import Config, ConfigError
 from fedsp_mpi.config.tiers import ExpertConfig
 from fedsp_mpi.data import loading, tasks
 from fedsp_mpi.data.tokens import Question
 from fedsp_mpi.run.inputs import ExperimentInputs
+from fedsp_mpi.run.silo_inputs import choices_digest
 
 
-class DomainInputs(ExperimentInputs):
+class DomainText(ExperimentInputs):
+    """Text in the words of one domain, in which questions can be asked."""
+
+    @property
+    def has_fixed_choices(self) -> bool:
+        """Whether all questions of the domain have the same choices."""
+        return self._has_classes
+
+    def example_of(self, text: str) -> tasks.Example:
+        """Return a question of the domain with a text of a user's in its words.
+
+        The choices are those of the first training row, whose place the text takes.
+        """
+        tables = self._tables_of(self.task)
+        task, _ = loading.with_found_classes(self.task, tables)
+        split = "train" if "train" in tables else next(iter(tables))
+        row = {**tables[split][0], task.columns[0]: text}
+        return task.example(row)
+
+    def questions_of(self, examples: Sequence[tasks.Example]) -> list[Question]:
+        """Tokenise examples with their options."""
+        return self._to_questions(examples)
+
+    def choices(self) -> str | None:
+        """Return a digest of the choices of all rows; None if they have none in common."""
+        return choices_digest(self._all_examples, self.task)
+
+
+class DomainInputs(DomainText):
     """One domain: the expert's and its users' text.
 
     Args:
@@ -31,13 +60,19 @@ class DomainInputs(ExperimentInputs):
         tiers: the run's inputs, which tell the model's shape and tokenizer.
         part: which part of the source's training rows is this domain's, and how many parts there
             are: experts of the same data share its rows out.
+
+    Attributes:
+        public: questions of the domain that every rank may open, in a place of their own; None
+            where users share the experts' data.
     """
+
+    public: DomainText | None = None
 
     def __init__(
         self, config: Config, expert: ExpertConfig, tiers: TierInputs, part: tuple[int, int]
     ) -> None:
         federation = replace(config.federation, clients=len(expert.users), users=expert.users)
-        data = data_of(config.data, expert)
+        data = expert.data_over(config.data)
         super().__init__(replace(config, data=data, federation=federation))
         self.name = expert.name
         self._tiers = tiers
@@ -52,7 +87,7 @@ class DomainInputs(ExperimentInputs):
 
     def _load_splits(self) -> tasks.Splits:
         """Read the source, and keep this domain's part of train."""
-        splits = super()._load_splits()
+        splits = self._read_splits()
         index, num_parts = self._part
         if num_parts == 1:
             return splits
@@ -62,25 +97,8 @@ class DomainInputs(ExperimentInputs):
         train = tuple(splits.train[row] for row in rows)
         return replace(splits, train=train, notes=(*splits.notes, note))
 
-    @property
-    def has_fixed_choices(self) -> bool:
-        """Whether all questions of the domain have the same choices."""
-        return self._has_classes
-
-    def example_of(self, text: str) -> tasks.Example:
-        """Return a question of the domain with a text of a user's in its words.
-
-        The choices are those of the domain's first training row, whose place the text takes.
-        """
-        columns = self.config.data.columns
-        tables, _ = loading.read_tables(self.task, self.source, columns)
-        task, _ = loading.with_found_classes(self.task, tables)
-        row = {**tables["train"][0], task.columns[0]: text}
-        return task.example(row)
-
-    def questions_of(self, examples: Sequence[tasks.Example]) -> list[Question]:
-        """Tokenise examples with their options."""
-        return self._to_questions(examples)
+    def _read_splits(self) -> tasks.Splits:
+        return super()._load_splits()
 
     def check(self) -> None:
         """Raise ValueError on the first thing that cannot work with this domain's text."""
@@ -110,13 +128,17 @@ class TierInputs(ExperimentInputs):
         experts = self.config.tiers.experts
         sources = []
         for expert in experts:
-            data = data_of(self.config.data, expert)
+            data = expert.data_over(self.config.data)
             sources.append((data.task, data.source))
         domains = []
         for index, expert in enumerate(experts):
             part = (sources[:index].count(sources[index]), sources.count(sources[index]))
-            domains.append(DomainInputs(self.config, expert, self, part))
+            domains.append(self._domain_of(expert, part))
         return domains
+
+    def _domain_of(self, expert: ExpertConfig, part: tuple[int, int]) -> DomainInputs:
+        """Return an expert's domain; see `DomainInputs`."""
+        return DomainInputs(self.config, expert, self, part)
 
     @cached_property
     def members(self) -> list[tuple[int, ...]]:
@@ -179,7 +201,7 @@ class TierInputs(ExperimentInputs):
         users = self.config.tiers.users
         offset = 0
         for domain in self.domains:
-            with _named(domain):
+            with named_domain(domain):
                 expert_rows, *shards = domain.shards
             experts_rows.append(offset + expert_rows)
             for user, rows in zip(domain.config.federation.users, shards, strict=True):
@@ -203,6 +225,29 @@ class TierInputs(ExperimentInputs):
         num_held_out = min(len(rows) - 1, max(1, round(config.evaluation.held_out * len(rows))))
         return rows[np.sort(order[num_held_out:])], rows[np.sort(order[:num_held_out])]
 
+    @property
+    def shared_sources(self) -> Sequence[str | None]:
+        """What every rank reads: the text of all domains."""
+        return [domain.source for domain in self.domains]
+
+    @property
+    def public_examples(self) -> list[tasks.Example]:
+        """The domains' questions that no owner has; none where users share the experts' data."""
+        return []
+
+    def words_of(self, client: int) -> dict[str, DomainText]:
+        """Return text in whose words a user asks itself and its experts, by their names."""
+        return {self.domains[expert].name: self.domains[expert] for expert in self.members[client]}
+
+    def texts_of(self, client: int) -> dict[str, list[Question]]:
+        """Return what a user's rank scores prompts on: "own", "domain" and "other" text."""
+        experts = self.members[client]
+        return {
+            "own": self.own_text(client),
+            "domain": self.domain_text(experts),
+            "other": self.other_text(experts),
+        }
+
     def own_text(self, client: int) -> list[Question]:
         """Return what a user holds back of its own text, at most as much as tiers are scored on."""
         return self._to_questions(self.own_examples(client))
@@ -217,13 +262,19 @@ class TierInputs(ExperimentInputs):
         _, users_rows = self._owned_rows
         _, rows = users_rows[client]
         # Of several domains, some of each.
-        order = rng.generator(self.config.run.seed, "own text", client).permutation(len(rows))
-        chosen = rows[np.sort(order[: self.config.tiers.questions])]
+        chosen = rows[self._judged_places(client, len(rows))]
         if expert is not None:
             sizes = [len(domain.splits.train) for domain in self.domains]
             offset = sum(sizes[:expert])
             chosen = chosen[(chosen >= offset) & (chosen < offset + sizes[expert])]
         return [self.splits.train[row] for row in chosen]
+
+    def _judged_places(self, client: int, num_rows: int) -> np.ndarray:
+        """Return the places of what is scored, of the rows that a user holds back: int64 [number
+        of them], ascending.
+        """
+        order = rng.generator(self.config.run.seed, "own text", client).permutation(num_rows)
+        return np.sort(order[: self.config.tiers.questions])
 
     def domain_text(self, experts: Sequence[int]) -> list[Question]:
         """Return test questions of some domains, an equal number of each."""
@@ -238,7 +289,7 @@ class TierInputs(ExperimentInputs):
         """Raise ValueError on the first thing that cannot work, before any weight is loaded."""
         self.check_model()
         for domain in self.domains:
-            with _named(domain):
+            with named_domain(domain):
                 domain.check()
         _ = self.shards
         _ = self.candidates
@@ -247,22 +298,8 @@ class TierInputs(ExperimentInputs):
         _ = self.alignment_texts
 
 
-def data_of(data: DataConfig, expert: ExpertConfig) -> DataConfig:
-    """Return the section `data` of one expert's domain."""
-    return replace(
-        data,
-        task=expert.task or data.task,
-        source=expert.source if expert.source is not None else data.source,
-        columns=expert.columns or data.columns,
-        classes=expert.classes or data.classes,
-        template=expert.template if expert.template is not None else data.template,
-        verbaliser=expert.verbaliser or data.verbaliser,
-        partition=expert.partition or data.partition,
-    )
-
-
 @contextmanager
-def _named(domain: DomainInputs) -> Iterator[None]:
+def named_domain(domain: DomainInputs) -> Iterator[None]:
     """Name the expert in what is wrong with its domain."""
     try:
         yield

@@ -17,8 +17,17 @@ from fedsp_mpi.models.prompts import Prompt
 from fedsp_mpi.record.tables import TierRow
 from fedsp_mpi.roles import TierScore
 from fedsp_mpi.run.inputs import ExperimentInputs
+from fedsp_mpi.run.silos import disclosed
 from fedsp_mpi.run.tier_inputs import TierInputs
 from fedsp_mpi.tensors import NamedTensors
+
+_SCORED_BY_USERS: tuple[tuple[TierName, str], ...] = (
+    ("personal", "own"),
+    ("personal", "domain"),
+    ("personal", "other"),
+    ("expert", "own"),
+    ("general", "own"),
+)
 
 
 @dataclass(frozen=True)
@@ -94,24 +103,27 @@ def user_scorer(
     batch_tokens = inputs.config.evaluation.batch_tokens
 
     def score_tiers_of(id: int, tensors: NamedTensors) -> list[TierScore]:
-        experts = inputs.members[id]
-        texts: dict[tuple[TierName, str], list[Question]] = {
-            ("personal", "own"): inputs.own_text(id),
-            ("personal", "domain"): inputs.domain_text(experts),
-            ("personal", "other"): inputs.other_text(experts),
-            ("expert", "own"): inputs.own_text(id),
-            ("general", "own"): inputs.own_text(id),
-        }
+        texts = inputs.texts_of(id)
         scores: list[TierScore] = []
-        for (tier, kind), text in texts.items():
+        for tier, kind in _SCORED_BY_USERS:
+            text = texts.get(kind)
             if not text:
                 continue
             client.show(id, tensors, tier)
             result = judge(client.model, client.prompt, text, batch_tokens)
-            scores.append(TierScore(id, tier, kind, n=result.n, loss=result.loss, acc=result.acc))
+            n = _disclosed(inputs, result.n) if kind == "own" else result.n
+            scores.append(TierScore(id, tier, kind, n=n, loss=result.loss, acc=result.acc))
         return scores
 
     return score_tiers_of
+
+
+def _disclosed(inputs: TierInputs, num_questions: int) -> int:
+    """Return what a user's rank says of the number of questions that its user holds back."""
+    federation = inputs.config.federation
+    if not federation.silos:
+        return num_questions
+    return disclosed(num_questions, federation.disclose) or 0
 
 
 def server_scorer(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,11 @@ from fedsp_mpi.comm.envelope import ENVELOPE_BYTES, Content, Envelope
 from fedsp_mpi.record import read
 from fedsp_mpi.report.diff import difference
 from fedsp_mpi.run.any_inputs import inputs_of
+from helpers import user_silos
 from helpers.mpi import run_mpi
 from helpers.opened import opened_files
 from helpers.paths import PROGRAMS, ROOT
-from helpers.runs import SHORT, here
+from helpers.runs import FAULTY, SHORT, here
 
 pytestmark = pytest.mark.slow
 SETTINGS = (
@@ -37,8 +39,8 @@ WEIGHTS = ROOT / "fedsp_mpi" / "resources" / "model" / "model.safetensors"
 QUESTION = "Where is the dog of the old gardener?"
 
 
-def arguments(folder: Path, name: str, *settings: str) -> list[str]:
-    every = (*SETTINGS, f"run.folder={folder}", *settings)
+def arguments(folder: Path, name: str, *settings: str, base=SETTINGS) -> list[str]:
+    every = (*base, f"run.folder={folder}", *settings)
     return ["run", "--name", name, *(word for item in every for word in ("--set", item))]
 
 
@@ -56,6 +58,11 @@ def test_the_same_bits_on_any_number_of_ranks(runs, n, is_sealed):
     name = f"on-{n}"
     settings = (f"wire.encryption={str(is_sealed).lower()}",)
     run_mpi(n, ["-m", "fedsp_mpi", *arguments(runs, name, *settings)], timeout=400)
+    require_same_bits(runs, name)
+
+
+def require_same_bits(runs: Path, name: str) -> None:
+    """Check that a run has the rounds, results and scores of `whole`."""
     whole, run = read(runs / "whole"), read(runs / name)
     assert difference(whole, run) == []
     columns = ["round", "name", "model", "text", "at", "n", "loss", "acc"]
@@ -88,7 +95,12 @@ def test_weights_and_text_stay_where_they_are_and_what_a_user_keeps_on_its_rank(
     names = {row["name"] for row in run.wire if "(" not in row["name"]}
     prompts = r"(prompt/)?(expert/[ab]|general)/prompt|prompt"
     assert not [name for name in names if not re.fullmatch(rf"{prompts}|auxiliary/.+", name)]
-    splits = inputs_of(config.load(tmp_path / "run" / "config.yaml")).splits
+    require_no_text(messages, tmp_path / "run")
+
+
+def require_no_text(messages: Path, folder: Path) -> None:
+    """Check that no message has a text of a run that shares its source."""
+    splits = inputs_of(config.load(folder / "config.yaml")).splits
     texts = {
         max(example.context.splitlines(), key=len).encode()
         for split in (splits.train, splits.validation, splits.test)
@@ -201,3 +213,106 @@ def test_what_cannot_be_asked_ends_both_processes_with_one_line(runs, n, asked, 
     ended = run_mpi(n, ["-m", "fedsp_mpi", *ask(runs / "whole", *asked)], status=2)
     lines = [line for line in ended.stderr.splitlines() if line.startswith("fedsp_mpi: ")]
     assert len(lines) == 1 and words in lines[0] and "Traceback" not in ended.stderr
+
+
+# -- users with silos ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def own(runs) -> tuple[str, ...]:
+    """The settings of `whole`, with what it deals out cut into folders below `cut`."""
+    return user_silos.cut(SETTINGS, runs / "cut")
+
+
+@pytest.mark.parametrize(("n", "more"), [(0, ()), (2, ()), (4, ("wire.encryption=true",))])
+def test_users_with_silos_have_the_bits_of_the_simulation(runs, own, n, more):
+    words = arguments(runs, f"own-{n}", *more, base=own)
+    if n:
+        run_mpi(n, ["-m", "fedsp_mpi", *words], timeout=400)
+    else:
+        here(words)
+    require_same_bits(runs, f"own-{n}")
+
+
+def owners(opened: dict[Path, set[int]], folder: Path) -> dict[str, set[int]]:
+    """The ranks that opened a file of each owner, by its folder below that of all."""
+    ranks: dict[str, set[int]] = {}
+    for path, by in opened.items():
+        if path.is_relative_to(folder):
+            ranks.setdefault("/".join(path.relative_to(folder).parts[:2]), set()).update(by)
+    return ranks
+
+
+def test_each_text_is_opened_by_the_rank_of_its_owner_alone(runs, own, tmp_path):
+    messages = tmp_path / "messages"
+    messages.mkdir()
+    words = arguments(tmp_path, "run", base=own)
+    opened = opened_files(tmp_path / "trace", 4, [PROGRAMS / "capture.py", messages, *words])
+    assignment = read(tmp_path / "run").sections["topology"]["assignment"]
+    expected = {
+        f"users/{USERS[client]}": {rank} for rank, ids in enumerate(assignment) for client in ids
+    }
+    assert len(expected) == 7 and sorted(map(len, assignment)) == [0, 2, 2, 3]
+    expected |= {f"experts/{name}": {0} for name in "ab"}
+    # What the configuration calls public, and no more, all may open.
+    expected |= {f"public/{name}": {0, 1, 2, 3} for name in "ab"}
+    assert owners(opened, runs / "cut") == expected
+    assert opened[WEIGHTS] == {0}
+    require_no_text(messages, runs / "whole")
+
+
+def test_a_user_who_asks_opens_its_own_folder_and_no_other(runs, own, tmp_path):
+    here(arguments(runs, "asked", base=own))
+    command = ask(runs / "asked", "--user", "dee", "--evaluate", "--threshold", "1")
+    opened = opened_files(tmp_path / "trace", 2, ["-m", "fedsp_mpi", *command])
+    assert owners(opened, runs / "cut") == {"users/dee": {1}}
+    assert opened[WEIGHTS] == {0}
+    question = ("--user", "cem", QUESTION, "--expert", "b", "--threshold", "1")
+    command = ask(runs / "asked", *question)
+    opened = opened_files(tmp_path / "second", 2, ["-m", "fedsp_mpi", *command])
+    assert owners(opened, runs / "cut") == {"users/cem": {1}, "experts/b": {0}}
+    shared = ask(runs / "whole", *question)
+    assert untimed(here(command).stdout) == untimed(here(shared).stdout)
+    (runs / "cut" / "users" / "cem").rename(tmp_path / "cem")
+    ended = run_mpi(2, ["-m", "fedsp_mpi", *command], status=2)
+    (tmp_path / "cem").rename(runs / "cut" / "users" / "cem")
+    [line] = [line for line in ended.stderr.splitlines() if line.startswith("fedsp_mpi: ")]
+    assert f"found no folder {runs / 'cut' / 'users' / 'cem'}" in line
+
+
+def test_a_kill_a_lost_silo_and_a_changed_one(runs, own, tmp_path):
+    """One killed run, which goes on in three ways."""
+    settings = (*own, "checkpoint.every=1")
+    killed = run_mpi(
+        3,
+        [FAULTY, "kill:local training:1:2", *arguments(runs, "killed", base=settings)],
+        timeout=200,
+        status=None,
+    )
+    assert killed.returncode != 0 and read(runs / "killed").committed_rounds == 1
+    shutil.copytree(runs / "killed", runs / "lost")
+    users = runs / "cut" / "users"
+
+    def resume(name: str, status: int = 0) -> str:
+        words = arguments(runs, name, base=settings)
+        ended = here([*words, "--resume"], status)
+        return ended.stdout + ended.stderr
+
+    ann = users / "ann" / "train.jsonl"
+    before = ann.read_text()
+    ann.write_text(before.replace("?", "!", 1))
+    assert "found other inputs than the run was begun with (texts of silo ann)" in resume(
+        "killed", 2
+    )
+    ann.write_text(before)
+    (users / "ben").rename(tmp_path / "ben")
+    assert "left out: silo ben on" in resume("lost")
+    (tmp_path / "ben").rename(users / "ben")
+    clients = read(runs / "lost").clients
+    lost = clients[clients["status"] != "ok"]
+    assert lost[["round", "client"]].tolist() == [(2, USERS.index("ben"))]
+    tiers = read(runs / "lost").tiers
+    assert not [row for row in tiers[tiers["round"] == 2] if row["name"] in ("ben", b"ben")]
+    words = arguments(runs, "killed", base=settings)
+    run_mpi(2, ["-m", "fedsp_mpi", *words, "--resume"], timeout=200)
+    require_same_bits(runs, "killed")

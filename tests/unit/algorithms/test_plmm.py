@@ -366,7 +366,7 @@ def test_plan_counts_the_prompts_that_go_down(whole, tmp_path):
         ({"method": "fedsp"}, ("tiers.experts: found 3 with method=fedsp",)),
         (
             {"federation.silos": [{"source": "/data/ann"}]},
-            ("federation.silos: found silos with tiers.experts", "tiers.experts[].source"),
+            ("data.source: found 'embedded'", "each expert tiers.experts[].source"),
         ),
         ({"client.privacy": {"clip": 1.0, "noise_scale": 0.1}}, ("client.privacy.clip",)),
         ({"federation.compression.format": "int8"}, ("one prompt, and gets those of all",)),
