@@ -216,7 +216,7 @@ class LocalExperts:
         if tier != GENERAL:
             self._models.domain(tier)
         prompt = self._models.server_prompt(tier)
-        return _choices(self._models.shared, prompt, examples, domain)
+        return _choices(self._models.shared, prompt, examples, domain=domain)
 
 
 class Assistant:
@@ -253,7 +253,7 @@ class Assistant:
 
     def choose(self, examples: Sequence[Example], domain: DomainInputs) -> list[Choice]:
         """Return what the personal model chooses for each question of a domain."""
-        return _choices(self.models.personal, self.prompt, examples, domain)
+        return _choices(self.models.personal, self.prompt, examples, domain=domain)
 
     def budget(self, num_questions: int = 20) -> Budget:
         """Measure what the personal model costs; call it before an expert is asked.
@@ -266,7 +266,7 @@ class Assistant:
         times = []
         for question in questions:
             start = time.perf_counter()
-            loglikelihoods(self.models.personal, self.prompt, [question], batch_tokens)
+            loglikelihoods(self.models.personal, self.prompt, [question], batch_tokens=batch_tokens)
             num_tokens = sum(len(option.ids) - option.answer for option in question.options)
             num_tokens += question.options[0].answer
             times.append((time.perf_counter() - start) / num_tokens)
@@ -303,7 +303,7 @@ def _answer(
     example = domain.example_of(text)
     start = time.perf_counter()
     if domain.has_fixed_choices:
-        [choice] = _choices(model, prompt, [example], domain)
+        [choice] = _choices(model, prompt, [example], domain=domain)
         seconds = time.perf_counter() - start
         [question] = domain.questions_of([example])
         num_tokens = question.options[choice.option].num_answers
@@ -327,12 +327,12 @@ def _answer(
 
 
 def _choices(
-    model: LanguageModel, prompt: Prompt, examples: Sequence[Example], domain: DomainInputs
+    model: LanguageModel, prompt: Prompt, examples: Sequence[Example], *, domain: DomainInputs
 ) -> list[Choice]:
     """Return the likeliest option of each question."""
     batch_tokens = domain.config.evaluation.batch_tokens
     questions = domain.questions_of(examples)
-    scores = loglikelihoods(model, prompt, questions, batch_tokens)
+    scores = loglikelihoods(model, prompt, questions, batch_tokens=batch_tokens)
     assert scores is not None, "nothing tells it to stop"
     return [
         Choice(int(score.loglikelihood.argmax()), _probability(score.loglikelihood))

@@ -34,7 +34,7 @@ class DomainInputs(ExperimentInputs):
     """
 
     def __init__(
-        self, config: Config, expert: ExpertConfig, tiers: TierInputs, part: tuple[int, int]
+        self, config: Config, expert: ExpertConfig, tiers: TierInputs, *, part: tuple[int, int]
     ) -> None:
         federation = replace(config.federation, clients=len(expert.users), users=expert.users)
         data = data_of(config.data, expert)
@@ -115,7 +115,7 @@ class TierInputs(ExperimentInputs):
         domains = []
         for index, expert in enumerate(experts):
             part = (sources[:index].count(sources[index]), sources.count(sources[index]))
-            domains.append(DomainInputs(self.config, expert, self, part))
+            domains.append(DomainInputs(self.config, expert, self, part=part))
         return domains
 
     @cached_property

@@ -34,6 +34,7 @@ def judge(
     model: LanguageModel,
     prompt: Prompt,
     questions: Sequence[Question],
+    *,
     batch_tokens: int,
 ) -> Judgement:
     """Score a prompt, in one pass over each question's options.
@@ -46,7 +47,7 @@ def judge(
         questions: one at least, of multiple choice.
         batch_tokens: most tokens of a forward pass.
     """
-    scores = loglikelihoods(model, prompt, questions, batch_tokens)
+    scores = loglikelihoods(model, prompt, questions, batch_tokens=batch_tokens)
     assert scores is not None, "nothing tells it to stop"
     nats = 0.0
     num_tokens = 0
@@ -72,7 +73,10 @@ def validation_of(inputs: ExperimentInputs) -> Callable[[Server], float] | None:
         assert isinstance(server, Experts)
         losses = [
             answer_loss_mean(
-                server.model, server.prompts[domain.name], domain.validation, batch_tokens
+                server.model,
+                server.prompts[domain.name],
+                domain.validation,
+                batch_tokens=batch_tokens,
             )
             for domain in domains
         ]
@@ -107,7 +111,7 @@ def user_scorer(
             if not text:
                 continue
             client.show(id, tensors, tier)
-            result = judge(client.model, client.prompt, text, batch_tokens)
+            result = judge(client.model, client.prompt, text, batch_tokens=batch_tokens)
             scores.append(TierScore(id, tier, kind, n=result.n, loss=result.loss, acc=result.acc))
         return scores
 
@@ -135,7 +139,7 @@ def server_scorer(
                 if not text:
                     continue
                 for tier, prompt in prompts.items():
-                    result = judge(server.model, prompt, text, batch_tokens)
+                    result = judge(server.model, prompt, text, batch_tokens=batch_tokens)
                     rows.append(
                         TierRow(
                             round=round,
