@@ -257,7 +257,7 @@ def main() -> None:
             for file, line, what in places:
                 print(f"         {file}:{line} {what}")
     lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
-    print(f"{len(root_modules()):5}  modules at the package's root (limit 9)")
+    print(f"{len(root_modules()):5}  modules at the package's root (limit 8)")
     print(f"{len(lines):5}  lines of README.md (limit 300)")
 
 
