@@ -314,7 +314,14 @@ class RoundResult:
 def tune_on_server(
     round: int, schedule: Schedule, server: ServerRole, *, watch: Stopwatch
 ) -> ServerTuning:
-    """Tune the merged prompts at the server, and keep that if the validation loss says so."""
+    """Tune the merged prompts at the server, and keep that if the validation loss says so.
+
+    Args:
+        round: from 1.
+        schedule: of the run.
+        server: holds the merged prompts, and holds the result afterwards.
+        watch: of the round.
+    """
     with guard.phase("validation of the merged prompts", round=round):
         merged_loss = server.validation_loss(server.server)
         watch.lap("validation")
@@ -331,7 +338,13 @@ def tune_on_server(
 
 
 def run_tier_above(round: int, schedule: Schedule, above: UpperTier) -> None:
-    """Run one round of the tier above; validation and record belong to the round that it is in."""
+    """Run one round of the tier above; validation and record belong to the round that it is in.
+
+    Args:
+        round: that it is in, from 1.
+        schedule: of the run; the tier has a federation of its own.
+        above: the tier, whose clients are parts of this server.
+    """
     close = run_round(
         round,
         above.wire,

@@ -220,8 +220,8 @@ MEASURES: dict[str, tuple[Measure, int | None]] = {
     "functions whose 4th parameter may be passed by place": (fourth_by_place, 0),
     "public functions of tensors without shapes": (tensors_without_shapes, 0),
     "docstrings that do not begin with a verb": (docstrings_without_verb, None),
-    "public functions of 3 or more parameters without Args": (parameters_without_args, None),
-    "assignments of several values at once": (tuple_assignments, None),
+    "public functions of 3 or more parameters without Args": (parameters_without_args, 0),
+    "assignments of several values at once": (tuple_assignments, 0),
     "nested conditional expressions": (nested_ternaries, 0),
     "hasattr(self, ...)": (hasattr_self, 0),
 }

@@ -95,7 +95,13 @@ class Experts(Protocol):
         ...
 
     def choose(self, tier: str, expert: str, examples: Sequence[Example]) -> list[Choice]:
-        """Return what a tier, by its name, chooses for each question of an expert's domain."""
+        """Return what a tier chooses for each question.
+
+        Args:
+            tier: name of the expert, or "general".
+            expert: whose domain the questions are of.
+            examples: the questions; which options are right is not looked at.
+        """
         ...
 
 
@@ -203,11 +209,6 @@ class LocalExperts:
 
     def choose(self, tier: str, expert: str, examples: Sequence[Example]) -> list[Choice]:
         """Return what a tier chooses; see `Experts.choose`.
-
-        Args:
-            tier: name of the expert, or "general".
-            expert: whose domain the questions are of.
-            examples: the questions; which options are right is not looked at.
 
         Raises:
             ValueError: there is no such expert.

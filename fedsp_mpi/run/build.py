@@ -504,7 +504,13 @@ def hosted_clients(
 
 
 def weighted(inputs: ExperimentInputs, client: Client, ids: Sequence[int]) -> Client:
-    """Return clients whose updates weigh as their silos' configuration says."""
+    """Return clients whose updates weigh as their silos' configuration says.
+
+    Args:
+        inputs: of silos; otherwise the clients stay as they are.
+        client: plays the clients.
+        ids: of the clients.
+    """
     if not isinstance(inputs, SiloInputs):
         return client
     weights = {id: inputs.weight_of(id) for id in ids}
