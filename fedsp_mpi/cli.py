@@ -10,7 +10,7 @@ import os
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,8 +23,10 @@ from fedsp_mpi.log import Bar, Log
 
 if TYPE_CHECKING:
     from fedsp_mpi.record import Run
+    from fedsp_mpi.run.request import Request
 
 USAGE_ERROR = 2  # exit status
+_PROGRESS_SECONDS = 5.0  # between two lines
 SECONDS = number(float, 0, 1e9)
 TFLOPS = number(float, 0, 1e9, above=True)
 FRACTION = number(float, 0, 1)
@@ -60,11 +62,69 @@ def main(arguments: Sequence[str] | None = None, *, ends_process: bool = False) 
             try:
                 return options.run(options)
             finally:
-                end_bar()
+                _end_bar()
     except Refused as error:
         if _is_rank_zero():
-            print(f"fedsp_mpi: {refusal_line(error, options)}", file=sys.stderr, flush=True)
+            print(f"fedsp_mpi: {_refusal_line(error, options)}", file=sys.stderr, flush=True)
         return error.exit_status
+
+
+def run_in_program(request: Request) -> Run | None:
+    """Run an experiment in a program that lives on, and turn refusals into public exceptions.
+
+    It leaves the program as it was: its threads, its random numbers, its working directory.
+
+    Args:
+        request: of the program; see `fedsp_mpi.run`, which also says what this returns and raises.
+    """
+    from fedsp_mpi.record import read
+    from fedsp_mpi.run.execute import execute
+
+    options = argparse.Namespace(
+        config=request.path, set=request.overrides, every=_PROGRESS_SECONDS, progress="auto"
+    )
+    directory = contextlib.chdir(request.directory) if request.directory else nullcontext()
+    with directory:
+        try:
+            with guard.within_program("run"), _torch_kept():
+                log, client_log = _logs(options)
+                folder = execute(
+                    request.config, request.label, log, client_log=client_log, error=request.error
+                )
+                _show_summary(folder)
+        except KeyboardInterrupt:
+            _say("interrupted; fedsp_mpi.run(resume=FOLDER) goes on from the last checkpoint")
+            raise
+        except Refused as refusal:
+            line = _refusal_line(refusal, options)
+            if refusal.exit_status == USAGE_ERROR:
+                raise config.ConfigError(line) from None
+            if refusal.exit_status:
+                raise Refused(line, refusal.exit_status) from None
+            _say(line)  # the run is complete: there is nothing to go on with
+            folder = Path(request.config.run.folder).expanduser() / request.config.run.name
+        finally:
+            _end_bar()
+            from fedsp_mpi.tensors import seal
+
+            seal.clear()  # the next run has a global model of its own
+        return None if folder is None else read(folder)
+
+
+@contextmanager
+def _torch_kept() -> Iterator[None]:
+    """Give the caller back its threads and its random numbers, where it has loaded torch before."""
+    torch = sys.modules.get("torch")
+    if torch is None:
+        yield
+        return
+    num_threads = torch.get_num_threads()
+    state = torch.get_rng_state()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(num_threads)
+        torch.set_rng_state(state)
 
 
 # -- verbs -----------------------------------------------------------------------------------------
@@ -90,27 +150,27 @@ def run(options: argparse.Namespace) -> int:
     from fedsp_mpi.run.execute import execute
 
     with contextlib.chdir(directory):
-        log, client_log = logs(options)
+        log, client_log = _logs(options)
         folder = execute(settings, name, log, client_log=client_log, error=error)
         if options.ends_process:
             finalize()  # the other ranks end while this one writes
-        show_summary(folder)
+        _show_summary(folder)
     return 0
 
 
-def logs(options: argparse.Namespace) -> tuple[Log, Log]:
+def _logs(options: argparse.Namespace) -> tuple[Log, Log]:
     """Return the log of rank 0, and that of the clients of every rank."""
     log = _log(options)
     _note_toy_settings(options, log)
     return log, Log(_show, bar=log.bar)
 
 
-def end_bar() -> None:
+def _end_bar() -> None:
     """Take a progress bar away that an error has left."""
     _BAR.end()
 
 
-def show_summary(folder: Path | None) -> None:
+def _show_summary(folder: Path | None) -> None:
     """Print the summary of a run that has ended; nothing on ranks that have no folder."""
     if folder is None:
         return
@@ -555,7 +615,7 @@ def _fill_fetch_advice(text: str, options: argparse.Namespace) -> str:
     return text.replace("fetch CONFIG", "fetch " + " ".join(word for word in words if word))
 
 
-def refusal_line(error: Refused, options: argparse.Namespace) -> str:
+def _refusal_line(error: Refused, options: argparse.Namespace) -> str:
     """Return the one line that the user sees of a refusal."""
     line = _fill_fetch_advice(error_line(str(error)), options)
     return printable(line, keep=_PRINTED_CONTROLS)
@@ -579,7 +639,7 @@ def _show(text: str) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def say(line: str) -> None:
+def _say(line: str) -> None:
     """Print a line on rank 0."""
     if _is_rank_zero():
         _show(line)
@@ -957,7 +1017,7 @@ def _add_every(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "--every",
         type=SECONDS,
-        default=5.0,
+        default=_PROGRESS_SECONDS,
         metavar="S",
         help="seconds between progress lines; default: 5",
     )

@@ -118,7 +118,7 @@ def federate(
             last = round - 1
             if schedule.rounds_done < last and not schedule.is_due(last):
                 files = collect_clients(last, wire, schedule, server=server, clients=clients)
-                save_checkpoint(last, schedule, server, files)
+                save_checkpoint(last, schedule, server, files=files)
             return False
         files = None
         if schedule.is_due(round):
@@ -156,8 +156,8 @@ def finish_round(
     """
     close()
     if server and server.journal:
-        _log_round(server.journal, round, schedule, time.perf_counter() - start)
-    save_checkpoint(round, schedule, server, files)
+        _log_round(server.journal, round, schedule, elapsed=time.perf_counter() - start)
+    save_checkpoint(round, schedule, server, files=files)
 
 
 def run_round(
@@ -243,7 +243,7 @@ def run_round(
     # --- server update ---
     tuning = None
     if server.server.tunes:
-        tuning = tune_on_server(round, schedule, server, watch)
+        tuning = tune_on_server(round, schedule, server, watch=watch)
 
     # --- validate at the server, and where the text is ---
     silo_scores: list[SiloRow] = []
@@ -312,9 +312,16 @@ class RoundResult:
 
 
 def tune_on_server(
-    round: int, schedule: Schedule, server: ServerRole, watch: Stopwatch
+    round: int, schedule: Schedule, server: ServerRole, *, watch: Stopwatch
 ) -> ServerTuning:
-    """Tune the merged prompts at the server, and keep that if the validation loss says so."""
+    """Tune the merged prompts at the server, and keep that if the validation loss says so.
+
+    Args:
+        round: from 1.
+        schedule: of the run.
+        server: holds the merged prompts, and holds the result afterwards.
+        watch: of the round.
+    """
     with guard.phase("validation of the merged prompts", round=round):
         merged_loss = server.validation_loss(server.server)
         watch.lap("validation")
@@ -331,7 +338,13 @@ def tune_on_server(
 
 
 def run_tier_above(round: int, schedule: Schedule, above: UpperTier) -> None:
-    """Run one round of the tier above; validation and record belong to the round that it is in."""
+    """Run one round of the tier above; validation and record belong to the round that it is in.
+
+    Args:
+        round: that it is in, from 1.
+        schedule: of the run; the tier has a federation of its own.
+        above: the tier, whose clients are parts of this server.
+    """
     close = run_round(
         round,
         above.wire,
@@ -436,7 +449,7 @@ def judge_at_silos(
         On the server's first rank a row for each silo that could score; none elsewhere.
     """
     with guard.phase("evaluation at the silos", round=round):
-        tensors = _broadcast_for_scoring(round, wire, schedule, server)
+        tensors = _broadcast_for_scoring(round, wire, schedule, server=server)
         rows = clients.score_silos(round, tensors) if clients else []
         answers = wire.collect({"scores": [silo_row_json(row) for row in rows]}, "evaluation")
         if answers is None or server is None or server.journal is None:
@@ -464,7 +477,7 @@ def judge_tiers(
         clients: those that this rank plays.
     """
     with guard.phase("evaluation of the tiers", round=round):
-        tensors = _broadcast_for_scoring(round, wire, schedule, server)
+        tensors = _broadcast_for_scoring(round, wire, schedule, server=server)
         scores = clients.score_tiers(round, tensors) if clients else []
         answers = wire.collect({"tiers": [asdict(score) for score in scores]}, "evaluation")
         if answers is None or server is None or server.journal is None:
@@ -538,7 +551,7 @@ def collect_clients(
 
 
 def save_checkpoint(
-    round: int, schedule: Schedule, server: ServerRole | None, files: ClientFiles | None
+    round: int, schedule: Schedule, server: ServerRole | None, *, files: ClientFiles | None
 ) -> None:
     """Write the server's part of a checkpoint, which completes it.
 
@@ -588,7 +601,7 @@ def _round_broadcast(round: int, server: ServerRole) -> RoundBroadcast:
 
 
 def _broadcast_for_scoring(
-    round: int, wire: Wire | Solo, schedule: Schedule, server: ServerRole | None
+    round: int, wire: Wire | Solo, schedule: Schedule, *, server: ServerRole | None
 ) -> NamedTensors:
     """Send what the round has brought to all clients, who score it on their own text."""
     tuned = RoundBroadcast(round, tensors=server.server.broadcast()) if server else None
@@ -632,7 +645,7 @@ def _client_files(
     return files
 
 
-def _log_round(journal: RoundJournal, round: int, schedule: Schedule, elapsed: float) -> None:
+def _log_round(journal: RoundJournal, round: int, schedule: Schedule, *, elapsed: float) -> None:
     rounds = schedule.federation.rounds
     row = journal.record.run.rounds[-1]
     clients = journal.record.run.clients

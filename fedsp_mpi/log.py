@@ -34,7 +34,13 @@ class Bar:
         self._bar: tqdm[NoReturn] | None = None
 
     def begin(self, label: str, total: int, unit: str = "step") -> None:
-        """Begin a task of `total` steps, unless it has none; the one before ends."""
+        """Begin a task, unless it has no steps; the one before ends.
+
+        Args:
+            label: what stands before the bar.
+            total: number of steps.
+            unit: what a step is.
+        """
         from tqdm import tqdm
 
         self.end()

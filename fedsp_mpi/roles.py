@@ -365,7 +365,11 @@ class ServerRole:
         if not self.validation:
             return math.nan
         return answer_loss_mean(
-            server.model, server.prompt, self.validation, self.batch_tokens, self.group
+            server.model,
+            server.prompt,
+            self.validation,
+            batch_tokens=self.batch_tokens,
+            group=self.group,
         )
 
     def accept_or_revert(self, aggregate: NamedTensors | None, aggregate_loss: float) -> float:

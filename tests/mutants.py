@@ -122,8 +122,8 @@ MUTANTS = [
     Mutant(
         "swaps the losses of merged and tuned prompts",
         "federate.py",
-        "validation_merged=aggregate_loss,\n            validation_loss=loss,",
-        "validation_merged=loss,\n            validation_loss=aggregate_loss,",
+        "return ServerTuning(trace, merged_loss, loss)",
+        "return ServerTuning(trace, loss, merged_loss)",
         "unit/algorithms/test_variants.py",
         "taken_back",
     ),

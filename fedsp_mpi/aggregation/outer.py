@@ -7,8 +7,8 @@ an optimizer of the server's own.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
@@ -35,22 +35,33 @@ class OuterSettings:
     adaptivity: float = 1e-3
 
 
-# Takes the difference of the mean from the broadcast, and the moments, which it updates in place;
-# returns the step. All are fp64 [values].
-Rule = Callable[[np.ndarray, dict[str, np.ndarray], OuterSettings], np.ndarray]
+class Rule(Protocol):
+    """An outer optimizer: one of the functions below."""
+
+    def __call__(
+        self, change: np.ndarray, moments: dict[str, np.ndarray], settings: OuterSettings
+    ) -> np.ndarray:
+        """Return the server's step, fp64 [values].
+
+        Args:
+            change: difference of the mean from the broadcast, fp64 [values].
+            moments: by name, fp64 [values]; updated in place.
+            settings: of which it takes what it needs.
+        """
+        ...
 
 
 def fedavg(
     change: np.ndarray, moments: dict[str, np.ndarray], settings: OuterSettings
 ) -> np.ndarray:
-    """Return eta times the change, [values]; with eta = 1 the server takes over the mean."""
+    """Return eta times the change; with eta = 1 the server takes over the mean; see `Rule`."""
     return settings.learning_rate * change
 
 
 def fedavgm(
     change: np.ndarray, moments: dict[str, np.ndarray], settings: OuterSettings
 ) -> np.ndarray:
-    """Return a step with momentum, [values] (Hsu et al., 2019, arXiv 1909.06335)."""
+    """Return a step with momentum (Hsu et al., 2019, arXiv 1909.06335); see `Rule`."""
     first = moments["first"]
     first[:] = settings.momentum * first + change
     return settings.learning_rate * first
@@ -59,7 +70,7 @@ def fedavgm(
 def diloco(
     change: np.ndarray, moments: dict[str, np.ndarray], settings: OuterSettings
 ) -> np.ndarray:
-    """Return a step with Nesterov's momentum, [values].
+    """Return a step with Nesterov's momentum; see `Rule`.
 
     Source: DiLoCo, Douillard et al., 2023, arXiv 2311.08105.
     """
@@ -71,7 +82,7 @@ def diloco(
 def fedadagrad(
     change: np.ndarray, moments: dict[str, np.ndarray], settings: OuterSettings
 ) -> np.ndarray:
-    """Return FedAdagrad's step, [values]: the second moment is the sum of all squares."""
+    """Return FedAdagrad's step: the second moment is the sum of all squares; see `Rule`."""
     moments["second"] += np.square(change)
     return _adaptive_step(change, moments, settings)
 
@@ -79,7 +90,7 @@ def fedadagrad(
 def fedadam(
     change: np.ndarray, moments: dict[str, np.ndarray], settings: OuterSettings
 ) -> np.ndarray:
-    """Return FedAdam's step, [values], without correction of the bias, as in algorithm 2."""
+    """Return FedAdam's step, without correction of the bias, as in algorithm 2; see `Rule`."""
     second = moments["second"]
     second[:] = settings.decay * second + (1 - settings.decay) * np.square(change)
     return _adaptive_step(change, moments, settings)
@@ -88,7 +99,7 @@ def fedadam(
 def fedyogi(
     change: np.ndarray, moments: dict[str, np.ndarray], settings: OuterSettings
 ) -> np.ndarray:
-    """Return FedYogi's step, [values]: the second moment follows the squares at a bounded rate."""
+    """Return FedYogi's step: the second moment follows squares at a bounded rate; see `Rule`."""
     second = moments["second"]
     square = np.square(change)
     second -= (1 - settings.decay) * square * np.sign(second - square)

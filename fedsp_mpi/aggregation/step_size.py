@@ -11,7 +11,7 @@ import numpy as np
 
 
 def corrected(
-    losses: Sequence[float], spreads: Sequence[float], points: float, parents: int
+    losses: Sequence[float], spreads: Sequence[float], *, points: float, parents: int
 ) -> float:
     """Return the step size by which the clients' means are samples of the server's distribution.
 

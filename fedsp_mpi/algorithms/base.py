@@ -33,12 +33,24 @@ if TYPE_CHECKING:
 
 Rule = Callable[[Updates], NamedTensors]
 InferenceCall = Callable[[int, np.ndarray], np.ndarray]
-ChoiceLosses = Callable[[LanguageModel, PromptBatch, Sequence[Question], int], np.ndarray]
 Shard = TypeVar("Shard")
 
 
 class ShardError(ClientError):
     """A client's text cannot be trained on."""
+
+
+class ChoiceLosses(Protocol):
+    """How wrong a model is under each of several prompts; see `ClientContext.choice_losses`."""
+
+    def __call__(
+        self,
+        model: LanguageModel,
+        prompts: PromptBatch,
+        questions: Sequence[Question],
+        *,
+        batch_tokens: int,
+    ) -> np.ndarray: ...
 
 
 class Server(Protocol):
@@ -264,8 +276,8 @@ class ClientContext:
         build_model: builds the clients' model without weights; True: with dropout.
         call_server: asks the server for losses, where clients hold no model.
         choice_losses: returns, under a model and each of several prompts, the cross entropy of
-            the right choice of each question, fp64 [prompts, questions], in nats; takes the most
-            tokens of a forward pass too.
+            the right choice of each question, fp64 [prompts, questions], in nats; a forward pass
+            takes at most `batch_tokens` tokens.
         progress: is told of every step.
     """
 

@@ -157,7 +157,10 @@ class SearchServer:
         fitnesses = [client["fitness"] for client in metrics]
         num_parents = len(metrics) if settings.parents == "all" else len(metrics) // 2
         search.step_size = corrected(
-            fitnesses, [client["step_size"] for client in metrics], points, num_parents
+            fitnesses,
+            [client["step_size"] for client in metrics],
+            points=points,
+            parents=num_parents,
         )
         ratio = next_step_size / search.step_size
         search.update(means, np.array(fitnesses), settings.parents)
@@ -328,7 +331,7 @@ class SearchClient:
         if self._settings.objective == "loss":
             return [shard]
         random = rng.generator(self._seed, "perturbation", round, client)
-        return [shard, perturbed(shard, self._settings.perturbation, self._words, random)]
+        return [shard, perturbed(shard, self._settings.perturbation, self._words, random=random)]
 
     def _evaluate(
         self, client: int, points: np.ndarray, groups: Sequence[Sequence[Text]]

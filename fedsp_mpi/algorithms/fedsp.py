@@ -145,7 +145,7 @@ class Client:
             raise shard
         with oom_as_client_error():
             state = self.states.restore(client)
-            self._begin_round(state, client, round, broadcast)
+            self._begin_round(state, client, round, broadcast=broadcast)
 
             # --- align the auxiliary model, the prompt frozen ---
             aligned = Trace()
@@ -211,7 +211,7 @@ class Client:
         self._shards[client] = self._make_shard(client, texts)
 
     def _begin_round(
-        self, state: ClientState, client: int, round: int, broadcast: NamedTensors
+        self, state: ClientState, client: int, round: int, *, broadcast: NamedTensors
     ) -> None:
         self.prompt.load(broadcast.torch())
         for stage, engine in state.engines.items():
@@ -343,14 +343,14 @@ def _prompt_distiller(
         inputs.server_questions,
         stage.batch_size,
         stage.micro_batch,
-        inputs.config.run.seed,
-        "translation",
+        seed=inputs.config.run.seed,
+        purpose="translation",
         max_padding=max_padding(stage, client_model.device.type),
     )
     teacher = client_model
     if client_model.casts:  # the model itself is still to be handed out in full precision
         teacher = copy.deepcopy(client_model).round_weights()
-    return PromptDistiller(teacher, client_prompt, batches, stage)
+    return PromptDistiller(teacher, client_prompt, batches, stage=stage)
 
 
 METHOD = FedSP()

@@ -113,7 +113,7 @@ class Teaching:
             trace = train(
                 engine,
                 batches,
-                partial(self._loss, model, student, teacher),
+                partial(self._loss, model=model, student=student, teacher=teacher),
                 first_step=step // len(teachers),
                 num_steps=1,
                 device=model.device,
@@ -122,7 +122,9 @@ class Teaching:
             samples += trace.samples
         return Trace(tuple(losses), samples, time.perf_counter() - start)
 
-    def _loss(self, model: LanguageModel, student: Prompt, teacher: Prompt, batch: Batch) -> Tensor:
+    def _loss(
+        self, batch: Batch, *, model: LanguageModel, student: Prompt, teacher: Prompt
+    ) -> Tensor:
         """Return the loss of a batch [batch, length], summed over its answers' tokens."""
         with torch.no_grad():
             teacher_states = model.answer_states(batch, teacher)
@@ -190,8 +192,8 @@ class Experts:
         experts: Mapping[str, PromptServer],
         general: GeneralServer,
         members: Sequence[tuple[int, ...]],
-        depths: DepthMap,
         *,
+        depths: DepthMap,
         merges_values: bool = False,
     ) -> None:
         self.experts = dict(experts)
@@ -679,7 +681,7 @@ class PersonalLargeModels(Method):
             prompt_servers,
             general,
             inputs.members,
-            inputs.depth_map,
+            depths=inputs.depth_map,
             merges_values=inputs.config.federation.rule in ("mean", "median"),
         )
 

@@ -35,7 +35,7 @@ class PromptDistiller:
     """
 
     def __init__(
-        self, teacher: LanguageModel, client_prompt: Prompt, batches: Batches, stage: StageConfig
+        self, teacher: LanguageModel, client_prompt: Prompt, batches: Batches, *, stage: StageConfig
     ) -> None:
         self.client_prompt = client_prompt.requires_grad_(False)
         self._teacher = teacher

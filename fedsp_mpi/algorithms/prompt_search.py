@@ -451,7 +451,9 @@ class InstructionClient:
             return self._inference.losses(client, rows, [shard.texts])[0].mean(axis=1)
         prompts = self._inference.prompts(rows)
         with oom_as_client_error():
-            losses = self._choice_losses(self.model, prompts, shard.questions, self._batch_tokens)
+            losses = self._choice_losses(
+                self.model, prompts, shard.questions, batch_tokens=self._batch_tokens
+            )
         return losses.mean(axis=1)
 
 

@@ -110,9 +110,12 @@ class CallStats(NamedTuple):
     def add_call(
         self, request_values: int, response_values: int, *, is_sealed: bool = False
     ) -> CallStats:
-        """Return the statistics after another call with so many fp32 values each way.
+        """Return the statistics after another call.
 
-        The header and the values of a request are sealed by themselves, if they are.
+        Args:
+            request_values: number of fp32 values of the request.
+            response_values: number of fp32 values of the response.
+            is_sealed: the request's header and its values are sealed, each by itself.
         """
         seal_bytes = 2 * SEAL_BYTES if is_sealed else 0
         return CallStats(
@@ -401,6 +404,11 @@ def broadcast_header(
 
     Where rounds are compressed, and the values have no change that can be encoded, it announces
     none: receivers make `no_numbers` of it.
+
+    Args:
+        down: what is broadcast.
+        contract: whose names and shapes the tensors must have.
+        exchange: how rounds are compressed, where they are.
 
     Raises:
         ValueError: the tensors are not those of the contract.

@@ -95,7 +95,13 @@ class Experts(Protocol):
         ...
 
     def choose(self, tier: str, expert: str, examples: Sequence[Example]) -> list[Choice]:
-        """Return what a tier, by its name, chooses for each question of an expert's domain."""
+        """Return what a tier chooses for each question.
+
+        Args:
+            tier: name of the expert, or "general".
+            expert: whose domain the questions are of.
+            examples: the questions; which options are right is not looked at.
+        """
         ...
 
 
@@ -204,11 +210,6 @@ class LocalExperts:
     def choose(self, tier: str, expert: str, examples: Sequence[Example]) -> list[Choice]:
         """Return what a tier chooses; see `Experts.choose`.
 
-        Args:
-            tier: name of the expert, or "general".
-            expert: whose domain the questions are of.
-            examples: the questions; which options are right is not looked at.
-
         Raises:
             ValueError: there is no such expert.
         """
@@ -216,7 +217,7 @@ class LocalExperts:
         if tier != GENERAL:
             self._models.domain(tier)
         prompt = self._models.server_prompt(tier)
-        return _choices(self._models.shared, prompt, examples, domain)
+        return _choices(self._models.shared, prompt, examples, domain=domain)
 
 
 class Assistant:
@@ -253,7 +254,7 @@ class Assistant:
 
     def choose(self, examples: Sequence[Example], domain: DomainText) -> list[Choice]:
         """Return what the personal model chooses for each question of a domain."""
-        return _choices(self.models.personal, self.prompt, examples, domain)
+        return _choices(self.models.personal, self.prompt, examples, domain=domain)
 
     def budget(self, num_questions: int = 20) -> Budget:
         """Measure what the personal model costs; call it before an expert is asked.
@@ -266,7 +267,7 @@ class Assistant:
         times = []
         for question in questions:
             start = time.perf_counter()
-            loglikelihoods(self.models.personal, self.prompt, [question], batch_tokens)
+            loglikelihoods(self.models.personal, self.prompt, [question], batch_tokens=batch_tokens)
             num_tokens = sum(len(option.ids) - option.answer for option in question.options)
             num_tokens += question.options[0].answer
             times.append((time.perf_counter() - start) / num_tokens)
@@ -305,7 +306,7 @@ def _answer(
     example = domain.example_of(text)
     start = time.perf_counter()
     if domain.has_fixed_choices:
-        [choice] = _choices(model, prompt, [example], domain)
+        [choice] = _choices(model, prompt, [example], domain=domain)
         seconds = time.perf_counter() - start
         [question] = domain.questions_of([example])
         num_tokens = question.options[choice.option].num_answers
@@ -329,12 +330,12 @@ def _answer(
 
 
 def _choices(
-    model: LanguageModel, prompt: Prompt, examples: Sequence[Example], domain: DomainText
+    model: LanguageModel, prompt: Prompt, examples: Sequence[Example], *, domain: DomainText
 ) -> list[Choice]:
     """Return the likeliest option of each question."""
     batch_tokens = domain.config.evaluation.batch_tokens
     questions = domain.questions_of(examples)
-    scores = loglikelihoods(model, prompt, questions, batch_tokens)
+    scores = loglikelihoods(model, prompt, questions, batch_tokens=batch_tokens)
     assert scores is not None, "nothing tells it to stop"
     return [
         Choice(int(score.loglikelihood.argmax()), _probability(score.loglikelihood))

@@ -215,7 +215,9 @@ class _ModelPair:
 
     def _validation_loss(self, model: LanguageModel, prompt: Prompt) -> float:
         batch_tokens = self._materials.config.evaluation.batch_tokens
-        return answer_loss_mean(model, prompt, self._materials.validation, batch_tokens)
+        return answer_loss_mean(
+            model, prompt, self._materials.validation, batch_tokens=batch_tokens
+        )
 
 
 def cosine(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> float:

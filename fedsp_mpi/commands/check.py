@@ -57,7 +57,7 @@ def check(
         config = silos.config if silos else config
         if silos and ranks and has_patterns:
             check_world(report, config, len(ranks))
-    server = ServerChecks(report, config, ranks, silos) if wire.is_server else None
+    server = ServerChecks(report, config, ranks, silos=silos) if wire.is_server else None
     try:
         handout = wire.handout(server.check_inputs() if server else None)
         views = wire.collect(FolderView.of(handout.meta, wire.topology.rank).to_json())

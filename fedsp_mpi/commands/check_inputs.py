@@ -70,6 +70,7 @@ class ServerChecks:
         report: CheckReport,
         config: Config,
         ranks: Sequence[JsonMapping],
+        *,
         silos: OpenSilos | None = None,
     ) -> None:
         from fedsp_mpi.run.any_inputs import inputs_of

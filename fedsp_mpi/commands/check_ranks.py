@@ -49,7 +49,13 @@ def check_ranks(
 
 
 def check_world(report: CheckReport, config: Config, num_ranks: int) -> None:
-    """Compare the number of ranks with the configuration's, the clients', and the launcher's."""
+    """Compare the number of ranks with the configuration's, the clients', and the launcher's.
+
+    Args:
+        report: gets what is found.
+        config: says how many ranks and clients there are to be.
+        num_ranks: of this job.
+    """
     num_clients = config.federation.clients
     num_expected = config.topology.ranks
     num_servers = config.topology.server_ranks

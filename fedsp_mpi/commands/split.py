@@ -97,9 +97,9 @@ def split(
         names = [owner.name for owner in owners]
         ownership.begin_split(folder, names, private=settings.run.permissions == "private")
         tables = _Tables(inputs, owners)
-        digests = _write_rows(folder, owners, tables, log)
+        digests = _write_rows(folder, owners, tables, log=log)
         classes = _classes(owners, inputs.task)
-        _draw(folder / PICTURE, owners, classes, log)
+        _draw(folder / PICTURE, owners, classes, log=log)
         text = _configuration(path, overrides, folder.resolve(), owners=owners, inputs=inputs)
         ownership.write_new(folder / CONFIGURATION, text)
         manifest = _manifest(owners, classes, digests, inputs=inputs)
@@ -261,7 +261,7 @@ def _digest(table: sources.Table) -> str:
 
 
 def _write_rows(
-    folder: Path, owners: Sequence[Owner], tables: _Tables, log: Log
+    folder: Path, owners: Sequence[Owner], tables: _Tables, *, log: Log
 ) -> dict[str, dict[str, str]]:
     """Write the rows of all owners.
 
@@ -299,7 +299,7 @@ def _write_rows(
     return digests
 
 
-def _draw(path: Path, owners: Sequence[Owner], classes: Sequence[str], log: Log) -> None:
+def _draw(path: Path, owners: Sequence[Owner], classes: Sequence[str], *, log: Log) -> None:
     """Draw who owns how many training examples of each class.
 
     Args:
@@ -405,7 +405,7 @@ def _configuration(
     content: Section = {"extends": str(base.resolve())}
     for item in overrides:
         key, value = key_value(item)
-        put(content, key, value, setting(item))
+        put(content, key, value, whose=setting(item))
     names = [owner.name for owner in owners[1:]]
     values: dict[str, object] = {
         "federation.clients": len(names),
@@ -432,7 +432,7 @@ def _configuration(
         tables, _ = loading.read_tables(inputs.task, inputs.source, inputs.config.data.columns)
         values["data.classes"] = list(loading.class_names(inputs.task, tables))
     for key, value in values.items():
-        put(content, key, value, key)
+        put(content, key, value, whose=key)
     head = "# Written by `split`: the same experiment, with a folder for each silo.\n"
     return head + yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
 

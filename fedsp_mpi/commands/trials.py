@@ -263,7 +263,9 @@ def _earlier(
     after: dict[str, str | None] = dict.fromkeys(pairs)
     for task, layer in tasks.items():
         earlier = layer.pop(AFTER, None)
-        _require_name(earlier, tasks, f"{file}: tasks.{task}.{AFTER}", "a task of the file")
+        _require_name(
+            earlier, tasks, f"{file}: tasks.{task}.{AFTER}", expected="a task of the file"
+        )
         if earlier is not None:
             after |= {f"{task}-{method}": f"{earlier}-{method}" for method in methods}
     for pattern, layer in layers_by_pattern.items():
@@ -271,14 +273,14 @@ def _earlier(
             continue
         earlier = layer.pop(AFTER)
         where = f"{file}: trials.{pattern}.{AFTER}"
-        _require_name(earlier, pairs, where, "TASK-METHOD, or null")
+        _require_name(earlier, pairs, where, expected="TASK-METHOD, or null")
         after |= {pair: earlier for pair in pairs if fnmatchcase(pair, pattern)}
     for pair in pairs:
         _require_no_circle(pair, after, file)
     return after
 
 
-def _require_name(name: object, names: Iterable[str], where: str, expected: str) -> None:
+def _require_name(name: object, names: Iterable[str], where: str, *, expected: str) -> None:
     """Raise ConfigError if something is named that is not among the names.
 
     Args:
@@ -343,7 +345,7 @@ def _read_overrides(items: Iterable[str]) -> JsonObject:
                 f"{setting(item)}: found a key that the sweep gives to each run; change "
                 "it in the file"
             )
-        put(overrides, key, value, setting(item))
+        put(overrides, key, value, whose=setting(item))
     return overrides
 
 

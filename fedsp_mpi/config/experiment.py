@@ -261,7 +261,7 @@ def load(
     data = given(path, overrides)
     try:
         for key, text in (values or {}).items():
-            put(data, key, text, key)
+            put(data, key, text, whose=key)
     except ConfigError as error:
         raise ConfigError(message_line(str(error))) from None
     return checked(data)
@@ -280,7 +280,7 @@ def given(path: str | Path | Section | None, overrides: list[str] | None = None)
             data = read_yaml(Path(path) if path is not None else EMBEDDED)
         for item in overrides or []:
             key, value = key_value(item)
-            put(data, key, value, setting(item))
+            put(data, key, value, whose=setting(item))
     except ConfigError as error:
         raise ConfigError(message_line(str(error))) from None
     return data

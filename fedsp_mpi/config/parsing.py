@@ -344,7 +344,7 @@ def merge(base: Section, over: Section) -> Section:
     return merged
 
 
-def put(data: Section, key: str, value: object, whose: str) -> None:
+def put(data: Section, key: str, value: object, *, whose: str) -> None:
     """Set a key such as a.b.c in nested mappings.
 
     Args:

@@ -299,7 +299,8 @@ def _require_one_reading(config: Config, user: str) -> None:
     first, *more_experts = (config.tiers.experts[index] for index in config.tiers.experts_of(user))
     silos = [silo for silo in config.federation.silos if silo.name == user or silo.is_pattern]
     for other in more_experts:
-        data, other_data = first.data_over(config.data), other.data_over(config.data)
+        data = first.data_over(config.data)
+        other_data = other.data_over(config.data)
         for key in ("task", "classes", "columns", "template", "verbaliser"):
             is_own = all(getattr(silo, key, None) for silo in silos)
             if not is_own and getattr(data, key) != getattr(other_data, key):

@@ -212,7 +212,7 @@ def read_yaml(path: Path, seen: tuple[Path, ...] = (), reading: _Reading | None 
         ) from None
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: found {shown(data)}, expected a mapping of sections")
-    return extended(data, path, (*seen, resolved), reading)
+    return extended(data, path, seen=(*seen, resolved), reading=reading)
 
 
 def _reason(error: Exception) -> str:
@@ -239,7 +239,7 @@ def _content(path: Path) -> str:
 
 
 def extended(
-    data: Section, path: Path, seen: tuple[Path, ...] = (), reading: _Reading | None = None
+    data: Section, path: Path, *, seen: tuple[Path, ...] = (), reading: _Reading | None = None
 ) -> Section:
     """Lay a mapping over the files that its `extends` names; the mapping itself is not changed.
 

@@ -139,6 +139,11 @@ def declared_builder(
     """Build the reader of a folder whose README says which files make up which split.
 
     Prepared data go to a part of the cache that belongs to the files' content.
+
+    Args:
+        folder: with the README.
+        config: name of the configuration in the README.
+        root: of the cache; None: that of `datasets`.
     """
     root = root or Path(datasets.config.HF_DATASETS_CACHE).expanduser()
     # Of this first builder only the files are used: its cache would tell them apart by time.

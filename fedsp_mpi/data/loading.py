@@ -82,7 +82,7 @@ def load(
         task, source, columns, cache=cache, may_lack_labels=keeps_unlabelled
     )
     task, class_notes = with_found_classes(task, tables)
-    rows, decisions = _split_rows(task, tables, seed, owner)
+    rows, decisions = _split_rows(task, tables, seed, owner=owner)
     notes += class_notes + decisions
     examples: dict[str, tuple[Example, ...]] = dict.fromkeys(SPLITS, ())
     unlabelled: tuple[Example, ...] = ()
@@ -183,7 +183,7 @@ def scored_rows(
     """
     tables, _ = read_tables(task, source, columns)
     task, _ = with_found_classes(task, tables)
-    rows, _ = _split_rows(task, tables, seed, owner)
+    rows, _ = _split_rows(task, tables, seed, owner=owner)
     origin, numbers = rows["test"]
     numbers = numbers[:limit]
     usable = _sort_out(_read_rows(task, tables[origin], origin, numbers=numbers), "test").usable
@@ -210,7 +210,7 @@ def with_found_classes(
 
 
 def _split_rows(
-    task: Task, tables: Mapping[str, datasets.Dataset], seed: int, owner: Owner = "all"
+    task: Task, tables: Mapping[str, datasets.Dataset], seed: int, *, owner: Owner = "all"
 ) -> tuple[dict[str, sources.Rows], list[str]]:
     if owner == "silo":
         return sources.silo_rows(task.name, tables)

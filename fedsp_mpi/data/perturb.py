@@ -14,7 +14,7 @@ from fedsp_mpi.data.tokens import Text
 
 
 def perturbed(
-    texts: Sequence[Text], share: float, words: np.ndarray, random: np.random.Generator
+    texts: Sequence[Text], share: float, words: np.ndarray, *, random: np.random.Generator
 ) -> list[Text]:
     """Return copies of texts, in which each token of a text's own is replaced with chance `share`.
 

@@ -380,8 +380,9 @@ class Batches:
         texts: the shard; not empty.
         batch_size: examples of one optimizer step.
         micro_batch: examples of one forward pass, of similar length; None takes the whole batch.
-        seed: of the run; the order depends on it and on `owner`.
-        owner: the stage whose order it is, and numbers such as the client's: "client prompt", 3.
+        seed: of the run; the order depends on it, on `purpose` and on `numbers`.
+        purpose: the stage whose order it is, such as "client prompt".
+        numbers: of whose order it is, such as the client's.
         part: (index, number of parts): the part of every batch that is returned, where several
             ranks share the work.
         max_padding: largest fraction of a step's tokens that are padding; a batch is cut into as
@@ -393,20 +394,21 @@ class Batches:
         texts: Sequence[Text],
         batch_size: int,
         micro_batch: int | None,
+        *,
         seed: int,
-        *owner: str | int,
+        purpose: str,
+        numbers: tuple[int, ...] = (),
         part: tuple[int, int] = (0, 1),
         max_padding: float | None = None,
     ) -> None:
         assert len(texts) > 0
-        stage, *numbers = owner
         self._table = _Table(texts)
         self._num_texts = len(texts)
         self._batch_size = batch_size
         self._micro_batch = micro_batch or batch_size
         self._seed = seed
-        self._purpose = f"order {stage}"
-        self._owner_numbers = [int(number) for number in numbers]
+        self._purpose = f"order {purpose}"
+        self._numbers = numbers
         self._part = part
         self._max_padding = max_padding
         # The order of one epoch is kept: steps mostly come one after the other.
@@ -439,7 +441,7 @@ class Batches:
     def _rows(self, epoch: int, start: int, end: int) -> np.ndarray:
         """Return the rows of an epoch's order between two positions of the stream of all epochs."""
         if epoch != self._epoch:
-            random = rng.generator(self._seed, self._purpose, *self._owner_numbers, epoch)
+            random = rng.generator(self._seed, self._purpose, *self._numbers, epoch)
             self._epoch = epoch
             self._order = random.permutation(self._num_texts)
         first = epoch * self._num_texts

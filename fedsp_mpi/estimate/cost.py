@@ -317,7 +317,7 @@ class _Costs:
             self.large.shape,
             prompt.kind,
             prompt.num_tokens,
-            prompt.projection,
+            projection=prompt.projection,
             encoder=prompt.encoder,
         )
         self.texts = _text_lengths(config, self.large.shape.num_positions, tokens)
@@ -432,14 +432,14 @@ class _Costs:
         num_answers = self.texts.answers * self._num_labels()
         tokens = self.texts.tokens + num_answers - self.texts.answers
         if config.tunes_weights:
-            text_flops = forward(self.large, tokens, tokens, num_answers)
+            text_flops = forward(self.large, tokens, seen=tokens, answers=num_answers)
         else:
             texts_per_pass = max(1, config.evaluation.batch_tokens // tokens)
             text_flops = forward(
                 self.small,
                 self._tokens_per_forward(texts_per_pass) + tokens - self.texts.tokens,
-                tokens + self.spec.num_tokens,
-                num_answers,
+                seen=tokens + self.spec.num_tokens,
+                answers=num_answers,
             )
         return {_LABELLING: num_rounds * num_labellers * num_texts * text_flops}
 
@@ -450,14 +450,14 @@ class _Costs:
             return {}
         tokens = self.texts.tokens
         if config.tunes_weights:
-            text_flops = forward(self.large, tokens, tokens, self.texts.answers)
+            text_flops = forward(self.large, tokens, seen=tokens, answers=self.texts.answers)
         else:
             texts_per_pass = max(1, config.evaluation.batch_tokens // tokens)
             text_flops = forward(
                 self.small,
                 self._tokens_per_forward(texts_per_pass),
-                tokens + self.spec.num_tokens,
-                self.texts.answers,
+                seen=tokens + self.spec.num_tokens,
+                answers=self.texts.answers,
             )
         task = TASKS.get(config.data.task)
         has_options = task is None or task.metric == "multiple_choice"
@@ -473,7 +473,7 @@ class _Costs:
         stage = self.config.server.translation
         tokens = self.texts.tokens
         teacher = stage.batch_size * forward(
-            self.small, tokens, tokens + self.spec.num_tokens, self.texts.answers
+            self.small, tokens, seen=tokens + self.spec.num_tokens, answers=self.texts.answers
         )
         step = self._prompt_step(stage, self.large, "prompts") + teacher
         return self.config.federation.rounds * stage.steps * step
@@ -486,11 +486,12 @@ class _Costs:
         if self.config.auxiliary.first_layers:
             keys = tokens + self.spec.num_tokens
             bridge = settings.bridge_texts * (
-                forward(self.large, tokens, keys, 0) + forward(self.small, tokens, keys, 0)
+                forward(self.large, tokens, seen=keys, answers=0)
+                + forward(self.small, tokens, seen=keys, answers=0)
             )
         num_logits = tokens if settings.logits_weight else 0
-        teacher = forward(self.large, tokens, tokens, num_logits)
-        student = forward(self.small, tokens, tokens, num_logits)
+        teacher = forward(self.large, tokens, seen=tokens, answers=num_logits)
+        student = forward(self.small, tokens, seen=tokens, answers=num_logits)
         step = settings.stage.batch_size * (teacher + (3 + self._recompute_passes) * student)
         return bridge + settings.stage.steps * step
 
@@ -500,9 +501,10 @@ class _Costs:
         """Return the FLOPs of one optimizer step on all weights of the global model, no prompts."""
         tokens = self.texts.tokens
         if self.config.classifies:  # no gradient goes into the model, and its own head is not run
-            return stage.batch_size * forward(self.large, tokens, tokens, 0)
+            return stage.batch_size * forward(self.large, tokens, seen=tokens, answers=0)
         passes = (2 if self.config.adapts else 3) + self._recompute_passes
-        return stage.batch_size * passes * forward(self.large, tokens, tokens, self.texts.answers)
+        text_flops = forward(self.large, tokens, seen=tokens, answers=self.texts.answers)
+        return stage.batch_size * passes * text_flops
 
     def _prompt_step(self, stage: StageConfig, model: LanguageModel, trained: Trained) -> float:
         """Return the FLOPs of one optimizer step with prompts.
@@ -517,8 +519,8 @@ class _Costs:
         text_flops = forward(
             model,
             self._tokens_per_forward(texts_per_pass),
-            self.texts.tokens + prompt_tokens,
-            self.texts.answers,
+            seen=self.texts.tokens + prompt_tokens,
+            answers=self.texts.answers,
         )
         passes = (2 if trained == "prompts" else 3) + self._recompute_passes
         encoder_passes = 1 if trained == "weights" else 3
@@ -786,8 +788,8 @@ class _Costs:
         text_flops = forward(
             model,
             self._tokens_per_forward(num_texts) + num_answers - self.texts.answers,
-            self.texts.tokens + self.spec.num_tokens,
-            num_answers,
+            seen=self.texts.tokens + self.spec.num_tokens,
+            answers=num_answers,
         )
         point = num_texts * text_flops
         search = self.config.search

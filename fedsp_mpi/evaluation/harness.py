@@ -401,7 +401,7 @@ class PromptedLM(LM):
             self._model,
             self._prompt,
             options,
-            self._batch_tokens,
+            batch_tokens=self._batch_tokens,
             on_done=self._progress(unit, len(texts)).step,
         )
         assert scores is not None  # nobody stops it

@@ -146,9 +146,9 @@ def score(
     model: LanguageModel,
     prompt: Prompt | None,
     questions: Sequence[Question],
+    *,
     metric: str,
     batch_tokens: int,
-    *,
     on_done: Callable[[int], None] = lambda count: None,
     stop: Callable[[], bool] = lambda: False,
     group: ServerGroup = SINGLE_RANK,
@@ -175,7 +175,7 @@ def score(
     """
     start = time.perf_counter()
     scores = loglikelihoods(
-        model, prompt, questions, batch_tokens, on_done=on_done, stop=stop, group=group
+        model, prompt, questions, batch_tokens=batch_tokens, on_done=on_done, stop=stop, group=group
     )
     if scores is None:
         return None
@@ -230,8 +230,8 @@ def loglikelihoods(
     model: LanguageModel,
     prompt: Prompt | PromptBatch | None,
     questions: Sequence[Question],
-    batch_tokens: int,
     *,
+    batch_tokens: int,
     on_done: Callable[[int], None] = lambda count: None,
     stop: Callable[[], bool] = lambda: False,
     group: ServerGroup = SINGLE_RANK,
@@ -252,9 +252,11 @@ def loglikelihoods(
     """
     scores = [OptionScores(len(question.options)) for question in questions]
     if model.kind == "causal":
-        batches = _causal_batches(model, prompt, questions, scores, batch_tokens=batch_tokens)
+        batches = _causal_batches(
+            model, prompt, questions, scores=scores, batch_tokens=batch_tokens
+        )
     else:
-        batches = _gap_batches(model, prompt, questions, scores, batch_tokens=batch_tokens)
+        batches = _gap_batches(model, prompt, questions, scores=scores, batch_tokens=batch_tokens)
     own_batches = [batch for index, batch in enumerate(batches) if group.is_mine(index)]
     stopped = stop()
     with model.evaluating():
@@ -274,6 +276,7 @@ def choice_losses(
     model: LanguageModel,
     prompts: PromptBatch,
     questions: Sequence[Question],
+    *,
     batch_tokens: int,
 ) -> np.ndarray:
     """Return the cross entropy of the right choice among a question's choices, in nats.
@@ -292,7 +295,9 @@ def choice_losses(
     """
     index = torch.arange(prompts.num, device=model.device).repeat_interleave(len(questions))
     pairs = [question for _ in range(prompts.num) for question in questions]  # prompt by prompt
-    scores = loglikelihoods(model, replace(prompts, prompt_index=index), pairs, batch_tokens)
+    scores = loglikelihoods(
+        model, replace(prompts, prompt_index=index), pairs, batch_tokens=batch_tokens
+    )
     assert scores is not None, "nothing tells it to stop"
     losses = np.empty(len(pairs))
     for place, (question, option_scores) in enumerate(zip(pairs, scores, strict=True)):
@@ -320,7 +325,7 @@ def choice_scores(
     Returns:
         fp64 [questions, choices], summed over each choice's tokens.
     """
-    scores = loglikelihoods(model, prompt, questions, batch_tokens)
+    scores = loglikelihoods(model, prompt, questions, batch_tokens=batch_tokens)
     assert scores is not None, "nothing tells it to stop"
     return np.stack([option_scores.loglikelihood for option_scores in scores])
 
@@ -357,6 +362,7 @@ def answer_loss_mean(
     model: LanguageModel,
     prompt: Prompt | None,
     texts: Sequence[Text],
+    *,
     batch_tokens: int,
     group: ServerGroup = SINGLE_RANK,
 ) -> float:
@@ -396,8 +402,8 @@ def _gap_batches(
     model: LanguageModel,
     prompt: Prompt | PromptBatch | None,
     questions: Sequence[Question],
-    scores: list[OptionScores],
     *,
+    scores: list[OptionScores],
     batch_tokens: int,
 ) -> Iterator[_Work]:
     """Yield the batches of questions with a gap, each of which is run once for all its options."""
@@ -408,7 +414,11 @@ def _gap_batches(
         batch_scores = [scores[index] for index in indices]
         yield _Work(
             partial(
-                _score_gaps, model, _prompts_of(prompt, indices), batch_questions, batch_scores
+                _score_gaps,
+                model,
+                _prompts_of(prompt, indices),
+                batch_questions,
+                scores=batch_scores,
             ),
             sum(len(question.options) for question in batch_questions),
         )
@@ -418,6 +428,7 @@ def _score_gaps(
     model: LanguageModel,
     prompt: Prompt | PromptBatch | None,
     questions: Sequence[Question],
+    *,
     scores: Sequence[OptionScores],
 ) -> None:
     """Fill in the scores of one batch: an option is a token that may stand in the gap.
@@ -467,8 +478,8 @@ def _causal_batches(
     model: LanguageModel,
     prompt: Prompt | PromptBatch | None,
     questions: Sequence[Question],
-    scores: list[OptionScores],
     *,
+    scores: list[OptionScores],
     batch_tokens: int,
 ) -> Iterator[_Work]:
     """Yield the batches of contexts with their options."""
@@ -483,7 +494,7 @@ def _causal_batches(
         context_tokens = length + (prompt.spec.num_tokens if prompt and is_input else 0)
         for batch in _split_contexts(contexts, context_tokens, batch_tokens):
             yield _Work(
-                partial(_score_group, model, prompt, batch, scores),
+                partial(_score_group, model, prompt, batch, scores=scores),
                 sum(len(context.options) for context in batch),
             )
 
@@ -538,6 +549,7 @@ def _score_group(
     model: LanguageModel,
     prompt: Prompt | PromptBatch | None,
     contexts: list[_SharedContext],
+    *,
     scores: list[OptionScores],
 ) -> None:
     """Fill in the scores of the options of one batch.
@@ -554,7 +566,7 @@ def _score_group(
     rows = [row for row, context in enumerate(contexts) for _ in context.options]
     # Logits of the options' first token [options, vocabulary], and of the further ones.
     first, further = model.continue_from(
-        context_ids, prompt, torch.tensor(rows, device=model.device), _pad(endings, model)
+        context_ids, prompt, torch.tensor(rows, device=model.device), endings=_pad(endings, model)
     )
     longest = max(len(ending) for ending in endings)
     targets = torch.full((len(endings), longest), _NO_TARGET)

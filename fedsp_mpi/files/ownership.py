@@ -370,7 +370,12 @@ def picture_mark(ending: str) -> dict[str, str | None]:
 
 
 def replace_picture(path: Path, image: bytes, mark: bytes = _PICTURE_MARK) -> None:
-    """Write a picture, or another report with a mark of its own, to `path` atomically.
+    """Write a picture, or another report with a mark of its own, atomically.
+
+    Args:
+        path: of the file; what is there already is replaced if it is ours.
+        image: the file's content.
+        mark: bytes in the first 4 KiB of each report of this kind.
 
     Raises:
         ValueError: as of `require_picture`.

@@ -288,7 +288,7 @@ def config_of(name: str, revision: str | None = None) -> PreTrainedConfig:
         raise ValueError(message) from None
 
 
-def forward(model: LanguageModel, tokens: float, seen: int, answers: int) -> float:
+def forward(model: LanguageModel, tokens: float, *, seen: int, answers: int) -> float:
     """Return the FLOPs of one text through a model; a multiply-add counts as two.
 
     2 x (weights of the linear layers, as often as they run) x tokens + 4 x tokens x seen x width x

@@ -367,6 +367,7 @@ class LanguageModel:
         ids: Tensor,
         prompt: Prompt | PromptBatch | None,
         rows: Tensor,
+        *,
         endings: Batch | None,
     ) -> tuple[Tensor, Tensor | None]:
         """Run contexts once, then several continuations of each.

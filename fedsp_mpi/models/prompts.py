@@ -55,8 +55,8 @@ class PromptSpec:
         shape: Shape,
         kind: Literal["prefix", "input"],
         num_tokens: int,
-        projection: int | None,
         *,
+        projection: int | None = None,
         encoder: Encoder | None = None,
     ) -> PromptSpec:
         """Return the spec of a prompt that fits a model.
@@ -278,12 +278,14 @@ def to_depth(tensors: Mapping[str, Tensor], spec: PromptSpec, num_layers: int) -
         The parameters by name; the axis of layers is `num_layers / spec.num_layers` times as long.
     """
     return {
-        name: _axis_to_depth(tensor, depth_axis(spec, name), spec.num_layers, num_layers)
+        name: _axis_to_depth(
+            tensor, depth_axis(spec, name), num_before=spec.num_layers, num_layers=num_layers
+        )
         for name, tensor in tensors.items()
     }
 
 
-def _axis_to_depth(tensor: Tensor, axis: int | None, num_before: int, num_layers: int) -> Tensor:
+def _axis_to_depth(tensor: Tensor, axis: int | None, *, num_before: int, num_layers: int) -> Tensor:
     """Map one parameter from `num_before` layers, which lie along `axis`, to `num_layers`."""
     if axis is None or num_layers == num_before:
         return tensor

@@ -80,7 +80,7 @@ class Additions:
             RecordError: it cannot be written; the earlier ones stay as they are.
         """
         frame = _frame(addition)
-        atomic.append(self._folder / NAME, self._size, frame, intact)
+        atomic.append(self._folder / NAME, self._size, frame, intact=intact)
         digest = self._digest.copy()
         digest.update(frame)
         size = self._size + len(frame)

@@ -58,7 +58,7 @@ def write(
         rename(part, path, sync)
 
 
-def append(path: Path, size: int, content: Buffer, intact: str) -> None:
+def append(path: Path, size: int, content: Buffer, *, intact: str) -> None:
     """Write bytes behind the first `size` bytes of a file, which stay as they are.
 
     What a failed call has left there is written over by the next one.

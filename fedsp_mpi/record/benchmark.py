@@ -39,7 +39,7 @@ class RecordCost:
 
 
 def measure(
-    folder: Path, num_rounds: int, num_clients: int, num_values: int = 12_288
+    folder: Path, num_rounds: int, num_clients: int, *, num_values: int = 12_288
 ) -> RecordCost:
     """Write a record as a run does, with made-up losses and prompts.
 

@@ -321,7 +321,8 @@ class RunRecord:
             for name in hdf5.ADDED
             if getattr(run, name) != getattr(self.run, name)
         }
-        before, after = self.run.prompt_rounds, run.prompt_rounds
+        before = self.run.prompt_rounds
+        after = run.prompt_rounds
         if before != after:
             num_kept = len(before) if after[: len(before)] == before else 0
             fields[hdf5.PROMPT_ROUNDS] = [before[-1] + 1 if num_kept else 0, *after[num_kept:]]

@@ -203,7 +203,13 @@ def bar(fraction: float, error: float) -> Bar | None:
 
 
 def ticks(low: float, high: float, at_most: int = 6) -> list[float]:
-    """Return round numbers from `low` to `high`, at least two."""
+    """Return round numbers that span a range, at least two.
+
+    Args:
+        low: the range's lower end; the first number is not above it.
+        high: its upper end; the last number is not below it.
+        at_most: numbers, or one more where an end lies between two of them.
+    """
     low, high = _apart(low, high)
     step = _step((high - low) / (at_most - 1))
     first = math.floor(low / step)

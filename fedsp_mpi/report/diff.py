@@ -53,7 +53,8 @@ def difference(run_a: Run, run_b: Run) -> list[str]:
 
 def _thread_differences(run_a: Run, run_b: Run) -> list[str]:
     """Name the roles that computed with other numbers of threads, in one line if there are any."""
-    threads_a, threads_b = _threads(run_a), _threads(run_b)
+    threads_a = _threads(run_a)
+    threads_b = _threads(run_b)
     by_role = [
         f"{role} {threads_a[role]} and {threads_b[role]}"
         for role in threads_a

@@ -395,7 +395,7 @@ def _versions(environment: JsonMapping) -> Table:
 
 
 def _without_empty_columns(
-    caption: str, head: Sequence[str], body: Iterable[Sequence[Cell]], num_left: int = 1
+    caption: str, head: Sequence[str], body: Iterable[Sequence[Cell]], *, num_left: int = 1
 ) -> Table:
     """Return a table without the columns that have no entry.
 

@@ -78,7 +78,7 @@ _PAIRS = (
 )
 
 
-def _rows(run: Run, model: str, text: str, pick: Callable[[Sequence[int]], int]) -> np.ndarray:
+def _rows(run: Run, model: str, text: str, *, pick: Callable[[Sequence[int]], int]) -> np.ndarray:
     """Return the rows of a run's first or last scores of a model on a text, [rows]."""
     round = pick(run.tiers["round"].tolist())
     tiers = run.tiers[run.tiers["round"] == round]
@@ -89,7 +89,7 @@ def _rows(run: Run, model: str, text: str, pick: Callable[[Sequence[int]], int])
 def _lacks_public_text(run: Run) -> bool:
     """Return whether users, who have silos, scored their prompts on no text but their own."""
     texts = (text for text in TEXTS if text != "own")
-    is_scored = any(len(_rows(run, "personal", text, max)) for text in texts)
+    is_scored = any(len(_rows(run, "personal", text, pick=max)) for text in texts)
     return "silos" in run.sections and not is_scored
 
 
@@ -97,7 +97,7 @@ def _row(runs: Sequence[Run], model: str, pick: Callable[[Sequence[int]], int]) 
     """Return a model's losses and accuracies on each text, by runs."""
     cells = []
     for text in TEXTS:
-        rows = [_rows(run, model, text, pick) for run in runs]
+        rows = [_rows(run, model, text, pick=pick) for run in runs]
         rows = [table for table in rows if len(table)]
         losses = [float(table["loss"].mean()) for table in rows]
         accuracies = [100 * float(table["acc"].mean()) for table in rows]
@@ -112,11 +112,11 @@ def _gains(runs: Sequence[Run]) -> list[str]:
         gaps: list[float] = []
         for run in runs:
             theirs = {
-                _text(row["name"]): float(row["loss"]) for row in _rows(run, other, text, max)
+                _text(row["name"]): float(row["loss"]) for row in _rows(run, other, text, pick=max)
             }
             gaps += [
                 theirs[_text(row["name"])] - float(row["loss"])
-                for row in _rows(run, model, text, max)
+                for row in _rows(run, model, text, pick=max)
                 if _text(row["name"]) in theirs
             ]
         cells.append(_mean_and_error(gaps))

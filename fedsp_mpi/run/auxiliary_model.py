@@ -96,7 +96,7 @@ def auxiliary_model(
     config = inputs.config
     if config.tunes_weights or config.asks_server:
         return model, dict(_NOT_DISTILLED)
-    recipe = _recipe(inputs, model, compute, digest)
+    recipe = _recipe(inputs, model, compute, digest=digest)
     target = folder / "auxiliary"
     checkpoints = Checkpoints(folder)
     source = target
@@ -190,8 +190,8 @@ def _distil(
         inputs.distillation_texts,
         stage.batch_size,
         stage.micro_batch,
-        seed,
-        "distillation",
+        seed=seed,
+        purpose="distillation",
         part=(group.rank, group.size),
         max_padding=None if stage.max_padding == "auto" else stage.max_padding,
     )
@@ -274,7 +274,7 @@ def _keep_state(checkpoints: Checkpoints, recipe: Recipe, state: State) -> None:
 
 
 def _recipe(
-    inputs: ExperimentInputs, model: LanguageModel, compute: Compute, digest: str | None
+    inputs: ExperimentInputs, model: LanguageModel, compute: Compute, *, digest: str | None
 ) -> Recipe:
     """Return all that the auxiliary model's weights depend on. Equal recipes give equal weights."""
     config = inputs.config

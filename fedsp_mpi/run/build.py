@@ -504,7 +504,13 @@ def hosted_clients(
 
 
 def weighted(inputs: ExperimentInputs, client: Client, ids: Sequence[int]) -> Client:
-    """Return clients whose updates weigh as their silos' configuration says."""
+    """Return clients whose updates weigh as their silos' configuration says.
+
+    Args:
+        inputs: of silos; otherwise the clients stay as they are.
+        client: plays the clients.
+        ids: of the clients.
+    """
     if not isinstance(inputs, SiloInputs):
         return client
     weights = {id: inputs.weight_of(id) for id in ids}
@@ -532,10 +538,14 @@ def _silo_scorer(
         accuracy = math.nan
         if text.held_out_questions:
             result = score(
-                model, client.prompt, text.held_out_questions, "multiple_choice", batch_tokens
+                model,
+                client.prompt,
+                text.held_out_questions,
+                metric="multiple_choice",
+                batch_tokens=batch_tokens,
             )
             accuracy = result.acc if result else math.nan
-        loss = answer_loss_mean(model, client.prompt, text.held_out, batch_tokens)
+        loss = answer_loss_mean(model, client.prompt, text.held_out, batch_tokens=batch_tokens)
         disclose = inputs.config.federation.disclose
         num_held_out = disclosed(len(text.held_out), disclose) or 0
         return SiloRow(round=round, silo=id, n=num_held_out, loss=loss, acc=accuracy)
@@ -554,7 +564,9 @@ def _monitored(inputs: ExperimentInputs, client: Client, ids: Sequence[int]) -> 
     batch_tokens = inputs.config.evaluation.batch_tokens
 
     def attack_success() -> float:
-        result = score(model, client.prompt, questions, "multiple_choice", batch_tokens)
+        result = score(
+            model, client.prompt, questions, metric="multiple_choice", batch_tokens=batch_tokens
+        )
         return result.acc if result else math.nan
 
     return AttackMonitor(client, poisoned_ids, attack_success)

@@ -83,7 +83,7 @@ def execute(
     silos: OpenSilos | None = None
     if config.federation.silos:
         with guard.phase("silos"):
-            silos = open_silos(config, name, wire, log)
+            silos = open_silos(config, name, wire, log=log)
         config = silos.config
     guard.name_clients(config.federation.client_name)
     preload = None
@@ -93,7 +93,7 @@ def execute(
         with guard.phase("checks"), agreed(wire, "handout") as agreement:
             if wire.is_server:
                 server = _start(
-                    config, name, wire, silos, ranks=ranks, log=log, started_at=started_at
+                    config, name, wire, silos=silos, ranks=ranks, log=log, started_at=started_at
                 )
                 guard.report_into(server.folder, f"go on with {server.resume_command}")
                 meeting = server.meeting()
@@ -123,7 +123,7 @@ def execute(
             guard.report_into(Path(meta.folder), f"go on with {command}")
         guard.set_peers(meta.processes)
         clients = _load_clients(
-            config, wire, handed_out, silos, meta=meta, server=server, log=client_log or Log()
+            config, wire, handed_out, silos=silos, meta=meta, server=server, log=client_log or Log()
         )
         role = server_rank.build_role(meta) if server_rank else None
         del handed_out  # its tensors take as much memory as the clients' model
@@ -217,8 +217,8 @@ def _start(
     config: Config,
     name: str,
     wire: Wire | Solo,
-    silos: OpenSilos | None,
     *,
+    silos: OpenSilos | None,
     ranks: Sequence[RankInfo],
     log: Log,
     started_at: float,
@@ -278,8 +278,8 @@ def _load_clients(
     config: Config,
     wire: Wire | Solo,
     handed_out: comm.Handout,
-    silos: OpenSilos | None,
     *,
+    silos: OpenSilos | None,
     meta: HandoutMeta,
     server: ServerRun | None,
     log: Log,

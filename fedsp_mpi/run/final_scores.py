@@ -116,12 +116,14 @@ def _score(
     if loss is None and by_domain:
         loss = role.validation_loss(role.server)
     elif loss is None:
-        loss = answer_loss_mean(model, prompt, role.validation, batch_tokens, group)
+        loss = answer_loss_mean(
+            model, prompt, role.validation, batch_tokens=batch_tokens, group=group
+        )
     round_of_best = best.round if best else 0
     if inputs.is_plain_text:
         start = time.perf_counter()
         blocks = inputs.test_blocks
-        test_loss = answer_loss_mean(model, prompt, blocks, batch_tokens, group)
+        test_loss = answer_loss_mean(model, prompt, blocks, batch_tokens=batch_tokens, group=group)
         row = ResultRow(
             method=method,
             split="test",
@@ -151,8 +153,8 @@ def _score(
                 model,
                 part_prompt,
                 part,
-                inputs.task.metric,
-                batch_tokens,
+                metric=inputs.task.metric,
+                batch_tokens=batch_tokens,
                 on_done=progress.step,
                 stop=stop,
                 group=group,

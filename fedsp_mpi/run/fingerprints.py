@@ -78,7 +78,7 @@ def _of_client(inputs: ExperimentInputs, client: int) -> str:
         return UNUSABLE
 
 
-def require_own(digests: JsonMapping, rank: int, ids: Iterable[int], config: Config) -> None:
+def require_own(digests: JsonMapping, rank: int, ids: Iterable[int], *, config: Config) -> None:
     """Check that what a rank sent are digests of texts of its clients.
 
     Args:

@@ -173,7 +173,9 @@ class ExperimentInputs(ModelInputs):
         )
         if data.shots is None:
             return splits, left_out
-        self._require_classes(splits, "data.shots", data.shots, "set data.limit.train instead")
+        self._require_classes(
+            splits, "data.shots", data.shots, advice="set data.limit.train instead"
+        )
         labels = [example.gold[0] for example in splits.train]
         try:
             chosen = np.sort(partition.few_shot(labels, data.shots, seed))
@@ -218,7 +220,9 @@ class ExperimentInputs(ModelInputs):
             )
         return notes
 
-    def _require_classes(self, splits: tasks.Splits, key: str, value: object, advice: str) -> None:
+    def _require_classes(
+        self, splits: tasks.Splits, key: str, value: object, *, advice: str
+    ) -> None:
         """Raise ConfigError if the right answers are no classes.
 
         The position of an answer among other choices in each row says nothing of a text.
@@ -304,7 +308,7 @@ class ExperimentInputs(ModelInputs):
             return self.column_shards.shards
         if data.partition == "labels":
             self._require_classes(
-                self.splits, "data.partition", data.partition, "take iid or quantity instead"
+                self.splits, "data.partition", data.partition, advice="take iid or quantity instead"
             )
         return partition.divide(
             [example.gold[0] for example in self.splits.train],
@@ -422,9 +426,9 @@ class ExperimentInputs(ModelInputs):
             texts,
             stage.batch_size,
             stage.micro_batch,
-            self.config.run.seed,
-            purpose,
-            owner - 1,
+            seed=self.config.run.seed,
+            purpose=purpose,
+            numbers=(owner - 1,),
             part=(group.rank, group.size),
             max_padding=max_padding(stage, device_type(self._compute_of(owner))),
         )
@@ -766,7 +770,7 @@ class ExperimentInputs(ModelInputs):
         augment = self.config.augment
         if not augment.is_on:
             return
-        self._require_classes(self.splits, "augment.clients", augment.clients, "set it to 0")
+        self._require_classes(self.splits, "augment.clients", augment.clients, advice="set it to 0")
         if augment.second_template is None:
             return
         splits = self.splits

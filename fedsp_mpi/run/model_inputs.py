@@ -130,7 +130,7 @@ class ModelInputs:
             self.shape,
             prompt.kind,
             prompt.num_tokens,
-            prompt.projection,
+            projection=prompt.projection,
             encoder=prompt.encoder,
         )
 

@@ -219,7 +219,9 @@ class ServerRun:
                 raise comm.Refused(report.error)
         digests: dict[str, str] = {}
         for rank, report in enumerate(reports):
-            fingerprints.require_own(report.digests, rank, self._assignment[rank], self._config)
+            fingerprints.require_own(
+                report.digests, rank, self._assignment[rank], config=self._config
+            )
             digests |= report.digests
         digests_before = self.record.run.sections.get(fingerprints.SECTION, {})
         try:

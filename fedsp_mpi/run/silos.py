@@ -167,7 +167,7 @@ class Placement:
     hosts: Sequence[str]
 
 
-def open_silos(config: Config, name: str, wire: Wire | Solo, log: Log) -> OpenSilos:
+def open_silos(config: Config, name: str, wire: Wire | Solo, *, log: Log) -> OpenSilos:
     """Find the silos, place them on ranks, open them, and hear what they declare.
 
     Collective.
@@ -218,7 +218,7 @@ def place_silos(config: Config, name: str, wire: Wire | Solo) -> Placement:
     with agreed(wire) as agreement:
         if messages is not None:
             views = [View.from_json(message, rank) for rank, message in enumerate(messages)]
-            agreement.note = _place_all(config, name, views, wire.topology)
+            agreement.note = _place_all(config, name, views, topology=wire.topology)
     placed_silos, assignment, problems = agreement.note
     first = _first_client_rank(config, wire.topology)
     num_bytes = {
@@ -322,7 +322,7 @@ def _matches(pattern: str) -> dict[str, tuple[str, int]]:
 
 
 def _place_all(
-    config: Config, name: str, views: Sequence[View], topology: Topology
+    config: Config, name: str, views: Sequence[View], *, topology: Topology
 ) -> tuple[list[tuple[int, str, str]], list[list[int]], dict[int, str]]:
     """Find the silos in what the ranks see, and assign them to ranks.
 
@@ -344,7 +344,7 @@ def _place_all(
         placed = _find(config, name, views[first:])
         complete = with_silos(config, _read_silos(config, placed))
         complete.check()
-        assignment, problems = _assign(complete, placed, views, first)
+        assignment, problems = _assign(complete, placed, views, first=first)
     except ValueError as error:
         raise comm.Refused(one_line(error)) from None
     return placed, assignment, problems
@@ -463,7 +463,7 @@ def _recorded_names(config: Config, name: str) -> list[str]:
 
 
 def _assign(
-    config: Config, placed: Sequence[tuple[int, str, str]], views: Sequence[View], first: int
+    config: Config, placed: Sequence[tuple[int, str, str]], views: Sequence[View], *, first: int
 ) -> tuple[list[list[int]], dict[int, str]]:
     """Assign silos to client ranks that can open them, each to the one with the least work.
 

@@ -69,7 +69,7 @@ class DomainInputs(DomainText):
     public: DomainText | None = None
 
     def __init__(
-        self, config: Config, expert: ExpertConfig, tiers: TierInputs, part: tuple[int, int]
+        self, config: Config, expert: ExpertConfig, tiers: TierInputs, *, part: tuple[int, int]
     ) -> None:
         federation = replace(config.federation, clients=len(expert.users), users=expert.users)
         data = expert.data_over(config.data)
@@ -138,7 +138,7 @@ class TierInputs(ExperimentInputs):
 
     def _domain_of(self, expert: ExpertConfig, part: tuple[int, int]) -> DomainInputs:
         """Return an expert's domain; see `DomainInputs`."""
-        return DomainInputs(self.config, expert, self, part)
+        return DomainInputs(self.config, expert, self, part=part)
 
     @cached_property
     def members(self) -> list[tuple[int, ...]]:

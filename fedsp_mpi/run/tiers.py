@@ -43,6 +43,7 @@ def judge(
     model: LanguageModel,
     prompt: Prompt,
     questions: Sequence[Question],
+    *,
     batch_tokens: int,
 ) -> Judgement:
     """Score a prompt, in one pass over each question's options.
@@ -55,7 +56,7 @@ def judge(
         questions: one at least, of multiple choice.
         batch_tokens: most tokens of a forward pass.
     """
-    scores = loglikelihoods(model, prompt, questions, batch_tokens)
+    scores = loglikelihoods(model, prompt, questions, batch_tokens=batch_tokens)
     assert scores is not None, "nothing tells it to stop"
     nats = 0.0
     num_tokens = 0
@@ -81,7 +82,10 @@ def validation_of(inputs: ExperimentInputs) -> Callable[[Server], float] | None:
         assert isinstance(server, Experts)
         losses = [
             answer_loss_mean(
-                server.model, server.prompts[domain.name], domain.validation, batch_tokens
+                server.model,
+                server.prompts[domain.name],
+                domain.validation,
+                batch_tokens=batch_tokens,
             )
             for domain in domains
         ]
@@ -110,7 +114,7 @@ def user_scorer(
             if not text:
                 continue
             client.show(id, tensors, tier)
-            result = judge(client.model, client.prompt, text, batch_tokens)
+            result = judge(client.model, client.prompt, text, batch_tokens=batch_tokens)
             n = _disclosed(inputs, result.n) if kind == "own" else result.n
             scores.append(TierScore(id, tier, kind, n=n, loss=result.loss, acc=result.acc))
         return scores
@@ -147,7 +151,7 @@ def server_scorer(
                 if not text:
                     continue
                 for tier, prompt in prompts.items():
-                    result = judge(server.model, prompt, text, batch_tokens)
+                    result = judge(server.model, prompt, text, batch_tokens=batch_tokens)
                     rows.append(
                         TierRow(
                             round=round,

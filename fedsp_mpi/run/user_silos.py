@@ -72,9 +72,9 @@ class ExpertInputs(DomainInputs):
     """
 
     def __init__(
-        self, config: Config, expert: ExpertConfig, tiers: TierInputs, part: tuple[int, int]
+        self, config: Config, expert: ExpertConfig, tiers: TierInputs, *, part: tuple[int, int]
     ) -> None:
-        super().__init__(config, expert, tiers, part)
+        super().__init__(config, expert, tiers, part=part)
         self.public = PublicText(config, expert, tiers) if expert.public_test is not None else None
 
     @cached_property
@@ -165,7 +165,7 @@ class UserSiloInputs(SiloInputs, TierInputs):
         return [example for text in texts if text is not None for example in text.splits.test]
 
     def _domain_of(self, expert: ExpertConfig, part: tuple[int, int]) -> ExpertInputs:
-        return ExpertInputs(self.config, expert, self, part)
+        return ExpertInputs(self.config, expert, self, part=part)
 
     @property
     def _public_experts(self) -> list[ExpertConfig]:

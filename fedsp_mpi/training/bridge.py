@@ -149,7 +149,7 @@ def fit_bridge(
     device = student.model.device
     num_texts = min(settings.bridge_texts, len(texts))
     num_batches = -(-num_texts // _BATCH_SIZE)  # rounded up
-    batches = Batches(texts, min(_BATCH_SIZE, num_texts), None, seed, "bridge")
+    batches = Batches(texts, min(_BATCH_SIZE, num_texts), None, seed=seed, purpose="bridge")
     context = NormalEquations(bridge.in_features, device)
     answers = NormalEquations(bridge.in_features, device)
     # --- sums over this rank's batches, then over ranks ---

@@ -119,7 +119,7 @@ def distil(
     student.train_weights(True)
     if not settings.logits_weight:
         student.freeze_untied_head()
-    engine = _build_engine(student, batches, settings, group)
+    engine = _build_engine(student, batches, settings, group=group)
     zero_stage = engine.zero_stage if isinstance(engine, DeepSpeedEngine) else 0
     version = engine.version if isinstance(engine, DeepSpeedEngine) else torch.__version__
     history = _History(student, engine, progress, can_resume=zero_stage == 0)
@@ -134,7 +134,7 @@ def distil(
             rng.seed_torch(seed, "distillation", group.rank, history.num_steps)
 
     def loss_of(batch: Batch) -> Tensor:
-        return distillation_loss(student, teacher, batch, settings)
+        return distillation_loss(student, teacher, batch, settings=settings)
 
     def on_step(loss: Tensor) -> None:
         is_stopped = group.any(stop())
@@ -178,7 +178,7 @@ def distil(
 
 
 def distillation_loss(
-    student: LanguageModel, teacher: LanguageModel, batch: Batch, settings: DistillationConfig
+    student: LanguageModel, teacher: LanguageModel, batch: Batch, *, settings: DistillationConfig
 ) -> Tensor:
     """Return the weighted losses of a batch, summed over its tokens: a scalar; see `distil`.
 
@@ -204,7 +204,7 @@ def distillation_loss(
 
 
 def _build_engine(
-    student: LanguageModel, batches: Batches, settings: DistillationConfig, group: ServerGroup
+    student: LanguageModel, batches: Batches, settings: DistillationConfig, *, group: ServerGroup
 ) -> TorchEngine | DeepSpeedEngine:
     """Build the configured engine over the student's trainable weights."""
     stage = settings.stage

@@ -120,7 +120,9 @@ def train(
     """
     start = time.perf_counter()
     step_losses: list[Tensor] = []
-    for micro_batches, total in _in_blocks(batches, first_step, num_steps, count, engine.group):
+    for micro_batches, total in _in_blocks(
+        batches, first_step, num_steps, count=count, group=engine.group
+    ):
         # --- forward and backward ---
         step_loss: Tensor | None = None
         for batch in micro_batches:
@@ -147,6 +149,7 @@ def _in_blocks(
     batches: Batches,
     first_step: int,
     num_steps: int,
+    *,
     count: Callable[[Batch], float],
     group: ServerGroup,
 ) -> Iterator[tuple[list[Batch], float]]:

@@ -38,7 +38,12 @@ def distilled(
     settings = DistillationConfig(**{"stage": stage, "engine": "torch"} | changes)
     before = of_weights(teacher.weights)
     batches = Batches(
-        tiny.texts(range(4, 24)), 8, micro, 1, "distillation", part=(team.rank, team.size)
+        tiny.texts(range(4, 24)),
+        8,
+        micro,
+        seed=1,
+        purpose="distillation",
+        part=(team.rank, team.size),
     )
     asked = iter(range(1, steps + 1))
     done = distil(

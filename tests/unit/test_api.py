@@ -92,7 +92,7 @@ def test_a_file_and_its_content_give_the_same(first, folder):
     """Nested mappings in the place of a file; the second run in one process, with other threads."""
     content: dict[str, Any] = yaml.safe_load(Path(fedsp_mpi.config.EMBEDDED).read_text())
     for key, value in SETTINGS.items():
-        put(content, key, value, key)
+        put(content, key, value, whose=key)
     given = json.dumps(content)
     torch.set_num_threads(2)
     torch.manual_seed(5)

@@ -26,12 +26,10 @@ ORDER = (
     {"estimate"},
     {"commands"},
     {"cli"},
-    {"api"},
     {"__main__"},
 )
-# The package's own __init__ imports the public interface, when it is first used; the room `run` has
-# the name of a public function.
-INTERFACE = {("__init__.py", "fedsp_mpi.api"), ("run/__init__.py", "fedsp_mpi.api")}
+# The public interface: it stands above all rooms, but imports them only when it is used.
+INTERFACE = "__init__.py"
 HOME = {
     "mpi4py": "comm/",
     "cryptography": "comm/sealing.py",
@@ -136,10 +134,21 @@ def test_imports_go_one_way(file):
 
 
 def is_interface(file: str, name: str) -> bool:
-    """Whether an import is that of the public interface, which stands above all rooms."""
-    home = ".".join(name.split(".")[:2])
+    """Whether an import is one that the public interface makes when it is used."""
     early = [n for node in at_import_time(tree(file)) for n in imported(node, file)]
-    return (file, home) in INTERFACE and name not in early
+    return file == INTERFACE and name not in early
+
+
+def test_no_room_uses_the_public_interface():
+    """But the room that has the name of a public function, and is called in its place."""
+    uses = {
+        (file, name)
+        for file in FILES
+        for _, name in imports(file)
+        if name.split(".")[0] == "fedsp_mpi" and target(name) == "fedsp_mpi"
+    }
+    beside_version = {(file, name) for file, name in uses if name != "fedsp_mpi.__version__"}
+    assert beside_version == {("run/__init__.py", "fedsp_mpi")} and len(uses) > 1
 
 
 def test_the_order_itself_is_told_apart():

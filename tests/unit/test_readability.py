@@ -1,4 +1,4 @@
-"""What `tests/counts.py` counts stays within its limits."""
+"""What `tests/counts.py` counts stays within its limits; `tests/mutants.py` fits the code."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import ast
 import pytest
 
 import counts
+import mutants
 
 PLACES = counts.count(sorted(counts.PACKAGE.rglob("*.py")))
 LIMITS = {name: limit for name, (_, limit) in counts.MEASURES.items() if limit is not None}
@@ -32,6 +33,13 @@ def load(first, second, third, fourth, fifth, sixth, seventh) -> Tensor:
 
 
 def test_the_root_and_the_readme_stay_small():
-    assert len(counts.root_modules()) <= 9
+    assert len(counts.root_modules()) <= 8
     readme = (counts.ROOT / "README.md").read_text(encoding="utf-8")
     assert len(readme.splitlines()) <= 300 and len(readme.encode()) <= 20_000
+
+
+@pytest.mark.parametrize("mutant", mutants.MUTANTS, ids=lambda mutant: mutant.name)
+def test_the_text_of_a_mutant_is_there(mutant):
+    """`tests/mutants.py` itself takes minutes, so nobody would notice at once."""
+    text = (counts.PACKAGE / mutant.file).read_text(encoding="utf-8")
+    assert text.count(mutant.before) == 1

@@ -117,10 +117,10 @@ def memory_in(client: str, round: str | None = None) -> None:
 
     original = Client._begin_round
 
-    def greedy(self, bench, id, number, *more):
+    def greedy(self, state, id, number, *, broadcast):
         if id == int(client) and (round is None or number == int(round)):
             torch.empty(1 << 60)
-        return original(self, bench, id, number, *more)
+        return original(self, state, id, number, broadcast=broadcast)
 
     Client._begin_round = greedy
 

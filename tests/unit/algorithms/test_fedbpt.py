@@ -46,14 +46,14 @@ def test_the_step_size_is_that_of_equation_6():
         for sigma in sigmas[client]:
             total += sigma**2
     spreads = np.sqrt((sigmas**2).sum(1)).tolist()
-    assert corrected(losses, spreads, population / 2, 2) == pytest.approx(
+    assert corrected(losses, spreads, points=population / 2, parents=2) == pytest.approx(
         2 * math.sqrt(total / (4 * population)), rel=1e-12
     )
     # The reference sums over all clients and knows mu = lambda / 2: the same where the sums are.
-    assert corrected(losses, [1.3] * 4, 2, 4) == pytest.approx(
+    assert corrected(losses, [1.3] * 4, points=2, parents=4) == pytest.approx(
         math.sqrt(4 * 1.3**2 / 4 / 2), rel=1e-12
     )
-    assert corrected([5.0], [2.0], 4, 1) == pytest.approx(math.sqrt(2 * 4.0 / 8))
+    assert corrected([5.0], [2.0], points=4, parents=1) == pytest.approx(math.sqrt(2 * 4.0 / 8))
 
 
 @pytest.mark.parametrize("population", [4, 5, 10, 21])
@@ -102,7 +102,10 @@ def test_the_server_ranks_the_clients_means():
     mean = sum(weight * update.tensors["mean"] for weight, update in zip(weights, best))
     assert merged["mean"] == pytest.approx(mean, abs=1e-6)
     sigma = corrected(
-        *([u.metrics[name] for u in updates] for name in ("fitness", "step_size")), 2.5, 3
+        [update.metrics["fitness"] for update in updates],
+        [update.metrics["step_size"] for update in updates],
+        points=2.5,
+        parents=3,
     )
     strength = 1 / (weights**2).sum()
     rate = (strength + 2) / (4 + strength + 5)
@@ -169,7 +172,7 @@ def test_clients_step_sizes_go_on_where_they_were():
     losses, spreads = (
         [update.metrics[name] for update in updates] for name in ("fitness", "step_size")
     )
-    begin = corrected(losses, spreads, effective(5), 3)
+    begin = corrected(losses, spreads, points=effective(5), parents=3)
     wanted = CmaEs.of({"mean": np.zeros(4), "step_size": np.array([begin])})
     before = wanted.step_size
     wanted.update(np.array([update.tensors["mean"] for update in updates]), np.array(losses))
@@ -296,7 +299,7 @@ def searching(model, **changes) -> fedbpt.SearchClient:
     tokens.
     """
     settings = SearchConfig(**{"dimension": 6, "iterations": 2, "batch_tokens": 40, **changes})
-    spec = PromptSpec.of(model.shape, "input", 3, None)
+    spec = PromptSpec.of(model.shape, "input", 3)
     first = model.model.get_input_embeddings().weight[4:7].detach().clone()
     shards = {
         0: tiny.texts((9, 8, 12, 6)),

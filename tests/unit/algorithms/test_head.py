@@ -123,7 +123,7 @@ def test_the_printed_lines_score_as_the_run_does(run):
         for index, example in enumerate(inputs.splits.test)
         if example.context.rstrip() == variables["text"]
     ]
-    [scores] = loglikelihoods(model, None, [inputs.test[numbers[0]]], 512) or []
+    [scores] = loglikelihoods(model, None, [inputs.test[numbers[0]]], batch_tokens=512) or []
     assert variables["choices"] == ["colour", "trade"]
     assert list(variables["scores"].values()) == pytest.approx(scores.loglikelihood, abs=1e-4)
     assert out.getvalue().startswith(variables["choices"][scores.loglikelihood.argmax()])

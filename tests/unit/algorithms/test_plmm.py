@@ -104,7 +104,7 @@ def experts(*values: float, merges_values: bool = True) -> Experts:
         None, Prompt(SPEC), depths, experts=[], teaching=Teaching(STAGE, 1.0, 1.0)
     )
     members = [(0,), (0, 1), (1,)]  # the third expert has no user in this round
-    return Experts(servers, general, members, depths, merges_values=merges_values)
+    return Experts(servers, general, members, depths=depths, merges_values=merges_values)
 
 
 class Sent:

@@ -187,7 +187,7 @@ def test_a_question_that_is_none_is_refused_before_it_is_handle_request():
 
 def test_asking_gives_the_losses_of_holding(tmp_path):
     model = tiny.load(tiny.model_folder(tmp_path, "gpt2"))
-    spec = PromptSpec.of(model.shape, "input", 3, None)
+    spec = PromptSpec.of(model.shape, "input", 3)
     layers = model.shape.num_layers
     first = model.model.get_input_embeddings().weight[4:7].detach().clone()
     space, whole = Subspace(spec, 6, 0.1, 1), DepthMap(spec, layers, tuple(range(layers)))

@@ -50,7 +50,7 @@ def model(tmp_path_factory):
 
 
 def server_of(model, settings: InstructionsConfig = SETTINGS, seed: int = 1) -> InstructionServer:
-    spec = PromptSpec.of(model.shape, "input", LENGTH, None)
+    spec = PromptSpec.of(model.shape, "input", LENGTH)
     return InstructionServer(
         model,
         Prompt(spec),
@@ -64,7 +64,7 @@ def server_of(model, settings: InstructionsConfig = SETTINGS, seed: int = 1) -> 
 def client_of(model, shards, choice_losses=scoring.choice_losses) -> InstructionClient:
     inference = LocalInference(
         model,
-        Prompt(PromptSpec.of(model.shape, "input", LENGTH, None)),
+        Prompt(PromptSpec.of(model.shape, "input", LENGTH)),
         lambda rows: model.embeddings(torch.from_numpy(rows.astype(np.int64))),
         batch_tokens=60,
     )
@@ -233,7 +233,9 @@ def test_a_score_is_that_of_words_typed_by_hand(tmp_path, family):
         for question in asked
     ]
     wanted = 0.0
-    for question, scores in zip(behind, scoring.loglikelihoods(model, None, behind, 1000)):
+    for question, scores in zip(
+        behind, scoring.loglikelihoods(model, None, behind, batch_tokens=1000)
+    ):
         shares = [math.exp(value) for value in scores.loglikelihood]
         wanted -= math.log(shares[question.gold[0]] / sum(shares)) / len(asked)
     down = rows_of(["w7"], words, ["w7"])
@@ -269,7 +271,7 @@ def test_clients_that_cannot_score_say_why(model):
             0: ShardError("its text cannot be used: found no example"),
             1: Examples(tiny.texts((5, 4)), questions(2)),
         },
-        lambda *_: np.array([[1.0, math.inf]]),
+        lambda *_, **__: np.array([[1.0, math.inf]]),
     )
     with pytest.raises(ShardError, match="found no example"):
         client.local_update(0, 1, rows_of(["w3"]))

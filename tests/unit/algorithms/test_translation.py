@@ -115,7 +115,7 @@ def pair(request, tmp_path) -> tuple[LanguageModel, LanguageModel, DepthMap]:
     """A global model, its first layers, and how prompts go between them."""
     whole = tiny.load(tiny.model_folder(tmp_path / request.param, request.param))
     small = LanguageModel(auxiliary.unroll(auxiliary.cut(whole, tiny.cell(2)), 2))
-    return whole, small, DepthMap(PromptSpec.of(whole.shape, "prefix", 3, None), 2, (0, 1))
+    return whole, small, DepthMap(PromptSpec.of(whole.shape, "prefix", 3), 2, (0, 1))
 
 
 def server_of(
@@ -125,8 +125,10 @@ def server_of(
     prompt = Prompt(depths.spec).initialise(1, 0.5)
     messengers = Prompt(depths.small)
     messengers.load(depths.down(prompt.tensors()))
-    batches = Batches(tiny.texts([5, 6, 7, 8] * 4), stage.batch_size, None, 1, "translation")
-    translator = PromptDistiller(small, messengers, batches, stage)
+    batches = Batches(
+        tiny.texts([5, 6, 7, 8] * 4), stage.batch_size, None, seed=1, purpose="translation"
+    )
+    translator = PromptDistiller(small, messengers, batches, stage=stage)
     none = StageConfig(steps=0)
     server = PromptServer(
         whole,

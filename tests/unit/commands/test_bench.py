@@ -48,7 +48,7 @@ def test_the_passes_of_a_step_come_to_the_losses_of_a_model_written_by_hand(tmp_
     """And to its gradients, and to peft's losses."""
     folder = tiny.model_folder(tmp_path / "model", family)
     model = tiny.load(folder)
-    prompt = Prompt(PromptSpec.of(model.shape, "prefix", 5, None))
+    prompt = Prompt(PromptSpec.of(model.shape, "prefix", 5))
     prompt.initialise(1, 0.5)
     batch = tiny.batch()
     gradients = []

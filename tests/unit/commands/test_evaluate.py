@@ -96,7 +96,11 @@ def finished(folder: Path, *settings: str) -> Path:
     model = backbone.load_global(materials.model_name, device=tiny.CPU)
     for method, tuned in {"zero-shot": None, "fedsp": prompt}.items():
         result = score(
-            model, tuned, materials.test, materials.task.metric, chosen.evaluation.batch_tokens
+            model,
+            tuned,
+            materials.test,
+            metric=materials.task.metric,
+            batch_tokens=chosen.evaluation.batch_tokens,
         )
         assert result is not None
         record.write_results([ResultRow(method=method, split="test", **asdict(result))])
@@ -320,7 +324,7 @@ def test_a_result_that_is_not_equal_is_called_so(gpt2, tmp_path):
     folder = finished(
         tmp_path / "run", *of_model(gpt2, tiny.data_folder(tmp_path / "data", test=30))
     )
-    spec = PromptSpec.of(tiny.load(gpt2).shape, "prefix", 5, None)
+    spec = PromptSpec.of(tiny.load(gpt2).shape, "prefix", 5)
     other_prompt = Prompt(spec).initialise(2, 3.0)
     write_adapter(folder / "prompt", NamedTensors.pack(other_prompt.tensors()), spec, base=gpt2)
     evaluation = evaluate.evaluate(folder, Options(), Log())
@@ -346,7 +350,7 @@ def test_a_tuned_model(gpt2, tmp_path):
     ].measures
     model = LanguageModel(other_model.eval())
     materials = ExperimentInputs(config.load(None, of_model(gpt2, str(tmp_path / "data"))))
-    expected = score(model, None, materials.test, "multiple_choice", 4096)
+    expected = score(model, None, materials.test, metric="multiple_choice", batch_tokens=4096)
     assert expected is not None and tuned.measures == {
         "acc": expected.acc,
         "acc_norm": expected.acc_norm,
@@ -390,7 +394,7 @@ def answers(model: LanguageModel, prompt: Prompt | None, batch_tokens: int = 200
 
 
 def prompt_for(model: LanguageModel, kind: str | None) -> Prompt | None:
-    return Prompt(PromptSpec.of(model.shape, kind, 5, None)).initialise(1, 0.5) if kind else None  # type: ignore[arg-type]
+    return Prompt(PromptSpec.of(model.shape, kind, 5)).initialise(1, 0.5) if kind else None  # type: ignore[arg-type]
 
 
 @torch.no_grad()
@@ -551,7 +555,7 @@ def test_a_context_is_run_once_for_all_its_options(gpt2, monkeypatch):
     monkeypatch.setattr(
         loaded,
         "continue_from",
-        lambda ids, *rest: (sizes.append(tuple(ids.shape)), run(ids, *rest))[1],
+        lambda ids, *rest, **more: (sizes.append(tuple(ids.shape)), run(ids, *rest, **more))[1],
     )
     options = [
         request
@@ -723,7 +727,7 @@ def test_a_run_that_is_not_complete(gpt2, tmp_path, capsys):
     record.finish()
     assert cli.main(["evaluate", str(tmp_path / "run")]) == 2
     assert "found no such folder, expected what the run has tuned" in capsys.readouterr().err
-    spec = PromptSpec.of(tiny.load(gpt2).shape, "prefix", 3, None)
+    spec = PromptSpec.of(tiny.load(gpt2).shape, "prefix", 3)
     write_adapter(
         tmp_path / "run" / "prompt", NamedTensors.pack(Prompt(spec).tensors()), spec, base=gpt2
     )

@@ -38,7 +38,7 @@ def short_base(*more: str) -> dict[str, Any]:
     base: dict[str, Any] = {"extends": EMBEDDED}
     for item in (*SHORT, "distillation.engine=torch", *more):
         key, value = item.split("=")
-        put(base, key, yaml.safe_load(value), key)
+        put(base, key, yaml.safe_load(value), whose=key)
     return base
 
 

@@ -22,9 +22,9 @@ def framed(lengths: list[int]) -> list[Text]:
 def test_a_share_of_a_text_s_own_words_is_replaced():
     texts, words = framed([200, 300, 250]), np.arange(4, 100)
     texts[0].ids[7] = 2  # a special token
-    copies = perturbed(texts, 0.4, words, rng.generator(1, "perturbation", 2, 3))
-    again = perturbed(texts, 0.4, words, rng.generator(1, "perturbation", 2, 3))
-    other = perturbed(texts, 0.4, words, rng.generator(1, "perturbation", 3, 3))
+    copies = perturbed(texts, 0.4, words, random=rng.generator(1, "perturbation", 2, 3))
+    again = perturbed(texts, 0.4, words, random=rng.generator(1, "perturbation", 2, 3))
+    other = perturbed(texts, 0.4, words, random=rng.generator(1, "perturbation", 3, 3))
     changed = []
     for text, copy, same, late in zip(texts, copies, again, other):
         assert (
@@ -39,7 +39,9 @@ def test_a_share_of_a_text_s_own_words_is_replaced():
         assert np.isin(copy.ids[2:-4], [2, *words]).all()
         changed.append((copy.ids != text.ids)[2:-4].mean())
     assert copies[0].ids[7] == 2 and np.mean(changed) == pytest.approx(0.4, abs=0.06)
-    everything = perturbed(texts, 1.0, np.array([77]), rng.generator(1, "perturbation", 1, 1))
+    everything = perturbed(
+        texts, 1.0, np.array([77]), random=rng.generator(1, "perturbation", 1, 1)
+    )
     assert (everything[1].ids[2:-4] == texts[1].ids[2:-4]).all(), (
         "only words are replaced, and 77 is the only one"
     )
@@ -50,7 +52,7 @@ def test_around_a_gap_both_sides_are_a_text_s_own():
         Text(np.append(text.ids, [7, *text.ids[2:-4], 8]), len(text.ids) - 2, gap=3)
         for text in framed([90, 80])
     ]
-    copies = perturbed(texts, 1.0, np.arange(10, 50), rng.generator(1, "perturbation", 1, 0))
+    copies = perturbed(texts, 1.0, np.arange(10, 50), random=rng.generator(1, "perturbation", 1, 0))
     for text, copy in zip(texts, copies):
         assert (
             copy.gap == 3
@@ -63,7 +65,9 @@ def test_around_a_gap_both_sides_are_a_text_s_own():
 
 def test_of_one_text_all_of_the_context_may_be_replaced():
     [text] = framed([500])
-    [copy] = perturbed([text], 1.0, np.arange(4, 100), rng.generator(1, "perturbation", 1, 0))
+    [copy] = perturbed(
+        [text], 1.0, np.arange(4, 100), random=rng.generator(1, "perturbation", 1, 0)
+    )
     assert (copy.ids != text.ids)[2:-2].mean() > 0.9 and np.array_equal(
         copy.ids[-2:], text.ids[-2:]
     )

@@ -492,8 +492,16 @@ def test_an_empty_context_without_a_token_in_its_place_is_refused(tmp_path):
 def test_a_limit_of_padding_is_kept_with_the_fewest_passes(max_padding, micro_batch):
     lengths = np.random.default_rng(3).integers(4, 60, 80)
     texts = tiny.texts(lengths.tolist())
-    batches = Batches(texts, 16, micro_batch, 1, "client prompt", 0, max_padding=max_padding)
-    whole = Batches(texts, 16, None, 1, "client prompt", 0)
+    batches = Batches(
+        texts,
+        16,
+        micro_batch,
+        seed=1,
+        purpose="client prompt",
+        numbers=(0,),
+        max_padding=max_padding,
+    )
+    whole = Batches(texts, 16, None, seed=1, purpose="client prompt", numbers=(0,))
     for index in range(10):
         cut = batches.step(index)
         rows = [row for batch in cut for row in _texts_of(batch)]
@@ -535,8 +543,12 @@ def _fewest_groups(lengths: list[int], most: int, max_padding: float) -> int:
 def test_parts_of_a_batch_are_cut_each_by_itself():
     texts = tiny.texts(list(range(4, 36)))
     parts = [
-        Batches(texts, 32, None, 1, "server", 0, part=(rank, 2), max_padding=0.1).step(0)
+        Batches(
+            texts, 32, None, seed=1, purpose="server", numbers=(0,), part=(rank, 2), max_padding=0.1
+        ).step(0)
         for rank in range(2)
     ]
     rows = [row for part in parts for batch in part for row in _texts_of(batch)]
-    assert sorted(rows) == sorted(_texts_of(Batches(texts, 32, None, 1, "server", 0).step(0)[0]))
+    assert sorted(rows) == sorted(
+        _texts_of(Batches(texts, 32, None, seed=1, purpose="server", numbers=(0,)).step(0)[0])
+    )

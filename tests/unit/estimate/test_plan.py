@@ -167,14 +167,14 @@ def test_flops_are_those_that_torch_counts(family, prompt_tokens):
         tiny.config(family), attn_implementation="eager"
     )
     model = backbone.LanguageModel(stock)
-    spec = PromptSpec.of(model.shape, "prefix", 5, None)
+    spec = PromptSpec.of(model.shape, "prefix", 5)
     prompt = Prompt(spec).initialise(1, 0.1) if prompt_tokens else None
     targets = torch.full((3, 12), -100)
     targets[:, -7:] = 5
     batch = Batch(
         torch.randint(4, tiny.VOCABULARY, (3, 12)), torch.ones(3, 12, dtype=torch.long), targets
     )
-    expected = 3 * architectures.forward(model, 12, 12 + prompt_tokens, 7)
+    expected = 3 * architectures.forward(model, 12, seen=12 + prompt_tokens, answers=7)
     for trained, factor in (("nothing", 1), ("weights", 3), ("prompts", 2)):
         if trained == "prompts" and prompt is None:
             continue
@@ -216,7 +216,7 @@ def test_an_input_prompt_is_counted_as_often_as_it_is_read(tmp_path, rows):
     ]
     model = tiny.load(name)
     model.model.set_attn_implementation("eager")  # torch does not count the fused one
-    prompt = Prompt(PromptSpec.of(model.shape, "input", 20, None)).initialise(1, 0.1)
+    prompt = Prompt(PromptSpec.of(model.shape, "input", 20)).initialise(1, 0.1)
     targets = torch.full((rows, 12), -100)
     targets[:, -4:] = 5
     batch = Batch(
@@ -234,7 +234,8 @@ def test_phases_add_up_from_steps():
     model = memory.meta_model(
         architectures.config_of("gpt2-xl"), 48
     )  # the auxiliary model computes as much
-    once, bare = (16 * architectures.forward(model, 100, *rest) for rest in ((140, 4), (100, 0)))
+    once = 16 * architectures.forward(model, 100, seen=140, answers=4)
+    bare = 16 * architectures.forward(model, 100, seen=100, answers=0)
     assert estimate.phases == pytest.approx(
         {
             "distillation": 5000 * 4 * bare,
@@ -527,5 +528,5 @@ def test_a_labelled_text_is_read_once_for_all_classes():
     """Of 21 tokens the last four are an answer, of which there are two, behind eight of prompt."""
     model = memory.meta_model(architectures.config_of(str(EMBEDDED.parent / "model")), 3)
     estimate = cost.plan(config.load(None, [*FEW, "prompt.num_tokens=8"]), "embedded", tokens=21)
-    text = architectures.forward(model, 25, 33, 8)
+    text = architectures.forward(model, 25, seen=33, answers=8)
     assert estimate.phases["client labelling"] == pytest.approx(6 * 2 * 9 * text)

@@ -95,14 +95,18 @@ def all_found(
         "_is_correct",
         lambda question, scores: (recorded.append(scores), judge(question, scores))[1],
     )
-    result = score(model, prompt, asked_questions, "multiple_choice", batch_tokens)
+    result = score(
+        model, prompt, asked_questions, metric="multiple_choice", batch_tokens=batch_tokens
+    )
     return result, [list(zip(scores.loglikelihood, scores.greedy)) for scores in recorded]
 
 
 def prompt_for(
     model: LanguageModel, kind: str | None, projection: int | None = None
 ) -> Prompt | None:
-    return kind and Prompt(PromptSpec.of(model.shape, kind, 5, projection)).initialise(1, 0.5)
+    return kind and Prompt(PromptSpec.of(model.shape, kind, 5, projection=projection)).initialise(
+        1, 0.5
+    )
 
 
 # -- against every option on its own ---------------------------------------------------------------
@@ -180,7 +184,14 @@ def test_how_options_are_batched_is_of_no_consequence(gpt2, batch_tokens, monkey
         [[v for v, _ in f] for f in scores], [[v for v, _ in f] for f in other_scores], atol=1e-4
     )
     assert (other_result.acc, other_result.acc_norm) == (result.acc, result.acc_norm)
-    score(model, prompt, asked_questions, "multiple_choice", batch_tokens, on_done=done.append)
+    score(
+        model,
+        prompt,
+        asked_questions,
+        metric="multiple_choice",
+        batch_tokens=batch_tokens,
+        on_done=done.append,
+    )
     assert sum(done) == 3 * len(asked_questions) and len(done) > 1
 
 
@@ -190,7 +201,7 @@ def test_a_context_is_run_once_for_all_its_options(gpt2, monkeypatch):
     monkeypatch.setattr(
         model,
         "continue_from",
-        lambda ids, *rest: (sizes.append(tuple(ids.shape)), run(ids, *rest))[1],
+        lambda ids, *rest, **more: (sizes.append(tuple(ids.shape)), run(ids, *rest, **more))[1],
     )
     ids = np.arange(4, 12, dtype=np.int32)
     asked_questions = [
@@ -200,7 +211,7 @@ def test_a_context_is_run_once_for_all_its_options(gpt2, monkeypatch):
             (0,),
         )
     ] * 2
-    score(model, None, asked_questions, "multiple_choice", 1000)
+    score(model, None, asked_questions, metric="multiple_choice", batch_tokens=1000)
     assert sizes == [(2, 8)]
 
 
@@ -215,8 +226,8 @@ def test_a_forward_pass_runs_no_more_positions_than_asked(gpt2, kind, batch_toke
     prompt, run = prompt_for(model, kind), model.continue_from
     before = 5 if kind == "input" else 0
 
-    def watched(ids, prompt, rows, endings):
-        first, further = run(ids, prompt, rows, endings)
+    def watched(ids, prompt, rows, *, endings):
+        first, further = run(ids, prompt, rows, endings=endings)
         longest = 1 if further is None else 1 + further.shape[1]
         groups.append((len(ids), ids.numel() + len(ids) * before + len(rows) * longest))
         return first, further
@@ -233,7 +244,7 @@ def test_a_forward_pass_runs_no_more_positions_than_asked(gpt2, kind, batch_toke
             Text(np.concatenate([context, end]).astype(np.int32), len(context)) for end in ends
         )
         asked_questions.append(Question(options, (1, 2, 3), (0,)))
-    score(model, prompt, asked_questions, "multiple_choice", batch_tokens)
+    score(model, prompt, asked_questions, metric="multiple_choice", batch_tokens=batch_tokens)
     assert sum(stems for stems, _ in groups) == len(asked_questions)
     assert all(stems == 1 or cost <= batch_tokens for stems, cost in groups)
     assert batch_tokens < 60 or any(stems > 1 for stems, _ in groups)
@@ -261,10 +272,12 @@ def test_checkpointing_changes_no_score(family, kind, tmp_path, monkeypatch):
     )
     assert lean.model.training and not plain.model.training  # as they were
     texts = tiny.texts([3, 9, 5])
-    assert answer_loss_mean(lean, prompt, texts, 20) == answer_loss_mean(plain, prompt, texts, 20)
-    monkeypatch.setattr(lean, "continue_from", lambda *_: 1 / 0)
+    assert answer_loss_mean(lean, prompt, texts, batch_tokens=20) == answer_loss_mean(
+        plain, prompt, texts, batch_tokens=20
+    )
+    monkeypatch.setattr(lean, "continue_from", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        score(lean, prompt, asked_questions, "multiple_choice", 100)
+        score(lean, prompt, asked_questions, metric="multiple_choice", batch_tokens=100)
     assert lean.model.training
 
 
@@ -281,11 +294,11 @@ def test_a_large_vocabulary_costs_no_precision(tmp_path, monkeypatch):
         assert [value for value, _ in options] == pytest.approx(expected, rel=0, abs=5e-5)
 
 
-def rigged(monkeypatch, *scores: tuple[list[float], list[int]]) -> None:
+def rigged(monkeypatch, *results: tuple[list[float], list[int]]) -> None:
     """Let scoring find these log-likelihoods and greedy marks."""
 
-    def fill(model, prompt, group, places):
-        for place, (values, greedy) in zip(places, scores):
+    def fill(model, prompt, group, *, scores):
+        for place, (values, greedy) in zip(scores, results):
             place.loglikelihood[:], place.greedy[:] = values, greedy
 
     monkeypatch.setattr(scoring, "_score_group", fill)
@@ -306,26 +319,39 @@ def test_scores_by_hand(gpt2, monkeypatch):
         ([-8, -30, -6], [0, 0, 0]),
     )
     asked_questions = asked_of((0,), (1,), (0, 2), lengths=lengths)
-    result = score(model, None, asked_questions, "multiple_choice", 100)
+    result = score(model, None, asked_questions, metric="multiple_choice", batch_tokens=100)
     assert (result.acc, result.acc_norm) == (2 / 3, 2 / 3)  # best: 0, 0, 2; per character: 1, 1, 2
     assert math.isnan(result.exact_match) and result.stderr == pytest.approx(
         np.std([1, 0, 1], ddof=1) / math.sqrt(3)
     )
-    result = score(model, None, asked_questions, "exact_match", 100)
+    result = score(model, None, asked_questions, metric="exact_match", batch_tokens=100)
     assert (
         result.exact_match == 0
         and math.isnan(result.acc)
         and math.isnan(result.acc_norm)
         and result.stderr == 0
     )
-    result = score(model, None, asked_of((1, 2), (0,), (1,), lengths=lengths), "exact_match", 100)
+    result = score(
+        model,
+        None,
+        asked_of((1, 2), (0,), (1,), lengths=lengths),
+        metric="exact_match",
+        batch_tokens=100,
+    )
     assert result.exact_match == 2 / 3 and result.n == 3 and result.seconds >= 0
-    assert math.isnan(score(model, None, asked_questions[:1], "multiple_choice", 100).stderr)
+    assert math.isnan(
+        score(model, None, asked_questions[:1], metric="multiple_choice", batch_tokens=100).stderr
+    )
 
 
 def test_of_equal_options_the_first_is_taken(gpt2, monkeypatch):
     rigged(monkeypatch, ([-4, -4, -9], [0, 0, 0]), ([-4, -4, -9], [0, 0, 0]))
-    assert score(tiny.load(gpt2), None, asked_of((0,), (1,)), "multiple_choice", 100).acc == 0.5
+    assert (
+        score(
+            tiny.load(gpt2), None, asked_of((0,), (1,)), metric="multiple_choice", batch_tokens=100
+        ).acc
+        == 0.5
+    )
 
 
 # -- texts to tokens -------------------------------------------------------------------------------
@@ -451,7 +477,7 @@ def test_the_validation_loss_is_the_mean_over_all_answer_tokens(gpt2, kind):
     total = -sum(by_hand(gpt2, prompt, text)[0] for text in texts)
     tokens = sum(len(text.ids) - text.answer for text in texts)
     for batch_tokens in (1, 20, 1000):
-        assert answer_loss_mean(model, prompt, texts, batch_tokens) == pytest.approx(
+        assert answer_loss_mean(model, prompt, texts, batch_tokens=batch_tokens) == pytest.approx(
             total / tokens, rel=1e-5
         )
 
@@ -471,7 +497,7 @@ def compare(
         "_is_correct",
         lambda question, scores: (recorded.append(scores), judge(question, scores))[1],
     )
-    result = score(tiny.load(path), None, asked_questions, metric, 2048)
+    result = score(tiny.load(path), None, asked_questions, metric=metric, batch_tokens=2048)
     assert len(samples) == result.n == len(examples)
     for options, sample in zip(recorded, samples, strict=True):
         assert options.loglikelihood.tolist() == pytest.approx(

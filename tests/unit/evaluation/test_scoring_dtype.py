@@ -55,8 +55,10 @@ def judged(
 ) -> tuple[Score, float]:
     """Score but for its seconds, and validation loss."""
     size = materials.config.evaluation.batch_tokens
-    found = score(model, prompt, materials.test, materials.task.metric, size)
-    return replace(found, seconds=0), answer_loss_mean(model, prompt, materials.validation, size)
+    found = score(model, prompt, materials.test, metric=materials.task.metric, batch_tokens=size)
+    return replace(found, seconds=0), answer_loss_mean(
+        model, prompt, materials.validation, batch_tokens=size
+    )
 
 
 def loaded(config: Config, server_dtype: torch.dtype) -> tuple[ExperimentInputs, LanguageModel]:

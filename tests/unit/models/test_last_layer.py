@@ -67,7 +67,7 @@ def test_answers_have_the_states_and_gradients_of_a_complete_pass(family, tmp_pa
     for kind in (None, "prefix", "input"):
         prompt = None
         if kind is not None:
-            prompt = Prompt(PromptSpec.of(model.shape, kind, 5, None)).initialise(1, 0.5)
+            prompt = Prompt(PromptSpec.of(model.shape, kind, 5)).initialise(1, 0.5)
         for batch in batches:
             complete = model.hidden(batch, prompt)[batch.targets != IGNORED]
             expected = gradients_of(complete, model, prompt)

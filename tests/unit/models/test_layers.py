@@ -143,7 +143,7 @@ def test_a_prompt_longer_than_a_sliding_window_is_read_whole(family, window, tmp
     )
     model = tiny.load(tiny.model_folder(tmp_path, family, sliding_window=window, **mixed))
     prompt, batch = (
-        Prompt(PromptSpec.of(model.shape, "input", 5, None)).initialise(1, 0.5),
+        Prompt(PromptSpec.of(model.shape, "input", 5)).initialise(1, 0.5),
         tiny.batch(),
     )
     with torch.no_grad():

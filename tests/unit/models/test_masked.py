@@ -49,7 +49,7 @@ def texts(family: str, examples: list[Example] | None = None, room: int = 60) ->
 
 
 def prompt_for(model: LanguageModel, num_tokens: int = 5) -> Prompt:
-    return Prompt(PromptSpec.of(model.shape, "input", num_tokens, None)).initialise(1, 0.5)
+    return Prompt(PromptSpec.of(model.shape, "input", num_tokens)).initialise(1, 0.5)
 
 
 @pytest.fixture(params=tiny.GAP_FAMILIES)
@@ -91,7 +91,10 @@ def test_a_batch_asks_only_at_the_gap():
         [(3, 5)],
         [(5, 6)],
     ]
-    assert [len(part.input_ids) for part in Batches(texts("bert"), 3, 2, 1, "x", 0).step(0)] == [
+    assert [
+        len(part.input_ids)
+        for part in Batches(texts("bert"), 3, 2, seed=1, purpose="x", numbers=(0,)).step(0)
+    ] == [
         2,
         1,
     ]
@@ -252,7 +255,7 @@ def test_scores_are_those_of_a_loop(model, family):
     ]
     prompt, tokenizer = prompt_for(model), tiny.gap_tokenizer(family)
     questions = gap_questions(tokenizer, asked_examples, 50)
-    likelihoods = loglikelihoods(model, prompt, questions, 40)
+    likelihoods = loglikelihoods(model, prompt, questions, batch_tokens=40)
     right, losses = [], []
     for row, likelihood in zip(asked_examples, likelihoods):
         [text] = cloze.encode(tokenizer, [row], 50)
@@ -261,16 +264,23 @@ def test_scores_are_those_of_a_loop(model, family):
         assert likelihood.greedy.tolist() == [int(logs.argmax()) == 5, int(logs.argmax()) == 6]
         right.append(int(logs[6] > logs[5]) == row.gold[0])
         losses.append(-logs[5 + row.gold[0]].item())
-    result = score(model, prompt, questions, "multiple_choice", 40)
+    result = score(model, prompt, questions, metric="multiple_choice", batch_tokens=40)
     assert (
         result.acc == pytest.approx(np.mean(right))
         and result.n == 17
         and math.isnan(result.exact_match)
     )
     every = cloze.encode(tokenizer, asked_examples, 50)
-    assert answer_loss_mean(model, prompt, every, 40) == pytest.approx(np.mean(losses), rel=1e-5)
+    assert answer_loss_mean(model, prompt, every, batch_tokens=40) == pytest.approx(
+        np.mean(losses), rel=1e-5
+    )
     assert len(list(by_length(every, 40))) > 2
-    assert score(model, prompt, questions, "multiple_choice", 40, stop=lambda: True) is None
+    assert (
+        score(
+            model, prompt, questions, metric="multiple_choice", batch_tokens=40, stop=lambda: True
+        )
+        is None
+    )
 
 
 # -- runs ------------------------------------------------------------------------------------------
@@ -312,7 +322,7 @@ def _compare_with_peft(adapter: Path, folder: Path, family: str, matrix: np.ndar
     )
     theirs = peft.PeftModel.from_pretrained(large, adapter).eval()
     ours = tiny.load(str(folder))
-    prompt = Prompt(PromptSpec.of(ours.shape, "input", 4, None))
+    prompt = Prompt(PromptSpec.of(ours.shape, "input", 4))
     prompt.load({"prompt": torch.from_numpy(matrix)})
     [text] = texts(family, EXAMPLES[:1])
     batch = collate([text])

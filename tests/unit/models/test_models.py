@@ -70,7 +70,7 @@ def unrolled(model: LanguageModel, start: int, layers: int, depth: int) -> Langu
 def prompt_for(
     model: LanguageModel, kind: str = "prefix", projection: int | None = None, std: float = 0.5
 ) -> Prompt:
-    return Prompt(PromptSpec.of(model.shape, kind, 5, projection)).initialise(1, std)
+    return Prompt(PromptSpec.of(model.shape, kind, 5, projection=projection)).initialise(1, std)
 
 
 def weights(model: LanguageModel) -> dict[str, torch.Tensor]:
@@ -261,7 +261,7 @@ def test_sizes_of_the_papers_models(settings, full, small):
             auxiliary.unroll(auxiliary.cut(large, tiny.cell(1)), layers).num_parameters() == small
         )
     assert (
-        Prompt(PromptSpec.of(large.shape, "prefix", 40, None)).num_parameters()
+        Prompt(PromptSpec.of(large.shape, "prefix", 40)).num_parameters()
         == 40 * layers * 2 * settings.hidden_size
     )
 
@@ -735,7 +735,7 @@ def test_depth_is_mapped_by_repetition_up_and_by_the_mean_down(old, new, project
 
 
 def test_an_input_prompt_has_no_depth(gpt2):
-    spec = PromptSpec.of(tiny.load(gpt2).shape, "input", 5, None)
+    spec = PromptSpec.of(tiny.load(gpt2).shape, "input", 5)
     tensors = Prompt(spec).initialise(1, 1.0).tensors()
     assert spec.at_depth(1) == spec and torch.equal(
         prompts.to_depth(tensors, spec, 1)["prompt"], tensors["prompt"]
@@ -894,7 +894,7 @@ def test_contexts_are_run_once_for_several_continuations(folder, kind, projectio
         ids[row, : len(ending.ids)] = torch.from_numpy(ending.ids)
         mask[row, : len(ending.ids)] = 1
     first, more_logits = large.continue_from(
-        contexts, prompt, torch.tensor(rows), tiny.Batch(ids, mask, ids)
+        contexts, prompt, torch.tensor(rows), endings=tiny.Batch(ids, mask, ids)
     )
     for i, (row, ending) in enumerate(zip(rows, endings)):
         alone = torch.cat([contexts[row], torch.from_numpy(ending.ids).long()])[None]
@@ -903,7 +903,7 @@ def test_contexts_are_run_once_for_several_continuations(folder, kind, projectio
         )[0, 5:]
         actual = torch.cat([first[i][None], more_logits[i, : len(ending.ids)]])
         assert (actual - expected).abs().max() < 1e-5
-    only, none = large.continue_from(contexts, prompt, torch.tensor(rows), None)
+    only, none = large.continue_from(contexts, prompt, torch.tensor(rows), endings=None)
     assert none is None and torch.allclose(only, first, atol=1e-5)
 
 

@@ -72,7 +72,7 @@ def unsealed():
 
 
 def prompt_for(model: LanguageModel, kind: str) -> Prompt:
-    return Prompt(PromptSpec.of(model.shape, kind, 5, None)).initialise(1, 0.5)
+    return Prompt(PromptSpec.of(model.shape, kind, 5)).initialise(1, 0.5)
 
 
 def stock_logits(path: str, prompt: Prompt) -> torch.Tensor:
@@ -169,7 +169,7 @@ def test_contexts_are_run_once_for_several_continuations(folder, kind):
     ones = torch.ones_like(ids)
     expected = model.head(model.hidden(tiny.Batch(ids, ones, ids), prompt))
     endings = tiny.Batch(ids[:, 11:13], ones[:, 11:13], ids[:, 11:13])
-    first, others = model.continue_from(ids[:, :11], prompt, torch.tensor([0, 1]), endings)
+    first, others = model.continue_from(ids[:, :11], prompt, torch.tensor([0, 1]), endings=endings)
     assert others is not None
     actual = torch.cat([first[:, None], others], dim=1)
     assert (actual - expected[:, 10:13]).abs().max() < 1e-5

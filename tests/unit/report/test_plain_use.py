@@ -114,7 +114,7 @@ def own_scores(run: Run, answer: str | None = None) -> tuple[dict[str, float], l
     words = question["text"].partition(question.get("gap", "\0"))[0].strip()
     example = next(e for e in inputs.splits.test if e.context.strip() == words)
     asked = inputs._to_questions([replace(example, choices=tuple(choices), gold=(0,))])
-    [scores] = loglikelihoods(model, prompt, asked, 512) or []
+    [scores] = loglikelihoods(model, prompt, asked, batch_tokens=512) or []
     values = scores.loglikelihood.tolist()
     return dict(zip(question.get("choices", choices), values)), scores.greedy.tolist()
 

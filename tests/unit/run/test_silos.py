@@ -40,7 +40,7 @@ def views(*visible: tuple[str, list[int | None]]) -> list[View]:
 def assign(settings: config.Config, seen: list[View]) -> tuple[list[list[int]], dict[int, str]]:
     silos = settings.federation.silos
     placed = [(index, silo.name, silo.source) for index, silo in enumerate(silos)]
-    return _assign(settings, placed, seen, 1)
+    return _assign(settings, placed, seen, first=1)
 
 
 NAMES = [{"name": name} for name in "abcd"]

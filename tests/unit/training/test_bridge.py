@@ -56,7 +56,7 @@ def sides(folder: str, layers: int, last: int = 1) -> tuple[BridgeEnd, BridgeEnd
     settings = tiny.cell(layers, first_layers=layers - last)
     small = LanguageModel(auxiliary.unroll(auxiliary.cut(large, settings), layers))
     layers_kept = auxiliary.layers(settings, tiny.LAYERS)
-    depths = DepthMap(PromptSpec.of(large.shape, "prefix", 3, None), layers, layers_kept)
+    depths = DepthMap(PromptSpec.of(large.shape, "prefix", 3), layers, layers_kept)
     first = Prompt(depths.spec).initialise(1, 0.5)
     below = Prompt(depths.small)
     below.load(depths.down(first.tensors()))
@@ -96,7 +96,7 @@ def test_what_enters_a_layer(folder):
         lambda _, inputs, __: seen.append(inputs[0]) if inputs[0].shape[0] > 1 else None
     )
     for kind in ("prefix", "input"):
-        prompt = Prompt(PromptSpec.of(model.shape, kind, 3, None)).initialise(1, 0.5)
+        prompt = Prompt(PromptSpec.of(model.shape, kind, 3)).initialise(1, 0.5)
         states = model.input_states_of(last, batch, prompt)
         assert not seen and states.shape == (*batch.input_ids.shape, tiny.WIDTH)
         model.hidden(batch, prompt)

@@ -148,7 +148,7 @@ def test_the_projection_follows_from_the_seed_and_is_linear():
 def test_what_is_added_spreads_like_an_embedding(tmp_path):
     model = tiny.load(tiny.model_folder(tmp_path, "gpt2"))
     weights = model.model.get_input_embeddings().weight
-    first = Prompt(PromptSpec.of(model.shape, "input", 40, None))
+    first = Prompt(PromptSpec.of(model.shape, "input", 40))
     scale = scale_of(model, first, 50, step_size=2.0, spread=3.0)
     assert scale == pytest.approx(
         3 * weights.std(correction=0).item() / (math.sqrt(50) * 2), rel=1e-5
@@ -156,7 +156,7 @@ def test_what_is_added_spreads_like_an_embedding(tmp_path):
     points = 2.0 * np.random.default_rng(0).standard_normal((8, 50))
     added = Subspace(first.spec, 50, scale, 1).expand(points)
     assert added.std().item() == pytest.approx(3 * weights.std().item(), rel=0.1)
-    prefix = Prompt(PromptSpec.of(model.shape, "prefix", 4, None)).initialise(1, 0.7)
+    prefix = Prompt(PromptSpec.of(model.shape, "prefix", 4)).initialise(1, 0.7)
     assert scale_of(model, prefix, 50, step_size=1.0, spread=1.0) == pytest.approx(
         0.7 / math.sqrt(50), rel=0.05
     )

@@ -138,13 +138,13 @@ def tuned(
 ) -> tuple[Trace, NamedTensors]:
     """Losses of some steps on texts of different lengths, and what they left."""
     model = tiny.load(path)
-    prompt = Prompt(PromptSpec.of(model.shape, "prefix", 5, None)).initialise(1, 0.5)
+    prompt = Prompt(PromptSpec.of(model.shape, "prefix", 5)).initialise(1, 0.5)
     small = LanguageModel(auxiliary.unroll(auxiliary.cut(model, tiny.cell(2)), 4))
     small.train_weights(weights)
     prompt.requires_grad_(not weights)
     moving = small.model.parameters() if weights else prompt.parameters()
     engine = TorchEngine(moving, OptimizerConfig(learning_rate=0.01, epsilon=1e-3, clip=1.0), 10)
-    batches = Batches(tiny.texts(range(4, 17)), 6, micro, 1, "test")
+    batches = Batches(tiny.texts(range(4, 17)), 6, micro, seed=1, purpose="test")
     loss = partial(answer_loss_of, small, prompt)
     trace = train(engine, batches, loss, first_step=0, num_steps=steps, device=tiny.CPU)
     return trace, auxiliary.pack(small) if weights else NamedTensors.pack(prompt.tensors())
@@ -167,7 +167,9 @@ def test_a_step_does_not_depend_on_how_the_batch_is_cut(gpt2, weights):
 
 
 def test_micro_batches_hold_texts_of_similar_length():
-    batches, uncut = (Batches(tiny.texts(range(4, 17)), 6, micro, 1, "test") for micro in (2, None))
+    batches, uncut = (
+        Batches(tiny.texts(range(4, 17)), 6, micro, seed=1, purpose="test") for micro in (2, None)
+    )
     lengths = [int(text.sum()) for batch in batches.step(1) for text in batch.attention_mask]
     [together] = uncut.step(1)
     assert lengths == sorted(together.attention_mask.sum(1).tolist(), reverse=True)
@@ -178,10 +180,10 @@ def test_a_steps_loss_is_the_mean_over_the_answers_tokens(gpt2):
     """One text at a time, one token at a time."""
     trace, _ = tuned(gpt2, 4, False, steps=1)
     model, texts = tiny.load(gpt2), tiny.texts(range(4, 17))
-    prompt = Prompt(PromptSpec.of(model.shape, "prefix", 5, None)).initialise(1, 0.5)
+    prompt = Prompt(PromptSpec.of(model.shape, "prefix", 5)).initialise(1, 0.5)
     small = LanguageModel(auxiliary.unroll(auxiliary.cut(model, tiny.cell(2)), 4))
     small.train_weights(False)
-    chosen, losses = Batches(texts, 6, None, 1, "test").step(0), []
+    chosen, losses = Batches(texts, 6, None, seed=1, purpose="test").step(0), []
     for row in range(6):
         text = next(
             t
@@ -327,7 +329,7 @@ def test_padding_has_no_part_in_the_distillation_loss(gpt2, settings):
         expected += settings.hidden_weight * hidden_loss(h, g, alone.attention_mask).item()
         logits = (model.head(x)[0] for model, x in ((student, h), (teacher, g)))
         expected += settings.logits_weight * logits_loss(*logits, settings.temperature).item()
-    loss = distillation_loss(student, teacher, collate(texts), settings)
+    loss = distillation_loss(student, teacher, collate(texts), settings=settings)
     assert loss.item() == pytest.approx(expected, rel=1e-5) and expected > 1
     loss.backward()
     assert student.model.get_input_embeddings().weight.grad.any()
@@ -349,13 +351,13 @@ def test_distillation_aligns_the_student(gpt2):
     assert again.trace.losses == done.trace.losses and of_weights(other.weights) == of_weights(
         student.weights
     )
-    batch = Batches(tiny.texts(range(4, 24)), 8, None, 1, "distillation").step(0)[0]
+    batch = Batches(tiny.texts(range(4, 24)), 8, None, seed=1, purpose="distillation").step(0)[0]
     teacher = tiny.load(gpt2)
     fresh = LanguageModel(auxiliary.unroll(auxiliary.cut(teacher, tiny.cell(1)), 4))
     fresh.train_weights(False)
-    first = distillation_loss(fresh, teacher, batch, DistillationConfig()).item() / num_text_tokens(
-        batch
-    )
+    first = distillation_loss(
+        fresh, teacher, batch, settings=DistillationConfig()
+    ).item() / num_text_tokens(batch)
     assert done.trace.first == pytest.approx(first, rel=1e-5)
 
 
@@ -491,18 +493,18 @@ def client(
     texts = {id: tiny.texts(range(4, 16), seed=id) for id in ids}
     shards = {
         id: fedsp.Shard(
-            Batches(client_texts, 4, None, 1, "alignment", id),
-            Batches(client_texts, 4, None, 1, "prompt", id),
+            Batches(client_texts, 4, None, seed=1, purpose="alignment", numbers=(id,)),
+            Batches(client_texts, 4, None, seed=1, purpose="prompt", numbers=(id,)),
         )
         for id, client_texts in texts.items()
     }
-    prompt = Prompt(PromptSpec.of(model.shape, "prefix", 5, None))
+    prompt = Prompt(PromptSpec.of(model.shape, "prefix", 5))
     training = fedsp.LocalTraining(
         alignment, tuning, joint=False, total_rounds=6, keep_state=keep, seed=1
     )
 
     def make_shard(id: int, other_texts: list[Text]) -> fedsp.Shard:
-        batches = Batches(other_texts, 4, None, 1, "prompt", id)
+        batches = Batches(other_texts, 4, None, seed=1, purpose="prompt", numbers=(id,))
         return fedsp.Shard(batches, batches)
 
     return fedsp.Client(
@@ -619,9 +621,9 @@ def test_what_is_kept_between_rounds_matters_and_can_be_left(gpt2):
 def test_a_server_goes_on_from_its_state_with_equal_bits(gpt2):
     def server() -> PromptServer:
         model = tiny.load(gpt2)
-        prompt = Prompt(PromptSpec.of(model.shape, "prefix", 5, None)).initialise(1, 0.5)
+        prompt = Prompt(PromptSpec.of(model.shape, "prefix", 5)).initialise(1, 0.5)
         stage = StageConfig(steps=2, batch_size=4, optimizer=OptimizerConfig(learning_rate=0.01))
-        batches = Batches(tiny.texts(range(4, 16)), 4, None, 1, "server")
+        batches = Batches(tiny.texts(range(4, 16)), 4, None, seed=1, purpose="server")
         return PromptServer(
             model,
             prompt,
