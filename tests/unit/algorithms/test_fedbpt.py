@@ -427,7 +427,7 @@ torch.set_num_threads(1)
 config = GPT2Config(vocab_size=250000, n_embd=512, n_layer=2, n_head=8, n_positions=128)
 model = LanguageModel(AutoModelForCausalLM.from_config(config), candidates=torch.arange(4))
 model.train_weights(False)
-spec, random = PromptSpec.of(model.shape, "input", 50, None), np.random.default_rng(0)
+spec, random = PromptSpec.of(model.shape, "input", 50), np.random.default_rng(0)
 ids = [np.append(random.integers(100, 5000, 40), i % 4) for i in range(45)]
 texts = [Text(tokens.astype(np.int32), 40) for tokens in ids]
 settings = SearchConfig(iterations=2, population=3)
