@@ -18,8 +18,9 @@ from pathlib import Path
 
 from helpers.paths import PROGRAMS
 
-# What loads the libraries:
-_LOAD_ALL = ("-m", "capture.py", "faulty.py", "several.py", "tamper.py", "team.py")
+# What loads the libraries. Several command lines in one start have ranks of their own, with a seed
+# each for Python's hashes, which forked ranks share: bits may not depend on it.
+_LOAD_ALL = ("-m", "capture.py", "faulty.py", "tamper.py", "team.py")
 _OWN = ("FEDSP_", "PYTEST_")  # variables that no library reads when it is loaded
 _server: subprocess.Popen[bytes] | None = None
 _socket = ""
