@@ -54,14 +54,14 @@ class Rule(Protocol):
 def fedavg(
     change: np.ndarray, moments: dict[str, np.ndarray], settings: OuterSettings
 ) -> np.ndarray:
-    """Return eta times the change; with eta = 1 the server takes over the mean; see `Rule`."""
+    """Return eta times the change, [values]; eta = 1 takes over the mean; see `Rule`."""
     return settings.learning_rate * change
 
 
 def fedavgm(
     change: np.ndarray, moments: dict[str, np.ndarray], settings: OuterSettings
 ) -> np.ndarray:
-    """Return a step with momentum (Hsu et al., 2019, arXiv 1909.06335); see `Rule`."""
+    """Return a step with momentum, [values] (Hsu et al., 2019, arXiv 1909.06335); see `Rule`."""
     first = moments["first"]
     first[:] = settings.momentum * first + change
     return settings.learning_rate * first
@@ -70,7 +70,7 @@ def fedavgm(
 def diloco(
     change: np.ndarray, moments: dict[str, np.ndarray], settings: OuterSettings
 ) -> np.ndarray:
-    """Return a step with Nesterov's momentum; see `Rule`.
+    """Return a step with Nesterov's momentum, [values]; see `Rule`.
 
     Source: DiLoCo, Douillard et al., 2023, arXiv 2311.08105.
     """
@@ -82,7 +82,7 @@ def diloco(
 def fedadagrad(
     change: np.ndarray, moments: dict[str, np.ndarray], settings: OuterSettings
 ) -> np.ndarray:
-    """Return FedAdagrad's step: the second moment is the sum of all squares; see `Rule`."""
+    """Return FedAdagrad's step, [values]: the second moment sums all squares; see `Rule`."""
     moments["second"] += np.square(change)
     return _adaptive_step(change, moments, settings)
 
@@ -90,7 +90,7 @@ def fedadagrad(
 def fedadam(
     change: np.ndarray, moments: dict[str, np.ndarray], settings: OuterSettings
 ) -> np.ndarray:
-    """Return FedAdam's step, without correction of the bias, as in algorithm 2; see `Rule`."""
+    """Return FedAdam's step, [values], without correction of the bias (algorithm 2); see `Rule`."""
     second = moments["second"]
     second[:] = settings.decay * second + (1 - settings.decay) * np.square(change)
     return _adaptive_step(change, moments, settings)
@@ -99,7 +99,7 @@ def fedadam(
 def fedyogi(
     change: np.ndarray, moments: dict[str, np.ndarray], settings: OuterSettings
 ) -> np.ndarray:
-    """Return FedYogi's step: the second moment follows squares at a bounded rate; see `Rule`."""
+    """Return FedYogi's step, [values]: the second moment moves at a bounded rate; see `Rule`."""
     second = moments["second"]
     square = np.square(change)
     second -= (1 - settings.decay) * square * np.sign(second - square)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 _SERVER = 0  # rank
 _CLIENT = 1
-_PROBLEM = (str, type(None))
+_PROBLEM = (str, type(None))  # types of the field; None: there is none
 
 
 class Dialogue:

@@ -380,17 +380,8 @@ class SiloInputs(ExperimentInputs):
         """Read the server's own splits; it may own none."""
         if self.source is None:
             return tasks.Splits((), (), (), ())
-        data = self.config.data
-        limits = {split: limit for split, limit in asdict(data.limit).items() if limit is not None}
-        limits.pop("train", None)  # of each silo
-        return loading.load(
-            self.task,
-            self.source,
-            seed=self.config.run.seed,
-            limit=limits,
-            columns=self.config.server.data.columns or data.columns,
-            owner="server",
-        )
+        own_columns = self.config.server.data.columns
+        return load_judged(self, own_columns or self.config.data.columns)
 
     def _examples_of(self, owner: int) -> list[tasks.Example]:
         assert owner == 0, "a silo's examples are its own"
@@ -426,6 +417,25 @@ class SiloInputs(ExperimentInputs):
         target = self.config.attack.target
         if target is not None and self.splits.test:
             poison.require_feasible_target(self.splits.test, target)
+
+
+def load_judged(inputs: ExperimentInputs, columns: loading.ColumnNames) -> tasks.Splits:
+    """Read the splits of text that the server or an expert owns: shard, validation and test.
+
+    Args:
+        inputs: whose source is read; `data.limit.train` is of each silo, and not of this text.
+        columns: the task's columns as the files name them.
+    """
+    limits = {name: limit for name, limit in asdict(inputs.config.data.limit).items() if limit}
+    limits.pop("train", None)
+    return loading.load(
+        inputs.task,
+        inputs.source,
+        seed=inputs.config.run.seed,
+        limit=limits,
+        columns=columns,
+        owner="server",
+    )
 
 
 def _data_of(config: Config, client: int) -> DataConfig:

@@ -7,7 +7,7 @@ What every rank may open, to score prompts on a domain, is public text in a plac
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import cached_property
 
 import numpy as np
@@ -16,7 +16,7 @@ from fedsp_mpi.config import Config, ConfigError
 from fedsp_mpi.config.tiers import ExpertConfig
 from fedsp_mpi.data import loading, tasks
 from fedsp_mpi.data.tokens import Question
-from fedsp_mpi.run.silo_inputs import SiloInputs, SiloText
+from fedsp_mpi.run.silo_inputs import SiloInputs, SiloText, load_judged
 from fedsp_mpi.run.tier_inputs import DomainInputs, DomainText, TierInputs, named_domain
 
 
@@ -102,17 +102,7 @@ class ExpertInputs(DomainInputs):
             )
 
     def _read_splits(self) -> tasks.Splits:
-        data = self.config.data
-        limits = {split: limit for split, limit in asdict(data.limit).items() if limit is not None}
-        limits.pop("train", None)  # of each silo
-        return loading.load(
-            self.task,
-            self.source,
-            seed=self.config.run.seed,
-            limit=limits,
-            columns=data.columns,
-            owner="server",
-        )
+        return load_judged(self, self.config.data.columns)
 
     def _require_splits(self) -> None:
         """Raise ConfigError if the expert lacks rows that it needs."""

@@ -26,7 +26,9 @@ _server: subprocess.Popen[bytes] | None = None
 _socket = ""
 
 
-def python(first: str, environment: Mapping[str, str], usual: Mapping[str, str]) -> list[str]:
+def python(
+    first: str, environment: Mapping[str, str], server_environment: Mapping[str, str]
+) -> list[str]:
     """Return the command that is `python` in a rank.
 
     It is Python itself where a rank is quicker without the server, because it does not load what
@@ -35,13 +37,13 @@ def python(first: str, environment: Mapping[str, str], usual: Mapping[str, str])
     Args:
         first: the program, or `-m` or `-c` before it.
         environment: of the rank.
-        usual: the server's environment.
+        server_environment: that the libraries were loaded in.
     """
-    is_usual = _of_libraries(environment) == _of_libraries(usual)
-    if Path(first).name not in _LOAD_ALL or not is_usual:
+    is_same = _of_libraries(environment) == _of_libraries(server_environment)
+    if Path(first).name not in _LOAD_ALL or not is_same:
         return [sys.executable]
     if _server is None:
-        _start(usual)
+        _start(server_environment)
     return [sys.executable, "-I", "-S", str(PROGRAMS / "warm_rank.py"), _socket]
 
 
