@@ -241,7 +241,7 @@ def run_round(
         watch.lap("merge")
 
     # --- server update ---
-    tuning = None
+    tuning: ServerTuning | UnvalidatedTuning | None = None
     if server.server.tunes:
         tuning = tune_on_server(round, schedule, server, watch=watch)
 
@@ -285,13 +285,35 @@ class ServerTuning:
 
 
 @dataclass(frozen=True)
+class UnvalidatedTuning:
+    """A round's tuning at the server that stands whatever it was worth, to be validated later.
+
+    Attributes:
+        trace: of its steps.
+        merged: what there was before it.
+    """
+
+    trace: Trace
+    merged: NamedTensors
+
+    def validate(self, server: ServerRole) -> ServerTuning:
+        """Validate what the server has tuned, and what it had merged before."""
+        loss = server.validation_loss(server.server)
+        tuned = server.server.export()
+        server.server.restore(self.merged)
+        merged_loss = server.validation_loss(server.server)
+        server.server.restore(tuned)
+        return ServerTuning(self.trace, merged_loss, loss)
+
+
+@dataclass(frozen=True)
 class RoundResult:
     """What a round has brought, on a rank of the server, until it is recorded.
 
     Attributes:
         round: its number.
         updates: of the clients; None on the server's other ranks.
-        tuning: of the server; None where it does not tune.
+        tuning: of the server, validated or not yet; None where it does not tune.
         control_loss: validation loss of the server-only control, in nats a token.
         silo_scores: what silos have scored.
         round_bytes: on the wire, by direction and client.
@@ -302,7 +324,7 @@ class RoundResult:
 
     round: int
     updates: Updates | None
-    tuning: ServerTuning | None
+    tuning: ServerTuning | UnvalidatedTuning | None
     control_loss: float
     silo_scores: Sequence[SiloRow]
     round_bytes: Mapping[str, Mapping[int, int]]
@@ -313,8 +335,10 @@ class RoundResult:
 
 def tune_on_server(
     round: int, schedule: Schedule, server: ServerRole, *, watch: Stopwatch
-) -> ServerTuning:
+) -> ServerTuning | UnvalidatedTuning:
     """Tune the merged prompts at the server, and keep that if the validation loss says so.
+
+    Where prompts are kept in any case, clients need not wait until they are validated.
 
     Args:
         round: from 1.
@@ -322,6 +346,12 @@ def tune_on_server(
         server: holds the merged prompts, and holds the result afterwards.
         watch: of the round.
     """
+    if schedule.overlaps and server.always_accept and server.server.prompt is not None:
+        with guard.phase("server tuning", round=round):
+            merged = server.server.export()
+            trace = server.server.server_update(round) or Trace()
+            watch.lap("server")
+        return UnvalidatedTuning(trace, merged)
     with guard.phase("validation of the merged prompts", round=round):
         merged_loss = server.validation_loss(server.server)
         watch.lap("validation")
@@ -358,7 +388,7 @@ def run_tier_above(round: int, schedule: Schedule, above: UpperTier) -> None:
 
 
 def validate_and_record(result: RoundResult, server: ServerRole) -> None:
-    """Validate what the server has not tuned, see whether the round is the best, and record it.
+    """Validate what is not validated yet, see whether the round is the best, and record it.
 
     What is left of a round whose result can be broadcast; no client takes part.
     """
@@ -371,6 +401,11 @@ def validate_and_record(result: RoundResult, server: ServerRole) -> None:
             server.compute.begin()
             loss = server.validation_loss(server.server)
             tuning = ServerTuning(Trace(), loss, loss)
+            watch.lap("validation")
+    elif isinstance(tuning, UnvalidatedTuning):
+        with guard.phase("validation", round=round):
+            server.compute.begin()
+            tuning = tuning.validate(server)
             watch.lap("validation")
     with guard.phase("best round", round=round):
         is_best = server.keep_if_best(round, tuning.loss, result.silo_scores)
