@@ -652,7 +652,7 @@ def _save_clients(clients: HostedClients | None) -> JsonObject:
         files = clients.cache.save() if clients else {}
     except RecordError as error:
         return {"states": {}, "error": str(error)}
-    return {"states": {str(client): list(file) for client, file in files.items()}, "error": None}
+    return {"states": {str(client): file for client, file in files.items()}, "error": None}
 
 
 def _client_files(

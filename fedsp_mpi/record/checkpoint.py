@@ -133,27 +133,24 @@ class Checkpoints:
         """
         return states.unpack(self._read(server_file(checkpoint.round), checkpoint.server))
 
-    def unreferenced(self, written: Mapping[int, Collection[int]]) -> list[tuple[int, int]]:
-        """Return the files that no checkpoint refers to, but never a client's newest.
+    def unreferenced(self, superseded: Mapping[tuple[int, int], int]) -> list[tuple[int, int]]:
+        """Return the superseded files that no checkpoint refers to.
+
+        A checkpoint refers to the file that was a client's newest after its round, so that no
+        manifest needs to be read.
 
         Args:
-            written: client id -> rounds of its files.
+            superseded: (client, round) of files -> the round of the same client's next file.
 
         Returns:
             Pairs of client and round.
         """
-        referenced = {
-            (client, file.round)
-            for round in self._rounds()
-            for client, file in self._client_files(round).items()
-        }
-        superseded = [
+        rounds = self._rounds() if superseded else []
+        return [
             (client, round)
-            for client, rounds in written.items()
-            for round in rounds
-            if round < max(rounds)
+            for (client, round), next_round in superseded.items()
+            if not any(round <= checkpoint < next_round for checkpoint in rounds)
         ]
-        return [pair for pair in superseded if pair not in referenced]
 
     def remove_client(self, client: int, round: int) -> None:
         """Remove a file that is `unreferenced`.

@@ -53,8 +53,10 @@ class ClientStateCache:
         self._last_rounds: dict[int, int] = {}
         # On disk and up to date.
         self._files = dict(files)
-        # client -> rounds of all its files.
-        self._written_rounds = {client: {file.round} for client, file in files.items()}
+        # client -> round of its newest file, up to date or not.
+        self._newest_rounds = {client: file.round for client, file in files.items()}
+        # (client, round) of the older files -> round of the client's next one.
+        self._superseded: dict[tuple[int, int], int] = {}
         self._unsynced: set[str] = set()
         self._thread = ThreadPoolExecutor(1, "states")
         # The clients that train next.
@@ -73,9 +75,9 @@ class ClientStateCache:
         Raises:
             RecordError: a file cannot be removed, or a state could not be written.
         """
-        for client, round in self._checkpoints.unreferenced(self._written_rounds):
+        for client, round in self._checkpoints.unreferenced(self._superseded):
             self._checkpoints.remove_client(client, round)
-            self._written_rounds[client].remove(round)
+            del self._superseded[client, round]
             self._unsynced.discard(client_file(client, round))
         self._queue = deque(clients)
         self._read_ahead()
@@ -147,7 +149,10 @@ class ClientStateCache:
             self._wait_for_write(next(iter(self._writes)))
         write = self._checkpoints.write_client
         self._writes[client] = self._thread.submit(write, client, round, state)
-        self._written_rounds.setdefault(client, set()).add(round)
+        newest = self._newest_rounds.get(client, round)
+        if newest != round:
+            self._superseded[client, newest] = round
+        self._newest_rounds[client] = round
         self._unsynced.add(client_file(client, round))
 
     def _wait_for_write(self, client: int) -> None:

@@ -20,7 +20,7 @@ from fedsp_mpi.log import Log, one_line
 from fedsp_mpi.run import devices
 from fedsp_mpi.run.agreement import agreed
 from fedsp_mpi.run.handout import HandoutMeta, ServerMeeting
-from fedsp_mpi.run.preload import Preload
+from fedsp_mpi.run.preload import Preload, uncollected
 from fedsp_mpi.run.ranks import (
     RankInfo,
     ReadyReport,
@@ -226,7 +226,8 @@ def _start(
     """Start the server; what can be checked without torch is checked before it is imported."""
     try:
         require_topology(config, ranks, wire.topology)
-        from fedsp_mpi.run.server import ServerRun
+        with uncollected():
+            from fedsp_mpi.run.server import ServerRun
     except (ValueError, OSError) as error:
         raise comm.Refused(one_line(error)) from None
     return ServerRun.start(

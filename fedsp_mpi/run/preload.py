@@ -1,9 +1,30 @@
-"""Import heavy libraries on the ranks that wait for the server."""
+"""Import heavy libraries: quickly, and on the ranks that wait for the server meanwhile."""
 
 from __future__ import annotations
 
+import gc
 import threading
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Look for no cycles of garbage inside the `with`: what imports make stays.
+
+    Torch and transformers make most of a million objects. To look at them again and again, as they
+    come, would take a tenth of the time of their import, and the first look afterwards another
+    part of it: they join the oldest objects without one.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.unfreeze()  # what was frozen becomes the oldest generation
+        if was_enabled:
+            gc.enable()
 
 
 class Preload:
@@ -35,6 +56,6 @@ class Preload:
 
 def _import_all() -> None:
     # Where an import fails, the main thread's own finds out, and reports it.
-    with suppress(Exception):
+    with suppress(Exception), uncollected():
         import fedsp_mpi.federate
         import fedsp_mpi.run.build  # noqa: F401
