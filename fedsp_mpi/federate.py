@@ -370,6 +370,8 @@ def tune_on_server(
 def run_tier_above(round: int, schedule: Schedule, above: UpperTier) -> None:
     """Run one round of the tier above; validation and record belong to the round that it is in.
 
+    Collective among the server's ranks, each of which plays some of its clients.
+
     Args:
         round: that it is in, from 1.
         schedule: of the run; the tier has a federation of its own.

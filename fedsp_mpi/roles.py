@@ -16,6 +16,7 @@ from fedsp_mpi.comm import guard
 from fedsp_mpi.comm.exchange import Exchange
 from fedsp_mpi.comm.inspection import Expected, ProtocolError, reading, require_fields
 from fedsp_mpi.comm.solo import Solo
+from fedsp_mpi.comm.wire import Wire
 from fedsp_mpi.config import FederationConfig
 from fedsp_mpi.data.tokens import Text
 from fedsp_mpi.evaluation.scoring import answer_loss_mean
@@ -291,15 +292,15 @@ class UpperTier:
     """A round inside the server's part of each round, whose clients are parts of the server.
 
     Attributes:
-        wire: between its server and its clients, all of which this process plays.
+        wire: between the server's ranks, all of which play clients of that round.
         federation: of that round: who takes part, and what follows if one fails.
-        server: of that round.
-        clients: of that round.
+        server: of that round, on rank 0; None on the server's other ranks.
+        clients: of that round that this rank plays.
     """
 
-    wire: Solo
+    wire: Wire | Solo
     federation: FederationConfig
-    server: ServerRole
+    server: ServerRole | None
     clients: HostedClients
 
 
@@ -307,8 +308,8 @@ class UpperTier:
 class ServerRole:
     """The server, the control that tunes beside it without clients, and what both are judged by.
 
-    Where several ranks are the server, each has one; they do the same and end each round with the
-    same values.
+    Where several ranks are the server, each has one; they do the same, or deal out what they do,
+    and end each round with the same values.
 
     Attributes:
         server: the method's side.
@@ -434,7 +435,7 @@ class ServerRole:
         }
         if self.exchange is not None:
             parts["exchange"] = self.exchange
-        if self.above is not None:
+        if self.above is not None and self.above.server is not None:
             parts["above"] = self.above.server
         if self.control is not None and self.control_best is not None:
             parts["control"] = self.control

@@ -8,7 +8,7 @@ each method: what must be known before torch is loaded.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -247,6 +247,7 @@ class ServerContext:
         client_model: the model that clients get, for a server that learns from it; None for the
             server-only control and on the server's other ranks.
         progress: is told of every step of the server's tuning, and shows lines.
+        reads_text: whether this rank may read the server's text; without it, another rank tunes.
     """
 
     inputs: MethodInputs
@@ -256,11 +257,14 @@ class ServerContext:
     rule: Rule
     client_model: LanguageModel | None = None
     progress: RoundProgress = field(default_factory=RoundProgress)
+    reads_text: bool = True
 
     def batches(self) -> Batches | None:
-        """Return the server's training batches; None if it does not tune."""
+        """Return the server's training batches; None if it does not tune, or not here."""
         stage = self.inputs.config.server.tuning
-        return self.inputs.batches(0, stage, "server", group=self.group) if stage.steps else None
+        if not stage.steps or not self.reads_text:
+            return None
+        return self.inputs.batches(0, stage, "server", group=self.group)
 
 
 @dataclass(frozen=True)
@@ -334,15 +338,16 @@ class TierAbove:
     """A round whose clients are parts of a method's server.
 
     Attributes:
-        server: of that round.
+        server: of that round, which rank 0 plays.
         client: all its clients.
-        ids: of the clients, which follow those of the run's clients.
+        rank_of: the server's rank that plays each client, by id; ids follow those of the run's
+            clients.
         metrics: names of the numbers that come with their updates.
     """
 
     server: Server
     client: Client
-    ids: Sequence[int]
+    rank_of: Mapping[int, int]
     metrics: tuple[str, ...]
 
 

@@ -11,7 +11,8 @@ prompts on frozen weights, so that prompts are all that moves between them:
 
 The experts are the server of one round (`Experts`, with `Users` as clients) and the clients of
 another (`ExpertClients`, with `GeneralServer`): `federate.run_round` runs the second inside the
-first.
+first. Where several ranks are the server, experts are dealt out among them: each rank tunes and
+validates its own, and all of them know the result.
 """
 
 from __future__ import annotations
@@ -61,6 +62,7 @@ from fedsp_mpi.tensors import (
 from fedsp_mpi.training.device import oom_as_client_error
 from fedsp_mpi.training.engine import TorchEngine
 from fedsp_mpi.training.loop import Batches, NonFiniteError, Trace, train
+from fedsp_mpi.training.process_group import SINGLE_RANK, ServerGroup
 
 TierName = Literal["personal", "expert", "general"]
 
@@ -185,6 +187,7 @@ class Experts:
         depths: converts prompts to the depth of the users' model.
         merges_values: whether the rule merges each value by itself, so that updates can be read a
             range of values at a time; otherwise all of them are in memory at once.
+        group: the server's ranks, among which experts are dealt out.
     """
 
     def __init__(
@@ -195,9 +198,11 @@ class Experts:
         *,
         depths: DepthMap,
         merges_values: bool = False,
+        group: ServerGroup = SINGLE_RANK,
     ) -> None:
         self.experts = dict(experts)
         self.general = general
+        self.group = group
         self.model = general.model
         self._members = members
         self._depths = depths
@@ -267,7 +272,10 @@ class Experts:
             expert.load_aggregate(aggregate.select(part_name(name)))
 
     def tune(self, name: str, round: int) -> Trace | None:
-        """Tune an expert's prompt on its own text, once in a round; None without such steps."""
+        """Tune an expert's prompt on its own text, once in a round; None without such steps.
+
+        On the rank that plays the expert.
+        """
         if round != self._round:
             self._round = round
             self._tuned = {}
@@ -278,15 +286,49 @@ class Experts:
     def server_update(self, round: int) -> Trace | None:
         """Tune every expert that the round of the tier above has not tuned already.
 
+        Afterwards all ranks of the server hold what each of them has tuned, and the general prompt.
+
         Returns:
             The mean losses of all experts by step; None, if there are no such steps.
         """
-        traces = [trace for name in self.experts if (trace := self.tune(name, round)) is not None]
+        own_traces = {
+            index: self.tune(name, round)
+            for index, name in enumerate(self.experts)
+            if self.group.is_mine(index)
+        }
+        shared = [
+            self._share(index, expert, own_traces.get(index))
+            for index, expert in enumerate(self.experts.values())
+        ]
+        self.group.lead(self.general.parameters())
+        traces = [trace for trace in shared if trace is not None]
         if not traces:
             return None
         losses = np.mean([trace.losses for trace in traces], axis=0)
         seconds = sum(trace.seconds for trace in traces)
         return Trace(tuple(losses.tolist()), sum(trace.samples for trace in traces), seconds)
+
+    def _share(self, index: int, expert: PromptServer, trace: Trace | None) -> Trace | None:
+        """Take over an expert's state, and how it was tuned, from the rank that plays it.
+
+        Args:
+            index: of the expert.
+            expert: the same.
+            trace: of its tuning, on that rank.
+        """
+        group = self.group
+        if group.size == 1:
+            return trace
+        owner = group.owner_of(index)
+        state = group.tell_arrays(expert.state(), owner)
+        if not group.is_mine(index):
+            expert.load_state(state)
+        fields = [trace.losses, trace.samples, trace.seconds] if trace is not None else None
+        fields = group.tell(fields, owner)
+        if fields is None:
+            return None
+        losses, samples, seconds = fields
+        return Trace(tuple(losses), samples, seconds)
 
     def parameters(self) -> Iterable[nn.Parameter]:
         """Return all prompts' parameters."""
@@ -360,7 +402,8 @@ class GeneralServer(PromptServer):
         model: the global model, frozen.
         prompt: the first one.
         depths: from the global model's depth to itself.
-        experts: prompts and texts of the experts; they may be tuned meanwhile.
+        experts: prompts and texts of the experts, which have been tuned in the round; none
+            without such steps, and where another rank does them.
         teaching: how their answers are learned; without steps the mean stays.
     """
 
@@ -390,6 +433,14 @@ class GeneralServer(PromptServer):
         """Whether the mean of the experts' prompts learns from their answers."""
         return self._teaching.stage.steps > 0
 
+    def aggregate(self, updates: Updates) -> NamedTensors:
+        """Return the mean of the experts' prompts, whose answers are those of what they sent."""
+        rows = updates.rows()
+        for (prompt, _), values in zip(self._experts, rows):
+            prompt.load(NamedTensors(updates.schema, values).torch())
+        everyone = range(len(updates.reports))
+        return super().aggregate(Group(updates, everyone, rows, schema=updates.schema))
+
     def server_update(self, round: int) -> Trace | None:
         """Distil the experts' answers into the mean of their prompts; None without such steps."""
         if not self._teaching.stage.steps:
@@ -398,11 +449,12 @@ class GeneralServer(PromptServer):
 
 
 class ExpertClients:
-    """All experts, as the clients of a round of the general model.
+    """The experts that this rank plays, as the clients of a round of the general model.
 
     Args:
-        tier: the experts.
-        texts: each expert's own text, in an order for this purpose; empty without such steps.
+        tier: all experts.
+        texts: the text of each expert of this rank, by its index, in an order for this purpose;
+            empty without such steps.
         teaching: how the general model teaches them.
         first_id: of the experts, whose ids follow those of the users.
     """
@@ -410,7 +462,7 @@ class ExpertClients:
     prompt = None
 
     def __init__(
-        self, tier: Experts, texts: Sequence[Batches], teaching: Teaching, *, first_id: int
+        self, tier: Experts, texts: Mapping[int, Batches], teaching: Teaching, *, first_id: int
     ) -> None:
         self.model = tier.model
         self.states = StatelessClients()  # what experts keep belongs to `tier`
@@ -659,21 +711,30 @@ class PersonalLargeModels(Method):
     def build_server(self, context: ServerContext) -> Experts:
         """Return all experts, each a FedSP server on its domain, and the general model above."""
         inputs = context.inputs
+        group = context.group
         prompt_servers: dict[str, PromptServer] = {}
-        for name, domain in zip(_names(inputs), inputs.domains, strict=True):
-            own_context = replace(context, inputs=domain, client_model=None)
+        for index, (name, domain) in enumerate(zip(_names(inputs), inputs.domains, strict=True)):
+            own_context = replace(
+                context,
+                inputs=domain,
+                client_model=None,
+                group=SINGLE_RANK,
+                reads_text=group.is_mine(index),
+            )
             server = fedsp.METHOD.build_server(own_context)
             assert isinstance(server, PromptServer)
             prompt_servers[name] = server
         consensus = inputs.config.tiers.consensus
-        texts = _texts(inputs, consensus, "consensus")
+        every_domain = range(len(inputs.domains)) if group.rank == 0 else ()
+        texts = _texts(inputs, consensus, "consensus", domains=every_domain)
         spec = inputs.prompt_spec
         general = GeneralServer(
             context.model,
             inputs.first_prompt(context.model).to(context.compute.device),
             DepthMap(spec, spec.num_layers),
             experts=[
-                (server.prompt, batches) for server, batches in zip(prompt_servers.values(), texts)
+                (prompt_servers[_names(inputs)[index]].prompt, batches)
+                for index, batches in texts.items()
             ],
             teaching=_teaching(inputs, consensus),
         )
@@ -683,6 +744,7 @@ class PersonalLargeModels(Method):
             inputs.members,
             depths=inputs.depth_map,
             merges_values=inputs.config.federation.rule in ("mean", "median"),
+            group=group,
         )
 
     def tier_above(self, inputs: MethodInputs, server: Server) -> TierAbove:
@@ -690,16 +752,19 @@ class PersonalLargeModels(Method):
         assert isinstance(server, Experts)
         upgrade = inputs.config.tiers.upgrade
         first_id = len(inputs.members)
+        group = server.group
+        indexes = range(len(server.experts))
+        own_domains = [index for index in indexes if group.is_mine(index)]
         experts = ExpertClients(
             server,
-            _texts(inputs, upgrade, "upgrade"),
+            _texts(inputs, upgrade, "upgrade", domains=own_domains),
             _teaching(inputs, upgrade),
             first_id=first_id,
         )
         return TierAbove(
             server.general,
             experts,
-            range(first_id, first_id + len(server.experts)),
+            {first_id + index: group.owner_of(index) for index in indexes},
             metrics=("loss_upgrade_last", "loss_prompt_last"),
         )
 
@@ -733,11 +798,20 @@ def _names(inputs: MethodInputs) -> list[str]:
     return [expert.name for expert in inputs.config.tiers.experts]
 
 
-def _texts(inputs: MethodInputs, stage: StageConfig, purpose: str) -> list[Batches]:
-    """Return each expert's own text in batches, none where a stage has no steps."""
+def _texts(
+    inputs: MethodInputs, stage: StageConfig, purpose: str, *, domains: Iterable[int]
+) -> dict[int, Batches]:
+    """Return the text of some experts in batches, by their index.
+
+    Args:
+        inputs: of the experiment.
+        stage: steps and sizes of the batches; without steps there is no text.
+        purpose: of the stage, for the order.
+        domains: indexes of the experts.
+    """
     if not stage.steps:
-        return []
-    return [domain.batches(0, stage, purpose) for domain in inputs.domains]
+        return {}
+    return {index: inputs.domains[index].batches(0, stage, purpose) for index in domains}
 
 
 def _teaching(inputs: MethodInputs, stage: StageConfig) -> Teaching:

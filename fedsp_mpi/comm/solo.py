@@ -83,6 +83,11 @@ class Solo:
         self._calls: dict[int, CallStats] = {}
         self._seals: Seals | None = None
 
+    def among_first(self, num_ranks: int) -> Solo:
+        """Return another wire of this process; see `Wire.among_first`."""
+        assert num_ranks == 1, "there is one process"
+        return Solo(self._chunk * 4)
+
     # The operations, in the order of a run.
 
     def collect(self, info: JsonMapping, phase: JsonPhase = "start-up") -> list[JsonObject]:

@@ -17,6 +17,7 @@ import json
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -67,6 +68,7 @@ from .messages import (
     to_json,
 )
 from .rpc import Answer, RpcEndpoint
+from .solo import Solo
 from .topology import Topology
 from .updates import Updates
 from .waiting import Deadlines, wait
@@ -97,6 +99,7 @@ class Wire:
         chunk_bytes: size of the chunks in which one vector travels; the server's choice counts from
             the hand-out on.
         deadlines: longest waits; default: for ever.
+        server_plays: whether the server's rank hosts clients, too.
 
     Attributes:
         topology: rank, host and cores of this process.
@@ -111,6 +114,8 @@ class Wire:
         comm: MPI.Intracomm,
         chunk_bytes: int = CHUNK_BYTES,
         deadlines: Deadlines | None = None,
+        *,
+        server_plays: bool = False,
     ) -> None:
         from mpi4py import MPI
 
@@ -121,7 +126,7 @@ class Wire:
         self._comm = comm.Dup()
         self.topology = Topology.of(self._comm)
         self.is_server = self.topology.is_server
-        self.is_client = not self.topology.is_server
+        self.is_client = server_plays or not self.topology.is_server
         self.contract: Contract | None = None
         self._chunk = max(1, chunk_bytes // 4)
         self._exchange: Exchange | None = None
@@ -130,6 +135,28 @@ class Wire:
         self._rpc: RpcEndpoint | None = None
         self._seals: Seals | None = None  # from `exchange_keys` on
         self._sealed_chunk = np.empty(0, dtype=np.uint8)  # of this rank's clients, reused
+
+    def among_first(self, num_ranks: int) -> Wire | Solo:
+        """Return a wire between the first ranks alone, whose server's rank hosts clients, too.
+
+        Collective among these ranks, which wait for each other as the server's ranks do. What
+        travels there is in a ledger of its own.
+
+        Args:
+            num_ranks: how many, from rank 0 on.
+        """
+        if num_ranks == 1:
+            return Solo(self._chunk * 4)
+        all_ranks = self._comm.Get_group()
+        first_ranks = all_ranks.Incl(range(num_ranks))
+        comm = self._comm.Create_group(first_ranks)
+        first_ranks.Free()
+        all_ranks.Free()
+        seconds = self.deadlines.server
+        deadlines = Deadlines(**dict.fromkeys(Deadlines.__dataclass_fields__, seconds))
+        wire = Wire(comm, self._chunk * 4, deadlines, server_plays=True)
+        comm.Free()  # the wire has a duplicate
+        return wire
 
     # The operations, in the order of a run.
 
@@ -341,6 +368,8 @@ class Wire:
                     memory = np.empty(header.num_values, dtype=np.float32)
                     tensors = NamedTensors(contract.down, memory)
                 self._send_chunks(tensors.flat, "broadcast")
+            if self.is_server and self.is_client:
+                tensors = tensors.copy()  # clients cannot write into the server's memory
             down = RoundBroadcast(header.round, tensors=tensors)
             self._ledger.add_broadcasts(
                 contract,
@@ -382,7 +411,7 @@ class Wire:
 
         Args:
             round: number of the round.
-            results: results of this rank's clients; none on the server.
+            results: results of this rank's clients; none on a server that hosts none.
             expected: on the server, the clients that take part; without it nothing is known about
                 who is missing.
 
@@ -399,8 +428,8 @@ class Wire:
             contract = self._sealed_contract()
             results = checked_results(results, contract, round)
             if self.is_server:
-                assert not results, "the server has no clients"
-                return self._receive_updates(round, contract, expected)
+                assert self.is_client or not results, "the server has no clients"
+                return self._receive_updates(round, contract, expected, own_results=results)
             calls = self._rpc.close() if self._rpc is not None else {}
             self._send_updates(round, contract, results, calls=calls)
             return None
@@ -502,15 +531,27 @@ class Wire:
         return self._sealed_chunk[:num_bytes]
 
     def _receive_updates(
-        self, round: int, contract: Contract, expected: Expected | None
+        self,
+        round: int,
+        contract: Contract,
+        expected: Expected | None,
+        *,
+        own_results: Sequence[Update | Failure],
     ) -> Updates:
-        """Receive all results on the server; the chunks behind the first are left for later."""
+        """Receive all results on the server; the chunks behind the first are left for later.
+
+        Results of the server's own clients are inspected like all others.
+        """
         size = self.topology.size
         max_bytes = None
         if expected is not None:
             result_bytes = MAX_RESULT_BYTES + (0 if self._seals is None else SEAL_BYTES)
             max_bytes = {rank: result_bytes * len(expected.of_rank(rank)) for rank in range(size)}
         messages = self._receive_messages(_RESULTS_TAG, "gather", max_bytes)
+        if own_results:
+            assert self._seals is None and self._exchange is None, "what stays here is plain"
+            own_headers = [Header.of(result, round) for result in own_results]
+            messages[_SERVER] = pack_results(own_headers, contract.metrics)
         headers: list[Header] = []
         senders: list[list[int]] = [[] for _ in range(size)]
         for rank, message in sorted(messages.items()):
@@ -525,8 +566,9 @@ class Wire:
             failure.client: failure
             for failure in collect_failures(headers, contract, round=round, expected=expected)
         }
+        own_updates = [result for result in own_results if isinstance(result, Update)]
         incoming = IncomingUpdates(
-            self._receive_chunks,
+            partial(self._receive_chunks, own_chunks=self._cut(own_updates, contract)),
             senders,
             contract.up.num_values,
             chunk=self._chunk,
@@ -552,16 +594,29 @@ class Wire:
         )
         return self._open_updates
 
-    def _receive_chunks(self, targets: Mapping[int, np.ndarray]) -> dict[int, int]:
+    def _cut(self, updates: Sequence[Update], contract: Contract) -> Iterator[np.ndarray]:
+        """Yield the chunks of the server's own clients, fp32 [num_updates, num_values of it]."""
+        for part in chunk_slices(contract.up.num_values, self._chunk):
+            yield np.stack([update.tensors.flat[part] for update in updates])
+
+    def _receive_chunks(
+        self, targets: Mapping[int, np.ndarray], own_chunks: Iterator[np.ndarray]
+    ) -> dict[int, int]:
         """Receive the next chunk of each rank into its contiguous memory, fp32 or uint8.
+
+        Args:
+            targets: memory by rank.
+            own_chunks: of the server's own clients.
 
         Returns:
             The number of bytes that a rank sent, for ranks that sent another number than their
             memory holds; their chunk is dropped.
         """
+        if _SERVER in targets:
+            targets[_SERVER][...] = next(own_chunks)
         receiving: dict[int, MPI.Request] = {}
         wrong_sizes: dict[int, int] = {}
-        waiting_for = set(targets)
+        waiting_for = set(targets) - {_SERVER}
         status = self._mpi.Status()
 
         def poll() -> bool:

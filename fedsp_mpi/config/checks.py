@@ -261,15 +261,25 @@ def _require_shares(config: Config) -> None:
 
 
 def _require_server_ranks(config: Config) -> None:
-    """Check that batches of the server can be shared equally among its ranks."""
+    """Check that work of the server can be shared among its ranks: batches, or experts."""
+    num_ranks = config.topology.server_ranks
+    if config.method_facts.has_tiers:
+        num_experts = len(config.tiers.experts)
+        if num_ranks > max(1, num_experts):
+            raise ConfigError(
+                f"topology.server_ranks: found {num_ranks} with {num_experts} experts "
+                f"(tiers.experts), expected at most {num_experts}: a rank of the server plays one "
+                "at least"
+            )
+        return
     stages = {
         "distillation.stage": config.distillation.stage,
         "server.tuning": config.server.tuning,
     }
     for key, stage in stages.items():
-        if stage.batch_size % config.topology.server_ranks:
+        if stage.batch_size % num_ranks:
             raise ConfigError(
                 f"{key}.batch_size: found {stage.batch_size}, expected a multiple of "
-                f"topology.server_ranks={config.topology.server_ranks}, so that each of them "
+                f"topology.server_ranks={num_ranks}, so that each of them "
                 "gets an equal part"
             )

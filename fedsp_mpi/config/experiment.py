@@ -335,6 +335,8 @@ def changed_keys(before: Section, now: Section) -> list[str]:
     A key that one of the configurations lacks counts as its default: it did not exist yet when the
     run was begun. Sections of one method, such as `search`, count for that method only.
 
+    With tiers any number of server ranks has the same bits, and may follow another one.
+
     Args:
         before: the configuration that the run was begun with, as nested mappings.
         now: the one that it is to be resumed with.
@@ -344,8 +346,10 @@ def changed_keys(before: Section, now: Section) -> list[str]:
         before, now = (
             dataclasses.asdict(parse(Config, settings, "")) for settings in (before, now)
         )
-    unused = [f"{name}." for name, method in _OF_ONE_METHOD.items() if now.get("method") != method]
-    return differences(before, now, free=(*_FREE, *unused))
+    free = [f"{name}." for name, method in _OF_ONE_METHOD.items() if now.get("method") != method]
+    if now.get("method") == _OF_ONE_METHOD["tiers"]:
+        free.append("topology.server_ranks")
+    return differences(before, now, free=(*_FREE, *free))
 
 
 def to_yaml(config: Config) -> str:

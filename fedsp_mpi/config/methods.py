@@ -81,7 +81,6 @@ _WORDS_REQUIRE: dict[str, tuple[object, str]] = {
 }
 _ONE_UP = "a user sends one prompt, and gets those of all experts"
 _TIERS_REQUIRE: dict[str, tuple[object, str]] = {
-    "topology.server_ranks": (1, "one rank plays all experts and the general model"),
     "client.training": ("alternating", "users tune prompts alone"),
     "client.alignment.steps": (0, "users tune prompts alone"),
     "client.privacy.clip": (None, _ONE_UP),

@@ -85,7 +85,7 @@ class TopologyConfig:
     server_ranks: int = option(
         1,
         "ranks 0 to S - 1 hold the global model and share distillation (ZeRO), server tuning and "
-        "evaluation",
+        "evaluation; with `tiers` they share the experts out, to the same bits",
         "ranks",
     )
 

@@ -96,7 +96,7 @@ def auxiliary_model(
     config = inputs.config
     if config.tunes_weights or config.asks_server:
         return model, dict(_NOT_DISTILLED)
-    recipe = _recipe(inputs, model, compute, digest=digest)
+    recipe = _recipe(inputs, model, compute, num_ranks=group.size, digest=digest)
     target = folder / "auxiliary"
     checkpoints = Checkpoints(folder)
     source = target
@@ -274,9 +274,22 @@ def _keep_state(checkpoints: Checkpoints, recipe: Recipe, state: State) -> None:
 
 
 def _recipe(
-    inputs: ExperimentInputs, model: LanguageModel, compute: Compute, *, digest: str | None
+    inputs: ExperimentInputs,
+    model: LanguageModel,
+    compute: Compute,
+    *,
+    num_ranks: int,
+    digest: str | None,
 ) -> Recipe:
-    """Return all that the auxiliary model's weights depend on. Equal recipes give equal weights."""
+    """Return all that the auxiliary model's weights depend on. Equal recipes give equal weights.
+
+    Args:
+        inputs: of the experiment.
+        model: the global model.
+        compute: the server's device.
+        num_ranks: that distil together.
+        digest: of the global model's weights, where it is known.
+    """
     config = inputs.config
     size = {"depth": inputs.depth, "layers_per_cell": inputs.layers_per_cell}
     libraries = ("torch", "transformers", "deepspeed")
@@ -289,7 +302,7 @@ def _recipe(
         "device": compute.device.type,
         "dtype": config.server.compute.dtype,
         "threads": compute.threads,
-        "server_ranks": config.topology.server_ranks,
+        "server_ranks": num_ranks,
         "versions": {name: importlib.metadata.version(name) for name in libraries},
     }
     if config.auxiliary.first_layers:

@@ -35,7 +35,9 @@ from fedsp_mpi.algorithms.privacy import LocalDPClient
 from fedsp_mpi.algorithms.silo_weights import WeightedClient
 from fedsp_mpi.comm import Handout
 from fedsp_mpi.comm.exchange import Exchange
+from fedsp_mpi.comm.inspection import Expected
 from fedsp_mpi.comm.solo import Solo
+from fedsp_mpi.comm.wire import Wire
 from fedsp_mpi.config import FederationConfig, OuterConfig
 from fedsp_mpi.config.tiers import GENERAL
 from fedsp_mpi.evaluation.scoring import answer_loss_mean, choice_losses, score
@@ -59,7 +61,7 @@ from fedsp_mpi.run.silos import disclosed
 from fedsp_mpi.run.tier_inputs import TierInputs
 from fedsp_mpi.tensors import Contract, NamedTensors, State, part_of_state
 from fedsp_mpi.training.device import DTYPES, Compute
-from fedsp_mpi.training.process_group import ServerGroup
+from fedsp_mpi.training.process_group import SINGLE_RANK, ServerGroup
 
 Answer = Callable[[np.ndarray], np.ndarray]
 
@@ -260,16 +262,22 @@ def server_role(
     compute: Compute,
     *,
     group: ServerGroup,
+    wire: Wire | Solo,
+    checkpoints: Checkpoints,
     journal: RoundJournal | None,
     exchange: Exchange | None = None,
 ) -> ServerRole:
     """Build a rank's part of the server, as it is before the first round.
+
+    Collective among the server's ranks.
 
     Args:
         inputs: of the experiment.
         both: the method's server and the control.
         compute: the server's device.
         group: the ranks that are the server together.
+        wire: between all ranks.
+        checkpoints: of the run.
         journal: what rank 0 writes.
         exchange: rank 0's end of compressed rounds.
     """
@@ -291,7 +299,9 @@ def server_role(
         outer=outer_optimizer(config.federation.outer),
         exchange=exchange,
         validate=tiers.validation_of(inputs),
-        above=_upper_tier(inputs, both.server, compute, group=group, journal=journal),
+        above=_upper_tier(
+            inputs, both.server, compute, group=group, wire=wire, checkpoints=checkpoints
+        ),
         score_tiers=tiers.server_scorer(inputs, both.server),
     )
 
@@ -302,36 +312,42 @@ def _upper_tier(
     compute: Compute,
     *,
     group: ServerGroup,
-    journal: RoundJournal | None,
+    wire: Wire | Solo,
+    checkpoints: Checkpoints,
 ) -> UpperTier | None:
-    """Build the round inside the server's part of each round, with both its sides in this process;
-    None without tiers.
+    """Build this rank's part of the round inside the server's part of each round; None without
+    tiers.
+
+    Its wire is between the server's ranks. Rank 0 is its server; each rank plays clients.
     """
     above = method_of(inputs).tier_above(inputs, server)
-    if above is None or journal is None:
+    if above is None:
         return None
     config = inputs.config
-    ids = list(above.ids)
-    wire = Solo()
+    inner_wire = wire.among_first(group.size)
     prompt = above.server.broadcast().schema
-    wire.contract = Contract(prompt, prompt, above.metrics)
-    role = ServerRole(
-        above.server,
-        None,
-        compute,
-        validation=inputs.validation,
-        batch_tokens=config.evaluation.batch_tokens,
-        group=group,
-        is_inner=True,
-    )
-    cache = ClientStateCache(
-        above.client.states, journal.checkpoints, max_in_memory=len(ids), files={}
-    )
-    clients = HostedClients(above.client, ids, compute, cache, lambda _: ids)
+    inner_wire.contract = Contract(prompt, prompt, above.metrics)
     federation = FederationConfig(
-        clients=len(ids), rounds=config.federation.rounds, on_failure="stop"
+        clients=len(above.rank_of), rounds=config.federation.rounds, on_failure="stop"
     )
-    return UpperTier(wire, federation, role, clients)
+    role = None
+    if group.rank == 0:
+        weights = dict.fromkeys(above.rank_of, 1.0)
+        expected = Expected(above.rank_of, weights, federation.client_name)
+        role = ServerRole(
+            above.server,
+            None,
+            compute,
+            validation=(),  # it is validated in the round that it belongs to
+            batch_tokens=config.evaluation.batch_tokens,
+            group=SINGLE_RANK,
+            expected=lambda _: expected,
+            is_inner=True,
+        )
+    ids = [client for client, rank in above.rank_of.items() if rank == group.rank]
+    cache = ClientStateCache(above.client.states, checkpoints, max_in_memory=len(ids), files={})
+    clients = HostedClients(above.client, ids, compute, cache, lambda _: ids)
+    return UpperTier(inner_wire, federation, role, clients)
 
 
 def outer_optimizer(settings: OuterConfig) -> OuterOptimizer:

@@ -125,7 +125,7 @@ def execute(
         clients = _load_clients(
             config, wire, handed_out, silos=silos, meta=meta, server=server, log=client_log or Log()
         )
-        role = server_rank.build_role(meta) if server_rank else None
+        role = server_rank.build_role(meta, wire) if server_rank else None
         del handed_out  # its tensors take as much memory as the clients' model
 
         from fedsp_mpi.federate import Schedule, federate
@@ -270,7 +270,7 @@ def _load_helper(
         from fedsp_mpi.training.process_group import Rendezvous
 
         rendezvous = Rendezvous(meeting.address, meeting.port, server_ranks)
-        return SecondaryServer(config, wire.topology, rendezvous)
+        return SecondaryServer(config, wire.topology, rendezvous, candidates=meeting.candidates)
 
     return _load_in_waves(wire, waves, load, role="helper", server=server)
 

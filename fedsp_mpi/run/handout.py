@@ -17,20 +17,28 @@ class ServerMeeting:
         address: of rank 0's host.
         port: on which rank 0 listens.
         hosts: of all ranks.
+        candidates: ids of the tokens that losses run over, where they follow from text of all
+            experts; None: they follow from what each of these ranks reads, or are all.
     """
 
     address: str
     port: int
     hosts: Sequence[str]
+    candidates: Sequence[int] | None = None
 
     def to_json(self) -> JsonObject:
         """Return this as it travels."""
-        return {"address": self.address, "port": self.port, "hosts": list(self.hosts)}
+        return {
+            "address": self.address,
+            "port": self.port,
+            "hosts": list(self.hosts),
+            "candidates": self.candidates,
+        }
 
     @classmethod
     def from_json(cls, values: JsonMapping) -> ServerMeeting:
         """Read what the server sent."""
-        return cls(values["address"], values["port"], values["hosts"])
+        return cls(values["address"], values["port"], values["hosts"], values["candidates"])
 
 
 @dataclass(frozen=True)

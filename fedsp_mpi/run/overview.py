@@ -56,6 +56,10 @@ def say_ranks(
         f"clients   {config.federation.clients}, at most {most} on a rank; "
         f"threads: {environment.threads(ranks)}"
     )
+    if config.tiers.experts and servers > 1:
+        experts = [expert.name for expert in config.tiers.experts]
+        dealt_out = [f"{', '.join(experts[rank::servers])} on {rank}" for rank in range(servers)]
+        log.say(f"experts   {'; '.join(dealt_out)}")
 
 
 def say_inputs(log: Log, inputs: ExperimentInputs, *, is_embedded: bool) -> None:

@@ -37,10 +37,16 @@ from fedsp_mpi.run.opening import (
     resume_record,
 )
 from fedsp_mpi.run.ranks import Assignment, RankInfo, ReadyReport, assign_clients
-from fedsp_mpi.run.server_rank import LoadedServer, PreparedServer, join_group, stop_requested
+from fedsp_mpi.run.server_rank import (
+    LoadedServer,
+    PreparedServer,
+    connect_to_experts,
+    join_group,
+    stop_requested,
+)
 from fedsp_mpi.run.silos import OpenSilos
 from fedsp_mpi.training.distill import StoppedError
-from fedsp_mpi.training.process_group import Rendezvous
+from fedsp_mpi.training.process_group import SINGLE_RANK, Rendezvous
 
 if TYPE_CHECKING:
     from fedsp_mpi.comm.solo import Solo
@@ -191,7 +197,10 @@ class ServerRun:
         if self._config.topology.server_ranks == 1:
             return None
         hosts = [rank.host for rank in self._ranks]
-        return ServerMeeting(self._rendezvous.address, self._rendezvous.port, hosts)
+        candidates = None
+        if self._has_tiers and self.inputs.candidates is not None:
+            candidates = self.inputs.candidates.tolist()
+        return ServerMeeting(self._rendezvous.address, self._rendezvous.port, hosts, candidates)
 
     def record_failure(self, error: BaseException) -> None:
         """Write into the record that the run ended before its end, and why.
@@ -251,7 +260,7 @@ class ServerRun:
                 inputs,
                 loaded.model,
                 loaded.compute,
-                group=group,
+                group=SINGLE_RANK if self._has_tiers else group,
                 folder=self.folder,
                 log=self._log,
                 stop=stop_requested,
@@ -314,9 +323,10 @@ class ServerRun:
             f"{fingerprints['server']}"
         )
 
-    def build_role(self, meta: HandoutMeta) -> ServerRole:
+    def build_role(self, meta: HandoutMeta, wire: Wire | Solo) -> ServerRole:
         """Build this rank's part of the server, where an earlier stretch of the run has left it."""
         assert self._prepared is not None, "prepare comes first"
+        connect_to_experts(self._config, self._rendezvous, self._prepared.group)
         checkpoints = Checkpoints(self.folder)
         journal = RoundJournal(
             record=self.record,
@@ -333,6 +343,8 @@ class ServerRun:
             self._prepared.servers,
             self._loaded.compute,
             group=self._prepared.group,
+            wire=wire,
+            checkpoints=checkpoints,
             journal=journal,
             exchange=self._prepared.exchange,
         )
@@ -349,6 +361,8 @@ class ServerRun:
         journal = role.journal
         assert journal is not None, "rank 0 writes the journal"
         self._loaded.compute.begin()
+        if self._has_tiers:
+            self.close()  # the other ranks do not read all text that is scored
         exported = role.best.exported
         build.save(self.inputs, role.server, exported=exported, folder=self.folder)
         words = build.method_of(self.inputs).words(self.inputs, exported)
@@ -400,6 +414,10 @@ class ServerRun:
     @property
     def _config(self) -> Config:
         return self.inputs.config
+
+    @property
+    def _has_tiers(self) -> bool:
+        return self._config.method_facts.has_tiers
 
     def _event_files(self) -> event_files.EventFiles | None:
         """Open TensorBoard's files, if they are asked for."""

@@ -27,7 +27,7 @@ class ServerRank(Protocol):
     def prepare(self) -> Handout | None:
         """Distil the auxiliary model; return what clients get, on rank 0."""
 
-    def build_role(self, meta: HandoutMeta) -> ServerRole:
+    def build_role(self, meta: HandoutMeta, wire: Wire | Solo) -> ServerRole:
         """Build this rank's part of the server, where an earlier stretch of the run has left it."""
 
     def score_and_finish(self, role: ServerRole, wire: Wire | Solo) -> bool:
@@ -77,10 +77,13 @@ class PreparedServer:
 def join_group(
     config: Config, rendezvous: Rendezvous, rank: int, *, compute: Compute
 ) -> ServerGroup:
-    """Wait for the server's other ranks at the rendezvous.
+    """Return the group of the server's ranks, which distil the auxiliary model together.
+
+    With tiers rank 0 alone reads what that needs: it distils alone, by an engine that may not be in
+    a group of several, and the ranks connect when it is done (`connect_to_experts`).
 
     Args:
-        config: of the run, for the deadline.
+        config: of the run.
         rendezvous: opened by rank 0.
         rank: of this process.
         compute: its device.
@@ -88,7 +91,24 @@ def join_group(
     Raises:
         DeadlineError: one of them did not come.
     """
+    if config.method_facts.has_tiers:
+        return ServerGroup(rank, rendezvous.size, compute.device)
     return ServerGroup.join(rendezvous, rank, compute.device, seconds=config.deadlines.server)
+
+
+def connect_to_experts(config: Config, rendezvous: Rendezvous, group: ServerGroup) -> None:
+    """Connect the server's ranks before the rounds, where they have not distilled together.
+
+    Args:
+        config: of the run.
+        rendezvous: opened by rank 0.
+        group: as `join_group` returned it.
+
+    Raises:
+        DeadlineError: one of them did not come.
+    """
+    if config.method_facts.has_tiers:
+        group.connect(rendezvous, seconds=config.deadlines.server)
 
 
 def stop_requested() -> bool:

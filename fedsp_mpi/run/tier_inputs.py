@@ -140,6 +140,11 @@ class TierInputs(ExperimentInputs):
         """Return an expert's domain; see `DomainInputs`."""
         return DomainInputs(self.config, expert, self, part=part)
 
+    @property
+    def domains_read(self) -> Sequence[DomainInputs]:
+        """The domains whose text this rank reads: all of them."""
+        return self.domains
+
     @cached_property
     def members(self) -> list[tuple[int, ...]]:
         """The experts of each user, by client id."""
@@ -162,9 +167,11 @@ class TierInputs(ExperimentInputs):
 
     @cached_property
     def _fitting_splits(self) -> tuple[tasks.Splits, tuple[str, ...]]:
-        """The splits of all domains, and notes on rows that are left out."""
-        parts = [domain.splits for domain in self.domains]
-        notes = tuple(f"{domain.name}: {note}" for domain in self.domains for note in domain.notes)
+        """The splits of all domains that are read, and notes on rows that are left out."""
+        parts = [domain.splits for domain in self.domains_read]
+        notes = tuple(
+            f"{domain.name}: {note}" for domain in self.domains_read for note in domain.notes
+        )
         splits = tasks.Splits(
             train=tuple(example for part in parts for example in part.train),
             validation=tuple(example for part in parts for example in part.validation),

@@ -71,7 +71,7 @@ def judge(
 
 def validation_of(inputs: ExperimentInputs) -> Callable[[Server], float] | None:
     """Return what computes the experts' mean loss, in nats per token, each on its own validation
-    text; None without tiers.
+    text, on the rank of the server that plays it; None without tiers.
     """
     if not isinstance(inputs, TierInputs):
         return None
@@ -80,16 +80,19 @@ def validation_of(inputs: ExperimentInputs) -> Callable[[Server], float] | None:
 
     def mean_loss(server: Server) -> float:
         assert isinstance(server, Experts)
-        losses = [
+        group = server.group
+        own_losses = [
             answer_loss_mean(
                 server.model,
                 server.prompts[domain.name],
                 domain.validation,
                 batch_tokens=batch_tokens,
             )
-            for domain in domains
+            if group.is_mine(index)
+            else 0.0
+            for index, domain in enumerate(domains)
         ]
-        return float(np.mean(losses))
+        return float(np.mean(group.totals(own_losses)))
 
     return mean_loss
 

@@ -11,6 +11,7 @@ from dataclasses import replace
 from functools import cached_property
 
 import numpy as np
+import torch
 
 from fedsp_mpi.config import Config, ConfigError
 from fedsp_mpi.config.tiers import ExpertConfig
@@ -125,9 +126,32 @@ class ExpertInputs(DomainInputs):
 class UserSiloInputs(SiloInputs, TierInputs):
     """Model and data of an experiment whose clients are the users of experts, and have silos.
 
-    The splits are those of all experts, one after the other, on the server. A user's own text and
-    what it holds back are its silo's.
+    The splits are those of all experts, one after the other, on the server's rank 0, and on its
+    other ranks of those that they play. A user's own text and what it holds back are its silo's.
+
+    Args:
+        config: of the experiment, its silos found.
     """
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self._experts_read: Sequence[int] = range(len(config.tiers.experts))
+
+    @property
+    def domains_read(self) -> Sequence[DomainInputs]:
+        """The domains of the experts whose text this rank reads."""
+        return [self.domains[expert] for expert in self._experts_read]
+
+    def read_only_experts(self, experts: Sequence[int], candidates: Sequence[int] | None) -> None:
+        """Leave the text of other experts alone, on a rank of the server that plays some.
+
+        Args:
+            experts: indexes of those that it plays.
+            candidates: ids of the tokens that losses run over, from the text of all experts; None:
+                all tokens.
+        """
+        self._experts_read = experts
+        self.candidates = None if candidates is None else torch.tensor(candidates)
 
     @property
     def task(self) -> tasks.Task:  # type: ignore[override]
@@ -230,7 +254,7 @@ class UserSiloInputs(SiloInputs, TierInputs):
     def check(self) -> None:
         """Raise ValueError on the first thing that cannot work, before any weight is loaded."""
         self.check_model()
-        for domain in self.domains:
+        for domain in self.domains_read:
             with named_domain(domain):
                 domain.check()
         self._server_size = len(self.splits.train)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import socket
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, distributed
 
@@ -80,7 +82,7 @@ class ServerGroup:
     def join(
         cls, meeting: Rendezvous, rank: int, device: torch.device, *, seconds: float | None
     ) -> ServerGroup:
-        """Connect to the other ranks: by gloo for tensors on the CPU, by NCCL for those on GPUs.
+        """Return a group that is connected to the other ranks.
 
         Args:
             meeting: as the leader opened it, or with the address that it told.
@@ -91,21 +93,34 @@ class ServerGroup:
         Raises:
             DeadlineError: a rank did not come in time.
         """
-        if meeting.size == 1:
-            return cls(device=device)
+        group = cls(rank, meeting.size, device)
+        group.connect(meeting, seconds=seconds)
+        return group
+
+    def connect(self, meeting: Rendezvous, *, seconds: float | None) -> None:
+        """Connect to the other ranks: by gloo for tensors on the CPU, by NCCL for those on GPUs.
+
+        Args:
+            meeting: see `join`.
+            seconds: see `join`.
+
+        Raises:
+            DeadlineError: a rank did not come in time.
+        """
+        if self.size == 1:
+            return
         if meeting.address == "localhost":
             # The name of a host need not resolve to the host itself.
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
         timeout = timedelta(seconds=seconds or _DAY)
         with _deadline():
             store = meeting.store or distributed.TCPStore(
                 meeting.address, meeting.port, meeting.size, timeout=timeout
             )
             distributed.init_process_group(
-                backend, store=store, rank=rank, world_size=meeting.size, timeout=timeout
+                backend, store=store, rank=self.rank, world_size=self.size, timeout=timeout
             )
-        return cls(rank, meeting.size, device)
 
     def sum(self, tensors: Iterable[Tensor]) -> None:
         """Replace each tensor [*shape] by its sum over all ranks, in place."""
@@ -114,12 +129,12 @@ class ServerGroup:
                 for tensor in tensors:
                     distributed.all_reduce(tensor)
 
-    def lead(self, tensors: Iterable[Tensor]) -> None:
-        """Replace each tensor [*shape] by the leader's, in place."""
+    def lead(self, tensors: Iterable[Tensor], rank: int = 0) -> None:
+        """Replace each tensor [*shape] by that of one rank, by default the leader, in place."""
         if self.size > 1:
             with _deadline():
                 for tensor in tensors:
-                    distributed.broadcast(tensor.detach(), 0)
+                    distributed.broadcast(tensor.detach(), rank)
 
     def totals(self, numbers: Sequence[float]) -> list[float]:
         """Return the sum of each number over all ranks, computed in fp64."""
@@ -133,26 +148,58 @@ class ServerGroup:
         """Return whether the flag is set on any rank."""
         return self.totals([flag])[0] > 0
 
+    def owner_of(self, index: int) -> int:
+        """Return the rank that does item `index` of work that is dealt out to all ranks."""
+        return index % self.size
+
     def is_mine(self, index: int) -> bool:
         """Return whether this rank does item `index` of work that is dealt out to all ranks."""
-        return index % self.size == self.rank
+        return self.owner_of(index) == self.rank
 
-    def tell(self, value: Any = None) -> Any:
-        """Return the leader's value, which JSON can express; the other ranks pass nothing."""
+    def tell(self, value: Any = None, rank: int = 0) -> Any:
+        """Return the value of one rank, by default the leader's, which JSON can express.
+
+        The other ranks pass nothing.
+        """
         if self.size == 1:
             return value
-        message = json.dumps(value).encode() if self.rank == 0 else b""
+        message = json.dumps(value).encode() if self.rank == rank else b""
+        return json.loads(self._tell_bytes(message, rank))
+
+    def tell_arrays(self, arrays: Mapping[str, np.ndarray], rank: int) -> dict[str, np.ndarray]:
+        """Return the arrays of one rank, each [*shape], by name; those of others are not used."""
+        if self.size == 1:
+            return dict(arrays)
+        layout = [[name, array.dtype.str, array.shape] for name, array in arrays.items()]
+        message = b"".join(array.tobytes() for array in arrays.values())
+        layout = self.tell(layout, rank)
+        content = self._tell_bytes(message if self.rank == rank else b"", rank)
+        received: dict[str, np.ndarray] = {}
+        start = 0
+        for name, dtype, shape in layout:
+            num_values = math.prod(shape)
+            values = np.frombuffer(content, dtype, num_values, start)
+            received[name] = values.reshape(shape).copy()
+            start += values.nbytes
+        return received
+
+    def _tell_bytes(self, message: bytes, rank: int) -> bytes:
+        """Return the message of one rank; the other ranks pass an empty one."""
         num_bytes = int(self.totals([len(message)])[0])
+        if not num_bytes:
+            return b""
         padded = bytearray(message.ljust(num_bytes))
         buffer = torch.frombuffer(padded, dtype=torch.uint8).to(self.device)
-        self.lead([buffer])
-        return json.loads(bytes(buffer.tolist()))
+        self.lead([buffer], rank)
+        return buffer.cpu().numpy().tobytes()
 
     def leave(self) -> None:
-        """Wait until all ranks are done, and disconnect."""
+        """Wait until all ranks are done, and disconnect: from then on each of them is alone."""
         if self.size > 1:
             self.totals([0])
             distributed.destroy_process_group()
+            self.rank = 0
+            self.size = 1
 
 
 @contextmanager

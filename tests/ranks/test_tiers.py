@@ -14,7 +14,7 @@ from fedsp_mpi.record import read
 from fedsp_mpi.report.diff import difference
 from fedsp_mpi.run.any_inputs import inputs_of
 from helpers import user_silos
-from helpers.mpi import run_mpi
+from helpers.mpi import both_ends, run_mpi
 from helpers.opened import opened_files
 from helpers.paths import PROGRAMS, ROOT
 from helpers.runs import FAULTY, SHORT, here
@@ -61,14 +61,110 @@ def test_the_same_bits_on_any_number_of_ranks(runs, n, is_sealed):
     require_same_bits(runs, name)
 
 
-def require_same_bits(runs: Path, name: str) -> None:
-    """Check that a run has the rounds, results and scores of `whole`."""
-    whole, run = read(runs / "whole"), read(runs / name)
+def require_same_bits(runs: Path, name: str, of: str = "whole") -> None:
+    """Check that a run has the rounds, results and scores of another one, by default `whole`."""
+    whole, run = read(runs / of), read(runs / name)
     assert difference(whole, run) == []
     columns = ["round", "name", "model", "text", "at", "n", "loss", "acc"]
     assert whole.tiers[columns].tolist() == run.tiers[columns].tolist()
     clients = ["round", "client", "loss_prompt_last", "loss_personal_last"]
     assert whole.clients[clients].tolist() == run.clients[clients].tolist()
+
+
+# -- experts on several ranks of the server --------------------------------------------------------
+
+# Three experts, all results of one process among them: zero-shot, and the server-only control.
+THREE = (
+    *(item for item in SETTINGS if not item.startswith(("tiers.experts", "evaluation."))),
+    "tiers.experts=[{name: a, users: [ann, ben]}, {name: b, users: [ben, cem, dee]}, "
+    "{name: c, users: [eva, fay, gus]}]",
+    "checkpoint.every=1",
+)
+
+
+@pytest.fixture(scope="module")
+def three(runs) -> Path:
+    """The folder of runs, with one of three experts in this process, `three`."""
+    here(arguments(runs, "three", base=THREE))
+    return runs
+
+
+@pytest.mark.parametrize(
+    ("n", "server_ranks", "more"),
+    [
+        (2, 1, ()),
+        (4, 3, ("distillation.reuse=false",)),
+        (4, 2, ("wire.encryption=true",)),
+        (8, 2, ("federation.rule=mean",)),
+        (8, 3, ("wire.encryption=true",)),
+    ],
+)
+def test_experts_dealt_out_have_the_bits_of_one_process(three, n, server_ranks, more):
+    """Two ranks of the server play two experts and one, three of them one each."""
+    name = f"three-on-{n}-{server_ranks}"
+    settings = (f"topology.server_ranks={server_ranks}", *more)
+    words = arguments(three, name, *settings, base=THREE)
+    ended = run_mpi(n, ["-m", "fedsp_mpi", *words], timeout=400)
+    assert f"{n} ({server_ranks} server, {n - server_ranks} client ranks)" in ended.stdout
+    assert ("experts   a, c on 0; b on 1\n" in ended.stdout) == (server_ranks == 2)
+    require_same_bits(three, name, "three")
+    whole, run = read(three / "three"), read(three / name)
+    assert len(run.results) == 5 and {"zero-shot", "server-only"} <= set(run.results["method"])
+    assert run.results[["method", "split"]].tolist() == whole.results[["method", "split"]].tolist()
+    for column in ("loss", "acc", "stderr"):
+        assert run.results[column].tobytes() == whole.results[column].tobytes(), column
+    logical = ("direction", "phase", "name", "bytes")
+    in_rounds, in_rounds_of_whole = (
+        {tuple(row[column] for column in logical) for row in of.wire if is_of_rounds(row)}
+        for of in (run, whole)
+    )
+    assert in_rounds == in_rounds_of_whole and len(in_rounds) == 7
+
+
+def is_of_rounds(row) -> bool:
+    """Whether an entry of the manifest is of what users get and send, sealed or not."""
+    return row["phase"] in ("broadcast", "gather") and row["name"] != "(seal)"
+
+
+@pytest.mark.parametrize(
+    ("fault", "ranks_after", "server_ranks"),
+    [
+        # Ranks 0 to 1 play no user: they train in the round of the tier above.
+        ("kill:local training:1:2", 4, 3),
+        ("die:local training:1:2", 0, 1),
+        ("kill:gather:1:2", 3, 2),
+    ],
+)
+def test_killed_in_the_tier_above_and_dealt_out_again(three, fault, ranks_after, server_ranks):
+    name = f"dealt-{fault.partition(':')[0]}-{ranks_after}"
+    words = arguments(three, name, "topology.server_ranks=2", base=THREE)
+    killed = run_mpi(4, [FAULTY, fault, *words], timeout=200, status=None)
+    assert killed.returncode not in (0, 2, 75) and read(three / name).committed_rounds == 1
+    again = (f"topology.server_ranks={server_ranks}", "run.resume=must")
+    words = arguments(three, name, *again, base=THREE)
+    if ranks_after:
+        resumed = run_mpi(ranks_after, ["-m", "fedsp_mpi", *words], timeout=200)
+    else:
+        resumed = here(words)
+    assert "goes on after round 1" in resumed.stdout
+    require_same_bits(three, name, "three")
+
+
+def test_told_to_stop_with_experts_on_two_ranks(three):
+    words = arguments(three, "stopped", "topology.server_ranks=2", base=THREE)
+    stopped = run_mpi(3, [FAULTY, "signal:merge:0:1", *words], timeout=200, status=75)
+    assert "told to stop after round 1" in stopped.stderr
+    run_mpi(3, ["-m", "fedsp_mpi", *words, "--resume"], timeout=200)
+    require_same_bits(three, "stopped", "three")
+
+
+@pytest.mark.parametrize(("rank", "missing"), [(1, "rank 1"), (0, "rank 0")])
+def test_a_rank_that_plays_experts_and_stops_is_noticed(three, rank, missing):
+    settings = ("topology.server_ranks=2", "deadlines.server=5")
+    words = arguments(three, f"halted-{rank}", *settings, base=THREE)
+    ended = run_mpi(3, [FAULTY, f"stop:local training:{rank}:1", *words], timeout=200, status=None)
+    assert ended.returncode == 124, both_ends(ended)
+    assert f"found nothing from {missing} after" in ended.stderr
 
 
 # -- who opens what --------------------------------------------------------------------------------
@@ -259,6 +355,23 @@ def test_each_text_is_opened_by_the_rank_of_its_owner_alone(runs, own, tmp_path)
     assert owners(opened, runs / "cut") == expected
     assert opened[WEIGHTS] == {0}
     require_no_text(messages, runs / "whole")
+
+
+def test_an_experts_text_is_opened_by_rank_0_and_the_rank_that_plays_it(runs, own, tmp_path):
+    words = arguments(tmp_path, "run", "topology.server_ranks=2", base=own)
+    opened = opened_files(tmp_path / "trace", 4, ["-m", "fedsp_mpi", *words])
+    assignment = read(tmp_path / "run").sections["topology"]["assignment"]
+    assert sorted(map(len, assignment)) == [0, 0, 3, 4] and not assignment[0] + assignment[1]
+    expected = {
+        f"users/{USERS[client]}": {rank} for rank, ids in enumerate(assignment) for client in ids
+    }
+    expected |= {"experts/a": {0}, "experts/b": {0, 1}}
+    by_owner = owners(opened, runs / "cut")
+    public = {name: by_owner.pop(f"public/{name}") for name in "ab"}
+    assert by_owner == expected and public == {"a": {0, 2, 3}, "b": {0, 1, 2, 3}}
+    assert opened[WEIGHTS] == {0, 1}
+    (tmp_path / "run").rename(runs / "own-two")
+    require_same_bits(runs, "own-two")
 
 
 def test_a_user_who_asks_opens_its_own_folder_and_no_other(runs, own, tmp_path):

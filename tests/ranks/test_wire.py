@@ -40,6 +40,18 @@ def test_one_result_on_one_two_and_four_processes(
     assert len({seen["digest"] for seen in alone}) == (2 if "--fail" in options else 3)
 
 
+@pytest.mark.parametrize("first_ranks", [1, 2, 3])
+def test_a_round_between_the_first_ranks_whose_server_plays_clients(
+    tmp_path: Path, first_ranks: int
+) -> None:
+    """Some of its own clients fail, too; the last rank takes no part."""
+    options = ("--fail", "--chunk", 4 * 7, "--values", 101)
+    alone = fold(tmp_path / "alone.json", 0, *options)["rounds"]
+    among = fold(tmp_path / "among.json", 4, *options, "--among-first", first_ranks)["rounds"]
+    assert without(alone, "peak") == without(among, "peak")
+    assert [failure["client"] for failure in among[1]["failures"]] == [1, 3]
+
+
 def test_sealed_rounds_have_the_same_result_and_show_nothing_of_it(tmp_path: Path) -> None:
     options = ("--values", 1001, "--chunk", 4 * 200, "--fail")
     taps = {name: tmp_path / f"{name}.bin" for name in ("open", "sealed")}

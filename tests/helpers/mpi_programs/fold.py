@@ -1,7 +1,7 @@
 """A few rounds of a toy federation; the server writes their outcome as JSON.
 
 Usage: fold.py OUT --clients N --values N --chunk BYTES --rounds N [--fail] [--partial]
-[--stop-early] [--compression FORMAT] [--nan] [--encryption] [--capture FILE]
+[--stop-early] [--compression FORMAT] [--nan] [--encryption] [--capture FILE] [--among-first N]
 """
 
 from __future__ import annotations
@@ -49,6 +49,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--encryption", action="store_true")
     parser.add_argument(
         "--capture", type=Path, help="of all that rank 1 sends after the introduction"
+    )
+    parser.add_argument(
+        "--among-first", type=int, help="rounds are between so many ranks, which all play clients"
     )
     return parser.parse_args()
 
@@ -163,6 +166,16 @@ def main(args: argparse.Namespace) -> None:
     clients = places[max(0, wire.topology.rank - 1)] if wire.is_client else ()
     if args.encryption:
         wire.exchange_client_keys(places if wire.topology.solo else [(), *places])
+    first_ranks = args.among_first
+    if first_ranks:
+        if wire.topology.rank >= first_ranks:
+            wire.finish()
+            return
+        all_ranks, wire = wire, wire.among_first(first_ranks)
+        wire.contract = agreed
+        rank = wire.topology.rank
+        assert (wire.topology.size, wire.is_server) == (first_ranks, rank == 0)
+        clients = tuple(client for client in range(args.clients) if client % first_ranks == rank)
     prompt = handout.tensors.flat
     residuals: dict[int, np.ndarray] = {}
     rounds = []
@@ -187,6 +200,8 @@ def main(args: argparse.Namespace) -> None:
     stop = wire.broadcast(RoundBroadcast(args.rounds, stop=True) if wire.is_server else None)
     assert stop.stop and stop.tensors is None and stop.round == args.rounds
     wire.finish()
+    if first_ranks:
+        all_ranks.finish()
     if wire.is_server:
         args.out.write_text(
             json.dumps({"hosts": hosts, "rounds": rounds, "manifest": wire.manifest})

@@ -8,6 +8,7 @@ and of a weight between two ranks.
 import json
 import sys
 
+import numpy as np
 import torch
 from mpi4py import MPI
 
@@ -23,6 +24,17 @@ team = ServerGroup.join(
     meeting or Rendezvous("localhost", port, world.size), world.rank, cpu, seconds=60.0
 )
 assert team.tell({"said": [1, "ü"]} if world.rank == 0 else None) == {"said": [1, "ü"]}
+last = world.size - 1
+assert team.tell({"of": [team.rank, 0.1]}, last) == {"of": [last, 0.1]}
+sent = {"step": np.array(team.rank), "moments/0": np.full((2, 3), -0.0, np.float32) - team.rank}
+received = team.tell_arrays(sent, last)
+assert [*received] == [*sent] and received["step"].shape == () and received["step"] == last
+assert received["moments/0"].dtype == np.float32 and received["moments/0"].shape == (2, 3)
+assert received["moments/0"].tobytes() == np.full((2, 3), -0.0 - last, np.float32).tobytes()
+assert team.tell_arrays({}, last) == {}
+led = torch.full((2,), float(team.rank))
+team.lead([led], last)
+assert led.tolist() == [last, last]
 
 
 def flat(student) -> torch.Tensor:

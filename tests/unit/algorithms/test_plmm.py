@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import math
 import re
@@ -371,6 +372,10 @@ def test_plan_counts_the_prompts_that_go_down(whole, tmp_path):
         ({"client.privacy": {"clip": 1.0, "noise_scale": 0.1}}, ("client.privacy.clip",)),
         ({"federation.compression.format": "int8"}, ("one prompt, and gets those of all",)),
         (
+            {"topology.server_ranks": 4},
+            ("topology.server_ranks: found 4 with 3 experts", "expected at most 3"),
+        ),
+        (
             {"data.server_share": 0, "server.tuning.steps": 0, "distillation.text": "x"},
             ("tiers.upgrade.steps", "found 2"),
         ),
@@ -378,6 +383,18 @@ def test_plan_counts_the_prompts_that_go_down(whole, tmp_path):
 )
 def test_tiers_that_cannot_be_are_refused(tmp_path, more, words):
     refused(lambda: config.load(write(tmp_path, **more)), *words)
+
+
+def test_experts_are_not_batches_and_may_be_dealt_out_again(tmp_path):
+    """Any number of the server's ranks has the same bits: sizes of batches do not matter."""
+    three = {"topology.server_ranks": 3, "server.tuning.batch_size": 4}
+    before, now = (
+        dataclasses.asdict(config.load(write(tmp_path, **{**three, **more})))
+        for more in ({}, {"topology.server_ranks": 2, "topology.ranks": 4})
+    )
+    assert config.changed_keys(before, now) == []
+    of_fedsp = [{**settings, "method": "fedsp"} for settings in (before, now)]
+    assert config.changed_keys(*of_fedsp) == ["topology.server_ranks: was 3, is 2"]
 
 
 def test_users_are_the_clients_by_name(tmp_path):

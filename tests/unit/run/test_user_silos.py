@@ -12,6 +12,7 @@ from fedsp_mpi.estimate import cost
 from fedsp_mpi.record import read
 from fedsp_mpi.report import tiers_table
 from fedsp_mpi.run.silos import found_here
+from fedsp_mpi.run.user_silos import UserSiloInputs
 from helpers.configs import refused
 from helpers.runs import FEDPROMPT, SHORT, here
 
@@ -208,6 +209,33 @@ def test_an_expert_needs_rows_to_tune_on(folder):
     printed = here(["check", *words], status=2).stdout
     assert "tiers.experts, hall: found no rows of train" in printed
     assert "or set server.tuning.steps=0" in printed
+
+
+def test_a_rank_of_the_server_reads_the_text_of_its_experts_alone(folder):
+    """The other expert's folder is not even there; rank 0 tells what losses run over."""
+
+    def inputs_with(*hidden: str) -> UserSiloInputs:
+        experts = [
+            {**expert, "source": str(folder / ("nowhere" if expert["name"] in hidden else name))}
+            for expert in EXPERTS
+            for name in [str(expert["source"])]
+        ]
+        words = settings(folder, "data.loss_over=choices", f"tiers.experts={json.dumps(experts)}")
+        return UserSiloInputs(found_here(config.load(None, words[1::2])))
+
+    everything = inputs_with()
+    everything.check()
+    assert everything.candidates is not None and len(everything.splits.train) == 2 * 8
+    candidates = everything.candidates.tolist()
+    part = inputs_with("hall")
+    part.read_only_experts([1], candidates)
+    part.check()
+    assert part.splits.train == everything.domains[1].splits.train
+    assert [domain.name for domain in part.domains] == ["hall", "yard"]
+    assert part.domains[1].candidates.tolist() == candidates
+    assert len(part.validation) == len(part.domains[1].validation) == 8
+    with pytest.raises(ValueError, match=r"found no folder .*nowhere"):
+        inputs_with("hall").check()
 
 
 def test_plan_opens_nothing_and_finds_the_users_of_a_pattern(folder):
