@@ -85,6 +85,10 @@ class DomainInputs(DomainText):
         """Ids of the tokens that losses run over, [num_candidates]: those of all domains."""
         return self._tiers.candidates
 
+    def own_candidates(self) -> torch.Tensor | None:
+        """Return the candidates that this domain asks for, [num_candidates]; None: all tokens."""
+        return self._own_candidates()
+
     def _load_splits(self) -> tasks.Splits:
         """Read the source, and keep this domain's part of train."""
         splits = self._read_splits()
@@ -139,6 +143,17 @@ class TierInputs(ExperimentInputs):
     def _domain_of(self, expert: ExpertConfig, part: tuple[int, int]) -> DomainInputs:
         """Return an expert's domain; see `DomainInputs`."""
         return DomainInputs(self.config, expert, self, part=part)
+
+    def _own_candidates(self) -> torch.Tensor | None:
+        """Return the candidates of all domains; None where one of them asks for all tokens."""
+        candidates = []
+        for domain in self.domains:
+            with named_domain(domain):
+                of_domain = domain.own_candidates()
+            if of_domain is None:
+                return None
+            candidates.append(of_domain)
+        return torch.unique(torch.cat(candidates))
 
     @property
     def domains_read(self) -> Sequence[DomainInputs]:
