@@ -287,6 +287,33 @@ def test_nobody_owns_what_another_one_trains_on_or_holds_back(tmp_path):
     assert sum(ben) == len(inputs.own_text(1))
 
 
+def test_losses_run_over_the_choices_of_all_domains_if_each_has_its_own(tmp_path):
+    def inputs(*classes: tuple[str, ...], **more: object) -> TierInputs:
+        experts = []
+        for number, names in enumerate(classes):
+            folder = tmp_path / f"{len(classes)}-{number}"
+            folder.mkdir(exist_ok=True)
+            lines = [json.dumps({"text": f"a {n}", "label": names[n % 2]}) for n in range(20)]
+            for split in ("train", "validation", "test"):
+                (folder / f"{split}.jsonl").write_text("\n".join(lines))
+            source = {"task": "classification", "source": str(folder), "classes": list(names)}
+            experts.append({"name": f"e{number}", "users": [f"u{number}"], **source})
+        return TierInputs(config.load(write(tmp_path, **{"tiers.experts": experts}, **more)))
+
+    both = inputs(("dog", "cat"), ("red", "dog"), **{"data.loss_over": "auto"})
+    of_each = [domain.own_candidates().tolist() for domain in both.domains]
+    assert both.candidates.tolist() == sorted({*of_each[0], *of_each[1]})
+    assert len(both.candidates) < len(of_each[0]) + len(of_each[1])  # they share a dog
+    assert all(domain.candidates is both.candidates for domain in both.domains)
+    assert inputs(("dog", "cat"), **{"data.loss_over": "vocabulary"}).candidates is None
+    # The embedded questions have choices of their own.
+    own = TierInputs(config.load(write(tmp_path, **{"data.loss_over": "auto"})))
+    assert own.candidates is None
+    own = TierInputs(config.load(write(tmp_path, **{"data.loss_over": "choices"})))
+    with pytest.raises(config.ConfigError, match=r"first: data\.loss_over: found choices"):
+        _ = own.candidates
+
+
 # -- asking ----------------------------------------------------------------------------------------
 
 
