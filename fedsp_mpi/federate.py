@@ -237,6 +237,7 @@ def run_round(
             require_quorum(updates, schedule.federation)  # the rule may have rejected some
             server.outer.step(broadcast.tensors, aggregate)
             server.server.load_aggregate(aggregate)
+        wire.meet_as_server(server.group.size)
         server.group.lead(server.server.parameters())
         watch.lap("merge")
 
@@ -489,6 +490,8 @@ def judge_at_silos(
         tensors = _broadcast_for_scoring(round, wire, schedule, server=server)
         rows = clients.score_silos(round, tensors) if clients else []
         answers = wire.collect({"scores": [silo_row_json(row) for row in rows]}, "evaluation")
+        if server is not None:
+            wire.meet_as_server(server.group.size)
         if answers is None or server is None or server.journal is None:
             return []
         return read_silo_rows(answers, server.journal.rank_of, round)

@@ -243,6 +243,9 @@ class Solo:
             self._calls = {}
             return self._receive_updates(round, contract, results, calls=calls, expected=expected)
 
+    def meet_as_server(self, num_ranks: int) -> None:
+        """Do nothing: this process is all of the server; see `Wire.meet_as_server`."""
+
     def finish(self) -> None:
         """Drop the keys: there is no rank to wait for."""
         if self._seals is not None:

@@ -87,6 +87,7 @@ _RESULTS_TAG = 1
 # this one's. rpc.py has tags 3 and 4.
 _JSON_TAGS: dict[JsonPhase, int] = {phase: tag for tag, phase in enumerate(DEADLINE_OF, 10)}
 _CHUNK_TAG = 5
+_MEETING_TAG = 6
 
 
 class Wire:
@@ -433,6 +434,27 @@ class Wire:
             calls = self._rpc.close() if self._rpc is not None else {}
             self._send_updates(round, contract, results, calls=calls)
             return None
+
+    def meet_as_server(self, num_ranks: int) -> None:
+        """Have the server's other ranks wait here for the first one, which waits for clients.
+
+        They wait as long as clients may wait for the next round; what the server's ranks do
+        together afterwards has a deadline that is too short for that.
+
+        Args:
+            num_ranks: of the server, from rank 0 on; they alone call this.
+        """
+        if num_ranks == 1:
+            return
+        with self._operation("gather"):
+            nothing = [bytearray(), self._mpi.BYTE]
+            if self.is_server:
+                others = range(1, num_ranks)
+                sends = [self._comm.Isend(nothing, rank, _MEETING_TAG) for rank in others]
+                self._wait(lambda: self._mpi.Request.Testall(sends), "gather", limit="server")
+            else:
+                receive = self._comm.Irecv(nothing, _SERVER, _MEETING_TAG)
+                self._wait(receive.Test, "gather", limit="broadcast", missing=lambda: (_SERVER,))
 
     def finish(self) -> None:
         """Wait, without spinning, until every rank is done: MPI_Finalize would spin."""

@@ -124,6 +124,14 @@ def test_a_rank_that_stops_is_noticed_within_the_deadline(tmp_path):
     assert time.monotonic() - start < 60
 
 
+@pytest.mark.slow
+def test_the_servers_ranks_wait_for_clients_longer_than_for_each_other(tmp_path):
+    limits = ("deadlines.server=20", "client.tuning.steps=2", "federation.rounds=1")
+    short_run(4, tmp_path, "run", *TWO, *limits, program=[FAULTY, "slow:0:13"])
+    record = read(tmp_path / "run")
+    assert record.status == "complete" and record.rounds["seconds_clients"][0] > 20
+
+
 @pytest.mark.parametrize(
     ("n", "setting", "message"),
     [

@@ -50,10 +50,15 @@ def serve(comm: MPI.Comm, folder: str) -> None:
         "num_clients": settings["clients"],
         "num_global_epochs": settings["rounds"],
         "scheduler": "SyncScheduler",
-        "scheduler_kwargs": {"num_clients": settings["clients"]},
+        "scheduler_kwargs": {"num_clients": settings["clients"], "optimize_memory": False},
         "aggregator": "ValidatingAggregator",
         "aggregator_path": str(Path(__file__).resolve()),
-        "aggregator_kwargs": {"client_weights_mode": "equal", "work": folder},
+        "aggregator_kwargs": {
+            "client_weights_mode": "equal",
+            "work": folder,
+            "optimize_memory": False,
+        },
+        "optimize_memory": False,  # its default takes several times as long
         "logging_output_dirname": os.environ.get("TMPDIR", "/tmp"),
     }
     config = ServerAgentConfig(client_configs=OmegaConf.create(), server_configs=DictConfig(server))
@@ -68,7 +73,7 @@ def train(comm: MPI.Comm, folder: str) -> None:
     work = Work(folder)
     num_ranks = comm.Get_size() - 1
     clients = list(range(comm.Get_rank() - 1, work.settings["clients"], num_ranks))
-    server = MPIClientCommunicator(comm, server_rank=0, client_ids=clients)
+    server = MPIClientCommunicator(comm, server_rank=0, client_ids=clients, optimize_memory=False)
     prompt = server.get_global_model()["prompt"]
     for round in range(1, work.settings["rounds"] + 1):
         updates = {}

@@ -4,9 +4,10 @@
 
 PYTHON is the interpreter of an environment with torch, transformers and peft of the same versions,
 and `flwr[simulation]==1.42.0`, or `appfl[mpi]==1.12.0` and an MPI. Each has a server and two
-processes for the clients, of a core each; the package has `mpirun -n 3`. FOLDER gets the batches,
-which the other two read ready for use, and what every command said. The validation losses of all
-rounds have to agree to 1e-3.
+processes for the clients, of a core each; the package has `mpirun -n 3`. APPFL's ranks spin while
+they wait, so it is timed with a single process for the clients, too. FOLDER gets the batches, which
+the other two read ready for use, and what every command said. The validation losses of all rounds
+have to agree to 1e-3.
 """
 
 from __future__ import annotations
@@ -50,14 +51,16 @@ def main() -> None:
     if options.flower:
         commands["Flower"] = [options.flower, str(HERE / "flower_app.py"), str(work), "2"]
     if options.appfl:
-        commands["APPFL"] = [*mpirun(options.appfl), str(HERE / "appfl_app.py"), str(work)]
+        app = [str(HERE / "appfl_app.py"), str(work)]
+        commands["APPFL"] = [*mpirun(options.appfl), *app]
+        commands["APPFL, one process for the clients"] = [*mpirun(options.appfl, 2), *app]
     seconds: dict[str, list[float]] = {name: [] for name in commands}
     losses: dict[str, list[float]] = {}
     names = list(commands)
     for turn in range(options.turns):
         first = turn % len(names)
         for name in names[first:] + names[:first]:
-            log = options.folder / f"{name}-{turn + 1}.txt"
+            log = options.folder / f"{name.replace(', ', '-').replace(' ', '-')}-{turn + 1}.txt"
             duration, losses[name] = timed(commands[name], log)
             seconds[name].append(duration)
             print(f"turn {turn + 1}: {name} {duration:.2f} s", flush=True)
@@ -71,10 +74,10 @@ def main() -> None:
         assert apart < TOLERANCE, f"{name} did other work: {losses[name]}, {losses['package']}"
 
 
-def mpirun(python: str) -> list[str]:
-    """Return the start of a command of three ranks, by the MPI of the environment if it has one."""
+def mpirun(python: str, num_ranks: int = 3) -> list[str]:
+    """Return the start of a command of some ranks, by the environment's own MPI if it has one."""
     own = Path(python).with_name("mpirun")
-    return [str(own) if own.exists() else "mpirun", "-n", "3", python]
+    return [str(own) if own.exists() else "mpirun", "-n", str(num_ranks), python]
 
 
 def timed(command: list[str], log: Path) -> tuple[float, list[float]]:
