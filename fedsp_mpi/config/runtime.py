@@ -147,7 +147,10 @@ class DeadlineConfig:
         86400, "of clients, for the server's checks, loading and distillation", "seconds"
     )
     broadcast: float | None = option(
-        7200, "of clients, from the end of their work to the next round", "seconds"
+        7200,
+        "of clients, from the end of their work to the next round; of the server's other ranks, "
+        "for the merge",
+        "seconds",
     )
     gather: float | None = option(7200, "of the server, for the clients' work", "seconds")
     finish: float | None = option(86400, "of clients, for the evaluation", "seconds")
