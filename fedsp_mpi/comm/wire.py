@@ -449,8 +449,9 @@ class Wire:
         with self._operation("gather"):
             nothing = [bytearray(), self._mpi.BYTE]
             if self.is_server:
-                others = range(1, num_ranks)
-                sends = [self._comm.Isend(nothing, rank, _MEETING_TAG) for rank in others]
+                sends = [
+                    self._comm.Isend(nothing, rank, _MEETING_TAG) for rank in range(1, num_ranks)
+                ]
                 self._wait(lambda: self._mpi.Request.Testall(sends), "gather", limit="server")
             else:
                 receive = self._comm.Irecv(nothing, _SERVER, _MEETING_TAG)
