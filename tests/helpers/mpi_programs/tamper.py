@@ -43,7 +43,9 @@ def change_answer() -> None:
     def changed(wire: Wire, content: bytes, *rest: object) -> bytes:
         start = content.find(_SEALED.hex().encode())  # travels as hexadecimal digits
         if start >= 0:
-            content = with_flipped_bit(content, content.index(b'"', start) - 1)
+            last_digit = content.index(b'"', start) - 1
+            other_digit = b"1" if content[last_digit : last_digit + 1] == b"0" else b"0"
+            content = content[:last_digit] + other_digit + content[last_digit + 1 :]
         return broadcast(wire, content, *rest)
 
     Wire._broadcast_json = changed
