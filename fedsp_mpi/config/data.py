@@ -103,8 +103,8 @@ class DataConfig:
     loss_over: Literal["vocabulary", "choices", "auto"] = option(
         "vocabulary",
         "the tokens that an answer's cross entropy runs over: the whole `vocabulary`, or those of "
-        "the `choices`; `auto`: the choices where every example has the same ones, else the "
-        "vocabulary",
+        "the `choices`; `auto`: the choices where every example has the same ones, with "
+        "`tiers` every example of a domain, else the vocabulary",
     )
     alpha: float = option(
         0.5,

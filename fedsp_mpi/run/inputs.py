@@ -245,10 +245,12 @@ class ExperimentInputs(ModelInputs):
         Raises:
             ConfigError: candidates are asked for, and the examples have different choices.
         """
-        return self._own_candidates()
+        return self.own_candidates()
 
-    def _own_candidates(self) -> torch.Tensor | None:
-        """Return the candidates that these examples alone ask for; see `candidates`."""
+    def own_candidates(self) -> torch.Tensor | None:
+        """Return the candidates that these examples alone ask for, int64 [num_candidates]; see
+        `candidates`.
+        """
         loss_over = self.config.data.loss_over
         if loss_over == "vocabulary" or self.config.classifies:
             return None

@@ -85,10 +85,6 @@ class DomainInputs(DomainText):
         """Ids of the tokens that losses run over, [num_candidates]: those of all domains."""
         return self._tiers.candidates
 
-    def own_candidates(self) -> torch.Tensor | None:
-        """Return the candidates that this domain asks for, [num_candidates]; None: all tokens."""
-        return self._own_candidates()
-
     def _load_splits(self) -> tasks.Splits:
         """Read the source, and keep this domain's part of train."""
         splits = self._read_splits()
@@ -144,8 +140,13 @@ class TierInputs(ExperimentInputs):
         """Return an expert's domain; see `DomainInputs`."""
         return DomainInputs(self.config, expert, self, part=part)
 
-    def _own_candidates(self) -> torch.Tensor | None:
-        """Return the candidates of all domains; None where one of them asks for all tokens."""
+    def own_candidates(self) -> torch.Tensor | None:
+        """Return the candidates of all domains, int64 [num_candidates]; None where one of them
+        asks for all tokens.
+
+        Raises:
+            ConfigError: candidates are asked for, and a domain's examples have different choices.
+        """
         candidates = []
         for domain in self.domains:
             with named_domain(domain):

@@ -61,9 +61,9 @@ def test_the_same_bits_on_any_number_of_ranks(runs, n, is_sealed):
     require_same_bits(runs, name)
 
 
-def require_same_bits(runs: Path, name: str, of: str = "whole") -> None:
+def require_same_bits(runs: Path, name: str, expected: str = "whole") -> None:
     """Check that a run has the rounds, results and scores of another one, by default `whole`."""
-    whole, run = read(runs / of), read(runs / name)
+    whole, run = read(runs / expected), read(runs / name)
     assert difference(whole, run) == []
     columns = ["round", "name", "model", "text", "at", "n", "loss", "acc"]
     assert whole.tiers[columns].tolist() == run.tiers[columns].tolist()
@@ -90,7 +90,7 @@ def three(runs) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("n", "server_ranks", "more"),
+    ("n", "server_ranks", "overrides"),
     [
         (2, 1, ()),
         (4, 3, ("distillation.reuse=false",)),
@@ -99,10 +99,10 @@ def three(runs) -> Path:
         (8, 3, ("wire.encryption=true",)),
     ],
 )
-def test_experts_dealt_out_have_the_bits_of_one_process(three, n, server_ranks, more):
+def test_experts_dealt_out_have_the_bits_of_one_process(three, n, server_ranks, overrides):
     """Two ranks of the server play two experts and one, three of them one each."""
     name = f"three-on-{n}-{server_ranks}"
-    settings = (f"topology.server_ranks={server_ranks}", *more)
+    settings = (f"topology.server_ranks={server_ranks}", *overrides)
     words = arguments(three, name, *settings, base=THREE)
     ended = run_mpi(n, ["-m", "fedsp_mpi", *words], timeout=400)
     assert f"{n} ({server_ranks} server, {n - server_ranks} client ranks)" in ended.stdout

@@ -5,6 +5,7 @@ Rank 0 is the server, the others share the clients.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import sys
@@ -43,9 +44,7 @@ class ValidatingAggregator(FedAvgAggregator):
 
 def serve(comm: MPI.Comm, folder: str) -> None:
     """Play the server until all clients have ended."""
-    from json import loads
-
-    settings = loads((Path(folder) / "settings.json").read_text(encoding="utf-8"))
+    settings = json.loads((Path(folder) / "settings.json").read_text(encoding="utf-8"))
     server = {
         "num_clients": settings["clients"],
         "num_global_epochs": settings["rounds"],

@@ -66,12 +66,17 @@ def main() -> None:
             print(f"turn {turn + 1}: {name} {duration:.2f} s", flush=True)
     for name in names:
         ratio = median(seconds[name]) / median(seconds["package"])
-        apart = max(abs(a - b) for a, b in zip(losses[name], losses["package"], strict=True))
+        pairs = zip(losses[name], losses["package"], strict=True)
+        apart = max(abs(loss - of_package) for loss, of_package in pairs)
         print(
             f"{name}: median {median(seconds[name]):.2f} s, {ratio:.2f} x the package's; "
             f"last loss {losses[name][-1]:.4f}, at most {apart:.1e} apart"
         )
-        assert apart < TOLERANCE, f"{name} did other work: {losses[name]}, {losses['package']}"
+        if apart > TOLERANCE:
+            sys.exit(
+                f"{name}: found losses {losses[name]}, expected those of the package, "
+                f"{losses['package']}, to {TOLERANCE:g}: it did other work; see {options.folder}"
+            )
 
 
 def mpirun(python: str, num_ranks: int = 3) -> list[str]:
@@ -85,9 +90,11 @@ def timed(command: list[str], log: Path) -> tuple[float, list[float]]:
     start = time.perf_counter()
     environment = {**os.environ, **QUIET, "PYTHONPATH": str(ROOT) if "fedsp_mpi" in command else ""}
     with log.open("w", encoding="utf-8") as file:
-        subprocess.run(
-            command, check=True, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT
+        ended = subprocess.run(
+            command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT
         )
+    if ended.returncode:
+        sys.exit(f"found status {ended.returncode} of {command}, expected 0; see {log}")
     duration = time.perf_counter() - start
     words = log.read_text(encoding="utf-8")
     found = re.findall(r"^round (\d+)(?:/\d+)? +(?:validation )?loss (\d+\.\d+)", words, re.M)

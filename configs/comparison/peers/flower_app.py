@@ -5,6 +5,7 @@ PROCESSES clients train at a time, each with one core.
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
 from pathlib import Path
@@ -72,10 +73,8 @@ def server_app() -> ServerApp:
 
 
 if __name__ == "__main__":
-    from json import loads
-
     logging.getLogger("flwr").setLevel(logging.ERROR)
-    settings = loads((Path(WORK) / "settings.json").read_text(encoding="utf-8"))
+    settings = json.loads((Path(WORK) / "settings.json").read_text(encoding="utf-8"))
     resources = {"num_cpus": 1.0, "num_gpus": 0.0}
     run_simulation(
         server_app=server_app(),

@@ -288,7 +288,7 @@ def test_nobody_owns_what_another_one_trains_on_or_holds_back(tmp_path):
 
 
 def test_losses_run_over_the_choices_of_all_domains_if_each_has_its_own(tmp_path):
-    def inputs(*classes: tuple[str, ...], **more: object) -> TierInputs:
+    def inputs(*classes: tuple[str, ...], **overrides: object) -> TierInputs:
         experts = []
         for number, names in enumerate(classes):
             folder = tmp_path / f"{len(classes)}-{number}"
@@ -298,7 +298,7 @@ def test_losses_run_over_the_choices_of_all_domains_if_each_has_its_own(tmp_path
                 (folder / f"{split}.jsonl").write_text("\n".join(lines))
             source = {"task": "classification", "source": str(folder), "classes": list(names)}
             experts.append({"name": f"e{number}", "users": [f"u{number}"], **source})
-        return TierInputs(config.load(write(tmp_path, **{"tiers.experts": experts}, **more)))
+        return TierInputs(config.load(write(tmp_path, **{"tiers.experts": experts}, **overrides)))
 
     both = inputs(("dog", "cat"), ("red", "dog"), **{"data.loss_over": "auto"})
     of_each = [domain.own_candidates().tolist() for domain in both.domains]
@@ -416,8 +416,8 @@ def test_experts_are_not_batches_and_may_be_dealt_out_again(tmp_path):
     """Any number of the server's ranks has the same bits: sizes of batches do not matter."""
     three = {"topology.server_ranks": 3, "server.tuning.batch_size": 4}
     before, now = (
-        dataclasses.asdict(config.load(write(tmp_path, **{**three, **more})))
-        for more in ({}, {"topology.server_ranks": 2, "topology.ranks": 4})
+        dataclasses.asdict(config.load(write(tmp_path, **{**three, **overrides})))
+        for overrides in ({}, {"topology.server_ranks": 2, "topology.ranks": 4})
     )
     assert config.changed_keys(before, now) == []
     of_fedsp = [{**settings, "method": "fedsp"} for settings in (before, now)]
