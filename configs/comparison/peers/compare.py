@@ -44,7 +44,9 @@ def main() -> None:
     options = parser.parse_args()
     work = options.folder / "work"
     export = [sys.executable, str(HERE / "work.py"), options.config, str(work), *options.set]
-    subprocess.run(export, check=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    if subprocess.run(export, cwd=ROOT, env=environment).returncode:
+        sys.exit(1)  # it has said why
     settings = [word for setting in options.set for word in ("--set", setting)]
     run = ["-m", "fedsp_mpi", "run", options.config, "--replace", "--name", "package", *settings]
     commands = {"package": [*mpirun(sys.executable), *run, "--set", f"run.folder={options.folder}"]}

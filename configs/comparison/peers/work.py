@@ -148,4 +148,7 @@ def export(config_file: str, destination: str, overrides: list[str]) -> None:
 if __name__ == "__main__":
     if len(sys.argv) < 3:
         sys.exit(__doc__)
-    export(sys.argv[1], sys.argv[2], sys.argv[3:])
+    try:
+        export(sys.argv[1], sys.argv[2], sys.argv[3:])
+    except ValueError as error:  # a mistake in the configuration, or in what it names
+        sys.exit(f"work.py: {error}")
