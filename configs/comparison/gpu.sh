@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Measures on one GPU, in some minutes: a step of distillation by DeepSpeed (ZeRO 0 to 3) and by plain torch; a client's
-# round and step in fp32, TF32 and bf16, beside the same written by hand and stock peft; scoring; the exchange of GPT2-XL's
-# prompts. Prints a line for each; what a command says is kept in FOLDER.
+# round and step in fp32, TF32 and bf16, compiled and not, beside the same written by hand and stock peft; scoring; the
+# exchange of GPT2-XL's prompts. Prints a line for each; what a command says is kept in FOLDER.
 #   configs/comparison/gpu.sh FOLDER MODEL [KEY=VALUE ...]
 #   configs/comparison/gpu.sh runs/gpu-speed HuggingFaceTB/SmolLM2-135M-Instruct data.task=sst2 data.max_length=128
 # Without a GPU, to try the script: configs/comparison/gpu.sh runs/try embedded
@@ -48,11 +48,16 @@ for engine in torch deepspeed; do
 done
 sed -n 's/^scored fedsp: \(.*\) questions in \(.*\) s$/scoring: \1 questions in \2 s/p' "$folder"/distil-"$few"-*-torch-*.txt
 
-for precision in "float32 highest" "float32 high" "bfloat16 highest"; do
-    read -r dtype matmul <<<"$precision"
-    speak "local-$dtype-$matmul" python -m fedsp_mpi bench local "${settings[@]}" --repeats 5 \
-        --set "client.compute.dtype=$dtype" --set "client.compute.matmul_precision=$matmul"
-    sed -n "s/^\(a client's local round\|passes of a tuning step\)/$dtype, matmul $matmul: &/p" "$folder/local-$dtype-$matmul.txt"
+for compile in false true; do
+    for precision in "float32 highest" "float32 high" "bfloat16 highest"; do
+        read -r dtype matmul <<<"$precision"
+        what="$dtype, matmul $matmul"
+        [ "$compile" = false ] || what+=", compiled"
+        speak "local-$dtype-$matmul-$compile" python -m fedsp_mpi bench local "${settings[@]}" --repeats 5 \
+            --set "client.compute.dtype=$dtype" --set "client.compute.matmul_precision=$matmul" \
+            --set "client.compute.compile=$compile"
+        sed -n "s/^\(a client's local round\|passes of a tuning step\)/$what: &/p" "$folder/local-$dtype-$matmul-$compile.txt"
+    done
 done
 
 speak wire mpirun -n 2 python -m fedsp_mpi bench wire --repeats 9

@@ -223,6 +223,8 @@ def _bare_side(
     model = backbone.load_global(materials.model_name, device=compute.device)
     unrolled = auxiliary.unroll(auxiliary.cut(model, config.auxiliary), materials.depth)
     small = LanguageModel(unrolled, compute.dtype, candidates=materials.candidates)
+    if compute.compiles:
+        small.compile()
     prompt = Prompt(materials.prompt_spec.at_depth(materials.depth))
     prompt.initialise(config.run.seed, config.prompt.init_std).to(compute.device)
     down = NamedTensors.pack(prompt.tensors())

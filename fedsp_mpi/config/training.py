@@ -75,6 +75,12 @@ class ComputeConfig:
         "of float32 matrix products, as torch has it: `high` is TF32 on a GPU, `medium` bf16; they "
         "are faster, and change results from the third digit on",
     )
+    compile: bool = option(
+        False,
+        "compile each layer's norms and feed-forward part by `torch.compile`, some seconds to a "
+        "minute at the start. Losses stay the same but for rounding. Takes a C++ compiler on a "
+        "CPU, Triton on a GPU",
+    )
     threads: int | None = option(
         None,
         "`null`: a rank's share of the cores it may run on. Equal numbers give equal bits (the "

@@ -178,6 +178,17 @@ def layers_of(model: PreTrainedModel) -> nn.ModuleList:
     return model.get_submodule(layers_path(model))  # type: ignore[return-value]
 
 
+def position_wise_parts(model: PreTrainedModel) -> list[nn.Module]:
+    """Return what works on each position alone in a model's layers: norms, feed-forward parts."""
+    return [
+        part
+        for layer in layers_of(model)
+        for group in layer.children()
+        for part in (group if isinstance(group, nn.ModuleList) else [group])
+        if "Attention" not in type(part).__name__ and not isinstance(part, nn.Linear)
+    ]
+
+
 def set_layers(model: PreTrainedModel, layers: Sequence[nn.Module]) -> None:
     """Replace the list of layers of a model with a language-model head."""
     parent, _, name = layers_path(model).rpartition(".")

@@ -23,6 +23,7 @@ from fedsp_mpi.models.families import (
     layers_of,
     leave_out_dropout,
     logits_of,
+    position_wise_parts,
     shape_of,
 )
 from fedsp_mpi.models.last_layer import LastLayer
@@ -79,6 +80,7 @@ class LanguageModel:
         self.candidates = candidates
         self.classifier: nn.Linear | None = None
         self.draws = False
+        self._compiles = False
         self.set_model(model, dtype)
 
     def set_model(self, model: Any, dtype: torch.dtype) -> None:
@@ -109,6 +111,20 @@ class LanguageModel:
         if self.checkpointing:
             model.gradient_checkpointing_enable()
         model.train(self.checkpointing)
+        if self._compiles:
+            self.compile()
+
+    def compile(self) -> LanguageModel:
+        """Compile the parts of each layer that work on each position alone, and return self.
+
+        Attention stays as it is, since its cache holds the layer's own number, for which each layer
+        would be compiled by itself. So the time that it takes does not grow with depth. Parts that
+        are one operation already, which is all in OPT, are left alone by torch.
+        """
+        self._compiles = True
+        for part in position_wise_parts(self.model):
+            part.compile(dynamic=True)
+        return self
 
     def beside(self, other: LanguageModel) -> LanguageModel:
         """Move the weights to the device of `other`, and share its answer candidates.

@@ -109,7 +109,7 @@ def global_model(inputs: ExperimentInputs, compute: Compute) -> LanguageModel:
         ValueError: its weights cannot be read.
     """
     settings = inputs.config.model
-    return backbone.load_global(
+    model = backbone.load_global(
         inputs.model_name,
         device=compute.device,
         revision=settings.revision,
@@ -119,6 +119,7 @@ def global_model(inputs: ExperimentInputs, compute: Compute) -> LanguageModel:
         candidates=inputs.candidates,
         initial_seed=inputs.initial_seed,
     )
+    return model.compile() if compute.compiles else model
 
 
 @dataclass(frozen=True)
@@ -471,7 +472,7 @@ def hosted_clients(
     compute.begin()
 
     def build_model(dropout: bool) -> LanguageModel:
-        return auxiliary.build(
+        model = auxiliary.build(
             meta.cell,
             meta.depth,
             compute.device,
@@ -480,6 +481,7 @@ def hosted_clients(
             checkpointing=config.model.gradient_checkpointing,
             candidates=inputs.candidates,
         )
+        return model.compile() if compute.compiles else model
 
     context = ClientContext(
         inputs=inputs,

@@ -147,9 +147,10 @@ def _device(settings: ComputeConfig, topology: Topology) -> DeviceInfo:
     threads = settings.threads or topology.cores
     is_emulated = settings.dtype == "bfloat16" and not has_bf16()
     cpu = DeviceInfo("cpu", threads, emulates=settings.dtype if is_emulated else None)
-    if settings.device == "cpu":
-        return cpu
-    if settings.device == "auto" and not any(Path("/dev").glob("nvidia[0-9]*")):
+    may_be_gpu = settings.device == "cuda" or (
+        settings.device == "auto" and any(Path("/dev").glob("nvidia[0-9]*"))
+    )
+    if not may_be_gpu and not settings.compile:
         return cpu
     import torch
 

@@ -65,12 +65,14 @@ class Compute:
         dtype: type of its forward and backward passes.
         threads: CPU threads inside one operation; equal numbers give equal bits.
         matmul_precision: of float32 matrix products, as `torch.set_float32_matmul_precision` takes.
+        compiles: whether parts of models are compiled.
     """
 
     device: torch.device
     dtype: torch.dtype
     threads: int
     matmul_precision: str = "highest"
+    compiles: bool = False
 
     @classmethod
     def of(cls, settings: ComputeConfig, topology: Topology) -> Compute:
@@ -81,7 +83,8 @@ class Compute:
             topology: of this rank; ranks of a host take its GPUs in turn.
 
         Raises:
-            ValueError: CUDA is asked for, and the host has no such device.
+            ValueError: CUDA is asked for, and the host has no such device; or compilation, and it
+                has no compiler.
         """
         num_devices = torch.cuda.device_count() if settings.device != "cpu" else 0
         if settings.device == "cuda" and not num_devices:
@@ -92,8 +95,15 @@ class Compute:
         device = torch.device("cpu")
         if num_devices:
             device = torch.device("cuda", topology.local_rank % num_devices)
-        threads = settings.threads or topology.cores
-        return cls(device, DTYPES[settings.dtype], threads, settings.matmul_precision)
+        if settings.compile:
+            _require_compiler(device)
+        return cls(
+            device,
+            DTYPES[settings.dtype],
+            settings.threads or topology.cores,
+            settings.matmul_precision,
+            settings.compile,
+        )
 
     def begin(self) -> None:
         """Set threads, precision and device of this process, which may play both roles in turn."""
@@ -102,3 +112,22 @@ class Compute:
         torch.set_float32_matmul_precision(self.matmul_precision)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
+
+
+def _require_compiler(device: torch.device) -> None:
+    """Compile a sum for a device; raise ValueError if that cannot be done on this host.
+
+    From now on, torch compiles in this process alone: a pool of others would outlive a rank.
+    """
+    from torch._inductor import config
+
+    config.compile_threads = 1
+    try:
+        torch.compile(torch.add)(torch.zeros(2, device=device), 1)
+    except (RuntimeError, OSError) as error:
+        expected = "Triton" if device.type == "cuda" else "a C++ compiler, such as g++"
+        raise ValueError(
+            f"compute.compile: found no compiler that works on this host "
+            f"({one_line(error, first_line=True)}), expected {expected}; install it, or set "
+            "compute.compile to false"
+        ) from None

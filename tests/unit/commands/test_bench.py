@@ -149,11 +149,12 @@ def test_the_script_for_gpus_measures_everything_on_a_cpu_too(tmp_path):
     assert done.returncode == 0, done.stderr
     measured = [line.partition(":")[0] for line in done.stdout.splitlines()]
     engines = ["torch, ZeRO 0", *(f"deepspeed, ZeRO {stage}" for stage in range(4))]
-    of_client = ["float32, matmul highest"] * 2 + ["float32, matmul high"] * 2
+    rows = ["float32, matmul highest"] * 2 + ["float32, matmul high"] * 2
+    rows += ["bfloat16, matmul highest"]  # passes by hand are of fp32 alone
     assert measured == [
         *(f"distillation step, {engine}" for engine in engines),
         "scoring",
-        *of_client,
-        "bfloat16, matmul highest",
+        *rows,
+        *(f"{row}, compiled" for row in rows),
         "exchange",
     ]

@@ -376,6 +376,14 @@ def test_a_device_that_is_not_there(tmp_path):
     assert "device: rank 1 on" in lines[-1] and "found no CUDA device" in lines[-1]
 
 
+@pytest.mark.slow
+def test_a_compiler_that_is_not_there(tmp_path):
+    lines = table(2, tmp_path, "client.compute.compile=true", status=2, CXX="/no/compiler")
+    assert "device: rank 1 on" in lines[-1]
+    assert "found no compiler that works on this host" in lines[-1]
+    assert "expected a C++ compiler, such as g++" in lines[-1]
+
+
 def test_more_threads_than_cores():
     def cpu(threads: int) -> dict:
         return {"name": "cpu", "threads": threads}

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fedsp_mpi.config.lora import LoraConfig
-from fedsp_mpi.models.families import layers_of
+from fedsp_mpi.models.families import layers_of, position_wise_parts
 from fedsp_mpi.models.lora import Lora
 from fedsp_mpi.models.prompts import Prompt, PromptSpec
 from fedsp_mpi.tensors import AnswerPlaces, Batch
@@ -84,6 +84,29 @@ def test_answers_have_the_states_and_gradients_of_a_complete_pass(family, tmp_pa
                 largest = float(gradient.abs().max())
                 difference = float((actual[name] - gradient).abs().max())
                 assert difference < 1e-4 * largest + 1e-5, name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["gpt2", "llama", "bert", "t5"])
+def test_compiled_parts_give_the_same_states_and_gradients(family, tmp_path):
+    """With one batch after another of other sizes; a layer more costs no compilation."""
+    counters = torch._dynamo.utils.counters
+    torch._dynamo.reset()
+    counters.clear()
+    plain = tiny.load(tiny.model_folder(tmp_path, family), trainable=True)
+    compiled = tiny.load(tiny.model_folder(tmp_path, family), trainable=True).compile()
+    torch.manual_seed(0)
+    make = batch_of if plain.kind == "causal" else lambda lengths, _: gap_batch(lengths)
+    for lengths in ([12, 9, 4, 12], [6, 7, 5]):
+        batch = make(lengths, [1] * len(lengths))
+        states = [model.answer_states(batch) for model in (plain, compiled)]
+        torch.testing.assert_close(*states, rtol=1e-4, atol=1e-5)
+        expected, actual = map(gradients_of, states, (plain, compiled), (None, None))
+        assert set(actual) == set(expected)
+        for name, gradient in expected.items():
+            torch.testing.assert_close(actual[name], gradient, rtol=1e-3, atol=1e-4)
+    kinds = {type(part) for part in position_wise_parts(compiled.model)}
+    assert 0 < counters["stats"]["unique_graphs"] <= 4 * len(kinds)
 
 
 def test_a_layer_that_draws_random_numbers_runs_once(tmp_path):
