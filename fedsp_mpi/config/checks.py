@@ -216,7 +216,8 @@ def _require_prompt(config: Config) -> None:
             f"than once (auxiliary.layers_per_cell={config.auxiliary.layers_per_cell}), expected "
             "repeat; or set auxiliary.layers_per_cell=null"
         )
-    if config.model.gradient_checkpointing and prompt.kind == "prefix":
+    trains_prefix = prompt.kind == "prefix" and not config.tunes_weights
+    if config.model.gradient_checkpointing and trains_prefix:
         raise ConfigError(
             "model.gradient_checkpointing: found true with prompt.kind=prefix, which trains "
             "silently wrong (checkpointed layers drop the prefix), expected false; or set "
