@@ -107,6 +107,11 @@ def _require_labels(config: Config) -> None:
             f"data.labels: found {data.labels} with method={config.method}, whose texts have no "
             "labels, expected null"
         )
+    if data.shots is not None and config.method_facts.reads_plain_text:
+        raise ConfigError(
+            f"data.shots: found {data.shots} with method={config.method}, whose texts have no "
+            "classes, expected null; set data.limit.train instead"
+        )
     if not augment.is_on:
         return
     if not config.method_facts.augments:

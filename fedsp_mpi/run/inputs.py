@@ -41,7 +41,7 @@ from fedsp_mpi.data.tokens import (
     truncate,
 )
 from fedsp_mpi.evaluation import scoring
-from fedsp_mpi.models import auxiliary
+from fedsp_mpi.models import auxiliary, lora
 from fedsp_mpi.models.prompts import require_positions
 from fedsp_mpi.run.model_inputs import RESOURCES, ModelInputs
 from fedsp_mpi.training.device import device_type, max_padding
@@ -705,6 +705,8 @@ class ExperimentInputs(ModelInputs):
         _ = self.origin
         if self.is_cloze:
             self._require_possible_for_cloze()
+        if self.config.adapts:
+            lora.require_targets(self.model_config, self.shape.num_layers, self.config.lora)
         if not self.config.tunes_weights:
             auxiliary.require_cell(self.config.auxiliary, self.shape.num_layers, self.model_name)
             auxiliary.require_positions_kept(

@@ -82,6 +82,11 @@ def test_too_little_text_is_said_with_its_owner(folder, tmp_path):
     refused(lambda: inputs.shard(2), "data.max_length: found 60", "client 1's 7 documents")
 
 
+def test_texts_without_classes_have_no_shots(folder):
+    settings = ["data.shots=1"]
+    refused(lambda: config.load(folder / "pretrain.yaml", settings), "data.shots: found 1")
+
+
 def test_one_document_is_told_how_documents_are_divided(folder, tmp_path):
     (tmp_path / "train.txt").write_text("w1 w2\n" * 40)
     inputs = ExperimentInputs(config.load(folder / "pretrain.yaml", [f"data.source={tmp_path}"]))
