@@ -706,7 +706,9 @@ class ExperimentInputs(ModelInputs):
         if self.is_cloze:
             self._require_possible_for_cloze()
         if self.config.adapts:
-            lora.require_targets(self.model_config, self.shape.num_layers, self.config.lora)
+            lora.require_targets(
+                self.model_config.to_dict(), self.shape.num_layers, self.config.lora
+            )
         if not self.config.tunes_weights:
             auxiliary.require_cell(self.config.auxiliary, self.shape.num_layers, self.model_name)
             auxiliary.require_positions_kept(
