@@ -84,6 +84,9 @@ def ask(
         ValueError: there is no such run, user or expert of the user.
     """
 
+    if not text.strip():
+        raise ValueError("TEXT: found no words, expected a question; put it in quotes")
+
     def answer(models: Models, experts: Experts) -> list[str]:
         assistant = Assistant(models, require_user(models.inputs.config, user))
         words = assistant.words

@@ -26,6 +26,7 @@ from fedsp_mpi.config.tiers import GENERAL
 from fedsp_mpi.data.examples import Example
 from fedsp_mpi.data.tokens import token_ids
 from fedsp_mpi.evaluation.scoring import loglikelihoods
+from fedsp_mpi.files import fingerprint
 from fedsp_mpi.models import auxiliary, backbone
 from fedsp_mpi.models.language_model import LanguageModel
 from fedsp_mpi.models.prompts import Prompt
@@ -153,7 +154,12 @@ class Models:
 
     @cached_property
     def personal(self) -> LanguageModel:
-        """The auxiliary model, which users share."""
+        """The auxiliary model, which users share.
+
+        Raises:
+            ValueError: its files are not what the run wrote.
+        """
+        fingerprint.require_digests(self.folder / "auxiliary")
         model = auxiliary.load(self.folder / "auxiliary")
         model.train_weights(False)
         return model

@@ -107,6 +107,11 @@ def _require_labels(config: Config) -> None:
             f"data.labels: found {data.labels} with method={config.method}, whose texts have no "
             "labels, expected null"
         )
+    if data.shots is not None and config.method_facts.reads_plain_text:
+        raise ConfigError(
+            f"data.shots: found {data.shots} with method={config.method}, whose texts have no "
+            "classes, expected null; set data.limit.train instead"
+        )
     if not augment.is_on:
         return
     if not config.method_facts.augments:
@@ -216,7 +221,8 @@ def _require_prompt(config: Config) -> None:
             f"than once (auxiliary.layers_per_cell={config.auxiliary.layers_per_cell}), expected "
             "repeat; or set auxiliary.layers_per_cell=null"
         )
-    if config.model.gradient_checkpointing and prompt.kind == "prefix":
+    trains_prefix = prompt.kind == "prefix" and not config.tunes_weights
+    if config.model.gradient_checkpointing and trains_prefix:
         raise ConfigError(
             "model.gradient_checkpointing: found true with prompt.kind=prefix, which trains "
             "silently wrong (checkpointed layers drop the prefix), expected false; or set "

@@ -451,6 +451,8 @@ def _reason(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
     text = " ".join(str(error).split())
+    if "corresponds to no data" in text:
+        return "no row"  # which `datasets` says of a table that has only a head
     if len(text) > _MAX_REASON_LENGTH:
         text = f"{text[: _MAX_REASON_LENGTH - 3]}..."
     return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -372,9 +372,12 @@ def _examples(
     rows = _sort_out(_read_rows(task, table, origin, numbers=numbers, names=names), split)
     if not rows.usable:
         with_empty_choice = f", {len(rows.empty)} with an empty choice" if rows.empty else ""
+        # Of a split that was cut from another one, or that stands in for it, say which it is.
+        purpose = "" if split == origin else f" for {split}"
+        advice = "" if split == origin else f"; give {split} a file of its own"
         raise ValueError(
-            f"{task.name}: found no usable row in {origin} ({len(numbers)} read"
-            f"{with_empty_choice}), expected at least 1"
+            f"{task.name}: found no usable row in {origin} ({len(numbers)} read{purpose}"
+            f"{with_empty_choice}), expected at least 1{advice}"
         )
     notes = []
     for missing, row_numbers in rows.missing.items():

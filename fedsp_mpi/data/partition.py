@@ -32,7 +32,7 @@ def divide(
 
     Args:
         labels: one label per example, [num_examples]; only "labels" looks at them.
-        num_clients: number of clients.
+        num_clients: number of clients; with 0 and a share, nobody owns what the server leaves.
         seed: of the run.
         kind: "iid", "labels" or "quantity": see `iid`, `dirichlet_labels`, `quantity`.
         alpha: of the skew.
@@ -53,6 +53,8 @@ def divide(
             "take fewer clients or more data"
         )
     order = generator(seed, "iid partition").permutation(len(labels)).astype(np.int64)
+    if num_clients == 0:
+        return [order[:num_server]]
     remaining = order[num_server:]
     remaining_labels = [labels[index] for index in remaining]
     shards = _shards(remaining_labels, num_clients, seed, kind=kind, alpha=alpha)

@@ -350,8 +350,9 @@ def _cut_train(
     """
     num_rows = len(numbers)
     if num_rows < 2:
+        between = " (of a .txt file, an empty line ends one)" if task == "plain_text" else ""
         raise ValueError(
-            f"{task}: found {num_rows} rows in train, expected at least 2; add rows, or a "
+            f"{task}: found {num_rows} rows in train{between}, expected at least 2; add rows, or a "
             "validation"
         )
     order = generator(seed, purpose).permutation(num_rows)

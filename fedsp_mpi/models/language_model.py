@@ -109,7 +109,7 @@ class LanguageModel:
             window = getattr(model.config, "sliding_window", None)
             self._longest_masked = window or self.shape.num_positions
         if self.checkpointing:
-            model.gradient_checkpointing_enable()
+            model.activation_checkpointing_enable()
         model.train(self.checkpointing)
         if self._compiles:
             self.compile()

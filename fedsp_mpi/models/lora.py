@@ -14,6 +14,8 @@ from fedsp_mpi import rng
 from fedsp_mpi.config.lora import LoraConfig
 from fedsp_mpi.config.parsing import ConfigError
 from fedsp_mpi.files import fingerprint, ownership
+from fedsp_mpi.files.untrusted import JsonMapping
+from fedsp_mpi.models import auxiliary
 from fedsp_mpi.models.language_model import LanguageModel
 from fedsp_mpi.tensors import NamedTensors
 
@@ -142,6 +144,22 @@ def num_parameters(model: LanguageModel, settings: LoraConfig) -> int:
         settings: of the adapters.
     """
     return sum(parameter.numel() for parameter in Lora(model, settings).parameters())
+
+
+def require_targets(config: JsonMapping, num_layers: int, settings: LoraConfig) -> None:
+    """Check, without weights, that a model has the maps that are to be adapted.
+
+    Args:
+        config: transformers' configuration, as its `to_dict` has it.
+        num_layers: of the model.
+        settings: of the adapters.
+
+    Raises:
+        ConfigError: the model has no such maps.
+    """
+    meta = torch.device("meta")
+    with meta:
+        Lora(auxiliary.build(config, num_layers, meta, dtype=torch.float32), settings)
 
 
 def linear_maps(model: nn.Module) -> list[str]:

@@ -140,8 +140,14 @@ def _table_differences(name: str, table_a: np.ndarray, table_b: np.ndarray) -> l
             run = "first" if values in rows_a else "second"
             lines.append(f"{name}: {_key_text(keys, values)} is only in the {run} run")
     in_both = [values for values in rows_a if values in rows_b]
-    for column in table_a.dtype.names or ():
+    columns_a = table_a.dtype.names or ()
+    columns_b = table_b.dtype.names or ()
+    for column in dict.fromkeys([*columns_a, *columns_b]):
         if column.startswith(_MACHINE_COLUMNS):
+            continue
+        if column not in columns_a or column not in columns_b:
+            run = "first" if column in columns_a else "second"
+            lines.append(f"{name}: the column {column} is only in the {run} run")
             continue
         for values in in_both:
             cell_a = rows_a[values][column]

@@ -149,3 +149,17 @@ def machine(environment: JsonMapping) -> list[str]:
         facts.append(f"{num_ranks} ranks")
     facts += dict.fromkeys(str(rank["device"]) for rank in ranks if "device" in rank)
     return facts
+
+
+def last_losses(clients: np.ndarray) -> np.ndarray:
+    """Return the last loss of each row's training, [rows]: of the prompts, or else of the model."""
+    of_prompt = clients["loss_prompt_last"]
+    return np.where(np.isfinite(of_prompt), of_prompt, clients["loss_model_last"])
+
+
+def client_losses(run: Run) -> dict[int, np.ndarray]:
+    """Return the finite last losses of clients that did not fail, [clients], by round."""
+    losses = last_losses(run.clients)
+    counts = (run.clients["status"] == "ok") & np.isfinite(losses)
+    rounds = run.clients["round"]
+    return {int(round): losses[counts & (rounds == round)] for round in np.unique(rounds[counts])}

@@ -20,7 +20,13 @@ from fedsp_mpi.record.tables import mean_silo_loss
 from fedsp_mpi.report import silos, summary
 from fedsp_mpi.report.chart import Bar, Chart, Line, Spark, bar, chart, spark
 from fedsp_mpi.report.costs import training_seconds
-from fedsp_mpi.report.facts import PERPLEXITY, main_measure, ranks_of
+from fedsp_mpi.report.facts import (
+    PERPLEXITY,
+    client_losses,
+    last_losses,
+    main_measure,
+    ranks_of,
+)
 from fedsp_mpi.report.formatting import (
     as_bytes,
     as_count,
@@ -192,7 +198,7 @@ def _rounds(run: Run) -> Table:
         "server s",
         "round s",
     ]
-    losses = {round: float(values.mean()) for round, values in _losses_by_round(run).items()}
+    losses = {round: float(values.mean()) for round, values in client_losses(run).items()}
     best = summary.best_round(run)
     body: list[list[Cell]] = []
     for row in run.rounds:
@@ -232,7 +238,7 @@ def _loss_chart(run: Run) -> Chart | None:
 def _training_chart(run: Run) -> Chart | None:
     """Lay out the losses of the last training steps: clients with their range, and the server."""
     lines = [Line("server", run.rounds["round"], run.rounds["server_loss_last"])]
-    by_round = _losses_by_round(run)
+    by_round = client_losses(run)
     if by_round:
         means = np.array([losses.mean() for losses in by_round.values()])
         band = _band(list(by_round.values()))
@@ -241,20 +247,6 @@ def _training_chart(run: Run) -> Chart | None:
 
 
 # -- clients and silos -----------------------------------------------------------------------------
-
-
-def _last_losses(clients: np.ndarray) -> np.ndarray:
-    """Return the last loss of each row's training, [rows]: of the prompts, or else of the model."""
-    of_prompt = clients["loss_prompt_last"]
-    return np.where(np.isfinite(of_prompt), of_prompt, clients["loss_model_last"])
-
-
-def _losses_by_round(run: Run) -> dict[int, np.ndarray]:
-    """Return the finite last losses of clients that did not fail, [clients], by round."""
-    losses = _last_losses(run.clients)
-    counts = (run.clients["status"] == "ok") & np.isfinite(losses)
-    rounds = run.clients["round"]
-    return {int(round): losses[counts & (rounds == round)] for round in np.unique(rounds[counts])}
 
 
 def _clients(run: Run) -> Table:
@@ -272,12 +264,12 @@ def _clients(run: Run) -> Table:
         "up",
         "last failure",
     ]
-    low, high = _range(_last_losses(run.clients))
+    low, high = _range(last_losses(run.clients))
     body: list[list[Cell]] = []
     for client in np.unique(run.clients["client"])[:_MAX_CLIENTS]:
         rows = run.clients[run.clients["client"] == client]
         is_ok = rows["status"] == "ok"
-        losses = _last_losses(rows)
+        losses = last_losses(rows)
         reached = losses[np.isfinite(losses)]
         failed = rows[~is_ok]
         failure = f"round {failed[-1]['round']}: {_one_line(failed[-1])}" if len(failed) else ""

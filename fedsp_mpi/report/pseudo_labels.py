@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fedsp_mpi.record.hdf5 import Run
-from fedsp_mpi.report.facts import label_of, own_result, shown_measure
+from fedsp_mpi.report.facts import label_of, own_result, seed_of, shown_measure
 from fedsp_mpi.report.formatting import as_percent, as_seconds, table
 
 _HEAD = ("round", "labelled", "texts", "labels s", "trained on", "pseudo", "precision %")
@@ -135,7 +135,8 @@ def studies(runs: Sequence[Run]) -> list[LabelStudy]:
     """Return what runs with few labels have scored, task by task.
 
     Raises:
-        ValueError: no run has few labels and a result.
+        ValueError: no run has few labels and a result, or two of the same task, label, spread and
+            number of labels have the same seed.
     """
     by_task: dict[str, list[Run]] = {}
     for run in runs:
@@ -154,11 +155,20 @@ def studies(runs: Sequence[Run]) -> list[LabelStudy]:
 def _study(task: str, runs: Sequence[Run]) -> LabelStudy:
     grouped: dict[tuple[str, float], dict[int, list[Run]]] = {}
     all_labels: dict[str, list[float]] = {}
+    seen: dict[tuple[object, ...], Run] = {}
     for run in runs:
         data = run.config.get("data", {})
         num_labels = data.get("labels")
         result = own_result(run)
         assert result is not None
+        spread = None if num_labels is None else float(data.get("label_spread", 1.0))
+        first = seen.setdefault((label_of(run), num_labels, spread, seed_of(run)), run)
+        if first is not run:
+            raise ValueError(
+                f"found two runs of {label_of(run)} on {task} with {num_labels or 'all'} labels "
+                f"and seed {seed_of(run)} ({first.file.parent} and {run.file.parent}), expected "
+                "one; leave one out, or give them different labels (run.label)"
+            )
         if num_labels is None:
             all_labels.setdefault(label_of(run), []).append(shown_measure(result))
             continue

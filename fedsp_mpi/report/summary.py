@@ -35,6 +35,7 @@ from fedsp_mpi.report.facts import (
     ZERO_SHOT,
     baselines,
     better_by,
+    client_losses,
     machine,
     main_measure,
     ranks_of,
@@ -224,8 +225,7 @@ _ROUNDS_HEAD = (
     "",
 )
 _ROUNDS_LEGEND = (
-    "losses in nats per token: client = last prompt steps, mean over clients; "
-    "server = last tuning step;",
+    "losses in nats per token: client = last steps, mean over clients; server = last tuning step;",
     "on the validation split: merged = before the server's tuning, tuned = after, "
     "control = server only;",
     "seconds: wait s = until the last client's update, server s = the server's tuning, "
@@ -237,7 +237,7 @@ _ROUNDS_LEGEND = (
 def _rounds(run: Run) -> list[str]:
     if not len(run.rounds):
         return ["no round was committed"]
-    losses = _client_losses(run)
+    losses = {round: float(values.mean()) for round, values in client_losses(run).items()}
     best = best_round(run)
     body = []
     for row in run.rounds:
@@ -265,16 +265,6 @@ def best_round(run: Run) -> int:
     """Return the last round that was the best so far; 0 if there is none."""
     best = run.rounds["round"][run.rounds["is_best"]]
     return int(best[-1]) if len(best) else 0
-
-
-def _client_losses(run: Run) -> dict[int, float]:
-    """Return the mean last prompt loss of the clients that did not fail, by round."""
-    rows = run.clients[run.clients["status"] == "ok"] if len(run.clients) else run.clients
-    losses = {}
-    for round in np.unique(rows["round"]):
-        of_round = rows["loss_prompt_last"][rows["round"] == round]
-        losses[int(round)] = float(of_round.mean())
-    return losses
 
 
 def failures(run: Run) -> list[str]:

@@ -12,6 +12,7 @@ from fedsp_mpi.files.untrusted import printable
 from fedsp_mpi.record.hdf5 import Run
 from fedsp_mpi.report.facts import label_of
 from fedsp_mpi.report.formatting import deviation, markdown_table, mean_and_deviation
+from fedsp_mpi.report.grouping import require_distinct
 
 MODELS = ("personal", "expert", "general")
 TEXTS = ("own", "domain", "other")
@@ -41,7 +42,7 @@ def tiers_table(runs: Sequence[Run]) -> str:
         runs: of one or several methods, some seeds each.
 
     Raises:
-        ValueError: none has scored its tiers.
+        ValueError: none has scored its tiers, or two have the same task, label and seed.
     """
     by_label: dict[str, list[Run]] = {}
     for run in runs:
@@ -52,6 +53,7 @@ def tiers_table(runs: Sequence[Run]) -> str:
             "--table tiers: found no scores of tiers, expected a run with method=plmm and "
             "tiers.judge=ends or rounds"
         )
+    require_distinct([run for of_label in by_label.values() for run in of_label])
     body: list[list[str]] = []
     gains: list[list[str]] = []
     for label, of_label in by_label.items():

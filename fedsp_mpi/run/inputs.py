@@ -41,7 +41,7 @@ from fedsp_mpi.data.tokens import (
     truncate,
 )
 from fedsp_mpi.evaluation import scoring
-from fedsp_mpi.models import auxiliary
+from fedsp_mpi.models import auxiliary, lora
 from fedsp_mpi.models.prompts import require_positions
 from fedsp_mpi.run.model_inputs import RESOURCES, ModelInputs
 from fedsp_mpi.training.device import device_type, max_padding
@@ -378,7 +378,9 @@ class ExperimentInputs(ModelInputs):
     def shard(self, owner: int) -> list[Text]:
         """Return the tokenised training texts of the server (0) or of client `owner` - 1."""
         if owner not in self._shard_texts:
-            self._shard_texts[owner] = self._encode(self._training_examples(owner))
+            examples = self._training_examples(owner)
+            whose = "the server's" if owner == 0 else f"client {owner - 1}'s"
+            self._shard_texts[owner] = self._encode(examples, whose=whose)
         return self._shard_texts[owner]
 
     def questions(self, owner: int) -> list[Question]:
@@ -547,11 +549,14 @@ class ExperimentInputs(ModelInputs):
             client=client,
         )
 
-    def _encode(self, examples: Sequence[tasks.Example], *, whole: bool = True) -> list[Text]:
+    def _encode(
+        self, examples: Sequence[tasks.Example], *, whole: bool = True, whose: str = "the"
+    ) -> list[Text]:
         """Tokenise examples to train and validate on; documents become blocks.
 
         Args:
             examples: of one owner.
+            whose: they are, for messages.
             whole: whether an incomplete block at the end of documents is dropped.
 
         Raises:
@@ -562,8 +567,9 @@ class ExperimentInputs(ModelInputs):
             texts = blocks(self.tokenizer, documents, self.max_length, whole=whole)
             if documents and not texts:
                 raise ConfigError(
-                    f"data.max_length: found documents of fewer than {self.max_length} tokens in "
-                    "all, expected at least one block of that many; add text, or set it lower"
+                    f"data.max_length: found {self.max_length}, and {whose} {len(documents)} "
+                    "documents have fewer tokens in all, expected at least one block of that many; "
+                    "add text, set it lower, or take fewer clients"
                 )
             return texts
         if self.config.classifies:
@@ -699,6 +705,10 @@ class ExperimentInputs(ModelInputs):
         _ = self.origin
         if self.is_cloze:
             self._require_possible_for_cloze()
+        if self.config.adapts:
+            lora.require_targets(
+                self.model_config.to_dict(), self.shape.num_layers, self.config.lora
+            )
         if not self.config.tunes_weights:
             auxiliary.require_cell(self.config.auxiliary, self.shape.num_layers, self.model_name)
             auxiliary.require_positions_kept(

@@ -95,6 +95,14 @@ def test_maps_that_the_model_does_not_have_are_refused(tmp_path):
         Lora(model, LoraConfig(targets=("c_attn",)))
 
 
+@pytest.mark.parametrize("targets", ["nope", "''"])
+def test_that_is_said_in_one_line_before_a_weight_is_loaded(tmp_path, targets):
+    settings = ("method=lora", f"lora.targets=[{targets}]")
+    result = short_run(0, tmp_path, "x", *settings, status=2)
+    assert "lora.targets: found" in result.stderr and len(result.stderr.splitlines()) == 1
+    assert not (tmp_path / "x").exists()
+
+
 def test_a_client_of_a_lower_rank_leaves_the_rest_at_zero(tmp_path):
     model = tiny.load(tiny.model_folder(tmp_path / "model", "llama"))
     adapters = Lora(model, LoraConfig(rank=4)).initialise(seed=1)

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import math
 import re
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -198,6 +199,9 @@ def test_every_tier_is_scored_on_every_text(whole):
     assert own["personal"] != own["expert"] or record.committed_rounds
     table = tiers_table([record])
     assert "| PLMM | after | personal |" in table and "personal < general, own" in table
+    again = dataclasses.replace(record, file=record.file.parent.parent / "again" / "run.h5")
+    with pytest.raises(ValueError, match=r"found two runs of PLMM .* seed 1 .*, expected one"):
+        tiers_table([record, again])
 
 
 def test_before_the_first_round_all_prompts_are_the_same(whole):
@@ -329,6 +333,16 @@ def test_a_user_is_answered_by_its_own_model_or_by_the_expert(whole):
     assert unsure.splitlines()[-1] == "answered by expert second"
 
 
+def test_a_damaged_personal_model_does_not_answer(whole, tmp_path):
+    run = shutil.copytree(whole[0].file.parent, tmp_path / "run")
+    weights = run / "auxiliary" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-100] ^= 1
+    weights.write_bytes(content)
+    result = here(["ask", run, "--user", "ben", "Where is the dog?"], status=2)
+    assert str(weights) in result.stderr and len(result.stderr.splitlines()) == 1
+
+
 def test_routing_is_measured_on_what_users_hold_back(whole):
     folder = str(whole[0].file.parent)
     lines = here(["ask", folder, "--evaluate", "--threshold", "1"]).stdout.splitlines()
@@ -349,6 +363,7 @@ def test_routing_is_measured_on_what_users_hold_back(whole):
         (["Why?"], "--user: found none"),
         (["--user", "ann", "--expert", "second", "Why?"], "--expert: found 'second', expected one"),
         (["--user", "ann"], "TEXT"),
+        (["--user", "ann", " "], "TEXT: found no words, expected a question"),
     ],
 )
 def test_what_cannot_be_asked_is_said_in_one_line(whole, arguments, words):

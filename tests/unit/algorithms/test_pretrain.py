@@ -19,6 +19,7 @@ from fedsp_mpi.record import read
 from fedsp_mpi.run.inputs import ExperimentInputs
 from fedsp_mpi.run.silo_inputs import SiloInputs
 from helpers import tiny
+from helpers.configs import refused
 from helpers.runs import here
 
 LENGTH = 17
@@ -71,6 +72,26 @@ def test_blocks_predict_every_token_but_the_first_once():
         num_lost = (len(ids) - 1) % 8 if whole else 0
         assert predicted == ids[1 : len(ids) - num_lost]
     assert blocks(tokenizer, ["w1"], 9, whole=True) == []
+
+
+def test_too_little_text_is_said_with_its_owner(folder, tmp_path):
+    (tmp_path / "train.txt").write_text("w1 w2\n\n" * 40)
+    source = f"data.source={tmp_path}"
+    inputs = ExperimentInputs(config.load(folder / "pretrain.yaml", [source, "data.max_length=60"]))
+    refused(lambda: inputs.shard(0), "data.max_length: found 60", "the server's 8 documents")
+    refused(lambda: inputs.shard(2), "data.max_length: found 60", "client 1's 7 documents")
+
+
+def test_texts_without_classes_have_no_shots(folder):
+    settings = ["data.shots=1"]
+    refused(lambda: config.load(folder / "pretrain.yaml", settings), "data.shots: found 1")
+
+
+def test_one_document_is_told_how_documents_are_divided(folder, tmp_path):
+    (tmp_path / "train.txt").write_text("w1 w2\n" * 40)
+    inputs = ExperimentInputs(config.load(folder / "pretrain.yaml", [f"data.source={tmp_path}"]))
+    with pytest.raises(ValueError, match=r"found 1 rows in train .* an empty line ends one"):
+        _ = inputs.splits
 
 
 def test_a_text_file_is_the_same_documents_in_memory_and_through_the_cache(folder):

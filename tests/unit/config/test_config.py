@@ -475,6 +475,8 @@ def test_prefix_with_gradient_checkpointing_is_refused(tmp_path):
     )
     fine = checkpointing | {"prompt": {"kind": "input"}}
     assert load(tmp_path, fine).model.gradient_checkpointing
+    weights = checkpointing | {"method": "lora"}  # there is no prefix
+    assert load(tmp_path, weights).model.gradient_checkpointing
     refused(
         lambda: load(tmp_path, fine | {"auxiliary": {"dropout": True}}),
         "auxiliary.dropout",

@@ -177,6 +177,13 @@ def test_the_servers_share_and_the_clients_shards_are_everything(kind, share, mi
         )
 
 
+@pytest.mark.parametrize("kind", ["iid", "labels", "quantity"])
+def test_without_clients_nobody_owns_what_the_server_leaves(kind):
+    labels = labels_of(200, 4).tolist()
+    [mine] = partition.divide(labels, 0, 3, kind=kind, share=0.1)
+    assert mine.tolist() == partition.divide(labels, 7, 3, share=0.1)[0].tolist()
+
+
 def test_without_a_share_the_server_is_one_owner_like_the_others():
     found = partition.divide([0] * 40, 3, 5)
     assert [shard.tolist() for shard in found] == [

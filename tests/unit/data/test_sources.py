@@ -549,6 +549,14 @@ MISTAKES = {
         },
         ["while reading train.jsonl in", "expected .jsonl files"],
     ),
+    "a table of a head only": (
+        {"train_csv": "context,choices,label\n", "test_csv": "context,choices,label\n"},
+        ["found no row while reading train.csv in"],
+    ),
+    "nothing to validate on": (
+        {"train": [*[CHOICE_ROW | {"choices": ["", "b"]}] * 19, CHOICE_ROW], "test": [CHOICE_ROW]},
+        ["no usable row in train (2 read for validation", "give validation a file of its own"],
+    ),
     "nothing to teach": (
         GOOD | {"train": [CHOICE_ROW | {"choices": ["", "b"]}]},
         ["no usable row in train (1 read)"],

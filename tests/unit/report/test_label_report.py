@@ -95,6 +95,13 @@ def test_a_method_has_one_look_in_the_panels_of_all_tasks(tmp_path):
     assert colours[0][0] != colours[0][1] and colours[1] == colours[0][1:]
 
 
+@pytest.mark.parametrize("labels", [64, None])
+def test_two_runs_of_one_seed_are_no_two_seeds(tmp_path, labels):
+    runs = [made(tmp_path, name, 0.6, labels=labels) for name in ("a", "b")]
+    with pytest.raises(ValueError, match=r"found two runs of AUG .* seed 1 .*, expected one"):
+        draw_labels([made(tmp_path, "c", 0.5, label="x"), *runs], tmp_path / "labels.png")
+
+
 def test_the_command_line_draws_it_and_says_what_is_missing(tmp_path, capsys):
     made(tmp_path, "a", 0.7)
     picture = tmp_path / "labels.svg"

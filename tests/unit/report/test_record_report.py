@@ -264,6 +264,42 @@ def test_difference_names_round_tensor_and_distance(tmp_path: Path) -> None:
     ]
 
 
+def test_difference_names_columns_that_one_run_has(tmp_path: Path) -> None:
+    """Methods add columns of their own, such as the losses of a user's second prompt."""
+    a = finished(tmp_path / "a")
+    record = make(tmp_path / "b", rounds=0)
+    extra = {"loss_personal_last": 2.0}
+    for round in (1, 2, 3):
+        clients = [
+            ClientRow(round=round, client=c, rank=9, loss_prompt_last=2.5, extra=extra)
+            for c in (1, 0)
+        ]
+        row = RoundRow(round=round, num_clients=2, validation_loss=2.0 / round, is_best=True)
+        record.commit_round(row, clients, tensors(round))
+    record.write_results(results(0.7))
+    column = "clients: the column loss_personal_last is only in the"
+    assert difference(a, record.run) == [f"{column} second run"]
+    assert difference(record.run, a) == [f"{column} first run"]
+
+
+@pytest.mark.parametrize("stage", ["prompt", "model"])
+def test_a_clients_loss_is_the_mean_of_those_that_trained(tmp_path: Path, stage: str) -> None:
+    """One without examples has none; weights have a loss as prompts do."""
+    record = make(tmp_path / "a", rounds=0)
+    losses = (2.0, float("nan"), 3.0)
+    clients = [
+        ClientRow(round=1, client=c, rank=1, **{f"loss_{stage}_last": loss})
+        for c, loss in enumerate(losses)
+    ]
+    record.commit_round(RoundRow(round=1, num_clients=3), clients)
+    lines = summarize(record.run).splitlines()
+    assert next(line for line in lines if line.split()[:1] == ["1"]).split()[:3] == [
+        "1",
+        "3/3",
+        "2.5000",
+    ]
+
+
 def test_difference_of_rounds_and_kept_prompts(tmp_path: Path) -> None:
     a, b, c = (
         make(tmp_path / "a").run,
