@@ -39,9 +39,13 @@ from fedsp_mpi.training.loop import Trace
 
 Closing = Callable[[], None]
 
+_MAX_REASONS = 3  # of clients that failed, in one message
+
 
 class ClientFailedError(RuntimeError):
     """Clients failed, and the configuration or the quorum does not let the run continue."""
+
+    explains_itself = True
 
 
 @dataclass(frozen=True)
@@ -542,7 +546,7 @@ def require_quorum(updates: Updates, federation: FederationConfig) -> None:
     ]
     if reasons and federation.on_failure == "stop":
         raise ClientFailedError(
-            f"{'; '.join(reasons)} (federation.on_failure=stop; =drop goes on without them)"
+            f"{_joined(reasons)} (federation.on_failure=stop; =drop goes on without them)"
         )
     for client, reason in updates.rejected.items():
         reasons.append(f"{federation.client_name(client)} rejected: {reason}")
@@ -550,8 +554,15 @@ def require_quorum(updates: Updates, federation: FederationConfig) -> None:
     if reasons and num_accepted < federation.min_clients:
         raise ClientFailedError(
             f"found {num_accepted} updates, expected at least federation.min_clients="
-            f"{federation.min_clients}: {'; '.join(reasons)}"
+            f"{federation.min_clients}: {_joined(reasons)}"
         )
+
+
+def _joined(reasons: Sequence[str]) -> str:
+    """Return the first reasons in one line, and how many more there are."""
+    shown = "; ".join(reasons[:_MAX_REASONS])
+    num_others = len(reasons) - _MAX_REASONS
+    return f"{shown}; and {num_others} more" if num_others > 0 else shown
 
 
 def collect_clients(

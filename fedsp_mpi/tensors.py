@@ -47,6 +47,8 @@ def part_of_state(state: Mapping[str, np.ndarray], part: str) -> State:
 class ClientError(Exception):
     """An error that makes one client fail in a round, but not the run."""
 
+    explains_itself = True
+
 
 class SealedTensorError(ValueError):
     """A tensor of the global model was about to be packed for the wire."""

@@ -97,7 +97,8 @@ class Guard:
 
     What happens to an exception that leaves the `with`, on the main thread or on another one:
         Exception: report on stderr (and in `failure.txt`), MPI abort with status 1. The other ranks
-            need not do anything.
+            need not do anything. An error with a true `explains_itself` is reported without the
+            stack, which would tell a user nothing.
         Refused: passes through; every rank raises it and the caller prints one line.
         SystemExit: passes through where no rank would wait for this one: in a single process, with
             status 0 between phases, or after a Refused. Elsewhere it is reported like any error.
@@ -294,7 +295,10 @@ class Guard:
         )
         if thread is not None:
             title += f", thread {thread!r}"
-        text = title + "\n" + "".join(traceback.format_exception(error))
+        if getattr(error, "explains_itself", False):
+            text = f"{title}\nfedsp_mpi: {error}\n"
+        else:
+            text = title + "\n" + "".join(traceback.format_exception(error))
         if _size() == 1 or self._is_reporter(text + self._last_line()):
             _write(text)
             self._request_stacks(getattr(error, "missing", ()))
