@@ -166,7 +166,11 @@ class ExperimentInputs(ModelInputs):
         seed = self.config.run.seed
         loaded = self._load_splits()
         if self.is_plain_text:  # documents are cut into blocks, and all fit
-            return loaded, ()
+            shorter = (
+                f"blocks have {self.max_length} tokens, as many as the model takes "
+                f"(data.max_length={data.max_length})"
+            )
+            return loaded, (shorter,) if self.max_length < data.max_length else ()
         room = self._answer_room.at_most(data.max_length)
         splits, left_out = fit.drop_too_long(
             loaded, room, lambda: self.tokenizer, attack_target=self.config.attack.target

@@ -82,6 +82,13 @@ def test_too_little_text_is_said_with_its_owner(folder, tmp_path):
     refused(lambda: inputs.shard(2), "data.max_length: found 60", "client 1's 7 documents")
 
 
+def test_blocks_shorter_than_asked_for_are_said(folder):
+    inputs = ExperimentInputs(config.load(folder / "pretrain.yaml", ["data.max_length=500"]))
+    note = "blocks have 65 tokens, as many as the model takes (data.max_length=500)"
+    assert note in inputs.warnings
+    assert not ExperimentInputs(config.load(folder / "pretrain.yaml")).warnings
+
+
 def test_texts_without_classes_have_no_shots(folder):
     settings = ["data.shots=1"]
     refused(lambda: config.load(folder / "pretrain.yaml", settings), "data.shots: found 1")
