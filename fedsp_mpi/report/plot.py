@@ -150,7 +150,7 @@ def draw_curves(runs: Sequence[Run], path: str | Path) -> None:
             for axes, panel in zip(row, _PANELS):
                 _draw_panel(axes, panel, lines)
             if all(line.is_perplexity for line in lines):
-                row[0].set_yscale("log")
+                _set_log_scale(row[0])
                 row[0].set_ylabel("validation perplexity")
             else:
                 row[0].set_ylabel("validation loss, nats per token")
@@ -433,16 +433,19 @@ def _set_measure(axes: Axes, measure: str) -> None:
         axes.set_ylabel(f"{measure}, percent")
         axes.set_ylim(0, 100)
         return
-    from matplotlib.ticker import NullFormatter
-
     axes.set_ylabel("perplexity (lower is better)")
+    _set_log_scale(axes)
+
+
+def _set_log_scale(axes: Axes) -> None:
+    """Put the vertical axis on a logarithmic scale, with numbers that are written out."""
+    from matplotlib.ticker import LogLocator
+
     axes.set_yscale("log")
-    axes.yaxis.set_major_formatter("{x:g}")
     low, high = axes.get_ylim()
-    if high < 10 * low:  # else the powers of ten are enough
-        axes.yaxis.set_minor_formatter("{x:g}")
-    else:
-        axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.yaxis.set_minor_locator(LogLocator(subs=(2, 5) if high < 100 * low else ()))
+    axes.yaxis.set_major_formatter("{x:,g}")
+    axes.yaxis.set_minor_formatter("{x:,g}")
 
 
 def _spread(results: Sequence[np.void]) -> float:

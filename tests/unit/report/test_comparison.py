@@ -464,6 +464,8 @@ def test_curves_of_plain_text_are_perplexities(tmp_path):
     each = np.exp([run.rounds["validation_loss"] for run in plain])
     assert perplexities.lines[0].get_ydata() == pytest.approx(each.mean(0))
     assert perplexities.get_ylabel() == "validation perplexity"
+    labels = [label.get_text() for label in perplexities.get_yticklabels()]
+    assert labels and all(re.fullmatch(r"[\d.,]*", label) for label in labels)
     assert perplexities.get_yscale() == "log" and losses.get_yscale() == "linear"
 
 
