@@ -77,9 +77,9 @@ class ComputeConfig:
     )
     compile: bool = option(
         False,
-        "compile each layer's norms and feed-forward part by `torch.compile`, some seconds to a "
-        "minute at the start. Losses stay the same but for rounding. Takes a C++ compiler on a "
-        "CPU, Triton on a GPU",
+        "compile each layer's norms and feed-forward part by `torch.compile`, which takes some "
+        "seconds to a minute at the start. Losses stay the same but for rounding; equal bits are "
+        "not promised. Needs a C++ compiler on a CPU, Triton on a GPU",
     )
     threads: int | None = option(
         None,
