@@ -101,7 +101,7 @@ def test_clients_that_fail_are_dropped_and_named_and_the_others_go_on(tmp_path):
 def test_a_quorum_below_which_the_run_stops(tmp_path, n, fault, reason):
     result, _ = timed(n, tmp_path, "run", "federation.min_clients=3", fault=fault)
     assert result.returncode not in (0, 2, 124), both_ends(result)
-    assert "rank 0" in only_report(result)
+    assert "rank 0" in only_report(result, stack=False)
     assert "found 2 updates, expected at least federation.min_clients=3" in result.stderr
     assert f"client 1 in local training: {reason}" in result.stderr
     run = read(tmp_path / "run")
