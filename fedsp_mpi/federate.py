@@ -43,7 +43,11 @@ _MAX_REASONS = 3  # of clients that failed, in one message
 
 
 class ClientFailedError(RuntimeError):
-    """Clients failed, and the configuration or the quorum does not let the run continue."""
+    """Clients failed, and the configuration or the quorum does not let the run continue.
+
+    Attributes:
+        explains_itself: its message is all that a user needs; see `comm.guard.Guard`.
+    """
 
     explains_itself = True
 

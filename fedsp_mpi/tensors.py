@@ -45,7 +45,11 @@ def part_of_state(state: Mapping[str, np.ndarray], part: str) -> State:
 
 
 class ClientError(Exception):
-    """An error that makes one client fail in a round, but not the run."""
+    """An error that makes one client fail in a round, but not the run.
+
+    Attributes:
+        explains_itself: its message is all that a user needs; see `comm.guard.Guard`.
+    """
 
     explains_itself = True
 

@@ -18,6 +18,9 @@ PACKAGE = ROOT / "fedsp_mpi"
 # Names that say nothing of what they hold.
 VAGUE_LOCALS = set(
     [
+        "more",
+        "usual",
+        "needs",
         "found",
         "some",
         "told",

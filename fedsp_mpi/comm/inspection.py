@@ -287,5 +287,5 @@ def describe_clients(clients: Sequence[int]) -> str:
     """Format the first few client ids for a message: "client 2", "clients 1, 2, ..."."""
     noun = "clients" if len(clients) > 1 else "client"
     shown = ", ".join(map(str, clients[:_MAX_IDS_SHOWN]))
-    more = ", ..." if len(clients) > _MAX_IDS_SHOWN else ""
-    return f"{noun} {shown}{more}"
+    ellipsis = ", ..." if len(clients) > _MAX_IDS_SHOWN else ""
+    return f"{noun} {shown}{ellipsis}"

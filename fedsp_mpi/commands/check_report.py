@@ -43,5 +43,5 @@ class CheckReport:
         if not self.failures:
             return None
         num_more = len(self.failures) - 1
-        more = f" (and {num_more} more)" if num_more else ""
-        return Refused(f"check: {self.failures[0]}{more}")
+        ending = f" (and {num_more} more)" if num_more else ""
+        return Refused(f"check: {self.failures[0]}{ending}")

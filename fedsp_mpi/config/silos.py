@@ -150,14 +150,14 @@ def require_silos(config: Config) -> None:
     own_source = "the server server.data"
     if config.tiers.experts:
         own_source = "each expert tiers.experts[].source"
-    for key, value, usual, reason in (
+    for key, value, allowed, reason in (
         ("data.source", config.data.source, None, f"each silo has its own, {own_source}"),
         ("data.shots", config.data.shots, None, "nobody sees the labels of all silos"),
         ("data.partition", config.data.partition, "iid", "the text is divided already"),
         ("data.server_share", config.data.server_share, None, "the text is divided already"),
     ):
-        if value != usual:
-            expected = "null" if usual is None else usual
+        if value != allowed:
+            expected = "null" if allowed is None else allowed
             raise ConfigError(
                 f"{key}: found {shown(value)} with federation.silos, expected {expected}: {reason}"
             )

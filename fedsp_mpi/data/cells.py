@@ -120,8 +120,8 @@ def describe_choices(choices: Sequence[str]) -> str:
     first_choices = choices[:_NUM_CHOICES_SHOWN]
     if any(len(choice) > MAX_LABEL_LENGTH for choice in first_choices):
         return f"{len(choices)} texts"
-    more = ", ..." if len(choices) > _NUM_CHOICES_SHOWN else ""
-    return ", ".join(first_choices) + more
+    ellipsis = ", ..." if len(choices) > _NUM_CHOICES_SHOWN else ""
+    return ", ".join(first_choices) + ellipsis
 
 
 def describe_columns(names: Sequence[str]) -> str:
@@ -130,8 +130,8 @@ def describe_columns(names: Sequence[str]) -> str:
         name if len(name) <= _MAX_COLUMN_LENGTH else f"(a name of {len(name)} characters)"
         for name in names[:_NUM_CHOICES_SHOWN]
     ]
-    more = ["..."] if len(names) > _NUM_CHOICES_SHOWN else []
-    return ", ".join([*shown, *more])
+    ellipsis = ["..."] if len(names) > _NUM_CHOICES_SHOWN else []
+    return ", ".join([*shown, *ellipsis])
 
 
 def _parsed(value: object) -> object:

@@ -102,5 +102,5 @@ def _listed(classes: Sequence[str]) -> str:
         name if len(name) <= _MAX_NAME_LENGTH else f"({len(name)} characters)"
         for name in classes[:_MAX_SHOWN]
     ]
-    more = ["..."] if len(classes) > _MAX_SHOWN else []
-    return ", ".join([*names, *more])
+    ellipsis = ["..."] if len(classes) > _MAX_SHOWN else []
+    return ", ".join([*names, *ellipsis])

@@ -234,7 +234,7 @@ def plan(
     free: dict[str, int] = {}
     for number, rank in enumerate(ranks):
         num_clients = len(assignment[number]) if assignment else clients_per_rank
-        needs = {
+        estimates = {
             "server": server(config, sizes),
             "client": client(config, sizes, num_clients),
         }
@@ -243,8 +243,8 @@ def plan(
         free[host] = min(free.get(host, rank["memory"]), rank["memory"])
         for role, device in rank["devices"].items():
             place = f"GPU {device['uuid']}" if "uuid" in device else host
-            needed[host] += needs[role].host
-            needed[place] = needed.get(place, 0) + needs[role].device
+            needed[host] += estimates[role].host
+            needed[place] = needed.get(place, 0) + estimates[role].device
             device_free = device.get("free", rank["memory"])
             free[place] = min(free.get(place, device_free), device_free)
     return [MemoryBudget(place, needed[place], free[place]) for place in needed]

@@ -21,7 +21,7 @@ def _gpt2(width: int, layers: int, heads: int) -> tuple[str, Sizes]:
     return "gpt2", {"n_embd": width, "n_layer": layers, "n_head": heads}
 
 
-def _opt(width: int, layers: int, heads: int, **others: int | bool) -> tuple[str, Sizes]:
+def _opt(width: int, layers: int, heads: int, **other_sizes: int | bool) -> tuple[str, Sizes]:
     sizes = {
         "hidden_size": width,
         "num_hidden_layers": layers,
@@ -29,7 +29,7 @@ def _opt(width: int, layers: int, heads: int, **others: int | bool) -> tuple[str
         "ffn_dim": 4 * width,
         "word_embed_proj_dim": width,
     }
-    return "opt", sizes | others
+    return "opt", sizes | other_sizes
 
 
 def _llama_like(
@@ -42,7 +42,7 @@ def _llama_like(
     vocabulary: int,
     positions: int,
     tied: bool = False,
-    **others: int | bool,
+    **other_sizes: int | bool,
 ) -> tuple[str, Sizes]:
     """Return the sizes of Llama or of a family that came of it.
 
@@ -55,7 +55,7 @@ def _llama_like(
         vocabulary: number of tokens.
         positions: longest sequence in tokens.
         tied: whether the output head is the input embedding.
-        others: what else differs from the defaults.
+        other_sizes: what else differs from the defaults.
     """
     sizes = {
         "hidden_size": width,
@@ -67,7 +67,7 @@ def _llama_like(
         "max_position_embeddings": positions,
         "tie_word_embeddings": tied,
     }
-    return family, sizes | others
+    return family, sizes | other_sizes
 
 
 def _pythia(width: int, layers: int, heads: int, *, vocabulary: int = 50304) -> tuple[str, Sizes]:

@@ -126,8 +126,8 @@ def changed(before: JsonMapping, now: Mapping[str, str]) -> str:
         is_missing = name.startswith(_SILOS) and UNUSABLE in (earlier, digest)
         if earlier != digest and not is_missing:
             names.append(name)
-    more = f" and {len(names) - _MAX_NAMED} more" if len(names) > _MAX_NAMED else ""
-    return ", ".join(names[:_MAX_NAMED]) + more
+    ending = f" and {len(names) - _MAX_NAMED} more" if len(names) > _MAX_NAMED else ""
+    return ", ".join(names[:_MAX_NAMED]) + ending
 
 
 def require_same(folder: Path, before: JsonMapping, now: Mapping[str, str]) -> None:

@@ -632,8 +632,8 @@ def _require_enough(declarations: Sequence[Declaration], config: Config, log: Lo
     if not errors:
         return
     if config.federation.on_failure == "stop":
-        more = f" (and {len(errors) - 1} more silos)" if len(errors) > 1 else ""
-        raise comm.Refused(f"{errors[0]}{more}; federation.on_failure=drop goes on without it")
+        ending = f" (and {len(errors) - 1} more silos)" if len(errors) > 1 else ""
+        raise comm.Refused(f"{errors[0]}{ending}; federation.on_failure=drop goes on without it")
     for error in errors[:_MAX_NAMED]:
         log.say(f"left out: {error}")
     if len(errors) > _MAX_NAMED:

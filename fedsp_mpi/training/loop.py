@@ -175,5 +175,5 @@ def _require_finite(losses: list[float]) -> None:
         if not math.isfinite(value):
             raise NonFiniteError(
                 f"the loss of step {index + 1} of {len(losses)} is {value}, "
-                "expected a finite number; lower the learning rate"
+                "expected a finite number (lower the learning rate)"
             )
