@@ -437,9 +437,10 @@ def leave(status: int) -> NoReturn:
     """End this process with all output written and MPI finalised; take down no Python object.
 
     The interpreter would take down torch and transformers object by object, for a second of time
-    on each rank. Under a launcher C's `exit` ends the process: it runs the handlers by which MPICH
-    tells its launcher that this rank is done. Of ranks that end by `_exit`, even behind
-    MPI_Finalize, mpirun reports 9 or 0 every few jobs, whatever their status.
+    on each rank, and a thread of gloo that wants its lock meanwhile would abort the process. Under
+    a launcher C's `exit` ends the process: it runs the handlers by which MPICH tells its launcher
+    that this rank is done. Of ranks that end by `_exit`, even behind MPI_Finalize, mpirun reports
+    9 or 0 every few jobs, whatever their status.
 
     Args:
         status: exit status.

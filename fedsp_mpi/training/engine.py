@@ -268,8 +268,9 @@ class DeepSpeedEngine:
         _load_moments(self._optimizer, self._parameters, state)
 
     def close(self) -> None:
-        """Give every rank all weights, and leave DeepSpeed: nothing of it outlives the
-        distillation.
+        """Give every rank all weights, and leave DeepSpeed.
+
+        Of several ranks it keeps the process groups, whose threads live as long as the process.
         """
         # Only stage 3 shards weights; they are copied before the engine frees them.
         parameters = list(self._engine.module.parameters()) if self.zero_stage == 3 else []

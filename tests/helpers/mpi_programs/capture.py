@@ -8,7 +8,7 @@ from itertools import count
 from pathlib import Path
 
 from fedsp_mpi import cli
-from fedsp_mpi.comm import launcher_rank
+from fedsp_mpi.comm import launcher_rank, leave
 from fedsp_mpi.comm.wire import Wire
 
 folder = Path(sys.argv[1])
@@ -30,4 +30,4 @@ def kept(send):
 
 Wire._send_message = kept(Wire._send_message)
 Wire._broadcast_json = kept(Wire._broadcast_json)
-sys.exit(cli.main(sys.argv[2:]))
+leave(cli.main(sys.argv[2:]))

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 
 from fedsp_mpi import cli
+from fedsp_mpi.comm import leave
 from fedsp_mpi.comm.wire import Wire
 from fedsp_mpi.commands.ask_models import LocalExperts
 
@@ -60,4 +61,4 @@ def have_problem() -> None:
 
 WAYS = {"question": change_question, "answer": change_answer, "problem": have_problem}
 WAYS[sys.argv[1]]()
-sys.exit(cli.main(sys.argv[2:]))
+leave(cli.main(sys.argv[2:]))

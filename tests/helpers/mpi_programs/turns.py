@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 
 from fedsp_mpi import cli
-from fedsp_mpi.comm import launcher_rank
+from fedsp_mpi.comm import launcher_rank, leave
 
 RANK = launcher_rank() or 0
 
@@ -35,4 +35,4 @@ def note_reading(folder: Path) -> None:
 if __name__ == "__main__":
     platform.node = lambda: f"host{RANK // 2}"
     note_reading(Path(sys.argv[1]))
-    sys.exit(cli.main(sys.argv[2:]))
+    leave(cli.main(sys.argv[2:]))
