@@ -34,12 +34,12 @@ from fedsp_mpi.algorithms.base import (
 from fedsp_mpi.algorithms.client_state import StatelessClients
 from fedsp_mpi.algorithms.inference import LocalInference
 from fedsp_mpi.config import InstructionsConfig
-from fedsp_mpi.data.instructions import InstructionTokens
+from fedsp_mpi.data.instructions import InstructionTokens, tokens_of
 from fedsp_mpi.data.tokens import Question, Text
 from fedsp_mpi.log import RoundProgress
 from fedsp_mpi.models import auxiliary
 from fedsp_mpi.models.language_model import LanguageModel
-from fedsp_mpi.models.prompts import Prompt
+from fedsp_mpi.models.prompts import Prompt, PromptSpec
 from fedsp_mpi.tensors import NamedTensors, Schema, State, TensorSpec, Update
 from fedsp_mpi.training.device import oom_as_client_error
 from fedsp_mpi.training.loop import NonFiniteError
@@ -203,6 +203,23 @@ def proposals(
     return edits
 
 
+# -- in front of a text ----------------------------------------------------------------------------
+
+
+def input_prompt(model: LanguageModel, spec: PromptSpec, row: np.ndarray) -> Prompt:
+    """Return an instruction as what its tokens are embedded as, an input prompt of as many tokens.
+
+    Args:
+        model: that embeds them.
+        spec: of the longest instruction.
+        row: of `InstructionTokens`, [tokens of the longest].
+    """
+    ids = tokens_of(row)
+    prompt = Prompt(replace(spec, num_tokens=len(ids))).to(model.device)
+    prompt.load({"prompt": model.embeddings(torch.from_numpy(ids))})
+    return prompt.requires_grad_(False)
+
+
 # -- the server ------------------------------------------------------------------------------------
 
 
@@ -211,7 +228,7 @@ class InstructionServer:
 
     Args:
         model: the frozen global model, which embeds instructions and writes paraphrases.
-        prompt: an input prompt of as many tokens as a row of `tokens`.
+        spec: of an input prompt of as many tokens as a row of `tokens`.
         tokens: turns phrases into rows of token ids.
         settings: of the search.
         seed: of the run.
@@ -222,7 +239,7 @@ class InstructionServer:
     def __init__(
         self,
         model: LanguageModel,
-        prompt: Prompt,
+        spec: PromptSpec,
         tokens: InstructionTokens,
         *,
         settings: InstructionsConfig,
@@ -231,7 +248,7 @@ class InstructionServer:
         progress: RoundProgress | None = None,
     ) -> None:
         self.model = model
-        self.prompt = prompt.requires_grad_(False)
+        self._spec = spec
         self._tokens = tokens
         self._settings = settings
         self._seed = seed
@@ -239,7 +256,14 @@ class InstructionServer:
         self._progress = progress or RoundProgress()
         self._search = Search.start(settings.pool)
         self._proposed: tuple[Search, list[Instruction]] | None = None
+        row = torch.empty(spec.num_tokens, device=model.device)
+        self._row = nn.Parameter(row, requires_grad=False)  # of the best instruction
         self._show_best()
+
+    @property
+    def prompt(self) -> Prompt:
+        """The best instruction as an input prompt; without a phrase it has no token."""
+        return input_prompt(self.model, self._spec, self._row.cpu().numpy())
 
     @property
     def tunes(self) -> bool:
@@ -247,9 +271,10 @@ class InstructionServer:
         return False
 
     def broadcast(self) -> NamedTensors:
-        """Return the candidates' token ids, fp32 [candidates, tokens], the best so far first.
+        """Return the candidates' rows of token ids, fp32 [candidates, tokens of the longest].
 
-        Where there are fewer candidates than rows, the best fills the rest.
+        The best so far come first. Where there are fewer candidates than rows, the very best fills
+        the rest.
         """
         search, candidates = self._candidates()
         num_rows = self._settings.candidates
@@ -262,7 +287,7 @@ class InstructionServer:
         return self._rule(updates)
 
     def load_aggregate(self, aggregate: NamedTensors) -> None:
-        """Keep the best of the candidates by their scores, and set the prompt to the very best."""
+        """Keep the best of the candidates by their scores, and show the very best."""
         search, candidates = self._candidates()
         scores = aggregate["scores"][: len(candidates)]
         self._search = search.after(candidates, scores, self._settings.beam)
@@ -279,17 +304,16 @@ class InstructionServer:
         """Do nothing: the server does not tune."""
 
     def parameters(self) -> Iterable[nn.Parameter]:
-        """Return the prompt's parameters."""
-        return self.prompt.parameters()
+        """Return the row of the best instruction's token ids."""
+        return [self._row]
 
     def export(self) -> NamedTensors:
-        """Return a copy of the best instruction: `prompt` [tokens, width] and its ids `tokens`."""
-        prompt = NamedTensors.pack(self.prompt.tensors())
-        return NamedTensors.of({**prompt, "tokens": self._best_row()})
+        """Return the best instruction's token ids, `tokens` [tokens of the longest]."""
+        return NamedTensors.of({"tokens": self._row.cpu().numpy()})
 
     def restore(self, exported: NamedTensors) -> None:
-        """Copy in a prompt that `export` returned; the search stays where it is."""
-        self.prompt.load({"prompt": exported.torch()["prompt"]})
+        """Copy in what `export` returned; the search stays where it is."""
+        self._row.data.copy_(exported.torch()["tokens"])
 
     def state(self) -> State:
         """Return all that the next round depends on."""
@@ -350,14 +374,10 @@ class InstructionServer:
         ]
         return search, instructions
 
-    def _best_row(self) -> np.ndarray:
-        """Return the tokens of the best instruction, int64 [tokens]."""
-        return self._tokens.row(self._search.phrases(self._search.beam[0]))
-
     def _show_best(self) -> None:
-        """Set the prompt to the best instruction."""
-        row = torch.from_numpy(self._best_row())
-        self.prompt.load({"prompt": self.model.embeddings(row)})
+        """Make the best instruction that of the prompt."""
+        best = self._search.phrases(self._search.beam[0])
+        self._row.data.copy_(torch.from_numpy(self._tokens.row(best)))
 
 
 # -- the clients -----------------------------------------------------------------------------------
@@ -380,39 +400,34 @@ class InstructionClient:
     """All clients of one process, which score instructions and keep nothing between rounds.
 
     Args:
-        inference: runs the forward passes on a model that clients hold; its points are rows of
-            token ids.
+        model: frozen.
+        spec: of an input prompt of as many tokens as a row has.
         shards: of each client what it scores by, or why it cannot be used.
         choice_losses: returns the cross entropy of the right choice of each question.
         batch_tokens: most tokens of a forward pass.
 
     Attributes:
+        model: that runs the forward passes.
+        prompt: the instruction that the last client found best.
         states: empty.
     """
 
     def __init__(
         self,
-        inference: LocalInference,
+        model: LanguageModel,
+        spec: PromptSpec,
         shards: Mapping[int, Examples | ShardError],
         *,
         choice_losses: ChoiceLosses,
         batch_tokens: int,
     ) -> None:
-        self._inference = inference
+        self.model = model
+        self.prompt = Prompt(replace(spec, num_tokens=0))
+        self._spec = spec
         self._shards = shards
         self._choice_losses = choice_losses
         self._batch_tokens = batch_tokens
         self.states = StatelessClients()
-
-    @property
-    def model(self) -> LanguageModel:
-        """The model that runs the forward passes."""
-        return self._inference.model
-
-    @property
-    def prompt(self) -> Prompt:
-        """The instruction that the last client found best."""
-        return self._inference.prompt
 
     def local_update(self, client: int, round: int, broadcast: NamedTensors) -> Update:
         """Score the round's instructions on one client's text; see `Client.local_update`.
@@ -432,7 +447,7 @@ class InstructionClient:
             raise NonFiniteError(
                 f"the score of instruction {wrong + 1} is {scores[wrong]}, expected a finite number"
             )
-        self._inference.hold(rows[scores.argmin()])
+        self.prompt = input_prompt(self.model, self._spec, rows[scores.argmin()])
         metrics = {
             "loss_prompt_first": float(scores[0]),
             "loss_prompt_last": float(scores.min()),
@@ -443,18 +458,40 @@ class InstructionClient:
 
     def hold(self, client: int, broadcast: NamedTensors) -> None:
         """Set the prompt to the best instruction of the broadcast; see `base.Client.hold`."""
-        self._inference.hold(broadcast["instructions"][0])
+        self.prompt = input_prompt(self.model, self._spec, broadcast["instructions"][0])
 
     def _scores(self, client: int, rows: np.ndarray, shard: Examples) -> np.ndarray:
-        """Return the mean loss under each instruction of rows [instructions, tokens], fp64."""
-        if not shard.questions:
-            return self._inference.losses(client, rows, [shard.texts])[0].mean(axis=1)
-        prompts = self._inference.prompts(rows)
-        with oom_as_client_error():
-            losses = self._choice_losses(
-                self.model, prompts, shard.questions, batch_tokens=self._batch_tokens
+        """Return the mean loss under each instruction, fp64; those of one length share passes.
+
+        Args:
+            client: whose text it is.
+            rows: of the instructions, [instructions, tokens of the longest].
+            shard: what they are scored by.
+        """
+        scores = np.empty(len(rows))
+        ids_of_rows = [tokens_of(row) for row in rows]
+        num_tokens = np.array([len(ids) for ids in ids_of_rows])
+        for length in np.unique(num_tokens):
+            places = np.flatnonzero(num_tokens == length)
+            ids = np.stack([ids_of_rows[place] for place in places])
+            inference = LocalInference(
+                self.model,
+                Prompt(replace(self._spec, num_tokens=int(length))),
+                lambda points: self.model.embeddings(torch.from_numpy(points)),
+                batch_tokens=self._batch_tokens,
             )
-        return losses.mean(axis=1)
+            if not shard.questions:
+                [losses] = inference.losses(client, ids, [shard.texts])
+            else:
+                with oom_as_client_error():
+                    losses = self._choice_losses(
+                        self.model,
+                        inference.prompts(ids),
+                        shard.questions,
+                        batch_tokens=self._batch_tokens,
+                    )
+            scores[places] = losses.mean(axis=1)
+        return scores
 
 
 # -- the method ------------------------------------------------------------------------------------
@@ -470,7 +507,7 @@ class PromptSearch(Method):
         inputs = context.inputs
         return InstructionServer(
             context.model,
-            Prompt(inputs.prompt_spec).to(context.compute.device),
+            inputs.prompt_spec,
             inputs.instruction_tokens,
             settings=inputs.config.instructions,
             seed=inputs.config.run.seed,
@@ -498,14 +535,9 @@ class PromptSearch(Method):
         model = context.build_model(False)
         auxiliary.load_weights(model, context.tensors.select("auxiliary/").torch())
         model.train_weights(False)
-        inference = LocalInference(
-            model.round_weights(),
-            Prompt(inputs.prompt_spec).to(context.compute.device),
-            lambda rows: model.embeddings(torch.from_numpy(rows.astype(np.int64))),
-            batch_tokens=settings.batch_tokens,
-        )
         return InstructionClient(
-            inference,
+            model.round_weights(),
+            inputs.prompt_spec,
             context.shards(lambda client: _examples(inputs, client)),
             choice_losses=context.choice_losses,
             batch_tokens=settings.batch_tokens,

@@ -269,6 +269,8 @@ def _prompt(inputs: ExperimentInputs, folder: Path) -> Prompt:
     """
     matrix = read_adapter(folder)
     spec = replace(inputs.prompt_spec, projection=None, encoder=None)
+    if inputs.config.in_words:  # as many tokens as the instruction has
+        spec = replace(spec, num_tokens=min(len(matrix), spec.num_tokens))
     if tuple(matrix.shape) != (spec.num_tokens, spec.row_width):
         raise ValueError(
             f"{folder}: found a prompt of shape {list(matrix.shape)}, expected "

@@ -1,4 +1,4 @@
-"""Instructions in words as token ids: what stands in front of a text, at one length for all."""
+"""Instructions in words as token ids: what stands in front of a text."""
 
 from __future__ import annotations
 
@@ -12,38 +12,32 @@ from fedsp_mpi.data.tokens import token_ids
 
 _SEPARATOR = " "  # between two phrases
 _END = "\n"  # of an instruction: the text begins in a line of its own
+_NO_TOKEN = -1  # behind the tokens of an instruction that is shorter than its row
+
+
+def tokens_of(row: np.ndarray) -> np.ndarray:
+    """Return the token ids of a row of `InstructionTokens`, int64 [tokens of the instruction]."""
+    return row[row != _NO_TOKEN].astype(np.int64)
 
 
 class InstructionTokens:
     """Turns phrases into a row of token ids.
 
-    Shorter instructions are padded in front with the token that separates documents, behind which a
-    text begins anew. Without a phrase there is nothing else: the task's own words stand alone.
+    All rows are of one length. Behind a shorter instruction the rest of its row is no token, and
+    does not enter a model; without a phrase nothing does: the task's own words stand alone.
 
     Args:
         tokenizer: of the model.
         num_tokens: of a row.
-
-    Raises:
-        ConfigError: the tokenizer has no token that separates documents.
     """
 
     def __init__(self, tokenizer: Tokenizer, num_tokens: int) -> None:
         self._tokenizer = tokenizer
         self._num_tokens = num_tokens
-        ends = (tokenizer.eos_token_id, tokenizer.bos_token_id)
-        separators = [token for token in ends if token is not None]
-        if not separators:
-            raise ConfigError(
-                "model.tokenizer: found one with neither an end-of-text nor a beginning-of-text "
-                "token, expected one of them, with which short instructions are padded; set "
-                "eos_token in tokenizer_config.json"
-            )
-        self._padding = int(separators[0])
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of a row, padding included."""
+        """Tokens of the longest instruction."""
         return self._num_tokens
 
     def text(self, phrases: Sequence[str]) -> str:
@@ -51,7 +45,7 @@ class InstructionTokens:
         return _SEPARATOR.join(phrases) + _END if phrases else ""
 
     def ids(self, phrases: Sequence[str]) -> list[int]:
-        """Return the tokens of an instruction without padding, however many they are."""
+        """Return the tokens of an instruction, however many they are."""
         return self._tokenizer.encode(self.text(phrases), add_special_tokens=False)
 
     def fits(self, phrases: Sequence[str]) -> bool:
@@ -59,18 +53,15 @@ class InstructionTokens:
         return len(self.ids(phrases)) <= self._num_tokens
 
     def row(self, phrases: Sequence[str]) -> np.ndarray:
-        """Return an instruction that fits, padded in front: int64 [num_tokens]."""
+        """Return an instruction that fits, int64 [num_tokens]; `tokens_of` has it back."""
+        row = np.full(self._num_tokens, _NO_TOKEN, dtype=np.int64)
         ids = self.ids(phrases)
-        padding = [self._padding] * (self._num_tokens - len(ids))
-        return np.array(padding + ids, dtype=np.int64)
+        row[: len(ids)] = ids
+        return row
 
     def words(self, row: np.ndarray) -> str:
-        """Return the words of a row [num_tokens] of token ids, without padding and line end."""
-        ids = [int(token) for token in row]
-        num_padding = 0
-        while num_padding < len(ids) and ids[num_padding] == self._padding:
-            num_padding += 1
-        return self._tokenizer.decode(ids[num_padding:]).removesuffix(_END)
+        """Return the words of a row [num_tokens], without the end of the line."""
+        return self._tokenizer.decode(tokens_of(row).tolist()).removesuffix(_END)
 
     def context(self, text: str) -> list[int]:
         """Return the tokens of a text that a model is to continue."""

@@ -424,14 +424,14 @@ class LanguageModel:
 
         Args:
             batch: int64 [batch, length], on the model's device.
-            prompt: at this model's depth; goes in front of every text.
+            prompt: at this model's depth; goes in front of every text, if it has a token.
 
         Returns:
             The arguments by name, and the number of prompt positions that the output has in front
             of the text's.
         """
         mask = batch.attention_mask
-        if prompt is None:
+        if prompt is None or not prompt.spec.num_tokens:
             return {"input_ids": batch.input_ids, "attention_mask": mask, "use_cache": False}, 0
         batch_size = len(mask)
         num_tokens = prompt.spec.num_tokens
@@ -467,11 +467,13 @@ class LanguageModel:
         """Return the prompts with their keys and values, so that later passes need not compute
         them.
 
-        Input prompts have none in a masked model, whose prompt sees the text behind it, and in
-        training mode; they are returned as they are.
+        Input prompts have none in a masked model, whose prompt sees the text behind it, in training
+        mode, and without a token; they are returned as they are.
         """
-        is_prefix = prompts.spec.kind == "prefix"
-        if not is_prefix and (self.kind != "causal" or self.model.training):
+        spec = prompts.spec
+        if not spec.num_tokens:
+            return prompts
+        if spec.kind == "input" and (self.kind != "causal" or self.model.training):
             return prompts
         with self.computing():
             return replace(prompts, cache=self._key_values(prompts))

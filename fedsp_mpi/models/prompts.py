@@ -32,7 +32,7 @@ class PromptSpec:
 
     Attributes:
         kind: "prefix", keys and values for every layer; "input", embeddings before the text.
-        num_tokens: soft tokens.
+        num_tokens: soft tokens; 0 for an instruction without a word.
         num_layers: layers that a prefix serves; 1 for an input prompt.
         num_heads: key/value heads; 1 for an input prompt.
         width: of all heads together; for an input prompt, the width of an embedding.

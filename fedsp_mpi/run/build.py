@@ -30,7 +30,6 @@ from fedsp_mpi.algorithms.base import (
     require_metrics,
 )
 from fedsp_mpi.algorithms.compressed import CompressedClient
-from fedsp_mpi.algorithms.plmm import part_name
 from fedsp_mpi.algorithms.privacy import LocalDPClient
 from fedsp_mpi.algorithms.silo_weights import WeightedClient
 from fedsp_mpi.comm import Handout
@@ -39,14 +38,13 @@ from fedsp_mpi.comm.inspection import Expected
 from fedsp_mpi.comm.solo import Solo
 from fedsp_mpi.comm.wire import Wire
 from fedsp_mpi.config import FederationConfig, OuterConfig
-from fedsp_mpi.config.tiers import GENERAL
 from fedsp_mpi.evaluation.scoring import answer_loss_mean, choice_losses, score
 from fedsp_mpi.log import RoundProgress
 from fedsp_mpi.models import auxiliary, backbone, class_head, lora
 from fedsp_mpi.models.copies import ExactCopies, exact_copies
 from fedsp_mpi.models.families import PEFT_TASKS
 from fedsp_mpi.models.language_model import LanguageModel
-from fedsp_mpi.models.prompts import write_adapter
+from fedsp_mpi.models.prompts import Prompt, write_adapter
 from fedsp_mpi.record.checkpoint import Checkpoint, Checkpoints
 from fedsp_mpi.record.client_cache import ClientStateCache
 from fedsp_mpi.record.journal import RoundJournal
@@ -58,7 +56,6 @@ from fedsp_mpi.run.handout import HandoutMeta
 from fedsp_mpi.run.inputs import ExperimentInputs
 from fedsp_mpi.run.silo_inputs import SiloInputs
 from fedsp_mpi.run.silos import disclosed
-from fedsp_mpi.run.tier_inputs import TierInputs
 from fedsp_mpi.tensors import Contract, NamedTensors, State, part_of_state
 from fedsp_mpi.training.device import DTYPES, Compute
 from fedsp_mpi.training.process_group import SINGLE_RANK, ServerGroup
@@ -243,7 +240,7 @@ def parameter_counts(
     counts = {
         "global": model.num_parameters(),
         "auxiliary": 0 if config.asks_server else client_model.num_parameters(),
-        "prompt": server.prompt.num_parameters() if server.prompt else 0,
+        "prompt": Prompt(inputs.prompt_spec).num_parameters() if server.prompt else 0,
         "prompt_on_the_wire": contract.down.num_values,
     }
     if config.searches:
@@ -398,21 +395,20 @@ def save(inputs: ExperimentInputs, server: Server, *, exported: NamedTensors, fo
         class_head.write(
             folder / config.tuned_folder, exported, inputs.classes, base=inputs.model_name
         )
-    elif server.prompt:
-        task = PEFT_TASKS[server.model.kind]
-        if isinstance(inputs, TierInputs):  # those of experts are in the record
-            exported = exported.select(part_name(GENERAL))
-        write_adapter(
-            folder / "prompt",
-            exported,
-            inputs.prompt_spec,
-            base=inputs.model_name,
-            task=task,
-            words=method_of(inputs).words(inputs, exported),
-        )
     else:
         server.restore(exported)
-        auxiliary.write_model(folder / "model", server.model.model, inputs.tokenizer)
+        prompt = server.prompt
+        if prompt is None:
+            auxiliary.write_model(folder / "model", server.model.model, inputs.tokenizer)
+            return
+        write_adapter(
+            folder / "prompt",
+            NamedTensors.pack(prompt.tensors()),
+            prompt.spec,
+            base=inputs.model_name,
+            task=PEFT_TASKS[server.model.kind],
+            words=method_of(inputs).words(inputs, exported),
+        )
 
 
 def _save_merged(inputs: ExperimentInputs, folder: Path) -> None:

@@ -108,9 +108,9 @@ def _score(
     prompt = None
     by_domain: Mapping[str, Prompt] = {}
     if best is not None:
-        prompt = role.server.prompt
         role.server.restore(best.exported)
         group.lead(role.server.parameters())
+        prompt = role.server.prompt
         if isinstance(role.server, Experts):
             by_domain = role.server.prompts
     if loss is None and by_domain:

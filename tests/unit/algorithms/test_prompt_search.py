@@ -9,12 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fedsp_mpi import config, rng
 from fedsp_mpi.aggregation.fedavg import weighted_mean
 from fedsp_mpi.algorithms import prompt_search
 from fedsp_mpi.algorithms.base import ShardError
-from fedsp_mpi.algorithms.inference import LocalInference
 from fedsp_mpi.algorithms.prompt_search import (
     Examples,
     InstructionClient,
@@ -31,7 +32,7 @@ from fedsp_mpi.data.tokens import Question, Text
 from fedsp_mpi.estimate import cost
 from fedsp_mpi.estimate import text as plan_text
 from fedsp_mpi.evaluation import scoring
-from fedsp_mpi.models.prompts import Prompt, PromptSpec, read_adapter
+from fedsp_mpi.models.prompts import PromptSpec, read_adapter
 from fedsp_mpi.record import read
 from fedsp_mpi.report import summarize
 from fedsp_mpi.tensors import NamedTensors
@@ -50,10 +51,9 @@ def model(tmp_path_factory):
 
 
 def server_of(model, settings: InstructionsConfig = SETTINGS, seed: int = 1) -> InstructionServer:
-    spec = PromptSpec.of(model.shape, "input", LENGTH)
     return InstructionServer(
         model,
-        Prompt(spec),
+        PromptSpec.of(model.shape, "input", LENGTH),
         InstructionTokens(tiny.tokenizer(), LENGTH),
         settings=settings,
         seed=seed,
@@ -62,13 +62,8 @@ def server_of(model, settings: InstructionsConfig = SETTINGS, seed: int = 1) -> 
 
 
 def client_of(model, shards, choice_losses=scoring.choice_losses) -> InstructionClient:
-    inference = LocalInference(
-        model,
-        Prompt(PromptSpec.of(model.shape, "input", LENGTH)),
-        lambda rows: model.embeddings(torch.from_numpy(rows.astype(np.int64))),
-        batch_tokens=60,
-    )
-    return InstructionClient(inference, shards, choice_losses=choice_losses, batch_tokens=60)
+    spec = PromptSpec.of(model.shape, "input", LENGTH)
+    return InstructionClient(model, spec, shards, choice_losses=choice_losses, batch_tokens=60)
 
 
 def questions(number: int = 5) -> list[Question]:
@@ -131,9 +126,9 @@ def test_a_small_pool_has_an_end(model):
     """The rest of the rows is filled with the best, whose score counts once."""
     server = server_of(model, InstructionsConfig(pool=("w1",), candidates=5, beam=2))
     rows = server.broadcast()["instructions"]
-    assert rows[:, -1].tolist() == [2, 5, 2, 2, 2]  # </s>, w1
+    assert rows[:, 0].tolist() == [-1, 5, -1, -1, -1] and (rows[:, 1:] == -1).all()  # 5: w1
     server.load_aggregate(NamedTensors.of({"scores": np.array([1.0, 2.0, 1.0, 1.0, 1.0])}))
-    assert server.broadcast()["instructions"][:, -1].tolist() == [2, 5, 2, 2, 2]
+    assert np.array_equal(server.broadcast()["instructions"], rows)
 
 
 # -- the server ------------------------------------------------------------------------------------
@@ -167,8 +162,9 @@ def test_the_server_keeps_the_best_by_the_weighted_mean(model):
         server.load_aggregate(merged)
         beam = [rows[place] for place in order[:2]]
         assert server.export()["tokens"].tolist() == beam[0]
-    weight = model.model.get_input_embeddings().weight.detach()
-    assert torch.equal(server.prompt.matrix(), weight[torch.tensor(beam[0]).long()])
+        ids = [int(token) for token in beam[0] if token >= 0]
+        weight = model.model.get_input_embeddings().weight.detach()
+        assert torch.equal(server.prompt.matrix(), weight[ids])
 
 
 @pytest.mark.parametrize("paraphrases", [0, 3])
@@ -204,7 +200,7 @@ def test_what_the_model_writes_joins_the_pool_line_by_line(model, monkeypatch):
 
     monkeypatch.setattr(model, "continuations", written)
     rows = server.broadcast()["instructions"]
-    assert rows[1].tolist() == [2, 2, 2, 2, *tokenizer.encode("w20 w21")]
+    assert rows[1].tolist() == [*tokenizer.encode("w20 w21"), -1, -1, -1, -1]
     [(context, num, max_tokens)] = contexts
     assert (num, max_tokens) == (4, LENGTH) and len(context) > 5
 
@@ -214,38 +210,44 @@ def test_what_the_model_writes_joins_the_pool_line_by_line(model, monkeypatch):
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2", "opt"])
 def test_a_score_is_that_of_words_typed_by_hand(tmp_path, family):
-    """Without padding: the scorer's log-likelihoods of texts that begin with the words."""
+    """The scorer's log-likelihoods of texts that begin with the words, or with none of them."""
     model = tiny.load(tiny.model_folder(tmp_path, family))
-    words = ["w1 w2", "w4 w5 w6", "w7"]
-    typed = np.array(tiny.tokenizer().encode(" ".join(words)), dtype=np.int32)
-    assert len(typed) == LENGTH
+    instructions = [["w7"], ["w1 w2", "w4 w5 w6", "w7"], ["w7"], [], ["w3", "w1 w2"]]
     asked = questions()
     own = [question.options[question.gold[0]] for question in asked]
-    behind = [
-        Question(
-            tuple(
-                Text(np.concatenate([typed, text.ids]), text.answer + LENGTH)
-                for text in question.options
-            ),
-            question.lengths,
-            question.gold,
-        )
-        for question in asked
-    ]
-    wanted = 0.0
+    down = rows_of(*instructions)
+    by_choices = client_of(model, {0: Examples(own, asked)}).local_update(0, 1, down)
+    scores = by_choices.tensors["scores"]
+    assert scores[0] == scores[2] and len(set(scores.tolist())) == 4 and by_choices.weight == 5.0
+    assert by_choices.metrics["loss_prompt_last"] == pytest.approx(scores.min())
+    by_answers = client_of(model, {0: Examples(own)}).local_update(0, 1, down).tensors["scores"]
+    for place, words in enumerate(instructions):
+        behind = [typed_in_front(" ".join(words), question) for question in asked]
+        assert scores[place] == pytest.approx(mean_choice_loss(model, behind), rel=1e-5)
+        texts = [question.options[question.gold[0]] for question in behind]
+        assert by_answers[place] == pytest.approx(mean_answer_loss(model, texts), rel=1e-5)
+
+
+def typed_in_front(words: str, question: Question) -> Question:
+    typed = np.array(tiny.tokenizer().encode(words), dtype=np.int32)
+    options = tuple(
+        Text(np.concatenate([typed, text.ids]), text.answer + len(typed))
+        for text in question.options
+    )
+    return Question(options, question.lengths, question.gold)
+
+
+def mean_choice_loss(model, asked: list[Question]) -> float:
+    loss = 0.0
     for question, scores in zip(
-        behind, scoring.loglikelihoods(model, None, behind, batch_tokens=1000)
+        asked, scoring.loglikelihoods(model, None, asked, batch_tokens=1000)
     ):
         shares = [math.exp(value) for value in scores.loglikelihood]
-        wanted -= math.log(shares[question.gold[0]] / sum(shares)) / len(asked)
-    down = rows_of(["w7"], words, ["w7"])
-    update = client_of(model, {0: Examples(own, asked)}).local_update(0, 1, down)
-    scores = update.tensors["scores"]
-    assert scores[1] == pytest.approx(wanted, rel=1e-5)
-    assert scores[0] == scores[2] != scores[1] and update.weight == 5.0
-    assert update.metrics["loss_prompt_last"] == pytest.approx(scores.min())
+        loss -= math.log(shares[question.gold[0]] / sum(shares)) / len(asked)
+    return loss
 
-    texts = [question.options[question.gold[0]] for question in behind]
+
+def mean_answer_loss(model, texts: list[Text]) -> float:
     loss = 0.0
     for text in texts:
         logits = model.model(torch.from_numpy(text.ids)[None].long()).logits[0].double()
@@ -253,15 +255,14 @@ def test_a_score_is_that_of_words_typed_by_hand(tmp_path, family):
         answers = range(text.answer, len(text.ids))
         total = sum(float(shares[place - 1, text.ids[place]]) for place in answers)
         loss -= total / len(answers) / len(texts)
-    update = client_of(model, {0: Examples(own)}).local_update(0, 1, down)
-    assert update.tensors["scores"][1] == pytest.approx(loss, rel=1e-5)
+    return loss
 
 
 def test_a_client_holds_the_first_instruction_to_be_judged(model):
     client = client_of(model, {})
     client.hold(0, rows_of(["w3"], ["w7"]))
     weight = model.model.get_input_embeddings().weight.detach()
-    assert torch.equal(client.prompt.matrix(), weight[[2, 2, 2, 2, 2, 7]])
+    assert torch.equal(client.prompt.matrix(), weight[[7]])
 
 
 def test_clients_that_cannot_score_say_why(model):
@@ -333,17 +334,32 @@ def test_the_run_tells_its_instruction(printed):
     tuned = run.prompts(section["round"])
     tokenizer = _tokenizer()
     ids = tokenizer.encode(section["text"] + "\n" if section["text"] else "")
-    assert tuned["tokens"].tolist() == [tokenizer.eos_token_id] * (8 - len(ids)) + ids
-    assert np.array_equal(read_adapter(folder / "prompt").numpy(), tuned["prompt"])
+    assert list(tuned) == ["tokens"] and tuned["tokens"].tolist() == ids + [-1] * (8 - len(ids))
+    model = AutoModelForCausalLM.from_pretrained(EMBEDDED.parent / "model")
+    words = model.get_input_embeddings()(torch.tensor(ids, dtype=torch.long))
+    assert torch.equal(read_adapter(folder / "prompt"), words)
     assert f"prompt    {section['text']}" in summarize(run)
     assert out.count(": best instruction, ") == 3
     first, last = run.clients["loss_prompt_first"], run.clients["loss_prompt_last"]
     assert (last <= first).all() and np.isfinite(first).all()
 
 
-def _tokenizer():
-    from transformers import AutoTokenizer
+def test_where_no_phrase_helps_nothing_stands_in_front_of_a_text(tmp_path):
+    """The same scores as zero-shot, and an adapter without a token, as peft takes it."""
+    settings = ("instructions.pool=[zzz]", "instructions.candidates=2", "instructions.beam=1")
+    run = short(tmp_path, *PROMPT_SEARCH, *settings)
+    assert run.sections["instruction"]["text"] == ""
+    zero_shot, best = run.results[-2:]
+    assert [str(row["method"]) for row in (zero_shot, best)] == ["zero-shot", "prompt_search"]
+    assert (best["loss"], best["acc"]) == (zero_shot["loss"], zero_shot["acc"])
+    assert read_adapter(run.prompt).shape[0] == 0
+    model = AutoModelForCausalLM.from_pretrained(EMBEDDED.parent / "model").eval()
+    ids = torch.tensor([_tokenizer().encode("Question: one two")])
+    alone = model(input_ids=ids).logits
+    assert torch.equal(PeftModel.from_pretrained(model, run.prompt)(input_ids=ids).logits, alone)
 
+
+def _tokenizer():
     return AutoTokenizer.from_pretrained(EMBEDDED.parent / "model")
 
 
