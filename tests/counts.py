@@ -218,7 +218,7 @@ def hasattr_self(path: str, tree: ast.Module) -> Iterator[Place]:
 Measure = Callable[[str, ast.Module], Iterator[Place]]
 MEASURES: dict[str, tuple[Measure, int | None]] = {
     "vague names of locals": (vague_locals, 0),
-    "Any": (any_hints, 80),
+    "Any": (any_hints, 32),
     "functions with more than 6 positional parameters": (many_positional, 0),
     "functions whose 4th parameter may be passed by place": (fourth_by_place, 0),
     "public functions of tensors without shapes": (tensors_without_shapes, 0),

@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import numpy as np
 from torch import nn
@@ -29,6 +29,7 @@ from fedsp_mpi.training.loop import Trace
 from fedsp_mpi.training.process_group import ServerGroup
 
 if TYPE_CHECKING:
+    from fedsp_mpi.models.families import PreTrainedConfig
     from fedsp_mpi.record.client_cache import StateHolder
 
 Rule = Callable[[Updates], NamedTensors]
@@ -180,7 +181,7 @@ class MethodInputs(Protocol):
     config: Config
 
     @property
-    def model_config(self) -> Any: ...
+    def model_config(self) -> PreTrainedConfig: ...
 
     @property
     def prompt_spec(self) -> PromptSpec: ...
@@ -325,7 +326,7 @@ class HandedOut:
             model.
     """
 
-    model_config: Any
+    model_config: PreTrainedConfig
     tensors: NamedTensors
     down: Schema
     up: Schema

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
@@ -20,6 +20,7 @@ from fedsp_mpi.config import Config, ConfigError
 from fedsp_mpi.config.parsing import parse
 from fedsp_mpi.data import loading
 from fedsp_mpi.data.examples import Example
+from fedsp_mpi.data.forms import Table
 from fedsp_mpi.files import fingerprint, ownership
 from fedsp_mpi.files.untrusted import JsonObject
 from fedsp_mpi.log import Log, duration
@@ -349,14 +350,14 @@ def _own_task_spec(inputs: ExperimentInputs, name: str, harness: ModuleType) -> 
     metric = inputs.task.metric
     documents = []
     for example in examples:
-        gold: Any = list(example.gold) if metric == "exact_match" else example.gold[0]
+        gold: int | list[int] = list(example.gold) if metric == "exact_match" else example.gold[0]
         documents.append(
             {"context": example.context, "choices": list(example.choices), "gold": gold}
         )
     return harness.standalone(name, metric, type(rows).from_list(documents))
 
 
-def _scored_rows(inputs: ExperimentInputs) -> tuple[Any, list[Example]]:
+def _scored_rows(inputs: ExperimentInputs) -> tuple[Table, list[Example]]:
     """Return the rows of a run's test split as a data set, and their examples.
 
     They are in the run's order, without the rows that it left out.

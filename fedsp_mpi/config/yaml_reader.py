@@ -34,8 +34,8 @@ class _Loader(yaml.SafeLoader):
         source: what messages call it.
     """
 
-    yaml_implicit_resolvers: dict[Any, Any] = {}  # noqa: RUF012
-    yaml_constructors: dict[Any, Any] = {}  # noqa: RUF012
+    yaml_implicit_resolvers: dict[str, object] = {}  # noqa: RUF012
+    yaml_constructors: dict[str, object] = {}  # noqa: RUF012
 
     def __init__(self, text: str, source: str) -> None:
         super().__init__(text)
@@ -43,7 +43,9 @@ class _Loader(yaml.SafeLoader):
         self._level = 0
         self._sizes: dict[int, int] = {}  # values in a complete node, by its id
 
-    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+    def compose_node(
+        self, parent: yaml.Node | None, index: int | yaml.Node | None
+    ) -> yaml.Node | None:
         """Compose one value.
 
         Raises:
@@ -68,7 +70,7 @@ class _Loader(yaml.SafeLoader):
         self._measure(node, event)
         return node
 
-    def compose_mapping_node(self, anchor: Any) -> Any:
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
         """Compose a section; raise ConfigError for a key that stands there twice."""
         node = super().compose_mapping_node(anchor)
         lines: dict[tuple[str, str], int] = {}
@@ -95,7 +97,7 @@ class _Loader(yaml.SafeLoader):
                     "expected no circle"
                 )
             return
-        parts: list[Any] = [] if isinstance(node, yaml.ScalarNode) else node.value
+        parts: list[yaml.Node] = [] if isinstance(node, yaml.ScalarNode) else node.value
         if isinstance(node, yaml.MappingNode):
             parts = [part for pair in parts for part in pair]
         size = 1 + sum(self._sizes[id(part)] for part in parts)
@@ -257,7 +259,7 @@ def extended(
     """
     reading = reading or _Reading()
     entry = data.get("extends")
-    names: list[Any] = []
+    names: list[object] = []
     if isinstance(entry, list):
         names = entry
     elif entry is not None:

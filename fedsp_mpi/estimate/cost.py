@@ -42,7 +42,7 @@ validation and scoring are left out.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import nn
@@ -60,6 +60,9 @@ from fedsp_mpi.models.language_model import LanguageModel
 from fedsp_mpi.models.prompts import Prompt, PromptSpec, require_positions
 from fedsp_mpi.run.silos import found_here
 from fedsp_mpi.training.cma_es import sizes as search_sizes
+
+if TYPE_CHECKING:
+    from fedsp_mpi.models.families import PreTrainedConfig
 
 Trained = Literal["weights", "prompts", "both"]
 
@@ -304,7 +307,7 @@ class _Costs:
         tokens: of every text; None: typical of the task.
     """
 
-    def __init__(self, config: Config, architecture: Any, tokens: int | None) -> None:
+    def __init__(self, config: Config, architecture: PreTrainedConfig, tokens: int | None) -> None:
         num_layers = architecture.num_hidden_layers
         cell_config = auxiliary.cell_config(architecture, config.auxiliary)
         single_config = auxiliary.cell_config(architecture, AuxiliaryConfig(layers_per_cell=1))

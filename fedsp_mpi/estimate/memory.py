@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -20,6 +20,7 @@ from fedsp_mpi.models.prompts import Prompt, PromptSpec
 from fedsp_mpi.training.device import DTYPES
 
 if TYPE_CHECKING:
+    from fedsp_mpi.models.families import PreTrainedConfig
     from fedsp_mpi.run.inputs import ExperimentInputs
 
 # Host memory of each process for torch, transformers and datasets, in bytes; measured on a CPU.
@@ -179,7 +180,7 @@ def _activations_per_unit(model: LanguageModel) -> int:
     return max(_ACTIVATIONS, round(values))
 
 
-def meta_model(config: Any, depth: int) -> LanguageModel:
+def meta_model(config: PreTrainedConfig, depth: int) -> LanguageModel:
     """Build a model on the meta device, that is, without memory for its weights.
 
     Args:

@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from itertools import chain, groupby
 from numbers import Real
 from pathlib import Path
-from typing import Any
 
 import lm_eval
 import numpy as np
@@ -29,12 +28,14 @@ from lm_eval.tasks import __file__ as tasks_file
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
 
+from fedsp_mpi.data.forms import Table
 from fedsp_mpi.data.tasks import TASKS
 from fedsp_mpi.data.tokenizer import Tokenizer
 from fedsp_mpi.data.tokens import Question, Text, encode_pairs, start_token, token_ids
 from fedsp_mpi.evaluation.scoring import loglikelihoods, positions_for_text
 from fedsp_mpi.files.untrusted import JsonMapping, JsonObject
 from fedsp_mpi.log import Log, Progress, one_line
+from fedsp_mpi.models.families import BaseModelOutputWithPast
 from fedsp_mpi.models.language_model import LanguageModel
 from fedsp_mpi.models.prompts import Prompt
 from fedsp_mpi.tensors import Batch
@@ -85,13 +86,13 @@ class Result:
 # -- tasks -----------------------------------------------------------------------------------------
 
 
-def inherited(name: str, table: Any) -> TaskSpec:
+def inherited(name: str, table: Table) -> TaskSpec:
     """Return lm-eval's own task of that name, over the rows of a table in place of its own data."""
     # A group, because only what stands in one is laid over the task's own file.
     return {"group": f"{name} of the run", "task": [{"task": name, **_data_source(table)}]}
 
 
-def standalone(name: str, metric: str, table: Any) -> TaskSpec:
+def standalone(name: str, metric: str, table: Table) -> TaskSpec:
     """Return a task that lm-eval does not have.
 
     Args:
@@ -114,7 +115,7 @@ def standalone(name: str, metric: str, table: Any) -> TaskSpec:
     }
 
 
-def _data_source(table: Any) -> TaskSpec:
+def _data_source(table: Table) -> TaskSpec:
     """Return the part of a task's configuration that says where its rows are."""
     unused = (
         "dataset_name",
@@ -376,7 +377,7 @@ class PromptedLM(LM):
     # -- scoring -----------------------------------------------------------------------------------
 
     def _score(
-        self, texts: Sequence[Text], questions: Sequence[Any], unit: str
+        self, texts: Sequence[Text], questions: Sequence[object], unit: str
     ) -> list[tuple[float, bool]]:
         """Score the answer of each text.
 
@@ -504,7 +505,7 @@ class PromptedLM(LM):
             for request, tokens in zip(requests, answers, strict=True)
         ]
 
-    def _read_contexts(self, ids: Tensor) -> tuple[Any, Tensor]:
+    def _read_contexts(self, ids: Tensor) -> tuple[BaseModelOutputWithPast, Tensor]:
         """Run contexts of one length.
 
         Args:

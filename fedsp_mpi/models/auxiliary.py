@@ -12,14 +12,14 @@ import copy
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import safetensors.torch
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from fedsp_mpi.config import AuxiliaryConfig, PromptConfig
@@ -39,6 +39,9 @@ from fedsp_mpi.models.families import (
 from fedsp_mpi.models.language_model import LanguageModel
 from fedsp_mpi.models.remote_code import NO_CODE, NO_PICKLES, require_no_code
 from fedsp_mpi.tensors import NamedTensors, Schema
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 RECIPE = "distillation.json"
 _MAX_RECIPE_BYTES = 1 << 24
@@ -180,7 +183,7 @@ def cell_config(config: PreTrainedConfig, settings: AuxiliaryConfig) -> PreTrain
     return cell
 
 
-def unroll(model: Any, num_layers: int) -> Any:
+def unroll(model: PreTrainedModel, num_layers: int) -> PreTrainedModel:
     """Make a model `num_layers` layers deep by running its layers several times, and return it.
 
     Virtual layer i is layer i mod layers_per_cell. Each is a module of its own, with its own place
@@ -268,7 +271,7 @@ def save(
     model: LanguageModel,
     layers_per_cell: int,
     *,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     recipe: JsonObject,
 ) -> None:
     """Write the cell as a Hugging Face folder, with the recipe that it was made by.
@@ -293,7 +296,11 @@ def save(
 
 
 def write_model(
-    folder: Path, model: Any, tokenizer: Any, *, notes: Mapping[str, str] | None = None
+    folder: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    notes: Mapping[str, str] | None = None,
 ) -> None:
     """Write a transformers model and its tokenizer as a Hugging Face folder.
 
@@ -341,7 +348,7 @@ def load(folder: Path, dtype: torch.dtype = torch.float32, dropout: bool = False
     return LanguageModel(unroll(model, num_layers), dtype, dropout=dropout)
 
 
-def _load_bridge(model: Any, folder: Path) -> None:
+def _load_bridge(model: PreTrainedModel, folder: Path) -> None:
     """Copy the bridge's weights in, which transformers does not know of."""
     for file in folder.glob("*.safetensors"):
         with safetensors.safe_open(file, "pt") as tensors:
@@ -375,7 +382,7 @@ def read_recipe(folder: Path) -> JsonObject:
 # --- parts of the model ---
 
 
-def _from_config(config: PreTrainedConfig) -> Any:
+def _from_config(config: PreTrainedConfig) -> PreTrainedModel:
     """Build a transformers model with its head and bridge, in fp32, without initial weights."""
     with no_init_weights():
         model = model_class(config).from_config(config, dtype=torch.float32, **NO_CODE)
@@ -385,20 +392,20 @@ def _from_config(config: PreTrainedConfig) -> Any:
     return model
 
 
-def _add_bridge(model: Any) -> None:
+def _add_bridge(model: PreTrainedModel) -> None:
     """Add the bridge that the configuration asks for, as the identity, to the layer it leads to."""
     layer_index = getattr(model.config, "bridge_at", None)
     if layer_index is None:
         return
     width = model.config.hidden_size
-    layer: Any = layers_of(model)[layer_index]
+    layer = layers_of(model)[layer_index]
     layer.bridge = nn.Linear(width, width)
     nn.init.eye_(layer.bridge.weight)
     nn.init.zeros_(layer.bridge.bias)
     layer.register_forward_pre_hook(_apply_bridge)
 
 
-def _apply_bridge(layer: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+def _apply_bridge(layer: Any, arguments: tuple[object, ...]) -> tuple[object, ...]:
     """Lead the states that enter a layer over its bridge.
 
     In all families they are the layer's first argument.

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-from typing import Any
 
 import torch
 import transformers
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from fedsp_mpi import rng
 from fedsp_mpi.models import structure
@@ -113,7 +113,7 @@ def _read_model(
     dtype: torch.dtype,
     checkpointing: bool,
     initial_seed: int | None = None,
-) -> Any:
+) -> PreTrainedModel:
     """Read a transformers model with its head; raise ValueError unless its weights are complete."""
     config = read_config(name, revision)
     if checkpointing:
@@ -153,7 +153,7 @@ def _initialised(config: transformers.PretrainedConfig, seed: int) -> transforme
         return model_class(config).from_config(config).eval()
 
 
-def _require_tied(name: str, model: Any) -> None:
+def _require_tied(name: str, model: PreTrainedModel) -> None:
     """Raise ValueError if the output head is separate although the configuration ties it.
 
     So it is in T5 1.1 and Flan-T5; a copy of such a model would have its embeddings as its head.

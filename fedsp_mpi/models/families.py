@@ -195,7 +195,7 @@ def set_layers(model: PreTrainedModel, layers: Sequence[nn.Module]) -> None:
     setattr(model.get_submodule(parent), name, nn.ModuleList(layers))
 
 
-def logits_of(model: Any, hidden: Tensor) -> Tensor:
+def logits_of(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     """Apply a model's complete head.
 
     Args:
@@ -321,7 +321,7 @@ def with_layers(config: PreTrainedConfig, layers: Sequence[int]) -> PreTrainedCo
     return config
 
 
-def settle_origins(model: Any) -> None:
+def settle_origins(model: PreTrainedModel) -> None:
     """Make the layers of a part of a GPT-2 scale attention as at their places in the full model.
 
     When it builds a layer, transformers divides by the layer's place in the part.

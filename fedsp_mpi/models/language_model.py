@@ -7,11 +7,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from typing import Any
 
 import torch
 import transformers
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 from transformers.pytorch_utils import Conv1D
 
@@ -68,7 +68,7 @@ class LanguageModel:
 
     def __init__(
         self,
-        model: Any,
+        model: PreTrainedModel,
         dtype: torch.dtype = torch.float32,
         *,
         dropout: bool = False,
@@ -83,7 +83,7 @@ class LanguageModel:
         self._compiles = False
         self.set_model(model, dtype)
 
-    def set_model(self, model: Any, dtype: torch.dtype) -> None:
+    def set_model(self, model: PreTrainedModel, dtype: torch.dtype) -> None:
         """Use another transformers model from now on, computing in `dtype`."""
         self.model = model
         self.dtype = dtype
@@ -364,7 +364,7 @@ class LanguageModel:
         """
         states: list[Tensor] = []
 
-        def keep_input(_: nn.Module, arguments: tuple[Any, ...]) -> None:
+        def keep_input(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
             states.append(arguments[0])
             raise _ReachedError
 
@@ -450,7 +450,7 @@ class LanguageModel:
         inputs = {"inputs_embeds": embeddings, "attention_mask": mask, "use_cache": False}
         return inputs, num_tokens
 
-    def cache(self, prompt: Prompt | PromptBatch, batch_size: int) -> Any:
+    def cache(self, prompt: Prompt | PromptBatch, batch_size: int) -> transformers.DynamicCache:
         """Return the prompt as a transformers cache for a batch of texts.
 
         Each layer has keys and values [batch, heads, num_tokens, head_dim].

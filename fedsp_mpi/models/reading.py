@@ -7,7 +7,7 @@ from __future__ import annotations
 import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING
 
 import transformers
 from transformers import PreTrainedConfig
@@ -17,6 +17,9 @@ from fedsp_mpi.models import structure
 from fedsp_mpi.models.families import SIZES, shape_of
 from fedsp_mpi.models.hub import AbsentError, locate
 from fedsp_mpi.models.remote_code import NO_CODE, require_no_code, require_whole_numbers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 def read_config(name: str, revision: str | None = None) -> PreTrainedConfig:
@@ -47,7 +50,7 @@ def read_config(name: str, revision: str | None = None) -> PreTrainedConfig:
     return config
 
 
-def read_tokenizer(name: str, revision: str | None = None) -> Any:
+def read_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenizerBase:
     """Read the tokenizer of a model.
 
     Args:

@@ -219,7 +219,7 @@ LATER: dict[str, JsonObject] = {
 # Tables that records of earlier versions lack.
 LATER_TABLES = ("silos", "tiers")
 _EXTRA = "extra"  # the field of a row whose names are columns of their own
-_TYPES: dict[Any, Any] = {int: np.dtype("i8"), float: np.dtype("f8"), bool: np.dtype("?")}
+_TYPES: dict[type, np.dtype] = {int: np.dtype("i8"), float: np.dtype("f8"), bool: np.dtype("?")}
 
 
 def table_type(row: type, extra: Sequence[str] = ()) -> np.dtype:
@@ -243,7 +243,7 @@ def extra_columns(row: type, table_type: np.dtype) -> list[str]:
     return [name for name in table_type.names or () if name not in fields]
 
 
-def table(row_class: type, rows: Iterable[Any] = ()) -> np.ndarray:
+def table(row_class: type, rows: Iterable[object] = ()) -> np.ndarray:
     """Build a read-only structured array [rows] from rows of one class."""
     rows = list(rows)
     extras: list[Mapping[str, float]] = [getattr(row, _EXTRA, {}) for row in rows]
@@ -357,7 +357,7 @@ def _to_cell(value: object) -> object:
     return value
 
 
-def _from_cell(cell: Any) -> Any:
+def _from_cell(cell: object) -> Any:
     """Turn a cell of a table into a plain Python value."""
     if isinstance(cell, bytes):
         return cell.decode()

@@ -18,7 +18,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import xxhash
 
@@ -142,7 +142,7 @@ def _to_bytes(trailer: Trailer) -> bytes:
     return text + xxhash.xxh3_64_digest(text) + len(text).to_bytes(8, "little") + MAGIC
 
 
-def _from_json(content: Any, size: int) -> Trailer:
+def _from_json(content: untrusted.JsonObject, size: int) -> Trailer:
     """Build a trailer from its JSON; `size` is that of the HDF5 file in front of it."""
     if content["size"] != size:
         raise ValueError(f"{size} bytes before its digest where {content['size']} were written")

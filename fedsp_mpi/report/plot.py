@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -45,7 +45,7 @@ _MAX_SEPARATE_BARS = 200  # of shards; more are drawn without gaps
 _MAX_SHARD_NAMES = 120  # beside their bars
 _MAX_INCHES = 20  # height of a picture of shards
 _DPI = 150
-_STYLE: Any = {
+_STYLE = {
     "font.size": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -16,6 +16,9 @@ from fedsp_mpi.files.untrusted import JsonObject
 from fedsp_mpi.models import auxiliary, backbone, families
 from fedsp_mpi.models.prompts import DepthMap, Prompt, PromptSpec
 from fedsp_mpi.run import origin
+
+if TYPE_CHECKING:
+    from fedsp_mpi.models.reading import PreTrainedConfig, PreTrainedTokenizerBase
 
 RESOURCES = Path(__file__).parent.parent / "resources"
 
@@ -54,7 +57,7 @@ class ModelInputs:
         return origin.origin(self.config)
 
     @cached_property
-    def model_config(self) -> Any:
+    def model_config(self) -> PreTrainedConfig:
         """The configuration of the global model, as transformers has it."""
         return backbone.read_config(self.model_name, self.config.model.revision)
 
@@ -69,7 +72,7 @@ class ModelInputs:
         return families.kind_of(self.model_config) != "causal"
 
     @cached_property
-    def tokenizer(self) -> Any:
+    def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer, or the one that the configuration names."""
         name = self.config.model.tokenizer
         if name:
