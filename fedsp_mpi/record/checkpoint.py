@@ -116,11 +116,13 @@ class Checkpoints:
         """Return the newest state of one client, without opening any other client's; None if there
         is none.
 
+        An older one is no substitute: who answers a user from it would not know.
+
         Raises:
-            ValueError: the file is not what was written.
+            ValueError: the file, or the manifest that it is listed in, is not what was written.
         """
         for round in sorted(self._rounds(), reverse=True):
-            file = self._client_files(round).get(client)
+            file = self._read_manifest(round).clients.get(client)
             if file is not None:
                 return self.read_client(client, file)
         return None

@@ -156,6 +156,30 @@ class Run:
                 return _read_prompts(self.file, round)
 
 
+def require_round_files(run: Run, last: int) -> None:
+    """Check that the prompts of a run's rounds can be read, which its end moves into run.h5.
+
+    Args:
+        run: that is to go on.
+        last: the last round whose prompts are looked at.
+
+    Raises:
+        ValueError: a round's file is missing or damaged.
+    """
+    if is_folded(run.file):
+        return
+    for round in run.prompt_rounds:
+        path = run.folder / round_file(round)
+        if round <= last and not path.is_file():
+            raise _RecordFileError(
+                f"{path}: found no file, expected the prompts of round {round}; copy the whole run "
+                "folder again, or begin it anew with --replace"
+            )
+        if round <= last:
+            with _reading(path), reader.open_file(path) as source:
+                reader.subgroup(source.h5, "prompt")
+
+
 def _existing(folder: Path) -> Path | None:
     return folder if folder.is_dir() else None
 

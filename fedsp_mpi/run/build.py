@@ -334,7 +334,7 @@ def _upper_tier(
     role = None
     if group.rank == 0:
         weights = dict.fromkeys(above.rank_of, 1.0)
-        expected = Expected(above.rank_of, weights, federation.client_name)
+        expected = Expected(above.rank_of, weights, config.client_name)
         role = ServerRole(
             above.server,
             None,

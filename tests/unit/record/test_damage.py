@@ -227,6 +227,8 @@ def test_a_mark_of_another_kind_is_no_checkpoint(tmp_path, mark):
         and "0002.json: found no checkpoint (" in wrong
     )
     assert place.read_distillation({"a": 1}) is None
+    with pytest.raises(ValueError, match=r"0002\.json: found no checkpoint"):
+        place.newest_client_state(0)
 
 
 @numbers
