@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
+import safetensors
 
 from fedsp_mpi.files import ownership
 from fedsp_mpi.log import one_line
@@ -196,6 +197,23 @@ def writing(path: Path, intact: str, part: Path | None = None) -> Iterator[None]
             with suppress(OSError):
                 part.unlink()
         raise failure(path, error, intact) from error
+
+
+@contextmanager
+def saving(folder: Path, intact: str) -> Iterator[None]:
+    """Turn the error of a library that cannot write a model into a RecordError.
+
+    Args:
+        folder: of the model.
+        intact: what is still there, for the error message.
+
+    Raises:
+        RecordError: the body failed to write.
+    """
+    try:
+        yield
+    except (OSError, safetensors.SafetensorError) as error:
+        raise failure(folder, error, intact) from error
 
 
 def failure(path: Path, error: BaseException, intact: str) -> RecordError:

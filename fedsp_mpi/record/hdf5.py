@@ -170,13 +170,15 @@ def require_round_files(run: Run, last: int) -> None:
         return
     for round in run.prompt_rounds:
         path = run.folder / round_file(round)
-        if round <= last and not path.is_file():
-            raise _RecordFileError(
-                f"{path}: found no file, expected the prompts of round {round}; copy the whole run "
-                "folder again, or begin it anew with --replace"
-            )
-        if round <= last:
-            with _reading(path), reader.open_file(path) as source:
+        if round > last:
+            continue
+        with _reading(path):
+            if not path.is_file():
+                raise _RecordFileError(
+                    f"{path}: found no file, expected the prompts of round {round}; copy the whole "
+                    "run folder again, or begin it anew with --replace"
+                )
+            with reader.open_file(path) as source:
                 reader.subgroup(source.h5, "prompt")
 
 
@@ -445,6 +447,10 @@ def _reading(file: Path) -> Iterator[None]:
             f"{file}: found no such file, {expected}; name a run folder, or its run.h5"
         ) from None
     except (OSError, RuntimeError, KeyError, TypeError, OverflowError, MemoryError) as error:
+        if isinstance(error, PermissionError):
+            raise _RecordFileError(
+                f"{file}: found no permission to read it, {expected}; give permission"
+            ) from None
         size = f"{file.stat().st_size} bytes" if file.is_file() else "no plain file"
         raise _RecordFileError(
             f"{file}: found {size} that cannot be read ({one_line(error, first_line=True)}), "

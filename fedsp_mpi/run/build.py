@@ -47,6 +47,7 @@ from fedsp_mpi.models.copies import ExactCopies, exact_copies
 from fedsp_mpi.models.families import PEFT_TASKS
 from fedsp_mpi.models.language_model import LanguageModel
 from fedsp_mpi.models.prompts import write_adapter
+from fedsp_mpi.record import atomic
 from fedsp_mpi.record.checkpoint import Checkpoint, Checkpoints
 from fedsp_mpi.record.client_cache import ClientStateCache
 from fedsp_mpi.record.journal import RoundJournal
@@ -388,31 +389,35 @@ def save(inputs: ExperimentInputs, server: Server, *, exported: NamedTensors, fo
         server: the method's server.
         exported: what it exported in its best round.
         folder: of the run.
+
+    Raises:
+        RecordError: it cannot be written.
     """
     config = inputs.config
-    if config.adapts:
-        lora.write(folder / config.tuned_folder, exported, config.lora, base=inputs.model_name)
-        if config.lora.merged:
-            _save_merged(inputs, folder)
-    elif config.classifies:
-        class_head.write(
-            folder / config.tuned_folder, exported, inputs.classes, base=inputs.model_name
-        )
-    elif server.prompt:
-        task = PEFT_TASKS[server.model.kind]
-        if isinstance(inputs, TierInputs):  # those of experts are in the record
-            exported = exported.select(part_name(GENERAL))
-        write_adapter(
-            folder / "prompt",
-            exported,
-            inputs.prompt_spec,
-            base=inputs.model_name,
-            task=task,
-            words=method_of(inputs).words(inputs, exported),
-        )
-    else:
-        server.restore(exported)
-        auxiliary.write_model(folder / "model", server.model.model, inputs.tokenizer)
+    with atomic.saving(folder / config.tuned_folder, "the record keeps all rounds"):
+        if config.adapts:
+            lora.write(folder / config.tuned_folder, exported, config.lora, base=inputs.model_name)
+            if config.lora.merged:
+                _save_merged(inputs, folder)
+        elif config.classifies:
+            class_head.write(
+                folder / config.tuned_folder, exported, inputs.classes, base=inputs.model_name
+            )
+        elif server.prompt:
+            task = PEFT_TASKS[server.model.kind]
+            if isinstance(inputs, TierInputs):  # those of experts are in the record
+                exported = exported.select(part_name(GENERAL))
+            write_adapter(
+                folder / "prompt",
+                exported,
+                inputs.prompt_spec,
+                base=inputs.model_name,
+                task=task,
+                words=method_of(inputs).words(inputs, exported),
+            )
+        else:
+            server.restore(exported)
+            auxiliary.write_model(folder / "model", server.model.model, inputs.tokenizer)
 
 
 def _save_merged(inputs: ExperimentInputs, folder: Path) -> None:

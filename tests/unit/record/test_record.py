@@ -15,6 +15,7 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
+import safetensors.numpy
 
 import fedsp_mpi.record as room
 from fedsp_mpi.record import (
@@ -320,6 +321,16 @@ def test_what_is_in_the_way_of_a_file_is_named_and_not_waited_for(tmp_path: Path
         RunLock.take(tmp_path / "run")
     assert not is_abandoned(tmp_path / "run")
     assert (tmp_path / "run" / "lock").exists()
+
+
+def test_a_model_that_cannot_be_written_is_an_error_of_the_record(tmp_path: Path) -> None:
+    target = tmp_path / "nowhere" / "model.safetensors"
+    with (
+        pytest.raises(RecordError, match=r"a: cannot be written \(.*\); the rounds are there; "),
+        atomic.saving(tmp_path / "a", "the rounds are there"),
+    ):
+        safetensors.numpy.save_file({"a": np.zeros(2)}, target)
+    assert RecordError.explains_itself
 
 
 @pytest.mark.parametrize("damage", ["missing", "folder", "cut"])
