@@ -19,7 +19,7 @@ from fedsp_mpi.comm import Refused, finalize, guard, launcher_rank, launcher_siz
 from fedsp_mpi.commands.usage import explained, number
 from fedsp_mpi.config.parsing import error_line
 from fedsp_mpi.files.untrusted import printable
-from fedsp_mpi.log import Bar, Log
+from fedsp_mpi.log import Bar, Log, one_line
 
 if TYPE_CHECKING:
     from fedsp_mpi.record import Run
@@ -568,6 +568,8 @@ def _resumption_or_error(
         resumption = read_resumption(Path(options.resume), options.set)
     except ValueError as error:
         return config.Config(), error, working
+    except PermissionError as error:
+        return config.Config(), ValueError(one_line(error)), working
     return resumption.config, None, resumption.directory
 
 
@@ -596,6 +598,8 @@ def _user_errors() -> Iterator[None]:
         if isinstance(error, ProtocolError):
             raise
         raise Refused(str(error)) from None
+    except PermissionError as error:
+        raise Refused(one_line(error)) from None
 
 
 def _require_one_process(verb: str, advice: str) -> None:

@@ -64,6 +64,8 @@ class Schedule:
         overlaps: whether a round is validated and recorded while clients work on the next one.
         judge_tiers: when users and the server score the prompts of all tiers: "never", before the
             first round and after the last ("ends"), or after each as well ("rounds").
+        client_name: returns what messages call a client of an id.
+        on_stop: what a message says where `federation.on_failure` stops the run.
     """
 
     federation: FederationConfig
@@ -72,6 +74,8 @@ class Schedule:
     asks_silos: bool = False
     overlaps: bool = False
     judge_tiers: str = "never"
+    client_name: Callable[[int], str] = "client {}".format
+    on_stop: str = "federation.on_failure=stop; =drop goes on without them"
 
     def is_due(self, round: int) -> bool:
         """Return whether a checkpoint follows a round: after every so many, and after the last."""
@@ -240,9 +244,9 @@ def run_round(
     with guard.phase("merge", round=round):
         if updates is not None and schedule.federation.clients:
             assert broadcast.tensors is not None
-            require_quorum(updates, schedule.federation)
+            require_quorum(updates, schedule)
             aggregate = server.server.aggregate(updates)
-            require_quorum(updates, schedule.federation)  # the rule may have rejected some
+            require_quorum(updates, schedule)  # the rule may have rejected some
             server.outer.step(broadcast.tensors, aggregate)
             server.server.load_aggregate(aggregate)
         wire.meet_as_server(server.group.size)
@@ -389,7 +393,12 @@ def run_tier_above(round: int, schedule: Schedule, above: UpperTier) -> None:
     close = run_round(
         round,
         above.wire,
-        Schedule(above.federation, schedule.checkpoint),
+        Schedule(
+            above.federation,
+            schedule.checkpoint,
+            client_name=schedule.client_name,
+            on_stop="the tier above needs all experts",
+        ),
         server=above.server,
         clients=above.clients,
         close_previous=_nothing_is_left,
@@ -538,22 +547,21 @@ def judge_tiers(
             server.tier_rows += server.score_tiers(round)
 
 
-def require_quorum(updates: Updates, federation: FederationConfig) -> None:
+def require_quorum(updates: Updates, schedule: Schedule) -> None:
     """Raise ClientFailedError if the run should not continue with the updates that there are.
 
     Called before the rule of aggregation and after it: an update that the rule rejected does not
     count.
     """
+    federation = schedule.federation
     reasons = [
-        f"{federation.client_name(failure.client)} in {failure.phase}: {failure.reason}"
+        f"{schedule.client_name(failure.client)} in {failure.phase}: {failure.reason}"
         for failure in updates.failures
     ]
     if reasons and federation.on_failure == "stop":
-        raise ClientFailedError(
-            f"{_joined(reasons)} (federation.on_failure=stop; =drop goes on without them)"
-        )
+        raise ClientFailedError(f"{_joined(reasons)} ({schedule.on_stop})")
     for client, reason in updates.rejected.items():
-        reasons.append(f"{federation.client_name(client)} rejected: {reason}")
+        reasons.append(f"{schedule.client_name(client)} rejected: {reason}")
     num_accepted = len(updates.reports) - len(updates.rejected)
     if reasons and num_accepted < federation.min_clients:
         raise ClientFailedError(
@@ -721,7 +729,7 @@ def _log_round(journal: RoundJournal, round: int, schedule: Schedule, *, elapsed
     silos = silos[(silos["round"] == round) & np.isfinite(silos["loss"])]
     if len(silos):
         worst = silos[silos["loss"].argmax()]
-        name = schedule.federation.client_name(int(worst["silo"]))
+        name = schedule.client_name(int(worst["silo"]))
         at_silos = f"loss at the silos {mean_silo_loss(silos):.4f}"
         at_silos += f" (worst {worst['loss']:.4f}, {name})"
         is_judged_by_silos = math.isnan(row["validation_loss"])

@@ -299,6 +299,8 @@ def one_line(error: BaseException, *, first_line: bool = False) -> str:
             heading. What other libraries add below is mostly a stack trace.
     """
     text = str(error)
+    if isinstance(error, PermissionError) and error.filename is not None:
+        text = f"{error.filename}: found no permission to use it, expected some; give permission"
     if first_line:
         lines = [line.strip() for line in text.splitlines() if line.strip()]
         is_heading = bool(lines) and lines[0].endswith(":")

@@ -290,12 +290,17 @@ class Experts:
 
         Returns:
             The mean losses of all experts by step; None, if there are no such steps.
+
+        Raises:
+            ClientError: NonFiniteError, with the expert's name.
         """
-        own_traces = {
-            index: self.tune(name, round)
-            for index, name in enumerate(self.experts)
-            if self.group.is_mine(index)
-        }
+        own_traces: dict[int, Trace | None] = {}
+        for index, name in enumerate(self.experts):
+            if self.group.is_mine(index):
+                try:
+                    own_traces[index] = self.tune(name, round)
+                except NonFiniteError as error:
+                    raise NonFiniteError(f"expert {name}: {error}") from error
         shared = [
             self._share(index, expert, own_traces.get(index))
             for index, expert in enumerate(self.experts.values())
@@ -479,20 +484,17 @@ class ExpertClients:
         See `base.Client.local_update`. Every expert's prompt counts the same.
 
         Raises:
-            ClientError: NonFiniteError, with the expert's name.
+            ClientError: NonFiniteError.
         """
         index = client - self._first_id
         name = self._names[index]
         expert = self._tier.experts[name]
         taught = Trace()
-        try:
-            if self._teaching.stage.steps:
-                self._teacher.load(broadcast.torch())
-                pair = (self._teacher, self._texts[index])
-                taught = self._teaching.teach(self.model, expert.prompt, [pair], round=round)
-            tuned = self._tier.tune(name, round) or Trace()
-        except NonFiniteError as error:
-            raise NonFiniteError(f"expert {name}: {error}") from error
+        if self._teaching.stage.steps:
+            self._teacher.load(broadcast.torch())
+            pair = (self._teacher, self._texts[index])
+            taught = self._teaching.teach(self.model, expert.prompt, [pair], round=round)
+        tuned = self._tier.tune(name, round) or Trace()
         metrics = {"loss_upgrade_last": taught.last, "loss_prompt_last": tuned.last}
         return Update(client, 1.0, expert.export(), metrics)
 

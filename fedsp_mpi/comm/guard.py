@@ -242,8 +242,8 @@ class Guard:
         self._folder = Path(folder)
         self._advice = advice
         earlier = self._folder / REPORT
-        if _rank() == 0 and earlier.exists():
-            ownership.set_aside(earlier, f"failure-{int(earlier.stat().st_mtime)}.txt")
+        if _rank() == 0 and os.path.lexists(earlier):
+            ownership.set_aside(earlier, f"failure-{int(earlier.lstat().st_mtime)}.txt")
 
     def set_peers(self, peers: Iterable[tuple[str, int]]) -> None:
         """Set (host, process id) of every rank, by rank, and watch those of this host."""

@@ -11,7 +11,8 @@ import math
 import resource
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -159,8 +160,9 @@ class Models:
         Raises:
             ValueError: its files are not what the run wrote.
         """
-        fingerprint.require_digests(self.folder / "auxiliary")
-        model = auxiliary.load(self.folder / "auxiliary")
+        with _intact():
+            fingerprint.require_digests(self.folder / "auxiliary")
+            model = auxiliary.load(self.folder / "auxiliary")
         model.train_weights(False)
         return model
 
@@ -289,7 +291,8 @@ class Assistant:
     def _personal_tensors(self) -> NamedTensors:
         """Read this user's own prompt, and no other user's."""
         folder = self.models.folder
-        kept_state = Checkpoints(folder).newest_client_state(self.client)
+        with _intact():
+            kept_state = Checkpoints(folder).newest_client_state(self.client)
         if kept_state is None:
             raise ValueError(
                 f"{folder}: found no personal prompt of user {self.user} in checkpoints/, "
@@ -303,6 +306,15 @@ class Assistant:
         names = [experts[index].name for index in self.inputs.members[self.client]]
         start = mean_prompt([self.models.exported(name) for name in names])
         return NamedTensors.pack(self.inputs.depth_map.down(start.torch()))
+
+
+@contextmanager
+def _intact() -> Iterator[None]:
+    """Say what to do about a file of the run that is missing or damaged."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{error}; copy the whole run folder again") from None
 
 
 def _answer(

@@ -15,6 +15,7 @@ from types import FrameType
 from typing import Any
 
 from fedsp_mpi.config.parsing import ConfigError
+from fedsp_mpi.record import atomic
 
 _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 _VISIBLE_DEVICES = "CUDA_VISIBLE_DEVICES"
@@ -146,6 +147,7 @@ class Jobs:
         environment = dict(os.environ)
         if resources.devices is not None:
             environment[_VISIBLE_DEVICES] = resources.devices
+        atomic.require_regular(log_file)
         os.sched_setaffinity(0, resources.cores)  # of this thread, which the process inherits
         with log_file.open("ab") as output:
             return subprocess.Popen(

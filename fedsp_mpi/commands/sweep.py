@@ -56,7 +56,7 @@ def sweep(
 
     Raises:
         ValueError: a mistake in a file or trial, or a record of another configuration; nothing was
-            started then.
+            started then, unless it is of a run whose start has been run anew.
         Refused: a signal came; it was forwarded to the runs, which have ended.
     """
     launch_command = _launch_command(launch)
@@ -80,6 +80,15 @@ def sweep(
         return 0
     sweep_files.write_configurations({trial.folder: to_yaml(trial.config) for trial in trials})
     return _run_all(trials, is_complete, launch_command, slices=slices, log=log)
+
+
+def _require_newest_starts(trials: Sequence[Trial]) -> None:
+    """Raise ConfigError if a run started from what has another result by now.
+
+    Args:
+        trials: of a sweep, all complete.
+    """
+    _require_same_configuration(trials, {trial.folder: read(trial.folder) for trial in trials})
 
 
 def _select(trials: list[Trial], only: Sequence[str], files: Sequence[Path]) -> list[Trial]:
@@ -215,8 +224,15 @@ def _changed(trial: Trial, run: Run) -> list[str]:
 
 
 def _starts_from_other(run: Run, earlier: Path) -> bool:
-    """Return whether a run has started from other weights than another run has left by now."""
-    digests = fingerprint.listed(earlier / "model")
+    """Return whether a run has started from other weights than another run has left by now.
+
+    Raises:
+        ConfigError: what that run has left cannot be read.
+    """
+    try:
+        digests = fingerprint.listed(earlier / "model")
+    except ValueError as error:
+        raise ConfigError(f"{error}; copy the whole run folder again") from None
     if digests is None:
         return False
     return any(digests.get(name) != digest for name, digest in origin_weights(run).items())
@@ -307,6 +323,7 @@ def _run_all(
         The exit status: 1 if a run failed, else 0.
 
     Raises:
+        ConfigError: a run that was complete before started from what has another result now.
         Refused: a signal came, and the runs have ended.
     """
     failed: list[str] = []
@@ -352,6 +369,7 @@ def _run_all(
             "same command tries them again"
         )
         return 1
+    _require_newest_starts(trials)
     folders = shlex.join(map(str, _parents(trials)))
     table = "phases" if any(trial.after for trial in trials) else "comparison"
     log.say(f"all runs are complete: python -m fedsp_mpi report {folders} --table {table}")

@@ -262,38 +262,41 @@ def _earlier(
     pairs = [f"{task}-{method}" for task in tasks for method in methods]
     after: dict[str, str | None] = dict.fromkeys(pairs)
     for task, layer in tasks.items():
-        earlier = layer.pop(AFTER, None)
-        _require_name(
-            earlier, tasks, f"{file}: tasks.{task}.{AFTER}", expected="a task of the file"
-        )
+        where = f"{file}: tasks.{task}.{AFTER}"
+        earlier = _name(layer.pop(AFTER, None), tasks, where, expected="a task of the file")
         if earlier is not None:
             after |= {f"{task}-{method}": f"{earlier}-{method}" for method in methods}
     for pattern, layer in layers_by_pattern.items():
         if AFTER not in layer:
             continue
-        earlier = layer.pop(AFTER)
         where = f"{file}: trials.{pattern}.{AFTER}"
-        _require_name(earlier, pairs, where, expected="TASK-METHOD, or null")
+        earlier = _name(layer.pop(AFTER), pairs, where, expected="TASK-METHOD, or null")
         after |= {pair: earlier for pair in pairs if fnmatchcase(pair, pattern)}
     for pair in pairs:
         _require_no_circle(pair, after, file)
     return after
 
 
-def _require_name(name: object, names: Iterable[str], where: str, *, expected: str) -> None:
-    """Raise ConfigError if something is named that is not among the names.
+def _name(name: object, names: Iterable[str], where: str, *, expected: str) -> str | None:
+    """Return a name as the sections have it, in which 1 is '1'; None if nothing is named.
 
     Args:
         name: null names nothing.
         names: those that there are.
         where: the key, with the file.
         expected: what the names are of, for the message.
+
+    Raises:
+        ConfigError: something is named that is not among the names.
     """
     names = list(names)
-    if name is not None and name not in names:
+    if name is None:
+        return None
+    if str(name) not in names:
         raise ConfigError(
             f"{where}: found {shown(name)}, expected {expected}, for instance {names[0]}"
         )
+    return str(name)
 
 
 def _require_no_circle(pair: str, after: Mapping[str, str | None], file: Path) -> None:

@@ -159,6 +159,13 @@ class Config:
         """Whether all weights of the global model are trained and travel."""
         return self.tunes_weights and not (self.adapts or self.classifies)
 
+    def client_name(self, client: int) -> str:
+        """Return what messages call a client; in the tier above, "expert news"."""
+        index = client - self.federation.clients
+        if 0 <= index < len(self.tiers.experts):
+            return f"expert {self.tiers.experts[index].name}"
+        return self.federation.client_name(client)
+
     @property
     def leaves_model(self) -> bool:
         """Whether the run leaves a whole model that a later one can start from."""

@@ -7,6 +7,7 @@ longer to load.
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -38,11 +39,15 @@ def of_file(path: Path) -> str:
     """Return a 128-bit digest of a file's bytes.
 
     Raises:
-        OSError: it cannot be read.
+        OSError: it cannot be read, or is no regular file.
     """
     digest = xxhash.xxh3_128()
     block = memoryview(bytearray(_BLOCK_BYTES))
-    with path.open("rb", buffering=0) as file:
+    try:
+        opened = untrusted.open_regular_file(path)
+    except ValueError as error:
+        raise OSError(errno.EINVAL, str(error), str(path)) from None
+    with opened as file:
         while count := file.readinto(block):
             digest.update(block[:count])
     return digest.hexdigest()
@@ -115,14 +120,16 @@ def listed(folder: Path) -> dict[str, str] | None:
         ValueError: the list cannot be read.
     """
     try:
-        digests = json.loads((folder / MANIFEST).read_bytes())
+        with untrusted.open_regular_file(folder / MANIFEST) as file:
+            digests = json.loads(file.read())
         if not isinstance(digests, dict):
             raise ValueError("it is not a mapping")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, RecursionError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
         raise ValueError(
-            f"{folder / MANIFEST}: found no list of digests ({error}), expected the one of a run"
+            f"{folder / MANIFEST}: found no list of digests ({reason}), expected the one of a run"
         ) from None
     return {str(name): str(digest) for name, digest in digests.items()}
 

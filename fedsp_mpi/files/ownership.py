@@ -23,7 +23,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from fedsp_mpi.files.untrusted import JsonMapping, JsonObject
+from fedsp_mpi.files.untrusted import JsonMapping, JsonObject, open_regular_file
 
 LOCK = "lock"
 RECORD = "run.h5"
@@ -323,7 +323,8 @@ def begin_model(folder: Path) -> Path:
 def place_model(part: Path, folder: Path) -> None:
     """Replace the model in `folder` by the one in `part`, which has its manifest.
 
-    A file in `folder` that is not ours stays; if a new one needs its name, it is renamed to NAME.1.
+    A file in `folder` that is not ours stays; if a new one needs its name, it is renamed to NAME.1,
+    and so is what is no folder in the place of `folder`.
     The old manifest is removed first and the new one placed last, so that a model in between is not
     taken for a complete one.
 
@@ -335,12 +336,14 @@ def place_model(part: Path, folder: Path) -> None:
     for name in sorted(old_names, key=lambda name: (name != MANIFEST, name)):
         (folder / name).unlink(missing_ok=True)
     remove_if_empty(folder)
+    if not folder.is_dir() and os.path.lexists(folder):
+        set_aside(folder, folder.name)
     if not folder.exists():
         part.rename(folder)
         return
     names = sorted((path.name for path in part.iterdir()), key=lambda name: name == MANIFEST)
     for name in names:
-        if (folder / name).exists():
+        if os.path.lexists(folder / name):
             set_aside(folder / name, name)
         (part / name).rename(folder / name)
     part.rmdir()
@@ -353,8 +356,8 @@ def require_picture(path: Path, mark: bytes = _PICTURE_MARK) -> None:
     """
     if not path.exists():
         return
-    head = b"" if path.is_dir() else _head(path)
-    if path.is_dir() or (head and mark not in head):
+    head = _head(path) if path.is_file() else b""
+    if not path.is_file() or (head and mark not in head):
         kind = "a picture" if mark == _PICTURE_MARK else "one"
         raise ValueError(
             f"{path}: found a file that no report wrote, expected a new name, or {kind} of an "
@@ -416,7 +419,8 @@ def require_configuration(path: Path, line: str) -> None:
 def require_evaluation(path: Path) -> None:
     """Raise ValueError unless a file is absent, empty, or an evaluation of ours."""
     content = _read_json(path)
-    if path.exists() and _head(path) and not {"run", "versions", "results"} <= content.keys():
+    is_ours = {"run", "versions", "results"} <= content.keys()
+    if path.exists() and not is_ours and not (path.is_file() and not _head(path)):
         raise ValueError(
             f"{path}: found a file that `evaluate` did not write, expected none, or one of an "
             "earlier evaluation; move it away"
@@ -461,7 +465,7 @@ def set_aside(path: Path, name: str) -> None:
     """
     target = path.with_name(name)
     number = 0
-    while target.exists():
+    while os.path.lexists(target):
         number += 1
         target = path.with_name(f"{name}.{number}")
     path.rename(target)
@@ -521,7 +525,7 @@ def _is_record(path: Path) -> bool:
     """
     try:
         with (
-            path.open("rb") as file,
+            open_regular_file(path) as file,
             mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
         ):
             return content[:8] == b"\x89HDF\r\n\x1a\n" and content.find(b"fedsp_mpi run") >= 0
@@ -561,7 +565,8 @@ def _umask() -> int:
 def _read_json(path: Path) -> JsonObject:
     """Return the mapping in a JSON file; an empty one if it cannot be read."""
     try:
-        content = json.loads(path.read_bytes())
+        with open_regular_file(path) as file:
+            content = json.loads(file.read())
     except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}

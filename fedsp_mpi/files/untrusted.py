@@ -7,8 +7,9 @@ import os
 import stat
 import unicodedata
 from collections.abc import Mapping
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 # An object of JSON, or of YAML: the values are whatever JSON has.
 JsonObject = dict[str, Any]
@@ -20,7 +21,7 @@ _MAX_INTEGER = 1 << 70  # in JSON
 _UNSAFE = ("Cc", "Cf", "Cs", "Zl", "Zp")
 
 
-def open_regular_file(path: Path) -> BinaryIO:
+def open_regular_file(path: Path) -> BufferedReader:
     """Open a regular file for reading; refuse a FIFO or a device, which could hang or never end.
 
     Raises:

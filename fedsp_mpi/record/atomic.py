@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
+import safetensors
 
 from fedsp_mpi.files import ownership
 from fedsp_mpi.log import one_line
@@ -19,11 +20,15 @@ from fedsp_mpi.log import one_line
 class RecordError(OSError):
     """The run folder could not be written: which file, why, and what is still intact."""
 
+    explains_itself = True
+
 
 Buffer = bytes | memoryview
 # In bytes: past the page cache, disks want addresses, offsets and sizes to be multiples of it.
 _ALIGNMENT = 4096
 _BUFFER_BYTES = 4 << 20  # of the aligned buffer through which a file is written
+# Errors for something that is there: a folder, a file, or a link that leads nowhere.
+_IN_THE_WAY = (errno.EEXIST, errno.EISDIR, errno.ENOTDIR, errno.ELOOP)
 
 
 def write(
@@ -73,6 +78,7 @@ def append(path: Path, size: int, content: Buffer, *, intact: str) -> None:
         RecordError: the file cannot be written.
     """
     with writing(path, intact):
+        require_regular(path)
         handle = os.open(path, os.O_WRONLY | os.O_CREAT, ownership.file_mode(path))
         try:
             os.lseek(handle, size, os.SEEK_SET)
@@ -105,6 +111,7 @@ def read(path: Path) -> memoryview:
 
 def _open(path: Path, flags: int, bypass: bool) -> tuple[int, bool]:
     """Open a file; return its handle and whether it goes past the page cache."""
+    require_regular(path)
     if bypass:
         with suppress(OSError):  # not every file system can
             return os.open(path, flags | os.O_DIRECT, ownership.file_mode(path)), True
@@ -192,6 +199,23 @@ def writing(path: Path, intact: str, part: Path | None = None) -> Iterator[None]
         raise failure(path, error, intact) from error
 
 
+@contextmanager
+def saving(folder: Path, intact: str) -> Iterator[None]:
+    """Turn the error of a library that cannot write a model into a RecordError.
+
+    Args:
+        folder: of the model.
+        intact: what is still there, for the error message.
+
+    Raises:
+        RecordError: the body failed to write.
+    """
+    try:
+        yield
+    except (OSError, safetensors.SafetensorError) as error:
+        raise failure(folder, error, intact) from error
+
+
 def failure(path: Path, error: BaseException, intact: str) -> RecordError:
     """Return the error of a failed write, in one line.
 
@@ -204,10 +228,23 @@ def failure(path: Path, error: BaseException, intact: str) -> RecordError:
         reason = error.strerror
     else:
         reason = one_line(error, first_line=True)
+    advice = "make room or give permission"
+    if isinstance(error, OSError) and error.errno in _IN_THE_WAY:
+        advice = "move away what is there"
+        obstacle = str(error.filename2 or error.filename or path)
+        if obstacle != str(path):
+            reason = f"{obstacle}: {reason}"
     return RecordError(
-        f"{path}: cannot be written ({reason}); {intact}; make room or give permission, "
-        "then go on from there"
+        f"{path}: cannot be written ({reason}); {intact}; {advice}, then go on from there"
     )
+
+
+def require_regular(path: Path) -> None:
+    """Raise OSError if there is something else than a regular file: a pipe blocks who opens it."""
+    if path.exists() and not path.is_file():
+        kind = errno.EISDIR if path.is_dir() else errno.EEXIST
+        reason = os.strerror(kind) if path.is_dir() else "No regular file"
+        raise OSError(kind, reason, str(path))
 
 
 def part_of(path: Path) -> Path:

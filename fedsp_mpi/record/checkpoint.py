@@ -13,6 +13,7 @@ its manifest does, and a kill before that leaves the previous checkpoint.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,11 +117,13 @@ class Checkpoints:
         """Return the newest state of one client, without opening any other client's; None if there
         is none.
 
+        An older one is no substitute: who answers a user from it would not know.
+
         Raises:
-            ValueError: the file is not what was written.
+            ValueError: the file, or the manifest that it is listed in, is not what was written.
         """
         for round in sorted(self._rounds(), reverse=True):
-            file = self._client_files(round).get(client)
+            file = self._read_manifest(round).clients.get(client)
             if file is not None:
                 return self.read_client(client, file)
         return None
@@ -339,8 +342,25 @@ class Checkpoints:
         self._read(server_file(checkpoint.round), checkpoint.server)
 
     def _rounds(self) -> list[int]:
-        """Return the rounds that have a manifest, readable or not."""
-        return [int(path.stem) for path in self.folder.glob("*.json") if path.stem.isdecimal()]
+        """Return the rounds that have a manifest, readable or not.
+
+        Raises:
+            ValueError: there is something, but no folder that can be read: to take that for no
+                checkpoints would begin a run anew that goes on.
+        """
+        try:
+            paths = list(self.folder.iterdir())
+        except OSError as error:
+            if isinstance(error, FileNotFoundError) and not os.path.lexists(self.folder):
+                return []
+            raise ValueError(
+                f"{self.folder}: found no folder that can be read ({error.strerror}), expected the "
+                "checkpoints of the run; bring them back or give permission, or move away what is "
+                "there"
+            ) from None
+        return [
+            int(path.stem) for path in paths if path.suffix == ".json" and path.stem.isdecimal()
+        ]
 
     def _read_manifest(self, round: int) -> Checkpoint:
         path = self.folder / _manifest_file(round)

@@ -156,6 +156,32 @@ class Run:
                 return _read_prompts(self.file, round)
 
 
+def require_round_files(run: Run, last: int) -> None:
+    """Check that the prompts of a run's rounds can be read, which its end moves into run.h5.
+
+    Args:
+        run: that is to go on.
+        last: the last round whose prompts are looked at.
+
+    Raises:
+        ValueError: a round's file is missing or damaged.
+    """
+    if is_folded(run.file):
+        return
+    for round in run.prompt_rounds:
+        path = run.folder / round_file(round)
+        if round > last:
+            continue
+        with _reading(path):
+            if not path.is_file():
+                raise _RecordFileError(
+                    f"{path}: found no file, expected the prompts of round {round}; copy the whole "
+                    "run folder again, or begin it anew with --replace"
+                )
+            with reader.open_file(path) as source:
+                reader.subgroup(source.h5, "prompt")
+
+
 def _existing(folder: Path) -> Path | None:
     return folder if folder.is_dir() else None
 
@@ -421,6 +447,10 @@ def _reading(file: Path) -> Iterator[None]:
             f"{file}: found no such file, {expected}; name a run folder, or its run.h5"
         ) from None
     except (OSError, RuntimeError, KeyError, TypeError, OverflowError, MemoryError) as error:
+        if isinstance(error, PermissionError):
+            raise _RecordFileError(
+                f"{file}: found no permission to read it, {expected}; give permission"
+            ) from None
         size = f"{file.stat().st_size} bytes" if file.is_file() else "no plain file"
         raise _RecordFileError(
             f"{file}: found {size} that cannot be read ({one_line(error, first_line=True)}), "

@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
-from fedsp_mpi.files import ownership
+from fedsp_mpi.files import ownership, untrusted
 from fedsp_mpi.files.untrusted import JsonObject
 from fedsp_mpi.record import atomic
 
@@ -81,7 +81,7 @@ def is_abandoned(folder: Path) -> bool:
     """Return whether a run folder has a lock that nobody holds; False where that is unknown."""
     path = folder / NAME
     try:
-        with path.open(encoding="utf-8", errors="replace") as file:
+        with untrusted.open_regular_file(path) as file:
             owner = _parse_note(file.read())
             if not ownership.is_lock_note(owner):
                 return False
@@ -90,7 +90,7 @@ def is_abandoned(folder: Path) -> bool:
             except OSError as error:
                 return error.errno not in _HELD and _is_gone(owner)
             return True
-    except OSError:
+    except (OSError, ValueError):
         return False
 
 
@@ -101,6 +101,7 @@ def _opened(path: Path) -> tuple[IO[str], JsonObject]:
     """
     for attempt in range(_NUM_TRIES):
         with atomic.writing(path, _UNTOUCHED):
+            atomic.require_regular(path)
             handle = os.open(path, os.O_RDWR | os.O_CREAT, ownership.file_mode(path))
             file = os.fdopen(handle, "r+", encoding="utf-8", errors="replace")
         owner = _parse_note(file.read())
@@ -145,7 +146,7 @@ def _this_process() -> JsonObject:
     return {"host": socket.gethostname(), "pid": os.getpid(), "job": os.environ.get("SLURM_JOB_ID")}
 
 
-def _parse_note(text: str) -> JsonObject:
+def _parse_note(text: str | bytes) -> JsonObject:
     try:
         note = json.loads(text)
     except (ValueError, RecursionError):

@@ -12,6 +12,7 @@ Once run.h5 is large, a commit writes only what is new, behind what it has writt
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -366,6 +367,12 @@ def _claim(folder: Path, config_text: str, if_exists: str) -> None:
     if if_exists == "replace":
         with _creating(folder):
             ownership.clear(folder)
+        for name in ("run.h5", "config.yaml"):
+            if os.path.lexists(folder / name):
+                raise ValueError(
+                    f"{folder / name}: found something that no run wrote, expected a file of the "
+                    "run; move it away"
+                )
     require_free(folder)
     try:
         with _creating(folder):

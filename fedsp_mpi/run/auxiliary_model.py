@@ -18,7 +18,7 @@ from fedsp_mpi.models import auxiliary
 from fedsp_mpi.models.families import differs_by_layer, layers_of
 from fedsp_mpi.models.language_model import LanguageModel
 from fedsp_mpi.models.prompts import Prompt
-from fedsp_mpi.record import Checkpoints
+from fedsp_mpi.record import Checkpoints, atomic
 from fedsp_mpi.run.inputs import ExperimentInputs
 from fedsp_mpi.tensors import State
 from fedsp_mpi.training.bridge import BridgeEnd, fit_bridge
@@ -127,13 +127,14 @@ def auxiliary_model(
         progress = Progress(start, keep, config.checkpoint.distillation_seconds)
         small, account = _distil(inputs, model, group=group, log=log, stop=stop, progress=progress)
     notes = Notes(inputs.depth, recipe, account)
-    auxiliary.save(
-        target,
-        small,
-        inputs.layers_per_cell,
-        tokenizer=inputs.tokenizer,
-        recipe=notes.to_json(),
-    )
+    with atomic.saving(target, "the distillation goes on from its last state"):
+        auxiliary.save(
+            target,
+            small,
+            inputs.layers_per_cell,
+            tokenizer=inputs.tokenizer,
+            recipe=notes.to_json(),
+        )
     checkpoints.remove_distillation()
     return small.beside(model), account
 

@@ -45,6 +45,7 @@ from fedsp_mpi.models.copies import ExactCopies, exact_copies
 from fedsp_mpi.models.families import PEFT_TASKS
 from fedsp_mpi.models.language_model import LanguageModel
 from fedsp_mpi.models.prompts import Prompt, write_adapter
+from fedsp_mpi.record import atomic
 from fedsp_mpi.record.checkpoint import Checkpoint, Checkpoints
 from fedsp_mpi.record.client_cache import ClientStateCache
 from fedsp_mpi.record.journal import RoundJournal
@@ -331,7 +332,7 @@ def _upper_tier(
     role = None
     if group.rank == 0:
         weights = dict.fromkeys(above.rank_of, 1.0)
-        expected = Expected(above.rank_of, weights, federation.client_name)
+        expected = Expected(above.rank_of, weights, config.client_name)
         role = ServerRole(
             above.server,
             None,
@@ -385,30 +386,34 @@ def save(inputs: ExperimentInputs, server: Server, *, exported: NamedTensors, fo
         server: the method's server.
         exported: what it exported in its best round.
         folder: of the run.
+
+    Raises:
+        RecordError: it cannot be written.
     """
     config = inputs.config
-    if config.adapts:
-        lora.write(folder / config.tuned_folder, exported, config.lora, base=inputs.model_name)
-        if config.lora.merged:
-            _save_merged(inputs, folder)
-    elif config.classifies:
-        class_head.write(
-            folder / config.tuned_folder, exported, inputs.classes, base=inputs.model_name
-        )
-    else:
-        server.restore(exported)
-        prompt = server.prompt
-        if prompt is None:
-            auxiliary.write_model(folder / "model", server.model.model, inputs.tokenizer)
-            return
-        write_adapter(
-            folder / "prompt",
-            NamedTensors.pack(prompt.tensors()),
-            prompt.spec,
-            base=inputs.model_name,
-            task=PEFT_TASKS[server.model.kind],
-            words=method_of(inputs).words(inputs, exported),
-        )
+    with atomic.saving(folder / config.tuned_folder, "the record keeps all rounds"):
+        if config.adapts:
+            lora.write(folder / config.tuned_folder, exported, config.lora, base=inputs.model_name)
+            if config.lora.merged:
+                _save_merged(inputs, folder)
+        elif config.classifies:
+            class_head.write(
+                folder / config.tuned_folder, exported, inputs.classes, base=inputs.model_name
+            )
+        else:
+            server.restore(exported)
+            prompt = server.prompt
+            if prompt is None:
+                auxiliary.write_model(folder / "model", server.model.model, inputs.tokenizer)
+                return
+            write_adapter(
+                folder / "prompt",
+                NamedTensors.pack(prompt.tensors()),
+                prompt.spec,
+                base=inputs.model_name,
+                task=PEFT_TASKS[server.model.kind],
+                words=method_of(inputs).words(inputs, exported),
+            )
 
 
 def _save_merged(inputs: ExperimentInputs, folder: Path) -> None:

@@ -85,7 +85,7 @@ def execute(
         with guard.phase("silos"):
             silos = open_silos(config, name, wire, log=log)
         config = silos.config
-    guard.name_clients(config.federation.client_name)
+    guard.name_clients(config.client_name)
     preload = None
     if _will_play(config, wire.topology):
         preload = Preload()
@@ -137,6 +137,7 @@ def execute(
             asks_silos=config.evaluation.at != "server",
             overlaps=_overlaps(config, wire.topology),
             judge_tiers=config.tiers.judge if config.method_facts.has_tiers else "never",
+            client_name=config.client_name,
         )
         is_complete = federate(wire, schedule, server=role, clients=clients)
 

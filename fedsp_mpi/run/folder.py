@@ -160,7 +160,7 @@ def _path(config: Config, name: str) -> Path:
         if newest is not None:
             return newest
     stamped = folder / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
-    if stamped.exists():
+    if os.path.lexists(stamped):
         return stamped.with_name(f"{stamped.name}-{os.getpid()}")
     return stamped
 

@@ -13,6 +13,7 @@ from fedsp_mpi.files import ownership
 from fedsp_mpi.files.untrusted import JsonObject
 from fedsp_mpi.log import Log, one_line
 from fedsp_mpi.record import Checkpoint, Checkpoints, RunRecord, read
+from fedsp_mpi.record.hdf5 import require_round_files
 from fedsp_mpi.run import environment, few_labels, fingerprints, origin
 from fedsp_mpi.run.folder import RunFolder
 from fedsp_mpi.run.inputs import ExperimentInputs
@@ -112,7 +113,8 @@ def resume_record(
             are not of one run.
         RecordError: the record cannot be written.
     """
-    digests_before = read(folder).sections.get(fingerprints.SECTION, {})
+    run = read(folder)
+    digests_before = run.sections.get(fingerprints.SECTION, {})
     fingerprints.require_same(folder, digests_before, digests)
     ownership.remove_parts(folder)
     checkpoints = Checkpoints(folder)
@@ -122,6 +124,7 @@ def resume_record(
     rounds_done = resumed.round if resumed else 0
     if resumed is not None:
         _require_own_checkpoint(folder, resumed, digests_before, log=log)
+    require_round_files(run, rounds_done)
     record = RunRecord.open(folder)
     with failure_recorded(record):
         num_rounds = record.run.committed_rounds

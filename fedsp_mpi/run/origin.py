@@ -71,10 +71,16 @@ def _read(folder: Path, after: str) -> Run:
             f"model.after: found the run {after} that is {run.status}, expected a complete one; go "
             f"on with it by run --resume {after}"
         )
+    method = run.config.get("method")
+    if run.model is None and method in ("finetune", "pretrain"):
+        raise ConfigError(
+            f"model.after: found no folder {model_folder(after)}, expected the model that the run "
+            f"of {method} has left there; copy the whole run folder again"
+        )
     if run.model is None:
         raise ConfigError(
-            f"model.after: found the run {after} of {run.config.get('method')}, which has left no "
-            "model, expected one of finetune or pretrain, or of lora with lora.merged=true"
+            f"model.after: found the run {after} of {method}, which has left no model, expected "
+            "one of finetune or pretrain, or of lora with lora.merged=true"
         )
     return run
 
@@ -95,7 +101,7 @@ def _weights(folder: Path) -> dict[str, str]:
         fingerprint.require_digests(folder)
         digests = fingerprint.listed(folder) or {}
     except ValueError as error:
-        raise ConfigError(f"model.after: {error}") from None
+        raise ConfigError(f"model.after: {error}; copy the whole run folder again") from None
     weights = {name: digest for name, digest in digests.items() if name.endswith(_WEIGHTS)}
     if not weights:
         raise ConfigError(

@@ -256,6 +256,7 @@ def test_a_full_disk_ends_the_run_and_leaves_the_last_checkpoint(folder):
     full = go(0, folder, "full", fault="full:client-:5", status=None)
     assert full.returncode == 1 and "No space left on device" in full.stderr, both_ends(full)
     assert "the last checkpoint is still there" in full.stderr
+    assert "Traceback" not in full.stderr, full.stderr
     assert read(folder / "full").status == "failed"
     go(0, folder, "full", "--resume")
     require_equal(folder, "full")

@@ -12,7 +12,8 @@ from fedsp_mpi.aggregation.robust import coordinate_median, distances, without_o
 from fedsp_mpi.comm.messages import Report
 from fedsp_mpi.comm.updates import Updates
 from fedsp_mpi.config import FederationConfig
-from fedsp_mpi.federate import ClientFailedError, require_quorum
+from fedsp_mpi.config.runtime import CheckpointConfig
+from fedsp_mpi.federate import ClientFailedError, Schedule, require_quorum
 from fedsp_mpi.tensors import Schema
 
 
@@ -100,11 +101,11 @@ def test_who_is_rejected_does_not_count_for_the_quorum():
     rows[4] *= 3
     received = updates(rows)
     without_outliers(received, 3.0)
-    require_quorum(received, FederationConfig(min_clients=8))
+    require_quorum(received, Schedule(FederationConfig(min_clients=8), CheckpointConfig()))
     with pytest.raises(
         ClientFailedError, match=r"found 8 updates, expected .*min_clients=9: client 8 rejected: "
     ):
-        require_quorum(received, FederationConfig(min_clients=9))
+        require_quorum(received, Schedule(FederationConfig(min_clients=9), CheckpointConfig()))
 
 
 @pytest.mark.parametrize("num", [1, 2])

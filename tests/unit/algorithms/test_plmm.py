@@ -24,6 +24,7 @@ from fedsp_mpi.comm.inspection import ProtocolError
 from fedsp_mpi.config import StageConfig
 from fedsp_mpi.config.federation import FederationConfig
 from fedsp_mpi.estimate import cost
+from fedsp_mpi.federate import ClientFailedError
 from fedsp_mpi.models.losses import answer_loss_of
 from fedsp_mpi.models.prompts import DepthMap, Prompt, PromptSpec
 from fedsp_mpi.record import Checkpoints, read
@@ -31,6 +32,7 @@ from fedsp_mpi.record.tables import TierRow
 from fedsp_mpi.report import tiers_table
 from fedsp_mpi.roles import read_tier_scores
 from fedsp_mpi.run.tier_inputs import TierInputs
+from fedsp_mpi.training.loop import NonFiniteError
 from helpers.configs import refused
 from helpers.paths import ROOT
 from helpers.runs import here
@@ -450,6 +452,20 @@ def test_users_are_the_clients_by_name(tmp_path):
     again = tmp_path / "again.yaml"
     again.write_text(config.to_yaml(settings))
     assert config.load(again) == settings
+
+
+def test_an_expert_that_fails_is_called_by_its_name(tmp_path):
+    more = {
+        "server.tuning.steps": 4,
+        "server.tuning.optimizer": {"learning_rate": 1e6, "clip": 1e9},
+    }
+    with pytest.raises(NonFiniteError, match=r"^expert first: the loss of step"):
+        run(tmp_path, "control", **more)
+    with pytest.raises(ClientFailedError) as error:
+        run(tmp_path, "failed", **more, **{"evaluation.server_only": False})
+    reasons = [f"expert {name} in local training: the loss" for name in ("first", "third")]
+    assert all(reason in str(error.value) for reason in reasons)
+    assert "client" not in str(error.value) and "on_failure" not in str(error.value)
 
 
 # -- what ranks send -------------------------------------------------------------------------------

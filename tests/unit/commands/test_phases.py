@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -22,6 +24,7 @@ from fedsp_mpi.record import read
 from fedsp_mpi.report import compare, phases_table, read_all, summarize
 from helpers.mpi import kill_tree
 from helpers.paths import ROOT
+from helpers.record_samples import make
 from helpers.runs import SHORT
 
 FINETUNE = {"method": "finetune"}
@@ -129,6 +132,40 @@ def test_what_starts_from_a_failed_run_is_named_and_not_begun(tmp_path):
         "2 of 6 runs failed: first-x-1, first-y-1, and 4 that start from them were not begun; "
     )
     assert not (tmp_path / "runs" / "logs" / "second-x-1.txt").exists()
+
+
+def test_a_task_whose_name_is_a_number_has_one_after_it(tmp_path):
+    trials = trials_of(written(tmp_path, tasks={1: FINETUNE, 2: {**FINETUNE, "after": 1}}))
+    assert {trial.name: trial.after for trial in trials}["2-x-1"] == "1-x-1"
+
+
+def test_a_run_whose_start_was_run_anew_is_named_in_the_end(tmp_path):
+    path = written(
+        tmp_path, methods={"x": None}, tasks={"a": FINETUNE, "b": {**FINETUNE, "after": "a"}}
+    )
+    for trial in trials_of(path):
+        record = make(trial.folder, **dataclasses.asdict(trial.config))
+        if trial.after:
+            weights = {"model.safetensors": "0" * 32}  # other ones
+            record.describe(origin={"runs": [{"run": trial.after, "weights": weights}]})
+        record.finish()
+    runs = tmp_path / "runs"
+    (runs / "a-x-1" / "model").mkdir()
+    (runs / "a-x-1" / "model" / "model.safetensors").write_text("new")
+    fingerprint.list_folder(runs / "a-x-1" / "model")
+    (runs / "a-x-1").rename(tmp_path / "anew")
+    copy = shlex.join(["cp", "-r", str(tmp_path / "anew"), str(runs / "a-x-1")])
+    with pytest.raises(ConfigError, match=r"b-x-1: found .*: a-x-1 has another result now"):
+        sweep([path], [], Log(), launch=shlex.join(["sh", "-c", copy]), num_parallel=1)
+
+
+def test_a_pipe_for_the_output_is_not_waited_for(tmp_path):
+    path = written(tmp_path, methods={"x": None}, tasks={"a": FINETUNE})
+    (tmp_path / "runs" / "logs").mkdir(parents=True)
+    os.mkfifo(tmp_path / "runs" / "logs" / "a-x-1.txt")
+    lines: list[str] = []
+    assert sweep([path], [], Log(lines.append), launch="true", num_parallel=1) == 1
+    assert "a-x-1.txt: No regular file" in lines[-2]
 
 
 def test_a_run_without_its_start_is_no_sweep(tmp_path):

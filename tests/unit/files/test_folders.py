@@ -20,6 +20,7 @@ import pytest
 import safetensors.torch
 
 from fedsp_mpi import cli
+from fedsp_mpi.comm.guard import Guard
 from fedsp_mpi.config import ConfigError, load
 from fedsp_mpi.files import fingerprint, ownership
 from fedsp_mpi.record import Checkpoints, RunRecord, read
@@ -372,6 +373,16 @@ def test_replacing_takes_what_runs_wrote_and_leaves_the_rest(tmp_path):
     assert (folder / "checkpoints" / "0002.json").is_symlink()
 
 
+@pytest.mark.parametrize("name", ["run.h5", "config.yaml"])
+def test_a_folder_in_the_place_of_a_runs_file_is_named_when_it_is_replaced(tmp_path, name):
+    run = make(tmp_path / "a")
+    RunLock.take(run.folder).release()
+    (run.folder / name).unlink()
+    (run.folder / name).mkdir()
+    with pytest.raises(ValueError, match=rf"{name}: found something that no run .* move it away"):
+        RunRecord.create(run.folder, config={}, config_text="", environment={}, if_exists="replace")
+
+
 def test_a_model_takes_its_place_beside_files_of_somebody_else(tmp_path):
     RunLock.take(tmp_path / "a").release()
     folder = tmp_path / "a" / "model"
@@ -392,6 +403,49 @@ def test_a_model_takes_its_place_beside_files_of_somebody_else(tmp_path):
     assert (folder / "config.json.1").is_dir() and [
         path.name for path in folder.parent.glob("*part*")
     ] == []
+
+
+@pytest.mark.parametrize("kind", ["file", "link", "pipe"])
+def test_what_is_no_folder_is_set_aside_for_a_model(tmp_path, kind):
+    RunLock.take(tmp_path / "a").release()
+    folder = tmp_path / "a" / "model"
+    if kind == "file":
+        folder.write_text("mine")
+    elif kind == "link":
+        folder.symlink_to("nowhere")
+    else:
+        os.mkfifo(folder)
+    part = ownership.begin_model(folder)
+    (part / "config.json").write_text("new")
+    ownership.place_model(part, folder)
+    assert contents(folder) == {"config.json": b"new"}
+    assert os.path.lexists(folder.with_name("model.1"))
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "digests.json"])
+def test_a_pipe_in_a_model_s_folder_is_refused_and_not_waited_for(tmp_path, name):
+    (tmp_path / "model.safetensors").write_text("weights")
+    fingerprint.list_folder(tmp_path)
+    (tmp_path / name).unlink()
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(ValueError, match=rf"{name}: found .*no regular file"):
+        fingerprint.require_digests(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["lock", "run.h5", "evaluation.json", "a.png"])
+def test_a_pipe_is_nobody_s_and_not_waited_for(tmp_path, name):
+    os.mkfifo(tmp_path / name)
+    assert not ownership.is_ours(tmp_path)
+    for require in (ownership.require_evaluation, ownership.require_picture):
+        with pytest.raises(ValueError, match=r"found a file that .* did not write|no report wrote"):
+            require(tmp_path / name)
+
+
+def test_a_link_in_the_place_of_a_report_is_set_aside(tmp_path):
+    (tmp_path / "failure.txt").symlink_to("nowhere")
+    Guard().report_into(tmp_path)
+    [moved] = tmp_path.iterdir()
+    assert moved.name.startswith("failure-") and moved.is_symlink()
 
 
 # --- verbs ---

@@ -227,6 +227,22 @@ def test_a_mark_of_another_kind_is_no_checkpoint(tmp_path, mark):
         and "0002.json: found no checkpoint (" in wrong
     )
     assert place.read_distillation({"a": 1}) is None
+    with pytest.raises(ValueError, match=r"0002\.json: found no checkpoint"):
+        place.newest_client_state(0)
+
+
+@pytest.mark.parametrize("kind", ["file", "link"])
+def test_checkpoints_that_cannot_be_looked_for_are_not_taken_for_none(tmp_path, kind):
+    """A resume would cut its record down to no round."""
+    place = written(tmp_path)
+    (tmp_path / "checkpoints").rename(tmp_path / "elsewhere")
+    assert place.newest() == (None, [])
+    if kind == "file":
+        (tmp_path / "checkpoints").write_text("x")
+    else:
+        (tmp_path / "checkpoints").symlink_to("a file system that is not mounted")
+    with pytest.raises(ValueError, match="checkpoints: found no folder that can be read"):
+        place.newest()
 
 
 @numbers

@@ -15,6 +15,7 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
+import safetensors.numpy
 
 import fedsp_mpi.record as room
 from fedsp_mpi.record import (
@@ -23,10 +24,13 @@ from fedsp_mpi.record import (
     RoundRow,
     RunRecord,
     WireRow,
+    atomic,
     read,
     reader,
     tables,
 )
+from fedsp_mpi.record.hdf5 import require_round_files
+from fedsp_mpi.record.lock import RunLock, is_abandoned
 from helpers.record_samples import assert_same_bits, make, results, tensors
 
 # --- round trip ---
@@ -294,6 +298,56 @@ def test_a_failed_write_of_the_tables_changes_nothing(tmp_path: Path) -> None:
     record.commit_round(RoundRow(round=2), [], tensors(2))
     record.finish()
     assert read(tmp_path / "a").sections == {} and read(tmp_path / "a").prompt_rounds == (1, 2)
+
+
+@pytest.mark.parametrize("kind", ["folder", "pipe"])
+def test_what_is_in_the_way_of_a_file_is_named_and_not_waited_for(tmp_path: Path, kind) -> None:
+    path = tmp_path / "a"
+
+    def be_in_the_way(name: str) -> None:
+        (os.mkfifo if kind == "pipe" else os.mkdir)(tmp_path / name)
+
+    be_in_the_way("a.part")
+    with pytest.raises(RecordError, match=rf"{path}: .*{path}.part: .*; move away what is there"):
+        atomic.write(path, [b"x"], "nothing is lost")
+    be_in_the_way("b")
+    with pytest.raises(RecordError, match=r"b: cannot be written \(.*; move away what is there"):
+        atomic.append(tmp_path / "b", 0, b"x", intact="nothing is lost")
+    RunLock.take(tmp_path / "run").release()
+    (tmp_path / "run" / "lock").unlink()
+    make(tmp_path / "run")
+    be_in_the_way("run/lock")
+    with pytest.raises(RecordError, match=r"lock: cannot be written \(.*; move away what is there"):
+        RunLock.take(tmp_path / "run")
+    assert not is_abandoned(tmp_path / "run")
+    assert (tmp_path / "run" / "lock").exists()
+
+
+def test_a_model_that_cannot_be_written_is_an_error_of_the_record(tmp_path: Path) -> None:
+    target = tmp_path / "nowhere" / "model.safetensors"
+    with (
+        pytest.raises(RecordError, match=r"a: cannot be written \(.*\); the rounds are there; "),
+        atomic.saving(tmp_path / "a", "the rounds are there"),
+    ):
+        safetensors.numpy.save_file({"a": np.zeros(2)}, target)
+    assert RecordError.explains_itself
+
+
+@pytest.mark.parametrize("damage", ["missing", "folder", "cut"])
+def test_a_run_without_the_prompts_of_a_round_does_not_go_on(tmp_path: Path, damage) -> None:
+    """It would fail at its end, when they move into run.h5."""
+    run = make(tmp_path / "a", rounds=2).run
+    require_round_files(run, 2)
+    path = tmp_path / "a" / "rounds" / "0002.h5"
+    image = path.read_bytes()
+    path.unlink()
+    if damage == "folder":
+        path.mkdir()
+    elif damage == "cut":
+        path.write_bytes(image[:-9])
+    with pytest.raises(ValueError, match=r"0002\.h5: found .*copy the (whole )?run folder again"):
+        require_round_files(run, 2)
+    require_round_files(run, 1)  # the other round is done again
 
 
 def test_what_json_cannot_hold_is_refused(tmp_path: Path) -> None:

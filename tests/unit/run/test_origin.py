@@ -73,6 +73,13 @@ def test_changed_weights_are_refused_and_a_run_that_was_begun_with_others_too(ru
     assert "found other inputs than the run was begun with (weights of model.name)" in said.stderr
 
 
+def test_a_model_that_is_gone_is_missed(runs, tmp_path):
+    shutil.copytree(runs / "first", tmp_path / "first")
+    shutil.rmtree(tmp_path / "first" / "model")
+    with pytest.raises(ConfigError, match=r"found no folder .*/model, expected the model that the"):
+        origin(settings(tmp_path / "first"))
+
+
 def test_what_is_no_complete_run_of_this_model_is_refused(runs, tmp_path):
     running = make(tmp_path / "running").folder
     without = make(tmp_path / "without")
