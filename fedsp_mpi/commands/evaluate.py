@@ -34,7 +34,7 @@ from fedsp_mpi.training.device import Compute
 
 ZERO_SHOT = "zero-shot"
 # Sections of the configuration that a test depends on.
-_SECTIONS = ("method", "model", "data", "prompt", "evaluation")
+_SECTIONS = ("method", "model", "data", "prompt", "lora", "evaluation")
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,7 @@ class Lora:
         """Put new adapters, with B = 0, into the model as it is now.
 
         Raises:
-            ConfigError: the model has no such maps.
+            ConfigError: the model has no such maps, or they cannot be merged.
         """
         import peft  # here: it takes a tenth of a start, and most runs have no adapters
 
@@ -61,12 +61,16 @@ class Lora:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # that GPT-2's maps are transposed
                 peft.inject_adapter_in_model(settings, self._model.model)
+            # Adapters of embeddings have other names, and begin in another way.
+            if any("lora_embedding_" in name for name, _ in self._model.model.named_parameters()):
+                raise ValueError("an embedding is no linear map")
         except ValueError:
             named = ", ".join(self._settings.targets) or "none, and peft knows no usual ones"
             raise ConfigError(
                 f"lora.targets: found {named} for a {family}, expected endings of names of its "
                 f"linear maps, such as {', '.join(linear_maps(self._model.model)[:4])}"
             ) from None
+        self._require_mergeable()
         for weight in self._model.weights.values():
             weight.requires_grad = False
         self._parameters = {}
@@ -74,6 +78,19 @@ class Lora:
             if ".lora_" in name:
                 parameter.data = parameter.data.float()
                 self._parameters[name.removesuffix(_IN_MODEL)] = parameter
+
+    def _require_mergeable(self) -> None:
+        """Raise ConfigError if adapters of a head are to be merged whose weight is that of the
+        embeddings: merged into it, they would change these, too.
+        """
+        model = self._model.model
+        is_adapted = hasattr(model.get_output_embeddings(), "base_layer")
+        if self._settings.merged and is_adapted and model.config.tie_word_embeddings:
+            raise ConfigError(
+                f"lora.targets: found {', '.join(self._settings.targets)} with lora.merged=true, "
+                "expected maps without the head, whose weight is that of the embeddings here; "
+                "leave it out, or set lora.merged=false"
+            )
 
     def initialise(self, seed: int) -> Lora:
         """Draw A as peft does, by a seed of its own, with B = 0; return self."""

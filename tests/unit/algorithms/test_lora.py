@@ -95,6 +95,26 @@ def test_maps_that_the_model_does_not_have_are_refused(tmp_path):
         Lora(model, LoraConfig(targets=("c_attn",)))
 
 
+@pytest.mark.parametrize(
+    ("target", "merged", "message"),
+    [
+        ("wte", False, "found wte for a gpt2, expected endings of names of its linear maps"),
+        ("lm_head", True, "found lm_head with lora.merged=true, expected maps without the head"),
+        ("lm_head", False, None),
+    ],
+)
+def test_embeddings_are_no_linear_map_and_a_head_that_is_one_with_them_is_not_merged(
+    tmp_path, target, merged, message
+):
+    model = tiny.load(tiny.model_folder(tmp_path / "model", "gpt2"))
+    settings = LoraConfig(targets=(target,), merged=merged)
+    if message is None:
+        assert [*Lora(model, settings).tensors()] == ["lm_head.lora_A", "lm_head.lora_B"]
+        return
+    with pytest.raises(ConfigError, match=f"lora.targets: {message}"):
+        Lora(model, settings)
+
+
 @pytest.mark.parametrize("targets", ["nope", "''"])
 def test_that_is_said_in_one_line_before_a_weight_is_loaded(tmp_path, targets):
     settings = ("method=lora", f"lora.targets=[{targets}]")

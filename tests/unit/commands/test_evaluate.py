@@ -35,7 +35,7 @@ from fedsp_mpi.run.inputs import ExperimentInputs
 from fedsp_mpi.tensors import Batch, NamedTensors, seal
 from helpers import tiny
 from helpers.paths import SHARED
-from helpers.runs import short
+from helpers.runs import short, short_run
 from helpers.scores import by_hand
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'fedsp_mpi[evaluate]'")
@@ -356,6 +356,12 @@ def test_a_tuned_model(gpt2, tmp_path):
         "acc_norm": expected.acc_norm,
     }
     assert tuned.measures != plain.measures
+
+
+def test_adapters_of_other_settings_than_the_default_ones(tmp_path):
+    settings = ("method=lora", "lora.rank=4", "lora.alpha=400", "lora.targets=[c_fc]")
+    short_run(0, tmp_path, "a", *settings, "client.tuning.optimizer.learning_rate=0.01")
+    require_equal(tmp_path / "a", evaluated(tmp_path / "a"), ("lora", "zero-shot"))
 
 
 def test_a_trained_model(tmp_path):
