@@ -36,18 +36,26 @@ def tiers_table(runs: Sequence[Run]) -> str:
 
     The second one has differences of losses, paired by user or domain and run, with standard
     errors: of the personal to the expert's and the general prompt on own text, and of the experts
-    to the general model on their domain.
+    to the general model on their domain. Runs that are not complete do not count, and are named.
 
     Args:
         runs: of one or several methods, some seeds each.
 
     Raises:
-        ValueError: none has scored its tiers, or two have the same task, label and seed.
+        ValueError: none has scored its tiers and is complete, or two have the same task, label and
+            seed.
     """
+    scored = [run for run in runs if len(run.tiers)]
+    unfinished = [f"{run.name} ({run.status})" for run in scored if run.status != "complete"]
     by_label: dict[str, list[Run]] = {}
-    for run in runs:
-        if len(run.tiers):
+    for run in scored:
+        if run.status == "complete":
             by_label.setdefault(label_of(run), []).append(run)
+    if unfinished and not by_label:
+        raise ValueError(
+            f"--table tiers: found no complete run among {', '.join(map(printable, unfinished))}, "
+            "expected at least one; wait for them, or let them go on with --resume"
+        )
     if not by_label:
         raise ValueError(
             "--table tiers: found no scores of tiers, expected a run with method=plmm and "
@@ -70,6 +78,8 @@ def tiers_table(runs: Sequence[Run]) -> str:
         markdown_table(head, gains),
         "After the last round; mean ± standard error, paired by user (own) or domain, and by run.",
     ]
+    if unfinished:
+        tables.append(f"Not complete: {', '.join(map(printable, unfinished))}.")
     return "\n\n".join(tables)
 
 

@@ -204,6 +204,11 @@ def test_every_tier_is_scored_on_every_text(whole):
     again = dataclasses.replace(record, file=record.file.parent.parent / "again" / "run.h5")
     with pytest.raises(ValueError, match=r"found two runs of PLMM .* seed 1 .*, expected one"):
         tiers_table([record, again])
+    stopped = dataclasses.replace(again, status="stopped")
+    note = f"Not complete: {record.name} (stopped)."
+    assert tiers_table([record, stopped]) == f"{table}\n\n{note}"
+    with pytest.raises(ValueError, match=r"found no complete run among .* expected at least one"):
+        tiers_table([stopped])
 
 
 def test_before_the_first_round_all_prompts_are_the_same(whole):
