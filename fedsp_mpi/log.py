@@ -300,7 +300,10 @@ def one_line(error: BaseException, *, first_line: bool = False) -> str:
     """
     text = str(error)
     if isinstance(error, PermissionError) and error.filename is not None:
-        text = f"{error.filename}: found no permission to use it, expected some; give permission"
+        text = (
+            f"{error.filename}: found no permission to use it, expected this user's; change its "
+            "mode or its owner"
+        )
     if first_line:
         lines = [line.strip() for line in text.splitlines() if line.strip()]
         is_heading = bool(lines) and lines[0].endswith(":")
