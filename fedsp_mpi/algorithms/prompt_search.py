@@ -256,8 +256,9 @@ class InstructionServer:
         self._progress = progress or RoundProgress()
         self._search = Search.start(settings.pool)
         self._proposed: tuple[Search, list[Instruction]] | None = None
+        # The row of the best instruction: a parameter, in which the server's other ranks get it.
         row = torch.empty(spec.num_tokens, device=model.device)
-        self._row = nn.Parameter(row, requires_grad=False)  # of the best instruction
+        self._row = nn.Parameter(row, requires_grad=False)
         self._show_best()
 
     @property

@@ -365,6 +365,7 @@ class LanguageModel:
         states: list[Tensor] = []
 
         def keep_input(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            """Keep the states that enter the part, [batch, length, hidden], and end the pass."""
             states.append(arguments[0])
             raise _ReachedError
 

@@ -18,7 +18,8 @@ from fedsp_mpi.models.prompts import DepthMap, Prompt, PromptSpec
 from fedsp_mpi.run import origin
 
 if TYPE_CHECKING:
-    from fedsp_mpi.models.reading import PreTrainedConfig, PreTrainedTokenizerBase
+    from fedsp_mpi.models.families import PreTrainedConfig
+    from fedsp_mpi.models.reading import PreTrainedTokenizerBase
 
 RESOURCES = Path(__file__).parent.parent / "resources"
 
